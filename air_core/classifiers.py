@@ -114,7 +114,7 @@ def fused_scores(
 
 @dataclass(frozen=True)
 class FusedClassifier:
-    """A text classifier fused with an auxiliary classifier.
+    """A text classifier fused with an auxiliary classifier and, for pool images, with evidence.
 
     In TRZSL the auxiliary classifier has the `unseen` classes only. It then redistributes the
     scores that the text classifier gives to these; those of seen classes do not change.
@@ -125,6 +125,8 @@ class FusedClassifier:
     weight: float
     space: str
     unseen: Tensor | None  # (U,)
+    evidence: Tensor | None = None  # (P, C) or (P, U), see air_core.evidence; of pool images only
+    evidence_weight: float = 0.0
 
     def scores(self, batch: Batch) -> Tensor:
         """(N, C) over all classes; rows sum to 1."""
@@ -138,7 +140,12 @@ class FusedClassifier:
     def pool_scores(self, pool: Batch) -> Tensor:
         """(N, C), or in TRZSL (N, U) over the classes of pool images; rows sum to 1."""
         logits = self.text.logits(pool)
-        return self._fused(logits if self.unseen is None else logits[:, self.unseen], pool)
+        scores = self._fused(logits if self.unseen is None else logits[:, self.unseen], pool)
+        if self.evidence is None:
+            return scores
+        scored = self.evidence.isfinite()  # NaN where an image was not scored
+        blended = (1 - self.evidence_weight) * scores + self.evidence_weight * self.evidence
+        return torch.where(scored, blended, scores)
 
     def _fused(self, logits: Tensor, batch: Batch) -> Tensor:
         if self.auxiliary is None:

@@ -7,6 +7,7 @@ round uses the learned prompt as its text classifier. `Trial` has the steps of a
     p_c   scores of the text classifier: zero-shot CLIP, later the learned prompt
     p̂_c   scores of the auxiliary classifier
     λ     weight of p̂_c; `fusion_weight` is λ / (1 + λ)
+    q_c   scores of pool images by denoising errors, `evidence` (not in the paper)
     K_t   images per class that are pseudo-labelled in round t
     β     weight of the loss on synthetic images, `synthetic_weight`
 
@@ -43,6 +44,7 @@ from air_core.classifiers import (
     text_classifier,
 )
 from air_core.datasets import Dataset
+from air_core.evidence import evidence_probabilities
 from air_core.paradigms import make_split
 from air_core.prompts import PromptLearner, build_learner
 from air_core.pseudo_labels import assign, spread
@@ -53,6 +55,7 @@ from air_core.specs import (
     trains_on_real,
     trains_on_synthetic,
     uses_auxiliary,
+    uses_evidence,
 )
 from air_core.training import Targeted, Training, fit
 from air_core.transduction import transductive
@@ -74,6 +77,7 @@ class TrialData:
     validation: Labelled | None
     test: Labelled
     synthetic: Labelled | None  # labels are the classes that the images were drawn for
+    evidence: Tensor | None = None  # (draws, P, C) or (draws, P, U) denoising errors of the pool
 
     @staticmethod
     def of(
@@ -82,6 +86,7 @@ class TrialData:
         backbone: Backbone,
         synthetic: Labelled | None = None,
         data_root: Path | None = None,
+        evidence: Tensor | None = None,
     ) -> TrialData:
         """Encode a dataset and split it, for a text prompt.
 
@@ -90,6 +95,7 @@ class TrialData:
             split: `TrialSpec.split` of the trial.
             synthetic: encoded images with the class that each was drawn for.
             data_root: the folder of datasets that are not embedded.
+            evidence: denoising errors of the pool, see `air_core.evidence`.
         """
         examples = dataset.load(data_root)
         images = Labelled(
@@ -106,6 +112,7 @@ class TrialData:
             validation=images[parts.validation] if len(parts.validation) else None,
             test=images[parts.test],
             synthetic=synthetic,
+            evidence=evidence,
         )
 
 
@@ -203,7 +210,10 @@ class Trial:
         self.text = text_classifier(data.backbone, data.classnames, data.template)
         self.data = replace(data, synthetic=usable_synthetic(spec, data, self.text))
         self.teacher: Classifier = CachedClassifier(self.text)  # p_c
-        self.auxiliary = build_auxiliary(spec, self.data, self.text, self.teacher, None, 0)  # p̂_c
+        self.evidence = pool_evidence(spec, data)  # q_c
+        self.auxiliary = build_auxiliary(
+            spec, self.data, self.text, self.teacher, self.evidence, None, 0
+        )  # p̂_c
         self.learner: PromptLearner | None = None
         # The auxiliary classifier of a round depends on that of the round before.
         for t, prompt in enumerate(resume_from.prompts):
@@ -221,14 +231,15 @@ class Trial:
         """Rebuild the auxiliary classifier with the prompt of the round before (step 3)."""
         if self.spec.auxiliary.refresh and t > 0:
             self.auxiliary = build_auxiliary(
-                self.spec, self.data, self.text, self.teacher, self.auxiliary, t
+                self.spec, self.data, self.text, self.teacher, self.evidence, self.auxiliary, t
             )
 
     def update_labels(self, t: int) -> None:
         """Pseudo-label the pool with the fused classifier (step 4 of docs/method.md)."""
         spec, data = self.spec, self.data
         if spec.supervision == "pseudo":
-            scores = fused(spec, data, self.teacher, self.auxiliary, t).pool_scores(data.pool)
+            classifier = fused(spec, data, self.teacher, self.auxiliary, self.evidence, t)
+            scores = classifier.pool_scores(data.pool)
             labels = assign(
                 scores,
                 spec.pseudo_labels,
@@ -277,7 +288,7 @@ class Trial:
         spec, data = self.spec, self.data
         test = data.test.batch
         fused_classifier = fused(
-            spec, data, self.teacher, self.auxiliary, max(0, spec.iterations - 1)
+            spec, data, self.teacher, self.auxiliary, self.evidence, max(0, spec.iterations - 1)
         )
         text = self._tested(self.teacher.logits(test))
         # Without learning, synthetic images change the fused classifier only: test that one.
@@ -325,6 +336,8 @@ class Trial:
 def _check(spec: TrialSpec, data: TrialData) -> None:
     if spec.supervision == "labelled" and data.labelled is None:
         raise ValueError("CoOp and VPT learn from labelled images; ul has none: use ssl or trzsl")
+    if uses_evidence(spec) and data.evidence is None:
+        raise ValueError("evidence.draws is above 0, but the data have no denoising errors")
     if not torch.isfinite(data.pool.features).all():
         raise ValueError("image features of the pool are not finite: are the weights damaged?")
 
@@ -394,18 +407,20 @@ def fused(
     data: TrialData,
     teacher: Classifier,
     auxiliary: AuxiliaryClassifier | None,
+    evidence: Tensor | None,
     t: int,
 ) -> FusedClassifier:
     """p* = (p + λ p̂) / (1 + λ): the teacher fused with the auxiliary classifier.
 
-    `fusion_weight` is λ / (1 + λ).
+    `fusion_weight` is λ / (1 + λ). With evidence the pool's p* becomes (1 - v) p* + v q, v being
+    `evidence.weight`.
     """
     if spec.transduction == "gmm":
         teacher = transductive(teacher, data.pool, data.unseen)
     weight = spec.fusion_weight
     if spec.fusion.schedule == "annealed":
         weight *= 1 - progress(spec, t)
-    return fuse(
+    classifier = fuse(
         teacher,
         auxiliary,
         data.pool,
@@ -414,6 +429,20 @@ def fused(
         spec.fusion.space,
         data.unseen,
     )
+    if evidence is None:
+        return classifier
+    v = spec.evidence.weight
+    if spec.evidence.schedule == "annealed":
+        v *= 1 - progress(spec, t)
+    return replace(classifier, evidence=evidence, evidence_weight=v)
+
+
+def pool_evidence(spec: TrialSpec, data: TrialData) -> Tensor | None:
+    """(P, C), or in TRZSL (P, U), probabilities by denoising errors; None: not used."""
+    if not uses_evidence(spec) or data.evidence is None:
+        return None
+    settings = spec.evidence
+    return evidence_probabilities(data.evidence, settings.confidence, settings.balance)
 
 
 @torch.no_grad()
@@ -422,21 +451,22 @@ def build_auxiliary(
     data: TrialData,
     text: LinearClassifier,
     teacher: Classifier,
+    evidence: Tensor | None,
     previous: AuxiliaryClassifier | None,
     t: int,
 ) -> AuxiliaryClassifier | None:
     """p̂_c, the auxiliary classifier of round t; None where no auxiliary classifier is fused.
 
     Its real images are the k pool images of each class with the highest scores of the teacher
-    fused with the `previous` auxiliary classifier; each round takes `k_step` more, while `fade`
-    drops synthetic ones. Labelled images of the same classes join them. Its classes are those of
-    the pool images: in TRZSL the unseen ones, counted from 0.
+    fused with the `previous` auxiliary classifier and the evidence; each round takes `k_step` more,
+    while `fade` drops synthetic ones. Labelled images of the same classes join them. Its classes
+    are those of the pool images: in TRZSL the unseen ones, counted from 0.
     """
     if not uses_auxiliary(spec):
         return None
     auxiliary = previous
     for _ in range(spec.auxiliary.rounds):
-        fused_classifier = fused(spec, data, teacher, auxiliary, t)
+        fused_classifier = fused(spec, data, teacher, auxiliary, evidence, t)
         auxiliary = _auxiliary(spec, data, text, fused_classifier, t)
     return auxiliary
 

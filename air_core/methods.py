@@ -25,8 +25,9 @@ class Method:
 
     pins: dict[str, Any]
     sets: dict[str, Any] = field(default_factory=dict)
-    host: str | None = None  # the method without synthetic images, which it is compared with
+    host: str | None = None  # the method without auxiliary images, which it is compared with
     control: str | None = None  # the same method without diffusion
+    is_bound: bool = False  # no method: it reads true labels, or wrong ones on purpose
     paradigms: tuple[str, ...] = ("ul", "ssl", "trzsl")  # in others it is not defined
 
     def trial(
@@ -66,7 +67,9 @@ def named_refs(flat: Mapping[str, Any]) -> dict[str, Ref]:
     return {key: Ref(name=str(name), digest=str(name)) for key, name in names.items()}
 
 
+_PLAIN: dict[str, Any] = {"images_from": "generator", "evidence.draws": 0}
 _NO_IMAGES: dict[str, Any] = {
+    **_PLAIN,
     "images_per_class": 0,
     "auxiliary.source": "synthetic",
     "fusion_weight": 0.0,
@@ -82,12 +85,33 @@ _LABELLED = {
 }
 _GRIP = {"pseudo_labels.kind": "top_k", "pseudo_labels.growth": "growing"}
 _CPL = {"pseudo_labels.kind": "candidates", "pseudo_labels.growth": "growing"}
-_REAL = {"images_per_class": 0, "auxiliary.source": "real", "synthetic_weight": 0.0}
-_REFRESH = {"auxiliary.refresh": True}  # a fair control: real prototypes improve with the labels
+_REAL = {**_PLAIN, "images_per_class": 0, "auxiliary.source": "real", "synthetic_weight": 0.0}
+_REFRESH = {"auxiliary.refresh": True}  # a fair control: real images improve with the labels
+# AiR as published and read in docs/method.md: synthetic images alone, selected once, in the
+# auxiliary classifier and in the loss.
+_AIR = {
+    "auxiliary.source": "synthetic",
+    "auxiliary.kind": "prototype",
+    "fidelity.kind": "class_mean",
+    "synthetic_weight": 1.0,
+}
+# Ours: real images join the auxiliary classifier in each round, and synthetic ones leave.
+_BOTH = {
+    "auxiliary.source": "both",
+    "auxiliary.refresh": True,
+    "auxiliary.fade": True,
+    "auxiliary.k": 16,
+    "auxiliary.k_step": 16,
+    "synthetic_weight": 0.0,
+}
+_EVIDENCE = {"evidence.draws": 8}
+# Images in the place of the synthetic ones: those that the LoRA is trained on, pool images under
+# their true labels, synthetic images under the label of the next class.
+_INSTEAD = {"control": "lora_images", "ceiling": "true_labels", "floor": "shifted_labels"}
 
 METHODS: dict[str, Method] = {
     "zero_shot": Method(pins={"iterations": 0, **_NO_IMAGES}),
-    "zero_shot_aux": Method(pins={"iterations": 0}, host="zero_shot"),
+    "zero_shot_aux": Method(pins={"iterations": 0, **_PLAIN}, host="zero_shot"),
     "zero_shot_real": Method(
         pins={"iterations": 0, **_REAL},
         sets={"auxiliary.kind": "lda", "auxiliary.rounds": 10},
@@ -105,9 +129,36 @@ METHODS: dict[str, Method] = {
     ),
     "grip": Method(pins={**_GRIP, **_NO_IMAGES}, host="zero_shot"),
     "cpl": Method(pins={**_CPL, **_NO_IMAGES}, host="zero_shot"),
-    "air": Method(pins=_CPL, host="cpl", control="cpl_real"),
-    "air_fpl": Method(pins=_ONE_ROUND, host="fpl"),
-    "air_grip": Method(pins=_GRIP, host="grip", control="grip_real"),
+    "air": Method(pins={**_CPL, **_PLAIN}, sets=_AIR, host="cpl", control="air_control"),
+    "air_fpl": Method(pins={**_ONE_ROUND, **_PLAIN}, sets=_AIR, host="fpl"),
+    "air_grip": Method(pins={**_GRIP, **_PLAIN}, sets=_AIR, host="grip", control="grip_real"),
+    **{
+        f"air_{role}": Method(
+            pins={**_CPL, **_PLAIN, "images_from": images},
+            sets=_AIR,
+            host="cpl",
+            is_bound=role != "control",
+        )
+        for role, images in _INSTEAD.items()
+    },
+    "air_both": Method(pins={**_CPL, **_PLAIN}, sets=_BOTH, host="cpl", control="cpl_real"),
+    "air_evidence": Method(
+        pins={**_CPL, "images_from": "generator"},
+        sets={**_AIR, **_EVIDENCE},
+        host="cpl",
+        control="air_control",
+    ),
+    "cpl_evidence": Method(
+        pins={k: v for k, v in {**_CPL, **_NO_IMAGES}.items() if k != "evidence.draws"},
+        sets=_EVIDENCE,
+        host="cpl",
+    ),
+    "cpl_real_evidence": Method(
+        pins={k: v for k, v in {**_CPL, **_REAL}.items() if k != "evidence.draws"},
+        sets={**_REFRESH, **_EVIDENCE},
+        host="cpl",
+        control="cpl_real",
+    ),
     "cpl_real": Method(pins={**_CPL, **_REAL}, sets=_REFRESH, host="cpl"),
     "grip_real": Method(pins={**_GRIP, **_REAL}, sets=_REFRESH, host="grip"),
 }

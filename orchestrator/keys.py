@@ -17,6 +17,7 @@ from functools import cache
 from typing import Any
 
 from air_core.specs import (
+    EvidenceSpec,
     FeaturesSpec,
     FolderImages,
     GeneratedImages,
@@ -37,6 +38,7 @@ RECIPES: dict[type, tuple[str, int]] = {
     GeneratedImages: ("images", 1),
     FolderImages: ("images", 1),
     SyntheticFeaturesSpec: ("synthetic", 1),
+    EvidenceSpec: ("evidence", 1),
     TrialSpec: ("trials", 2),
 }
 
@@ -49,6 +51,7 @@ Stage = (
     | GeneratedImages
     | FolderImages
     | SyntheticFeaturesSpec
+    | EvidenceSpec
     | TrialSpec
 )
 
@@ -84,8 +87,11 @@ def _identity(spec: Stage) -> Any:
         return _plain(spec)
     # The inputs contain the recipe numbers of earlier stages.
     inputs = [_plain(spec.features), _plain(spec.synthetic_features)]
+    added = (spec.evidence_errors, spec.lora_labels)
+    inputs += [_plain(stage) for stage in added if stage is not None]
     settings = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec) if _in_key(spec, f)}
     settings.pop("classnames")  # the dataset determines them
+    settings.pop("scored_images")
     settings.pop("code")
     if code := spec.code_of("trials"):
         settings["code"] = code
@@ -176,6 +182,8 @@ def slug(spec: Stage) -> str:
         case SyntheticFeaturesSpec():
             words = [slug(spec.images), spec.backbone.name]
             words += ["tokens"] if spec.level == "tokens" else []
+        case EvidenceSpec():
+            words = [slug(spec.lora or spec.features), spec.model.name]
         case TrialSpec():
             words = [spec.dataset.name, spec.paradigm, spec.modality, f"s{spec.seed}"]
             words += ["on", spec.test_dataset.name] if spec.test_dataset else []

@@ -36,7 +36,8 @@ pytestmark = pytest.mark.ray
 RUN = {
     "context": (),
     "quickstart": (
-        *("--only", "method=zero_shot,fpl"),
+        *("--only", "method=zero_shot,cpl"),
+        *("--set", "iterations=2"),
         *("--set", "seeds=[1]"),
         *("--set", "train.steps=5"),
     ),

@@ -250,6 +250,54 @@ class TrainSettings:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvidenceScoring:
+    """Denoising errors of pool images; every setting is in the key of the errors."""
+
+    seed: int = knob(0, "changes the noise of every draw", ge=0)
+    template: str = knob("a photo of a {}", "caption of a class, with one {} for its name")
+    low: float = knob(0.4, "least noisy time step, as a share of the model's steps", ge=0, le=1)
+    high: float = knob(0.9, "noisiest time step", ge=0, le=1)
+    top: int | None = knob(
+        None, "classes of an image that are scored, by zero-shot CLIP; null: all", ge=2
+    )
+    prune_after: int | None = knob(
+        None, "draws after which only the `prune_to` best classes of an image go on", ge=1
+    )
+    prune_to: int = knob(2, "see prune_after", ge=2)
+    block: int = knob(8, "images of a shard, and pairs of image and class of a batch", ge=1)
+    precision: Precision = knob("bf16", "autocast of the U-Net")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvidenceSettings(EvidenceScoring):
+    """Classification of pool images by the denoising error of the diffusion model."""
+
+    draws: int = knob(0, "draws of noise per image and class; 0: no evidence", ge=0, le=1000)
+    images: int | None = knob(
+        None, "pool images that are scored, a random sample; null: all of the pool", ge=1
+    )
+    weight: float = knob(0.3, "share of the evidence in the scores of the pool", ge=0, le=1)
+    schedule: Literal["fixed", "annealed"] = knob(
+        "fixed", "annealed: the weight falls linearly to 0 over the iterations"
+    )
+    confidence: float = knob(0.8, "mean largest probability of the evidence", gt=0, lt=1)
+    balance: Literal["none", "sinkhorn"] = knob(
+        "none", "sinkhorn: all classes get the same share of the pool"
+    )
+
+    def scoring(self) -> EvidenceScoring:
+        names = [f.name for f in dataclasses.fields(EvidenceScoring)]
+        return EvidenceScoring(**{name: getattr(self, name) for name in names})
+
+
+ImagesFrom = Literal["generator", "lora_images", "true_labels", "shifted_labels"]
+IMAGES_FROM = (
+    "lora_images: the images that the LoRA is trained on (control); bounds: true_labels: pool "
+    "images under their true labels; shifted_labels: synthetic ones, each as the next class"
+)
+
+
 # ---------------------------------------------------------------- specs of the stages
 
 
@@ -345,12 +393,39 @@ class SyntheticFeaturesSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvidenceSpec:
+    """Denoising errors of the pool images of a split, for each class of the pool.
+
+    An unlimited row of draws for each block of images; the spec contains neither the number of
+    draws nor that of images. The images are in a random order, so the first ones are a sample.
+    """
+
+    features: FeaturesSpec
+    split: SplitSettings
+    model: Ref
+    lora: LoraSpec | None
+    lora_scale: float
+    scoring: EvidenceScoring
+    size: int
+    code: str = added("")
+
+    @property
+    def block_size(self) -> int:
+        return self.scoring.block
+
+    def blocks(self, images: int) -> int:
+        """Number of blocks that contain the first `images` images."""
+        return -(-images // self.block_size)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrialSpec:
     """One trial. `air_core.specs.flat` converts it to flat keys such as `lora.rank`."""
 
     dataset: Ref
     classnames: tuple[str, ...] = ()  # of the dataset; not in the key
     code: CodeVersions = ()  # the key contains the version of the part `trials`
+    scored_images: int = 0  # pool images that the evidence scores; not in the key
     backbone: Ref
     generator: Ref
     test_dataset: Ref | None = added(None)  # None: `dataset` itself
@@ -377,10 +452,12 @@ class TrialSpec:
     lora: LoraSettings | None = LoraSettings()
     generation: GenerationSettings = GenerationSettings()
     images_per_class: int = knob(120, "synthetic images per class that the trial reads", ge=0)
+    images_from: ImagesFrom = later("generator", IMAGES_FROM)
     fidelity: FidelitySettings = FidelitySettings()
     auxiliary: AuxiliarySettings = AuxiliarySettings()
     fusion_weight: float = knob(0.5, "share of the auxiliary classifier; 0 = none", ge=0, le=1)
     fusion: FusionSettings = added(FusionSettings())
+    evidence: EvidenceSettings = added(EvidenceSettings())
     pseudo_labels: PseudoLabelSettings = PseudoLabelSettings()
     synthetic_weight: float = knob(1.0, "weight of the loss on synthetic images; 0 = none", ge=0)
     iterations: int = knob(10, "rounds of pseudo-labelling and prompt learning", ge=0)
@@ -442,9 +519,10 @@ class TrialSpec:
 
     @property
     def lora_adapter(self) -> LoraSpec | None:
-        """None: LoRA is off, or no images are used."""
-        images = self.images
-        return images.lora if isinstance(images, GeneratedImages) else None
+        """None: LoRA is off, or no diffusion model is used."""
+        if self.lora is None or is_folder(self.generator) or not uses_generator(self):
+            return None
+        return _lora(self, self.lora, self.lora.rounds)
 
     @property
     def images(self) -> GeneratedImages | FolderImages | None:
@@ -456,7 +534,7 @@ class TrialSpec:
     @property
     def base_images(self) -> GeneratedImages | None:
         """The same row without LoRA, for comparison; None: there is no LoRA."""
-        if self.lora_adapter is None:
+        if self.lora_adapter is None or self.images is None:
             return None
         row = _images(self, 0)
         return row if isinstance(row, GeneratedImages) else None
@@ -473,6 +551,29 @@ class TrialSpec:
         if row is None or self.modality == "text" or not trains_on_synthetic(self):
             return None
         return replace(row, level="tokens")
+
+    @property
+    def lora_labels(self) -> LabelsSpec | None:
+        """Images that a LoRA is trained on, if the trial reads them in place of synthetic ones."""
+        if self.images_from != "lora_images" or not fills_bank(self):
+            return None
+        return _labels(self, self.lora or LoraSettings(), None)
+
+    @property
+    def evidence_errors(self) -> EvidenceSpec | None:
+        """None: the trial uses no evidence."""
+        if not uses_evidence(self):
+            return None
+        return EvidenceSpec(
+            features=self.features,
+            split=self.split,
+            model=self.generator,
+            lora=self.lora_adapter,
+            lora_scale=self.lora.scale if self.lora else 1.0,
+            scoring=self.evidence.scoring(),
+            size=self.generation.size,
+            code=self.code_of("evidence"),
+        )
 
 
 def uses_auxiliary(spec: TrialSpec) -> bool:
@@ -497,10 +598,25 @@ def trains_on_real(spec: TrialSpec) -> bool:
     return spec.iterations > 0 and spec.supervision == "pseudo" and spec.train.mix != "synthetic"
 
 
-def uses_images(spec: TrialSpec) -> bool:
-    """Whether the trial reads synthetic images."""
+def fills_bank(spec: TrialSpec) -> bool:
+    """Whether the trial reads synthetic images, or others in their place."""
     fused = uses_auxiliary(spec) and spec.auxiliary.source != "real" and spec.images_per_class > 0
     return fused or trains_on_synthetic(spec)
+
+
+def uses_images(spec: TrialSpec) -> bool:
+    """Whether the trial reads synthetic images."""
+    return fills_bank(spec) and spec.images_from in ("generator", "shifted_labels")
+
+
+def uses_evidence(spec: TrialSpec) -> bool:
+    """Whether the trial reads denoising errors."""
+    return spec.evidence.draws > 0
+
+
+def uses_generator(spec: TrialSpec) -> bool:
+    """Whether the trial depends on a generator: its images or its denoising errors."""
+    return uses_images(spec) or uses_evidence(spec)
 
 
 def is_folder(generator: Ref) -> bool:
@@ -539,22 +655,28 @@ def _images(spec: TrialSpec, rounds: int) -> GeneratedImages | FolderImages:
 
 def _lora(spec: TrialSpec, lora: LoraSettings, rounds: int) -> LoraSpec:
     earlier = _synthetic(spec, _images(spec, rounds - 1)) if rounds > 1 else None
-    settings = spec.initial_labels
-    if earlier is None:
-        settings = replace(settings, images_per_class=InitialLabelsSettings.images_per_class)
     return LoraSpec(
-        labels=LabelsSpec(
-            features=spec.features,
-            split=spec.split,
-            settings=settings,
-            images=earlier,
-            source="all" if spec.paradigm == "ul" else lora.source,
-            code=spec.code_of("labels"),
-        ),
+        labels=_labels(spec, lora, earlier),
         model=spec.generator,
         training=lora.training(),
         size=spec.generation.size,
         code=spec.code_of("lora"),
+    )
+
+
+def _labels(
+    spec: TrialSpec, lora: LoraSettings, images: SyntheticFeaturesSpec | None
+) -> LabelsSpec:
+    settings = spec.initial_labels
+    if images is None:
+        settings = replace(settings, images_per_class=InitialLabelsSettings.images_per_class)
+    return LabelsSpec(
+        features=spec.features,
+        split=spec.split,
+        settings=settings,
+        images=images,
+        source="all" if spec.paradigm == "ul" else lora.source,
+        code=spec.code_of("labels"),
     )
 
 

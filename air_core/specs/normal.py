@@ -11,18 +11,23 @@ from typing import Any
 
 from air_core.specs import (
     AuxiliarySettings,
+    EvidenceSettings,
     FidelitySettings,
     FusionSettings,
     GenerationSettings,
     InitialLabelsSettings,
+    LoraSettings,
     PromptSettings,
     PseudoLabelSettings,
     Ref,
     TrainSettings,
     TrialSpec,
+    fills_bank,
     is_folder,
     trains_on_synthetic,
     uses_auxiliary,
+    uses_evidence,
+    uses_generator,
     uses_images,
 )
 
@@ -68,6 +73,7 @@ IRRELEVANT: tuple[tuple[Any, Any], ...] = (
             "seed": 0,
             "auxiliary": replace(s.auxiliary, refresh=False),
             "fusion": replace(s.fusion, schedule="fixed"),
+            "evidence": replace(s.evidence, schedule="fixed"),
         },
     ),
     (
@@ -77,13 +83,24 @@ IRRELEVANT: tuple[tuple[Any, Any], ...] = (
     (
         # Without pseudo-labels their settings are irrelevant.
         lambda s: s.supervision == "labelled" and s.iterations > 0,
-        lambda s: {"pseudo_labels": PseudoLabelSettings(), "iterations": 1, "transduction": "none"},
+        lambda s: {
+            "pseudo_labels": PseudoLabelSettings(),
+            "iterations": 1,
+            "transduction": "none",
+            "evidence": EvidenceSettings(),
+        },
+    ),
+    (lambda s: not uses_evidence(s), lambda s: {"evidence": EvidenceSettings()}),
+    (
+        lambda s: s.evidence.prune_after is None,
+        lambda s: {"evidence": replace(s.evidence, prune_to=EvidenceSettings.prune_to)},
     ),
     (
         lambda s: s.iterations == 1,
         lambda s: {
             "auxiliary": replace(s.auxiliary, refresh=False),
             "fusion": replace(s.fusion, schedule="fixed"),
+            "evidence": replace(s.evidence, schedule="fixed"),
             "prompt": replace(s.prompt, restart=True),
             "train": replace(s.train, synthetic_schedule="fixed"),
         },
@@ -140,14 +157,33 @@ IRRELEVANT: tuple[tuple[Any, Any], ...] = (
         lambda s: {"train": replace(s.train, synthetic_batch=TrainSettings.synthetic_batch)},
     ),
     (
-        lambda s: not uses_images(s),
+        lambda s: not fills_bank(s),
         lambda s: {
             "images_per_class": 0,
-            "lora": None,
-            "generator": Ref(name="", digest=""),
-            "generation": GenerationSettings(),
+            "images_from": "generator",
             "fidelity": FidelitySettings(),
         },
+    ),
+    (
+        # The control reads the images of a first round, chosen without a diffusion model.
+        lambda s: s.images_from == "lora_images" and not uses_evidence(s),
+        lambda s: {"lora": LoraSettings(source=s.lora.source if s.lora else "all")},
+    ),
+    (
+        lambda s: not uses_generator(s) and s.images_from != "lora_images",
+        lambda s: {"lora": None},
+    ),
+    (
+        lambda s: not uses_generator(s),
+        lambda s: {
+            "generator": Ref(name="", digest=""),
+            "generation": GenerationSettings(),
+        },
+    ),
+    (
+        # Only the size of the LoRA's training images counts.
+        lambda s: not uses_images(s) and (s.lora is None or s.lora.rounds == 1),
+        lambda s: {"generation": GenerationSettings(size=s.generation.size)},
     ),
     (
         lambda s: is_folder(s.generator),
@@ -156,7 +192,10 @@ IRRELEVANT: tuple[tuple[Any, Any], ...] = (
             "generation": GenerationSettings(size=s.generation.size, block=s.generation.block),
         },
     ),
-    (lambda s: s.lora is None, lambda s: {"initial_labels": InitialLabelsSettings()}),
+    (
+        lambda s: s.lora is None and s.images_from != "lora_images",
+        lambda s: {"initial_labels": InitialLabelsSettings()},
+    ),
     (
         lambda s: s.lora is not None and s.lora.rounds == 1,
         lambda s: {

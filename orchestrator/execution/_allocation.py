@@ -36,6 +36,7 @@ class PoolStatistics:
     actors: int
     gpu: bool
     images: int = 0
+    pairs: int = 0  # pairs of image and class whose denoising error was computed
     busy: float = 0.0  # seconds of drawing and encoding, summed over the actors
     seconds: float = 0.0  # wall clock
 
@@ -43,14 +44,22 @@ class PoolStatistics:
         """
         >>> print(PoolStatistics(actors=2, gpu=True, images=640, busy=150.0, seconds=80.0))
         640 images in 80 s, 8.0 a second; GPUs of 2 generators busy 94 % of the time
+        >>> print(PoolStatistics(actors=1, gpu=False, pairs=800, busy=4.0, seconds=8.0))
+        800 denoising errors in 8 s, 100.0 a second; 1 generator busy 50 % of the time
         """
+        done = [(self.images, "images"), (self.pairs, "denoising errors")]
+        parts = [
+            f"{count:,} {noun} in {self.seconds:.0f} s, "
+            f"{count / max(self.seconds, 1e-9):.1f} a second"
+            for count, noun in done
+            if count
+        ]
+        work = "; ".join(parts) or f"nothing in {self.seconds:.0f} s"
         share = self.busy / (self.actors * self.seconds) if self.seconds else 0.0
         prefix = "GPUs of " if self.gpu else ""
         plural = "s" if self.actors > 1 else ""
         return (
-            f"{self.images} images in {self.seconds:.0f} s, "
-            f"{self.images / max(self.seconds, 1e-9):.1f} a second; {prefix}{self.actors} "
-            f"generator{plural} busy {100 * share:.0f} % of the time"
+            f"{work}; {prefix}{self.actors} generator{plural} busy {100 * share:.0f} % of the time"
         )
 
 

@@ -1,8 +1,8 @@
-"""Draws missing blocks of images on a pool of generator actors, by Ray Data.
+"""Makes missing shards of rows on a pool of actors with the diffusion model, by Ray Data.
 
-A shard is one block of one class. Its pixels do not depend on which actor draws it, nor on Ray's
-own blocks. Images and their CLIP features are made in one stream, and each shard is renamed into
-place when it is complete, so that a killed generation resumes with the missing shards.
+A shard is one block of images of a class, or one draw of denoising errors of a block of pool
+images. Its content does not depend on which actor makes it, nor on Ray's own blocks. Each shard is
+renamed into place when it is complete, so that a killed generation resumes with the missing ones.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ import numpy as np
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
-from air_core.specs import SyntheticFeaturesSpec
+from air_core.specs import EvidenceSpec, SyntheticFeaturesSpec
 from orchestrator.cluster.session import record_devices
 from orchestrator.execution._allocation import PoolStatistics, PreparationContext
 from orchestrator.execution._progress import ProgressReporter
 from orchestrator.failures import CLASSES, Failure, classify
-from orchestrator.keys import artifact_key
 from orchestrator.planning import Requirement, artifact_title
 from orchestrator.redact import redact
 from orchestrator.spec.sweep import GeneratorResources
 from orchestrator.stages.context import WorkerContext, limit_gpu_memory
+from orchestrator.stages.evidence import BlockScorer, build_evidence_block
 from orchestrator.stages.image_rows import DEATHS, build_image_block, open_generator
 from orchestrator.store.artifacts import devices
 
@@ -41,19 +41,19 @@ class GeneratorActor:
     """One actor of a pool. It keeps one generator loaded and replaces it when the row changes."""
 
     def __init__(
-        self, rows: Sequence[SyntheticFeaturesSpec], worker: WorkerContext, progress_actor: Any
+        self, requirements: Sequence[Requirement], worker: WorkerContext, progress_actor: Any
     ) -> None:
         import torch
 
         torch.set_num_threads(1)  # one actor a core; more threads would compete for it
         record_devices()
         limit_gpu_memory(devices().get("gpu", 0.0))
-        self.rows, self.worker = rows, worker
+        self.specs, self.worker = [requirement.spec for requirement in requirements], worker
         self.reporters = [
-            ProgressReporter(progress_actor, artifact_title(artifact_key(spec.images)))
-            for spec in rows
+            ProgressReporter(progress_actor, artifact_title(requirement.key))
+            for requirement in requirements
         ]
-        self.loaded: tuple[int, Any] | None = None  # row, generator
+        self.loaded: tuple[int, Any] | None = None  # row, generator or scorer
         self.thrift = 0  # saves memory at the cost of time, see `load_generator`
         self.startup = 0.0  # seconds of loading models for the current block
 
@@ -61,10 +61,10 @@ class GeneratorActor:
         row, c, block = (int(batch[name][0]) for name in ("row", "class", "block"))
         started, self.startup = time.monotonic(), 0.0
         error = failure_class = ""
-        counts: dict[str, float] = {"drawn": 0, "redrawn": 0, "holes": 0, "on_device": 0.0}
+        counts: dict[str, float] = dict(NO_COUNTS)
         self.worker.store.locks.on_wait = self.reporters[row].report_wait
         try:
-            counts = self._draw(row, c, block)
+            counts |= self._make(row, c, block)
         except Exception as problem:  # returned as data: an exception would end the stream
             # Redacted in this process, which knows the secrets.
             error = redact(f"{type(problem).__name__}: {problem}")
@@ -80,29 +80,38 @@ class GeneratorActor:
             **{name: [count] for name, count in (counts | devices()).items()},
         }
 
-    def _draw(self, row: int, c: int, block: int) -> dict[str, float]:
-        """Draw a block. If memory runs out, try again with a generator and an encoder that use
-        less. The number of images in a block stays: it is part of the key."""
+    def _make(self, row: int, c: int, block: int) -> dict[str, float]:
+        """Make a shard. After a lack of memory, try with less: the number of images in a block is
+        part of its key, so it is the generator and the encoder that save memory."""
+        spec = self.specs[row]
         while True:
             try:
                 worker = self.worker.with_smaller_batch(self.thrift)
-                return build_image_block(
-                    self.rows[row], c, block, worker, lambda: self._generator(row)
-                )
+                if isinstance(spec, EvidenceSpec):
+                    return build_evidence_block(spec, c, block, worker, lambda: self._model(row))
+                assert isinstance(spec, SyntheticFeaturesSpec)
+                return build_image_block(spec, c, block, worker, lambda: self._model(row))
             except Exception as problem:
                 if classify(problem) != "oom" or self.thrift == MAX_THRIFT:
                     raise
                 self.thrift, self.loaded = self.thrift + 1, None  # for all later blocks too
 
-    def _generator(self, row: int) -> Any:
+    def _model(self, row: int) -> Any:
         if self.loaded is None or self.loaded[0] != row:
-            started, spec = time.monotonic(), self.rows[row]
+            started, spec = time.monotonic(), self.specs[row]
             self.loaded = None  # free the last LoRA before the next is loaded
-            self.loaded = (row, open_generator(spec.images, self.worker, self.thrift))
-            self.worker.backbone(spec.backbone, spec.precision)  # encodes the block
+            if isinstance(spec, EvidenceSpec):
+                self.loaded = (row, BlockScorer.open(spec, self.worker))
+            else:
+                assert isinstance(spec, SyntheticFeaturesSpec)
+                self.loaded = (row, open_generator(spec.images, self.worker, self.thrift))
+                self.worker.backbone(spec.backbone, spec.precision)  # encodes the block
             self.startup += time.monotonic() - started
         return self.loaded[1]
 
+
+# Numbers of a shard: images drawn, drawn again and given up; pairs of image and class scored.
+NO_COUNTS = {"drawn": 0, "redrawn": 0, "holes": 0, "pairs": 0, "on_device": 0.0}
 
 # Seconds that a larger pool must save, because its actors need up to a minute to start.
 MIN_SAVING = 60.0
@@ -168,15 +177,23 @@ class _Generation:
         pool = PoolStatistics(
             actors=min(self.allocation.pool_size(), len(shards)), gpu=bool(self.want.gpu)
         )
-        rows = [requirement.spec for requirement in self.requirements]
         self.allocation.pool_exceeds_reserve = not beside_trials
         reader = _StreamReader(
-            partial(_stream, shards, rows, self.worker, self.want, pool.actors, self.progress_actor)
+            partial(
+                _stream,
+                shards,
+                self.requirements,
+                self.worker,
+                self.want,
+                pool.actors,
+                self.progress_actor,
+            )
         )
         while (result := (yield from reader.next())) is not None:
             self._take_result(result)
             count, work_seconds = count + 1, work_seconds + result["seconds"]
             pool.images += result["drawn"]
+            pool.pairs += result["pairs"]
             pool.busy += result["on_device"]
             remaining = (len(shards) - count) * work_seconds / count
             if self.stopped or (
@@ -201,9 +218,8 @@ class _Generation:
         }
         unfinished = (s for s in shards if (s["class"], s["block"]) in missing[s["row"]])
         for shard in itertools.islice(unfinished, count):  # Ray Data assigns them in order
-            spec = self.requirements[shard["row"]].spec
-            assert isinstance(spec, SyntheticFeaturesSpec)
-            row = self.worker.store.open_row(spec.images)
+            spec, _ = self.requirements[shard["row"]].rows[0]
+            row = self.worker.store.open_row(spec)
             row.reset_crashes(shard["class"], shard["block"], DEATHS)
 
     def _take_result(self, result: dict[str, Any]) -> None:
@@ -212,9 +228,11 @@ class _Generation:
             self.listener.on_prepared(requirement, result["seconds"], result)
             return
         self.tried.add((result["row"], result["class"], result["block"]))
-        assert isinstance(requirement.spec, SyntheticFeaturesSpec)
-        classname = requirement.spec.images.classnames[result["class"]]
-        message = f"{classname}, block {result['block']}: {result['error']}"
+        spec, c = requirement.spec, result["class"]
+        name = f"draw {c}"
+        if isinstance(spec, SyntheticFeaturesSpec):
+            name = spec.images.classnames[c]
+        message = f"{name}, block {result['block']}: {result['error']}"
         self.errors.setdefault(requirement, []).append((result["failure_class"], message))
         # After a failure such as a full disk, further images could not be stored.
         self.stopped = CLASSES[result["failure_class"]].stops_after == 1
@@ -283,7 +301,7 @@ class _StreamReader:
 
 def _stream(
     shards: Sequence[dict[str, int]],
-    rows: Sequence[Any],
+    requirements: Sequence[Requirement],
     worker: WorkerContext,
     want: GeneratorResources,
     actors: int,
@@ -297,7 +315,7 @@ def _stream(
     with DataContext.current(context):
         return ray.data.from_items(list(shards), override_num_blocks=len(shards)).map_batches(
             GeneratorActor,
-            fn_constructor_args=(rows, replace(worker, device=device), progress_actor),
+            fn_constructor_args=(requirements, replace(worker, device=device), progress_actor),
             batch_size=1,
             compute=ActorPoolStrategy(size=actors),
             num_cpus=want.cpu,

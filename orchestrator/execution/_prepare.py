@@ -51,15 +51,15 @@ def prepare(requirements: Sequence[Requirement], context: PreparationContext) ->
             for requirement in group
             if not any(contains_spec(requirement.spec, spec) for spec in failed)
         ]
-        images = [requirement for requirement in buildable if requirement.stage == "images"]
-        others = [requirement for requirement in buildable if requirement.stage != "images"]
+        rows = [requirement for requirement in buildable if requirement.rows]
+        others = [requirement for requirement in buildable if not requirement.rows]
         failures: list[tuple[Requirement, Failure]] = []
         if others:
             listener.stage = others[-1].stage
             failures = yield from _build_side_by_side(others, context)
-        if images:
-            listener.stage = "images"
-            failures += yield from draw(images, context)
+        if rows:
+            listener.stage = rows[-1].stage
+            failures += yield from draw(rows, context)
         for requirement, failure in failures:
             failed += failed_specs(requirement)
             listener.on_failed(requirement, failure)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from air_core.specs import FeaturesSpec, SyntheticFeaturesSpec
+from air_core.specs import FeaturesSpec
 from orchestrator.errors import DamagedArtifact
 from orchestrator.keys import Stage
 from orchestrator.planning import (
@@ -72,7 +72,7 @@ def _checks(
         possible_trials(unfinished, plan.sweep.seeds.assignments(), resolver)
     )
     for requirement in requirements:
-        if isinstance(requirement.spec, SyntheticFeaturesSpec):
+        if requirement.rows:
             row = store.row(requirement.spec)
             for c, block in requirement.shards():
                 lock = f"{requirement.key.digest}-{c}-{block}"
@@ -89,9 +89,5 @@ def _is_needed_to_draw(
     spec: Stage, requirements: Sequence[Requirement], store: ArtifactStore
 ) -> bool:
     """Whether images are missing that are drawn with this LoRA, or one trained on these labels."""
-    rows = (
-        requirement
-        for requirement in requirements
-        if isinstance(requirement.spec, SyntheticFeaturesSpec)
-    )
+    rows = (requirement for requirement in requirements if requirement.rows)
     return any(contains_spec(row.spec, spec) and row.have(store) < row.total() for row in rows)

@@ -151,7 +151,7 @@ class RunState:
 
     def on_pool_closed(self, pool: PoolStatistics) -> None:
         self.statistics.pools.append(asdict(pool))
-        self.screen.message(f"drew {pool}")
+        self.screen.message(f"computed {pool}")
 
     # ---------------------------------------------------------------- callbacks of TrialScheduler
 

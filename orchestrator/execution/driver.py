@@ -427,18 +427,20 @@ def _report_stopping_failure(state: RunState, scheduler: TrialScheduler) -> int 
 
 
 def _cell_groups(state: RunState, plan: Plan) -> list[list[Cell]]:
-    """Cells that read the same images together. Cells without images come first, then the group
-    that lacks the fewest images."""
+    """Cells that read the same images and denoising errors together. Cells without any come first,
+    then the group that lacks the fewest blocks."""
     groups: dict[tuple[str, ...], list[Cell]] = {}
     missing: dict[tuple[str, ...], int] = {}
     assignments = state.sweep.seeds.assignments()
     store = state.location.store
     for cell in plan.cells:
         requirements = requirements_of(possible_trials([cell], assignments, state.resolver))
-        images = [requirement for requirement in requirements if requirement.stage == "images"]
-        rows = tuple(sorted(str(requirement.key) for requirement in images))
+        row_requirements = [requirement for requirement in requirements if requirement.rows]
+        rows = tuple(sorted(str(requirement.key) for requirement in row_requirements))
         groups.setdefault(rows, []).append(cell)
-        missing[rows] = sum(requirement.total() - requirement.have(store) for requirement in images)
+        missing[rows] = sum(
+            requirement.total() - requirement.have(store) for requirement in row_requirements
+        )
     return [groups[rows] for rows in sorted(groups, key=lambda rows: (bool(rows), missing[rows]))]
 
 

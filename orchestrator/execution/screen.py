@@ -95,7 +95,7 @@ class Screen:
 
     def show_prepared(self, requirement: Requirement) -> None:
         count = self._count(requirement)
-        if requirement.stage != "images" or count[0] == count[1]:
+        if not requirement.rows or count[0] == count[1]:
             self.message(f"{artifact_title(requirement.key)}: ready")
         else:
             self.show_progress(artifact_title(requirement.key), *count)
@@ -180,7 +180,7 @@ class BarScreen(Screen):
         self.bars.stop()
 
     def show_prepared(self, requirement: Requirement) -> None:
-        count = self._count(requirement) if requirement.stage == "images" else [1, 1]
+        count = self._count(requirement) if requirement.rows else [1, 1]
         self.show_progress(artifact_title(requirement.key), *count)
 
     def show_progress(self, name: str, done: int, total: int) -> None:

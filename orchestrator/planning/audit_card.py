@@ -83,7 +83,7 @@ def audit_rows(trials: Iterable[TrialSpec]) -> list[AuditRow]:
             base=None if base is None else replace(spec, images=base),
             features=trial.features,
             splits=(trial.split,),
-            images_per_class=requirement.images_per_class,
+            images_per_class=requirement.images,
             classes=requirement.classes,
         )
         earlier = rows.get(row.name, row)

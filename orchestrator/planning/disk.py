@@ -22,7 +22,7 @@ def bytes_left(plan: Plan, store: ArtifactStore) -> int:
         have, total = requirement.have(store), requirement.total()
         if have and have < total:
             expected += requirement.bytes(store) / have * (total - have)
-        elif not have and requirement.stage != "images":
+        elif not have and not requirement.rows:
             expected += _mean_bytes(store.artifacts / requirement.stage)
     missing = sum(not store.has(slot.spec) for slot in plan.slots) + plan.total - len(plan.slots)
     return round(expected + _mean_bytes(store.artifacts / "trials") * missing)

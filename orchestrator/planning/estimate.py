@@ -18,6 +18,7 @@ from typing import Any
 
 from air_core.seal import sealed_json
 from air_core.specs import (
+    EvidenceSpec,
     FeaturesSpec,
     GeneratedImages,
     LabelsSpec,
@@ -34,7 +35,14 @@ from orchestrator.store.verification import read_cache
 
 HISTORY = "history.json"
 # Seconds of a unit of a stage without measurements: tiny models and digits on one CPU core.
-GUESS = {"features": 8.0, "labels": 1.0, "lora": 0.15, "images": 0.03, "trials": 4.0}
+GUESS = {
+    "features": 8.0,
+    "labels": 1.0,
+    "lora": 0.15,
+    "images": 0.03,
+    "evidence": 0.004,
+    "trials": 4.0,
+}
 
 
 @dataclass(frozen=True)
@@ -138,6 +146,10 @@ def _kind(spec: Any) -> tuple[str, str, float]:
             return "images", kind, images.block_size
         case SyntheticFeaturesSpec(images=images):
             return "images", "ready images", images.block_size
+        case EvidenceSpec():
+            scoring = spec.scoring
+            kind = f"{spec.model.name} {spec.size}px top {scoring.top or 'all'}"
+            return "evidence", kind, spec.block_size
     raise TypeError(type(spec).__name__)
 
 
@@ -233,7 +245,7 @@ def _wall(
         workers = process_capacity(resources.process_resources(stage), machines)
         if not workers:
             return None
-        if stage == "images":
+        if stage in ("images", "evidence"):
             workers = min(workers, resources.generator.actors or workers)
         total += seconds / min(workers, jobs[stage])
     return total

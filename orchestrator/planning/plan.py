@@ -14,13 +14,14 @@ from typing import Any
 
 from air_core.paradigms import seen_unseen
 from air_core.specs import (
-    CodeVersions,
+    EvidenceSpec,
     FeaturesSpec,
     GeneratedImages,
     LabelsSpec,
     LoraSpec,
     SyntheticFeaturesSpec,
     TrialSpec,
+    uses_evidence,
 )
 from air_core.specs.flat import trial_keys
 from air_core.specs.normal import normalised
@@ -50,6 +51,7 @@ READS_IMAGES = (
     "synthetic_weight",
     "auxiliary.source",
     "iterations",
+    "evidence.draws",
 )
 
 
@@ -68,11 +70,11 @@ class Slot:
 
 @dataclass(frozen=True)
 class Requirement:
-    """An artifact that trials read; of a row of images, a number of images per class."""
+    """An artifact that trials read; of a row, a number of images of some classes or draws."""
 
-    spec: FeaturesSpec | LabelsSpec | LoraSpec | SyntheticFeaturesSpec
-    images_per_class: int = 0
-    classes: tuple[int, ...] = ()  # label indices; empty except for a row
+    spec: FeaturesSpec | LabelsSpec | LoraSpec | SyntheticFeaturesSpec | EvidenceSpec
+    images: int = 0  # per class or draw; 0 except for a row
+    classes: tuple[int, ...] = ()  # label indices, or numbers of draws; empty except for a row
 
     @property
     def stage(self) -> str:
@@ -83,35 +85,46 @@ class Requirement:
         spec = self.spec
         return artifact_key(spec.images if isinstance(spec, SyntheticFeaturesSpec) else spec)
 
+    @property
+    def rows(self) -> tuple[tuple[Any, str], ...]:
+        """The rows in the store as (spec, suffix of its shards); empty for other artifacts."""
+        match self.spec:
+            case SyntheticFeaturesSpec():
+                return (self.spec.images, ".parquet"), (self.spec, ".safetensors")
+            case EvidenceSpec():
+                return ((self.spec, ".safetensors"),)
+        return ()
+
     def shards(self) -> list[tuple[int, int]]:
-        """The shards of a row as (class, block), class by class."""
-        assert isinstance(self.spec, SyntheticFeaturesSpec)
-        blocks = range(self.spec.blocks(self.images_per_class))
+        """The shards of a row as (class or draw, block), in the order in which they are made.
+
+        The draws of one block come one after another, since they need the same images.
+        """
+        assert isinstance(self.spec, SyntheticFeaturesSpec | EvidenceSpec)
+        blocks = range(self.spec.blocks(self.images))
+        if isinstance(self.spec, EvidenceSpec):
+            return [(draw, block) for block in blocks for draw in self.classes]
         return list(itertools.product(self.classes, blocks))
 
     def missing(self, store: ArtifactStore) -> list[tuple[int, int]]:
-        """The shards of which images or features are missing."""
-        assert isinstance(self.spec, SyntheticFeaturesSpec)
-        images = store.row(self.spec.images).existing_shards(".parquet")
-        features = store.row(self.spec).existing_shards(".safetensors")
-        return [shard for shard in self.shards() if shard not in images or shard not in features]
+        """The shards of a row of which images, features or errors are missing."""
+        present = [store.row(spec).existing_shards(suffix) for spec, suffix in self.rows]
+        return [shard for shard in self.shards() if not all(shard in some for some in present)]
 
     def have(self, store: ArtifactStore) -> int:
         """Number of parts in the store: shards of a row; 0 or 1 for any other artifact."""
-        if isinstance(self.spec, SyntheticFeaturesSpec):
+        if self.rows:
             return len(self.shards()) - len(self.missing(store))
         return int(store.has(self.spec))
 
     def bytes(self, store: ArtifactStore) -> int:
         """Bytes in the store; of a row, all its shards, even those that are not required here."""
-        specs: list[Any] = [self.spec]
-        if isinstance(self.spec, SyntheticFeaturesSpec):
-            specs.append(self.spec.images)
+        specs = [spec for spec, _ in self.rows] or [self.spec]
         return sum(store.bytes(spec) for spec in specs)
 
     def total(self) -> int:
         """Number of required parts, as `have` counts them."""
-        return len(self.shards()) if isinstance(self.spec, SyntheticFeaturesSpec) else 1
+        return len(self.shards()) if self.rows else 1
 
 
 # Stages in messages and on screens.
@@ -120,6 +133,7 @@ STAGE_TITLES = {
     "labels": "pseudo-labels",
     "lora": "LoRA",
     "images": "image blocks",
+    "evidence": "denoising errors",
 }
 
 
@@ -422,7 +436,7 @@ def requirements_of(trials: Iterable[TrialSpec]) -> list[Requirement]:
             earlier = merged.get(identity, requirement)
             merged[identity] = replace(
                 requirement,
-                images_per_class=max(requirement.images_per_class, earlier.images_per_class),
+                images=max(requirement.images, earlier.images),
                 classes=tuple(sorted({*requirement.classes, *earlier.classes})),
             )
     return list(merged.values())
@@ -437,6 +451,13 @@ def _requirements(trial: TrialSpec) -> Iterator[Requirement]:
     row = trial.synthetic_features
     if row is not None:
         yield from _row_requirements(row, trial.images_per_class, classes)
+    if trial.lora_labels is not None:
+        yield Requirement(trial.lora_labels)
+    evidence = trial.evidence_errors
+    if evidence is not None:
+        if evidence.lora is not None:
+            yield from _lora_requirements(evidence.lora, classes)
+        yield Requirement(evidence, trial.scored_images, tuple(range(trial.evidence.draws)))
     if trial.synthetic_tokens is not None:
         yield Requirement(trial.synthetic_tokens, trial.images_per_class, classes)
     base = trial.base_images
@@ -452,13 +473,17 @@ def _row_requirements(
 ) -> Iterator[Requirement]:
     images = row.images
     if isinstance(images, GeneratedImages) and images.lora is not None:
-        labels = images.lora.labels
-        yield Requirement(labels.features)
-        if labels.images is not None:
-            yield from _row_requirements(labels.images, labels.settings.images_per_class, classes)
-        yield Requirement(labels)
-        yield Requirement(images.lora)
+        yield from _lora_requirements(images.lora, classes)
     yield Requirement(row, images_per_class, classes)
+
+
+def _lora_requirements(lora: LoraSpec, classes: tuple[int, ...]) -> Iterator[Requirement]:
+    labels = lora.labels
+    yield Requirement(labels.features)
+    if labels.images is not None:
+        yield from _row_requirements(labels.images, labels.settings.images_per_class, classes)
+    yield Requirement(labels)
+    yield Requirement(lora)
 
 
 def contains_spec(spec: Any, part: Any) -> bool:
@@ -482,6 +507,8 @@ def build_level(spec: Any) -> int:
             if spec.level == "tokens":  # after the images, which would otherwise be drawn twice
                 return 1 + build_level(replace(spec, level="features"))
             inputs = [images.lora] if isinstance(images, GeneratedImages) else []
+        case EvidenceSpec():
+            inputs = [spec.features, spec.lora]
         case _:
             inputs = []
     return 1 + max((build_level(each) for each in inputs if each is not None), default=0)
@@ -549,15 +576,17 @@ def earlier_results(plan: Plan, location: SweepLocation) -> dict[tuple[str, str]
             if now and before.get(name, now) != now
         ]
         if outdated:
-            changed += [(part, "code") for part in _changed_parts(slot.spec.code, versions)]
+            changed += [(part, "code") for part in _changed_parts(slot.spec, versions)]
         for change in changed:
             earlier[change] = earlier.get(change, 0) + outdated
     return earlier
 
 
-def _changed_parts(now: CodeVersions, before: Mapping[str, str]) -> list[str]:
-    versions = dict(now)
-    return sorted(p for p in {*versions, *before} if versions.get(p) != before.get(p))
+def _changed_parts(spec: TrialSpec, before: Mapping[str, str]) -> list[str]:
+    versions = dict(spec.code)
+    unused = set() if uses_evidence(spec) else {"evidence"}
+    parts = {*versions, *before} - unused
+    return sorted(part for part in parts if versions.get(part) != before.get(part))
 
 
 def _inputs_of(slot: Slot) -> Iterator[tuple[str, str]]:

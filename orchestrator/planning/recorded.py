@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from air_core.specs import SyntheticFeaturesSpec, TrialSpec
+from air_core.specs import TrialSpec
 from orchestrator.errors import StoreRefused
 from orchestrator.keys import Stage, artifact_key
 from orchestrator.planning.plan import (
@@ -128,11 +128,9 @@ def _needed_by_cell(
     trials = [*possible_trials([cell], assignments, resolver), *repeated]
     for requirement in requirements_of(trials):
         spec = requirement.spec
-        if isinstance(spec, SyntheticFeaturesSpec):
-            shards = frozenset(requirement.shards())
-            needed += [(_digest(spec.images), shards), (_digest(spec), shards)]
-        else:
-            needed.append((_digest(spec), frozenset()))
+        shards = frozenset(requirement.shards() if requirement.rows else ())
+        specs = [each for each, _ in requirement.rows] or [spec]
+        needed += [(_digest(each), shards) for each in specs]
     return needed
 
 

@@ -21,7 +21,15 @@ from air_core.datasets.class_folders import class_files
 from air_core.methods import EMBEDDED
 from air_core.paradigms import TooFewImages, split_positions
 from air_core.seal import sealed_json
-from air_core.specs import CodeVersions, Ref, SplitSettings, TrialSpec, reader_of, uses_images
+from air_core.specs import (
+    CodeVersions,
+    Ref,
+    SplitSettings,
+    TrialSpec,
+    reader_of,
+    uses_evidence,
+    uses_generator,
+)
 from air_core.specs.flat import from_flat
 from air_core.tokens import check_room
 from air_core.weights import GENERATORS as PIPELINES
@@ -35,7 +43,7 @@ from air_core.weights import (
 )
 from orchestrator.failures import is_disk_full
 from orchestrator.files import file_digest, file_stamp, write_atomic
-from orchestrator.keys import digest
+from orchestrator.keys import canonical_json, digest
 from orchestrator.store import SweepLocation, read_resolved
 from orchestrator.store.code_version import unlisted_versions
 from orchestrator.store.verification import read_cache
@@ -75,7 +83,7 @@ class Resolver:
         self._refs: dict[tuple[str, str], Ref] = {}
         self._datasets: dict[str, DatasetInput] = {}
         self._labels: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # labels, parts by dataset
-        self._checked_splits: set[tuple[str, SplitSettings]] = set()
+        self._pool_sizes: dict[str, int] = {}  # by `_split_name`
         self._code: dict[str, str] = {}
         self._smallest: dict[str, tuple[int, str]] = {}  # class of the fewest images, by folder
 
@@ -98,11 +106,11 @@ class Resolver:
             refs["test_dataset"] = datasets[-1].ref
         trial = from_flat(flat, refs, dataset.classnames)
         trial = replace(trial, code=self.code_versions([dataset.ref.name for dataset in datasets]))
-        # A trial without images does not need the generator, which may be missing.
-        if uses_images(trial):
+        # A trial that does not use the generator does not need it to exist.
+        if uses_generator(trial):
             trial = replace(trial, generator=self.weights("generator", flat["generator"]))
         self.check(trial, datasets)
-        return trial
+        return self.with_scored_images(trial)
 
     def check(self, trial: TrialSpec, datasets: Sequence[DatasetInput]) -> None:
         """Check that the inputs of a trial are sufficient.
@@ -116,10 +124,16 @@ class Resolver:
             check_room(trial.backbone.name, dataset.classnames, dataset.template, learned)
         if trial.paradigm == "ssl":
             self._check_split(get_dataset(trial.dataset.name), trial.split)
-        if uses_images(trial):
+        if uses_generator(trial):
             if trial.generator.name.startswith("folder:"):
+                if uses_evidence(trial):
+                    raise ValueError(
+                        f"generator {trial.generator.name!r} is a folder of images, but "
+                        "evidence.draws needs a diffusion model; set evidence.draws: 0, or name a "
+                        "diffusers folder"
+                    )
                 self._check_ready_images(trial.generator.name, trial)
-            elif trial.lora is not None:
+            elif trial.lora is not None or uses_evidence(trial):
                 check_lora_fits(generator_folder(trial.generator.name))
 
     def _check_split(self, dataset: Dataset, split: SplitSettings) -> None:
@@ -128,17 +142,25 @@ class Resolver:
         Raises:
             ValueError: a class has too few.
         """
-        if (dataset.name, split) in self._checked_splits:
+        if _split_name(dataset.name, split) in self._pool_sizes:
             return
         if dataset.name not in self._labels:
             examples = dataset.load(self.data_root)
             self._labels[dataset.name] = (examples.labels, examples.parts)
         try:
-            split_positions(*self._labels[dataset.name], split)
+            positions, _ = split_positions(*self._labels[dataset.name], split)
         except TooFewImages as problem:
             name = dataset.classnames[problem.class_index]
             raise ValueError(f"{dataset.name}: {problem}; it is {name!r}") from problem
-        self._checked_splits.add((dataset.name, split))
+        self._pool_sizes[_split_name(dataset.name, split)] = len(positions["pool"])
+
+    def with_scored_images(self, trial: TrialSpec) -> TrialSpec:
+        """Set the number of pool images that the evidence of a trial scores, if it has some."""
+        if not uses_evidence(trial):
+            return trial
+        self._check_split(get_dataset(trial.dataset.name), trial.split)
+        size = self._pool_sizes[_split_name(trial.dataset.name, trial.split)]
+        return replace(trial, scored_images=min(size, trial.evidence.images or size))
 
     def _check_ready_images(self, name: str, trial: TrialSpec) -> None:
         """Check that a folder of ready images has as many per class as the trial reads.
@@ -205,6 +227,7 @@ class Resolver:
             "datasets": {name: asdict(dataset) for name, dataset in self._datasets.items()},
             "weights": {f"{role} {ref.name}": ref.digest for role, ref in weights},
             "code": self._code,
+            "pools": self._pool_sizes,
         }
 
     def weights(self, role: str, name: str) -> Ref:
@@ -272,6 +295,7 @@ class RecordedResolver(Resolver):
         }
         self._weights: Mapping[str, str] = inputs["weights"]
         self.versions = inputs.get("code", {})
+        self._pool_sizes = inputs.get("pools", {})  # earlier versions recorded none
 
     def dataset_by_name(self, name: str) -> DatasetInput:
         """Look up a dataset.
@@ -297,12 +321,26 @@ class RecordedResolver(Resolver):
     def check(self, trial: TrialSpec, datasets: Sequence[DatasetInput]) -> None:
         """Do nothing: the last run checked its trials."""
 
+    def _check_split(self, dataset: Dataset, split: SplitSettings) -> None:
+        """
+        Raises:
+            NotRecorded: no run of the sweep has used this split.
+        """
+        if _split_name(dataset.name, split) not in self._pool_sizes:
+            raise NotRecorded(
+                f"no run of this sweep has used this split of {dataset.name}: {split}"
+            )
+
     def save(self) -> None:
         """Do nothing: no file was read."""
 
 
 class NotRecorded(ValueError):
     """A dataset or weights that no run of a sweep has used."""
+
+
+def _split_name(dataset: str, split: SplitSettings) -> str:
+    return f"{dataset} {canonical_json(asdict(split))}"
 
 
 def _entries(plain: dict[str, Any]) -> dict[str, list[Any]]:

@@ -37,7 +37,7 @@ from orchestrator.planning import Resolver, plan_of, refs_of
 from orchestrator.planning.dataset_text import DatasetText, dataset_licence, recorded_text
 from orchestrator.planning.inputs import spec_json
 from orchestrator.reporting.results import TABLE_COLUMNS, results_of
-from orchestrator.reporting.rows import Row, row_text, tasks_of
+from orchestrator.reporting.rows import Row, is_bound, row_text, tasks_of
 from orchestrator.spec import Cell, SweepSpec
 from orchestrator.spec.sweep_file import only_values
 from orchestrator.store import ArtifactStore, SweepLocation, TrialRecord, read_trial
@@ -87,7 +87,7 @@ def best_trial(sweep: SweepSpec, location: SweepLocation, only: Sequence[str]) -
     plan = plan_of(sweep, location)
     every = results_of(plan, store).rows
     cells = _cells(plan.cells, only_values(sweep, only))
-    candidates = [row for row in every if row.cell in cells]
+    candidates = [row for row in every if row.cell in cells and not is_bound(row.method)]
     if not candidates:
         raise ValueError(_no_candidates(sweep, only, every))
     tasks = tasks_of(candidates)

@@ -31,9 +31,9 @@ from orchestrator.reporting.report_data import ReportData
 from orchestrator.reporting.rows import (
     Row,
     choice_notes,
-    has_images,
     significance_notes,
     task_text,
+    uses_diffusion,
 )
 from orchestrator.reporting.tables import TASK, comparison_lines, table_layout, table_lines
 
@@ -118,16 +118,18 @@ def _tables(lines: Sequence[Mapping[str, str]], note: str = "") -> list[Layout]:
 
 
 def answer(data: ReportData) -> Iterator[Group]:
-    """The best row of each task, and its best row with synthetic images if that is another row."""
+    """The best row of each task, and its best row with a diffusion model if that is another row."""
     results, lines = data.results, table_lines(data.results)
     cards = []
     for task in results.tasks:
         best = results.best(task)
-        with_images = [row for row in results.rows if row.task == task and has_images(row.method)]
+        with_images = [
+            row for row in results.rows if row.task == task and uses_diffusion(row.method)
+        ]
         shown = {"highest mean": best}
-        if with_images and not has_images(best.method):
+        if with_images and not uses_diffusion(best.method):
             top = max(with_images, key=lambda row: row.mean)
-            shown["highest mean with synthetic images"] = top
+            shown["highest mean with a diffusion model"] = top
         for title, row in shown.items():
             [line] = [line for line, r in zip(lines, results.rows, strict=True) if r is row]
             cells = {key: text for key, text in line.items() if text and key not in TASK}
@@ -136,11 +138,11 @@ def answer(data: ReportData) -> Iterator[Group]:
 
 
 def _verdict(data: ReportData) -> str:
-    """One sentence on whether synthetic images help."""
+    """One sentence on whether the diffusion model helps."""
     parts = []
     comparisons = data.results.comparisons
     for role, baseline in (("host", "the host"), ("control", "the control without diffusion")):
-        gains = [c for c in comparisons if c.role == role and has_images(c.row.method)]
+        gains = [c for c in comparisons if c.role == role and uses_diffusion(c.row.method)]
         if gains:
             above = sum(gain.is_significant and gain.difference.mean > 0 for gain in gains)
             below = sum(gain.is_significant and gain.difference.mean < 0 for gain in gains)
@@ -151,7 +153,7 @@ def _verdict(data: ReportData) -> str:
     if all(c.difference.reason_not_tested for c in comparisons):
         return " ".join(significance_notes(comparisons))
     return (
-        f"With synthetic images accuracy is significantly higher {' and '.join(parts)} "
+        f"With the diffusion model accuracy is significantly higher {' and '.join(parts)} "
         f"(p < 0.05, Holm-corrected over {plural(len(comparisons), 'comparison')})."
     )
 

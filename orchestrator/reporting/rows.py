@@ -98,6 +98,8 @@ class Row(Interval):
     protocol: Protocol
     choice: Choice | None = None  # None: the cell has a single point
     pruned: int = 0  # points of the cell that were stopped early
+    # Settings of the method's definition that the sweep changed, where `settings` lacks them.
+    departures: Mapping[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         choice = {} if self.choice is None else self.choice.as_json(self.point)
@@ -149,6 +151,11 @@ class Choice:
 Role = Literal["host", "control"]
 MARKS: dict[Role, str] = {"host": "†", "control": "‡"}
 WORSE = "↓"
+# Images that a bound reads, by `images_from`.
+BOUNDS = {
+    "true_labels": "pool images under their true labels",
+    "shifted_labels": "synthetic images under wrong labels",
+}
 
 COLUMNS = (
     *("dataset", "paradigm", "modality", "method", "settings", "metric", "n", "n_test"),
@@ -309,7 +316,18 @@ def _row(point: Sequence[FinishedTrial], choice: Choice | None) -> Row:
         point=first.point,
         protocol=_protocol(point),
         choice=choice,
+        departures=_departures(first),
     )
+
+
+def _departures(trial: FinishedTrial) -> dict[str, Any]:
+    """Settings that define the method and have another value; without those that vary."""
+    defined = METHODS[trial.method].sets if trial.method in METHODS else {}
+    return {
+        key: trial.flat[key]
+        for key, value in defined.items()
+        if key not in trial.settings and trial.flat.get(key, value) != value
+    }
 
 
 def _protocol(point: Sequence[FinishedTrial]) -> Protocol:
@@ -383,9 +401,18 @@ def baseline_methods(method: str) -> list[tuple[Role, str]]:
     return [(role, name) for role, name in pairs if name is not None]
 
 
-def has_images(method: str) -> bool:
-    """Whether a method uses synthetic images."""
-    return method in METHODS and "images_per_class" not in METHODS[method].pins
+def uses_diffusion(method: str) -> bool:
+    """Whether a method uses a diffusion model: synthetic images or denoising errors."""
+    if method not in METHODS or METHODS[method].is_bound:
+        return False
+    pins = METHODS[method].pins
+    has_images = "images_per_class" not in pins and pins.get("images_from") == "generator"
+    return has_images or "evidence.draws" not in pins
+
+
+def is_bound(method: str) -> bool:
+    """Whether a row bounds what images could gain, and is no method."""
+    return method in METHODS and METHODS[method].is_bound
 
 
 class Results:
@@ -451,8 +478,12 @@ class Results:
         return {c.role: c for c in self.comparisons if c.row is row}
 
     def best(self, task: Task) -> Row:
-        """The row with the highest mean; the first of equal ones."""
-        return max((row for row in self.rows if row.task == task), key=lambda row: row.mean)
+        """The row of a method with the highest mean; the first of equal ones.
+
+        Bounds count only where a task has no method.
+        """
+        rows = [row for row in self.rows if row.task == task]
+        return max(rows, key=lambda row: (not is_bound(row.method), row.mean))
 
     def distinct_trials(self, row: Row) -> dict[tuple[int, int | None], FinishedTrial]:
         """One trial per run of a row, by split and seed; the seed is None where it is ignored."""
@@ -515,6 +546,10 @@ class Results:
 def protocol_notes(rows: Sequence[Row]) -> list[str]:
     """Sentences for a caption: metric, splits and seeds, interval."""
     notes = []
+    for method in dict.fromkeys(row.method for row in rows if is_bound(row.method)):
+        images = BOUNDS[METHODS[method].pins["images_from"]]
+        notes.append(f"{method} is a bound and no method: it reads {images}.")
+    notes += dict.fromkeys(_departure_note(row) for row in rows if row.departures)
     if any(row.metric == "harmonic_mean" for row in rows):
         notes.append("TRZSL: harmonic mean of the accuracies on seen and on unseen classes.")
     kinds = Counter(row.interval for row in rows)
@@ -525,6 +560,17 @@ def protocol_notes(rows: Sequence[Row]) -> list[str]:
             methods = dict.fromkeys(row.method for row in rows if row.interval == kind)
             text += f"; {', '.join(methods)}: {kind.removeprefix('95 % bootstrap ')}"
     return [*notes, splits_and_seeds(rows), text + "."]
+
+
+def _departure_note(row: Row) -> str:
+    """
+    >>> from types import SimpleNamespace
+    >>> print(_departure_note(SimpleNamespace(method="air", departures={"auxiliary.kind": "lda"})))
+    air differs from its definition in auxiliary.kind: lda (prototype).
+    """
+    sets = METHODS[row.method].sets
+    words = ", ".join(f"{key}: {value} ({sets[key]})" for key, value in row.departures.items())
+    return f"{row.method} differs from its definition in {words}."
 
 
 def splits_and_seeds(rows: Sequence[Row]) -> str:

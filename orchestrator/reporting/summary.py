@@ -27,9 +27,9 @@ from orchestrator.reporting.rows import (
     Results,
     choice_notes,
     collapse_notes,
-    has_images,
     protocol_notes,
     significance_notes,
+    uses_diffusion,
 )
 from orchestrator.reporting.tables import comparison_lines, table_lines
 from orchestrator.spec.sweep import option_words
@@ -63,8 +63,8 @@ def summary(
     if not results.rows:
         return "\n".join([*lines, f" {EMPTY}", *_facts(facts, width)])
     lines += _table(table_lines(results), HIDDEN_RESULTS, width)
-    # Comparisons of methods with synthetic images only.
-    gains = [i for i, c in enumerate(results.comparisons) if has_images(c.row.method)]
+    # Comparisons of methods with a diffusion model only.
+    gains = [i for i, c in enumerate(results.comparisons) if uses_diffusion(c.row.method)]
     if gains:
         every = comparison_lines(results)
         lines += _table([every[i] for i in gains[:MAX_COMPARISONS]], HIDDEN_COMPARISONS, width)
@@ -201,7 +201,7 @@ def _image_usage(plan: Plan, location: SweepLocation) -> str:
         if requirement.have(location.store) == requirement.total()
     ]
     rows = [
-        (requirement.images_per_class, requirement.spec.images)
+        (requirement.images, requirement.spec.images)
         for requirement in present
         if isinstance(requirement.spec, SyntheticFeaturesSpec)
     ]

@@ -26,6 +26,7 @@ from orchestrator.reporting.rows import (
     Row,
     choice_notes,
     collapse_notes,
+    is_bound,
     mean_std,
     protocol_notes,
     signed_interval,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("md", "csv", "json", "latex")
 TASK = ("dataset", "paradigm", "modality")  # columns; left out if all rows have the same value
+MANY_IMAGES = 1_000_000  # the largest number of `images needed` that is shown
 
 
 # ---------------------------------------------------------------- one line per row
@@ -177,7 +179,9 @@ def comparison_lines(results: Results) -> list[dict[str, str]]:
 
 def _images_needed(comparison: Comparison) -> str:
     number = None if comparison.is_significant else comparison.difference.images_needed
-    return "" if number is None else f"{number:,}"
+    if number is None:
+        return ""
+    return f"{number:,}" if number <= MANY_IMAGES else f"> {MANY_IMAGES:,}"
 
 
 def _p_value(p: float) -> str:
@@ -284,8 +288,10 @@ def pivot(
     ]
     cells = cells[cells["n"] > 0].astype({"n": int})
     # The best cell of each column and task, if there are at least two to compare.
-    means = cells.groupby([*dict.fromkeys([*across, *TASK])], observed=True)["mean"]
-    best = (means.transform("size") > 1) & (cells["mean"] == means.transform("max"))
+    methods = cells[[not is_bound(row.method) for row in cells["row"]]]
+    means = methods.groupby([*dict.fromkeys([*across, *TASK])], observed=True)["mean"]
+    best = (means.transform("size") > 1) & (methods["mean"] == means.transform("max"))
+    best = best.reindex(cells.index, fill_value=False)
     return Pivot(
         metric=name,
         down=down,

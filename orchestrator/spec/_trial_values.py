@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 import types
 import typing
@@ -25,6 +26,7 @@ from pydantic_core import PydanticKnownError, core_schema
 from air_core.datasets import DATASETS
 from air_core.datasets.dataset import is_template
 from air_core.methods import EMBEDDED, METHODS
+from air_core.specs import EvidenceScoring
 from air_core.specs.flat import trial_keys
 from orchestrator.spec._expressions import compile_when, constants_of, names_of
 from orchestrator.spec.marked_yaml import short_value
@@ -85,7 +87,7 @@ def _value_annotation(name: str) -> Any:
         )
     if name in ("backbone", "generator"):
         return LINE
-    if name in ("generation.template", "lora.caption"):
+    if name in ("generation.template", "evidence.template", "lora.caption"):
         return TEMPLATE
     return _with_limits(TRIAL_KEYS[name].type, name)
 
@@ -184,15 +186,21 @@ IMAGES_DEPEND_ON = (
     *("pool", "pool_size", "pool_ratio", "pool_missing", "leaky_pool"),
     *("initial_labels", "lora", "generator", "generation"),
 )
+# These change the denoising errors of the pool.
+ERRORS_DEPEND_ON = (
+    "evidence.images",
+    *(f"evidence.{field.name}" for field in dataclasses.fields(EvidenceScoring)),
+)
 
 
 def reason_not_searchable(name: str) -> str | None:
     """Why a trial key cannot be searched and where it is set instead; None if it can."""
     if name in ("seed", "split_seed"):
         return "a seed cannot be searched; allowed: list its values under `seeds`"
-    if name.partition(".")[0] in IMAGES_DEPEND_ON:
+    if name.partition(".")[0] in IMAGES_DEPEND_ON or name in ERRORS_DEPEND_ON:
+        made = "denoising errors" if name in ERRORS_DEPEND_ON else "images"
         return (
-            f"`{name}` changes the images, so it cannot be searched; "
+            f"`{name}` changes the {made}, so it cannot be searched; "
             "allowed: values under `grid`, or one value under `fixed`"
         )
     if name in ("method", "modality", "test_dataset"):

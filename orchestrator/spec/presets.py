@@ -30,8 +30,9 @@ WORLDS: dict[tuple[str, str], dict[str, Any]] = {
         "generation.num_inference_steps": 10,
         "generation.size": 32,
         "generation.block": 16,
+        "evidence.precision": "fp32",
+        "evidence.block": 64,
         "fidelity.kind": "none",
-        "auxiliary.kind": "lda",
     },
     ("backbone", "tiny"): {
         "auxiliary.kind": "lda",
@@ -43,12 +44,6 @@ WORLDS: dict[tuple[str, str], dict[str, Any]] = {
         "train.warmup": 0.05,
         "synthetic_weight": 0.0,
     },
-}
-
-# Defaults of one method in one world. With the tiny CLIP the synthetic loss helps only a method of
-# a single round.
-METHOD_WORLDS: dict[tuple[str, str, str], dict[str, Any]] = {
-    ("backbone", "tiny", "air_fpl"): {"synthetic_weight": 0.3},
 }
 
 
@@ -64,8 +59,5 @@ def defaults(method: str, chosen: dict[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = dict(names)
     for (key, value), settings in WORLDS.items():
         if names[key] == value:
-            flat |= settings
-    for (key, value, name), settings in METHOD_WORLDS.items():
-        if names[key] == value and name == method:
             flat |= settings
     return flat | METHODS[method].sets | METHODS[method].pins

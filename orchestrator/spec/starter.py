@@ -34,7 +34,7 @@ name: {name}
 # Each combination of the values under `grid` is a cell: one row of the table.
 grid:
 {methods}
-  method: [zero_shot, fpl, cpl, air, cpl_real]
+  method: [zero_shot, fpl, cpl, air, air_control]
 
 fixed:
 {dataset}
@@ -59,17 +59,18 @@ seeds: [1, 2, 3]
 """
 METHODS = """\
 CLIP without training; two methods that learn from pseudo-labels; AiR, which adds synthetic
-images; and its control, which uses real images instead of synthetic ones."""
+images; and its control, which reads the real images that the LoRA is trained on instead."""
 QUESTION = "Do pseudo-labels, a LoRA and synthetic images improve on plain CLIP for {subject}?"
 COST = (
     "Cost: see `airsweep plan {name}.yaml`; a run with --smoke first makes the estimate possible."
 )
 EXPECT = (
-    "Expect: compare air with cpl_real; a difference whose interval contains 0 is not significant."
+    "Expect: compare air with air_control; a difference whose interval contains 0 is not "
+    "significant."
 )
 FEW = (
     "Expect: with about {tests} test images, differences below 10 points are hardly ever "
-    "significant. Compare air with cpl_real; a difference whose interval contains 0 is not "
+    "significant. Compare air with air_control; a difference whose interval contains 0 is not "
     "significant."
 )
 CLASSNAMES = """\

@@ -120,7 +120,7 @@ class Seeds:
 
     values: SeedEntries
     vary: Annotated[
-        tuple[Literal["seed", "split_seed"], ...],
+        tuple[Literal["seed", "split_seed", "generation.seed"], ...],
         Field(min_length=1, json_schema_extra={"uniqueItems": True}),
     ] = setting(("seed",), "the varied keys; a list in `values` has one number for each of them")
 
@@ -133,10 +133,18 @@ class Seeds:
                 raise validation_error(
                     f"{[*entry]} is not allowed; allowed: [{numbers}]", "values", i
                 )
-            if entry in self.values[:i]:
+            if self._run(entry) in map(self._run, self.values[:i]):
                 raise validation_error(
-                    "the same seeds are listed twice; allowed: once", "values", i
+                    "the same seeds are listed twice; allowed: once (generation.seed alone does "
+                    "not make another run)",
+                    "values",
+                    i,
                 )
+
+    def _run(self, entry: tuple[int, ...]) -> tuple[int, ...]:
+        """The numbers that tables distinguish runs by: seed and split_seed."""
+        named = zip(self.vary, entry, strict=True)
+        return tuple(number for name, number in named if name != "generation.seed")
 
     def assignments(self) -> tuple[dict[str, int], ...]:
         """The settings of each run of a point.
@@ -264,7 +272,7 @@ class Resources:
         match stage:
             case "trials":
                 return self.trial
-            case "lora" | "images":
+            case "lora" | "images" | "evidence":
                 return self.generator
         return self.encoder_resources
 
@@ -431,7 +439,7 @@ def _searched_dimensions(
     """
     free: list[Dimension] = []
     for dimension in spec.space:
-        if dimension.key in METHODS[method].pins:
+        if dimension.key in METHODS[method].pins or METHODS[method].is_bound:
             continue
         if dimension.when:
             depends_on = {other.key for other in free}.intersection(names_of(dimension.when))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from air_core.specs import SplitSettings, TrialSpec
+from air_core.specs import SplitSettings, TrialSpec, fills_bank
 from air_core.specs.normal import normalised
 from orchestrator.keys import artifact_key
 from orchestrator.spec.sweep import ENCODER_BATCH
@@ -158,10 +158,12 @@ class TrialRun:
         reader = store.read_only()
         worker = WorkerContext(reader, device=device, batch=batch)
         target = read_target(spec.features, spec.split, reader, spec.tokens)
-        unseen = target.split.unseen
-        synthetic = _synthetic(spec, unseen, reader) if spec.synthetic_features else None
+        synthetic = _bank(spec, target, reader)
         backbone = worker.backbone(spec.backbone, spec.precision)
         self.data = trial_data(spec, target, backbone, synthetic)
+        if spec.evidence_errors is not None:
+            errors = _evidence(spec, reader)
+            self.data = replace(self.data, evidence=errors)
         self.true_labels = target.labels[target.split.pool]
         self.test_index = target.split.test
         self.curves = {name: list(values) for name, values in begun.curves.items()}
@@ -260,6 +262,8 @@ class TrialRun:
         if not curves:  # without training, every pool image keeps its first label
             metrics |= {"pseudo/accuracy": pool_accuracy, "pseudo/coverage": 1.0}
         metrics["pool/accuracy_fused"] = pool_accuracy
+        if data.evidence is not None:
+            metrics["pool/accuracy_evidence"] = self._evidence_accuracy(data.evidence)
         metrics |= _test_metrics(result.test)
         metrics |= {f"test/accuracy_{name}": share for name, share in result.inference.items()}
         metrics |= {f"objective/{name}": value for name, value in result.objectives.items()}
@@ -278,6 +282,15 @@ class TrialRun:
         if self._max_replicas() > 1:
             info["replicas"] = self._max_replicas()
         return info
+
+    def _evidence_accuracy(self, errors: Tensor) -> float:
+        """Share of the scored pool images whose smallest mean error is that of the true class."""
+        from air_core.evidence import mean_scores
+
+        scores, unseen = mean_scores(errors), self.data.unseen
+        predicted = scores.argmax(dim=1) if unseen is None else unseen[scores.argmax(dim=1)]
+        right = predicted == self.true_labels
+        return float(right[scores.isfinite().any(dim=1)].double().mean())
 
 
 def balance(labels: Tensor, data: TrialData) -> float:
@@ -406,11 +419,79 @@ def _test_metrics(metrics: Metrics) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+def _bank(spec: TrialSpec, target: Target, reader: ArtifactStore) -> Labelled | None:
+    """The images that `images_from` names, the first of each class; None: the trial reads none.
+
+    The ceiling alone reads true labels of the pool: it is a bound and no method.
+    """
+    if not fills_bank(spec):
+        return None
+    unseen = target.split.unseen
+    match spec.images_from:
+        case "lora_images":
+            images = _lora_images(spec, target, reader)
+        case "true_labels":
+            images = target.labelled(target.split.pool)
+        case _:
+            return _synthetic(spec, unseen, reader)
+    names = target.text.classnames
+    classes = range(len(names)) if unseen is None else unseen.tolist()
+    lacking = sorted(set(classes) - set(images.labels.tolist()))
+    if lacking:
+        raise ValueError(
+            f"the pool of {len(target.split.pool)} images has none for class "
+            f"{names[lacking[0]]!r} (images_from: {spec.images_from}); use a larger pool, or leave "
+            "the control and the bounds of AiR out"
+        )
+    return _first_of_each_class(images.of(unseen), spec.images_per_class, spec.split_seed)
+
+
 def _synthetic(spec: TrialSpec, unseen: Tensor | None, reader: ArtifactStore) -> Labelled:
-    """The images that the trial reads; in TRZSL only those of unseen classes."""
+    """Synthetic images; in TRZSL only those of unseen classes."""
+    from air_core.types import Labelled
     from orchestrator.stages.image_rows import read_synthetic
 
     classes = None if unseen is None else unseen.tolist()
     row, tokens = spec.synthetic_features, spec.synthetic_tokens
     assert row is not None
-    return read_synthetic(row, spec.images_per_class, reader, classes, tokens)
+    images = read_synthetic(row, spec.images_per_class, reader, classes, tokens)
+    if spec.images_from != "shifted_labels":
+        return images
+    import torch
+
+    present = torch.tensor(sorted(set(images.labels.tolist())))
+    shifted = present.roll(-1)[torch.searchsorted(present, images.labels)]
+    return Labelled(images.batch, shifted)
+
+
+def _lora_images(spec: TrialSpec, target: Target, reader: ArtifactStore) -> Labelled:
+    """The images that a LoRA is trained on, with the labels of its captions."""
+    import torch
+    from safetensors.numpy import load_file
+
+    from air_core.types import Labelled
+
+    assert spec.lora_labels is not None
+    selected = load_file(reader.get(spec.lora_labels).path / "labels.safetensors")
+    batch = target.batch(torch.from_numpy(selected["index"]))
+    return Labelled(batch, torch.from_numpy(selected["labels"]))
+
+
+def _first_of_each_class(images: Labelled, count: int, seed: int) -> Labelled:
+    """At most `count` images of each class, in an order that the seed determines."""
+    import torch
+
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    shuffled = images[order]
+    members = [
+        (shuffled.labels == c).nonzero().flatten() for c in sorted(set(images.labels.tolist()))
+    ]
+    return shuffled[torch.cat([of_class[:count] for of_class in members])]
+
+
+def _evidence(spec: TrialSpec, reader: ArtifactStore) -> Tensor:
+    from orchestrator.stages.evidence import read_evidence
+
+    assert spec.evidence_errors is not None
+    settings = spec.evidence
+    return read_evidence(spec.evidence_errors, settings.draws, settings.images, reader)

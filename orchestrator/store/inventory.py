@@ -20,7 +20,11 @@ from orchestrator.store.backends import RECORD, stored_name
 from orchestrator.store.buckets import Entry, run_concurrently
 from orchestrator.store.verification import parse_record
 
-SHARDS = {"images": ".parquet", "synthetic": ".safetensors"}  # by stage whose artifacts are rows
+SHARDS = {
+    "images": ".parquet",
+    "synthetic": ".safetensors",
+    "evidence": ".safetensors",
+}  # by stage whose artifacts are rows
 UNKNOWN = "unknown"  # owner of a file without a recorded user
 
 
@@ -77,6 +81,8 @@ class Holding:
         if self.stage not in SHARDS:
             found: int | None = self.record.get("info", {}).get("images")
             return found
+        if self.stage == "evidence":
+            return None
         spec = self.record.get("spec", {})
         spec = spec.get("images", spec)
         block: int | None = spec.get("block") or spec.get("settings", {}).get("block")

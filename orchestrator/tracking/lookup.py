@@ -13,7 +13,7 @@ from typing import Any
 
 from air_core.datasets import get_dataset
 from air_core.specs import CodeVersions, Ref, TrialSpec
-from air_core.specs.flat import from_flat, trial_keys
+from air_core.specs.flat import DERIVED, from_flat, trial_keys
 from air_core.specs.normal import normalised
 from orchestrator.keys import artifact_key
 from orchestrator.planning.inputs import REFS
@@ -144,7 +144,7 @@ def _settings_and_digests(resolved: dict[str, Any]) -> tuple[dict[str, Any], dic
     """Split the content of `spec.json` into settings and digests of inputs."""
     names = {f"{name}.digest": name for name in REFS}
     digests = {names[key]: value for key, value in resolved.items() if key in names and value}
-    left_out = {"key", "classnames", "code", *names}
+    left_out = {"key", *DERIVED, *names}
     return {key: value for key, value in resolved.items() if key not in left_out}, digests
 
 

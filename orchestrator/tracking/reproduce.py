@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from air_core.datasets import get_dataset
-from air_core.specs import FeaturesSpec, FolderImages, SyntheticFeaturesSpec, TrialSpec
+from air_core.specs import (
+    EvidenceSpec,
+    FeaturesSpec,
+    FolderImages,
+    SyntheticFeaturesSpec,
+    TrialSpec,
+)
 from orchestrator.git import commit, diff_digest, uncommitted_diff
 from orchestrator.keys import artifact_key
 from orchestrator.planning import Requirement, Resolver, artifact_title, refs_of, requirements_of
@@ -169,7 +175,7 @@ def repro(
         now = artifact_key(spec)
         result.inputs["recipe"] = (past.key[:12], f"{now.stage}/v{now.recipe} {now.digest[:12]}")
         result.notes.append("this version of the code computes these settings differently")
-    requirements = _requirements(spec)
+    requirements = _requirements(resolver.with_scored_images(spec))
     for name, ref in refs_of(spec).items():
         current = _current_digest(name, ref.name, resolver)
         stored = all(
@@ -203,7 +209,7 @@ def repro(
 def _requirements(spec: TrialSpec) -> list[Requirement]:
     """The artifacts that the trial reads, without the artifacts that those were made from."""
     features = (spec.features, spec.tokens, spec.test_features, spec.test_tokens)
-    rows = (spec.synthetic_features, spec.synthetic_tokens)
+    rows = (spec.synthetic_features, spec.synthetic_tokens, spec.evidence_errors, spec.lora_labels)
     return [
         requirement
         for requirement in requirements_of([spec])
@@ -215,6 +221,8 @@ def _read_by(requirement: Requirement) -> tuple[str, ...]:
     """The settings that name the inputs of an artifact."""
     if isinstance(requirement.spec, SyntheticFeaturesSpec):
         return ("generator", "backbone")
+    if isinstance(requirement.spec, EvidenceSpec):
+        return ("generator", "dataset", "backbone")
     return ("dataset", "test_dataset", "backbone")
 
 
@@ -232,7 +240,7 @@ def _current_digest(setting: str, name: str, resolver: Resolver) -> str:
 
 def _is_stored(requirement: Requirement, store: ArtifactStore) -> bool:
     """Whether the store has an artifact. Of a row the features suffice: a trial reads no image."""
-    if isinstance(requirement.spec, SyntheticFeaturesSpec):
+    if requirement.rows:
         return set(requirement.shards()) <= store.row(requirement.spec).existing_shards(
             ".safetensors"
         )
@@ -265,7 +273,7 @@ def _recompute(
 
 
 def _link(requirement: Requirement, store: ArtifactStore, scratch: ArtifactStore) -> None:
-    if isinstance(requirement.spec, SyntheticFeaturesSpec):
+    if requirement.rows:
         store.row(requirement.spec).pull(requirement.shards(), ".safetensors")
     else:
         store.get(requirement.spec)

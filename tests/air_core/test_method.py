@@ -16,15 +16,18 @@ from PIL import Image
 
 from air_core.classifiers import LinearClassifier, text_classifier
 from air_core.datasets import get_dataset
+from air_core.evidence import mean_scores
 from air_core.method import (
     MIN_FADED,
     START,
     Callback,
     Round,
+    Trial,
     TrialData,
     TrialStopped,
     build_auxiliary,
     faded,
+    fused,
     learn,
 )
 from air_core.methods import METHODS
@@ -60,8 +63,19 @@ def worlds(tiny_clip, drawn_digits) -> dict[str, TrialData]:
             validation=every[split.validation],
             test=every[split.test],
             synthetic=drawn,
+            evidence=errors_for(every.labels[split.pool], split.unseen),
         )
     return found
+
+
+def errors_for(labels: torch.Tensor, unseen: torch.Tensor | None) -> torch.Tensor:
+    """Denoising errors of two draws that know most labels; half of the pool is not scored."""
+    columns = labels if unseen is None else torch.searchsorted(unseen, labels)
+    width = 10 if unseen is None else len(unseen)
+    errors = torch.rand(2, len(labels), width, generator=torch.Generator().manual_seed(0))
+    errors -= 0.6 * torch.nn.functional.one_hot(columns, width)
+    errors[:, ::2] = torch.nan
+    return errors
 
 
 def encoded(clip: Any, images: Any) -> Batch:
@@ -86,7 +100,9 @@ def spec(trial, drawn_digits) -> Any:
         pins = METHODS[method].pins
         settings = {name: value for name, value in QUICK.items() if name not in pins}
         if "images_per_class" not in pins:
-            settings |= {"generator": f"folder:{drawn_digits}", "images_per_class": 16}
+            settings |= {"images_per_class": 16}
+            if "evidence.draws" in pins:
+                settings |= {"generator": f"folder:{drawn_digits}"}
         made: TrialSpec = normalised(trial(method, **{**settings, **changes}))
         return made
 
@@ -223,7 +239,7 @@ def test_trial_data_hold_no_label_of_a_pool_image():
     kinds = typing.get_type_hints(TrialData)
     assert {f.name for f in dataclasses.fields(TrialData)} == {
         *("backbone", "classnames", "template", "pool", "labelled", "unseen", "validation"),
-        *("test", "synthetic"),
+        *("test", "synthetic", "evidence"),
     }
     assert kinds["pool"] is Batch
     assert [f.name for f in dataclasses.fields(Batch)] == ["features", "tokens"]
@@ -310,7 +326,7 @@ def test_every_method_runs_in_every_paradigm_that_it_is_defined_in(spec, worlds,
 
 @pytest.mark.parametrize(
     ("method", "modality", "paradigm"),
-    [(m, "text", p) for m in ("fpl", "cpl", "air", "cpl_real") for p in PARADIGMS]
+    [(m, "text", p) for m in ("fpl", "cpl", "air", "cpl_real_evidence") for p in PARADIGMS]
     + [("air", "visual", "trzsl")],
 )
 def test_test_labels_change_no_prompt_and_no_objective(spec, worlds, method, modality, paradigm):
@@ -438,13 +454,19 @@ def test_a_class_that_no_image_prefers_has_real_images_too(spec, digits):
     text = text_classifier(digits.backbone, digits.classnames, digits.template)
     others = text.logits(digits.pool).argmax(dim=-1) != 3
     few = replace(digits, pool=Batch(digits.pool.features[others][:50]))
-    assert isinstance(build_auxiliary(spec("cpl_real"), few, text, text, None, 0), LinearClassifier)
+    assert isinstance(
+        build_auxiliary(spec("cpl_real"), few, text, text, None, None, 0), LinearClassifier
+    )
 
 
 def test_real_images_join_by_steps(spec, digits):
     text = text_classifier(digits.backbone, digits.classnames, digits.template)
-    grown = build_auxiliary(spec("cpl_real", auxiliary__k_step=8), digits, text, text, None, 2)
-    plain = build_auxiliary(spec("cpl_real", auxiliary__k=32 + 16), digits, text, text, None, 0)
+    grown = build_auxiliary(
+        spec("cpl_real", auxiliary__k_step=8), digits, text, text, None, None, 2
+    )
+    plain = build_auxiliary(
+        spec("cpl_real", auxiliary__k=32 + 16), digits, text, text, None, None, 0
+    )
     assert torch.equal(grown.weight, plain.weight)
 
 
@@ -478,3 +500,34 @@ def test_metrics_on_digits_equal_the_golden_ones(trial, digits):
     assert found.keys() == golden.keys()
     for method, metrics in found.items():
         assert metrics == pytest.approx(golden[method], abs=0.01), method
+
+
+# ---------------------------------------------------------------- denoising evidence
+
+
+def test_evidence_changes_pseudo_labels_of_scored_images_and_no_test_score(spec, worlds):
+    data = worlds["ul"]
+    without, _ = watched(spec("cpl", iterations=1), data)
+    with_evidence, _ = watched(spec("cpl_evidence", iterations=1), data)
+    none, _ = watched(spec("cpl_evidence", iterations=1, evidence__weight=0.0), data)
+    assert torch.equal(none.pool_predictions, without.pool_predictions)
+    changed = with_evidence.pool_predictions != without.pool_predictions
+    assert changed[1::2].any()
+    only = watched(spec("cpl_evidence", iterations=1, evidence__weight=1.0), data)[0]
+    scores = mean_scores(data.evidence)
+    assert torch.equal(only.pool_predictions[1::2], scores.argmax(dim=1)[1::2])
+
+
+def test_evidence_of_an_annealed_weight_has_none_in_the_last_round(spec, worlds):
+    settings = {"iterations": 2, "evidence__schedule": "annealed"}
+    annealed = Trial(spec("cpl_evidence", **settings), worlds["ul"])
+    weights = [
+        fused(annealed.spec, annealed.data, annealed.teacher, None, annealed.evidence, t)
+        for t in (0, 1)
+    ]
+    assert [classifier.evidence_weight for classifier in weights] == [0.3, 0.0]
+
+
+def test_evidence_that_is_missing_is_an_error(spec, worlds):
+    with pytest.raises(ValueError, match="the data have no denoising errors"):
+        learn(spec("cpl_evidence"), replace(worlds["ul"], evidence=None))

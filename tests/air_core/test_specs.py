@@ -42,6 +42,7 @@ BOTH = {"auxiliary.source": "both", "auxiliary.refresh": True}
 BOTH_BUT_NO_IMAGES = {"auxiliary.source": "both", "images_per_class": 0}
 NO_LORA = {"lora": None}
 GROWING = {"pseudo_labels.growth": "growing"}
+EVIDENCE = {"evidence.draws": 4}
 
 
 def trial(refs: dict[str, Ref] = REFS, **flat: Any) -> TrialSpec:
@@ -164,6 +165,17 @@ WITHOUT_EFFECT = [
     ({"pseudo_labels.kind": "threshold"}, "pseudo_labels.growth", "fixed", "growing"),
     ({}, "prompt.depth", "shallow", "deep"),
     ({}, "prompt.init", "normal", "uniform"),
+    ({}, "evidence.weight", 0.3, 0.7),
+    (EVIDENCE, "evidence.prune_to", 2, 3),
+    ({**ONE_ROUND, **EVIDENCE}, "evidence.schedule", "fixed", "annealed"),
+    ({**NO_ROUND, **EVIDENCE}, "evidence.schedule", "fixed", "annealed"),
+    ({"paradigm": "ssl", "supervision": "labelled"}, "evidence.draws", 0, 4),
+    (NO_IMAGES, "generation.size", 32, 64),
+    (NO_IMAGES, "images_from", "generator", "true_labels"),
+    ({"images_from": "lora_images"}, "lora.rank", 4, 8),
+    ({"images_from": "true_labels"}, "lora.rank", 4, 8),
+    ({"images_from": "true_labels"}, "generation.guidance_scale", 4.0, 7.5),
+    ({**NO_IMAGES, **EVIDENCE, "lora.rounds": 1}, "generation.guidance_scale", 4.0, 7.5),
 ]
 
 
@@ -341,7 +353,8 @@ SWITCHES = {
     *("iterations", "images_per_class", "fusion_weight", "synthetic_weight", "lora.rounds"),
     *("auxiliary.source", "auxiliary.refresh", "fidelity.kind", "pseudo_labels.growth"),
     *("pseudo_labels.kind", "train.steps", "supervision", "paradigm", "train.mix"),
-    *("auxiliary.kind", "auxiliary.temperature", "modality"),
+    *("auxiliary.kind", "auxiliary.temperature", "modality", "images_from"),
+    *("evidence.draws", "evidence.prune_after"),
 }
 
 

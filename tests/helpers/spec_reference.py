@@ -65,10 +65,6 @@ def _worlds() -> str:
         [f"`{key}: {value}`", _several(settings)]
         for (key, value), settings in presets.WORLDS.items()
     ]
-    lines += [
-        [f"`{key}: {value}` and `method: {name}`", _several(settings)]
-        for (key, value, name), settings in presets.METHOD_WORLDS.items()
-    ]
     return _table(("with", "defaults"), lines)
 
 

@@ -256,7 +256,7 @@ def test_methods_without_images_need_features_only(world):
 def test_a_trial_with_images_needs_their_inputs_in_build_order():
     requirements = requirements_of([trial(lora__rounds=1)])
     assert stages(requirements) == ["features", "labels", "lora", "images", "images"]
-    assert [requirement.images_per_class for requirement in requirements[-2:]] == [
+    assert [requirement.images for requirement in requirements[-2:]] == [
         120,
         BASE_PER_CLASS,
     ]
@@ -267,7 +267,7 @@ def test_a_second_lora_round_needs_the_images_of_the_first():
     requirements = requirements_of([trial(lora__rounds=2, initial_labels__images_per_class=40)])
     first = ["features", "labels", "lora", "images"]
     assert stages(requirements) == [*first, "labels", "lora", "images", "images"]
-    assert requirements[3].images_per_class == 40
+    assert requirements[3].images == 40
     assert requirements[4].spec.images == requirements[3].spec
     assert [build_level(requirement.spec) for requirement in requirements] == [
         1,
@@ -298,7 +298,7 @@ def test_a_sweep_of_counts_needs_only_the_largest(order):
         for requirement in requirements_of(trial(images_per_class=n, lora=None) for n in order)
         if requirement.stage == "images"
     )
-    assert row.images_per_class == 120
+    assert row.images == 120
     assert len(row.shards()) == 8 * len(CLASSES)  # ceil(120 / 16) blocks a class
 
 
@@ -314,12 +314,11 @@ def test_a_sweep_of_counts_needs_only_the_largest(order):
 )
 def test_a_search_needs_the_images_that_any_of_its_points_may_read(world, dimension, images):
     search = Search(points=3, space=(dimension,))
-    fixed = {} if dimension.key == "images_per_class" else {"images_per_class": 16}
+    fixed = {"images_per_class": 16, "synthetic_weight": 0.0}
+    fixed.pop(dimension.key, None)
     plan = world.plan(world.sweep("air", search=search, fixed=fixed))
     assert [
-        requirement.images_per_class
-        for requirement in plan.requirements
-        if requirement.stage == "images"
+        requirement.images for requirement in plan.requirements if requirement.stage == "images"
     ] == images
 
 

@@ -126,7 +126,7 @@ def test_metrics_other_than_accuracy_have_no_marks() -> None:
     _, _, *lines = cells(text(found, "md"))
     assert [line[0] for line in lines] == [
         "air",
-        "cpl_real",
+        "air_control",
     ]  # the others have no auxiliary classifier
     assert lines[0][1].startswith("**76.0 ± ")
     assert "†" not in text(found, "md")

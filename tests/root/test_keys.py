@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from air_core.methods import EMBEDDED, METHODS
 from air_core.specs import (
     AuxiliarySettings,
+    EvidenceScoring,
     FeaturesSpec,
     FolderImages,
     GeneratedImages,
@@ -220,10 +222,31 @@ def test_a_setting_changes_its_stage_and_later_stages_only(name):
     different = {stage for stage in before if before[stage] != after.get(stage)}
     if name in FIRST:
         assert different == set(STAGES[STAGES.index(FIRST[name]) :])
-    elif name == "auxiliary.source":  # without synthetic images their stages are missing
+    elif name in (
+        "auxiliary.source",
+        "images_from",
+    ):  # without synthetic images their stages are missing
         assert "features" not in different
     else:
         assert different <= {"trials"}
+
+
+def test_errors_depend_on_scoring_and_lora_and_neither_on_draws_nor_on_their_use():
+    base = trial(evidence__draws=2)
+    scoring = {f.name for f in dataclasses.fields(EvidenceScoring)}
+    for name in trial_keys():
+        head, _, setting = name.partition(".")
+        if head == "evidence":
+            changes = {
+                "evidence__draws": 2,
+                name.replace(".", "__"): other_value(name, to_flat(base)[name]),
+            }
+            context = {"evidence__prune_after": 1} if setting == "prune_to" else {}
+            before, after = trial(evidence__draws=2, **context), trial(**{**changes, **context})
+            assert artifact_key(after) != artifact_key(before), name
+            same = before.evidence_errors == after.evidence_errors
+            assert same == (setting not in scoring), name
+    assert trial(evidence__draws=2, lora__rank=3).evidence_errors != base.evidence_errors
 
 
 # ---------------------------------------------------------------- recipes

@@ -34,16 +34,13 @@ def test_every_key_of_the_tables_is_a_trial_key():
     for (key, _), settings in presets.WORLDS.items():
         assert key in EMBEDDED
         assert settings.keys() <= keys.keys()
-    for (key, _, method_name), settings in presets.METHOD_WORLDS.items():
-        assert key in EMBEDDED
-        assert method_name in METHODS
-        assert settings.keys() <= keys.keys()
 
 
 def test_a_method_with_zero_images_per_class_uses_no_images():
     for name, method in METHODS.items():
         spec = from_flat(presets.defaults(name, {}), REFS, ("a",))
-        assert uses_images(spec) == (method.pins.get("images_per_class") != 0), name
+        other = method.pins["images_from"] in ("lora_images", "true_labels")
+        assert uses_images(spec) == (method.pins.get("images_per_class") != 0 and not other), name
 
 
 def test_a_method_with_images_differs_from_its_host_only_in_images():
@@ -56,5 +53,11 @@ def test_a_method_with_images_differs_from_its_host_only_in_images():
 
 
 def test_defaults_depend_on_the_selected_weights():
-    assert presets.defaults("air", {})["auxiliary.kind"] == "lda"
-    assert "auxiliary.kind" not in presets.defaults("air", OTHER_WORLD)
+    assert presets.defaults("cpl_real", {})["auxiliary.kind"] == "lda"
+    assert "auxiliary.kind" not in presets.defaults("cpl_real", OTHER_WORLD)
+
+
+def test_air_has_one_structure_in_every_world():
+    structure = METHODS["air"].sets
+    assert structure.items() <= presets.defaults("air", {}).items()
+    assert structure.items() <= presets.defaults("air", OTHER_WORLD).items()

@@ -59,7 +59,7 @@ def test_a_grid_starts_with_the_default_point():
     [
         (COUNTS, {}, 40),  # 120 is the default, 40 the nearest
         (COUNTS, {"images_per_class": 22}, 20),
-        (KINDS, {}, "lda"),
+        (KINDS, {}, "prototype"),
         (Dimension(key="fusion_weight", min=0.0, max=1.0), {}, 0.5),
         (Dimension(key="fusion_weight", min=0.6, max=0.9), {}, 0.6),
         (Dimension(key="images_per_class", min=8, max=64), {}, 64),
@@ -76,7 +76,7 @@ def test_the_default_point_is_the_setting_of_the_cell_or_the_nearest_in_the_spac
 
 
 def test_no_default_point_exists_if_a_setting_is_not_in_the_space():
-    only = Dimension(key="fidelity.kind", values=("class_mean",))
+    only = Dimension(key="fidelity.kind", values=("text",))
     assert default_params(cell(only, COUNTS, sampler="tpe")) == {}
 
 

@@ -16,7 +16,7 @@ from orchestrator.spec.starter import write_starter
 from orchestrator.store import ArtifactStore, SweepLocation
 from tests.helpers.sweeps import airsweep, table
 
-METHODS = ["zero_shot", "fpl", "cpl", "air", "cpl_real"]
+METHODS = ["zero_shot", "fpl", "cpl", "air", "air_control"]
 
 
 def draw(home: Path, counts: dict[str, int]) -> Path:

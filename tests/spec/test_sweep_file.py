@@ -163,12 +163,13 @@ def test_the_first_key_of_the_grid_varies_slowest_and_excluded_cells_are_missing
 
 def test_the_order_of_precedence_is_default_world_preset_fixed_grid(tmp_path):
     grid = "grid:\n  method: [air, cpl]\n  iterations: [2, 3]\n"
-    fixed = "fixed: {auxiliary.kind: prototype, images_per_class: 9}\n"
+    fixed = "fixed: {auxiliary.kind: lda, images_per_class: 9}\n"
     first, *_, last = cells_of(load(tmp_path, HEAD + grid + fixed))
     assert first.flat["fidelity.keep"] == 16  # default
-    assert first.flat["fidelity.kind"] == "none"  # world
+    assert first.flat["lora.rank"] == 8  # world
+    assert first.flat["fidelity.kind"] == "class_mean"  # method, against the world
     assert first.flat["pseudo_labels.kind"] == "candidates"  # preset
-    assert first.flat["auxiliary.kind"] == "prototype"  # fixed, against the world
+    assert first.flat["auxiliary.kind"] == "lda"  # fixed, against the method
     assert first.flat["iterations"] == 2  # grid
     assert last.flat["images_per_class"] == 0  # pinned by cpl, against fixed
 
@@ -543,12 +544,13 @@ BAD = {
     ),
     # lda with one image per class
     "one image per class in the grid": (
-        HEAD + "grid:\n  images_per_class: [1, 4]\nfixed: {method: air}\n",
+        HEAD + "grid:\n  images_per_class: [1, 4]\nfixed: {method: air, auxiliary.kind: lda}\n",
         "4:3",
         ["auxiliary.kind lda", ">= 2", "prototype"],
     ),
     "one image per class in the space": (
-        SEARCH + "    images_per_class: {min: 1, max: 9}\n",
+        SEARCH.replace("air", "air, auxiliary.kind: lda")
+        + "    images_per_class: {min: 1, max: 9}\n",
         "7:5",
         ["auxiliary.kind lda", ">= 2"],
     ),
@@ -573,6 +575,16 @@ BAD = {
         AIR + "seeds: {values: [1], vary: [split]}\n",
         "4:29",
         ["seed, split_seed", "did you mean split_seed?"],
+    ),
+    "runs that only the noise of the images distinguishes": (
+        AIR + "seeds: {values: [[1, 5], [1, 6]], vary: [seed, generation.seed]}\n",
+        "4:26",
+        ["listed twice", "generation.seed alone does not make another run"],
+    ),
+    "a search over the denoising errors": (
+        SEARCH + "    evidence.top: {values: [2, 5]}\n",
+        "7:5",
+        ["`evidence.top` changes the denoising errors", "cannot be searched", "grid"],
     ),
     "too many seeds in one": (AIR + "seeds: [[1, 2]]\n", "4:9", ["allowed: [a number]"]),
     "wall without unit": (
@@ -615,7 +627,7 @@ def test_an_error_names_its_position_and_the_allowed_values(tmp_path, text, posi
         assert fragment in message
 
 
-@pytest.mark.parametrize("key", ["generation.template", "lora.caption"])
+@pytest.mark.parametrize("key", ["generation.template", "evidence.template", "lora.caption"])
 @pytest.mark.parametrize(
     "text",
     ["a photo of a {0.__class__}", "{!r}", "{} {}", "no slot", "{:>10}", "{} {{}}", "{name}"],

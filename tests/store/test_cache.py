@@ -77,7 +77,7 @@ class World:
         plan = plan_sweep(sweep, self.store, resolver, event_log)
         for requirement in plan.requirements:
             if isinstance(requirement.spec, SyntheticFeaturesSpec):
-                count = requirement.images_per_class + more * (requirement.images_per_class > 8)
+                count = requirement.images + more * (requirement.images > 8)
                 self.draw(requirement.spec, requirement.classes, requirement.spec.blocks(count))
             else:
                 self.store.get_or_build(requirement.spec, filled(FILES[requirement.stage]))
@@ -213,9 +213,7 @@ def test_gc_removes_images_that_no_sweep_needs(world, cache):
     assert all(
         requirement.have(world.store) == requirement.total() for requirement in plan.requirements
     )
-    row = max(
-        (n for n in plan.requirements if n.stage == "images"), key=lambda n: n.images_per_class
-    )
+    row = max((n for n in plan.requirements if n.stage == "images"), key=lambda n: n.images)
     assert len(world.store.row(row.spec.images).existing_shards(".parquet")) == row.total()
 
 

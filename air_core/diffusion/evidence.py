@@ -1,0 +1,161 @@
+"""Scores real images by the error of a diffusion model that denoises them, class by class.
+
+A text-to-image model is a classifier: it denoises an image best under the caption of the image's
+class (Li et al., arXiv:2303.16203; Clark and Jaini, arXiv:2303.15233). With the LoRA of AiR the
+model knows the images of the target domain. No label is read.
+"""
+
+# mypy: allow-untyped-calls
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from air_core.diffusion.lora import NoiseSchedule, encode_captions, encode_images
+from air_core.diffusion.pipeline import autocast, load_adapter, load_pipeline
+from air_core.specs import EvidenceScoring
+from air_core.weights import check_lora_fits
+
+# B images, C classes, M pairs of an image and a class; latents are (c, h, w).
+
+
+class DenoisingScorer:
+    """Computes denoising errors with a Stable Diffusion pipeline in a diffusers folder."""
+
+    def __init__(
+        self,
+        model: Path,
+        settings: EvidenceScoring,
+        classnames: Sequence[str],
+        size: int,
+        *,
+        adapter: Path | None = None,
+        scale: float = 1.0,
+        device: str = "cpu",
+    ) -> None:
+        """
+        Args:
+            model: folder of the pipeline.
+            classnames: of the C classes.
+            size: side of the square to which images are scaled, in pixels.
+            adapter: folder of the LoRA.
+            scale: weight of the LoRA.
+
+        Raises:
+            ValueError: a folder contains no pipeline or no LoRA, or one that is not supported.
+        """
+        check_lora_fits(model)
+        self.settings, self.size, self.device = settings, size, device
+        self.pipeline = load_pipeline(model)
+        if adapter is not None:
+            load_adapter(self.pipeline, adapter, scale)
+        self.pipeline.to(device)
+        self.pipeline.unet.eval()
+        self.schedule = NoiseSchedule.of(self.pipeline.scheduler.config, torch.device(device))
+        names = [name.replace("_", " ") for name in classnames]
+        captions = [settings.template.format(name) for name in names]
+        self.texts = encode_captions(self.pipeline, captions, size)
+
+    @torch.inference_mode()
+    def latents(self, images: Tensor) -> Tensor:
+        """(B, H, W, 3) uint8 -> (B, c, h, w), the mean of the autoencoder's distribution."""
+        return encode_images(self.pipeline.vae, images, self.size).mean
+
+    @torch.inference_mode()
+    def errors(
+        self, latents: Tensor, positions: Sequence[int], draw: int, candidates: Tensor
+    ) -> Tensor:
+        """Mean squared error of the prediction of one draw, for each image and class.
+
+        All classes of an image share the time step and the noise of the draw. Pairs of image and
+        class are computed in batches of `settings.block`, image by image.
+
+        Args:
+            latents: (B, c, h, w) from `latents`.
+            positions: (B,) of the images in their dataset; determine the noise.
+            draw: number of the draw, from 0.
+            candidates: (B, C) bool; pairs that are computed.
+
+        Returns:
+            (B, C) float32; NaN where not computed.
+        """
+        t = time_step(draw, self.settings.low, self.settings.high, len(self.schedule.alphas))
+        noise = torch.stack(
+            [_noise(self.settings.seed, p, draw, latents.shape[1:]) for p in positions]
+        ).to(latents.device)
+        steps = torch.full((len(latents),), t, device=latents.device)
+        noisy = self.schedule.noisy(latents, noise, steps)
+        target = self.schedule.target(latents, noise, steps)
+        rows, classes = candidates.nonzero(as_tuple=True)  # (M,), (M,)
+        errors = torch.full(candidates.shape, torch.nan)
+        for chunk in torch.arange(len(rows)).split(self.settings.block):
+            image, c = rows[chunk], classes[chunk]
+            conditions = self.texts.conditions(c, torch.zeros(len(c), dtype=torch.bool))
+            with autocast(self.device, self.settings.precision):
+                predicted = self.pipeline.unet(noisy[image], steps[image], **conditions).sample
+            error = (predicted.float() - target[image]).square().mean(dim=(1, 2, 3))
+            errors[image, c] = error.cpu()
+        return errors
+
+
+def time_step(draw: int, low: float, high: float, steps: int) -> int:
+    """Time step of a draw: stratified, so that any first draws spread evenly over the range.
+
+    Args:
+        draw: from 0.
+        low: first time step of the range, as a share of the model's steps.
+        high: end of the range.
+        steps: number of time steps that the model was trained with.
+
+    The shares are the van der Corput sequence of base 2.
+
+    >>> [time_step(draw, 0.4, 0.8, 1000) for draw in range(4)]
+    [600, 500, 700, 450]
+    """
+    share, width, rest = 0.0, 0.5, draw + 1
+    while rest:
+        share, width, rest = share + width * (rest % 2), width / 2, rest // 2
+    return min(steps - 1, int((low + (high - low) * share) * steps))
+
+
+def _noise(seed: int, position: int, draw: int, shape: Sequence[int]) -> Tensor:
+    """Noise of one draw of an image; equal on all devices."""
+    name = json.dumps(["evidence", seed, position, draw])
+    digest = blake2b(name.encode(), digest_size=8).digest()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.randn(*shape, generator=generator)
+
+
+def candidate_classes(
+    logits: Tensor, top: int | None, earlier: np.ndarray | None, prune_to: int
+) -> Tensor:
+    """Classes of each image whose errors are computed in a draw.
+
+    Args:
+        logits: (B, C) of zero-shot CLIP.
+        top: number of classes that CLIP nominates; None: all.
+        earlier: (draws, B, C) errors of the draws before the pruning; None: no pruning yet.
+        prune_to: number of classes that pruning keeps, those of the smallest mean error.
+
+    Returns:
+        (B, C) bool.
+    """
+    chosen = torch.ones_like(logits, dtype=torch.bool)
+    if top is not None and top < logits.shape[1]:
+        chosen = _best(logits, top)
+    if earlier is not None and prune_to < logits.shape[1]:
+        means = torch.from_numpy(earlier).mean(dim=0)  # NaN for a class that is no candidate
+        chosen = chosen & _best(-means.nan_to_num(torch.inf), prune_to)
+    return chosen
+
+
+def _best(scores: Tensor, count: int) -> Tensor:
+    best = scores.argsort(dim=1, descending=True, stable=True)[:, :count]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, best, True)

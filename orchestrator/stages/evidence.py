@@ -1,0 +1,174 @@
+"""Denoising errors of pool images: a row of draws for each block of images.
+
+A shard holds one draw of one block: the errors (B, C) of its images under the caption of each class
+of the pool. The blocks cover the pool in a random order, so that the first ones are a sample.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from safetensors.numpy import load, save
+from torch import Tensor
+
+from air_core.classifiers import text_classifier
+from air_core.diffusion.evidence import DenoisingScorer, candidate_classes
+from air_core.diffusion.lora import square
+from air_core.seal import BLANK, sealed
+from air_core.specs import EvidenceSpec
+from orchestrator.errors import DamagedArtifact, MissingArtifact
+from orchestrator.planning.resolve import images_folder
+from orchestrator.stages.build import read_target
+from orchestrator.stages.context import WorkerContext
+from orchestrator.store import ArtifactStore
+from orchestrator.store.rows import Row
+
+SUFFIX = ".safetensors"
+DEATHS = 2  # processes that a shard may kill before it counts as failed
+
+
+@dataclass
+class BlockScorer:
+    """Scores blocks of the pool images of one spec, and keeps their latents."""
+
+    spec: EvidenceSpec
+    worker: WorkerContext
+    scorer: DenoisingScorer
+    positions: Tensor  # (P,) in the dataset, in the order of the blocks
+    logits: Tensor  # (P, C) of zero-shot CLIP
+    latents: dict[int, Tensor] = field(default_factory=dict)  # by block
+
+    @staticmethod
+    def open(spec: EvidenceSpec, worker: WorkerContext) -> BlockScorer:
+        """Load the model with its LoRA from the store.
+
+        Raises:
+            MissingArtifact: the LoRA or the features are not made yet.
+        """
+        target = read_target(spec.features, spec.split, worker.store)
+        backbone = worker.backbone(spec.features.backbone, spec.features.precision)
+        text = text_classifier(backbone, target.text.classnames, target.text.template)
+        pool, unseen = target.split.pool, target.split.unseen
+        order = pool_order(spec, len(pool))
+        logits = text.logits(target.batch(pool[order]))
+        classes = range(logits.shape[1]) if unseen is None else unseen.tolist()
+        scorer = DenoisingScorer(
+            images_folder(spec.model.name),
+            spec.scoring,
+            [target.text.classnames[c] for c in classes],
+            spec.size,
+            adapter=worker.store.get(spec.lora).path if spec.lora else None,
+            scale=spec.lora_scale,
+            device=worker.device,
+        )
+        return BlockScorer(spec, worker, scorer, pool[order], logits[:, list(classes)])
+
+    def errors(self, block: int, draw: int, earlier: np.ndarray | None) -> np.ndarray:
+        """(B, C) errors of one draw of a block; NaN for classes that are no candidates."""
+        images = slice(block * self.spec.block_size, (block + 1) * self.spec.block_size)
+        positions = self.positions[images]
+        if block not in self.latents:
+            with self.worker.unchanged_examples(self.spec.features.dataset) as examples:
+                pixels = [square(examples.images[int(i)], self.spec.size) for i in positions]
+            self.latents[block] = self.scorer.latents(torch.from_numpy(np.stack(pixels)))
+        scoring = self.spec.scoring
+        candidates = candidate_classes(self.logits[images], scoring.top, earlier, scoring.prune_to)
+        found = self.scorer.errors(self.latents[block], positions.tolist(), draw, candidates)
+        return np.asarray(found.numpy())
+
+
+def pool_order(spec: EvidenceSpec, images: int) -> Tensor:
+    """(P,) a random order of the pool images, which the split determines."""
+    generator = torch.Generator().manual_seed(spec.split.split_seed)
+    return torch.randperm(images, generator=generator)
+
+
+def build_evidence_block(
+    spec: EvidenceSpec,
+    draw: int,
+    block: int,
+    worker: WorkerContext,
+    scorer: Callable[[], BlockScorer],
+) -> dict[str, float]:
+    """Compute one draw of one block, unless the store has it.
+
+    After `prune_after` draws the candidates depend on the errors of these draws, which are computed
+    first if they are missing.
+
+    Returns:
+        Number of computed pairs of image and class, 0 if the store had them, and the seconds.
+
+    Raises:
+        RuntimeError: the shard has killed the last processes that computed it.
+    """
+    counts: dict[str, float] = {"pairs": 0, "on_device": 0.0}
+    row, after = worker.store.open_row(spec), spec.scoring.prune_after
+    earlier = None
+    if after is not None and draw >= after:
+        for first in range(after):
+            made = build_evidence_block(spec, first, block, worker, scorer)
+            counts = {name: counts[name] + made[name] for name in counts}
+        earlier = np.stack([_read(row, first, block) for first in range(after)])
+    with (
+        worker.store.locks.exclusive(f"{row.key.digest}-{draw}-{block}"),
+        row.count_crashes(draw, block, DEATHS) as deaths,
+    ):
+        if deaths >= DEATHS:
+            raise RuntimeError(f"killed its process {deaths} times")
+        if row.has_shard(draw, block, SUFFIX):
+            try:
+                row.read(draw, block, SUFFIX)
+                return counts
+            except DamagedArtifact as damaged:
+                worker.store.set_aside(damaged)
+        loaded = scorer()
+        started = time.monotonic()
+        errors = loaded.errors(block, draw, earlier)
+        counts["on_device"] += time.monotonic() - started
+        counts["pairs"] += int(np.isfinite(errors).sum())
+        data = sealed(save({"errors": errors}, {"seal": BLANK}))
+        row.publish(draw, block, SUFFIX, data)
+    return counts
+
+
+def read_evidence(
+    spec: EvidenceSpec, draws: int, images: int | None, store: ArtifactStore
+) -> Tensor:
+    """Read denoising errors.
+
+    Args:
+        draws: number of draws, from the first.
+        images: number of images of the random order that are read; None: all of the pool.
+
+    Returns:
+        (draws, P, C) in the order of the pool; NaN where an image or a class was not scored.
+
+    Raises:
+        MissingArtifact: a shard does not exist.
+        DamagedArtifact: a shard is damaged.
+    """
+    pool = len(read_target(spec.features, spec.split, store).split.pool)
+    images = min(pool, images or pool)
+    row, blocks = store.row(spec), range(spec.blocks(images))
+    row.pull([(draw, block) for draw in range(draws) for block in blocks], SUFFIX)
+    try:
+        read = [
+            np.concatenate([_read(row, draw, block) for block in blocks]) for draw in range(draws)
+        ]
+    except FileNotFoundError:
+        raise MissingArtifact(
+            f"draws of {row.key} are not complete under {store.name}; run `airsweep prepare SPEC` "
+            "first"
+        ) from None
+    found = torch.from_numpy(np.stack(read))[:, :images]
+    errors = torch.full((draws, pool, found.shape[2]), torch.nan)
+    errors[:, pool_order(spec, pool)[: found.shape[1]]] = found
+    return errors
+
+
+def _read(row: Row, draw: int, block: int) -> np.ndarray:
+    return np.asarray(load(row.read(draw, block, SUFFIX))["errors"])

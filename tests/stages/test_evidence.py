@@ -1,0 +1,151 @@
+"""Denoising errors in a store: prefixes, samples, pruning, damage, two processes, no true label."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from air_core.datasets import get_dataset
+from air_core.specs import EvidenceSpec
+from orchestrator.errors import DamagedArtifact, MissingArtifact
+from orchestrator.stages.build import PARTS
+from orchestrator.stages.context import WorkerContext
+from orchestrator.stages.evidence import BlockScorer, build_evidence_block, read_evidence
+from orchestrator.store import ArtifactStore
+
+IMAGES, POOL, BLOCK = 60, 20, 8  # of the digits
+LOADING = Lock()
+
+
+@pytest.fixture(scope="module")
+def spec(resolver) -> EvidenceSpec:
+    flat = {"evidence.draws": 2, "lora": None, "images_per_class": 0}
+    small = {"evidence.block": BLOCK, "evidence.precision": "fp32", "generation.size": 32}
+    found: EvidenceSpec = resolver.trial({**flat, **small, "pool": "train"}).evidence_errors
+    return found
+
+
+@pytest.fixture(scope="module")
+def arrays(tiny_clip) -> dict[str, np.ndarray]:
+    examples = get_dataset("digits").load(None)
+    parts = np.tile([PARTS.index(part) for part in ("train", "val", "test")], POOL)
+    return {
+        "features": tiny_clip.encode_images(examples.images[:IMAGES]).numpy(),
+        "labels": examples.labels[:IMAGES],
+        "parts": parts.astype(np.int8),
+    }
+
+
+def worker_with(folder: Any, spec: EvidenceSpec, arrays: dict[str, np.ndarray]) -> WorkerContext:
+    """A worker with a store that has these features."""
+    store = ArtifactStore(folder)
+
+    def build(target: Any) -> dict[str, Any]:
+        save_file(arrays, target / "features.safetensors")
+        return {}
+
+    store.get_or_build(spec.features, build)
+    return WorkerContext(store)
+
+
+@pytest.fixture
+def worker(tmp_path, spec, arrays) -> WorkerContext:
+    return worker_with(tmp_path / "runs", spec, arrays)
+
+
+def build(spec: EvidenceSpec, shards: Any, worker: WorkerContext) -> float:
+    """Build shards with a model of its own, as an actor does; returns the pairs computed."""
+    with LOADING:  # diffusers loads one model at a time
+        scorer = BlockScorer.open(spec, worker)
+    return sum(
+        build_evidence_block(spec, draw, block, worker, lambda: scorer)["pairs"]
+        for draw, block in shards
+    )
+
+
+def everything(draws: int) -> list[tuple[int, int]]:
+    return [(draw, block) for block in range(3) for draw in range(draws)]
+
+
+def test_two_actors_compute_the_bits_of_one(spec, arrays, tmp_path):
+    stores = []
+    for name, orders in {
+        "one": [everything(2)],
+        "two": [everything(2)[::-2], everything(2)[::2]],
+    }.items():
+        worker = worker_with(tmp_path / name, spec, arrays)
+        assert sum(build(spec, shards, worker) for shards in orders) == 2 * POOL * 10
+        stores.append(worker.store)
+    one, two = (read_evidence(spec, 2, None, store) for store in stores)
+    assert one.shape == (2, POOL, 10)
+    assert torch.equal(one, two)
+
+
+def test_shards_that_exist_are_not_computed_again(spec, worker):
+    assert build(spec, [(0, 0), (0, 1)], worker) == 2 * BLOCK * 10
+    with ThreadPoolExecutor(2) as pool:  # threads stand for processes
+        both = [pool.submit(build, spec, everything(1), worker) for _ in range(2)]
+        assert sum(future.result(600) for future in both) == (POOL - 2 * BLOCK) * 10
+
+
+def test_more_draws_and_more_images_keep_the_first(spec, worker):
+    build(spec, [(0, 0), (0, 1)], worker)
+    sample = read_evidence(spec, 1, 2 * BLOCK, worker.store)
+    scored = sample.isfinite().all(dim=2)[0]
+    assert scored.sum() == 2 * BLOCK
+    with pytest.raises(MissingArtifact, match="airsweep prepare"):
+        read_evidence(spec, 1, None, worker.store)
+    build(spec, everything(3), worker)
+    assert torch.equal(read_evidence(spec, 3, None, worker.store)[0][scored], sample[0][scored])
+    few = read_evidence(spec, 3, 5, worker.store)
+    assert few.isfinite().all(dim=2).sum() == 3 * 5
+
+
+def test_pruning_computes_the_first_draws_and_then_few_classes(spec, worker):
+    pruning = replace(spec, scoring=replace(spec.scoring, top=6, prune_after=2, prune_to=3))
+    # The last draw is requested first, as it may be on a cluster.
+    assert build(pruning, [(2, 0)], worker) == BLOCK * (2 * 6 + 3)
+    assert build(pruning, everything(3), worker) == (POOL - BLOCK) * (2 * 6 + 3)
+    errors = read_evidence(pruning, 3, None, worker.store)
+    assert errors.isfinite().sum(dim=2).tolist() == [[6] * POOL, [6] * POOL, [3] * POOL]
+    kept = errors[2].isfinite()
+    means = errors[:2].mean(dim=0).nan_to_num(torch.inf)
+    assert (
+        torch.where(kept, means, 0)
+        .amax(dim=1)
+        .le(torch.where(kept, torch.inf, means).amin(dim=1))
+        .all()
+    )
+
+
+def test_a_damaged_shard_is_found_and_computed_again(spec, worker):
+    build(spec, everything(1), worker)
+    before = read_evidence(spec, 1, None, worker.store)
+    [shard] = worker.store.row(spec).path.glob("0000-00001*")
+    data = bytearray(shard.read_bytes())
+    data[-3] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(DamagedArtifact):
+        read_evidence(spec, 1, None, worker.store)
+    assert build(spec, everything(1), worker) == BLOCK * 10
+    assert torch.equal(read_evidence(spec, 1, None, worker.store), before)
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_true_labels_do_not_change_the_errors(spec, arrays, tmp_path, part):
+    index = np.flatnonzero(arrays["parts"] == PARTS.index(part))
+    labels = arrays["labels"].copy()
+    labels[index] = labels[np.random.default_rng(0).permutation(index)]
+    found = []
+    for name, version in {"true": arrays, "other": {**arrays, "labels": labels}}.items():
+        worker = worker_with(tmp_path / name, spec, version)
+        build(spec, everything(1), worker)
+        found.append(read_evidence(spec, 1, None, worker.store))
+    assert torch.equal(*found)
