@@ -52,7 +52,8 @@ def lora_images(
         selected, classes = _most_confident(text, pool, k, split.unseen, synthetic)
         parts.append((split.pool[selected], classes))
     if source != "pseudo" and labelled is not None:
-        parts.append(_first_of_each_class(split.labelled, labelled.labels, k))
+        first = first_of_each_class(labelled.labels, k)
+        parts.append((split.labelled[first], labelled.labels[first]))
     if not parts:
         raise ValueError("lora.source is labelled, but ul has no labels: use pseudo or all")
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
@@ -76,6 +77,6 @@ def _most_confident(
     return selected, classes[assignment[selected]]
 
 
-def _first_of_each_class(positions: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    kept = torch.cat([(labels == c).nonzero().flatten()[:k] for c in sorted(set(labels.tolist()))])
-    return positions[kept], labels[kept]
+def first_of_each_class(labels: Tensor, k: int) -> Tensor:
+    """Positions in labels (N,) of the first `k` images of each class, class by class."""
+    return torch.cat([(labels == c).nonzero().flatten()[:k] for c in sorted(set(labels.tolist()))])

@@ -67,14 +67,17 @@ def named_refs(flat: Mapping[str, Any]) -> dict[str, Ref]:
     return {key: Ref(name=str(name), digest=str(name)) for key, name in names.items()}
 
 
-_PLAIN: dict[str, Any] = {"images_from": "generator", "evidence.draws": 0}
-_NO_IMAGES: dict[str, Any] = {
-    **_PLAIN,
+_NO_EVIDENCE: dict[str, Any] = {"evidence.draws": 0}
+_GENERATOR: dict[str, Any] = {"images_from": "generator"}
+_PLAIN = {**_GENERATOR, **_NO_EVIDENCE}
+_TEXT_ONLY: dict[str, Any] = {
+    **_GENERATOR,
     "images_per_class": 0,
     "auxiliary.source": "synthetic",
     "fusion_weight": 0.0,
     "synthetic_weight": 0.0,
 }
+_NO_IMAGES = {**_TEXT_ONLY, **_NO_EVIDENCE}
 _LABELS = ("ssl", "trzsl")
 _ONE_ROUND = {"iterations": 1, "pseudo_labels.kind": "top_k", "pseudo_labels.growth": "fixed"}
 _LABELLED = {
@@ -85,7 +88,13 @@ _LABELLED = {
 }
 _GRIP = {"pseudo_labels.kind": "top_k", "pseudo_labels.growth": "growing"}
 _CPL = {"pseudo_labels.kind": "candidates", "pseudo_labels.growth": "growing"}
-_REAL = {**_PLAIN, "images_per_class": 0, "auxiliary.source": "real", "synthetic_weight": 0.0}
+_REAL_BANK = {
+    **_GENERATOR,
+    "images_per_class": 0,
+    "auxiliary.source": "real",
+    "synthetic_weight": 0.0,
+}
+_REAL = {**_REAL_BANK, **_NO_EVIDENCE}
 _REFRESH = {"auxiliary.refresh": True}  # a fair control: real images improve with the labels
 # AiR as published and read in docs/method.md: synthetic images alone, selected once, in the
 # auxiliary classifier and in the loss.
@@ -143,18 +152,18 @@ METHODS: dict[str, Method] = {
     },
     "air_both": Method(pins={**_CPL, **_PLAIN}, sets=_BOTH, host="cpl", control="cpl_real"),
     "air_evidence": Method(
-        pins={**_CPL, "images_from": "generator"},
+        pins={**_CPL, **_GENERATOR},
         sets={**_AIR, **_EVIDENCE},
         host="cpl",
         control="air_control",
     ),
     "cpl_evidence": Method(
-        pins={k: v for k, v in {**_CPL, **_NO_IMAGES}.items() if k != "evidence.draws"},
+        pins={**_CPL, **_TEXT_ONLY},
         sets=_EVIDENCE,
         host="cpl",
     ),
     "cpl_real_evidence": Method(
-        pins={k: v for k, v in {**_CPL, **_REAL}.items() if k != "evidence.draws"},
+        pins={**_CPL, **_REAL_BANK},
         sets={**_REFRESH, **_EVIDENCE},
         host="cpl",
         control="cpl_real",

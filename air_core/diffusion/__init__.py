@@ -121,8 +121,13 @@ def image_seed(generation_seed: int, classname: str, index: int, attempt: int) -
     >>> image_seed(0, "digit seven", 3, 0)
     4428387689021003171
     """
-    name = json.dumps([generation_seed, classname, index, attempt])
-    return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
+    return hashed_seed(generation_seed, classname, index, attempt)
+
+
+def hashed_seed(*parts: int | str) -> int:
+    """63 bits that these numbers and words determine."""
+    digest = blake2b(json.dumps(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 def rejected(images: Tensor) -> Tensor:

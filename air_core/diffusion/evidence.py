@@ -9,15 +9,14 @@ model knows the images of the target domain. No label is read.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from air_core.diffusion import hashed_seed
 from air_core.diffusion.lora import NoiseSchedule, encode_captions, encode_images
 from air_core.diffusion.pipeline import autocast, load_adapter, load_pipeline
 from air_core.specs import EvidenceScoring
@@ -127,9 +126,7 @@ def time_step(draw: int, low: float, high: float, steps: int) -> int:
 
 def _noise(seed: int, position: int, draw: int, shape: Sequence[int]) -> Tensor:
     """Noise of one draw of an image; equal on all devices."""
-    name = json.dumps(["evidence", seed, position, draw])
-    digest = blake2b(name.encode(), digest_size=8).digest()
-    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big") >> 1)
+    generator = torch.Generator("cpu").manual_seed(hashed_seed("evidence", seed, position, draw))
     return torch.randn(*shape, generator=generator)
 
 

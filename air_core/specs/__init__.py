@@ -32,6 +32,11 @@ def added(default: Any) -> Any:
     return field(default=default, metadata={"absent_means": default})
 
 
+def _only(kind: Any, settings: Any) -> Any:
+    """The part of settings that their base class `kind` declares."""
+    return kind(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(kind)})
+
+
 # Parts of the code with their versions, where no recipe number covers them: see
 # orchestrator.store.code_version. The spec of a single stage has the versions without the parts.
 CodeVersions = tuple[tuple[str, str], ...]
@@ -118,8 +123,8 @@ class LoraSettings(LoraTraining):
     source: LoraSource = later("all", LORA_SOURCE)
 
     def training(self) -> LoraTraining:
-        names = [f.name for f in dataclasses.fields(LoraTraining)]
-        return LoraTraining(**{name: getattr(self, name) for name in names})
+        part: LoraTraining = _only(LoraTraining, self)
+        return part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,8 +292,8 @@ class EvidenceSettings(EvidenceScoring):
     )
 
     def scoring(self) -> EvidenceScoring:
-        names = [f.name for f in dataclasses.fields(EvidenceScoring)]
-        return EvidenceScoring(**{name: getattr(self, name) for name in names})
+        part: EvidenceScoring = _only(EvidenceScoring, self)
+        return part
 
 
 ImagesFrom = Literal["generator", "lora_images", "true_labels", "shifted_labels"]

@@ -24,11 +24,11 @@ from orchestrator.errors import DamagedArtifact, MissingArtifact
 from orchestrator.planning.resolve import images_folder
 from orchestrator.stages.build import read_target
 from orchestrator.stages.context import WorkerContext
+from orchestrator.stages.image_rows import exclusive_shard, has_intact_shard
 from orchestrator.store import ArtifactStore
 from orchestrator.store.rows import Row
 
 SUFFIX = ".safetensors"
-DEATHS = 2  # processes that a shard may kill before it counts as failed
 
 
 @dataclass
@@ -109,22 +109,18 @@ def build_evidence_block(
     row, after = worker.store.open_row(spec), spec.scoring.prune_after
     earlier = None
     if after is not None and draw >= after:
+        first_draws = []
         for first in range(after):
-            made = build_evidence_block(spec, first, block, worker, scorer)
-            counts = {name: counts[name] + made[name] for name in counts}
-        earlier = np.stack([_read(row, first, block) for first in range(after)])
-    with (
-        worker.store.locks.exclusive(f"{row.key.digest}-{draw}-{block}"),
-        row.count_crashes(draw, block, DEATHS) as deaths,
-    ):
-        if deaths >= DEATHS:
-            raise RuntimeError(f"killed its process {deaths} times")
-        if row.has_shard(draw, block, SUFFIX):
             try:
-                row.read(draw, block, SUFFIX)
-                return counts
-            except DamagedArtifact as damaged:
-                worker.store.set_aside(damaged)
+                first_draws.append(_read(row, first, block))
+            except (FileNotFoundError, DamagedArtifact):
+                made = build_evidence_block(spec, first, block, worker, scorer)
+                counts = {name: counts[name] + made[name] for name in counts}
+                first_draws.append(_read(row, first, block))
+        earlier = np.stack(first_draws)
+    with exclusive_shard(row, draw, block, worker.store):
+        if has_intact_shard(row, draw, block, SUFFIX, worker.store):
+            return counts
         loaded = scorer()
         started = time.monotonic()
         errors = loaded.errors(block, draw, earlier)

@@ -10,6 +10,7 @@ import io
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,14 +77,37 @@ def build_image_block(
         RuntimeError: the block has killed the last processes that drew it.
     """
     row = worker.store.open_row(spec.images)
+    with exclusive_shard(row, class_index, block, worker.store):
+        return _build_block(spec, row, class_index, block, worker, generator)
+
+
+@contextmanager
+def exclusive_shard(row: Row, index: int, block: int, store: ArtifactStore) -> Iterator[None]:
+    """Lock a shard of a row while it is made, by its class or draw and its block.
+
+    Raises:
+        RuntimeError: the shard has killed the last processes that made it.
+    """
     with (
-        worker.store.locks.exclusive(f"{row.key.digest}-{class_index}-{block}"),
+        store.locks.exclusive(f"{row.key.digest}-{index}-{block}"),
         # Counted on disk: after each death the cluster would start another process, without end.
-        row.count_crashes(class_index, block, DEATHS) as deaths,
+        row.count_crashes(index, block, DEATHS) as deaths,
     ):
         if deaths >= DEATHS:
             raise RuntimeError(f"killed its process {deaths} times")
-        return _build_block(spec, row, class_index, block, worker, generator)
+        yield
+
+
+def has_intact_shard(row: Row, index: int, block: int, suffix: str, store: ArtifactStore) -> bool:
+    """Whether a shard exists and can be read; a damaged one is set aside."""
+    if not row.has_shard(index, block, suffix):
+        return False
+    try:
+        row.read(index, block, suffix)
+    except DamagedArtifact as damaged:
+        store.set_aside(damaged)
+        return False
+    return True
 
 
 def _build_block(
@@ -97,12 +121,12 @@ def _build_block(
     drawn: dict[str, float] = {"drawn": 0, "redrawn": 0, "holes": 0, "on_device": 0.0}
     features = worker.store.open_row(spec)
     encoded_before = features.has_shard(class_index, block, ".safetensors")
-    if not encoded_before and row.has_shard(class_index, block, ".parquet"):
-        try:
-            row.read(class_index, block, ".parquet")
-        except DamagedArtifact as damaged:
-            worker.store.set_aside(damaged)
-    if not row.has_shard(class_index, block, ".parquet"):
+    shard = (class_index, block, ".parquet")
+    # The images are read only where their features are missing.
+    has_images = (
+        row.has_shard(*shard) if encoded_before else has_intact_shard(row, *shard, worker.store)
+    )
+    if not has_images:
         table, drawn = _draw(spec.images, class_index, block, generator())
         row.publish(class_index, block, ".parquet", sealed(_parquet(table)))
     if not encoded_before:

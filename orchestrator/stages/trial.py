@@ -424,6 +424,10 @@ def _bank(spec: TrialSpec, target: Target, reader: ArtifactStore) -> Labelled | 
 
     The ceiling alone reads true labels of the pool: it is a bound and no method.
     """
+    import torch
+
+    from air_core.lora_labels import first_of_each_class
+
     if not fills_bank(spec):
         return None
     unseen = target.split.unseen
@@ -443,7 +447,10 @@ def _bank(spec: TrialSpec, target: Target, reader: ArtifactStore) -> Labelled | 
             f"{names[lacking[0]]!r} (images_from: {spec.images_from}); use a larger pool, or leave "
             "the control and the bounds of AiR out"
         )
-    return _first_of_each_class(images.of(unseen), spec.images_per_class, spec.split_seed)
+    images = images.of(unseen)
+    generator = torch.Generator().manual_seed(spec.split_seed)
+    shuffled = images[torch.randperm(len(images), generator=generator)]
+    return shuffled[first_of_each_class(shuffled.labels, spec.images_per_class)]
 
 
 def _synthetic(spec: TrialSpec, unseen: Tensor | None, reader: ArtifactStore) -> Labelled:
@@ -475,18 +482,6 @@ def _lora_images(spec: TrialSpec, target: Target, reader: ArtifactStore) -> Labe
     selected = load_file(reader.get(spec.lora_labels).path / "labels.safetensors")
     batch = target.batch(torch.from_numpy(selected["index"]))
     return Labelled(batch, torch.from_numpy(selected["labels"]))
-
-
-def _first_of_each_class(images: Labelled, count: int, seed: int) -> Labelled:
-    """At most `count` images of each class, in an order that the seed determines."""
-    import torch
-
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    shuffled = images[order]
-    members = [
-        (shuffled.labels == c).nonzero().flatten() for c in sorted(set(images.labels.tolist()))
-    ]
-    return shuffled[torch.cat([of_class[:count] for of_class in members])]
 
 
 def _evidence(spec: TrialSpec, reader: ArtifactStore) -> Tensor:

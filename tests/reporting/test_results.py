@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
-from air_core.datasets import get_dataset
 from air_core.specs import FeaturesSpec
 from orchestrator.planning import Plan
 from orchestrator.planning.plan import plan_sweep
@@ -32,9 +31,9 @@ from orchestrator.reporting.tables import rows_frame
 from orchestrator.spec import Dimension, SweepSpec, cells_of
 from orchestrator.spec.space import study_name
 from orchestrator.spec.sweep import Search, Seeds
-from orchestrator.stages.build import PARTS
 from orchestrator.stages.trial import run_trial
 from orchestrator.store import ArtifactStore, EventLog, TrialRecord, read_trial
+from tests.helpers.features import digit_features, relabelled, store_with
 
 IMAGES = 200  # of the digits
 QUICK = {"train.steps": 2, "prompt.length": 2, "iterations": 2}
@@ -43,25 +42,7 @@ TWO = Seeds(values=((1,), (2,)))
 
 @pytest.fixture(scope="module")
 def arrays(tiny_clip) -> dict[str, np.ndarray]:
-    """Features of some digits with fixed parts, so that splits do not depend on labels."""
-    examples = get_dataset("digits").load(None)
-    parts = np.tile([PARTS.index(part) for part in ("train", "val", "test", "train")], IMAGES // 4)
-    return {
-        "features": tiny_clip.encode_images(examples.images[:IMAGES]).numpy(),
-        "labels": examples.labels[:IMAGES],
-        "parts": parts.astype(np.int8),
-    }
-
-
-def store_with(root: Path, spec: FeaturesSpec, arrays: dict[str, np.ndarray]) -> ArtifactStore:
-    store = ArtifactStore(root)
-
-    def build(folder: Path) -> dict[str, Any]:
-        save_file(arrays, folder / "features.safetensors")
-        return {}
-
-    store.get_or_build(spec, build)
-    return store
+    return digit_features(tiny_clip, ("train", "val", "test", "train"), IMAGES)
 
 
 @pytest.fixture
@@ -176,14 +157,6 @@ def test_reporting_imports_no_heavy_library():
 
 
 # ---------------------------------------------------------------- no label leaks
-
-
-def relabelled(arrays: dict[str, np.ndarray], part: str) -> dict[str, np.ndarray]:
-    """The arrays with the labels of one part permuted."""
-    index = np.flatnonzero(arrays["parts"] == PARTS.index(part))
-    labels = arrays["labels"].copy()
-    labels[index] = labels[np.random.default_rng(0).permutation(index)]
-    return {**arrays, "labels": labels}
 
 
 @pytest.mark.parametrize("method", ["zero_shot", "fpl", "grip", "cpl", "cpl_real"])

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file
 
-from air_core.datasets import get_dataset
 from air_core.specs import EvidenceSpec
 from orchestrator.errors import DamagedArtifact, MissingArtifact
-from orchestrator.stages.build import PARTS
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.evidence import BlockScorer, build_evidence_block, read_evidence
-from orchestrator.store import ArtifactStore
+from tests.helpers.features import Arrays, digit_features, relabelled, store_with
 
 IMAGES, POOL, BLOCK = 60, 20, 8  # of the digits
 LOADING = Lock()
@@ -33,26 +30,13 @@ def spec(resolver) -> EvidenceSpec:
 
 
 @pytest.fixture(scope="module")
-def arrays(tiny_clip) -> dict[str, np.ndarray]:
-    examples = get_dataset("digits").load(None)
-    parts = np.tile([PARTS.index(part) for part in ("train", "val", "test")], POOL)
-    return {
-        "features": tiny_clip.encode_images(examples.images[:IMAGES]).numpy(),
-        "labels": examples.labels[:IMAGES],
-        "parts": parts.astype(np.int8),
-    }
+def arrays(tiny_clip) -> Arrays:
+    return digit_features(tiny_clip, ("train", "val", "test"), IMAGES)
 
 
-def worker_with(folder: Any, spec: EvidenceSpec, arrays: dict[str, np.ndarray]) -> WorkerContext:
+def worker_with(folder: Path, spec: EvidenceSpec, arrays: Arrays) -> WorkerContext:
     """A worker with a store that has these features."""
-    store = ArtifactStore(folder)
-
-    def build(target: Any) -> dict[str, Any]:
-        save_file(arrays, target / "features.safetensors")
-        return {}
-
-    store.get_or_build(spec.features, build)
-    return WorkerContext(store)
+    return WorkerContext(store_with(folder, spec.features, arrays))
 
 
 @pytest.fixture
@@ -140,11 +124,8 @@ def test_a_damaged_shard_is_found_and_computed_again(spec, worker):
 
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_true_labels_do_not_change_the_errors(spec, arrays, tmp_path, part):
-    index = np.flatnonzero(arrays["parts"] == PARTS.index(part))
-    labels = arrays["labels"].copy()
-    labels[index] = labels[np.random.default_rng(0).permutation(index)]
     found = []
-    for name, version in {"true": arrays, "other": {**arrays, "labels": labels}}.items():
+    for name, version in {"true": arrays, "other": relabelled(arrays, part)}.items():
         worker = worker_with(tmp_path / name, spec, version)
         build(spec, everything(1), worker)
         found.append(read_evidence(spec, 1, None, worker.store))
