@@ -183,7 +183,7 @@ def test_a_generator_short_of_memory_saves_memory_and_keeps_its_block_size(
         return open_generator(images, worker)
 
     monkeypatch.setattr("orchestrator.execution._generation.open_generator", short)
-    actor = GeneratorActor([requirement.spec], WorkerContext(store), progress_actor=None)
+    actor = GeneratorActor([requirement], WorkerContext(store), progress_actor=None)
     for c in (0, 1):
         batch = {name: np.array([value]) for name, value in (("row", 0), ("class", c))}
         result = actor({**batch, "block": np.array([0])})
@@ -202,7 +202,7 @@ def test_waiting_for_a_block_of_another_process_reports_that_process(
     progress = ProgressMonitor(listener)
     with ThreadPoolExecutor() as pool:
         with ArtifactStore(tmp_path).locks.exclusive(f"{key.digest}-3-0"):
-            waiting = pool.submit(GeneratorActor([requirement.spec], worker, progress.actor), block)
+            waiting = pool.submit(GeneratorActor([requirement], worker, progress.actor), block)
             wait_until(lambda: progress.read() or "on_waiting" in listener.events)
         assert waiting.result()["drawn"] == [8]
     name, holder, seconds = listener.events["on_waiting"][0]
@@ -256,7 +256,7 @@ def test_a_blank_image_is_a_recorded_hole(resolver, drawn_digits, tmp_path):
     Image.new("RGB", (32, 32)).save(folder / "digit two" / "03.png")
     store = ArtifactStore(tmp_path / "store")
     requirement = row_requirement(resolver, folder, 8)
-    actor = GeneratorActor([requirement.spec], WorkerContext(store), progress_actor=None)
+    actor = GeneratorActor([requirement], WorkerContext(store), progress_actor=None)
     results = [
         actor({"row": np.array([0]), "class": np.array([c]), "block": np.array([0])})
         for c in range(10)
