@@ -13,7 +13,7 @@ from torch import Tensor
 from air_core.auxiliary import auxiliary_classifier
 from air_core.classifiers import LinearClassifier, fuse
 from air_core.pseudo_labels.top_k import balanced_choice
-from air_core.specs import AuxiliarySettings, LoraSource
+from air_core.specs import AuxiliarySettings, InitialLabelsSettings, LoraSource
 from air_core.types import Batch, Labelled, Split
 
 # How a later round scores the pool, in every dataset (inferred).
@@ -28,11 +28,15 @@ def lora_images(
     pool: Batch,
     labelled: Labelled | None,
     split: Split,
-    k: int,
+    settings: InitialLabelsSettings,
     source: LoraSource = "all",
     synthetic: Labelled | None = None,
+    drawn_by: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Select at most `k` pool images and `k` labelled images of each class.
+    """Select pool images and at most `k` labelled images of each class.
+
+    Of the pool `top_k` selects the `k` images of each class with the highest scores, `pool` all
+    images, each with its most probable class.
 
     Args:
         text: CLIP's classifier over all classes.
@@ -40,6 +44,8 @@ def lora_images(
         labelled: images at `split.labelled`; None: the paradigm has none.
         source: `pseudo` leaves labelled images out, `labelled` leaves pool images out.
         synthetic: images of the LoRA round before.
+        drawn_by: seed of the order of the labelled images, of which the first `k` of each class
+            are selected; None: that of the dataset.
 
     Returns:
         (M,) positions in the dataset and (M,) classes.
@@ -49,30 +55,41 @@ def lora_images(
     """
     parts = []
     if source != "labelled":
-        selected, classes = _most_confident(text, pool, k, split.unseen, synthetic)
+        selected, classes = _pseudo_labelled(text, pool, settings, split.unseen, synthetic)
         parts.append((split.pool[selected], classes))
     if source != "pseudo" and labelled is not None:
-        first = first_of_each_class(labelled.labels, k)
+        order = _order(len(labelled), drawn_by)
+        first = order[first_of_each_class(labelled.labels[order], settings.k)]
         parts.append((split.labelled[first], labelled.labels[first]))
     if not parts:
         raise ValueError("lora.source is labelled, but ul has no labels: use pseudo or all")
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 
-def _most_confident(
-    text: LinearClassifier, pool: Batch, k: int, unseen: Tensor | None, synthetic: Labelled | None
-) -> tuple[Tensor, Tensor]:
-    """Positions in the pool of the `k` images with the highest scores of each class; classes.
+def _order(images: int, seed: int | None) -> Tensor:
+    if seed is None:
+        return torch.arange(images)
+    return torch.randperm(images, generator=torch.Generator().manual_seed(seed))
 
-    An image has one class at most.
-    """
+
+def _pseudo_labelled(
+    text: LinearClassifier,
+    pool: Batch,
+    settings: InitialLabelsSettings,
+    unseen: Tensor | None,
+    synthetic: Labelled | None,
+) -> tuple[Tensor, Tensor]:
+    """Positions in the pool of the selected images, and their classes: one of each image."""
     classes = torch.arange(len(text.weight)) if unseen is None else unseen
     auxiliary = None
     if synthetic is not None:
         bank = synthetic.among(classes)
         auxiliary = auxiliary_classifier(AUXILIARY, bank, None, pool, len(classes), text.sharpness)
     fused = fuse(text, auxiliary, pool, FUSION_WEIGHT, AUXILIARY.temperature, "probability", unseen)
-    assignment = balanced_choice(fused.pool_scores(pool), torch.full((len(classes),), k))
+    scores = fused.pool_scores(pool)
+    if settings.kind == "pool":
+        return torch.arange(len(scores)), classes[scores.argmax(dim=1)]
+    assignment = balanced_choice(scores, torch.full((len(classes),), settings.k))
     selected = (assignment >= 0).nonzero().flatten()
     return selected, classes[assignment[selected]]
 

@@ -113,6 +113,8 @@ _BOTH = {
     "auxiliary.k_step": 16,
     "synthetic_weight": 0.0,
 }
+# Another reading of the paper: the LoRA learns the domain, from all of the pool and one caption.
+_DOMAIN = {"initial_labels.kind": "pool", "lora.caption": "a photo"}
 _EVIDENCE = {"evidence.draws": 8}
 # Images in the place of the synthetic ones: those that the LoRA is trained on, pool images under
 # their true labels, synthetic images under the label of the next class.
@@ -141,6 +143,7 @@ METHODS: dict[str, Method] = {
     "air": Method(pins={**_CPL, **_PLAIN}, sets=_AIR, host="cpl", control="air_control"),
     "air_fpl": Method(pins={**_ONE_ROUND, **_PLAIN}, sets=_AIR, host="fpl"),
     "air_grip": Method(pins={**_GRIP, **_PLAIN}, sets=_AIR, host="grip", control="grip_real"),
+    "air_domain": Method(pins={**_CPL, **_PLAIN}, sets=_AIR | _DOMAIN, host="cpl", control="air"),
     **{
         f"air_{role}": Method(
             pins={**_CPL, **_PLAIN, "images_from": images},

@@ -34,7 +34,7 @@ def make_split(labels: np.ndarray, parts: np.ndarray, settings: SplitSettings) -
     """Split the images of a dataset into pool, labelled, validation and test images.
 
     UL: the pool is all of train (and val). SSL: `shots` images of each class move from the pool to
-    the labelled images. TRZSL: all images of seen classes move there.
+    the labelled images. TRZSL: all images of seen classes move there, or `labelled_size` of them.
 
     The pool never contains test images, except with `leaky_pool`. With `pool: train` it contains no
     validation images.
@@ -69,6 +69,7 @@ def split_positions(
     test = np.flatnonzero(parts == "test")
     labelled, unseen = PARADIGMS[settings.paradigm](labels, np.flatnonzero(train), settings)
     pool = _shaped(labels, np.setdiff1d(np.flatnonzero(train), labelled), settings)
+    labelled = _subset(labelled, settings.labelled_size, np.random.default_rng(settings.split_seed))
     if not len(pool) or not len(test):
         raise ValueError(
             f"the split has {len(pool)} pool and {len(test)} test images; both need at least one"
@@ -96,9 +97,14 @@ def _shaped(labels: np.ndarray, pool: np.ndarray, settings: SplitSettings) -> np
             for of, share in zip(members, shares, strict=True)
         ]
         pool = np.sort(np.concatenate(kept))
-    if settings.pool_size is not None and settings.pool_size < len(pool):
-        pool = np.sort(generator.choice(pool, settings.pool_size, replace=False))
-    return pool
+    return _subset(pool, settings.pool_size, generator)
+
+
+def _subset(images: np.ndarray, size: int | None, generator: np.random.Generator) -> np.ndarray:
+    """At most `size` images, sorted."""
+    if size is None or size >= len(images):
+        return images
+    return np.sort(generator.choice(images, size, replace=False))
 
 
 def _unsupervised(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
@@ -43,6 +44,21 @@ BACKBONES = (
 GENERATORS = f"tiny, a folder with {PIPELINE_CONFIG}, or owner/name of the Hugging Face hub"
 LFS = b"version https://git-lfs"  # start of a Git LFS pointer
 LORA_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+
+
+def is_distilled(scheduler: Mapping[str, Any]) -> bool:
+    """Whether a scheduler's configuration is that of a model for few steps, such as SD-Turbo.
+
+    These models start at the noisiest step: the spacing `trailing` of arXiv:2305.08891, table 2.
+    Other models have `leading` or `linspace`.
+    """
+    return scheduler.get("timestep_spacing") == "trailing"
+
+
+def scheduler_config(generator: Path) -> dict[str, Any]:
+    """Configuration of the sampler of a diffusers folder; empty if it has none."""
+    file = generator / "scheduler" / "scheduler_config.json"
+    return json_object(file) if file.is_file() else {}
 
 
 @dataclass(frozen=True)

@@ -84,37 +84,37 @@ def _key(spec: Stage) -> ArtifactKey:
 
 def _identity(spec: Stage) -> Any:
     if not isinstance(spec, TrialSpec):
-        return _plain(spec)
+        return plain(spec)
     # The inputs contain the recipe numbers of earlier stages.
-    inputs = [_plain(spec.features), _plain(spec.synthetic_features)]
+    inputs = [plain(spec.features), plain(spec.synthetic_features)]
     added = (spec.evidence_errors, spec.lora_labels)
-    inputs += [_plain(stage) for stage in added if stage is not None]
+    inputs += [plain(stage) for stage in added if stage is not None]
     settings = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec) if _in_key(spec, f)}
     settings.pop("classnames")  # the dataset determines them
     settings.pop("scored_images")
     settings.pop("code")
     if code := spec.code_of("trials"):
         settings["code"] = code
-    return {"recipe": f"trials/{RECIPES[TrialSpec][1]}", "inputs": inputs, **_plain(settings)}
+    return {"recipe": f"trials/{RECIPES[TrialSpec][1]}", "inputs": inputs, **plain(settings)}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Dataclasses as dicts; nested stages with their recipe; a Ref as its digest."""
     if isinstance(value, Ref):
         return value.digest
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        plain = {
-            f.name: _plain(getattr(value, f.name))
+        found = {
+            f.name: plain(getattr(value, f.name))
             for f in dataclasses.fields(value)
             if _in_key(value, f)
         }
         if type(value) in RECIPES:
-            plain["recipe"] = "{}/{}".format(*RECIPES[type(value)])
-        return plain
+            found["recipe"] = "{}/{}".format(*RECIPES[type(value)])
+        return found
     if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
+        return {name: plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value
 
 

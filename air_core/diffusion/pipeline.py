@@ -23,7 +23,13 @@ from air_core.arithmetic import sums_in_one_order
 from air_core.diffusion import image_seed
 from air_core.model_configs import check_part_configs, pipeline_index, pipeline_parts
 from air_core.specs import GenerationSettings, Precision
-from air_core.weights import PIPELINE_CONFIG, check_lora_fits, generator_parts, stay_offline
+from air_core.weights import (
+    PIPELINE_CONFIG,
+    check_lora_fits,
+    generator_parts,
+    is_distilled,
+    stay_offline,
+)
 
 # B images, H height, W width.
 
@@ -245,7 +251,8 @@ def _sampler(scheduler: Any) -> Any:
     from diffusers import DPMSolverMultistepScheduler
     from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 
-    if type(scheduler).__name__ not in KarrasDiffusionSchedulers.__members__:
+    known = KarrasDiffusionSchedulers.__members__
+    if type(scheduler).__name__ not in known or is_distilled(scheduler.config):
         return scheduler
     return DPMSolverMultistepScheduler.from_config(
         scheduler.config, algorithm_type="dpmsolver++", solver_order=2

@@ -64,6 +64,10 @@ POOL = "parts that the pool is taken from; with train, val stays out"
 SHOTS = "ssl: labelled images per class"
 CLASS_SEED = "trzsl: which classes are seen; published are 500, 0 and 200"
 POOL_SIZE = "largest number of pool images, a subset drawn by split_seed; null: all"
+LABELLED_SIZE = (
+    "trzsl: largest number of labelled images, a subset drawn by split_seed; null: all; a sweep "
+    "that does not set it uses pool_size"
+)
 POOL_RATIO = "simulated imbalance: images of the commonest class over those of the rarest"
 POOL_MISSING = "simulated: share of the classes without any pool image"
 LEAKY = "eurosat: test images stay in the pool, only to compare with published numbers"
@@ -82,13 +86,17 @@ class SplitSettings:
     pool_size: int | None = later(None, POOL_SIZE, ge=1)
     pool_ratio: float = later(1.0, POOL_RATIO, ge=1)
     pool_missing: float = later(0.0, POOL_MISSING, ge=0, lt=1)
+    labelled_size: int | None = later(None, LABELLED_SIZE, ge=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class InitialLabelsSettings:
     """Pseudo-labelled images that the LoRA is trained on."""
 
-    kind: Literal["top_k"] = knob("top_k", "top_k: the most confident images of each class")
+    kind: Literal["top_k", "pool"] = knob(
+        "top_k",
+        "top_k: the most confident of each class; pool: all, each as its most probable class",
+    )
     k: int = knob(16, "images per class", ge=1)
     images_per_class: int = knob(
         120, "synthetic images per class of the previous LoRA round, for lora.rounds > 1", ge=1
@@ -107,7 +115,10 @@ class LoraTraining:
     steps: int = knob(2000, "optimiser steps", ge=1)
     batch: int = knob(8, "images per step", ge=1)
     learning_rate: float = knob(1e-4, "AdamW, 10 % warm-up, cosine to 0", gt=0)
-    caption: str = knob("a photo of a {}", "of a training image, with one {} for its class")
+    caption: str = knob(
+        "a photo of a {}",
+        "of a training image; {} is its class, a caption without it is of the domain",
+    )
     precision: Precision = knob("bf16", "autocast of the U-Net")
 
 
@@ -335,6 +346,7 @@ class LabelsSpec:
     settings: InitialLabelsSettings
     images: SyntheticFeaturesSpec | None = None
     source: LoraSource = later("all", LORA_SOURCE)
+    drawn: bool = added(False)  # labelled images in random order, not in that of the files
     code: str = added("")
 
 
@@ -447,6 +459,7 @@ class TrialSpec:
     pool_size: int | None = later(None, POOL_SIZE, ge=1)
     pool_ratio: float = later(1.0, POOL_RATIO, ge=1)
     pool_missing: float = later(0.0, POOL_MISSING, ge=0, lt=1)
+    labelled_size: int | None = later(None, LABELLED_SIZE, ge=1)
     supervision: Literal["pseudo", "labelled"] = later(
         "pseudo", "labelled: the few labelled images alone, no pseudo-labels (CoOp, VPT)"
     )
@@ -484,6 +497,7 @@ class TrialSpec:
             pool_size=self.pool_size,
             pool_ratio=self.pool_ratio,
             pool_missing=self.pool_missing,
+            labelled_size=self.labelled_size if self.paradigm == "trzsl" else None,
         )
 
     @property
@@ -681,6 +695,8 @@ def _labels(
         settings=settings,
         images=images,
         source="all" if spec.paradigm == "ul" else lora.source,
+        drawn=lora.source != "pseudo"
+        and (spec.paradigm == "trzsl" or (spec.paradigm == "ssl" and spec.shots > settings.k)),
         code=spec.code_of("labels"),
     )
 

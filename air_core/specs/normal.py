@@ -56,7 +56,11 @@ IRRELEVANT: tuple[tuple[Any, Any], ...] = (
     (lambda s: s.paradigm != "ssl", lambda s: {"shots": 2}),
     (
         lambda s: s.paradigm != "trzsl",
-        lambda s: {"class_seed": 500, "train": replace(s.train, labelled_among="all")},
+        lambda s: {
+            "class_seed": 500,
+            "labelled_size": None,
+            "train": replace(s.train, labelled_among="all"),
+        },
     ),
     (
         lambda s: s.paradigm == "ul" and s.lora is not None,
@@ -195,6 +199,10 @@ IRRELEVANT: tuple[tuple[Any, Any], ...] = (
     (
         lambda s: s.lora is None and s.images_from != "lora_images",
         lambda s: {"initial_labels": InitialLabelsSettings()},
+    ),
+    (
+        lambda s: s.initial_labels.kind == "pool" and s.paradigm == "ul",
+        lambda s: {"initial_labels": replace(s.initial_labels, k=InitialLabelsSettings.k)},
     ),
     (
         lambda s: s.lora is not None and s.lora.rounds == 1,

@@ -38,12 +38,14 @@ from air_core.weights import (
     check_whole,
     generator_files,
     generator_folder,
+    is_distilled,
+    scheduler_config,
     weights_files,
     weights_settings,
 )
 from orchestrator.failures import is_disk_full
 from orchestrator.files import file_digest, file_stamp, write_atomic
-from orchestrator.keys import canonical_json, digest
+from orchestrator.keys import canonical_json, digest, plain
 from orchestrator.store import SweepLocation, read_resolved
 from orchestrator.store.code_version import unlisted_versions
 from orchestrator.store.verification import read_cache
@@ -250,6 +252,8 @@ class Resolver:
             raise MissingInput(str(problem)) from None
         paths = [str(file.relative_to(folder)) for file in files]
         content: dict[str, Any] = dict(zip(paths, self._file_digests(files), strict=True))
+        if role == "generator" and is_distilled(scheduler_config(folder)):
+            content = {"files": content, "sampler": "own"}  # earlier versions replaced it
         if settings:  # with another architecture, the same file is another model
             content = {"files": content, "settings": settings}
         return Ref(name=name, digest=digest(content))
@@ -340,7 +344,7 @@ class NotRecorded(ValueError):
 
 
 def _split_name(dataset: str, split: SplitSettings) -> str:
-    return f"{dataset} {canonical_json(asdict(split))}"
+    return f"{dataset} {canonical_json(plain(split))}"
 
 
 def _entries(plain: dict[str, Any]) -> dict[str, list[Any]]:

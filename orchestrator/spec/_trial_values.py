@@ -60,12 +60,28 @@ def _check_template(text: str) -> str:
     return text
 
 
+def _check_caption(text: str) -> str:
+    """A caption of the domain has no {}."""
+    _check_template(text if "{}" in text else f"{text}{{}}")
+    return text
+
+
 TEMPLATE = Annotated[
     str,
     AfterValidator(_check_template),
     text_schema(
         "one line of text with {} once, for the class name, and no other brace",
         r"^[^{}]*\{\}[^{}]*$",
+    ),
+]
+
+
+CAPTION = Annotated[
+    str,
+    AfterValidator(_check_caption),
+    text_schema(
+        "one line of text with {} at most once, for the class name, and no other brace",
+        r"^[^{}]*(\{\}[^{}]*)?$",
     ),
 ]
 
@@ -87,8 +103,10 @@ def _value_annotation(name: str) -> Any:
         )
     if name in ("backbone", "generator"):
         return LINE
-    if name in ("generation.template", "evidence.template", "lora.caption"):
+    if name in ("generation.template", "evidence.template"):
         return TEMPLATE
+    if name == "lora.caption":
+        return CAPTION
     return _with_limits(TRIAL_KEYS[name].type, name)
 
 
@@ -183,7 +201,7 @@ Axes = Annotated[
 # images for each point, which costs GPU-hours; a grid prepares each value once.
 IMAGES_DEPEND_ON = (
     *("dataset", "backbone", "precision", "paradigm", "shots", "class_seed"),
-    *("pool", "pool_size", "pool_ratio", "pool_missing", "leaky_pool"),
+    *("pool", "pool_size", "pool_ratio", "pool_missing", "labelled_size", "leaky_pool"),
     *("initial_labels", "lora", "generator", "generation"),
 )
 # These change the denoising errors of the pool.

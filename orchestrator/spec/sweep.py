@@ -376,6 +376,8 @@ def _cell(spec: SweepSpec, combination: dict[str, Any]) -> Cell:
     pins = METHODS[method].pins
     flat = {**_trial_defaults(), **presets.defaults(method, given)}
     flat |= {key: value for key, value in given.items() if key not in pins}
+    if flat["paradigm"] == "trzsl" and "labelled_size" not in given:
+        flat["labelled_size"] = flat["pool_size"]  # a small pool has few labelled images too
     if flat.pop("lora", True) is None:  # LoRA is off: the lora.* settings do not apply
         flat = {key: value for key, value in flat.items() if not key.startswith("lora.")}
         flat["lora"] = None

@@ -156,9 +156,10 @@ def build_labels(spec: LabelsSpec, worker: WorkerContext) -> Artifact:
             target.batch(split.pool),
             target.labelled(split.labelled) if len(split.labelled) else None,
             split,
-            spec.settings.k,
+            spec.settings,
             spec.source,
             synthetic,
+            spec.split.split_seed if spec.drawn else None,
         )
         save_file({"index": index.numpy(), "labels": labels.numpy()}, folder / "labels.safetensors")
         # The record contains the accuracy; nothing else reads these true labels.

@@ -164,6 +164,18 @@ def test_a_flow_matching_model_keeps_its_sampler_and_supports_no_lora(tmp_path, 
         PipelineGenerator(model, settings, adapter=adapter)
 
 
+@pytest.mark.parametrize("sampler", ["EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"])
+def test_a_distilled_model_keeps_its_sampler_and_other_models_do_not(tmp_path, sampler):
+    model = pipelines.stable_diffusion_1(tmp_path)
+    index, config = model / "model_index.json", model / "scheduler" / "scheduler_config.json"
+    index.write_text(index.read_text().replace("PNDMScheduler", sampler))
+    scheduler = json.loads(config.read_text()) | {"_class_name": sampler}
+    for spacing, expected in (("trailing", sampler), ("leading", "DPMSolverMultistepScheduler")):
+        config.write_text(json.dumps(scheduler | {"timestep_spacing": spacing}))
+        pipeline = PipelineGenerator(model, QUICK).pipeline
+        assert type(pipeline.scheduler).__name__ == expected
+
+
 def test_a_pipeline_that_starts_from_an_image_is_rejected(tmp_path):
     model = pipelines.image_to_image(tmp_path)
     with pytest.raises(ValueError, match="is a StableDiffusionImg2ImgPipeline, which"):

@@ -117,6 +117,15 @@ def test_a_smaller_pool_is_a_subset_that_depends_on_the_split_seed(paradigm):
     assert split("digits", paradigm, pool_size=10**6).pool.tolist() == whole.pool.tolist()
 
 
+def test_fewer_labelled_images_of_seen_classes_leave_the_pool_as_it_is():
+    whole, other = split("digits", "trzsl"), split("digits", "trzsl", seed=1, labelled_size=30)
+    small = split("digits", "trzsl", labelled_size=30)
+    assert len(small.labelled) == 30
+    assert set(small.labelled.tolist()) < set(whole.labelled.tolist())
+    assert small.labelled.tolist() != other.labelled.tolist()
+    assert small.pool.tolist() == whole.pool.tolist()
+
+
 def test_an_imbalanced_pool_has_rare_and_missing_classes_and_the_full_test_set():
     labels, _ = load("digits")
     found = split("digits", pool_ratio=10.0, pool_missing=0.3)

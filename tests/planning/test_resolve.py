@@ -266,3 +266,10 @@ def test_visual_prompts_do_not_shorten_class_names(resolver):
     assert resolver.trial(visual).prompt.length == 64
     with pytest.raises(ValueError, match=r"of which prompt\.length takes 64"):
         resolver.trial({**visual, "modality": "text"})
+
+
+def test_recorded_pool_sizes_leave_out_settings_that_were_added_later(fresh):
+    """So a release with more settings reads them."""
+    fresh.trial(presets.defaults("cpl_evidence", {}))
+    split = '{"paradigm":"ul","pool":"train","split_seed":0}'
+    assert list(fresh.inputs()["pools"]) == [f"digits {split}"]

@@ -172,6 +172,7 @@ CHANGES = {
     "labels": (
         *("paradigm", "shots", "split_seed", "class_seed", "pool", "leaky_pool"),
         *("pool_size", "pool_ratio", "pool_missing", "initial_labels.k", "lora.source"),
+        *("labelled_size", "initial_labels.kind"),
     ),
     "lora": (
         *("lora.rank", "lora.steps", "lora.batch", "lora.learning_rate", "lora.caption"),
@@ -187,9 +188,10 @@ CONTEXT: dict[str, dict[str, Any]] = {  # the settings with which a setting has 
     "shots": {"paradigm": "ssl"},
     "lora__source": {"paradigm": "ssl"},
     "class_seed": {"paradigm": "trzsl"},
+    "labelled_size": {"paradigm": "trzsl"},
 }
-# Settings with a single choice, or with an effect only in a second LoRA round.
-UNTESTED = ("initial_labels.kind", "initial_labels.images_per_class", "lora.rounds")
+# Settings with an effect only in a second LoRA round.
+UNTESTED = ("initial_labels.images_per_class", "lora.rounds")
 
 
 def other_value(name: str, value: Any) -> Any:

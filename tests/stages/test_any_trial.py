@@ -32,6 +32,7 @@ VALUES: dict[str, list[Any]] = {
     "shots": [1, 5, 200],
     "class_seed": [500, 0],
     "pool_size": [10, 37, 10_000],
+    "labelled_size": [1, 30],
     "pool_ratio": [1.5, 1000.0],
     "pool_missing": [0.1, 0.95],
     "supervision": ["labelled"],
