@@ -250,6 +250,18 @@ def test_a_dataset_that_changes_after_the_plan_is_an_error(folder, tmp_path):
     assert len(list(records())) == 1
 
 
+def test_an_image_that_changes_before_it_is_read_is_an_error(folder, tmp_path):
+    resolver = Resolver(tmp_path / "digests.json", None)
+    dataset = resolver.dataset_by_name(f"folder:{folder}").ref
+    worker = WorkerContext(ArtifactStore(tmp_path / "runs"))
+    assert [image.mode for image in worker.images(dataset, [0, 1])] == ["RGB", "RGB"]
+    file = worker.examples(dataset).images.files[1]
+    file.write_bytes(file.read_bytes() + b" ")
+    assert len(worker.images(dataset, [0])) == 1
+    with pytest.raises(ChangedInput, match="has changed since the run was planned"):
+        worker.images(dataset, [0, 1])
+
+
 def test_a_folder_of_synthetic_images_that_changes_after_the_plan_is_an_error(folder, tmp_path):
     def row() -> FolderImages:
         resolver = Resolver(tmp_path / "digests.json", None)

@@ -118,14 +118,19 @@ class Resolver:
         """Check that the inputs of a trial are sufficient.
 
         Raises:
-            ValueError: a class name is too long, images are too few, or a LoRA does not fit the
-                generator.
+            ValueError: a class name is too long, images are too few, a LoRA does not fit the
+                generator, or the evidence has no time step.
         """
         learned = trial.prompt.length if trial.modality == "text" and trial.iterations else 0
         for dataset in datasets:
             check_room(trial.backbone.name, dataset.classnames, dataset.template, learned)
         if trial.paradigm == "ssl":
             self._check_split(get_dataset(trial.dataset.name), trial.split)
+        low, high = trial.evidence.low, trial.evidence.high
+        if uses_evidence(trial) and low > high:
+            raise ValueError(
+                f"evidence.low is {low}, but evidence.high is {high}; allowed: low <= high"
+            )
         if uses_generator(trial):
             if trial.generator.name.startswith("folder:"):
                 if uses_evidence(trial):
@@ -268,6 +273,16 @@ class Resolver:
                 if not is_disk_full(problem):  # a full disk: the next process reads the files again
                     raise
             self._saved = dict(self._digests)
+
+    def has_digests_of(self, files: Sequence[Path]) -> bool:
+        """Whether this resolver has digests of these files as they are now."""
+        with suppress(OSError):
+            stamps = [[*file_stamp(file)] for file in files]
+            return all(
+                self._digests.get(str(file.resolve()), [])[:-1] == stamp
+                for file, stamp in zip(files, stamps, strict=True)
+            )
+        return False
 
     def _file_digests(self, paths: Sequence[Path]) -> list[str]:
         digests = []

@@ -15,6 +15,7 @@ from PIL import Image
 from air_core.backbone import Backbone
 from air_core.backbone.loading import load_backbone
 from air_core.datasets import Examples, get_dataset
+from air_core.datasets.images import ImageFiles
 from air_core.specs import FeaturesSpec, Ref, SyntheticFeaturesSpec
 from orchestrator.planning import Resolver
 from orchestrator.planning.resources import memory_fraction
@@ -59,6 +60,20 @@ class WorkerContext:
             yield examples
         finally:  # also after another error, which a file raises that disappears during the block
             _check_content(dataset, self._digests, self.data_root)
+
+    def images(self, dataset: Ref, positions: Sequence[int]) -> list[Image.Image]:
+        """Some images. Only their files are checked again, since a dataset may have many.
+
+        Raises:
+            ChangedInput: the files of the dataset, or of these images, do not match its digest.
+        """
+        examples = self.examples(dataset)
+        images = [examples.images[i] for i in positions]
+        if isinstance(examples.images, ImageFiles):
+            files = [examples.images.files[i] for i in positions]
+            if not _resolver(self._digests, self.data_root).has_digests_of(files):
+                raise ChangedInput(f"{dataset.name} {CHANGED}")
+        return images
 
     def check_ready_images(self, folder: Ref) -> None:
         """
@@ -112,8 +127,10 @@ def one_thread() -> Iterator[None]:
 
 @cache
 def _examples(dataset: Ref, digests: Path, data_root: Path | None) -> Examples:
-    _check_content(dataset, digests, data_root)
-    return get_dataset(dataset.name).load(data_root)
+    try:
+        return get_dataset(dataset.name).load(data_root)
+    finally:  # also after an error, which files raise that change meanwhile
+        _check_content(dataset, digests, data_root)
 
 
 def _check_content(dataset: Ref, digests: Path, data_root: Path | None) -> None:

@@ -72,8 +72,8 @@ class BlockScorer:
         images = slice(block * self.spec.block_size, (block + 1) * self.spec.block_size)
         positions = self.positions[images]
         if block not in self.latents:
-            with self.worker.unchanged_examples(self.spec.features.dataset) as examples:
-                pixels = [square(examples.images[int(i)], self.spec.size) for i in positions]
+            read = self.worker.images(self.spec.features.dataset, positions.tolist())
+            pixels = [square(image, self.spec.size) for image in read]
             self.latents[block] = self.scorer.latents(torch.from_numpy(np.stack(pixels)))
         scoring = self.spec.scoring
         candidates = candidate_classes(self.logits[images], scoring.top, earlier, scoring.prune_to)

@@ -273,3 +273,9 @@ def test_recorded_pool_sizes_leave_out_settings_that_were_added_later(fresh):
     fresh.trial(presets.defaults("cpl_evidence", {}))
     split = '{"paradigm":"ul","pool":"train","split_seed":0}'
     assert list(fresh.inputs()["pools"]) == [f"digits {split}"]
+
+
+def test_evidence_without_time_steps_is_an_error(fresh):
+    settings = presets.defaults("cpl_evidence", {}) | {"evidence.low": 0.9, "evidence.high": 0.4}
+    with pytest.raises(ValueError, match=r"evidence\.low is 0\.9, but evidence\.high is 0\.4"):
+        fresh.trial(settings)
