@@ -133,6 +133,9 @@ METHODS: dict[str, Method] = {
     ),
     "coop": Method(pins={**_LABELLED, "modality": "text"}, host="zero_shot", paradigms=_LABELS),
     "vpt": Method(pins={**_LABELLED, "modality": "visual"}, host="zero_shot", paradigms=_LABELS),
+    "upl": Method(
+        pins={**_ONE_ROUND, "pseudo_labels.kind": "predicted", **_NO_IMAGES}, host="zero_shot"
+    ),
     "fpl": Method(pins={**_ONE_ROUND, **_NO_IMAGES}, host="zero_shot"),
     "ifpl": Method(
         pins={"pseudo_labels.kind": "top_k", "pseudo_labels.growth": "fixed", **_NO_IMAGES},

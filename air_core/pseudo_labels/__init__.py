@@ -34,6 +34,7 @@ class Strategy(Protocol):
 
 STRATEGIES: dict[str, Strategy] = {
     "top_k": top_k.top_k,
+    "predicted": top_k.predicted,
     "threshold": threshold,
     "candidates": candidates.candidates,
 }

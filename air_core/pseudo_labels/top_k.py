@@ -25,7 +25,27 @@ def top_k(
     previous: PseudoLabels | None,
 ) -> PseudoLabels:
     """One-hot targets for at most `capacity` images per class."""
-    labels = balanced_choice(scores, torch.full((scores.shape[1],), capacity))
+    return _one_hot(scores, balanced_choice(scores, torch.full((scores.shape[1],), capacity)))
+
+
+def predicted(
+    scores: Tensor,
+    settings: PseudoLabelSettings,
+    *,
+    capacity: int,
+    iteration: int,
+    previous: PseudoLabels | None,
+) -> PseudoLabels:
+    """The same among the images that the scores assign to the class (UPL, arXiv:2204.03649).
+
+    A class that no image is assigned to gets none.
+    """
+    best = one_hot(scores.argmax(dim=1), scores.shape[1]).bool()
+    places = torch.full((scores.shape[1],), capacity)
+    return _one_hot(scores, balanced_choice(scores, places, allowed=best))
+
+
+def _one_hot(scores: Tensor, labels: Tensor) -> PseudoLabels:
     indices = (labels >= 0).nonzero().flatten()
     targets = one_hot(labels[indices], scores.shape[1]).to(scores.dtype)
     return PseudoLabels(indices=indices, targets=targets, labels=labels[indices])

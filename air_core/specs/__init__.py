@@ -214,8 +214,10 @@ class FusionSettings:
 class PseudoLabelSettings:
     """Training targets from scores."""
 
-    kind: Literal["top_k", "threshold", "candidates"] = knob(
-        "candidates", "top_k: K most confident per class; threshold; candidates: CPL's sets"
+    kind: Literal["top_k", "predicted", "threshold", "candidates"] = knob(
+        "candidates",
+        "top_k: K most confident per class; predicted: the same among images with this best class; "
+        "threshold; candidates: CPL's sets",
     )
     growth: Literal["fixed", "growing"] = knob(
         "growing",

@@ -46,6 +46,17 @@ def test_growth_covers_the_pool_in_the_last_round():
     assert len(last) == 120
 
 
+def test_upl_selects_the_most_confident_images_of_each_predicted_class():
+    scores = some_scores(120, 6)
+    settings = PseudoLabelSettings(kind="predicted", growth="fixed", k=5)
+    labels = assign(scores, settings, iteration=0, iterations=1, previous=None)
+    confidence, best = scores.max(dim=1)
+    for c in range(6):
+        members = (best == c).nonzero().flatten()
+        strongest = members[confidence[members].argsort(descending=True)[:5]]
+        assert labels.indices[labels.labels == c].tolist() == sorted(strongest.tolist())
+
+
 def test_balanced_choice_is_stable():
     """No image and class prefer each other to their assignment."""
     scores = some_scores(60, 5, seed=3)

@@ -58,7 +58,7 @@ VALUES: dict[str, list[Any]] = {
     "auxiliary.fade": [True],
     "fusion.space": ["logit"],
     "fusion.schedule": ["annealed"],
-    "pseudo_labels.kind": ["top_k", "threshold"],
+    "pseudo_labels.kind": ["top_k", "predicted", "threshold"],
     "pseudo_labels.growth": ["fixed", "growing"],
     "pseudo_labels.k": [1, 5000],
     "pseudo_labels.alpha": [0, 1],
