@@ -1,7 +1,7 @@
 """A store of an older version (commit 9fb42b3) is read and reused; its runs are not sent again.
 
 The fixture contains the store with its MLflow database, and the sweep file. The definition of
-`air` has changed since, so the sweep file has to state what it was.
+`air` and a default have changed since, so the sweep file has to state what they were.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from orchestrator import api
 from tests.helpers.sweeps import airsweep, environment
 
 ROOT = Path(__file__).parents[1]
-DEFINITION = "  auxiliary.kind: lda\n  fidelity.kind: none\n  synthetic_weight: 0.0\n"
+DEFINITION = (
+    "  fusion_weight: 0.5\n  auxiliary.kind: lda\n  fidelity.kind: none\n  synthetic_weight: 0.0\n"
+)
 MEANS = [0.48148148148148145, 0.5518518518518518, 0.5657407407407408]  # as that version printed
 
 

@@ -36,6 +36,7 @@ WORLDS: dict[tuple[str, str], dict[str, Any]] = {
     },
     ("backbone", "tiny"): {
         "auxiliary.kind": "lda",
+        "fusion_weight": 0.8,
         "pseudo_labels.alpha": 0.9,
         "pseudo_labels.beta": 0.9,
         "train.steps": 100,
