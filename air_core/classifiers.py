@@ -147,6 +147,20 @@ class FusedClassifier:
         blended = (1 - self.evidence_weight) * scores + self.evidence_weight * self.evidence
         return torch.where(scored, blended, scores)
 
+    def predictions(self, pool: Batch) -> tuple[list[Tensor], int]:
+        """Predicted classes (P,) of text, auxiliary and evidence, and the number of classes.
+
+        Left out are images without evidence, and classifiers that are None.
+        """
+        logits = self.text.logits(pool)
+        scores = [logits if self.unseen is None else logits[:, self.unseen]]
+        if self.auxiliary is not None:
+            scores.append(self.auxiliary.logits(pool))
+        if self.evidence is not None:
+            scored = self.evidence.isfinite().any(dim=1)
+            scores = [each[scored] for each in (*scores, self.evidence)]
+        return [each.argmax(dim=1) for each in scores], scores[0].shape[1]
+
     def _fused(self, logits: Tensor, batch: Batch) -> Tensor:
         if self.auxiliary is None:
             return logits.softmax(dim=-1)

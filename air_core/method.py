@@ -45,6 +45,7 @@ from air_core.classifiers import (
 )
 from air_core.datasets import Dataset
 from air_core.evidence import evidence_probabilities
+from air_core.fusion import fusion_weights
 from air_core.paradigms import make_split
 from air_core.prompts import PromptLearner, build_learner
 from air_core.pseudo_labels import assign, spread
@@ -412,29 +413,22 @@ def fused(
 ) -> FusedClassifier:
     """p* = (p + λ p̂) / (1 + λ): the teacher fused with the auxiliary classifier.
 
-    `fusion_weight` is λ / (1 + λ). With evidence the pool's p* becomes (1 - v) p* + v q, v being
-    `evidence.weight`.
+    With evidence the pool's p* becomes (1 - v) p* + v q. `air_core.fusion` gives both weights.
     """
     if spec.transduction == "gmm":
         teacher = transductive(teacher, data.pool, data.unseen)
-    weight = spec.fusion_weight
-    if spec.fusion.schedule == "annealed":
-        weight *= 1 - progress(spec, t)
     classifier = fuse(
         teacher,
         auxiliary,
         data.pool,
-        weight,
+        spec.fusion_weight,
         spec.auxiliary.temperature,
         spec.fusion.space,
         data.unseen,
     )
-    if evidence is None:
-        return classifier
-    v = spec.evidence.weight
-    if spec.evidence.schedule == "annealed":
-        v *= 1 - progress(spec, t)
-    return replace(classifier, evidence=evidence, evidence_weight=v)
+    classifier = replace(classifier, evidence=evidence)
+    w, v = fusion_weights(spec, classifier, data.pool, progress(spec, t))
+    return replace(classifier, weight=w, evidence_weight=v)
 
 
 def pool_evidence(spec: TrialSpec, data: TrialData) -> Tensor | None:

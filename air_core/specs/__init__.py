@@ -202,8 +202,11 @@ class AuxiliarySettings:
 
 @dataclass(frozen=True, kw_only=True)
 class FusionSettings:
-    """Fusion of the text and the auxiliary classifier, beside `fusion_weight`."""
+    """Fusion of text, auxiliary and evidence, beside `fusion_weight` and `evidence.weight`."""
 
+    weights: Literal["fixed", "agreement"] = later(
+        "fixed", "agreement: by Dawid-Skene EM on the pool, without labels"
+    )
     space: Literal["probability", "logit"] = later("probability", "space of the average")
     schedule: Literal["fixed", "annealed"] = later(
         "fixed", "annealed: the weight falls linearly to 0 over the iterations"

@@ -50,6 +50,18 @@ def _selecting_nothing(spec: TrialSpec) -> FidelitySettings:
     return replace(spec.fidelity, kind=FidelitySettings.kind, keep=FidelitySettings.keep)
 
 
+def _weighed_by_agreement(spec: TrialSpec) -> dict[str, Any]:
+    """Without fixed weights; with equal ones where two classifiers are fused (air_core.fusion)."""
+    both = uses_auxiliary(spec) and uses_evidence(spec)
+    weights, v = ("agreement", EvidenceSettings.weight) if both else ("fixed", 0.5)
+    evidence = replace(spec.evidence, weight=v, schedule="fixed")
+    return {
+        "fusion_weight": TrialSpec.fusion_weight if spec.fusion_weight else 0.0,
+        "fusion": replace(spec.fusion, weights=weights, schedule="fixed"),
+        "evidence": evidence if uses_evidence(spec) else spec.evidence,
+    }
+
+
 # Pairs of a condition and the settings that it makes irrelevant, applied in this order.
 IRRELEVANT: tuple[tuple[Any, Any], ...] = (
     (lambda s: s.test_dataset == s.dataset, lambda s: {"test_dataset": None}),
@@ -95,6 +107,7 @@ IRRELEVANT: tuple[tuple[Any, Any], ...] = (
         },
     ),
     (lambda s: not uses_evidence(s), lambda s: {"evidence": EvidenceSettings()}),
+    (lambda s: s.fusion.weights == "agreement", _weighed_by_agreement),
     (
         lambda s: s.evidence.prune_after is None,
         lambda s: {"evidence": replace(s.evidence, prune_to=EvidenceSettings.prune_to)},

@@ -79,6 +79,7 @@ PARTS: dict[str, tuple[str, ...]] = {
         *_SCORING,
         "air_core.evaluation",
         "air_core.evidence",
+        "air_core.fusion",
         "air_core.method",
         "air_core.prompts",
         "air_core.prompts.text",

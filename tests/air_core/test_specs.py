@@ -43,6 +43,7 @@ BOTH_BUT_NO_IMAGES = {"auxiliary.source": "both", "images_per_class": 0}
 NO_LORA = {"lora": None}
 GROWING = {"pseudo_labels.growth": "growing"}
 EVIDENCE = {"evidence.draws": 4}
+AGREEMENT = {"fusion.weights": "agreement"}
 
 
 def trial(refs: dict[str, Ref] = REFS, **flat: Any) -> TrialSpec:
@@ -153,6 +154,12 @@ WITHOUT_EFFECT = [
     (ONE_ROUND, "train.synthetic_schedule", "fixed", "fade"),
     (NO_ROUND, "fusion.schedule", "fixed", "annealed"),
     (NOT_FUSED, "fusion.space", "probability", "logit"),
+    ({**EVIDENCE, **AGREEMENT}, "fusion_weight", 0.5, 0.9),
+    ({**EVIDENCE, **AGREEMENT}, "fusion.schedule", "fixed", "annealed"),
+    ({**EVIDENCE, **AGREEMENT}, "evidence.weight", 0.3, 0.8),
+    ({**EVIDENCE, **AGREEMENT}, "evidence.schedule", "fixed", "annealed"),
+    ({}, "fusion.weights", "fixed", "agreement"),
+    ({**EVIDENCE, **NOT_FUSED, "evidence.weight": 0.5}, "fusion.weights", "fixed", "agreement"),
     (SYNTHETIC_ONLY, "auxiliary.rounds", 1, 3),
     ({}, "auxiliary.neighbours", 4, 16),
     ({}, "auxiliary.kappa", 10.0, 100.0),
@@ -269,6 +276,7 @@ WITH_EFFECT = [
     ({}, "prompt.restart", True, False),
     ({}, "fusion.space", "probability", "logit"),
     ({}, "fusion.schedule", "fixed", "annealed"),
+    (EVIDENCE, "fusion.weights", "fixed", "agreement"),
     ({"auxiliary.kind": "knn"}, "auxiliary.neighbours", 4, 16),
     ({"auxiliary.temperature": "kappa"}, "auxiliary.kappa", 10.0, 100.0),
     (REAL_ONLY, "auxiliary.rounds", 1, 3),
