@@ -694,6 +694,8 @@ def _labels(
     settings = spec.initial_labels
     if images is None:
         settings = replace(settings, images_per_class=InitialLabelsSettings.images_per_class)
+    if settings.kind == "pool" and spec.paradigm == "ul":
+        settings = replace(settings, k=InitialLabelsSettings.k)
     return LabelsSpec(
         features=spec.features,
         split=spec.split,
