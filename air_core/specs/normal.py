@@ -53,11 +53,11 @@ def _selecting_nothing(spec: TrialSpec) -> FidelitySettings:
 def _weighed_by_agreement(spec: TrialSpec) -> dict[str, Any]:
     """Without fixed weights; with equal ones where two classifiers are fused (air_core.fusion)."""
     both = uses_auxiliary(spec) and uses_evidence(spec)
-    weights, v = ("agreement", EvidenceSettings.weight) if both else ("fixed", 0.5)
+    v = EvidenceSettings.weight if both else 0.5
     evidence = replace(spec.evidence, weight=v, schedule="fixed")
     return {
         "fusion_weight": TrialSpec.fusion_weight if spec.fusion_weight else 0.0,
-        "fusion": replace(spec.fusion, weights=weights, schedule="fixed"),
+        "fusion": replace(spec.fusion, weights="agreement" if both else "fixed", schedule="fixed"),
         "evidence": evidence if uses_evidence(spec) else spec.evidence,
     }
 

@@ -58,12 +58,8 @@ VALUES: dict[str, list[Any]] = {
     "auxiliary.fade": [True],
     "fusion.space": ["logit"],
     "fusion.schedule": ["annealed"],
-<<<<<<< HEAD
-    "pseudo_labels.kind": ["top_k", "predicted", "threshold"],
-=======
     "fusion.weights": ["agreement"],
-    "pseudo_labels.kind": ["top_k", "threshold"],
->>>>>>> 8a9dd18 (Fusion weights by the agreement of text, auxiliary and evidence)
+    "pseudo_labels.kind": ["top_k", "predicted", "threshold"],
     "pseudo_labels.growth": ["fixed", "growing"],
     "pseudo_labels.k": [1, 5000],
     "pseudo_labels.alpha": [0, 1],
