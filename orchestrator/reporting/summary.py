@@ -31,7 +31,7 @@ from orchestrator.reporting.rows import (
     significance_notes,
     uses_diffusion,
 )
-from orchestrator.reporting.tables import comparison_lines, table_lines
+from orchestrator.reporting.tables import classifier_notes, comparison_lines, table_lines
 from orchestrator.spec.sweep import option_words
 from orchestrator.store import (
     SweepLocation,
@@ -44,7 +44,7 @@ from orchestrator.store import (
 
 MAX_COMPARISONS = 12
 # Columns that the screen leaves out.
-HIDDEN_RESULTS = ["n_test", "fused", "gain over host", "gain over control"]
+HIDDEN_RESULTS = ["n_test", "gain over host", "gain over control"]
 HIDDEN_COMPARISONS = ["compared with", "p", "p corrected"]
 
 
@@ -62,7 +62,8 @@ def summary(
     lines = _wrap("   ".join([title, *(tail if len(tail) == 1 else [])]), width)
     if not results.rows:
         return "\n".join([*lines, f" {EMPTY}", *_facts(facts, width)])
-    lines += _table(table_lines(results), HIDDEN_RESULTS, width)
+    rows = table_lines(results)
+    lines += _table(rows, HIDDEN_RESULTS, width)
     # Comparisons of methods with a diffusion model only.
     gains = [i for i, c in enumerate(results.comparisons) if uses_diffusion(c.row.method)]
     if gains:
@@ -75,6 +76,8 @@ def summary(
         *protocol_notes(results.rows),
         *(significance_notes(results.comparisons, marks=False) if gains else []),
     ]
+    if classifiers := [*classifier_notes(rows[0])]:
+        notes.append(" ".join(classifiers))
     for note in [*notes, *choice_notes(results.rows), *collapse_notes(results)]:
         lines += _wrap(note, width)
     return "\n".join([*lines, *_facts(facts, width)])
