@@ -27,6 +27,7 @@ from orchestrator.planning.plan import STAGE_TITLES
 from orchestrator.reporting import charts
 from orchestrator.reporting._layouts import Layout, drop_empty_columns
 from orchestrator.reporting._statistics import Array
+from orchestrator.reporting._worth import worth_sentences
 from orchestrator.reporting.report_data import ReportData
 from orchestrator.reporting.rows import (
     Row,
@@ -134,7 +135,10 @@ def answer(data: ReportData) -> Iterator[Group]:
             [line] = [line for line, r in zip(lines, results.rows, strict=True) if r is row]
             cells = {key: text for key, text in line.items() if text and key not in TASK}
             cards.append({"": f"{task_text(task)}: {title}", **cells})
-    yield Group(texts=[*filter(None, [_verdict(data), _state(data)])], cards=cards)
+    worth = "; ".join(worth_sentences(results))
+    worth = f"Worth of the diffusion model: {worth}." if worth else ""
+    texts = [_verdict(data), worth, _state(data)]
+    yield Group(texts=[*filter(None, texts)], cards=cards)
 
 
 def _verdict(data: ReportData) -> str:

@@ -21,6 +21,7 @@ from orchestrator.planning import Plan
 from orchestrator.planning.dataset_text import dataset_description
 from orchestrator.planning.studies import read_searches
 from orchestrator.reporting._layouts import screen_lines
+from orchestrator.reporting._worth import worth_sentences
 from orchestrator.reporting.results import sweep_status
 from orchestrator.reporting.rows import (
     EMPTY,
@@ -76,10 +77,15 @@ def summary(
         *protocol_notes(results.rows),
         *(significance_notes(results.comparisons, marks=False) if gains else []),
     ]
-    if classifiers := [*classifier_notes(rows[0])]:
-        notes.append(" ".join(classifiers))
-    for note in [*notes, *choice_notes(results.rows), *collapse_notes(results)]:
+    for note in [
+        " ".join(classifier_notes(rows[0])),
+        *notes,
+        *choice_notes(results.rows),
+        *collapse_notes(results),
+    ]:
         lines += _wrap(note, width)
+    worth = "\n".join(worth_sentences(results))
+    facts = [*([("diffusion", worth)] if worth else []), *facts]
     return "\n".join([*lines, *_facts(facts, width)])
 
 
@@ -213,7 +219,7 @@ def _image_usage(plan: Plan, location: SweepLocation) -> str:
     loras = sum(requirement.stage == "lora" for requirement in present)
     images = sum(count * len(spec.classnames) for count, spec in rows)
     readers = sum(normalised(slot.spec).images is not None for slot in plan.slots)
-    return f"; {loras} LoRA and {images} images, each made once, used by {readers} trials"
+    return f"; {loras} LoRA and {images} images, made once, used by {readers} trials"
 
 
 def next_steps(plan: Plan, location: SweepLocation) -> list[tuple[str, str]]:

@@ -217,9 +217,9 @@ def classifier_notes(header: Collection[str]) -> Iterator[str]:
     elif "fused" in header:
         yield "Accuracy: text classifier."
     if "fused" in header:
-        yield "Fused: text and auxiliary classifier combined."
+        yield "Fused: with the auxiliary classifier."
     if "auxiliary" in header:
-        yield "Auxiliary: that classifier alone."
+        yield "Auxiliary: that one alone."
 
 
 def _caption(results: Results, header: Sequence[str]) -> Iterator[str]:

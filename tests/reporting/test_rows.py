@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from orchestrator.reporting import Results
-from orchestrator.reporting.rows import FinishedTrial, rows
+from orchestrator.reporting._worth import worth_sentences
+from orchestrator.reporting.rows import FinishedTrial, rows, signed_interval
 from orchestrator.reporting.summary import summary
 from orchestrator.reporting.tables import table
 from orchestrator.spec.presets import defaults
@@ -542,6 +543,46 @@ def test_the_screen_shows_rows_comparisons_and_notes() -> None:
     first, second = text.splitlines()[-2:]  # commands are not folded
     assert first.endswith("ray job submit --working-dir . -- \\")
     assert second.endswith("  python -m orchestrator run sweeps/paper.yaml")
+
+
+# ---------------------------------------------------------------- worth of the diffusion model
+
+
+def test_the_screen_says_what_the_diffusion_model_was_worth() -> None:
+    found = results([*quickstart(), *trials("air_ceiling")])
+    by_method = {row.method: row for row in found.rows}
+    air, host, ceiling = (by_method[name] for name in ("air", "cpl", "air_ceiling"))
+    gain, share = worth_sentences(found)
+    [comparison] = [c for c in found.comparisons if c.methods == ("air", "air_control")]
+    interval = signed_interval(comparison.difference)
+    assert gain == f"air - air_control {interval} points, not significant"
+    reached = (air.mean - host.mean) / (ceiling.mean - host.mean)
+    assert f"air_ceiling over cpl (+{100 * (ceiling.mean - host.mean):.1f} points): air " in share
+    assert f": air {100 * reached:.0f} % [" in share
+    assert ", air_control " in share
+    text = one_line(summary("s", found, FACTS))
+    assert f"diffusion {gain} {share}" in text
+    assert "diffusion" not in summary("s", results(trials("zero_shot") + trials("cpl")), [])
+
+
+def test_the_worth_of_a_method_without_control_or_of_many_rows_is_stated_in_a_line() -> None:
+    alone = results([*trials("cpl"), *trials("air")])
+    assert worth_sentences(alone) == ["air: its control air_control has no row"]
+    many = [
+        trial
+        for dataset, better in (("digits", 0.0), ("flowers102", 0.3), ("dtd", -0.3))
+        for method in ("cpl", "air", "air_control", "air_ceiling")
+        for trial in trials(
+            method, dataset=dataset, better=(method != "cpl") * 0.1 + (method == "air") * better
+        )
+    ]
+    gain, share = worth_sentences(results(many))
+    assert re.fullmatch(
+        r"air - air_control -\d+\.\d to \+\d+\.\d points in 3 comparisons, "
+        "significant in 1 above 0 and 1 below",
+        gain,
+    )
+    assert re.search(r": air -\d+ % to \d+ % in 3 rows, air_control \d+ % in 3 rows", share)
 
 
 # ---------------------------------------------------------------- definitions and bounds
