@@ -66,9 +66,11 @@ def _shares(rows: Sequence[Row], results: Results) -> list[str]:
     shares: dict[str, dict[tuple[str, int], Interval]] = {}  # by method and row
     for row in rows:
         method = METHODS[row.method]
-        names = CEILINGS.get(method.host), method.host, method.control
-        ceiling, host, control = (name and results.baseline(row, name) for name in names)
-        if not ceiling or not host:
+        ceiling, host, control = (
+            results.baseline(row, name) if name else None
+            for name in (CEILINGS.get(method.host), method.host, method.control)
+        )
+        if ceiling is None or host is None:
             continue
         for each in filter(None, (row, control)):
             share = results.gain_share(each, host, ceiling)
