@@ -19,6 +19,7 @@ from orchestrator.keys import artifact_key, digest, slug
 from orchestrator.planning.plan import Requirement, possible_trials, requirements_of
 from orchestrator.planning.resolve import Resolver
 from orchestrator.spec import Cell
+from orchestrator.store import ArtifactStore
 
 EDITION = 1  # increase it when other numbers are computed for the same classifiers
 EVIDENCE = "evidence"  # name of the classifier by denoising errors
@@ -39,6 +40,14 @@ class AgreementRow:
     def requirements(self) -> list[Requirement]:
         """The inputs of the trials, which a run makes as well."""
         return requirements_of(spec for _, spec in self.trials)
+
+    def complete_trials(self, store: ArtifactStore) -> tuple[tuple[str, TrialSpec], ...]:
+        """The trials whose inputs all exist."""
+        return tuple(
+            (label, spec)
+            for label, spec in self.trials
+            if all(each.have(store) == each.total() for each in requirements_of([spec]))
+        )
 
     @property
     def name(self) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +62,18 @@ def is_complete(row: Row, store: ArtifactStore) -> bool:
 
 
 def complete_rows(rows: Sequence[Row], location: SweepLocation) -> list[Row]:
-    """Select the rows whose inputs all exist.
+    """Select the rows whose inputs all exist; of a pool, the trials whose inputs all exist.
 
     Raises:
         ValueError: no row is complete.
     """
-    complete = [row for row in rows if is_complete(row, location.store)]
+    parts = [
+        replace(row, trials=row.complete_trials(location.store))
+        if isinstance(row, AgreementRow)
+        else row
+        for row in rows
+    ]
+    complete = [row for row in parts if row.requirements and is_complete(row, location.store)]
     if not complete:
         needed = {each.key: each for row in rows for each in row.requirements if each.rows}
         have = sum(each.have(location.store) for each in needed.values())

@@ -42,7 +42,7 @@ def _gains(rows: Sequence[Row], results: Results) -> list[str]:
         if found is not None:
             parts.setdefault(" - ".join(found.methods), []).append(found)
         elif control is not None:
-            parts.setdefault(f"{row.method}: its control {control} has no row", [])
+            parts.setdefault(f"{row.method}: unknown without its control {control}", [])
     return [f"{name}{_gain(comparisons)}" for name, comparisons in parts.items()]
 
 

@@ -238,8 +238,8 @@ POOL_ACCURACY = {
 
 POOL_NOTE = (
     "In %, mean over runs. Last pseudo-labels: those selected in the last round. Whole pool: all "
-    "pool images, by the fused classifier after the last round. Evidence alone: scored pool images, "
-    "by the smallest denoising error."
+    "pool images, by the fused classifier after the last round. Evidence alone: scored pool "
+    "images, by the smallest denoising error."
 )
 
 

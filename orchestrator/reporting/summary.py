@@ -198,6 +198,7 @@ PHASES = {
     "labels": "labels",
     "lora": "LoRA",
     "images": "images",
+    "evidence": "evidence",
     "trials": "trials",
 }
 

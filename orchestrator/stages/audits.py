@@ -7,6 +7,7 @@ only when it makes a card.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,8 @@ from orchestrator.planning.cards import (
 )
 from orchestrator.spec import SweepSpec
 from orchestrator.store import SweepLocation
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from orchestrator.stages.auditor import Report
@@ -41,8 +44,14 @@ def audit_cards(
     Raises:
         ValueError: the sweep uses no diffusion model, or nothing is drawn or scored yet.
     """
-    cards = []
-    for row in complete_rows(rows_of_sweep(sweep, location), location):
+    cards, rows = [], rows_of_sweep(sweep, location)
+    complete = complete_rows(rows, location)
+    if complete != rows:
+        log.warning(
+            "some images or denoising errors are not made yet, and the audit leaves them out; "
+            "`airsweep prepare` makes them"
+        )
+    for row in complete:
         card = stored_card(row, location)
         if card is None:
             from orchestrator.stages.context import WorkerContext  # it needs torch

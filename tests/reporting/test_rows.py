@@ -567,7 +567,7 @@ def test_the_screen_says_what_the_diffusion_model_was_worth() -> None:
 
 def test_the_worth_of_a_method_without_control_or_of_many_rows_is_stated_in_a_line() -> None:
     alone = results([*trials("cpl"), *trials("air")])
-    assert worth_sentences(alone) == ["air: its control air_control has no row"]
+    assert worth_sentences(alone) == ["air: unknown without its control air_control"]
     many = [
         trial
         for dataset, better in (("digits", 0.0), ("flowers102", 0.3), ("dtd", -0.3))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from air_core.classifiers import text_classifier
 from air_core.evidence import mean_scores
@@ -16,13 +17,14 @@ from orchestrator.planning.agreement_card import (
     agreement_rows,
     agreement_screen,
 )
-from orchestrator.planning.cards import card_from_json, card_json
+from orchestrator.planning.cards import card_from_json, card_json, complete_rows
 from orchestrator.spec import SweepSpec, cells_of
 from orchestrator.spec.sweep import Seeds
 from orchestrator.stages.agreement import make_agreement_card
 from orchestrator.stages.build import read_target
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.evidence import BlockScorer, build_evidence_block, read_evidence
+from orchestrator.store import SweepLocation
 from tests.helpers.features import Arrays, digit_features, relabelled, store_with
 
 IMAGES, POOL, SCORED = 60, 20, 16  # of the digits
@@ -151,3 +153,32 @@ def test_a_pool_with_all_validation_images_has_no_accuracy(row, arrays, tmp_path
     assert (card.pool_images, card.validation_images) == (2 * POOL, 0)
     assert all(entry["accuracy"] is None for entry in (*card.classifiers, *card.fused))
     assert "no accuracy is known" in " ".join(agreement_screen(card).split())
+
+
+def test_in_trzsl_the_images_of_unseen_classes_are_compared(resolver, arrays, tmp_path):
+    few = {"evidence.images": 4, "auxiliary.kind": "prototype"}
+    fixed = {**SWEEP.fixed, **few, "paradigm": "trzsl"}
+    cells = cells_of(replace(SWEEP, grid={"method": ("cpl_real_evidence",)}, fixed=fixed))
+    [row] = agreement_rows(cells, SWEEP.seeds.assignments(), resolver)
+    worker = WorkerContext(store_with(tmp_path / "runs", row.features, arrays))
+    score(row, worker)
+    card = make_agreement_card(row, worker)
+    target = read_target(row.features, row.split, worker.store)
+    assert target.split.unseen is not None
+    labels = target.labels[target.split.validation]
+    assert card.pool_images == len(target.split.pool) < POOL
+    assert card.validation_images == int(torch.isin(labels, target.split.unseen).sum()) < POOL
+    assert "TRZSL, class seed 500" in agreement_screen(card)
+
+
+def test_trials_whose_errors_are_not_computed_are_left_out(resolver, worker, arrays, tmp_path):
+    fixed = {key: value for key, value in SWEEP.fixed.items() if key != "evidence.draws"}
+    grid = {"method": ("cpl_evidence",), "evidence.draws": (1, 3)}
+    cells = cells_of(replace(SWEEP, grid=grid, fixed=fixed))
+    rows = agreement_rows(cells, SWEEP.seeds.assignments(), resolver)
+    [part] = complete_rows(rows, SweepLocation(worker.store, "default", "x", None))
+    assert isinstance(part, AgreementRow)
+    assert [label for label, _ in part.trials] == ["cpl_evidence, evidence.draws 1"]
+    empty = store_with(tmp_path / "runs", part.features, arrays)
+    with pytest.raises(ValueError, match="not made yet: 0 of 6 blocks"):
+        complete_rows(rows, SweepLocation(empty, "default", "x", None))
