@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from air_core.methods import METHODS
 from orchestrator.reporting._statistics import Interval
@@ -27,23 +27,32 @@ CEILINGS = {
 def worth_sentences(results: Results) -> list[str]:
     """Gains of methods with a diffusion model over their controls, and shares of a possible gain.
 
-    A method that has no control is compared with its host. The possible gain is that of the ceiling
-    over the host.
+    A method that has no control without diffusion is compared with its host. The possible gain is
+    that of the ceiling over the host.
     """
     rows = [row for row in results.rows if uses_diffusion(row.method)]
-    return [*_gains(rows, results), *_shares(rows, results)]
+    gains = _comparisons(rows, results)
+    sentences = [f"{name}{_gain(comparisons)}" for name, comparisons in gains.items()]
+    return [*sentences, *_fused_gains(gains, results), *_shares(rows, results)]
 
 
-def _gains(rows: Sequence[Row], results: Results) -> list[str]:
-    parts: dict[str, list[Comparison]] = {}
+def _comparisons(rows: Sequence[Row], results: Results) -> dict[str, list[Comparison]]:
+    """Comparisons with the control, by the methods; none where the control has no row."""
+    found: dict[str, list[Comparison]] = {}
     for row in rows:
-        control = METHODS[row.method].control
-        found = results.comparisons_of(row).get("control" if control else "host")
-        if found is not None:
-            parts.setdefault(" - ".join(found.methods), []).append(found)
+        control = _control(row.method)
+        comparison = results.comparisons_of(row).get("control" if control else "host")
+        if comparison is not None:
+            found.setdefault(" - ".join(comparison.methods), []).append(comparison)
         elif control is not None:
-            parts.setdefault(f"{row.method}: unknown without its control {control}", [])
-    return [f"{name}{_gain(comparisons)}" for name, comparisons in parts.items()]
+            found.setdefault(f"{row.method}: unknown without its control {control}", [])
+    return found
+
+
+def _control(method: str) -> str | None:
+    """The control of a method; None if it has none, or one that uses the diffusion model too."""
+    control = METHODS[method].control
+    return None if control is None or uses_diffusion(control) else control
 
 
 def _gain(comparisons: Sequence[Comparison]) -> str:
@@ -61,6 +70,20 @@ def _gain(comparisons: Sequence[Comparison]) -> str:
     )
 
 
+def _fused_gains(by_methods: Mapping[str, Sequence[Comparison]], results: Results) -> Iterator[str]:
+    """Gains of the fused classifier, of which no predictions are recorded."""
+    parts = []
+    for name, comparisons in by_methods.items():
+        pairs = [
+            [results.mean(row, "test/accuracy_fused") for row in (each.row, each.baseline)]
+            for each in comparisons
+        ]
+        gains = [one - other for one, other in pairs if one is not None and other is not None]
+        parts += [f"{name} {_range(gains, signed_percent)}"] if gains else []
+    if parts:
+        yield f"fused classifier, not tested: {', '.join(parts)}"
+
+
 def _shares(rows: Sequence[Row], results: Results) -> list[str]:
     possible: dict[str, list[float]] = {}  # gains, by the names of ceiling and host
     shares: dict[str, dict[tuple[str, int], Interval]] = {}  # by method and row
@@ -68,7 +91,7 @@ def _shares(rows: Sequence[Row], results: Results) -> list[str]:
         method = METHODS[row.method]
         ceiling, host, control = (
             results.baseline(row, name) if name else None
-            for name in (CEILINGS.get(method.host), method.host, method.control)
+            for name in (CEILINGS.get(method.host), method.host, _control(row.method))
         )
         if ceiling is None or host is None:
             continue

@@ -552,7 +552,7 @@ def test_the_screen_says_what_the_diffusion_model_was_worth() -> None:
     found = results([*quickstart(), *trials("air_ceiling")])
     by_method = {row.method: row for row in found.rows}
     air, host, ceiling = (by_method[name] for name in ("air", "cpl", "air_ceiling"))
-    gain, share = worth_sentences(found)
+    gain, fused, share = worth_sentences(found)
     [comparison] = [c for c in found.comparisons if c.methods == ("air", "air_control")]
     interval = signed_interval(comparison.difference)
     assert gain == f"air - air_control {interval} points, not significant"
@@ -560,14 +560,22 @@ def test_the_screen_says_what_the_diffusion_model_was_worth() -> None:
     assert f"air_ceiling over cpl (+{100 * (ceiling.mean - host.mean):.1f} points): air " in share
     assert f": air {100 * reached:.0f} % [" in share
     assert ", air_control " in share
+    control = by_method["air_control"]
+    means = [found.mean(row, "test/accuracy_fused") for row in (air, control)]
+    assert fused == (
+        f"fused classifier, not tested: air - air_control +{100 * (means[0] - means[1]):.1f}"
+    )
     text = one_line(summary("s", found, FACTS))
-    assert f"diffusion {gain} {share}" in text
+    assert f"diffusion {gain} {fused} {share}" in text
     assert "diffusion" not in summary("s", results(trials("zero_shot") + trials("cpl")), [])
 
 
 def test_the_worth_of_a_method_without_control_or_of_many_rows_is_stated_in_a_line() -> None:
     alone = results([*trials("cpl"), *trials("air")])
     assert worth_sentences(alone) == ["air: unknown without its control air_control"]
+    domain = [replace(trial, method="air_domain", cell="d") for trial in trials("air")]
+    [worth] = worth_sentences(results([*trials("cpl"), *domain]))  # its control is air
+    assert worth.startswith("air_domain - cpl +")
     many = [
         trial
         for dataset, better in (("digits", 0.0), ("flowers102", 0.3), ("dtd", -0.3))
@@ -576,7 +584,7 @@ def test_the_worth_of_a_method_without_control_or_of_many_rows_is_stated_in_a_li
             method, dataset=dataset, better=(method != "cpl") * 0.1 + (method == "air") * better
         )
     ]
-    gain, share = worth_sentences(results(many))
+    gain, _, share = worth_sentences(results(many))
     assert re.fullmatch(
         r"air - air_control -\d+\.\d to \+\d+\.\d points in 3 comparisons, "
         "significant in 1 above 0 and 1 below",
