@@ -402,8 +402,7 @@ def table(
     from orchestrator.reporting.tables import rows_frame
 
     sweep, location = recorded_sweep(name, store, data_root)
-    rows = results_of(plan_of(sweep, location), location.store).rows
-    return rows_frame(rows).infer_objects()
+    return rows_frame(results_of(plan_of(sweep, location), location.store)).infer_objects()
 
 
 def recorded_sweep(

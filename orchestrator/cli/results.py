@@ -1,4 +1,4 @@
-"""Commands that show the status, results and synthetic images of a recorded sweep."""
+"""Commands that show the status, results and audits of a recorded sweep."""
 
 from __future__ import annotations
 
@@ -138,16 +138,17 @@ def audit(
     data_root: DataOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check the synthetic images of a sweep.
+    """Check what synthetic images and denoising evidence know, before or after the trials.
 
-    Counts blank images, duplicates, images of a wrong class and copies of test images, and
-    measures the distance to real images.
+    Compares the classifiers of text, images and evidence on the pool, without its labels. Counts
+    blank images, duplicates, images of a wrong class and copies of test images, and measures the
+    distance to real images.
 
     airsweep audit quickstart
 
     airsweep audit quickstart --json
     """
-    from orchestrator.planning.audit_card import audit_screen, card_as_dict
+    from orchestrator.planning.cards import card_as_dict, card_screen
     from orchestrator.stages.audits import audit_cards
 
     sweep, location = recorded_sweep(name, store, data_root)
@@ -155,7 +156,7 @@ def audit(
     if as_json:
         show(json.dumps([card_as_dict(card) for card in cards], indent=1))
         return
-    show("\n\n".join(audit_screen(card, name, location.folder) for card in cards))
+    show("\n\n".join(card_screen(card, name, location.folder) for card in cards))
 
 
 def _audit_progress(row: str) -> Callable[[int, int], None]:

@@ -23,7 +23,7 @@ from orchestrator.planning import (
     possible_trials,
     requirements_of,
 )
-from orchestrator.planning.audit_card import AuditRow, audit_rows, stored_card
+from orchestrator.planning.cards import Row, is_complete, rows_of, stored_card
 from orchestrator.planning.plan import fp32_slots
 from orchestrator.spec import Cell
 from orchestrator.store import ArtifactStore
@@ -239,9 +239,9 @@ class Prefetch:
         self.state.statistics.add_wall(self.state.stage, time.monotonic() - began)
 
     @cached_property
-    def _rows(self) -> Sequence[AuditRow]:
+    def _rows(self) -> Sequence[Row]:
         assignments = self.state.sweep.seeds.assignments()
-        return audit_rows(possible_trials(self.plan.cells, assignments, self.state.resolver))
+        return rows_of(self.plan.cells, assignments, self.state.resolver)
 
     def _start_pictures(self, requirements: Sequence[Requirement]) -> None:
         """Start the contact sheet and the audit cards, which no trial needs. They are made one
@@ -314,13 +314,12 @@ def _contact_sheet(state: RunState, requirements: Sequence[Requirement]) -> Iter
     return write()
 
 
-def _lacks_card(row: AuditRow, state: RunState) -> bool:
+def _lacks_card(row: Row, state: RunState) -> bool:
     """Whether a row is complete and has no audit card."""
-    complete = row.requirement.have(state.location.store) == row.requirement.total()
-    return complete and stored_card(row, state.location) is None
+    return is_complete(row, state.location.store) and stored_card(row, state.location) is None
 
 
-def _audit_card(state: RunState, row: AuditRow) -> Iterator[None]:
+def _audit_card(state: RunState, row: Row) -> Iterator[None]:
     """A coroutine that writes the audit card of a row."""
     from orchestrator.execution._prepare import audit
 

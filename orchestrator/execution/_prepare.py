@@ -20,9 +20,9 @@ from orchestrator.execution._progress import ProgressListener, ProgressReporter
 from orchestrator.failures import CLASSES, Failure, classify, classify_death
 from orchestrator.keys import artifact_key
 from orchestrator.planning import Requirement, artifact_title, contains_spec
-from orchestrator.planning.audit_card import AuditRow, card_files
+from orchestrator.planning.cards import Row, card_files
 from orchestrator.planning.plan import build_level
-from orchestrator.stages import auditor, pictures
+from orchestrator.stages import audits, pictures
 from orchestrator.stages.build import build_features, build_labels, build_lora
 from orchestrator.stages.context import WorkerContext, limit_gpu_memory
 
@@ -226,11 +226,11 @@ def contact_sheet(
 
 
 def audit(
-    row: AuditRow, worker: WorkerContext, progress_actor: Any
+    row: Row, worker: WorkerContext, progress_actor: Any
 ) -> Generator[None, None, dict[str, bytes]]:
     """A coroutine that returns the audit card of a row, as files for the sweep's folder."""
     reporter = ProgressReporter(progress_actor, "audit")
-    card, png = yield from _run_beside_trials(auditor.make_card, row, worker, reporter)
+    card, png = yield from _run_beside_trials(audits.make_card, row, worker, reporter)
     return card_files(card, png)
 
 

@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +20,7 @@ from air_core.specs import (
 from air_core.specs.normal import normalised
 from orchestrator.formatting import aligned
 from orchestrator.keys import artifact_key, digest, slug
-from orchestrator.planning.plan import Requirement, possible_trials, requirements_of
-from orchestrator.planning.resolve import resolver_of
-from orchestrator.spec import SweepSpec, cells_of
-from orchestrator.store import SweepLocation
+from orchestrator.planning.plan import Requirement, requirements_of
 
 EDITION = 1  # increase it when the audit computes other numbers for the same images
 REASONS = ("blank", "near-constant", "not a number", "duplicate", "wrong class", "test copy")
@@ -50,8 +45,8 @@ class AuditRow:
     classes: tuple[int, ...]
 
     @property
-    def requirement(self) -> Requirement:
-        return Requirement(self.row, self.images_per_class, self.classes)
+    def requirements(self) -> list[Requirement]:
+        return [Requirement(self.row, self.images_per_class, self.classes)]
 
     @property
     def name(self) -> str:
@@ -97,42 +92,6 @@ def audit_rows(trials: Iterable[TrialSpec]) -> list[AuditRow]:
     return list(rows.values())
 
 
-def audit_rows_of_sweep(sweep: SweepSpec, location: SweepLocation) -> list[AuditRow]:
-    """List the rows of synthetic images that the trials of a sweep read.
-
-    Raises:
-        ValueError: the trials read no synthetic images, or weights or data are missing.
-    """
-    resolver = resolver_of(location)
-    rows = audit_rows(possible_trials(cells_of(sweep), sweep.seeds.assignments(), resolver))
-    resolver.save()
-    if not rows:
-        methods = ", ".join(sorted({cell.method for cell in cells_of(sweep)}))
-        raise ValueError(
-            f"sweep {location.project}/{location.name} reads no synthetic images ({methods}), "
-            "so there is nothing to audit; the methods air, air_fpl and air_grip read some"
-        )
-    return rows
-
-
-def complete_rows(rows: Sequence[AuditRow], location: SweepLocation) -> list[AuditRow]:
-    """Select the rows whose images are all drawn.
-
-    Raises:
-        ValueError: no row is complete.
-    """
-    counts = [(row.requirement.have(location.store), row.requirement.total()) for row in rows]
-    complete = [row for row, (have, total) in zip(rows, counts, strict=True) if have == total]
-    if not complete:
-        have, total = sum(have for have, _ in counts), sum(total for _, total in counts)
-        raise ValueError(
-            f"the images of sweep {location.project}/{location.name} are not drawn yet: {have} of "
-            f"{total} blocks are in {location.store.name}; run the sweep, or `airsweep prepare`, "
-            "first"
-        )
-    return complete
-
-
 # ---------------------------------------------------------------- the card
 
 
@@ -172,44 +131,7 @@ class AuditCard:
         return len({(finding["classname"], finding["index"]) for finding in self.flagged})
 
 
-def card_files(card: AuditCard, png: bytes) -> dict[str, bytes]:
-    """The files of a card by name. The JSON comes last: a card exists once its JSON exists."""
-    return {f"{card.name}.png": png, f"{card.name}.json": card_json(card).encode()}
-
-
-def card_json(card: AuditCard) -> str:
-    """A card as the text of its file; the file calls the digest `asked`."""
-    plain = asdict(card)
-    plain["asked"] = plain.pop("inputs_digest")
-    return json.dumps(plain, indent=1, sort_keys=True, allow_nan=False)
-
-
-def card_from_json(text: str) -> AuditCard:
-    """Read a card from the text of its file; ignore fields that only earlier versions wrote."""
-    plain = json.loads(text)
-    plain["inputs_digest"] = plain["asked"]
-    return AuditCard(**{field.name: plain[field.name] for field in fields(AuditCard)})
-
-
-def stored_card(row: AuditRow, location: SweepLocation) -> AuditCard | None:
-    """Read the stored card of a row; None if it is missing, damaged or of other inputs."""
-    with suppress(OSError, ValueError, TypeError, KeyError):
-        card = card_from_json((location.folder / f"{row.name}.json").read_text())
-        if card.inputs_digest == row.inputs_digest:
-            return card
-    return None
-
-
-# ---------------------------------------------------------------- the card as JSON and as text
-
-
-def card_as_dict(card: AuditCard) -> dict[str, Any]:
-    """The output of `audit --json`; its keys are a contract."""
-    plain = asdict(card)
-    del plain["inputs_digest"]
-    for name in ("classes", "flagged"):
-        plain[name] = [{"class": entry.pop("classname"), **entry} for entry in plain[name]]
-    return plain
+# ---------------------------------------------------------------- the card as text
 
 
 def row_title(row: AuditRow) -> str:

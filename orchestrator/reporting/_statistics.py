@@ -50,9 +50,10 @@ values of a table are **corrected** in two ways, and a significant difference pa
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -140,7 +141,7 @@ def paired_difference(a: Runs, b: Runs, *, samples: int = 2000, seed: int = 0) -
     Returns:
         The difference with its interval, where n counts pairs; None if no runs pair.
     """
-    scores = list(_pairs(a, b))
+    scores = list(_joined((a, b), (1, -1)))
     if not scores:
         return None
     parts = _parts(scores, samples, seed)
@@ -171,6 +172,35 @@ def paired_difference(a: Runs, b: Runs, *, samples: int = 2000, seed: int = 0) -
         images_needed=images_needed(mean, discordance),
         reason_not_tested=_reason_not_tested(scores, images),
     )
+
+
+def gain_share(a: Runs, host: Runs, ceiling: Runs) -> Interval | None:
+    """The share of the gain from `host` to `ceiling` that `a` reaches, on common runs and images.
+
+    With the share r, the interval is that of a - host - r (ceiling - host) over the mean gain
+    (delta method), so it holds where the gain is far from 0.
+
+    Returns:
+        The share, 1 where `a` equals the ceiling; None if no runs pair, or if the interval of the
+        gain contains 0.
+    """
+    gain = paired_difference(ceiling, host)
+    if gain is None or gain.low <= 0:
+        return None
+
+    def joined(*weights: float) -> list[_Scores]:
+        return list(_joined((a, host, ceiling), weights))
+
+    reached, possible = (
+        [scores.plain() for scores in joined(*weights)] for weights in ((1, -1, 0), (0, -1, 1))
+    )
+    if not possible:
+        return None
+    share = float(np.mean(reached) / np.mean(possible))
+    rest = joined(1, share - 1, -share)
+    interval = _interval(rest, _parts(rest, 2000, 0), lowest=-1.0)
+    low, high = (share + side / float(np.mean(possible)) for side in (interval.low, interval.high))
+    return replace(interval, mean=share, std=None, low=low, high=high)
 
 
 def corrected_p_values(differences: Sequence[Difference]) -> list[float]:
@@ -267,13 +297,14 @@ def images_needed(difference: float, discordance: float) -> int | None:
 
 @dataclass(frozen=True, eq=False)
 class _Scores:
-    """Results of one run per image, or of a pair of runs whose difference is scored."""
+    """Results of one run per image, or of several runs of which a weighted sum is scored."""
 
     split_seed: int
     seed: int | None
     image_ids: Array  # (T,)
-    correct: tuple[Array, ...]  # (T,) bool each: the run, or the two runs of a pair
+    correct: tuple[Array, ...]  # (T,) bool each: the runs
     unseen: Array | None  # (T,) bool
+    weights: tuple[float, ...] = (1,)  # of the runs; (1, -1) scores a difference
 
     @property
     def groups(self) -> list[Array]:
@@ -288,7 +319,7 @@ class _Scores:
         return [*self.groups, *right]
 
     def score(self, sums: Sequence[Array]) -> Array:
-        """The accuracy (TRZSL: harmonic mean of two accuracies) of a run, or its difference.
+        """The accuracy (TRZSL: harmonic mean of two accuracies) of a run, or a weighted sum.
 
         Args:
             sums: the (weighted) sum over images of each of `columns`.
@@ -301,7 +332,7 @@ class _Scores:
             for other in rest:
                 score = 2 * score * other / np.maximum(score + other, 1e-12)
             scores.append(score)
-        return np.asarray(scores[0] - scores[1] if len(scores) == 2 else scores[0])
+        return np.asarray(sum(w * s for w, s in zip(self.weights, scores, strict=True)))
 
     def plain(self) -> float:
         """The score with equal weights of all images."""
@@ -314,17 +345,22 @@ def _scored(runs: Runs) -> list[_Scores]:
     ]
 
 
-def _pairs(a: Runs, b: Runs) -> Iterator[_Scores]:
-    for left in a:
-        for right in b:
-            seeds = {left.seed, right.seed} - {None}
-            if left.split_seed != right.split_seed or len(seeds) > 1:
-                continue
-            ids, i, j = np.intersect1d(left.image_ids, right.image_ids, return_indices=True)
-            if len(ids):
-                correct = (left.correct[i], right.correct[j])
-                unseen = None if left.unseen is None else left.unseen[i]
-                yield _Scores(left.split_seed, next(iter(seeds), None), ids, correct, unseen)
+def _joined(settings: Sequence[Runs], weights: tuple[float, ...]) -> Iterator[_Scores]:
+    """Runs of several settings with the same split and seed, on the images that all of them tested.
+
+    A run without a seed is joined with every seed of its split.
+    """
+    for runs in itertools.product(*settings):
+        seeds = {run.seed for run in runs} - {None}
+        if len({run.split_seed for run in runs}) > 1 or len(seeds) > 1:
+            continue
+        ids = functools.reduce(np.intersect1d, [run.image_ids for run in runs])
+        if len(ids):
+            at = [np.intersect1d(run.image_ids, ids, return_indices=True)[1] for run in runs]
+            correct = tuple(run.correct[index] for run, index in zip(runs, at, strict=True))
+            first = runs[0]
+            unseen = None if first.unseen is None else first.unseen[at[0]]
+            yield _Scores(first.split_seed, next(iter(seeds), None), ids, correct, unseen, weights)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -275,12 +275,12 @@ def shorten(text: str, most: int = 34) -> str:
 
 
 def accuracy(results: Results, *, most: int = 150, width: float = WIDTH) -> Figure:
-    """Each row with its interval, grouped by task; the best row of a task first, as a diamond."""
+    """Each row with its interval, by task from the highest mean; the best row is a diamond."""
     groups: dict[str, list[Dot]] = {}
     for row in sorted(results.rows, key=lambda row: -row.mean):
         group = groups.setdefault(task_text(row.task), [])
         label = shorten(row_text(row, results.varied_settings), 34 if width == WIDTH else 60)
-        strong = not group
+        strong = row is results.best(row.task)
         group.append(Dot(label=label, value=row.mean, low=row.low, high=row.high, strong=strong))
     groups = {task_text(task): groups[task_text(task)] for task in results.tasks}
     xlabel = f"{metric_text(results.rows)}, mean and 95 % interval"

@@ -13,24 +13,35 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pandas import DataFrame
 
 from air_core.methods import METHODS
+from air_core.specs import EvidenceSettings
 from orchestrator.failures import CLASSES
-from orchestrator.formatting import format_duration, plural
+from orchestrator.formatting import format_duration, format_percent, format_value, plural
+from orchestrator.planning.agreement_card import (
+    agreement_caption,
+    agreement_lines,
+    agreement_notes,
+    fusion_lines,
+)
 from orchestrator.planning.dataset_text import tested_classes
 from orchestrator.planning.estimate import gpu_share
 from orchestrator.planning.plan import STAGE_TITLES
 from orchestrator.reporting import charts
 from orchestrator.reporting._layouts import Layout, drop_empty_columns
 from orchestrator.reporting._statistics import Array
+from orchestrator.reporting._worth import worth_sentences
 from orchestrator.reporting.report_data import ReportData
 from orchestrator.reporting.rows import (
+    Results,
     Row,
+    Task,
     choice_notes,
+    row_text,
     significance_notes,
     task_text,
     uses_diffusion,
@@ -134,7 +145,10 @@ def answer(data: ReportData) -> Iterator[Group]:
             [line] = [line for line, r in zip(lines, results.rows, strict=True) if r is row]
             cells = {key: text for key, text in line.items() if text and key not in TASK}
             cards.append({"": f"{task_text(task)}: {title}", **cells})
-    yield Group(texts=[*filter(None, [_verdict(data), _state(data)])], cards=cards)
+    worth = "; ".join(worth_sentences(results))
+    worth = f"Worth of the diffusion model: {worth}." if worth else ""
+    texts = [_verdict(data), worth, _state(data)]
+    yield Group(texts=[*filter(None, texts)], cards=cards)
 
 
 def _verdict(data: ReportData) -> str:
@@ -215,8 +229,22 @@ PSEUDO = (
 )
 
 
+# Columns of the table of pseudo-labels: title and metric.
+POOL_ACCURACY = {
+    "last pseudo-labels": "pseudo/accuracy",
+    "whole pool": "pool/accuracy_fused",
+    "evidence alone": "pool/accuracy_evidence",
+}
+
+POOL_NOTE = (
+    "In %, mean over runs. Last pseudo-labels: those selected in the last round. Whole pool: all "
+    "pool images, by the fused classifier after the last round. Evidence alone: scored pool "
+    "images, by the smallest denoising error."
+)
+
+
 def pseudo_labels(data: ReportData) -> Iterator[Group]:
-    """Accuracy, coverage and balance of the pseudo-labels by iteration."""
+    """Accuracy, coverage and balance of the pseudo-labels by iteration; accuracy on the pool."""
     for task in data.results.tasks[:MAX_TASKS]:
         best: dict[str, Row] = {}  # the best row of each method
         for row in sorted(data.results.rows, key=lambda row: -row.mean):
@@ -228,8 +256,42 @@ def pseudo_labels(data: ReportData) -> Iterator[Group]:
             if shown := series[: charts.MAX_CURVES]:
                 figure = charts.curves(shown, "iteration", ylabel, title=title)
                 figures.append(_chart(figure, f"Pseudo-labels over iterations: {title}"))
-        if figures:
-            yield Group(heading=task_text(task), figures=figures)
+        tables = _tables([*_pool_lines(task, data.results)], POOL_NOTE)
+        if figures or tables:
+            yield Group(heading=task_text(task), figures=figures, tables=tables)
+    for card in data.agreements[:MAX_TASKS]:
+        tables = [Layout(frame=DataFrame(of(card))) for of in (agreement_lines, fusion_lines)]
+        texts = [agreement_caption(card), *agreement_notes(card)]
+        yield Group(
+            heading=f"Before training: {card.title}", texts=[" ".join(texts)], tables=tables
+        )
+
+
+def _pool_lines(task: Task, results: Results) -> Iterator[dict[str, str]]:
+    """Accuracy on the pool, and settings of the evidence, of the rows of a task."""
+    for row in results.rows:
+        values = {
+            title: format_percent(results.mean(row, metric))
+            for title, metric in POOL_ACCURACY.items()
+        }
+        if row.task == task and any(values.values()):
+            first = next(iter(results.distinct_trials(row).values()))
+            method = row_text(row, results.varied_settings)
+            yield {"method": method, **values, "evidence settings": evidence_text(first.flat)}
+
+
+def evidence_text(flat: Mapping[str, Any]) -> str:
+    """
+    >>> evidence_text({"evidence.draws": 8, "evidence.weight": 0.3, "evidence.top": 5})
+    'draws 8, weight 0.3, top 5'
+    """
+    prefix, defaults = "evidence.", vars(EvidenceSettings())
+    settings = {key.removeprefix(prefix): flat[key] for key in flat if key.startswith(prefix)}
+    if not settings["draws"]:
+        return ""
+    first = {name: settings[name] for name in ("draws", "weight")}
+    others = {name: value for name, value in settings.items() if value != defaults[name]}
+    return ", ".join(f"{name} {format_value(value)}" for name, value in (first | others).items())
 
 
 def confusions(data: ReportData) -> Iterator[Group]:
@@ -478,8 +540,8 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[ReportData], Iterator[Group]]], .
         "Pseudo-labels",
         "Means over runs, with a band from the lowest to the highest run. Hosts (such as cpl) "
         "label the pool with the text classifier only. Other methods add an auxiliary classifier, "
-        "built from synthetic images (air) or from real ones (the control). True labels serve only "
-        "to measure the pseudo-labels after training.",
+        "built from synthetic images (air) or from real ones (the control), or denoising evidence. "
+        "True labels serve only to measure the pseudo-labels after training.",
         pseudo_labels,
     ),
     (

@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.planning import Plan, plan_of, refs_of
-from orchestrator.planning.audit_card import (
-    AuditCard,
-    audit_rows_of_sweep,
-    complete_rows,
-    stored_card,
-)
+from orchestrator.planning.agreement_card import AgreementCard
+from orchestrator.planning.audit_card import AuditCard
+from orchestrator.planning.cards import Card, complete_rows, rows_of_sweep, stored_card
 from orchestrator.reporting.results import SweepStatus, results_of, sweep_status
 from orchestrator.reporting.rows import Results, Row, rows
 from orchestrator.spec import SweepSpec
@@ -32,7 +29,8 @@ class ReportData:
     status: SweepStatus
     counts: Mapping[str, int]  # trials of the plan by state
     outcome: Mapping[str, Any]  # of the last run
-    cards: Sequence[tuple[AuditCard, Path]]  # audit cards and their pictures
+    cards: Sequence[tuple[AuditCard, Path]]  # audit cards of images and their pictures
+    agreements: Sequence[AgreementCard]  # of the classifiers on each pool
 
     def costs(self) -> dict[str, tuple[int, float]]:
         """Number of results and worker seconds by stage, without results that other sweeps made."""
@@ -84,6 +82,12 @@ def report_data_of(sweep: SweepSpec, location: SweepLocation) -> ReportData:
             f"with `airsweep status {location.name}`"
         )
     status = sweep_status(location.event_log())
+    cards = _cards(sweep, location)
+    pictures = [
+        (card, location.folder / f"{card.name}.png")
+        for card in cards
+        if isinstance(card, AuditCard)
+    ]
     return ReportData(
         sweep,
         location,
@@ -93,14 +97,14 @@ def report_data_of(sweep: SweepSpec, location: SweepLocation) -> ReportData:
         status=status,
         counts=status.counts(alive=False, among={slot.id for slot in plan.slots}),
         outcome=read_outcome(location),
-        cards=_cards(sweep, location),
+        cards=[(card, picture) for card, picture in pictures if picture.exists()],
+        agreements=[card for card in cards if isinstance(card, AgreementCard)],
     )
 
 
-def _cards(sweep: SweepSpec, location: SweepLocation) -> list[tuple[AuditCard, Path]]:
+def _cards(sweep: SweepSpec, location: SweepLocation) -> list[Card]:
     try:
-        rows = complete_rows(audit_rows_of_sweep(sweep, location), location)
-    except ValueError:  # the sweep has no images, or some are still missing
+        rows = complete_rows(rows_of_sweep(sweep, location), location)
+    except ValueError:  # the sweep uses no diffusion model, or some inputs are still missing
         return []
-    cards = [(stored_card(row, location), location.folder / f"{row.name}.png") for row in rows]
-    return [(card, picture) for card, picture in cards if card is not None and picture.exists()]
+    return [card for row in rows if (card := stored_card(row, location)) is not None]

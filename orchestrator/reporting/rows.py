@@ -45,6 +45,7 @@ from orchestrator.reporting._statistics import (
     Runs,
     collapsed_runs,
     corrected_p_values,
+    gain_share,
     mean_interval,
     mean_score,
     paired_difference,
@@ -534,6 +535,10 @@ class Results:
     def difference(self, row: Row, other: Row) -> Difference | None:
         """A row minus another; None if they have no run in common."""
         return paired_difference(self.runs(row), self.runs(other))
+
+    def gain_share(self, row: Row, host: Row, ceiling: Row) -> Interval | None:
+        """Share of the gain from `host` to `ceiling` that a row reaches; None if it is unknown."""
+        return gain_share(self.runs(row), self.runs(host), self.runs(ceiling))
 
     def collapsed_runs(self, row: Row) -> list[Collapse]:
         """Runs of a row that are far below its other runs."""

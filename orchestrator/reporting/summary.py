@@ -21,6 +21,7 @@ from orchestrator.planning import Plan
 from orchestrator.planning.dataset_text import dataset_description
 from orchestrator.planning.studies import read_searches
 from orchestrator.reporting._layouts import screen_lines
+from orchestrator.reporting._worth import worth_sentences
 from orchestrator.reporting.results import sweep_status
 from orchestrator.reporting.rows import (
     EMPTY,
@@ -31,7 +32,7 @@ from orchestrator.reporting.rows import (
     significance_notes,
     uses_diffusion,
 )
-from orchestrator.reporting.tables import comparison_lines, table_lines
+from orchestrator.reporting.tables import classifier_notes, comparison_lines, table_lines
 from orchestrator.spec.sweep import option_words
 from orchestrator.store import (
     SweepLocation,
@@ -44,7 +45,7 @@ from orchestrator.store import (
 
 MAX_COMPARISONS = 12
 # Columns that the screen leaves out.
-HIDDEN_RESULTS = ["n_test", "fused", "gain over host", "gain over control"]
+HIDDEN_RESULTS = ["n_test", "gain over host", "gain over control"]
 HIDDEN_COMPARISONS = ["compared with", "p", "p corrected"]
 
 
@@ -62,7 +63,8 @@ def summary(
     lines = _wrap("   ".join([title, *(tail if len(tail) == 1 else [])]), width)
     if not results.rows:
         return "\n".join([*lines, f" {EMPTY}", *_facts(facts, width)])
-    lines += _table(table_lines(results), HIDDEN_RESULTS, width)
+    rows = table_lines(results)
+    lines += _table(rows, HIDDEN_RESULTS, width)
     # Comparisons of methods with a diffusion model only.
     gains = [i for i, c in enumerate(results.comparisons) if uses_diffusion(c.row.method)]
     if gains:
@@ -75,8 +77,15 @@ def summary(
         *protocol_notes(results.rows),
         *(significance_notes(results.comparisons, marks=False) if gains else []),
     ]
-    for note in [*notes, *choice_notes(results.rows), *collapse_notes(results)]:
+    for note in [
+        " ".join(classifier_notes(rows[0])),
+        *notes,
+        *choice_notes(results.rows),
+        *collapse_notes(results),
+    ]:
         lines += _wrap(note, width)
+    worth = "\n".join(worth_sentences(results))
+    facts = [*([("diffusion", worth)] if worth else []), *facts]
     return "\n".join([*lines, *_facts(facts, width)])
 
 
@@ -189,6 +198,7 @@ PHASES = {
     "labels": "labels",
     "lora": "LoRA",
     "images": "images",
+    "evidence": "evidence",
     "trials": "trials",
 }
 
@@ -210,7 +220,7 @@ def _image_usage(plan: Plan, location: SweepLocation) -> str:
     loras = sum(requirement.stage == "lora" for requirement in present)
     images = sum(count * len(spec.classnames) for count, spec in rows)
     readers = sum(normalised(slot.spec).images is not None for slot in plan.slots)
-    return f"; {loras} LoRA and {images} images, each made once, used by {readers} trials"
+    return f"; {loras} LoRA and {images} images, made once, used by {readers} trials"
 
 
 def next_steps(plan: Plan, location: SweepLocation) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("md", "csv", "json", "latex")
 TASK = ("dataset", "paradigm", "modality")  # columns; left out if all rows have the same value
+TESTED = ("text", "fused", "auxiliary")  # classifiers that a trial tests on the same images
 MANY_IMAGES = 1_000_000  # the largest number of `images needed` that is shown
 
 
@@ -64,6 +65,7 @@ def as_json(results: Results) -> list[dict[str, object]]:
     """The rows for `table --format json`. New versions may add keys but never remove any."""
     return [
         row.as_json()
+        | tested_accuracies(results, row)
         | {
             "comparisons": [c.as_json() for c in results.comparisons_of(row).values()],
             "collapsed": [vars(run) for run in results.collapsed_runs(row)],
@@ -72,8 +74,16 @@ def as_json(results: Results) -> list[dict[str, object]]:
     ]
 
 
+def tested_accuracies(results: Results, row: Row) -> dict[str, float | None]:
+    """Mean test accuracy of each classifier of `TESTED`; None where the method does not have it.
+
+    In TRZSL the harmonic mean; there the auxiliary classifier has no seen class and is not tested.
+    """
+    return {name: results.mean(row, METRICS[name][0]) for name in TESTED}
+
+
 def _csv(results: Results) -> str:
-    frame = rows_frame(results.rows, "settings.", _csv_setting)
+    frame = rows_frame(results, "settings.", _csv_setting)
     frame["told_from"] = [
         " ".join(_ascii_marks(results.comparisons_of(row))) for row in results.rows
     ]
@@ -82,10 +92,10 @@ def _csv(results: Results) -> str:
 
 
 def rows_frame(
-    rows: Sequence[Row], prefix: str = "", setting: Callable[[Any], Any] = lambda value: value
+    results: Results, prefix: str = "", setting: Callable[[Any], Any] = lambda value: value
 ) -> DataFrame:
-    """The rows, fractions in [0, 1]: settings as columns, then n, n_test, mean, std, low, high and
-    what the interval is.
+    """The rows, fractions in [0, 1]: settings as columns, then n, n_test, mean, std, low, high,
+    what the interval is, and the accuracies of `TESTED`.
 
     Args:
         prefix: of the columns of settings.
@@ -93,14 +103,16 @@ def rows_frame(
     """
     from pandas import DataFrame
 
-    keys = dict.fromkeys(prefix + key for row in rows for key in row.settings)
+    keys = dict.fromkeys(prefix + key for row in results.rows for key in row.settings)
     lines = [
-        row.as_json() | {prefix + key: setting(value) for key, value in row.settings.items()}
-        for row in rows
+        row.as_json()
+        | tested_accuracies(results, row)
+        | {prefix + key: setting(value) for key, value in row.settings.items()}
+        for row in results.rows
     ]
     at = COLUMNS.index("settings")
     of_search = [key for key in ("point", "chosen_by", "pruned") if any(key in o for o in lines)]
-    columns = [*COLUMNS[:at], *keys, *COLUMNS[at + 1 :], *of_search]
+    columns = [*COLUMNS[:at], *keys, *COLUMNS[at + 1 :], *TESTED, *of_search]
     return DataFrame(lines, columns=columns, dtype=object)
 
 
@@ -127,8 +139,18 @@ def table_layout(results: Results) -> Layout:
 def table_lines(results: Results) -> list[dict[str, str]]:
     """One line of cells per row, without empty columns."""
     lines = []
+    tested = [
+        {name: format_percent(mean) for name, mean in tested_accuracies(results, row).items()}
+        for row in results.rows
+    ]
+    # The accuracy of a row is that of the text classifier, unless no prompt is learned.
+    if all(
+        cells["text"] in ("", format_percent(row.mean))
+        for row, cells in zip(results.rows, tested, strict=True)
+    ):
+        tested = [{**cells, "text": ""} for cells in tested]
     varying = [i for i, values in enumerate(zip(*results.tasks, strict=True)) if len({*values}) > 1]
-    for row in results.rows:
+    for row, cells in zip(results.rows, tested, strict=True):
         line = {
             **{TASK[i]: row.task[i] for i in varying},
             "method": row.method,
@@ -137,7 +159,7 @@ def table_lines(results: Results) -> list[dict[str, str]]:
             "95 %": f"[{format_percent(row.low)}, {format_percent(row.high)}]",
             "n": str(row.n),
             "n_test": str(row.n_test),
-            "fused": format_percent(results.mean(row, "test/accuracy_fused")),
+            **cells,
             "pseudo-labels": format_percent(results.mean(row, "pseudo/accuracy")),
             **{f"gain over {role}": "" for role in MARKS},
         }
@@ -188,13 +210,24 @@ def _p_value(p: float) -> str:
     return "< 0.001" if p < 0.0005 else f"{p:.3f}"
 
 
+def classifier_notes(header: Collection[str]) -> Iterator[str]:
+    """Sentences on the columns of `TESTED`."""
+    if "text" in header:
+        yield "Accuracy: text classifier; where no prompt is learned, that of the column fused."
+    elif "fused" in header:
+        yield "Accuracy: text classifier."
+    if "fused" in header:
+        yield "Fused: with the auxiliary classifier."
+    if "auxiliary" in header:
+        yield "Auxiliary: that one alone."
+
+
 def _caption(results: Results, header: Sequence[str]) -> Iterator[str]:
     tasks = "; ".join(f"{d}, {p}/{m}" for d, p, m in results.tasks)
     yield f"Test accuracy in %, mean ± standard deviation over n runs ({tasks})."
     yield from protocol_notes(results.rows)
     yield "n_test: test images of one run."
-    if "fused" in header:
-        yield "Fused: text and auxiliary classifier combined."
+    yield from classifier_notes(header)
     if "pseudo-labels" in header:
         yield "Pseudo-labels: accuracy of the last pseudo-labels."
     if any(name.startswith("gain") for name in header):

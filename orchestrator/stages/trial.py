@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from air_core.method import Round, Trial, TrialData, TrialState
     from air_core.types import Labelled, Metrics, TrialResult
     from orchestrator.stages.build import Target
+    from orchestrator.stages.context import WorkerContext
     from orchestrator.store.artifacts import Building
 
 
@@ -158,12 +159,7 @@ class TrialRun:
         reader = store.read_only()
         worker = WorkerContext(reader, device=device, batch=batch)
         target = read_target(spec.features, spec.split, reader, spec.tokens)
-        synthetic = _bank(spec, target, reader)
-        backbone = worker.backbone(spec.backbone, spec.precision)
-        self.data = trial_data(spec, target, backbone, synthetic)
-        if spec.evidence_errors is not None:
-            errors = _evidence(spec, reader)
-            self.data = replace(self.data, evidence=errors)
+        self.data = read_data(spec, target, worker)
         self.true_labels = target.labels[target.split.pool]
         self.test_index = target.split.test
         self.curves = {name: list(values) for name, values in begun.curves.items()}
@@ -316,6 +312,21 @@ def _state(begun: Checkpoint) -> TrialState:
     arrays = {name: torch.from_numpy(array) for name, array in begun.arrays.items()}
     labels = PseudoLabels(**{name: arrays[name] for name in LABELS}) if "labels" in arrays else None
     return TrialState(tuple(arrays["prompts"]), labels)
+
+
+def read_data(spec: TrialSpec, target: Target, worker: WorkerContext) -> TrialData:
+    """Read the data of a trial from the store.
+
+    Raises:
+        MissingArtifact: an input was not prepared.
+    """
+    reader = worker.store.read_only()
+    synthetic = _bank(spec, target, reader)
+    backbone = worker.backbone(spec.backbone, spec.precision)
+    data = trial_data(spec, target, backbone, synthetic)
+    if spec.evidence_errors is None:
+        return data
+    return replace(data, evidence=_evidence(spec, reader))
 
 
 def trial_data(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from air_core.specs import uses_evidence
 from air_core.specs.normal import normalised
 from orchestrator.planning import Slot, plan_of
 from orchestrator.planning.requests import location_of
@@ -66,6 +67,8 @@ def write_record(slot: Slot, store: ArtifactStore, accuracy: float) -> None:
     metrics = {"test/accuracy": float(correct.mean()), "pseudo/accuracy": accuracy + 0.05}
     if spec.fusion_weight > 0:
         metrics["test/accuracy_fused"] = float(correct.mean()) + 0.02
+    if uses_evidence(spec):
+        metrics["pool/accuracy_evidence"] = accuracy + 0.06
 
     def build(folder: Path) -> dict[str, Any]:
         arrays = {"index": np.arange(TESTED), "predictions": predictions, "labels": labels}

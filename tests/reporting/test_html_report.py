@@ -133,6 +133,21 @@ def test_the_report_has_the_numbers_of_the_table(grid):
         assert any(cell.startswith(mean) for cell in cells), mean
 
 
+def test_pseudo_labels_stand_beside_the_accuracy_and_the_settings_of_the_evidence(tmp_path):
+    body = """
+grid: {method: [cpl, cpl_evidence]}
+fixed: {evidence.draws: 3, evidence.top: 5}
+seeds: [1, 2, 3]
+"""
+    record_sweep(tmp_path, "evidence", body, by_method({"cpl": 0.6, "cpl_evidence": 0.65}))
+    text = report(tmp_path, "evidence")
+    cells = Outline(text).cells
+    [settings] = [cell for cell in cells if cell.startswith("draws 3, weight 0.3, ")]
+    assert "top 5" in settings
+    assert cells[cells.index(settings) - 1] == "71.0"
+    assert "Worth of the diffusion model: cpl_evidence - cpl +" in text
+
+
 def test_a_report_is_self_contained_and_reproducible(grid):
     text = report(grid, "grid")
     assert report(grid, "grid") == text

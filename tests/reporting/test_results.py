@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from air_core.specs import FeaturesSpec
 from orchestrator.planning import Plan
 from orchestrator.planning.plan import plan_sweep
-from orchestrator.reporting import results_of, sweep_status
+from orchestrator.reporting import Results, results_of, sweep_status
 from orchestrator.reporting.results import (
     CURVES,
     SweepStatus,
@@ -257,11 +257,13 @@ def test_curves_frame_has_one_line_per_value(plan, store):
 
 
 def test_rows_frame_has_settings_as_columns(plan, store):
-    found = results_of(plan, store).rows
-    frame = rows_frame(found)
+    results = results_of(plan, store)
+    frame = rows_frame(results)
     assert frame["method"].tolist() == ["zero_shot", "cpl"]
     assert frame["prompt.length"].tolist()[1] == 2
-    assert frame["mean"].tolist() == [row.mean for row in found]
+    assert frame["mean"].tolist() == [row.mean for row in results.rows]
+    assert frame["text"].tolist() == pytest.approx(frame["mean"].tolist())
+    assert frame["fused"].tolist() == frame["auxiliary"].tolist() == [None, None]
     assert "settings" not in frame.columns
 
 
@@ -270,7 +272,7 @@ def test_frames_of_a_sweep_without_finished_trials_have_all_columns(store, resol
     plan = plan_sweep(SWEEP, store, resolver, empty)
     assert trials_frame(plan, store, empty)["state"].tolist() == ["waiting"] * 6
     assert tuple(curves_frame(plan, store).columns) == CURVES
-    assert {"dataset", "method", "mean", "interval"} <= set(rows_frame([]).columns)
+    assert {"dataset", "method", "mean", "interval"} <= set(rows_frame(Results([], [])).columns)
 
 
 # ---------------------------------------------------------------- status

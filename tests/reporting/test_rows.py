@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from orchestrator.reporting import Results
-from orchestrator.reporting.rows import FinishedTrial, rows
+from orchestrator.reporting._worth import worth_sentences
+from orchestrator.reporting.rows import FinishedTrial, rows, signed_interval
 from orchestrator.reporting.summary import summary
 from orchestrator.reporting.tables import table
 from orchestrator.spec.presets import defaults
@@ -26,7 +27,7 @@ ROW_KEYS = [
     *("dataset", "paradigm", "modality", "method", "settings", "metric", "n", "n_test"),
     *("mean", "std", "low", "high", "interval", "protocol"),
 ]
-ADDED_KEYS = ["comparisons", "collapsed"]
+ADDED_KEYS = ["text", "fused", "auxiliary", "comparisons", "collapsed"]
 
 # method -> (accuracy, accuracy of pseudo-labels)
 ACCURACY = {
@@ -68,11 +69,12 @@ def trials(
             rng = np.random.default_rng([3, split, noise_seed, number])
             right = ease[ids] + 0.1 * rng.standard_normal(300) < accuracy + better
             predictions = np.where(right, labels[ids], (labels[ids] + 1) % 10)
-            metrics = {"test/accuracy": float(right.mean())}
+            metrics = dict.fromkeys(("test/accuracy", "test/accuracy_text"), float(right.mean()))
             if pseudo:
                 metrics["pseudo/accuracy"] = pseudo + 0.01 * rng.standard_normal()
             if method in ("air", "air_control"):
                 metrics["test/accuracy_fused"] = metrics["test/accuracy"] + 0.08
+                metrics["test/accuracy_auxiliary"] = metrics["test/accuracy"] + 0.02
             flat = defaults(method, {"dataset": dataset}) | settings
             result.append(
                 FinishedTrial(
@@ -429,7 +431,7 @@ def test_csv_has_the_numbers_of_json_in_flat_columns() -> None:
         *("dataset", "paradigm", "modality", "method"),
         *("settings.images_per_class", "settings.fusion_weight"),
         *("metric", "n", "n_test", "mean", "std", "low", "high", "interval"),
-        *("point", "chosen_by", "told_from", "collapsed"),
+        *("text", "fused", "auxiliary", "point", "chosen_by", "told_from", "collapsed"),
     ]
     assert float(lines[1]["mean"]) == found.rows[1].mean
     assert float(lines[1]["settings.fusion_weight"]) == 0.348192
@@ -457,6 +459,38 @@ def test_an_empty_table_states_that_no_trial_is_finished() -> None:
     assert "no finished trial" in table(nothing, "md").lower()
     assert table(nothing, "latex").startswith("%")
     assert "no finished trial" in summary("airsweep quickstart", nothing, [])
+
+
+def test_accuracies_of_text_fused_and_auxiliary_classifier_stand_in_every_table() -> None:
+    found = results(quickstart())
+    header, _, *lines = cells(table(found, "md"))
+    assert "text" not in header  # the accuracy
+    assert "Accuracy: text classifier. Fused: " in one_line(table(found, "md"))
+    content = json.loads(table(found, "json"))
+    csv_lines = list(csv.DictReader(io.StringIO(table(found, "csv"))))
+    for row, line, entry, flat in zip(found.rows, lines, content, csv_lines, strict=True):
+        for name in ("fused", "auxiliary"):
+            mean = found.mean(row, f"test/accuracy_{name}")
+            assert (mean is not None) == row.method.startswith("air")
+            assert line[header.index(name)] == ("" if mean is None else f"{100 * mean:.1f}")
+            assert entry[name] == mean
+            assert flat[name] == ("" if mean is None else str(mean))
+        assert entry["text"] == pytest.approx(row.mean)
+    none = table(results(trials("zero_shot") + trials("cpl")), "md")
+    assert "fused" not in none
+    assert "Accuracy: text" not in none
+
+
+def test_the_text_classifier_has_a_column_where_a_row_tests_the_fused_one() -> None:
+    without_prompt = [
+        replace(trial, metrics=trial.metrics | {"test/accuracy_text": 0.25})
+        for trial in trials("air")
+    ]
+    text = table(results([*trials("cpl"), *without_prompt]), "md")
+    header, _, host, fused = cells(text)
+    assert fused[header.index("text")] == "25.0"
+    assert host[header.index("text")] == host[header.index("accuracy")].partition(" ")[0]
+    assert "where no prompt is learned, that of the column fused." in one_line(text)
 
 
 # ---------------------------------------------------------------- the screen
@@ -491,7 +525,7 @@ def test_the_screen_shows_rows_comparisons_and_notes() -> None:
     lines = [line.strip() for line in text.splitlines()]
     assert lines[0] == "airsweep quickstart   1,797 real digits   ul/text"
     parts = [re.split(r" {2,}", line) for line in lines[1:10]]
-    assert parts[0] == ["method", "accuracy", "95 %", "n", "pseudo-labels"]
+    assert parts[0] == [*("method", "accuracy", "95 %", "n", "fused", "auxiliary", "pseudo-labels")]
     assert [line[0] for line in parts[1:6]] == list(QUICKSTART)
     for row, (_, accuracy, interval, n, *_) in zip(found.rows, parts[1:6], strict=True):
         assert accuracy.startswith(f"{100 * row.mean:.1f}")
@@ -509,6 +543,54 @@ def test_the_screen_shows_rows_comparisons_and_notes() -> None:
     first, second = text.splitlines()[-2:]  # commands are not folded
     assert first.endswith("ray job submit --working-dir . -- \\")
     assert second.endswith("  python -m orchestrator run sweeps/paper.yaml")
+
+
+# ---------------------------------------------------------------- worth of the diffusion model
+
+
+def test_the_screen_says_what_the_diffusion_model_was_worth() -> None:
+    found = results([*quickstart(), *trials("air_ceiling")])
+    by_method = {row.method: row for row in found.rows}
+    air, host, ceiling = (by_method[name] for name in ("air", "cpl", "air_ceiling"))
+    gain, fused, share = worth_sentences(found)
+    [comparison] = [c for c in found.comparisons if c.methods == ("air", "air_control")]
+    interval = signed_interval(comparison.difference)
+    assert gain == f"air - air_control {interval} points, not significant"
+    reached = (air.mean - host.mean) / (ceiling.mean - host.mean)
+    assert f"air_ceiling over cpl (+{100 * (ceiling.mean - host.mean):.1f} points): air " in share
+    assert f": air {100 * reached:.0f} % [" in share
+    assert ", air_control " in share
+    control = by_method["air_control"]
+    means = [found.mean(row, "test/accuracy_fused") for row in (air, control)]
+    assert fused == (
+        f"fused classifier, not tested: air - air_control +{100 * (means[0] - means[1]):.1f}"
+    )
+    text = one_line(summary("s", found, FACTS))
+    assert f"diffusion {gain} {fused} {share}" in text
+    assert "diffusion" not in summary("s", results(trials("zero_shot") + trials("cpl")), [])
+
+
+def test_the_worth_of_a_method_without_control_or_of_many_rows_is_stated_in_a_line() -> None:
+    alone = results([*trials("cpl"), *trials("air")])
+    assert worth_sentences(alone) == ["air: unknown without its control air_control"]
+    domain = [replace(trial, method="air_domain", cell="d") for trial in trials("air")]
+    [worth] = worth_sentences(results([*trials("cpl"), *domain]))  # its control is air
+    assert worth.startswith("air_domain - cpl +")
+    many = [
+        trial
+        for dataset, better in (("digits", 0.0), ("flowers102", 0.3), ("dtd", -0.3))
+        for method in ("cpl", "air", "air_control", "air_ceiling")
+        for trial in trials(
+            method, dataset=dataset, better=(method != "cpl") * 0.1 + (method == "air") * better
+        )
+    ]
+    gain, _, share = worth_sentences(results(many))
+    assert re.fullmatch(
+        r"air - air_control -\d+\.\d to \+\d+\.\d points in 3 comparisons, "
+        "significant in 1 above 0 and 1 below",
+        gain,
+    )
+    assert re.search(r": air -\d+ % to \d+ % in 3 rows, air_control \d+ % in 3 rows", share)
 
 
 # ---------------------------------------------------------------- definitions and bounds

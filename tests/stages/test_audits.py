@@ -19,17 +19,12 @@ from air_core.diffusion.pipeline import PipelineGenerator
 from air_core.paradigms import make_split
 from air_core.specs import GenerationSettings, SplitSettings
 from air_core.weights import tiny_folder
-from orchestrator.planning import resolver_of
-from orchestrator.planning.audit_card import (
-    AuditRow,
-    audit_rows_of_sweep,
-    card_from_json,
-    card_json,
-    stored_card,
-)
+from orchestrator.planning import possible_trials, resolver_of
+from orchestrator.planning.audit_card import AuditCard, AuditRow
+from orchestrator.planning.cards import card_from_json, card_json, rows_of_sweep, stored_card
 from orchestrator.planning.recorded import read_sweep
 from orchestrator.planning.resolve import images_folder
-from orchestrator.spec import presets
+from orchestrator.spec import cells_of, presets
 from orchestrator.stages.auditor import make_card
 from orchestrator.stages.audits import audit_cards
 from orchestrator.stages.build import build_features
@@ -131,7 +126,8 @@ class World:
         return location
 
     def rows(self, location: SweepLocation) -> list[AuditRow]:
-        return audit_rows_of_sweep(*read_sweep(location, None))
+        rows = rows_of_sweep(*read_sweep(location, None))
+        return [row for row in rows if isinstance(row, AuditRow)]
 
     def draw(self, location: SweepLocation) -> AuditRow:
         [row] = self.rows(location)
@@ -139,7 +135,7 @@ class World:
         build_features(row.features, worker)
         images = row.row.images
         generator = load_generator(images, images_folder(images.model.name), None)
-        for c, block in row.requirement.missing(self.store):
+        for c, block in row.requirements[0].missing(self.store):
             build_image_block(row.row, c, block, worker, lambda: generator)
         return row
 
@@ -156,6 +152,13 @@ def faulty(world, planted) -> SweepLocation:
     return location
 
 
+def images_card(location: SweepLocation) -> AuditCard:
+    [card] = [
+        card for card in audit_cards(*read_sweep(location, None)) if isinstance(card, AuditCard)
+    ]
+    return card
+
+
 # ---------------------------------------------------------------- faults
 
 
@@ -163,7 +166,7 @@ def test_all_planted_faults_are_flagged_and_few_other_images(world, faulty, comm
     command_line = ("audit", "faulty", "--store", world.store.root)
     code, out, _ = command(*command_line, "--json")
     assert code == 0
-    [card] = json.loads(out)
+    [card] = [card for card in json.loads(out) if card["kind"] == "images"]
     flagged = {(f["class"], f["index"], f["reason"]) for f in card["flagged"]}
     assert flagged >= PLANTED
     assert card["images"] == EACH * 10
@@ -191,14 +194,41 @@ def test_the_screen_has_80_columns_and_the_same_counts(world, faulty, command):
     assert str(faulty.folder) in out
 
 
+def test_an_audit_says_what_synthetic_images_know_and_mentions_no_evidence(world, faulty, command):
+    code, out, _ = command("audit", "faulty", "--store", world.store.root, "--json")
+    assert code == 0
+    [card] = [card for card in json.loads(out) if card["kind"] == "agreement"]
+    assert [entry["name"] for entry in card["classifiers"]] == ["text", "synthetic images"]
+    assert [entry["methods"] for entry in card["classifiers"]] == [["air"], ["air"]]
+    assert [entry["method"] for entry in card["fused"]] == ["air"]
+    assert 0 < card["fused"][0]["changed"] <= card["fused"][0]["disputed"]
+    assert card["fused"][0]["disputed"] == pytest.approx(1 - card["agreement"][0][1])
+    _, out, _ = command("audit", "faulty", "--store", world.store.root)
+    assert "synthetic images" in out
+    assert "vidence scores" not in out
+
+
 def test_a_card_has_a_line_for_each_class_with_its_best_and_worst_image(world, faulty):
-    [card] = audit_cards(*read_sweep(faulty, None))
+    card = images_card(faulty)
     assert [line["classname"] for line in card.classes] == list(DIGITS.classnames)
     assert sum(line["flagged"] for line in card.classes) == card.flagged_images
     swapped = {(name, index) for name, index, _ in WRONG}
     worst = {(line["classname"], line["worst"]) for line in card.classes}
     assert swapped & worst
     assert not swapped & {(line["classname"], line["best"]) for line in card.classes}
+
+
+def test_the_report_has_the_audits_of_images_and_classifiers(world, faulty, command, tmp_path):
+    audit_cards(*read_sweep(faulty, None))
+    sweep, location = read_sweep(faulty, None)
+    for trial in possible_trials(cells_of(sweep), [{"seed": 1}], resolver_of(location)):
+        run_trial(trial, world.store)
+    file = tmp_path / "report.html"
+    assert command("report", "faulty", "-o", file, "--store", world.store.root)[0] == 0
+    text = file.read_text()
+    assert "Before training: 1,797 real digits, split 0" in text
+    assert '<td class="">synthetic images</td>' in text
+    assert "Audit" in text
 
 
 # ---------------------------------------------------------------- files of a card
@@ -211,7 +241,7 @@ def test_the_same_images_give_the_same_card_and_json_can_be_read_back(world, fau
     assert png == again
     assert len(png) < SHEET_BYTES
     assert Image.open(io.BytesIO(png)).width < 1000
-    assert card_json(card_from_json(card_json(one))) == card_json(one)
+    assert card_json(card_from_json(card_json(one), AuditCard)) == card_json(one)
 
 
 SCRIPT = """
@@ -250,7 +280,7 @@ def test_a_card_of_fewer_images_or_of_a_damaged_file_is_made_again(world, faulty
     text = file.read_text()
     file.write_text(text[: len(text) // 2])
     assert stored_card(row, faulty) is None
-    [card] = audit_cards(*read_sweep(faulty, None))
+    card = images_card(faulty)
     assert file.read_text() == text == card_json(card)
 
 
@@ -260,11 +290,8 @@ def test_a_card_of_fewer_images_or_of_a_damaged_file_is_made_again(world, faulty
 def test_a_filter_keeps_as_many_images_in_a_trial_as_the_card_states(
     world, faulty, planted, resolver
 ):
-    [card] = audit_cards(*read_sweep(faulty, None))
+    card = images_card(faulty)
     sweep, location = read_sweep(faulty, None)
-    from orchestrator.planning import possible_trials
-    from orchestrator.spec import cells_of
-
     _, trial = possible_trials(cells_of(sweep), [{"seed": 1}], resolver_of(location))
     filters = {
         "fidelity.min_margin: 0": {"min_margin": 0.0},
@@ -286,8 +313,8 @@ def test_a_filter_keeps_as_many_images_in_a_trial_as_the_card_states(
     ("name", "message"),
     [
         ("unknown", "no sweep default/unknown in"),
-        ("none", "reads no synthetic images (cpl, zero_shot), so there is nothing to audit"),
-        ("undrawn", "are not drawn yet: 0 of 10 blocks"),
+        ("none", "no denoising evidence (cpl, zero_shot), so there is nothing to audit"),
+        ("undrawn", "are not made yet: 0 of 10 blocks"),
     ],
 )
 def test_a_sweep_that_cannot_be_audited_gets_one_sentence_and_exit_code_2(
