@@ -6,8 +6,9 @@ import dataclasses
 import operator
 import types
 import typing
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Annotated, Any, Literal, Union
 
 from pydantic import (
@@ -172,18 +173,16 @@ def value_type(name: str) -> TypeAdapter[Any]:
     return TypeAdapter(_value_annotation(name), config=STRICT)
 
 
-Settings = Annotated[
-    dict[str, Any],
-    _SchemaOf(
-        _mapping_type(
-            "Settings",
-            {
-                name: (_value_annotation(name), setting(_default(name), _description(name)))
-                for name in TRIAL_NAMES
-            },
-        )
-    ),
-]
+def _settings_type(names: Iterable[str]) -> Any:
+    fields = {
+        name: (_value_annotation(name), setting(_default(name), _description(name)))
+        for name in names
+    }
+    return Annotated[dict[str, Any], _SchemaOf(_mapping_type("Settings", fields))]
+
+
+Settings = _settings_type(TRIAL_NAMES)
+SettingsOfCells = _settings_type(TRIAL_KEYS)  # without the method
 Axes = Annotated[
     dict[str, Any],
     _SchemaOf(
@@ -233,12 +232,13 @@ def reason_not_searchable(name: str) -> str | None:
 EXAMPLES = {
     **{name: 1 if key.default is None else key.default for name, key in TRIAL_KEYS.items()},
     **EMBEDDED,
+    "method": "air",
 }
 
 
-def _check_condition(text: str) -> str:
+def _check_condition(text: str, names: Collection[str] = TRIAL_KEYS) -> str:
     for name in names_of(text):
-        if name not in TRIAL_KEYS:
+        if name not in names:
             raise ValueError(f"unknown key {name!r}; {key_choices(name, TRIAL_NAMES)}")
     for name, constant in constants_of(text):
         problem = error_message(value_type(name), constant)
@@ -249,6 +249,10 @@ def _check_condition(text: str) -> str:
     except TypeError as error:
         raise ValueError(f"the condition compares values that have no order: {error}") from None
     return text
+
+
+# A condition on a cell, which has a method too.
+CellCondition = Annotated[str, AfterValidator(partial(_check_condition, names=TRIAL_NAMES))]
 
 
 @dataclass(frozen=True, kw_only=True)
