@@ -9,6 +9,7 @@ machines.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -120,6 +121,12 @@ class LoraTraining:
         "of a training image; {} is its class, a caption without it is of the domain",
     )
     precision: Precision = knob("bf16", "autocast of the U-Net")
+    passes: int | None = later(None, "passes over the training images, instead of steps", ge=1)
+    flip: bool = later(False, "mirror each training image with probability 0.5")
+
+    def steps_on(self, images: int) -> int:
+        """Optimiser steps on this many training images."""
+        return self.steps if self.passes is None else math.ceil(self.passes * images / self.batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +142,7 @@ class LoraSettings(LoraTraining):
 
     def training(self) -> LoraTraining:
         part: LoraTraining = _only(LoraTraining, self)
-        return part
+        return part if self.passes is None else replace(part, steps=LoraTraining.steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,6 +370,7 @@ class LoraSpec:
     model: Ref
     training: LoraTraining
     size: int
+    classes: int = field(default=0, compare=False)  # of the dataset; not in the key
     code: str = added("")
 
 
@@ -684,6 +692,7 @@ def _lora(spec: TrialSpec, lora: LoraSettings, rounds: int) -> LoraSpec:
         model=spec.generator,
         training=lora.training(),
         size=spec.generation.size,
+        classes=len(spec.classnames),
         code=spec.code_of("lora"),
     )
 

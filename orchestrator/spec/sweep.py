@@ -578,6 +578,7 @@ SMOKE: dict[str, Any] = {
     "images_per_class": 8,
     "initial_labels.images_per_class": 8,
     "lora.steps": 2,
+    "lora.passes": None,
     "train.steps": 2,
 }
 
