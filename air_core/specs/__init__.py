@@ -108,6 +108,20 @@ LoraSource = Literal["all", "pseudo", "labelled"]
 LORA_SOURCE = "training images where some have labels: all, pseudo or labelled"
 
 
+Templates = str | tuple[str, ...]
+SEVERAL = "; of a list, image i has text i modulo their number"
+
+
+def text_of(texts: Templates, classname: str, i: int) -> str:
+    """The text of image `i` of a class. It does not depend on the number of images.
+
+    >>> text_of(("a {}", "a small {}"), "rose", 3)
+    'a small rose'
+    """
+    several = (texts,) if isinstance(texts, str) else texts
+    return several[i % len(several)].format(classname.replace("_", " "))
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoraTraining:
     """Training of one LoRA."""
@@ -116,9 +130,9 @@ class LoraTraining:
     steps: int = knob(2000, "optimiser steps", ge=1)
     batch: int = knob(8, "images per step", ge=1)
     learning_rate: float = knob(1e-4, "AdamW, 10 % warm-up, cosine to 0", gt=0)
-    caption: str = knob(
+    caption: Templates = knob(
         "a photo of a {}",
-        "of a training image; {} is its class, a caption without it is of the domain",
+        "of a training image; {} is its class, a caption without it is of the domain" + SEVERAL,
     )
     precision: Precision = knob("bf16", "autocast of the U-Net")
     passes: int | None = later(None, "passes over the training images, instead of steps", ge=1)
@@ -150,7 +164,9 @@ class GenerationSettings:
     """Generation of images; every setting is in the key of the images."""
 
     seed: int = knob(0, "changes every image", ge=0)
-    template: str = knob("a photo of a {}", "prompt, with one {} for the class name")
+    template: Templates = knob(
+        "a photo of a {}", "prompt, with one {} for the class name" + SEVERAL
+    )
     guidance_scale: float = knob(7.5, "classifier-free guidance", ge=0)
     num_inference_steps: int = knob(25, "denoising steps", ge=1)
     size: int = knob(512, "side of the square image, in pixels", ge=8)

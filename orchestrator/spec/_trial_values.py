@@ -87,6 +87,15 @@ CAPTION = Annotated[
 ]
 
 
+TEXTS = {"generation.template": TEMPLATE, "lora.caption": CAPTION}  # one, or a list of them
+
+
+def _one_or_several(texts: Any) -> Any:
+    if isinstance(texts, str):
+        return texts
+    return tuple(texts) if len(texts) > 1 else texts[0]
+
+
 # ---------------------------------------------------------------- values of a key
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -104,10 +113,13 @@ def _value_annotation(name: str) -> Any:
         )
     if name in ("backbone", "generator"):
         return LINE
-    if name in ("generation.template", "evidence.template"):
+    if name in TEXTS:
+        many: Any = types.GenericAlias(list, (TEXTS[name],))
+        several = Annotated[many, Field(min_length=1)]
+        one_or_several = operator.getitem(Union, (TEXTS[name], several))
+        return Annotated[one_or_several, AfterValidator(_one_or_several)]
+    if name == "evidence.template":
         return TEMPLATE
-    if name == "lora.caption":
-        return CAPTION
     return _with_limits(TRIAL_KEYS[name].type, name)
 
 

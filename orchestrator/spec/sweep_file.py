@@ -416,10 +416,8 @@ def _check_pinned_key(document: Document, path: Keys, key: str, methods: Iterabl
 
 
 def _check_overrides(document: Document, spec: SweepSpec) -> None:
-    unknown = {
-        **dict.fromkeys((d.key for d in spec.space), "which `search.space` lists"),
-        **dict.fromkeys(spec.seeds.vary, "which differs between the runs of a point"),
-    }
+    unknown = {dimension.key: "which `search.space` lists" for dimension in spec.space}
+    unknown |= dict.fromkeys(spec.seeds.vary, "which differs between the runs of a point")
     methods: dict[int, dict[str, None]] = {i: {} for i in range(len(spec.overrides))}
     for combination in combinations(spec):
         for i in matching_overrides(spec, combination):

@@ -70,6 +70,11 @@ def test_flat_keys_become_a_nested_trial_and_the_same_flat_keys_again():
     assert rebuilt(spec) == spec
 
 
+def test_several_texts_read_from_json_are_those_of_a_sweep_file():
+    texts = ("a {}", "a small {}")
+    assert trial(lora__caption=[*texts]) == trial(lora__caption=texts)
+
+
 def test_lora_off_stays_off_in_flat_keys():
     assert to_flat(trial(lora=None))["lora"] is None
     assert rebuilt(trial(lora=None)) == trial(lora=None)
@@ -249,6 +254,8 @@ WITH_EFFECT = [
     ({}, "lora.rank", 4, 8),
     ({}, "lora.passes", None, 3),
     ({}, "lora.flip", False, True),
+    ({}, "lora.caption", "a {}", ("a {}", "a small {}")),
+    ({}, "generation.template", ("a {}", "a small {}"), ("a small {}", "a {}")),
     ({}, "initial_labels.k", 8, 16),
     ({"lora.rounds": 2}, "initial_labels.images_per_class", 8, 16),
     ({}, "train.synthetic_batch", 8, 64),
@@ -300,8 +307,9 @@ def test_a_setting_with_an_effect_changes_the_key(where, name, one, other):
 # Values of keys in random trials: few, so that equal values are frequent.
 WORDS = {
     "lora.caption": ["a photo of a {}", "{}"],
-    "generation.template": ["a photo of a {}", "{}"],
+    "generation.template": ["a photo of a {}", ("{}", "a {}")],
     "train.steps": [None, 5],
+    "lora.passes": [None, 5],
 }
 
 

@@ -141,6 +141,15 @@ def test_an_exponent_is_a_number_and_a_time_is_text(tmp_path):
     }
 
 
+def test_a_list_of_texts_is_one_value(tmp_path):
+    fixed = "fixed: {method: air, generation.template: ['a {}', 'a small {}']}\n"
+    grid = "grid: {lora.caption: [['a {}', 'a small {}'], ['a {}']]}\n"
+    spec = load(tmp_path, HEAD + fixed + grid)
+    assert spec.fixed["generation.template"] == ("a {}", "a small {}")
+    assert spec.grid["lora.caption"] == (("a {}", "a small {}"), "a {}")
+    assert len(cells_of(spec)) == 2
+
+
 def test_a_small_alias_is_expanded(tmp_path):
     axes = "grid:\n  lora.rank: &sizes [4, 8]\n  lora.batch: *sizes\n"
     assert load(tmp_path, AIR + axes).grid["lora.batch"] == (4, 8)
@@ -323,6 +332,7 @@ def values_of(key):
         bool: st.booleans(),
         str: st.sampled_from(["tiny", "folder:/x", "a photo of a {}", "a/b"]),
         type(None): st.none(),
+        tuple[str, ...]: st.just(("{}", "a {}")),
     }
     kinds = getattr(key.type, "__args__", None) or (key.type,)
     usual = [by_type.get(kind, st.just(kind)) for kind in kinds]
@@ -423,6 +433,11 @@ BAD = {
         HEAD + "fixed: {method: air, dataset: digit}",
         "3:31",
         [*DATASETS, "did you mean digits?"],
+    ),
+    "a text of a list without a slot": (
+        HEAD + "fixed:\n  generation.template: ['a {}', 'a']",
+        "4:33",
+        ["fixed.generation.template[1]: 'a'", "one line of text with {} once"],
     ),
     "unknown word": (
         HEAD + "fixed: {method: air, auxiliary.kind: prototpye}",
