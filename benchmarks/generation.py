@@ -31,7 +31,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from air_core.specs import SyntheticFeaturesSpec
+from air_core.specs import SyntheticFeaturesSpec, text_of
 from benchmarks.harness import options, progress, report
 from orchestrator.planning import Requirement, Resolver
 from orchestrator.spec import presets
@@ -74,7 +74,7 @@ def loop(requirement: Requirement, shards: Sequence[Shard], device: str, queue: 
     for c, block in shards:
         for index in range(block * size, (block + 1) * size):
             pipeline(
-                settings.template.format(names[c]),
+                text_of(settings.template, names[c], index),
                 height=settings.size,
                 width=settings.size,
                 num_inference_steps=settings.num_inference_steps,

@@ -132,4 +132,6 @@ def format_value(value: Any) -> str:
     """
     if value is None or isinstance(value, bool):
         return json.dumps(value)
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(format_value, value))}]"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

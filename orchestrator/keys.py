@@ -119,11 +119,12 @@ def plain(value: Any) -> Any:
 
 
 def _in_key(owner: Any, f: dataclasses.Field[Any]) -> bool:
-    """Whether a field is part of the key.
+    """Whether a field is part of the key. One that equality ignores is not.
 
     A field with `absent_means` was added later; with that value the key equals the older key.
     """
-    return "absent_means" not in f.metadata or getattr(owner, f.name) != f.metadata["absent_means"]
+    absent = "absent_means" in f.metadata and getattr(owner, f.name) == f.metadata["absent_means"]
+    return f.compare and not absent
 
 
 def digest(value: Any) -> str:

@@ -100,6 +100,8 @@ def train_lora(
     pipeline = load_pipeline(model)
     parameters = add_adapters(pipeline.unet, training.rank, seed)
     pipeline.to(device)
+    if training.flip:  # the mirrored images follow, in the same order
+        images = torch.cat([images, images.flip(2)])
     latents = encode_images(pipeline.vae, images, size)
     texts = encode_captions(pipeline, captions, size)
     losses: list[float] = []
@@ -109,7 +111,7 @@ def train_lora(
                 f"the LoRA's loss is {loss} at step {len(losses)}; lower lora.learning_rate"
             )
         if report is not None:
-            report(len(losses), training.steps, loss)
+            report(len(losses), training.steps_on(len(captions)), loss)
     save_adapters(pipeline, out)
     tenth = max(1, len(losses) // 10)
     return {
@@ -133,13 +135,16 @@ def fit(
     """Optimise the adapters in place; yields the loss of each step.
 
     Args:
+        latents: of N images; with `training.flip` also of the N mirrored ones.
         losses: receives the losses of all steps, including those before a resume.
         kept: see `train_lora`.
     """
     unet, device = pipeline.unet, latents.mean.device
     draws = torch.Generator("cpu").manual_seed(seed)  # on the CPU, so equal on all devices
     optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=WEIGHT_DECAY)
-    factor = _warmup_cosine(training.steps)
+    count = len(texts.rows)
+    steps = training.steps_on(count)
+    factor = _warmup_cosine(steps)
     noise_schedule = NoiseSchedule.of(pipeline.scheduler.config, device)
     unet.train()
     if kept is not None and kept.exists():
@@ -148,12 +153,15 @@ def fit(
         else:
             losses += _go_on(kept, parameters, optimizer, draws)
     written = time.monotonic()
-    for step in range(len(losses), training.steps):
+    for step in range(len(losses), steps):
         optimizer.param_groups[0]["lr"] = training.learning_rate * factor(step)
-        batch = torch.randint(len(latents.mean), (training.batch,), generator=draws)
+        batch = torch.randint(count, (training.batch,), generator=draws)
         t = torch.randint(len(noise_schedule.alphas), (training.batch,), generator=draws)
         dropped = torch.rand(training.batch, generator=draws) < CAPTION_DROPOUT
-        clean = latents.sample(batch.to(device), draws)  # (B, c, h, w)
+        views = batch
+        if training.flip:
+            views = batch + count * torch.randint(2, (training.batch,), generator=draws)
+        clean = latents.sample(views.to(device), draws)  # (B, c, h, w)
         noise = torch.randn(clean.shape, generator=draws).to(device)
         t = t.to(device)
         with _attention(device.type, training.precision):

@@ -22,7 +22,7 @@ from torch import Tensor
 from air_core.arithmetic import sums_in_one_order
 from air_core.diffusion import image_seed
 from air_core.model_configs import check_part_configs, pipeline_index, pipeline_parts
-from air_core.specs import GenerationSettings, Precision
+from air_core.specs import GenerationSettings, Precision, text_of
 from air_core.weights import (
     PIPELINE_CONFIG,
     check_lora_fits,
@@ -95,7 +95,7 @@ class PipelineGenerator:
         ]
         with torch.inference_mode(), autocast(self.device, settings.precision):
             drawn = self.pipeline(
-                [settings.template.format(classname.replace("_", " "))] * len(generators),
+                [text_of(settings.template, classname, i) for i in indices],
                 height=settings.size,
                 width=settings.size,
                 num_inference_steps=settings.num_inference_steps,

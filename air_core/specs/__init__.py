@@ -9,6 +9,7 @@ machines.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -107,6 +108,20 @@ LoraSource = Literal["all", "pseudo", "labelled"]
 LORA_SOURCE = "training images where some have labels: all, pseudo or labelled"
 
 
+Templates = str | tuple[str, ...]
+SEVERAL = "; of a list, image i has text i modulo their number"
+
+
+def text_of(texts: Templates, classname: str, i: int) -> str:
+    """The text of image `i` of a class. It does not depend on the number of images.
+
+    >>> text_of(("a {}", "a small {}"), "rose", 3)
+    'a small rose'
+    """
+    several = (texts,) if isinstance(texts, str) else texts
+    return several[i % len(several)].format(classname.replace("_", " "))
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoraTraining:
     """Training of one LoRA."""
@@ -115,11 +130,17 @@ class LoraTraining:
     steps: int = knob(2000, "optimiser steps", ge=1)
     batch: int = knob(8, "images per step", ge=1)
     learning_rate: float = knob(1e-4, "AdamW, 10 % warm-up, cosine to 0", gt=0)
-    caption: str = knob(
+    caption: Templates = knob(
         "a photo of a {}",
-        "of a training image; {} is its class, a caption without it is of the domain",
+        "of a training image; {} is its class, a caption without it is of the domain" + SEVERAL,
     )
     precision: Precision = knob("bf16", "autocast of the U-Net")
+    passes: int | None = later(None, "passes over the training images, instead of steps", ge=1)
+    flip: bool = later(False, "mirror each training image with probability 0.5")
+
+    def steps_on(self, images: int) -> int:
+        """Optimiser steps on this many training images."""
+        return self.steps if self.passes is None else math.ceil(self.passes * images / self.batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +156,7 @@ class LoraSettings(LoraTraining):
 
     def training(self) -> LoraTraining:
         part: LoraTraining = _only(LoraTraining, self)
-        return part
+        return part if self.passes is None else replace(part, steps=LoraTraining.steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +164,9 @@ class GenerationSettings:
     """Generation of images; every setting is in the key of the images."""
 
     seed: int = knob(0, "changes every image", ge=0)
-    template: str = knob("a photo of a {}", "prompt, with one {} for the class name")
+    template: Templates = knob(
+        "a photo of a {}", "prompt, with one {} for the class name" + SEVERAL
+    )
     guidance_scale: float = knob(7.5, "classifier-free guidance", ge=0)
     num_inference_steps: int = knob(25, "denoising steps", ge=1)
     size: int = knob(512, "side of the square image, in pixels", ge=8)
@@ -363,6 +386,7 @@ class LoraSpec:
     model: Ref
     training: LoraTraining
     size: int
+    classes: int = field(default=0, compare=False)  # of the dataset; not in the key
     code: str = added("")
 
 
@@ -684,6 +708,7 @@ def _lora(spec: TrialSpec, lora: LoraSettings, rounds: int) -> LoraSpec:
         model=spec.generator,
         training=lora.training(),
         size=spec.generation.size,
+        classes=len(spec.classnames),
         code=spec.code_of("lora"),
     )
 

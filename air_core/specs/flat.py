@@ -52,6 +52,7 @@ def from_flat(flat: dict[str, Any], refs: dict[str, Ref], classnames: tuple[str,
     plain: dict[str, Any] = {}
     for name, value in flat.items():
         head, _, rest = name.partition(".")
+        value = tuple(value) if isinstance(value, list) else value  # JSON has no tuples
         if rest:
             nested.setdefault(head, {})[rest] = value
         else:

@@ -214,6 +214,10 @@ IRRELEVANT: tuple[tuple[Any, Any], ...] = (
         lambda s: {"initial_labels": InitialLabelsSettings()},
     ),
     (
+        lambda s: s.lora is not None and s.lora.passes is not None,
+        lambda s: {"lora": replace(s.lora, steps=LoraSettings.steps)},
+    ),
+    (
         lambda s: s.initial_labels.kind == "pool" and s.paradigm == "ul",
         lambda s: {"initial_labels": replace(s.initial_labels, k=InitialLabelsSettings.k)},
     ),

@@ -119,13 +119,13 @@ def _build_artifact(
                 reporter(step, total)
 
             artifact = build_lora(spec, worker, report)
-            startup = _startup(steps, spec.training.steps, time.monotonic() - started)
+            startup = _startup(steps, time.monotonic() - started)
         case _:
             raise TypeError(type(spec).__name__)
     return time.monotonic() - started, {**artifact.record["info"], "startup": startup}
 
 
-def _startup(finished: Sequence[tuple[int, float]], steps: int, seconds: float) -> float | None:
+def _startup(finished: Sequence[tuple[int, float]], seconds: float) -> float | None:
     """Seconds beyond the training steps, at the pace of the steps after the first; None: unknown.
 
     Below 0 where a training resumed from steps of another process.
@@ -133,7 +133,7 @@ def _startup(finished: Sequence[tuple[int, float]], steps: int, seconds: float) 
     if len(finished) < 2:
         return None
     (first, since), (last, until) = finished[0], finished[-1]
-    return seconds - steps * (until - since) / (last - first)
+    return seconds - last * (until - since) / (last - first)
 
 
 def _build_side_by_side(

@@ -139,7 +139,7 @@ def _kind(spec: Any) -> tuple[str, str, float]:
             return "labels", spec.features.backbone.name, 1
         case LoraSpec():
             kind = f"{spec.model.name} {spec.size}px batch {spec.training.batch}"
-            return "lora", kind, spec.training.steps
+            return "lora", kind, spec.training.steps_on(_lora_images(spec.labels, spec.classes))
         case SyntheticFeaturesSpec(images=GeneratedImages() as images):
             drawn = images.settings
             kind = f"{images.model.name} {drawn.size}px {drawn.num_inference_steps} steps"
@@ -151,6 +151,12 @@ def _kind(spec: Any) -> tuple[str, str, float]:
             kind = f"{spec.model.name} {spec.size}px top {scoring.top or 'all'}"
             return "evidence", kind, spec.block_size
     raise TypeError(type(spec).__name__)
+
+
+def _lora_images(labels: LabelsSpec, classes: int) -> int:
+    """Images that a LoRA is trained on; a class may turn out to have fewer than `k`."""
+    whole_pool = labels.split.pool_size if labels.settings.kind == "pool" else None
+    return whole_pool or labels.settings.k * classes
 
 
 def trial_work(spec: TrialSpec, units: float = 1, together: int = 1) -> Work:

@@ -101,6 +101,7 @@ def _explain(plan: Plan) -> list[str]:
         sources = (
             ("pinned by the method", method.pins),
             ("grid", cell.chosen),
+            ("overrides", cell.overridden),
             ("fixed", plan.sweep.fixed),
             ("default of dataset or models", presets.defaults(cell.method, cell.flat)),
         )

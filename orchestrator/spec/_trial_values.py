@@ -6,8 +6,9 @@ import dataclasses
 import operator
 import types
 import typing
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Annotated, Any, Literal, Union
 
 from pydantic import (
@@ -86,6 +87,15 @@ CAPTION = Annotated[
 ]
 
 
+TEXTS = {"generation.template": TEMPLATE, "lora.caption": CAPTION}  # one, or a list of them
+
+
+def _one_or_several(texts: Any) -> Any:
+    if isinstance(texts, str):
+        return texts
+    return tuple(texts) if len(texts) > 1 else texts[0]
+
+
 # ---------------------------------------------------------------- values of a key
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -103,10 +113,13 @@ def _value_annotation(name: str) -> Any:
         )
     if name in ("backbone", "generator"):
         return LINE
-    if name in ("generation.template", "evidence.template"):
+    if name in TEXTS:
+        many: Any = types.GenericAlias(list, (TEXTS[name],))
+        several = Annotated[many, Field(min_length=1)]
+        one_or_several = operator.getitem(Union, (TEXTS[name], several))
+        return Annotated[one_or_several, AfterValidator(_one_or_several)]
+    if name == "evidence.template":
         return TEMPLATE
-    if name == "lora.caption":
-        return CAPTION
     return _with_limits(TRIAL_KEYS[name].type, name)
 
 
@@ -172,18 +185,16 @@ def value_type(name: str) -> TypeAdapter[Any]:
     return TypeAdapter(_value_annotation(name), config=STRICT)
 
 
-Settings = Annotated[
-    dict[str, Any],
-    _SchemaOf(
-        _mapping_type(
-            "Settings",
-            {
-                name: (_value_annotation(name), setting(_default(name), _description(name)))
-                for name in TRIAL_NAMES
-            },
-        )
-    ),
-]
+def _settings_type(names: Iterable[str]) -> Any:
+    fields = {
+        name: (_value_annotation(name), setting(_default(name), _description(name)))
+        for name in names
+    }
+    return Annotated[dict[str, Any], _SchemaOf(_mapping_type("Settings", fields))]
+
+
+Settings = _settings_type(TRIAL_NAMES)
+SettingsOfCells = _settings_type(TRIAL_KEYS)  # without the method
 Axes = Annotated[
     dict[str, Any],
     _SchemaOf(
@@ -233,12 +244,13 @@ def reason_not_searchable(name: str) -> str | None:
 EXAMPLES = {
     **{name: 1 if key.default is None else key.default for name, key in TRIAL_KEYS.items()},
     **EMBEDDED,
+    "method": "air",
 }
 
 
-def _check_condition(text: str) -> str:
+def _check_condition(text: str, names: Collection[str] = TRIAL_KEYS) -> str:
     for name in names_of(text):
-        if name not in TRIAL_KEYS:
+        if name not in names:
             raise ValueError(f"unknown key {name!r}; {key_choices(name, TRIAL_NAMES)}")
     for name, constant in constants_of(text):
         problem = error_message(value_type(name), constant)
@@ -249,6 +261,10 @@ def _check_condition(text: str) -> str:
     except TypeError as error:
         raise ValueError(f"the condition compares values that have no order: {error}") from None
     return text
+
+
+# A condition on a cell, which has a method too.
+CellCondition = Annotated[str, AfterValidator(partial(_check_condition, names=TRIAL_NAMES))]
 
 
 @dataclass(frozen=True, kw_only=True)

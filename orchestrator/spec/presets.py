@@ -2,7 +2,7 @@
 
 A *world* is the value of `dataset`, `backbone` or `generator`. The table of methods is
 `air_core.methods.METHODS`. Precedence: default < world < method's defaults < method's pins <
-fixed < grid < space.
+fixed < overrides < grid < space.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A sweep as plain data, and its cells. This module is independent of files and clusters.
 
-Precedence of a trial key: default < world < preset < fixed < grid < space. A pinned key of a method
-keeps its value: in cells of that method other values of the key are ignored, and cells that become
-equal are merged into one.
+Precedence of a trial key: default < world < preset < fixed < overrides < grid < space. A pinned key
+of a method keeps its value: in cells of that method other values of the key are ignored, and cells
+that become equal are merged into one.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from air_core.specs.normal import normalised
 from orchestrator.keys import digest
 from orchestrator.spec import presets
 from orchestrator.spec._expressions import compile_when, names_of
+from orchestrator.spec._trial_values import CellCondition, SettingsOfCells, Space
 from orchestrator.spec._trial_values import Dimension as Dimension
-from orchestrator.spec._trial_values import Space
 from orchestrator.spec.marked_yaml import SpecError
 from orchestrator.spec.validation import CONFIG, LINE, Number, Whole, setting, validation_error
 
@@ -277,6 +277,19 @@ class Resources:
         return self.encoder_resources
 
 
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class Override:
+    """Settings of the cells in which a condition holds."""
+
+    when: CellCondition = Field(
+        description="a condition on settings of a cell without overrides, such as "
+        "`dataset == 'dtd' and modality == 'visual'`"
+    )
+    set: SettingsOfCells = Field(
+        description="settings of these cells; they do not override keys that a method pins"
+    )
+
+
 @plain_dataclass(frozen=True, kw_only=True)
 class SweepSpec:
     """The content of a validated sweep file."""
@@ -287,6 +300,7 @@ class SweepSpec:
     axes: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # the grid before --only
     exclude: tuple[dict[str, Any], ...] = ()
     fixed: dict[str, Any] = field(default_factory=dict)
+    overrides: tuple[Override, ...] = ()
     search: Search | None = None
     seeds: Seeds = THREE_SEEDS
     budget: Budget = field(default_factory=Budget)
@@ -316,6 +330,7 @@ class Cell:
     flat: dict[str, Any]  # every setting of the default point, without the varied seeds
     chosen: dict[str, Any]  # values from the grid, without keys that do not apply to the method
     space: tuple[Dimension, ...]  # the searched dimensions that apply
+    overridden: dict[str, int] = field(default_factory=dict)  # keys, with the entry that sets each
 
 
 def cells_of(spec: SweepSpec) -> tuple[Cell, ...]:
@@ -370,12 +385,21 @@ def combinations(spec: SweepSpec) -> Iterator[dict[str, Any]]:
             yield combination
 
 
-def _cell(spec: SweepSpec, combination: dict[str, Any]) -> Cell:
+def matching_overrides(spec: SweepSpec, combination: dict[str, Any]) -> list[int]:
+    """The entries of `overrides` whose condition holds for a combination of the grid."""
+    if not spec.overrides:
+        return []
     given = {**spec.fixed, **combination}
-    method = given.pop("method")
-    pins = METHODS[method].pins
+    values = _flat(spec, given) | {"method": given["method"]}
+    return [i for i, entry in enumerate(spec.overrides) if compile_when(entry.when)(values)]
+
+
+def _flat(spec: SweepSpec, given: dict[str, Any]) -> dict[str, Any]:
+    """Every setting of a cell, without the varied seeds, from the settings of the file."""
+    method = given["method"]
     flat = {**_trial_defaults(), **presets.defaults(method, given)}
-    flat |= {key: value for key, value in given.items() if key not in pins}
+    left_out = {"method", *METHODS[method].pins}
+    flat |= {key: value for key, value in given.items() if key not in left_out}
     if flat["paradigm"] == "trzsl" and "labelled_size" not in given:
         flat["labelled_size"] = flat["pool_size"]  # a small pool has few labelled images too
     if flat.pop("lora", True) is None:  # LoRA is off: the lora.* settings do not apply
@@ -383,7 +407,18 @@ def _cell(spec: SweepSpec, combination: dict[str, Any]) -> Cell:
         flat["lora"] = None
     for key in spec.seeds.vary:
         del flat[key]
-    applies = {"method", "lora", *flat}.difference(pins)
+    return flat
+
+
+def _cell(spec: SweepSpec, combination: dict[str, Any]) -> Cell:
+    overridden = {
+        key: i for i in matching_overrides(spec, combination) for key in spec.overrides[i].set
+    }
+    overrides = {key: spec.overrides[i].set[key] for key, i in overridden.items()}
+    given = {**spec.fixed, **overrides, **combination}
+    method = given["method"]
+    flat = _flat(spec, given)
+    applies = {"method", "lora", *flat}.difference(METHODS[method].pins)
     chosen = {key: value for key, value in combination.items() if key in applies}
     return Cell(
         id="",
@@ -391,6 +426,7 @@ def _cell(spec: SweepSpec, combination: dict[str, Any]) -> Cell:
         flat=flat,
         chosen=chosen,
         space=_searched_dimensions(spec, method, flat),
+        overridden=overridden,
     )
 
 
@@ -510,7 +546,17 @@ def _notes(spec: SweepSpec) -> Iterator[str]:
             if pinning:
                 yield f"{part}.{key} does not apply to {_list_text(pinning)}: the method pins it"
     every = list(combinations(spec))
-    skipped = [cell for cell in (_cell(spec, entry) for entry in every) if not _is_defined(cell)]
+    of_grid = [_cell(spec, entry) for entry in every]
+    for i, override in enumerate(spec.overrides):
+        for key in override.set:
+            methods = {cell.method: None for cell in of_grid if cell.overridden.get(key) == i}
+            pinning = [name for name in methods if key in METHODS[name].pins]
+            if pinning:
+                yield (
+                    f"overrides[{i}].set.{key} does not apply to {_list_text(pinning)}: "
+                    "the method pins it"
+                )
+    skipped = [cell for cell in of_grid if not _is_defined(cell)]
     if skipped:
         names = sorted({cell.method for cell in skipped})
         yield f"{_list_text(names)}: no cells with paradigm ul, which has no labelled images"
@@ -532,6 +578,7 @@ SMOKE: dict[str, Any] = {
     "images_per_class": 8,
     "initial_labels.images_per_class": 8,
     "lora.steps": 2,
+    "lora.passes": None,
     "train.steps": 2,
 }
 
@@ -542,10 +589,16 @@ def smoke_variant(spec: SweepSpec) -> SweepSpec:
     search = spec.search and replace(spec.search, points=1, pruning=None, space=())
     seeds = replace(spec.seeds, values=spec.seeds.values[:1])
     exclude = tuple(entry for entry in spec.exclude if not entry.keys() & SMOKE.keys())
+    overrides = tuple(
+        replace(entry, set={key: value for key, value in entry.set.items() if key not in SMOKE})
+        for entry in spec.overrides
+        if entry.set.keys() - SMOKE.keys()
+    )
     return replace(
         spec,
         grid=grid,
         exclude=exclude,
+        overrides=overrides,
         fixed={**spec.fixed, **SMOKE},
         search=search,
         seeds=seeds,

@@ -32,6 +32,7 @@ from orchestrator.spec.marked_yaml import (
     Keys,
     SpecError,
     allowed_choices,
+    dotted_path,
     parse,
     read,
     short_value,
@@ -40,6 +41,7 @@ from orchestrator.spec.sweep import (
     THREE_SEEDS,
     Budget,
     Cell,
+    Override,
     Resources,
     Search,
     SeedEntries,
@@ -48,6 +50,7 @@ from orchestrator.spec.sweep import (
     cells_of,
     combinations,
     has_fitting_cell,
+    matching_overrides,
     needs_labels_message,
 )
 from orchestrator.spec.validation import (
@@ -100,6 +103,9 @@ class SweepFile:
     fixed: Settings = Field(
         default_factory=dict,
         description="settings of every cell; they do not override keys that a method pins",
+    )
+    overrides: tuple[Override, ...] = setting(
+        (), "settings of the cells in which a condition holds; of several, the last one counts"
     )
     search: Search = setting(
         None, "a hyperparameter search in each cell; without it, a cell is a single point"
@@ -317,7 +323,9 @@ def _check_consistency(document: Document, spec: SweepSpec) -> None:
     """
     _check_exclude(document, spec)
     _check_repeated_keys(document, spec)
-    _check_pinned_keys(document, spec)
+    for path, key in _settings(spec):
+        if path[0] != "overrides":
+            _check_pinned_key(document, path, key, spec.methods)
     size = math.prod(len(values) for values in spec.grid.values())
     if size > MAX_CELLS:
         raise document.key_error(
@@ -328,6 +336,7 @@ def _check_consistency(document: Document, spec: SweepSpec) -> None:
             ("exclude",),
             "every combination of the grid is excluded; allowed: entries that leave a cell",
         )
+    _check_overrides(document, spec)
     if not has_fitting_cell(spec):
         part = "grid" if "method" in spec.grid else "fixed"
         raise document.error((part, "method"), needs_labels_message(spec.methods))
@@ -365,6 +374,8 @@ def _settings(spec: SweepSpec) -> Iterable[tuple[Keys, str]]:
     # A message about a repeated key points at the later path. Options set keys under fixed.
     yield from ((("grid", key), key) for key in spec.grid)
     yield from ((("search", "space", d.key), d.key) for d in spec.space)
+    for i, entry in enumerate(spec.overrides):
+        yield from ((("overrides", i, "set", key), key) for key in entry.set)
     yield from ((("fixed", key), key) for key in spec.fixed)
 
 
@@ -377,34 +388,67 @@ def _check_repeated_keys(document: Document, spec: SweepSpec) -> None:
                 "`seeds` already varies this key; allowed: its values there, such as "
                 "`seeds: [1, 2, 3]`",
             )
-        if key in first:
-            other = ".".join(map(str, first[key][:-1]))
+        # An entry replaces an earlier one and what the file has under fixed, but no option.
+        is_option = document.key_positions.get(path, "").startswith("--set ")
+        if key in first and (first[key][0] != "overrides" or is_option):
+            other = dotted_path(first[key][:-1])
             raise document.key_error(
                 path, f"the key is also set under {other}; allowed: one of the two"
             )
-        first[key] = path
+        first.setdefault(key, path)
 
 
-def _check_pinned_keys(document: Document, spec: SweepSpec) -> None:
-    for path, key in _settings(spec):
-        pins = {name: METHODS[name].pins for name in spec.methods}
-        if all(key in pinned for pinned in pins.values()):
-            values = ", ".join(
-                f"{name}: {short_value(pinned[key])}" for name, pinned in pins.items()
+def _check_pinned_key(document: Document, path: Keys, key: str, methods: Iterable[str]) -> None:
+    """
+    Args:
+        methods: of the cells that the setting at `path` applies to.
+    """
+    pins = {name: METHODS[name].pins for name in methods}
+    if all(key in pinned for pinned in pins.values()):
+        values = ", ".join(f"{name}: {short_value(pinned[key])}" for name, pinned in pins.items())
+        free = [name for name, method in METHODS.items() if key not in method.pins]
+        where = "where the condition holds" if path[0] == "overrides" else "of this sweep"
+        raise document.key_error(
+            path,
+            f"every method {where} pins this key ({values}); allowed: remove the key, or "
+            f"add a method that does not pin it: {', '.join(free)}",
+        )
+
+
+def _check_overrides(document: Document, spec: SweepSpec) -> None:
+    unknown = {dimension.key: "which `search.space` lists" for dimension in spec.space}
+    unknown |= dict.fromkeys(spec.seeds.vary, "which differs between the runs of a point")
+    methods: dict[int, dict[str, None]] = {i: {} for i in range(len(spec.overrides))}
+    for combination in combinations(spec):
+        for i in matching_overrides(spec, combination):
+            methods[i][(spec.fixed | combination)["method"]] = None
+    for i, entry in enumerate(spec.overrides):
+        path: Keys = ("overrides", i)
+        for name in names_of(entry.when):
+            if name in unknown:
+                raise document.error(
+                    (*path, "when"),
+                    f"the condition depends on {name}, {unknown[name]}; "
+                    "allowed: keys with one value in a cell",
+                )
+        if not methods[i]:
+            raise document.error(
+                (*path, "when"),
+                "the condition holds in no cell; allowed: values that the grid or fixed has",
             )
-            free = [name for name, method in METHODS.items() if key not in method.pins]
-            raise document.key_error(
-                path,
-                f"every method of this sweep pins this key ({values}); allowed: remove the key, or "
-                f"add a method that does not pin it: {', '.join(free)}",
-            )
+        for key in entry.set:
+            _check_pinned_key(document, (*path, "set", key), key, methods[i])
 
 
 def _check_cell(document: Document, spec: SweepSpec, cell: Cell) -> None:
     flat = cell.flat
 
     def error(key: str, message: str) -> SpecError:
-        path = next(path for path, name in _settings(spec) if name == key)
+        path = next(
+            path
+            for path, name in _settings(spec)
+            if name == key and (path[0] != "overrides" or path[1] == cell.overridden.get(key))
+        )
         return document.key_error(path, message)
 
     if flat["paradigm"] == "ul" and "labelled" in _values_in(cell, "supervision"):

@@ -23,7 +23,7 @@ from air_core.datasets.images import BAD_SHARE, Unreadable
 from air_core.diffusion.lora import square, train_lora
 from air_core.lora_labels import lora_images
 from air_core.paradigms import make_split
-from air_core.specs import FeaturesSpec, LabelsSpec, LoraSpec, SplitSettings
+from air_core.specs import FeaturesSpec, LabelsSpec, LoraSpec, SplitSettings, text_of
 from air_core.types import Batch, Labelled, Split
 from orchestrator.planning.dataset_text import DatasetText, read_dataset_text
 from orchestrator.planning.resolve import images_folder
@@ -183,10 +183,11 @@ def build_lora(
         with worker.unchanged_examples(spec.labels.features.dataset) as examples:
             pixels = np.stack([square(examples.images[i], spec.size) for i in selected["index"]])
         classnames = read_dataset_text(spec.labels.features, worker.store).classnames
-        names = [classnames[c].replace("_", " ") for c in selected["labels"]]
+        texts = spec.training.caption
+        pairs = zip(selected["index"].tolist(), selected["labels"], strict=True)
         return train_lora(
             torch.from_numpy(pixels),
-            [spec.training.caption.format(name) for name in names],
+            [text_of(texts, classnames[c], i) for i, c in pairs],
             images_folder(spec.model.name),
             spec.training,
             spec.size,

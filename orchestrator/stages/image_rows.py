@@ -25,7 +25,7 @@ from air_core.classifiers import text_classifier
 from air_core.datasets.images import open_png
 from air_core.diffusion import ImageGenerator, draw, image_seed, load_generator
 from air_core.seal import BLANK, sealed
-from air_core.specs import FolderImages, GeneratedImages, SyntheticFeaturesSpec
+from air_core.specs import FolderImages, GeneratedImages, SyntheticFeaturesSpec, text_of
 from air_core.types import Batch, Labelled
 from orchestrator.errors import DamagedArtifact, MissingArtifact
 from orchestrator.planning.resolve import images_folder
@@ -164,7 +164,7 @@ def _draw(
         {
             "index": pa.array(indices, pa.int32()),
             "class": [classname] * size,
-            "prompt": [_prompt(images, classname)] * size,
+            "prompt": [_prompt(images, classname, index) for index in indices],
             "seed": pa.array(seeds, pa.uint64()),
             "attempt": pa.array(attempts, pa.int8()),
             "ok": ok,
@@ -179,10 +179,10 @@ def _draw(
     return table, {**counts, "on_device": on_device}
 
 
-def _prompt(images: GeneratedImages | FolderImages, classname: str) -> str:
+def _prompt(images: GeneratedImages | FolderImages, classname: str, index: int) -> str:
     if isinstance(images, FolderImages):
         return ""
-    return images.settings.template.format(classname.replace("_", " "))
+    return text_of(images.settings.template, classname, index)
 
 
 def _png(pixels: np.ndarray) -> bytes:

@@ -73,6 +73,17 @@ def test_an_image_does_not_depend_on_how_many_are_drawn(generator):
     assert (block[2].int() - alone.int()).abs().max() <= 1
 
 
+def test_several_prompts_take_turns_over_the_images(generator):
+    one, other = QUICK.template, "a drawing of a {}"
+    several, first, second = (
+        draw(PipelineGenerator(MODEL, replace(QUICK, template=template)), range(4)).float()
+        for template in ((one, other), one, other)
+    )
+    assert not torch.equal(first, second)
+    expected = torch.stack([first[0], second[1], first[2], second[3]])
+    assert (several - expected).abs().max() <= 1  # of 256 levels
+
+
 def test_index_attempt_class_and_seed_each_change_the_image(generator):
     image = draw(generator, range(1))
     others = [

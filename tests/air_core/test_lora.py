@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from air_core.diffusion import rejected
+from air_core.diffusion import lora, rejected
 from air_core.diffusion.lora import add_adapters, encode_captions, save_adapters, train_lora
 from air_core.diffusion.pipeline import LORA_FILE, PipelineGenerator, load_pipeline
 from air_core.specs import GenerationSettings, LoraTraining
@@ -80,6 +80,48 @@ def test_the_lora_depends_on_the_seed_only(tmp_path, digits, trained):
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
+def test_passes_set_the_number_of_steps(tmp_path, digits):
+    images, captions = digits
+    seen = []
+    training = replace(TRAINING, steps=99, batch=4, passes=2)
+    train_lora(
+        *(images[:5], captions[:5], MODEL, training, 32, tmp_path / "passes"),
+        report=lambda done, steps, loss: seen.append((done, steps)),
+    )
+    assert seen == [(1, 3), (2, 3), (3, 3)]  # 2 x 5 images in batches of 4
+    train_lora(images[:5], captions[:5], MODEL, TRAINING, 32, tmp_path / "steps")
+    counted, given = weights(tmp_path / "passes"), weights(tmp_path / "steps")
+    assert all(torch.equal(counted[name], given[name]) for name in given)
+
+
+def test_a_flip_shows_the_mirrored_image_with_the_caption_of_the_image(
+    tmp_path, digits, monkeypatch
+):
+    images, captions = digits[0][:3], digits[1][:3]
+    means, views, rows = [], [], []
+    sample, conditions = lora.Latents.sample, lora.Texts.conditions
+
+    def sampled(self: lora.Latents, batch: torch.Tensor, draws: torch.Generator) -> torch.Tensor:
+        means.append(self.mean)
+        views.append(batch)
+        return sample(self, batch, draws)
+
+    def captioned(self: lora.Texts, batch: torch.Tensor, dropped: torch.Tensor) -> dict[str, Any]:
+        rows.append(batch)
+        return conditions(self, batch, dropped)
+
+    monkeypatch.setattr(lora.Latents, "sample", sampled)
+    monkeypatch.setattr(lora.Texts, "conditions", captioned)
+    training = replace(TRAINING, steps=4, batch=8, flip=True)
+    train_lora(images, captions, MODEL, training, 32, tmp_path)
+    vae = load_pipeline(MODEL).vae
+    expected = [lora.encode_images(vae, view, 32).mean for view in (images, images.flip(2))]
+    torch.testing.assert_close(means[0], torch.cat(expected))
+    shown = torch.cat(views)
+    assert torch.equal(shown % 3, torch.cat(rows))
+    assert {*shown.tolist()} == {*range(6)}
+
+
 class Killed(BaseException):
     pass
 
@@ -129,8 +171,6 @@ def test_an_untrained_lora_has_no_effect_and_its_file_has_rank_and_alpha(tmp_pat
 
 def test_a_saved_lora_draws_the_same_images_as_the_trained_one(tmp_path, digits, monkeypatch):
     kept: list[Any] = []
-    from air_core.diffusion import lora
-
     save = lora.save_adapters
     monkeypatch.setattr(
         lora, "save_adapters", lambda pipeline, out: (kept.append(pipeline), save(pipeline, out))

@@ -70,6 +70,11 @@ def test_flat_keys_become_a_nested_trial_and_the_same_flat_keys_again():
     assert rebuilt(spec) == spec
 
 
+def test_several_texts_read_from_json_are_those_of_a_sweep_file():
+    texts = ("a {}", "a small {}")
+    assert trial(lora__caption=[*texts]) == trial(lora__caption=texts)
+
+
 def test_lora_off_stays_off_in_flat_keys():
     assert to_flat(trial(lora=None))["lora"] is None
     assert rebuilt(trial(lora=None)) == trial(lora=None)
@@ -179,6 +184,7 @@ WITHOUT_EFFECT = [
     ({**ONE_ROUND, **EVIDENCE}, "evidence.schedule", "fixed", "annealed"),
     ({**NO_ROUND, **EVIDENCE}, "evidence.schedule", "fixed", "annealed"),
     ({"paradigm": "ssl", "supervision": "labelled"}, "evidence.draws", 0, 4),
+    ({"lora.passes": 3}, "lora.steps", 100, 200),
     (NO_IMAGES, "generation.size", 32, 64),
     (NO_IMAGES, "images_from", "generator", "true_labels"),
     ({"images_from": "lora_images"}, "lora.rank", 4, 8),
@@ -246,6 +252,10 @@ WITH_EFFECT = [
     ({**NOT_FUSED, "synthetic_weight": 1.0}, "fidelity.min_margin", 0.0, 0.5),
     (REAL_AND_SYNTHETIC_LOSS, "fidelity.duplicates", "keep", "drop"),
     ({}, "lora.rank", 4, 8),
+    ({}, "lora.passes", None, 3),
+    ({}, "lora.flip", False, True),
+    ({}, "lora.caption", "a {}", ("a {}", "a small {}")),
+    ({}, "generation.template", ("a {}", "a small {}"), ("a small {}", "a {}")),
     ({}, "initial_labels.k", 8, 16),
     ({"lora.rounds": 2}, "initial_labels.images_per_class", 8, 16),
     ({}, "train.synthetic_batch", 8, 64),
@@ -297,8 +307,9 @@ def test_a_setting_with_an_effect_changes_the_key(where, name, one, other):
 # Values of keys in random trials: few, so that equal values are frequent.
 WORDS = {
     "lora.caption": ["a photo of a {}", "{}"],
-    "generation.template": ["a photo of a {}", "{}"],
+    "generation.template": ["a photo of a {}", ("{}", "a {}")],
     "train.steps": [None, 5],
+    "lora.passes": [None, 5],
 }
 
 

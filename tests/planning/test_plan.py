@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,14 @@ from orchestrator.planning.plan import BASE_PER_CLASS, build_level, plan_sweep
 from orchestrator.planning.search import CellSearch, open_searches
 from orchestrator.spec import Dimension, Resources, SweepSpec, cells_of, presets
 from orchestrator.spec.space import grid_points
-from orchestrator.spec.sweep import GeneratorResources, Pruning, Search, Seeds, TrialResources
+from orchestrator.spec.sweep import (
+    GeneratorResources,
+    Pruning,
+    Search,
+    Seeds,
+    TrialResources,
+    smoke_variant,
+)
 from orchestrator.stages.trial import WHOLE_TRIAL, Segments
 from orchestrator.store import ArtifactStore, EventLog
 from orchestrator.store.checkpoints import Checkpoint, write_checkpoint
@@ -379,6 +387,15 @@ def test_an_estimate_is_a_guess_until_the_store_has_measurements_of_its_kind(wor
     assert plan.gpu_hours == pytest.approx((drawn + 0.5 * (10 + 3 + 7)) / 3600)
     world.run(sweep)
     assert world.plan(sweep).estimate.seconds == 0
+
+
+def test_the_work_of_a_lora_follows_its_passes_over_the_images(world):
+    settings = {"generator": "tiny", "lora.rounds": 1, "lora.batch": 8, "lora.passes": 3}
+    plan = world.plan(world.sweep("air", fixed={**settings, "initial_labels.k": 6}))
+    [lora] = [work for work in plan.work if work.stage == "lora"]
+    assert lora.units == math.ceil(3 * 6 * 10 / 8)  # ten classes
+    quick = world.plan(smoke_variant(plan.sweep))
+    assert [work.units for work in quick.work if work.stage == "lora"] == [2]
 
 
 def test_measurements_of_a_smoke_run_are_scaled_without_start_up(world):

@@ -176,7 +176,12 @@ CHANGES = {
     ),
     "lora": (
         *("lora.rank", "lora.steps", "lora.batch", "lora.learning_rate", "lora.caption"),
-        *("lora.precision", "generation.size"),  # the LoRA is trained at the size of the images
+        *(
+            "lora.precision",
+            "lora.passes",
+            "lora.flip",
+            "generation.size",
+        ),  # the LoRA is trained at the size of the images
     ),
     "images": (
         *("lora.scale", "generation.seed", "generation.template", "generation.guidance_scale"),

@@ -47,6 +47,7 @@ def test_the_schema_accepts_every_shipped_sweep(file):
         "budget: {wall: 5400}\n",
         "seeds: {values: [[1, 301], 2], vary: [seed, split_seed]}\n",
         "resources: {generator: {actors: null}}\n",
+        "overrides: [{when: lora and method == 'air', set: {lora.rank: 2}}]\n",
         "project: team\ntracking: {uri: none}\ndata_root: /data\n",
     ],
 )
@@ -64,6 +65,7 @@ def test_the_schema_accepts_files_that_the_reader_accepts(more):
         *("seeds that are not a list", "seeds without values", "empty space", "half a range"),
         *("images in space", "method in space", "range of words"),
         *("all kept", "wall without unit", "unknown resource"),
+        *("override of an unknown key", "override of the method"),
     ],
 )
 def test_the_schema_refuses_invalid_keys_and_values(name):

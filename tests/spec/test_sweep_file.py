@@ -11,6 +11,7 @@ from air_core.datasets import DATASETS
 from air_core.methods import EMBEDDED, METHODS
 from air_core.specs import Ref
 from air_core.specs.flat import from_flat, to_flat, trial_keys
+from orchestrator.keys import artifact_key
 from orchestrator.spec import (
     Dimension,
     SpecError,
@@ -20,7 +21,7 @@ from orchestrator.spec import (
     notes_of,
 )
 from orchestrator.spec._trial_values import value_type
-from orchestrator.spec.sweep import Budget, Seeds
+from orchestrator.spec.sweep import Budget, Seeds, smoke_variant
 
 REFS = {key: Ref(name=name, digest=key) for key, name in EMBEDDED.items()}
 
@@ -140,6 +141,15 @@ def test_an_exponent_is_a_number_and_a_time_is_text(tmp_path):
     }
 
 
+def test_a_list_of_texts_is_one_value(tmp_path):
+    fixed = "fixed: {method: air, generation.template: ['a {}', 'a small {}']}\n"
+    grid = "grid: {lora.caption: [['a {}', 'a small {}'], ['a {}']]}\n"
+    spec = load(tmp_path, HEAD + fixed + grid)
+    assert spec.fixed["generation.template"] == ("a {}", "a small {}")
+    assert spec.grid["lora.caption"] == (("a {}", "a small {}"), "a {}")
+    assert len(cells_of(spec)) == 2
+
+
 def test_a_small_alias_is_expanded(tmp_path):
     axes = "grid:\n  lora.rank: &sizes [4, 8]\n  lora.batch: *sizes\n"
     assert load(tmp_path, AIR + axes).grid["lora.batch"] == (4, 8)
@@ -161,10 +171,12 @@ def test_the_first_key_of_the_grid_varies_slowest_and_excluded_cells_are_missing
     ]
 
 
-def test_the_order_of_precedence_is_default_world_preset_fixed_grid(tmp_path):
+def test_the_order_of_precedence_is_default_world_preset_fixed_override_grid(tmp_path):
     grid = "grid:\n  method: [air, cpl]\n  iterations: [2, 3]\n"
-    fixed = "fixed: {auxiliary.kind: lda, images_per_class: 9}\n"
-    first, *_, last = cells_of(load(tmp_path, HEAD + grid + fixed))
+    fixed = "fixed: {auxiliary.kind: lda, images_per_class: 9, lora.batch: 2}\n"
+    override = "overrides: [{when: iterations == 2, set: {lora.batch: 4}}]\n"
+    first, *_, last = cells_of(load(tmp_path, HEAD + grid + fixed + override))
+    assert (first.flat["lora.batch"], last.flat["lora.batch"]) == (4, 2)  # override, fixed
     assert first.flat["fidelity.keep"] == 16  # default
     assert first.flat["lora.rank"] == 8  # world
     assert first.flat["fidelity.kind"] == "class_mean"  # method, against the world
@@ -172,6 +184,59 @@ def test_the_order_of_precedence_is_default_world_preset_fixed_grid(tmp_path):
     assert first.flat["auxiliary.kind"] == "lda"  # fixed, against the method
     assert first.flat["iterations"] == 2  # grid
     assert last.flat["images_per_class"] == 0  # pinned by cpl, against fixed
+
+
+OVERRIDES = HEAD + (
+    "grid:\n  method: [cpl, air]\n  modality: [text, visual]\n"
+    "fixed: {lora.rank: 2, fusion_weight: 0.1}\n"
+    "overrides:\n"
+    "  - when: method == 'air'\n"
+    "    set: {fusion_weight: 0.2, lora.rank: 3}\n"
+    "  - when: lora.rank == 2 and modality == 'visual'\n"
+    "    set: {fusion_weight: 0.3}\n"
+)
+
+
+def test_an_override_replaces_fixed_where_its_condition_holds_and_the_last_one_counts(tmp_path):
+    spec = load(tmp_path, OVERRIDES)
+    cells = {cell.id.removeprefix("digits-ul-"): cell.flat for cell in cells_of(spec)}
+    assert {name: (flat["fusion_weight"], flat["lora.rank"]) for name, flat in cells.items()} == {
+        "text-cpl": (0.0, 2),  # pinned
+        "text-air": (0.2, 3),
+        "visual-cpl": (0.0, 2),
+        "visual-air": (0.3, 3),  # the second condition reads fixed, not the first override
+    }
+    assert "overrides[1].set.fusion_weight does not apply to cpl: the method pins it" in notes_of(
+        spec
+    )
+
+
+def test_an_override_may_choose_a_world(tmp_path):
+    text = AIR.replace("air", "air, generator: some/model") + (
+        "overrides: [{when: generator == 'some/model', set: {generator: tiny}}]\n"
+    )
+    assert cells_of(load(tmp_path, text))[0].flat["lora.steps"] == 300
+
+
+def test_the_key_of_a_trial_is_equal_however_its_settings_are_given(tmp_path):
+    def key(text, chosen=0):
+        flat = cells_of(load(tmp_path, text))[chosen].flat
+        return artifact_key(from_flat(flat | {"seed": 1}, REFS, ("a", "b")))
+
+    air = "method: air, dataset: fashion_mnist, generator: tiny"
+    fixed = HEAD + f"fixed: {{{air}, fusion_weight: 0.3}}\n"
+    overridden = HEAD + f"fixed: {{{air}}}\noverrides:\n"
+    overridden += "  - {when: dataset == 'fashion_mnist', set: {fusion_weight: 0.3}}\n"
+    grid = HEAD + f"fixed: {{{air}}}\ngrid: {{fusion_weight: [0.2, 0.3]}}\n"
+    assert key(fixed) == key(overridden) == key(grid, 1)
+
+
+def test_a_smoke_run_keeps_the_overrides_of_keys_that_it_does_not_set(tmp_path):
+    more = "  - {when: method == 'cpl', set: {train.steps: 7}}\n"
+    spec = smoke_variant(load(tmp_path, OVERRIDES + more))
+    for cell in cells_of(spec):
+        assert cell.flat["train.steps"] == 2
+    assert cell.flat["lora.rank"] == 3
 
 
 def test_pinned_keys_are_ignored_and_equal_cells_are_merged(tmp_path):
@@ -267,6 +332,7 @@ def values_of(key):
         bool: st.booleans(),
         str: st.sampled_from(["tiny", "folder:/x", "a photo of a {}", "a/b"]),
         type(None): st.none(),
+        tuple[str, ...]: st.just(("{}", "a {}")),
     }
     kinds = getattr(key.type, "__args__", None) or (key.type,)
     usual = [by_type.get(kind, st.just(kind)) for kind in kinds]
@@ -289,6 +355,10 @@ def sweeps(draw):
             file["fixed"][name] = draw(values)
         else:
             file["grid"][name] = draw(st.lists(values, min_size=2, max_size=3, unique=True))
+    if draw(st.booleans()):
+        name = draw(st.sampled_from(names))
+        entry = {"when": "iterations > 2", "set": {name: draw(values_of(trial_keys()[name]))}}
+        file["overrides"] = [entry]
     if draw(st.booleans()):
         file["seeds"] = {"values": [1, 2], "vary": ["split_seed"]}
     return file
@@ -364,6 +434,11 @@ BAD = {
         "3:31",
         [*DATASETS, "did you mean digits?"],
     ),
+    "a text of a list without a slot": (
+        HEAD + "fixed:\n  generation.template: ['a {}', 'a']",
+        "4:33",
+        ["fixed.generation.template[1]: 'a'", "one line of text with {} once"],
+    ),
     "unknown word": (
         HEAD + "fixed: {method: air, auxiliary.kind: prototpye}",
         "3:38",
@@ -417,6 +492,70 @@ BAD = {
         GRID + "exclude: [{method: cpl}, {method: air}]\n",
         "5:1",
         ["every combination of the grid is excluded"],
+    ),
+    # overrides
+    "override of an unknown key": (
+        OVERRIDES + "  - {when: method == 'air', set: {lora.rnk: 2}}\n",
+        "12:35",
+        ["overrides[2].set.lora.rnk: unknown key", "did you mean lora.rank?"],
+    ),
+    "override of the method": (
+        OVERRIDES + "  - {when: modality == 'text', set: {method: fpl}}\n",
+        "12:38",
+        ["overrides[2].set.method: unknown key", "allowed: dataset"],
+    ),
+    "override of an axis": (
+        OVERRIDES + "  - {when: method == 'air', set: {modality: text}}\n",
+        "12:35",
+        ["also set under grid"],
+    ),
+    "override of a searched key": (
+        SEARCH + "    fusion_weight: {min: 0, max: 1}\n"
+        "overrides: [{when: lora, set: {fusion_weight: 0.1}}]\n",
+        "8:32",
+        ["also set under search.space"],
+    ),
+    "override of a seed": (
+        AIR + "overrides: [{when: lora, set: {seed: 1}}]\n",
+        "4:32",
+        ["`seeds` already varies this key"],
+    ),
+    "override of a pinned key": (
+        OVERRIDES + "  - {when: method == 'cpl', set: {images_per_class: 9}}\n",
+        "12:35",
+        ["every method where the condition holds pins this key (cpl: 0)", "zero_shot_aux, air"],
+    ),
+    "override without a condition": (
+        AIR + "overrides: [{set: {lora.rank: 2}}]\n",
+        "4:13",
+        ["`when` is missing; keys here: when, set"],
+    ),
+    "override that never applies": (
+        OVERRIDES + "  - {when: dataset == 'dtd', set: {lora.rank: 2}}\n",
+        "12:12",
+        ["overrides[2].when: the condition holds in no cell"],
+    ),
+    "override with an unknown dataset": (
+        OVERRIDES + "  - {when: dataset == 'digit', set: {lora.rank: 2}}\n",
+        "12:12",
+        ["dataset: 'digit'", "did you mean digits?"],
+    ),
+    "override that depends on a searched key": (
+        SEARCH + "    fusion_weight: {min: 0, max: 1}\n"
+        "overrides: [{when: fusion_weight > 0, set: {lora.rank: 2}}]\n",
+        "8:20",
+        ["fusion_weight, which `search.space` lists", "one value in a cell"],
+    ),
+    "override that depends on a seed": (
+        AIR + "overrides: [{when: seed > 1, set: {lora.rank: 2}}]\n",
+        "4:20",
+        ["seed, which differs between the runs of a point"],
+    ),
+    "one image per class in an override": (
+        HEAD + "fixed: {method: air, auxiliary.kind: lda, images_per_class: 4}\n"
+        "overrides: [{when: lora, set: {images_per_class: 1}}]\n",
+        "4:32",
+        ["images_per_class is 1", "auxiliary.kind lda", ">= 2"],
     ),
     # a key that is set twice
     "fixed and grid": (GRID + "fixed: {method: fpl}\n", "5:9", ["also set under grid"]),
@@ -734,6 +873,13 @@ def test_an_option_replaces_a_dimension_and_creates_missing_parts(tmp_path):
         Dimension(key="fusion_weight", values=(0.0, 1.0)),
     )
     assert load(tmp_path, HEAD, sets=["method=cpl"]).methods == ("cpl",)
+
+
+def test_an_option_does_not_set_a_key_that_an_override_sets(tmp_path):
+    message = error_of(tmp_path, OVERRIDES, sets=["lora.rank=8"])
+    assert message.startswith("--set lora.rank=8: fixed.lora.rank: the key is also set under overr")
+    spec = load(tmp_path, OVERRIDES, sets=["lora.rank=8", "overrides=[]"])
+    assert {cell.flat["lora.rank"] for cell in cells_of(spec)} == {8}
 
 
 @pytest.mark.parametrize(
