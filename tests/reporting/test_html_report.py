@@ -142,7 +142,7 @@ seeds: [1, 2, 3]
     record_sweep(tmp_path, "evidence", body, by_method({"cpl": 0.6, "cpl_evidence": 0.65}))
     text = report(tmp_path, "evidence")
     cells = Outline(text).cells
-    [settings] = [cell for cell in cells if cell.startswith("draws 3, weight 0.3, ")]
+    [settings] = [cell for cell in cells if cell.startswith("draws 3, weight 0.8, ")]
     assert "top 5" in settings
     assert cells[cells.index(settings) - 1] == "71.0"
     assert "Worth of the diffusion model: cpl_evidence - cpl +" in text
