@@ -295,8 +295,10 @@ class Trial:
         # Without learning, synthetic images change the fused classifier only: test that one.
         metrics = text if spec.iterations else self._tested(fused_classifier.scores(test))
         inference = {"text": text.headline}
+        fused_predictions = None
         if self.auxiliary is not None:
-            inference["fused"] = self._tested(fused_classifier.scores(test)).headline
+            tested = self._tested(fused_classifier.scores(test))
+            inference["fused"], fused_predictions = tested.headline, tested.predictions
             if data.unseen is None:
                 inference["auxiliary"] = self._tested(self.auxiliary.logits(test)).headline
         predictions = fused_classifier.pool_scores(data.pool).argmax(dim=-1)
@@ -304,6 +306,7 @@ class Trial:
             objectives=evaluation.objectives(self.teacher, data.pool, data.validation, data.unseen),
             test=metrics,
             inference=inference,
+            fused=fused_predictions,
             pool_predictions=predictions if data.unseen is None else data.unseen[predictions],
             synthetic=0 if data.synthetic is None else len(data.synthetic),
             prompt=None if self.learner is None else self.learner.prompt.detach().cpu(),

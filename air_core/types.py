@@ -112,6 +112,9 @@ class TrialResult:
     objectives: dict[str, float]
     test: Metrics
     inference: dict[str, float]  # headline test metric of text, fused and auxiliary
+    fused: (
+        Tensor | None
+    )  # (T,) predictions on test images by text and auxiliary; None: no auxiliary
     pool_predictions: Tensor  # (P,) of the fused classifier, after the last round
     synthetic: int  # number of synthetic images used
     prompt: Tensor | None  # the learned vectors; None: the trial has no rounds

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from air_core.methods import METHODS
-from orchestrator.reporting._statistics import Interval
+from orchestrator.reporting._statistics import Interval, corrected_p_values
 from orchestrator.reporting.rows import (
     Comparison,
     Results,
@@ -71,17 +72,19 @@ def _gain(comparisons: Sequence[Comparison]) -> str:
 
 
 def _fused_gains(by_methods: Mapping[str, Sequence[Comparison]], results: Results) -> Iterator[str]:
-    """Gains of the fused classifier, of which no predictions are recorded."""
-    parts = []
-    for name, comparisons in by_methods.items():
-        pairs = [
-            [results.mean(row, "test/accuracy_fused") for row in (each.row, each.baseline)]
-            for each in comparisons
-        ]
-        gains = [one - other for one, other in pairs if one is not None and other is not None]
-        parts += [f"{name} {_range(gains, signed_percent)}"] if gains else []
-    if parts:
-        yield f"fused classifier, not tested: {', '.join(parts)}"
+    """Gains of the fused classifiers; p values are corrected over these comparisons."""
+    found = [
+        (name, replace(each, difference=difference))
+        for name, comparisons in by_methods.items()
+        for each in comparisons
+        if (difference := results.fused_difference(each.row, each.baseline)) is not None
+    ]
+    p_values = corrected_p_values([each.difference for _, each in found])
+    gains: dict[str, list[Comparison]] = {}
+    for (name, each), p in zip(found, p_values, strict=True):
+        gains.setdefault(name, []).append(replace(each, p_corrected=p))
+    for name, comparisons in gains.items():
+        yield f"fused classifiers: {name}{_gain(comparisons)}"
 
 
 def _shares(rows: Sequence[Row], results: Results) -> list[str]:

@@ -61,7 +61,7 @@ def finished_trial(
     Args:
         objective: of the slot's point, mean over its runs.
     """
-    image_ids, predictions, labels = record.predictions()
+    arrays = record.test_arrays()
     return FinishedTrial(
         cell=slot.cell.id,
         method=slot.cell.method,
@@ -72,10 +72,11 @@ def finished_trial(
         split_seed=slot.spec.split_seed,
         objective=objective,
         metrics=record.metrics,
-        image_ids=image_ids,
-        predictions=predictions,
-        labels=labels,
-        unseen=_unseen(slot, labels),
+        image_ids=arrays["index"],
+        predictions=arrays["predictions"],
+        fused=arrays.get("fused"),
+        labels=arrays["labels"],
+        unseen=_unseen(slot, arrays["labels"]),
         digests=_digests(slot),
         key=record.key,
         curves=record.curves,

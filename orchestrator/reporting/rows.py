@@ -72,6 +72,7 @@ class FinishedTrial:
     image_ids: Array  # (T,) test images, by their index in the dataset
     predictions: Array  # (T,)
     labels: Array  # (T,)
+    fused: Array | None = None  # (T,) predictions of the fused classifier, if recorded
     unseen: Array | None = None  # (T,) bool: TRZSL, images of classes without labels
     digests: Mapping[str, str] = field(default_factory=dict)  # content of dataset and backbone
     key: str = ""
@@ -353,16 +354,20 @@ def dataset_text(flat: Mapping[str, Any]) -> str:
     return " -> ".join(dict.fromkeys(str(name) for name in names if name is not None))
 
 
-def _runs(distinct: Mapping[tuple[int, int | None], FinishedTrial]) -> Runs:
+def _runs(
+    distinct: Mapping[tuple[int, int | None], FinishedTrial],
+    classifier: Literal["predictions", "fused"] = "predictions",
+) -> Runs:
     return tuple(
         Run(
             split_seed=split_seed,
             seed=seed,
             image_ids=trial.image_ids,
-            correct=trial.predictions == trial.labels,
+            correct=getattr(trial, classifier) == trial.labels,
             unseen=trial.unseen,
         )
         for (split_seed, seed), trial in distinct.items()
+        if getattr(trial, classifier) is not None
     )
 
 
@@ -535,6 +540,11 @@ class Results:
     def difference(self, row: Row, other: Row) -> Difference | None:
         """A row minus another; None if they have no run in common."""
         return paired_difference(self.runs(row), self.runs(other))
+
+    def fused_difference(self, row: Row, other: Row) -> Difference | None:
+        """The same for fused classifiers; None also if a row has no predictions of them."""
+        fused, others = (_runs(self.distinct_trials(each), "fused") for each in (row, other))
+        return paired_difference(fused, others)
 
     def gain_share(self, row: Row, host: Row, ceiling: Row) -> Interval | None:
         """Share of the gain from `host` to `ceiling` that a row reaches; None if it is unknown."""

@@ -249,7 +249,7 @@ class TrialRun:
     def _write(self, result: TrialResult, folder: Path) -> dict[str, Any]:
         """Write predictions and prompt of a record; return its info."""
         data, curves = self.data, self.curves
-        _write_predictions(self.test_index, result.test, data.test, folder)
+        _write_predictions(self.test_index, result.test, data.test, folder, result.fused)
         if result.prompt is not None:
             save_file({"prompt": result.prompt.numpy()}, folder / PROMPT)
         metrics = {name: values[-1] for name, values in curves.items()}
@@ -405,15 +405,17 @@ def _test_on_other_dataset(
     }
 
 
-def _write_predictions(index: Tensor, metrics: Metrics, test: Labelled, folder: Path) -> None:
-    save_file(
-        {
-            "index": index.numpy(),
-            "predictions": metrics.predictions.cpu().numpy().astype(np.int32),
-            "labels": test.labels.numpy().astype(np.int32),
-        },
-        folder / PREDICTIONS,
-    )
+def _write_predictions(
+    index: Tensor, metrics: Metrics, test: Labelled, folder: Path, fused: Tensor | None = None
+) -> None:
+    arrays = {
+        "index": index.numpy(),
+        "predictions": metrics.predictions.cpu().numpy().astype(np.int32),
+        "labels": test.labels.numpy().astype(np.int32),
+    }
+    if fused is not None:
+        arrays["fused"] = fused.cpu().numpy().astype(np.int32)
+    save_file(arrays, folder / PREDICTIONS)
 
 
 def _recalls(metrics: Metrics) -> list[float | None]:  # JSON has no NaN

@@ -40,8 +40,14 @@ class TrialRecord:
 
     def predictions(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Dataset index, predicted class and true class of each test image; each (T,)."""
-        arrays = load_file(self.path / PREDICTIONS)
+        arrays = self.test_arrays()
         return arrays["index"], arrays["predictions"], arrays["labels"]
+
+    def test_arrays(self) -> dict[str, np.ndarray]:
+        """`index`, `predictions` and `labels` of `predictions()`, and `fused` (T,), the predictions
+        of the fused classifier: without it, there is none, or an older version ran the trial.
+        """
+        return load_file(self.path / PREDICTIONS)
 
     def prompt(self) -> np.ndarray:
         """The learned prompt vectors.

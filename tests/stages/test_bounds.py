@@ -105,5 +105,9 @@ def test_the_bounds_contain_the_method(worker, resolver, drawn_digits):
     for method in ("air_floor", "air", "air_ceiling"):
         spec = spec_of(method, resolver, drawn_digits, **{"iterations": 2, "train.steps": 20})
         bank(spec, worker)
-        accuracy[method] = run_trial(spec, worker.store).metrics["test/accuracy"]
+        record = run_trial(spec, worker.store)
+        accuracy[method] = record.metrics["test/accuracy"]
+        arrays = record.test_arrays()
+        fused = (arrays["fused"] == arrays["labels"]).mean()
+        assert fused == pytest.approx(record.metrics["test/accuracy_fused"])
     assert accuracy["air_floor"] < accuracy["air"] < accuracy["air_ceiling"]
