@@ -155,7 +155,7 @@ def _verdict(data: ReportData) -> str:
     """One sentence on whether the diffusion model helps."""
     parts = []
     comparisons = data.results.comparisons
-    for role, baseline in (("host", "the host"), ("control", "the control without diffusion")):
+    for role, baseline in (("host", "the host"), ("control", "the control")):
         gains = [c for c in comparisons if c.role == role and uses_diffusion(c.row.method)]
         if gains:
             above = sum(gain.is_significant and gain.difference.mean > 0 for gain in gains)

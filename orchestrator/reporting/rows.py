@@ -625,7 +625,7 @@ def significance_notes(comparisons: Sequence[Comparison], *, marks: bool = True)
     over = "" if len(comparisons) == 1 else f", Holm-corrected over {len(comparisons)} comparisons"
     notes = [f"Significant: p < {ALPHA:g}{over}."]
     if marks:
-        names = {"host": "the host", "control": "the control without diffusion"}
+        names = {"host": "the host", "control": "the control"}
         roles = {c.role for c in comparisons}
         signs = ", ".join(f"{MARKS[role]} from {names[role]}" for role in MARKS if role in roles)
         worse = f" ({WORSE} below it)" if any(c.mark.endswith(WORSE) for c in comparisons) else ""
