@@ -2,25 +2,34 @@
 
 AiR (arXiv:2504.11930) trains it on target images with pseudo-labels of CLIP. Labelled images join
 where the paradigm has some. With `lora.rounds` above 1, a fresh LoRA is trained on labels that the
-images of the round before help to choose.
+images and the denoising evidence of the round before help to choose.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from air_core.auxiliary import auxiliary_classifier
-from air_core.classifiers import LinearClassifier, fuse
+from air_core.classifiers import FusedClassifier, LinearClassifier, fuse
+from air_core.evidence import evidence_probabilities
 from air_core.pseudo_labels.top_k import balanced_choice
-from air_core.specs import AuxiliarySettings, InitialLabelsSettings, LoraSource
+from air_core.specs import (
+    AuxiliarySettings,
+    EvidenceSettings,
+    InitialLabelsSettings,
+    LoraSource,
+)
 from air_core.types import Batch, Labelled, Split
 
 # How a later round scores the pool, in every dataset (inferred).
 AUXILIARY = AuxiliarySettings(kind="lda")
 FUSION_WEIGHT = 0.5
+EVIDENCE = EvidenceSettings(weight=0.7)
 
-# M selected images.
+# P pool images, C classes of the pool (in TRZSL the unseen ones), M selected images.
 
 
 def lora_images(
@@ -32,6 +41,7 @@ def lora_images(
     source: LoraSource = "all",
     synthetic: Labelled | None = None,
     drawn_by: int | None = None,
+    errors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Select pool images and at most `k` labelled images of each class.
 
@@ -46,6 +56,7 @@ def lora_images(
         synthetic: images of the LoRA round before.
         drawn_by: seed of the order of the labelled images, of which the first `k` of each class
             are selected; None: that of the dataset.
+        errors: (draws, P, C) denoising errors of the LoRA round before.
 
     Returns:
         (M,) positions in the dataset and (M,) classes.
@@ -55,7 +66,8 @@ def lora_images(
     """
     parts = []
     if source != "labelled":
-        selected, classes = _pseudo_labelled(text, pool, settings, split.unseen, synthetic)
+        classifier = pool_classifier(text, pool, split.unseen, synthetic, errors)
+        selected, classes = _pseudo_labelled(classifier, pool, settings)
         parts.append((split.pool[selected], classes))
     if source != "pseudo" and labelled is not None:
         order = _order(len(labelled), drawn_by)
@@ -72,21 +84,47 @@ def _order(images: int, seed: int | None) -> Tensor:
     return torch.randperm(images, generator=torch.Generator().manual_seed(seed))
 
 
-def _pseudo_labelled(
+def pool_classifier(
     text: LinearClassifier,
     pool: Batch,
-    settings: InitialLabelsSettings,
     unseen: Tensor | None,
-    synthetic: Labelled | None,
-) -> tuple[Tensor, Tensor]:
-    """Positions in the pool of the selected images, and their classes: one of each image."""
-    classes = torch.arange(len(text.weight)) if unseen is None else unseen
-    auxiliary = None
+    synthetic: Labelled | None = None,
+    errors: Tensor | None = None,
+) -> FusedClassifier:
+    """CLIP; in a later round fused with an LDA on synthetic images, and with evidence."""
+    auxiliary = evidence = None
     if synthetic is not None:
+        classes = torch.arange(len(text.weight)) if unseen is None else unseen
         bank = synthetic.among(classes)
         auxiliary = auxiliary_classifier(AUXILIARY, bank, None, pool, len(classes), text.sharpness)
+    if errors is not None:
+        evidence = evidence_probabilities(errors, EVIDENCE.confidence, EVIDENCE.balance)
     fused = fuse(text, auxiliary, pool, FUSION_WEIGHT, AUXILIARY.temperature, "probability", unseen)
-    scores = fused.pool_scores(pool)
+    return replace(fused, evidence=evidence, evidence_weight=EVIDENCE.weight)
+
+
+def class_agreement(classifier: FusedClassifier, pool: Batch) -> Tensor:
+    """(C,) agreement of the evidence with the other classifiers on each class; no label is read.
+
+    Number of pool images that both assign to the class, divided by that of images that at least one
+    of them assigns to it; 0 if there are none. Text and synthetic images count as one classifier,
+    since CLIP labelled the images that the LoRA behind the synthetic ones is trained on.
+    """
+    assert classifier.evidence is not None
+    others = replace(classifier, evidence=None).pool_scores(pool)
+    one, two = others.argmax(dim=1), classifier.evidence.argmax(dim=1)
+    classes = others.shape[1]
+    both = one[one == two].bincount(minlength=classes)
+    either = one.bincount(minlength=classes) + two.bincount(minlength=classes) - both
+    return both / either.clamp(min=1)
+
+
+def _pseudo_labelled(
+    classifier: FusedClassifier, pool: Batch, settings: InitialLabelsSettings
+) -> tuple[Tensor, Tensor]:
+    """Positions in the pool of the selected images, and their classes: one of each image."""
+    scores = classifier.pool_scores(pool)
+    classes = torch.arange(scores.shape[1]) if classifier.unseen is None else classifier.unseen
     if settings.kind == "pool":
         return torch.arange(len(scores)), classes[scores.argmax(dim=1)]
     assignment = balanced_choice(scores, torch.full((len(classes),), settings.k))

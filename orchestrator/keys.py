@@ -92,6 +92,7 @@ def _identity(spec: Stage) -> Any:
     settings = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec) if _in_key(spec, f)}
     settings.pop("classnames")  # the dataset determines them
     settings.pop("scored_images")
+    settings.pop("pool_images")
     settings.pop("code")
     if code := spec.code_of("trials"):
         settings["code"] = code

@@ -72,6 +72,42 @@ def test_evidence_that_is_killed_resumes_to_the_bits_of_a_single_actor(tmp_path)
     assert count(log, "trial_failed") == count(log, "artifact_failed") == 0
 
 
+ROUNDS = """
+fixed:
+  method: air
+  pool_size: 60
+  images_per_class: 2
+  initial_labels: {k: 4, images_per_class: 4, evidence_draws: 2}
+  lora: {rounds: 2, steps: 4}
+  generation: {block: 4, num_inference_steps: 2}
+  iterations: 1
+  train.steps: 2
+"""
+
+
+def test_labels_by_evidence_are_made_and_reported_before_their_lora(tmp_path):
+    spec, store = write_sweep(tmp_path, "r", ROUNDS), tmp_path / "runs"
+    killed = airsweep(
+        "run", spec, "--store", store, check=False, **{CRASH_AT: "artifact_prepared:9"}
+    )
+    assert killed.returncode == -9, killed.stderr
+    assert shards(store)
+    run = airsweep("run", spec, "--store", store)
+    [event] = [event for event in events(store, "r") if "agreement" in event]
+    order = [e["stage"] for e in events(store, "r") if e["event"] == "artifact_prepared"]
+    labels = [place for place, stage in enumerate(order) if stage == "labels"]
+    loras = [place for place, stage in enumerate(order) if stage == "lora"]
+    assert len(labels) == len(loras) == 2
+    assert labels[1] < loras[1]
+    low = [name for name, share in event["agreement"].items() if share < 0.25]
+    assert low
+    assert all(f"{name} (" in run.stderr for name in low)
+    plan = json.loads(airsweep("plan", spec, "--store", store, "--json").stdout)
+    assert {artifact["state"] for artifact in plan["artifacts"]} == {"present"}
+    removable = airsweep("cache", "gc", "--store", store, "--all-users", "--json")
+    assert json.loads(removable.stdout)["removals"] == []
+
+
 def errors(found: dict[str, Path]) -> dict[str, Any]:
     arrays = {name: load_file(file)["errors"] for name, file in found.items()}
     assert all(np.isfinite(array).any(axis=1).all() for array in arrays.values())

@@ -102,6 +102,12 @@ class InitialLabelsSettings:
     images_per_class: int = knob(
         120, "synthetic images per class of the previous LoRA round, for lora.rounds > 1", ge=1
     )
+    evidence_draws: int = later(
+        0,
+        "draws of evidence of the previous LoRA round that also choose labels; 0: none",
+        ge=0,
+        le=1000,
+    )
 
 
 LoraSource = Literal["all", "pseudo", "labelled"]
@@ -366,13 +372,15 @@ class LabelsSpec:
 
     Without `images` zero-shot CLIP labels the pool. In a later LoRA round `images` are those of the
     round before: CLIP is fused with an auxiliary classifier on the first
-    `settings.images_per_class` images of each class.
+    `settings.images_per_class` images of each class, and with the first `settings.evidence_draws`
+    draws of `evidence`, denoising errors of the round before.
     """
 
     features: FeaturesSpec
     split: SplitSettings
     settings: InitialLabelsSettings
     images: SyntheticFeaturesSpec | None = None
+    evidence: EvidenceSpec | None = added(None)
     source: LoraSource = later("all", LORA_SOURCE)
     drawn: bool = added(False)  # labelled images in random order, not in that of the files
     code: str = added("")
@@ -472,6 +480,7 @@ class TrialSpec:
     classnames: tuple[str, ...] = ()  # of the dataset; not in the key
     code: CodeVersions = ()  # the key contains the version of the part `trials`
     scored_images: int = 0  # pool images that the evidence scores; not in the key
+    pool_images: int = 0  # set where evidence is used; not in the key
     backbone: Ref
     generator: Ref
     test_dataset: Ref | None = added(None)  # None: `dataset` itself
@@ -612,16 +621,7 @@ class TrialSpec:
         """None: the trial uses no evidence."""
         if not uses_evidence(self):
             return None
-        return EvidenceSpec(
-            features=self.features,
-            split=self.split,
-            model=self.generator,
-            lora=self.lora_adapter,
-            lora_scale=self.lora.scale if self.lora else 1.0,
-            scoring=self.evidence.scoring(),
-            size=self.generation.size,
-            code=self.code_of("evidence"),
-        )
+        return _evidence(self, self.lora_adapter)
 
 
 def uses_auxiliary(spec: TrialSpec) -> bool:
@@ -660,6 +660,12 @@ def uses_images(spec: TrialSpec) -> bool:
 def uses_evidence(spec: TrialSpec) -> bool:
     """Whether the trial reads denoising errors."""
     return spec.evidence.draws > 0
+
+
+def labels_use_evidence(spec: TrialSpec) -> bool:
+    """Whether denoising errors choose the labels of a later LoRA round."""
+    adapter = spec.lora_adapter
+    return adapter is not None and adapter.labels.evidence is not None
 
 
 def uses_generator(spec: TrialSpec) -> bool:
@@ -702,9 +708,12 @@ def _images(spec: TrialSpec, rounds: int) -> GeneratedImages | FolderImages:
 
 
 def _lora(spec: TrialSpec, lora: LoraSettings, rounds: int) -> LoraSpec:
-    earlier = _synthetic(spec, _images(spec, rounds - 1)) if rounds > 1 else None
+    images = _synthetic(spec, _images(spec, rounds - 1)) if rounds > 1 else None
+    labels = _labels(spec, lora, images)
+    if labels.settings.evidence_draws:
+        labels = replace(labels, evidence=_evidence(spec, _lora(spec, lora, rounds - 1)))
     return LoraSpec(
-        labels=_labels(spec, lora, earlier),
+        labels=labels,
         model=spec.generator,
         training=lora.training(),
         size=spec.generation.size,
@@ -718,7 +727,8 @@ def _labels(
 ) -> LabelsSpec:
     settings = spec.initial_labels
     if images is None:
-        settings = replace(settings, images_per_class=InitialLabelsSettings.images_per_class)
+        first_round = {"images_per_class": InitialLabelsSettings.images_per_class}
+        settings = replace(settings, **first_round, evidence_draws=0)
     if settings.kind == "pool" and spec.paradigm == "ul":
         settings = replace(settings, k=InitialLabelsSettings.k)
     return LabelsSpec(
@@ -730,6 +740,19 @@ def _labels(
         drawn=lora.source != "pseudo"
         and (spec.paradigm == "trzsl" or (spec.paradigm == "ssl" and spec.shots > settings.k)),
         code=spec.code_of("labels"),
+    )
+
+
+def _evidence(spec: TrialSpec, lora: LoraSpec | None) -> EvidenceSpec:
+    return EvidenceSpec(
+        features=spec.features,
+        split=spec.split,
+        model=spec.generator,
+        lora=lora,
+        lora_scale=spec.lora.scale if spec.lora else 1.0,
+        scoring=spec.evidence.scoring(),
+        size=spec.generation.size,
+        code=spec.code_of("evidence"),
     )
 
 

@@ -27,7 +27,7 @@ class Key:
     help: str
 
 
-DERIVED = ("classnames", "code", "scored_images")  # computed, not set in sweep files
+DERIVED = ("classnames", "code", "scored_images", "pool_images")  # computed, not set in sweep files
 
 
 @cache

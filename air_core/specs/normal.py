@@ -24,6 +24,7 @@ from air_core.specs import (
     TrialSpec,
     fills_bank,
     is_folder,
+    labels_use_evidence,
     trains_on_synthetic,
     uses_auxiliary,
     uses_evidence,
@@ -106,7 +107,10 @@ IRRELEVANT: tuple[tuple[Any, Any], ...] = (
             "evidence": EvidenceSettings(),
         },
     ),
-    (lambda s: not uses_evidence(s), lambda s: {"evidence": EvidenceSettings()}),
+    (
+        lambda s: not uses_evidence(s),
+        lambda s: {"evidence": EvidenceSettings(**vars(s.evidence.scoring()))},
+    ),
     (lambda s: s.fusion.weights == "agreement", _weighed_by_agreement),
     (
         lambda s: s.evidence.prune_after is None,
@@ -222,12 +226,22 @@ IRRELEVANT: tuple[tuple[Any, Any], ...] = (
         lambda s: {"initial_labels": replace(s.initial_labels, k=InitialLabelsSettings.k)},
     ),
     (
-        lambda s: s.lora is not None and s.lora.rounds == 1,
+        lambda s: s.lora is None or s.lora.rounds == 1,
         lambda s: {
             "initial_labels": replace(
-                s.initial_labels, images_per_class=InitialLabelsSettings.images_per_class
+                s.initial_labels,
+                images_per_class=InitialLabelsSettings.images_per_class,
+                evidence_draws=0,
             )
         },
+    ),
+    (
+        lambda s: s.lora is not None and s.lora.source == "labelled",
+        lambda s: {"initial_labels": replace(s.initial_labels, evidence_draws=0)},
+    ),
+    (
+        lambda s: not uses_evidence(s) and not labels_use_evidence(s),
+        lambda s: {"evidence": EvidenceSettings()},
     ),
     (
         lambda s: s.pseudo_labels.growth == "growing",

@@ -73,12 +73,15 @@ def failed_specs(requirement: Requirement) -> list[Any]:
 def _levels(missing: Sequence[Requirement]) -> dict[Requirement, int]:
     """Sort requirements into levels, in an order that starts few processes.
 
-    Labels are made by the process that trains a LoRA on them, and rows without LoRA are drawn
+    Labels are made by the process that trains a LoRA on them, except those that evidence chose:
+    classes that it disputes are reported before the LoRA is trained. Rows without LoRA are drawn
     together with the last row.
     """
     levels = {requirement: build_level(requirement.spec) for requirement in missing}
     trained_on = {
-        requirement.spec.labels for requirement in missing if isinstance(requirement.spec, LoraSpec)
+        requirement.spec.labels
+        for requirement in missing
+        if isinstance(requirement.spec, LoraSpec) and requirement.spec.labels.evidence is None
     }
     last = max(
         (levels[requirement] for requirement in missing if requirement.stage == "images"), default=0

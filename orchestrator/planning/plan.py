@@ -21,6 +21,7 @@ from air_core.specs import (
     LoraSpec,
     SyntheticFeaturesSpec,
     TrialSpec,
+    labels_use_evidence,
     uses_evidence,
 )
 from air_core.specs.flat import trial_keys
@@ -450,13 +451,13 @@ def _requirements(trial: TrialSpec) -> Iterator[Requirement]:
         _, classes = seen_unseen(len(classes), trial.class_seed)  # images of unseen classes only
     row = trial.synthetic_features
     if row is not None:
-        yield from _row_requirements(row, trial.images_per_class, classes)
+        yield from _row_requirements(row, trial.images_per_class, classes, trial.pool_images)
     if trial.lora_labels is not None:
         yield Requirement(trial.lora_labels)
     evidence = trial.evidence_errors
     if evidence is not None:
         if evidence.lora is not None:
-            yield from _lora_requirements(evidence.lora, classes)
+            yield from _lora_requirements(evidence.lora, classes, trial.pool_images)
         yield Requirement(evidence, trial.scored_images, tuple(range(trial.evidence.draws)))
     if trial.synthetic_tokens is not None:
         yield Requirement(trial.synthetic_tokens, trial.images_per_class, classes)
@@ -469,19 +470,29 @@ def _requirements(trial: TrialSpec) -> Iterator[Requirement]:
 
 
 def _row_requirements(
-    row: SyntheticFeaturesSpec, images_per_class: int, classes: tuple[int, ...]
+    row: SyntheticFeaturesSpec, images_per_class: int, classes: tuple[int, ...], pool: int
 ) -> Iterator[Requirement]:
     images = row.images
     if isinstance(images, GeneratedImages) and images.lora is not None:
-        yield from _lora_requirements(images.lora, classes)
+        yield from _lora_requirements(images.lora, classes, pool)
     yield Requirement(row, images_per_class, classes)
 
 
-def _lora_requirements(lora: LoraSpec, classes: tuple[int, ...]) -> Iterator[Requirement]:
+def _lora_requirements(
+    lora: LoraSpec, classes: tuple[int, ...], pool: int
+) -> Iterator[Requirement]:
+    """The requirements of a LoRA.
+
+    Args:
+        pool: number of pool images, all of which the evidence of an earlier round scores.
+    """
     labels = lora.labels
     yield Requirement(labels.features)
     if labels.images is not None:
-        yield from _row_requirements(labels.images, labels.settings.images_per_class, classes)
+        images_per_class = labels.settings.images_per_class
+        yield from _row_requirements(labels.images, images_per_class, classes, pool)
+    if labels.evidence is not None:
+        yield Requirement(labels.evidence, pool, tuple(range(labels.settings.evidence_draws)))
     yield Requirement(labels)
     yield Requirement(lora)
 
@@ -499,7 +510,7 @@ def build_level(spec: Any) -> int:
     """Depth of an artifact in the build order, from 1; artifacts of one level are independent."""
     match spec:
         case LabelsSpec():
-            inputs: list[Any] = [spec.features, spec.images]
+            inputs: list[Any] = [spec.features, spec.images, spec.evidence]
         case LoraSpec():
             inputs = [spec.labels]
         case SyntheticFeaturesSpec():
@@ -584,7 +595,8 @@ def earlier_results(plan: Plan, location: SweepLocation) -> dict[tuple[str, str]
 
 def _changed_parts(spec: TrialSpec, before: Mapping[str, str]) -> list[str]:
     versions = dict(spec.code)
-    unused = set() if uses_evidence(spec) else {"evidence"}
+    used = uses_evidence(spec) or labels_use_evidence(spec)
+    unused = set() if used else {"evidence"}
     parts = {*versions, *before} - unused
     return sorted(part for part in parts if versions.get(part) != before.get(part))
 

@@ -26,6 +26,7 @@ from air_core.specs import (
     Ref,
     SplitSettings,
     TrialSpec,
+    labels_use_evidence,
     reader_of,
     uses_evidence,
     uses_generator,
@@ -162,12 +163,13 @@ class Resolver:
         self._pool_sizes[_split_name(dataset.name, split)] = len(positions["pool"])
 
     def with_scored_images(self, trial: TrialSpec) -> TrialSpec:
-        """Set the number of pool images that the evidence of a trial scores, if it has some."""
-        if not uses_evidence(trial):
+        """Set the number of images of the pool, and of those that the evidence scores, if any."""
+        if not uses_evidence(trial) and not labels_use_evidence(trial):
             return trial
         self._check_split(get_dataset(trial.dataset.name), trial.split)
         size = self._pool_sizes[_split_name(trial.dataset.name, trial.split)]
-        return replace(trial, scored_images=min(size, trial.evidence.images or size))
+        scored = min(size, trial.evidence.images or size)
+        return replace(trial, scored_images=scored, pool_images=size)
 
     def _check_ready_images(self, name: str, trial: TrialSpec) -> None:
         """Check that a folder of ready images has as many per class as the trial reads.

@@ -21,7 +21,7 @@ from air_core.classifiers import text_classifier
 from air_core.datasets import Examples
 from air_core.datasets.images import BAD_SHARE, Unreadable
 from air_core.diffusion.lora import square, train_lora
-from air_core.lora_labels import lora_images
+from air_core.lora_labels import class_agreement, lora_images, pool_classifier
 from air_core.paradigms import make_split
 from air_core.specs import FeaturesSpec, LabelsSpec, LoraSpec, SplitSettings, text_of
 from air_core.types import Batch, Labelled, Split
@@ -146,27 +146,59 @@ def build_labels(spec: LabelsSpec, worker: WorkerContext) -> Artifact:
         target = read_target(spec.features, spec.split, worker.store)
         dataset, split = target.text, target.split
         backbone = worker.backbone(spec.features.backbone, spec.features.precision)
-        synthetic = None
+        text = text_classifier(backbone, dataset.classnames, dataset.template)
+        pool = target.batch(split.pool)
+        synthetic = errors = None
         if spec.images is not None and spec.source != "labelled":
             classes = None if split.unseen is None else split.unseen.tolist()
             count = spec.settings.images_per_class
             synthetic = read_synthetic(spec.images, count, worker.store, classes)
+        if spec.evidence is not None:
+            from orchestrator.stages.evidence import read_evidence
+
+            errors = read_evidence(spec.evidence, spec.settings.evidence_draws, None, worker.store)
         index, labels = lora_images(
-            text_classifier(backbone, dataset.classnames, dataset.template),
-            target.batch(split.pool),
+            text,
+            pool,
             target.labelled(split.labelled) if len(split.labelled) else None,
             split,
             spec.settings,
             spec.source,
             synthetic,
             spec.split.split_seed if spec.drawn else None,
+            errors,
         )
         save_file({"index": index.numpy(), "labels": labels.numpy()}, folder / "labels.safetensors")
         # The record contains the accuracy; nothing else reads these true labels.
         right = (target.labels[index] == labels).double().mean().item()
-        return {"images": len(index), "accuracy": right}
+        info = {"images": len(index), "accuracy": right}
+        if errors is None:
+            return info
+        classifier = pool_classifier(text, pool, split.unseen, synthetic, errors)
+        agreement = class_agreement(classifier, pool).tolist()
+        positions = range(len(agreement)) if split.unseen is None else split.unseen.tolist()
+        names = [dataset.classnames[c] for c in positions]
+        before = load_file(worker.store.get(labels_before(spec)).path / "labels.safetensors")
+        return info | {
+            "kept": _share_kept(index.numpy(), labels.numpy(), before),
+            "agreement": {n: round(share, 3) for n, share in zip(names, agreement, strict=True)},
+        }
 
     return worker.store.get_or_build(spec, build)
+
+
+def labels_before(spec: LabelsSpec) -> LabelsSpec:
+    """The labels of the LoRA round before, whose evidence chooses these labels."""
+    assert spec.evidence is not None
+    assert spec.evidence.lora is not None
+    return spec.evidence.lora.labels
+
+
+def _share_kept(index: np.ndarray, labels: np.ndarray, before: dict[str, np.ndarray]) -> float:
+    """Share of the labelled images that had the same label in the round before."""
+    now = set(zip(index.tolist(), labels.tolist(), strict=True))
+    earlier = zip(before["index"].tolist(), before["labels"].tolist(), strict=True)
+    return len(now.intersection(earlier)) / len(now)
 
 
 def build_lora(

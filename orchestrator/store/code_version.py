@@ -62,7 +62,7 @@ PARTS: dict[str, tuple[str, ...]] = {
         "air_core.datasets.places",
         "air_core.datasets.split_files",
     ),
-    "labels": (*_LOADED_CLIP, *_SCORING, "air_core.lora_labels"),
+    "labels": (*_LOADED_CLIP, *_SCORING, "air_core.evidence", "air_core.lora_labels"),
     "lora": (*_DRAWING, "air_core.diffusion.lora"),
     "images": _DRAWING,
     "evidence": (

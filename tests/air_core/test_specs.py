@@ -44,6 +44,7 @@ NO_LORA = {"lora": None}
 GROWING = {"pseudo_labels.growth": "growing"}
 EVIDENCE = {"evidence.draws": 4}
 AGREEMENT = {"fusion.weights": "agreement"}
+LABELS_BY_EVIDENCE = {"lora.rounds": 2, "initial_labels.evidence_draws": 4}
 
 
 def trial(refs: dict[str, Ref] = REFS, **flat: Any) -> TrialSpec:
@@ -141,6 +142,15 @@ WITHOUT_EFFECT = [
     (NO_LORA, "initial_labels.k", 8, 16),
     ({"lora.rounds": 1}, "initial_labels.images_per_class", 8, 16),
     ({"initial_labels.kind": "pool"}, "initial_labels.k", 8, 16),
+    ({"lora.rounds": 1}, "initial_labels.evidence_draws", 0, 4),
+    (
+        {"paradigm": "ssl", "lora.source": "labelled", "lora.rounds": 2},
+        "initial_labels.evidence_draws",
+        0,
+        4,
+    ),
+    (LABELS_BY_EVIDENCE, "evidence.weight", 0.3, 0.7),
+    ({"lora.rounds": 2}, "evidence.low", 0.2, 0.4),
     (GROWING, "pseudo_labels.k", 8, 16),
     ({"pseudo_labels.kind": "top_k"}, "pseudo_labels.alpha", 0.5, 0.9),
     ({"pseudo_labels.kind": "top_k"}, "pseudo_labels.beta", 0.5, 0.9),
@@ -258,6 +268,8 @@ WITH_EFFECT = [
     ({}, "generation.template", ("a {}", "a small {}"), ("a small {}", "a {}")),
     ({}, "initial_labels.k", 8, 16),
     ({"lora.rounds": 2}, "initial_labels.images_per_class", 8, 16),
+    ({"lora.rounds": 2}, "initial_labels.evidence_draws", 0, 4),
+    (LABELS_BY_EVIDENCE, "evidence.low", 0.2, 0.4),
     ({}, "train.synthetic_batch", 8, 64),
     ({}, "train.epochs", 5, 50),
     ({}, "split_seed", 0, 1),
@@ -377,7 +389,8 @@ SWITCHES = {
     *("auxiliary.source", "auxiliary.refresh", "fidelity.kind", "pseudo_labels.growth"),
     *("pseudo_labels.kind", "train.steps", "supervision", "paradigm", "train.mix"),
     *("auxiliary.kind", "auxiliary.temperature", "modality", "images_from"),
-    *("evidence.draws", "evidence.prune_after"),
+    *("evidence.draws", "evidence.prune_after", "fusion.weights"),
+    *("initial_labels.evidence_draws", "lora.source"),
 }
 
 
@@ -427,6 +440,16 @@ def test_the_first_lora_round_does_not_depend_on_the_images_of_a_second_one():
     assert few.lora_adapter != many.lora_adapter
     assert inner(few).lora == inner(many).lora
     assert inner(few).lora == trial(lora__rounds=1).lora_adapter
+
+
+def test_labels_by_evidence_nest_the_errors_of_the_lora_of_the_round_before():
+    first, second = (trial(lora__rounds=n, initial_labels__evidence_draws=4) for n in (1, 2))
+    assert first.lora_adapter.labels.evidence is None
+    nested = second.lora_adapter.labels.evidence
+    assert nested.lora == first.lora_adapter == trial(lora__rounds=1).lora_adapter
+    assert nested == trial(lora__rounds=1, evidence__draws=1).evidence_errors
+    third = trial(lora__rounds=3, initial_labels__evidence_draws=4)
+    assert third.lora_adapter.labels.evidence.lora == second.lora_adapter
 
 
 def inner(spec: TrialSpec) -> GeneratedImages:

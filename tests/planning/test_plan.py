@@ -289,6 +289,19 @@ def test_a_second_lora_round_needs_the_images_of_the_first():
     ]
 
 
+def test_labels_by_evidence_need_the_errors_of_the_round_before_on_the_whole_pool(world):
+    settings = {"generator": "tiny", "pool_size": 40, "evidence.block": 16, "evidence.images": 16}
+    settings |= {"images_per_class": 16, "lora.rounds": 2, "initial_labels.evidence_draws": 3}
+    plan = world.plan(world.sweep("air", fixed=settings))
+    first = ["features", "labels", "lora", "images", "evidence"]
+    assert stages(plan.requirements) == [*first, "labels", "lora", "images", "images"]
+    errors, labels = plan.requirements[4:6]
+    assert labels.spec.evidence == errors.spec
+    assert errors.shards() == [(draw, block) for block in range(3) for draw in range(3)]
+    assert build_level(errors.spec) < build_level(labels.spec)
+    assert {work.stage for work in plan.work} == {*first, "trials"}
+
+
 def test_seeds_methods_and_fusion_weights_share_one_row():
     trials = [
         trial(method, seed=seed, fusion_weight=weight)

@@ -196,7 +196,10 @@ CONTEXT: dict[str, dict[str, Any]] = {  # the settings with which a setting has 
     "labelled_size": {"paradigm": "trzsl"},
 }
 # Settings with an effect only in a second LoRA round.
-UNTESTED = ("initial_labels.images_per_class", "lora.rounds")
+UNTESTED = (
+    *("initial_labels.images_per_class", "initial_labels.evidence_draws"),
+    "lora.rounds",
+)
 
 
 def other_value(name: str, value: Any) -> Any:
