@@ -727,10 +727,11 @@ def _labels(
 ) -> LabelsSpec:
     settings = spec.initial_labels
     if images is None:
-        first_round = {"images_per_class": InitialLabelsSettings.images_per_class}
-        settings = replace(settings, **first_round, evidence_draws=0)
+        settings = replace(settings, images_per_class=InitialLabelsSettings.images_per_class)
     if settings.kind == "pool" and spec.paradigm == "ul":
         settings = replace(settings, k=InitialLabelsSettings.k)
+    if images is None or (lora.source == "labelled" and spec.paradigm != "ul"):
+        settings = replace(settings, evidence_draws=0)
     return LabelsSpec(
         features=spec.features,
         split=spec.split,
