@@ -77,9 +77,14 @@ fixed:
   method: air
   pool_size: 60
   images_per_class: 2
-  initial_labels: {k: 4, images_per_class: 4, evidence_draws: 2}
-  lora: {rounds: 2, steps: 4}
-  generation: {block: 4, num_inference_steps: 2}
+  initial_labels.k: 4
+  initial_labels.images_per_class: 4
+  initial_labels.evidence_draws: 2
+  lora.rounds: 2
+  lora.steps: 4
+  generation.block: 4
+  generation.num_inference_steps: 2
+  evidence.block: 16
   iterations: 1
   train.steps: 2
 """
@@ -88,11 +93,12 @@ fixed:
 def test_labels_by_evidence_are_made_and_reported_before_their_lora(tmp_path):
     spec, store = write_sweep(tmp_path, "r", ROUNDS), tmp_path / "runs"
     killed = airsweep(
-        "run", spec, "--store", store, check=False, **{CRASH_AT: "artifact_prepared:9"}
+        "run", spec, "--store", store, check=False, **{CRASH_AT: "artifact_prepared:16"}
     )
     assert killed.returncode == -9, killed.stderr
-    assert shards(store)
+    before = {name: file.stat().st_mtime_ns for name, file in shards(store).items()}
     run = airsweep("run", spec, "--store", store)
+    assert {name: shards(store)[name].stat().st_mtime_ns for name in before} == before
     [event] = [event for event in events(store, "r") if "agreement" in event]
     order = [e["stage"] for e in events(store, "r") if e["event"] == "artifact_prepared"]
     labels = [place for place, stage in enumerate(order) if stage == "labels"]
