@@ -202,16 +202,16 @@ IRRELEVANT: tuple[tuple[Any, Any], ...] = (
         },
     ),
     (
-        # Only the size of the LoRA's training images counts.
-        lambda s: not uses_images(s) and (s.lora is None or s.lora.rounds == 1),
-        lambda s: {"generation": GenerationSettings(size=s.generation.size)},
-    ),
-    (
         lambda s: is_folder(s.generator),
         lambda s: {
             "lora": None,
             "generation": GenerationSettings(size=s.generation.size, block=s.generation.block),
         },
+    ),
+    (
+        # Only the size of the LoRA's training images counts.
+        lambda s: not uses_images(s) and (s.lora is None or s.lora.rounds == 1),
+        lambda s: {"generation": GenerationSettings(size=s.generation.size)},
     ),
     (
         lambda s: s.lora is None and s.images_from != "lora_images",
