@@ -526,7 +526,10 @@ def test_evidence_of_an_annealed_weight_has_none_in_the_last_round(spec, worlds)
         fused(annealed.spec, annealed.data, annealed.teacher, None, annealed.evidence, t)
         for t in (0, 1)
     ]
-    assert [classifier.evidence_weight for classifier in weights] == [0.3, 0.0]
+    assert [classifier.evidence_weight for classifier in weights] == [
+        annealed.spec.evidence.weight,
+        0.0,
+    ]
 
 
 @pytest.mark.parametrize("paradigm", ["ul", "trzsl"])
