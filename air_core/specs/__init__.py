@@ -338,6 +338,8 @@ class EvidenceSettings(EvidenceScoring):
 
     def scoring(self) -> EvidenceScoring:
         part: EvidenceScoring = _only(EvidenceScoring, self)
+        if self.prune_after is None:
+            return replace(part, prune_to=EvidenceScoring.prune_to)
         return part
 
 
