@@ -104,7 +104,7 @@ IRRELEVANT: tuple[tuple[Any, Any], ...] = (
             "pseudo_labels": PseudoLabelSettings(),
             "iterations": 1,
             "transduction": "none",
-            "evidence": EvidenceSettings(),
+            "evidence": replace(s.evidence, draws=0),
         },
     ),
     (
