@@ -180,7 +180,7 @@ def test_table_rows_have_the_documented_keys(spec, whole):
     assert [row["method"] for row in rows] == ["zero_shot", "fpl", "air_fpl"]
     expected = (
         "dataset paradigm modality method settings metric n n_test mean std low high interval "
-        "protocol comparisons collapsed"
+        "protocol text fused auxiliary comparisons collapsed"
     )
     for row in rows:
         searched = "point chosen_by rank_correlation" if row["method"] == "air_fpl" else ""
