@@ -125,7 +125,7 @@ def test_a_search_has_the_configured_number_of_points_and_records_all(log, sampl
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
 def test_the_default_point_comes_first(log, sampler):
     searching = log.open(sweep(sampler))
-    assert searching.next_round()[0] == Point(0, {"images_per_class": 40, "fusion_weight": 0.5})
+    assert searching.next_round()[0] == Point(0, {"images_per_class": 40, "fusion_weight": 0.8})
 
 
 def test_rounds_have_the_configured_width_and_the_last_round_has_the_rest(log):
@@ -323,7 +323,7 @@ def test_another_space_starts_a_new_study(log):
     wider = Dimension(key="images_per_class", values=(0, 20, 40, 80))
     other = log.open(sweep(space=(wider, WEIGHTS)))
     assert ended_points(other) == []
-    assert other.next_round()[0] == Point(0, {"images_per_class": 80, "fusion_weight": 0.5})
+    assert other.next_round()[0] == Point(0, {"images_per_class": 80, "fusion_weight": 0.8})
     assert len(params(log.play(sweep()))) == 5  # the first study is unchanged
 
 
