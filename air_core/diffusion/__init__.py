@@ -15,7 +15,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from air_core.specs import FolderImages, GeneratedImages
+from air_core.specs import FolderImages, GeneratedImages, Templates
 
 # B images, H height, W width.
 
@@ -23,6 +23,16 @@ from air_core.specs import FolderImages, GeneratedImages
 # background has more, and drawings and photographs have far more.
 FLAT = 4.0
 ATTEMPTS = 3  # draws of one image before it is marked as unusable
+
+
+def text_of(texts: Templates, classname: str, i: int = 0) -> str:
+    """The text of image `i` of a class. It does not depend on the number of images.
+
+    >>> text_of(("a {}", "a small {}"), "rose", 3)
+    'a small rose'
+    """
+    several = (texts,) if isinstance(texts, str) else texts
+    return several[i % len(several)].format(classname.replace("_", " "))
 
 
 class ImageGenerator(Protocol):

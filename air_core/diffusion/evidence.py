@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from air_core.diffusion import hashed_seed
+from air_core.diffusion import hashed_seed, text_of
 from air_core.diffusion.lora import NoiseSchedule, encode_captions, encode_images
 from air_core.diffusion.pipeline import autocast, load_adapter, load_pipeline
 from air_core.specs import EvidenceScoring
@@ -58,8 +58,7 @@ class DenoisingScorer:
         self.pipeline.to(device)
         self.pipeline.unet.eval()
         self.schedule = NoiseSchedule.of(self.pipeline.scheduler.config, torch.device(device))
-        names = [name.replace("_", " ") for name in classnames]
-        captions = [settings.template.format(name) for name in names]
+        captions = [text_of(settings.template, name) for name in classnames]
         self.texts = encode_captions(self.pipeline, captions, size)
 
     @torch.inference_mode()

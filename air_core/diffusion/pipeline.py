@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from air_core.arithmetic import sums_in_one_order
-from air_core.diffusion import image_seed
+from air_core.diffusion import image_seed, text_of
 from air_core.model_configs import check_part_configs, pipeline_index, pipeline_parts
-from air_core.specs import GenerationSettings, Precision, text_of
+from air_core.specs import GenerationSettings, Precision
 from air_core.weights import (
     PIPELINE_CONFIG,
     check_lora_fits,

@@ -25,7 +25,7 @@ def top_k(
     previous: PseudoLabels | None,
 ) -> PseudoLabels:
     """One-hot targets for at most `capacity` images per class."""
-    return _one_hot(scores, balanced_choice(scores, torch.full((scores.shape[1],), capacity)))
+    return _selected(scores, capacity)
 
 
 def predicted(
@@ -41,11 +41,11 @@ def predicted(
     A class that no image is assigned to gets none.
     """
     best = one_hot(scores.argmax(dim=1), scores.shape[1]).bool()
-    places = torch.full((scores.shape[1],), capacity)
-    return _one_hot(scores, balanced_choice(scores, places, allowed=best))
+    return _selected(scores, capacity, allowed=best)
 
 
-def _one_hot(scores: Tensor, labels: Tensor) -> PseudoLabels:
+def _selected(scores: Tensor, capacity: int, allowed: Tensor | None = None) -> PseudoLabels:
+    labels = balanced_choice(scores, torch.full((scores.shape[1],), capacity), allowed)
     indices = (labels >= 0).nonzero().flatten()
     targets = one_hot(labels[indices], scores.shape[1]).to(scores.dtype)
     return PseudoLabels(indices=indices, targets=targets, labels=labels[indices])

@@ -118,16 +118,6 @@ Templates = str | tuple[str, ...]
 SEVERAL = "; of a list, image i has text i modulo their number"
 
 
-def text_of(texts: Templates, classname: str, i: int) -> str:
-    """The text of image `i` of a class. It does not depend on the number of images.
-
-    >>> text_of(("a {}", "a small {}"), "rose", 3)
-    'a small rose'
-    """
-    several = (texts,) if isinstance(texts, str) else texts
-    return several[i % len(several)].format(classname.replace("_", " "))
-
-
 @dataclass(frozen=True, kw_only=True)
 class LoraTraining:
     """Training of one LoRA."""

@@ -122,8 +122,7 @@ class Prefetch:
         """Whether a group has trials to run whose inputs are missing."""
         store = self.state.location.store
         if not any(
-            requirement.have(store) < requirement.total()
-            for requirement in self.requirements[group[0].id]
+            not requirement.is_complete(store) for requirement in self.requirements[group[0].id]
         ):
             return False
         cells = {cell.id for cell in group}
@@ -286,8 +285,7 @@ def _contact_sheet(state: RunState, requirements: Sequence[Requirement]) -> Iter
     rows = [
         requirement.spec
         for requirement in requirements
-        if isinstance(requirement.spec, SyntheticFeaturesSpec)
-        and requirement.have(store) == requirement.total()
+        if isinstance(requirement.spec, SyntheticFeaturesSpec) and requirement.is_complete(store)
     ]
     sheet = state.location.folder / "contact_sheet.png"
     if not rows or sheet.exists():

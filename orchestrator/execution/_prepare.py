@@ -40,9 +40,7 @@ def prepare(requirements: Sequence[Requirement], context: PreparationContext) ->
     store, listener = context.worker.store, context.listener
     failed: list[Any] = []  # specs
     store.refresh_listings()
-    missing = [
-        requirement for requirement in requirements if requirement.have(store) < requirement.total()
-    ]
+    missing = [requirement for requirement in requirements if not requirement.is_complete(store)]
     levels = _levels(missing)
     missing.sort(key=lambda requirement: levels[requirement])
     for _, group in groupby(missing, key=levels.__getitem__):

@@ -90,4 +90,4 @@ def _is_needed_to_draw(
 ) -> bool:
     """Whether images are missing that are drawn with this LoRA, or one trained on these labels."""
     rows = (requirement for requirement in requirements if requirement.rows)
-    return any(contains_spec(row.spec, spec) and row.have(store) < row.total() for row in rows)
+    return any(contains_spec(row.spec, spec) and not row.is_complete(store) for row in rows)

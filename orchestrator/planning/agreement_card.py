@@ -46,7 +46,7 @@ class AgreementRow:
         return tuple(
             (label, spec)
             for label, spec in self.trials
-            if all(each.have(store) == each.total() for each in requirements_of([spec]))
+            if all(each.is_complete(store) for each in requirements_of([spec]))
         )
 
     @property

@@ -58,7 +58,7 @@ def rows_of_sweep(sweep: SweepSpec, location: SweepLocation) -> list[Row]:
 
 def is_complete(row: Row, store: ArtifactStore) -> bool:
     """Whether the store has all images, features and denoising errors of a row."""
-    return all(each.have(store) == each.total() for each in row.requirements)
+    return all(each.is_complete(store) for each in row.requirements)
 
 
 def complete_rows(rows: Sequence[Row], location: SweepLocation) -> list[Row]:

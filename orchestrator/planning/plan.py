@@ -127,6 +127,10 @@ class Requirement:
         """Number of required parts, as `have` counts them."""
         return len(self.shards()) if self.rows else 1
 
+    def is_complete(self, store: ArtifactStore) -> bool:
+        """Whether the store has all parts."""
+        return self.have(store) == self.total()
+
 
 # Stages in messages and on screens.
 STAGE_TITLES = {

@@ -279,26 +279,26 @@ class Resolver:
     def has_digests_of(self, files: Sequence[Path]) -> bool:
         """Whether this resolver has digests of these files as they are now."""
         with suppress(OSError):
-            stamps = [[*file_stamp(file)] for file in files]
-            return all(
-                self._digests.get(str(file.resolve()), [])[:-1] == stamp
-                for file, stamp in zip(files, stamps, strict=True)
-            )
+            return all(self._known_digest(file, [*file_stamp(file)]) for file in files)
         return False
+
+    def _known_digest(self, file: Path, stamp: list[int]) -> str | None:
+        """The digest of a file that had this stamp when it was read; None: it was another."""
+        entry = self._digests.get(str(file.resolve()), [])
+        return str(entry[-1]) if entry[:-1] == stamp else None
 
     def _file_digests(self, paths: Sequence[Path]) -> list[str]:
         digests = []
         for path in paths:
             if not path.is_file():
                 raise MissingInput(f"{path} does not exist")
-            name = str(path.resolve())
             stamp = [*file_stamp(path)]
-            entry = self._digests.get(name)
-            if entry is None or entry[:-1] != stamp:
+            known = self._known_digest(path, stamp)
+            if known is None:
                 check_whole(path)
-                entry = [*stamp, file_digest(path)]
-                self._digests[name] = entry
-            digests.append(str(entry[-1]))
+                known = file_digest(path)
+                self._digests[str(path.resolve())] = [*stamp, known]
+            digests.append(known)
         return digests
 
 

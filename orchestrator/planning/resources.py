@@ -43,9 +43,7 @@ def unschedulable_reason(
         if os.environ.get("RAY_ADDRESS"):
             return None
         machines = [this_machine()]
-    prepares = any(
-        requirement.have(store) < requirement.total() for requirement in plan.requirements
-    )
+    prepares = any(not requirement.is_complete(store) for requirement in plan.requirements)
     return resource_shortage(plan.sweep.resources, machines, prepares)
 
 

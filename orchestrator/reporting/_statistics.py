@@ -188,18 +188,14 @@ def gain_share(a: Runs, host: Runs, ceiling: Runs) -> Interval | None:
     if gain is None or gain.low <= 0:
         return None
 
-    def joined(*weights: float) -> list[_Scores]:
-        return list(_joined((a, host, ceiling), weights))
-
-    reached, possible = (
-        [scores.plain() for scores in joined(*weights)] for weights in ((1, -1, 0), (0, -1, 1))
-    )
-    if not possible:
+    reached = list(_joined((a, host, ceiling), (1, -1, 0)))
+    if not reached:
         return None
-    share = float(np.mean(reached) / np.mean(possible))
-    rest = joined(1, share - 1, -share)
+    possible = float(np.mean([replace(scores, weights=(0, -1, 1)).plain() for scores in reached]))
+    share = float(np.mean([scores.plain() for scores in reached])) / possible
+    rest = [replace(scores, weights=(1, share - 1, -share)) for scores in reached]
     interval = _interval(rest, _parts(rest, 2000, 0), lowest=-1.0)
-    low, high = (share + side / float(np.mean(possible)) for side in (interval.low, interval.high))
+    low, high = (share + side / possible for side in (interval.low, interval.high))
     return replace(interval, mean=share, std=None, low=low, high=high)
 
 

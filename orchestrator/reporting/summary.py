@@ -206,9 +206,7 @@ PHASES = {
 def _image_usage(plan: Plan, location: SweepLocation) -> str:
     """Counts of LoRAs and images in the store and of the trials that use them; empty: no images."""
     present = [
-        requirement
-        for requirement in plan.requirements
-        if requirement.have(location.store) == requirement.total()
+        requirement for requirement in plan.requirements if requirement.is_complete(location.store)
     ]
     rows = [
         (requirement.images, requirement.spec.images)

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from air_core.classifiers import text_classifier
 from air_core.datasets.images import open_png
-from air_core.diffusion import ImageGenerator, draw, image_seed, load_generator
+from air_core.diffusion import ImageGenerator, draw, image_seed, load_generator, text_of
 from air_core.seal import BLANK, sealed
-from air_core.specs import FolderImages, GeneratedImages, SyntheticFeaturesSpec, text_of
+from air_core.specs import FolderImages, GeneratedImages, SyntheticFeaturesSpec
 from air_core.types import Batch, Labelled
 from orchestrator.errors import DamagedArtifact, MissingArtifact
 from orchestrator.planning.resolve import images_folder
