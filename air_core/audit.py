@@ -3,8 +3,8 @@
 The audit computes numbers from pixels and CLIP features and removes no image. Which images a trial
 leaves out is decided by `auxiliary.credible`, which reads no test image.
 
-Sources: difference hash, N. Krawetz, "Kind of Like That" (2013); KID, Binkowski et al. 2018
-(arXiv:1801.01401). The thresholds were measured: docs/results_guide.md.
+Source: KID, Binkowski et al. 2018 (arXiv:1801.01401). The thresholds were measured:
+docs/results_guide.md.
 """
 
 # mypy: allow-untyped-calls
@@ -17,10 +17,11 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from air_core.auxiliary import COPY, margins
+from air_core.datasets import duplicates
 from air_core.diffusion import FLAT
 
 # N images, C classes, D feature width, T test images, P pool images.
@@ -33,8 +34,6 @@ REASONS: tuple[Reason, ...] = (
 
 NEAR_FLAT = 2 * FLAT  # levels: below this an image is near-constant
 BITS = 20  # bits of the hash that may differ between copies, in addition to the cosine COPY
-SIDE = 16  # of the hash: 16 x 16 bits
-STEP = 2  # smallest difference in levels of a brighter cell; noise stays below it
 NEIGHBOURS = 10  # nearest images that vote on the class of an image
 DOUBT = -0.1  # a margin below it is clearly negative
 OWN, OTHERS = 0.2, 0.5  # largest share of votes for its class, smallest for another class
@@ -153,15 +152,8 @@ def spread(picture: Image.Image) -> float:
 
 
 def difference_hash(picture: Image.Image) -> Tensor:
-    """(256,) bool: whether a cell of the middle square is brighter than its left neighbour.
-
-    Size, compression and brightness change few bits; a different picture changes dozens.
-    """
-    side = min(picture.size)
-    square = ImageOps.fit(picture.convert("L"), (side, side))
-    cells = square.resize((SIDE + 1, SIDE), Image.Resampling.BOX)
-    grey = torch.from_numpy(np.array(cells, dtype=np.int16))  # (16, 17)
-    return (grey[:, 1:] - grey[:, :-1] > STEP).flatten()
+    """(256,) bool, see `duplicates.difference_hash`."""
+    return torch.from_numpy(duplicates.difference_hash(picture))
 
 
 def _without_a_picture(images: ImageSet) -> list[Finding]:

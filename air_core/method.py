@@ -147,8 +147,8 @@ class TrialStopped(Exception):
 class Callback(Protocol):
     """Follows the progress of a trial. Subclass it and override the methods that you need."""
 
-    def on_step(self, progress: float) -> None:
-        """After each training step; `progress` is the share of all training, in [0, 1]."""
+    def on_step(self, done: int, total: int) -> None:
+        """After each training step, with the finished and all steps of the trial."""
         return
 
     def on_round(self, result: Round) -> None:
@@ -264,7 +264,7 @@ class Trial:
             loss=spec.pseudo_labels.loss,
             settings=spec.train,
             seed=spec.seed * 1009 + t,
-            report=lambda step, steps: self.callback.on_step(_share_done(spec, t, step, steps)),
+            report=lambda step, steps: self.callback.on_step(*_steps_done(spec, t, step, steps)),
         )
 
     def finish_round(self, t: int, loss: float | Exception) -> None:
@@ -346,14 +346,16 @@ def _check(spec: TrialSpec, data: TrialData) -> None:
         raise ValueError("image features of the pool are not finite: are the weights damaged?")
 
 
-def _share_done(spec: TrialSpec, t: int, step: int, steps: int) -> float:
-    """Share of all training that is done after `step` of the `steps` of round t.
+def _steps_done(spec: TrialSpec, t: int, step: int, steps: int) -> tuple[int, int]:
+    """Finished and all steps of a trial after `step` of the `steps` of round t.
 
-    Where epochs are counted, the rounds of a growing selection get longer.
+    Where epochs are counted, the rounds of a growing selection get longer, and the steps of the
+    other rounds follow from this one.
     """
     growing = spec.pseudo_labels.growth == "growing" and spec.train.steps is None
     lengths = [i + 1 if growing else 1 for i in range(spec.iterations)]
-    return (sum(lengths[:t]) + lengths[t] * step / steps) / sum(lengths)
+    before, total = (steps * sum(part) // lengths[t] for part in (lengths[:t], lengths))
+    return before + step, total
 
 
 # ---------------------------------------------------------------- images of the loss

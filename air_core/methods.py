@@ -143,6 +143,7 @@ METHODS: dict[str, Method] = {
         pins={"pseudo_labels.kind": "top_k", "pseudo_labels.growth": "fixed", **_NO_IMAGES},
         host="zero_shot",
     ),
+    "pseudo": Method(pins=_NO_IMAGES, host="zero_shot"),  # with any pseudo_labels.* settings
     "grip": Method(pins={**_GRIP, **_NO_IMAGES}, host="zero_shot"),
     "cpl": Method(pins={**_CPL, **_NO_IMAGES}, host="zero_shot"),
     "air": Method(pins={**_CPL, **_PLAIN}, sets=_AIR, host="cpl", control="air_control"),

@@ -153,10 +153,14 @@ def json_object(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file cannot be read, is not JSON, or contains no object.
     """
+    if not file.is_file():  # reading a pipe would block
+        raise ValueError(f"{file} is a broken link, a folder or a device, not a file")
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as problem:
-        raise ValueError(f"{file} cannot be read: {problem}") from problem
+        raise ValueError(
+            f"{file} cannot be read: {problem}; correct, download or copy it again"
+        ) from problem
     if not isinstance(found, dict):
         raise ValueError(f"{file} contains a {type(found).__name__} instead of a JSON object")
     return found

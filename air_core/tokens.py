@@ -14,14 +14,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from air_core.weights import ClipFolder, find_backbone
+from air_core.weights import MERGES, MOST_MERGES, ClipFolder, find_backbone
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 CONTEXT_LENGTH = 77  # CLIP's, the default of a configuration
-MERGES = "merges.txt.gz"  # optional byte-pair merges of a folder
-MOST_MERGES = 1 << 24  # bytes of unpacked merges to read; CLIP's are 3 MB
 MOST_LINES = 49152 - 256 - 2 + 1  # as in open_clip
 # CLIP splits texts by this pattern before it merges byte pairs, as open_clip.tokenizer does.
 PIECES = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"

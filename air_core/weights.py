@@ -7,9 +7,12 @@ the `owner/name` of a downloaded repository of the Hugging Face hub.
 
 from __future__ import annotations
 
+import errno
+import gzip
 import json
 import os
 import sys
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -20,10 +23,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from zipfile import ZipFile, is_zipfile
+from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile
 
 from air_core.model_configs import (
     check_clip_config,
+    check_part_configs,
     json_object,
     pipeline_index,
     pipeline_parts,
@@ -36,13 +40,24 @@ HUB_WEIGHTS = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
 )  # in order of preference
+MERGES = "merges.txt.gz"  # optional byte-pair merges of an open_clip folder
+MOST_MERGES = 1 << 24  # bytes of unpacked merges to read; CLIP's are 3 MB
+VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken")  # of a tokenizer
 HUB_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 BACKBONES = (
     f"tiny, a folder with {CLIP_CONFIG}, <architecture>/<tag> such as ViT-B-32/openai, or "
     "<architecture>@<weights file>"
 )
 GENERATORS = f"tiny, a folder with {PIPELINE_CONFIG}, or owner/name of the Hugging Face hub"
+AGAIN = "download or copy it again"
 LFS = b"version https://git-lfs"  # start of a Git LFS pointer
+CONFIGS = tuple(
+    f"{prefix}config.json"
+    for prefix in ("", "scheduler_", "tokenizer_", "preprocessor_", "processor_")
+)
+TOKENIZERS = ("Tokenizer", "TokenizerFast")
+WEIGHTLESS = (*TOKENIZERS, "Scheduler", "Processor", "Extractor")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 LORA_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 
@@ -67,6 +82,7 @@ class ClipFolder:
 
     path: Path
     model: dict[str, Any]  # checked configuration
+    weights: Path  # the file that open_clip reads
 
 
 @dataclass(frozen=True)
@@ -90,6 +106,27 @@ def stay_offline() -> None:
     constants: Any = sys.modules.get("huggingface_hub.constants")
     if constants is not None:
         constants.HF_HUB_OFFLINE = True
+
+
+def local_path(name: str | Path) -> Path:
+    """The absolute path of a file or folder, with `~` and `~user` expanded.
+
+    Raises:
+        ValueError: this machine has no such user, or the path is too long.
+    """
+    try:
+        path = Path(name).expanduser().absolute()
+        path.exists()
+    except RuntimeError:
+        user = Path(name).parts[0]
+        raise ValueError(f"{user}: this machine has no such user; allowed: ~ or a path") from None
+    except OSError as problem:
+        if problem.errno != errno.ENAMETOOLONG:
+            raise
+        raise ValueError(
+            f"{str(name)[:40]}... is too long for a path; allowed: 255 bytes per name, 4095 in all"
+        ) from None
+    return path
 
 
 # ---------------------------------------------------------------- backbones
@@ -123,25 +160,31 @@ def find_backbone(name: str | ClipFolder | ClipFile) -> ClipFolder | ClipFile:
     """Find the weights of a backbone by name. A result of this function is returned unchanged.
 
     Raises:
-        ValueError: the name is unknown, the files are not on this machine, or the configuration of
-            the folder is damaged or has settings that are not allowed.
+        ValueError: the name is unknown, the files are not on this machine, weights or tokenizer
+            are damaged, or the configuration of the folder has settings that are not allowed.
     """
     if not isinstance(name, str):
         return name
     if name == "tiny":
         return _clip_folder(tiny_folder())
-    folder = Path(name).expanduser().absolute()
+    folder = local_path(name)
     if folder.is_dir():
         if not (folder / CLIP_CONFIG).is_file():
             raise ValueError(f"{folder} has no {CLIP_CONFIG}: not an open_clip folder")
         return _clip_folder(folder)
     architecture, at, file = name.partition("@")
     if at and "/" not in architecture:
-        return _own_weights(architecture, Path(file).expanduser().absolute())
+        return _own_weights(architecture, local_path(file))
     architecture, slash, tag = name.partition("/")
     if slash and "/" not in tag and architecture.strip(".~"):
         return _known_weights(architecture, tag)
-    raise ValueError(f"backbone {name!r}: {folder} does not exist; allowed: {BACKBONES}")
+    raise ValueError(f"backbone {name!r}: {_no_folder(folder)}; allowed: {BACKBONES}")
+
+
+def _no_folder(path: Path) -> str:
+    if path.exists():
+        return f"{path} is a file; unpack an archive first"
+    return f"{path} does not exist"
 
 
 def named_model(name: str) -> dict[str, Any] | None:
@@ -188,7 +231,36 @@ def _clip_folder(folder: Path) -> ClipFolder:
         raise ValueError(f"{file}: no model_cfg with embed_dim, vision_cfg and text_cfg")
     check_text_tower(model, str(folder))
     check_clip_config(file, config)
-    return ClipFolder(folder, model)
+    if model["text_cfg"].get("hf_tokenizer_name"):
+        _check_tokenizer(folder)
+    if os.path.lexists(folder / MERGES):
+        _check_merges(folder / MERGES)
+    return ClipFolder(folder, model, _weights_inside(folder))
+
+
+def _weights_inside(folder: Path) -> Path:
+    """The weights file that open_clip reads."""
+    found = [
+        path for suffix in ("safetensors", "bin", "pth") for path in folder.glob(f"*.{suffix}")
+    ]
+    if not found:
+        raise ValueError(
+            f"{folder} contains no weights: no .safetensors, .bin or .pth beside its JSON file"
+        )
+    weights = next((path for path in found if path.name in HUB_WEIGHTS), found[0])
+    check_whole(weights)
+    return weights
+
+
+def _check_merges(file: Path) -> None:
+    _check_is_file(file)
+    try:
+        with gzip.open(file) as packed:
+            problem: object = "" if packed.read(MOST_MERGES).strip() else "it is empty"
+    except (OSError, EOFError, zlib.error) as error:
+        problem = error
+    if problem:
+        raise ValueError(f"{file} holds no byte-pair merges: {problem}; {AGAIN}")
 
 
 def _own_weights(architecture: str, file: Path) -> ClipFile:
@@ -196,7 +268,9 @@ def _own_weights(architecture: str, file: Path) -> ClipFile:
     model = _architecture(architecture, f"{architecture}@{file}")
     if not file.is_file():
         raise ValueError(f"backbone {architecture}@{file}: {file} does not exist")
-    _check_readable(file, architecture)
+    if file.suffix not in SUFFIXES:
+        raise ValueError(f"{file} is not a weights file; allowed suffixes: {', '.join(SUFFIXES)}")
+    check_whole(file, architecture)
     # If all known weights of the architecture use the same preprocessing, assume it here too.
     known = [_tag(architecture, tag) for tag in _tags(architecture)]
     pixels = _pixels(known[0]) if known else {}
@@ -258,12 +332,13 @@ def _fetched(architecture: str, tag: str, known: dict[str, Any]) -> Path:
         for one in wanted:
             found = _in_hub_cache(repository, one)
             if found is not None:
+                check_whole(found, architecture)
                 return found
         how = f"hf download {repository} {file or wanted[0]}"
     if known["url"]:
         found = Path("~/.cache/clip").expanduser() / Path(known["url"]).name
         if found.is_file():
-            _check_readable(found, architecture)
+            check_whole(found, architecture)
             return found
     raise ValueError(
         f"backbone {architecture}/{tag}: its weights are not on this machine, and airsweep "
@@ -276,26 +351,6 @@ def _activation(architecture: str, known: dict[str, Any]) -> str:
     """The suffix of an architecture's name that selects the activation function of a tag."""
     quick = known.get("quick_gelu") and not architecture.endswith("-quickgelu")
     return "-quickgelu" if quick else ""
-
-
-def _check_readable(file: Path, architecture: str) -> None:
-    """Check that a weights file contains only tensors, so that reading it runs no code.
-
-    Raises:
-        ValueError: it does not, or has another suffix.
-    """
-    if file.suffix not in SUFFIXES:
-        raise ValueError(f"{file} is not a weights file; allowed suffixes: {', '.join(SUFFIXES)}")
-    if file.suffix == ".safetensors" or not is_zipfile(file):
-        return
-    with ZipFile(file) as archive:
-        scripted = any(name.endswith("/constants.pkl") for name in archive.namelist())
-    if scripted:
-        plain = architecture.removesuffix("-quickgelu")
-        raise ValueError(
-            f"{file} is a TorchScript archive, as published by OpenAI, and reading it runs its "
-            f"code; use {plain}/openai, the same weights as plain tensors"
-        )
 
 
 def _tokenizer_files(
@@ -349,14 +404,14 @@ def generator_folder(name: str) -> Path:
     """
     if name == "tiny":
         return Path(str(files("air_core") / "tiny" / "weights" / "diffusion"))
-    folder = Path(name).expanduser().absolute()
+    folder = local_path(name)
     if folder.is_dir():
         if not (folder / PIPELINE_CONFIG).is_file():
             raise ValueError(f"{folder} is not a diffusers folder: it has no {PIPELINE_CONFIG}")
         return folder
     owner, _, rest = name.partition("/")
     if not rest or "/" in rest or not owner.strip(".~"):
-        raise ValueError(f"generator {name!r}: {folder} does not exist; allowed: {GENERATORS}")
+        raise ValueError(f"generator {name!r}: {_no_folder(folder)}; allowed: {GENERATORS}")
     index = _in_hub_cache(name, PIPELINE_CONFIG)
     missing = [PIPELINE_CONFIG] if index is None else _missing_parts(index.parent)
     if index is None or missing:
@@ -369,9 +424,14 @@ def generator_folder(name: str) -> Path:
 
 
 def generator_files(folder: Path) -> list[Path]:
-    """The files of a diffusers folder that a pipeline reads, which its digest covers."""
+    """The files of a diffusers folder that a pipeline reads, which its digest covers.
+
+    Raises:
+        ValueError: a part is missing, damaged, or refers to code in its folder.
+    """
     found = [folder / PIPELINE_CONFIG]
-    for part in generator_parts(folder):
+    for part, (library, kind) in generator_parts(folder).items():
+        _check_part(folder, part, library, kind)
         found += [path for path in (folder / part).rglob("*") if path.is_file()]
     return sorted(found)
 
@@ -403,31 +463,130 @@ def _missing_parts(folder: Path) -> list[str]:
     return [part for part in generator_parts(folder) if not (folder / part).is_dir()]
 
 
+def _check_part(folder: Path, part: str, library: str, kind: str) -> None:
+    part_folder = folder / part
+    if not part_folder.is_dir():
+        raise ValueError(
+            f"{folder} is incomplete: {PIPELINE_CONFIG} lists the part {part}, but the folder "
+            f"{part} is missing; {AGAIN}"
+        )
+    if not any((part_folder / config).is_file() for config in CONFIGS):
+        raise ValueError(
+            f"{part_folder} is incomplete: it has none of {', '.join(CONFIGS)}; {AGAIN}"
+        )
+    check_part_configs(part_folder)
+    if kind.endswith(TOKENIZERS):
+        _check_tokenizer(part_folder)
+    if not kind.endswith(WEIGHTLESS):
+        stem = "model" if library == "transformers" else "diffusion_pytorch_model"
+        for file in _part_weights(part_folder, stem):
+            check_whole(file)
+
+
+def _part_weights(part: Path, stem: str) -> list[Path]:
+    """The files with the weights of a part.
+
+    Raises:
+        ValueError: the part has no weights in safetensors format.
+    """
+    if (single := part / f"{stem}.safetensors").is_file():
+        return [single]
+    if (index := part / f"{stem}.safetensors.index.json").is_file():
+        names = sorted(set(json_object(index).get("weight_map", {}).values()))
+        missing = [name for name in names if not (part / name).is_file()]
+        if missing or not names:
+            problem = f"{', '.join(missing)}: missing" if missing else "no file"
+            raise ValueError(f"{part} is incomplete: {index.name} lists {problem}")
+        return [part / name for name in names]
+    variants = sorted(file.name for file in part.glob(f"{stem}.*.safetensors"))
+    if variants:
+        raise ValueError(
+            f"{part} has {variants[0]} but no {stem}.safetensors, and only the latter is read; "
+            f"download it too, or rename {variants[0]} to use those weights"
+        )
+    pickled = sorted(file.name for pattern in PICKLES for file in part.glob(pattern))
+    if pickled:
+        raise ValueError(
+            f"{part} has only {pickled[0]}, a pickle, which can run code when it is loaded; "
+            f"download {stem}.safetensors of the same model, or, if you trust the folder, load it "
+            "with diffusers and convert it by save_pretrained(FOLDER, safe_serialization=True)"
+        )
+    raise ValueError(f"{part} has no weights: {stem}.safetensors is missing; {AGAIN}")
+
+
 # ---------------------------------------------------------------- files
 
 
-def check_whole(file: Path) -> None:
-    """Check that a safetensors file is complete. Other files are not checked.
+def check_whole(file: Path, architecture: str = "<architecture>") -> None:
+    """Check, without reading its tensors, that a weights file is complete and runs no code.
+
+    The file of `torch.save` before PyTorch 1.6 is no archive, so nothing shows that it is complete.
 
     Raises:
-        ValueError: bytes are missing, as after an interrupted copy, or there are no tensors.
+        ValueError: bytes are missing, as after an interrupted copy, or it has no tensors.
     """
-    if file.suffix != ".safetensors":
-        return
+    _check_is_file(file)
+    with open(file, "rb") as handle:
+        start = handle.read(len(LFS))
+    if start == LFS:
+        problem = "it is a Git LFS pointer; run `git lfs pull` to get the file"
+    elif file.suffix == ".safetensors":
+        problem = _tensors_problem(file)
+    elif start.startswith(b"PK"):
+        problem = _archive_problem(file, architecture)
+    else:
+        problem = "" if start.startswith(b"\x80") else f"it is not written by torch.save; {AGAIN}"
+    if problem:
+        raise ValueError(f"{file} cannot be read: {problem}")
+
+
+def _tensors_problem(file: Path) -> str:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="np") as tensors:
-            if not tensors.keys():
-                raise ValueError(f"{file} contains no tensors")
+            return "" if tensors.keys() else "it contains no tensors"
     except SafetensorError as problem:
-        with open(file, "rb") as handle:
-            pointer = handle.read(len(LFS)) == LFS
-        why = "it is a Git LFS pointer; run `git lfs pull` to get the file"
+        return f"{problem}; {AGAIN}"
+
+
+def _archive_problem(file: Path, architecture: str) -> str:
+    try:
+        with ZipFile(file) as archive:
+            members = archive.infolist()
+    except (BadZipFile, NotImplementedError) as problem:
+        return f"it is damaged ({problem}); {AGAIN}"
+    for member in members:
+        if member.filename.endswith("/constants.pkl"):
+            plain = architecture.removesuffix("-quickgelu")
+            return (
+                "it is a TorchScript archive, as published by OpenAI, and reading it runs its "
+                f"code; use {plain}/openai, the same weights as plain tensors"
+            )
+        if member.flag_bits & 1 or member.compress_type not in (ZIP_STORED, ZIP_DEFLATED):
+            return (
+                f"its member {member.filename} is encrypted, or compressed in a way that PyTorch "
+                "does not read; write the file again with torch.save"
+            )
+    return ""
+
+
+def _check_tokenizer(folder: Path) -> None:
+    files = [file for pattern in VOCABULARIES for file in folder.glob(pattern) if file.is_file()]
+    if not files:
         raise ValueError(
-            f"{file} cannot be read: "
-            + (why if pointer else f"{problem}; download or copy it again")
-        ) from problem
+            f"{folder} is incomplete: it has no vocabulary of a tokenizer, none of "
+            f"{', '.join(VOCABULARIES)}; {AGAIN}"
+        )
+    for file in files:
+        # Parsing a tokenizer can take half a second, as its file has up to 34 MB.
+        if file.suffix == ".json" and not file.read_bytes().rstrip().endswith(b"}"):
+            raise ValueError(f"{file} is empty or cut off; {AGAIN}")
+
+
+def _check_is_file(file: Path) -> None:
+    if not file.is_file():
+        raise ValueError(f"{file} is a broken link, a folder or a device, not a file; {AGAIN}")
 
 
 # ---------------------------------------------------------------- open_clip, huggingface_hub

@@ -76,12 +76,12 @@ def ours(spec: Path, store: Path, trials: int) -> dict[str, float]:
 
 
 def specs(spec: Path, store: Path, trials: int) -> list[Any]:
-    from orchestrator.planning.requests import location_of
-    from orchestrator.spec import cells_of, load_sweep
+    from orchestrator.planning.requests import location_for, read_request
+    from orchestrator.spec import cells_of
 
-    sweep = load_sweep(spec)
-    resolver = resolver_of(location_of(sweep, store, None))
-    (cell,) = cells_of(sweep)
+    request = read_request(spec)
+    resolver = resolver_of(location_for(request, store, None))
+    (cell,) = cells_of(request.spec)
     weights = [0.1 + 0.8 * i / trials for i in range(trials)]
     return [resolver.trial({**cell.flat, "fusion_weight": weight, "seed": 1}) for weight in weights]
 

@@ -21,23 +21,24 @@ from orchestrator.cli import (
     submit,
     sweeps,
     tracked,
-    usage,
 )
-from orchestrator.cli.common import exit_code_of, fail, refuse_removed
+from orchestrator.cli.common import exit_code_of, fail, refuse_bare_settings
+from orchestrator.errors import BAD_INPUT, StoreFull
+from orchestrator.files import permission_message
 from orchestrator.formatting import Printable, show
 from orchestrator.redact import Redacting, redact
 
 app = typer.Typer(
     name="airsweep",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Adapt CLIP to a new image domain, without labels, in experiments that run on Ray.\n\n"
     "  airsweep run quickstart\n\n  airsweep table quickstart",
 )
 
-for commands in (sweeps, submit, doctor, results, compare, tracked, bundle, usage):
+for commands in (sweeps, submit, doctor, results, compare, tracked, bundle):
     app.add_typer(commands.app)
 app.add_typer(tracked.mlflow_app, name="mlflow")
 app.add_typer(inputs.data_app, name="data")
@@ -74,20 +75,21 @@ def main() -> None:
     logging.lastResort.addFilter(Redacting())
     logging.lastResort.addFilter(Printable())
     try:
-        refuse_removed(sys.argv[1:])
-        app()
+        refuse_bare_settings(sys.argv[1:])
+        app(prog_name="airsweep")
     except Exception as problem:
         if debug:
             raise
         if type(problem).__name__ == "SpecError":  # the message begins with file:line:column
             show(redact(str(problem)), file=sys.stderr)
             sys.exit(exit_code_of(problem))
-        from orchestrator.errors import REFUSED, StoreFull
-        from orchestrator.files import permission_message
-
         code = exit_code_of(problem)
         if isinstance(problem, PermissionError) and problem.filename:
-            fail(permission_message(Path(problem.filename)), REFUSED)
+            fail(permission_message(Path(problem.filename)), BAD_INPUT)
+        if isinstance(problem, FileExistsError | NotADirectoryError) and problem.filename:
+            fail(
+                f"{problem.filename}: there is a file where a folder is needed; move it", BAD_INPUT
+            )
         if code == 1 and not isinstance(problem, StoreFull):
             fail(f"{type(problem).__name__}: {problem} (--debug shows the traceback)", code)
         fail(str(problem), code)

@@ -14,17 +14,21 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from orchestrator.environment import redirect_descriptor
+from orchestrator.errors import INTERRUPTED, TERMINATED
+from orchestrator.files import write_atomic
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+    from air_core.bundle.classifier import Bundle
     from orchestrator.planning import Plan, SweepRequest
     from orchestrator.spec import SweepSpec
     from orchestrator.store import SweepLocation
@@ -32,16 +36,23 @@ if TYPE_CHECKING:
 __all__ = [
     "Outcome",
     "Planned",
+    "audit",
+    "compare",
     "curves",
+    "export",
     "init",
     "load",
+    "load_bundle",
     "plan",
+    "predictions",
     "prepare",
+    "report",
     "results",
     "retry",
     "run",
     "schema",
     "status",
+    "sweeps",
     "table",
     "validate",
 ]
@@ -60,7 +71,7 @@ def load(
     """Read and check a sweep file. The functions below accept the file or the returned request.
 
     Args:
-        spec: sweep file, or the bare name of a sweep in ./sweeps or shipped with airsweep.
+        spec: sweep file, or the bare name of a sweep in ./sweeps, in . or shipped with airsweep.
         sets: replacements for values of the file, like `--set`: {"train.steps": 100}.
         only: values of grid axes to keep, like `--only`: {"method": ["air", "cpl"]}.
         smoke: reduce every cell to one point, seed and iteration with 8 images, in a separate
@@ -84,14 +95,21 @@ def load(
 def validate(
     spec: str | Path | SweepRequest, *, sets: Options = (), only: Options = ()
 ) -> tuple[str, ...]:
-    """Return notes on settings of a sweep file that are valid but may surprise.
+    """Check a sweep file and the folders that it names.
+
+    Returns:
+        Notes on settings that are valid but may surprise.
 
     Raises:
-        ValueError: as for `load`.
+        ValueError: as for `load`, or a folder of images or weights is missing or incomplete.
     """
-    from orchestrator.spec import notes_of
+    from orchestrator.cluster.input_checks import path_problems
+    from orchestrator.spec import SpecError, notes_of
 
-    return notes_of(load(spec, sets=sets, only=only).spec)
+    sweep = load(spec, sets=sets, only=only).spec
+    if problems := path_problems(sweep):
+        raise SpecError("\n".join(problems))
+    return notes_of(sweep)
 
 
 @dataclass(frozen=True, repr=False)
@@ -100,6 +118,7 @@ class Planned:
 
     plan: Plan
     location: SweepLocation
+    origin: Mapping[str, Any] = field(default_factory=dict)  # file and options of the request
 
     def json(self) -> dict[str, Any]:
         """The JSON of `airsweep plan --json`."""
@@ -126,13 +145,28 @@ class Planned:
         """
         from orchestrator.reporting import plan_screen
 
-        return plan_screen(self.plan, self.location, explain, self._sources())
+        return plan_screen(self.plan, self.location, self.origin, explain, self._sources())
+
+    def check(self, tracking_uri: str | None = None) -> None:
+        """Check that `run` would start now; nothing is started.
+
+        Args:
+            tracking_uri: as for `run`.
+
+        Raises:
+            RuntimeError: it would not, as for `run`; the message has the reason.
+        """
+        from orchestrator.execution import check_start, make_screen
+        from orchestrator.tracking import Publisher
+
+        publisher = Publisher(self.plan.sweep, self.location, tracking_uri)
+        check_start(self.plan, self.location, publisher, make_screen(quiet=True))
 
     def _sources(self) -> dict[str, int]:
         """Number of reused trials, by the sweep that computed them."""
         from orchestrator.planning.recorded import count_by_sweep
 
-        if not self.plan.reused:
+        if not self.plan.results["reused"]:
             return {}
         store = self.location.store
         stored = [slot.key.digest for slot in self.plan.slots if store.has(slot.spec)]
@@ -160,10 +194,12 @@ def plan(
         sets, only, smoke: as for `load`.
     """
     from orchestrator.planning import plan_of
+    from orchestrator.planning.requests import complete_origin
 
     request = load(spec, sets=sets, only=only, smoke=smoke)
     location = location_for(request, store, data_root)
-    return Planned(plan_of(request.spec, location), location)
+    origin = complete_origin(request.origin, request.spec, location)
+    return Planned(plan_of(request.spec, location), location, origin)
 
 
 # ---------------------------------------------------------------- running
@@ -187,7 +223,7 @@ class Outcome:
     @property
     def name(self) -> str:
         """PROJECT/NAME."""
-        return f"{self.location.project}/{self.location.name}"
+        return self.location.full_name
 
     @property
     def store(self) -> str | Path:
@@ -214,7 +250,8 @@ def prepare(
     Arguments and exceptions are those of `run`.
     """
     request = load(spec, sets=sets, only=only, smoke=smoke)
-    return _run(request, store, data_root, quiet, prepare_only=True)
+    location = location_for(request, store, data_root)
+    return _run(request.spec, location, request.origin, quiet, prepare_only=True)
 
 
 def run(
@@ -246,7 +283,8 @@ def run(
         RuntimeError: the run was refused to start, or the disk of the store is full.
     """
     request = load(spec, sets=sets, only=only, smoke=smoke)
-    return _run(request, store, data_root, quiet, tracking_uri=tracking_uri)
+    location = location_for(request, store, data_root)
+    return _run(request.spec, location, request.origin, quiet, tracking_uri=tracking_uri)
 
 
 def retry(
@@ -269,22 +307,23 @@ def retry(
 
     sweep, location = recorded_sweep(name, store, data_root)
     options: dict[str, Any] = {"tracking_uri": tracking_uri, "retry": failure_class}
-    with _restored_process():
-        return _raise_if_stopped(
-            execute(sweep, location, read_resolved(location), quiet, **options)
-        )
+    return _run(sweep, location, read_resolved(location), quiet, **options)
 
 
 def _run(
-    request: SweepRequest,
-    store: str | Path | None,
-    data_root: str | Path | None,
-    quiet: bool,
-    **options: Any,
+    sweep: SweepSpec, location: SweepLocation, origin: dict[str, Any], quiet: bool, **options: Any
 ) -> Outcome:
-    location = location_for(request, store, data_root)
+    """Call `execute`; raise KeyboardInterrupt or SystemExit if a signal stopped the run.
+
+    `run_sweep` returns after a signal because it closes the event log and the tracker first.
+    """
     with _restored_process():
-        return _raise_if_stopped(execute(request.spec, location, request.origin, quiet, **options))
+        outcome = execute(sweep, location, origin, quiet, **options)
+        if outcome.exit_code == INTERRUPTED:
+            raise KeyboardInterrupt
+        if outcome.exit_code == TERMINATED:
+            raise SystemExit(TERMINATED)
+        return outcome
 
 
 def execute(
@@ -304,35 +343,15 @@ def execute(
     return Outcome(code, sweep, location)
 
 
-def _raise_if_stopped(outcome: Outcome) -> Outcome:
-    """Raise KeyboardInterrupt or SystemExit if a signal stopped the run.
-
-    `run_sweep` returns after a signal because it closes the event log and the tracker first.
-    """
-    from orchestrator.errors import INTERRUPTED, TERMINATED
-
-    if outcome.exit_code == INTERRUPTED:
-        raise KeyboardInterrupt
-    if outcome.exit_code == TERMINATED:
-        raise SystemExit(TERMINATED)
-    return outcome
-
-
 @contextmanager
 def _restored_process() -> Iterator[None]:
     """Restore the environment, the SIGTERM handler and stdout after a run."""
-    environment, stdout = dict(os.environ), os.dup(1)
+    environment, handler = dict(os.environ), signal.getsignal(signal.SIGTERM)
     is_main_thread = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGTERM)
-    # Ray's daemons write to file descriptor 1 directly. Redirect it: stdout is for the caller.
-    sys.stdout.flush()
-    os.dup2(2, 1)
     try:
-        yield
+        with redirect_descriptor(1, 2):  # stdout is for the caller
+            yield
     finally:
-        sys.stdout.flush()
-        os.dup2(stdout, 1)
-        os.close(stdout)
         if is_main_thread and handler is not None:
             signal.signal(signal.SIGTERM, handler)
         for name in os.environ.keys() - environment.keys():
@@ -343,18 +362,21 @@ def _restored_process() -> Iterator[None]:
 # ---------------------------------------------------------------- results
 
 
-def status(name: str | Outcome, *, store: str | Path | None = None) -> dict[str, Any]:
+def status(
+    name: str | Outcome, *, store: str | Path | None = None, smoke: bool = False
+) -> dict[str, Any]:
     """Return the progress of a sweep, read from its event log: the JSON of `airsweep status`.
 
     Args:
         name, store: as for `results`.
+        smoke: read the smoke run, in `<store>-smoke`.
 
     Raises:
         ValueError: the store has no such sweep.
     """
     from orchestrator.reporting import screens
 
-    return screens.status_report(location_named(name, store))
+    return screens.status_report(location_named(name, results_store(store, smoke)))
 
 
 def results(
@@ -363,7 +385,8 @@ def results(
     """Return one row per trial: varied settings, seeds, state and metrics.
 
     Args:
-        name: name of a recorded sweep, PROJECT/NAME, or the Outcome that `run` returned.
+        name: name of a recorded sweep, PROJECT/NAME, its sweep file, or the Outcome that `run`
+            returned.
         store, data_root: as for `plan`; `store` is ignored if `name` is an Outcome.
 
     Raises:
@@ -391,18 +414,222 @@ def curves(
 
 
 def table(
-    name: str | Outcome, *, store: str | Path | None = None, data_root: str | Path | None = None
+    name: str | Outcome,
+    *,
+    store: str | Path | None = None,
+    data_root: str | Path | None = None,
+    smoke: bool = False,
 ) -> DataFrame:
-    """Return the rows of `airsweep table`: mean, std and interval of each setting over its seeds.
+    """Return the rows of `airsweep table`: mean, std and interval of each setting over its seeds,
+    and its gains over host and control with interval, p value and marks.
 
-    Arguments and exceptions are those of `results`.
+    Arguments and exceptions are those of `results` and `status`.
     """
     from orchestrator.planning import plan_of
     from orchestrator.reporting import results_of
-    from orchestrator.reporting.tables import rows_frame
+    from orchestrator.reporting.tables import gains_frame
 
-    sweep, location = recorded_sweep(name, store, data_root)
-    return rows_frame(results_of(plan_of(sweep, location), location.store)).infer_objects()
+    sweep, location = recorded_sweep(name, results_store(store, smoke), data_root)
+    return gains_frame(results_of(plan_of(sweep, location), location.store))
+
+
+def predictions(
+    trial: str, *, store: str | Path | None = None, tracking_uri: str | None = None
+) -> DataFrame:
+    """Return one row per test image of a trial: `image`, its index in the dataset; `label` and
+    `prediction`, class names; `fused`, that of the fused classifier, if the trial has one.
+
+    Args:
+        trial: value of `key` or `trial` in `results`, or MLflow run id.
+        store: as for `plan`.
+        tracking_uri: as for `run`.
+
+    Raises:
+        ValueError: no trial or several trials match.
+    """
+    from pandas import DataFrame
+
+    from orchestrator.planning.dataset_text import tested_classes
+    from orchestrator.store import open_store
+    from orchestrator.tracking import named_trial
+
+    opened = open_store(_store(store)).read_only()
+    found = named_trial(trial, opened, None, tracking_uri)
+    arrays, classes = found.record.test_arrays(), tested_classes(found.spec, opened)
+    columns = {"label": "labels", "prediction": "predictions", "fused": "fused"}
+    named = {
+        column: [classes[index] for index in arrays[name]]
+        for column, name in columns.items()
+        if name in arrays
+    }
+    return DataFrame({"image": arrays["index"], **named})
+
+
+def report(
+    name: str | Outcome,
+    output: str | Path,
+    *,
+    store: str | Path | None = None,
+    data_root: str | Path | None = None,
+    smoke: bool = False,
+) -> Path:
+    """Write the report of a sweep, as one self-contained HTML file.
+
+    Args:
+        name, store, data_root: as for `results`.
+        output: the file to write.
+        smoke: as for `status`.
+
+    Returns:
+        Path of the file.
+
+    Raises:
+        ValueError: the store has no such sweep, or the folder of `output` does not exist.
+    """
+    from orchestrator.reporting.html_report import page
+    from orchestrator.reporting.report_data import report_data_of
+
+    file = Path(output)
+    if file.is_dir() or not file.absolute().parent.is_dir():
+        raise ValueError(f"{file}: give a file name in an existing folder, such as report.html")
+    store = results_store(store, smoke)
+    write_atomic(file, page(report_data_of(*recorded_sweep(name, store, data_root))))
+    return file
+
+
+def compare(
+    name: str | Outcome,
+    *,
+    paper: str | Path | None = None,
+    against: str | Outcome | None = None,
+    store: str | Path | None = None,
+    data_root: str | Path | None = None,
+) -> dict[str, Any]:
+    """Compare the results with published numbers, or with another sweep of the same store.
+
+    Args:
+        name, store, data_root: as for `results`.
+        paper: name or file of published numbers, as for `airsweep compare --paper`.
+        against: the other sweep. Give either `paper` or `against`.
+
+    Returns:
+        The verdict on each row (`cells`) and gain, as `airsweep compare --json` prints them.
+
+    Raises:
+        ValueError: the store has no such sweep, or there are no such published numbers.
+    """
+    from orchestrator.planning import plan_of
+    from orchestrator.reporting import Results, results_of
+    from orchestrator.reporting.published import compare_with_paper, compare_with_sweep, find_paper
+
+    def results_named(name: str | Outcome) -> Results:
+        sweep, location = recorded_sweep(name, store, data_root)
+        return results_of(plan_of(sweep, location), location.store)
+
+    if (paper is None) == (against is None):
+        raise ValueError("give either `paper` or `against`")
+    ours = results_named(name)
+    if against is None:
+        return compare_with_paper(ours, find_paper(str(paper))).as_json()
+    other = against.name if isinstance(against, Outcome) else against
+    return compare_with_sweep(ours, results_named(against), other).as_json()
+
+
+def audit(
+    name: str | Outcome, *, store: str | Path | None = None, data_root: str | Path | None = None
+) -> list[dict[str, Any]]:
+    """Check what synthetic images and denoising evidence know: the JSON of `airsweep audit`.
+
+    Arguments and exceptions are those of `results`; a ValueError as well if the sweep uses no
+    diffusion model, or if its images are not made yet.
+    """
+    from orchestrator.planning.cards import card_as_dict
+    from orchestrator.stages.audits import audit_cards
+
+    return [card_as_dict(card) for card in audit_cards(*recorded_sweep(name, store, data_root))]
+
+
+def sweeps(*, store: str | Path | None = None) -> list[dict[str, Any]]:
+    """Return state and best rows of each sweep of a store: the JSON of `airsweep list`."""
+    from orchestrator.reporting.results import overviews
+    from orchestrator.store import open_store
+
+    return overviews(open_store(_store(store)))
+
+
+# ---------------------------------------------------------------- bundles
+
+
+def export(
+    trial: str,
+    output: str | Path,
+    *,
+    sweep: str | Outcome | None = None,
+    only: Options = (),
+    store: str | Path | None = None,
+    data_root: str | Path | None = None,
+    tracking_uri: str | None = None,
+    force: bool = False,
+) -> Path:
+    """Export the trained prompt of a trial as a bundle, a folder that works without the store.
+
+    Args:
+        trial: trial key, slot, MLflow run id, or `best`: the best row of a sweep.
+        output: folder to create.
+        sweep: sweep of the trial; `best` needs it.
+        only: values of the grid to which `best` is limited, as for `load`.
+        store, data_root: as for `plan`.
+        tracking_uri: as for `run`.
+        force: replace an existing bundle.
+
+    Returns:
+        Path of the folder.
+
+    Raises:
+        ValueError: no trial or several trials match, the trial has no prompt, or the folder exists.
+        PredictionsDifferError: the prompt does not reproduce the trial's predictions.
+    """
+    from orchestrator.planning import Resolver
+    from orchestrator.planning.requests import only_options
+    from orchestrator.reporting import bundles
+    from orchestrator.store import open_store
+    from orchestrator.tracking import named_trial
+
+    limits = only_options(only)
+    data = _folder(data_root)
+    if trial == bundles.BEST:
+        if sweep is None:
+            raise ValueError("`best` needs the name of a sweep; give --sweep NAME")
+        spec, location = recorded_sweep(sweep, store, data_root)
+        data = location.data_root
+        selected = bundles.best_trial(spec, location, limits)
+    else:
+        if limits:
+            raise ValueError(
+                "--only is allowed with `best` only: it selects rows, and you named a trial"
+            )
+        place = location_named(sweep, store) if sweep else None
+        selected = named_trial(trial, open_store(_store(store)).read_only(), place, tracking_uri)
+    source = open_store(_store(store)).read_only()
+    resolver = Resolver(source.root / "digests.json", data)
+    bundles.export(selected, source, resolver, Path(output), force)
+    return Path(output)
+
+
+def load_bundle(folder: str | Path, weights: str | None = None, device: str = "cpu") -> Bundle:
+    """Load a bundle, to classify images: `load_bundle("bundle").classify(["new/*.png"])`.
+
+    Args:
+        folder: written by `export`.
+        weights: name or path of the backbone, if its weights are not published.
+        device: of CLIP, such as cuda.
+
+    Raises:
+        ValueError: the folder is not an unchanged bundle, or the backbone differs.
+    """
+    from air_core.bundle import load_bundle
+
+    return load_bundle(folder, weights, device)
 
 
 def recorded_sweep(
@@ -430,6 +657,13 @@ def location_named(name: str | Outcome, store: str | Path | None) -> SweepLocati
     if isinstance(name, Outcome):
         return name.location
     return requests.location_named(name, _store(store))
+
+
+def results_store(store: str | Path | None, smoke: bool) -> str | Path:
+    """Return the address of a store, or of its smoke store."""
+    from orchestrator.store import smoke_store
+
+    return smoke_store(_store(store)) if smoke else _store(store)
 
 
 def location_for(
@@ -471,7 +705,7 @@ def init(name: str, images: str | Path | None = None, folder: str | Path = ".") 
 
 
 def _store(store: str | Path | None) -> str | Path:
-    return store or os.environ.get("AIRSWEEP_STORE") or STORE
+    return os.environ.get("AIRSWEEP_STORE") or STORE if store is None else store
 
 
 def _folder(data_root: str | Path | None) -> Path | None:

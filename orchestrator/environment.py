@@ -1,8 +1,7 @@
-"""Environment variables: temporary changes, and the variables that Ray sets for a driver."""
+"""Environment variables and file descriptors of this process, and what Ray sets for a driver."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -26,6 +25,26 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
+@contextmanager
+def redirect_descriptor(descriptor: int, to: int | None) -> Iterator[None]:
+    """Redirect a file descriptor to another one, or to /dev/null (None), during the block.
+
+    Parts of Ray write to descriptors 1 and 2 directly, so replacing `sys.stdout` is not enough.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with open(os.devnull, "w") as null:
+        original = os.dup(descriptor)
+        os.dup2(null.fileno() if to is None else to, descriptor)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os.dup2(original, descriptor)
+            os.close(original)
+
+
 def joins_existing_cluster() -> bool:
     """Whether a run uses an existing Ray cluster instead of starting a local one."""
     ray = sys.modules.get("ray")
@@ -35,9 +54,3 @@ def joins_existing_cluster() -> bool:
 def in_ray_job() -> bool:
     """Whether `ray job submit` started this process."""
     return bool(os.environ.get(RAY_JOB))
-
-
-def ray_job_variables() -> set[str]:
-    """Variables that this Ray job sets for its workers; Ray refuses to set them again."""
-    job = json.loads(os.environ.get(RAY_JOB) or "{}")
-    return set((job.get("runtime_env") or {}).get("env_vars") or ())

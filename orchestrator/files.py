@@ -68,10 +68,7 @@ def write_new(path: Path, content: str) -> None:
     """
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
     try:
-        with open(temporary, "x", encoding="utf-8") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
+        write_atomic(temporary, content)
         _link(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

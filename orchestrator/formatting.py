@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -52,6 +53,11 @@ def aligned(lines: Sequence[Sequence[str]], width: int | None = None) -> list[st
     return [line.rstrip() for line in text.get().splitlines()]
 
 
+def aligned_table(lines: Sequence[Mapping[str, str]], width: int) -> list[str]:
+    """Lines of a table for a terminal from its cells by column, below a line of the names."""
+    return aligned([[*lines[0]], *([*line.values()] for line in lines)], width)
+
+
 _NUMBER = re.compile(r"[-+<\[ ]*\d[\d .,:±%\[\]+†‡↓e-]*")
 
 
@@ -93,7 +99,17 @@ class Printable(logging.Filter):
 
 
 def plural(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
+    """
+    >>> plural(1, "class"), plural(2, "class"), plural(2, "trial")
+    ('1 class', '2 classes', '2 trials')
+    """
+    ending = "es" if noun.endswith("s") else "s"
+    return f"{number} {noun}" + ("" if number == 1 else ending)
+
+
+def format_time(seconds: float) -> str:
+    """Date and time, in the time zone of this machine, of seconds since the epoch."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 def format_duration(seconds: float) -> str:
@@ -122,6 +138,15 @@ def format_bytes(count: float) -> str:
 
 def format_percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f}"
+
+
+def format_interval(low: float, high: float) -> str:
+    """Ends of an interval in percent.
+
+    >>> format_interval(0.625, 0.7)
+    '[62.5, 70.0]'
+    """
+    return f"[{format_percent(low)}, {format_percent(high)}]"
 
 
 def format_value(value: Any) -> str:

@@ -7,10 +7,12 @@ repository.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from orchestrator.files import ROOT
@@ -26,7 +28,21 @@ def commit() -> str:
     """The git commit of the code; a Ray job has no .git and reads AIRSWEEP_COMMIT."""
     if sent := os.environ.get("AIRSWEEP_COMMIT"):
         return sent
-    return _git("rev-parse", "HEAD").decode().strip() if _is_tracked() else UNKNOWN
+    if _is_tracked():
+        return _git("rev-parse", "HEAD").decode().strip()
+    return _installed_commit()
+
+
+def _installed_commit() -> str:
+    """The commit that pip has recorded (PEP 610) if it installed this file from a repository."""
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    with suppress(PackageNotFoundError):
+        package = distribution("airsweep")
+        if Path(str(package.locate_file("orchestrator"))).resolve() == ROOT / "orchestrator":
+            origin = json.loads(package.read_text("direct_url.json") or "{}")
+            return str(origin.get("vcs_info", {}).get("commit_id", UNKNOWN))
+    return UNKNOWN
 
 
 def uncommitted_diff() -> bytes:

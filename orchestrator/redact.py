@@ -10,7 +10,6 @@ import logging
 import os
 import re
 import string
-from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 HIDDEN = "***"
@@ -39,7 +38,10 @@ def redact(text: str) -> str:
     'postgresql+psycopg2://***@db:5432/mlflow'
     """
     text = PASSWORD.sub(f"://{HIDDEN}@", text)
-    for secret in _secrets():
+    secrets = {
+        value for name, value in os.environ.items() if len(value) >= SHORTEST and looks_secret(name)
+    }
+    for secret in sorted(secrets, key=len, reverse=True):  # a value can contain another
         text = text.replace(secret, HIDDEN)
     return text
 
@@ -69,14 +71,6 @@ def contains_secret(name: str, value: str) -> bool:
     (True, False)
     """
     return looks_secret(name) or find_password(value) is not None
-
-
-def _secrets() -> Iterator[str]:
-    """Secret values in the environment, the longest first: a value can contain another."""
-    values = {
-        value for name, value in os.environ.items() if len(value) >= SHORTEST and looks_secret(name)
-    }
-    yield from sorted(values, key=len, reverse=True)
 
 
 class Redacting(logging.Filter):

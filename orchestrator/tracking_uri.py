@@ -36,11 +36,6 @@ def uri_kind(uri: str) -> Literal["none", "http", "sqlite"]:
 def _unsupported_message(scheme: str, uri: str) -> str:
     # Show only the scheme: the address of a database often contains a password.
     allowed = "allowed: http(s)://<server>, sqlite:///<file>, none"
-    if scheme == "jsonl":
-        return (
-            "the JSON-lines tracker was removed; use --tracking-uri none and copy the results "
-            f"to MLflow later with `airsweep mlflow reconcile`; {allowed}"
-        )
     if scheme in ("postgresql", "mysql", "mssql") or scheme.startswith(("postgresql+", "mysql+")):
         return (
             f"the tracking URI is a {scheme} database; only an MLflow server should write to it; "

@@ -26,8 +26,10 @@ import pytest
 
 from air_core.arithmetic import sums_in_one_order
 from air_core.specs import Ref, TrialSpec
+from orchestrator.environment import environment
 from orchestrator.planning import Resolver
 from orchestrator.spec import presets
+from orchestrator.store import ArtifactStore, open_store
 from tests.helpers.sweeps import in_this_process
 
 if TYPE_CHECKING:
@@ -202,14 +204,11 @@ def s3_server() -> Iterator[S3Server]:
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_ENDPOINT_URL": server.url,
     }
-    before = {name: os.environ.get(name) for name in known}
-    os.environ.update(known)
-    server.start()
-    server.make_bucket("air")
-    yield server
-    server.stop()
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
+    with environment(known):
+        server.start()
+        server.make_bucket("air")
+        yield server
+        server.stop()
 
 
 @pytest.fixture
@@ -217,6 +216,17 @@ def bucket(s3_server, tmp_path, monkeypatch) -> str:
     """The URI of an empty store; its caches are in the folder of the test."""
     monkeypatch.setenv("AIRSWEEP_CACHE", str(tmp_path / "mirrors"))
     return f"s3://air/{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture
+def machine(address, tmp_path, monkeypatch) -> Callable[[str], ArtifactStore]:
+    """Open the store at the fixture `address` on a machine, given by name."""
+
+    def opened(name: str) -> ArtifactStore:
+        monkeypatch.setenv("AIRSWEEP_CACHE", str(tmp_path / name))
+        return open_store(address)
+
+    return opened
 
 
 @pytest.fixture

@@ -4,32 +4,63 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
-import subprocess
-import sys
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.sweeps import airsweep, count, environment, events, write_sweep
+from air_core.weights import tiny_folder
+from tests.helpers.servers import free_port
+from tests.helpers.sweeps import airsweep, count, events, python, write_sweep
+
+# Libraries that take long to import, or are not installed everywhere.
+UNUSED = {
+    "orchestrator.api": "torch ray mlflow numpy pandas pydantic yaml typer",
+    "orchestrator.execution.driver": "torch obstore pyarrow",
+    "orchestrator.tracking.types, orchestrator.tracking_uri": "mlflow",
+    "orchestrator.reporting.html_report, orchestrator.reporting.published": (
+        "torch ray mlflow optuna sklearn"
+    ),
+    "air_core.bundle": "torch PIL open_clip",
+}
 
 
-def test_help_is_quick_to_import_and_lists_the_commands():
-    done = airsweep("--help")
-    commands = ("validate", "plan", "prepare", "run", "retry", "status", "table", "ui")
-    for command in (*commands, "cache", "mlflow", "repro", "diff"):
-        assert command in done.stdout
-    code = (
-        "import sys; sys.argv = ['airsweep', '--help']\n"
-        "from orchestrator.__main__ import main\n"
-        "try: main()\n"
-        "except SystemExit: pass\n"
-        "heavy = {'torch', 'ray', 'mlflow', 'numpy', 'pydantic', 'yaml'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
-    )
-    subprocess.run([sys.executable, "-c", code], env=environment(), check=True, capture_output=True)
+@pytest.mark.parametrize(("modules", "libraries"), UNUSED.items())
+def test_a_module_imports_no_heavy_library(modules, libraries):
+    code = f"import sys, {modules}; print(*sorted({{*sys.argv[1:]}} & {{*sys.modules}}))"
+    assert python("-c", code, *libraries.split()).stdout == "\n"
+
+
+HELP = """
+import sys
+from orchestrator.__main__ import main
+libraries, sys.argv = sys.argv[1].split(), sys.argv[1:]
+try: main()
+finally: print(*sorted({*libraries} & {*sys.modules}), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "libraries", "shown"),
+    [
+        (
+            ("--help",),
+            "torch ray mlflow numpy pydantic yaml",
+            "validate plan prepare run retry status table ui cache mlflow repro diff",
+        ),
+        (("data", "check", "--help"), "numpy PIL torch ray", "NAME"),
+    ],
+)
+def test_help_imports_no_heavy_library(command, libraries, shown):
+    done = python("-c", HELP, libraries, *command)
+    assert done.stderr == "\n"
+    for word in shown.split():
+        assert word in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -79,12 +110,6 @@ def test_a_store_of_another_version_is_refused_with_exit_code_3(tmp_path, comman
     assert list(store.iterdir()) == [store / "VERSION"]
 
 
-def test_an_unknown_sweep_is_exit_code_2(tmp_path):
-    done = airsweep("status", "nothing", "--store", tmp_path, check=False)
-    assert done.returncode == 2
-    assert "no sweep default/nothing" in done.stderr
-
-
 def test_cells_of_equal_images_are_one_computation(tmp_path, drawn_digits):
     other = shutil.copytree(drawn_digits, tmp_path / "copied")
     body = f"""
@@ -117,11 +142,12 @@ def test_a_user_who_may_only_read_can_use_all_views_and_cannot_run(foreign_store
     folder = foreign_store.parent
     mine = write_sweep(folder, "mine", "fixed: {method: fpl}\nseeds: [1]\n")
     other = write_sweep(folder, "other", "fixed: {method: zero_shot}\nseeds: [1]\n")
+    shutil.copytree(tiny_folder(), folder / "clip")
     airsweep("run", mine, "--store", foreign_store, module="tests.helpers.trivial")
 
     def outcome(*arguments: str | Path) -> tuple[int, str]:
         code, out, err = command(*arguments)
-        return code, out + err
+        return code, re.sub(r"(?m)^[0-9:]{8} ", "", out + err)  # without the time of log lines
 
     store = ("--store", foreign_store)
     views = [(*words, *store) for words in (("status", "mine"), ("table", "mine"), ("plan", other))]
@@ -130,6 +156,12 @@ def test_a_user_who_may_only_read_can_use_all_views_and_cannot_run(foreign_store
     try:
         assert [outcome(*words) for words in (*views, ("run", mine, *store))] == as_root
         refused = outcome("run", other, *store)
+        unchecked = outcome("plan", other, "--check", *store)
+        unplanned = outcome("plan", other, *store, "--set", f"backbone={folder / 'clip'}")
+        outside = [
+            outcome(*words, "--store", folder / "new")
+            for words in (("run", other), ("plan", other, "--check"))
+        ]
         os.seteuid(0)
         foreign_store.chmod(0o700)
         os.seteuid(65534)
@@ -137,7 +169,97 @@ def test_a_user_who_may_only_read_can_use_all_views_and_cannot_run(foreign_store
     finally:
         os.seteuid(0)
     assert [code for code, _ in as_root] == [0, 0, 0, 0]
-    assert refused[0] == closed[0] == 3
-    assert f"may not write {foreign_store}, which belongs to root" in refused[1]
-    assert f"may not read {foreign_store}" in closed[1]
+    assert unplanned[0] == 0  # its digests cannot be written to the store
+    for code, screen in (refused, unchecked):
+        assert code == 2
+        assert f"may not write {foreign_store}, which belongs to root" in screen
+        assert "choose another folder with --store" in screen
+    for code, screen in outside:
+        assert code == 2
+        assert f"may not write {folder}/new: {folder} belongs to root" in screen
+    assert closed[0] == 2
+    assert f"may not read {foreign_store}, which belongs to root" in closed[1]
     assert not (foreign_store / "sweeps" / "default" / "other").exists()
+    assert sorted(folder.iterdir()) == sorted([folder / "clip", mine, other, foreign_store])
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        ("", "the store is empty"),
+        ("~nosuchuser/runs", "home of an unknown user"),
+        ("{folder}/two.yaml", "two.yaml is a file; a store is a folder"),
+        ("{folder}/two.yaml/runs", "two.yaml is a file; a store is a folder"),
+        ("/proc/runs", "cannot be created"),
+    ],
+)
+def test_a_run_with_an_unusable_store_exits_with_2_and_writes_nothing(
+    address, reason, tmp_path, command, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    spec = write_sweep(tmp_path, "two", "fixed: {method: zero_shot}\n")
+    code, out, err = command("run", spec, "--store", address.format(folder=tmp_path))
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert reason in err
+    assert "--store" in err
+    assert list(tmp_path.iterdir()) == [spec]
+
+
+def test_a_plan_and_a_refused_run_do_not_create_the_store(tmp_path, command):
+    spec = write_sweep(
+        tmp_path, "two", "fixed: {method: zero_shot}\nresources: {trial: {cpu: 999}}\n"
+    )
+    store = ("--store", tmp_path / "runs")
+    code, out, _ = command("plan", spec, *store)
+    assert (code, "a trial requires 999 CPU" in out) == (0, True)
+    tracking = ("--tracking-uri", f"http://127.0.0.1:{free_port()}")
+    code, _, err = command("run", spec, *store)
+    assert (code, "a trial requires 999 CPU" in err) == (3, True)
+    assert command("run", spec, *store, *tracking, "--set", "resources.trial.cpu=1")[0] == 3
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_commands_that_a_smoke_run_prints_find_its_results(tmp_path, command):
+    spec = write_sweep(tmp_path, "two", "fixed: {method: zero_shot}\n")
+    arguments = ("run", spec, "--smoke", "--store", tmp_path / "runs", "--tracking-uri", "none")
+    screen = airsweep(*arguments, module="tests.helpers.trivial").stdout
+    printed = " ".join(screen.split())
+
+    def words(first: str, end: str) -> list[str]:
+        return shlex.split(printed[printed.index(first) :].partition(end)[0])[1:]
+
+    code, out, _ = command(*words("airsweep table", " browse"))
+    assert code == 0
+    assert "zero_shot" in out
+    assert "nothing to do" in command(*words("airsweep run", ": nothing to do"))[2]
+    assert not (tmp_path / "runs-smoke-smoke").exists()
+    code, _, err = command("table", "two", "--store", tmp_path / "runs")
+    assert code == 2
+    assert f"--store {tmp_path / 'runs-smoke'}" in err
+
+
+def test_a_damaged_database_of_runs_is_named_with_its_remedy(tmp_path, command):
+    (tmp_path / "mlflow.db").write_bytes(b"no database " * 100)
+    code, _, err = command("ui", "--store", tmp_path)
+    assert code == 2
+    assert f"{tmp_path}/mlflow.db: file is not a database; move the file, and `airsweep" in err
+
+
+def test_a_file_in_the_place_of_a_folder_of_the_store_is_named(tmp_path, command):
+    spec = write_sweep(tmp_path, "two", "fixed: {method: zero_shot}\n")
+    (tmp_path / "sweeps").touch()
+    for words in (("plan", spec), ("run", spec)):
+        code, _, err = command(*words, "--store", tmp_path)
+        assert code == 2
+        assert f"{tmp_path}/sweeps" in err
+        assert "there is a file where a folder is needed" in err
+    assert not (tmp_path / "artifacts").exists()
+
+
+def test_a_server_on_a_port_in_use_is_refused(tmp_path, command):
+    (tmp_path / "mlflow.db").touch()
+    with socket.create_server(("127.0.0.1", 0)) as used:
+        port = str(used.getsockname()[1])
+        code, _, err = command("ui", "--store", tmp_path, "--port", port)
+    assert code == 2
+    assert f"port {port}: Address already in use" in err

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from orchestrator.store.event_log import CRASH_AT
-from tests.helpers.sweeps import airsweep, count, events, run_and_kill_workers, table, write_sweep
+from tests.helpers.sweeps import airsweep, count, events, run_and_kill, table, write_sweep
 
 pytestmark = [pytest.mark.ray, pytest.mark.integration]
 
@@ -46,10 +46,8 @@ def test_evidence_that_is_killed_resumes_to_the_bits_of_a_single_actor(tmp_path)
     assert [entry["name"] for entry in audit["classifiers"]] == ["text", "evidence", "real images"]
 
     spec, store = write_sweep(tmp_path / "two", "e", BODY), tmp_path / "killed"
-    computing = {
-        "ray::MapWorker": lambda new: count(new, "artifact_prepared", stage="evidence") > 1
-    }
-    killed = run_and_kill_workers(spec, store, computing, **{CRASH_AT: "artifact_prepared:6"})
+    crash_at = {CRASH_AT: "artifact_prepared:6"}
+    killed = run_and_kill(spec, store, "ray::MapWorker", "evidence", **crash_at)
     assert killed.returncode == -9, killed.stderr
     before = {name: file.stat().st_mtime_ns for name, file in shards(store).items()}
     assert 1 < len(before) < SHARDS

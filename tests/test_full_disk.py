@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 from tests.helpers.disks import PAGE, small_disk
-from tests.helpers.sweeps import environment
+from tests.helpers.sweeps import python
 
 BUILD = """
 import sys
@@ -48,16 +46,8 @@ def test_features_and_blocks_on_a_full_disk_fail_with_disk_and_leave_no_file(
     with small_disk(tmp_path / "store", 9 * PAGE) as disk:
 
         def build() -> list[str]:
-            arguments = [str(disk.place), str(tmp_path / "digests.json"), str(drawn_digits)]
-            done = subprocess.run(
-                [*disk.inside, sys.executable, "-c", BUILD, *arguments],
-                capture_output=True,
-                text=True,
-                env=environment(),
-                check=False,
-            )
-            assert done.returncode == 0, done.stderr
-            return done.stdout.split()
+            arguments = (disk.place, tmp_path / "digests.json", drawn_digits)
+            return python("-c", BUILD, *arguments, inside=disk.inside).stdout.split()
 
         def files() -> set[Path]:
             return {file for file in disk.seen.rglob("*") if file.is_file()}

@@ -9,22 +9,21 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.helpers.nodes import Job, Nodes, scaling
 from tests.helpers.sweeps import (
+    STOPPING,
     airsweep,
     all_runs,
     children,
     count,
     events,
     table,
-    wait_until,
     write_sweep,
 )
 
@@ -65,17 +64,6 @@ def alone(spec) -> Path:
     return store
 
 
-Condition = Callable[[list[dict[str, Any]]], bool]  # on the events so far
-
-
-def wait_during(job: Job, store: Path, condition: Condition) -> None:
-    def is_met() -> bool:
-        assert not job.over(), job.log()
-        return condition(events(store, NAME))
-
-    wait_until(is_met, job.log)
-
-
 def shard_times(store: Path) -> dict[str, int]:
     """Time of the last write of each shard of images."""
     files = (store / "artifacts" / "images").rglob("*.parquet")
@@ -104,23 +92,24 @@ def test_results_are_equal_if_machines_are_disconnected_lost_and_added(spec, alo
     """Submitted by `ray job submit`, which sends the laptop's working directory to the machines."""
     store = wires.shared / "changing"
     (cluster.laptop.home / "sweep.yaml").write_text(spec.read_text())
+    (cluster.laptop.home / "stopping.py").write_text(STOPPING)
 
     def submitted(to: Path) -> Job:
         words = ("ray", "job", "submit", f"--address={cluster.address}", "--working-dir=.", "--")
-        run = ("python", "-m", "orchestrator", "run", "sweep.yaml", "--store", to)
-        return cluster.follow(*words, *run)
+        run = ("orchestrator", "run", "sweep.yaml", "--store", to)
+        return cluster.follow(*words, "python", "stopping.py", "images", *run)
 
     refused = submitted(Path("/tmp/runs"))  # each machine has a separate /tmp
     assert refused.wait() == 1
     assert "/tmp/runs does not exist; give --store" in refused.log()
     job = submitted(store)
-    wait_during(job, store, lambda recorded: 4 < len(shard_times(store)) < SHARDS)
-    cluster.machines[0].unplug()
-    before = shard_times(store)
-    cluster.add()
+    with job.stopped():  # after the first block of images
+        cluster.machines[0].unplug()
+        before = shard_times(store)
+        assert len(before) < SHARDS
+        cluster.add()
     job.wait_for_log("marked dead")
     cluster.machines[0].plug()  # Ray counts the machine as dead; it ends when it notices
-    wait_during(job, store, lambda recorded: count(recorded, "trial_done") > 0)
     cluster.machines[1].lose()  # possibly during a trial
     assert job.wait() == 0, job.log()
     assert {name: shard_times(store)[name] for name in before} == before
@@ -137,7 +126,9 @@ def test_an_autoscaler_starts_machines_for_a_sweep_with_resources_wait(tmp_path,
         assert refused.returncode == 3
         assert "a trial requires 1 CPU" in refused.stderr
         waited = ("--set", "resources.wait=10m")
-        assert "fpl" in airsweep(*command, *waited, RAY_ADDRESS=address).stdout
+        screen = airsweep(*command, *waited, RAY_ADDRESS=address).stdout
+        assert "fpl" in screen
+        assert "peak of the driver" in " ".join(screen.split())  # workers are no children of it
 
 
 def test_images_of_the_next_cells_are_drawn_while_trials_run(alone):

@@ -33,9 +33,9 @@ def test_every_cell_runs_and_the_last_shows_the_table_of_three_seeds(tmp_path, m
     for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR"):
         monkeypatch.setenv(name, str(tmp_path / name.lower()))
     notebook = nbformat.read(FILE, as_version=4)
-    client = NotebookClient(
-        notebook, timeout=TIMEOUT, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
-    )
+    waits = {"timeout": TIMEOUT, "startup_timeout": TIMEOUT}
+    resources = {"metadata": {"path": tmp_path}}
+    client = NotebookClient(notebook, kernel_name="python3", resources=resources, **waits)
     client.execute()
     outputs = {cell["id"]: _output(cell) for cell in notebook.cells if cell.cell_type == "code"}
     last = outputs[notebook.cells[-1]["id"]]

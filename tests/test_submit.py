@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -22,13 +23,14 @@ import ray
 from orchestrator.cluster import Cluster
 from orchestrator.git import commit
 from tests.helpers.clusters import head as ray_head
-from tests.helpers.servers import serve
+from tests.helpers.servers import free_port, serve
 from tests.helpers.sweeps import (
     TIMEOUT,
     airsweep,
     count,
     environment,
     events,
+    in_this_process,
     many_trials,
     table,
     wait_until,
@@ -95,17 +97,22 @@ def store(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("shared") / "runs"
 
 
-def test_submit_runs_a_sweep_on_the_cluster_and_follows_its_log(head, store, tmp_path):
+def test_submit_runs_a_sweep_on_the_cluster_and_follows_its_log(head, store, tmp_path, monkeypatch):
+    from ray.job_submission import JobSubmissionClient
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     sweep = write_sweep(tmp_path / "a folder", "far", "fixed: {method: zero_shot}\nseeds: [1]\n")
     done = airsweep("submit", sweep, "--address", f"{head}/", "--store", store, **OPEN)
     assert "zero_shot" in done.stdout  # in the final screen
-    assert " again    submit it again" in done.stdout
+    assert re.search(" again +submit it again", done.stdout)
     assert "default-far-1: SUCCEEDED, exit code 0" in done.stderr
     assert f"airsweep table far --store {store}" in done.stderr
     assert "INFO" not in done.stderr
     assert [row["method"] for row in table(store, "far")] == ["zero_shot"]
     first = events(store, "far")[0]
     assert (first["event"], first["commit"]) == ("sweep_started", commit())
+    details = JobSubmissionClient(head).get_job_info("default-far-1")
+    assert details.metadata["job_name"] == "default/far"  # in Ray's dashboard
     job = jobs_of(head)["default-far-1"]
     assert (job["state"], job["exit_code"], job["store"]) == ("SUCCEEDED", 0, str(store))
 
@@ -127,7 +134,10 @@ def test_a_missing_python_on_the_cluster_is_reported_with_the_remedy(head, store
     assert "give --python PATH" in done.stderr
 
 
-def test_a_job_that_is_stopped_and_submitted_again_completes_the_sweep(head, store, tmp_path):
+def test_a_job_that_is_stopped_and_submitted_again_completes_the_sweep(
+    head, store, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     sweep = write_sweep(tmp_path, "long", TRIALS)
     command = ("submit", sweep, "--address", head, "--store", store)
     first = airsweep(*command, "--detach", "--json", **OPEN)
@@ -145,7 +155,8 @@ def test_a_job_that_is_stopped_and_submitted_again_completes_the_sweep(head, sto
     assert submitted["commands"]["stop"] in second.stderr
 
     wait_until(lambda: count(events(store, "long"), "trial_done"))
-    stopped = airsweep("stop", "long", "--address", head, **OPEN)
+    # In this process: a new one would take seconds to start.
+    stopped = in_this_process(["stop", "long", "--address", head])
     assert "default-long-1: STOPPED, exit code 143" in stopped.stderr
     assert "left to run" in stopped.stderr  # the driver had time to close
     recorded = events(store, "long")
@@ -156,7 +167,7 @@ def test_a_job_that_is_stopped_and_submitted_again_completes_the_sweep(head, sto
     nothing = airsweep("stop", "long", "--address", head, check=False, **OPEN)
     assert (nothing.returncode, "running: none" in nothing.stderr) == (2, True)
 
-    code, stderr = interrupted(command, "to run", head)
+    code, stderr = interrupted(command, "to run")
     assert code == 130, stderr
     assert "default-long-2 keeps running" in stderr
     assert f"ray job logs --address {head} --follow default-long-2" in stderr
@@ -168,7 +179,7 @@ def test_a_job_that_is_stopped_and_submitted_again_completes_the_sweep(head, sto
     assert len(table(store, "long")) == COUNT
 
 
-def interrupted(command: tuple[Any, ...], word: str, address: str) -> tuple[int, str]:
+def interrupted(command: tuple[Any, ...], word: str) -> tuple[int, str]:
     """Submit, and send Ctrl-C once the log contains `word`; returns exit code and stderr."""
     process = subprocess.Popen(
         [sys.executable, "-m", "orchestrator", *map(str, command)],
@@ -179,14 +190,22 @@ def interrupted(command: tuple[Any, ...], word: str, address: str) -> tuple[int,
         # Background jobs of a shell ignore SIGINT, and subprocesses inherit that.
         preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
-    assert process.stdout is not None
     for line in process.stdout:
         if word in line:
             break
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=TIMEOUT)
-    assert any(job["state"] == "RUNNING" for job in jobs_of(address).values())
     return process.returncode, stderr
+
+
+def test_jobs_lists_sweeps_that_ray_job_submit_has_sent(head, monkeypatch):
+    command = "echo python -m orchestrator run sweeps/by_hand.yaml --store /none"
+    other_job(head, "plain", monkeypatch, command, metadata={})
+    other_job(head, "no-sweep", monkeypatch, "echo python -m orchestrator doctor", metadata={})
+    listed = jobs_of(head)
+    assert "no-sweep" not in listed
+    job = listed["plain"]
+    assert (job["sweep"], job["store"], job["user"]) == ("default/by_hand", "/none", "")
 
 
 def test_stop_by_sweep_name_does_not_stop_a_job_of_another_user(head, monkeypatch):
@@ -204,13 +223,17 @@ def test_stop_by_sweep_name_does_not_stop_a_job_of_another_user(head, monkeypatc
 
 
 def other_job(
-    address: str, name: str, monkeypatch: pytest.MonkeyPatch, entrypoint: str = COUNTING
+    address: str,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    entrypoint: str = COUNTING,
+    metadata: dict[str, str] = METADATA,
 ) -> None:
     from ray.job_submission import JobSubmissionClient
 
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     JobSubmissionClient(address).submit_job(
-        entrypoint=entrypoint, submission_id=name, metadata=METADATA
+        entrypoint=entrypoint, submission_id=name, metadata=metadata
     )
 
 
@@ -247,16 +270,22 @@ def relay(port: int, to: str) -> Iterator[str]:
             connection.close()
 
 
-def test_after_a_broken_connection_the_log_continues_without_gap_or_repetition(head, monkeypatch):
-    other_job(head, "counting-1", monkeypatch)
+def test_after_a_broken_connection_the_log_continues_without_gap_or_repetition(
+    head, monkeypatch, tmp_path
+):
+    go = tmp_path / "go"
+    first, rest = ("seq -f 'line %g' 30", "seq -f 'line %g' 31 60")
+    pause = f"while [ ! -e {go} ]; do sleep 0.1; done"
+    other_job(head, "counting-1", monkeypatch, f"{first}; {pause}; {rest}; exit 4")
     log: list[str] = []
     messages: list[str] = []
     with ThreadPoolExecutor() as threads:
-        with relay(0, head) as address:
+        with relay(free_port(), head) as address:
             cluster = Cluster(address)
             ended = threads.submit(cluster.follow, "counting-1", log.append, messages.append)
-            wait_until(lambda: "line 5\n" in "".join(log))
+            wait_until(lambda: "line 30\n" in "".join(log))
         wait_until(lambda: any("trying again" in message for message in messages))
+        go.touch()
         with relay(int(address.rpartition(":")[2]), head):
             assert ended.result(TIMEOUT).exit_code == 4
     lines = [line for line in "".join(log).splitlines() if line.startswith("line ")]

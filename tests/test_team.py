@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-import signal
 import subprocess
 import sys
 import urllib.error
@@ -22,10 +21,10 @@ import pytest
 from tests.helpers.servers import free_port
 from tests.helpers.sweeps import (
     TIMEOUT,
-    count,
     environment,
     events,
     search_sweep,
+    stopped_at,
     wait_until,
     write_sweep,
 )
@@ -35,6 +34,7 @@ from tests.helpers.trivial import Trivial
 pytestmark = [pytest.mark.integration, pytest.mark.skipif(not IS_INSTALLED, reason=MISSING)]
 
 NAME = "shared"
+TRIVIAL = "tests.helpers.trivial"
 SHORT = ("--set", "search.points=2")
 ENDED = ("trial_done", "trial_reused", "trial_failed", "trial_pruned")
 
@@ -50,11 +50,6 @@ def spec(tmp_path_factory, drawn_digits) -> Path:
     """A search with twelve points in six rounds."""
     body = search_sweep(drawn_digits).replace("points: 4", "points: 12")
     return write_sweep(tmp_path_factory.mktemp("spec"), NAME, body)
-
-
-def command(spec: Path, store: Path | str, *options: str) -> list[str]:
-    start = [sys.executable, "-m", "tests.helpers.trivial", "run", str(spec), "--store", str(store)]
-    return [*start, *options]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -125,7 +120,8 @@ def test_a_search_in_postgres_suggests_the_same_points_as_in_the_journal(
     assert round_objectives(tmp_path) == round_objectives(calm)
     assert outcomes(tmp_path) == outcomes(calm)
     assert not (tmp_path / "sweeps" / "default" / NAME / "studies.journal").exists()
-    assert services.postgres.connections_of("airsweep_studies") == 0
+    # Postgres counts a connection until its process has noticed the end.
+    wait_until(lambda: services.postgres.connections_of("airsweep_studies") == 0)
     query = "SELECT count(*) FROM studies WHERE study_name LIKE 'default/shared/%'"
     assert services.postgres.query(query, "airsweep_studies") == [(1,)]
 
@@ -143,7 +139,7 @@ def studies_named(store: Path) -> list[dict[str, Any]]:
 
 
 def test_drivers_that_start_at_the_same_time_can_create_the_tables(services, monkeypatch):
-    from orchestrator.planning.search import open_database
+    from orchestrator.planning.study_copies import open_database
 
     monkeypatch.setenv("PGPASSWORD", services.postgres.make_database("fresh_studies"))
     uri = services.postgres.uri("fresh_studies")
@@ -172,22 +168,11 @@ def test_a_search_continues_without_its_database_and_the_next_run_adds_the_missi
     spec, calm, services, tmp_path
 ):
     options = (*on_postgres(services), "--tracking-uri", "none")
-    process = subprocess.Popen(
-        command(spec, tmp_path, *options),
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        env=environment(**password(services)),
-    )
-
-    def first_round_is_over() -> bool:
-        assert process.poll() is None
-        return count(events(tmp_path, NAME), "round_told") > 0
-
-    wait_until(first_round_is_over, every=0.01)
-    process.send_signal(signal.SIGSTOP)
-    services.postgres.kill()
-    process.send_signal(signal.SIGCONT)
+    words = ("run", spec, "--store", tmp_path, *options)
+    outputs = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    variables = environment(**password(services))
+    with stopped_at("round_told", *words, module=TRIVIAL, env=variables, **outputs) as process:
+        services.postgres.kill()
     try:
         _, stderr = process.communicate(timeout=TIMEOUT)
     finally:
@@ -364,7 +349,10 @@ def test_six_drivers_at_the_same_time_track_every_trial_once(services, drawn_dig
             spec = write_sweep(tmp_path, f"sweep{number}", f"project: {project}\n{body}")
             log = stack.enter_context((tmp_path / f"driver{number}.log").open("wb"))
             process = subprocess.Popen(
-                command(spec, store), env=environment(**variables, **user), stdout=log, stderr=log
+                [sys.executable, "-m", TRIVIAL, "run", spec, "--store", store],
+                env=environment(**variables, **user),
+                stdout=log,
+                stderr=log,
             )
             stack.callback(process.kill)
             running.append(process)

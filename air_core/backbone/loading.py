@@ -13,9 +13,7 @@ from typing import Any
 from air_core.arithmetic import sums_in_one_order
 from air_core.backbone.clip import Backbone
 from air_core.model_configs import check_tokenizer_config
-from air_core.weights import HUB_WEIGHTS, ClipFile, ClipFolder, find_backbone, stay_offline
-
-MERGES = "merges.txt.gz"
+from air_core.weights import MERGES, ClipFile, ClipFolder, find_backbone, stay_offline
 
 
 def load_backbone(
@@ -38,24 +36,23 @@ def load_backbone(
     sums_in_one_order()
     stay_offline()
     match find_backbone(str(name) if isinstance(name, Path) else name):
-        case ClipFolder(path, model):
-            return _from_folder(path, model, device, precision)
+        case ClipFolder() as found:
+            return _from_folder(found, device, precision)
         case ClipFile() as found:
             return _from_file(found, device, precision)
 
 
-def _from_folder(folder: Path, config: dict[str, Any], device: str, precision: str) -> Backbone:
-    weights = _weights_inside(folder)
+def _from_folder(found: ClipFolder, device: str, precision: str) -> Backbone:
     # Without require_pretrained, open_clip only warns of missing weights and returns random ones.
-    with _explained(weights, str(folder), config):
-        model, _, preprocess = _open_clip(config).create_model_and_transforms(
-            f"local-dir:{folder}",
+    with _explained(found.weights, str(found.path), found.model):
+        model, _, preprocess = _open_clip(found.model).create_model_and_transforms(
+            f"local-dir:{found.path}",
             device=device,
             precision=precision,
             require_pretrained=True,
             weights_only=True,
         )
-    return Backbone(model, preprocess, _tokenizer(config, folder))
+    return Backbone(model, preprocess, _tokenizer(found.model, found.path))
 
 
 def _from_file(found: ClipFile, device: str, precision: str) -> Backbone:
@@ -105,18 +102,6 @@ def _open_clip(model: dict[str, Any]) -> ModuleType:
     if model["vision_cfg"].get("timm_model_name") and towers.timm is None:
         importlib.reload(towers)  # updates the globals that its classes use
     return open_clip
-
-
-def _weights_inside(folder: Path) -> Path:
-    """The weights file that open_clip reads."""
-    found = [
-        path for suffix in ("safetensors", "bin", "pth") for path in folder.glob(f"*.{suffix}")
-    ]
-    if not found:
-        raise ValueError(
-            f"{folder} contains no weights: no .safetensors, .bin or .pth beside its JSON file"
-        )
-    return next((path for path in found if path.name in HUB_WEIGHTS), found[0])
 
 
 def _tokenizer(config: dict[str, Any], folder: Path | None) -> Any:

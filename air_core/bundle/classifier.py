@@ -149,6 +149,8 @@ class _LazyImages(Sequence[Image.Image]):
         file = self.files[index]
         try:
             return open_image(file)
-        except (Unreadable, OSError) as problem:
+        except Unreadable as problem:
             self.bad[file] = str(problem)
-            return Image.new("RGB", (BLANK_PX, BLANK_PX))
+        except OSError as problem:
+            self.bad[file] = f"{file} cannot be read: {problem.strerror}"
+        return Image.new("RGB", (BLANK_PX, BLANK_PX))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from air_core.datasets.class_folders import SUFFIXES
+from air_core.datasets.class_folders import SUFFIXES, suffixes
+from air_core.datasets.image_folder import given_classnames
 
 
 def image_files(places: Iterable[str | Path]) -> list[Path]:
@@ -26,6 +28,40 @@ def image_files(places: Iterable[str | Path]) -> list[Path]:
     if not found:
         raise ValueError("no images given; give files, folders or patterns")
     return list(found)
+
+
+def skipped_files(places: Iterable[str | Path]) -> Counter[str]:
+    """Number of files in the folders that `image_files` does not list, by suffix."""
+    return Counter(
+        suffix or "without suffix"
+        for folder in (Path(place).expanduser() for place in places)
+        if folder.is_dir()
+        for _, files in _below(folder)
+        for suffix in suffixes(files)
+        if suffix not in SUFFIXES
+    )
+
+
+def true_classes(files: Sequence[Path], classnames: Sequence[str]) -> dict[Path, str]:
+    """Classes of images in class folders; empty unless there are two classes or more.
+
+    `classnames.txt` in one of the two folders above names the class of a folder; otherwise the
+    name of the folder does, where underscores can replace spaces.
+
+    Raises:
+        ValueError: a `classnames.txt` is invalid.
+    """
+    of_folder = {folder: _class_of(folder, classnames) for folder in {f.parent for f in files}}
+    found = {file: name for file in files if (name := of_folder[file.parent]) is not None}
+    return found if len(set(found.values())) > 1 else {}
+
+
+def _class_of(folder: Path, classnames: Sequence[str]) -> str | None:
+    folder = folder.absolute()
+    above = (folder.parent, folder.parent.parent)  # the second if the first is train or test
+    given = [given_classnames(home / "classnames.txt").get(folder.name) for home in above]
+    names = (*given, folder.name, folder.name.replace("_", " "))
+    return next((name for name in names if name in classnames), None)
 
 
 def _files_of(place: str | Path) -> Iterator[Path]:
@@ -52,8 +88,13 @@ def _files_of(place: str | Path) -> Iterator[Path]:
 
 def _images_below(folder: Path) -> Iterator[Path]:
     """The images of a folder, then of its subfolders, sorted by name, without hidden files."""
+    for at, files in _below(folder):
+        for name in files:
+            if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):
+                yield at / name
+
+
+def _below(folder: Path) -> Iterator[tuple[Path, list[str]]]:
     for at, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):
-                yield Path(at, name)
+        yield Path(at), sorted(files)

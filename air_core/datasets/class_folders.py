@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+# Files of operating systems, and text files of a dataset.
+IGNORED = {"thumbs.db", "desktop.ini", "classnames.txt", "template.txt"}
 
 
 def class_files(folder: Path, classnames: Sequence[str]) -> dict[str, list[Path]]:
@@ -40,13 +42,15 @@ def images_in(folder: Path) -> list[Path]:
     """Image files of a folder, sorted by name.
 
     Raises:
-        ValueError: an entry has the suffix of an image but is not a file, such as a folder.
+        ValueError: an entry has the suffix of an image but is not a file, such as a folder, or
+            its name is not UTF-8.
     """
     # Archives made on macOS contain a hidden file ._x.jpg for x.jpg, which is not an image.
     with os.scandir(folder) as inside:
         entries = [entry for entry in inside if not entry.name.startswith(".")]
     named = [entry for entry in entries if Path(entry.name).suffix.lower() in SUFFIXES]
     for entry in named:
+        check_utf8(Path(entry.path))
         # The folder's listing has the type of each entry, so a network disk needs no stat per file.
         if not entry.is_file(follow_symlinks=False) and not Path(entry.path).is_file():
             raise ValueError(
@@ -54,3 +58,32 @@ def images_in(folder: Path) -> list[Path]:
                 "broken link or a device; remove or rename it"
             )
     return sorted(folder / entry.name for entry in named)
+
+
+def suffixes(names: Iterable[str]) -> Iterator[str]:
+    """Lower-case suffixes of file names, without those in IGNORED and hidden ones.
+
+    >>> list(suffixes(["a.PNG", ".DS_Store", "Thumbs.db", "IMG_0001"]))
+    ['.png', '']
+    """
+    return (
+        Path(name).suffix.lower()
+        for name in names
+        if not name.startswith(".") and name.lower() not in IGNORED
+    )
+
+
+def check_utf8(path: Path) -> None:
+    """Check that a path is UTF-8, as digests and reports need.
+
+    Raises:
+        ValueError: it is not.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(path).decode(errors="backslashreplace")
+        raise ValueError(
+            f"{shown}: this name is not UTF-8; rename it, for example with "
+            "`convmv -r -f latin1 -t utf8 --notest FOLDER`"
+        ) from None

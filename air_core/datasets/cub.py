@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from air_core.datasets.dataset import TEMPLATE, Dataset, Listing, Row, listing
+from air_core.datasets.dataset import TEMPLATE, Dataset, Listing, Row, listing, some
 from air_core.datasets.places import classnames_of, find_home, read_lines
 from air_core.datasets.split_files import with_validation
 
@@ -38,6 +38,15 @@ def rows(root: Path | None) -> Listing:
             f"{len(split):,} parts; they must be the same numbers, unpack the archive again"
         )
     label = {number: i for i, number in enumerate(classes)}
+    for file, values, known in (
+        ("image_class_labels", labels, label),
+        ("train_test_split", split, PARTS),
+    ):
+        if unknown := sorted(set(values.values()) - set(known)):
+            raise ValueError(
+                f"cub: {home / file}.txt has the value {unknown[0]!r}; allowed: "
+                f"{some(list(known))}; unpack the archive again"
+            )
     found = [
         Row(f"images/{path}", label[labels[number]], PARTS[split[number]])
         for number, path in files.items()

@@ -6,6 +6,7 @@ and count the files without opening an image. Datasets do not depend on paradigm
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ class Dataset:
     load: Callable[[Path | None], Examples]
     split: str = ""  # origin of the parts
     get: str = ""  # instructions for getting the files
+    skipped: Callable[[], dict[str, int]] = dict  # number of files that are not read, by kind
 
 
 class Row(NamedTuple):
@@ -95,7 +97,8 @@ def listing(
     """Sort the rows by path, whatever the order of the file system, and check them.
 
     Raises:
-        ValueError: a file is listed twice or is missing, or a class has no image.
+        ValueError: a file is listed twice or is missing, a label has no class, or a class has no
+            image.
     """
     ordered = sorted(rows, key=lambda row: PurePosixPath(row.path).parts)
     for one, other in pairwise(ordered):
@@ -103,6 +106,12 @@ def listing(
             raise ValueError(
                 f"{name}: {one.path} is listed twice, as {one.part} and as {other.part}; "
                 "each image must have one part, correct the split files"
+            )
+    for row in ordered:
+        if not 0 <= row.label < len(classnames):
+            raise ValueError(
+                f"{name}: {row.path} has the label {row.label}, counted from 0, but there are "
+                f"{len(classnames)} classes; get the label file again"
             )
     _whole(name, home, [row.path for row in ordered])
     empty = [
@@ -149,13 +158,17 @@ def some(names: Sequence[str], shown: int = 3) -> str:
 def _whole(name: str, home: Path, paths: Sequence[str]) -> None:
     # List each folder once, since a stat per file is slow on a network disk.
     folders = {(home / path).parent for path in paths}
-    there = {
-        folder: {file.name for file in folder.iterdir()} if folder.is_dir() else set()
-        for folder in folders
-    }
+    there = {folder: _file_names(folder) for folder in folders}
     missing = [p for p in paths if (home / p).name not in there[(home / p).parent]]
     if missing:
         raise ValueError(
-            f"{name}: {len(missing):,} of {len(paths):,} listed images are not in {home}; "
-            f"the first is {missing[0]}; unpack the archive again"
+            f"{name}: {len(missing):,} of {len(paths):,} listed images are not files in "
+            f"{home}; the first is {missing[0]}; unpack the archive again"
         )
+
+
+def _file_names(folder: Path) -> set[str]:
+    if not folder.is_dir():
+        return set()
+    with os.scandir(folder) as inside:  # has the type of each entry; links need a stat
+        return {e.name for e in inside if e.is_file(follow_symlinks=False) or os.path.isfile(e)}

@@ -7,6 +7,7 @@ order of the class names.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from air_core.datasets.dataset import TEMPLATE, Dataset, Listing, Row, listing
@@ -21,24 +22,43 @@ PARTS = {"trnid": "train", "valid": "val", "tstid": "test"}
 
 
 def rows(root: Path | None) -> Listing:
-    """All images with label and part; reads only the two .mat files."""
-    from scipy.io import loadmat
+    """All images with label and part; reads only the two .mat files.
 
+    Raises:
+        ValueError: they are damaged, or files are missing.
+    """
     marks = ("setid.mat", "imagelabels.mat")
     home = find_home("flowers102", root, ("flowers-102", "."), marks, GET)
-    numbers = loadmat(home / "setid.mat", squeeze_me=True)
-    labels = loadmat(home / "imagelabels.mat", squeeze_me=True)["labels"]
+    numbers = _arrays(home / "setid.mat", PARTS)
+    (labels,) = _arrays(home / "imagelabels.mat", ("labels",)).values()
+    if last := [n for of in numbers.values() for n in of if not 0 < n <= len(labels)]:
+        raise ValueError(
+            f"flowers102: {home / 'setid.mat'} lists image {last[0]}, but imagelabels.mat has "
+            f"{len(labels):,} labels; get both files again"
+        )
     return listing(
         "flowers102",
         home,
         [
-            Row(f"jpg/image_{number:05}.jpg", int(labels[number - 1]) - 1, part)
+            Row(f"jpg/image_{number:05}.jpg", labels[number - 1] - 1, part)
             for key, part in PARTS.items()
-            for number in numbers[key].tolist()
+            for number in numbers[key]
         ],
         CLASSNAMES,
         beside=[home / mark for mark in marks],
     )
+
+
+def _arrays(file: Path, names: Iterable[str]) -> dict[str, list[int]]:
+    from scipy.io import loadmat
+
+    try:
+        content = loadmat(file, squeeze_me=True)
+        return {name: [int(value) for value in content[name]] for name in names}
+    except Exception as problem:  # scipy raises any exception on damaged bytes
+        raise ValueError(
+            f"flowers102: {file} cannot be read ({type(problem).__name__}: {problem}); get it again"
+        ) from problem
 
 
 DATASET = Dataset(

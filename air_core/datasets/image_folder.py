@@ -9,17 +9,21 @@
     <path>/classnames.txt          optional: lines `folder = class name`; the class name of any
                                    other folder is its name, with spaces for underscores
     <path>/template.txt            optional: one line such as `a satellite photo of a {}`
+    <path>/allow_duplicates        optional: permits images in both train/ and test/
 
-Classes are sorted by folder name. Files that are not images are ignored.
+Classes are sorted by folder name. Files that are not images directly in a class folder are not
+read; `Dataset.skipped` counts them.
 """
 
 from __future__ import annotations
 
+import os
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from air_core.datasets.class_folders import SUFFIXES, images_in
+from air_core.datasets.class_folders import SUFFIXES, check_utf8, images_in, suffixes
 from air_core.datasets.dataset import (
     TEMPLATE,
     Dataset,
@@ -30,8 +34,10 @@ from air_core.datasets.dataset import (
     listing,
     some,
 )
+from air_core.datasets.places import read_text
 from air_core.datasets.split_files import VAL_SHARE, held_out, with_validation
 from air_core.tokens import as_read
+from air_core.weights import local_path
 
 PREFIX = "folder:"
 OWNERS = "the owner's"  # licence
@@ -39,6 +45,7 @@ PARTS = ("train", "val", "test")
 WANTED = (
     "expected <class>/<image>, or train/<class>/<image> and test/<class>/<image> (val/ is optional)"
 )
+PERMIT = "allow_duplicates"
 FEWEST = 4  # images per class without fixed parts, so that every part gets some
 
 
@@ -58,7 +65,7 @@ def folder_dataset(name: str) -> Dataset:
     Raises:
         ValueError: it is not an image folder, or its parts have different classes.
     """
-    home = Path(name.removeprefix(PREFIX)).expanduser().absolute()
+    home = local_path(name.removeprefix(PREFIX))
     tree = _tree(home)
     return Dataset(
         name=f"{PREFIX}{home}",
@@ -71,6 +78,50 @@ def folder_dataset(name: str) -> Dataset:
         files=lambda root: _rows(tree).files,
         load=lambda root: _rows(tree).examples(),
         split=" and ".join(tree.parts) if "free" not in tree.parts else "split_seed",
+        skipped=lambda: _skipped(tree),
+    )
+
+
+# ---------------------------------------------------------------- duplicates
+
+
+def check_no_leak(home: Path, digests: Mapping[Path, str]) -> None:
+    """Check that no test image is also a training or validation image.
+
+    Args:
+        digests: of the content of each file. Images in class folders without parts are not
+            compared, since `split_seed` chooses their parts.
+
+    Raises:
+        ValueError: a file in test/ equals one in train/ or val/, and this is not permitted.
+    """
+    if len(set(digests.values())) == len(digests) or permits_duplicates(home):
+        return
+    part_of = {file: file.relative_to(home).parts[0] for file in digests}
+    if not {"train", "test"} <= set(part_of.values()):
+        return
+    tests = {digest: file for file, digest in digests.items() if part_of[file] == "test"}
+    pairs = [
+        [str(path.relative_to(home)) for path in (tests[digest], file)]
+        for file, digest in digests.items()
+        if part_of[file] in ("train", "val") and digest in tests
+    ]
+    if pairs:
+        raise ValueError(leak_message(home, len(pairs), pairs[0]))
+
+
+def permits_duplicates(home: Path) -> bool:
+    """Whether the owner of a folder permits test images that are also training images."""
+    return (home / PERMIT).is_file()
+
+
+def leak_message(home: Path, count: int, first: Sequence[str]) -> str:
+    """The error for test images that are also training or validation images."""
+    pairs = "1 pair" if count == 1 else f"{count:,} pairs"
+    return (
+        f"{home}: {pairs} of equal images, one in test/ and one in train/ or val/, so the test "
+        f"accuracy would be too high; the first: {' = '.join(map(repr, first))}; remove one of "
+        f"each pair, or create the file {home / PERMIT} to permit them"
     )
 
 
@@ -78,8 +129,10 @@ def folder_dataset(name: str) -> Dataset:
 
 
 def _tree(home: Path) -> Tree:
+    check_utf8(home)
     if not home.is_dir():
-        raise ValueError(f"{PREFIX}{home} does not exist or is not a folder; {WANTED}")
+        hint = "; unpack an archive first" if home.is_file() else ""
+        raise ValueError(f"{PREFIX}{home} does not exist or is not a folder{hint}; {WANTED}")
     inside = _folders(home)
     if not inside:
         raise ValueError(f"{home} is not an image folder: it contains no folders; {WANTED}")
@@ -119,7 +172,15 @@ def _classes(home: Path, parts: dict[str, Path]) -> tuple[str, ...]:
     return tuple(every)
 
 
-def _classnames(file: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
+def given_classnames(file: Path, folders: Sequence[str] | None = None) -> dict[str, str]:
+    """The class names in a `classnames.txt` by folder; empty if it does not exist.
+
+    Args:
+        folders: allowed folders; None: any.
+
+    Raises:
+        ValueError: a line is not allowed.
+    """
     given: dict[str, str] = {}
     for number, line in enumerate(_lines(file), start=1):
         if not line or line.startswith("#"):
@@ -130,12 +191,17 @@ def _classnames(file: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
                 f"{file}:{number}: {line!r} is not allowed; expected one line per folder, "
                 "`folder = class name`, without / in the name"
             )
-        if folder not in folders:
+        if folders is not None and folder not in folders:
             raise ValueError(
                 f"{file}:{number}: no class folder is named {folder!r}; class folders: "
                 f"{some(folders, 9)}"
             )
         given[folder] = name
+    return given
+
+
+def _classnames(file: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
+    given = given_classnames(file, folders)
     names = tuple(given.get(folder, folder.replace("_", " ")) for folder in folders)
     _check_readable(file, names)
     return names
@@ -183,21 +249,33 @@ def _template(file: Path) -> str:
 
 
 def _lines(file: Path) -> list[str]:
-    # Editors on Windows write a byte order mark, which utf-8-sig removes.
-    try:
-        text = file.read_text(encoding="utf-8-sig") if file.is_file() else ""
-    except UnicodeDecodeError as problem:
-        raise ValueError(f"{file} is not UTF-8 text; save it as UTF-8") from problem
-    return [line.strip() for line in text.splitlines()]
+    if not os.path.lexists(file):
+        return []
+    if not file.is_file():
+        raise ValueError(
+            f"{file} is a folder, a broken link or a device; allowed is a text file; remove or "
+            "replace it"
+        )
+    return [line.strip() for line in read_text(file).splitlines()]
 
 
 def _folders(folder: Path) -> list[str]:
-    # Archives made on macOS contain a folder __MACOSX.
-    return sorted(
-        inside.name
-        for inside in folder.iterdir()
-        if inside.is_dir() and not inside.name.startswith(".") and inside.name != "__MACOSX"
-    )
+    """
+    Raises:
+        ValueError: a name is not UTF-8, or an entry is a broken link, maybe to a class folder.
+    """
+    entries = [entry for entry in folder.iterdir() if not _is_system_folder(entry.name)]
+    for entry in entries:
+        if entry.is_symlink() and not entry.exists():
+            raise ValueError(f"{entry} is a broken link; correct its target, or remove it")
+    folders = [entry for entry in entries if entry.is_dir()]
+    for entry in folders:
+        check_utf8(entry)
+    return sorted(entry.name for entry in folders)
+
+
+def _is_system_folder(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"  # of archives made on macOS
 
 
 # ---------------------------------------------------------------- images
@@ -231,6 +309,24 @@ def _images(home: Path, folder: Path) -> list[Path]:
             "and must be directly in the class folder"
         )
     return found
+
+
+def _skipped(tree: Tree) -> dict[str, int]:
+    """Number of files that are not read: images in wrong places, other files by their suffix."""
+    classes = [folder / name for folder in tree.parts.values() for name in tree.folders]
+    found: Counter[str] = Counter()
+    for top in classes:
+        for at, below, files in os.walk(top):
+            below[:] = [name for name in below if not _is_system_folder(name)]
+            found.update(
+                "in subfolders" if suffix in SUFFIXES else suffix or "without suffix"
+                for suffix in suffixes(files)
+                if suffix not in SUFFIXES or Path(at) != top
+            )
+    for folder in {tree.home, *tree.parts.values()}:
+        names = [entry.name for entry in os.scandir(folder) if os.path.isfile(entry)]
+        found["beside class folders"] += sum(map(SUFFIXES.__contains__, suffixes(names)))
+    return dict(sorted((+found).items()))
 
 
 def _with_free(tree: Tree, rows: list[Row]) -> list[Row]:

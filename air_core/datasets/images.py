@@ -6,10 +6,11 @@ A dataset of 30,000 photographs does not fit in memory, so sequences contain pat
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
@@ -22,6 +23,8 @@ BAD_SHARE = 0.01  # largest share of unreadable images in a dataset; more means 
 WHITE = (255, 255, 255)
 # Pillow supports forty more formats. For EPS it starts Ghostscript, whatever the file name.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # the last bytes of a complete file
+TAIL = 1 << 16  # bytes at the end of a file among which ENDS are searched; others may follow
 MAX_PIXELS = 178_956_970  # 0.5 GB as RGB; the header of a small file can claim any size
 TOO_LARGE = f"it is too large, over {MAX_PIXELS:,} pixels; make it smaller"
 
@@ -35,6 +38,11 @@ class ImageFiles(Sequence["Image"]):
     """Image files as a sequence: an index opens a file as RGB, a slice opens none."""
 
     files: tuple[Path, ...]
+
+    @cached_property
+    def home(self) -> Path:
+        """The common folder of the files."""
+        return Path(os.path.commonpath([file.parent for file in self.files]))
 
     def __len__(self) -> int:
         return len(self.files)
@@ -84,6 +92,63 @@ def open_image(file: Path) -> Image:
     if not file.is_file() and file.exists():  # opening a pipe would block
         raise Unreadable(f"{file} cannot be read: it is a folder or a device")
     return _opened(file, FORMATS, str(file))
+
+
+def pixel_count(file: Path) -> int:
+    """Width times height from the header of an image; 0 if it cannot be read."""
+    from PIL import Image
+
+    _silence_pillow()
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            return image.width * image.height
+    except Exception:  # `open_image` gives the reason
+        return 0
+
+
+def too_many_unreadable(name: str, problems: Sequence[str], images: int, share: float) -> str:
+    """The error for unreadable images of a dataset; empty if they are few enough.
+
+    Args:
+        name: of the dataset.
+        problems: why each unreadable image cannot be read.
+        images: number of all images.
+        share: largest share of them that may be unreadable.
+    """
+    allowed = int(share * images)
+    if len(problems) <= allowed:
+        return ""
+    return (
+        f"{name}: {len(problems):,} of {images:,} images cannot be read, at most {allowed:,} are "
+        f"allowed; the first: {problems[0]}; remove or replace them"
+    )
+
+
+def visible_problem(file: Path) -> str:
+    """Why an image cannot be read, if its header or end shows it; else empty.
+
+    Takes 0.1 ms, since only an image without its end is decoded. Damage inside remains unnoticed.
+    """
+    if _looks_complete(file):
+        return ""
+    try:
+        open_image(file)
+    except Unreadable as problem:
+        return str(problem)
+    return ""
+
+
+def _looks_complete(file: Path) -> bool:
+    from PIL import Image
+
+    _silence_pillow()
+    try:
+        with Image.open(file, formats=FORMATS) as image, open(file, "rb") as handle:
+            handle.seek(max(0, handle.seek(0, os.SEEK_END) - TAIL))
+            whole = ENDS.get(image.format or "", b"") in handle.read()
+            return whole and image.width * image.height <= MAX_PIXELS
+    except Exception:  # `open_image` gives the reason
+        return False
 
 
 def open_png(content: bytes) -> Image:

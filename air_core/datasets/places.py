@@ -54,12 +54,24 @@ def find_home(
     )
 
 
+def read_text(file: Path) -> str:
+    """A text file. Editors on Windows write a byte order mark, which is removed.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as problem:
+        raise ValueError(f"{file} is not UTF-8 text; save it as UTF-8") from problem
+
+
 def read_lines(name: str, file: Path) -> list[str]:
     """The lines of a dataset's text file, without empty lines.
 
     Raises:
-        ValueError: the file is missing.
+        ValueError: the file is missing or not UTF-8.
     """
     if not file.is_file():
         raise ValueError(f"{name}: {file.name} is not in {file.parent}; unpack the archive again")
-    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line.strip() for line in read_text(file).splitlines() if line.strip()]

@@ -7,14 +7,18 @@ out the first ones. Parts therefore depend on file names only, not on the versio
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any, TypeVar
 
 from air_core.datasets.class_folders import class_files
 from air_core.datasets.dataset import Listing, Row, listing
+from air_core.datasets.places import read_text
+
+T = TypeVar("T")
 
 VAL_SHARE = Fraction(1, 10)  # of the training part, if the source defines no validation part
 SEED = "airsweep"  # another seed gives another split
@@ -43,14 +47,13 @@ def find_split(name: str, folders: Sequence[Path], coop: str | None = None) -> S
         if found["test"] is not None:
             files = {part: file for part, file in found.items() if file is not None}
             return SplitFiles(
-                tuple((path, part) for part, file in files.items() for path in _paths(file)),
+                tuple((path, part) for part, file in files.items() for path in _paths(name, file)),
                 tuple(files.values()),
                 rest=None if "train" in files else "train",
             )
         if coop is not None and (folder / coop).is_file():
-            listed = json.loads((folder / coop).read_text())
             return SplitFiles(
-                tuple((row[0], part) for part in ("train", "val", "test") for row in listed[part]),
+                tuple(_from_json(name, folder / coop, _coop_rows, '{"train": [[PATH, ...]], ...}')),
                 (folder / coop,),
                 rest=None,
             )
@@ -157,11 +160,28 @@ def _split_file(name: str, folder: Path, part: str) -> Path | None:
     return next((folder / n for n in names if (folder / n).is_file()), None)
 
 
-def _paths(file: Path) -> list[str]:
+def _coop_rows(content: Any) -> list[tuple[str, str]]:
+    return [(str(row[0]), part) for part in ("train", "val", "test") for row in content[part]]
+
+
+def _coco_names(content: Any) -> list[str]:
+    return [str(image["file_name"]) for image in content["images"]]
+
+
+def _from_json(name: str, file: Path, read: Callable[[Any], list[T]], expected: str) -> list[T]:
+    try:
+        return read(json.loads(read_text(file)))
+    except (json.JSONDecodeError, LookupError, TypeError) as problem:
+        raise ValueError(
+            f"{name}: {file} is no split file; expected JSON such as {expected}; get it again"
+        ) from problem
+
+
+def _paths(name: str, file: Path) -> list[str]:
     # A line is `[archive.zip@][<class>/]<class>_<number>.jpg [label]`.
     if file.suffix == ".json":
-        names = [image["file_name"] for image in json.loads(file.read_text())["images"]]
+        names = _from_json(name, file, _coco_names, '{"images": [{"file_name": PATH}, ...]}')
     else:
-        names = [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
+        names = [line.split()[0] for line in read_text(file).splitlines() if line.strip()]
     bare = [name.rpartition("@")[2] for name in names]
     return [name if "/" in name else f"{name.rpartition('_')[0]}/{name}" for name in bare]

@@ -148,10 +148,10 @@ def fit(
     noise_schedule = NoiseSchedule.of(pipeline.scheduler.config, device)
     unet.train()
     if kept is not None and kept.exists():
-        if intact(kept.read_bytes()) is False:
-            log.warning("%s is damaged: the LoRA is trained from its first step", kept)
-        else:
+        if intact(kept.read_bytes()):
             losses += _go_on(kept, parameters, optimizer, draws)
+        else:
+            log.warning("%s is damaged: the LoRA is trained from its first step", kept)
     written = time.monotonic()
     for step in range(len(losses), steps):
         optimizer.param_groups[0]["lr"] = training.learning_rate * factor(step)

@@ -60,6 +60,7 @@ PARADIGMS = "ul: no labels; ssl: a few per class; trzsl: all of seen classes, no
 
 # ---------------------------------------------------------------- settings
 
+MAX_IMAGES = 1_000_000  # of a class
 SPLIT_SEED = "changes the labelled shots, and pool and test where a dataset has no fixed split"
 POOL = "parts that the pool is taken from; with train, val stays out"
 SHOTS = "ssl: labelled images per class"
@@ -100,7 +101,10 @@ class InitialLabelsSettings:
     )
     k: int = knob(16, "images per class", ge=1)
     images_per_class: int = knob(
-        120, "synthetic images per class of the previous LoRA round, for lora.rounds > 1", ge=1
+        120,
+        "synthetic images per class of the previous LoRA round, for lora.rounds > 1",
+        ge=1,
+        le=MAX_IMAGES,
     )
     evidence_draws: int = later(
         0,
@@ -147,8 +151,13 @@ class LoraSettings(LoraTraining):
     rounds: int = knob(
         1, "2: a second LoRA on labels chosen with the images of the first", ge=1, le=3
     )
-
     source: LoraSource = later("all", LORA_SOURCE)
+    enough_kept: float = later(
+        1.0,
+        "share of labels that stay from round to round at which no further round is trained",
+        gt=0,
+        le=1,
+    )
 
     def training(self) -> LoraTraining:
         part: LoraTraining = _only(LoraTraining, self)
@@ -317,6 +326,12 @@ class EvidenceSettings(EvidenceScoring):
     images: int | None = knob(
         None, "pool images that are scored, a random sample; null: all of the pool", ge=1
     )
+    disputed: int | None = later(
+        None,
+        "of these, score only images to which text and this many synthetic images per class "
+        "assign different classes; null: all",
+        ge=1,
+    )
     weight: float = knob(0.3, "share of the evidence in the scores of the pool", ge=0, le=1)
     schedule: Literal["fixed", "annealed"] = knob(
         "fixed", "annealed: the weight falls linearly to 0 over the iterations"
@@ -380,12 +395,17 @@ class LabelsSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSpec:
-    """A LoRA of a diffusion model."""
+    """A LoRA of a diffusion model.
+
+    In a later round it is a copy of that of the round before if the share `enough_kept` of its
+    labels is equal. With equal labels the training would give the same adapters.
+    """
 
     labels: LabelsSpec
     model: Ref
     training: LoraTraining
     size: int
+    enough_kept: float = added(1.0)
     classes: int = field(default=0, compare=False)  # of the dataset; not in the key
     code: str = added("")
 
@@ -453,6 +473,9 @@ class EvidenceSpec:
     lora_scale: float
     scoring: EvidenceScoring
     size: int
+    # Score only images to which text and an auxiliary classifier on these images disagree.
+    images: SyntheticFeaturesSpec | None = added(None)
+    images_per_class: int = added(0)
     code: str = added("")
 
     @property
@@ -499,7 +522,9 @@ class TrialSpec:
     initial_labels: InitialLabelsSettings = InitialLabelsSettings()
     lora: LoraSettings | None = LoraSettings()
     generation: GenerationSettings = GenerationSettings()
-    images_per_class: int = knob(120, "synthetic images per class that the trial reads", ge=0)
+    images_per_class: int = knob(
+        120, "synthetic images per class that the trial reads", ge=0, le=MAX_IMAGES
+    )
     images_from: ImagesFrom = later("generator", IMAGES_FROM)
     fidelity: FidelitySettings = FidelitySettings()
     auxiliary: AuxiliarySettings = AuxiliarySettings()
@@ -613,7 +638,11 @@ class TrialSpec:
         """None: the trial uses no evidence."""
         if not uses_evidence(self):
             return None
-        return _evidence(self, self.lora_adapter)
+        errors = _evidence(self, self.lora_adapter)
+        if self.evidence.disputed is None:
+            return errors
+        row = _synthetic(self, _images(self, self.lora.rounds if self.lora else 0))
+        return replace(errors, images=row, images_per_class=self.evidence.disputed)
 
 
 def uses_auxiliary(spec: TrialSpec) -> bool:
@@ -709,6 +738,7 @@ def _lora(spec: TrialSpec, lora: LoraSettings, rounds: int) -> LoraSpec:
         model=spec.generator,
         training=lora.training(),
         size=spec.generation.size,
+        enough_kept=lora.enough_kept if rounds > 1 else 1.0,
         classes=len(spec.classnames),
         code=spec.code_of("lora"),
     )

@@ -210,7 +210,11 @@ IRRELEVANT: tuple[tuple[Any, Any], ...] = (
     ),
     (
         # Only the size of the LoRA's training images counts.
-        lambda s: not uses_images(s) and (s.lora is None or s.lora.rounds == 1),
+        lambda s: (
+            not uses_images(s)
+            and s.evidence.disputed is None
+            and (s.lora is None or s.lora.rounds == 1)
+        ),
         lambda s: {"generation": GenerationSettings(size=s.generation.size)},
     ),
     (
@@ -234,6 +238,10 @@ IRRELEVANT: tuple[tuple[Any, Any], ...] = (
                 evidence_draws=0,
             )
         },
+    ),
+    (
+        lambda s: s.lora is not None and s.lora.rounds == 1,
+        lambda s: {"lora": replace(s.lora, enough_kept=1.0)},
     ),
     (
         lambda s: s.lora is not None and s.lora.source == "labelled",

@@ -21,15 +21,15 @@ WORKERS = 2
 @cache
 def trials(spec: str, sets: tuple[str, ...]) -> dict[str, object]:
     """The trials of the grid by name, such as `air/1`."""
-    from orchestrator.planning.requests import location_of
-    from orchestrator.spec import cells_of, load_sweep
+    from orchestrator.planning.requests import location_for, read_request
+    from orchestrator.spec import cells_of
 
-    sweep = load_sweep(Path(spec), sets=list(sets))
-    resolver = resolver_of(location_of(sweep, Path(os.environ["PEER_FOLDER"]) / "inputs", None))
+    request = read_request(spec, sets)
+    resolver = resolver_of(location_for(request, Path(os.environ["PEER_FOLDER"]) / "inputs", None))
     return {
         f"{cell.method}/{seeds['seed']}": resolver.trial({**cell.flat, **seeds})
-        for cell in cells_of(sweep)
-        for seeds in sweep.seeds.assignments()
+        for cell in cells_of(request.spec)
+        for seeds in request.spec.seeds.assignments()
     }
 
 

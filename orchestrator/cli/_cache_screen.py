@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.formatting import aligned, format_bytes, relative_path
-from orchestrator.keys import RECIPES
+from orchestrator.keys import STAGES
 from orchestrator.store.gc import GcPlan, Removal, StoreRequirements, merge_shards
 from orchestrator.store.integrity import VerificationReport
 from orchestrator.store.inventory import Inventory
 
 LARGEST, SHOWN = 10, 20  # lines of a long list that are shown
 NAME_WIDTH = 56
-STAGES = tuple(dict.fromkeys(stage for stage, _ in RECIPES.values()))  # in the order of a sweep
 
 
 # ---------------------------------------------------------------- ls
@@ -23,7 +22,8 @@ STAGES = tuple(dict.fromkeys(stage for stage, _ in RECIPES.values()))  # in the 
 
 def listing(inventory: Inventory, requirements: StoreRequirements) -> dict[str, Any]:
     """The JSON of `cache ls`. Sizes are in bytes; a needed row may have unneeded shards."""
-    needed = merge_shards(item for sweep in requirements.sweeps for item in sweep.artifacts.items())
+    sweeps = requirements.sweeps
+    needed = merge_shards(item for each in sweeps.values() for item in each.items())
     stages: dict[str, dict[str, int]] = {}
     users: dict[str, dict[str, int]] = {}
     artifacts = []
@@ -49,32 +49,25 @@ def listing(inventory: Inventory, requirements: StoreRequirements) -> dict[str, 
                 "bytes": holding.bytes,
                 "images": holding.images,
                 "user": holding.user,
-                "needed_by": list(needed_by),
+                "needed_by": needed_by,
                 "unneeded_bytes": unneeded_bytes,
             }
         )
     ordered = [stage for stage in STAGES if stage in stages]
     return {
-        "store": inventory.name,
+        "store": inventory.store.name,
         "bytes": sum(group["bytes"] for group in stages.values()),
         "stages": {stage: stages[stage] for stage in (*ordered, *sorted({*stages} - {*ordered}))},
         "users": users,
-        "sweeps": [sweep.sweep for sweep in requirements.sweeps],
+        "sweeps": list(sweeps),
         "unread": dict(requirements.unreadable),
-        "leftovers": [
-            {
-                "path": str(leftover.path.relative_to(inventory.root)),
-                "why": leftover.reason,
-                "bytes": leftover.bytes,
-            }
-            for leftover in inventory.leftovers
-        ],
+        "leftovers": [leftover.json(inventory.store.root) for leftover in inventory.leftovers],
         "artifacts": artifacts,
         "unfinished": [
             {
-                "path": str(training.path.relative_to(inventory.root)),
+                "path": str(training.path.relative_to(inventory.store.root)),
                 "bytes": training.bytes,
-                "needed_by": list(requirements.sweeps_needing(training.digest)),
+                "needed_by": requirements.sweeps_needing(training.digest),
             }
             for training in inventory.checkpoints
         ],

@@ -5,13 +5,17 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from air_core.printable import printable
+from orchestrator import api
 from orchestrator.cli.common import (
     STORE,
     DataOption,
@@ -20,16 +24,15 @@ from orchestrator.cli.common import (
     StoreOption,
     TrackingOption,
     fail,
-    location_named,
-    recorded_sweep,
     with_progress_bar,
 )
+from orchestrator.errors import DONE, GATE
 from orchestrator.formatting import csv_cell, show
 
 if TYPE_CHECKING:
     from air_core.bundle.classifier import ClassifiedImage
 
-    Writer = Callable[[Iterable[ClassifiedImage]], None]
+    Results = Iterable[tuple[ClassifiedImage, dict[str, str | None]]]
 
 app = typer.Typer()
 
@@ -48,6 +51,7 @@ DeviceOption = Annotated[
     str, typer.Option("--device", metavar="DEVICE", help="Torch device: cpu, cuda, ...")
 ]
 PATH_WIDTH = 44  # largest width of the table's first column
+MATRIX = 12  # classes of a confusion matrix that fits a screen
 
 
 @app.command()
@@ -55,7 +59,9 @@ def export(
     trial: Annotated[
         str, typer.Argument(metavar="TRIAL|best", help="Trial key, slot, MLflow run id, or best.")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to create.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", "--out", metavar="DIR", help="Folder to create.")
+    ],
     sweep: Annotated[
         str | None,
         typer.Option("--sweep", metavar="NAME", help="Sweep of the trial: NAME or PROJECT/NAME."),
@@ -75,31 +81,17 @@ def export(
 
     airsweep export 3f2a9c1d -o bundle
     """
-    from orchestrator.errors import GATE
-    from orchestrator.planning import Resolver
-    from orchestrator.reporting.bundles import BEST, PredictionsDifferError, best_trial
-    from orchestrator.reporting.bundles import export as write_bundle
-    from orchestrator.store import open_store
-    from orchestrator.tracking import named_trial
+    from orchestrator.reporting.bundles import PredictionsDifferError
 
-    if trial == BEST:
-        if sweep is None:
-            fail("`best` needs the name of a sweep; give --sweep NAME")
-        sweep_spec, sweep_location = recorded_sweep(sweep, store, data_root)
-        data_root = sweep_location.data_root
-        record = best_trial(sweep_spec, sweep_location, only or [])
-    else:
-        if only:
-            fail("--only is allowed with `best` only: it selects rows, and you named a trial")
-        location = location_named(sweep, store) if sweep else None
-        record = named_trial(trial, open_store(store).read_only(), location, tracking_uri)
-    source = open_store(store).read_only()
-    resolver = Resolver(source.root / "digests.json", data_root)
+    options: dict[str, Any] = {"store": store, "data_root": data_root, "force": force}
     try:
-        write_bundle(record, source, resolver, out, force)
+        show(
+            api.export(
+                trial, output, sweep=sweep, only=only or (), tracking_uri=tracking_uri, **options
+            )
+        )
     except PredictionsDifferError as problem:
         fail(str(problem), GATE)
-    show(out)
 
 
 @app.command()
@@ -122,7 +114,9 @@ def classify(
 ) -> None:
     """Classify images with a bundle, without a store or Ray.
 
-    Exits with 1 if some files cannot be read, with 2 if no file can be read.
+    If the images are in folders that are named like classes, the accuracy and a confusion matrix
+    follow: on stdout, with --json or --csv on stderr. Exits with 1 if some files cannot be read,
+    with 2 if no file can be read.
 
     airsweep classify bundle new/*.png
 
@@ -132,14 +126,26 @@ def classify(
         fail("--json and --csv exclude each other; give only one")
     from air_core.backbone.loading import import_open_clip_alone
     from air_core.bundle import image_files, load_bundle
+    from air_core.bundle.files import skipped_files, true_classes
+    from orchestrator.planning.dataset_text import skipped_text
 
     import_open_clip_alone()
     files = image_files(images)
     bundle = load_bundle(folder, weights, device)
     unreadable: list[str] = []
     results = bundle.stream(files, topk, lambda file, why: unreadable.append(why))
+    true = true_classes(files, bundle.classnames)
+    counts: Counter[tuple[str, str]] = Counter()  # of images, by true and predicted class
     write = _json if as_json else _csv if as_csv else _table(files, bundle.classnames)
-    write(_with_progress_bar(results, len(files)))
+    # Where the results are printed on a terminal, they show the progress.
+    shown = with_progress_bar("classifying", results, len(files), quiet=sys.stdout.isatty())
+    write(_labelled(shown, true, counts))
+    if counts:
+        others = len(files) - len(unreadable) - counts.total()
+        for line in _confusion_lines(counts, bundle.classnames, others):
+            show(line, file=sys.stderr if as_json or as_csv else sys.stdout)
+    if skipped := skipped_files(images):
+        show(f"skipped: {skipped_text(dict(sorted(skipped.items())))}", file=sys.stderr)
     if unreadable:
         show(f"{len(unreadable):,} of {len(files):,} files could not be read:", file=sys.stderr)
         for reason in unreadable:
@@ -149,11 +155,48 @@ def classify(
         sys.exit(1)
 
 
-def _json(results: Iterable[ClassifiedImage]) -> None:
+def _labelled(
+    results: Iterable[ClassifiedImage],
+    true: Mapping[Path, str],
+    counts: Counter[tuple[str, str]],
+) -> Iterator[tuple[ClassifiedImage, dict[str, str | None]]]:
+    """Each result with its true class under "true", empty if no image has one; counts pairs."""
+    for result in results:
+        name = true.get(Path(result.image))
+        if name is not None:
+            counts[name, result.classname] += 1
+        yield result, {"true": name} if true else {}
+
+
+def _confusion_lines(
+    counts: Counter[tuple[str, str]], classnames: Sequence[str], others: int
+) -> Iterator[str]:
+    """Accuracy, and the confusion matrix or, of many classes, the most frequent confusions."""
+    right = sum(count for (true, predicted), count in counts.items() if true == predicted)
+    total = counts.total()
+    note = f"; {others:,} in other folders do not count" if others else ""
+    yield ""
+    yield f"accuracy {right / total:.1%}: {right:,} of {total:,} images in class folders{note}"
+    shown = [name for name in classnames if any(name in pair for pair in counts)]
+    if len(shown) > MATRIX:
+        yield "most frequent confusions (folder -> predicted class)"
+        wrong = [(pair, count) for pair, count in counts.most_common() if pair[0] != pair[1]]
+        for (true, predicted), count in wrong[:MATRIX]:
+            yield f"  {count:>5,}  {printable(true)} -> {printable(predicted)}"
+        return
+    width = max(len(printable(name)) for name in shown)
+    yield "confusion matrix (rows: folder, columns: predicted class)"
+    yield f"      {'':<{width}} " + "".join(f"{c:>6}" for c in range(1, len(shown) + 1))
+    for c, true in enumerate(shown, start=1):
+        row = "".join(f"{counts[true, predicted]:>6,}" for predicted in shown)
+        yield f"  {c:>2}  {printable(true):<{width}} {row}"
+
+
+def _json(results: Results) -> None:
     """Stream a JSON list with one image per line."""
     separator = "[\n "
-    for result in results:
-        show(separator + json.dumps(result.json()), end="")
+    for result, label in results:
+        show(separator + json.dumps(result.json() | label), end="")
         separator = ",\n "
     if separator != "[\n ":
         show("\n]")
@@ -162,24 +205,26 @@ def _json(results: Iterable[ClassifiedImage]) -> None:
 PAIR = ("class", "probability")
 
 
-def _csv(results: Iterable[ClassifiedImage]) -> None:
-    """Columns image, class, probability; then class_2, probability_2, ..."""
+def _csv(results: Results) -> None:
+    """Columns image, class, probability; then class_2, probability_2, ...; then true, if known."""
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    for index, result in enumerate(results):
+    for index, (result, label) in enumerate(results):
         if index == 0:
             others = range(2, len(result.top) + 1)
             columns = [f"{column}_{rank}" for rank in others for column in PAIR]
-            writer.writerow(["image", *PAIR, *columns])
+            writer.writerow(["image", *PAIR, *columns, *label])
         pairs = ((csv_cell(name), probability) for name, probability in result.top)
-        writer.writerow([csv_cell(result.image), *(value for pair in pairs for value in pair)])
+        values = (value for pair in pairs for value in pair)
+        labels = (csv_cell(name or "") for name in label.values())
+        writer.writerow([csv_cell(result.image), *values, *labels])
 
 
-def _table(files: Iterable[Path], classnames: Iterable[str]) -> Writer:
+def _table(files: Iterable[Path], classnames: Iterable[str]) -> Callable[[Results], None]:
     width = min(PATH_WIDTH, max(len(printable(str(file))) for file in files))
     name_width = max(len(name) for name in classnames)
 
-    def write(results: Iterable[ClassifiedImage]) -> None:
-        for result in results:
+    def write(results: Results) -> None:
+        for result, _ in results:
             best, *others = (
                 f"{name:<{name_width}} {probability:>6.1%}" for name, probability in result.top
             )
@@ -187,22 +232,6 @@ def _table(files: Iterable[Path], classnames: Iterable[str]) -> Writer:
             show(f"{printable(result.image):<{width}}  {best}   {rest}".rstrip())
 
     return write
-
-
-def _with_progress_bar(results: Iterator[ClassifiedImage], total: int) -> Iterator[ClassifiedImage]:
-    """Yield the results; show a progress bar if stderr is a terminal and stdout is not."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    shown = sys.stderr.isatty() and not sys.stdout.isatty()
-    with Progress(
-        console=Console(stderr=True),
-        transient=True,
-        redirect_stdout=False,  # the results go to stdout unchanged
-        redirect_stderr=False,
-        disable=not shown,
-    ) as progress:
-        yield from progress.track(results, total, description="classifying")
 
 
 @app.command()
@@ -229,17 +258,12 @@ def verify(
 
     airsweep verify bundle --data-root /data --json
     """
-    import tempfile
-
-    from orchestrator.errors import DONE, GATE
     from orchestrator.planning import Resolver
     from orchestrator.reporting.bundles import verify as verify_bundle
 
-    def scoring_progress(starts: Iterable[int], batches: int) -> Iterable[int]:
-        return with_progress_bar("scoring", starts, batches)
-
-    with tempfile.TemporaryDirectory(prefix="airsweep-") as cache:
+    with TemporaryDirectory(prefix="airsweep-") as cache:
         resolver = Resolver(Path(cache) / "digests.json", data_root)
-        result = verify_bundle(folder, resolver, weights, device, scoring_progress, dataset)
+        watch = partial(with_progress_bar, "scoring")
+        result = verify_bundle(folder, resolver, weights, device, watch, dataset)
     show(json.dumps(result.json(), indent=1) if as_json else "\n".join(result.lines()))
     sys.exit(DONE if result.same else GATE)

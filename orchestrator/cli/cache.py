@@ -97,7 +97,7 @@ def cache_gc(
     location = location_named(sweep, store) if sweep else None
     refuse_running(opened)
     with opened.locks.exclusive_store():  # no sweep may start before the removal is complete
-        full_name = f"{location.project}/{location.name}" if location else None
+        full_name = location.full_name if location else None
         requirements = all_requirements(opened, data_root)
         gc_plan = plan_gc(take_inventory(opened), requirements, user_name(), all_users, full_name)
         if yes:

@@ -2,32 +2,49 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 
 import typer
 
+from orchestrator import errors
 from orchestrator.api import STORE as STORE  # typer reads defaults at import
 from orchestrator.api import location_for as location_for
 from orchestrator.api import location_named as location_named
 from orchestrator.api import recorded_sweep as recorded_sweep
+from orchestrator.api import results_store as results_store
 from orchestrator.formatting import show
 
 if TYPE_CHECKING:
     from orchestrator.planning import Plan, SweepRequest
     from orchestrator.reporting import Results
-    from orchestrator.spec import SweepSpec
     from orchestrator.store import SweepLocation
 
 T = TypeVar("T")
 
-SPEC_HELP = "Sweep file, or the bare name of a sweep in ./sweeps or shipped with airsweep."
+SPEC_HELP = "Sweep file, or the bare name of a sweep in ./sweeps, in . or shipped with airsweep."
 SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help=SPEC_HELP)]
+
+
+def _recorded_names(context: typer.Context, incomplete: str) -> list[str]:
+    """Names of recorded sweeps, for the completion of a shell."""
+    from orchestrator.store import open_store
+
+    sweeps = open_store(context.params.get("store") or STORE).backend.sweeps()
+    return [name for _, name in sweeps if name.startswith(incomplete)]
+
+
 NameArgument = Annotated[
-    str, typer.Argument(metavar="NAME", help="Name of a recorded sweep: NAME or PROJECT/NAME.")
+    str,
+    typer.Argument(
+        metavar="NAME",
+        help="Recorded sweep: NAME, PROJECT/NAME or its sweep file.",
+        autocompletion=_recorded_names,
+    ),
 ]
 StoreOption = Annotated[
     str,
@@ -59,6 +76,9 @@ SmokeOption = Annotated[
         help="Reduce every cell to one point, seed and iteration with 8 images, in <store>-smoke.",
     ),
 ]
+SmokeResultsOption = Annotated[
+    bool, typer.Option("--smoke", help="Read the smoke run, in <store>-smoke.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 TrackingOption = Annotated[
@@ -84,13 +104,12 @@ def load(
 class SweepResults:
     """A recorded sweep and its results so far."""
 
-    sweep: SweepSpec
     location: SweepLocation
     plan: Plan
     results: Results
 
 
-def read_results(name: str, store: str, data_root: Path | None) -> SweepResults:
+def read_results(name: str, store: str | Path, data_root: Path | None) -> SweepResults:
     """Read the results of a recorded sweep.
 
     Raises:
@@ -101,13 +120,27 @@ def read_results(name: str, store: str, data_root: Path | None) -> SweepResults:
 
     sweep, location = recorded_sweep(name, store, data_root)
     plan = plan_of(sweep, location)
-    return SweepResults(sweep, location, plan, results.results_of(plan, location.store))
+    return SweepResults(location, plan, results.results_of(plan, location.store))
+
+
+def note_options(location: SweepLocation) -> None:
+    """Note on stderr the options of the last run, to which the results belong."""
+    from orchestrator.planning.requests import last_origin
+    from orchestrator.spec.sweep import option_words
+
+    origin = last_origin(location)
+    sets, only = origin.get("sets", []), origin.get("only", [])
+    if words := option_words(sets, only, smoke=False):
+        left_out = "; the other cells of the file are left out" if only else ""
+        show(f"note: the sweep as last run, with {shlex.join(words)}{left_out}", file=sys.stderr)
 
 
 def no_results_message(name: str, found: SweepResults) -> str:
+    from orchestrator.planning.requests import run_command
+
     return (
         f"none of the {found.plan.total} trials of {name} has finished; "
-        f"`airsweep run {found.sweep.source or name}` resumes the sweep"
+        f"`{run_command(found.location)}` resumes the sweep"
     )
 
 
@@ -116,55 +149,42 @@ def fail(message: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
-# Removed commands and options, each with its replacement.
-REMOVED = {
-    "data stage": "unpack the archives with tar or unzip, then run `airsweep data check`",
-    "models stage": "fetch or copy the model with hf or cp, then run `airsweep models check`",
-    "--probe": "`airsweep run SPEC --smoke` measures a little of the work",
-    "--accept-code": "every code version has separate artifacts; if yours gives the same results "
-    "as another one, add it to orchestrator/store/code_versions.json (see docs/storage.md)",
-}
+def refuse_bare_settings(words: list[str]) -> None:
+    """Exit with 2 if several settings follow one `--set` or `--only`."""
+    for option, first, word in zip(words, words[1:], words[2:], strict=False):
+        if option in ("--set", "--only") and "=" in first and "=" in word and word[0] != "-":
+            both = f"{option} {first} {option} {word}"
+            fail(f"{word}: each setting needs an option of its own: {both}")
 
 
-def refuse_removed(words: list[str]) -> None:
-    """Exit with 2 if the command line names a removed command or option."""
-    for name in (" ".join(words[:2]), *(word.partition("=")[0] for word in words)):
-        if name in REMOVED:
-            fail(f"`{name}` was removed: {REMOVED[name]}")
+REFUSALS = (
+    errors.Refused,
+    errors.SweepBusy,
+    errors.StoreRefused,
+    errors.TrackerUnreachable,
+    errors.BucketUnreachable,
+    errors.StudiesUnreachable,
+)
 
 
 def exit_code_of(problem: Exception) -> int:
     """Exit code of an exception: 2 for bad input, 3 if the run was refused to start, else 1."""
-    from orchestrator.errors import (
-        BAD_INPUT,
-        FAILED,
-        REFUSED,
-        BucketUnreachable,
-        Refused,
-        StoreRefused,
-        StudiesUnreachable,
-        SweepBusy,
-        TrackerUnreachable,
-    )
-
-    refused = (
-        Refused
-        | SweepBusy
-        | StoreRefused
-        | TrackerUnreachable
-        | BucketUnreachable
-        | StudiesUnreachable
-    )
-    if isinstance(problem, refused):
-        return REFUSED
-    return BAD_INPUT if isinstance(problem, ValueError) else FAILED
+    if isinstance(problem, REFUSALS):
+        return errors.REFUSED
+    return errors.BAD_INPUT if isinstance(problem, ValueError) else errors.FAILED
 
 
-def with_progress_bar(description: str, items: Iterable[T], total: int) -> Iterable[T]:
-    """Yield the items; show a progress bar on stderr if it is a terminal."""
+def with_progress_bar(
+    description: str, items: Iterable[T], total: int, quiet: bool = False
+) -> Iterator[T]:
+    """Yield the items; show a progress bar on stderr if it is a terminal, unless `quiet`."""
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import Progress
 
     console = Console(stderr=True)
-    quiet = not console.is_terminal
-    return track(items, description, total, console=console, transient=True, disable=quiet)
+    disabled = quiet or not console.is_terminal
+    # What the command prints meanwhile goes to stdout unchanged.
+    with Progress(
+        console=console, transient=True, redirect_stdout=False, disable=disabled
+    ) as progress:
+        yield from progress.track(items, total, description=description)

@@ -20,6 +20,7 @@ from orchestrator.cli.common import (
     no_results_message,
     read_results,
 )
+from orchestrator.errors import DONE, GATE
 from orchestrator.formatting import show
 
 if TYPE_CHECKING:
@@ -64,18 +65,12 @@ def compare(
 
     airsweep compare quickstart --against old/quickstart --fail-on regress
     """
-    from orchestrator.errors import DONE, GATE
     from orchestrator.reporting.published import compare_with_paper, compare_with_sweep, find_paper
 
     if (paper is None) == (against is None):
         fail("give either --paper NAME or --against OTHER")
     if fail_on not in (None, "regress"):
         fail(f"unknown --fail-on {fail_on!r}; allowed: regress")
-    if against is not None and against.endswith(".json"):
-        fail(
-            f"--against {against}: JSON tables are no longer supported; give a sweep of this "
-            "store, or its numbers as --paper FILE (docs/results_guide.md)"
-        )
     published = None if paper is None else find_paper(paper)
     ours = _read_finished(name, store, data_root)
     if published is not None:
@@ -99,7 +94,7 @@ def _read_finished(name: str, store: str, data_root: Path | None) -> SweepResult
         raise ValueError(no_results_message(name, recorded))
     done, total = len(recorded.results.trials), recorded.plan.total
     if done < total:
-        note = f"note: only {done} of {total} trials of {name} are done; comparing those"
+        note = f"note: only {done} of {total} trials of {name} have a result; comparing those"
         show(note, file=sys.stderr)
     return recorded
 
@@ -120,5 +115,6 @@ def _screen(name: str, ours: SweepResults, comparison: ReferenceComparison) -> I
     if missing := comparison.missing:
         shown = "; ".join(missing[:3]) + ("; ..." if len(missing) > 3 else "")
         below.append(f"Missing from {name}: {len(missing)} ({shown}).")
-    for line in (*screen(comparison, WIDTH), *below, f"Source: {comparison.source}."):
+    below += [f"Lower, higher: {comparison.rule}.", f"Source: {comparison.source}."]
+    for line in (*screen(comparison, WIDTH), *below):
         yield textwrap.fill(line, WIDTH, subsequent_indent="    ", break_on_hyphens=False)

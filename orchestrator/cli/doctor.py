@@ -20,6 +20,8 @@ from orchestrator.cli.common import (
     TrackingOption,
     load,
 )
+from orchestrator.environment import environment, redirect_descriptor
+from orchestrator.errors import REFUSED
 from orchestrator.formatting import show
 
 app = typer.Typer()
@@ -61,8 +63,6 @@ def doctor(
     airsweep doctor quickstart --cluster --address http://head:8265 --store /shared/runs
     """
     from orchestrator.cli import _doctor_checks as doctor_checks
-    from orchestrator.environment import environment
-    from orchestrator.errors import REFUSED
 
     cluster_address = address or os.environ.get("RAY_ADDRESS")
     if cluster and not cluster_address:
@@ -80,8 +80,6 @@ def doctor(
         options = [word for name, value in known.items() if value for word in (name, str(value))]
         report = doctor_checks.check_cluster_by_job(str(cluster_address), sweep, options)
     else:
-        from orchestrator.cluster.session import redirect_descriptor
-
         # Parts of Ray write to file descriptor 1; stdout is for data.
         with environment({"RAY_ADDRESS": str(cluster_address)}), redirect_descriptor(1, 2):
             report = doctor_checks.check_cluster(request).json()

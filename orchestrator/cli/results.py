@@ -1,4 +1,4 @@
-"""Commands that show the status, results and audits of a recorded sweep."""
+"""Commands that show the status, results and audits of a recorded sweep, and a store's usage."""
 
 from __future__ import annotations
 
@@ -6,48 +6,172 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from orchestrator import api
 from orchestrator.cli.common import (
     STORE,
     DataOption,
     JsonOption,
     NameArgument,
+    SmokeResultsOption,
     StoreOption,
     fail,
     location_named,
     no_results_message,
+    note_options,
     read_results,
     recorded_sweep,
+    results_store,
 )
-from orchestrator.formatting import show
+from orchestrator.formatting import aligned, format_interval, format_percent, format_time, show
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 app = typer.Typer()
 
+WATCH_SECONDS = 2.0
+
+
+@app.command("list")
+def list_sweeps(store: StoreOption = STORE, as_json: JsonOption = False) -> None:
+    """List the sweeps of a store: state, finished trials and best row.
+
+    airsweep list
+
+    airsweep list --store /shared/runs --json
+    """
+    sweeps = api.sweeps(store=store)
+    if as_json:
+        show(json.dumps(sweeps, indent=1))
+    elif sweeps:
+        show("\n".join(aligned([LISTED, *map(_listed, sweeps)])))
+    else:
+        show(f"no sweep has run in {store}", file=sys.stderr)
+
+
+LISTED = ("sweep", "state", "trials", "last event", "best row", "accuracy", "95 %")
+
+
+def _listed(sweep: dict[str, Any]) -> tuple[str, ...]:
+    best = sweep["best"]
+    numbers = ["", "", ""]
+    if len(best) == 1:
+        row = best[0]
+        interval = format_interval(row["low"], row["high"])
+        numbers = [row["method"], format_percent(row["mean"]), interval]
+    elif best:
+        numbers[0] = f"{len(best)} tasks"
+    trials = f"{sweep['finished']} of {sweep['total']}"
+    last = "" if sweep["last_event"] is None else format_time(sweep["last_event"])
+    return (sweep["sweep"], sweep["state"], trials, last, *numbers)
+
 
 @app.command()
-def status(name: NameArgument, store: StoreOption = STORE, as_json: JsonOption = False) -> None:
+def status(
+    name: NameArgument,
+    store: StoreOption = STORE,
+    smoke: SmokeResultsOption = False,
+    as_json: JsonOption = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show changes until the sweep ends or Ctrl-C.")
+    ] = False,
+) -> None:
     """Show the progress of a sweep: trials by state, failures, and time.
 
     airsweep status quickstart
 
-    airsweep status quickstart --json
+    airsweep status quickstart --watch
     """
+    from rich.console import Console
+
     from orchestrator.reporting import screens
 
-    status = screens.status_report(location_named(name, store))
-    show(json.dumps(status, indent=1) if as_json else screens.status_screen(status))
+    location, shown = location_named(name, results_store(store, smoke)), ""
+    while True:
+        status = screens.status_report(location)
+        text = json.dumps(status, indent=1) if as_json else screens.status_screen(status)
+        if text != shown:
+            if watch:
+                Console().clear()  # nothing, unless stdout is a terminal
+            show(text, flush=True)
+        if not watch or not status["running"]:
+            return
+        shown = text
+        time.sleep(WATCH_SECONDS)
+        location.refresh()
+
+
+@app.command()
+def logs(
+    name: NameArgument,
+    of: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="TRIAL",
+            help="Only events of this trial (slot, or beginning of its key), cell or artifact.",
+        ),
+    ] = None,
+    store: StoreOption = STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Print the event log of a sweep: what ran when, and why it failed.
+
+    airsweep logs quickstart
+
+    airsweep logs quickstart digits-ul-text-cpl/0/seed=1
+    """
+    from orchestrator.planning.requests import results_command
+
+    location = location_named(name, store)
+    events = list(location.event_log().events())
+    if of is not None:
+        events = [event for event in events if _is_of(event, of)]
+        if not events:
+            fail(
+                f"{name} has no event of {of}; give a slot CELL/POINT/SEEDS, the beginning of a "
+                "trial's key, a cell or an artifact, as "
+                f"`{results_command('logs', location)}` shows them"
+            )
+    for event in events:
+        show(json.dumps(event) if as_json else _event_line(event))
+
+
+def _is_of(event: dict[str, Any], name: str) -> bool:
+    """Whether an event is about a trial, a cell or an artifact."""
+    is_key = str(event.get("key", "")).startswith(name)
+    return is_key or any(f"{each}/".startswith(f"{name}/") for each in _names(event))
+
+
+def _names(event: dict[str, Any]) -> list[str]:
+    """Trials, cells and artifacts of an event."""
+    single = (event.get(field) for field in ("slot", "key", "cell"))
+    return [name for name in single if name] + [*event.get("slots", ()), *event.get("cells", ())]
+
+
+def _event_line(event: dict[str, Any]) -> str:
+    words = [format_time(event["time"]), f"{event['event']:<17}"]
+    if "slot" in event:
+        words += [event["slot"], event.get("key", "")[:12]]
+    else:
+        words += [", ".join(_names(event))]
+    if "failure_class" in event:
+        words.append(f"{event['failure_class']}: {event['message']}")
+    words += [f"{name} {event[name]}" for name in SHOWN_FIELDS if name in event]
+    return "  ".join(filter(None, words)).rstrip()
+
+
+SHOWN_FIELDS = ("to_run", "total", "user", "commit", "seconds", "exit_code")
 
 
 @app.command()
 def table(
     name: NameArgument,
     store: StoreOption = STORE,
+    smoke: SmokeResultsOption = False,
     data_root: DataOption = None,
     form: Annotated[
         str,
@@ -85,11 +209,16 @@ def table(
 
     airsweep table quickstart --format latex --rows method --cols dataset
     """
+    from orchestrator.planning import results_text
     from orchestrator.reporting import tables
 
     if form not in tables.FORMATS:
         fail(f"unknown --format {form!r}; allowed: {', '.join(tables.FORMATS)}")
-    recorded = read_results(name, store, data_root)
+    recorded = read_results(name, results_store(store, smoke), data_root)
+    note_options(recorded.location)
+    if left := recorded.plan.to_run:
+        have = results_text(recorded.plan.results)
+        show(f"note: {left} of {recorded.plan.total} trials left to run; {have}", file=sys.stderr)
     if row_keys is None and column_keys is None and metric is None:
         show(tables.table(recorded.results, form))
         return
@@ -108,9 +237,10 @@ def _split(option: str | None) -> list[str] | None:
 def report(
     name: NameArgument,
     output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="FILE", help="HTML file to write.")
+        Path, typer.Option("-o", "--output", "--out", metavar="FILE", help="HTML file to write.")
     ],
     store: StoreOption = STORE,
+    smoke: SmokeResultsOption = False,
     data_root: DataOption = None,
 ) -> None:
     """Write a report of a sweep, as one self-contained HTML file.
@@ -119,16 +249,9 @@ def report(
 
     airsweep report vision/digits_main -o digits.html --store /shared/runs
     """
-    from orchestrator.files import write_atomic
-    from orchestrator.reporting.html_report import page
-    from orchestrator.reporting.report_data import report_data_of
-
-    if output.is_dir() or not output.absolute().parent.is_dir():
-        fail(f"-o {output}: give a file name in an existing folder, such as report.html")
-    sweep, location = recorded_sweep(name, store, data_root)
-    text = page(report_data_of(sweep, location))
-    write_atomic(output, text)
-    show(f"{output}  {len(text.encode()) / 1e6:.1f} MB", file=sys.stderr)
+    file = api.report(name, output, store=store, data_root=data_root, smoke=smoke)
+    note_options(location_named(name, results_store(store, smoke)))
+    show(f"{output}  {file.stat().st_size / 1e6:.1f} MB", file=sys.stderr)
 
 
 @app.command()
@@ -156,7 +279,7 @@ def audit(
     if as_json:
         show(json.dumps([card_as_dict(card) for card in cards], indent=1))
         return
-    show("\n\n".join(card_screen(card, name, location.folder) for card in cards))
+    show("\n\n".join(card_screen(card, location) for card in cards))
 
 
 def _audit_progress(row: str) -> Callable[[int, int], None]:
@@ -167,6 +290,34 @@ def _audit_progress(row: str) -> Callable[[int, int], None]:
 
     def report_progress(done: int, total: int) -> None:
         if time.monotonic() - started > 3:
-            screen.show_progress(f"auditing {row}", done, total)
+            screen.show_progress(f"auditing {row}", done, total, "images")
 
     return report_progress
+
+
+@app.command("usage")
+def show_usage(
+    store: StoreOption = STORE,
+    by: Annotated[
+        str,
+        typer.Option("--by", metavar="KEY", help="Grouping: user, project, sweep or stage."),
+    ] = "user",
+    since: Annotated[
+        str | None,
+        typer.Option("--since", metavar="DATE", help="Oldest date of the artifacts to count."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the device hours and bytes behind the artifacts of a store.
+
+    airsweep usage
+
+    airsweep usage --by project --since 2026-03-01 --json
+
+    Each artifact counts once, for the user who made it. Work without an artifact does not count.
+    """
+    from orchestrator.planning import usage
+    from orchestrator.store import open_store
+
+    totals = usage.usage(open_store(store), by, since)
+    show(json.dumps(totals, indent=1) if as_json else usage.usage_screen(totals))

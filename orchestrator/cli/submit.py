@@ -24,7 +24,8 @@ from orchestrator.cli.common import (
     TrackingOption,
     load,
 )
-from orchestrator.formatting import aligned, show
+from orchestrator.errors import FAILED, INTERRUPTED
+from orchestrator.formatting import aligned, format_time, show
 
 if TYPE_CHECKING:
     from orchestrator.cluster import Cluster, Job
@@ -116,12 +117,13 @@ def submit(
 def jobs(address: AddressOption = "", as_json: JsonOption = False) -> None:
     """List the sweeps that were submitted to a cluster, the newest last.
 
+    Jobs that `ray job submit` has sent are listed with the sweep and the store of their command.
+
     airsweep jobs --address http://head:8265
 
     airsweep jobs --address http://head:8265 --json
     """
     from orchestrator.cluster import Cluster
-    from orchestrator.cluster.jobs import clock_time
 
     submitted = Cluster(address).jobs()
     if as_json:
@@ -133,7 +135,7 @@ def jobs(address: AddressOption = "", as_json: JsonOption = False) -> None:
     rows = [("job", "sweep", "user", "state", "exit", "since", "store")]
     for job in submitted:
         code = "" if job.exit_code is None else str(job.exit_code)
-        since = clock_time(job.started)
+        since = format_time(job.started)
         rows.append((job.id, job.sweep, job.user, job.state, code, since, job.store))
     show("\n".join(aligned(rows)))
 
@@ -177,7 +179,6 @@ def _message(text: str) -> None:
 def _follow(cluster: Cluster, job: Job) -> int:
     """Follow the log of a job; the exit code is the job's, or that of the interruption."""
     from orchestrator.cluster.jobs import ClusterLost, end_message
-    from orchestrator.errors import FAILED, INTERRUPTED
 
     def write(text: str) -> None:
         sys.stdout.write(text)
@@ -245,6 +246,6 @@ def _find_job(cluster: Cluster, name: str) -> Job:
     mine = [job for job in running if (job.sweep, job.user) == (sweep, user_name())]
     if len(mine) == 1:
         return mine[0]
-    choices = ", ".join(f"{job.id} of {job.user}" for job in mine or running) or "none"
+    choices = ", ".join(f"{job.id}{job.of_user}" for job in mine or running) or "none"
     problem = f"several jobs of yours run {sweep}" if mine else f"no job of yours runs {sweep}"
     raise ValueError(f"{problem} at {cluster.address}; give a job id; running: {choices}")

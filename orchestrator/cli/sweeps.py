@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from orchestrator import api
 from orchestrator.cli.common import (
     STORE,
     DataOption,
@@ -26,7 +26,8 @@ from orchestrator.cli.common import (
     location_for,
     recorded_sweep,
 )
-from orchestrator.formatting import show
+from orchestrator.environment import redirect_descriptor
+from orchestrator.formatting import plural, show
 
 if TYPE_CHECKING:
     from orchestrator.spec import SweepSpec
@@ -75,14 +76,12 @@ def schema() -> None:
 
 @app.command()
 def validate(spec: SpecArgument, sets: SetOption = None, only: OnlyOption = None) -> None:
-    """Check a sweep file without running anything.
+    """Check a sweep file and the folders that it names, without running anything.
 
     airsweep validate sweeps/quickstart.yaml
 
     airsweep validate quickstart --set iterations=5
     """
-    from orchestrator import api
-    from orchestrator.formatting import plural
     from orchestrator.spec import cells_of
 
     request = load(spec, sets, only)
@@ -103,6 +102,10 @@ def plan(
     explain: Annotated[
         bool, typer.Option("--explain", help="Show every setting and its origin.")
     ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit with 2 or 3 if the sweep would not start now.")
+    ] = False,
+    tracking_uri: TrackingOption = None,
 ) -> None:
     """Show what a sweep would run, without running anything.
 
@@ -110,12 +113,12 @@ def plan(
 
     airsweep plan quickstart
 
-    airsweep plan sweeps/quickstart.yaml --json
+    airsweep plan sweeps/quickstart.yaml --check --json
     """
-    from orchestrator import api
-
     planned = api.plan(load(spec, sets, only, smoke), store=store, data_root=data_root)
     show(json.dumps(planned.json(), indent=1) if as_json else planned.screen(explain))
+    if check:
+        planned.check(tracking_uri)
 
 
 @app.command()
@@ -198,13 +201,8 @@ def _execute(
     prepare_only: bool = False,
     **options: Any,
 ) -> NoReturn:
-    from orchestrator import api
-
-    # Ray's daemons write to file descriptor 1 directly. Send that to stderr: stdout is for data.
-    stdout = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    outcome = api.execute(sweep, location, origin, quiet, prepare_only=prepare_only, **options)
+    with redirect_descriptor(1, 2):  # stdout is for data
+        outcome = api.execute(sweep, location, origin, quiet, prepare_only=prepare_only, **options)
     if not quiet and not prepare_only:
-        show(outcome, file=stdout)
-    stdout.flush()
+        show(outcome)
     sys.exit(outcome.exit_code)

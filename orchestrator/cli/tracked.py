@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
+import time
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -19,7 +22,9 @@ from orchestrator.cli.common import (
     fail,
     recorded_sweep,
 )
+from orchestrator.errors import DONE, GATE
 from orchestrator.formatting import show
+from orchestrator.tracking_uri import DATABASE
 
 app = typer.Typer()
 
@@ -28,7 +33,9 @@ app = typer.Typer()
 def ui(
     store: StoreOption = STORE,
     host: Annotated[str, typer.Option(metavar="HOST", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(metavar="PORT", help="Port to listen on.")] = 5000,
+    port: Annotated[
+        int, typer.Option(metavar="PORT", min=1, max=65535, help="Port to listen on.")
+    ] = 5000,
     auth: Annotated[
         bool,
         typer.Option("--auth", help="Require a login, as MLFLOW_AUTH_CONFIG_PATH configures."),
@@ -39,8 +46,11 @@ def ui(
             metavar="NAME[,NAME]", help="Host names under which browsers may open the page."
         ),
     ] = None,
+    browser: Annotated[
+        bool, typer.Option(help="Open the page in a browser, if this machine has a desktop.")
+    ] = True,
 ) -> None:
-    """Serve the store's MLflow runs as a web page.
+    """Serve the store's MLflow runs as a web page, and open the table of runs.
 
     Only this machine can open the page, unless --auth is given.
 
@@ -49,31 +59,68 @@ def ui(
     airsweep ui --port 5001
     """
     from orchestrator.store import open_store
+    from orchestrator.tracking.database import check_database, run_tables
     from orchestrator.tracking.exposure import check_exposure
     from orchestrator.tracking.types import SERVER_ENVIRONMENT, serve_command
 
     check_exposure(host, auth, allowed_hosts)
     root = open_store(store).root
-    if not (root / "mlflow.db").exists():
-        fail(f"{root / 'mlflow.db'} does not exist: no run was tracked in this store yet")
+    database = root / DATABASE
+    if not database.exists():
+        fail(f"{database} does not exist: no run was tracked in this store yet")
+    try:
+        check_database(database)
+    except OSError as problem:
+        fail(
+            f"{problem}; move the file, and `airsweep mlflow reconcile NAME` writes the runs of a "
+            "sweep again"
+        )
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, port), family=family).close()
+    except OSError as problem:
+        reason = str(problem.strerror).partition(" (")[0]
+        fail(f"the server cannot listen on {host}, port {port}: {reason}; choose another --port")
+    server = f"http://{host}:{port}"
+    pages = [f"{server}/{page}" for page in run_tables(database)] or [server]
+    for page in pages:
+        show(page, file=sys.stderr)
+    show("Ctrl-C stops the server", file=sys.stderr)
+    if browser and any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY"))):
+        _open_when_served(server, pages[0])
     argv = serve_command(root, host, port, auth, allowed_hosts)
-    show(f"http://{host}:{port}  (Ctrl-C stops the server)", file=sys.stderr)
     os.execvpe(argv[0], argv, {**os.environ, **SERVER_ENVIRONMENT})
+
+
+def _open_when_served(server: str, page: str) -> None:
+    """Open a page in the browser as soon as the server answers, in a process of its own."""
+    import urllib.request
+    import webbrowser
+
+    if os.fork():
+        return
+    for _ in range(120):  # seconds
+        time.sleep(1.0)
+        with suppress(OSError), urllib.request.urlopen(f"{server}/health", timeout=5):
+            webbrowser.open(page)
+            break
+    os._exit(0)
 
 
 @app.command()
 def repro(
-    run_id: Annotated[
-        str, typer.Argument(metavar="RUN_ID", help="MLflow run id of a trial, or its beginning.")
+    trial: Annotated[
+        str, typer.Argument(metavar="TRIAL", help="Trial: MLflow run id, trial key or slot.")
     ],
     store: StoreOption = STORE,
     data_root: DataOption = None,
     tracking_uri: TrackingOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Repeat a tracked trial and compare the results.
+    """Repeat a trial and compare the results.
 
-    Compares metrics, and predictions image by image.
+    Compares metrics, and predictions image by image. Settings come from the record in the store, or
+    from MLflow if the store has none.
 
     Exits with 0 if the results are the same or within tolerance, with 5 if they differ.
 
@@ -81,14 +128,13 @@ def repro(
 
     airsweep repro 3f2a9c1d --tracking-uri http://mlflow:5000 --json
     """
-    from orchestrator.errors import DONE, GATE
     from orchestrator.planning import Resolver
     from orchestrator.store import open_store
     from orchestrator.tracking.reproduce import repro as repeat_trial
 
     opened = open_store(store).read_only()
     result = repeat_trial(
-        run_id,
+        trial,
         opened,
         Resolver(opened.root / "digests.json", data_root),
         tracking_uri,
@@ -144,10 +190,10 @@ def mlflow_reconcile(
     airsweep mlflow reconcile --tracking-uri http://mlflow:5000
     """
     from orchestrator.store import open_store
-    from orchestrator.store.location import recorded_names
     from orchestrator.tracking import reconcile
 
-    names = [name] if name else ["/".join(parts) for parts in recorded_names(open_store(store))]
+    recorded = ["/".join(parts) for parts in open_store(store).backend.sweeps()]
+    names = [name] if name else recorded
     if not names:
         fail(f"{store} has no recorded sweep; run a sweep first, or give another --store")
     results, problems = [], []

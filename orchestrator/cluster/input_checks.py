@@ -1,47 +1,63 @@
 """Checks of datasets and models on this machine, for `airsweep data check` and `models check`.
 
-Every image of a dataset is opened, and the dataset is compared with the published counts
-(`air_core.datasets.published`); image folders of the user have no such counts. CLIP weights are
-loaded like in a trial. Of a diffusers folder, which may hold gigabytes, each part's configuration
-and the header of each weights file are read.
+Every image of a dataset is opened, duplicates are searched, and the dataset is compared with the
+published counts (`air_core.datasets.published`); image folders of the user have no such counts.
+CLIP weights are loaded like in a trial. Of a diffusers folder, which may hold gigabytes, each
+part's configuration and the header of each weights file are read.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 
 from air_core.datasets import Dataset, Examples, get_dataset
-from air_core.datasets.images import BAD_SHARE, Unreadable
+from air_core.datasets.duplicates import difference_hash, exact_pairs, near_pairs, pixel_digest
+from air_core.datasets.image_folder import PREFIX, leak_message, permits_duplicates
+from air_core.datasets.images import (
+    BAD_SHARE,
+    ImageFiles,
+    Unreadable,
+    pixel_count,
+    too_many_unreadable,
+)
 from air_core.datasets.published import PUBLISHED
-from air_core.model_configs import check_part_configs, json_object
+from air_core.model_configs import json_object
 from air_core.printable import printable
+from air_core.specs import uses_generator
 from air_core.weights import (
     CLIP_CONFIG,
     LORA_PIPELINES,
     PIPELINE_CONFIG,
     SUFFIXES,
-    check_whole,
     find_backbone,
+    generator_files,
     generator_folder,
     generator_parts,
+    local_path,
     named_model,
-    weights_files,
 )
+from orchestrator.cluster.job_package import path_in_name
+from orchestrator.formatting import plural
+from orchestrator.planning.dataset_text import skipped_text
+from orchestrator.planning.resolve import input_files
+from orchestrator.spec import SweepSpec, cells_of
+from orchestrator.spec.sweep import computation_of
 
-SHOWN = 3  # unreadable files to list
-ProgressWrapper = Callable[[Iterable[str | None], int], Iterable[str | None]]
-CONFIGS = tuple(
-    f"{prefix}config.json"
-    for prefix in ("", "scheduler_", "tokenizer_", "preprocessor_", "processor_")
-)
-WEIGHTLESS = ("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "Extractor")
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+SHOWN = 3  # unreadable files and duplicates to list
+# Memory: this many threads, each with an image of up to LARGE pixels, and one larger image.
+THREADS = 4
+LARGE = 2**24
+DETAILED_PX = 48  # smaller images of a class look alike, so near duplicates mean nothing
+CHUNK = 1024  # images given to the threads at once
+ProgressWrapper = Callable[[Iterable[Any], int], Iterable[Any]]
 # Settings of the U-Net by which a model is recognized.
 STABLE_DIFFUSION_1: dict[str, Any] = {
     "cross_attention_dim": 768,
@@ -53,13 +69,49 @@ U_NETS = {
 }
 
 
+# ---------------------------------------------------------------- the folders of a sweep file
+
+
+def path_problems(sweep: SweepSpec) -> list[str]:
+    """What is wrong with the folders and files that a sweep names, for `airsweep validate`.
+
+    Lists folders but reads no image and no weights. Registered datasets and models that the hub or
+    open_clip names are left to `airsweep plan`: the file may be for another machine.
+    """
+    names: dict[tuple[str, str], None] = {}
+    for cell in cells_of(sweep):
+        keys = ["dataset", "test_dataset", "backbone"]
+        keys += ["generator"] if uses_generator(computation_of(cell.flat)) else []
+        names |= {(key, cell.flat[key]): None for key in keys if cell.flat.get(key) is not None}
+    return [
+        str(sweep.error(key, name, problem))
+        for key, name in names
+        if (problem := _path_problem(key, name, sweep.folders))
+    ]
+
+
+def _path_problem(key: str, name: str, folders: Mapping[str, str]) -> str | None:
+    is_dataset = key.endswith("dataset")
+    located = folders.get(name, name)
+    if path_in_name(key, located) is None and (is_dataset or "/" in name):
+        return None
+    try:
+        if is_dataset:
+            get_dataset(located).files(None)
+        else:
+            input_files(key, located)
+    except ValueError as problem:
+        return str(problem)
+    return None
+
+
 # ---------------------------------------------------------------- datasets
 
 
 def check_dataset(
     name: str, root: Path | None, with_progress: ProgressWrapper = lambda results, total: results
 ) -> dict[str, Any]:
-    """Open every image of a dataset and compare the dataset with the published counts.
+    """Open every image of a dataset, search duplicates, and compare with the published counts.
 
     Args:
         name: a dataset, or folder:<path>.
@@ -69,33 +121,35 @@ def check_dataset(
     Returns:
         The report; `difference` describes the first difference, None if everything matches.
     """
+    report: dict[str, Any] = {
+        "name": name,
+        "classnames": [],
+        "images": 0,
+        "parts": {},
+        "unreadable": {"count": 0, "first": []},
+        "skipped": {},
+        "duplicates": {},
+    }
     try:
         dataset = get_dataset(name)
         examples = dataset.load(root)
+        skipped = dataset.skipped()
     except ValueError as problem:
-        return _dataset_report(name, (), {}, (), str(problem))
+        return report | {"difference": str(problem)}
     names, counts = np.unique(examples.parts, return_counts=True)
     parts = dict(zip(names.tolist(), counts.tolist(), strict=True))
-    problems = with_progress(_image_problems(examples), len(examples.images))
-    unreadable = [problem for problem in problems if problem]
-    difference = next(_differences(dataset, examples, parts, unreadable), None)
-    return _dataset_report(dataset.name, dataset.classnames, parts, unreadable, difference)
-
-
-def _dataset_report(
-    name: str,
-    classnames: Sequence[str],
-    parts: dict[str, int],
-    unreadable: Sequence[str],
-    difference: str | None,
-) -> dict[str, Any]:
-    return {
-        "name": name,
-        "classnames": list(classnames),
-        "images": sum(parts.values()),
+    looks = list(with_progress(_looks(examples), len(examples.images)))
+    unreadable = [look.problem for look in looks if look.problem]
+    duplicates = _duplicates(examples, looks)
+    return report | {
+        "name": dataset.name,
+        "classnames": list(dataset.classnames),
+        "images": len(examples.parts),
         "parts": {part: parts[part] for part in ("train", "val", "test", "free") if part in parts},
-        "unreadable": {"count": len(unreadable), "first": list(unreadable[:SHOWN])},
-        "difference": difference,
+        "unreadable": {"count": len(unreadable), "first": unreadable[:SHOWN]},
+        "skipped": skipped,
+        "duplicates": duplicates,
+        "difference": next(_differences(dataset, examples, parts, unreadable, duplicates), None),
     }
 
 
@@ -104,18 +158,108 @@ def dataset_lines(report: dict[str, Any]) -> list[str]:
     if not report["parts"]:
         return []
     parts = "   ".join(f"{part} {count:,}" for part, count in report["parts"].items())
-    return [
+    lines = [
         f"{report['name']}: {report['images']:,} images of {len(report['classnames'])} classes",
         f"parts       {parts}",
         f"unreadable  {report['unreadable']['count']:,}",
         *(f"            {printable(problem)}" for problem in report["unreadable"]["first"]),
     ]
+    if report["skipped"]:
+        lines.append(f"skipped     {skipped_text(report['skipped'])}")
+    for kind, found in report["duplicates"].items():
+        if not found["pairs"]:
+            continue
+        lines.append(
+            f"{kind:<11} {plural(found['pairs'], 'pair')} of {DUPLICATES[kind]}: "
+            f"{found['two_classes']:,} in two classes, {found['train_and_test']:,} in train and "
+            "test"
+        )
+        lines += [f"            {printable(' = '.join(pair))}" for pair in found["first"]]
+    exact = report["duplicates"]["exact"]["pairs"]
+    if exact and "free" in report["parts"]:
+        lines.append("            split_seed can put one image of a pair into train, one into test")
+    return lines
+
+
+DUPLICATES = {"exact": "images with equal pixels", "near": "images that look alike"}
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What was seen of one image."""
+
+    problem: str | None  # why it is unreadable
+    digest: bytes = b""
+    bits: bytes = bytes(32)  # of the difference hash; zeros are compared with nothing
+
+
+def _looks(examples: Examples) -> Iterator[_Look]:
+    """Open each image, in order. Threads decode; the memory does not depend on their number."""
+    large = Lock()
+    files = examples.images.files if isinstance(examples.images, ImageFiles) else None
+
+    def look(index: int) -> _Look:
+        is_large = files is not None and pixel_count(files[index]) > LARGE
+        with large if is_large else nullcontext():
+            return _look(examples, index)  # on return, the image is freed
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        positions = range(len(examples.images))
+        for start in positions[::CHUNK]:
+            yield from threads.map(look, positions[start : start + CHUNK])
+
+
+def _look(examples: Examples, index: int) -> _Look:
+    try:
+        image = examples.images[index]
+    except Unreadable as problem:
+        return _Look(str(problem))
+    except OSError as problem:
+        return _Look(f"{problem.filename} cannot be read: {problem.strerror}")
+    digest = pixel_digest(image)
+    if min(image.size) < DETAILED_PX:
+        return _Look(None, digest)
+    return _Look(None, digest, np.packbits(difference_hash(image)).tobytes())
+
+
+def _duplicates(examples: Examples, looks: Sequence[_Look]) -> dict[str, Any]:
+    """Numbers of pairs of readable images that are exact or near duplicates, and the worst ones."""
+    seen = [i for i, look in enumerate(looks) if look.problem is None]
+    exact = [(seen[i], seen[j]) for i, j in exact_pairs([looks[i].digest for i in seen])]
+    repeated = {j for _, j in exact}
+    firsts = [i for i in seen if i not in repeated]
+    hashes = np.frombuffer(b"".join(looks[i].bits for i in firsts), np.uint8).reshape(-1, 32)
+    near = [(firsts[i], firsts[j]) for i, j in near_pairs(hashes)]
+    return {"exact": _pairs_report(examples, exact), "near": _pairs_report(examples, near)}
+
+
+def _pairs_report(examples: Examples, pairs: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    labels, tests = examples.labels, examples.parts == "test"
+    leaks = [bool(tests[i] != tests[j]) for i, j in pairs]
+    mixed = [bool(labels[i] != labels[j]) for i, j in pairs]
+    worst = sorted(range(len(pairs)), key=lambda k: (not leaks[k], not mixed[k], k))
+    return {
+        "pairs": len(pairs),
+        "two_classes": sum(mixed),
+        "train_and_test": sum(leaks),
+        "first": [[_image_name(examples, i) for i in pairs[k]] for k in worst[:SHOWN]],
+    }
+
+
+def _image_name(examples: Examples, index: int) -> str:
+    if isinstance(examples.images, ImageFiles):
+        return str(examples.images.files[index].relative_to(examples.images.home))
+    return f"image {index}"
 
 
 def _differences(
-    dataset: Dataset, examples: Examples, parts: dict[str, int], unreadable: Sequence[str]
+    dataset: Dataset,
+    examples: Examples,
+    parts: dict[str, int],
+    unreadable: Sequence[str],
+    duplicates: dict[str, Any],
 ) -> Iterator[str]:
-    """Differences from the published dataset, and whether too many images are unreadable."""
+    """Differences from the published dataset; too many unreadable images; test images in train."""
     name, published = dataset.name, PUBLISHED.get(dataset.name)
     if published is not None:
         if len(dataset.classnames) != published.classes:
@@ -132,27 +276,12 @@ def _differences(
                 source = published.source
                 yield f"{name}: {part} has {count:,} images, published {wanted:,} ({source})"
     # A published dataset must be complete; in a user's folder a few images may be unreadable.
-    images = len(examples.parts)
-    allowed = 0 if published else int(BAD_SHARE * images)
-    if len(unreadable) > allowed:
-        yield (
-            f"{name}: {len(unreadable):,} of {images:,} images cannot be read, at most {allowed:,} "
-            f"are allowed; the first: {printable(unreadable[0])}"
-        )
-
-
-def _image_problems(examples: Examples) -> Iterator[str | None]:
-    """For each image in order: why it is unreadable, or None. Threads decode the images."""
-
-    def problem(index: int) -> str | None:
-        try:
-            examples.images[index]
-        except Unreadable as unreadable:
-            return str(unreadable)
-        return None
-
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        yield from threads.map(problem, range(len(examples.images)))
+    problems, share = [*map(printable, unreadable)], 0 if published else BAD_SHARE
+    if problem := too_many_unreadable(name, problems, len(examples.parts), share):
+        yield problem
+    leaks = duplicates["exact"]["train_and_test"]
+    if leaks and name.startswith(PREFIX) and not permits_duplicates(Path(dataset.source)):
+        yield leak_message(Path(dataset.source), leaks, duplicates["exact"]["first"][0])
 
 
 # ---------------------------------------------------------------- models
@@ -168,7 +297,7 @@ def check_model(model: str, name: str = "") -> dict[str, Any]:
     Raises:
         ValueError: the model is incomplete, cannot be read, or is not the expected one.
     """
-    folder = Path(model).expanduser().absolute()
+    folder = local_path(model)
     if not folder.exists():
         if "@" in model or named_model(model) is not None or model == "tiny":
             return _check_backbone(name, model)
@@ -196,8 +325,6 @@ def _check_backbone(name: str, model: str) -> dict[str, Any]:
         difference = _difference(expected.get(key), config.get(key), key) if expected else None
         if difference:
             raise ValueError(f"{model} is not {name}: {difference}")
-    for file in weights_files(backbone):
-        check_whole(file)
     from air_core.backbone.loading import load_backbone  # torch
 
     load_backbone(backbone)
@@ -223,10 +350,9 @@ def _difference(expected: Any, actual: Any, key: str) -> str | None:
 def _check_generator(name: str, folder: Path) -> dict[str, Any]:
     from air_core.diffusion.pipeline import check_classes  # diffusers takes seconds
 
-    parts = generator_parts(folder)
-    for part, (library, kind) in parts.items():
-        _check_part(folder, part, library, kind)
+    generator_files(folder)
     check_classes(folder)
+    parts = generator_parts(folder)
     unet = json_object(folder / "unet" / "config.json") if "unet" in parts else {}
     for key, value in U_NETS.get(name, {}).items():
         if unet.get(key) != value:
@@ -237,55 +363,3 @@ def _check_generator(name: str, folder: Path) -> dict[str, Any]:
     pipeline = json_object(folder / PIPELINE_CONFIG).get("_class_name")
     lora = pipeline in LORA_PIPELINES
     return {"is": "generator", "pipeline": pipeline, "parts": sorted(parts), "lora": lora}
-
-
-def _check_part(folder: Path, part: str, library: str, kind: str) -> None:
-    """Check one part of a pipeline, such as its U-Net.
-
-    Raises:
-        ValueError: the part is missing, cannot be read, or refers to code in its folder.
-    """
-    part_folder = folder / part
-    if not part_folder.is_dir():
-        raise ValueError(
-            f"{folder} is incomplete: {PIPELINE_CONFIG} lists the part {part}, but the folder "
-            f"{part} is missing; was the download complete?"
-        )
-    if not any((part_folder / config).is_file() for config in CONFIGS):
-        raise ValueError(f"{part_folder} is incomplete: it has none of {', '.join(CONFIGS)}")
-    check_part_configs(part_folder)
-    if not kind.endswith(WEIGHTLESS):
-        stem = "model" if library == "transformers" else "diffusion_pytorch_model"
-        for file in _weights(part_folder, stem):
-            check_whole(file)
-
-
-def _weights(part: Path, stem: str) -> list[Path]:
-    """The files with the weights of a part.
-
-    Raises:
-        ValueError: the part has no weights in safetensors format.
-    """
-    if (single := part / f"{stem}.safetensors").is_file():
-        return [single]
-    if (index := part / f"{stem}.safetensors.index.json").is_file():
-        names = sorted(set(json_object(index).get("weight_map", {}).values()))
-        missing = [name for name in names if not (part / name).is_file()]
-        if missing or not names:
-            problem = f"{', '.join(missing)}: missing" if missing else "no file"
-            raise ValueError(f"{part} is incomplete: {index.name} lists {problem}")
-        return [part / name for name in names]
-    variants = sorted(file.name for file in part.glob(f"{stem}.*.safetensors"))
-    if variants:
-        raise ValueError(
-            f"{part} has {variants[0]} but no {stem}.safetensors, and only the latter is read; "
-            f"download it too, or rename {variants[0]} to use those weights"
-        )
-    pickled = sorted(file.name for pattern in PICKLES for file in part.glob(pattern))
-    if pickled:
-        raise ValueError(
-            f"{part} has only {pickled[0]}, a pickle, which can run code when it is loaded; "
-            f"download {stem}.safetensors of the same model, or, if you trust the folder, load it "
-            "with diffusers and convert it by save_pretrained(FOLDER, safe_serialization=True)"
-        )
-    raise ValueError(f"{part} has no weights: {stem}.safetensors is missing")

@@ -164,7 +164,9 @@ def _input_paths(request: SweepRequest) -> set[tuple[str, str, str]]:
     keys = ("dataset", "test_dataset", "backbone", "generator")
     cells = cells_of(request.spec)
     values = {(key, str(cell.flat.get(key) or "")) for cell in cells for key in keys}
-    return {(key, value, path) for key, value in values if (path := path_in_name(key, value))}
+    located = request.spec.folders
+    paths = {(key, value, path_in_name(key, located.get(value, value))) for key, value in values}
+    return {(key, value, path) for key, value, path in paths if path}
 
 
 def path_in_name(key: str, name: str) -> str | None:

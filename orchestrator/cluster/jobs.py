@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from orchestrator.cluster.job_package import JobPaths
 from orchestrator.environment import environment
 from orchestrator.errors import FAILED, REFUSED, TERMINATED, Refused
+from orchestrator.formatting import format_time
 from orchestrator.planning import SweepRequest
 from orchestrator.store import smoke_store
 
@@ -31,6 +32,7 @@ LOST_AFTER = 300.0  # seconds without an answer before the cluster counts as los
 COMMAND_NOT_FOUND = 127  # exit code of a shell
 NOT_ENDED = ("PENDING", "RUNNING")
 SWEEP, USER, STORE = "airsweep.sweep", "airsweep.user", "airsweep.store"  # keys of job metadata
+JOB_NAME = "job_name"  # the key of the metadata that Ray's dashboard shows
 # Ray's error types of a failed job whose driver never started.
 NOT_STARTED = (
     "RUNTIME_ENV_SETUP_FAILURE",
@@ -51,8 +53,8 @@ class Job:
     """A job of a cluster, with the metadata of its sweep."""
 
     id: str
-    sweep: str  # PROJECT/NAME
-    user: str
+    sweep: str  # PROJECT/NAME; empty: the job runs no sweep
+    user: str  # empty: unknown, since the job was not sent by `airsweep submit`
     store: str
     state: str  # PENDING, RUNNING, SUCCEEDED, FAILED, STOPPED
     exit_code: int | None  # airsweep's exit code; None: not ended
@@ -64,6 +66,10 @@ class Job:
     @property
     def is_over(self) -> bool:
         return self.state not in NOT_ENDED
+
+    @property
+    def of_user(self) -> str:
+        return f" of {self.user}" if self.user else ""
 
     def json(self) -> dict[str, Any]:
         names = ("id", "sweep", "user", "store", "state", "exit_code", "started", "ended")
@@ -101,8 +107,8 @@ class Cluster:
 
     def jobs(self) -> list[Job]:
         """Jobs that run sweeps, the newest last."""
-        infos = [info for info in self._call("list_jobs") if SWEEP in (info.metadata or {})]
-        return sorted(map(_job, infos), key=lambda job: job.started)
+        submitted = map(_job, self._call("list_jobs"))
+        return sorted((job for job in submitted if job.sweep), key=lambda job: job.started)
 
     def job(self, job_id: str) -> Job:
         """Return a job by its id.
@@ -136,14 +142,14 @@ class Cluster:
         for job in submitted:
             if not job.is_over and (job.sweep, job.store) == (sweep, store):
                 raise Refused(
-                    f"{sweep} is already {job.state} as {job.id} of {job.user}, since "
-                    f"{clock_time(job.started)}; to follow it: {self.follow_command(job.id)}; to "
+                    f"{sweep} is already {job.state} as {job.id}{job.of_user}, since "
+                    f"{format_time(job.started)}; to follow it: {self.follow_command(job.id)}; to "
                     f"stop it: {self.stop_command(job.id)}"
                 )
         stem = sweep.replace("/", "-")  # numbered, because Ray accepts an id only once
         matches = [re.fullmatch(rf"{re.escape(stem)}-(\d+)", job.id) for job in submitted]
         number = 1 + max((int(match[1]) for match in matches if match), default=0)
-        metadata = {SWEEP: sweep, USER: env["AIRSWEEP_USER"], STORE: store}
+        metadata = {SWEEP: sweep, USER: env["AIRSWEEP_USER"], STORE: store, JOB_NAME: sweep}
         return self._start(
             command, folder, env, submission_id=f"{stem}-{number}", metadata=metadata
         )
@@ -265,13 +271,11 @@ class Cluster:
         return shlex.join(["airsweep", "stop", job_id, "--address", self.address])
 
 
-def clock_time(seconds: float) -> str:
-    """Date and time in the time zone of this machine."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
-
-
 def _job(info: Any) -> Job:
     metadata = info.metadata or {}
+    if SWEEP not in metadata and info.submission_id:  # a driver without one is no job
+        variables = (info.runtime_env or {}).get("env_vars") or {}
+        metadata = _entrypoint_metadata(info.entrypoint, variables)
     state = str(info.status.value)
     ended = info.end_time and info.end_time / 1000
     return Job(
@@ -286,6 +290,30 @@ def _job(info: Any) -> Job:
         driver_started=info.driver_exit_code is not None,
         message=info.message or "",
     )
+
+
+def _entrypoint_metadata(entrypoint: str, variables: Mapping[str, str]) -> dict[str, str]:
+    """Sweep, user and store of a command that `ray job submit` has sent; empty for another command.
+
+    Args:
+        variables: the environment variables of the job.
+
+    >>> command = "python -m orchestrator run sweeps/mine.yaml --store /shared/runs"
+    >>> _entrypoint_metadata(command, {"AIRSWEEP_PROJECT": "birds"})[SWEEP]
+    'birds/mine'
+    """
+    run = re.search(r"(?:-m orchestrator|\bairsweep) (?:run|retry|prepare) (.*)", entrypoint)
+    words = run[1].replace("=", " ").split() if run else []
+    spec = next((word for word in words if word.endswith((".yaml", ".yml"))), "")
+    spec = spec or (words[0] if words and not words[0].startswith("-") else "")
+    if not spec:
+        return {}
+    store = words[words.index("--store") + 1] if "--store" in words[:-1] else ""
+    return {
+        SWEEP: f"{variables.get('AIRSWEEP_PROJECT', 'default')}/{Path(spec).stem}",
+        USER: variables.get("AIRSWEEP_USER", ""),
+        STORE: store or variables.get("AIRSWEEP_STORE", ""),
+    }
 
 
 def _exit_code(state: str, info: Any) -> int | None:

@@ -79,7 +79,7 @@ def rayjob(sweep: SweepSpec, options: RenderOptions) -> str:
     for group in groups:  # a fixed size: all workers start before the sweep
         group["replicas"] = group["minReplicas"] = group["maxReplicas"]
     cluster["workerGroupSpecs"] = groups
-    _set_image(cluster, options.image)
+    _set_image(options.image, cluster, spec["submitterPodTemplate"])
     return dump_documents([configmap, job])
 
 
@@ -99,17 +99,14 @@ def raycluster(sweep: SweepSpec, options: RenderOptions) -> str:
         minimum = 0 if group["groupName"] == "gpu" else min(1, group["maxReplicas"])
         group["replicas"] = group["minReplicas"] = minimum
     spec["workerGroupSpecs"] = groups
-    _set_image(spec, options.image)
+    _set_image(options.image, spec)
     return dump_documents([cluster])
 
 
 def template(name: str) -> str:
     """Read a file of `cluster/kuberay`, from the installed package or a checkout."""
-    for folder in (SHIPPED, ROOT):
-        file = folder / "cluster" / "kuberay" / f"{name}.yaml"
-        if file.is_file():
-            return file.read_text()
-    raise FileNotFoundError(f"cluster/kuberay/{name}.yaml is missing in {SHIPPED} and in {ROOT}")
+    folder = SHIPPED if SHIPPED.is_dir() else ROOT
+    return (folder / "cluster" / "kuberay" / f"{name}.yaml").read_text()
 
 
 # ---------------------------------------------------------------- names and values
@@ -282,9 +279,10 @@ def _limits(group: dict[str, Any]) -> dict[str, Any]:
     return limits
 
 
-def _set_image(cluster: dict[str, Any], image: str | None) -> None:
+def _set_image(image: str | None, cluster: dict[str, Any], *pods: dict[str, Any]) -> None:
     if image is None:
         return
     _checked("--image", image, r"[A-Za-z0-9][-A-Za-z0-9._/:@]*", "[REGISTRY/]NAME:TAG")
-    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
-        group["template"]["spec"]["containers"][0]["image"] = image
+    groups = (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])
+    for pod in (*pods, *(group["template"] for group in groups)):
+        pod["spec"]["containers"][0]["image"] = image

@@ -8,11 +8,10 @@ import os
 import secrets
 import shutil
 import socket
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from orchestrator.environment import environment, ray_job_variables
+from orchestrator.environment import environment, redirect_descriptor
 from orchestrator.errors import Refused
 from orchestrator.failures import first_line
 from orchestrator.files import ROOT
@@ -97,9 +96,10 @@ SILENT: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR
 def _existing_cluster(address: str) -> Iterator[None]:
     import ray
 
-    names = {"AIRSWEEP_COMMIT", "AIRSWEEP_DIRTY", "AIRSWEEP_USER", "AIRSWEEP_SWEEP"}
-    passed = {name: os.environ[name] for name in (names & os.environ.keys()) - ray_job_variables()}
-    _join(address, runtime_env={"env_vars": passed}, **SILENT)
+    # Ray's dashboard shows this name for a driver that no job has started.
+    name = {"job_name": os.environ.get("AIRSWEEP_SWEEP", "airsweep")}
+    config = ray.job_config.JobConfig(metadata=name)
+    _join(address, job_config=config, **SILENT)
     try:
         yield
     finally:
@@ -268,15 +268,16 @@ def _is_alive(process: psutil.Process) -> bool:
         return False
 
 
-def record_devices() -> None:
-    """In a worker, store its assigned CPUs and GPUs for the records of the artifacts it makes."""
+def set_worker_environment(variables: Mapping[str, str]) -> None:
+    """In a worker, set what the records of its artifacts have: the assigned CPUs and GPUs, and the
+    user and commit of the driver (`variables`)."""
     import ray
 
     if not ray.is_initialized() or ray.get_runtime_context().worker.mode != ray.WORKER_MODE:
         return
     assigned = ray.get_runtime_context().get_assigned_resources()
     devices = {"cpu": assigned.get("CPU", 0.0), "gpu": assigned.get("GPU", 0.0)}
-    os.environ[DEVICES] = json.dumps(devices)
+    os.environ |= {**variables, DEVICES: json.dumps(devices)}
 
 
 def machines() -> tuple[Machine, ...]:
@@ -294,6 +295,15 @@ def free_resources() -> dict[str, tuple[float, float]]:
     return {kind: (free.get(kind, 0.0), total) for kind, total in ray.cluster_resources().items()}
 
 
+def waits_for_resources() -> bool:
+    """Whether a process waits for resources of the cluster; one that starts has them."""
+    import ray
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    waiting = get_cluster_status(ray.get_runtime_context().gcs_address).resource_demands
+    return bool(waiting.ray_task_actor_demand or waiting.placement_group_demand)
+
+
 def request_autoscaling(resources: Resources) -> None:
     """Request resources for one trial, one encoding task and all generators of a sweep."""
     from ray.autoscaler.sdk import request_resources
@@ -302,24 +312,6 @@ def request_autoscaling(resources: Resources) -> None:
     processes = [resources.trial, resources.encoder_resources, *generators]
     requests = [ray_resources(process) for process in processes]
     request_resources(bundles=[{kind: n for kind, n in r.items() if n} for r in requests])
-
-
-@contextmanager
-def redirect_descriptor(descriptor: int, to: int | None) -> Iterator[None]:
-    """Redirect a file descriptor to another one, or to /dev/null (None), during the block.
-
-    Parts of Ray write to descriptors 1 and 2 directly, so replacing `sys.stdout` is not enough.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    with open(os.devnull, "w") as null:
-        original = os.dup(descriptor)
-        os.dup2(null.fileno() if to is None else to, descriptor)
-        try:
-            yield
-        finally:
-            os.dup2(original, descriptor)
-            os.close(original)
 
 
 class MemoryPeak:

@@ -18,7 +18,7 @@ from orchestrator.planning.resources import process_capacity, remaining_resource
 from orchestrator.spec import ProcessResources, Resources
 
 if TYPE_CHECKING:
-    from orchestrator.execution._progress import ProgressListener
+    from orchestrator.execution._state import RunState
     from orchestrator.stages.context import WorkerContext
 
 # One of this many generators is reserved beside trials. A simulation of 64 devices finds the same
@@ -150,6 +150,6 @@ class PreparationContext:
 
     worker: WorkerContext
     resources: Resources
-    listener: ProgressListener
+    listener: RunState
     allocation: Allocation
     progress_actor: Any

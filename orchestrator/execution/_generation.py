@@ -11,7 +11,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -19,19 +19,22 @@ from typing import Any
 
 import numpy as np
 import ray
+import torch
 from ray.data import ActorPoolStrategy, DataContext
+from safetensors.numpy import load
 
-from air_core.specs import EvidenceSpec, SyntheticFeaturesSpec
-from orchestrator.cluster.session import record_devices
+from air_core.datasets.class_folders import class_files
+from air_core.specs import EvidenceSpec, FolderImages, SyntheticFeaturesSpec
+from orchestrator.cluster.session import set_worker_environment
 from orchestrator.execution._allocation import PoolStatistics, PreparationContext
-from orchestrator.execution._progress import ProgressReporter
+from orchestrator.execution._progress import ProgressReporter, report_working
 from orchestrator.failures import CLASSES, Failure, classify
 from orchestrator.planning import Requirement, artifact_title
+from orchestrator.planning.resolve import images_folder
 from orchestrator.redact import redact
-from orchestrator.spec.sweep import GeneratorResources
 from orchestrator.stages.context import WorkerContext, limit_gpu_memory
 from orchestrator.stages.evidence import BlockScorer, build_evidence_block
-from orchestrator.stages.image_rows import DEATHS, build_image_block, open_generator
+from orchestrator.stages.image_rows import block_counts, build_image_block, open_generator
 from orchestrator.store.artifacts import devices
 
 MAX_THRIFT = 2  # the highest level of `thrift` of a generator
@@ -43,12 +46,11 @@ class GeneratorActor:
     def __init__(
         self, requirements: Sequence[Requirement], worker: WorkerContext, progress_actor: Any
     ) -> None:
-        import torch
-
         torch.set_num_threads(1)  # one actor a core; more threads would compete for it
-        record_devices()
+        set_worker_environment(worker.variables)
         limit_gpu_memory(devices().get("gpu", 0.0))
         self.specs, self.worker = [requirement.spec for requirement in requirements], worker
+        self.progress_actor = progress_actor
         self.reporters = [
             ProgressReporter(progress_actor, artifact_title(requirement.key))
             for requirement in requirements
@@ -61,10 +63,11 @@ class GeneratorActor:
         row, c, block = (int(batch[name][0]) for name in ("row", "class", "block"))
         started, self.startup = time.monotonic(), 0.0
         error = failure_class = ""
-        counts: dict[str, float] = dict(NO_COUNTS)
+        counts: dict[str, Any] = dict(NO_COUNTS)
         self.worker.store.locks.on_wait = self.reporters[row].report_wait
         try:
-            counts |= self._make(row, c, block)
+            with report_working(self.progress_actor):
+                counts |= self._make(row, c, block)
         except Exception as problem:  # returned as data: an exception would end the stream
             # Redacted in this process, which knows the secrets.
             error = redact(f"{type(problem).__name__}: {problem}")
@@ -80,7 +83,7 @@ class GeneratorActor:
             **{name: [count] for name, count in (counts | devices()).items()},
         }
 
-    def _make(self, row: int, c: int, block: int) -> dict[str, float]:
+    def _make(self, row: int, c: int, block: int) -> dict[str, Any]:
         """Make a shard. After a lack of memory, try with less: the number of images in a block is
         part of its key, so it is the generator and the encoder that save memory."""
         spec = self.specs[row]
@@ -110,8 +113,16 @@ class GeneratorActor:
         return self.loaded[1]
 
 
-# Numbers of a shard: images drawn, drawn again and given up; pairs of image and class scored.
-NO_COUNTS = {"drawn": 0, "redrawn": 0, "holes": 0, "pairs": 0, "on_device": 0.0}
+# Of a shard: numbers of images drawn, drawn again and given up, and of pairs of image and class
+# scored; seconds; files of ready images given up, as JSON.
+NO_COUNTS = {
+    "drawn": 0,
+    "redrawn": 0,
+    "holes": 0,
+    "pairs": 0,
+    "on_device": 0.0,
+    "hole_files": "[]",
+}
 
 # Seconds that a larger pool must save, because its actors need up to a minute to start.
 MIN_SAVING = 60.0
@@ -146,6 +157,13 @@ def draw(
     ]
 
 
+Shard = tuple[int, int, int]  # row, class, block
+
+
+def _shard(fields: Mapping[str, Any]) -> Shard:
+    return fields["row"], fields["class"], fields["block"]
+
+
 class _Generation:
     """Draws the shards of some rows with one pool after another; tries each shard once."""
 
@@ -155,11 +173,13 @@ class _Generation:
         self.progress_actor = context.progress_actor
         self.want = context.resources.generator
         self.errors: dict[Requirement, list[tuple[str, str]]] = {}
-        self.tried: set[tuple[int, int, int]] = set()  # row, class, block
+        self.tried: set[Shard] = set()
+        self.unread: set[Shard] = set()  # of closed pools, without a result
         self.stopped = False
 
     def untried_shards(self) -> list[dict[str, int]]:
         """Missing shards for the next pool."""
+        self._take_unread()  # also what an actor completed after its pool was closed
         if self.stopped:
             return []
         missing = (
@@ -173,24 +193,16 @@ class _Generation:
     def draw(self, shards: Sequence[dict[str, int]]) -> Iterator[None]:
         """Draw with one pool until all shards are drawn, or a pool of another size is faster."""
         began, count, work_seconds = time.monotonic(), 0, 0.0
+        taken: set[Shard] = set()
         beside_trials = self.allocation.trials_running
         pool = PoolStatistics(
             actors=min(self.allocation.pool_size(), len(shards)), gpu=bool(self.want.gpu)
         )
         self.allocation.pool_exceeds_reserve = not beside_trials
-        reader = _StreamReader(
-            partial(
-                _stream,
-                shards,
-                self.requirements,
-                self.worker,
-                self.want,
-                pool.actors,
-                self.progress_actor,
-            )
-        )
+        reader = _StreamReader(partial(self._stream, shards, pool.actors))
         while (result := (yield from reader.next())) is not None:
             self._take_result(result)
+            taken.add(_shard(result))
             count, work_seconds = count + 1, work_seconds + result["seconds"]
             pool.images += result["drawn"]
             pool.pairs += result["pairs"]
@@ -201,33 +213,77 @@ class _Generation:
             ):
                 reader.close()
         if reader.closed:
-            self._reset_deaths(shards, 4 * pool.actors)
+            self.worker.store.refresh_listings()
+            self.unread |= set(map(_shard, shards)) - taken
+            pool.images += self._take_unread()
+            unfinished = [shard for shard in shards if _shard(shard) in self.unread]
+            self._reset_deaths(unfinished[: 4 * pool.actors])  # Ray Data assigns them in order
         else:  # shards that are missing now were lost, or have failed
-            self.tried.update((s["row"], s["class"], s["block"]) for s in shards)
+            self.tried.update(map(_shard, shards))
         self.allocation.pool_exceeds_reserve = False
         pool.seconds = time.monotonic() - began
         self.listener.on_pool_closed(pool)
 
-    def _reset_deaths(self, shards: Sequence[dict[str, int]], count: int) -> None:
+    def _stream(self, shards: Sequence[dict[str, int]], actors: int) -> ray.data.Dataset:
+        context = DataContext.get_current().copy()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+        worker = replace(self.worker, device="cuda" if self.want.gpu else "cpu")
+        with DataContext.current(context):
+            return ray.data.from_items(list(shards), override_num_blocks=len(shards)).map_batches(
+                GeneratorActor,
+                fn_constructor_args=(self.requirements, worker, self.progress_actor),
+                batch_size=1,
+                compute=ActorPoolStrategy(size=actors),
+                num_cpus=self.want.cpu,
+                num_gpus=self.want.gpu,
+                resources=dict(self.want.custom) or None,
+            )
+
+    def _take_unread(self) -> int:
+        """Report unread shards that the store has; returns the number of their images."""
+        drawn = 0
+        for row in {row for row, _, _ in self.unread}:
+            requirement = self.requirements[row]
+            missing = {(row, *shard) for shard in requirement.missing(self.worker.store)}
+            for shard in sorted(s for s in self.unread - missing if s[0] == row):
+                counts = self._counts_of_unread(shard)
+                self.listener.on_prepared(requirement, 0.0, {**counts, "startup": None})
+                drawn += counts["drawn"]
+        return drawn
+
+    def _counts_of_unread(self, shard: Shard) -> dict[str, Any]:
+        """The counts of an unread shard, from the store. It is then no longer unread."""
+        self.unread.remove(shard)
+        row, c, block = shard
+        spec, counts = self.requirements[row].spec, dict(NO_COUNTS)
+        if isinstance(spec, SyntheticFeaturesSpec):
+            ok = load(self.worker.store.row(spec).read(c, block))["ok"].tolist()
+            files = None
+            if isinstance(spec.images, FolderImages):
+                name = spec.images.classnames[c]
+                files = class_files(images_folder(spec.images.model.name), [name])[name]
+            counts |= block_counts(ok, block, files)
+        return counts
+
+    def _reset_deaths(self, shards: Sequence[dict[str, int]]) -> None:
         """Reset the crash counts of blocks whose actors were stopped with the pool: these blocks
         did not kill their actors."""
-        self.worker.store.refresh_listings()
-        missing = {
-            row: set(requirement.missing(self.worker.store))
-            for row, requirement in enumerate(self.requirements)
-        }
-        unfinished = (s for s in shards if (s["class"], s["block"]) in missing[s["row"]])
-        for shard in itertools.islice(unfinished, count):  # Ray Data assigns them in order
-            spec, _ = self.requirements[shard["row"]].rows[0]
-            row = self.worker.store.open_row(spec)
-            row.reset_crashes(shard["class"], shard["block"], DEATHS)
+        for shard in shards:
+            row = self.worker.store.open_row(self.requirements[shard["row"]].rows[0])
+            row.reset_crashes(shard["class"], shard["block"])
 
     def _take_result(self, result: dict[str, Any]) -> None:
         requirement = self.requirements[result["row"]]
         if not result["error"]:
+            if (shard := _shard(result)) in self.unread:
+                made = self._counts_of_unread(shard)
+                if not result["drawn"] and not result["pairs"]:  # by an actor of the last pool
+                    result |= made
             self.listener.on_prepared(requirement, result["seconds"], result)
             return
-        self.tried.add((result["row"], result["class"], result["block"]))
+        self.tried.add(_shard(result))
         spec, c = requirement.spec, result["class"]
         name = f"draw {c}"
         if isinstance(spec, SyntheticFeaturesSpec):
@@ -297,31 +353,6 @@ class _StreamReader:
     def close(self) -> None:
         """Stop after the next row."""
         self.closed = True
-
-
-def _stream(
-    shards: Sequence[dict[str, int]],
-    requirements: Sequence[Requirement],
-    worker: WorkerContext,
-    want: GeneratorResources,
-    actors: int,
-    progress_actor: Any,
-) -> ray.data.Dataset:
-    context = DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    device = "cuda" if want.gpu else "cpu"
-    with DataContext.current(context):
-        return ray.data.from_items(list(shards), override_num_blocks=len(shards)).map_batches(
-            GeneratorActor,
-            fn_constructor_args=(requirements, replace(worker, device=device), progress_actor),
-            batch_size=1,
-            compute=ActorPoolStrategy(size=actors),
-            num_cpus=want.cpu,
-            num_gpus=want.gpu,
-            resources=dict(want.custom) or None,
-        )
 
 
 def _failure(errors: Sequence[tuple[str, str]], missing: int) -> Failure:

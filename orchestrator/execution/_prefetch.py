@@ -4,6 +4,7 @@ contact sheet and the audit cards."""
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,14 +20,14 @@ from orchestrator.planning import (
     Plan,
     Requirement,
     Slot,
-    contains_spec,
     possible_trials,
     requirements_of,
 )
 from orchestrator.planning.cards import Row, is_complete, rows_of, stored_card
-from orchestrator.planning.plan import fp32_slots
+from orchestrator.planning.plan import fp32_slots, independent_of
 from orchestrator.spec import Cell
 from orchestrator.store import ArtifactStore
+from orchestrator.store.artifacts import PROVENANCE
 
 if TYPE_CHECKING:
     from orchestrator.stages.context import WorkerContext
@@ -121,9 +122,7 @@ class Prefetch:
     def _is_pending(self, group: Sequence[Cell]) -> bool:
         """Whether a group has trials to run whose inputs are missing."""
         store = self.state.location.store
-        if not any(
-            not requirement.is_complete(store) for requirement in self.requirements[group[0].id]
-        ):
+        if all(requirement.is_complete(store) for requirement in self.requirements[group[0].id]):
             return False
         cells = {cell.id for cell in group}
         slots = [slot for slot in self.plan.slots if slot.cell.id in cells]
@@ -182,18 +181,8 @@ class Prefetch:
 
     def _buildable(self, requirements: Sequence[Requirement]) -> list[Requirement]:
         """Drop requirements that failed in this run or depend on one that failed."""
-        from orchestrator.execution._prepare import failed_specs
-
-        failed = [
-            spec
-            for requirement, _ in self.state.failed_requirements
-            for spec in failed_specs(requirement)
-        ]
-        return [
-            requirement
-            for requirement in requirements
-            if not any(contains_spec(requirement.spec, spec) for spec in failed)
-        ]
+        failed = (requirement for requirement, _ in self.state.failed_requirements)
+        return independent_of(failed, requirements)
 
     def fits_budget(self) -> bool:
         """Whether the budget allows the inputs of the next group."""
@@ -214,12 +203,11 @@ class Prefetch:
     def wait(self) -> None:
         """Wait until the next group has its inputs, or some of them failed."""
         state, store, group = self.state, self.state.location.store, self.pending[0]
-        requirements = self.requirements[group[0].id]
         missing = {
-            str(requirement.key): requirement.total() - requirement.have(store)
-            for requirement in requirements
+            str(requirement.key): count
+            for requirement in self.requirements[group[0].id]
+            if (count := requirement.total() - requirement.have(store))
         }
-        missing = {key: count for key, count in missing.items() if count}
         state.event_log.append(
             "cells_waiting", cells=[cell.id for cell in group], artifacts=missing
         )
@@ -251,10 +239,13 @@ class Prefetch:
             if sheet is not None:
                 self.has_contact_sheet = True
                 work.append(sheet)
+        location = self.state.location
         rows = [
             row
             for row in self._rows
-            if row.name not in self.audited_rows and _lacks_card(row, self.state)
+            if row.name not in self.audited_rows
+            and is_complete(row, location.store)
+            and stored_card(row, location) is None
         ]
         self.audited_rows |= {row.name for row in rows}
         work += [_audit_card(self.state, row) for row in rows]
@@ -276,7 +267,8 @@ def worker_context(state: RunState) -> WorkerContext:
     gpu = state.sweep.resources.trial.gpu
     batch = state.sweep.resources.encoder.batch
     location = state.location
-    return WorkerContext(location.store, location.data_root, "cuda" if gpu else "cpu", batch)
+    device, variables = "cuda" if gpu else "cpu", {name: os.environ[name] for name in PROVENANCE}
+    return WorkerContext(location.store, location.data_root, device, batch, variables)
 
 
 def _contact_sheet(state: RunState, requirements: Sequence[Requirement]) -> Iterator[None] | None:
@@ -298,11 +290,12 @@ def _contact_sheet(state: RunState, requirements: Sequence[Requirement]) -> Iter
     )
 
     def write() -> Iterator[None]:
-        from orchestrator.execution._prepare import contact_sheet
+        from orchestrator.execution._prepare import run_beside_trials
+        from orchestrator.stages.pictures import contact_sheet
 
         try:
-            png, state.statistics.shares = yield from contact_sheet(
-                drawn, base, features, worker_context(state)
+            png, state.statistics.shares = yield from run_beside_trials(
+                contact_sheet, drawn, base, features, worker_context(state)
             )
         except Exception as problem:  # a missing sheet does not fail the sweep
             log.warning("no contact sheet: %s", first_line(problem))
@@ -310,11 +303,6 @@ def _contact_sheet(state: RunState, requirements: Sequence[Requirement]) -> Iter
             state.location.write(sheet.name, png)
 
     return write()
-
-
-def _lacks_card(row: Row, state: RunState) -> bool:
-    """Whether a row is complete and has no audit card."""
-    return is_complete(row, state.location.store) and stored_card(row, state.location) is None
 
 
 def _audit_card(state: RunState, row: Row) -> Iterator[None]:

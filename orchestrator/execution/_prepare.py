@@ -7,24 +7,29 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
+import torch
 
 from air_core.backbone.loading import import_open_clip_alone
-from air_core.specs import FeaturesSpec, LabelsSpec, LoraSpec, SyntheticFeaturesSpec
-from orchestrator.cluster.session import record_devices
+from air_core.specs import FeaturesSpec, LabelsSpec, LoraSpec
+from orchestrator.cluster.session import set_worker_environment
 from orchestrator.execution._allocation import PreparationContext
 from orchestrator.execution._generation import draw
-from orchestrator.execution._progress import ProgressListener, ProgressReporter
+from orchestrator.execution._progress import ProgressReporter, report_working
 from orchestrator.failures import CLASSES, Failure, classify, classify_death
 from orchestrator.keys import artifact_key
-from orchestrator.planning import Requirement, artifact_title, contains_spec
+from orchestrator.planning import Requirement, artifact_title
 from orchestrator.planning.cards import Row, card_files
-from orchestrator.planning.plan import build_level
-from orchestrator.stages import audits, pictures
+from orchestrator.planning.estimate import startup_seconds
+from orchestrator.planning.plan import build_level, independent_of
+from orchestrator.stages import audits
 from orchestrator.stages.build import build_features, build_labels, build_lora
 from orchestrator.stages.context import WorkerContext, limit_gpu_memory
+
+if TYPE_CHECKING:
+    from orchestrator.execution._state import RunState
 
 T = TypeVar("T")
 
@@ -38,17 +43,13 @@ def prepare(requirements: Sequence[Requirement], context: PreparationContext) ->
     artifacts that depend on a failed one are left out.
     """
     store, listener = context.worker.store, context.listener
-    failed: list[Any] = []  # specs
+    failed: list[Requirement] = []
     store.refresh_listings()
     missing = [requirement for requirement in requirements if not requirement.is_complete(store)]
     levels = _levels(missing)
     missing.sort(key=lambda requirement: levels[requirement])
     for _, group in groupby(missing, key=levels.__getitem__):
-        buildable = [
-            requirement
-            for requirement in group
-            if not any(contains_spec(requirement.spec, spec) for spec in failed)
-        ]
+        buildable = independent_of(failed, group)
         rows = [requirement for requirement in buildable if requirement.rows]
         others = [requirement for requirement in buildable if not requirement.rows]
         failures: list[tuple[Requirement, Failure]] = []
@@ -59,13 +60,8 @@ def prepare(requirements: Sequence[Requirement], context: PreparationContext) ->
             listener.stage = rows[-1].stage
             failures += yield from draw(rows, context)
         for requirement, failure in failures:
-            failed += failed_specs(requirement)
+            failed.append(requirement)
             listener.on_failed(requirement, failure)
-
-
-def failed_specs(requirement: Requirement) -> list[Any]:
-    """The specs that are missing if a requirement could not be made."""
-    return [requirement.spec, getattr(requirement.spec, "images", None)]
 
 
 def _levels(missing: Sequence[Requirement]) -> dict[Requirement, int]:
@@ -96,45 +92,34 @@ def _build_artifact(
     spec: Any, worker: WorkerContext, gpu: float, progress_actor: Any
 ) -> tuple[float, dict[str, Any]]:
     """Task on a worker: make one artifact; returns its seconds and facts."""
-    import torch
-
     import_open_clip_alone()
     torch.set_num_threads(1)
     limit_gpu_memory(gpu)
-    record_devices()
+    set_worker_environment(worker.variables)
     started = time.monotonic()
-    reporter = ProgressReporter(progress_actor, artifact_title(artifact_key(spec)))
+    unit = "steps" if isinstance(spec, LoraSpec) else "images"
+    reporter = ProgressReporter(progress_actor, artifact_title(artifact_key(spec)), unit)
     worker.store.locks.on_wait = reporter.report_wait
     startup: float | None = 0.0
-    match spec:
-        case FeaturesSpec():
-            artifact = build_features(spec, worker, reporter)
-        case LabelsSpec():
-            artifact = build_labels(spec, worker)
-        case LoraSpec():
-            build_labels(spec.labels, worker)  # if they are missing
-            steps: list[tuple[int, float]] = []  # finished steps, and when they finished
+    with report_working(progress_actor):
+        match spec:
+            case FeaturesSpec():
+                artifact = build_features(spec, worker, reporter)
+            case LabelsSpec():
+                artifact = build_labels(spec, worker)
+            case LoraSpec():
+                build_labels(spec.labels, worker)  # if they are missing
+                steps: list[tuple[int, float]] = []  # finished steps, and seconds until then
 
-            def report(step: int, total: int, loss: float) -> None:
-                steps.append((step, time.monotonic()))
-                reporter(step, total)
+                def report(step: int, total: int, loss: float) -> None:
+                    steps.append((step, time.monotonic() - started))
+                    reporter(step, total)
 
-            artifact = build_lora(spec, worker, report)
-            startup = _startup(steps, time.monotonic() - started)
-        case _:
-            raise TypeError(type(spec).__name__)
+                artifact = build_lora(spec, worker, report)
+                startup = startup_seconds(steps, time.monotonic() - started)
+            case _:
+                raise TypeError(type(spec).__name__)
     return time.monotonic() - started, {**artifact.record["info"], "startup": startup}
-
-
-def _startup(finished: Sequence[tuple[int, float]], seconds: float) -> float | None:
-    """Seconds beyond the training steps, at the pace of the steps after the first; None: unknown.
-
-    Below 0 where a training resumed from steps of another process.
-    """
-    if len(finished) < 2:
-        return None
-    (first, since), (last, until) = finished[0], finished[-1]
-    return seconds - last * (until - since) / (last - first)
 
 
 def _build_side_by_side(
@@ -206,7 +191,7 @@ def _report_labels(
     labels: LabelsSpec,
     requirements: Sequence[Requirement],
     worker: WorkerContext,
-    listener: ProgressListener,
+    listener: RunState,
 ) -> None:
     """Report labels as prepared, once the LoRA that is trained on them is complete."""
     for requirement in requirements:
@@ -215,28 +200,17 @@ def _report_labels(
             listener.on_prepared(requirement, record["seconds"], record["info"])
 
 
-def contact_sheet(
-    drawn: SyntheticFeaturesSpec,
-    base: SyntheticFeaturesSpec | None,
-    features: FeaturesSpec,
-    worker: WorkerContext,
-) -> Generator[None, None, tuple[bytes, dict[str, float]]]:
-    """A coroutine that returns a PNG of real, base and LoRA images, and the share of each group
-    that CLIP recognises."""
-    return (yield from _run_beside_trials(pictures.contact_sheet, drawn, base, features, worker))
-
-
 def audit(
     row: Row, worker: WorkerContext, progress_actor: Any
 ) -> Generator[None, None, dict[str, bytes]]:
     """A coroutine that returns the audit card of a row, as files for the sweep's folder."""
-    reporter = ProgressReporter(progress_actor, "audit")
-    card, png = yield from _run_beside_trials(audits.make_card, row, worker, reporter)
+    reporter = ProgressReporter(progress_actor, "audit", "images")
+    card, png = yield from run_beside_trials(audits.make_card, row, worker, reporter)
     return card_files(card, png)
 
 
-def _run_beside_trials(function: Callable[..., T], *arguments: Any) -> Generator[None, None, T]:
-    """Run a task that takes no core, since trials hold all of them while they run."""
+def run_beside_trials(function: Callable[..., T], *arguments: Any) -> Generator[None, None, T]:
+    """A coroutine that runs a task on no core, since trials hold all of them while they run."""
     task = ray.remote(function).options(num_cpus=0).remote(*arguments)
     while not ray.wait([task], timeout=0)[0]:
         yield

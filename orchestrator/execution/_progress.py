@@ -2,63 +2,37 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayError
 
-from orchestrator.execution._allocation import PoolStatistics
-from orchestrator.failures import Failure
-from orchestrator.planning import Requirement
+from orchestrator.store.checkpoints import Curves
+
+if TYPE_CHECKING:
+    from orchestrator.execution._state import RunState
 
 INTERVAL = 1.0  # seconds between two reads, and between two reports on one piece of work
 MIN_WAIT = 5.0  # seconds: a shorter wait for another process is not reported
 MIN_RUNTIME = 15.0  # seconds: work that ends sooner is not reported
-FRACTION_STEPS = 100  # steps of a progress bar that shows a fraction
-
-
-class ProgressListener(Protocol):
-    """Receives the events of preparation and the progress of trials."""
-
-    stage: str  # the stage that is being prepared
-
-    def on_prepared(self, requirement: Requirement, seconds: float, facts: dict[str, Any]) -> None:
-        """An artifact, or one shard of a row of images, is complete."""
-        ...
-
-    def on_failed(self, requirement: Requirement, failure: Failure) -> None:
-        """An artifact could not be made, and is not tried again in this run."""
-        ...
-
-    def on_retried(self, requirement: Requirement, failure: Failure) -> None:
-        """An artifact failed and is tried again."""
-        ...
-
-    def on_pool_closed(self, pool: PoolStatistics) -> None:
-        """A pool of generators has ended."""
-        ...
-
-    def on_progress(self, name: str, done: int, total: int) -> None:
-        """A long piece of work has advanced."""
-        ...
-
-    def on_waiting(self, name: str, holder: str, seconds: float) -> None:
-        """A worker has waited this long for an artifact that another process makes."""
-        ...
+HEARTBEAT = 20.0  # seconds between two reports of a process that works
+CURVES_INTERVAL = 10.0  # seconds between two reports of the curves of a trial
 
 
 class ProgressActor:
     """Ray actor that keeps the latest report on each piece of work until the driver reads it."""
 
     def __init__(self) -> None:
-        self.reports: dict[str, tuple[str, Any, Any]] = {}
+        self.reports: dict[tuple[str, str], tuple[Any, ...]] = {}  # by name and kind
 
-    def write(self, name: str, kind: str, first: Any, second: Any) -> None:
-        self.reports[name] = (kind, first, second)
+    def write(self, name: str, kind: str, *arguments: Any) -> None:
+        self.reports[name, kind] = arguments
 
-    def take(self) -> dict[str, tuple[str, Any, Any]]:
+    def take(self) -> dict[tuple[str, str], tuple[Any, ...]]:
         """Return the reports since the last call."""
         taken, self.reports = self.reports, {}
         return taken
@@ -67,21 +41,19 @@ class ProgressActor:
 class ProgressReporter:
     """Reports the progress of one piece of work. Calls may be frequent: most send nothing."""
 
-    def __init__(self, actor: Any, name: str) -> None:
-        self.actor, self.name = actor, name
+    def __init__(self, actor: Any, name: str, unit: str = "") -> None:
+        self.actor, self.name, self.unit = actor, name, unit
         self.last = time.monotonic() + MIN_RUNTIME - INTERVAL
         self.has_reported = False
         self.last_wait = 0.0
+        self.started = time.time()
+        self.last_curves = time.monotonic() + MIN_RUNTIME - CURVES_INTERVAL
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
         if now - self.last > INTERVAL or (self.has_reported and done == total):
             self.last, self.has_reported = now, True
-            self.actor.write.remote(self.name, "progress", done, total)
-
-    def report_fraction(self, done: float) -> None:
-        """Report progress as a fraction in [0, 1]."""
-        self(int(FRACTION_STEPS * done), FRACTION_STEPS)
+            self.actor.write.remote(self.name, "progress", done, total, self.unit)
 
     def report_wait(self, lock: str, holder: str, seconds: float) -> None:
         """Report that another process holds the lock of this work, or of an input of it."""
@@ -89,15 +61,39 @@ class ProgressReporter:
             self.last_wait = time.monotonic()
             self.actor.write.remote(self.name, "waiting", holder, seconds)
 
+    def report_curves(self, curves: Curves) -> None:
+        """Report the curves of a trial, with a value for each finished round."""
+        if time.monotonic() - self.last_curves > CURVES_INTERVAL:
+            self.last_curves = time.monotonic()
+            self.actor.write.remote(self.name, "curves", curves, self.started)
+
+
+@contextmanager
+def report_working(actor: Any) -> Iterator[None]:
+    """Report during the block that this process works, also where it makes no progress for long,
+    as while it loads a model."""
+    ended = threading.Event()
+
+    def report() -> None:
+        actor.write.remote("", "working")
+        while not ended.wait(HEARTBEAT):
+            actor.write.remote("", "working")
+
+    threading.Thread(target=report, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
 
 class ProgressMonitor:
-    """Driver's side: starts the actor and passes its reports to a listener.
+    """Driver's side: starts the actor and passes its reports to the state of the run.
 
     Attributes:
         actor: workers need it for their `ProgressReporter`s.
     """
 
-    def __init__(self, listener: ProgressListener) -> None:
+    def __init__(self, listener: RunState) -> None:
         self.actor = ray.remote(ProgressActor).options(num_cpus=0, max_restarts=-1).remote()
         self._listener = listener
         self._pending: Any = None  # the call of `take` that has not returned
@@ -120,6 +116,8 @@ class ProgressMonitor:
         handlers: dict[str, Callable[..., None]] = {
             "progress": self._listener.on_progress,
             "waiting": self._listener.on_waiting,
+            "working": lambda name: self._listener.on_working(),
+            "curves": self._listener.on_curves,
         }
-        for name, (kind, *arguments) in reports.items():
+        for (name, kind), arguments in reports.items():
             handlers[kind](name, *arguments)

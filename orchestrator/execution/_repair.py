@@ -76,7 +76,7 @@ def _checks(
             row = store.row(requirement.spec)
             for c, block in requirement.shards():
                 lock = f"{requirement.key.digest}-{c}-{block}"
-                yield partial(row.check, c, block, ".safetensors"), lock
+                yield partial(row.check, c, block), lock
         # Labels and LoRA are read only while images are drawn. A damaged LoRA whose images are
         # complete is not trained again.
         elif isinstance(requirement.spec, FeaturesSpec) or _is_needed_to_draw(

@@ -7,15 +7,16 @@ their class allows (`failures`), each as a separate job.
 
 Where a search prunes, a trial runs in segments that end at rungs. At a rung, a point waits until
 all other points of its round have reached it; then the pruning rule decides which points continue
-(`pruning`).
+(`points_to_prune`). The comparison does not depend on the order in which trials end.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
+from statistics import fmean, median
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -23,15 +24,13 @@ from air_core.specs import TrialSpec
 from orchestrator.failures import CLASSES, Failure
 from orchestrator.planning import Outcome, Resolver, Slot
 from orchestrator.planning.plan import ended_slots, fp32_slots, iterations_of, slots_of
-from orchestrator.planning.pruning import points_to_prune
+from orchestrator.planning.resources import side_by_side
 from orchestrator.planning.studies import PrunedPoint, read_searches
 from orchestrator.spec import Cell, SweepSpec
 from orchestrator.spec.space import Point, study_name
-from orchestrator.spec.sweep import ENCODER_BATCH
-from orchestrator.stages.side_by_side import side_by_side
-from orchestrator.stages.trial import WHOLE_TRIAL, Segments, is_finished
+from orchestrator.spec.sweep import ENCODER_BATCH, Pruning
 from orchestrator.store import ArtifactStore, EventLog, read_trial
-from orchestrator.store.checkpoints import recorded_rungs
+from orchestrator.store.checkpoints import WHOLE_TRIAL, Segments, is_finished, recorded_rungs
 
 
 @dataclass(frozen=True)
@@ -225,6 +224,13 @@ class TrialScheduler:
             self.running[job.number] = self.queued.popleft()
             self.event_log.append("trials_started", slots=list(job.slots))
         return job
+
+    def running_slots(self) -> dict[str, Slot]:
+        """The slots whose trials are running, by id."""
+        stops = (
+            (key, job.segments.stop_after) for job in self.running.values() for key in job.keys
+        )
+        return {slot.id: slot for stop in stops for _, _, slot in self.waiting.get(stop, ())}
 
     def complete(self, number: int, failures: Mapping[str, Failure]) -> None:
         """Process the end of a job: trials in `failures` failed, all others have a record.
@@ -496,3 +502,50 @@ class TrialScheduler:
                 patience=search.patience,
                 trials_left=(planned - queue.started) * len(self.assignments),
             )
+
+
+# ---------------------------------------------------------------- pruning rules
+
+
+DEFAULT = 0  # number of the default point, which is never pruned
+
+
+def points_to_prune(
+    pruning: Pruning, values: Mapping[int, float], earlier: Iterable[float] = ()
+) -> tuple[int, ...]:
+    """Select the points that stop at a rung, in the order of their numbers.
+
+    Args:
+        values: objectives of the round's points at this rung, by number, without failed points.
+        earlier: objectives that points of earlier rounds had at this rung.
+
+    >>> halving = Pruning(rule="halving", rungs=(2,), keep=0.5)
+    >>> points_to_prune(halving, {4: 0.1, 5: 0.3, 6: 0.3, 7: 0.3})
+    (4, 7)
+    >>> points_to_prune(Pruning(rule="median", rungs=(2,)), {4: 0.1, 5: 0.3}, earlier=[0.2, 0.25])
+    (4,)
+    """
+    continuing = {DEFAULT} | set(RULES[pruning.rule](pruning, values, list(earlier)))
+    return tuple(sorted(number for number in values if number not in continuing))
+
+
+def _best(pruning: Pruning, values: Mapping[int, float], earlier: list[float]) -> list[int]:
+    """Successive halving: the best fraction of the round; ties go to the earlier point."""
+    ranked = sorted(values, key=lambda number: (-values[number], number))
+    return ranked[: math.ceil(pruning.keep * len(ranked))]
+
+
+def _not_below_median(
+    pruning: Pruning, values: Mapping[int, float], earlier: list[float]
+) -> list[int]:
+    """Points that are at least as good as the median of this and all earlier rounds."""
+    if not values:
+        return []
+    middle = median([*values.values(), *earlier])
+    return [number for number, value in values.items() if value >= middle]
+
+
+RULES: dict[str, Callable[[Pruning, Mapping[int, float], list[float]], list[int]]] = {
+    "halving": _best,
+    "median": _not_below_median,
+}

@@ -1,4 +1,4 @@
-"""Reports that a sweep makes no progress because other users hold the resources it needs.
+"""Reports that no process of a sweep works because other programs hold the resources it needs.
 
 Does not depend on Ray.
 """
@@ -16,10 +16,11 @@ FIRST_WARNING = 60.0
 
 
 class StallMonitor:
-    """Warns if there is no progress for a while because no resources are free.
+    """Warns if no process of the sweep works for a while because no resources are free.
 
     Args:
         free: returns (free, total) for each kind of resource, over all machines.
+        waits: returns whether a process waits for resources.
         warn: receives the message.
     """
 
@@ -27,13 +28,14 @@ class StallMonitor:
         self,
         resources: Resources,
         free: Callable[[], Mapping[str, tuple[float, float]]],
+        waits: Callable[[], bool],
         warn: Callable[[str], None],
     ) -> None:
-        self._resources, self._free, self._warn = resources, free, warn
+        self._resources, self._free, self._waits, self._warn = resources, free, waits, warn
         self.reset()
 
     def reset(self) -> None:
-        """Record that the sweep made progress."""
+        """Record that the sweep made progress, or that a process of it works."""
         self._last, self._next = time.monotonic(), FIRST_WARNING
 
     def check(self) -> None:
@@ -42,9 +44,11 @@ class StallMonitor:
         if quiet < self._next:
             return
         self._next = 2 * quiet
+        if not self._waits():  # a process of the sweep starts, which may take minutes
+            return
         reason = shortage(self._resources, self._free())
-        if reason:  # without a shortage, long work is running and has its own progress bar
-            self._warn(f"no progress for {quiet:.0f} s: {reason}")
+        if reason:
+            self._warn(f"no process of this sweep has worked for {quiet:.0f} s: {reason}")
 
 
 def shortage(resources: Resources, free: Mapping[str, tuple[float, float]]) -> str:

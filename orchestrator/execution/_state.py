@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from air_core.specs import TrialSpec
+from air_core.specs import FeaturesSpec, TrialSpec
 from orchestrator.errors import FAILED, INTERRUPTED, StoreFull
 from orchestrator.execution._stall import StallMonitor
 from orchestrator.execution.screen import Screen
@@ -18,19 +19,23 @@ from orchestrator.planning import (
     OutcomeTracker,
     Requirement,
     Resolver,
+    Slot,
     artifact_title,
     contains_spec,
     requirements_of,
 )
 from orchestrator.planning.budget import BudgetTracker
+from orchestrator.planning.dataset_text import unused_images
 from orchestrator.planning.estimate import Pace, Work, stage_work, trial_work
 from orchestrator.spec import SweepSpec
 from orchestrator.store import EventLog, SweepLocation
+from orchestrator.store.checkpoints import Curves
 
 if TYPE_CHECKING:
     from orchestrator.cluster.session import MemoryPeak
     from orchestrator.execution._allocation import Allocation, PoolStatistics
     from orchestrator.execution._progress import ProgressMonitor
+    from orchestrator.planning.search import CellSearch
 
 LOW_AGREEMENT = 0.25  # of evidence and other classifiers on a class, below which it is reported
 
@@ -50,6 +55,7 @@ class RunStatistics:
     overheads: list[float] = field(default_factory=list)
     pools: list[dict[str, float]] = field(default_factory=list)  # fields of `PoolStatistics`
     memory: int = 0  # bytes
+    memory_of: str = ""  # the measured processes, if they are not all of the run
     shares: dict[str, float] = field(default_factory=dict)  # recognised by CLIP, by group
 
     def add_wall(self, phase: str, seconds: float) -> None:
@@ -71,8 +77,8 @@ def _disputed_classes(agreement: Mapping[str, float]) -> str:
 class RunState:
     """State of one `run_sweep` call.
 
-    Listens to preparation (`ProgressListener`) and to the trial scheduler, and passes each event
-    to the event log, the budget, the tracker and the screen.
+    Listens to preparation, to workers and to the trial scheduler, and passes each event to the
+    event log, the budget, the tracker and the screen.
     """
 
     sweep: SweepSpec
@@ -97,6 +103,8 @@ class RunState:
     skipped_failures: dict[str, Failure] = field(default_factory=dict)  # by slot: not tried again
     fp32_trials: list[TrialSpec] = field(default_factory=list)  # repeated in fp32 by this run
     slot_states: dict[str, str] = field(default_factory=dict)
+    running_slots: Callable[[], Mapping[str, Slot]] = dict
+    searches: Mapping[str, CellSearch] = field(default_factory=dict)  # by cell
     process_died: bool = False  # a worker died, so that Ray's logs may explain a failure
 
     def check(self) -> None:
@@ -114,11 +122,12 @@ class RunState:
             self.progress.read()
             self.stall.check()
 
-    # ---------------------------------------------------------------- ProgressListener
+    # ---------------------------------------------------------------- preparation and progress
 
     def on_prepared(self, requirement: Requirement, seconds: float, facts: dict[str, Any]) -> None:
         self._reset_stall()
         numbers = {name: value for name, value in facts.items() if isinstance(value, int | float)}
+        holes = json.loads(facts.get("hole_files", "[]"))
         self.event_log.append(
             "artifact_prepared",
             stage=requirement.stage,
@@ -126,7 +135,12 @@ class RunState:
             seconds=round(seconds, 3),
             facts=numbers,
             **({"agreement": facts["agreement"]} if "agreement" in facts else {}),
+            **({"hole_files": holes} if holes else {}),
         )
+        if isinstance(requirement.spec, FeaturesSpec) and (
+            unused := unused_images(requirement.spec, self.location.store)
+        ):
+            self.screen.message(f"{artifact_title(requirement.key)}: not used: {unused}")
         if disputed := _disputed_classes(facts.get("agreement", {})):
             self.screen.message(
                 f"{artifact_title(requirement.key)}: the evidence and CLIP with the synthetic "
@@ -158,13 +172,21 @@ class RunState:
         remedy = CLASSES[failure.failure_class].remedy
         self.screen.message(f"{artifact_title(requirement.key)}: {failure.message}; {remedy}")
 
-    def on_progress(self, name: str, done: int, total: int) -> None:
+    def on_progress(self, name: str, done: int, total: int, unit: str) -> None:
         self._reset_stall()
-        self.screen.show_progress(name, done, total)
+        self.screen.show_progress(name, done, total, unit)
+
+    def on_working(self) -> None:
+        self._reset_stall()
 
     def on_waiting(self, name: str, holder: str, seconds: float) -> None:
         self._reset_stall()
         self.screen.show_wait(name, holder, seconds)
+
+    def on_curves(self, name: str, curves: Curves, started: float) -> None:
+        slot = self.running_slots().get(name.removeprefix("trial "))
+        if slot is not None:
+            self.tracker.running(slot, curves, started)
 
     def on_pool_closed(self, pool: PoolStatistics) -> None:
         self.statistics.pools.append(asdict(pool))
@@ -210,8 +232,13 @@ class RunState:
         if outcome.pruned is not None:
             self.budget_tracker.record_pruned_trial(outcome.seconds)
         if outcome.state == "done" and outcome.record is not None:
-            self.statistics.add_work(trial_work(outcome.slot.spec), outcome.record.seconds)
-            self.budget_tracker.record_trial(outcome.slot.cell.id, outcome.record.seconds)
+            record = outcome.record
+            startup = record.seconds if record.startup is None else record.startup
+            spec = outcome.slot.spec
+            pool = None if spec.train.steps else self.resolver.pool_size(spec)
+            work = trial_work(spec, pool=pool)
+            self.statistics.add_work(work, record.seconds - startup, startup)
+            self.budget_tracker.record_trial(outcome.slot.cell.id, record.seconds)
 
     def _reset_stall(self) -> None:
         if self.stall is not None:

@@ -10,39 +10,27 @@ from __future__ import annotations
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ray import tune
 from ray.tune.search import Searcher
 
 from air_core.backbone.loading import import_open_clip_alone
-from air_core.specs import TrialSpec
-from orchestrator.cluster.session import record_devices
+from orchestrator.cluster.session import set_worker_environment
 from orchestrator.errors import OutOfTime
-from orchestrator.execution._progress import ProgressReporter
-from orchestrator.execution._scheduler import TrialScheduler
+from orchestrator.execution._progress import ProgressReporter, report_working
+from orchestrator.execution._scheduler import Job, TrialScheduler
 from orchestrator.failures import Failure, classify, classify_death
-from orchestrator.keys import artifact_key
 from orchestrator.spec import Resources
 from orchestrator.stages.context import WorkerContext, limit_gpu_memory
 from orchestrator.stages.side_by_side import run_trials
-from orchestrator.stages.trial import WHOLE_TRIAL, Segments, is_finished
+from orchestrator.store.checkpoints import Curves, is_finished
 
-MAX_JOBS = (
-    10_000  # at a time, for Tune; `_JobSearcher` limits the jobs to those that fit the cluster
-)
-
-
-@dataclass(frozen=True)
-class TuningCost:
-    """Cost of running the points."""
-
-    wall: float  # seconds
-    # Median seconds that a job takes beyond its trials on an actor that is up; None: unknown.
-    overhead: float | None
+# At a time, for Tune; `_JobSearcher` limits the jobs to those that fit the cluster.
+MAX_JOBS = 10_000
 
 
 class TrialRunner(tune.Trainable):  # type: ignore[misc]
@@ -57,75 +45,60 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]
         gpu: float,
     ) -> None:
         self.worker, self.progress_actor, self.limit = worker, progress_actor, limit
-        self.job = config
+        self.job: Job = config["job"]
         import_open_clip_alone()
         limit_gpu_memory(gpu)
-        record_devices()
+        set_worker_environment(worker.variables)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self.job = new_config
+        self.job = new_config["job"]
         return True  # an exception would end the actor
 
     def step(self) -> dict[str, Any]:
         started = time.monotonic()
-        specs = self.job["trials"]
-        worker = self.worker.with_smaller_batch(self.job["halvings"])
+        job = self.job
+        worker = self.worker.with_smaller_batch(job.halvings)
         reporters = [
-            ProgressReporter(self.progress_actor, f"trial {slot}") for slot in self.job["slots"]
+            ProgressReporter(self.progress_actor, f"trial {slot}", "steps") for slot in job.slots
         ]
-        keys = [artifact_key(spec).digest for spec in specs]
-        by_lock = dict(zip(keys, reporters, strict=True))
+        by_lock = dict(zip(job.keys, reporters, strict=True))
 
         def report_wait(lock: str, holder: str, seconds: float) -> None:
             by_lock.get(lock, reporters[0]).report_wait(lock, holder, seconds)
 
         worker.store.locks.on_wait = report_wait
-        results = run_and_catch(
-            specs,
-            worker,
-            lambda index, share: reporters[index].report_fraction(share),
-            self.limit,
-            self.job["segments"],
-        )
-        failures = [(key, failure) for key, failure in zip(keys, results, strict=True) if failure]
+        with report_working(self.progress_actor):
+            failures = self._failures(worker, reporters)
         return {
-            "number": self.job["number"],
-            "failures": failures,
+            "number": job.number,
+            "failures": list(failures.items()),
             "seconds": time.monotonic() - started,
             "done": True,
         }
 
+    def _failures(
+        self, worker: WorkerContext, reporters: Sequence[ProgressReporter]
+    ) -> Mapping[str, Failure]:
+        """Run the trials of the job; the failures by key. Together, the trials may use the sum of
+        their time limits."""
+        started, job, limit = time.monotonic(), self.job, self.limit
 
-def run_and_catch(
-    specs: Sequence[TrialSpec],
-    worker: WorkerContext,
-    report: Callable[[int, float], None],
-    limit: float | None = None,
-    segments: Segments = WHOLE_TRIAL,
-) -> list[Failure | None]:
-    """Run trials and return the failure of each, None where there is none.
+        # Called after each step, so that a trial over its limit ends without killing its process.
+        def report(index: int, done: int, total: int) -> None:
+            reporters[index](done, total)
+            if limit is not None and time.monotonic() - started > limit * len(job.trials):
+                raise OutOfTime(f"over {limit:g} s a trial at {done / total:.0%} of its training")
 
-    Args:
-        report: receives the index of a trial and the finished share of its training.
-        limit: seconds for each trial; trials side by side may use the sum together.
-        segments: rungs and stop of the trials.
-    """
-    started = time.monotonic()
+        def report_curves(index: int, curves: Curves) -> None:
+            reporters[index].report_curves(curves)
 
-    # Called after each step, so that a trial over its limit ends without killing its process.
-    def report_within_limit(index: int, share: float) -> None:
-        report(index, share)
-        if limit is not None and time.monotonic() - started > limit * len(specs):
-            raise OutOfTime(f"over {limit:g} s a trial at {share:.0%} of its training")
-
-    results: Sequence[object]
-    try:
-        results = run_trials(
-            specs, worker.store, worker.device, report_within_limit, worker.batch, segments
-        )
-    except Exception as problem:
-        results = [problem] * len(specs)
-    return [_failure(result) if isinstance(result, Exception) else None for result in results]
+        results: Sequence[object]
+        try:
+            results = run_trials(job.trials, worker, report, job.segments, report_curves)
+        except Exception as problem:
+            results = [problem] * len(job.trials)
+        found = zip(job.keys, results, strict=True)
+        return {key: _failure(result) for key, result in found if isinstance(result, Exception)}
 
 
 def _failure(problem: Exception) -> Failure:
@@ -164,13 +137,7 @@ class _JobSearcher(_Stateless, Searcher):  # type: ignore[misc]
         assert job is not None
         self.jobs[trial_id] = job.number
         self.suggested_at[job.number] = time.monotonic()
-        return {
-            "number": job.number,
-            "slots": list(job.slots),
-            "trials": list(job.trials),
-            "halvings": job.halvings,
-            "segments": job.segments,
-        }
+        return {"job": job}
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -231,20 +198,20 @@ def run_points(
     scheduler: TrialScheduler,
     worker: WorkerContext,
     resources: Resources,
-    folder: Path,
     max_jobs: Callable[[], int],
     tick: Callable[[], None],
     progress_actor: Any,
-) -> TuningCost:
+) -> float | None:
     """Run the points that the scheduler selects, until none can start and none runs.
 
     Args:
-        folder: for files of Ray, which airsweep does not read.
         max_jobs: returns the number of jobs that may run at a time; called before each job.
         tick: other work of the driver, such as preparation; called about ten times a second.
         progress_actor: receives the progress of long trials, see `_progress`.
+
+    Returns:
+        Median seconds that a job takes beyond its trials on an actor that is up; None: unknown.
     """
-    started = time.monotonic()
     overheads: list[float] = []
     searcher = _JobSearcher(scheduler, max_jobs)
     trainable = tune.with_resources(
@@ -257,27 +224,26 @@ def run_points(
         ),
         {"cpu": resources.trial.cpu, "gpu": resources.trial.gpu, **resources.trial.custom},
     )
-    tuner = tune.Tuner(
-        trainable,
-        tune_config=tune.TuneConfig(
-            search_alg=searcher,
-            num_samples=-1,
-            max_concurrent_trials=MAX_JOBS,
-            reuse_actors=True,
-            trial_dirname_creator=lambda trial: trial.trial_id,
-        ),
-        run_config=tune.RunConfig(
-            name="points",
-            storage_path=str(folder.absolute()),
-            verbose=0,
-            callbacks=[_JobCallback(scheduler, searcher, overheads, tick)],
-            log_to_file=False,
-            failure_config=tune.FailureConfig(max_failures=0),  # the scheduler retries
-            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-        ),
-    )
-    tuner.fit()
-    return TuningCost(
-        wall=time.monotonic() - started,
-        overhead=statistics.median(overheads) if overheads else None,
-    )
+    # Nothing reads Tune's own files: see `_tune_folder`.
+    with TemporaryDirectory(prefix="airsweep-tune-", ignore_cleanup_errors=True) as folder:
+        tuner = tune.Tuner(
+            trainable,
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                num_samples=-1,
+                max_concurrent_trials=MAX_JOBS,
+                reuse_actors=True,
+                trial_dirname_creator=lambda trial: trial.trial_id,
+            ),
+            run_config=tune.RunConfig(
+                name="points",
+                storage_path=folder,
+                verbose=0,
+                callbacks=[_JobCallback(scheduler, searcher, overheads, tick)],
+                log_to_file=False,
+                failure_config=tune.FailureConfig(max_failures=0),  # the scheduler retries
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            ),
+        )
+        tuner.fit()
+    return statistics.median(overheads) if overheads else None

@@ -7,7 +7,6 @@ there is work to do.
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import time
 from collections import Counter, deque
@@ -55,34 +54,32 @@ from orchestrator.planning import (
     unschedulable_reason,
 )
 from orchestrator.planning.budget import BudgetTracker
-from orchestrator.planning.disk import full_disk_message
 from orchestrator.planning.estimate import mean_seconds, read_history, record_measurements
 from orchestrator.planning.plan import plan_sweep
+from orchestrator.planning.requests import complete_origin
 from orchestrator.planning.resolve import text_digest
-from orchestrator.reporting import sweep_status
-from orchestrator.spec import Cell, SweepSpec
+from orchestrator.planning.resources import full_disk_message
+from orchestrator.reporting import plan_status, sweep_status
+from orchestrator.spec import Cell, SweepSpec, notes_of
+from orchestrator.spec.marked_yaml import allowed_choices
 from orchestrator.spec.sweep import JOURNAL, Budget
 from orchestrator.store import (
     EventLog,
     SweepLocation,
     is_bucket,
     read_outcome,
-    read_resolved,
     user_name,
 )
 from orchestrator.store.artifacts import provenance
 from orchestrator.store.location import RESOLVED
+from orchestrator.store.verification import read_cache
 
 if TYPE_CHECKING:
     from orchestrator.execution._allocation import Allocation
+    from orchestrator.planning.search import CellSearch
 
-log = logging.getLogger(__name__)
-
-LOST = (
-    BucketUnreachable,
-    SweepBusy,
-    StudiesUnreachable,
-)  # during a run; before it they refuse the run
+# During a run; before it they refuse the run.
+LOST = (BucketUnreachable, SweepBusy, StudiesUnreachable)
 RESUME_HINT = "finished work is kept, and the same command resumes the sweep"
 
 
@@ -108,30 +105,37 @@ def run_sweep(
         The exit code, which `outcome.json` has too.
 
     Raises:
+        ValueError: before anything has started: this user may not write to the store.
         Refused, SweepBusy, StoreRefused, BucketUnreachable, StudiesUnreachable: before anything has
             started.
         StoreLost: one of the same reasons, during the run.
         StoreFull: the disk is full.
     """
     location = replace(location, recorded=False)  # read the inputs as they are now
-    event_log, resolver = location.event_log(), resolver_of(location)
+    event_log, resolver = location.event_log(), resolver_of(location, sweep.folders)
     plan = _plan_and_repair(sweep, location, resolver, screen)
-    _report_changed_inputs(plan, location, screen)
-    skipped_failures = _failures_to_skip(event_log, retry)
+    for line in changed_inputs(earlier_results(plan, location)):
+        screen.message(line)
+    skipped_failures = _failures_to_skip(plan, location, retry)
     if _is_complete(plan, event_log):
         if event_log.path.exists():  # record the current file, which may have fewer cells
             _write_sweep_files(location, sweep, origin, resolver)
         screen.message(f"{sweep.name}: nothing to do")
         return DONE
+    location.store.check_writable()
     _refuse_unschedulable(plan, location)
+    _check_services(plan, location, tracker, screen, prepare_only)
     # Shut Ray down last: after SIGTERM only seconds remain before SIGKILL, so record the end first.
     with ExitStack() as ray_session, location.store.locks.shared_store():
         diff = uncommitted_diff()
         _export_provenance(location, diff)
-        _check_services(plan, location, tracker, screen, prepare_only)
-        _lock_event_log(plan, location, event_log)
-        budget_tracker = _budget_tracker(sweep, location)
-        state = RunState(sweep, location, screen, tracker, event_log, resolver, budget_tracker)
+        with _explain_full_disk(plan, location):
+            location.store.initialize()
+            event_log.lock()
+        resolver.save()  # a new store did not exist when the plan was made
+        history = mean_seconds(read_history(location.store))
+        budget = BudgetTracker(sweep.budget, sweep.resources, history)
+        state = RunState(sweep, location, screen, tracker, event_log, resolver, budget)
         state.skipped_failures |= skipped_failures
         with _recorded_end(state, plan):
             handle_signals(state)
@@ -163,12 +167,7 @@ def _plan_and_repair(
             return plan
 
 
-def _report_changed_inputs(plan: Plan, location: SweepLocation, screen: Screen) -> None:
-    for line in changed_inputs(earlier_results(plan, location)):
-        screen.message(line)
-
-
-def _failures_to_skip(event_log: EventLog, retry: str | None) -> dict[str, Failure]:
+def _failures_to_skip(plan: Plan, location: SweepLocation, retry: str | None) -> dict[str, Failure]:
     """Earlier failures of other classes than `retry`, by slot.
 
     Raises:
@@ -176,11 +175,12 @@ def _failures_to_skip(event_log: EventLog, retry: str | None) -> dict[str, Failu
     """
     if retry is None:
         return {}
-    failures: Mapping[str, Mapping[str, Any]] = sweep_status(event_log).failures
+    failures: Mapping[str, Mapping[str, Any]] = plan_status(plan, location).failures
     counts = Counter(event["failure_class"] for event in failures.values())
     if not counts[retry]:
         failed = ", ".join(f"{count} x {name}" for name, count in counts.items()) or "none"
-        raise ValueError(f"no trial failed with class {retry!r}; failed trials: {failed}")
+        unknown = "" if retry in CLASSES else f"; {allowed_choices(retry, CLASSES)}"
+        raise ValueError(f"no trial failed with class {retry!r}; failed trials: {failed}{unknown}")
     return {
         slot: Failure(event["failure_class"], event["message"])
         for slot, event in failures.items()
@@ -189,8 +189,27 @@ def _failures_to_skip(event_log: EventLog, retry: str | None) -> dict[str, Failu
 
 
 def _is_complete(plan: Plan, event_log: EventLog) -> bool:
-    ended = plan.done + len(plan.pruned) == plan.total
-    return ended and sweep_status(event_log).exit_code == DONE
+    return plan.ended == plan.total and sweep_status(event_log).exit_code == DONE
+
+
+def check_start(
+    plan: Plan, location: SweepLocation, tracker: OutcomeTracker, screen: Screen
+) -> None:
+    """Check that `run_sweep` would start now, for `airsweep plan --check`.
+
+    Raises:
+        ValueError: this user may not write to the store.
+        Refused, SweepBusy, StudiesUnreachable, TrackerUnreachable: it would not.
+    """
+    event_log = location.event_log()
+    if _is_complete(plan, event_log):
+        return
+    location.store.check_writable()
+    _refuse_unschedulable(plan, location)
+    _check_services(plan, location, tracker, screen, prepare_only=False)
+    if event_log.is_locked():
+        name = location.full_name
+        raise SweepBusy(f"another driver runs {name}; wait for it, or stop it")
 
 
 def _refuse_unschedulable(plan: Plan, location: SweepLocation) -> None:
@@ -204,13 +223,12 @@ def _refuse_unschedulable(plan: Plan, location: SweepLocation) -> None:
 
 
 def _export_provenance(location: SweepLocation, diff: bytes) -> None:
-    """Pass user, commit and changes to the workers by environment variables: workers have no .git
-    and may run as another user."""
+    """Set the variables of `PROVENANCE`, which the `WorkerContext` passes to the workers."""
     os.environ |= {
         "AIRSWEEP_DIRTY": uncommitted_digest(diff),
         "AIRSWEEP_COMMIT": commit(),
         "AIRSWEEP_USER": user_name(),
-        "AIRSWEEP_SWEEP": f"{location.project}/{location.name}",
+        "AIRSWEEP_SWEEP": location.full_name,
     }
 
 
@@ -230,7 +248,7 @@ def _check_services(
     tracker.check(reach=not prepare_only)
     search = plan.sweep.search
     if search is not None and search.storage != JOURNAL and any(cell.space for cell in plan.cells):
-        from orchestrator.planning.search import open_database
+        from orchestrator.planning.study_copies import open_database
 
         open_database(search.storage)
     if is_bucket(location.store.name) and tracker.in_store and not prepare_only:
@@ -238,22 +256,6 @@ def _check_services(
             f"MLflow writes to a file in {location.store.root}, which only this machine can read; "
             "give --tracking-uri http://... to share the results"
         )
-
-
-def _lock_event_log(plan: Plan, location: SweepLocation, event_log: EventLog) -> None:
-    """
-    Raises:
-        SweepBusy: another driver runs this sweep.
-        StoreFull: the disk is full.
-    """
-    with _explain_full_disk(plan, location):
-        location.store.initialize()
-        event_log.lock()
-
-
-def _budget_tracker(sweep: SweepSpec, location: SweepLocation) -> BudgetTracker:
-    history = mean_seconds(read_history(location.store))
-    return BudgetTracker(sweep.budget, sweep.resources, history)
 
 
 @contextmanager
@@ -282,7 +284,8 @@ def _write_sweep_files(
 ) -> None:
     """Write the sweep file, its resolved inputs and uncommitted changes into the sweep's folder."""
     location.folder.mkdir(parents=True, exist_ok=True)
-    resolved = sealed_json({**(origin or {}), "inputs": _merged_inputs(location, resolver)})
+    complete = complete_origin(origin or {}, sweep, location)
+    resolved = sealed_json({**complete, "inputs": _merged_inputs(location, resolver)})
     for name, data in {"spec.yaml": sweep.text.encode(), RESOLVED: resolved}.items():
         path = location.folder / name
         if not path.exists() or path.read_bytes() != data:
@@ -295,13 +298,8 @@ def _merged_inputs(location: SweepLocation, resolver: Resolver) -> dict[str, Any
     """The inputs of this run, and those of earlier runs that this run does not use: with `--only`
     a run has fewer cells."""
     current: dict[str, Any] = resolver.inputs()
-    before: dict[str, Any] = {}
-    try:
-        before = read_resolved(location).get("inputs") or {}
-    except FileNotFoundError:
-        pass
-    except ValueError as problem:
-        log.warning("%s", problem)
+    file = location.folder / RESOLVED
+    before: dict[str, Any] = read_cache(file, lambda resolved: resolved.get("inputs") or {}, {})
     merged = {kind: {**before.get(kind, {}), **inputs} for kind, inputs in current.items()}
     return merged | {"code": current["code"]}  # the code of this run only
 
@@ -317,6 +315,8 @@ def _log_start(state: RunState, plan: Plan) -> None:
         **provenance(),
     )
     state.screen.show_start(plan)
+    for note in notes_of(plan.sweep):
+        state.screen.message(f"note: {note}")
 
 
 # ---------------------------------------------------------------- the work
@@ -391,19 +391,19 @@ def _run_trials(state: RunState, scheduler: TrialScheduler, prefetch: Prefetch) 
     assert state.allocation is not None
     assert state.progress is not None
     state.allocation.trials_running = True
-    cost = run_points(
+    started = time.monotonic()
+    overhead = run_points(
         scheduler,
         worker_context(state),
         state.sweep.resources,
-        state.location.folder / "tune",
         state.allocation.max_trials,
         prefetch.advance,
         state.progress.actor,
     )
     state.allocation.trials_running = False
-    state.statistics.add_wall("trials", cost.wall)
-    if cost.overhead is not None:
-        state.statistics.overheads.append(cost.overhead)
+    state.statistics.add_wall("trials", time.monotonic() - started)
+    if overhead is not None:
+        state.statistics.overheads.append(overhead)
 
 
 def _report_spent_budget(state: RunState) -> int:
@@ -444,23 +444,29 @@ def _cell_groups(state: RunState, plan: Plan) -> list[list[Cell]]:
     return [groups[rows] for rows in sorted(groups, key=lambda rows: (bool(rows), missing[rows]))]
 
 
-def _open_searches(state: RunState, plan: Plan) -> dict[str, Any]:
+def _open_searches(state: RunState, plan: Plan) -> Mapping[str, CellSearch]:
     if state.sweep.search is None or not any(cell.space for cell in plan.cells):
         return {}
     from orchestrator.planning.search import open_searches
+    from orchestrator.planning.study_copies import describe_points
 
-    location = state.location
+    location, event_log = state.location, state.event_log
     owner = (location.store.name, location.project, location.name)
-    return dict(open_searches(plan, state.event_log, location.folder / "studies.journal", owner))
+    describe = describe_points(
+        plan, location.store, state.resolver, event_log, state.tracker.run_id
+    )
+    journal = location.folder / "studies.journal"
+    state.searches = open_searches(plan, event_log, journal, owner, describe)
+    return state.searches
 
 
 def _trial_scheduler(
     state: RunState,
     groups: Sequence[Sequence[Cell]],
-    searches: Mapping[str, Any],
+    searches: Mapping[str, CellSearch],
     prefetch: Prefetch,
 ) -> TrialScheduler:
-    return TrialScheduler(
+    scheduler = TrialScheduler(
         state.sweep,
         [cell for cells in groups for cell in cells],
         searches,
@@ -474,6 +480,8 @@ def _trial_scheduler(
         is_ready=prefetch.is_ready,
         rank={cell.id: index for index, cells in enumerate(groups) for cell in cells},
     )
+    state.running_slots = scheduler.running_slots
+    return scheduler
 
 
 # ---------------------------------------------------------------- Ray
@@ -486,19 +494,30 @@ def _start_ray(state: RunState, plan: Plan, session: ExitStack) -> None:
         Refused: they cannot.
     """
     from orchestrator.cluster import ray_session, refuse_unfit_nodes
-    from orchestrator.cluster.session import MemoryPeak, free_resources, machines
-    from orchestrator.execution._allocation import Allocation
-    from orchestrator.execution._progress import ProgressMonitor
+    from orchestrator.cluster.session import (
+        MemoryPeak,
+        free_resources,
+        machines,
+        waits_for_resources,
+    )
 
     state.joined_cluster = joins_existing_cluster()
     state.screen.message("joining Ray" if state.joined_cluster else "starting Ray")
     session.enter_context(
         ray_session(functools.partial(on_ray_death, state), lambda: state.process_died)
     )
+    # Not before: the session sets variables that Ray reads when it is imported.
+    from orchestrator.execution._allocation import Allocation
+    from orchestrator.execution._progress import ProgressMonitor
+
     state.memory_peak = MemoryPeak()
+    if state.joined_cluster:  # the workers are no children of this process
+        state.statistics.memory_of = "driver"
     handle_signals(state)  # again, since ray.init has replaced the handlers
     state.progress = ProgressMonitor(state)
-    state.stall = StallMonitor(state.sweep.resources, free_resources, state.screen.message)
+    state.stall = StallMonitor(
+        state.sweep.resources, free_resources, waits_for_resources, state.screen.message
+    )
     state.allocation = Allocation(state.sweep.resources, machines)
     _wait_for_machines(state, state.allocation, plan)
     if state.joined_cluster:
@@ -605,7 +624,20 @@ def _record_end(state: RunState) -> OSError | None:
     _full_disk_error(lambda: record_measurements(location.store, statistics.work))
     if code != DONE:
         state.tracker.finish(code)
+    if code != TERMINATED:  # after SIGTERM only seconds remain
+        _full_disk_error(lambda: _write_copies(state))  # the next run writes them
     return unwritten
+
+
+def _write_copies(state: RunState) -> None:
+    """Write what Optuna and Ray Tune read: the studies, with the runs that the tracker has by now,
+    and the Tune folder."""
+    for search in state.searches.values():
+        search.renew_copy()
+    if state.slot_states:
+        from orchestrator.execution._tune_folder import write_tune_folder
+
+        write_tune_folder(state.sweep, state.location)
 
 
 def _full_disk_error(write: Callable[[], object]) -> OSError | None:

@@ -9,8 +9,8 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from air_core.printable import printable
-from orchestrator.formatting import format_duration, printable_lines, show
-from orchestrator.planning import Plan, Requirement, artifact_title
+from orchestrator.formatting import format_duration, plural, printable_lines, show
+from orchestrator.planning import Plan, Requirement, artifact_title, results_text
 
 if TYPE_CHECKING:
     from orchestrator.planning import Outcome
@@ -48,7 +48,7 @@ class PointRows:
         if failed:
             text += f"  {len(failed)} failed ({failed[0].failure_class}): {failed[0].message}"
         if all(o.state == "reused" for o in point):
-            text += "  reused"
+            text += "  from the store"
         return text
 
 
@@ -73,21 +73,25 @@ class Screen:
 
     def __init__(self) -> None:
         self.rows = PointRows(1)
+        self.total = self.ended_before = 0  # trials
+        self.ended: set[str] = set()  # slots that ended in this run
         self.counts: dict[str, list[int]] = {}
         self.paces: dict[str, WorkPace] = {}
         self.waits: dict[str, float] = {}  # seconds of waiting at the last line, by work
 
     def message(self, text: str) -> None:
-        show(text, file=sys.stderr, flush=True)
+        show(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
     def show_start(self, plan: Plan) -> None:
         self.rows = PointRows(len(plan.sweep.seeds.values))
+        self.total, self.ended_before = plan.total, plan.ended
         self.counts = {
             str(requirement.key): [0, requirement.total()] for requirement in plan.requirements
         }
         self.message(
-            f"{plan.sweep.name}: {plan.total} trials in {len(plan.cells)} cells, "
-            f"{plan.to_run} to run, {plan.reused} reused, {plan.done} done"
+            f"{plan.sweep.name}: {plural(plan.total, 'trial')} in "
+            f"{plural(len(plan.cells), 'cell')}, "
+            f"{plan.to_run} to run, {results_text(plan.results)}"
             + (f", {len(plan.pruned)} pruned" if plan.pruned else "")
         )
         if plan.edit is not None:
@@ -98,15 +102,16 @@ class Screen:
         if not requirement.rows or count[0] == count[1]:
             self.message(f"{artifact_title(requirement.key)}: ready")
         else:
-            self.show_progress(artifact_title(requirement.key), *count)
+            self.show_progress(artifact_title(requirement.key), count[0], count[1])
 
-    def show_progress(self, name: str, done: int, total: int) -> None:
+    def show_progress(self, name: str, done: int, total: int, unit: str = "") -> None:
         now = time.monotonic()
         pace = self.paces.setdefault(name, WorkPace(now, done))
         interval = max(LINE_INTERVAL, LINE_SHARE * (now - pace.started))
         if done < total and now - pace.last_line > interval:
             pace.last_line = now
-            self.message(f"{name}: {done}/{total}{pace.remaining(now, done, total)}")
+            count = f"{done}/{total} {unit}".rstrip()
+            self.message(f"{name}: {count}{pace.remaining(now, done, total)}")
 
     def show_wait(self, name: str, holder: str, seconds: float) -> None:
         last = self.waits.get(name, 0.0)
@@ -120,8 +125,15 @@ class Screen:
 
     def show_outcome(self, outcome: Outcome) -> None:
         row = self.rows.add(outcome)
-        if row is not None and not outcome.already_logged:
-            self.message(row)
+        if outcome.already_logged:
+            return
+        self.ended.add(outcome.slot.id)
+        if row is not None:
+            self.message(self._numbered(row))
+
+    def _numbered(self, row: str) -> str:
+        count = f"{self.ended_before + len(self.ended):>{len(str(self.total))}} of {self.total}"
+        return f"{count} trials: {row}"
 
     def close(self) -> None:
         pass
@@ -153,6 +165,7 @@ class BarScreen(Screen):
             TextColumn(f"{{task.description:<{NAME_WIDTH}}}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=self.console,
@@ -167,9 +180,7 @@ class BarScreen(Screen):
     def show_start(self, plan: Plan) -> None:
         super().show_start(plan)
         self.bars.start()
-        self.trials = self.bars.add_task(
-            "trials", total=plan.total, completed=plan.done + len(plan.pruned)
-        )
+        self.trials = self.bars.add_task("trials", total=plan.total, completed=plan.ended, unit="")
 
     def show_outcome(self, outcome: Outcome) -> None:
         if not outcome.already_logged:
@@ -181,13 +192,16 @@ class BarScreen(Screen):
 
     def show_prepared(self, requirement: Requirement) -> None:
         count = self._count(requirement) if requirement.rows else [1, 1]
-        self.show_progress(artifact_title(requirement.key), *count)
+        self.show_progress(artifact_title(requirement.key), count[0], count[1])
 
-    def show_progress(self, name: str, done: int, total: int) -> None:
+    def _numbered(self, row: str) -> str:
+        return row  # the bar of the trials has the count
+
+    def show_progress(self, name: str, done: int, total: int, unit: str = "") -> None:
         # The last report of some work has another unit than the reports before it.
         if name not in self.tasks:
             shown = printable(name if len(name) <= NAME_WIDTH else f"{name[:20]}...{name[-21:]}")
-            self.tasks[name] = self.bars.add_task(shown, total=total)
+            self.tasks[name] = self.bars.add_task(shown, total=total, unit=unit)
         self.bars.update(self.tasks[name], completed=done, total=total, visible=done < total)
 
 

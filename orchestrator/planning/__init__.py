@@ -3,7 +3,6 @@
 Also searches (one Optuna study per cell), budgets, and estimates of time and disk space.
 """
 
-from orchestrator.planning.inputs import refs_of
 from orchestrator.planning.outcome import Outcome, OutcomeTracker
 from orchestrator.planning.plan import (
     Plan,
@@ -15,9 +14,10 @@ from orchestrator.planning.plan import (
     earlier_results,
     possible_trials,
     requirements_of,
+    results_text,
 )
 from orchestrator.planning.requests import SweepRequest, plan_of, read_request
-from orchestrator.planning.resolve import Resolver, resolver_of
+from orchestrator.planning.resolve import Resolver, refs_of, resolver_of
 from orchestrator.planning.resources import Machine, ray_resources, unschedulable_reason
 
 __all__ = [
@@ -40,5 +40,6 @@ __all__ = [
     "refs_of",
     "requirements_of",
     "resolver_of",
+    "results_text",
     "unschedulable_reason",
 ]

@@ -14,7 +14,7 @@ from typing import Any
 
 from air_core.specs import FeaturesSpec, SplitSettings, TrialSpec, uses_generator
 from air_core.specs.normal import normalised
-from orchestrator.formatting import aligned, format_percent, format_value
+from orchestrator.formatting import aligned_table, format_percent, format_value
 from orchestrator.keys import artifact_key, digest, slug
 from orchestrator.planning.plan import Requirement, possible_trials, requirements_of
 from orchestrator.planning.resolve import Resolver
@@ -180,23 +180,17 @@ def agreement_notes(card: AgreementCard) -> list[str]:
         "Disputed: labels of text, in % of the pool, that another classifier of the method "
         "contradicts; changed: that fusion changes in the first round, before any training."
     ]
-    if card.validation_images and any(_is_evidence(entry) for entry in card.classifiers):
+    names = [str(entry["name"]) for entry in card.classifiers]
+    if card.validation_images and any(name.startswith(EVIDENCE) for name in names):
         notes.append(
             "Evidence scores pool images only, so no validation image measures it, alone or fused."
         )
     return notes
 
 
-def _is_evidence(entry: Mapping[str, Any]) -> bool:
-    return str(entry["name"]).startswith(EVIDENCE)
-
-
 def agreement_screen(card: AgreementCard) -> str:
     """Format a card in at most WIDTH columns."""
-    tables = [
-        aligned([[*lines[0]], *([*line.values()] for line in lines)], WIDTH)
-        for lines in (agreement_lines(card), fusion_lines(card))
-    ]
+    tables = [aligned_table(lines, WIDTH) for lines in (agreement_lines(card), fusion_lines(card))]
     caption, *notes = (
         textwrap.wrap(text, WIDTH) for text in (agreement_caption(card), *agreement_notes(card))
     )

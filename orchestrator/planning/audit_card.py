@@ -148,18 +148,18 @@ def row_title(row: AuditRow) -> str:
     return f"{images.model.name} after {tuned} of rank {images.lora.training.rank}{labels}{seed}"
 
 
-def audit_screen(card: AuditCard, sweep: str, folder: Path) -> str:
+def audit_screen(card: AuditCard, command: str, folder: Path) -> str:
     """Format a card in at most WIDTH columns.
 
     Args:
-        sweep: name of the sweep, for the command that lists all flagged images.
+        command: the command that lists all flagged images.
         folder: folder of the card's picture.
     """
     lines = [*card_facts(card), *_weak_classes(card)]
     lines += [(finding["reason"], finding["sentence"]) for finding in card.flagged[:MAX_FLAGGED]]
     if len(card.flagged) > MAX_FLAGGED:
         more = len(card.flagged) - MAX_FLAGGED
-        lines.append(("", f"{more:,} more: airsweep audit {sweep} --json"))
+        lines.append(("", f"{more:,} more: {command}"))
     kept = "; ".join(f"`{setting}` keeps {count:,}" for setting, count in card.kept.items())
     lines.append(("filter", f"{kept} of {card.images:,}"))
     picture = f"picture: {folder / card.name}.png"

@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, fields, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
 from orchestrator.planning.agreement_card import (
@@ -22,6 +21,7 @@ from orchestrator.planning.agreement_card import (
 )
 from orchestrator.planning.audit_card import AuditCard, AuditRow, audit_rows, audit_screen
 from orchestrator.planning.plan import possible_trials
+from orchestrator.planning.requests import results_command, run_command
 from orchestrator.planning.resolve import Resolver, resolver_of
 from orchestrator.spec import Cell, SweepSpec, cells_of
 from orchestrator.store import ArtifactStore, SweepLocation
@@ -44,13 +44,13 @@ def rows_of_sweep(sweep: SweepSpec, location: SweepLocation) -> list[Row]:
     Raises:
         ValueError: no trial uses a diffusion model, or weights or data are missing.
     """
-    resolver, cells = resolver_of(location), cells_of(sweep)
+    resolver, cells = resolver_of(location, sweep.folders), cells_of(sweep)
     rows = rows_of(cells, sweep.seeds.assignments(), resolver)
     resolver.save()
     if not rows:
         methods = ", ".join(sorted({cell.method for cell in cells}))
         raise ValueError(
-            f"sweep {location.project}/{location.name} reads no synthetic images and no denoising "
+            f"sweep {location.full_name} reads no synthetic images and no denoising "
             f"evidence ({methods}), so there is nothing to audit; air and cpl_evidence read some"
         )
     return rows
@@ -79,9 +79,9 @@ def complete_rows(rows: Sequence[Row], location: SweepLocation) -> list[Row]:
         have = sum(each.have(location.store) for each in needed.values())
         total = sum(each.total() for each in needed.values())
         raise ValueError(
-            f"the images and denoising errors of sweep {location.project}/{location.name} are not "
+            f"the images and denoising errors of sweep {location.full_name} are not "
             f"made yet: {have} of {total} blocks are in {location.store.name}; run the sweep, or "
-            "`airsweep prepare`, first"
+            f"`{run_command(location, command='prepare')}`, first"
         )
     return complete
 
@@ -103,10 +103,10 @@ def card_json(card: Card) -> str:
 
 
 def card_from_json(text: str, kind: type[Card]) -> Card:
-    """Read a card from the text of its file; ignore fields that only earlier versions wrote."""
+    """Read a card from the text of its file."""
     plain = json.loads(text)
-    plain["inputs_digest"] = plain["asked"]
-    return kind(**{field.name: plain[field.name] for field in fields(kind)})
+    plain["inputs_digest"] = plain.pop("asked")
+    return kind(**plain)
 
 
 def stored_card(row: Row, location: SweepLocation) -> Card | None:
@@ -133,13 +133,8 @@ def card_as_dict(card: Card) -> dict[str, Any]:
     return {"kind": "images", **plain}
 
 
-def card_screen(card: Card, sweep: str, folder: Path) -> str:
-    """Format a card for a terminal of 80 columns.
-
-    Args:
-        sweep: name of the sweep, for the command that prints a card as JSON.
-        folder: folder of the sweep.
-    """
+def card_screen(card: Card, location: SweepLocation) -> str:
+    """Format a card for a terminal of 80 columns."""
     if isinstance(card, AgreementCard):
         return agreement_screen(card)
-    return audit_screen(card, sweep, folder)
+    return audit_screen(card, results_command("audit", location, "--json"), location.folder)

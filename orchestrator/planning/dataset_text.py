@@ -5,14 +5,19 @@ A user may rename a class or edit `template.txt` while a sweep runs, or move the
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from air_core.datasets import get_dataset
 from air_core.datasets.image_folder import OWNERS
+from air_core.printable import printable
 from air_core.specs import FeaturesSpec, TrialSpec
 from orchestrator.errors import MissingArtifact
 from orchestrator.store import ArtifactStore
+
+SHOWN = 3  # names of unreadable images in a text
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,61 @@ def recorded_text(features: FeaturesSpec, store: ArtifactStore) -> DatasetText |
         if "template" in info:
             return DatasetText(tuple(info["classnames"]), info["template"])
     return None
+
+
+@dataclass(frozen=True)
+class UnusedImages:
+    """Files of a dataset that no trial reads, as of the time when its images were encoded."""
+
+    unreadable: int
+    files: Mapping[str, str]  # reasons of the first unreadable images, by path in the dataset
+    skipped: Mapping[str, int]  # files by kind, see `Dataset.skipped`
+
+    def __bool__(self) -> bool:
+        return bool(self.unreadable or self.skipped)
+
+    def __str__(self) -> str:
+        """Such as `2 unreadable (cat/3.png, dog/7.png); skipped: 3 .heic, 1 in subfolders`."""
+        parts = []
+        if self.unreadable:
+            parts.append(f"{self.unreadable:,} unreadable ({names_text([*self.files])})")
+        if self.skipped:
+            parts.append(f"skipped: {skipped_text(self.skipped)}")
+        return "; ".join(parts)
+
+
+def names_text(names: Sequence[str]) -> str:
+    """The first names.
+
+    >>> names_text(["cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png"])
+    'cat/1.png, cat/2.png, dog/1.png, ...'
+    """
+    return ", ".join([*map(printable, names[:SHOWN]), *(["..."] if len(names) > SHOWN else [])])
+
+
+def skipped_text(skipped: Mapping[str, int]) -> str:
+    """Such as `3 .heic, 1 in subfolders`."""
+    return ", ".join(f"{count:,} {printable(kind)}" for kind, count in skipped.items())
+
+
+def unused_images(features: FeaturesSpec, store: ArtifactStore) -> UnusedImages:
+    """Read the unused images from the record of the features; none if it is missing."""
+    info: Mapping[str, Any] = {}
+    with suppress(MissingArtifact):
+        info = store.record(features)["info"]
+    return UnusedImages(
+        info.get("unreadable", 0), info.get("unreadable_files", {}), info.get("skipped", {})
+    )
+
+
+def unused_by_dataset(trials: Iterable[TrialSpec], store: ArtifactStore) -> dict[str, UnusedImages]:
+    """The datasets of trials that have unused images."""
+    read = [spec for trial in trials for spec in (trial.features, trial.test_features)]
+    found = {
+        dataset_description(spec.dataset.name): unused_images(spec, store)
+        for spec in dict.fromkeys(filter(None, read))
+    }
+    return {name: unused for name, unused in found.items() if unused}
 
 
 def tested_classes(trial: TrialSpec, store: ArtifactStore) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Estimates of the time that a sweep still needs, from measurements of earlier runs.
 
 `history.json` in the store has seconds and units of all completed work, by stage and kind. A unit
-is a training step of a LoRA, an image, a trial, or one pass of a dataset through CLIP. The kind
+is a training step of a LoRA or a trial, an image, or one pass of a dataset through CLIP. The kind
 names everything that the cost of a unit depends on: model, size, dataset, method. Start-up time,
 such as loading a model, is recorded separately, so that the few steps of a smoke run measure a step
 without its start-up.
@@ -25,6 +25,7 @@ from air_core.specs import (
     LoraSpec,
     SyntheticFeaturesSpec,
     TrialSpec,
+    trains_on_real,
     trains_on_synthetic,
     uses_auxiliary,
 )
@@ -34,15 +35,6 @@ from orchestrator.store import ArtifactStore, smoke_store
 from orchestrator.store.verification import read_cache
 
 HISTORY = "history.json"
-# Seconds of a unit of a stage without measurements: tiny models and digits on one CPU core.
-GUESS = {
-    "features": 8.0,
-    "labels": 1.0,
-    "lora": 0.15,
-    "images": 0.03,
-    "evidence": 0.004,
-    "trials": 4.0,
-}
 
 
 @dataclass(frozen=True)
@@ -51,12 +43,14 @@ class Work:
 
     Args:
         jobs: parts that can run in parallel.
+        starts: parts with a start-up of their own.
     """
 
     stage: str
     kind: str
     units: float
     jobs: float = 1
+    starts: float = 1
 
 
 @dataclass(frozen=True)
@@ -76,12 +70,22 @@ class Pace:
             self.starts + more.starts,
         )
 
-    def seconds_for(self, units: float) -> float:
-        """Expected seconds of `units` units after one start."""
+    def seconds_for(self, work: Work) -> float:
+        """Expected seconds of the starts and units of some work."""
         startup = self.startup / self.starts if self.starts else 0.0
-        return startup + units * self.seconds / self.units
+        unit = self.seconds / self.units if self.units else 0.0
+        return work.starts * startup + work.units * unit
 
 
+# Pace of a stage without measurements: tiny models and digits on one CPU core.
+GUESS = {
+    "features": Pace(8.0, 1.0),
+    "labels": Pace(1.0, 1.0),
+    "lora": Pace(0.15, 1.0),
+    "images": Pace(0.03, 1.0),
+    "evidence": Pace(0.004, 1.0),
+    "trials": Pace(0.0025, 1.0, startup=1.5, starts=1.0),
+}
 Measured = Mapping[str, Mapping[str, Pace]]  # by stage and kind
 
 
@@ -93,25 +97,21 @@ class Estimate:
     gpu_hours: float
     reason: str  # why the estimate is not calibrated; empty if it is
     sources: Mapping[str, str]  # `history` or `guess`, by stage
-    wall: float | None  # lower bound in seconds with all workers; None: the machines are unknown
+    wall: float | None  # lower bound in seconds with all workers; None: unknown
 
     @property
     def seconds(self) -> float:
         return sum(self.stages.values())
 
     @property
-    def is_calibrated(self) -> bool:
-        return not self.reason
-
-    @property
     def source(self) -> str:
-        return _combined_source(self.sources.values())
+        return "guess" if self.reason else "history"
 
     def json(self) -> dict[str, Any]:
         return {
             "seconds": round(self.seconds, 1),
             "wall": None if self.wall is None else round(self.wall, 1),
-            "calibrated": self.is_calibrated,
+            "calibrated": not self.reason,
             "reason": self.reason,
             "source": self.source,
             "gpu_hours": round(self.gpu_hours, 3),
@@ -126,30 +126,26 @@ def stage_work(spec: Any, units: float = 1) -> Work:
     Args:
         units: shards to build, for a row of images; 1 for any other artifact.
     """
-    stage, kind, per_shard = _kind(spec)
-    return Work(stage, kind, units * per_shard, units)
-
-
-def _kind(spec: Any) -> tuple[str, str, float]:
-    """Stage, kind, and units of one artifact or shard."""
     match spec:
         case FeaturesSpec():
-            return "features", f"{spec.dataset.name} {spec.backbone.name} {spec.level}", 1
+            kind = f"{spec.dataset.name} {spec.backbone.name} {spec.level}"
+            return Work("features", kind, units, units)
         case LabelsSpec():
-            return "labels", spec.features.backbone.name, 1
+            return Work("labels", spec.features.backbone.name, units, units)
         case LoraSpec():
             kind = f"{spec.model.name} {spec.size}px batch {spec.training.batch}"
-            return "lora", kind, spec.training.steps_on(_lora_images(spec.labels, spec.classes))
+            steps = spec.training.steps_on(_lora_images(spec.labels, spec.classes))
+            return Work("lora", kind, units * steps, units)
         case SyntheticFeaturesSpec(images=GeneratedImages() as images):
             drawn = images.settings
             kind = f"{images.model.name} {drawn.size}px {drawn.num_inference_steps} steps"
-            return "images", kind, images.block_size
+            return Work("images", kind, units * images.block_size, units)
         case SyntheticFeaturesSpec(images=images):
-            return "images", "ready images", images.block_size
+            return Work("images", "ready images", units * images.block_size, units)
         case EvidenceSpec():
             scoring = spec.scoring
             kind = f"{spec.model.name} {spec.size}px top {scoring.top or 'all'}"
-            return "evidence", kind, spec.block_size
+            return Work("evidence", kind, units * spec.block_size, units)
     raise TypeError(type(spec).__name__)
 
 
@@ -159,39 +155,77 @@ def _lora_images(labels: LabelsSpec, classes: int) -> int:
     return whole_pool or labels.settings.k * classes
 
 
-def trial_work(spec: TrialSpec, units: float = 1, together: int = 1) -> Work:
-    """The work of trials like `spec`.
+def trial_work(
+    spec: TrialSpec, trials: float = 1, together: int = 1, pool: int | None = None
+) -> Work:
+    """The work of trials like `spec`. A unit is a training step, or an epoch of unknown length.
 
     Args:
-        units: number of trials.
+        trials: number of trials.
         together: trials of one point, which run in one job.
+        pool: number of pool images; None: unknown.
     """
-    rounds = f"{spec.iterations} rounds of {spec.train.steps or spec.train.epochs}"
     labels = spec.pseudo_labels.kind if spec.supervision == "pseudo" else spec.supervision
-    words = [spec.dataset.name, spec.backbone.name, spec.modality, labels, rounds]
+    # A transfer trial trains nothing itself.
+    rounds = 0 if spec.test_dataset is not None else spec.iterations
+    steps = rounds * spec.train.steps if spec.train.steps else _steps_of_epochs(spec, pool)
+    words = [spec.dataset.name, spec.backbone.name, spec.modality, labels]
+    words += ["untrained" if not rounds else "in epochs" if steps is None else "in steps"]
     words += ["with auxiliary"] if uses_auxiliary(spec) else []
     words += ["on synthetic images"] if trains_on_synthetic(spec) else []
-    return Work("trials", " ".join(words), units, math.ceil(units / together))
+    units = rounds * spec.train.epochs if steps is None or not rounds else steps
+    return Work("trials", " ".join(words), trials * units, math.ceil(trials / together), trials)
 
 
-def estimate(
-    work: Iterable[Work],
-    store: ArtifactStore,
-    resources: Resources,
-    machines: Sequence[Machine] | None = None,
-) -> Estimate:
-    """Estimate the seconds of work on one worker, and a lower bound on all machines.
+def _steps_of_epochs(spec: TrialSpec, pool: int | None) -> int | None:
+    """Training steps of a trial that counts epochs (`air_core.training`); None: unknown.
 
-    Measurements of the smoke store are used where this store has none.
+    Of candidate sets and of labels above a threshold, fewer images than the largest possible number
+    may be selected.
+    """
+    classes, batch = len(spec.classnames), spec.train.batch
+    if trains_on_real(spec):
+        most = spec.pseudo_labels.k * classes if spec.pseudo_labels.growth == "fixed" else pool
+        grows = spec.pseudo_labels.growth == "growing"
+    elif spec.supervision == "labelled":
+        most, grows = (spec.shots * classes if spec.paradigm == "ssl" else None), False
+    else:
+        most, grows, batch = spec.images_per_class * classes, False, spec.train.synthetic_batch
+    if most is None:
+        return None
+    rounds = range(1, spec.iterations + 1)
+    images = [most * number // spec.iterations if grows else most for number in rounds]
+    return sum(spec.train.epochs * max(1, count // min(batch, max(1, count))) for count in images)
+
+
+def startup_seconds(finished: Sequence[tuple[int, float]], seconds: float) -> float | None:
+    """Seconds beyond the training steps, at the pace of the steps after the first; None: unknown.
+
+    Below 0 where a training resumed from steps of another process.
 
     Args:
-        machines: the machines of the cluster; None: this machine, or unknown if RAY_ADDRESS is set.
+        finished: (finished steps, seconds at that time), of some steps in their order.
+        seconds: of the whole work.
+
+    >>> startup_seconds([(1, 61.0), (2, 62.0)], 64.0)
+    62.0
+    """
+    if len(finished) < 2:
+        return None
+    (first, since), (last, until) = finished[0], finished[-1]
+    return seconds - last * (until - since) / (last - first)
+
+
+def estimate(work: Iterable[Work], store: ArtifactStore, resources: Resources) -> Estimate:
+    """Estimate the seconds of work on one worker, and a lower bound on all workers.
+
+    Measurements of the smoke store are used where this store has none. The lower bound is for this
+    machine, and unknown if RAY_ADDRESS is set.
     """
     history = read_history(store)
-    empty: Measured = {}
-    smoke = read_cache(Path(smoke_store(store.root)) / HISTORY, _smoke_history, empty)
+    smoke: Measured = read_cache(Path(smoke_store(store.root)) / HISTORY, _history, {})
     stages: dict[str, float] = {}
-    sources: dict[str, list[str]] = {}
+    sources: dict[str, str] = {}
     jobs: dict[str, float] = {}
     unmeasured: list[str] = []
     for part in work:
@@ -199,25 +233,22 @@ def estimate(
         pace = history.get(stage, {}).get(kind) or smoke.get(stage, {}).get(kind)
         if pace is None:  # use the mean over the other kinds of the stage
             unmeasured.append(f"{stage} ({kind})")
-            seconds = part.units * mean_seconds(history).get(stage, GUESS[stage])
+            sources[stage] = "guess"
+            seconds = (_mean_pace(history.get(stage, {})) or GUESS[stage]).seconds_for(part)
         else:
-            seconds = pace.seconds_for(part.units)
+            seconds = pace.seconds_for(part)
         stages[stage] = stages.get(stage, 0.0) + seconds
         jobs[stage] = jobs.get(stage, 0) + part.jobs
-        sources.setdefault(stage, []).append("guess" if pace is None else "history")
-    if machines is None:
-        machines = () if os.environ.get("RAY_ADDRESS") else (this_machine(),)
+        sources.setdefault(stage, "history")
+    machines = () if os.environ.get("RAY_ADDRESS") else (this_machine(),)
+    gpu_seconds = (s * resources.process_resources(stage).gpu for stage, s in stages.items())
     return Estimate(
         stages=stages,
-        gpu_hours=_gpu_hours(stages, resources),
+        gpu_hours=sum(gpu_seconds) / 3600,
         reason=_reason(unmeasured, any_measured=bool(history or smoke)),
-        sources={stage: _combined_source(each) for stage, each in sources.items()},
+        sources=sources,
         wall=_wall(stages, jobs, resources, machines),
     )
-
-
-def _combined_source(sources: Iterable[str]) -> str:
-    return "guess" if "guess" in sources else "history"
 
 
 def _reason(unmeasured: Sequence[str], any_measured: bool) -> str:
@@ -228,15 +259,6 @@ def _reason(unmeasured: Sequence[str], any_measured: bool) -> str:
     names = list(dict.fromkeys(unmeasured))
     more = f" and {len(names) - 2} more" if len(names) > 2 else ""
     return f"not measured in this store: {', '.join(names[:2])}{more}"
-
-
-def gpu_share(stage: str, resources: Resources) -> float:
-    """GPUs that one worker of a stage reserves, as a fraction or a count."""
-    return resources.process_resources(stage).gpu
-
-
-def _gpu_hours(stages: Mapping[str, float], resources: Resources) -> float:
-    return sum(seconds * gpu_share(stage, resources) for stage, seconds in stages.items()) / 3600
 
 
 def _wall(
@@ -266,17 +288,13 @@ def read_history(store: ArtifactStore) -> Measured:
 
 
 def _history(plain: dict[str, Any]) -> Measured:
+    """Measurements, without trials of which no start was measured."""
     return {
-        stage: {kind: Pace(**pace) for kind, pace in kinds.items()}
-        for stage, kinds in plain.items()
-        if "seconds" not in kinds  # the format of a version without kinds
-    }
-
-
-def _smoke_history(plain: dict[str, Any]) -> Measured:
-    """The same without entries of earlier versions, which included start-up in a few steps."""
-    return {
-        stage: {kind: Pace(**pace) for kind, pace in kinds.items() if "startup" in pace}
+        stage: {
+            kind: Pace(**pace)
+            for kind, pace in kinds.items()
+            if stage != "trials" or pace.get("starts")
+        }
         for stage, kinds in plain.items()
     }
 
@@ -296,10 +314,16 @@ def record_measurements(store: ArtifactStore, measured: Mapping[tuple[str, str],
     store.write(store.root / HISTORY, sealed_json(plain))
 
 
+def _mean_pace(kinds: Mapping[str, Pace]) -> Pace | None:
+    return sum(kinds.values(), Pace(0.0, 0.0)) if kinds else None
+
+
 def mean_seconds(history: Measured) -> dict[str, float]:
-    """Mean seconds of one unit of each stage over all kinds."""
+    """Mean seconds of a trial, and of one unit of each other stage, over all kinds."""
+    means = {stage: pace for stage, kinds in history.items() if (pace := _mean_pace(kinds))}
     return {
-        stage: sum(pace.seconds for pace in kinds.values())
-        / sum(pace.units for pace in kinds.values())
-        for stage, kinds in history.items()
+        stage: (pace.startup + pace.seconds) / pace.starts
+        if stage == "trials"
+        else pace.seconds / pace.units
+        for stage, pace in means.items()
     }

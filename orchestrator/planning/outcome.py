@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -42,6 +43,13 @@ class OutcomeTracker(Protocol):
             TrackerUnreachable: the server is unreachable.
         """
 
+    def running(self, slot: Slot, curves: Mapping[str, Sequence[float]], started: float) -> None:
+        """Send the curves of a running trial in the background.
+
+        Args:
+            started: start of the trial, in seconds since the epoch.
+        """
+
     def trial(self, outcome: Outcome, at: float | None) -> None:
         """Send an outcome in the background.
 
@@ -52,6 +60,9 @@ class OutcomeTracker(Protocol):
 
     def catch_up(self) -> None:
         """Wait until all outcomes are sent."""
+
+    def run_id(self, setting: str) -> str | None:
+        """The run of a setting, CELL/POINT; None if the tracker has none, or not yet."""
 
     def finish(self, code: int) -> None:
         """Send the end of the run with its exit code."""

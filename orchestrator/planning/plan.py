@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from air_core.paradigms import seen_unseen
 from air_core.specs import (
@@ -26,9 +26,9 @@ from air_core.specs import (
 )
 from air_core.specs.flat import trial_keys
 from air_core.specs.normal import normalised
-from orchestrator.keys import ArtifactKey, artifact_key
+from orchestrator.keys import ArtifactKey, Stage, artifact_key
 from orchestrator.planning.estimate import Estimate, Work, estimate, stage_work, trial_work
-from orchestrator.planning.resolve import Resolver
+from orchestrator.planning.resolve import InvalidSetting, Resolver
 from orchestrator.planning.studies import (
     Edit,
     PrunedPoint,
@@ -56,6 +56,30 @@ READS_IMAGES = (
 )
 
 
+# Where the result of a trial comes from: this sweep computed it; another sweep did; another trial
+# of this sweep has the same key; this sweep computed it and was killed before it could record that.
+ResultState = Literal["done", "reused", "shared", "recovered"]
+RESULT_STATES: dict[ResultState, str] = {
+    "done": "done",
+    "reused": "reused from another sweep",
+    "shared": "shared between seeds",
+    "recovered": "recovered after a kill",
+}
+
+
+def results_text(results: Mapping[Any, int]) -> str:
+    """Numbers of results by state in words.
+
+    >>> results_text({"done": 3, "reused": 0, "shared": 2, "recovered": 0})
+    '3 done, 2 shared between seeds'
+    """
+    return ", ".join(
+        f"{results[state]} {words}"
+        for state, words in RESULT_STATES.items()
+        if results[state] or state == "done"
+    )
+
+
 @dataclass(frozen=True)
 class Slot:
     """One trial of a sweep: a cell, a point and seeds. Several slots may share a key."""
@@ -76,6 +100,8 @@ class Requirement:
     spec: FeaturesSpec | LabelsSpec | LoraSpec | SyntheticFeaturesSpec | EvidenceSpec
     images: int = 0  # per class or draw; 0 except for a row
     classes: tuple[int, ...] = ()  # label indices, or numbers of draws; empty except for a row
+    # Of a row without LoRA that no trial reads: the rows that it is compared with.
+    compared_with: tuple[SyntheticFeaturesSpec, ...] = field(default=(), compare=False)
 
     @property
     def stage(self) -> str:
@@ -87,13 +113,13 @@ class Requirement:
         return artifact_key(spec.images if isinstance(spec, SyntheticFeaturesSpec) else spec)
 
     @property
-    def rows(self) -> tuple[tuple[Any, str], ...]:
-        """The rows in the store as (spec, suffix of its shards); empty for other artifacts."""
+    def rows(self) -> tuple[Stage, ...]:
+        """The specs of the rows in the store; empty for other artifacts."""
         match self.spec:
             case SyntheticFeaturesSpec():
-                return (self.spec.images, ".parquet"), (self.spec, ".safetensors")
+                return self.spec.images, self.spec
             case EvidenceSpec():
-                return ((self.spec, ".safetensors"),)
+                return (self.spec,)
         return ()
 
     def shards(self) -> list[tuple[int, int]]:
@@ -101,31 +127,40 @@ class Requirement:
 
         The draws of one block come one after another, since they need the same images.
         """
-        assert isinstance(self.spec, SyntheticFeaturesSpec | EvidenceSpec)
-        blocks = range(self.spec.blocks(self.images))
+        blocks = range(self._blocks)
         if isinstance(self.spec, EvidenceSpec):
             return [(draw, block) for block in blocks for draw in self.classes]
         return list(itertools.product(self.classes, blocks))
 
+    @property
+    def _blocks(self) -> int:
+        assert isinstance(self.spec, SyntheticFeaturesSpec | EvidenceSpec)
+        return self.spec.blocks(self.images)
+
     def missing(self, store: ArtifactStore) -> list[tuple[int, int]]:
         """The shards of a row of which images, features or errors are missing."""
-        present = [store.row(spec).existing_shards(suffix) for spec, suffix in self.rows]
-        return [shard for shard in self.shards() if not all(shard in some for some in present)]
+        present = self._present(store)
+        return [shard for shard in self.shards() if shard not in present]
+
+    def _present(self, store: ArtifactStore) -> frozenset[tuple[int, int]]:
+        """The shards of a row that are complete in the store."""
+        shards = (store.row(spec).existing_shards() for spec in self.rows)
+        return frozenset.intersection(*shards)
 
     def have(self, store: ArtifactStore) -> int:
         """Number of parts in the store: shards of a row; 0 or 1 for any other artifact."""
         if self.rows:
-            return len(self.shards()) - len(self.missing(store))
+            classes, blocks = {*self.classes}, self._blocks
+            return sum(c in classes and block < blocks for c, block in self._present(store))
         return int(store.has(self.spec))
 
     def bytes(self, store: ArtifactStore) -> int:
         """Bytes in the store; of a row, all its shards, even those that are not required here."""
-        specs = [spec for spec, _ in self.rows] or [self.spec]
-        return sum(store.bytes(spec) for spec in specs)
+        return sum(store.bytes(spec) for spec in self.rows or (self.spec,))
 
     def total(self) -> int:
         """Number of required parts, as `have` counts them."""
-        return len(self.shards()) if self.rows else 1
+        return len(self.classes) * self._blocks if self.rows else 1
 
     def is_complete(self, store: ArtifactStore) -> bool:
         """Whether the store has all parts."""
@@ -160,8 +195,8 @@ class Plan:
     slots: tuple[Slot, ...]
     total: int
     left: Mapping[str, int]  # number of trials to run, by cell
-    done: int
-    reused: int
+    results: Mapping[ResultState, int]  # number of trials that need not run, by state
+    unlogged: int  # results that the event log does not have yet
     pruned: Mapping[str, PrunedPoint]  # slots of points that the search pruned
     requirements: tuple[Requirement, ...]
     work: tuple[Work, ...]  # that is left
@@ -172,7 +207,12 @@ class Plan:
 
     @property
     def to_run(self) -> int:
-        return self.total - self.done - self.reused - len(self.pruned)
+        return self.total - sum(self.results.values()) - len(self.pruned)
+
+    @property
+    def ended(self) -> int:
+        """Number of trials whose end the event log has."""
+        return self.total - self.to_run - self.unlogged
 
     def json(self, store: ArtifactStore) -> dict[str, Any]:
         """The output of `plan --json`; its keys are a contract."""
@@ -181,8 +221,7 @@ class Plan:
             "points": self.points,
             "trials": {
                 "total": self.total,
-                "done": self.done,
-                "reused": self.reused,
+                **self.results,
                 "pruned": len(self.pruned),
                 "to_run": self.to_run,
             },
@@ -208,7 +247,20 @@ def _artifact(requirement: Requirement, store: ArtifactStore) -> dict[str, Any]:
 def plan_sweep(
     sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, event_log: EventLog
 ) -> Plan:
-    """Compare what a sweep needs with its store and its event log."""
+    """Compare what a sweep needs with its store and its event log.
+
+    Raises:
+        SpecError: an input is missing or does not fit; the message has the position of its name.
+    """
+    try:
+        return _plan_sweep(sweep, store, resolver, event_log)
+    except InvalidSetting as problem:
+        raise sweep.error(problem.key, problem.value, str(problem)) from problem
+
+
+def _plan_sweep(
+    sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, event_log: EventLog
+) -> Plan:
     cells, assignments = cells_of(sweep), sweep.seeds.assignments()
     state = read_searches(event_log)
     starts = _study_starts(sweep, cells, state, resolver, store)
@@ -217,9 +269,8 @@ def plan_sweep(
     left: dict[str, int] = {}  # trials by cell
     stopped: dict[str, PrunedPoint] = {}  # by slot
     points = 0
-    pending_rungs: dict[
-        str, list[int]
-    ] = {}  # by slot: rungs at which its point is not compared yet
+    # Rungs at which the point of a slot is not compared yet, by slot.
+    pending_rungs: dict[str, list[int]] = {}
     for cell in cells:
         count = state.points(cell, sweep.search)
         points += count
@@ -238,17 +289,19 @@ def plan_sweep(
                 pending_rungs |= {slot.id: rungs for slot in point_slots}
     store.survey(slot.spec for slot in slots)
     present = [_is_complete(slot.spec, pending_rungs.get(slot.id, ()), store) for slot in slots]
-    finished = finished_slots(event_log)
-    done = reused = 0
+    logged = logged_results(event_log)
+    logged.assign({slot.id: slot.key.digest for slot in slots})
+    results: dict[ResultState, int] = dict.fromkeys(RESULT_STATES, 0)
+    unlogged = 0
     to_run: set[str] = set()  # keys
     for slot, is_present in zip(slots, present, strict=True):
         if slot.id in stopped:
             left[slot.cell.id] -= 1
-        elif is_present and finished.get(slot.id, ("", ""))[0] == slot.key.digest:
-            done += 1
-            left[slot.cell.id] -= 1
         elif is_present or slot.key.digest in to_run:
-            reused += 1
+            result = logged.state(slot.id, slot.key.digest) if is_present else "shared"
+            results[result] += 1
+            is_logged = is_present and logged.keys.get(slot.id) == slot.key.digest
+            unlogged += not is_logged
             left[slot.cell.id] -= 1
         else:
             # The record may exist all the same: another cell can have it without these rungs.
@@ -259,10 +312,17 @@ def plan_sweep(
     ]
     request = request_digest(sweep, cells)
     edit = edit_since_last_run(
-        request, present_keys, done + reused, total - len(stopped), starts.values(), event_log
+        request,
+        present_keys,
+        sum(results.values()),
+        total - len(stopped),
+        starts.values(),
+        event_log,
     )
+    # The file of a sweep does not list the trials that are repeated in fp32.
+    repeated = [slot.spec for slot in slots if slot.id in moved]
     trials = possible_trials(cells, assignments, resolver)
-    requirements = tuple(requirements_of(itertools.chain(trials, fp32_trials(slots, moved))))
+    requirements = tuple(requirements_of(itertools.chain(trials, repeated)))
     work = tuple(_remaining_work(requirements, left, cells, slots, assignments, resolver, store))
     resolver.save()
     return Plan(
@@ -272,8 +332,8 @@ def plan_sweep(
         slots=tuple(slots),
         total=total,
         left=left,
-        done=done,
-        reused=reused,
+        results=results,
+        unlogged=unlogged,
         pruned=stopped,
         requirements=requirements,
         work=work,
@@ -306,7 +366,7 @@ def _remaining_work(
 ) -> Iterator[Work]:
     """The work that is left: missing artifacts, and the trials of each cell.
 
-    All trials of a cell count like those of its first point.
+    All trials of a cell count like its first one.
     """
     if not any(left.values()):
         return
@@ -314,17 +374,14 @@ def _remaining_work(
         missing = requirement.total() - requirement.have(store)
         if missing:
             yield stage_work(requirement.spec, missing)
-    first_points: dict[str, list[Slot]] = {}  # slots, by cell
-    for slot in slots:
-        first = first_points.setdefault(slot.cell.id, [])
-        if not first or first[0].point == slot.point:
-            first.append(slot)
+    first_trials = {slot.cell.id: slot.spec for slot in reversed(slots)}
     for cell in cells:
         if left[cell.id]:
             # A search that has not started has no slots yet; its first point is the default.
-            default = default_params(cell)
-            first = first_points.get(cell.id) or slots_of(cell, 0, default, assignments, resolver)
-            yield trial_work(first[0].spec, left[cell.id], len(first))
+            default = {**cell.flat, **default_params(cell), **assignments[0]}
+            spec = first_trials.get(cell.id) or resolver.trial(default)
+            pool = None if spec.train.steps else resolver.pool_size(spec)
+            yield trial_work(spec, left[cell.id], len(assignments), pool)
 
 
 def _study_starts(
@@ -392,11 +449,6 @@ def iterations_of(slots: Iterable[Slot]) -> int:
     return min(training_spec(slot.spec).iterations for slot in slots)
 
 
-def fp32_trials(slots: Iterable[Slot], moved: Mapping[str, str]) -> list[TrialSpec]:
-    """The trials that a sweep repeats in fp32; its file does not list them."""
-    return [slot.spec for slot in slots if slot.id in moved]
-
-
 # ---------------------------------------------------------------- requirements
 
 
@@ -443,6 +495,11 @@ def requirements_of(trials: Iterable[TrialSpec]) -> list[Requirement]:
                 requirement,
                 images=max(requirement.images, earlier.images),
                 classes=tuple(sorted({*requirement.classes, *earlier.classes})),
+                compared_with=(
+                    (*earlier.compared_with, *requirement.compared_with)
+                    if earlier.compared_with and requirement.compared_with
+                    else ()
+                ),
             )
     return list(merged.values())
 
@@ -462,15 +519,18 @@ def _requirements(trial: TrialSpec) -> Iterator[Requirement]:
     if evidence is not None:
         if evidence.lora is not None:
             yield from _lora_requirements(evidence.lora, classes, trial.pool_images)
+        if evidence.images is not None:
+            disputed_by = evidence.images_per_class
+            yield from _row_requirements(evidence.images, disputed_by, classes, trial.pool_images)
         yield Requirement(evidence, trial.scored_images, tuple(range(trial.evidence.draws)))
     if trial.synthetic_tokens is not None:
         yield Requirement(trial.synthetic_tokens, trial.images_per_class, classes)
     base = trial.base_images
-    if base is not None:
+    if base is not None and row is not None:
         spec = SyntheticFeaturesSpec(
             images=base, backbone=trial.backbone, precision=trial.precision
         )
-        yield Requirement(spec, BASE_PER_CLASS, classes)
+        yield Requirement(spec, BASE_PER_CLASS, classes, (row,))
 
 
 def _row_requirements(
@@ -510,6 +570,26 @@ def contains_spec(spec: Any, part: Any) -> bool:
     return any(contains_spec(getattr(spec, f.name), part) for f in fields(spec))
 
 
+def independent_of(
+    failed: Iterable[Requirement], requirements: Iterable[Requirement]
+) -> list[Requirement]:
+    """The requirements that contain none of those that failed.
+
+    A row without LoRA is left out with the rows that it is compared with.
+    """
+    missing = [spec for each in failed for spec in (each.spec, *each.rows)]
+
+    def is_stopped(spec: Any) -> bool:
+        return any(contains_spec(spec, part) for part in missing)
+
+    return [
+        each
+        for each in requirements
+        if not is_stopped(each.spec)
+        and not (each.compared_with and all(map(is_stopped, each.compared_with)))
+    ]
+
+
 def build_level(spec: Any) -> int:
     """Depth of an artifact in the build order, from 1; artifacts of one level are independent."""
     match spec:
@@ -523,7 +603,7 @@ def build_level(spec: Any) -> int:
                 return 1 + build_level(replace(spec, level="features"))
             inputs = [images.lora] if isinstance(images, GeneratedImages) else []
         case EvidenceSpec():
-            inputs = [spec.features, spec.lora]
+            inputs = [spec.features, spec.lora, spec.images]
         case _:
             inputs = []
     return 1 + max((build_level(each) for each in inputs if each is not None), default=0)
@@ -532,10 +612,55 @@ def build_level(spec: Any) -> int:
 # ---------------------------------------------------------------- state in the event log
 
 
-def finished_slots(event_log: EventLog) -> dict[str, tuple[str, str]]:
-    """Trial key and state (done or reused) of slots whose last outcome was a result, by slot."""
-    ended = ended_slots(event_log)
-    return {slot: end for slot, end in ended.items() if end[1] != "pruned"}
+@dataclass
+class LoggedResults:
+    """The results in an event log, and where each comes from."""
+
+    keys: dict[str, str] = field(default_factory=dict)  # of trials whose last outcome is a result
+    started: set[str] = field(default_factory=set)  # slots of trials without an outcome
+    first: dict[str, tuple[str, ResultState]] = field(default_factory=dict)  # slot, state; by key
+
+    def read(self, event: Mapping[str, Any]) -> ResultState | None:
+        """Process the next event; returns the state of the result, if it is one."""
+        match event["event"]:
+            case "trials_started":
+                self.started.update(event["slots"])
+            case "trial_failed" | "trial_pruned":
+                self.started.discard(event["slot"])
+                self.keys.pop(event["slot"], None)
+            case "trial_done" | "trial_reused" as name:
+                slot, key = event["slot"], event["key"]
+                self.keys[slot] = key
+                if name == "trial_done":
+                    self.first[key] = (slot, "done")
+                state = self.state(slot, key)
+                self.started.discard(slot)
+                return state
+        return None
+
+    def state(self, slot: str, key: str) -> ResultState:
+        """State of a result that the store has."""
+        found: ResultState = "recovered" if slot in self.started else "reused"
+        owner, state = self.first.setdefault(key, (slot, found))
+        return state if owner == slot else "shared"
+
+    def assign(self, planned: Mapping[str, str]) -> None:
+        """Assign results to the slots of a plan, if an edit moved them to other slots.
+
+        Args:
+            planned: keys of the planned trials, by slot.
+        """
+        for slot, key in planned.items():
+            if key in self.first and planned.get(self.first[key][0]) != key:
+                self.first[key] = (slot, self.first[key][1])
+
+
+def logged_results(event_log: EventLog) -> LoggedResults:
+    """Read the results of an event log."""
+    results = LoggedResults()
+    for event in event_log.events():
+        results.read(event)
+    return results
 
 
 def ended_slots(event_log: EventLog) -> dict[str, tuple[str, str]]:
@@ -581,10 +706,10 @@ def earlier_results(plan: Plan, location: SweepLocation) -> dict[tuple[str, str]
     before = {name: entry["ref"]["digest"] for name, entry in inputs["datasets"].items()}
     before |= inputs["weights"]
     versions = inputs.get("code", {})
-    finished = finished_slots(location.event_log())
+    finished = logged_results(location.event_log()).keys
     earlier: dict[tuple[str, str], int] = {}
     for slot in plan.slots:
-        outdated = finished.get(slot.id, (slot.key.digest, ""))[0] != slot.key.digest
+        outdated = finished.get(slot.id, slot.key.digest) != slot.key.digest
         changed = [
             (name, "folder" if "folder:" in name else "content")
             for name, now in _inputs_of(slot)

@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from air_core.specs import TrialSpec
+from air_core.weights import local_path
 from orchestrator.errors import StoreRefused
 from orchestrator.keys import Stage, artifact_key
 from orchestrator.planning.plan import (
     fp32_slots,
-    fp32_trials,
     known_points,
+    logged_results,
     possible_trials,
     requirements_of,
     slots_of,
@@ -23,7 +24,7 @@ from orchestrator.planning.studies import Searches, read_searches
 from orchestrator.spec import Cell, SweepSpec, cells_of, load_sweep
 from orchestrator.spec.sweep import smoke_variant
 from orchestrator.store import ArtifactStore, SweepLocation, read_resolved, recorded_locations
-from orchestrator.store.gc import Shards, StoreRequirements, SweepRequirements, merge_shards
+from orchestrator.store.gc import Shards, StoreRequirements, merge_shards
 
 
 def read_sweep(location: SweepLocation, data_root: Path | None) -> tuple[SweepSpec, SweepLocation]:
@@ -40,7 +41,7 @@ def read_sweep(location: SweepLocation, data_root: Path | None) -> tuple[SweepSp
         location.folder / "spec.yaml", sets=origin.get("sets", []), only=origin.get("only", [])
     )
     sweep = replace(sweep, source=origin.get("source", sweep.source))
-    data = data_root or (Path(sweep.data_root) if sweep.data_root else None)
+    data = data_root or (local_path(sweep.data_root) if sweep.data_root else None)
     location = replace(location, data_root=data, recorded=True)
     return smoke_variant(sweep) if origin.get("smoke") else sweep, location
 
@@ -52,7 +53,7 @@ def refuse_running(store: ArtifactStore) -> None:
         StoreRefused: sweeps of the store are running; the message names them.
     """
     running = [
-        f"{location.project}/{location.name}"
+        location.full_name
         for location in recorded_locations(store)
         if location.event_log().is_locked()
     ]
@@ -65,15 +66,14 @@ def refuse_running(store: ArtifactStore) -> None:
 
 def all_requirements(store: ArtifactStore, data_root: Path | None) -> StoreRequirements:
     """List the artifacts that the recorded sweeps of a store need."""
-    readable, unread = [], {}
+    readable, unread = {}, {}
     for location in recorded_locations(store):
-        name = f"{location.project}/{location.name}"
+        name = location.full_name
         try:
-            needed = _needed_by_sweep(*read_sweep(location, data_root))
-            readable.append(SweepRequirements(name, needed))
+            readable[name] = _needed_by_sweep(*read_sweep(location, data_root))
         except (ValueError, OSError) as problem:
             unread[name] = str(problem).partition("\n")[0]
-    return StoreRequirements(tuple(readable), unread)
+    return StoreRequirements(readable, unread)
 
 
 def _needed_by_sweep(sweep: SweepSpec, location: SweepLocation) -> dict[str, Shards]:
@@ -82,7 +82,7 @@ def _needed_by_sweep(sweep: SweepSpec, location: SweepLocation) -> dict[str, Sha
     Cells that the last run left out by `--only` count as well. If their data is missing, their
     artifacts cannot be listed; this is an error unless it is certain that none were built.
     """
-    resolver, event_log = resolver_of(location), location.event_log()
+    resolver, event_log = resolver_of(location, sweep.folders), location.event_log()
     events = list(event_log.events())
     done = [event for event in events if event["event"] in ("trial_done", "trial_reused")]
     last_cells = cells_of(sweep)
@@ -120,7 +120,7 @@ def _needed_by_cell(
     repeated: list[TrialSpec] = []
     for number, params in known_points(sweep, cell, state, None).items():
         slots = slots_of(cell, number, params, assignments, resolver, moved)
-        repeated += fp32_trials(slots, moved)
+        repeated += [slot.spec for slot in slots if slot.id in moved]
         for slot in slots:
             # A trial with another test dataset reads the prompt of the trial without it.
             trained = replace(slot.spec, test_dataset=None)
@@ -129,8 +129,7 @@ def _needed_by_cell(
     for requirement in requirements_of(trials):
         spec = requirement.spec
         shards = frozenset(requirement.shards() if requirement.rows else ())
-        specs = [each for each, _ in requirement.rows] or [spec]
-        needed += [(_digest(each), shards) for each in specs]
+        needed += [(_digest(each), shards) for each in requirement.rows or (spec,)]
     return needed
 
 
@@ -148,7 +147,8 @@ def count_by_sweep(store: ArtifactStore, keys: Iterable[str], but: SweepLocation
     for location in recorded_locations(store):
         if location.folder == but.folder:
             continue
-        done = {e["key"] for e in location.event_log().events() if e["event"] == "trial_done"}
-        counts[f"{location.project}/{location.name}"] += len(done & remaining)
+        first = logged_results(location.event_log()).first
+        done = {key for key, (_, state) in first.items() if state in ("done", "recovered")}
+        counts[location.full_name] += len(done & remaining)
         remaining -= done
     return +counts

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from air_core.weights import local_path
 from orchestrator.environment import in_ray_job
 from orchestrator.errors import Refused
+from orchestrator.formatting import relative_path
 from orchestrator.planning.plan import Plan, plan_sweep
 from orchestrator.planning.resolve import resolver_of
 from orchestrator.spec import SweepSpec, cells_of, find_sweep, load_sweep
 from orchestrator.spec.sweep import option_words, smoke_variant
-from orchestrator.store import SweepLocation, is_bucket, open_store, smoke_store, store_folder
-from orchestrator.store.location import recorded_location, recorded_names
+from orchestrator.store import (
+    SweepLocation,
+    is_bucket,
+    open_store,
+    read_resolved,
+    smoke_store,
+    store_folder,
+    store_of_smoke,
+)
+from orchestrator.store.location import recorded_location
 
 
 @dataclass(frozen=True, repr=False)
@@ -29,8 +41,8 @@ class SweepRequest:
         spec: the sweep after all options were applied.
         sets: `--set KEY=VALUE` options, which change keys of the file.
         only: `--only KEY=VALUE` options, which select cells.
-        smoke: whether `spec` is the smoke version: one point, one seed and few images, in a
-            store of its own.
+        smoke: whether `spec` is the smoke version: two points of a search, one seed and few images,
+            in a store of its own.
     """
 
     spec: SweepSpec
@@ -91,19 +103,33 @@ def location_for(sweep: SweepRequest, store: str | Path, data_root: Path | None)
         StoreRefused: an incompatible version of airsweep wrote the store.
         BucketUnreachable: the bucket of the store is unreachable.
     """
-    return location_of(sweep.spec, smoke_store(store) if sweep.smoke else store, data_root)
+    spec, store = sweep.spec, smoke_store(store) if sweep.smoke else store
+    if not is_bucket(store) and not store_folder(store).is_absolute() and in_ray_job():
+        raise relative_store_error(store)
+    data = data_root or os.environ.get("AIRSWEEP_DATA")
+    if not data and spec.data_root:
+        try:
+            data = local_path(spec.data_root)
+        except ValueError as problem:
+            raise spec.document.error(("data_root",), str(problem)) from None
+    data_folder = Path(data) if data else None
+    location = SweepLocation(open_store(store), project_of(spec), spec.name, data_folder)
+    return location.refresh()
 
 
 def plan_of(sweep: SweepSpec, location: SweepLocation) -> Plan:
     """Plan a sweep at a location."""
-    return plan_sweep(sweep, location.store, resolver_of(location), location.event_log())
+    return plan_sweep(
+        sweep, location.store, resolver_of(location, sweep.folders), location.event_log()
+    )
 
 
 def location_named(name: str, store: str | Path) -> SweepLocation:
     """Locate a sweep that has run before, by its name.
 
     Args:
-        name: `NAME` or `PROJECT/NAME`. Without a project, AIRSWEEP_PROJECT or `default` is used.
+        name: `NAME` or `PROJECT/NAME`, or the sweep file, which ends with `.yaml`. Without a
+            project, AIRSWEEP_PROJECT or `default` is used.
         store: folder or bucket URI of the store that recorded the sweep.
 
     Raises:
@@ -111,25 +137,22 @@ def location_named(name: str, store: str | Path) -> SweepLocation:
     """
     project, _, short = name.rpartition("/")
     project = project or os.environ.get("AIRSWEEP_PROJECT") or "default"
+    if name.endswith(".yaml"):
+        sweep = load_sweep(find_sweep(name))
+        project, short = project_of(sweep), sweep.name
     opened = open_store(store)
-    names = recorded_names(opened)
+    names = opened.backend.sweeps()
     if (project, short) not in names:
         recorded = ", ".join("/".join(pair) for pair in names)
+        smoke = smoke_store(store)
+        in_smoke = (project, short) in open_store(smoke).backend.sweeps()
+        hint = "if it ran with --store, give the same"
+        if in_smoke:
+            hint = f"its smoke run is in another store: --store {shlex.quote(str(smoke))}"
         raise ValueError(
-            f"no sweep {project}/{short} in {store}; recorded sweeps: {recorded or 'none'}"
+            f"no sweep {project}/{short} in {store}; recorded sweeps: {recorded or 'none'}; {hint}"
         )
     return recorded_location(opened, project, short)
-
-
-def location_of(sweep: SweepSpec, store: Path | str, data_root: Path | None) -> SweepLocation:
-    """Locate a sweep in a store, as `location_for` does, without a change for smoke requests."""
-    relative = not is_bucket(store) and not store_folder(store).is_absolute()
-    if relative and in_ray_job():
-        raise relative_store_error(store)
-    project = project_of(sweep)
-    data = data_root or os.environ.get("AIRSWEEP_DATA") or sweep.data_root
-    location = SweepLocation(open_store(store), project, sweep.name, Path(data) if data else None)
-    return location.refresh()
 
 
 def relative_store_error(store: Path | str) -> Refused:
@@ -144,6 +167,73 @@ def relative_store_error(store: Path | str) -> Refused:
 def project_of(sweep: SweepSpec) -> str:
     """The project of a sweep: of its file, else AIRSWEEP_PROJECT, else `default`."""
     return sweep.project or os.environ.get("AIRSWEEP_PROJECT") or "default"
+
+
+# ---------------------------------------------------------------- commands in messages
+
+
+def run_command(
+    location: SweepLocation, origin: Mapping[str, Any] | None = None, command: str = "run"
+) -> str:
+    """The command that runs a sweep again, with all options that select it.
+
+    Args:
+        origin: see `complete_origin`. Default: that of the last run.
+        command: `run`, or another one with the same options.
+    """
+    origin = last_origin(location) if origin is None else origin
+    store = location.store.name
+    given = store_of_smoke(store) if origin.get("smoke") else store
+    words = [*sweep_words(location, origin), *_store_words(given)]
+    root, usual = origin.get("data_root"), os.environ.get("AIRSWEEP_DATA")
+    if root and not (usual and Path(root) == Path(usual).absolute()):
+        words += ["--data-root", relative_path(Path(root))]
+    return shlex.join(["airsweep", command, *words])
+
+
+def results_command(command: str, location: SweepLocation, *options: str) -> str:
+    """A command that reads a recorded sweep, such as `airsweep table NAME --store STORE`."""
+    usual = os.environ.get("AIRSWEEP_PROJECT") or "default"
+    project = "" if location.project == usual else f"{location.project}/"
+    words = [project + location.name, *options, *_store_words(location.store.name)]
+    return shlex.join(["airsweep", *command.split(), *words])
+
+
+def store_command(command: str, location: SweepLocation) -> str:
+    """A command without a sweep, such as `airsweep ui --store STORE`."""
+    return shlex.join(["airsweep", *command.split(), *_store_words(location.store.name)])
+
+
+def sweep_words(location: SweepLocation, origin: Mapping[str, Any]) -> list[str]:
+    """The sweep file and the options that change or select it, as words of a command line."""
+    options = (origin.get("sets", []), origin.get("only", []), bool(origin.get("smoke")))
+    return [origin.get("source") or str(location.folder / "spec.yaml"), *option_words(*options)]
+
+
+def last_origin(location: SweepLocation) -> Mapping[str, Any]:
+    """The options and the file of the last run; empty before the first one."""
+    with suppress(FileNotFoundError):
+        return read_resolved(location)
+    return {}
+
+
+def complete_origin(
+    origin: Mapping[str, Any], sweep: SweepSpec, location: SweepLocation
+) -> dict[str, Any]:
+    """`SweepRequest.origin`, and the data root unless the sweep file names it."""
+    root = location.data_root and location.data_root.absolute()
+    if root is None or (sweep.data_root and root == local_path(sweep.data_root)):
+        return dict(origin)
+    return {**origin, "data_root": str(root)}
+
+
+def _store_words(store: str) -> list[str]:
+    """The option `--store`, unless a command finds the store by default."""
+    usual = os.environ.get("AIRSWEEP_STORE") or "runs"
+    if is_bucket(store):
+        return [] if store == usual else ["--store", store]
+    is_usual = not is_bucket(usual) and Path(store) == store_folder(usual).absolute()
+    return [] if is_usual else ["--store", relative_path(Path(store))]
 
 
 # ---------------------------------------------------------------- options from Python values

@@ -7,44 +7,46 @@ only once.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from air_core.datasets import Dataset, get_dataset
-from air_core.datasets.class_folders import class_files
+from air_core.datasets.class_folders import SUFFIXES, check_utf8, class_files
+from air_core.datasets.image_folder import PREFIX, check_no_leak
+from air_core.datasets.images import BAD_SHARE, too_many_unreadable, visible_problem
 from air_core.methods import EMBEDDED
 from air_core.paradigms import TooFewImages, split_positions
 from air_core.seal import sealed_json
 from air_core.specs import (
     CodeVersions,
     Ref,
-    SplitSettings,
     TrialSpec,
     labels_use_evidence,
     reader_of,
     uses_evidence,
     uses_generator,
 )
-from air_core.specs.flat import from_flat
+from air_core.specs.flat import from_flat, to_flat
+from air_core.specs.normal import normalised
 from air_core.tokens import check_room
 from air_core.weights import GENERATORS as PIPELINES
 from air_core.weights import (
     check_lora_fits,
-    check_whole,
     generator_files,
     generator_folder,
     is_distilled,
+    local_path,
     scheduler_config,
     weights_files,
     weights_settings,
 )
-from orchestrator.failures import is_disk_full
 from orchestrator.files import file_digest, file_stamp, write_atomic
 from orchestrator.keys import canonical_json, digest, plain
 from orchestrator.store import SweepLocation, read_resolved
@@ -54,6 +56,39 @@ from orchestrator.store.verification import read_cache
 
 class MissingInput(ValueError):
     """Weights or images that a sweep names are missing."""
+
+
+class InvalidSetting(MissingInput):
+    """The value of a trial key does not fit the inputs.
+
+    Args:
+        key: the trial key.
+        message: what is wrong with its value, and what is allowed.
+    """
+
+    value: Any = None
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(key, message)  # pickle needs all arguments
+        self.key, self.message = key, message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@contextmanager
+def _checking(key: str) -> Iterator[None]:
+    """Name the trial key whose value an error is about.
+
+    Raises:
+        InvalidSetting: the block raised another ValueError.
+    """
+    try:
+        yield
+    except NotRecorded:
+        raise
+    except ValueError as problem:
+        raise InvalidSetting(key, str(problem)) from problem
 
 
 @dataclass(frozen=True)
@@ -73,17 +108,21 @@ class Resolver:
         cache: JSON file with the digests of files.
         data_root: folder of real datasets.
         versions: code versions of an earlier run, by part; None: those of the installed code.
+        folders: names of datasets and models as the sweep file has them, and with the path from
+            the working directory; see `SweepSpec.folders`.
     """
 
     cache: Path
     data_root: Path | None
     versions: Mapping[str, str] | None = None
+    folders: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # Stamp and digest by path. Entries of earlier versions have another shape and never match.
         self._digests: dict[str, list[Any]] = read_cache(self.cache, _entries, {})
         self._saved = dict(self._digests)
-        self._refs: dict[tuple[str, str], Ref] = {}
+        self._unreadable: dict[Path, str] = {}  # images, with the reason
+        self._weights: dict[tuple[str, str], Ref] = {}  # by role and name
         self._datasets: dict[str, DatasetInput] = {}
         self._labels: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # labels, parts by dataset
         self._pool_sizes: dict[str, int] = {}  # by `_split_name`
@@ -94,82 +133,116 @@ class Resolver:
         """Build a TrialSpec from a flat dict of settings with names of inputs.
 
         Raises:
-            ValueError: weights or images are missing, or too few.
+            InvalidSetting: weights or images are missing, or too few.
         """
         flat = EMBEDDED | flat
-        dataset = self.dataset_by_name(flat["dataset"])
-        refs = {
-            "dataset": dataset.ref,
-            "backbone": self.weights("backbone", flat["backbone"]),
-            "generator": Ref(name=flat["generator"], digest=""),
-        }
-        datasets = [dataset]
-        if flat.get("test_dataset") is not None:
-            datasets.append(self.dataset_by_name(flat["test_dataset"]))
-            refs["test_dataset"] = datasets[-1].ref
+        try:
+            return self._trial(flat)
+        except InvalidSetting as problem:
+            problem.value = flat.get(problem.key)
+            raise
+
+    def _trial(self, flat: dict[str, Any]) -> TrialSpec:
+        datasets = {}
+        for key in ("dataset", "test_dataset"):
+            if flat.get(key) is not None:
+                with _checking(key):
+                    datasets[key] = self.dataset_by_name(flat[key])
+        refs = {key: dataset.ref for key, dataset in datasets.items()}
+        with _checking("backbone"):
+            refs["backbone"] = self.weights("backbone", flat["backbone"])
+        refs["generator"] = Ref(name=flat["generator"], digest="")
+        dataset = datasets["dataset"]
         trial = from_flat(flat, refs, dataset.classnames)
-        trial = replace(trial, code=self.code_versions([dataset.ref.name for dataset in datasets]))
+        names = [each.ref.name for each in datasets.values()]
+        trial = replace(trial, code=self.code_versions(names))
         # A trial that does not use the generator does not need it to exist.
         if uses_generator(trial):
-            trial = replace(trial, generator=self.weights("generator", flat["generator"]))
+            with _checking("generator"):
+                trial = replace(trial, generator=self.weights("generator", flat["generator"]))
         self.check(trial, datasets)
-        return self.with_scored_images(trial)
+        with _checking("dataset"):
+            return self.with_scored_images(trial)
 
-    def check(self, trial: TrialSpec, datasets: Sequence[DatasetInput]) -> None:
+    def check(self, trial: TrialSpec, datasets: Mapping[str, DatasetInput]) -> None:
         """Check that the inputs of a trial are sufficient.
 
+        Args:
+            datasets: by the trial key that names them.
+
         Raises:
-            ValueError: a class name is too long, images are too few, a LoRA does not fit the
+            InvalidSetting: a class name is too long, images are too few, a LoRA does not fit the
                 generator, or the evidence has no time step.
         """
         learned = trial.prompt.length if trial.modality == "text" and trial.iterations else 0
-        for dataset in datasets:
-            check_room(trial.backbone.name, dataset.classnames, dataset.template, learned)
+        for key, dataset in datasets.items():
+            with _checking(key):
+                check_room(trial.backbone.name, dataset.classnames, dataset.template, learned)
         if trial.paradigm == "ssl":
-            self._check_split(get_dataset(trial.dataset.name), trial.split)
+            with _checking("shots"):
+                self._pool_images(trial)
         low, high = trial.evidence.low, trial.evidence.high
         if uses_evidence(trial) and low > high:
-            raise ValueError(
-                f"evidence.low is {low}, but evidence.high is {high}; allowed: low <= high"
+            raise InvalidSetting(
+                "evidence.low",
+                f"evidence.low is {low}, but evidence.high is {high}; allowed: low <= high",
+            )
+        if uses_evidence(trial) and trial.evidence.disputed and trial.fusion.weights == "agreement":
+            raise InvalidSetting(
+                "evidence.disputed",
+                "fusion.weights: agreement counts how often classifiers agree, but with "
+                "evidence.disputed only images on which they disagree have evidence; set "
+                "evidence.disputed: null or fusion.weights: fixed",
             )
         if uses_generator(trial):
             if trial.generator.name.startswith("folder:"):
                 if uses_evidence(trial):
-                    raise ValueError(
+                    raise InvalidSetting(
+                        "generator",
                         f"generator {trial.generator.name!r} is a folder of images, but "
                         "evidence.draws needs a diffusion model; set evidence.draws: 0, or name a "
-                        "diffusers folder"
+                        "diffusers folder",
                     )
-                self._check_ready_images(trial.generator.name, trial)
+                with _checking("generator"):
+                    self._check_ready_images(trial.generator.name, trial)
             elif trial.lora is not None or uses_evidence(trial):
-                check_lora_fits(generator_folder(trial.generator.name))
+                with _checking("generator"):
+                    check_lora_fits(generator_folder(trial.generator.name))
 
-    def _check_split(self, dataset: Dataset, split: SplitSettings) -> None:
-        """Check that every class has enough images for the split.
+    def _pool_images(self, trial: TrialSpec) -> int:
+        """Number of pool images of a trial.
 
         Raises:
-            ValueError: a class has too few.
+            ValueError: a class has too few images for the split.
         """
-        if _split_name(dataset.name, split) in self._pool_sizes:
-            return
-        if dataset.name not in self._labels:
-            examples = dataset.load(self.data_root)
-            self._labels[dataset.name] = (examples.labels, examples.parts)
-        try:
-            positions, _ = split_positions(*self._labels[dataset.name], split)
-        except TooFewImages as problem:
-            name = dataset.classnames[problem.class_index]
-            raise ValueError(f"{dataset.name}: {problem}; it is {name!r}") from problem
-        self._pool_sizes[_split_name(dataset.name, split)] = len(positions["pool"])
+        name = _split_name(trial)
+        if name not in self._pool_sizes:
+            dataset = get_dataset(trial.dataset.name)
+            if dataset.name not in self._labels:
+                examples = dataset.load(self.data_root)
+                self._labels[dataset.name] = (examples.labels, examples.parts)
+            try:
+                positions, _ = split_positions(*self._labels[dataset.name], trial.split)
+            except TooFewImages as problem:
+                classname = dataset.classnames[problem.class_index]
+                raise ValueError(f"{dataset.name}: {problem}; it is {classname!r}") from problem
+            self._pool_sizes[name] = len(positions["pool"])
+        return self._pool_sizes[name]
 
     def with_scored_images(self, trial: TrialSpec) -> TrialSpec:
         """Set the number of images of the pool, and of those that the evidence scores, if any."""
         if not uses_evidence(trial) and not labels_use_evidence(trial):
             return trial
-        self._check_split(get_dataset(trial.dataset.name), trial.split)
-        size = self._pool_sizes[_split_name(trial.dataset.name, trial.split)]
+        size = self._pool_images(trial)
         scored = min(size, trial.evidence.images or size)
         return replace(trial, scored_images=scored, pool_images=size)
+
+    def pool_size(self, trial: TrialSpec) -> int | None:
+        """Number of pool images of a trial; None if it cannot be known."""
+        try:
+            return self._pool_images(trial)
+        except ValueError:
+            return None
 
     def _check_ready_images(self, name: str, trial: TrialSpec) -> None:
         """Check that a folder of ready images has as many per class as the trial reads.
@@ -206,35 +279,48 @@ class Resolver:
             MissingInput: a file of the dataset is missing.
         """
         if name not in self._datasets:
-            dataset = get_dataset(name)
+            dataset = get_dataset(self.folders.get(name, name))
             ref = self.dataset(dataset)
             self._datasets[name] = DatasetInput(ref, dataset.classnames, dataset.template)
         return self._datasets[name]
 
     def dataset(self, dataset: Dataset) -> Ref:
-        """Resolve a dataset, once for each name."""
-        key = ("dataset", dataset.name)
-        if key not in self._refs:
-            self._refs[key] = self.dataset_content(dataset)
-        return self._refs[key]
+        """Resolve a dataset and check its images.
+
+        Raises:
+            ValueError: too many images are visibly damaged, or test images of a folder are also
+                training images.
+        """
+        files = dataset.files(self.data_root)
+        digests = self._file_digests(files)
+        self._check_images(dataset.name, files)
+        if dataset.name.startswith(PREFIX):
+            check_no_leak(Path(dataset.source), dict(zip(files, digests, strict=True)))
+        return _dataset_ref(dataset, files, digests)
+
+    def _check_images(self, name: str, files: Sequence[Path]) -> None:
+        """
+        Raises:
+            ValueError: too many images are visibly damaged. The stage of the features decodes all,
+                and refuses more than the same share of them.
+        """
+        problems = [self._unreadable[file] for file in files if file in self._unreadable]
+        images = sum(file.suffix.lower() in SUFFIXES for file in files)
+        if problem := too_many_unreadable(name, problems, images, BAD_SHARE):
+            raise ValueError(f"{problem}; `airsweep data check {name}` opens all")
 
     def dataset_content(self, dataset: Dataset) -> Ref:
-        """Resolve a dataset from its files as they are now, even if it was resolved before."""
+        """Resolve a dataset without a check of its images."""
         files = dataset.files(self.data_root)
-        content = {
-            "files": list(zip(_relative_paths(files), self._file_digests(files), strict=True)),
-            "classnames": dataset.classnames,
-            "template": dataset.template,
-            "recipe": dataset.recipe,
-        }
-        return Ref(name=dataset.name, digest=digest(content))
+        return _dataset_ref(dataset, files, self._file_digests(files))
 
     def inputs(self) -> dict[str, Any]:
         """Everything that was resolved so far, as plain data for `RecordedResolver`."""
-        weights = ((role, ref) for (role, _), ref in self._refs.items() if role != "dataset")
         return {
             "datasets": {name: asdict(dataset) for name, dataset in self._datasets.items()},
-            "weights": {f"{role} {ref.name}": ref.digest for role, ref in weights},
+            "weights": {
+                f"{role} {name}": ref.digest for (role, name), ref in self._weights.items()
+            },
             "code": self._code,
             "pools": self._pool_sizes,
         }
@@ -246,9 +332,9 @@ class Resolver:
             MissingInput: no weights of this name exist; the message lists what is allowed.
             ValueError: a file is truncated, such as after an incomplete copy.
         """
-        if (role, name) not in self._refs:
-            self._refs[role, name] = self.weights_content(role, name)
-        return self._refs[role, name]
+        if (role, name) not in self._weights:
+            self._weights[role, name] = self.weights_content(role, self.folders.get(name, name))
+        return self._weights[role, name]
 
     def weights_content(self, role: str, name: str) -> Ref:
         """Resolve weights from their files as they are now, even if they were resolved before."""
@@ -266,15 +352,18 @@ class Resolver:
         return Ref(name=name, digest=digest(content))
 
     def save(self) -> None:
-        """Write the digests of files to the cache, for the next process."""
-        if self._digests != self._saved:
-            self.cache.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                write_atomic(self.cache, sealed_json(self._digests))
-            except OSError as problem:
-                if not is_disk_full(problem):  # a full disk: the next process reads the files again
-                    raise
-            self._saved = dict(self._digests)
+        """Write the digests of files to the cache, for the next process.
+
+        A store that does not exist is not created: a plan or a refused run leaves no folder behind.
+        """
+        # The next process looks at unreadable images again.
+        unreadable = {str(file.resolve()) for file in self._unreadable}
+        digests = {file: e for file, e in self._digests.items() if file not in unreadable}
+        if digests != self._saved and self.cache.parent.is_dir():
+            # On a full disk, or in a store of another user, the next process reads the files again.
+            with suppress(OSError):
+                write_atomic(self.cache, sealed_json(digests))
+            self._saved = digests
 
     def has_digests_of(self, files: Sequence[Path]) -> bool:
         """Whether this resolver has digests of these files as they are now."""
@@ -290,14 +379,16 @@ class Resolver:
     def _file_digests(self, paths: Sequence[Path]) -> list[str]:
         digests = []
         for path in paths:
+            check_utf8(path)
             if not path.is_file():
-                raise MissingInput(f"{path} does not exist")
+                raise MissingInput(f"{path} does not exist, or is not a file")
             stamp = [*file_stamp(path)]
             known = self._known_digest(path, stamp)
             if known is None:
-                check_whole(path)
                 known = file_digest(path)
                 self._digests[str(path.resolve())] = [*stamp, known]
+                if path.suffix.lower() in SUFFIXES and (problem := visible_problem(path)):
+                    self._unreadable[path] = problem
             digests.append(known)
         return digests
 
@@ -309,13 +400,13 @@ class RecordedResolver(Resolver):
         inputs: `Resolver.inputs` of that run.
     """
 
-    def __init__(self, inputs: Mapping[str, Any]) -> None:
+    def __init__(self, inputs: Mapping[str, Any], folders: Mapping[str, str]) -> None:
         self._recorded = {
             name: DatasetInput(Ref(**entry["ref"]), tuple(entry["classnames"]), entry["template"])
             for name, entry in inputs["datasets"].items()
         }
-        self._weights: Mapping[str, str] = inputs["weights"]
-        self.versions = inputs.get("code", {})
+        self._weight_digests: Mapping[str, str] = inputs["weights"]
+        self.versions, self.folders = inputs.get("code", {}), folders
         self._pool_sizes = inputs.get("pools", {})  # earlier versions recorded none
 
     def dataset_by_name(self, name: str) -> DatasetInput:
@@ -334,23 +425,23 @@ class RecordedResolver(Resolver):
         Raises:
             NotRecorded: no run of the sweep has used the weights.
         """
-        digest = self._weights.get(f"{role} {name}")
+        digest = self._weight_digests.get(f"{role} {name}")
         if digest is None:
             raise NotRecorded(f"no run of this sweep has used the {role} {name}")
-        return Ref(name=name, digest=digest)
+        return Ref(name=self.folders.get(name, name), digest=digest)
 
-    def check(self, trial: TrialSpec, datasets: Sequence[DatasetInput]) -> None:
+    def check(self, trial: TrialSpec, datasets: Mapping[str, DatasetInput]) -> None:
         """Do nothing: the last run checked its trials."""
 
-    def _check_split(self, dataset: Dataset, split: SplitSettings) -> None:
+    def _pool_images(self, trial: TrialSpec) -> int:
         """
         Raises:
-            NotRecorded: no run of the sweep has used this split.
+            NotRecorded: no run of the sweep has used the split of the trial.
         """
-        if _split_name(dataset.name, split) not in self._pool_sizes:
-            raise NotRecorded(
-                f"no run of this sweep has used this split of {dataset.name}: {split}"
-            )
+        name = _split_name(trial)
+        if name not in self._pool_sizes:
+            raise NotRecorded(f"no run of this sweep has used this split: {name}")
+        return self._pool_sizes[name]
 
     def save(self) -> None:
         """Do nothing: no file was read."""
@@ -360,12 +451,22 @@ class NotRecorded(ValueError):
     """A dataset or weights that no run of a sweep has used."""
 
 
-def _split_name(dataset: str, split: SplitSettings) -> str:
-    return f"{dataset} {canonical_json(plain(split))}"
+def _split_name(trial: TrialSpec) -> str:
+    return f"{trial.dataset.name} {canonical_json(plain(trial.split))}"
 
 
 def _entries(plain: dict[str, Any]) -> dict[str, list[Any]]:
     return {path: [*entry] for path, entry in plain.items()}
+
+
+def _dataset_ref(dataset: Dataset, files: Sequence[Path], digests: Sequence[str]) -> Ref:
+    content = {
+        "files": list(zip(_relative_paths(files), digests, strict=True)),
+        "classnames": dataset.classnames,
+        "template": dataset.template,
+        "recipe": dataset.recipe,
+    }
+    return Ref(name=dataset.name, digest=digest(content))
 
 
 def _relative_paths(files: Sequence[Path]) -> list[str]:
@@ -400,8 +501,31 @@ GENERATORS = f"{PIPELINES}, or folder:<path> of ready images"
 def images_folder(generator: str) -> Path:
     """Folder of a generator: a diffusers pipeline, or ready images."""
     if generator.startswith("folder:"):
-        return Path(generator.removeprefix("folder:")).expanduser().absolute()
+        return local_path(generator.removeprefix("folder:"))
     return generator_folder(generator)
+
+
+REFS = ("dataset", "test_dataset", "backbone", "generator")
+
+
+def refs_of(spec: TrialSpec) -> dict[str, Ref]:
+    """Select the external inputs that a trial reads, by setting."""
+    refs = {name: getattr(spec, name) for name in REFS}
+    return {name: ref for name, ref in refs.items() if ref is not None and ref.digest}
+
+
+def spec_json(spec: TrialSpec, key: str) -> str:
+    """Write a trial as JSON: every setting as computed, and the digest of every input.
+
+    `orchestrator.tracking.lookup` reads this JSON.
+    """
+    spec = normalised(spec)
+    resolved: dict[str, Any] = to_flat(spec)
+    for name in REFS:
+        ref = getattr(spec, name)
+        if ref is not None:
+            resolved[f"{name}.digest"] = ref.digest
+    return json.dumps({"key": key, **resolved}, indent=1, sort_keys=True)
 
 
 def text_digest(text: str) -> str:
@@ -409,12 +533,19 @@ def text_digest(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
-def resolver_of(location: SweepLocation) -> Resolver:
-    """The resolver for a sweep's inputs. For a `recorded` location, it reads recorded digests."""
+def resolver_of(location: SweepLocation, folders: Mapping[str, str] | None = None) -> Resolver:
+    """The resolver for a sweep's inputs. For a `recorded` location, it reads recorded digests.
+
+    Args:
+        folders: of the sweep; None: it has no relative folders.
+    """
+    folders = folders or {}
     cache = location.store.root / "digests.json"
     if location.recorded:
         with suppress(FileNotFoundError):
             inputs = read_resolved(location).get("inputs")
             # Earlier versions of airsweep recorded no inputs.
-            return RecordedResolver(inputs) if inputs else Resolver(cache, location.data_root, {})
-    return Resolver(cache, location.data_root)
+            if inputs:
+                return RecordedResolver(inputs, folders)
+            return Resolver(cache, location.data_root, {}, folders)
+    return Resolver(cache, location.data_root, None, folders)

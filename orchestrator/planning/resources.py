@@ -1,4 +1,4 @@
-"""Resources: whether a sweep fits the machines, checked before it starts.
+"""Resources and disk space: whether a sweep fits the machines, checked before it starts.
 
 Without this check Ray would wait indefinitely for a machine that is large enough. This module does
 not use Ray: a machine is a mapping from resource to amount.
@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import glob
 import os
+import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
+from air_core.specs import TrialSpec
+from orchestrator.formatting import format_bytes
 from orchestrator.spec import ProcessResources, Resources
 from orchestrator.store import ArtifactStore
 
@@ -44,6 +49,8 @@ def unschedulable_reason(
             return None
         machines = [this_machine()]
     prepares = any(not requirement.is_complete(store) for requirement in plan.requirements)
+    if not (plan.to_run or prepares):
+        return None
     return resource_shortage(plan.sweep.resources, machines, prepares)
 
 
@@ -140,3 +147,76 @@ def memory_fraction(gpu: float, total: float) -> float | None:
     if not 0 < gpu < 1:
         return None
     return max(gpu / 2, gpu - CONTEXT / total)
+
+
+# Class texts in one pass. Each keeps 1 to 2 MB for the gradient with ViT-B/32, and beyond these
+# numbers the time depends on the arithmetic, so that more bring nothing.
+MAX_TEXTS = {"cpu": 256, "cuda": 1024}
+
+
+def side_by_side(
+    specs: Sequence[TrialSpec], device: str, share: float = 1.0
+) -> list[list[TrialSpec]]:
+    """Groups of trials whose prompts stand before the same class names in the same text tower.
+
+    Other trials are alone: a visual prompt needs a pass with its own images, and a transfer trial
+    trains nothing itself.
+
+    Args:
+        share: of the usual number of class texts in a group, for a device short of memory.
+    """
+    groups: dict[object, list[TrialSpec]] = {}
+    for spec in specs:
+        alone = spec.modality == "visual" or spec.iterations == 0 or spec.test_dataset is not None
+        shared = (spec.dataset, spec.backbone, spec.precision, spec.prompt.length)
+        groups.setdefault(spec if alone else shared, []).append(spec)
+    parts = []
+    for group in groups.values():
+        texts = MAX_TEXTS["cpu" if device == "cpu" else "cuda"]
+        size = max(1, int(texts * share) // max(1, len(group[0].classnames)))
+        parts += [group[start : start + size] for start in range(0, len(group), size)]
+    return parts
+
+
+# ---------------------------------------------------------------- disk space
+
+
+def bytes_left(plan: Plan, store: ArtifactStore) -> int:
+    """Estimate the bytes of everything that is left to compute.
+
+    Each artifact counts as the mean of the stored artifacts of its stage, and as 0 if the store has
+    none. So the result is a lower bound until the store has some of each stage.
+    """
+    expected = 0.0
+    for requirement in plan.requirements:
+        have, total = requirement.have(store), requirement.total()
+        if have and have < total:
+            expected += requirement.bytes(store) / have * (total - have)
+        elif not have and not requirement.rows:
+            expected += _mean_bytes(store.artifacts / requirement.stage)
+    missing = sum(not store.has(slot.spec) for slot in plan.slots) + plan.total - len(plan.slots)
+    return round(expected + _mean_bytes(store.artifacts / "trials") * missing)
+
+
+def _mean_bytes(stage: Path) -> float:
+    """Mean bytes of the artifacts of a stage; 0 if there are none."""
+    sizes = [sum(file.stat().st_size for file in folder.glob("*")) for folder in stage.glob("*/*")]
+    return fmean(sizes) if sizes else 0.0
+
+
+def full_disk_message(plan: Plan, store: ArtifactStore, problem: str) -> str:
+    """Describe a full disk: free and needed space, and how to free some.
+
+    Args:
+        problem: the error message, or the name of the file that could not be written.
+    """
+    disk = shutil.disk_usage(store.root)
+    left = bytes_left(plan, store)
+    needed = f"; the sweep needs at least {format_bytes(left)} more" if left else ""
+    gc = f"airsweep cache gc --store {store.root}"
+    return (
+        f"no space left on the disk of the store {store.root} ({problem}): "
+        f"{format_bytes(disk.free)} of {format_bytes(disk.total)} are free after the removal of "
+        f"unfinished files{needed}; `{gc}` lists what no sweep "
+        "needs; free some space, then run the same command again to resume"
+    )

@@ -6,24 +6,19 @@ objectives are recorded in the order of the points. So a sweep that is killed at
 with the points that it would have had without the kill. A study of a changed space starts with the
 points that are carried into it (`orchestrator.planning.studies`).
 
-A study is kept in memory and rebuilt from the event log when a run starts. For `optuna-dashboard`,
-its points and objectives are copied to a file of the sweep or to the Postgres database of a team.
-Searches never read this copy.
+A study is kept in memory and rebuilt from the event log when a run starts. `study_copies` copies it
+for `optuna-dashboard`; searches never read the copy.
 """
 
 from __future__ import annotations
 
-import logging
-import time
 import uuid
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args
-from urllib.parse import urlsplit
 
 import optuna
 from optuna.distributions import (
@@ -32,16 +27,19 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
-from optuna.exceptions import StorageInternalError
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages import BaseStorage
 from optuna.trial import TrialState, create_trial
 
 from air_core.specs.flat import trial_keys
-from orchestrator.errors import StudiesUnreachable
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.studies import Searches, read_searches
+from orchestrator.planning.study_copies import (
+    DescribePoints,
+    StudyCopy,
+    open_database,
+    open_storage,
+)
 from orchestrator.spec import Cell, Dimension
 from orchestrator.spec.space import (
     Point,
@@ -54,95 +52,18 @@ from orchestrator.spec.space import (
 from orchestrator.spec.sweep import JOURNAL, Search
 from orchestrator.store import EventLog
 
-ATTEMPTS = 8  # to sample a point that is new, or to connect while the tables are being created
+ATTEMPTS = 8  # to sample a point that is new
 STARTUP_POINTS = 4  # random points of TPE in searches below 30 points; Optuna's default is 10
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
-log = logging.getLogger(__name__)
-
-
-def open_storage(path: Path) -> JournalStorage:
-    """Open the file that a sweep's studies are copied to."""
-    return JournalStorage(JournalFileBackend(str(path)))
-
-
-# Errors that need a change by the user; other errors may be temporary.
-USER_ERRORS = (
-    "authentication failed",
-    "no password supplied",
-    "does not exist",
-    "permission denied",
-)
-
-
-def open_database(uri: str) -> RDBStorage:
-    """Open the database that the studies of a team are copied to.
-
-    A driver holds one connection while it copies a round, and none while trials run.
-
-    Args:
-        uri: `postgresql://...` without a password; libpq reads the password from PGPASSWORD,
-            PGPASSFILE or ~/.pgpass.
-
-    Raises:
-        ValueError: the database rejects the login or does not exist.
-        StudiesUnreachable: the database is unreachable.
-    """
-    from sqlalchemy.exc import DBAPIError
-
-    # Name the driver, since the default depends on the version of SQLAlchemy.
-    address = uri.replace("postgresql://", "postgresql+psycopg://", 1)
-    options = {"pool_size": 1, "max_overflow": 1, "connect_args": {"connect_timeout": 10}}
-    for attempt in range(ATTEMPTS):
-        try:
-            storage = RDBStorage(address, engine_kwargs=options)
-            storage.engine.dispose()
-            return storage
-        except ImportError as missing:
-            raise ValueError(
-                "search.storage needs psycopg, which is not installed; run "
-                "`pip install 'airsweep[postgres]'`"
-            ) from missing
-        except (StorageInternalError, DBAPIError) as error:
-            reason = _root_cause(error)
-            # Two drivers created the tables at the same time: the slower driver tries again.
-            if "already exists" in f"{error}" or "duplicate key" in f"{error}":
-                time.sleep(0.2 * (attempt + 1))
-                continue
-            if any(words in f"{error}" for words in USER_ERRORS):
-                raise ValueError(
-                    f"the studies' database {database_address(uri)} rejects the login ({reason}); "
-                    "set PGPASSWORD or write ~/.pgpass, and check that the database exists"
-                ) from error
-            raise StudiesUnreachable(_unreachable(uri, reason)) from error
-    raise StudiesUnreachable(_unreachable(uri, "other drivers are creating its tables"))
-
-
-def database_address(uri: str) -> str:
-    """Server and database of a URI, for messages.
-
-    >>> database_address("postgresql://ada@db.example:5432/studies?sslmode=require")
-    'db.example:5432/studies'
-    """
-    parts = urlsplit(uri)
-    return f"{parts.netloc.rpartition('@')[2]}{parts.path}"
-
-
-def _unreachable(uri: str, reason: str) -> str:
-    return f"the studies' database {database_address(uri)} is unreachable ({reason})"
-
-
-def _root_cause(error: BaseException) -> str:
-    """First line of the message of libpq, which SQLAlchemy and Optuna wrap."""
-    cause = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    lines = [line.strip() for line in f"{cause}".strip().splitlines() if line.strip()]
-    return (lines[0] if lines else type(cause).__name__)[:200]
 
 
 def open_searches(
-    plan: Plan, event_log: EventLog, journal: Path, owner: tuple[str, ...] = ()
+    plan: Plan,
+    event_log: EventLog,
+    journal: Path,
+    owner: tuple[str, str, str],
+    describe: DescribePoints,
 ) -> dict[str, CellSearch]:
     """Open a search for each cell that has a search space.
 
@@ -152,6 +73,7 @@ def open_searches(
     Args:
         journal: file that studies are copied to unless `search.storage` names a database.
         owner: store, project and sweep; distinguishes the studies in a database.
+        describe: from `describe_points`.
     """
     search = plan.sweep.search
     assert search is not None
@@ -181,10 +103,15 @@ def open_searches(
     else:
         storage = open_database(search.storage)
         prefix = f"{_study_prefix(event_log, owner)}/"
-    return {cell.id: CellSearch(cell, search, state, storage, prefix) for cell in searched}
+    searches = {}
+    for cell in searched:
+        name = prefix + study_name(cell, search)
+        study_copy = StudyCopy(cell, search, storage, name, "/".join(owner[1:]), describe)
+        searches[cell.id] = CellSearch(cell, search, state, study_copy)
+    return searches
 
 
-def _study_prefix(event_log: EventLog, owner: tuple[str, ...]) -> str:
+def _study_prefix(event_log: EventLog, owner: tuple[str, str, str]) -> str:
     """Prefix of the names of this sweep's studies in a shared database.
 
     The event log records a new prefix for each owner. So a copy of a store, or a sweep that was
@@ -203,8 +130,7 @@ class CellSearch:
 
     Args:
         state: searches of the sweep so far, from the event log.
-        storage: where the points and their objectives are copied to.
-        prefix: of the study's name in a storage that sweeps share.
+        study_copy: receives the points that have ended.
         sampler: returns the sampler of one point, given its seed.
     """
 
@@ -213,14 +139,12 @@ class CellSearch:
         cell: Cell,
         search: Search,
         state: Searches,
-        storage: BaseStorage | None = None,
-        prefix: str = "",
+        study_copy: StudyCopy | None = None,
         sampler: Callable[[Search, int], BaseSampler] | None = None,
     ) -> None:
         self.cell, self.search = cell, search
         self._sampler = sampler or make_sampler
-        self._storage, self._name = storage, prefix + study_name(cell, search)
-        self._copy: optuna.Study | None = None
+        self._copy = study_copy
         self.study = optuna.create_study(direction="maximize")  # only has points that ended
         self._params: dict[int, dict[str, Any]] = {}  # settings of all suggested points
         self._open: list[int] = []  # points that have not ended
@@ -230,7 +154,7 @@ class CellSearch:
         # points run for seeds that were added since. The store has all their other trials.
         self._earlier: list[Point] = []
         self._restore(state)
-        self._copy_to_storage()
+        self._update_copy()
 
     def next_round(self) -> list[Point]:
         """Suggest the points of the next round.
@@ -268,7 +192,12 @@ class CellSearch:
             elif number in values:
                 self._end(number, values[number])
         self._earlier = []
-        self._copy_to_storage()
+        self._update_copy()
+
+    def renew_copy(self) -> None:
+        """Copy the study again, with what is known at the end of the run."""
+        if self._copy is not None:
+            self._copy.renew(self.study)
 
     def _restore(self, state: Searches) -> None:
         """Rebuild the study from the event log, in the order in which points ended."""
@@ -318,39 +247,9 @@ class CellSearch:
         )
         self.study.add_trial(trial)
 
-    def _copy_to_storage(self) -> None:
-        """Copy the points and their objectives.
-
-        If the database is unreachable, the copy after a later round includes these points.
-        """
-        if not isinstance(self._storage, RDBStorage):
-            self._copy_ended_points()
-            return
-        from sqlalchemy.exc import DBAPIError
-
-        try:
-            self._copy_ended_points()
-            self._storage.engine.dispose()  # no connection is needed while trials run
-        except (StorageInternalError, DBAPIError) as error:
-            self._copy = None  # the copy may be incomplete: the next copy starts anew
-            log.warning(
-                "%s; the search continues, and the copy after its next round includes this one",
-                _unreachable(self.search.storage, _root_cause(error)),
-            )
-
-    def _copy_ended_points(self) -> None:
-        if self._storage is None:
-            return
-        if self._copy is None:
-            with suppress(KeyError):
-                optuna.delete_study(study_name=self._name, storage=self._storage)
-            self._copy = optuna.create_study(
-                study_name=self._name, storage=self._storage, direction="maximize"
-            )
-        copied = {t.user_attrs["point"] for t in self._copy.get_trials(deepcopy=False)}
-        for trial in self.study.get_trials(deepcopy=False):
-            if trial.user_attrs.get("point", -1) not in {-1, *copied}:
-                self._copy.add_trial(trial)
+    def _update_copy(self) -> None:
+        if self._copy is not None:
+            self._copy.update(self.study)
 
     def _patience_exhausted(self) -> bool:
         """Whether none of the last `patience` points of this study improved the best objective."""
@@ -400,12 +299,10 @@ class CellSearch:
 
 def make_sampler(search: Search, seed: int) -> BaseSampler:
     """The sampler of one point."""
-    match search.sampler:
-        case "tpe":
-            startup = STARTUP_POINTS if search.points < 30 else 10
-            return TPESampler(seed=seed, n_startup_trials=startup)
-        case _:
-            return RandomSampler(seed=seed)
+    if search.sampler != "tpe":
+        return RandomSampler(seed=seed)
+    startup = STARTUP_POINTS if search.points < 30 else 10
+    return TPESampler(seed=seed, n_startup_trials=startup)
 
 
 def importances(

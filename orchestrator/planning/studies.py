@@ -14,10 +14,8 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from air_core.methods import named_refs
 from air_core.specs import TrialSpec
-from air_core.specs.flat import from_flat, trial_keys
-from air_core.specs.normal import normalised
+from air_core.specs.flat import trial_keys
 from orchestrator.keys import digest
 from orchestrator.planning.resolve import Resolver
 from orchestrator.spec import Cell, SweepSpec
@@ -28,7 +26,7 @@ from orchestrator.spec.space import (
     point_count,
     study_name,
 )
-from orchestrator.spec.sweep import Search
+from orchestrator.spec.sweep import Search, computation_of
 from orchestrator.store import ArtifactStore, EventLog
 
 
@@ -75,11 +73,10 @@ class Searches:
 
     def points(self, cell: Cell, search: Search | None) -> int:
         """Number of points of a cell over all runs; fewer than configured if patience ended it."""
-        count = point_count(cell, search)
-        if search is None or not cell.space:
+        count, end = point_count(cell, search), self.ended.get(_study(cell, search))
+        if search is None or end is None or end["patience"] != search.patience:
             return count
-        end = self.ended.get(study_name(cell, search))
-        return min(count, end["points"]) if end and end["patience"] == search.patience else count
+        return min(count, int(end["points"]))
 
     def record_round(
         self, study: str, values: Mapping[int, float | None], pruned: Iterable[int]
@@ -108,9 +105,7 @@ class Searches:
 
     def pruned_points(self, cell: Cell, search: Search | None) -> Mapping[int, PrunedPoint]:
         """The pruned points of a cell by number."""
-        if search is None or not cell.space:
-            return {}
-        return self.pruned.get(study_name(cell, search), {})
+        return self.pruned.get(_study(cell, search), {})
 
     def rungs_left(
         self, cell: Cell, search: Search | None, number: int, iterations: int
@@ -120,22 +115,14 @@ class Searches:
         Args:
             iterations: of its trials. There is no comparison after the last iteration.
         """
-        if search is None or not cell.space:
-            return []
-        decided = self.rungs.get(study_name(cell, search), {})
-        return [
-            rung
-            for rung in search.rungs
-            if rung < iterations and number not in decided.get(rung, {})
-        ]
+        decided, rungs = self.rungs.get(_study(cell, search), {}), search.rungs if search else ()
+        return [r for r in rungs if r < iterations and number not in decided.get(r, {})]
 
     def carried_points(
         self, cell: Cell, search: Search | None, start: StudyStart | None
     ) -> list[dict[str, Any]]:
         """Settings of the points that a study has carried, or will carry at its start."""
-        if search is None or not cell.space:
-            return []
-        carried = self.carried.get(study_name(cell, search), ())
+        carried = self.carried.get(_study(cell, search), ())
         return [point.params for point in (*carried, *(start.carried if start else ()))]
 
     def known_points(self, cell: Cell, search: Search, start: StudyStart | None) -> dict[int, Any]:
@@ -148,6 +135,11 @@ class Searches:
         new = [params for params in carried if params not in suggested.values()]
         first = 0 if new and new[0] == default_params(cell) else 1  # number 0 is the default
         return suggested | dict(enumerate(new, max(suggested, default=first - 1) + 1))
+
+
+def _study(cell: Cell, search: Search | None) -> str:
+    """The name of a cell's study; empty if the cell is not searched."""
+    return study_name(cell, search) if search is not None and cell.space else ""
 
 
 def read_searches(event_log: EventLog) -> Searches:
@@ -203,8 +195,10 @@ def study_start(
     study = study_name(cell, search)
     order = list(state.opened)
     later = order[order.index(study) + 1 :] if study in state.opened else order
-    sources = [state.opened[name] for name in later if name not in current]
-    sources = [event for event in sources if _same_search(event, cell, search)]
+    # A user who changes the sampler or its seed wants a new set of points.
+    wanted = (cell.method, search.sampler, search.seed)
+    events = [state.opened[name] for name in later if name not in current]
+    sources = [e for e in events if (e["method"], e["sampler"], e["seed"]) == wanted]
     if study in state.opened and not sources:
         return None
     known = [*state.suggested.get(study, {}).values()]
@@ -213,7 +207,7 @@ def study_start(
     seen: set[TrialSpec] = set()
     left_out = 0
     for settings in _settings(sources, state):
-        computation = _computation(settings)
+        computation = computation_of(settings)
         if computation in seen:
             continue
         seen.add(computation)
@@ -230,15 +224,6 @@ def study_start(
     default = default_params(cell)  # the first point of every study
     carried.sort(key=lambda point: point.params != default)
     return StudyStart(study, tuple(carried), left_out)
-
-
-def _same_search(event: Mapping[str, Any], cell: Cell, search: Search) -> bool:
-    # A user who changes the sampler or its seed wants a new set of points.
-    return (event["method"], event["sampler"], event["seed"]) == (
-        cell.method,
-        search.sampler,
-        search.seed,
-    )
 
 
 def _settings(sources: Iterable[Mapping[str, Any]], state: Searches) -> Iterator[dict[str, Any]]:
@@ -260,12 +245,7 @@ def _as_point(cell: Cell, settings: Mapping[str, Any], computation: TrialSpec) -
         if not contains_value(dimension, value):
             return None
         params[dimension.key] = value
-    return params if _computation({**cell.flat, **params}) == computation else None
-
-
-def _computation(settings: dict[str, Any]) -> TrialSpec:
-    """A spec that is equal for settings whose trials compute the same."""
-    return normalised(from_flat(settings, named_refs(settings), ()))
+    return params if computation_of({**cell.flat, **params}) == computation else None
 
 
 def _objective(
@@ -335,23 +315,21 @@ def edit_since_last_run(
         ready: number of requested trials that need not run.
         total: number of requested trials.
     """
-    if _last_request(event_log) in (None, request):
+    last_request, own = None, set()  # of the last run; keys of the trials of all runs
+    for event in event_log.events():
+        if event["event"] == "sweep_started":
+            last_request = event.get("asks")
+        elif event["event"] in ("trial_done", "trial_reused"):
+            own.add(event["key"])
+    if last_request in (None, request):
         return None
-    ended = ("trial_done", "trial_reused")
-    own = {event["key"] for event in event_log.events() if event["event"] in ended}
     kept = sum(key in own for key in present)
     starts = list(starts)
     return Edit(
         kept=kept,
-        reused=ready - kept,
+        reused=len(present) - kept,
         added=total - ready,
         dropped=len(own.difference(present)),
         carried=sum(len(start.carried) for start in starts),
         left_out=sum(start.left_out for start in starts),
     )
-
-
-def _last_request(event_log: EventLog) -> str | None:
-    """`request_digest` of the sweep's last run."""
-    starts = [event for event in event_log.events() if event["event"] == "sweep_started"]
-    return starts[-1].get("asks") if starts else None

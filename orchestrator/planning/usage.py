@@ -15,6 +15,7 @@ from typing import Any
 from pandas import DataFrame
 
 from orchestrator.formatting import format_bytes
+from orchestrator.planning.plan import STAGE_TITLES, LoggedResults
 from orchestrator.store import ArtifactStore, recorded_locations
 from orchestrator.store.inventory import UNKNOWN, Inventory, take_inventory
 
@@ -49,7 +50,7 @@ def usage(store: ArtifactStore, by: str, since: str | None) -> dict[str, Any]:
     rows = rows.sort_values([*HOURS], ascending=False, kind="stable")
     rows = rows.sort_index(key=lambda names: names == NOT_RECORDED, kind="stable")  # as last row
     return {
-        "store": inventory.name,
+        "store": store.name,
         "by": by,
         "since": None if start is None else start.astimezone().isoformat(),
         "rows": [{by: name, **_rounded(row)} for name, row in rows.to_dict("index").items()],
@@ -74,13 +75,18 @@ def usage_screen(report: dict[str, Any]) -> str:
     """Format the result of `usage` as a table of at most 80 columns."""
     by, total = report["by"], report["total"]
     frame = DataFrame([*report["rows"], {by: "total", **total}]).set_index(by)
+    frame = frame.rename(index=STAGE_TITLES | {"synthetic": "image features"})
     frame.index = frame.index.str.replace(f"^(.{{{NAME_WIDTH - 3}}}).{{4,}}", r"\1...", regex=True)
     shown = {"made": "{:,}".format, **dict.fromkeys(HOURS, _hours), "bytes": format_bytes}
     if not total["unknown_hours"]:
         del shown["unknown_hours"]
     titles = {"gpu_hours": "GPU hours", "cpu_hours": "CPU hours", "bytes": "size"}
     frame = frame[[*shown]].transform(shown).rename(columns={**titles, "unknown_hours": "unknown"})
-    screen = [frame.rename_axis(index=None, columns=by).to_string()]
+    screen = [
+        frame.rename_axis(index=None, columns=by).to_string(),
+        "",
+        "made: each result counts once, also if it was reused, shared or recovered",
+    ]
     if total["unknown_hours"]:
         screen += ["", "unknown: hours of work whose record does not state the device"]
     if total["untimed"]:
@@ -141,11 +147,13 @@ def _lines(inventory: Inventory, store: ArtifactStore) -> Iterator[dict[str, Any
 def _build_events(store: ArtifactStore) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """PROJECT/NAME, user and event of everything that the sweeps of a store have built."""
     for location in recorded_locations(store):
-        sweep, user = f"{location.project}/{location.name}", UNKNOWN
+        sweep, user = location.full_name, UNKNOWN
+        results = LoggedResults()
         for event in location.event_log().events():
             if event["event"] == "sweep_started":
                 user = str(event.get("user", UNKNOWN))
-            elif event["event"] in ("trial_done", "artifact_prepared"):
+            is_built = results.read(event) in ("done", "recovered")
+            if is_built or event["event"] == "artifact_prepared":
                 yield sweep, user, {"stage": "trials", "facts": {}, **event}
 
 

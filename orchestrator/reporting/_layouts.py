@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from orchestrator.formatting import aligned, are_numbers, csv_cell
+from orchestrator.formatting import are_numbers, csv_cell
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -39,11 +39,6 @@ def drop_empty_columns(lines: Sequence[Mapping[str, str]]) -> list[dict[str, str
     filled = {name for line in lines for name, text in line.items() if text}
     names = [name for name in dict.fromkeys(chain.from_iterable(lines)) if name in filled]
     return [{name: line.get(name, "") for name in names} for line in lines]
-
-
-def screen_lines(lines: Sequence[Mapping[str, str]], width: int) -> list[str]:
-    """A table as aligned lines for a terminal."""
-    return aligned([[*lines[0]], *([*line.values()] for line in lines)], width)
 
 
 def csv_text(frame: DataFrame) -> str:

@@ -42,7 +42,7 @@ class Ranking:
         return f"{self.rho:.2f} [{self.low:.2f}, {self.high:.2f}] over {self.points} points"
 
 
-def ranking(cells: Sequence[tuple[Array, Array]], *, samples: int = 2000, seed: int = 0) -> Ranking:
+def ranking(cells: Sequence[tuple[Array, Array]], *, samples: int = 2000) -> Ranking:
     """Rank correlation of objective and test accuracy within cells, pooled over cells.
 
     Args:
@@ -52,7 +52,7 @@ def ranking(cells: Sequence[tuple[Array, Array]], *, samples: int = 2000, seed: 
     unknown = Ranking(rho=None, low=-1.0, high=1.0, points=points)
     if max((len(objectives) for objectives, _ in cells), default=0) < FEWEST:
         return unknown
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     observed, resampled = np.zeros((3, 1)), np.zeros((3, samples))
     for objectives, accuracies in cells:
         count = len(objectives)

@@ -54,7 +54,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -66,6 +66,10 @@ Array = npt.NDArray[Any]
 Z_95 = 1.959964  # two-sided 95 %
 Z_POWER_80 = 0.841621  # one-sided 80 %
 ALPHA = 0.05  # level of significance, after correction
+SAMPLES = 2000
+SEED_OF_IMAGES, SEED_OF_RUNS = [0, 0], [0, 1]  # of the random numbers of the two parts
+
+Verdict = Literal["higher", "lower", "not significant", "not tested"]
 
 # Minimum for a test, determined by simulation (benchmarks/calibration.py).
 FEWEST_SEEDS = 3  # with one split, unless neither method uses the seed
@@ -118,14 +122,14 @@ class Difference(Interval):
     reason_not_tested: str  # why there is too little data for a test; empty: it is tested
 
 
-def mean_interval(runs: Runs, *, samples: int = 2000, seed: int = 0) -> Interval:
+def mean_interval(runs: Runs, *, samples: int = SAMPLES) -> Interval:
     """Mean accuracy over runs with its 95 % interval.
 
     An accuracy of exactly 0 or 1 has an interval of width 0, because reweighting images cannot
     produce an error that no run made.
     """
     scores = _scored(runs)
-    return _interval(scores, _parts(scores, samples, seed), lowest=0.0)
+    return _interval(scores, _parts(scores, samples), lowest=0.0)
 
 
 def mean_score(runs: Runs) -> float:
@@ -133,7 +137,7 @@ def mean_score(runs: Runs) -> float:
     return float(np.mean([score.plain() for score in _scored(runs)]))
 
 
-def paired_difference(a: Runs, b: Runs, *, samples: int = 2000, seed: int = 0) -> Difference | None:
+def paired_difference(a: Runs, b: Runs, *, samples: int = SAMPLES) -> Difference | None:
     """Accuracy of `a` minus accuracy of `b`, on common runs and images.
 
     Runs are paired by split and seed; a run without a seed pairs with every seed of its split.
@@ -144,7 +148,7 @@ def paired_difference(a: Runs, b: Runs, *, samples: int = 2000, seed: int = 0) -
     scores = list(_joined((a, b), (1, -1)))
     if not scores:
         return None
-    parts = _parts(scores, samples, seed)
+    parts = _parts(scores, samples)
     interval = _interval(scores, parts, lowest=-1.0)
     mean = interval.mean
     towards_zero = mean - interval.low if mean > 0 else interval.high - mean
@@ -194,7 +198,7 @@ def gain_share(a: Runs, host: Runs, ceiling: Runs) -> Interval | None:
     possible = float(np.mean([replace(scores, weights=(0, -1, 1)).plain() for scores in reached]))
     share = float(np.mean([scores.plain() for scores in reached])) / possible
     rest = [replace(scores, weights=(1, share - 1, -share)) for scores in reached]
-    interval = _interval(rest, _parts(rest, 2000, 0), lowest=-1.0)
+    interval = _interval(rest, _parts(rest, SAMPLES), lowest=-1.0)
     low, high = (share + side / possible for side in (interval.low, interval.high))
     return replace(interval, mean=share, std=None, low=low, high=high)
 
@@ -202,8 +206,45 @@ def gain_share(a: Runs, host: Runs, ceiling: Runs) -> Interval | None:
 def corrected_p_values(differences: Sequence[Difference]) -> list[float]:
     """Corrected p values of the differences of one table, in their order.
 
-    Holm's adjustment of p values with a common runs part; never below the `p` of a difference. A
-    single difference has no others to take a common runs part from, so half of the variance that
+    Holm's adjustment of p values with a common runs part; never below the `p` of a difference.
+    """
+    p_values = []
+    for d, (runs, dof) in zip(differences, _runs_parts(differences), strict=True):
+        distance = abs(d.mean) / d.skew if d.skew > 0 else math.inf
+        p_values.append(_p_value(distance, d.image_variance, runs, dof))
+    return [max(d.p, p) for d, p in zip(differences, holm(p_values), strict=True)]
+
+
+def verdict(difference: Difference, p_corrected: float) -> Verdict:
+    """The result of the test of a difference. All words, marks and colours follow it."""
+    if difference.reason_not_tested:
+        return "not tested"
+    if p_corrected >= ALPHA:
+        return "not significant"
+    return "higher" if difference.mean > 0 else "lower"
+
+
+def detectable_differences(differences: Sequence[Difference]) -> list[float]:
+    """The smallest true difference that each test detects with 80 % power, as a fraction.
+
+    It is significant at `ALPHA` over the number of differences, the first level of Holm's
+    procedure, with the images, splits and seeds at hand.
+    """
+    alpha = ALPHA / max(1, len(differences))
+    return [
+        max(
+            _half_width(alpha, d.image_variance, runs, dof),
+            _half_width(ALPHA, d.image_variance, d.run_variance, d.units - 1),
+        )
+        + Z_POWER_80 * math.sqrt(d.image_variance + max(0.0, runs))
+        for d, (runs, dof) in zip(differences, _runs_parts(differences), strict=True)
+    ]
+
+
+def _runs_parts(differences: Sequence[Difference]) -> Iterator[tuple[float, float]]:
+    """Variance between runs and its degrees of freedom in the test of each difference of a table.
+
+    A single difference has no others to take a common runs part from, so half of the variance that
     image noise causes between its seeds is added to it instead.
     """
     with_units = [d for d in differences if d.units > 1]
@@ -211,13 +252,9 @@ def corrected_p_values(differences: Sequence[Difference]) -> list[float]:
     runs = [d.run_variance + noise_share * d.run_noise for d in with_units]
     common = max(0.0, float(np.mean(runs))) if runs else 0.0
     common_dof = sum(d.units - 1 for d in with_units) / 2
-    p_values = []
     for d in differences:
         variance = d.run_variance + noise_share * d.run_noise
-        part = max(variance, common) if d.units > 1 else 0.0
-        distance = abs(d.mean) / d.skew if d.skew > 0 else math.inf
-        p_values.append(_p_value(distance, d.image_variance, part, max(d.units - 1, common_dof)))
-    return [max(d.p, p) for d, p in zip(differences, holm(p_values), strict=True)]
+        yield max(variance, common) if d.units > 1 else 0.0, max(d.units - 1, common_dof)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -371,9 +408,9 @@ class _Parts:
     units: int  # K
 
 
-def _parts(scores: Sequence[_Scores], samples: int, seed: int) -> _Parts:
+def _parts(scores: Sequence[_Scores], samples: int) -> _Parts:
     run_means = np.array([s.plain() for s in scores])  # (R,)
-    shifts = _resampled_means(scores, samples, seed) - run_means  # (B, R), images only
+    shifts = _resampled_means(scores, samples) - run_means  # (B, R), images only
     units = _units(scores)  # (R, K)
     share = units.sum(axis=0) / len(scores)  # (K,)
     per_unit = units / units.sum(axis=0)  # (R, K): run means -> unit means
@@ -386,7 +423,8 @@ def _parts(scores: Sequence[_Scores], samples: int, seed: int) -> _Parts:
         by_images = float(_variance_of_mean(shifts @ per_unit, share).mean())
         deviation = math.sqrt(max(0.0, between - by_images))
         widen = _student(ALPHA, len(share) - 1) / Z_95
-        draws = draws + widen * deviation * _generator(seed, "runs").standard_normal(samples)
+        generator = np.random.default_rng(SEED_OF_RUNS)
+        draws = draws + widen * deviation * generator.standard_normal(samples)
     return _Parts(
         run_means=run_means,
         draws=draws,
@@ -458,22 +496,19 @@ def _reason_not_tested(scores: Sequence[_Scores], differing: int) -> str:
     splits = len({s.split_seed for s in scores})
     seeds = {s.seed for s in scores}
     if 1 < splits < FEWEST_SPLITS:
-        return f"{splits} splits are too few for a test; it needs 1, or at least {FEWEST_SPLITS}"
+        return f"{splits} splits are too few; a test needs 1, or at least {FEWEST_SPLITS}"
     if splits == 1 and seeds != {None} and len(seeds) < FEWEST_SEEDS:
         few = "1 seed is" if len(seeds) == 1 else f"{len(seeds)} seeds are"
-        return f"{few} too few for a test; it needs at least {FEWEST_SEEDS}"
+        return f"{few} too few; a test needs at least {FEWEST_SEEDS}"
     if differing < FEWEST_IMAGES:
-        return (
-            f"the two methods differ on only {differing} images; "
-            f"a test needs at least {FEWEST_IMAGES}"
-        )
+        return f"the two methods differ on fewer than {FEWEST_IMAGES} test images"
     return ""
 
 
-def _resampled_means(scores: Sequence[_Scores], samples: int, seed: int) -> Array:
+def _resampled_means(scores: Sequence[_Scores], samples: int) -> Array:
     """Scores of the runs under random weights of the images, common to all runs, (B, R)."""
     ids = np.unique(np.concatenate([s.image_ids for s in scores]))
-    weights = _image_weights(len(ids), samples, seed)  # (B, U)
+    weights = _image_weights(len(ids), samples)  # (B, U)
     columns = [s.columns() for s in scores]
     ends = np.cumsum([len(arrays) for arrays in columns])
     matrix = np.zeros((len(ids), ends[-1]), dtype=np.float32)
@@ -487,13 +522,9 @@ def _resampled_means(scores: Sequence[_Scores], samples: int, seed: int) -> Arra
 
 
 @functools.lru_cache(maxsize=2)  # the rows of a table share their test images and thus weights
-def _image_weights(images: int, samples: int, seed: int) -> Array:
-    generator = _generator(seed, "images")
+def _image_weights(images: int, samples: int) -> Array:
+    generator = np.random.default_rng(SEED_OF_IMAGES)
     return generator.standard_exponential((samples, images), dtype=np.float32)
-
-
-def _generator(seed: int, part: str) -> np.random.Generator:
-    return np.random.default_rng([seed, {"images": 0, "runs": 1}[part]])
 
 
 def _units(scores: Sequence[_Scores]) -> Array:

@@ -35,7 +35,8 @@ from orchestrator.formatting import format_percent, plural, show
 from orchestrator.keys import artifact_key
 from orchestrator.planning import Resolver, plan_of, refs_of
 from orchestrator.planning.dataset_text import DatasetText, dataset_licence, recorded_text
-from orchestrator.planning.inputs import spec_json
+from orchestrator.planning.requests import run_command
+from orchestrator.planning.resolve import spec_json
 from orchestrator.reporting.results import TABLE_COLUMNS, results_of
 from orchestrator.reporting.rows import Row, is_bound, row_text, tasks_of
 from orchestrator.spec import Cell, SweepSpec
@@ -89,7 +90,7 @@ def best_trial(sweep: SweepSpec, location: SweepLocation, only: Sequence[str]) -
     cells = _cells(plan.cells, only_values(sweep, only))
     candidates = [row for row in every if row.cell in cells and not is_bound(row.method)]
     if not candidates:
-        raise ValueError(_no_candidates(sweep, only, every))
+        raise ValueError(_no_candidates(location, only, every))
     tasks = tasks_of(candidates)
     if len(tasks) > 1:
         listed = "; ".join("/".join(task) for task in tasks)
@@ -106,13 +107,12 @@ def best_trial(sweep: SweepSpec, location: SweepLocation, only: Sequence[str]) -
     }
     records = [(slot, read_trial(slot.spec, store)) for slot in runs.values()]
     slot, record = max(records, key=lambda pair: pair[1].objectives[RUN_BY])
-    trials_left = plan.total - plan.done - plan.reused - len(plan.pruned)
     selection = {
         "row": {"method": row.method, "settings": row.settings, "mean": row.mean, "n": row.n},
         "rows": len(candidates),
         "row_by": f"mean test {row.metric.replace('_', ' ')}",
         "run_by": RUN_BY,
-        "trials_left": trials_left,
+        "trials_left": plan.to_run,
         "note": _caveat(len(candidates)),
     }
     reason = f"; the run with the highest {RUN_BY}, which uses no labels" if row.n > 1 else ""
@@ -122,11 +122,11 @@ def best_trial(sweep: SweepSpec, location: SweepLocation, only: Sequence[str]) -
     )
     _report(f"run:      {slot.id}, {format_percent(record.headline)} %{reason}")
     _report(f"note:     {selection['note']}")
-    if trials_left:
-        left = plural(trials_left, "trial")
+    if plan.to_run:
+        left = plural(plan.to_run, "trial")
         _report(f"note:     the sweep has {left} left to run, which may change the best row")
     spec = normalised(slot.spec)
-    return SelectedTrial(spec, record, f"{location.project}/{location.name}", slot.id, selection)
+    return SelectedTrial(spec, record, location.full_name, slot.id, selection)
 
 
 def _cells(cells: Iterable[Cell], only: Mapping[str, Sequence[Any]]) -> set[str]:
@@ -140,12 +140,12 @@ def _cells(cells: Iterable[Cell], only: Mapping[str, Sequence[Any]]) -> set[str]
     return ids
 
 
-def _no_candidates(sweep: SweepSpec, only: Sequence[str], every: Sequence[Row]) -> str:
+def _no_candidates(location: SweepLocation, only: Sequence[str], every: Sequence[Row]) -> str:
     if not every:
-        return f"no trial of {sweep.name} is done yet; run the sweep with `airsweep run` first"
+        return f"no trial of {location.name} is done yet; run `{run_command(location)}` first"
     rows = "; ".join(dict.fromkeys(f"{'/'.join(row.task)} {row.method}" for row in every))
     return (
-        f"--only {' --only '.join(only)}: no finished trial of {sweep.name} matches; "
+        f"--only {' --only '.join(only)}: no finished trial of {location.name} matches; "
         f"finished: {rows}"
     )
 

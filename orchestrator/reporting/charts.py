@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from orchestrator.reporting._statistics import Array
+from orchestrator.reporting._statistics import Array, Verdict
 from orchestrator.reporting.rows import (
     Results,
     Row,
+    Task,
     metric_text,
     row_text,
     rows,
@@ -39,9 +40,17 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#00
 MARKERS = "osD^vPX"
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 INK, FAINT = "#1b1f24", "#6a737d"
+VERDICT_COLORS: dict[Verdict | None, str] = {
+    None: COLORS[0],
+    "higher": COLORS[2],
+    "lower": COLORS[1],
+    "not significant": FAINT,
+    "not tested": FAINT,
+}
 
 MIN_SPAN = 5.0  # smallest range of an axis in percent, in points
 MAX_CURVES = len(COLORS)  # per chart; more cannot be distinguished
+MAX_HEADING = 40  # characters
 MAX_DOTS = 24  # per chart in a note; a report shows more
 MAX_SETTINGS = 4  # with a chart in a note
 
@@ -89,6 +98,7 @@ class Dot:
     low: float
     high: float
     strong: bool = False  # drawn as a larger diamond
+    verdict: Verdict | None = None  # of a difference; without a test it has no interval
 
 
 # ---------------------------------------------------------------- kinds of charts
@@ -193,7 +203,7 @@ def dots(
     """Values in percent with their intervals, one per line under the heading of their group.
 
     Args:
-        zero: whether to draw a line at 0 and grey intervals that contain 0.
+        zero: whether to draw a line at 0.
         most: largest number of lines, including headings.
     """
     lines: list[str | Dot] = []
@@ -207,13 +217,13 @@ def dots(
         for index, dot in enumerate(lines):
             if isinstance(dot, str):
                 continue
-            color = COLORS[0] if not zero else COLORS[2] if dot.low > 0 else COLORS[1]
+            sides = [[100 * (dot.value - dot.low)], [100 * (dot.high - dot.value)]]
             axes.errorbar(
                 100 * dot.value,
                 index,
-                xerr=[[100 * (dot.value - dot.low)], [100 * (dot.high - dot.value)]],
+                xerr=None if dot.verdict == "not tested" else sides,
                 fmt="D" if dot.strong else "o",
-                color=FAINT if zero and dot.low <= 0 <= dot.high else color,
+                color=VERDICT_COLORS[dot.verdict],
                 markersize=5.5 if dot.strong else 4.5,
             )
         labels = [line if isinstance(line, str) else line.label for line in lines]
@@ -278,30 +288,37 @@ def accuracy(results: Results, *, most: int = 150, width: float = WIDTH) -> Figu
     """Each row with its interval, by task from the highest mean; the best row is a diamond."""
     groups: dict[str, list[Dot]] = {}
     for row in sorted(results.rows, key=lambda row: -row.mean):
-        group = groups.setdefault(task_text(row.task), [])
+        group = groups.setdefault(_heading(row.task), [])
         label = shorten(row_text(row, results.varied_settings), 34 if width == WIDTH else 60)
         strong = row is results.best(row.task)
         group.append(Dot(label=label, value=row.mean, low=row.low, high=row.high, strong=strong))
-    groups = {task_text(task): groups[task_text(task)] for task in results.tasks}
+    groups = {_heading(task): groups[_heading(task)] for task in results.tasks}
     xlabel = f"{metric_text(results.rows)}, mean and 95 % interval"
     return dots(groups, xlabel, most=most, width=width)
 
 
+def _heading(task: Task) -> str:
+    """The end of a task's text; the start of a long one is the path of a folder."""
+    text = task_text(task)
+    return text if len(text) <= MAX_HEADING else "…" + text[1 - MAX_HEADING :]
+
+
 def differences(results: Results) -> Figure:
-    """Each comparison with its interval and a line at 0; diamonds for those with the control."""
+    """Each comparison, with its interval if tested; diamonds for those with the control."""
     groups: dict[str, list[Dot]] = {}
     for comparison in results.comparisons:
         settings = settings_text(comparison.row, results.varied_settings)
-        label = " \N{MINUS SIGN} ".join(comparison.methods)
+        label = comparison.name.replace(" - ", " \N{MINUS SIGN} ")
         label += f", {settings}" if settings else ""
         difference = comparison.difference
-        groups.setdefault(task_text(comparison.row.task), []).append(
+        groups.setdefault(_heading(comparison.row.task), []).append(
             Dot(
                 label=shorten(label),
                 value=difference.mean,
                 low=difference.low,
                 high=difference.high,
                 strong=comparison.role == "control",
+                verdict=comparison.verdict,
             )
         )
     return dots(groups, "difference, points", zero=True)

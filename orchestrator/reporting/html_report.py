@@ -28,13 +28,13 @@ from orchestrator.planning.agreement_card import (
     agreement_notes,
     fusion_lines,
 )
-from orchestrator.planning.dataset_text import tested_classes
-from orchestrator.planning.estimate import gpu_share
-from orchestrator.planning.plan import STAGE_TITLES
+from orchestrator.planning.dataset_text import tested_classes, unused_by_dataset
+from orchestrator.planning.plan import RESULT_STATES, STAGE_TITLES, results_text
+from orchestrator.planning.requests import run_command, store_command
 from orchestrator.reporting import charts
+from orchestrator.reporting._answers import answers
 from orchestrator.reporting._layouts import Layout, drop_empty_columns
 from orchestrator.reporting._statistics import Array
-from orchestrator.reporting._worth import worth_sentences
 from orchestrator.reporting.report_data import ReportData
 from orchestrator.reporting.rows import (
     Results,
@@ -46,6 +46,7 @@ from orchestrator.reporting.rows import (
     task_text,
     uses_diffusion,
 )
+from orchestrator.reporting.summary import unused_lines
 from orchestrator.reporting.tables import TASK, comparison_lines, table_layout, table_lines
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def page(data: ReportData) -> str:
         title=data.sweep.name,
         question=re.split(r"\n\s*\n", data.sweep.question.strip()),
         sections=sections,
-        footer=f"airsweep {_version()}, sweep {data.location.project}/{data.location.name}, "
+        footer=f"airsweep {_version()}, sweep {data.location.full_name}, "
         f"{len(data.results.trials)} results.",
     )
     return text + "\n"
@@ -129,7 +130,7 @@ def _tables(lines: Sequence[Mapping[str, str]], note: str = "") -> list[Layout]:
 
 
 def answer(data: ReportData) -> Iterator[Group]:
-    """The best row of each task, and its best row with a diffusion model if that is another row."""
+    """Answers; the best row of each task, and its best row with a diffusion model if another."""
     results, lines = data.results, table_lines(data.results)
     cards = []
     for task in results.tasks:
@@ -144,39 +145,29 @@ def answer(data: ReportData) -> Iterator[Group]:
         for title, row in shown.items():
             [line] = [line for line, r in zip(lines, results.rows, strict=True) if r is row]
             cells = {key: text for key, text in line.items() if text and key not in TASK}
+            chance = format_percent(results.chance(row))
+            cells |= {"chance": chance} if chance else {}
             cards.append({"": f"{task_text(task)}: {title}", **cells})
-    worth = "; ".join(worth_sentences(results))
-    worth = f"Worth of the diffusion model: {worth}." if worth else ""
-    texts = [_verdict(data), worth, _state(data)]
-    yield Group(texts=[*filter(None, texts)], cards=cards)
+    unused = unused_lines(data.plan, data.location, data.status)
+    not_used = [f"Not used: {line}." for line in unused]
+    yield Group(texts=[*answers(results), _state(data), *not_used], cards=cards)
+    files = _unused_files(data)
+    if files:
+        yield Group(details=[("Images that were not used", "\n".join(files))])
 
 
-def _verdict(data: ReportData) -> str:
-    """One sentence on whether the diffusion model helps."""
-    parts = []
-    comparisons = data.results.comparisons
-    for role, baseline in (("host", "the host"), ("control", "the control")):
-        gains = [c for c in comparisons if c.role == role and uses_diffusion(c.row.method)]
-        if gains:
-            above = sum(gain.is_significant and gain.difference.mean > 0 for gain in gains)
-            below = sum(gain.is_significant and gain.difference.mean < 0 for gain in gains)
-            lower = f", lower in {below}" if below else ""
-            parts.append(f"than {baseline} in {above} of {plural(len(gains), 'comparison')}{lower}")
-    if not parts:
-        return ""
-    if all(c.difference.reason_not_tested for c in comparisons):
-        return " ".join(significance_notes(comparisons))
-    return (
-        f"With the diffusion model accuracy is significantly higher {' and '.join(parts)} "
-        f"(p < 0.05, Holm-corrected over {plural(len(comparisons), 'comparison')})."
-    )
+def _unused_files(data: ReportData) -> list[str]:
+    """Names of unused images; of unreadable ones with the reason."""
+    unused = unused_by_dataset((slot.spec for slot in data.plan.slots), data.location.store)
+    files = [f"{file}  {why}" for images in unused.values() for file, why in images.files.items()]
+    return [*files, *(f"{file}  synthetic" for file in data.status.hole_files)]
 
 
 def _state(data: ReportData) -> str:
     counts = data.counts
     left = {state: counts[state] for state in ("waiting", "failed", "pruned") if counts[state]}
-    done = counts["done"] + counts["reused"]
-    text = f"{plural(done, 'trial')} of {data.plan.total} have a result"
+    done = sum(counts[state] for state in RESULT_STATES)
+    text = f"{plural(done, 'trial')} of {data.plan.total} have a result: {results_text(counts)}"
     if left:
         text += "; " + ", ".join(f"{count} {state}" for state, count in left.items())
     best = "The best row is chosen by its mean on the test images, so its accuracy is optimistic."
@@ -299,8 +290,8 @@ def confusions(data: ReportData) -> Iterator[Group]:
     results = data.results
     for task in results.tasks[:MAX_TASKS]:
         best = results.best(task)
-        preset = METHODS.get(best.method)
-        host = results.baseline(best, preset.host) if preset and preset.host else None
+        host_method = METHODS[best.method].host
+        host = results.baseline(best, host_method) if host_method else None
         spec = next(slot.spec for slot in data.plan.slots if slot.cell.id == best.cell)
         classes = tested_classes(spec, data.location.store)
         names = [name.replace("_", " ") for name in classes]
@@ -457,7 +448,7 @@ def costs(data: ReportData) -> Iterator[Group]:
     """Worker time and GPU-hours by stage."""
     lines = []
     for stage, (count, seconds) in data.costs().items():
-        hours = seconds * gpu_share(stage, data.sweep.resources) / 3600
+        hours = seconds * data.sweep.resources.process_resources(stage).gpu / 3600
         lines.append(
             {
                 "stage": STAGE_TITLES.get(stage, stage),
@@ -467,10 +458,12 @@ def costs(data: ReportData) -> Iterator[Group]:
                 "GPU-hours": f"{hours:.2f}" if hours else "",
             }
         )
-    wall, reused = data.outcome.get("seconds"), data.counts["reused"]
-    text = "Work of this sweep, summed over workers and runs; reused results are not included."
+    wall = data.outcome.get("seconds")
+    text = (
+        "Work of this sweep, summed over workers and runs, without results that other sweeps "
+        f"computed. Trials: {results_text(data.counts)}."
+    )
     text += f" The last run took {format_duration(wall)}." if wall else ""
-    text += f" {plural(reused, 'trial')} reused the result of another sweep." if reused else ""
     yield Group(texts=[text], tables=_tables(lines))
 
 
@@ -506,14 +499,15 @@ def lineage(data: ReportData) -> Iterator[Group]:
     facts += [*data.inputs().items(), ("seeds", "; ".join(seeds))]
     last = data.status.last
     keys = [
-        f"{slot.key.digest[:12]}  {last.get(slot.id, 'waiting'):<8}  {slot.id}"
+        f"{slot.key.digest[:12]}  {last.get(slot.id, 'waiting'):<9}  {slot.id}"
         for slot in data.plan.slots
     ]
     yield Group(
         texts=[
-            f"Sweep {data.location.project}/{data.location.name}. Run it again: airsweep run "
-            f"{data.sweep.source}. Reproduce one trial from its record: airsweep repro KEY. "
-            "Compare two trials: airsweep diff A B."
+            f"Sweep {data.location.full_name}. Run it again: "
+            f"{run_command(data.location)}. Reproduce one trial from its record: "
+            f"{store_command('repro KEY', data.location)}. Compare two trials: "
+            f"{store_command('diff A B', data.location)}."
         ],
         tables=_tables([{"name": name, "value": value} for name, value in facts if value]),
         details=[("The sweep file", data.sweep.text), ("Trial keys", "\n".join(keys))],
@@ -530,9 +524,8 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[ReportData], Iterator[Group]]], .
         "Comparisons with host and control",
         "Each method minus its host, and minus its control (diamonds), which builds the same "
         "auxiliary classifier from real pseudo-labelled images. Differences are paired by image "
-        "and run. Grey: the 95 % interval contains 0. Images needed, for differences that are not "
-        "significant: test images that detect a difference of this size with one pair of runs at "
-        "80 % power.",
+        "and run. Green: significantly higher; orange: significantly lower; grey: not significant; "
+        "grey without an interval: not tested.",
         components,
     ),
     (

@@ -18,13 +18,13 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, TypeAdapter
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from orchestrator.formatting import format_percent, format_value
-from orchestrator.reporting._layouts import drop_empty_columns, screen_lines
+from orchestrator.formatting import aligned_table, format_percent, format_value
+from orchestrator.reporting._layouts import drop_empty_columns
 from orchestrator.reporting._statistics import (
-    ALPHA,
     Difference,
     corrected_p_values,
     paired_difference,
+    verdict,
 )
 from orchestrator.reporting.rows import Results, Row, settings_text, signed_percent
 from orchestrator.spec import SpecError
@@ -41,14 +41,6 @@ def _fraction(percent: float) -> float:
     return percent / 100
 
 
-def _list(value: Any) -> Any:
-    return value if isinstance(value, list | tuple) else [value]
-
-
-def _ends(value: Any) -> Any:
-    return value if isinstance(value, list) else [value, value]
-
-
 def _rising(ends: tuple[float, float]) -> tuple[float, float]:
     if ends[0] > ends[1]:
         raise ValueError(
@@ -57,12 +49,12 @@ def _rising(ends: tuple[float, float]) -> tuple[float, float]:
     return ends
 
 
-def _accuracy(value: Any) -> Any:
-    return value if isinstance(value, dict) else {"value": value}
-
-
 Count = Annotated[Whole, Field(ge=1)]
-Lines = Annotated[tuple[LINE, ...], Field(min_length=1), BeforeValidator(_list)]
+Lines = Annotated[
+    tuple[LINE, ...],
+    Field(min_length=1),
+    BeforeValidator(lambda value: value if isinstance(value, list | tuple) else [value]),
+]
 Paradigm = Literal["ul", "ssl", "trzsl"]
 Percent = Annotated[
     Number, Field(ge=0, le=100, json_schema_extra={"title": PERCENT}), AfterValidator(_fraction)
@@ -102,13 +94,24 @@ class Gain:
     paradigm: Paradigm
     datasets: Lines
     # Lower and upper end; equal if a single number is published.
-    points: Annotated[tuple[Points, Points], BeforeValidator(_ends), AfterValidator(_rising)]
+    points: Annotated[
+        tuple[Points, Points],
+        BeforeValidator(lambda value: value if isinstance(value, list) else [value, value]),
+        AfterValidator(_rising),
+    ]
     verified: StrictBool | None = None
     note: LINE = ""
 
 
 Accuracies = dict[
-    str, Annotated[Accuracy, BeforeValidator(_accuracy, json_schema_input_type=Percent | Accuracy)]
+    str,
+    Annotated[
+        Accuracy,
+        BeforeValidator(
+            lambda value: value if isinstance(value, dict) else {"value": value},
+            json_schema_input_type=Percent | Accuracy,
+        ),
+    ],
 ]
 
 
@@ -158,10 +161,6 @@ def find_paper(name_or_path: str) -> Paper:
                 f"--paper {name_or_path}: no such paper; "
                 f"{allowed_choices(name_or_path, names)}, or a file"
             )
-    return read_paper(path)
-
-
-def read_paper(path: Path) -> Paper:
     document = read(path)
     if document.value is None:
         raise SpecError(f"{path}: empty; a file of published numbers starts with `version: 1`")
@@ -193,6 +192,7 @@ class RowVerdict:
     other: tuple[float, float] | None = None  # ends of the reference; equal if it is one number
     difference: Ends | None = None  # `ours` minus the reference
     p_corrected: float | None = None
+    tested: bool = True  # False: too few runs or images for a test
     verified: bool = True
 
     @property
@@ -210,6 +210,7 @@ class ReferenceComparison:
 
     reference: str  # "GRIP, NeurIPS 2023"
     source: str
+    rule: str  # when a row is lower or higher
     cells: Sequence[RowVerdict]
     gains: Sequence[RowVerdict] = ()
     missing: Sequence[str] = ()  # numbers of the reference without a row in the sweep
@@ -297,6 +298,7 @@ def compare_with_paper(results: Results, paper: Paper) -> ReferenceComparison:
     return ReferenceComparison(
         reference=paper.title or paper.name,
         source=paper.source,
+        rule="outside the 95 % interval of this sweep, without a correction",
         cells=cells,
         gains=[_gain_verdict(results, gain, paper) for gain in paper.gains],
         missing=[" ".join(cell) for cell in paper.cells if cell not in compared],
@@ -404,21 +406,29 @@ def compare_with_sweep(results: Results, theirs: Results, reference: str) -> Ref
             continue
         mean, low, high = difference.mean, difference.low, difference.high
         p = next(p_values)
-        if p < ALPHA and not difference.reason_not_tested:
-            verdict: Verdict = "lower" if mean < 0 else "higher"
-        else:
-            narrow = high - low <= MAX_WIDTH or not difference.differing
-            verdict = "reproduced" if narrow else "within interval"
-        notes = [difference.reason_not_tested] if difference.differing else []
+        narrow = high - low <= MAX_WIDTH or not difference.differing
+        found: Verdict = "reproduced" if narrow else "within interval"
+        result = verdict(difference, p)
+        if result == "lower" or result == "higher":
+            found = result
+        notes = []
+        if max(row.n, other.n if other else 0) > difference.n:
+            notes.append("the difference is over the splits and seeds that both sweeps have")
+        if difference.differing and difference.reason_not_tested:
+            notes.append(difference.reason_not_tested)
         numbers |= {"difference": (mean, low, high), "p_corrected": p}
-        cells.append(_row_verdict(row, verdict, notes, **numbers))
+        cells.append(_row_verdict(row, found, notes, tested=result != "not tested", **numbers))
     missing = [
         " ".join((*other.task, other.method, settings_text(other, other.settings))).strip()
         for other in theirs.rows
         if not any(_same(row, other) for row in results.rows)
     ]
     return ReferenceComparison(
-        reference=reference, source="paired by image and run", cells=cells, missing=missing
+        reference=reference,
+        source="paired by image and run",
+        rule="significant (p < 0.05, Holm-corrected over all comparable settings)",
+        cells=cells,
+        missing=missing,
     )
 
 
@@ -458,10 +468,9 @@ def _row_differences(row: Row, other: Row) -> list[str]:
             "shots": (a.shots, b.shots),
             "class_seed": (a.class_seed, b.class_seed),
             "leaky_pool": (a.leaky_pool, b.leaky_pool),
+            **{key: (format_value(a.pool[key]), format_value(b.pool[key])) for key in a.pool},
         }
     )
-    if not (a.whole_pool and b.whole_pool) and a != b:
-        reasons.append("one of the sweeps shrinks or unbalances the pool")
     return reasons
 
 
@@ -475,7 +484,7 @@ def screen(comparison: ReferenceComparison, width: int = 80) -> Iterator[str]:
         if group is comparison.gains:
             yield ""
         lines = [_line(row, group, reasons) for row in group]
-        yield from screen_lines(drop_empty_columns(lines), width)
+        yield from aligned_table(drop_empty_columns(lines), width)
     if reasons:
         yield ""
     for reason, number in reasons.items():
@@ -500,7 +509,7 @@ def _line(row: RowVerdict, group: Sequence[RowVerdict], reasons: dict[str, int])
         "setting": " ".join(words) + (f" ({settings})" if settings else ""),
         "this sweep": _interval(row.ours, number, paired),
         "reference": " to ".join(dict.fromkeys(map(number, row.other or ()))),
-        "difference": _interval(row.difference, signed_percent) if paired else "",
+        "difference": _interval(row.difference, signed_percent, not row.tested) if paired else "",
         "verdict": verdict,
     }
 

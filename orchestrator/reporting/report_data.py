@@ -11,7 +11,8 @@ from orchestrator.planning import Plan, plan_of, refs_of
 from orchestrator.planning.agreement_card import AgreementCard
 from orchestrator.planning.audit_card import AuditCard
 from orchestrator.planning.cards import Card, complete_rows, rows_of_sweep, stored_card
-from orchestrator.reporting.results import SweepStatus, results_of, sweep_status
+from orchestrator.planning.requests import results_command, run_command
+from orchestrator.reporting.results import SweepStatus, plan_status, results_of
 from orchestrator.reporting.rows import Results, Row, rows
 from orchestrator.spec import SweepSpec
 from orchestrator.store import SweepLocation, read_outcome
@@ -43,7 +44,7 @@ class ReportData:
             if event["event"] == "artifact_prepared"
         ]
         states = self.status.last
-        own = {s.key.digest for s in self.plan.slots if states.get(s.id) == "done"}
+        own = {s.key.digest for s in self.plan.slots if states.get(s.id) in ("done", "recovered")}
         trials = {trial.key: trial.seconds for trial in self.results.trials if trial.key in own}
         seconds += [("trials", value) for value in trials.values()]
         groups = DataFrame(seconds, columns=["stage", "seconds"]).groupby("stage", sort=False)
@@ -77,11 +78,11 @@ def report_data_of(sweep: SweepSpec, location: SweepLocation) -> ReportData:
     results = results_of(plan, location.store)
     if not results.trials:
         raise ValueError(
-            f"sweep {location.project}/{location.name} has no finished trial to report "
-            f"({plan.total} are planned); run `airsweep run {sweep.source}`, or see its status "
-            f"with `airsweep status {location.name}`"
+            f"sweep {location.full_name} has no finished trial to report "
+            f"({plan.total} are planned); run `{run_command(location)}`, or see its status with "
+            f"`{results_command('status', location)}`"
         )
-    status = sweep_status(location.event_log())
+    status = plan_status(plan, location)
     cards = _cards(sweep, location)
     pictures = [
         (card, location.folder / f"{card.name}.png")
@@ -95,7 +96,7 @@ def report_data_of(sweep: SweepSpec, location: SweepLocation) -> ReportData:
         results,
         points=rows(results.trials, None),
         status=status,
-        counts=status.counts(alive=False, among={slot.id for slot in plan.slots}),
+        counts=status.counts(alive=False),
         outcome=read_outcome(location),
         cards=[(card, picture) for card, picture in pictures if picture.exists()],
         agreements=[card for card in cards if isinstance(card, AgreementCard)],

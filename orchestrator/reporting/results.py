@@ -6,7 +6,8 @@ This module does not import torch.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,20 @@ import numpy as np
 
 from air_core.paradigms import seen_unseen
 from air_core.specs.normal import normalised
-from orchestrator.planning import Plan, Slot
-from orchestrator.reporting.rows import FinishedTrial, Results, rows
-from orchestrator.store import ArtifactStore, EventLog, TrialRecord, read_trial
+from orchestrator.planning import Plan, Slot, plan_of
+from orchestrator.planning.dataset_text import names_text, tested_classes
+from orchestrator.planning.plan import RESULT_STATES, LoggedResults
+from orchestrator.planning.recorded import read_sweep
+from orchestrator.reporting.rows import FinishedTrial, Results, dataset_text, rows
+from orchestrator.store import (
+    ArtifactStore,
+    EventLog,
+    SweepLocation,
+    TrialRecord,
+    read_outcome,
+    read_trial,
+    recorded_locations,
+)
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -31,26 +43,6 @@ def finished_records(plan: Plan, store: ArtifactStore) -> list[tuple[Slot, Trial
     slots = [slot for slot in plan.slots if slot.id not in plan.pruned and store.has(slot.spec)]
     store.fetch(slot.spec for slot in slots)
     return [(slot, read_trial(slot.spec, store)) for slot in slots]
-
-
-def finished_trials(
-    plan: Plan,
-    store: ArtifactStore,
-    records: Sequence[tuple[Slot, TrialRecord]] | None = None,
-) -> list[FinishedTrial]:
-    """The finished trials of a sweep, in the order of the plan.
-
-    Args:
-        records: the result of `finished_records`, if the caller has it already.
-    """
-    search = plan.sweep.search
-    records = finished_records(plan, store) if records is None else records
-    runs = len(plan.sweep.seeds.values)
-    objectives = _objectives(records, search.objective if search else None, runs)
-    return [
-        finished_trial(slot, record, objectives.get((slot.cell.id, slot.point)))
-        for slot, record in records
-    ]
 
 
 def finished_trial(
@@ -78,6 +70,7 @@ def finished_trial(
         labels=arrays["labels"],
         unseen=_unseen(slot, arrays["labels"]),
         digests=_digests(slot),
+        searched=frozenset(slot.params),
         key=record.key,
         curves=record.curves,
         seconds=record.seconds,
@@ -88,19 +81,24 @@ def finished_trial(
 def results_of(
     plan: Plan, store: ArtifactStore, records: Sequence[tuple[Slot, TrialRecord]] | None = None
 ) -> Results:
-    """The rows of a sweep's table and the trials behind them.
+    """The rows of a sweep's table and the trials behind them, in the order of the plan.
 
     Args:
         records: the result of `finished_records`, if the caller has it already.
     """
-    search, trials = plan.sweep.search, finished_trials(plan, store, records)
-    return Results(rows(trials, search.objective if search else None, _pruned_points(plan)), trials)
-
-
-def _pruned_points(plan: Plan) -> Mapping[str, int]:
-    """The number of points of each cell that the search stopped early."""
-    return Counter(
-        cell for cell, _ in {(s.cell.id, s.point) for s in plan.slots if s.id in plan.pruned}
+    search_objective = plan.sweep.search.objective if plan.sweep.search else None
+    records = finished_records(plan, store) if records is None else records
+    objectives = _objectives(records, search_objective, len(plan.sweep.seeds.values))
+    trials = [
+        finished_trial(slot, record, objectives.get((slot.cell.id, slot.point)))
+        for slot, record in records
+    ]
+    tested = {dataset_text(slot.cell.flat): slot.spec for slot, _ in records}
+    pruned = {(slot.cell.id, slot.point) for slot in plan.slots if slot.id in plan.pruned}
+    return Results(
+        rows(trials, search_objective, Counter(cell for cell, _ in pruned)),
+        trials,
+        {name: len(tested_classes(spec, store)) for name, spec in tested.items()},
     )
 
 
@@ -156,22 +154,22 @@ def trials_frame(plan: Plan, store: ArtifactStore, event_log: EventLog) -> DataF
 
     Columns: `trial` (the slot) and `key` (12 digits), both accepted by `airsweep diff`; `cell`,
     `point`; `TABLE_COLUMNS`; every setting that the sweep varies; the seeds; `state` (done, reused,
-    pruned, failed, running, waiting); `failure` and `message` of failed trials; `seconds` and every
-    metric, NaN where a trial has no value.
+    shared, recovered, pruned, failed, running, waiting); `failure` and `message` of failed trials;
+    `seconds` and every metric, NaN where a trial has no value.
     """
     from pandas import DataFrame
 
     status = sweep_status(event_log)
     alive = "running" in status.last.values() and event_log.is_locked()
+    match_plan(status, plan, store, alive)
     records = {slot.id: record for slot, record in finished_records(plan, store)}
     settings = dict.fromkeys(key for slot in plan.slots for key in _settings(slot))
     lines = []
     for slot in plan.slots:
         record = records.get(slot.id)
         state = status.last.get(slot.id, "waiting")
-        if state not in ("done", "reused", "pruned", "failed"):
+        if state not in ENDED:
             state = "running" if alive and state == "running" else "waiting"
-            state = "reused" if record is not None else state  # the next run reuses the record
         failure = status.failures.get(slot.id, {}) if state == "failed" else {}
         line = {
             "trial": slot.id,
@@ -214,7 +212,45 @@ def _settings(slot: Slot) -> dict[str, Any]:
     return {**columns, "method": slot.cell.method, **varied_settings(slot)}
 
 
+# ---------------------------------------------------------------- sweeps of a store
+
+
+def overviews(store: ArtifactStore) -> list[dict[str, Any]]:
+    """State and best rows of each sweep of a store, for `airsweep list --json`.
+
+    `best` has one row per task, the one with the highest mean. It is empty if no trial is finished,
+    or if a file of the sweep is damaged, which `airsweep table` reports.
+    """
+    return [_overview(location) for location in recorded_locations(store)]
+
+
+def _overview(location: SweepLocation) -> dict[str, Any]:
+    event_log = location.event_log()
+    status, alive = sweep_status(event_log), event_log.is_locked()
+    state = "killed" if status.exit_code is None else read_outcome(location).get("state", "unknown")
+    best: list[dict[str, Any]] = []
+    with suppress(ValueError, OSError):
+        sweep, recorded = read_sweep(location, location.data_root)
+        plan = plan_of(sweep, recorded)
+        match_plan(status, plan, location.store, alive)
+        results = results_of(plan, location.store)
+        best = [results.best(task).as_json() for task in results.tasks]
+    counts = status.counts(alive)
+    return {
+        "sweep": location.full_name,
+        "state": "running" if alive else state,
+        "finished": sum(counts[state] for state in (*RESULT_STATES, "pruned")),
+        "failed": counts["failed"],
+        "total": sum(counts.values()),
+        "last_event": max((event["time"] for event in event_log.events()), default=None),
+        "best": best,
+    }
+
+
 # ---------------------------------------------------------------- status
+
+
+ENDED = (*RESULT_STATES, "pruned", "failed")
 
 
 @dataclass
@@ -223,26 +259,29 @@ class SweepStatus:
 
     total: int = 0  # trials
     last: dict[str, str] = field(default_factory=dict)  # state of each slot
+    keys: dict[str, str] = field(default_factory=dict)  # of the trials that ended, by slot
+    requests: set[str | None] = field(default_factory=set)  # digests; two if the file was edited
+    results: LoggedResults = field(default_factory=LoggedResults)
+    last_run: Counter[str] = field(default_factory=Counter)  # ends of trials in it, by state
     failures: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # last event, by slot
     prepared: Counter[str] = field(default_factory=Counter)  # artifacts, by stage
+    images: Counter[str] = field(default_factory=Counter)  # drawn, redrawn, holes
+    hole_files: list[str] = field(default_factory=list)  # ready images that are holes
     failed_artifacts: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # events, by key
     pending_artifacts: dict[str, int] = field(default_factory=dict)  # units left to make, by key
     waiting_cells: tuple[str, ...] = ()  # cells that need a pending artifact
     retried: Counter[str] = field(default_factory=Counter)  # by failure class, in the last run
     exit_code: int | None = None  # of the last run; None: it runs, or was killed
 
-    def counts(self, alive: bool, among: Collection[str] | None = None) -> dict[str, int]:
+    def counts(self, alive: bool) -> dict[str, int]:
         """Number of trials by state.
 
         Args:
             alive: whether a driver is running; if not, running trials count as waiting.
-            among: slots of the present sweep file; None: all slots of the event log.
         """
-        counts = Counter(
-            state for slot, state in self.last.items() if among is None or slot in among
-        )
+        counts = Counter(self.last.values())
         running = counts["running"] if alive else 0
-        ended = {name: counts[name] for name in ("done", "reused", "pruned", "failed")}
+        ended = {name: counts[name] for name in ENDED}
         return {
             **ended,
             "running": running,
@@ -250,13 +289,64 @@ class SweepStatus:
         }
 
 
+def plan_status(plan: Plan, location: SweepLocation, alive: bool = False) -> SweepStatus:
+    """The status of a plan's trials, see `match_plan`."""
+    status = sweep_status(location.event_log())
+    match_plan(status, plan, location.store, alive)
+    return status
+
+
+def match_plan(status: SweepStatus, plan: Plan, store: ArtifactStore, alive: bool = False) -> None:
+    """Make the status that of a plan's trials.
+
+    The event log also has trials of earlier versions of the sweep file, some in the slots of other
+    trials; they are left out. Unless a driver is `alive`, results are added that the store has and
+    the event log does not: those of a killed run, and those of other sweeps. The next run logs them
+    in the same states.
+    """
+    planned = {slot.id: slot.key.digest for slot in plan.slots}
+    status.results.assign(planned)
+    for name, state in [*status.last.items()]:
+        other_trial = state in ENDED and status.keys[name] != planned.get(name)
+        if name not in planned or other_trial:
+            del status.last[name]
+            status.failures.pop(name, None)
+        elif state in RESULT_STATES:
+            status.last[name] = status.results.state(name, planned[name])
+    status.total = plan.total
+    for slot in () if alive else plan.slots:
+        ended = status.last.get(slot.id) in ENDED or slot.id in plan.pruned
+        if not ended and store.has(slot.spec):
+            status.last[slot.id] = status.results.state(slot.id, slot.key.digest)
+            status.failures.pop(slot.id, None)
+
+
+IMAGE_COUNTS = ("drawn", "redrawn", "holes")
+
+
+def holes_text(images: Mapping[str, int], files: Sequence[str]) -> str:
+    """Synthetic images that no trial reads; empty if there are none.
+
+    >>> holes_text({"drawn": 14, "holes": 2}, ["cat/1.png"])
+    '2 of 16 synthetic images given up, blank or unreadable (cat/1.png)'
+    """
+    holes = images["holes"]
+    named = f" ({names_text(files)})" if files else ""
+    total = images["drawn"] + holes
+    text = f"{holes:,} of {total:,} synthetic images given up, blank or unreadable{named}"
+    return text if holes else ""
+
+
 def sweep_status(event_log: EventLog) -> SweepStatus:
     """Read the status of a sweep from its event log."""
     status = SweepStatus()
     for event in event_log.events():
+        result = status.results.read(event)
         match event["event"]:
             case "sweep_started":
                 status.total, status.exit_code = event["total"], None
+                status.requests.add(event.get("asks"))
+                status.last_run = Counter()
                 status.retried, status.failed_artifacts = Counter(), {}
                 status.pending_artifacts, status.waiting_cells = {}, ()
             case "cells_waiting":
@@ -273,7 +363,9 @@ def sweep_status(event_log: EventLog) -> SweepStatus:
             case "rung_reached":
                 status.last[event["slot"]] = "waiting"  # for the other points of its round
             case "trial_done" | "trial_reused" | "trial_failed" | "trial_pruned" as name:
-                status.last[event["slot"]] = name.removeprefix("trial_")
+                status.last[event["slot"]] = result or name.removeprefix("trial_")
+                status.last_run[status.last[event["slot"]]] += 1
+                status.keys[event["slot"]] = event["key"]
                 status.failures.pop(event["slot"], None)
                 if name == "trial_failed":
                     status.failures[event["slot"]] = event
@@ -281,6 +373,10 @@ def sweep_status(event_log: EventLog) -> SweepStatus:
                 status.total -= event["trials_left"]
             case "artifact_prepared":
                 status.prepared[event["stage"]] += 1
+                if event["stage"] == "images":
+                    counts = event.get("facts", {})
+                    status.images.update({name: counts.get(name, 0) for name in IMAGE_COUNTS})
+                    status.hole_files += event.get("hole_files", [])
                 if event["key"] in status.pending_artifacts:
                     status.pending_artifacts[event["key"]] -= 1
             case "sweep_ended":

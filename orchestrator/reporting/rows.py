@@ -30,9 +30,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from air_core.methods import METHODS, named_refs
-from air_core.specs.flat import from_flat, trial_keys
-from air_core.specs.normal import normalised
+from air_core.methods import METHODS
+from air_core.specs.flat import trial_keys
 from orchestrator.formatting import format_percent, format_value, plural
 from orchestrator.reporting._ranking import Ranking, ranking, ranking_sentences
 from orchestrator.reporting._statistics import (
@@ -43,17 +42,21 @@ from orchestrator.reporting._statistics import (
     Interval,
     Run,
     Runs,
+    Verdict,
     collapsed_runs,
     corrected_p_values,
-    gain_share,
+    detectable_differences,
     mean_interval,
     mean_score,
     paired_difference,
+    verdict,
 )
+from orchestrator.spec.sweep import computation_of
 
 EMPTY = "no finished trial yet"
 
 Task = tuple[str, str, str]  # dataset, paradigm, modality
+Classifier = Literal["predictions", "fused"]  # by the field of a trial with its predictions
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,6 +78,7 @@ class FinishedTrial:
     fused: Array | None = None  # (T,) predictions of the fused classifier, if recorded
     unseen: Array | None = None  # (T,) bool: TRZSL, images of classes without labels
     digests: Mapping[str, str] = field(default_factory=dict)  # content of dataset and backbone
+    searched: frozenset[str] = frozenset()  # keys of `settings` that a search chose
     key: str = ""
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict)  # a value per iteration
     seconds: float = 0.0
@@ -126,6 +130,7 @@ class Protocol:
     class_seed: int | None  # trzsl
     leaky_pool: bool
     whole_pool: bool  # the sweep neither shrinks nor unbalances the pool
+    pool: Mapping[str, Any] = field(default_factory=dict)  # the settings that do
     digests: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -174,36 +179,52 @@ class Comparison:
     role: Role  # of the baseline
     difference: Difference  # paired by image and run
     p_corrected: float  # over all comparisons of the table
+    detectable: float  # the smallest difference that the test detects with 80 % power
 
     @property
     def methods(self) -> tuple[str, str]:
         return self.row.method, self.baseline.method
 
     @property
-    def is_significant(self) -> bool:
-        """Whether the difference is tested and its corrected p value is below `ALPHA`."""
-        return self.p_corrected < ALPHA and not self.difference.reason_not_tested
+    def name(self) -> str:
+        """The methods, such as `air - cpl`."""
+        return " - ".join(self.methods)
 
     @property
-    def verdict(self) -> str:
-        """The entry of the column `significant`: yes, no or not tested."""
-        if self.difference.reason_not_tested:
-            return "not tested"
-        return "yes" if self.is_significant else "no"
+    def verdict(self) -> Verdict:
+        return verdict(self.difference, self.p_corrected)
+
+    @property
+    def is_significant(self) -> bool:
+        return self.verdict in ("higher", "lower")
+
+    @property
+    def is_tested(self) -> bool:
+        return self.verdict != "not tested"
+
+    @property
+    def significance(self) -> str:
+        """significant, not significant or not tested"""
+        return "significant" if self.is_significant else self.verdict
+
+    @property
+    def text(self) -> str:
+        """The difference in points; with its interval, such as `+2.1 [+0.3, +4.0]`, if tested."""
+        if not self.is_tested:
+            return signed_percent(self.difference.mean)
+        return signed_interval(self.difference)
 
     @property
     def mark(self) -> str:
         """† for the host, ‡ for the control, with ↓ if the row is worse; empty: not significant."""
         if not self.is_significant:
             return ""
-        return MARKS[self.role] + (WORSE if self.difference.mean < 0 else "")
+        return MARKS[self.role] + (WORSE if self.verdict == "lower" else "")
 
     @property
     def ascii_mark(self) -> str:
-        """The mark for CSV: `host+` is significantly better than the host, `host-` worse."""
-        return (
-            f"{self.role}{'-' if self.difference.mean < 0 else '+'}" if self.is_significant else ""
-        )
+        """The mark for CSV: `host+` better than the host, `host-` worse; empty: not significant."""
+        return {"higher": f"{self.role}+", "lower": f"{self.role}-"}.get(self.verdict, "")
 
     def as_json(self) -> dict[str, Any]:
         difference = self.difference
@@ -221,6 +242,7 @@ class Comparison:
             "marked": self.is_significant,
             "untold": difference.reason_not_tested,
             "images_needed": difference.images_needed,
+            "detectable": None if difference.reason_not_tested else self.detectable,
         }
 
 
@@ -324,10 +346,9 @@ def _row(point: Sequence[FinishedTrial], choice: Choice | None) -> Row:
 
 def _departures(trial: FinishedTrial) -> dict[str, Any]:
     """Settings that define the method and have another value; without those that vary."""
-    defined = METHODS[trial.method].sets if trial.method in METHODS else {}
     return {
         key: trial.flat[key]
-        for key, value in defined.items()
+        for key, value in METHODS[trial.method].sets.items()
         if key not in trial.settings and trial.flat.get(key, value) != value
     }
 
@@ -335,7 +356,8 @@ def _departures(trial: FinishedTrial) -> dict[str, Any]:
 def _protocol(point: Sequence[FinishedTrial]) -> Protocol:
     flat = point[0].flat
     seeds = Counter(split for split, seed in _distinct(point) if seed is not None)
-    pool = {"pool_size": None, "pool_ratio": 1.0, "pool_missing": 0.0}
+    whole = {"pool_size": None, "pool_ratio": 1.0, "pool_missing": 0.0}
+    pool = {key: flat.get(key, value) for key, value in whole.items()}
     return Protocol(
         backbone=str(flat.get("backbone", "")),
         splits=len({trial.split_seed for trial in point}),
@@ -343,7 +365,8 @@ def _protocol(point: Sequence[FinishedTrial]) -> Protocol:
         shots=flat.get("shots", 2) if flat["paradigm"] == "ssl" else None,
         class_seed=flat.get("class_seed", 500) if flat["paradigm"] == "trzsl" else None,
         leaky_pool=bool(flat.get("leaky_pool", False)),
-        whole_pool=all(flat.get(key, value) == value for key, value in pool.items()),
+        whole_pool=pool == whole,
+        pool=pool,
         digests=dict(point[0].digests),
     )
 
@@ -356,7 +379,7 @@ def dataset_text(flat: Mapping[str, Any]) -> str:
 
 def _runs(
     distinct: Mapping[tuple[int, int | None], FinishedTrial],
-    classifier: Literal["predictions", "fused"] = "predictions",
+    classifier: Classifier = "predictions",
 ) -> Runs:
     return tuple(
         Run(
@@ -371,28 +394,14 @@ def _runs(
     )
 
 
-def _distinct(point: Iterable[FinishedTrial]) -> dict[tuple[int, int | None], FinishedTrial]:
+def _distinct(point: Sequence[FinishedTrial]) -> dict[tuple[int, int | None], FinishedTrial]:
     """One trial per run, by split and seed; the seed is None where the method ignores it."""
+    settings = {key: value for key, value in point[0].flat.items() if key in trial_keys()}
+    seedless = computation_of(settings | {"seed": 0}) == computation_of(settings | {"seed": 1})
     distinct: dict[tuple[int, int | None], FinishedTrial] = {}
-    seedless: bool | None = None
     for trial in point:
-        if seedless is None:
-            seedless = _ignores_seed(trial.flat)
         distinct.setdefault((trial.split_seed, None if seedless else trial.seed), trial)
     return distinct
-
-
-def _ignores_seed(flat: dict[str, Any]) -> bool:
-    """Whether trials that differ only in the seed have the same key."""
-    settings = {key: value for key, value in flat.items() if key in _trial_names()}
-    refs = named_refs(settings)
-    first, second = (normalised(from_flat(settings | {"seed": seed}, refs, ())) for seed in (0, 1))
-    return first == second
-
-
-@functools.cache
-def _trial_names() -> frozenset[str]:
-    return frozenset(trial_keys())
 
 
 # ---------------------------------------------------------------- comparisons
@@ -400,8 +409,6 @@ def _trial_names() -> frozenset[str]:
 
 def baseline_methods(method: str) -> list[tuple[Role, str]]:
     """The methods that presets compare a method with: its host and its control."""
-    if method not in METHODS:
-        return []
     preset = METHODS[method]
     pairs: list[tuple[Role, str | None]] = [("host", preset.host), ("control", preset.control)]
     return [(role, name) for role, name in pairs if name is not None]
@@ -409,16 +416,33 @@ def baseline_methods(method: str) -> list[tuple[Role, str]]:
 
 def uses_diffusion(method: str) -> bool:
     """Whether a method uses a diffusion model: synthetic images or denoising errors."""
-    if method not in METHODS or METHODS[method].is_bound:
+    if is_bound(method):
         return False
     pins = METHODS[method].pins
     has_images = "images_per_class" not in pins and pins.get("images_from") == "generator"
     return has_images or "evidence.draws" not in pins
 
 
+def compared(pairs: Sequence[tuple[Row, Row, Role, Difference]]) -> list[Comparison]:
+    """Comparisons from rows, baselines, roles and differences, corrected over all of them."""
+    differences = [difference for *_, difference in pairs]
+    tests = zip(corrected_p_values(differences), detectable_differences(differences), strict=True)
+    return [
+        Comparison(
+            row=row,
+            baseline=baseline,
+            role=role,
+            difference=difference,
+            p_corrected=p,
+            detectable=detectable,
+        )
+        for (row, baseline, role, difference), (p, detectable) in zip(pairs, tests, strict=True)
+    ]
+
+
 def is_bound(method: str) -> bool:
     """Whether a row bounds what images could gain, and is no method."""
-    return method in METHODS and METHODS[method].is_bound
+    return METHODS[method].is_bound
 
 
 class Results:
@@ -428,22 +452,23 @@ class Results:
         rows: the rows of the table, from `rows`.
         trials: all finished trials of the sweep. With a search this includes trials of points that
             no row shows.
+        classes: number of classes of the test images, by the dataset of a row.
     """
 
-    def __init__(self, rows: Sequence[Row], trials: Sequence[FinishedTrial]) -> None:
-        self.rows, self.trials = rows, trials
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        trials: Sequence[FinishedTrial],
+        classes: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
+        self.rows, self.trials, self.classes = rows, trials, classes
         self._points: dict[tuple[str, int], list[FinishedTrial]] = {}
-        values: dict[str, dict[str, set[str]]] = {}
+        # By cell. `baseline` does not match these settings: each method is compared at its own best
+        # point.
+        self._searched: dict[str, set[str]] = {}
         for trial in trials:
             self._points.setdefault((trial.cell, trial.point), []).append(trial)
-            for key, value in trial.settings.items():
-                values.setdefault(trial.cell, {}).setdefault(key, set()).add(repr(value))
-        # Settings that differ within a cell were searched, so `baseline` does not match them:
-        # each method is compared at its own best point.
-        self._searched = {
-            cell: {key for key, seen in keys.items() if len(seen) > 1}
-            for cell, keys in values.items()
-        }
+            self._searched.setdefault(trial.cell, set()).update(trial.searched)
         self._distinct: dict[tuple[str, int], dict[tuple[int, int | None], FinishedTrial]] = {}
 
     @functools.cached_property
@@ -452,13 +477,14 @@ class Results:
 
     @functools.cached_property
     def varied_settings(self) -> list[str]:
-        """Settings with more than one value in the sweep, in order of appearance."""
+        """Settings that were searched or have several values, in order of appearance."""
         seen: dict[str, set[str]] = {}
         every = (*(row.settings for row in self.rows), *(t.settings for t in self.trials))
         for settings in every:
             for key, value in settings.items():
                 seen.setdefault(key, set()).add(repr(value))
-        return [key for key, values in seen.items() if len(values) > 1]
+        searched = {key for keys in self._searched.values() for key in keys}
+        return [key for key, values in seen.items() if key in searched or len(values) > 1]
 
     @functools.cached_property
     def comparisons(self) -> list[Comparison]:
@@ -473,11 +499,12 @@ class Results:
                 difference = self.difference(row, baseline) if baseline else None
                 if baseline is not None and difference is not None:
                     pairs.append((row, baseline, role, difference))
-        p_values = corrected_p_values([difference for *_, difference in pairs])
-        return [
-            Comparison(row=row, baseline=baseline, role=role, difference=difference, p_corrected=p)
-            for (row, baseline, role, difference), p in zip(pairs, p_values, strict=True)
-        ]
+        return compared(pairs)
+
+    def chance(self, row: Row) -> float | None:
+        """Accuracy of guessing, 1 over the number of classes; None if that is unknown."""
+        classes = self.classes.get(row.dataset)
+        return 1 / classes if classes else None
 
     def comparisons_of(self, row: Row) -> dict[Role, Comparison]:
         """The comparisons of a row, by the role of the baseline."""
@@ -498,8 +525,9 @@ class Results:
             self._distinct[point] = _distinct(self._points[point])
         return self._distinct[point]
 
-    def runs(self, row: Row) -> Runs:
-        return _runs(self.distinct_trials(row))
+    def runs(self, row: Row, classifier: Classifier = "predictions") -> Runs:
+        """The runs of a row; of the fused classifier, those with its predictions."""
+        return _runs(self.distinct_trials(row), classifier)
 
     def mean(self, row: Row, metric: str) -> float | None:
         """Mean of a metric over the runs of a row; None if no run has it."""
@@ -541,15 +569,6 @@ class Results:
         """A row minus another; None if they have no run in common."""
         return paired_difference(self.runs(row), self.runs(other))
 
-    def fused_difference(self, row: Row, other: Row) -> Difference | None:
-        """The same for fused classifiers; None also if a row has no predictions of them."""
-        fused, others = (_runs(self.distinct_trials(each), "fused") for each in (row, other))
-        return paired_difference(fused, others)
-
-    def gain_share(self, row: Row, host: Row, ceiling: Row) -> Interval | None:
-        """Share of the gain from `host` to `ceiling` that a row reaches; None if it is unknown."""
-        return gain_share(self.runs(row), self.runs(host), self.runs(ceiling))
-
     def collapsed_runs(self, row: Row) -> list[Collapse]:
         """Runs of a row that are far below its other runs."""
         return collapsed_runs(self.runs(row))
@@ -558,9 +577,9 @@ class Results:
 # ---------------------------------------------------------------- text
 
 
-def protocol_notes(rows: Sequence[Row]) -> list[str]:
-    """Sentences for a caption: metric, splits and seeds, interval."""
-    notes = []
+def protocol_notes(results: Results) -> list[str]:
+    """Sentences for a caption: metric, chance, splits and seeds, interval."""
+    rows, notes = results.rows, []
     for method in dict.fromkeys(row.method for row in rows if is_bound(row.method)):
         images = BOUNDS[METHODS[method].pins["images_from"]]
         notes.append(f"{method} is a bound and no method: it reads {images}.")
@@ -574,7 +593,17 @@ def protocol_notes(rows: Sequence[Row]) -> list[str]:
         if kind != usual:
             methods = dict.fromkeys(row.method for row in rows if row.interval == kind)
             text += f"; {', '.join(methods)}: {kind.removeprefix('95 % bootstrap ')}"
-    return [*notes, splits_and_seeds(rows), text + "."]
+    return [*notes, *_chance_note(results), splits_and_seeds(rows), text + "."]
+
+
+def _chance_note(results: Results) -> list[str]:
+    levels = {
+        row.dataset: f"{format_percent(chance)} ({plural(results.classes[row.dataset], 'class')})"
+        for row in results.rows
+        if (chance := results.chance(row)) is not None
+    }
+    named = [f"{name} {level}" for name, level in levels.items()]
+    return [f"Chance: {', '.join(named if len(named) > 1 else levels.values())}."] if levels else []
 
 
 def _departure_note(row: Row) -> str:
@@ -614,25 +643,46 @@ def collapse_notes(results: Results, most: int = 4) -> list[str]:
 
 
 def significance_notes(comparisons: Sequence[Comparison], *, marks: bool = True) -> list[str]:
-    """Sentences for a caption: the level of significance and the differences without a test.
+    """Sentences for a caption on the level of significance; empty if nothing is tested.
 
     Args:
-        marks: whether the table has marks, which are then explained too.
+        marks: whether the table has marks, else it has columns `significant` and `detectable`.
     """
-    reasons = Counter(filter(None, (c.difference.reason_not_tested for c in comparisons)))
-    if sum(reasons.values()) == len(comparisons):
-        return [f"No difference is tested: {reason}." for reason in reasons]
-    over = "" if len(comparisons) == 1 else f", Holm-corrected over {len(comparisons)} comparisons"
-    notes = [f"Significant: p < {ALPHA:g}{over}."]
+    if not any(c.is_tested for c in comparisons):
+        return []
+    over = ""
+    if len(comparisons) > 1:
+        over = f", Holm-corrected over {len(comparisons)} comparisons; intervals are not corrected"
+    notes = [
+        f"Significant: p < {ALPHA:g}{over}.",
+        "Detectable: smallest difference, in points, that these images and runs would show as "
+        "significant with 80 % power.",
+    ]
     if marks:
         names = {"host": "the host", "control": "the control"}
         roles = {c.role for c in comparisons}
         signs = ", ".join(f"{MARKS[role]} from {names[role]}" for role in MARKS if role in roles)
         worse = f" ({WORSE} below it)" if any(c.mark.endswith(WORSE) for c in comparisons) else ""
         notes = [f"Significantly different: {signs}{worse} (p < {ALPHA:g}{over})."]
-    notes += [f"{times} of them not tested: {reason}." for reason, times in reasons.items()]
     if all("1 split" in c.difference.interval for c in comparisons):
         notes.append("With one split, significance holds for that split and its images only.")
+    return notes
+
+
+def untested_notes(comparisons: Sequence[Comparison]) -> list[str]:
+    """One sentence for each reason why differences are not tested."""
+    every = Counter(c.name for c in comparisons)
+    reasons: dict[str, Counter[str]] = {}
+    for c in comparisons:
+        if reason := c.difference.reason_not_tested:
+            reasons.setdefault(reason, Counter())[c.name] += 1
+    notes = []
+    for reason, untested in reasons.items():
+        names = (
+            name if count == every[name] else f"{name} in {count} of {every[name]} comparisons"
+            for name, count in untested.items()
+        )
+        notes.append(f"Not tested: {', '.join(names)} ({reason}).")
     return notes
 
 

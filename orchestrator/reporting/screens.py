@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
-from types import MappingProxyType
+from contextlib import suppress
+from dataclasses import asdict, replace
 from typing import Any
 
 from air_core.methods import METHODS
@@ -18,12 +18,25 @@ from orchestrator.planning import (
     changed_inputs,
     earlier_results,
     plan_of,
+    results_text,
     unschedulable_reason,
 )
+from orchestrator.planning.dataset_text import UnusedImages, unused_by_dataset
 from orchestrator.planning.estimate import Estimate
-from orchestrator.reporting.results import SweepStatus, results_of, sweep_status
+from orchestrator.planning.plan import RESULT_STATES, STAGE_TITLES
+from orchestrator.planning.recorded import read_sweep
+from orchestrator.planning.requests import results_command, run_command
+from orchestrator.planning.resolve import resolver_of
+from orchestrator.reporting.results import (
+    SweepStatus,
+    holes_text,
+    match_plan,
+    results_of,
+    sweep_status,
+)
 from orchestrator.reporting.summary import next_steps, run_facts, summary, sweep_title
-from orchestrator.spec import SweepSpec, notes_of, presets
+from orchestrator.spec import SweepSpec, cells_of, notes_of, presets
+from orchestrator.spec.space import default_params
 from orchestrator.store import SweepLocation
 
 # ---------------------------------------------------------------- plan
@@ -32,12 +45,14 @@ from orchestrator.store import SweepLocation
 def plan_screen(
     plan: Plan,
     location: SweepLocation,
+    origin: Mapping[str, Any],
     explain: bool,
-    sources: Mapping[str, int] = MappingProxyType({}),
+    sources: Mapping[str, int],
 ) -> str:
     """The screen of `airsweep plan`: trials, artifacts, time.
 
     Args:
+        origin: the file and options of the request; see `complete_origin`.
         explain: also list every setting of each cell with its source.
         sources: number of trials that are reused from each other sweep.
     """
@@ -46,7 +61,7 @@ def plan_screen(
     lines = [
         f"{plan.sweep.name}: {plural(len(plan.cells), 'cell')}, "
         f"{plural(plan.points, 'point')}, "
-        f"{plural(trials['total'], 'trial')}: {trials['done']} done, {trials['reused']} reused, "
+        f"{plural(trials['total'], 'trial')}: {results_text(trials)}, "
         + (f"{trials['pruned']} pruned, " if trials["pruned"] else "")
         + f"{trials['to_run']} to run",
         *([str(plan.edit)] if plan.edit is not None else []),
@@ -58,20 +73,20 @@ def plan_screen(
         count = "" if artifact["need"] == 1 else f"  {artifact['have']}/{artifact['need']} blocks"
         size = f"  {artifact['bytes'] / 1e6:.1f} MB" if artifact["bytes"] else ""
         lines.append(f"  {artifact['state']:<8} {artifact['key']}{count}{size}")
-    lines += ["", f"  {_time_left(plan)}"]
+    lines += ["", f"  {_time_left(plan, run_command(location, origin))}"]
     problem = unschedulable_reason(plan, location.store)
     lines += [f"  cannot start: {problem}"] if problem else []
     lines += [f"  note: {note}" for note in notes_of(plan.sweep)]
     varied = plan.sweep.seeds.vary
-    if "split_seed" in varied:
-        rows = sum(requirement.stage == "images" for requirement in plan.requirements)
+    rows = sum(requirement.stage == "images" for requirement in plan.requirements)
+    if "split_seed" in varied and rows:
         lines.append(f"  note: seeds vary {', '.join(varied)}, so {rows} rows of images are needed")
     if explain:
         lines += ["", *_explain(plan)]
     return "\n".join(lines)
 
 
-def _time_left(plan: Plan) -> str:
+def _time_left(plan: Plan, command: str) -> str:
     if not plan.to_run:
         return "nothing to do"
     estimate = plan.estimate
@@ -80,15 +95,17 @@ def _time_left(plan: Plan) -> str:
     if estimate.wall is not None:
         wall = f", at least {format_duration(estimate.wall)} on this machine"
     return (
-        f"about {format_duration(estimate.seconds)} on one worker{wall}{gpu} ({_basis(estimate)})"
+        f"about {format_duration(estimate.seconds)} on one worker{wall}{gpu} "
+        f"({_basis(estimate, command)})"
     )
 
 
-def _basis(estimate: Estimate) -> str:
-    """The source of a time estimate."""
+def _basis(estimate: Estimate, command: str) -> str:
+    """The source of a time estimate; `command` runs the sweep."""
     parts = [estimate.reason] if estimate.reason else ["measured in this store"]
     if estimate.source == "guess":
-        parts.append("`airsweep run --smoke` measures it on a small part of the sweep")
+        smoke = "" if "--smoke" in command.split() else " --smoke"
+        parts.append(f"`{command}{smoke}` measures it on a small part of the sweep")
     return "; ".join(parts)
 
 
@@ -119,12 +136,18 @@ def status_report(location: SweepLocation) -> dict[str, Any]:
     """The status of a sweep for `status --json`. New versions may add keys but never remove any."""
     status = sweep_status(location.event_log())
     alive = location.event_log().is_locked()
+    if len(status.requests) > 1 or (not alive and status.counts(alive)["waiting"]):
+        with suppress(ValueError, OSError):  # the sweep's file or records cannot be read
+            plan = plan_of(*read_sweep(location, location.data_root))
+            match_plan(status, plan, location.store, alive)
     return {
-        "sweep": f"{location.project}/{location.name}",
+        "sweep": location.full_name,
         "running": alive,
         "exit_code": status.exit_code,
         "trials": status.counts(alive),
         "prepared": dict(status.prepared),
+        "unused": {name: asdict(images) for name, images in _unused(location).items()},
+        "holes": {**status.images, "files": status.hole_files} if status.images["holes"] else None,
         "waiting": _waiting(status, location) if alive else None,
         "retried": dict(status.retried),
         "failures": [
@@ -138,13 +161,27 @@ def status_report(location: SweepLocation) -> dict[str, Any]:
     }
 
 
+def _unused(location: SweepLocation) -> dict[str, UnusedImages]:
+    """Unused images by dataset; empty if the sweep's file or records cannot be read."""
+    try:
+        sweep, location = read_sweep(location, location.data_root)
+        resolver, seeds = resolver_of(location), sweep.seeds.assignments()[0]
+        trials = [
+            resolver.trial({**cell.flat, **default_params(cell), **seeds})
+            for cell in cells_of(sweep)
+        ]
+        return unused_by_dataset(trials, location.store)
+    except (ValueError, OSError):
+        return {}
+
+
 def _waiting(status: SweepStatus, location: SweepLocation) -> dict[str, Any] | None:
     """The cells that wait for artifacts, those artifacts, and the other sweeps that make some."""
     pending = {key: count for key, count in status.pending_artifacts.items() if count > 0}
     if not pending:
         return None
     holders = {key: location.store.locks.holder(key.rpartition("-")[2]) for key in pending}
-    own = f"{location.project}/{location.name} "
+    own = f"{location.full_name} "
     others = {
         key: holder for key, holder in holders.items() if holder and not holder.startswith(own)
     }
@@ -153,14 +190,22 @@ def _waiting(status: SweepStatus, location: SweepLocation) -> dict[str, Any] | N
 
 def status_screen(content: dict[str, Any]) -> str:
     """The screen of `airsweep status`, from the result of `status`."""
-    counts = ", ".join(f"{count} {state}" for state, count in content["trials"].items())
+    trials = content["trials"]
+    others = [f"{count} {state}" for state, count in trials.items() if state not in RESULT_STATES]
+    counts = ", ".join([results_text(trials), *others])
     code = content["exit_code"]
     last = "last run was killed" if code is None else f"last exit code {code}"
     state = "running" if content["running"] else f"not running, {last}"
     lines = [f"{content['sweep']}: {state}", f"  trials    {counts}"]
     if content["prepared"]:
-        prepared = ", ".join(f"{count} {stage}" for stage, count in content["prepared"].items())
+        prepared = ", ".join(
+            f"{count} {STAGE_TITLES[stage]}" for stage, count in content["prepared"].items()
+        )
         lines.append(f"  prepared  {prepared}")
+    for name, unused in content["unused"].items():
+        lines.append(f"  not used  {name}: {UnusedImages(**unused)}")
+    if content["holes"]:
+        lines.append(f"  not used  {holes_text(content['holes'], content['holes']['files'])}")
     if content["waiting"]:
         cells, pending = content["waiting"]["cells"], content["waiting"]["for"]
         lines.append(f"  waiting   {plural(len(cells), 'cell')}, such as {cells[0]}, for")
@@ -194,4 +239,5 @@ def summary_screen(sweep: SweepSpec, location: SweepLocation) -> str:
     plan = plan_of(sweep, location)
     facts = [*run_facts(plan, location), *next_steps(plan, location)]
     width = min(WIDEST, max(NARROWEST, shutil.get_terminal_size((WIDEST, 24)).columns))
-    return summary(sweep_title(plan), results_of(plan, location.store), facts, width=width)
+    results, table = results_of(plan, location.store), results_command("table", location)
+    return summary(sweep_title(plan), results, facts, width=width, table=table)

@@ -5,24 +5,27 @@ This module does not import torch.
 
 from __future__ import annotations
 
-import os
 import shlex
 import textwrap
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from air_core.specs import SyntheticFeaturesSpec
 from air_core.specs.normal import normalised
 from orchestrator.environment import in_ray_job
-from orchestrator.formatting import format_duration, plural, relative_path
-from orchestrator.planning import Plan
-from orchestrator.planning.dataset_text import dataset_description
+from orchestrator.formatting import aligned_table, format_duration, plural, relative_path
+from orchestrator.planning import Plan, results_text
+from orchestrator.planning.dataset_text import dataset_description, unused_by_dataset
+from orchestrator.planning.requests import (
+    last_origin,
+    results_command,
+    run_command,
+    store_command,
+    sweep_words,
+)
 from orchestrator.planning.studies import read_searches
-from orchestrator.reporting._layouts import screen_lines
-from orchestrator.reporting._worth import worth_sentences
-from orchestrator.reporting.results import sweep_status
+from orchestrator.reporting._answers import answers
+from orchestrator.reporting.results import SweepStatus, holes_text, plan_status
 from orchestrator.reporting.rows import (
     EMPTY,
     Results,
@@ -30,17 +33,15 @@ from orchestrator.reporting.rows import (
     collapse_notes,
     protocol_notes,
     significance_notes,
+    untested_notes,
     uses_diffusion,
 )
 from orchestrator.reporting.tables import classifier_notes, comparison_lines, table_lines
-from orchestrator.spec.sweep import option_words
 from orchestrator.store import (
     SweepLocation,
     is_bucket,
     read_outcome,
-    read_resolved,
-    smoke_store,
-    store_folder,
+    store_of_smoke,
 )
 
 MAX_COMPARISONS = 12
@@ -50,7 +51,12 @@ HIDDEN_COMPARISONS = ["compared with", "p", "p corrected"]
 
 
 def summary(
-    title: str, results: Results, facts: Sequence[tuple[str, str]], *, width: int = 100
+    title: str,
+    results: Results,
+    facts: Sequence[tuple[str, str]],
+    *,
+    width: int = 100,
+    table: str = "airsweep table",
 ) -> str:
     """The screen at the end of a run, at most `width` columns wide.
 
@@ -58,6 +64,7 @@ def summary(
         title: name and data of the sweep; the paradigm and modality are appended.
         facts: (label, text) lines below the tables; an empty label for a plain line.
         width: of the terminal.
+        table: the command that prints the whole table.
     """
     tail = [f"{paradigm}/{modality}" for _, paradigm, modality in results.tasks]
     lines = _wrap("   ".join([title, *(tail if len(tail) == 1 else [])]), width)
@@ -72,10 +79,11 @@ def summary(
         lines += _table([every[i] for i in gains[:MAX_COMPARISONS]], HIDDEN_COMPARISONS, width)
     if len(gains) > MAX_COMPARISONS:
         more = len(gains) - MAX_COMPARISONS
-        lines.append(f" {more} more differences: see `airsweep table`")
+        lines.append(f" {more} more differences: see `{table}`")
     notes = [
-        *protocol_notes(results.rows),
-        *(significance_notes(results.comparisons, marks=False) if gains else []),
+        *protocol_notes(results),
+        *significance_notes(results.comparisons, marks=False),
+        *untested_notes([results.comparisons[i] for i in gains] or results.comparisons),
     ]
     for note in [
         " ".join(classifier_notes(rows[0])),
@@ -84,18 +92,18 @@ def summary(
         *collapse_notes(results),
     ]:
         lines += _wrap(note, width)
-    worth = "\n".join(worth_sentences(results))
-    facts = [*([("diffusion", worth)] if worth else []), *facts]
+    facts = [("answers", "\n".join(answers(results))), *facts]
     return "\n".join([*lines, *_facts(facts, width)])
 
 
 def _table(lines: Sequence[Mapping[str, str]], hidden: Sequence[str], width: int) -> list[str]:
     visible = [{name: line[name] for name in line if name not in hidden} for line in lines]
-    return [f" {line}" for line in screen_lines(visible, width - 1)]
+    return [f" {line}" for line in aligned_table(visible, width - 1)]
 
 
 def _facts(facts: Sequence[tuple[str, str]], width: int) -> list[str]:
     """Texts next to their labels. Commands and paths are not broken."""
+    facts = [(label, text) for label, text in facts if text]
     labels = max((len(label) for label, _ in facts), default=0)
     lines = []
     for label, text in facts:
@@ -128,39 +136,59 @@ def sweep_title(plan: Plan) -> str:
     description = ", ".join(map(dataset_description, datasets))
     if all(slot.spec.paradigm == "ul" for slot in plan.slots):
         description += ", trained without labels"
+    tested = {slot.spec.test_dataset and slot.spec.test_dataset.name for slot in plan.slots}
+    if len(tested) == 1 and (name := tested.pop()):  # of several, the table has a column
+        description += f", tested on {dataset_description(name)}"
     return f"airsweep {plan.sweep.name}   {description}"
 
 
 def run_facts(plan: Plan, location: SweepLocation) -> list[tuple[str, str]]:
-    """Facts about the last run as (label, text): images, trials, time, searches."""
+    """Facts about a sweep and about its last run, as (label, text)."""
     outcome = read_outcome(location)
     run = outcome.get("run", {})
-    counts = sweep_status(location.event_log()).counts(
-        alive=False, among={s.id for s in plan.slots}
+    status = plan_status(plan, location)
+    counts = status.counts(alive=False)
+    shares = ", ".join(
+        f"{name} {share:.0%}" for name, share in sorted(run.get("shares", {}).items())
     )
-    parts = []
-    if shares := run.get("shares", {}):
-        groups = ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items()))
-        parts.append(f"CLIP recognises {groups} of the contact sheet")
-    if run.get("drawn"):
-        parts.append(
-            f"{run['redrawn']} of {run['drawn'] + run['holes']} drawn in whole blocks were blank "
-            f"and redrawn, {run['holes']} given up"
-        )
     pruned = f"{counts['pruned']} pruned, " if counts["pruned"] else ""
     trials = (
-        f"{plan.total}: {counts['done']} run, {counts['reused']} reused, {pruned}"
+        f"{plan.total}: {results_text(counts)}, {pruned}"
         f"{counts['failed']} failed{_image_usage(plan, location)}"
     )
-    facts = [("images", "; ".join(parts)), ("trials", trials), ("time", _time(outcome, run))]
-    facts.append(("search", "\n".join(_early_ends(plan, location))))
-    return [(label, text) for label, text in facts if text]
+    return [
+        ("images", f"CLIP recognises {shares} of the contact sheet" if shares else ""),
+        ("not used", "\n".join(unused_lines(plan, location, status))),
+        ("trials", trials),
+        ("last run", "\n".join(_last_run(outcome, run, status))),
+        ("search", "\n".join(_early_ends(plan, location))),
+    ]
+
+
+def unused_lines(plan: Plan, location: SweepLocation, status: SweepStatus) -> list[str]:
+    """Real and synthetic images that no trial reads: a line for each dataset, one for holes."""
+    unused = unused_by_dataset((slot.spec for slot in plan.slots), location.store)
+    lines = [f"{name}: {images}" for name, images in unused.items()]
+    return [*lines, *filter(None, [holes_text(status.images, status.hole_files)])]
+
+
+def _last_run(
+    outcome: Mapping[str, Any], run: Mapping[str, Any], status: SweepStatus
+) -> Iterator[str]:
+    """Lines on the work of the last run."""
+    if run.get("walls"):
+        drawn = ""
+        if run["drawn"] + run["holes"]:
+            drawn = (
+                f", drew {run['drawn']} images in whole blocks "
+                f"({run['redrawn']} redrawn, {run['holes']} given up)"
+            )
+        yield f"computed {plural(status.last_run['done'], 'trial')}{drawn}"
+        yield _time(outcome, run)
 
 
 def _time(outcome: Mapping[str, Any], run: Mapping[str, Any]) -> str:
-    walls = run.get("walls", {})
-    if not walls:
-        return ""
+    walls = run["walls"]
     parts = [
         f"{PHASES[stage]} {format_duration(walls[stage])}" for stage in PHASES if stage in walls
     ]
@@ -171,10 +199,11 @@ def _time(outcome: Mapping[str, Any], run: Mapping[str, Any]) -> str:
         if overheads
         else ""
     )
+    measured = f" of the {run['memory_of']}" if run.get("memory_of") else ""
     return (
         f"{format_duration(outcome['seconds'])}: {'  '.join(parts)}  "
         f"rest {format_duration(rest)}; {overhead}"
-        f"peak {run.get('memory', 0) / 2**30:.1f} GiB"
+        f"peak{measured} {run.get('memory', 0) / 2**30:.1f} GiB"
     )
 
 
@@ -218,7 +247,7 @@ def _image_usage(plan: Plan, location: SweepLocation) -> str:
     loras = sum(requirement.stage == "lora" for requirement in present)
     images = sum(count * len(spec.classnames) for count, spec in rows)
     readers = sum(normalised(slot.spec).images is not None for slot in plan.slots)
-    return f"; {loras} LoRA and {images} images, made once, used by {readers} trials"
+    return f"; {loras} LoRA and {images} images, made once, used by {plural(readers, 'trial')}"
 
 
 def next_steps(plan: Plan, location: SweepLocation) -> list[tuple[str, str]]:
@@ -227,40 +256,32 @@ def next_steps(plan: Plan, location: SweepLocation) -> list[tuple[str, str]]:
     facts = []
     if sheet.exists():
         facts.append(("look", f"{relative_path(sheet)}"))
-    arguments, store = _sweep_arguments(plan, location), _store_option(location, smoke=True)
-    ui_store = _store_option(location, smoke=False)
-    facts.append(("browse", f"airsweep ui{ui_store}  ->  http://127.0.0.1:5000"))
+    origin = last_origin(location)
+    if origin.get("smoke"):
+        facts.append(("table", results_command("table", location)))
+    facts.append(("browse", f"{store_command('ui', location)}  ->  http://127.0.0.1:5000"))
     left = f"{plural(plan.to_run, 'trial')} left to run" if plan.to_run else "nothing to do"
     if in_ray_job():
         facts.append(("again", f"submit it again with the same options: {left}"))
         return facts
     shared = location.store.name if is_bucket(location.store.name) else "/shared/runs"
-    facts.append(("cluster", f"airsweep submit {arguments} --address $ADDR --store {shared}"))
-    facts.append(("again", f"airsweep run {arguments}{store}: {left}"))
+    if origin.get("smoke") and is_bucket(shared):
+        shared = store_of_smoke(shared)
+    words = ["airsweep", "submit", *sweep_words(location, origin)]
+    submit = f"{shlex.join(words)} --address $ADDR --store {shared}"
+    if relative := _relative_folder(plan):
+        submit = f"airsweep submit needs an absolute path that all nodes have instead of {relative}"
+    facts.append(("cluster", submit))
+    facts.append(("again", f"{run_command(location)}: {left}"))
     return facts
 
 
-def _sweep_arguments(plan: Plan, location: SweepLocation) -> str:
-    """The sweep file and the options that select this sweep, for a command line."""
-    words = [plan.sweep.source]
-    with suppress(FileNotFoundError):
-        origin = read_resolved(location)
-        options = (origin.get("sets", []), origin.get("only", []), bool(origin.get("smoke")))
-        words += map(shlex.quote, option_words(*options))
-    return " ".join(words)
-
-
-def _store_option(location: SweepLocation, *, smoke: bool) -> str:
-    """The option `--store` for a command, empty if the command finds the store by default.
-
-    Args:
-        smoke: whether the command has the option --smoke, which selects the smoke store.
-    """
-    store = location.store
-    usual = os.environ.get("AIRSWEEP_STORE") or "runs"
-    if is_bucket(store.name):
-        defaults = [usual, *([str(smoke_store(usual))] if smoke else [])]
-        return "" if store.name in defaults else f" --store {shlex.quote(store.name)}"
-    folder = store_folder(usual).absolute()
-    folders = [folder, *([Path(f"{folder}-smoke")] if smoke else [])]
-    return "" if store.root in folders else f" --store {relative_path(store.root)}"
+def _relative_folder(plan: Plan) -> str | None:
+    """A relative `folder:<path>` of the sweep; None if it has none."""
+    names = (
+        cell.flat.get(key)
+        for cell in plan.cells
+        for key in ("dataset", "test_dataset", "generator")
+    )
+    folders = (str(name) for name in names if str(name).startswith("folder:"))
+    return next((name for name in folders if name.removeprefix("folder:")[0] != "/"), None)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.formatting import format_percent, format_value
+from orchestrator.formatting import format_interval, format_percent, format_value
 from orchestrator.reporting._layouts import Layout, csv_text, drop_empty_columns, render
 from orchestrator.reporting.rows import (
     COLUMNS,
@@ -29,10 +29,10 @@ from orchestrator.reporting.rows import (
     is_bound,
     mean_std,
     protocol_notes,
-    signed_interval,
     significance_notes,
     splits_and_seeds,
     task_text,
+    untested_notes,
 )
 from orchestrator.spec.marked_yaml import allowed_choices, suggestion
 
@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 FORMATS = ("md", "csv", "json", "latex")
 TASK = ("dataset", "paradigm", "modality")  # columns; left out if all rows have the same value
 TESTED = ("text", "fused", "auxiliary")  # classifiers that a trial tests on the same images
-MANY_IMAGES = 1_000_000  # the largest number of `images needed` that is shown
+# The column `significant`.
+SIGNIFICANT = {"higher": "yes", "lower": "yes", "not significant": "no", "not tested": "not tested"}
 
 
 # ---------------------------------------------------------------- one line per row
@@ -67,6 +68,7 @@ def as_json(results: Results) -> list[dict[str, object]]:
         row.as_json()
         | tested_accuracies(results, row)
         | {
+            "chance": results.chance(row),
             "comparisons": [c.as_json() for c in results.comparisons_of(row).values()],
             "collapsed": [vars(run) for run in results.collapsed_runs(row)],
         }
@@ -84,6 +86,7 @@ def tested_accuracies(results: Results, row: Row) -> dict[str, float | None]:
 
 def _csv(results: Results) -> str:
     frame = rows_frame(results, "settings.", _csv_setting)
+    frame["chance"] = [results.chance(row) for row in results.rows]
     frame["told_from"] = [
         " ".join(_ascii_marks(results.comparisons_of(row))) for row in results.rows
     ]
@@ -116,6 +119,28 @@ def rows_frame(
     return DataFrame(lines, columns=columns, dtype=object)
 
 
+def gains_frame(results: Results) -> DataFrame:
+    """`rows_frame` with the gains over host and control, for `airsweep.table`.
+
+    For each role: the method of the baseline, as `host`; `host_gain`, `host_low` and `host_high`,
+    fractions; `host_p`, the p value corrected over the table. NaN without this baseline; interval
+    and p value also where the gain is not tested. `marks` has the marks of significant gains as in
+    printed tables.
+    """
+    frame = rows_frame(results).infer_objects()
+    by_row = [results.comparisons_of(row) for row in results.rows]
+    for role in MARKS:
+        found = [comparisons.get(role) for comparisons in by_row]
+        frame[role] = [c and c.baseline.method for c in found]
+        frame[f"{role}_gain"] = [c.difference.mean if c else math.nan for c in found]
+        tested = [c if c and c.is_tested else None for c in found]
+        frame[f"{role}_low"] = [c.difference.low if c else math.nan for c in tested]
+        frame[f"{role}_high"] = [c.difference.high if c else math.nan for c in tested]
+        frame[f"{role}_p"] = [c.p_corrected if c else math.nan for c in tested]
+    frame["marks"] = ["".join(c.mark for c in comparisons.values()) for comparisons in by_row]
+    return frame
+
+
 def _csv_setting(value: Any) -> Any:
     """A setting with all its digits; true, false and null as in sweep files."""
     return format_value(value) if value is None or isinstance(value, bool) else value
@@ -131,7 +156,11 @@ def table_layout(results: Results) -> Layout:
     return Layout(
         frame=frame,
         bold=frozenset((i, column) for i in best),
-        caption=[*_caption(results, list(frame.columns)), *significance_notes(results.comparisons)],
+        caption=[
+            *_caption(results, list(frame.columns)),
+            *significance_notes(results.comparisons),
+            *untested_notes(results.comparisons),
+        ],
         notes=[*choice_notes(results.rows), *collapse_notes(results)],
     )
 
@@ -156,7 +185,7 @@ def table_lines(results: Results) -> list[dict[str, str]]:
             "method": row.method,
             **{key: format_value(row.settings.get(key, "")) for key in results.varied_settings},
             "accuracy": mean_std(row),
-            "95 %": f"[{format_percent(row.low)}, {format_percent(row.high)}]",
+            "95 %": format_interval(row.low, row.high),
             "n": str(row.n),
             "n_test": str(row.n_test),
             **cells,
@@ -165,8 +194,7 @@ def table_lines(results: Results) -> list[dict[str, str]]:
         }
         for role, comparison in results.comparisons_of(row).items():
             line[f"gain over {role}"] = (
-                f"{signed_interval(comparison.difference)} {comparison.baseline.method}"
-                f"{comparison.mark}"
+                f"{comparison.text} {comparison.baseline.method}{comparison.mark}"
             )
         lines.append(line)
     return drop_empty_columns(lines)
@@ -183,27 +211,26 @@ def comparison_lines(results: Results) -> list[dict[str, str]]:
         [
             {
                 "task": task_text(c.row.task) if len(results.tasks) > 1 else "",
-                "difference": " - ".join(c.methods),
+                "difference": c.name,
                 "compared with": c.role,
                 **{key: format_value(c.row.settings.get(key, "")) for key in keys},
-                "points, 95 %": signed_interval(c.difference),
+                "points, 95 %": c.text,
                 "n": str(c.difference.n),
                 "n_test": str(c.difference.n_test),
-                "p": _p_value(c.difference.p),
-                "p corrected": _p_value(c.p_corrected),
-                "significant": c.verdict,
-                "images needed": _images_needed(c),
+                "significant": SIGNIFICANT[c.verdict],
+                **(_test_cells(c) if c.is_tested else {}),
             }
             for c in results.comparisons
         ]
     )
 
 
-def _images_needed(comparison: Comparison) -> str:
-    number = None if comparison.is_significant else comparison.difference.images_needed
-    if number is None:
-        return ""
-    return f"{number:,}" if number <= MANY_IMAGES else f"> {MANY_IMAGES:,}"
+def _test_cells(c: Comparison) -> dict[str, str]:
+    return {
+        "p": _p_value(c.difference.p),
+        "p corrected": _p_value(c.p_corrected),
+        "detectable": format_percent(c.detectable),
+    }
 
 
 def _p_value(p: float) -> str:
@@ -225,17 +252,17 @@ def classifier_notes(header: Collection[str]) -> Iterator[str]:
 def _caption(results: Results, header: Sequence[str]) -> Iterator[str]:
     tasks = "; ".join(f"{d}, {p}/{m}" for d, p, m in results.tasks)
     yield f"Test accuracy in %, mean ± standard deviation over n runs ({tasks})."
-    yield from protocol_notes(results.rows)
+    yield from protocol_notes(results)
     yield "n_test: test images of one run."
     yield from classifier_notes(header)
     if "pseudo-labels" in header:
         yield "Pseudo-labels: accuracy of the last pseudo-labels."
     if any(name.startswith("gain") for name in header):
-        yield "Gains in points with 95 % interval, paired by image and run."
+        yield "Gains in points, with 95 % interval if tested, paired by image and run."
 
 
 def _ascii_marks(comparisons: Mapping[Role, Comparison]) -> list[str]:
-    return [c.ascii_mark for c in comparisons.values() if c.is_significant]
+    return [c.ascii_mark for c in comparisons.values() if c.ascii_mark]
 
 
 # ---------------------------------------------------------------- keys down and across
@@ -400,7 +427,12 @@ def _pivot_caption(results: Results, metric: str) -> list[str]:
     if in_percent:
         caption.append("Bold: best of its column in the same dataset, paradigm and modality.")
     if metric == ACCURACY:
-        notes = [*protocol_notes(results.rows), *significance_notes(results.comparisons)]
+        comparisons = results.comparisons
+        notes = [
+            *protocol_notes(results),
+            *significance_notes(comparisons),
+            *untested_notes(comparisons),
+        ]
     else:
         notes = [
             splits_and_seeds(results.rows),

@@ -13,6 +13,7 @@ from typing import Any
 
 ALLOWED = "trial keys, constants, lists, == != < <= > >= in, and, or, not"
 MAX_LENGTH = 500
+MAX_DEPTH = 20
 
 Values = dict[str, Any]
 Term = Callable[[Values], Any]
@@ -56,6 +57,17 @@ def constants_of(text: str) -> tuple[tuple[str, Any], ...]:
     return tuple(_constants(_parse(text)))
 
 
+def numbers_of(text: str) -> tuple[float, ...]:
+    """The numbers in a condition, each with both signs.
+
+    >>> numbers_of("0.5 < fusion_weight and iterations in [1, 2]")
+    (0.5, -0.5, 1, -1, 2, -2)
+    """
+    constants = [node.value for node in ast.walk(_parse(text)) if isinstance(node, ast.Constant)]
+    numbers = [value for value in constants if isinstance(value, int | float)]
+    return tuple(signed for number in numbers for signed in (number, -number))
+
+
 @cache
 def _parse(text: str) -> ast.expr:
     text = text.replace("\n", " ").strip()
@@ -65,8 +77,18 @@ def _parse(text: str) -> ast.expr:
         tree = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise ValueError(f"{text!r} is not a valid condition; allowed: {ALLOWED}") from None
+    if _depth(tree) > MAX_DEPTH:  # before `_term`, which is recursive
+        raise ValueError(f"the condition is nested too deeply; allowed: up to {MAX_DEPTH} levels")
     _term(tree)
     return tree
+
+
+def _depth(tree: ast.AST) -> int:
+    depth, level = 0, [tree]
+    while level:
+        depth += 1
+        level = [child for node in level for child in ast.iter_child_nodes(node)]
+    return depth
 
 
 def _term(node: ast.expr) -> Term:

@@ -30,7 +30,7 @@ from air_core.methods import EMBEDDED, METHODS
 from air_core.specs import EvidenceScoring
 from air_core.specs.flat import trial_keys
 from orchestrator.spec._expressions import compile_when, constants_of, names_of
-from orchestrator.spec.marked_yaml import short_value
+from orchestrator.spec.marked_yaml import Keys, short_value
 from orchestrator.spec.validation import (
     LINE,
     Schema,
@@ -40,6 +40,7 @@ from orchestrator.spec.validation import (
     setting,
     text_schema,
     validation_error,
+    validation_errors,
 )
 
 TRIAL_KEYS = trial_keys()
@@ -139,20 +140,16 @@ def _default(name: str) -> Any:
 
 
 def _list_type(name: str) -> Any:
-    """The type of a list of two or more distinct values of a trial key."""
+    """The type of a list of distinct values of a trial key."""
 
     def distinct(values: list[Any]) -> tuple[Any, ...]:
-        if len(values) == 1:
-            raise ValueError(
-                f"the list has only one value; allowed: two or more values, or `{name}` under fixed"
-            )
         for i, value in enumerate(values):
             if value in values[:i]:
                 raise validation_error(f"{short_value(value)} is listed twice; allowed: once", i)
         return tuple(values)
 
     values: Any = types.GenericAlias(list, (_value_annotation(name),))
-    extra: Any = {"minItems": 2, "uniqueItems": True}
+    extra: Any = {"uniqueItems": True}
     return Annotated[values, Field(min_length=1, json_schema_extra=extra), AfterValidator(distinct)]
 
 
@@ -218,6 +215,7 @@ IMAGES_DEPEND_ON = (
 # These change the denoising errors of the pool.
 ERRORS_DEPEND_ON = (
     "evidence.images",
+    "evidence.disputed",
     *(f"evidence.{field.name}" for field in dataclasses.fields(EvidenceScoring)),
 )
 
@@ -340,9 +338,12 @@ class _Space:
     def ordered(self, space: Any) -> Any:
         if isinstance(space, tuple):
             return space
-        for name in space if isinstance(space, dict) else ():
-            if reason := reason_not_searchable(name):
-                raise validation_error(reason, name)
+        names = space if isinstance(space, dict) else ()
+        reasons: dict[Keys, str] = {
+            (name,): why for name in names if (why := reason_not_searchable(name))
+        }
+        if reasons:
+            raise validation_errors(reasons)
         rest = list(space_type().validate_python(space).values())
         if not rest:
             raise ValueError("the search space is empty; allowed: one trial key or more")

@@ -28,7 +28,15 @@ Keys = tuple[str | int, ...]  # the path from the root to a value
 
 
 class SpecError(ValueError):
-    """An error in a sweep file or in an option that changes it. The message is one line."""
+    """Errors in a sweep file or in an option that changes it. The message has one line for each.
+
+    Args:
+        keys: the path to the wrong value of the file.
+    """
+
+    def __init__(self, message: str, keys: Keys = ()) -> None:
+        super().__init__(message)
+        self.keys = keys
 
 
 @dataclass(kw_only=True)
@@ -46,6 +54,14 @@ class Document:
         for step in keys:
             value = value[step]
         return value
+
+    def section(self, keys: Keys) -> dict[str, Any]:
+        """The mapping at `keys`; empty if there is none."""
+        try:
+            value = self.value_at(keys)
+        except (LookupError, TypeError):
+            return {}
+        return value if isinstance(value, dict) else {}
 
     def set_value(self, keys: Keys, value: Any, position: str) -> None:
         """Set a value and create missing mappings above it; errors about it name `position`."""
@@ -81,7 +97,7 @@ class Document:
             if position:
                 break
         path = f"{dotted_path(keys)}: " if keys else ""
-        return SpecError(f"{position or self.source}: {path}{message}")
+        return SpecError(f"{position or self.source}: {path}{message}", keys)
 
 
 def dotted_path(keys: Keys) -> str:
@@ -95,7 +111,7 @@ def dotted_path(keys: Keys) -> str:
         if isinstance(step, int):
             path += f"[{step}]"
         else:
-            path += ("." if path else "") + (step if step.isprintable() else repr(step))
+            path += ("." if path else "") + (step if step and step.isprintable() else repr(step))
     return path
 
 
@@ -126,7 +142,7 @@ def read(path: Path) -> Document:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line, column = _line_column(data[: error.start].decode("latin-1"))
+        line, column = line_column(data[: error.start].decode("latin-1"))
         raise SpecError(f"{path}:{line}:{column}: the file is not UTF-8 text") from None
     return parse(text, str(path))
 
@@ -141,10 +157,8 @@ def parse(text: str, source: str) -> Document:
         position = _position(source, mark) if mark else source
         raise SpecError(f"{position}: {_problem(error)}") from None
     except yaml.reader.ReaderError as error:
-        line, column = _line_column(text[: error.position])
+        line, column = line_column(text[: error.position])
         raise SpecError(f"{source}:{line}:{column}: YAML does not allow this character") from None
-    except (ValueError, OverflowError):  # PyYAML turns "\\U00110000" into chr() unchecked
-        raise SpecError(f"{source}: a quoted escape is not a valid character") from None
     if node is not None:
         document.value = _Reader(document).plain(node, ())
     return document
@@ -154,7 +168,8 @@ def _position(source: str, mark: yaml.Mark) -> str:
     return f"{source}:{mark.line + 1}:{mark.column + 1}"
 
 
-def _line_column(before: str) -> tuple[int, int]:
+def line_column(before: str) -> tuple[int, int]:
+    """Line and column, from 1, of the character that follows a text."""
     return before.count("\n") + 1, len(before) - before.rfind("\n")
 
 
@@ -176,6 +191,18 @@ class _Loader(yaml.SafeLoader):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.depth = self.count = 0
+
+    def scan_flow_scalar_non_spaces(self, double: bool, start_mark: yaml.Mark) -> list[str]:
+        try:
+            chunks: list[str] = super().scan_flow_scalar_non_spaces(double, start_mark)
+            "".join(chunks).encode()
+        except (ValueError, OverflowError):  # PyYAML passes the number of "\U00110000" to chr()
+            mark = self.get_mark()
+            problem = (
+                "an escape is not a character; allowed: up to \\U0010FFFF, no \\uD800 to \\uDFFF"
+            )
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark) from None
+        return chunks
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         self.depth += 1
@@ -269,8 +296,9 @@ def allowed_choices(word: Any, allowed: Iterable[Any]) -> str:
 
 def suggestion(word: str, options: Iterable[str]) -> str:
     """`; did you mean ...?`, or an empty text if no option resembles the word."""
-    close = difflib.get_close_matches(word, list(options), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    by_case = {option.lower(): option for option in options}
+    close = difflib.get_close_matches(word.lower(), by_case, n=1)
+    return f"; did you mean {by_case[close[0]]}?" if close else ""
 
 
 def _plain(value: Any) -> str:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
 from air_core.specs.flat import trial_keys
 from orchestrator.keys import digest
-from orchestrator.spec._expressions import compile_when
+from orchestrator.spec._expressions import compile_when, names_of, numbers_of
 from orchestrator.spec.sweep import Cell, Dimension, Search
+
+MAX_TESTED = 1_000  # points at which a condition is tested
 
 
 @dataclass(frozen=True)
@@ -60,21 +63,54 @@ def default_params(cell: Cell) -> dict[str, Any]:
 
 def grid_points(cell: Cell) -> list[dict[str, Any]]:
     """Every combination of values whose conditions hold, the default first."""
-    points: list[dict[str, Any]] = []
+    points: dict[tuple[Any, ...], dict[str, Any]] = {}
     for combination in itertools.product(*[d.values or () for d in cell.space]):
         params: dict[str, Any] = {}
         for dimension, value in zip(cell.space, combination, strict=True):
             if is_active(dimension, cell.flat | params):
                 params[dimension.key] = value
-        if params not in points:
-            points.append(params)
+        points.setdefault(tuple(params.items()), params)
     first = default_params(cell)
-    return sorted(points, key=lambda params: params != first)
+    return sorted(points.values(), key=lambda params: params != first)
 
 
 def is_active(dimension: Dimension, flat: Mapping[str, Any]) -> bool:
     """Whether the condition of a dimension holds."""
     return dimension.when is None or compile_when(dimension.when)(dict(flat))
+
+
+def can_hold(when: str, cell: Cell) -> bool:
+    """Whether a condition holds at a point of a cell's space.
+
+    Tests every value of a list; of a range, its ends, the numbers that the condition compares and
+    numbers between these. The result is True if more than `MAX_TESTED` points are to be tested.
+    """
+    searched = [dimension for dimension in cell.space if dimension.key in names_of(when)]
+    numbers = {*numbers_of(when)}
+    for d in searched:
+        numbers |= {*filter(_is_number, d.values or (d.min, d.max))}
+    tested = [_tested_values(d, sorted(numbers), cell.flat) for d in searched]
+    if math.prod(map(len, tested)) > MAX_TESTED:
+        return True
+    holds = compile_when(when)
+    keys = [dimension.key for dimension in searched]
+    points = itertools.product(*tested)
+    return any(holds(cell.flat | dict(zip(keys, point, strict=True))) for point in points)
+
+
+def _tested_values(
+    dimension: Dimension, numbers: list[Any], flat: Mapping[str, Any]
+) -> Sequence[Any]:
+    inactive = [flat.get(dimension.key)] if dimension.when else []
+    if dimension.values is not None:
+        return [*dimension.values, *inactive]
+    assert dimension.min is not None
+    assert dimension.max is not None
+    between = [(low + high) / 2 for low, high in itertools.pairwise(numbers)]
+    inside = {n for n in (*numbers, *between) if dimension.min <= n <= dimension.max}
+    if isinstance(dimension.min, int):
+        inside = {n for number in inside for n in (math.floor(number), math.ceil(number))}
+    return [*inside, *inactive]
 
 
 def contains_value(dimension: Dimension, value: Any) -> bool:
@@ -83,13 +119,16 @@ def contains_value(dimension: Dimension, value: Any) -> bool:
         return any(type(v) is type(value) and v == value for v in dimension.values)
     assert dimension.min is not None
     assert dimension.max is not None
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and bool(dimension.min <= value <= dimension.max)
+    return _is_number(value) and bool(dimension.min <= value <= dimension.max)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _nearest(value: Any, dimension: Dimension) -> list[Any]:
     """A list of the value or the nearest number in the dimension; empty if neither exists."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = _is_number(value)
     if dimension.values is None:
         assert dimension.min is not None
         assert dimension.max is not None

@@ -6,9 +6,10 @@ Only names of folders and files are read; no image is opened.
 from __future__ import annotations
 
 import json
+import os
 import re
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,6 +107,9 @@ def write_starter(name: str, images: str | Path | None, folder: Path) -> Starter
     if file.exists():  # check before a large folder is listed
         raise ValueError(exists)
     summary = DIGITS if images is None else _folder(str(images))
+    if images is not None and folder.resolve() != Path.cwd() and str(images)[0] not in "/~":
+        # Paths in a sweep file are relative to the file.
+        summary = replace(summary, dataset=f"{PREFIX}{os.path.relpath(images, folder)}")
     text = _text(name, summary)
     sweep_from_document(parse(text, str(file)))
     try:

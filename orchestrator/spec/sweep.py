@@ -8,26 +8,37 @@ that become equal are merged into one.
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field, replace
-from functools import cache
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticKnownError
 
 from air_core.methods import METHODS, named_refs
+from air_core.specs import TrialSpec
 from air_core.specs.flat import from_flat, trial_keys
 from air_core.specs.normal import normalised
 from orchestrator.keys import digest
 from orchestrator.spec import presets
 from orchestrator.spec._expressions import compile_when, names_of
-from orchestrator.spec._trial_values import CellCondition, SettingsOfCells, Space
+from orchestrator.spec._trial_values import CellCondition, SettingsOfCells, Space, value_type
 from orchestrator.spec._trial_values import Dimension as Dimension
-from orchestrator.spec.marked_yaml import SpecError
-from orchestrator.spec.validation import CONFIG, LINE, Number, Whole, setting, validation_error
+from orchestrator.spec.marked_yaml import Document, Keys, SpecError
+from orchestrator.spec.validation import (
+    CONFIG,
+    LINE,
+    Number,
+    Whole,
+    error_message,
+    setting,
+    validation_error,
+)
 
 JOURNAL = "journal"
 POSTGRES = "postgresql://"
@@ -52,7 +63,7 @@ def _increasing(rungs: tuple[int, ...]) -> tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Pruning:
-    """Rules that stop the weaker points of a round early (`planning/pruning.py`)."""
+    """Rules that stop the weaker points of a round early (`execution/_scheduler.py`)."""
 
     rule: Literal["halving", "median"] = Field(
         description="points that continue; halving: the best of a round; "
@@ -73,7 +84,7 @@ class Search:
     sampler: Literal["tpe", "random", "grid"] = setting(
         "tpe", "Optuna's sampler: tpe or random; grid: every combination of values"
     )
-    seed: Whole = setting(0, "seed of the sampler", ge=0)
+    seed: Whole = setting(0, "seed of the sampler", ge=0, le=2**32 - 1)
     objective: Literal["mutual_information", "validation_accuracy"] = setting(
         "mutual_information", "the maximized metric; mutual_information needs no labels"
     )
@@ -127,19 +138,24 @@ class Seeds:
     def __post_init__(self) -> None:
         if len(set(self.vary)) < len(self.vary):
             raise validation_error(f"{self.vary[0]} is listed twice; allowed: once", "vary")
+        earlier: set[tuple[int, ...]] = set()
         for i, entry in enumerate(self.values):
             if len(entry) != len(self.vary):
                 numbers = ", ".join(["a number"] * len(self.vary))
                 raise validation_error(
                     f"{[*entry]} is not allowed; allowed: [{numbers}]", "values", i
                 )
-            if self._run(entry) in map(self._run, self.values[:i]):
+            for name, number in zip(self.vary, entry, strict=True):
+                if problem := error_message(value_type(name), number):
+                    raise validation_error(f"{name}: {problem}", "values", i)
+            if self._run(entry) in earlier:
                 raise validation_error(
                     "the same seeds are listed twice; allowed: once (generation.seed alone does "
                     "not make another run)",
                     "values",
                     i,
                 )
+            earlier.add(self._run(entry))
 
     def _run(self, entry: tuple[int, ...]) -> tuple[int, ...]:
         """The numbers that tables distinguish runs by: seed and split_seed."""
@@ -190,6 +206,36 @@ class Budget:
     wall: Seconds | None = setting(None, "wall-clock limit of one run; null: none")
 
 
+SMALLEST = 0.0001  # Ray's unit of an amount
+
+
+def _amount(amount: float) -> float:
+    if 0 < amount < SMALLEST:
+        raise PydanticKnownError("greater_than_equal", {"ge": SMALLEST})
+    return amount
+
+
+def _gpus(gpus: float) -> float:
+    if gpus > 1 and not gpus.is_integer():
+        raise PydanticKnownError("int_from_float")
+    return _amount(gpus)
+
+
+_PART: dict[str, Any] = {"type": "number", "minimum": SMALLEST}
+_NONE: dict[str, Any] = {"const": 0}
+_WHOLE: dict[str, Any] = {"type": "integer", "minimum": 2}
+# Amounts that Ray accepts: a process has a part of one GPU, or whole GPUs.
+CPUS = Annotated[
+    Number, Field(ge=0), AfterValidator(_amount), WithJsonSchema({"anyOf": [_NONE, _PART]})
+]
+GPUS = Annotated[
+    Number,
+    Field(ge=0),
+    AfterValidator(_gpus),
+    WithJsonSchema({"anyOf": [_NONE, {**_PART, "maximum": 1}, _WHOLE]}),
+]
+
+
 def _custom(resources: Mapping[str, float]) -> Mapping[str, float]:
     for name in resources:
         if name in ("CPU", "GPU", "cpu", "gpu", "memory", "object_store_memory"):
@@ -198,11 +244,13 @@ def _custom(resources: Mapping[str, float]) -> Mapping[str, float]:
                 "outside `custom`",
                 name,
             )
+        if not name or not name.isprintable():
+            raise validation_error("the name is empty or invisible; allowed: visible text", name)
     return resources
 
 
 # Amounts of Ray's custom resources, by name.
-Custom = Annotated[dict[str, Annotated[Number, Field(gt=0)]], AfterValidator(_custom)]
+Custom = Annotated[dict[str, Annotated[Number, Field(ge=SMALLEST)]], AfterValidator(_custom)]
 CUSTOM = "amounts of custom resources, named as in `ray start --resources`"
 
 
@@ -210,8 +258,8 @@ CUSTOM = "amounts of custom resources, named as in `ray start --resources`"
 class TrialResources:
     """Resources of one trial."""
 
-    cpu: Number = setting(1.0, "CPU cores of one trial", ge=0)
-    gpu: Number = setting(0.0, "GPUs of one trial, or a share of one GPU", ge=0)
+    cpu: CPUS = setting(1.0, "CPU cores of one trial")
+    gpu: GPUS = setting(0.0, "GPUs of one trial, or a share of one GPU")
     custom: Custom = Field(default_factory=dict, description=CUSTOM)
     timeout: Seconds | None = setting(None, "time limit of one trial; null: none")
 
@@ -220,10 +268,8 @@ class TrialResources:
 class GeneratorResources:
     """Resources of one actor that trains a LoRA or generates images, and the number of actors."""
 
-    cpu: Number = setting(
-        1.0, "CPU cores of one actor that trains a LoRA or generates images", ge=0
-    )
-    gpu: Number = setting(0.0, "GPUs of one actor", ge=0)
+    cpu: CPUS = setting(1.0, "CPU cores of one actor that trains a LoRA or generates images")
+    gpu: GPUS = setting(0.0, "GPUs of one actor, or a share of one GPU")
     custom: Custom = Field(default_factory=dict, description=CUSTOM)
     actors: Whole | None = setting(None, "number of actors; null: as many as fit", ge=1)
     reserve: Whole | None = setting(
@@ -241,8 +287,8 @@ ENCODER_BATCH = 256
 class EncoderResources:
     """Resources of an encoder: it computes CLIP features and the initial pseudo-labels."""
 
-    cpu: Number | None = setting(None, "CPU cores of one encoder; null: as for a trial", ge=0)
-    gpu: Number | None = setting(None, "GPUs, or a share of one GPU; null: as for a trial", ge=0)
+    cpu: CPUS | None = setting(None, "CPU cores of one encoder; null: as for a trial")
+    gpu: GPUS | None = setting(None, "GPUs, or a share of one GPU; null: as for a trial")
     batch: Whole = setting(ENCODER_BATCH, "images per CLIP batch", ge=1)
 
 
@@ -290,6 +336,17 @@ class Override:
     )
 
 
+def split_name(name: str) -> tuple[str, str]:
+    """What is before the path in the name of a dataset or model, and the path.
+
+    >>> split_name("folder:photos"), split_name("ViT-B-32@clip.pt"), split_name("models/clip")
+    (('folder:', 'photos'), ('ViT-B-32@', 'clip.pt'), ('', 'models/clip'))
+    """
+    match = re.match(r"folder:|[^/@]+@", name)
+    before = match[0] if match else ""
+    return before, name.removeprefix(before)
+
+
 @plain_dataclass(frozen=True, kw_only=True)
 class SweepSpec:
     """The content of a validated sweep file."""
@@ -311,6 +368,26 @@ class SweepSpec:
     question: str = ""  # the comment at the top of the file
     source: str = ""  # the path of the file, as given
     text: str = ""
+    relative_names: frozenset[str] = frozenset()  # of data and models; relative to the file
+    document: Document = field(
+        default_factory=partial(Document, source=""), repr=False, compare=False
+    )
+
+    @property
+    def folders(self) -> dict[str, str]:
+        """Names with a relative path, and the same names with the path from the working directory.
+
+        Empty if the file is in the working directory. Paths in options are relative to that. A
+        model such as `a/b` is a path if the folder exists, else a name of open_clip or the hub.
+        """
+        located: dict[str, str] = {}
+        at = os.path.dirname(self.source)
+        for name in self.relative_names if at else ():
+            before, path = split_name(name)
+            there = os.path.normpath(os.path.join(at, path))
+            if before or path.startswith(".") or path.count("/") > 1 or os.path.isdir(there):
+                located[name] = before + there
+        return located
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -319,6 +396,19 @@ class SweepSpec:
     @property
     def space(self) -> tuple[Dimension, ...]:
         return self.search.space if self.search else ()
+
+    def error(self, key: str, value: Any, message: str) -> SpecError:
+        """An error about a trial key that has this value in a cell, at its position in the file."""
+        values = (self.axes or self.grid).get(key, ())
+        places: list[Keys] = [("grid", key, i) for i, v in enumerate(values) if v == value]
+        places += [
+            ("overrides", i, "set", key)
+            for i, entry in enumerate(self.overrides)
+            if key in entry.set and entry.set[key] == value
+        ]
+        places += [("search", "space", key), ("fixed", key)]
+        keys = next((keys for keys in places if keys in self.document.positions), ())
+        return self.document.error(keys, message)
 
 
 @plain_dataclass(frozen=True, kw_only=True)
@@ -337,12 +427,10 @@ def cells_of(spec: SweepSpec) -> tuple[Cell, ...]:
     """The cells in the order of the grid: the first key varies slowest.
 
     Raises:
-        SpecError: no cell is left, because of `exclude` or because no method fits its paradigm.
+        SpecError: no cell is left, because no method fits its paradigm.
     """
     table = {_hashable(combination): combination for combination in combinations(spec)}
     cells = {key: _cell(spec, combination) for key, combination in table.items()}
-    if not cells:
-        raise SpecError(f"{spec.source}: `exclude` removes every combination of the grid")
     cells = {key: cell for key, cell in cells.items() if _is_defined(cell)}
     if not cells:
         raise SpecError(f"{spec.source}: {needs_labels_message(spec.methods)}")
@@ -385,6 +473,21 @@ def combinations(spec: SweepSpec) -> Iterator[dict[str, Any]]:
             yield combination
 
 
+def with_every_method(spec: SweepSpec) -> SweepSpec:
+    """The sweep with all methods in the grid; the sweep itself if `fixed` names one method.
+
+    A setting without effect is an error only if it has none in this sweep either, so that a file
+    stays valid when methods are removed from its grid.
+    """
+    every = {"method": tuple(METHODS)} if "method" in spec.grid else {}
+    return replace(spec, grid=spec.grid | every)
+
+
+def possible_cells(spec: SweepSpec) -> Iterator[Cell]:
+    """The cells of `with_every_method`, one by one."""
+    return (_cell(spec, entry) for entry in combinations(with_every_method(spec)))
+
+
 def matching_overrides(spec: SweepSpec, combination: dict[str, Any]) -> list[int]:
     """The entries of `overrides` whose condition holds for a combination of the grid."""
     if not spec.overrides:
@@ -394,10 +497,13 @@ def matching_overrides(spec: SweepSpec, combination: dict[str, Any]) -> list[int
     return [i for i, entry in enumerate(spec.overrides) if compile_when(entry.when)(values)]
 
 
+_DEFAULTS = {name: key.default for name, key in trial_keys().items() if name != "lora"}
+
+
 def _flat(spec: SweepSpec, given: dict[str, Any]) -> dict[str, Any]:
     """Every setting of a cell, without the varied seeds, from the settings of the file."""
     method = given["method"]
-    flat = {**_trial_defaults(), **presets.defaults(method, given)}
+    flat = {**_DEFAULTS, **presets.defaults(method, given)}
     left_out = {"method", *METHODS[method].pins}
     flat |= {key: value for key, value in given.items() if key not in left_out}
     if flat["paradigm"] == "trzsl" and "labelled_size" not in given:
@@ -460,12 +566,12 @@ def _computation(cell: Cell) -> Any:
     """A value that is equal for cells that differ only in settings without effect."""
     if cell.space:  # a setting without effect in the default point can matter in another point
         return frozenset(cell.flat.items())
-    return normalised(from_flat(cell.flat, named_refs(cell.flat), ()))
+    return computation_of(cell.flat)
 
 
-@cache
-def _trial_defaults() -> dict[str, Any]:
-    return {key.name: key.default for key in trial_keys().values() if key.name != "lora"}
+def computation_of(settings: dict[str, Any]) -> TrialSpec:
+    """A spec that is equal for settings whose trials compute the same."""
+    return normalised(from_flat(settings, named_refs(settings), ()))
 
 
 def _searched_dimensions(
@@ -542,20 +648,16 @@ def _notes(spec: SweepSpec) -> Iterator[str]:
     parts = {"fixed": spec.fixed, "grid": spec.grid, "search.space": [d.key for d in spec.space]}
     for part, keys in parts.items():
         for key in keys:
-            pinning = [name for name in spec.methods if key in METHODS[name].pins]
-            if pinning:
-                yield f"{part}.{key} does not apply to {_list_text(pinning)}: the method pins it"
+            if (*part.split("."), key) in spec.document.positions:  # else of a smoke run
+                yield from _pinned_notes(f"{part}.{key}", key, spec.methods)
     every = list(combinations(spec))
     of_grid = [_cell(spec, entry) for entry in every]
     for i, override in enumerate(spec.overrides):
         for key in override.set:
             methods = {cell.method: None for cell in of_grid if cell.overridden.get(key) == i}
-            pinning = [name for name in methods if key in METHODS[name].pins]
-            if pinning:
-                yield (
-                    f"overrides[{i}].set.{key} does not apply to {_list_text(pinning)}: "
-                    "the method pins it"
-                )
+            yield from _pinned_notes(f"overrides[{i}].set.{key}", key, list(methods))
+        if not any(i in matching_overrides(spec, entry) for entry in every):
+            yield f"overrides[{i}] applies to no cell: its condition never holds"
     skipped = [cell for cell in of_grid if not _is_defined(cell)]
     if skipped:
         names = sorted({cell.method for cell in skipped})
@@ -568,6 +670,14 @@ def _notes(spec: SweepSpec) -> Iterator[str]:
         yield f"only one point, because no dimension applies: {_list_text(single_point)}"
 
 
+def _pinned_notes(setting: str, key: str, methods: Sequence[str]) -> Iterator[str]:
+    """A note if methods pin a key to a value other than 0, or if every method pins it."""
+    pins = {name: METHODS[name].pins[key] for name in methods if key in METHODS[name].pins}
+    surprising = list(pins) if len(pins) == len(methods) else [name for name in pins if pins[name]]
+    if surprising:
+        yield f"{setting} does not apply to {_list_text(surprising)}: the method pins it"
+
+
 def _list_text(names: list[str], most: int = 8) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
@@ -577,16 +687,21 @@ SMOKE: dict[str, Any] = {
     "iterations": 1,
     "images_per_class": 8,
     "initial_labels.images_per_class": 8,
+    "evidence.images": 32,  # the errors of a whole pool may take hours
     "lora.steps": 2,
     "lora.passes": None,
-    "train.steps": 2,
+    "train.steps": 10,  # a step of a few milliseconds is measured only over several
 }
 
 
 def smoke_variant(spec: SweepSpec) -> SweepSpec:
-    """A quick variant of a sweep: one point, one seed, one iteration, 8 images per class."""
+    """A quick variant of a sweep: two points of a search, one seed, one iteration, 8 images per
+    class, evidence of 32 pool images."""
     grid = {key: values for key, values in spec.grid.items() if key not in SMOKE}
-    search = spec.search and replace(spec.search, points=1, pruning=None, space=())
+    space = tuple(dimension for dimension in spec.space if dimension.key not in SMOKE)
+    search = spec.search and replace(
+        spec.search, points=min(2, spec.search.points), pruning=None, space=space
+    )
     seeds = replace(spec.seeds, values=spec.seeds.values[:1])
     exclude = tuple(entry for entry in spec.exclude if not entry.keys() & SMOKE.keys())
     overrides = tuple(

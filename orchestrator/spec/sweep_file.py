@@ -9,19 +9,22 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from air_core.methods import METHODS
+from air_core.methods import EMBEDDED, METHODS
 from orchestrator.files import ROOT, SHIPPED
 from orchestrator.redact import find_password
 from orchestrator.spec._expressions import lookup, names_of
 from orchestrator.spec._trial_values import (
+    TEXTS,
+    TRIAL_KEYS,
     TRIAL_NAMES,
     Axes,
     Settings,
@@ -33,15 +36,19 @@ from orchestrator.spec.marked_yaml import (
     SpecError,
     allowed_choices,
     dotted_path,
+    line_column,
     parse,
     read,
     short_value,
 )
+from orchestrator.spec.space import can_hold, point_count
 from orchestrator.spec.sweep import (
     THREE_SEEDS,
     Budget,
     Cell,
+    Dimension,
     Override,
+    Pruning,
     Resources,
     Search,
     SeedEntries,
@@ -52,6 +59,9 @@ from orchestrator.spec.sweep import (
     has_fitting_cell,
     matching_overrides,
     needs_labels_message,
+    possible_cells,
+    split_name,
+    with_every_method,
 )
 from orchestrator.spec.validation import (
     CONFIG,
@@ -59,6 +69,7 @@ from orchestrator.spec.validation import (
     NAME,
     Schema,
     Version,
+    joined,
     key_choices,
     schema_of,
     setting,
@@ -155,7 +166,7 @@ def load_sweep(path: Path, *, sets: Sequence[str] = (), only: Sequence[str] = ()
         only: options of the form `key=value[,value]`: the values of this grid key to keep.
 
     Raises:
-        SpecError: the first error in the file or the options.
+        SpecError: the errors in the file and in `sets`, or the first error in `only`.
     """
     return sweep_from_document(read(path), sets, only)
 
@@ -166,20 +177,33 @@ def sweep_from_document(
     """Check a file that is already parsed; see `load_sweep`."""
     if document.value is None:
         raise SpecError(
-            f"{document.source}: the file is empty; a sweep file starts with `version: 1`"
+            f"{document.source}:1:1: the file is empty; a sweep file starts with `version: 1`"
         )
     _refuse_passwords(document, sets)
+    relative = frozenset(_relative_names(document.value))
+    conflicts: list[SpecError] = []
     for option in sets:
-        _apply_option(document, option)
-    spec = _sweep_spec(document, validate(document, FILE))
-    _check_consistency(document, spec)
+        try:
+            relative -= frozenset(_relative_names(_apply_option(document, option)))
+        except SpecError as error:
+            conflicts.append(SpecError(str(error), ("--set", option)))
+    conflicts += _conflicting_keys(document)
+    file = validate(document, FILE, also=conflicts)
+    if "method" not in {**file.grid, **file.fixed}:
+        allowed = f"allowed: {', '.join(METHODS)}"
+        missing = document.error((), f"`method` is missing; set it under grid or fixed; {allowed}")
+        raise joined([missing, *conflicts])
+    spec = replace(_sweep_spec(document, file), relative_names=relative)
+    if errors := [*conflicts, *_contradictions(spec)]:
+        raise joined(errors)
     return _select(spec, only)
 
 
 def find_sweep(name_or_path: str) -> Path:
     """The path of a sweep file.
 
-    A bare name is looked up in ./sweeps and among the sweeps that ship with airsweep.
+    A bare name is looked up in ./sweeps, in the working directory and among the sweeps that ship
+    with airsweep.
 
     Raises:
         SpecError: no sweep of this name exists.
@@ -187,7 +211,7 @@ def find_sweep(name_or_path: str) -> Path:
     path = Path(name_or_path)
     if os.path.isfile(path) or len(path.parts) != 1:
         return path
-    folders = (Path("sweeps"), SHIPPED / "sweeps", ROOT / "sweeps")
+    folders = (Path("sweeps"), Path(), SHIPPED / "sweeps", ROOT / "sweeps")
     for folder in folders:
         file = folder / f"{path.name.removesuffix('.yaml')}.yaml"
         if os.path.isfile(file):
@@ -205,8 +229,7 @@ def _refuse_passwords(document: Document, sets: Sequence[str]) -> None:
     )
     index = find_password(document.text)
     if index is not None:
-        before = document.text[:index]
-        line, column = before.count("\n") + 1, index - before.rfind("\n")
+        line, column = line_column(document.text[:index])
         raise SpecError(f"{document.source}:{line}:{column}: {message}")
     for option in sets:
         if find_password(option) is not None:
@@ -216,7 +239,8 @@ def _refuse_passwords(document: Document, sets: Sequence[str]) -> None:
 # ---------------------------------------------------------------- options
 
 
-def _apply_option(document: Document, option: str) -> None:
+def _apply_option(document: Document, option: str) -> dict[str, Any]:
+    """Change the document; returns the value of the option, by its last key."""
     source = f"--set {option}"
     name, _, text = option.partition("=")
     if not text:
@@ -226,6 +250,11 @@ def _apply_option(document: Document, option: str) -> None:
     parts = SweepFile.__dataclass_fields__
     if name in TRIAL_NAMES:
         keys: Keys = ("fixed", name)
+        if isinstance(value, list) and name not in TEXTS:
+            raise SpecError(
+                f"{source}: {name} has one value under fixed; to vary it, give "
+                f"--set grid.{name}={text}; --only {name}=VALUE,VALUE keeps values of a grid"
+            )
     elif head not in parts:
         raise SpecError(
             f"{source}: unknown key {name!r}; {key_choices(name, [*parts, *TRIAL_NAMES])}"
@@ -237,6 +266,22 @@ def _apply_option(document: Document, option: str) -> None:
     else:
         keys = (head,)
     document.set_value(keys, value, source)
+    return {name.rpartition(".")[2]: value}
+
+
+def _relative_names(value: Any, key: str = "") -> Iterator[str]:
+    """Every `folder:<path>` and every name of a model in plain data that is no absolute path."""
+    if isinstance(value, str):
+        before, path = split_name(value)
+        is_model = key in ("backbone", "generator") and value != EMBEDDED[key]
+        if (is_model or before == "folder:") and not path.startswith(("/", "~")):
+            yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _relative_names(item, key)
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _relative_names(item, name)
 
 
 def only_values(spec: SweepSpec, only: Sequence[str]) -> dict[str, list[Any]]:
@@ -252,6 +297,7 @@ def only_values(spec: SweepSpec, only: Sequence[str]) -> dict[str, list[Any]]:
         if key not in spec.grid:
             raise SpecError(
                 f"{source}: {key!r} is not a key of the grid; {allowed_choices(key, spec.grid)}"
+                f"{_only_hint(spec, key, text)}"
             )
         for item in parse(f"[{text}]", source).value:
             value = validate(Document(source=source, value=item), value_type(key))
@@ -264,6 +310,16 @@ def only_values(spec: SweepSpec, only: Sequence[str]) -> dict[str, list[Any]]:
                 f"{source}: the option has no value; allowed: {key}=VALUE or {key}=VALUE,VALUE"
             )
     return selected
+
+
+def _only_hint(spec: SweepSpec, key: str, text: str) -> str:
+    """The end of the message for a key that is not in the grid."""
+    of_value = [name for name, values in spec.grid.items() if key in map(str, values)]
+    if of_value and not text:
+        return f"; did you mean --only {of_value[0]}={key}?"
+    if text and key in (*TRIAL_NAMES, *SweepFile.__dataclass_fields__):
+        return f"; --only keeps values of the grid, --set {key}={text} changes a setting"
+    return ""
 
 
 def _select(spec: SweepSpec, only: Sequence[str]) -> SweepSpec:
@@ -281,11 +337,6 @@ def _select(spec: SweepSpec, only: Sequence[str]) -> SweepSpec:
 
 
 def _sweep_spec(document: Document, file: SweepFile) -> SweepSpec:
-    if "method" not in {**file.grid, **file.fixed}:
-        raise document.error(
-            (),
-            f"`method` is missing; set it under grid or fixed; allowed: {', '.join(METHODS)}",
-        )
     parts = {name: value for name, value in vars(file).items() if name != "tracking"}
     return SweepSpec(
         **parts,
@@ -293,6 +344,7 @@ def _sweep_spec(document: Document, file: SweepFile) -> SweepSpec:
         question=_question(document.text),
         source=document.source,
         text=document.text,
+        document=document,
     )
 
 
@@ -313,77 +365,23 @@ def _question(text: str) -> str:
 # ---------------------------------------------------------------- consistency
 
 MAX_CELLS = 10_000
+MAX_POINTS = 10_000  # of sampler grid in a cell
+MAX_TRIALS = 100_000
 
 
-def _check_consistency(document: Document, spec: SweepSpec) -> None:
-    """Check for settings that are valid on their own but contradict each other.
+def _conflicting_keys(document: Document) -> Iterator[SpecError]:
+    """Keys that another part of the file or the method under fixed sets.
 
-    Raises:
-        SpecError: the first contradiction, with its position in the document.
+    These conflicts depend on no other setting, so they are reported with wrong values as well.
     """
-    _check_exclude(document, spec)
-    _check_repeated_keys(document, spec)
-    for path, key in _settings(spec):
-        if path[0] != "overrides":
-            _check_pinned_key(document, path, key, spec.methods)
-    size = math.prod(len(values) for values in spec.grid.values())
-    if size > MAX_CELLS:
-        raise document.key_error(
-            ("grid",), f"the grid has {size:,} cells; allowed: up to {MAX_CELLS:,}"
-        )
-    if next(combinations(spec), None) is None:
-        raise document.key_error(
-            ("exclude",),
-            "every combination of the grid is excluded; allowed: entries that leave a cell",
-        )
-    _check_overrides(document, spec)
-    if not has_fitting_cell(spec):
-        part = "grid" if "method" in spec.grid else "fixed"
-        raise document.error((part, "method"), needs_labels_message(spec.methods))
-    cells = cells_of(spec)
-    for key in spec.grid:
-        if not any(key in cell.chosen for cell in cells):
-            raise document.key_error(
-                ("grid", key),
-                "the key has no effect, because lora is off in every cell; "
-                "allowed: with lora on in at least one cell",
-            )
-    for cell in cells:
-        _check_cell(document, spec, cell)
-    if spec.search:
-        _check_search(document, spec, spec.search, cells)
-
-
-def _check_exclude(document: Document, spec: SweepSpec) -> None:
-    for i, entry in enumerate(spec.exclude):
-        for key, value in entry.items():
-            if key not in spec.grid:
-                raise document.key_error(
-                    ("exclude", i, key),
-                    f"{key} is not a key of the grid; {allowed_choices(key, spec.grid)}",
-                )
-            if value not in spec.grid[key]:
-                allowed = allowed_choices(value, spec.grid[key])
-                raise document.error(
-                    ("exclude", i, key), f"{short_value(value)} is not in grid.{key}; {allowed}"
-                )
-
-
-def _settings(spec: SweepSpec) -> Iterable[tuple[Keys, str]]:
-    """The path and the key of every setting."""
-    # A message about a repeated key points at the later path. Options set keys under fixed.
-    yield from ((("grid", key), key) for key in spec.grid)
-    yield from ((("search", "space", d.key), d.key) for d in spec.space)
-    for i, entry in enumerate(spec.overrides):
-        yield from ((("overrides", i, "set", key), key) for key in entry.set)
-    yield from ((("fixed", key), key) for key in spec.fixed)
-
-
-def _check_repeated_keys(document: Document, spec: SweepSpec) -> None:
+    fixed, vary = document.section(("fixed",)), document.section(("seeds",)).get("vary")
+    method = None if document.section(("grid",)).get("method") else fixed.get("method")
+    pins = METHODS[method].pins if isinstance(method, str) and method in METHODS else {}
+    varied = vary if isinstance(vary, list) else Seeds.vary
     first: dict[str, Keys] = {}
-    for path, key in _settings(spec):
-        if key in spec.seeds.vary:
-            raise document.key_error(
+    for path, key in _settings(document):
+        if key in varied:
+            yield document.key_error(
                 path,
                 "`seeds` already varies this key; allowed: its values there, such as "
                 "`seeds: [1, 2, 3]`",
@@ -392,74 +390,137 @@ def _check_repeated_keys(document: Document, spec: SweepSpec) -> None:
         is_option = document.key_positions.get(path, "").startswith("--set ")
         if key in first and (first[key][0] != "overrides" or is_option):
             other = dotted_path(first[key][:-1])
-            raise document.key_error(
-                path, f"the key is also set under {other}; allowed: one of the two"
+            hint = ""
+            if is_option and other == "grid":
+                value = document.value_at(path)
+                hint = f"; to run one value of the grid, give --only {key}={value}"
+            yield document.key_error(
+                path, f"the key is also set under {other}; allowed: one of the two{hint}"
             )
         first.setdefault(key, path)
+        if key in pins:  # of methods in the grid there is a note
+            free = [name for name, other in METHODS.items() if key not in other.pins]
+            yield document.key_error(
+                path,
+                f"{method} pins this key ({short_value(pins[key])}); allowed: remove the key, or "
+                f"use a method that does not pin it: {', '.join(free)}",
+            )
 
 
-def _check_pinned_key(document: Document, path: Keys, key: str, methods: Iterable[str]) -> None:
-    """
-    Args:
-        methods: of the cells that the setting at `path` applies to.
-    """
-    pins = {name: METHODS[name].pins for name in methods}
-    if all(key in pinned for pinned in pins.values()):
-        values = ", ".join(f"{name}: {short_value(pinned[key])}" for name, pinned in pins.items())
-        free = [name for name, method in METHODS.items() if key not in method.pins]
-        where = "where the condition holds" if path[0] == "overrides" else "of this sweep"
-        raise document.key_error(
-            path,
-            f"every method {where} pins this key ({values}); allowed: remove the key, or "
-            f"add a method that does not pin it: {', '.join(free)}",
+def _settings(document: Document) -> Iterator[tuple[Keys, str]]:
+    """The path and the key of every setting."""
+    # A message about a repeated key points at the later path. Options set keys under fixed.
+    overrides = document.section(()).get("overrides")
+    entries = overrides if isinstance(overrides, list) else []
+    paths: list[Keys] = [("grid",), ("search", "space")]
+    paths += [*(("overrides", i, "set") for i in range(len(entries))), ("fixed",)]
+    for path in paths:
+        allowed = TRIAL_NAMES if len(path) == 1 else TRIAL_KEYS  # these have no method
+        yield from (((*path, key), key) for key in document.section(path) if key in allowed)
+
+
+def _contradictions(spec: SweepSpec) -> Iterator[SpecError]:
+    """Settings that are valid on their own but contradict each other."""
+    document = spec.document
+    yield from _exclude_errors(spec)
+    size = math.prod(len(values) for values in spec.grid.values())
+    if size > MAX_CELLS:
+        yield document.key_error(
+            ("grid",), f"the grid has {size:,} cells; allowed: up to {MAX_CELLS:,}"
+        )
+        return
+    if next(combinations(spec), None) is None:
+        yield document.key_error(
+            ("exclude",),
+            "every combination of the grid is excluded; allowed: entries that leave a cell",
+        )
+        return
+    yield from _override_errors(spec)
+    if not has_fitting_cell(spec):
+        part = "grid" if "method" in spec.grid else "fixed"
+        yield document.error((part, "method"), needs_labels_message(spec.methods))
+        return
+    cells = cells_of(spec)
+    for key in spec.grid:
+        if key.startswith("lora.") and all(cell.flat.get("lora", True) is None for cell in cells):
+            yield document.key_error(
+                ("grid", key),
+                "the key has no effect, because lora is off in every cell; "
+                "allowed: with lora on in at least one cell",
+            )
+    for cell in cells:
+        yield from _cell_errors(document, cell)
+    in_search = [*_search_errors(spec, spec.search, cells)] if spec.search else []
+    yield from in_search
+    if in_search:
+        return
+    enumerated = spec.search if spec.search and spec.search.sampler == "grid" else None
+    points = sum(point_count(cell, enumerated) for cell in cells)
+    if (trials := points * len(spec.seeds.values)) > MAX_TRIALS:
+        yield document.key_error(
+            ("seeds",), f"the sweep has {trials:,} trials; allowed: up to {MAX_TRIALS:,}"
         )
 
 
-def _check_overrides(document: Document, spec: SweepSpec) -> None:
+def _exclude_errors(spec: SweepSpec) -> Iterator[SpecError]:
+    document = spec.document
+    for i, entry in enumerate(spec.exclude):
+        for key, value in entry.items():
+            if key not in spec.grid:
+                yield document.key_error(
+                    ("exclude", i, key),
+                    f"{key} is not a key of the grid; {allowed_choices(key, spec.grid)}",
+                )
+            elif value not in spec.grid[key] and key != "method":
+                allowed = allowed_choices(value, spec.grid[key])
+                yield document.error(
+                    ("exclude", i, key), f"{short_value(value)} is not in grid.{key}; {allowed}"
+                )
+
+
+def _override_errors(spec: SweepSpec) -> Iterator[SpecError]:
     unknown = {dimension.key: "which `search.space` lists" for dimension in spec.space}
     unknown |= dict.fromkeys(spec.seeds.vary, "which differs between the runs of a point")
-    methods: dict[int, dict[str, None]] = {i: {} for i in range(len(spec.overrides))}
-    for combination in combinations(spec):
-        for i in matching_overrides(spec, combination):
-            methods[i][(spec.fixed | combination)["method"]] = None
+    unmatched = set(range(len(spec.overrides)))
+    for every in (spec, with_every_method(spec)):  # the second is large
+        entries = combinations(every) if unmatched else ()
+        unmatched -= {i for entry in entries for i in matching_overrides(spec, entry)}
     for i, entry in enumerate(spec.overrides):
-        path: Keys = ("overrides", i)
+        when: Keys = ("overrides", i, "when")
         for name in names_of(entry.when):
             if name in unknown:
-                raise document.error(
-                    (*path, "when"),
+                yield spec.document.error(
+                    when,
                     f"the condition depends on {name}, {unknown[name]}; "
                     "allowed: keys with one value in a cell",
                 )
-        if not methods[i]:
-            raise document.error(
-                (*path, "when"),
+        if i in unmatched:
+            yield spec.document.error(
+                when,
                 "the condition holds in no cell; allowed: values that the grid or fixed has",
             )
-        for key in entry.set:
-            _check_pinned_key(document, (*path, "set", key), key, methods[i])
 
 
-def _check_cell(document: Document, spec: SweepSpec, cell: Cell) -> None:
+def _cell_errors(document: Document, cell: Cell) -> Iterator[SpecError]:
     flat = cell.flat
 
     def error(key: str, message: str) -> SpecError:
         path = next(
             path
-            for path, name in _settings(spec)
+            for path, name in _settings(document)
             if name == key and (path[0] != "overrides" or path[1] == cell.overridden.get(key))
         )
         return document.key_error(path, message)
 
     if flat["paradigm"] == "ul" and "labelled" in _values_in(cell, "supervision"):
-        raise error(
+        yield error(
             "supervision",
             f"supervision is labelled in {cell.id}, but paradigm ul has no labelled images; "
             "allowed: paradigm ssl or trzsl, or supervision pseudo",
         )
     other = flat["test_dataset"]
     if flat["paradigm"] == "trzsl" and other not in (None, flat["dataset"]):
-        raise error(
+        yield error(
             "test_dataset",
             f"paradigm trzsl in {cell.id} needs seen and unseen classes, which {other} does not "
             "have; allowed: paradigm ul or ssl",
@@ -471,7 +532,7 @@ def _check_cell(document: Document, spec: SweepSpec, cell: Cell) -> None:
         return
     for key in IMAGE_COUNTS[source]:
         if 1 in _values_in(cell, key):
-            raise error(
+            yield error(
                 key,
                 f"{key} is 1 in {cell.id}, but auxiliary.kind lda needs two or more images of each "
                 "class; allowed: >= 2, or auxiliary.kind prototype, knn, cache or linear_probe",
@@ -492,42 +553,30 @@ def _values_in(cell: Cell, key: str) -> set[Any]:
     return {cell.flat[key]} | searched
 
 
-def _check_search(
-    document: Document, spec: SweepSpec, search: Search, cells: tuple[Cell, ...]
-) -> None:
-    searched = {dimension.key for dimension in search.space}
+def _search_errors(spec: SweepSpec, search: Search, cells: tuple[Cell, ...]) -> Iterator[SpecError]:
+    document = spec.document
     for dimension in search.space:
-        path: Keys = ("search", "space", dimension.key)
-        for name in names_of(dimension.when) if dimension.when else ():
-            values = {lookup(cell.flat, name) for cell in cells}
-            if name in spec.seeds.vary:
-                raise document.error(
-                    (*path, "when"),
-                    f"the condition depends on {name}, which differs between the runs of a point; "
-                    "allowed: keys that `seeds` does not vary",
-                )
-            if name not in searched and len(values) == 1:
-                raise document.error(
-                    (*path, "when"),
-                    f"the condition has no effect: {name} is {short_value(values.pop())} in "
-                    "every cell and is not searched; "
-                    "allowed: keys of search.space and keys that differ between cells",
-                )
-        if not any(dimension in cell.space for cell in cells):
-            raise document.key_error(
-                path, "the key is never searched: `when` does not hold in any cell"
-            )
         if search.sampler == "grid" and dimension.values is None:
-            raise document.key_error(
-                path,
+            yield document.key_error(
+                ("search", "space", dimension.key),
                 "sampler grid cannot enumerate a range; "
                 "allowed: `values`, or sampler tpe or random",
             )
+        if error := next(_condition_errors(spec, dimension, cells), None):
+            yield error
+    if search.sampler == "grid":
+        sizes = (math.prod(len(d.values or ()) for d in cell.space) for cell in cells)
+        if (size := max(sizes)) > MAX_POINTS:
+            yield document.key_error(
+                ("search", "space"),
+                f"sampler grid enumerates {size:,} combinations of values; allowed: up to "
+                f"{MAX_POINTS:,} in a cell, or sampler tpe or random",
+            )
     if search.pruning:
-        _check_pruning(document, search, cells)
+        yield from _pruning_errors(spec, search, search.pruning)
     for cell in cells:
         if search.objective == "validation_accuracy" and cell.flat["pool"] != "train":
-            raise document.error(
+            yield document.error(
                 ("search", "objective"),
                 f"the pool of {cell.id} contains the validation images "
                 f"(pool: {cell.flat['pool']}); "
@@ -535,31 +584,75 @@ def _check_search(
             )
 
 
-def _check_pruning(document: Document, search: Search, cells: tuple[Cell, ...]) -> None:
+def _condition_errors(
+    spec: SweepSpec, dimension: Dimension, cells: tuple[Cell, ...]
+) -> Iterator[SpecError]:
+    """Reasons why a dimension is never searched; the later ones can follow from the first."""
+    path: Keys = ("search", "space", dimension.key)
+    when, document = (*path, "when"), spec.document
+    searched = {dimension.key for dimension in spec.space}
+    names = names_of(dimension.when) if dimension.when else ()
+    for name in names:
+        if name in spec.seeds.vary:
+            yield document.error(
+                when,
+                f"the condition depends on {name}, which differs between the runs of a point; "
+                "allowed: keys that `seeds` does not vary",
+            )
+        first = lookup(cells[0].flat, name)
+        if name not in searched and not any(
+            lookup(cell.flat, name) != first for cell in chain(cells, possible_cells(spec))
+        ):
+            yield document.error(
+                when,
+                f"the condition has no effect: {name} is {short_value(first)} in "
+                "every cell and is not searched; "
+                "allowed: keys of search.space and keys that differ between cells",
+            )
+    if not any(dimension in cell.space for cell in chain(cells, possible_cells(spec))):
+        yield document.key_error(
+            path, "the key is never searched: `when` does not hold in any cell"
+        )
+    searching = [cell for cell in cells if dimension in cell.space]
+    different = {repr([lookup(cell.flat, name) for name in names]): cell for cell in searching}
+    if (
+        dimension.when
+        and searching
+        and not any(can_hold(dimension.when, cell) for cell in different.values())
+    ):
+        yield document.error(
+            when,
+            "the condition holds at no point of the search space; "
+            "allowed: values that search.space, grid or fixed has",
+        )
+
+
+def _pruning_errors(spec: SweepSpec, search: Search, pruning: Pruning) -> Iterator[SpecError]:
+    document, path = spec.document, ("search", "pruning")
+    if pruning.rule != "halving" and "keep" in document.value_at(path):
+        yield document.key_error(
+            (*path, "keep"),
+            f"rule {pruning.rule} does not use `keep`; allowed: rule halving",
+        )
+    if search.width == 1 and pruning.rule == "halving":
+        yield document.key_error(
+            path,
+            "rule halving compares the points of a round, but `width` is 1; "
+            "allowed: `width: 2` or more",
+        )
     if any(dimension.key == "iterations" for dimension in search.space):
-        raise document.key_error(
+        yield document.key_error(
             ("search", "space", "iterations"),
             "pruning compares points with the same number of iterations, so `iterations` cannot be "
             "searched; allowed with search.pruning: `iterations` under grid or fixed",
         )
-    if search.pruning and search.pruning.rule != "halving":
-        pruning = ("search", "pruning")
-        if "keep" in document.value_at(pruning):
-            raise document.key_error(
-                (*pruning, "keep"),
-                f"rule {search.pruning.rule} does not use `keep`; allowed: rule halving",
-            )
-    longest = max((cell.flat["iterations"] for cell in cells if cell.space), default=0)
-    for i, rung in enumerate(search.rungs):
-        if rung >= longest:
-            raise document.error(
-                ("search", "pruning", "rungs", i),
+        return
+    searching = [cell for cell in possible_cells(spec) if cell.space]
+    longest = max((cell.flat["iterations"] for cell in searching), default=None)
+    for i, rung in enumerate(pruning.rungs):
+        if longest is not None and rung >= longest:
+            yield document.error(
+                (*path, "rungs", i),
                 f"pruning after {rung} iterations has no effect, because no searched cell has more "
                 f"than {longest} iterations; allowed: < {longest}",
             )
-    if search.width == 1 and search.pruning and search.pruning.rule == "halving":
-        raise document.key_error(
-            ("search", "pruning"),
-            "rule halving compares the points of a round, but `width` is 1; "
-            "allowed: `width: 2` or more",
-        )

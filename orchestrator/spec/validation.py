@@ -1,4 +1,4 @@
-"""Validate a YAML document against a pydantic type; an error is one line with its position.
+"""Validate a YAML document against a pydantic type; each error is one line with its position.
 
 The allowed values in a message come from the JSON schema of the same type. This module does not
 depend on the sweep format.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, TypeVar
 
 from pydantic import (
@@ -29,6 +29,7 @@ from orchestrator.spec.marked_yaml import (
     Keys,
     SpecError,
     allowed_choices,
+    dotted_path,
     short_value,
     suggestion,
 )
@@ -67,22 +68,35 @@ LINE = Annotated[
 Version = Annotated[Whole, Field(ge=1, le=1), WithJsonSchema({"const": 1})]
 
 
-def validate(document: Document, adapter: TypeAdapter[T]) -> T:
+def validate(document: Document, adapter: TypeAdapter[T], also: Iterable[SpecError] = ()) -> T:
     """The document's value as an instance of a type.
 
+    Args:
+        also: errors to report together with those of the value.
+
     Raises:
-        SpecError: the value is invalid; the message has its position and the allowed values.
+        SpecError: the value is invalid; the message has the positions and the allowed values.
     """
     try:
         return adapter.validate_python(document.value)
     except ValidationError as problem:
-        raise _spec_error(document, problem, schema_of(adapter)) from None
+        errors = _spec_errors(document, problem, schema_of(adapter))
+        wrong = {error.keys[:depth] for error in errors for depth in range(len(error.keys) + 1)}
+        raise joined([*errors, *(error for error in also if error.keys not in wrong)]) from None
 
 
 def validation_error(message: str, *loc: str | int) -> ValidationError:
     """An error for validators to raise; `loc` is the path to the invalid part of their value."""
-    line: Any = {"type": "value_error", "loc": loc, "input": None, "ctx": {"error": message}}
-    return ValidationError.from_exception_data("", [line])
+    return validation_errors({loc: message})
+
+
+def validation_errors(messages: Mapping[Keys, str]) -> ValidationError:
+    """Errors for validators to raise, by the path to the invalid part of their value."""
+    lines: list[Any] = [
+        {"type": "value_error", "loc": loc, "input": None, "ctx": {"error": message}}
+        for loc, message in messages.items()
+    ]
+    return ValidationError.from_exception_data("", lines)
 
 
 def error_message(adapter: TypeAdapter[Any], value: Any) -> str:
@@ -97,23 +111,99 @@ def error_message(adapter: TypeAdapter[Any], value: Any) -> str:
 UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 
 
-def _spec_error(document: Document, problem: ValidationError, schema: Schema) -> SpecError:
-    """The error with the longest path: each member of a union reports an error."""
-    errors = [(_document_path(document, error), error) for error in problem.errors()]
-    keys, error = max(errors, key=lambda entry: len(entry[0]))
+MOST = 10  # mistakes in a message
+
+
+def joined(errors: Iterable[SpecError]) -> SpecError:
+    """One error with the first line of each place, in the order of the document."""
+    first: dict[Keys, str] = {}
+    for error in errors:
+        first.setdefault(error.keys, str(error))
+    messages = sorted(first.values(), key=_line_and_column)
+    more = [f"and {len(messages) - MOST} more mistakes"] if len(messages) > MOST else []
+    return SpecError("\n".join([*messages[:MOST], *more]))
+
+
+def _spec_errors(document: Document, problem: ValidationError, schema: Schema) -> list[SpecError]:
+    """An error for each key with a mistake.
+
+    Of the errors within a key, the one with the longest path: each member of a union reports one.
+    """
+    longest: dict[Keys, tuple[Keys, ErrorDetails]] = {}
+    for error in problem.errors():
+        keys = _document_path(document, error)
+        missing = error["loc"][-1:] if error["type"] == "missing" else ()
+        # The values of `fixed` and `grid` are two levels deep, those of `search.space` three.
+        depth = 3 if keys[:1] in (("search",), ("overrides",)) else 2
+        place = (*keys, *missing)[:depth]
+        if place not in longest or len(keys) > len(longest[place][0]):
+            longest[place] = keys, error
+    places = [
+        p for p in longest if not any(p == other[: len(p)] for other in longest if other != p)
+    ]
+    return [_spec_error(document, *longest[place], schema) for place in places]
+
+
+def _line_and_column(message: str) -> list[int]:
+    found = re.match(r".*?:(\d+):(\d+): ", message)
+    return [int(number) for number in found.groups()] if found else []
+
+
+def _spec_error(document: Document, keys: Keys, error: ErrorDetails, schema: Schema) -> SpecError:
+    if keys and (message := _section_message(document, keys, schema)):
+        return document.key_error(keys, message)
     if error["type"] in UNKNOWN or error["loc"][-1:] == ("[key]",):
+        if others := _other_places(schema, keys):
+            return document.key_error(keys, f"unknown key here; allowed {others}")
         allowed = key_choices(str(keys[-1]), _keys(_part(schema, keys[:-1])))
         return document.key_error(keys, f"unknown key; {allowed}")
     part = _part(schema, keys)
     if error["type"] == "missing":
         allowed = ", ".join(_keys(part))
-        return document.error(keys, f"`{error['loc'][-1]}` is missing; keys here: {allowed}")
+        name = str(error["loc"][-1])
+        missing = document.error(keys, f"`{name}` is missing; keys here: {allowed}")
+        return SpecError(str(missing), (*keys, name))
     value = document.value_at(keys)
     if error["type"] == "value_error":  # the error of a section points at its key
         error_at = document.key_error if isinstance(value, dict) else document.error
         return error_at(keys, str(error["ctx"]["error"]))
     allowed = allowed_values(part) + suggestion(str(value), map(str, _enum_values(part)))
+    if keys[:1] == ("fixed",) and isinstance(value, list):
+        allowed += "; a list of values is allowed under grid"
     return document.error(keys, f"{short_value(value)} is not allowed; allowed: {allowed}")
+
+
+def _section_message(document: Document, keys: Keys, schema: Schema) -> str:
+    """The message for a mapping in place of keys with a dot; empty for any other value."""
+    if isinstance(keys[-1], int):  # a mapping in a list
+        keys = keys[:-1]
+    section, value = keys[-1], document.value_at(keys)
+    known = [name for name in _keys(_part(schema, keys[:-1])) if name.startswith(f"{section}.")]
+    items = value if isinstance(value, list) else [value]
+    items = [item for item in items if isinstance(item, dict) and item]
+    if not known or not items:
+        return ""
+    inner = next(iter(items[0]))
+    name = f"{section}.{inner}"
+    if name not in known:
+        return f"unknown key {name}; {allowed_choices(name, known)}"
+    values = [item[inner] for item in items if inner in item]
+    is_axis = keys[:1] == ("grid",) and not isinstance(values[0], list)
+    wanted = f"{name}: {short_value(values if is_axis else values[0])}"
+    return f"the settings of {section} are keys with a dot; write `{wanted}`"
+
+
+def _other_places(schema: Schema, keys: Keys) -> str:
+    """The sections above and below an unknown key that allow it."""
+    *above, key = keys
+    ancestors: list[Keys] = [tuple(above[:depth]) for depth in range(len(above))]
+    found = [dotted_path(path) for path in ancestors if key in _keys(_part(schema, path))]
+    here = _part(schema, tuple(above))
+    for name in _keys(here):
+        names = _keys(_part(here, (name,)))
+        if any(each == key or each.startswith(f"{key}.") for each in names):
+            found.append(dotted_path((*above, name)))
+    return ", ".join(f"under {path}" if path else "at the top of the file" for path in found)
 
 
 def _document_path(document: Document, error: ErrorDetails) -> Keys:
@@ -232,7 +322,7 @@ def key_choices(word: str, names: Iterable[str]) -> str:
     section = [name for name in names if name.startswith(f"{head}.")]
     if len(names) < 20:
         return allowed_choices(word, names)
-    if "." in word and section:
-        return allowed_choices(word, section)
+    if section:
+        return allowed_choices(word, section) if word != head else f"allowed: {', '.join(section)}"
     short = dict.fromkeys(re.sub(r"\..*", ".*", name) for name in names)
     return f"allowed: {', '.join(short)}{suggestion(word, names) or suggestion(head, names)}"

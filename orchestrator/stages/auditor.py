@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,9 @@ def make_card(
         test_images=len(test),
         test_cosine=_rounded(table.test_cosine.max()),
         kept=_kept(images, logits),
-        classes=[_class_line(str(name), lines) for name, lines in _by_class(table)],
+        classes=[
+            _class_line(str(name), lines) for name, lines in table.groupby("classname", sort=False)
+        ],
         flagged=flagged,
     )
     return card, _sheet(card, table, result, row, worker)
@@ -280,10 +282,6 @@ def _kept(images: ImageSet, logits: Tensor) -> dict[str, int]:
     return {name: len(credible(bank, settings, logits[read])) for name, settings in filters.items()}
 
 
-def _by_class(table: DataFrame) -> Iterable[tuple[Any, DataFrame]]:
-    return table.groupby("classname", sort=False)  # type: ignore[no-any-return]
-
-
 def _class_line(classname: str, images: DataFrame) -> dict[str, Any]:
     by_margin = images.dropna(subset="margin").sort_values(["margin", "index"])["index"].tolist()
     median = _quantiles(images.margin, 0.5)
@@ -306,6 +304,8 @@ def _sheet(
 ) -> bytes:
     """The facts; below them the best, worst and flagged images, and the pairs most alike."""
     best_first = table.dropna(subset="margin").sort_values("margin", ascending=False, kind="stable")
+    worst = best_first[::-1][:PER_LINE]
+    flagged = table[table.flagged & ~table.index.isin(worst.index)].sort_values("margin")
     copies = {fault.image for fault in result.findings if fault.reason == "test copy"}
     duplicates = {
         fault.image: fault.other for fault in result.findings if fault.reason == "duplicate"
@@ -313,8 +313,8 @@ def _sheet(
     twins = table.assign(twin=[duplicates.get(i, j) for i, j in table.twin.items()])
     lines = {
         "best\none per class": _margins(best_first.groupby("classname").head(1)[:PER_LINE]),
-        "worst\nsmallest margin": _margins(best_first[::-1][:PER_LINE]),
-        "flagged\nother than worst": _margins(_other_flagged(table, best_first[::-1][:PER_LINE])),
+        "worst\nsmallest margin": _margins(worst),
+        "flagged\nother than worst": _margins(flagged[:PER_LINE]),
         "most alike\npairs in a class": _pairs(twins, "twin", "twin_cosine", {*duplicates}),
         "nearest test\ndrawn, test image": _pairs(table, "test", "test_cosine", copies),
     }
@@ -357,10 +357,6 @@ def _margins(images: DataFrame) -> list[Shown]:
         )
         for i, image in images.iterrows()
     ]
-
-
-def _other_flagged(table: DataFrame, worst: DataFrame) -> DataFrame:
-    return table[table.flagged & ~table.index.isin(worst.index)].sort_values("margin")[:PER_LINE]
 
 
 def _pairs(table: DataFrame, other: str, cosine: str, flagged: set[int]) -> list[Shown]:

@@ -20,6 +20,7 @@ from orchestrator.planning.cards import (
     rows_of_sweep,
     stored_card,
 )
+from orchestrator.planning.requests import run_command
 from orchestrator.spec import SweepSpec
 from orchestrator.store import SweepLocation
 
@@ -49,7 +50,8 @@ def audit_cards(
     if complete != rows:
         log.warning(
             "some images or denoising errors are not made yet, and the audit leaves them out; "
-            "`airsweep prepare` makes them"
+            "`%s` makes them",
+            run_command(location, command="prepare"),
         )
     for row in complete:
         card = stored_card(row, location)

@@ -5,7 +5,9 @@ This module does not depend on sweeps or clusters. Images are drawn in `image_ro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -18,10 +20,11 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from air_core.classifiers import text_classifier
-from air_core.datasets import Examples
-from air_core.datasets.images import BAD_SHARE, Unreadable
+from air_core.datasets import Examples, get_dataset
+from air_core.datasets.images import BAD_SHARE, ImageFiles, Unreadable, too_many_unreadable
 from air_core.diffusion import text_of
 from air_core.diffusion.lora import square, train_lora
+from air_core.diffusion.pipeline import LORA_FILE
 from air_core.lora_labels import class_agreement, lora_images, pool_classifier
 from air_core.paradigms import make_split
 from air_core.specs import FeaturesSpec, LabelsSpec, LoraSpec, SplitSettings
@@ -29,12 +32,13 @@ from air_core.types import Batch, Labelled, Split
 from orchestrator.planning.dataset_text import DatasetText, read_dataset_text
 from orchestrator.planning.resolve import images_folder
 from orchestrator.stages.context import WorkerContext
-from orchestrator.stages.image_rows import read_synthetic
+from orchestrator.stages.image_rows import lora_before, read_synthetic
 from orchestrator.store import ArtifactStore
 from orchestrator.store.artifacts import Artifact
 
 PARTS = ("train", "val", "test", "free", "bad")
-CHUNK = 512  # images that are decoded before they are encoded
+CHUNK = 512  # images between two reports of progress
+LISTED = 100  # unreadable images whose names are recorded
 
 
 # ---------------------------------------------------------------- features
@@ -60,29 +64,62 @@ def build_features(
 
     def encode(examples: Examples, folder: Path) -> dict[str, Any]:
         parts = np.array([PARTS.index(part) for part in examples.parts], dtype=np.int8)
-        rows, bad = [], []
+        rows: list[np.ndarray] = []
+        bad: dict[int, str] = {}  # reason by position
         for start in range(0, len(examples.images), CHUNK):
-            images = []
-            for i in range(start, min(start + CHUNK, len(examples.images))):
-                try:
-                    images.append(examples.images[i])
-                except Unreadable as problem:
-                    bad.append(str(problem))
-                    parts[i] = PARTS.index("bad")
-                    images.append(Image.new("RGB", (8, 8)))
-            rows.append(worker.encode(images, spec))
+            positions = range(len(parts))[start : start + CHUNK]
+            rows.append(worker.encode(_Readable(examples.images, positions, bad), spec))
             if report is not None:
-                report(start + len(images), len(examples.images))
-        if len(bad) > BAD_SHARE * len(parts):
-            raise ValueError(
-                f"{len(bad)} of {len(parts)} images cannot be read; {'; '.join(bad[:3])}"
-            )
+                report(positions.stop, len(parts))
+        parts[list(bad)] = PARTS.index("bad")
+        name, problems = spec.dataset.name, list(bad.values())
+        if problem := too_many_unreadable(name, problems, len(parts), BAD_SHARE):
+            raise ValueError(f"{problem}; `airsweep data check {name}` opens all")
         arrays = {"features": np.concatenate(rows), "labels": examples.labels, "parts": parts}
         save_file(arrays, folder / "features.safetensors")
         counts = {"images": len(parts) - len(bad), "unreadable": len(bad), "batch": worker.batch}
-        return counts | asdict(read_dataset_text(spec, worker.store))
+        unused = _unused(examples, bad) | {"skipped": get_dataset(spec.dataset.name).skipped()}
+        text = asdict(read_dataset_text(spec, worker.store))
+        return counts | {name: value for name, value in unused.items() if value} | text
 
     return worker.store.get_or_build(spec, build)
+
+
+@dataclass(frozen=True)
+class _Readable(Sequence[Image.Image]):
+    """Some images, opened on access: a photograph takes 50 MB. Unreadable ones are blank."""
+
+    images: Sequence[Image.Image]
+    positions: range
+    bad: dict[int, str]  # receives the reasons, by position
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return replace(self, positions=self.positions[index])
+        position = self.positions[index]
+        try:
+            return self.images[position]
+        except Unreadable as problem:
+            self.bad[position] = str(problem)
+            return Image.new("RGB", (8, 8))
+
+
+def _unused(examples: Examples, bad: Mapping[int, str]) -> dict[str, Any]:
+    """Paths below the dataset's folder and reasons of the first unreadable images."""
+    if not isinstance(examples.images, ImageFiles):
+        return {}
+    files = examples.images.files
+    return {
+        "unreadable_files": {
+            str(files[i].relative_to(examples.images.home)): why.removeprefix(
+                f"{files[i]} cannot be read: "
+            )
+            for i, why in itertools.islice(bad.items(), LISTED)
+        }
+    }
 
 
 @dataclass(frozen=True)
@@ -173,33 +210,28 @@ def build_labels(spec: LabelsSpec, worker: WorkerContext) -> Artifact:
         # The record contains the accuracy; nothing else reads these true labels.
         right = (target.labels[index] == labels).double().mean().item()
         info = {"images": len(index), "accuracy": right}
+        if spec.images is not None:
+            info["kept"] = _share_kept(index.numpy(), labels.numpy(), spec, worker.store)
         if errors is None:
             return info
         classifier = pool_classifier(text, pool, split.unseen, synthetic, errors)
         agreement = class_agreement(classifier, pool).tolist()
         positions = range(len(agreement)) if split.unseen is None else split.unseen.tolist()
         names = [dataset.classnames[c] for c in positions]
-        before = load_file(worker.store.get(labels_before(spec)).path / "labels.safetensors")
-        return info | {
-            "kept": _share_kept(index.numpy(), labels.numpy(), before),
-            "agreement": {n: round(share, 3) for n, share in zip(names, agreement, strict=True)},
-        }
+        shares = {n: round(share, 3) for n, share in zip(names, agreement, strict=True)}
+        return info | {"agreement": shares}
 
     return worker.store.get_or_build(spec, build)
 
 
-def labels_before(spec: LabelsSpec) -> LabelsSpec:
-    """The labels of the LoRA round before, whose evidence chooses these labels."""
-    assert spec.evidence is not None
-    assert spec.evidence.lora is not None
-    return spec.evidence.lora.labels
-
-
-def _share_kept(index: np.ndarray, labels: np.ndarray, before: dict[str, np.ndarray]) -> float:
-    """Share of the labelled images that had the same label in the round before."""
+def _share_kept(
+    index: np.ndarray, labels: np.ndarray, spec: LabelsSpec, store: ArtifactStore
+) -> float:
+    """Share of the images of both rounds that have the same label in both."""
+    before = load_file(store.get(lora_before(spec).labels).path / "labels.safetensors")
     now = set(zip(index.tolist(), labels.tolist(), strict=True))
     earlier = zip(before["index"].tolist(), before["labels"].tolist(), strict=True)
-    return len(now.intersection(earlier)) / len(now)
+    return len(now.intersection(earlier)) / max(len(now), len(before["index"]))
 
 
 def build_lora(
@@ -207,12 +239,19 @@ def build_lora(
 ) -> Artifact:
     """Train the LoRA adapters of a diffusion model on pseudo-labelled pool images.
 
+    If too few labels changed since the round before, its adapters are copied.
+
     Args:
         report: called with the step, the number of all steps and the loss.
     """
 
     def build(folder: Path) -> dict[str, Any]:
-        selected = load_file(worker.store.get(spec.labels).path / "labels.safetensors")
+        labels = worker.store.get(spec.labels)
+        if labels.record["info"].get("kept", 0.0) >= spec.enough_kept:
+            before = worker.store.get(lora_before(spec.labels)).path / LORA_FILE
+            shutil.copy(before, folder / LORA_FILE)
+            return {"copied": True}
+        selected = load_file(labels.path / "labels.safetensors")
         with worker.unchanged_examples(spec.labels.features.dataset) as examples:
             pixels = np.stack([square(examples.images[i], spec.size) for i in selected["index"]])
         classnames = read_dataset_text(spec.labels.features, worker.store).classnames

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -40,6 +40,9 @@ class WorkerContext:
     data_root: Path | None = None
     device: str = "cpu"
     batch: int = ENCODER_BATCH
+    # User and commit of the driver, as environment variables of the worker processes: these have
+    # no .git, may run as another user, and may have started before the sweep.
+    variables: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def with_smaller_batch(self, halvings: int) -> WorkerContext:
         """The same with fewer images in a pass, for a device that ran out of memory."""

@@ -18,17 +18,21 @@ from torch import Tensor
 from air_core.classifiers import text_classifier
 from air_core.diffusion.evidence import DenoisingScorer, candidate_classes
 from air_core.diffusion.lora import square
+from air_core.lora_labels import pool_classifier
 from air_core.seal import BLANK, sealed
 from air_core.specs import EvidenceSpec
 from orchestrator.errors import DamagedArtifact, MissingArtifact
 from orchestrator.planning.resolve import images_folder
 from orchestrator.stages.build import read_target
 from orchestrator.stages.context import WorkerContext
-from orchestrator.stages.image_rows import exclusive_shard, has_intact_shard
+from orchestrator.stages.image_rows import (
+    exclusive_shard,
+    has_intact_shard,
+    read_synthetic,
+    shard_before,
+)
 from orchestrator.store import ArtifactStore
 from orchestrator.store.rows import Row
-
-SUFFIX = ".safetensors"
 
 
 @dataclass
@@ -40,6 +44,7 @@ class BlockScorer:
     scorer: DenoisingScorer
     positions: Tensor  # (P,) in the dataset, in the order of the blocks
     logits: Tensor  # (P, C) of zero-shot CLIP
+    chosen: Tensor  # (P,) bool, whether an image is scored
     latents: dict[int, Tensor] = field(default_factory=dict)  # by block
 
     @staticmethod
@@ -54,8 +59,14 @@ class BlockScorer:
         text = text_classifier(backbone, target.text.classnames, target.text.template)
         pool, unseen = target.split.pool, target.split.unseen
         order = pool_order(spec, len(pool))
-        logits = text.logits(target.batch(pool[order]))
+        batch = target.batch(pool[order])
+        logits = text.logits(batch)
         classes = range(logits.shape[1]) if unseen is None else unseen.tolist()
+        chosen = torch.ones(len(pool), dtype=torch.bool)
+        if spec.images is not None:
+            bank = read_synthetic(spec.images, spec.images_per_class, worker.store, list(classes))
+            (by_text, by_images), _ = pool_classifier(text, batch, unseen, bank).predictions(batch)
+            chosen = by_text != by_images
         scorer = DenoisingScorer(
             images_folder(spec.model.name),
             spec.scoring,
@@ -65,10 +76,11 @@ class BlockScorer:
             scale=spec.lora_scale,
             device=worker.device,
         )
-        return BlockScorer(spec, worker, scorer, pool[order], logits[:, list(classes)])
+        return BlockScorer(spec, worker, scorer, pool[order], logits[:, list(classes)], chosen)
 
     def errors(self, block: int, draw: int, earlier: np.ndarray | None) -> np.ndarray:
-        """(B, C) errors of one draw of a block; NaN for classes that are no candidates."""
+        """(B, C) errors of one draw of a block; NaN for images that are not scored and classes that
+        are no candidates."""
         images = slice(block * self.spec.block_size, (block + 1) * self.spec.block_size)
         positions = self.positions[images]
         if block not in self.latents:
@@ -77,6 +89,7 @@ class BlockScorer:
             self.latents[block] = self.scorer.latents(torch.from_numpy(np.stack(pixels)))
         scoring = self.spec.scoring
         candidates = candidate_classes(self.logits[images], scoring.top, earlier, scoring.prune_to)
+        candidates &= self.chosen[images, None]
         found = self.scorer.errors(self.latents[block], positions.tolist(), draw, candidates)
         return np.asarray(found.numpy())
 
@@ -119,15 +132,17 @@ def build_evidence_block(
                 first_draws.append(_read(row, first, block))
         earlier = np.stack(first_draws)
     with exclusive_shard(row, draw, block, worker.store):
-        if has_intact_shard(row, draw, block, SUFFIX, worker.store):
+        if has_intact_shard(row, draw, block, worker.store):
             return counts
-        loaded = scorer()
-        started = time.monotonic()
-        errors = loaded.errors(block, draw, earlier)
-        counts["on_device"] += time.monotonic() - started
-        counts["pairs"] += int(np.isfinite(errors).sum())
-        data = sealed(save({"errors": errors}, {"seal": BLANK}))
-        row.publish(draw, block, SUFFIX, data)
+        data = shard_before(spec, draw, block, worker.store)
+        if data is None:
+            loaded = scorer()
+            started = time.monotonic()
+            errors = loaded.errors(block, draw, earlier)
+            counts["on_device"] += time.monotonic() - started
+            counts["pairs"] += int(np.isfinite(errors).sum())
+            data = sealed(save({"errors": errors}, {"seal": BLANK}))
+        row.publish(draw, block, data)
     return counts
 
 
@@ -150,7 +165,7 @@ def read_evidence(
     pool = len(read_target(spec.features, spec.split, store).split.pool)
     images = min(pool, images or pool)
     row, blocks = store.row(spec), range(spec.blocks(images))
-    row.pull([(draw, block) for draw in range(draws) for block in blocks], SUFFIX)
+    row.pull([(draw, block) for draw in range(draws) for block in blocks])
     try:
         read = [
             np.concatenate([_read(row, draw, block) for block in blocks]) for draw in range(draws)
@@ -167,4 +182,4 @@ def read_evidence(
 
 
 def _read(row: Row, draw: int, block: int) -> np.ndarray:
-    return np.asarray(load(row.read(draw, block, SUFFIX))["errors"])
+    return np.asarray(load(row.read(draw, block))["errors"])

@@ -7,11 +7,13 @@ and a trial reads the first images of each class.
 from __future__ import annotations
 
 import io
-import itertools
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,16 +26,22 @@ from torch import Tensor
 from air_core.classifiers import text_classifier
 from air_core.datasets.images import open_png
 from air_core.diffusion import ImageGenerator, draw, image_seed, load_generator, text_of
+from air_core.diffusion.folder import FolderGenerator
 from air_core.seal import BLANK, sealed
-from air_core.specs import FolderImages, GeneratedImages, SyntheticFeaturesSpec
+from air_core.specs import (
+    EvidenceSpec,
+    FolderImages,
+    GeneratedImages,
+    LabelsSpec,
+    LoraSpec,
+    SyntheticFeaturesSpec,
+)
 from air_core.types import Batch, Labelled
 from orchestrator.errors import DamagedArtifact, MissingArtifact
 from orchestrator.planning.resolve import images_folder
 from orchestrator.stages.context import WorkerContext
 from orchestrator.store import ArtifactStore
-from orchestrator.store.rows import Row
-
-DEATHS = 2  # processes that a block may kill before it counts as failed
+from orchestrator.store.rows import DEATHS, Row
 
 
 def open_generator(
@@ -49,9 +57,8 @@ def open_generator(
         adapter = worker.store.get(images.lora).path
     folder = images_folder(images.model.name)
     generator = load_generator(images, folder, adapter, worker.device, thrift)
-    if isinstance(
-        images, FolderImages
-    ):  # after it has listed them: it notices later changes itself
+    # After the generator has listed the images: it notices later changes itself.
+    if isinstance(images, FolderImages):
         worker.check_ready_images(images.model)
     return generator
 
@@ -62,7 +69,7 @@ def build_image_block(
     block: int,
     worker: WorkerContext,
     generator: Callable[[], ImageGenerator],
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Draw one block of one class and encode it, unless the store has it.
 
     A block is one batch of fixed size. An image that is blank after all attempts of `draw` is
@@ -70,15 +77,40 @@ def build_image_block(
     sweeps; the second finds the block in the store.
 
     Returns:
-        Numbers of drawn images, redrawn images and holes, all 0 if the store had the images; and
-        the seconds of drawing and encoding on the device.
+        Numbers of drawn images, redrawn images and holes, all 0 if the store had the images; the
+        seconds of drawing and encoding on the device; and, as JSON, the files of ready images
+        that became holes.
 
     Raises:
         RuntimeError: the block has killed the last processes that drew it.
     """
     row = worker.store.open_row(spec.images)
     with exclusive_shard(row, class_index, block, worker.store):
-        return _build_block(spec, row, class_index, block, worker, generator)
+        drawn: dict[str, Any] = {"drawn": 0, "redrawn": 0, "holes": 0, "on_device": 0.0}
+        features = worker.store.open_row(spec)
+        encoded_before = features.has_shard(class_index, block)
+        shard = (class_index, block)
+        # The images are read only where their features are missing.
+        has_images = (
+            row.has_shard(*shard) if encoded_before else has_intact_shard(row, *shard, worker.store)
+        )
+        if not has_images:
+            data = shard_before(spec.images, *shard, worker.store)
+            if data is None:
+                table, drawn = _draw(spec.images, class_index, block, generator())
+                data = sealed(_parquet(table))
+            row.publish(class_index, block, data)
+        if not encoded_before:
+            data = row.read(class_index, block)
+            table = pq.read_table(io.BytesIO(data), columns=["image", "ok"])
+            images = [open_png(png) for png in table["image"].to_pylist()]
+            started = time.monotonic()
+            encoded_images = worker.encode(images, spec)
+            drawn["on_device"] += time.monotonic() - started
+            arrays = {"features": encoded_images, "ok": np.array(table["ok"].to_pylist())}
+            encoded = sealed(save(arrays, {"seal": BLANK}))
+            features.publish(class_index, block, encoded)
+        return drawn
 
 
 @contextmanager
@@ -91,55 +123,48 @@ def exclusive_shard(row: Row, index: int, block: int, store: ArtifactStore) -> I
     with (
         store.locks.exclusive(f"{row.key.digest}-{index}-{block}"),
         # Counted on disk: after each death the cluster would start another process, without end.
-        row.count_crashes(index, block, DEATHS) as deaths,
+        row.count_crashes(index, block) as deaths,
     ):
         if deaths >= DEATHS:
             raise RuntimeError(f"killed its process {deaths} times")
         yield
 
 
-def has_intact_shard(row: Row, index: int, block: int, suffix: str, store: ArtifactStore) -> bool:
+def has_intact_shard(row: Row, index: int, block: int, store: ArtifactStore) -> bool:
     """Whether a shard exists and can be read; a damaged one is set aside."""
-    if not row.has_shard(index, block, suffix):
+    if not row.has_shard(index, block):
         return False
     try:
-        row.read(index, block, suffix)
+        row.read(index, block)
     except DamagedArtifact as damaged:
         store.set_aside(damaged)
         return False
     return True
 
 
-def _build_block(
-    spec: SyntheticFeaturesSpec,
-    row: Row,
-    class_index: int,
+def lora_before(labels: LabelsSpec) -> LoraSpec:
+    """The LoRA of the round before, whose images choose these labels."""
+    assert labels.images is not None
+    assert isinstance(labels.images.images, GeneratedImages)
+    assert labels.images.images.lora is not None
+    return labels.images.images.lora
+
+
+def shard_before(
+    spec: GeneratedImages | FolderImages | EvidenceSpec,
+    index: int,
     block: int,
-    worker: WorkerContext,
-    generator: Callable[[], ImageGenerator],
-) -> dict[str, float]:
-    drawn: dict[str, float] = {"drawn": 0, "redrawn": 0, "holes": 0, "on_device": 0.0}
-    features = worker.store.open_row(spec)
-    encoded_before = features.has_shard(class_index, block, ".safetensors")
-    shard = (class_index, block, ".parquet")
-    # The images are read only where their features are missing.
-    has_images = (
-        row.has_shard(*shard) if encoded_before else has_intact_shard(row, *shard, worker.store)
-    )
-    if not has_images:
-        table, drawn = _draw(spec.images, class_index, block, generator())
-        row.publish(class_index, block, ".parquet", sealed(_parquet(table)))
-    if not encoded_before:
-        data = row.read(class_index, block, ".parquet")
-        table = pq.read_table(io.BytesIO(data), columns=["image", "ok"])
-        images = [open_png(png) for png in table["image"].to_pylist()]
-        started = time.monotonic()
-        encoded_images = worker.encode(images, spec)
-        drawn["on_device"] += time.monotonic() - started
-        arrays = {"features": encoded_images, "ok": np.array(table["ok"].to_pylist())}
-        encoded = sealed(save(arrays, {"seal": BLANK}))
-        features.publish(class_index, block, ".safetensors", encoded)
-    return drawn
+    store: ArtifactStore,
+) -> bytes | None:
+    """A shard of the LoRA round before if the LoRA is a copy of that round's, so it is equal."""
+    if isinstance(spec, FolderImages) or spec.lora is None:
+        return None
+    if not store.record(spec.lora)["info"].get("copied"):
+        return None
+    row = store.row(replace(spec, lora=lora_before(spec.lora.labels)))
+    if not has_intact_shard(row, index, block, store):
+        return None
+    return row.read(index, block)
 
 
 def _draw(
@@ -147,7 +172,7 @@ def _draw(
     class_index: int,
     block: int,
     generator: ImageGenerator,
-) -> tuple[pa.Table, dict[str, float]]:
+) -> tuple[pa.Table, dict[str, Any]]:
     size = images.block_size
     classname = images.classnames[class_index]
     indices = list(range(block * size, (block + 1) * size))
@@ -171,12 +196,26 @@ def _draw(
             "image": [_png(image) for image in pixels.numpy()],
         }
     )
-    counts = {
-        "drawn": sum(ok),
-        "redrawn": sum(attempt > 0 for attempt in attempts),
-        "holes": size - sum(ok),
-    }
-    return table, {**counts, "on_device": on_device}
+    files = generator.files[classname] if isinstance(generator, FolderGenerator) else None
+    redrawn = sum(attempt > 0 for attempt in attempts)
+    return table, {**block_counts(ok, block, files), "redrawn": redrawn, "on_device": on_device}
+
+
+def block_counts(ok: Sequence[bool], block: int, files: Sequence[Path] | None) -> dict[str, Any]:
+    """Numbers of images and holes of a block.
+
+    Args:
+        ok: whether an image is not a hole.
+        files: ready images of the class; the last block can extend beyond them.
+
+    Returns:
+        `drawn`, `holes`, and of ready images `hole_files`, `<class folder>/<file>`, as JSON.
+    """
+    if files is None:
+        return {"drawn": sum(ok), "holes": len(ok) - sum(ok)}
+    holes = [file for file, whole in zip(files[block * len(ok) :], ok, strict=False) if not whole]
+    names = [f"{file.parent.name}/{file.name}" for file in holes]
+    return {"drawn": sum(ok), "holes": len(holes), "hole_files": json.dumps(names)}
 
 
 def _prompt(images: GeneratedImages | FolderImages, classname: str, index: int) -> str:
@@ -232,12 +271,12 @@ def _read_row(
     features, labels = [], []
     class_indices = range(len(spec.images.classnames)) if classes is None else classes
     blocks = range(spec.blocks(count))
-    row.pull([(c, block) for c in class_indices for block in blocks], ".safetensors")
+    row.pull([(c, block) for c in class_indices for block in blocks])
     for c in class_indices:
         classname = spec.images.classnames[c]
         for block in blocks:
             try:
-                arrays = load(row.read(c, block, ".safetensors"))
+                arrays = load(row.read(c, block))
             except FileNotFoundError:
                 raise MissingArtifact(
                     f"image {block * size} of {classname!r} is not in {row.key} under "
@@ -252,26 +291,18 @@ def _read_row(
 
 def drawn_classes(spec: SyntheticFeaturesSpec, store: ArtifactStore) -> list[int]:
     """Ascending indices of the classes with images: TRZSL draws only unseen classes."""
-    return sorted({c for c, _ in store.row(spec.images).existing_shards(".parquet")})
+    return sorted({c for c, _ in store.row(spec.images).existing_shards()})
 
 
 def drawn_per_class(spec: SyntheticFeaturesSpec, limit: int, store: ArtifactStore) -> int:
     """The number of images that each drawn class has from the first on, at most `limit`."""
-    present = store.row(spec.images).existing_shards(".parquet")
+    present = store.row(spec.images).existing_shards()
     blocks = range(spec.blocks(limit))
     first_gaps = (
         next((block for block in blocks if (c, block) not in present), len(blocks))
         for c in {c for c, _ in present}
     )
     return min(limit, min(first_gaps) * spec.images.block_size)
-
-
-def read_images(
-    spec: SyntheticFeaturesSpec, classes: Sequence[int], count: int, store: ArtifactStore
-) -> list[list[Image.Image]]:
-    """Read the first pictures of each class."""
-    pictures = read_pictures(spec, itertools.product(classes, range(count)), store)
-    return [[pictures[c, index] for index in range(count)] for c in classes]
 
 
 def recognised_share(
@@ -306,13 +337,13 @@ def read_drawn_images(
     """
     pictures, features = store.row(spec.images), store.row(spec)
     shards = [(c, block) for c in classes for block in range(spec.blocks(count))]
-    pictures.pull(shards, ".parquet")
-    features.pull(shards, ".safetensors")
+    pictures.pull(shards)
+    features.pull(shards)
     size = spec.images.block_size
     for c, block in shards:
-        data = pictures.read(c, block, ".parquet")
+        data = pictures.read(c, block)
         table = pq.read_table(io.BytesIO(data), columns=["index", "attempt", "ok", "image"])
-        arrays = load(features.read(c, block, ".safetensors"))
+        arrays = load(features.read(c, block))
         for i, row in enumerate(table.to_pylist()[: count - block * size]):
             yield DrawnImage(
                 c, row["index"], row["attempt"], row["ok"], row["image"], arrays["features"][i]
@@ -327,10 +358,10 @@ def read_pictures(
     by_shard: dict[tuple[int, int], list[int]] = {}
     for c, index in sorted(set(positions)):
         by_shard.setdefault((c, index // size), []).append(index)
-    row.pull(by_shard, ".parquet")
+    row.pull(by_shard)
     pictures = {}
     for (c, block), indices in by_shard.items():
-        data = row.read(c, block, ".parquet")
+        data = row.read(c, block)
         stored = pq.read_table(io.BytesIO(data), columns=["image"])["image"]
         for index in indices:
             png = stored[index % size].as_py()

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from air_core.datasets.images import Unreadable
 from air_core.specs import FeaturesSpec, SyntheticFeaturesSpec
-
-if TYPE_CHECKING:
-    from orchestrator.stages.context import WorkerContext
+from orchestrator.planning.dataset_text import read_dataset_text
+from orchestrator.stages.context import WorkerContext
+from orchestrator.stages.image_rows import (
+    drawn_classes,
+    drawn_per_class,
+    read_pictures,
+    recognised_share,
+)
 
 MAX_ROWS = 20  # classes on a sheet
 PER_GROUP = 6
@@ -41,14 +48,6 @@ def contact_sheet(
     Returns:
         The PNG, and the share of each group that zero-shot CLIP assigns to its class.
     """
-    from orchestrator.planning.dataset_text import read_dataset_text
-    from orchestrator.stages.image_rows import (
-        drawn_classes,
-        drawn_per_class,
-        read_images,
-        recognised_share,
-    )
-
     dataset = read_dataset_text(features, worker.store)
     examples = worker.examples(features.dataset)
     shown = drawn_classes(drawn, worker.store)[:MAX_ROWS]
@@ -57,7 +56,8 @@ def contact_sheet(
     groups, shares = {"real": real}, {}
     for name, row in rows.items():
         count = drawn_per_class(row, PER_GROUP, worker.store)
-        groups[name] = read_images(row, shown, count, worker.store)
+        pictures = read_pictures(row, itertools.product(shown, range(count)), worker.store)
+        groups[name] = [[pictures[c, index] for index in range(count)] for c in shown]
         shares[name] = recognised_share(row, count, worker, dataset.template)
     sheet = tile_sheet([dataset.classnames[c] for c in shown], groups)
     return sheet, dict(reversed(shares.items()))  # the images that trials read come first
@@ -65,8 +65,6 @@ def contact_sheet(
 
 def _readable(images: Sequence[Image.Image], positions: np.ndarray) -> list[Image.Image]:
     """The first images of a class that can be decoded."""
-    from air_core.datasets.images import Unreadable
-
     readable: list[Image.Image] = []
     for i in positions:
         if len(readable) == PER_GROUP:

@@ -8,82 +8,72 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
 
+from air_core.backbone import Backbone
+from air_core.classifiers import Classifier, text_classifier
+from air_core.evaluation import measured, objectives
+from air_core.evidence import mean_scores
+from air_core.lora_labels import first_of_each_class
+from air_core.method import Round, Trial, TrialData, TrialState, TrialStopped
+from air_core.prompts import restored_learner
+from air_core.side_by_side import learn_side_by_side
 from air_core.specs import SplitSettings, TrialSpec, fills_bank
 from air_core.specs.normal import normalised
+from air_core.types import Labelled, Metrics, PseudoLabels, TrialResult
 from orchestrator.keys import artifact_key
-from orchestrator.spec.sweep import ENCODER_BATCH
+from orchestrator.planning.estimate import startup_seconds
+from orchestrator.stages.build import Target, read_target
+from orchestrator.stages.context import WorkerContext
+from orchestrator.stages.evidence import read_evidence
+from orchestrator.stages.image_rows import read_synthetic
 from orchestrator.store import ArtifactStore, TrialRecord, read_trial
+from orchestrator.store.artifacts import Building
 from orchestrator.store.checkpoints import (
     START,
+    WHOLE_TRIAL,
     Checkpoint,
+    Curves,
+    Segments,
     delete_checkpoint,
+    is_finished,
     read_checkpoint,
-    recorded_rungs,
     training_spec,
     write_checkpoint,
 )
 from orchestrator.store.records import PREDICTIONS, PROMPT
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from torch import Tensor
-
-    from air_core.backbone import Backbone
-    from air_core.method import Round, Trial, TrialData, TrialState
-    from air_core.types import Labelled, Metrics, TrialResult
-    from orchestrator.stages.build import Target
-    from orchestrator.stages.context import WorkerContext
-    from orchestrator.store.artifacts import Building
-
-
-@dataclass(frozen=True)
-class Segments:
-    """The rungs of a trial in a search with pruning, and the iteration at which it stops now."""
-
-    rungs: tuple[int, ...] = ()  # iterations after which its objectives are recorded
-    stop_after: int | None = None  # iterations; None: the trial runs to its end
-
-
-WHOLE_TRIAL = Segments()
 
 
 def run_trial(
     spec: TrialSpec,
     store: ArtifactStore,
     device: str = "cpu",
-    report: Callable[[float], None] = lambda share: None,
+    report: Callable[[int, int], None] = lambda done, total: None,
 ) -> TrialRecord:
     """Run a trial if it has no record yet; returns the record.
 
     Args:
-        report: called with the share of the training that is done, in [0, 1].
+        report: called with the finished and all training steps.
 
     Raises:
         MissingArtifact: an input was not prepared.
     """
     if store.writable and not store.has(spec):
-        from air_core.side_by_side import learn_side_by_side
-
         spec = normalised(spec)
         if spec.test_dataset is not None:
-            with store.locks.exclusive(artifact_key(spec).digest):
-                if not store.has(spec):
-                    with store.building(spec) as building:
-                        building.info = _test_on_other_dataset(
-                            spec, store, device, report, building.folder
-                        )
+            store.get_or_build(spec, partial(_test_on_other_dataset, spec, store, device, report))
         else:
-            with open_trial(spec, store, device, report) as opened:
+            with open_trial(spec, WorkerContext(store, device=device), report) as opened:
                 if opened is not None:
                     run, trial = opened
                     [(_, outcome)] = learn_side_by_side([trial])
@@ -94,11 +84,9 @@ def run_trial(
 @contextmanager
 def open_trial(
     spec: TrialSpec,
-    store: ArtifactStore,
-    device: str = "cpu",
-    report: Callable[[float], None] = lambda share: None,
+    worker: WorkerContext,
+    report: Callable[[int, int], None],
     replicas: int = 1,
-    batch: int = ENCODER_BATCH,
     segments: Segments = WHOLE_TRIAL,
 ) -> Iterator[tuple[TrialRun, Trial] | None]:
     """Lock a trial, and read its inputs and its checkpoint.
@@ -108,31 +96,23 @@ def open_trial(
     Args:
         replicas: number of trials that run side by side, this one included. The record contains
             it where it is above one, since the last digits may depend on it.
-        batch: images at a time through a tower, where no gradient is needed.
         segments: where the trial is measured, and where it stops before it has a record.
     """
-    # Imported here so that reading a record does not import torch and CLIP.
-    import torch
-
     # A CPU trial is reproducible bit by bit on one thread only.
     torch.set_num_threads(1)
     spec = normalised(spec) if segments.stop_after is None else training_spec(spec)
+    store = worker.store
     with store.locks.exclusive(artifact_key(spec).digest):
         if is_finished(spec, store, segments.stop_after):
             yield None
         elif segments.stop_after is not None:
-            run = TrialRun(spec, store, device, report, batch, segments, replicas)
+            run = TrialRun(spec, worker, report, segments, replicas)
             yield run, run.trial()
         else:
             with store.building(spec, share=1 / replicas) as building:
-                run = TrialRun(spec, store, device, report, batch, segments, replicas, building)
+                run = TrialRun(spec, worker, report, segments, replicas, building)
                 yield run, run.trial()
             delete_checkpoint(spec, store)
-
-
-def is_finished(spec: TrialSpec, store: ArtifactStore, stop_after: int | None = None) -> bool:
-    """Whether a trial has its record or, given `stop_after`, its objectives at that rung."""
-    return store.has(spec) if stop_after is None else stop_after in recorded_rungs(spec, store)[0]
 
 
 class TrialRun:
@@ -141,51 +121,39 @@ class TrialRun:
     def __init__(
         self,
         spec: TrialSpec,
-        store: ArtifactStore,
-        device: str,
-        report: Callable[[float], None],
-        batch: int,
+        worker: WorkerContext,
+        report: Callable[[int, int], None],
         segments: Segments,
         replicas: int,
         building: Building | None = None,
     ) -> None:
-        from orchestrator.stages.build import read_target
-        from orchestrator.stages.context import WorkerContext
-
         self.started = time.monotonic()
-        self.spec, self.store, self.device, self.report = spec, store, device, report
+        self.steps: list[tuple[int, float]] = []  # the first and the last one; seconds until then
+        self.spec, self.worker, self.report = spec, worker, report
         self.segments, self.replicas, self.building = segments, replicas, building
-        self.resumed_from = begun = read_checkpoint(spec, store)
-        reader = store.read_only()
-        worker = WorkerContext(reader, device=device, batch=batch)
-        target = read_target(spec.features, spec.split, reader, spec.tokens)
+        self.resumed_from = begun = read_checkpoint(spec, worker.store)
+        target = read_target(spec.features, spec.split, worker.store, spec.tokens)
         self.data = read_data(spec, target, worker)
         self.true_labels = target.labels[target.split.pool]
         self.test_index = target.split.test
         self.curves = {name: list(values) for name, values in begun.curves.items()}
         self.rung_objectives: dict[int, Mapping[str, float]] = dict(begun.rungs)
         self.state = _state(begun)
+        self.report_curves: Callable[[Curves], None] = lambda curves: None  # called after a round
 
     def trial(self) -> Trial:
-        from air_core.method import Trial
-
         # Not an attribute: the trial refers to this object, and a cycle would keep its tensors.
         return Trial(self.spec, self.data, self, self.state)
 
-    def on_step(self, progress: float) -> None:
-        self.report(progress)
+    def on_step(self, done: int, total: int) -> None:
+        self.steps[1:] = [(done, self._seconds())]
+        self.report(done, total)
 
     def on_round(self, result: Round) -> None:
         """Measure a round; stop the trial at the end of its segment."""
-        import torch
-
-        from air_core.evaluation import measured, objectives
-        from air_core.method import TrialStopped
-
         data, values = self.data, {"train/loss": result.loss}
-        if (
-            self.spec.modality == "text"
-        ):  # with a visual prompt, testing needs a pass of the vision tower
+        # With a visual prompt, testing needs a pass of the vision tower.
+        if self.spec.modality == "text":
             with torch.no_grad():
                 guess = result.learner.logits(data.test.batch).argmax(dim=-1)
             tested = measured(guess, data.test.labels, len(data.classnames), data.unseen)
@@ -200,6 +168,7 @@ class TrialRun:
             values["pseudo/balance"] = balance(selected.labels, data)
         for name, value in values.items():
             self.curves.setdefault(name, []).append(value)
+        self.report_curves(self.curves)
         if result.iteration + 1 in self.segments.rungs:
             found = objectives(result.teacher, data.pool, data.validation, data.unseen)
             self.rung_objectives[result.iteration + 1] = found
@@ -213,10 +182,8 @@ class TrialRun:
         Raises:
             Exception: that of a failed trial.
         """
-        from air_core.method import TrialStopped
-
         if isinstance(outcome, TrialStopped):
-            write_checkpoint(self.spec, self.store, self.checkpoint())
+            write_checkpoint(self.spec, self.worker.store, self.checkpoint())
         elif isinstance(outcome, Exception):
             raise outcome
         else:
@@ -267,12 +234,14 @@ class TrialRun:
             metrics["synthetic/images"] = float(result.synthetic)
         metrics["time/train_s"] = round(self._seconds(), 3)
         info: dict[str, Any] = {
-            "device": self.device,
+            "device": self.worker.device,
             "metrics": metrics,
             "curves": curves,
             "objectives": result.objectives,
             "per_class": _recalls(result.test),
         }
+        if (startup := startup_seconds(self.steps, self._seconds())) is not None:
+            info["startup"] = round(max(0.0, startup), 3)
         if self.rung_objectives:
             info["rungs"] = {str(rung): values for rung, values in self.rung_objectives.items()}
         if self._max_replicas() > 1:
@@ -281,8 +250,6 @@ class TrialRun:
 
     def _evidence_accuracy(self, errors: Tensor) -> float:
         """Share of the scored pool images whose smallest mean error is that of the true class."""
-        from air_core.evidence import mean_scores
-
         scores, unseen = mean_scores(errors), self.data.unseen
         predicted = scores.argmax(dim=1) if unseen is None else unseen[scores.argmax(dim=1)]
         right = predicted == self.true_labels
@@ -302,11 +269,6 @@ LABELS = ("indices", "targets", "labels")
 
 
 def _state(begun: Checkpoint) -> TrialState:
-    import torch
-
-    from air_core.method import TrialState
-    from air_core.types import PseudoLabels
-
     if begun is START:
         return TrialState()
     arrays = {name: torch.from_numpy(array) for name, array in begun.arrays.items()}
@@ -323,18 +285,16 @@ def read_data(spec: TrialSpec, target: Target, worker: WorkerContext) -> TrialDa
     reader = worker.store.read_only()
     synthetic = _bank(spec, target, reader)
     backbone = worker.backbone(spec.backbone, spec.precision)
-    data = trial_data(spec, target, backbone, synthetic)
+    data = trial_data(target, backbone, synthetic)
     if spec.evidence_errors is None:
         return data
-    return replace(data, evidence=_evidence(spec, reader))
+    settings = spec.evidence
+    errors = read_evidence(spec.evidence_errors, settings.draws, settings.images, reader)
+    return replace(data, evidence=errors)
 
 
-def trial_data(
-    spec: TrialSpec, target: Target, backbone: Backbone, synthetic: Labelled | None
-) -> TrialData:
+def trial_data(target: Target, backbone: Backbone, synthetic: Labelled | None) -> TrialData:
     """The data that the method learns from and is tested on."""
-    from air_core.method import TrialData
-
     split = target.split
     return TrialData(
         backbone=backbone,
@@ -353,7 +313,7 @@ def _test_on_other_dataset(
     spec: TrialSpec,
     store: ArtifactStore,
     device: str,
-    report: Callable[[float], None],
+    report: Callable[[int, int], None],
     folder: Path,
 ) -> dict[str, Any]:
     """Test the prompt of one dataset on another dataset's test images, with its class names.
@@ -361,14 +321,6 @@ def _test_on_other_dataset(
     The trial without `test_dataset` learns the prompt, once for all test datasets; it sees no image
     and no class name of them (CoCoOp's transfer, arXiv:2203.05557).
     """
-    import torch
-
-    from air_core.classifiers import Classifier, text_classifier
-    from air_core.evaluation import measured
-    from air_core.prompts import restored_learner
-    from orchestrator.stages.build import read_target
-    from orchestrator.stages.context import WorkerContext
-
     torch.set_num_threads(1)  # as in `open_trial`, which does not run where the prompt exists
     learned = run_trial(replace(spec, test_dataset=None), store, device, report)
     started = time.monotonic()
@@ -437,10 +389,6 @@ def _bank(spec: TrialSpec, target: Target, reader: ArtifactStore) -> Labelled | 
 
     The ceiling alone reads true labels of the pool: it is a bound and no method.
     """
-    import torch
-
-    from air_core.lora_labels import first_of_each_class
-
     if not fills_bank(spec):
         return None
     unseen = target.split.unseen
@@ -468,17 +416,12 @@ def _bank(spec: TrialSpec, target: Target, reader: ArtifactStore) -> Labelled | 
 
 def _synthetic(spec: TrialSpec, unseen: Tensor | None, reader: ArtifactStore) -> Labelled:
     """Synthetic images; in TRZSL only those of unseen classes."""
-    from air_core.types import Labelled
-    from orchestrator.stages.image_rows import read_synthetic
-
     classes = None if unseen is None else unseen.tolist()
     row, tokens = spec.synthetic_features, spec.synthetic_tokens
     assert row is not None
     images = read_synthetic(row, spec.images_per_class, reader, classes, tokens)
     if spec.images_from != "shifted_labels":
         return images
-    import torch
-
     present = torch.tensor(sorted(set(images.labels.tolist())))
     shifted = present.roll(-1)[torch.searchsorted(present, images.labels)]
     return Labelled(images.batch, shifted)
@@ -486,20 +429,7 @@ def _synthetic(spec: TrialSpec, unseen: Tensor | None, reader: ArtifactStore) ->
 
 def _lora_images(spec: TrialSpec, target: Target, reader: ArtifactStore) -> Labelled:
     """The images that a LoRA is trained on, with the labels of its captions."""
-    import torch
-    from safetensors.numpy import load_file
-
-    from air_core.types import Labelled
-
     assert spec.lora_labels is not None
     selected = load_file(reader.get(spec.lora_labels).path / "labels.safetensors")
     batch = target.batch(torch.from_numpy(selected["index"]))
     return Labelled(batch, torch.from_numpy(selected["labels"]))
-
-
-def _evidence(spec: TrialSpec, reader: ArtifactStore) -> Tensor:
-    from orchestrator.stages.evidence import read_evidence
-
-    assert spec.evidence_errors is not None
-    settings = spec.evidence
-    return read_evidence(spec.evidence_errors, settings.draws, settings.images, reader)

@@ -1,6 +1,6 @@
 """Store: artifacts by content key, the event log of each sweep, locks and backends."""
 
-from orchestrator.store.artifacts import ArtifactStore, open_store, smoke_store
+from orchestrator.store.artifacts import ArtifactStore, open_store, smoke_store, store_of_smoke
 from orchestrator.store.buckets import is_bucket, store_folder
 from orchestrator.store.event_log import EventLog
 from orchestrator.store.location import (
@@ -25,5 +25,6 @@ __all__ = [
     "recorded_locations",
     "smoke_store",
     "store_folder",
+    "store_of_smoke",
     "user_name",
 ]

@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
+
 from orchestrator.errors import BucketUnreachable
 from orchestrator.store.buckets import POLL, BucketClient, VersionedObject
 
@@ -135,7 +137,7 @@ def _is_dead(current: VersionedObject) -> bool:
         holder = json.loads(current.data)
     except ValueError:
         return False
-    return holder["machine"] == _machine() and not _is_alive(holder["pid"])
+    return holder["machine"] == _machine() and not psutil.pid_exists(holder["pid"])
 
 
 @cache
@@ -146,13 +148,3 @@ def _machine() -> str:
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return uuid.uuid4().hex
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

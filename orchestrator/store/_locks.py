@@ -22,16 +22,13 @@ MAX_PAUSE = 0.25  # seconds between two attempts to acquire a lock
 UNNAMED = "another process"
 
 
-def _ignore(name: str, holder: str, seconds: float) -> None:
-    pass
-
-
 class Locks:
     """The locks of one store."""
 
     def __init__(self, backend: FolderBackend) -> None:
         self.backend, self.root = backend, backend.root
-        self.on_wait: OnWait = _ignore  # called repeatedly while `exclusive` waits
+        # Called repeatedly while `exclusive` waits.
+        self.on_wait: OnWait = lambda name, holder, seconds: None
 
     @contextmanager
     def exclusive(self, name: str) -> Iterator[None]:
@@ -46,7 +43,8 @@ class Locks:
             with suppress(OSError):
                 self._acquire(lock, stack)
                 with suppress(OSError):  # for example a full disk
-                    lock.write_text(_own_name())
+                    sweep = os.environ.get("AIRSWEEP_SWEEP", UNNAMED)
+                    lock.write_text(f"{sweep} ({socket.gethostname()}, process {os.getpid()})")
             stack.enter_context(self.backend.lock(name, self.on_wait))
             yield
             with suppress(OSError):  # waiting processes have the file open and are not disturbed
@@ -115,11 +113,6 @@ class Locks:
                     "cannot check whether a sweep runs; try on the machine that has the disk"
                 ) from None
             yield
-
-
-def _own_name() -> str:
-    sweep = os.environ.get("AIRSWEEP_SWEEP", UNNAMED)
-    return f"{sweep} ({socket.gethostname()}, process {os.getpid()})"
 
 
 def _holder_in(lock: Path) -> str:

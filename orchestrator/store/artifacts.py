@@ -23,13 +23,13 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from air_core.seal import sealed_json
-from orchestrator.errors import DamagedArtifact, MissingArtifact, StoreRefused
+from orchestrator.errors import DamagedArtifact, MissingArtifact
 from orchestrator.files import file_digest, make_folders, permission_message, sync, write_atomic
 from orchestrator.keys import RECIPES, ArtifactKey, Stage, artifact_key
 from orchestrator.store import code_version
@@ -44,6 +44,7 @@ UNFINISHED = "unfinished"  # folder of checkpoints, named by the first 12 digits
 DAMAGED = ".damaged-"  # prefix of damaged artifacts and shards that were set aside
 # Folders that a run writes to.
 WRITTEN = ("*", "artifacts/*", "artifacts/*/*", "sweeps/*", "mlartifacts/*/*")
+PROVENANCE = ("AIRSWEEP_USER", "AIRSWEEP_COMMIT", "AIRSWEEP_DIRTY", "AIRSWEEP_SWEEP")
 DEVICES = "AIRSWEEP_DEVICES"  # JSON: the cores and GPUs that the cluster assigned to this process
 LIBRARIES = ("torch", "open_clip_torch", "diffusers", "peft", "transformers", "numpy")
 
@@ -77,7 +78,7 @@ class ArtifactStore:
         self.locks = Locks(self.backend)
 
     def __reduce__(self) -> Any:
-        return _reopen, (self.backend, self.writable)
+        return partial(ArtifactStore, writable=self.writable), (self.backend,)
 
     @property
     def name(self) -> str:
@@ -109,16 +110,25 @@ class ArtifactStore:
         """Forget cached listings, so that new artifacts of other processes are found."""
         self.backend.refresh_listings()
 
-    def initialize(self) -> None:
-        """Check that the store is writable and write its VERSION file if it is missing.
+    def check_writable(self) -> None:
+        """Check that this user may write to the folders of the store, or create it.
 
         Raises:
-            StoreRefused: a folder belongs to another user, or the server overwrites objects that
-                were to be created only once.
+            ValueError: a folder belongs to another user.
         """
-        for folder in itertools.chain([self.root], *map(self.root.glob, WRITTEN)):
+        nearest = next(folder for folder in (self.root, *self.root.parents) if folder.is_dir())
+        for folder in itertools.chain([nearest], *map(self.root.glob, WRITTEN)):
             if folder.is_dir() and not os.access(folder, os.W_OK, effective_ids=True):
-                raise StoreRefused(permission_message(folder))
+                denied = self.root if folder == nearest else folder
+                raise ValueError(f"{permission_message(denied)} with --store")
+
+    def initialize(self) -> None:
+        """Write the VERSION file of the store if it is missing.
+
+        Raises:
+            ValueError: the folder cannot be created.
+            StoreRefused: the server overwrites objects that were to be created only once.
+        """
         if not (self.root / "VERSION").exists():
             self.backend.initialize()
 
@@ -328,12 +338,18 @@ def smoke_store(address: Path | str) -> Path | str:
     return folder.with_name(folder.name + "-smoke")
 
 
-def _reopen(backend: FolderBackend, writable: bool) -> ArtifactStore:
-    return ArtifactStore(backend, writable=writable)
+def store_of_smoke(name: str) -> str:
+    """Address of the store beside which `--smoke` wrote: the inverse of `smoke_store`.
+
+    >>> [store_of_smoke(str(smoke_store(name))) for name in ("/runs", "s3://b/runs?region=eu-1")]
+    ['/runs', 's3://b/runs?region=eu-1']
+    """
+    address, mark, query = name.partition("?")
+    return address.removesuffix("smoke")[:-1] + mark + query
 
 
 def provenance() -> dict[str, str]:
-    """User, commit and uncommitted changes of this process; workers inherit them by environment."""
+    """User, commit and uncommitted changes; workers receive those of the driver."""
     return {
         "user": os.environ.get("AIRSWEEP_USER", "unknown"),
         "commit": os.environ.get("AIRSWEEP_COMMIT", "unknown"),

@@ -30,10 +30,12 @@ from typing import Any, BinaryIO
 
 from air_core.seal import intact
 from orchestrator.errors import StoreRefused
+from orchestrator.failures import is_disk_full
 from orchestrator.files import (
     Stamp,
     file_digest,
     file_stamp,
+    permission_message,
     sync,
     write_atomic,
     write_atomic_unsynced,
@@ -76,9 +78,18 @@ class FolderBackend:
         """Record the version of the store.
 
         Raises:
+            ValueError: the folder cannot be created.
             StoreRefused: the server overwrites objects that were to be created only once.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            if is_disk_full(problem):
+                raise
+            raise ValueError(
+                f"the store {self.root} cannot be created ({problem.strerror}); choose a folder "
+                "that you may write to with --store"
+            ) from problem
         write_atomic(self.root / "VERSION", VERSION + "\n")
 
     def refuse_removal(self) -> None:
@@ -328,7 +339,7 @@ class BucketBackend(FolderBackend):
         cached, name = self._cached_record(folder), self.object(folder)
         with suppress(FileNotFoundError):
             data = cached.read_bytes()
-            if intact(data) is not False:  # else download it again
+            if intact(data):  # else download it again
                 return data
         downloaded = self.client.get(f"{name}/{RECORD}")
         if downloaded is not None:
@@ -554,15 +565,20 @@ def open_backend(address: Path | str) -> FolderBackend:
     Raises:
         StoreRefused: another version wrote the store, or the cache folder copies another store.
         BucketUnreachable: the bucket cannot be read.
-        ValueError: the path is a file, or the URI cannot be the address of a store.
+        ValueError: the path is a file or below one, this user may not read the folder, or the URI
+            cannot be the address of a store.
     """
     if is_bucket(address):
         return _open_bucket(parse(str(address)))
-    root = store_folder(address)
-    if root.exists() and not root.is_dir():
-        raise ValueError(f"{root} is a file; a store is a folder: choose another with --store")
-    _check_version(_version_in(root), root)
-    return FolderBackend(root.absolute())
+    root = store_folder(address).absolute()
+    existing = next(path for path in (root, *root.parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        raise ValueError(f"{existing} is a file; a store is a folder: choose another with --store")
+    try:
+        _check_version(_version_in(root), root)
+    except PermissionError:
+        raise ValueError(f"{permission_message(root)} with --store") from None
+    return FolderBackend(root)
 
 
 def _open_bucket(client: BucketClient) -> BucketBackend:

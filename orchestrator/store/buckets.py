@@ -87,14 +87,22 @@ def store_folder(address: str | Path) -> Path:
     """The folder of a path or a file:// URI.
 
     Raises:
-        ValueError: the URI names a host, or no folder.
+        ValueError: the URI names a host, or no folder; or the path is empty or in the home of an
+            unknown user.
 
     >>> str(store_folder("file:///shared/runs")), str(store_folder("runs"))
     ('/shared/runs', 'runs')
     """
     text = str(address)
+    if not text:
+        raise ValueError("the store is empty; give a folder or s3://bucket/prefix with --store")
     if not text.startswith(f"{FILE}://"):
-        return Path(address)
+        try:
+            return Path(address).expanduser()
+        except RuntimeError:
+            raise ValueError(
+                f"the store {text} is in the home of an unknown user; choose another with --store"
+            ) from None
     parts = urlsplit(text)
     if parts.netloc or not parts.path.strip("/") or parts.query:
         raise ValueError(f"{text} is not file:///<absolute folder>")

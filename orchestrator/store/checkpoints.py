@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,18 @@ log = logging.getLogger(__name__)
 
 ABOUT = "about"  # metadata key of the checkpoint's other fields
 Rungs = Mapping[int, Mapping[str, float]]  # objectives by number of iterations
+Curves = Mapping[str, Sequence[float]]  # by metric, one value per finished round
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The rungs of a trial in a search with pruning, and the iteration at which it stops now."""
+
+    rungs: tuple[int, ...] = ()  # iterations after which its objectives are recorded
+    stop_after: int | None = None  # iterations; None: the trial runs to its end
+
+
+WHOLE_TRIAL = Segments()
 
 
 @dataclass(frozen=True)
@@ -95,11 +107,16 @@ def recorded_rungs(spec: TrialSpec, store: ArtifactStore) -> tuple[Rungs, float]
     return rungs, seconds
 
 
+def is_finished(spec: TrialSpec, store: ArtifactStore, stop_after: int | None = None) -> bool:
+    """Whether a trial has its record or, given `stop_after`, its objectives at that rung."""
+    return store.has(spec) if stop_after is None else stop_after in recorded_rungs(spec, store)[0]
+
+
 def _checkpoint_file(spec: TrialSpec, store: ArtifactStore) -> Path | None:
     """The current checkpoint file of a trial; None: missing or damaged."""
     file = store.refresh(store.checkpoint_path(training_spec(spec)))
     try:
-        if intact(file.read_bytes()) is not False:
+        if intact(file.read_bytes()):
             return file
     except FileNotFoundError:
         return None

@@ -68,10 +68,11 @@ PARTS: dict[str, tuple[str, ...]] = {
     "evidence": (
         *_LOADED_CLIP,
         *_DRAWING,
-        "air_core.classifiers",
+        *_SCORING,
         "air_core.diffusion.evidence",
         "air_core.diffusion.lora",
-        "air_core.paradigms",
+        "air_core.evidence",
+        "air_core.lora_labels",
     ),
     "synthetic": (*_LOADED_CLIP, *_IMAGES),
     "trials": (

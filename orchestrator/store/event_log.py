@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from orchestrator.errors import BucketUnreachable, SweepBusy
 from orchestrator.files import is_flocked, lock_mode, make_folders, sync
 from orchestrator.store._leases import Lease
-from orchestrator.store.backends import BucketBackend, FolderBackend
+from orchestrator.store.backends import BucketBackend
 from orchestrator.store.buckets import run_concurrently
 
 # For tests: `event:7` kills the driver after event 7, `trial_done:2` after the second trial_done.
@@ -217,13 +217,6 @@ class BucketEventLog(EventLog):
                     )
                 copy.write(event + b"\n")
         return count + len(later)
-
-
-def open_event_log(folder: Path, backend: FolderBackend) -> EventLog:
-    """The event log in the folder of a sweep."""
-    if isinstance(backend, BucketBackend):
-        return BucketEventLog(folder, backend)
-    return EventLog(folder)
 
 
 def _name(number: int) -> str:

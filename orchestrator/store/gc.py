@@ -79,10 +79,11 @@ def plan_gc(
     Raises:
         ValueError: the requirements of a sweep cannot be read.
     """
+    root = inventory.store.root
     for unreadable, why in requirements.unreadable.items():
         raise ValueError(
             f"the requirements of sweep {unreadable} cannot be read, so nothing is removed: {why}; "
-            f"fix that, or remove {inventory.root / 'sweeps' / unreadable} to give up the sweep"
+            f"fix that, or remove {root / 'sweeps' / unreadable} to give up the sweep"
         )
     removals = sorted(
         _removable(inventory, requirements, me, sweep), key=lambda removal: -removal.bytes
@@ -90,17 +91,18 @@ def plan_gc(
     groups: dict[bool, list[Removal]] = {True: [], False: []}
     for removal in removals:
         groups[all_users or removal.user == me != UNKNOWN].append(removal)
-    return GcPlan(inventory.root, tuple(groups[True]), tuple(groups[False]), sweep)
+    return GcPlan(root, tuple(groups[True]), tuple(groups[False]), sweep)
 
 
 def _removable(
     inventory: Inventory, requirements: StoreRequirements, me: str, sweep: str | None
 ) -> Iterator[Removal]:
-    own = merge_shards(
-        item for s in requirements.sweeps if s.sweep == sweep for item in s.artifacts.items()
-    )
+    own = requirements.sweeps.get(sweep or "", {})
     others = merge_shards(
-        item for s in requirements.sweeps if s.sweep != sweep for item in s.artifacts.items()
+        item
+        for name, artifacts in requirements.sweeps.items()
+        if name != sweep
+        for item in artifacts.items()
     )
     why = f"only {sweep} needs it" if sweep else "no sweep needs it"
     for holding in inventory.holdings:
@@ -177,23 +179,15 @@ Shards = frozenset[tuple[int, int]]  # (class, block) of a row; empty for other 
 
 
 @dataclass(frozen=True)
-class SweepRequirements:
-    """Artifacts and shards that one recorded sweep needs."""
-
-    sweep: str  # PROJECT/NAME
-    artifacts: Mapping[str, Shards]  # by the first 12 hex digits of the key
-
-
-@dataclass(frozen=True)
 class StoreRequirements:
-    """Requirements of all recorded sweeps."""
+    """Artifacts and shards that the recorded sweeps need, by PROJECT/NAME of the sweep."""
 
-    sweeps: tuple[SweepRequirements, ...]
-    unreadable: Mapping[str, str]  # reason, by sweep
+    sweeps: Mapping[str, Mapping[str, Shards]]  # by the first 12 hex digits of the artifact's key
+    unreadable: Mapping[str, str]  # reason
 
-    def sweeps_needing(self, digest: str) -> tuple[str, ...]:
+    def sweeps_needing(self, digest: str) -> list[str]:
         """The sweeps that need an artifact or a row."""
-        return tuple(s.sweep for s in self.sweeps if digest in s.artifacts)
+        return [sweep for sweep, artifacts in self.sweeps.items() if digest in artifacts]
 
 
 def merge_shards(requirements: Iterable[tuple[str, Shards]]) -> dict[str, Shards]:

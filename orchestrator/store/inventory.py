@@ -18,13 +18,9 @@ from orchestrator.errors import BucketUnreachable, DamagedArtifact
 from orchestrator.store.artifacts import DAMAGED, ROW, UNFINISHED, ArtifactStore
 from orchestrator.store.backends import RECORD, stored_name
 from orchestrator.store.buckets import Entry, run_concurrently
+from orchestrator.store.rows import SHARDS
 from orchestrator.store.verification import parse_record
 
-SHARDS = {
-    "images": ".parquet",
-    "synthetic": ".safetensors",
-    "evidence": ".safetensors",
-}  # by stage whose artifacts are rows
 UNKNOWN = "unknown"  # owner of a file without a recorded user
 
 
@@ -98,6 +94,10 @@ class Leftover:
     bytes: int
     modified: float  # seconds since the epoch
 
+    def json(self, root: Path) -> dict[str, Any]:
+        path = str(self.path.relative_to(root))
+        return {"path": path, "why": self.reason, "bytes": self.bytes}
+
 
 @dataclass(frozen=True)
 class StoredCheckpoint:
@@ -118,14 +118,6 @@ class Inventory:
     holdings: tuple[Holding, ...]
     leftovers: tuple[Leftover, ...]
     checkpoints: tuple[StoredCheckpoint, ...]
-
-    @property
-    def name(self) -> str:
-        return self.store.name
-
-    @property
-    def root(self) -> Path:
-        return self.store.root
 
 
 def take_inventory(store: ArtifactStore) -> Inventory:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.store.artifacts import ArtifactStore
-from orchestrator.store.event_log import EventLog, open_event_log
+from orchestrator.store.backends import BucketBackend
+from orchestrator.store.event_log import BucketEventLog, EventLog
 from orchestrator.store.verification import read_cache, read_sealed
 
 
@@ -38,11 +39,19 @@ class SweepLocation:
                 )
 
     @property
+    def full_name(self) -> str:
+        """PROJECT/NAME."""
+        return f"{self.project}/{self.name}"
+
+    @property
     def folder(self) -> Path:
         return self.store.root / "sweeps" / self.project / self.name
 
     def event_log(self) -> EventLog:
-        return open_event_log(self.folder, self.store.backend)
+        backend = self.store.backend
+        if isinstance(backend, BucketBackend):
+            return BucketEventLog(self.folder, backend)
+        return EventLog(self.folder)
 
     def refresh(self) -> SweepLocation:
         """Download the event log and the files of the sweep from a bucket."""
@@ -60,14 +69,9 @@ def recorded_location(store: ArtifactStore, project: str, name: str) -> SweepLoc
     return SweepLocation(store, project, name, None).refresh()
 
 
-def recorded_names(store: ArtifactStore) -> list[tuple[str, str]]:
-    """Project and name of the sweeps of a store, sorted."""
-    return store.backend.sweeps()
-
-
 def recorded_locations(store: ArtifactStore) -> list[SweepLocation]:
     """Locations of the sweeps of a store, sorted by name."""
-    return [recorded_location(store, project, name) for project, name in recorded_names(store)]
+    return [recorded_location(store, project, name) for project, name in store.backend.sweeps()]
 
 
 RESOLVED = "resolved.json"

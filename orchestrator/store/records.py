@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from air_core.specs import TrialSpec
-from orchestrator.store.artifacts import Artifact, ArtifactStore
+from orchestrator.store.artifacts import ArtifactStore
 
 PREDICTIONS, PROMPT = "predictions.safetensors", "prompt.safetensors"
 # Fields of a record on its origin; `code` and `dirty` are digests, `files` has one digest per file.
@@ -32,6 +32,7 @@ class TrialRecord:
     seconds: float
     path: Path
     provenance: Mapping[str, Any] = field(default_factory=dict)  # PROVENANCE fields and `device`
+    startup: float | None = None  # seconds that do not depend on the number of steps; None: unknown
 
     @property
     def headline(self) -> float:
@@ -69,10 +70,7 @@ def read_trial(spec: TrialSpec, store: ArtifactStore) -> TrialRecord:
     Raises:
         MissingArtifact: the trial has not been run.
     """
-    return _record(store.get(spec))
-
-
-def _record(artifact: Artifact) -> TrialRecord:
+    artifact = store.get(spec)
     info = artifact.record["info"]
     return TrialRecord(
         key=artifact.key.digest,
@@ -87,4 +85,5 @@ def _record(artifact: Artifact) -> TrialRecord:
             **{name: artifact.record[name] for name in PROVENANCE if name in artifact.record},
             "device": info.get("device", ""),
         },
+        startup=info.get("startup"),
     )

@@ -13,6 +13,11 @@ from orchestrator.files import write_atomic_unsynced
 from orchestrator.keys import ArtifactKey
 from orchestrator.store.backends import FolderBackend
 
+# Suffix of the shards by stage whose artifacts are rows.
+SHARDS = {"images": ".parquet", "synthetic": ".safetensors", "evidence": ".safetensors"}
+
+DEATHS = 2  # processes that a shard may kill before it counts as failed
+
 
 @dataclass(frozen=True)
 class Row:
@@ -22,77 +27,74 @@ class Row:
     path: Path
     backend: FolderBackend
 
-    def shard(self, class_index: int, block: int, suffix: str) -> Path:
+    def shard(self, class_index: int, block: int) -> Path:
         """Path of a shard. In a bucket store the file exists after `pull`."""
-        return self.path / f"{class_index:04d}-{block:05d}{suffix}"
+        return self.path / f"{class_index:04d}-{block:05d}{SHARDS[self.key.stage]}"
 
-    def existing_shards(self, suffix: str) -> frozenset[tuple[int, int]]:
+    def existing_shards(self) -> frozenset[tuple[int, int]]:
         """(class, block) of the existing shards."""
-        shards = set()
+        shards, suffix = set(), SHARDS[self.key.stage]
         for name in self.backend.names(self.path):
             if name.endswith(suffix) and not name.startswith("."):
                 class_index, _, block = name.removesuffix(suffix).partition("-")
                 shards.add((int(class_index), int(block)))
         return frozenset(shards)
 
-    def has_shard(self, class_index: int, block: int, suffix: str) -> bool:
+    def has_shard(self, class_index: int, block: int) -> bool:
         """Whether a shard exists now, without using a cached listing."""
-        return self.backend.exists(self.shard(class_index, block, suffix))
+        return self.backend.exists(self.shard(class_index, block))
 
-    def pull(self, shards: Collection[tuple[int, int]], suffix: str) -> None:
+    def pull(self, shards: Collection[tuple[int, int]]) -> None:
         """Download shards that exist to this machine."""
-        self.backend.pull((self.shard(c, block, suffix) for c, block in shards), overwrite=False)
+        self.backend.pull((self.shard(c, block) for c, block in shards), overwrite=False)
 
-    def read(self, class_index: int, block: int, suffix: str) -> bytes:
-        """Content of a shard, downloaded first if necessary. Shards of older versions have no
-        checksum and are not verified.
+    def read(self, class_index: int, block: int) -> bytes:
+        """Content of a shard, downloaded first if necessary.
 
         Raises:
-            DamagedArtifact: the checksum does not match.
+            DamagedArtifact: the shard has no valid checksum.
             FileNotFoundError: the shard does not exist.
         """
-        self.pull([(class_index, block)], suffix)
-        shard = self.shard(class_index, block, suffix)
+        self.pull([(class_index, block)])
+        shard = self.shard(class_index, block)
         data = shard.read_bytes()
-        if intact(data) is False:
+        if not intact(data):
             label = self.backend.label(shard)
             name = label if label == str(shard) else f"{label} or its copy {shard}"
-            raise DamagedArtifact(shard, "its checksum does not match", name)
+            raise DamagedArtifact(shard, "it has no valid checksum", name)
         return data
 
-    def check(self, class_index: int, block: int, suffix: str) -> None:
+    def check(self, class_index: int, block: int) -> None:
         """Verify a shard if this machine has a copy. Raises DamagedArtifact as `read`."""
-        if self.shard(class_index, block, suffix).exists():
-            self.read(class_index, block, suffix)
+        if self.shard(class_index, block).exists():
+            self.read(class_index, block)
 
-    def publish(self, class_index: int, block: int, suffix: str, data: bytes) -> None:
+    def publish(self, class_index: int, block: int, data: bytes) -> None:
         """Write a shard atomically. An existing shard in a bucket is kept instead."""
-        file = self.shard(class_index, block, suffix)
+        file = self.shard(class_index, block)
         data = self.backend.put_once(file, data)
         # Not synced: thousands of syncs are slow on a shared file system. If a power cut damages a
         # shard, its checksum reveals that, and the block is generated again.
         write_atomic_unsynced(file, data)
 
     @contextmanager
-    def count_crashes(self, class_index: int, block: int, limit: int) -> Iterator[int]:
-        """Number of processes, on any machine, that died in this context for the same shard.
-
-        Args:
-            limit: the largest number that is counted.
-        """
-        markers = self._markers(class_index, block, limit)
+    def count_crashes(self, class_index: int, block: int) -> Iterator[int]:
+        """Number of processes, on any machine, that died in this context for the same shard; at
+        most DEATHS."""
+        markers = self._markers(class_index, block)
         created = (n for n, marker in enumerate(markers) if self.backend.create_marker(marker))
-        crashes = next(created, limit)
+        crashes = next(created, DEATHS)
         try:
             yield crashes
         finally:  # a killed process does not get here and leaves its marker
             for marker in markers[: crashes + 1]:
                 self.backend.remove(marker)
 
-    def reset_crashes(self, class_index: int, block: int, limit: int) -> None:
+    def reset_crashes(self, class_index: int, block: int) -> None:
         """Reset the count, after airsweep itself has stopped the process of a shard."""
-        for marker in self._markers(class_index, block, limit):
+        for marker in self._markers(class_index, block):
             self.backend.remove(marker)
 
-    def _markers(self, class_index: int, block: int, limit: int) -> list[Path]:
-        return [self.shard(class_index, block, f".{n}.tries") for n in range(limit)]
+    def _markers(self, class_index: int, block: int) -> list[Path]:
+        shard = self.shard(class_index, block)
+        return [shard.with_suffix(f".{n}.tries") for n in range(DEATHS)]

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
-from air_core.specs import TrialSpec
+from air_core.datasets import DATASETS
+from air_core.datasets.image_folder import PREFIX
+from air_core.specs import Ref, TrialSpec
 from air_core.specs.flat import to_flat
 from air_core.specs.normal import normalised
 from orchestrator.formatting import format_value
@@ -22,15 +26,17 @@ from orchestrator.git import UNKNOWN
 from orchestrator.keys import canonical_json
 from orchestrator.planning import Outcome, Slot, refs_of
 from orchestrator.planning.dataset_text import tested_classes
-from orchestrator.planning.inputs import spec_json
+from orchestrator.planning.resolve import spec_json
 from orchestrator.reporting.results import all_settings, finished_trial, varied_settings
 from orchestrator.reporting.rows import rows
 from orchestrator.spec import SweepSpec
 from orchestrator.store import ArtifactStore, TrialRecord
-from orchestrator.tracking.types import ChildRun, Numbers, SweepRun
+from orchestrator.tracking.types import ChildRun, DatasetUse, Numbers, SweepRun
 
 SPEC = "spec.json"
 RECIPE = 1  # increase when a change computes other numbers of a setting from the same trials
+
+MAX_NAME, MAX_PARAM = 250, 6000  # characters, in MLflow
 
 FinishedTrial = tuple[Slot, TrialRecord]
 
@@ -51,7 +57,7 @@ class ChildRuns:
 
         Args:
             at: when an outcome without a record was logged, in seconds since the epoch.
-            maker: user, commit and dirty of an outcome without a record.
+            driver: user, commit and dirty of an outcome without a record.
         """
         slot, record = outcome.slot, outcome.record
         spec = normalised(slot.spec)
@@ -68,7 +74,7 @@ class ChildRuns:
             kind="trial",
             id=slot.id,
             content=slot.key.digest,
-            name=f"{_name(slot)}-s{seed}-{slot.key.digest[:8]}",
+            name=_run_name(slot, {**self._settings(slot), **(slot.seeds or {"seed": seed})}),
             status="FAILED" if outcome.state == "failed" else "FINISHED",
             tags={
                 **_tags(slot),
@@ -82,11 +88,35 @@ class ChildRuns:
                 "air.pruned_after": str(outcome.pruned.rung) if outcome.pruned else "",
                 **self._lineage(spec, record.provenance if record else driver),
             },
-            params=self._params(slot, self._varied),
+            params=self._params(slot),
             numbers=lambda: numbers,
+            datasets=_datasets(slot.spec),
             started=started,
             ended=ended,
             files=self._files(outcome),
+        )
+
+    def running(
+        self,
+        slot: Slot,
+        curves: Mapping[str, Sequence[float]],
+        started: float,
+        driver: Mapping[str, Any],
+    ) -> ChildRun:
+        """The run of a trial that is running; the other arguments are those of `trial`.
+
+        Args:
+            curves: of the rounds so far.
+            started: in seconds since the epoch.
+        """
+        run, numbers = self.trial(Outcome(slot, "done"), started, driver), Numbers(curves=curves)
+        return replace(
+            run,
+            status="RUNNING",
+            tags={**run.tags, "air.state": ""},
+            numbers=lambda: numbers,
+            ended=int(time.time() * 1000),
+            files={},
         )
 
     def completed_setting(self, outcome: Outcome) -> ChildRun | None:
@@ -111,17 +141,14 @@ class ChildRuns:
         slot = done[0][0]
         done = sorted(done, key=lambda trial: tuple(trial[0].seeds.values()))
         times = [_times(record) for _, record in done]
-        varied = self._varied - {*self._seeds}
-        settings = {key: value for key, value in varied_settings(slot).items() if key in varied}
-        params = self._params(slot, varied)
+        params = {k: v for k, v in self._params(slot).items() if k not in self._seeds}
+        varied = {key: value for key, value in params.items() if key in self._varied}
         users = {str(record.provenance.get("user", UNKNOWN)) for _, record in done} - {UNKNOWN}
         return ChildRun(
             kind="point",
             id=point_id(slot),
-            content=_content_digest(done, params),
-            name=" ".join(
-                [_name(slot), *(f"{key}={format_value(value)}" for key, value in settings.items())]
-            ),
+            content=_content_digest(done, varied),
+            name=_run_name(slot, self._settings(slot)),
             tags={
                 **_tags(slot),
                 "air.seed": _join_values(
@@ -134,13 +161,24 @@ class ChildRuns:
             params=params,
             numbers=lambda: _numbers(done),
             note=self._note(done),
+            datasets=_datasets(slot.spec),
             started=min(started for started, _ in times),
             ended=max(ended for _, ended in times),
         )
 
-    def _params(self, slot: Slot, varied: Iterable[str]) -> dict[str, str]:
+    def _settings(self, slot: Slot) -> dict[str, Any]:
+        """The settings that distinguish the runs of a method, without the seeds."""
+        varied = self._varied - {*self._seeds}
+        return {key: value for key, value in varied_settings(slot).items() if key in varied}
+
+    def _params(self, slot: Slot) -> dict[str, str]:
+        """All settings that have a value, and those that the sweep varies."""
         values = {**varied_settings(slot), **all_settings(slot), "method": slot.cell.method}
-        return {key: str(value) for key, value in values.items() if key in varied}
+        return {
+            key: str(value)[:MAX_PARAM]
+            for key, value in values.items()
+            if value is not None or key in self._varied
+        }
 
     def _note(self, done: Sequence[FinishedTrial]) -> str:
         computed = len({slot.key.digest for slot, _ in done})
@@ -189,11 +227,35 @@ def group_by_setting(done: Iterable[FinishedTrial]) -> list[list[FinishedTrial]]
     return list(groups.values())
 
 
-def _name(slot: Slot) -> str:
-    """The first part of a run's name. A dataset `folder:PATH` appears under its folder's name."""
+def _run_name(slot: Slot, settings: Mapping[str, Any]) -> str:
+    """The method and settings, then the task: MLflow's table shows the first 20 characters.
+
+    Args:
+        settings: that distinguish the run from others of its method.
+    """
     spec = normalised(slot.spec)
-    dataset = Path(slot.spec.dataset.name.removeprefix("folder:")).name
-    return "-".join([dataset, spec.paradigm, spec.modality, slot.cell.method])
+    task = "-".join([_dataset_name(slot.spec.dataset), spec.paradigm, spec.modality])
+    words = [f"{key}={format_value(value)}" for key, value in settings.items()]
+    return " ".join([slot.cell.method, *words, task])[:MAX_NAME]
+
+
+def _dataset_name(dataset: Ref) -> str:
+    """The name of a dataset; of `folder:PATH` that of the folder."""
+    return Path(dataset.name.removeprefix(PREFIX)).name
+
+
+def _datasets(spec: TrialSpec) -> list[DatasetUse]:
+    """The pool and the test images of a trial."""
+    parts: dict[Literal["pool", "test"], Ref] = {
+        "pool": spec.dataset,
+        "test": spec.test_dataset or spec.dataset,
+    }
+    uses = []
+    for context, ref in parts.items():
+        known = DATASETS.get(ref.name)
+        source = known.source if known else ref.name.removeprefix(PREFIX)
+        uses.append(DatasetUse(f"{_dataset_name(ref)}-{context}", context, ref.digest, source))
+    return uses
 
 
 def _tags(slot: Slot) -> dict[str, str]:

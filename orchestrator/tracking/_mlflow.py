@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,8 +22,8 @@ from orchestrator.tracking._runs import (  # first: it configures MLflow
     MLFLOW_ERRORS,
     StoredRun,
     artifact_repository,
-    check_database,
     create_database,
+    dataset_input,
     digests_of,
     explained_errors,
     is_airsweep_run,
@@ -30,14 +31,13 @@ from orchestrator.tracking._runs import (  # first: it configures MLflow
     metrics_of,
     search,
     short_reason,
-    slug,
     stored_run,
     valid_tags,
 )
 
 # isort: split
 from mlflow import MlflowClient
-from mlflow.entities import Experiment
+from mlflow.entities import Experiment, Metric
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import (
     MLFLOW_GIT_COMMIT,
@@ -52,8 +52,14 @@ from mlflow.utils.mlflow_tags import (
 from orchestrator.environment import environment
 from orchestrator.files import lock_mode
 from orchestrator.redact import without_credentials
+from orchestrator.tracking.database import (
+    VIEW_TAG,
+    artifact_location,
+    check_database,
+    page_of,
+)
 from orchestrator.tracking.types import ChildRun, Counts, Status, SweepRun
-from orchestrator.tracking_uri import ARTIFACTS, DATABASE
+from orchestrator.tracking_uri import DATABASE
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +77,7 @@ class MlflowTracker:
         uri: of a server or an sqlite file.
         project: the second part of the experiment's name.
         database: the sqlite file, or None for a server. The artifacts lie in a folder beside the
-            file; their addresses do not contain that folder, so both can be moved.
+            file. Both can be moved together.
     """
 
     def __init__(self, uri: str, *, project: str, database: Path | None) -> None:
@@ -131,8 +137,7 @@ class MlflowTracker:
         folder = self.database.parent
         if self.database.name == DATABASE:
             return f"`airsweep ui --store {folder}`, then http://127.0.0.1:5000/{page}"
-        artifacts = f"--artifacts-destination {folder / ARTIFACTS}"
-        return f"`mlflow server --backend-store-uri {self._uri} {artifacts}`"
+        return f"`mlflow ui --backend-store-uri {self._uri}`, then http://127.0.0.1:5000/{page}"
 
     def _connect(self) -> MlflowClient:
         if self.database is None:
@@ -150,10 +155,10 @@ class MlflowTracker:
         name = self._name
         experiment: Experiment | None = client.get_experiment_by_name(name)
         if experiment is None:
-            artifact_location = None if self.database is None else f"mlflow-artifacts:/{slug(name)}"
+            location = None if self.database is None else artifact_location(self.database, name)
             kind = {"mlflow.experimentKind": "custom_model_development"}
             try:
-                return str(client.create_experiment(name, artifact_location, kind))
+                return str(client.create_experiment(name, location, kind | VIEW_TAG))
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
@@ -230,12 +235,17 @@ class SweepTracker:
         return sent
 
     def finish(
-        self, status: Status, note: str | None = None, files: Mapping[str, bytes] | None = None
+        self,
+        status: Status,
+        note: str | None = None,
+        files: Mapping[str, bytes] | None = None,
+        metrics: Mapping[str, float] | None = None,
     ) -> None:
         """End the sweep run, and any child run that a killed driver left unfinished.
 
         Args:
             note: Markdown; None skips the note and the files, which take time to send.
+            metrics: of the sweep run.
 
         Raises:
             ValueError, TrackerUnreachable: see `MlflowTracker.check`.
@@ -252,15 +262,13 @@ class SweepTracker:
                     sent = self._upload(self.run, sorted(files.items()))
                     files = {name: files[name] for name in sent}
                 tags |= {MLFLOW_RUN_NOTE: note, "air.artifacts": digests_of(files)}
-            self._tag_sweep(tags)
+            self._tag_sweep(tags, metrics or {})
             if self.run.status != status:
                 self.client.set_terminated(self.run.run_id, status)
                 self.run.status, self.counts.sweep = status, True
 
     def url(self) -> str:
-        # Without the parameter, MLflow opens its page for prompts.
-        runs = f"#/experiments/{self.experiment}/runs/{self.run.run_id}"
-        return self.mlflow.url(f"{runs}?workflowType=machine_learning")
+        return self.mlflow.url(page_of(self.experiment, self.run.run_id))
 
     def _states(self) -> dict[str, str]:
         trials = [child for (kind, _), child in self.children.items() if kind == "trial"]
@@ -268,11 +276,15 @@ class SweepTracker:
         shown = ["done", "reused", "failed", *(["pruned"] if states["pruned"] else [])]
         return {f"air.{state}": str(states[state]) for state in shown}
 
-    def _tag_sweep(self, tags: Mapping[str, str]) -> None:
+    def _tag_sweep(self, tags: Mapping[str, str], metrics: Mapping[str, float] = {}) -> None:
         changed = {k: v for k, v in valid_tags(tags).items() if self.run.tags.get(k) != v}
-        if changed:
-            log_batch(self.client, self.run.run_id, tags=changed)
+        values = {k: v for k, v in metrics.items() if self.run.metrics.get(k) != v}
+        if changed or values:
+            now = int(time.time() * 1000)  # of several values MLflow shows the latest
+            new = [Metric(key, value, now, 0) for key, value in values.items()]
+            log_batch(self.client, self.run.run_id, tags=changed, metrics=new)
             self.run.tags |= changed
+            self.run.metrics |= values
             self.counts.sweep = True
 
     def _send(self, run: ChildRun) -> bool:
@@ -295,25 +307,40 @@ class SweepTracker:
         params = {key: value for key, value in run.params.items() if key not in stored.params}
         # The status is written last, so a run with a final status has all its metrics.
         ended = (stored.status, stored.ended) == (run.status, run.ended)
+        inputs = [dataset_input(use) for use in run.datasets if use.name not in stored.inputs]
         recovered = "air.failure_class" in stored.tags.keys() - tags.keys()
-        if ended and not (changed or params or recovered):
+        if ended and not (changed or params or inputs or recovered):
             return False
+        if inputs:
+            client.log_inputs(stored.run_id, inputs)
         if ended:
             log_batch(client, stored.run_id, tags=changed, params=params)
         else:
             numbers = run.numbers()
             changed |= valid_tags({"air.interval": numbers.interval})
+            sent = {name: len(values) for name, values in stored.curves.items()}
             metrics = metrics_of(numbers, run.started, run.ended)
+            metrics = [metric for metric in metrics if metric.step >= sent.get(metric.key, 0)]
             log_batch(client, stored.run_id, tags=changed, params=params, metrics=metrics)
-            client.set_terminated(stored.run_id, run.status, run.ended)
-            stored.has_metrics |= bool(metrics)
-            stored.status, stored.ended = run.status, run.ended
+            stored.metrics |= {metric.key: metric.value for metric in metrics}
+            self._set_status(stored, run)
         if recovered:
             client.delete_tag(stored.run_id, "air.failure_class")
             del stored.tags["air.failure_class"]
         stored.tags |= changed
         stored.params |= params.keys()
+        stored.inputs |= {use.name for use in run.datasets}
         return True
+
+    def _set_status(self, stored: StoredRun, run: ChildRun) -> None:
+        if run.status == "RUNNING":
+            stored.curves = {name: [*values] for name, values in run.numbers().curves.items()}
+            if stored.status != "RUNNING":  # a trial that failed before
+                self.client.update_run(stored.run_id, "RUNNING")
+        else:
+            self.client.set_terminated(stored.run_id, run.status, run.ended)
+            stored.ended = run.ended
+        stored.status = run.status
 
     def _create(self, run: ChildRun) -> StoredRun:
         """Create a run with the tags by which the next driver can find it."""
@@ -351,9 +378,7 @@ class SweepTracker:
         runs are then written without files, which the next `open` of the sweep uploads.
         """
         uploaded: list[str] = []
-        artifacts = artifact_repository(
-            self.mlflow.database, run.artifact_uri, self.client.tracking_uri
-        )
+        artifacts = artifact_repository(run.artifact_uri, self.client.tracking_uri)
         for name, data in files if self.accepts_files else ():
             try:
                 with tempfile.TemporaryDirectory(prefix="airsweep-") as scratch:

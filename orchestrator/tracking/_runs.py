@@ -22,34 +22,36 @@ os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
 import contextlib
 import errno
 import hashlib
+import json
 import logging
 import math
-import re
 import shutil
-import sqlite3
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils.credentials import read_mlflow_creds
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
 from orchestrator.errors import TrackerUnreachable
 from orchestrator.redact import without_credentials
-from orchestrator.tracking.types import ChildRun, Numbers
+from orchestrator.tracking.database import check_database
+from orchestrator.tracking.types import ChildRun, DatasetUse, Numbers
 from orchestrator.tracking_uri import ARTIFACTS, resolve_uri
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # Ray may have imported MLflow before
 
-MAX_TAG = 8000  # characters
-BATCH = 1000  # metrics per request
+MAX_TAG, MAX_DIGEST = 8000, 36  # characters
+BATCH, PARAMS = 800, 100  # metrics and params per request, which may have 1000 in all
 RUN_ID = 32  # hex digits of a run id
 UNAUTHORIZED, FORBIDDEN = 401, 403  # HTTP status codes
 DATABASE_BYTES = 2 * 2**20  # an empty MLflow database with its journal
@@ -69,7 +71,10 @@ class StoredRun:
     ended: int | None
     tags: dict[str, str]
     params: set[str]
-    has_metrics: bool
+    metrics: dict[str, float]  # last values
+    inputs: set[str]  # names of datasets
+    # The values that this process has sent while the trial was running.
+    curves: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def name(self) -> tuple[str, str]:
@@ -81,8 +86,13 @@ class StoredRun:
         """Whether the metrics and params of `run` can be added to this stored run."""
         if self.tags.get(IDENTITY[run.kind][1], "") != run.content:
             return False
+        if self.curves:
+            curves = run.numbers().curves  # a failed trial has none
+            return all(curves.get(k, v)[: len(v)] == v for k, v in self.curves.items())
+        if run.status == "RUNNING":
+            return not self.metrics
         # A failed first attempt has no metrics, and other times than the second attempt.
-        return not self.has_metrics or self.started == run.started or self.ended == run.ended
+        return not self.metrics or self.started == run.started or self.ended == run.ended
 
 
 def is_airsweep_run(run: StoredRun) -> bool:
@@ -99,7 +109,8 @@ def stored_run(run: Run) -> StoredRun:
         ended=run.info.end_time,
         tags=dict(run.data.tags),
         params=set(run.data.params),
-        has_metrics=bool(run.data.metrics),
+        metrics=dict(run.data.metrics),
+        inputs={use.dataset.name for use in run.inputs.dataset_inputs} if run.inputs else set(),
     )
 
 
@@ -130,15 +141,15 @@ def log_batch(
     metrics: Sequence[Metric] = (),
 ) -> None:
     """Write tags, params and metrics of a run, in as few requests as MLflow allows."""
-    client.log_batch(
-        run_id,
-        metrics=metrics[:BATCH],
-        params=[Param(key, value) for key, value in (params or {}).items()],
-        tags=[RunTag(key, value) for key, value in tags.items()],
-        synchronous=True,  # overrides MLFLOW_ENABLE_ASYNC_LOGGING
-    )
-    for start in range(BATCH, len(metrics), BATCH):
-        client.log_batch(run_id, metrics=metrics[start : start + BATCH], synchronous=True)
+    settings = [Param(key, value) for key, value in (params or {}).items()]
+    for number in range(max(-(-len(metrics) // BATCH), -(-len(settings) // PARAMS), 1)):
+        client.log_batch(
+            run_id,
+            metrics=metrics[number * BATCH : (number + 1) * BATCH],
+            params=settings[number * PARAMS : (number + 1) * PARAMS],
+            tags=[] if number else [RunTag(key, value) for key, value in tags.items()],
+            synchronous=True,  # overrides MLFLOW_ENABLE_ASYNC_LOGGING
+        )
 
 
 def metrics_of(numbers: Numbers, started: int, ended: int) -> list[Metric]:
@@ -154,6 +165,15 @@ def metrics_of(numbers: Numbers, started: int, ended: int) -> list[Metric]:
         for step, value in enumerate(curve)
         if math.isfinite(value)
     ]
+
+
+def dataset_input(use: DatasetUse) -> DatasetInput:
+    source_type: str = "code"
+    source: dict[str, Any] = {"tags": {"source": use.source}}
+    if use.source.startswith("/"):
+        source_type, source = "local", {"uri": use.source}
+    dataset = Dataset(use.name, use.digest[:MAX_DIGEST], source_type, json.dumps(source))
+    return DatasetInput(dataset, [InputTag(MLFLOW_DATASET_CONTEXT, use.context)])
 
 
 def valid_tags(values: Mapping[str, str]) -> dict[str, str]:
@@ -173,10 +193,6 @@ def digests_of(files: Mapping[str, bytes]) -> str:
     """The names of files, each followed by a digest of its content."""
     digests = {name: hashlib.blake2b(data, digest_size=6) for name, data in sorted(files.items())}
     return ", ".join(f"{name} {digest.hexdigest()}" for name, digest in digests.items())
-
-
-def slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_/-]+", "-", name)
 
 
 def short_reason(error: Exception) -> str:
@@ -255,35 +271,19 @@ def create_database(path: Path) -> None:
     temporary.replace(path)
 
 
-def check_database(path: Path) -> None:
-    """Check that a file is an sqlite database: with a broken one MLflow retries for two minutes.
-
-    Raises:
-        OSError: it is not.
-    """
-    try:
-        with contextlib.closing(sqlite3.connect(path)) as connection:
-            connection.execute("PRAGMA schema_version")
-    except sqlite3.Error as error:
-        raise OSError(f"{path}: {error}") from error
-
-
 # ---------------------------------------------------------------- artifacts of a run
 
 
-def artifact_repository(
-    database: Path | None, artifact_uri: str, tracking_uri: str
-) -> ArtifactRepository:
+def artifact_repository(artifact_uri: str, tracking_uri: str) -> ArtifactRepository:
     """The artifact repository of a run.
 
     Args:
-        database: the sqlite file if MLflow is used without a server; the artifacts lie beside it.
-        artifact_uri: of the run. `mlflow-artifacts:` URIs are relative to the folder with which a
-            server is started, and MLflow resolves them only through a server.
+        artifact_uri: of the run. Through the server of a store it is a path on the server's
+            machine, so the files go through the server.
     """
-    parts = urlsplit(artifact_uri)
-    if database is not None and parts.scheme == "mlflow-artifacts":
-        artifact_uri = (database.parent / ARTIFACTS / parts.path.lstrip("/")).as_uri()
+    _, own, path = artifact_uri.partition(f"/{ARTIFACTS}/")
+    if own and artifact_uri.startswith("/") and not tracking_uri.startswith("sqlite:"):
+        artifact_uri = f"mlflow-artifacts:/{path}"
     return get_artifact_repository(artifact_uri, tracking_uri=tracking_uri)
 
 
@@ -308,9 +308,11 @@ def read_run(uri: str | None, store: Path, run_id: str, file: str) -> tuple[Run,
     if database is not None and not database.exists():
         raise ValueError(f"{database} does not exist: nothing was tracked in this store yet")
     with explained_errors(without_credentials(uri), f"the run {run_id}"):
+        if database is not None:
+            check_database(database)
         client = MlflowClient(uri)
         run = _find(client, run_id)
-        return run, _text(client, database, run, file)
+        return run, _text(client, run, file)
 
 
 def _find(client: MlflowClient, run_id: str) -> Run:
@@ -333,8 +335,8 @@ def _find(client: MlflowClient, run_id: str) -> Run:
     return matches[0]
 
 
-def _text(client: MlflowClient, database: Path | None, run: Run, name: str) -> str | None:
-    files = artifact_repository(database, run.info.artifact_uri, client.tracking_uri)
+def _text(client: MlflowClient, run: Run, name: str) -> str | None:
+    files = artifact_repository(run.info.artifact_uri, client.tracking_uri)
     if name not in {file.path for file in files.list_artifacts()}:
         return None
     with tempfile.TemporaryDirectory() as scratch:

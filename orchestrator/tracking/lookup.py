@@ -16,7 +16,7 @@ from air_core.specs import CodeVersions, Ref, TrialSpec
 from air_core.specs.flat import DERIVED, from_flat, trial_keys
 from air_core.specs.normal import normalised
 from orchestrator.keys import artifact_key
-from orchestrator.planning.inputs import REFS
+from orchestrator.planning.resolve import REFS
 from orchestrator.reporting.bundles import SelectedTrial
 from orchestrator.store import ArtifactStore, SweepLocation, read_trial, recorded_locations
 from orchestrator.store.backends import RECORD
@@ -187,7 +187,9 @@ def named_trial(
         ValueError: no trial or several trials match, or the trial is not part of the sweep.
         TrackerUnreachable: the store has no such trial, and MLflow does not answer.
     """
-    slots = {} if location is None else _done_slots(location)
+    # The last key of each finished slot of the sweep.
+    events = () if location is None else location.event_log().events()
+    slots = {e["slot"]: e["key"] for e in events if e["event"] in ("trial_done", "trial_reused")}
     try:
         trial = find_trial(slots.get(name, name), store, uri)
     except ValueError as error:
@@ -210,13 +212,7 @@ def named_trial(
     if not matches:
         raise ValueError(
             f"{trial.label} is not a finished trial of the sweep "
-            f"{location.project}/{location.name}; omit --sweep, or give the sweep of the trial"
+            f"{location.full_name}; omit --sweep, or give the sweep of the trial"
         )
     slot = name if name in matches else matches[0]
-    return SelectedTrial(spec, record, f"{location.project}/{location.name}", slot)
-
-
-def _done_slots(location: SweepLocation) -> dict[str, str]:
-    """The last key of each finished slot of a sweep."""
-    done = ("trial_done", "trial_reused")
-    return {e["slot"]: e["key"] for e in location.event_log().events() if e["event"] in done}
+    return SelectedTrial(spec, record, location.full_name, slot)

@@ -10,22 +10,22 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.errors import TERMINATED, TrackerUnreachable
 from orchestrator.failures import first_line
-from orchestrator.planning import Outcome
+from orchestrator.planning import Outcome, Slot
+from orchestrator.planning.requests import results_command
 from orchestrator.redact import without_credentials
 from orchestrator.spec import SweepSpec
 from orchestrator.store import SweepLocation
 from orchestrator.store.artifacts import provenance
 from orchestrator.tracking._child_runs import ChildRuns
 from orchestrator.tracking.reconcile import status_of, sweep_run_of, sync
-from orchestrator.tracking.types import Status, SweepRun, make_tracker
+from orchestrator.tracking.types import ChildRun, Status, SweepRun, make_tracker
 from orchestrator.tracking_uri import effective_uri, uri_kind
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ PAUSE = 300.0
 
 
 class Publisher:
-    """Publishes one sweep to MLflow in a background thread.
+    """Publishes one sweep to MLflow in a background thread: an `OutcomeTracker`.
 
     The first outcome imports MLflow, which takes seconds, so a run without outcomes does not.
 
@@ -55,6 +55,7 @@ class Publisher:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tracker")
         self._tracker: SweepTracker | None = None
         self._pending: list[Future[bool]] = []
+        self._running: dict[str, ChildRun] = {}  # by slot, those that wait to be sent
         self._paused_until = 0.0
         self._warned = False
 
@@ -69,20 +70,10 @@ class Publisher:
 
     @property
     def in_store(self) -> bool:
-        """Whether runs go to the default database in the store's folder."""
         is_default = self.uri == effective_uri(None, self.store.root)
         return is_default and not os.environ.get("MLFLOW_TRACKING_URI")
 
     def check(self, reach: bool) -> None:
-        """Check before any work that MLflow answers and accepts writes.
-
-        Args:
-            reach: whether to contact a server; False skips the check.
-
-        Raises:
-            ValueError: MLflow denies access.
-            TrackerUnreachable: MLflow does not answer.
-        """
         if self.kind != "http" or not reach:
             return
         try:
@@ -94,15 +85,19 @@ class Publisher:
             ) from error
 
     def trial(self, outcome: Outcome, at: float | None) -> None:
-        """Queue an outcome for sending.
-
-        Args:
-            at: when the event log recorded the outcome. None if an earlier run did: `finish` sends
-                such outcomes.
-        """
+        """Queue an outcome for sending. `finish` sends those that an earlier run logged."""
         if self.kind != "none":
             self._pending = [call for call in self._pending if not call.done()]
             self._pending.append(self._thread.submit(self._send_trial, outcome, at))
+
+    def running(self, slot: Slot, curves: Mapping[str, Sequence[float]], started: float) -> None:
+        """Queue the curves of a running trial for sending. They replace queued ones."""
+        if self.kind == "none":
+            return
+        is_queued = slot.id in self._running
+        self._running[slot.id] = self._children.running(slot, curves, started, provenance())
+        if not is_queued:
+            self._pending.append(self._thread.submit(self._send_running, slot.id))
 
     def catch_up(self) -> None:
         """Wait until the queue is empty.
@@ -111,6 +106,11 @@ class Publisher:
         an ended sweep.
         """
         wait(self._pending)
+
+    def run_id(self, setting: str) -> str | None:
+        tracker = self._tracker
+        run = tracker.children.get(("point", setting)) if tracker is not None else None
+        return run.run_id if run is not None else None
 
     def finish(self, code: int) -> None:
         """End the sweep run, and send everything that MLflow lacks.
@@ -138,7 +138,9 @@ class Publisher:
             )
 
     def _reconcile_command(self) -> str:
-        return reconcile_command(self.sweep_run, self.store.name, self._given_uri)
+        uri = self._given_uri
+        options = ["--tracking-uri", without_credentials(uri)] if uri else []
+        return results_command("mlflow reconcile", self.location, *options)
 
     def _send_trial(self, outcome: Outcome, at: float | None) -> bool:
         setting = self._children.completed_setting(outcome)
@@ -146,6 +148,10 @@ class Publisher:
             return True
         runs = [self._children.trial(outcome, at, provenance()), *([setting] if setting else [])]
         return self._call(lambda tracker: [tracker.send(run) for run in runs])
+
+    def _send_running(self, slot: str) -> bool:
+        run = self._running.pop(slot)
+        return self._call(lambda tracker: tracker.send(run))
 
     def _close(self, status: Status) -> bool:
         # Opening MLflow would take too long.
@@ -176,11 +182,3 @@ class Publisher:
             self._warned = True
             return False
         return True
-
-
-def reconcile_command(parent: SweepRun, store: str, uri: str | None) -> str:
-    """The command that sends everything that MLflow lacks of a sweep."""
-    name = parent.sweep if parent.project == "default" else f"{parent.project}/{parent.sweep}"
-    store_option = [] if store == str(Path("runs").absolute()) else ["--store", store]
-    uri_option = ["--tracking-uri", without_credentials(uri)] if uri else []
-    return " ".join(["airsweep mlflow reconcile", name, *store_option, *uri_option])

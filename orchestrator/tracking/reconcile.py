@@ -6,8 +6,11 @@ nothing. Needs neither Ray nor torch.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
@@ -20,7 +23,15 @@ from orchestrator.planning.studies import PrunedPoint
 from orchestrator.reporting import Results, results_of, sweep_status
 from orchestrator.reporting.charts import pictures
 from orchestrator.reporting.results import finished_records
-from orchestrator.reporting.rows import mean_std, settings_text
+from orchestrator.reporting.rows import (
+    Comparison,
+    Row,
+    Task,
+    is_bound,
+    mean_std,
+    settings_text,
+    uses_diffusion,
+)
 from orchestrator.reporting.summary import run_facts, summary, sweep_title
 from orchestrator.spec import SweepSpec
 from orchestrator.store import (
@@ -28,6 +39,7 @@ from orchestrator.store import (
     EventLog,
     SweepLocation,
     TrialRecord,
+    read_outcome,
     read_trial,
     user_name,
 )
@@ -64,7 +76,7 @@ class ReconcileResult:
         """A summary for the screen."""
         sent, present, settings = self.counts.sent, self.counts.present, self.counts.settings
         lost = f", {self.missing} no longer in the store" if self.missing else ""
-        if self.counts.nothing_sent:
+        if not (sent or settings or self.counts.sweep):
             return f"{self.name}: nothing to send ({plural(present, 'outcome')} in MLflow{lost})"
         more = f" and {plural(settings, 'setting')}" if settings else ""
         return (
@@ -101,9 +113,7 @@ def reconcile(
             ) from error
     finally:
         event_log.unlock()
-    return ReconcileResult(
-        f"{location.project}/{location.name}", tracker.counts, missing, tracker.url()
-    )
+    return ReconcileResult(location.full_name, tracker.counts, missing, tracker.url())
 
 
 def sync(sweep: SweepSpec, location: SweepLocation, tracker: SweepTracker, status: Status) -> int:
@@ -133,12 +143,12 @@ def sync(sweep: SweepSpec, location: SweepLocation, tracker: SweepTracker, statu
         if outcome is None:
             missing += 1
             continue
-        at = event.get("time", history.since)
-        tracker.send(children.trial(outcome, at, event["maker"]))
+        tracker.send(children.trial(outcome, event["time"], event["maker"]))
     for group in group_by_setting(done):
         tracker.send(children.setting(group))
     results = results_of(plan, location.store, done)
-    tracker.finish(status, *note_and_files(plan, location, results, tracker.run.run_id))
+    note, files = note_and_files(plan, location, results, tracker.run.run_id)
+    tracker.finish(status, note, files, headline_metrics(results) | _cost_metrics(location))
     return missing
 
 
@@ -148,7 +158,6 @@ class _History:
 
     outcomes: Mapping[str, Mapping[str, Any]]  # by slot: its last event, and the maker
     last: Mapping[str, Any]  # user and commit of the last run
-    since: float  # start of the sweep, for events without a time
 
 
 def _history(event_log: EventLog) -> _History:
@@ -160,8 +169,7 @@ def _history(event_log: EventLog) -> _History:
                 made = {name: event.get(name, value) for name, value in made.items()}
             case "trial_done" | "trial_reused" | "trial_failed" | "trial_pruned":
                 outcomes[event["slot"]] = {**event, "maker": made}
-    spec = event_log.folder / "spec.yaml"
-    return _History(outcomes, made, (spec if spec.exists() else event_log.path).stat().st_mtime)
+    return _History(outcomes, made)
 
 
 def _outcome_of(
@@ -175,8 +183,8 @@ def _outcome_of(
             return Outcome(
                 slot,
                 "failed",
-                failure_class=event.get("failure_class"),
-                message=event.get("message", ""),
+                failure_class=event["failure_class"],
+                message=event["message"],
                 already_logged=True,
             )
         case "trial_pruned":
@@ -226,7 +234,7 @@ def note_and_files(
     charts = pictures(results)
     screen = summary(sweep_title(plan), results, run_facts(plan, location))
     note = [
-        "\n".join(_best(results)),  # first, since MLflow folds long notes
+        "\n".join(_answers(results)),  # first, since MLflow folds long notes
         *(_picture(name, run_id) for name in charts),
         plan.sweep.question,
         f"```\n{screen}\n```",
@@ -238,16 +246,64 @@ def note_and_files(
     return "\n\n".join(filter(None, note)), files
 
 
-def _best(results: Results) -> Iterator[str]:
-    """For each task, a sentence with the row of the highest mean."""
+def headline_metrics(results: Results) -> dict[str, float]:
+    """For each task the highest mean and a gain, with their 95 % intervals, as fractions.
+
+    With several tasks the names begin with the task.
+    """
+    metrics: dict[str, float] = {}
+    for task in results.tasks:
+        best, gain = _best(results, task)
+        shown = {f"best/test/{best.metric}": (best.mean, best.low, best.high)}
+        if gain is not None:
+            difference = gain.difference
+            low, high = difference.low, difference.high
+            interval = (low, high) if gain.is_tested else (math.nan, math.nan)
+            shown["gain"] = (difference.mean, *interval)
+        prefix = ""
+        if len(results.tasks) > 1:
+            words = (Path(task[0]).name, *task[1:])  # the dataset can be a path
+            prefix = re.sub(r"[^\w. -]+", "-", "-".join(words)) + "/"
+        for name, values in shown.items():
+            names = (f"{prefix}{name}{end}" for end in ("", "_low", "_high"))
+            metrics |= zip(names, values, strict=True)
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+
+def _cost_metrics(location: SweepLocation) -> dict[str, float]:
+    """Seconds of each phase of the last run, and its peak of memory."""
+    run = read_outcome(location).get("run", {})
+    costs = {f"time/{phase}_s": seconds for phase, seconds in run.get("walls", {}).items() if phase}
+    memory = run.get("memory", 0)  # bytes; 0: unknown
+    return costs | ({"system/memory_peak_gib": memory / 2**30} if memory else {})
+
+
+def _best(results: Results, task: Task) -> tuple[Row, Comparison | None]:
+    """The row of the highest mean, and the gain of a row over its control or else its host.
+
+    That is the highest row with a diffusion model; without any, the highest one with a baseline.
+    """
+    gains = [c for c in results.comparisons if c.row.task == task and not is_bound(c.row.method)]
+    gains = [c for c in gains if uses_diffusion(c.row.method)] or gains
+    gain = max(gains, key=lambda c: (c.row.mean, c.role == "control"), default=None)
+    return results.best(task), gain
+
+
+def _answers(results: Results) -> Iterator[str]:
+    """For each task, the row of the highest mean and a gain, as sentences."""
     for task in results.tasks[:WORLDS_IN_NOTE]:
-        row = results.best(task)
+        row, gain = _best(results, task)
         settings = settings_text(row, row.settings)
         with_settings = f" ({settings})" if settings else ""
         yield (
             f"{row.dataset}, {row.paradigm}/{row.modality}: **{row.method}**{with_settings} has "
             f"the highest mean test {row.metric.replace('_', ' ')}: {mean_std(row)} %\n"
         )
+        if gain is not None:
+            yield (
+                f"Gain of {gain.row.method} over its {gain.role} {gain.baseline.method}: "
+                f"{gain.text} points, {gain.significance}\n"
+            )
 
 
 def _picture(name: str, run_id: str) -> str:

@@ -1,8 +1,8 @@
 """Compares two trials, or a trial with a second computation of it.
 
-The second computation takes its settings from MLflow alone, reads prepared artifacts from the store
-and runs in a temporary store. Nothing is written to the store. Torch is imported for the
-computation only.
+The second computation takes its settings from the record of the trial, or from MLflow alone, reads
+prepared artifacts from the store and runs in a temporary store. Nothing is written to the store.
+Torch is imported for the computation only.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,10 +27,10 @@ from air_core.specs import (
 from orchestrator.git import commit, diff_digest, uncommitted_diff
 from orchestrator.keys import artifact_key
 from orchestrator.planning import Requirement, Resolver, artifact_title, refs_of, requirements_of
-from orchestrator.stages.trial import run_trial
 from orchestrator.store import ArtifactStore, TrialRecord, read_trial
 from orchestrator.store.artifacts import versions
-from orchestrator.tracking.lookup import PastTrial, trial_of_run
+from orchestrator.store.code_version import part_version
+from orchestrator.tracking.lookup import PastTrial, find_trial
 
 TOLERANCE = 0.01  # of a metric, absolute and relative: rounding differs between processors
 MAX_CHANGED = 0.02  # share of test images whose prediction may change
@@ -154,27 +154,36 @@ class Reproduction:
 
 
 def repro(
-    run_id: str,
+    name: str,
     store: ArtifactStore,
     resolver: Resolver,
     uri: str | None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Reproduction:
-    """Compute a tracked trial again and compare the results.
+    """Compute a past trial again and compare the results.
 
     Args:
+        name: the trial, as for `find_trial`.
         report: called with a message before each long step.
 
     Raises:
-        ValueError: the run is not a finished trial, or an input must be prepared first.
+        ValueError: the name is not that of a finished trial, or an input must be prepared first.
     """
-    past = trial_of_run(run_id, store.root, uri)
+    past = find_trial(name, store, uri)
     spec = past.spec()
+    if not past.has_current_key():  # MLflow has no code versions; they may be the present ones
+        names = [ref.name for name, ref in refs_of(spec).items() if name.endswith("dataset")]
+        spec = replace(spec, code=resolver.code_versions(names))
     result = Reproduction(past.label, past.key)
-    if not past.has_current_key():
-        now = artifact_key(spec)
+    code_then = str(past.provenance.get("code") or "unknown")
+    code_now = part_version("trials")
+    now = artifact_key(spec)
+    if not now.digest.startswith(past.key):
         result.inputs["recipe"] = (past.key[:12], f"{now.stage}/v{now.recipe} {now.digest[:12]}")
-        result.notes.append("this version of the code computes these settings differently")
+        result.notes.append(
+            f"the key of a trial contains the version of its code: {code_then} then, {code_now} "
+            f"now; to repeat it, check out commit {past.provenance.get('commit') or 'unknown'}"
+        )
     requirements = _requirements(resolver.with_scored_images(spec))
     for name, ref in refs_of(spec).items():
         current = _current_digest(name, ref.name, resolver)
@@ -190,9 +199,11 @@ def repro(
         elif current != ref.digest:
             result.inputs[f"{name} {ref.name}"] = (ref.digest, current)
     # Code and libraries can also explain a difference.
-    after = {"commit": commit(), "dirty": diff_digest(uncommitted_diff()), **versions()}
+    after = {"commit": commit(), "dirty": diff_digest(uncommitted_diff())}
+    after |= {"trials": code_now, **versions()}
     before = {
         **{name: past.provenance.get(name, "") for name in ("commit", "dirty")},
+        "trials": code_then,
         **(past.provenance.get("versions") or {}),
     }
     code = _differing(before, {name: after.get(name) for name in before})
@@ -241,9 +252,7 @@ def _current_digest(setting: str, name: str, resolver: Resolver) -> str:
 def _is_stored(requirement: Requirement, store: ArtifactStore) -> bool:
     """Whether the store has an artifact. Of a row the features suffice: a trial reads no image."""
     if requirement.rows:
-        return set(requirement.shards()) <= store.row(requirement.spec).existing_shards(
-            ".safetensors"
-        )
+        return set(requirement.shards()) <= store.row(requirement.spec).existing_shards()
     return store.has(requirement.spec)
 
 
@@ -258,6 +267,8 @@ def _recompute(
 ) -> Iterator[TrialRecord]:
     """Compute the trial in a temporary store, which exists inside the `with` block."""
     import torch
+
+    from orchestrator.stages.trial import run_trial
 
     past_device = past.provenance.get("device") or "cpu"
     device = "cuda" if past_device == "cuda" and torch.cuda.is_available() else "cpu"
@@ -274,7 +285,7 @@ def _recompute(
 
 def _link(requirement: Requirement, store: ArtifactStore, scratch: ArtifactStore) -> None:
     if requirement.rows:
-        store.row(requirement.spec).pull(requirement.shards(), ".safetensors")
+        store.row(requirement.spec).pull(requirement.shards())
     else:
         store.get(requirement.spec)
     source = store.path(artifact_key(requirement.spec))

@@ -7,7 +7,7 @@ MLflow lacks. This module does not depend on Ray, the store or the trial code.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -24,7 +24,7 @@ SERVER_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 
-Status = Literal["FINISHED", "FAILED", "KILLED"]
+Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 Kind = Literal["trial", "point"]  # a point is a setting over its seeds and splits
 
 
@@ -37,18 +37,24 @@ class Counts:
     settings: int = 0  # settings that were missing or different
     sweep: bool = False  # whether the sweep run itself was changed
 
-    @property
-    def nothing_sent(self) -> bool:
-        return not (self.sent or self.settings or self.sweep)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Numbers:
     """Metrics of a run. Accuracies and other shares are fractions, not percentages."""
 
     metrics: Mapping[str, float] = field(default_factory=dict)
-    curves: Mapping[str, list[float]] = field(default_factory=dict)  # one value per iteration
+    curves: Mapping[str, Sequence[float]] = field(default_factory=dict)  # one value per iteration
     interval: str = ""  # of a setting: kind of interval between _low and _high
+
+
+@dataclass(frozen=True)
+class DatasetUse:
+    """A part of a dataset that a run reads. MLflow distinguishes the parts by their names."""
+
+    name: str
+    context: Literal["pool", "test"]
+    digest: str  # of the whole dataset
+    source: str  # a folder, or the origin of a dataset that airsweep knows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +83,7 @@ class ChildRun:
         content: identifies the computation: the key of a trial, a digest of a setting's trials.
         numbers: computes the metrics, which takes time for a setting; called only if MLflow lacks
             them.
-        started: ms since the epoch, like `ended`.
+        started: ms since the epoch, like `ended`. A running trial ends now.
         files: small files by name; each function is called only if MLflow lacks the files.
     """
 
@@ -90,6 +96,7 @@ class ChildRun:
     params: Mapping[str, str] = field(default_factory=dict)
     numbers: Callable[[], Numbers] = Numbers
     note: str = ""  # Markdown
+    datasets: Sequence[DatasetUse] = ()
     started: int
     ended: int
     files: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)

@@ -265,7 +265,6 @@ def test_margins_are_over_the_drawn_classes():
         dataset=REF, backbone=REF, generator=REF, fidelity=FidelitySettings(min_margin=0.0)
     )
     used = usable_synthetic(spec, data, text)
-    assert used is not None
     own = logits_of(used.batch.features)[:, 1:].argmax(dim=1) + 1
     assert torch.equal(own, used.labels)
     assert len(used) > EACH
@@ -277,7 +276,6 @@ def test_the_filter_keeps_tokens_beside_their_features():
     tokens = torch.arange(len(images)).float()[:, None, None]
     whole = Labelled(Batch(images.batch.features, tokens), images.labels)
     kept = credible(whole, FidelitySettings(min_margin=0.2), logits)
-    assert kept.batch.tokens is not None
     assert torch.equal(
         kept.batch.features, images.batch.features[kept.batch.tokens.flatten().long()]
     )

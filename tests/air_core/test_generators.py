@@ -73,7 +73,7 @@ def test_an_image_does_not_depend_on_how_many_are_drawn(generator):
     assert (block[2].int() - alone.int()).abs().max() <= 1
 
 
-def test_several_prompts_take_turns_over_the_images(generator):
+def test_several_prompts_take_turns_over_the_images():
     one, other = QUICK.template, "a drawing of a {}"
     several, first, second = (
         draw(PipelineGenerator(MODEL, replace(QUICK, template=template)), range(4)).float()
@@ -118,7 +118,7 @@ def test_lora_of_scale_zero_is_the_base_model_with_the_same_noise(generator, ada
     assert not torch.equal(half, on)
 
 
-def test_bf16_draws_nearly_the_same_image(generator):
+def test_bf16_draws_nearly_the_same_image():
     settings = replace(QUICK, num_inference_steps=2)
     exact = draw(PipelineGenerator(MODEL, settings), range(1))
     rough = draw(PipelineGenerator(MODEL, replace(settings, precision="bf16")), range(1))

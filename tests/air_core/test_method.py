@@ -128,6 +128,24 @@ def watched(spec: TrialSpec, data: TrialData) -> tuple[TrialResult, list[Round]]
     return learn(spec, data, callback), callback.rounds
 
 
+@pytest.mark.parametrize("length", [{"train.steps": 3}, {"train.steps": None, "train.epochs": 1}])
+def test_each_training_step_reports_the_finished_and_all_steps(spec, digits, length):
+    class Steps(Callback):
+        def __init__(self) -> None:
+            self.counts: list[tuple[int, int]] = []
+
+        def on_step(self, done: int, total: int) -> None:
+            self.counts.append((done, total))
+
+    steps = Steps()
+    learn(spec("cpl", **{"iterations": 2, **length}), digits, steps)
+    if length["train.steps"]:
+        assert steps.counts == [(done, 6) for done in range(1, 7)]
+    # With epochs, rounds of a growing selection get longer, so the total is an estimate.
+    assert all(done <= total for done, total in steps.counts)
+    assert steps.counts[-1][0] == steps.counts[-1][1]
+
+
 def same_bits(one: tuple[TrialResult, list[Round]], other: Any) -> bool:
     """Whether predictions, objectives and the prompts of all rounds are equal."""
     prompts = [[r.learner.prompt for r in rounds] for _, rounds in (one, other)]

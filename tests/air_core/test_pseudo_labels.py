@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from air_core.pseudo_labels import STRATEGIES, assign, capacity
-from air_core.pseudo_labels.top_k import balanced_choice
 from air_core.specs import PseudoLabelSettings
 
 
@@ -55,39 +54,6 @@ def test_upl_selects_the_most_confident_images_of_each_predicted_class():
         members = (best == c).nonzero().flatten()
         strongest = members[confidence[members].argsort(descending=True)[:5]]
         assert labels.indices[labels.labels == c].tolist() == sorted(strongest.tolist())
-
-
-def test_balanced_choice_is_stable():
-    """No image and class prefer each other to their assignment."""
-    scores = some_scores(60, 5, seed=3)
-    places = torch.full((5,), 7)
-    taken = balanced_choice(scores, places)
-    weakest = [
-        scores[taken == c, c].min().item() if (taken == c).sum() == 7 else 0.0 for c in range(5)
-    ]
-    for image in range(60):
-        own = scores[image, taken[image]].item() if taken[image] >= 0 else 0.0
-        for c in range(5):
-            if scores[image, c].item() > own:
-                assert scores[image, c].item() <= weakest[c]
-
-
-def test_balanced_choice_does_not_depend_on_the_order_of_images():
-    scores = some_scores(60, 5, seed=4)
-    order = torch.randperm(60, generator=torch.Generator().manual_seed(1))
-    places = torch.full((5,), 6)
-    assert torch.equal(
-        balanced_choice(scores, places)[order], balanced_choice(scores[order], places)
-    )
-
-
-def test_balanced_choice_selects_only_allowed_classes():
-    scores = some_scores(40, 4, seed=5)
-    allowed = scores > 0.3
-    taken = balanced_choice(scores, torch.full((4,), 40), allowed)
-    chosen = taken >= 0
-    assert allowed[chosen.nonzero().flatten(), taken[chosen]].all()
-    assert torch.equal(chosen, allowed.any(dim=-1))
 
 
 def test_no_selected_image_is_an_error_that_names_the_settings():

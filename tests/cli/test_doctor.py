@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 
 from tests.helpers.disks import small_disk
 from tests.helpers.servers import free_port
-from tests.helpers.sweeps import airsweep, environment, write_sweep
+from tests.helpers.sweeps import airsweep, environment, python, write_sweep
 
 SWEEP = "fixed: {method: fpl, train.steps: 3}\nseeds: [1]\n"
 
@@ -83,14 +82,8 @@ def test_a_full_disk_and_a_read_only_disk_are_different_findings(tmp_path):
 
 
 def report_on_disk(disk: Any) -> dict[str, Any]:
-    command = [sys.executable, "-m", "orchestrator", "doctor", "--json"]
-    done = subprocess.run(
-        [*disk.inside, *command, "--store", str(disk.place / "runs")],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        check=False,
-    )
+    words = ("-m", "orchestrator", "doctor", "--json", "--store", disk.place / "runs")
+    done = python(*words, inside=disk.inside, check=False)
     assert done.returncode == 3, done.stdout + done.stderr
     result: dict[str, Any] = json.loads(done.stdout)
     return result
@@ -119,14 +112,8 @@ def test_with_offline_no_socket_is_opened(spec, tmp_path):
     )
     uri = f"http://127.0.0.1:{free_port()}"
     for store in (str(tmp_path / "runs"), "s3://bucket/runs"):
-        words = ("doctor", str(spec), "--offline", "--tracking-uri", uri, "--store", store)
-        done = subprocess.run(
-            [sys.executable, "-c", code, *words],
-            capture_output=True,
-            text=True,
-            env=environment(),
-            check=True,
-        )
+        words = ("doctor", spec, "--offline", "--tracking-uri", uri, "--store", store)
+        done = python("-c", code, *words)
         assert done.stderr == "[]\n"
         assert "not checked: --offline" in done.stdout
 

@@ -204,7 +204,6 @@ def test_variables_are_given_by_name_or_with_a_value(spec, monkeypatch):
     [
         (["--set", "fixed.iterations=-1"], 2, "--set fixed.iterations=-1"),
         ([], 3, "the store 'runs' is relative, and this is a Ray job"),
-        (["--store", SHARED, "--accept-code", "images"], 2, "docs/storage.md"),
         (["--store", SHARED, "--env", "HF_TOKEN=x"], 2, "looks like a secret"),
         (["--store", SHARED, "--json"], 2, "allowed only with --detach"),
         (["--store", SHARED, "--code", "mine"], 2, "allowed here: checkout, installed"),

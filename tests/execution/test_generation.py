@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,12 +18,12 @@ import torch
 from safetensors.numpy import load_file
 
 from air_core.specs import SyntheticFeaturesSpec
-from orchestrator.cluster.session import machines
+from orchestrator.cluster.session import machines, waits_for_resources
 from orchestrator.errors import MissingArtifact
 from orchestrator.execution._allocation import Allocation, PreparationContext
-from orchestrator.execution._generation import GeneratorActor, draw
+from orchestrator.execution._generation import GeneratorActor, _Generation, draw
 from orchestrator.execution._prepare import prepare
-from orchestrator.execution._progress import ProgressMonitor, ProgressReporter
+from orchestrator.execution._progress import ProgressMonitor, ProgressReporter, report_working
 from orchestrator.keys import artifact_key
 from orchestrator.planning import Requirement, requirements_of
 from orchestrator.spec import Resources
@@ -44,6 +45,7 @@ def row_requirement(resolver, folder, count: int) -> Requirement:
 
 
 T = TypeVar("T")
+NO_PROGRESS = SimpleNamespace(write=SimpleNamespace(remote=lambda *report: None))
 
 
 def result_of(coroutine: Generator[None, None, T]) -> T:
@@ -117,15 +119,10 @@ def test_a_block_is_the_same_from_actors_and_in_this_process(
     build_image_block(
         requirement.spec, 3, 0, worker, lambda: open_generator(requirement.spec.images, worker)
     )
-    names = [
-        store.row(requirement.spec.images).shard(3, 0, ".parquet") for store in (spread, alone)
-    ]
+    names = [store.row(requirement.spec.images).shard(3, 0) for store in (spread, alone)]
     tables = [pq.read_table(name).to_pydict() for name in names]
     assert tables[0] == tables[1]
-    features = [
-        load_file(store.row(requirement.spec).shard(3, 0, ".safetensors"))
-        for store in (spread, alone)
-    ]
+    features = [load_file(store.row(requirement.spec).shard(3, 0)) for store in (spread, alone)]
     assert abs(features[0]["features"] - features[1]["features"]).max() < 1e-5
 
 
@@ -145,9 +142,37 @@ def test_a_pool_shrinks_when_trials_start_and_no_block_counts_as_killed(
     assert drawn(requirement, store, listener, resources, allocation) == []
     pools = [pool for (pool,) in listener.events["on_pool_closed"]]
     assert [pool.actors for pool in pools] == [2, 1]  # the second has the reserve
-    assert sum(pool.images for pool in pools) <= 160 == len(requirement.classes) * 16
+    # Also blocks whose results were lost with the first pool are counted, once.
+    facts = [facts for _, _, facts in listener.events["on_prepared"]]
+    assert sum(f["drawn"] for f in facts) == 160 == len(requirement.classes) * 16
+    assert len(facts) == requirement.total()
     assert requirement.missing(store) == []
     assert list(tmp_path.rglob("*.tries")) == []
+
+
+def test_a_block_completed_after_its_pool_was_closed_is_counted(
+    ray_session, resolver, drawn_digits, tmp_path
+):
+    shutil.copytree(drawn_digits, tmp_path / "ready")
+    (tmp_path / "ready" / "digit three" / "02.png").write_bytes(b"")
+    requirement, listener = row_requirement(resolver, tmp_path / "ready", 8), Listener()
+    worker, resources = WorkerContext(ArtifactStore(tmp_path / "store")), Resources()
+    generation = _Generation(
+        [requirement],
+        PreparationContext(
+            worker, resources, listener, Allocation(resources, machines), NO_PROGRESS
+        ),
+    )
+    generation.unread = {(0, 3, 0), (0, 4, 0)}
+    build_image_block(
+        requirement.spec, 3, 0, worker, lambda: open_generator(requirement.spec.images, worker)
+    )
+    assert len(generation.untried_shards()) == 9
+    assert len(generation.untried_shards()) == 9
+    ((_, _, facts),) = listener.events["on_prepared"]
+    assert (facts["drawn"], facts["holes"]) == (7, 1)
+    assert facts["hole_files"] == '["digit three/02.png"]'
+    assert generation.unread == {(0, 4, 0)}
 
 
 def test_a_block_that_cannot_be_drawn_is_named_and_the_others_are_drawn(
@@ -155,9 +180,9 @@ def test_a_block_that_cannot_be_drawn_is_named_and_the_others_are_drawn(
 ):
     requirement = row_requirement(resolver, drawn_digits, 8)
     for c in (3, 4):
-        copied.row(requirement.spec).shard(c, 0, ".safetensors").unlink()
+        copied.row(requirement.spec).shard(c, 0).unlink()
     row = copied.open_row(requirement.spec.images)
-    killed = [row.count_crashes(3, 0, 2) for _ in range(2)]
+    killed = [row.count_crashes(3, 0) for _ in range(2)]
     for process in killed:
         process.__enter__()  # and never exits
     ((failed, failure),) = drawn(requirement, copied, Listener())
@@ -183,7 +208,7 @@ def test_a_generator_short_of_memory_saves_memory_and_keeps_its_block_size(
         return open_generator(images, worker)
 
     monkeypatch.setattr("orchestrator.execution._generation.open_generator", short)
-    actor = GeneratorActor([requirement], WorkerContext(store), progress_actor=None)
+    actor = GeneratorActor([requirement], WorkerContext(store), NO_PROGRESS)
     for c in (0, 1):
         batch = {name: np.array([value]) for name, value in (("row", 0), ("class", c))}
         result = actor({**batch, "block": np.array([0])})
@@ -216,8 +241,9 @@ def test_an_artifact_that_cannot_be_made_is_reported_and_the_others_are_made(
 ):
     broken = tmp_path / "broken"
     shutil.copytree(drawn_digits, broken)
-    for file in broken.rglob("*.png"):
-        file.write_bytes(file.read_bytes()[:40])
+    for file in broken.rglob("*.png"):  # the plan would refuse images without an end
+        data = file.read_bytes()
+        file.write_bytes(data[:45] + bytes(len(data) - 65) + data[-20:])
     whole = resolver.trial({"dataset": f"folder:{drawn_digits}", "images_per_class": 0})
     unreadable = resolver.trial({"dataset": f"folder:{broken}"})
     requirements = requirements_of([unreadable, whole])
@@ -256,7 +282,7 @@ def test_a_blank_image_is_a_recorded_hole(resolver, drawn_digits, tmp_path):
     Image.new("RGB", (32, 32)).save(folder / "digit two" / "03.png")
     store = ArtifactStore(tmp_path / "store")
     requirement = row_requirement(resolver, folder, 8)
-    actor = GeneratorActor([requirement], WorkerContext(store), progress_actor=None)
+    actor = GeneratorActor([requirement], WorkerContext(store), NO_PROGRESS)
     results = [
         actor({"row": np.array([0]), "class": np.array([c]), "block": np.array([0])})
         for c in range(10)
@@ -268,7 +294,7 @@ def test_a_blank_image_is_a_recorded_hole(resolver, drawn_digits, tmp_path):
         7,
         *[8] * 7,
     ]
-    table = pq.read_table(store.row(requirement.spec.images).shard(2, 0, ".parquet")).to_pydict()
+    table = pq.read_table(store.row(requirement.spec.images).shard(2, 0)).to_pydict()
     assert table["ok"] == [True, True, True, False, True, True, True, True]
     assert table["attempt"][3] == 2
 
@@ -281,17 +307,38 @@ def test_reading_missing_images_names_the_command_to_run(resolver, drawn_digits,
 
 def test_progress_reports_of_a_worker_reach_the_driver(ray_session):
     def work(actor):
-        reporter = ProgressReporter(actor, "LoRA a")
+        reporter = ProgressReporter(actor, "LoRA a", "steps")
         reporter.last = time.monotonic() - 10  # long enough ago
         reporter(3, 10)
+        reporter.last_curves, reporter.started = reporter.last - 10, 7.0
+        reporter.report_curves({"train/loss": [0.5]})  # replaces no other report
         ProgressReporter(actor, "LoRA b").report_wait("its lock", "team/other", 60.0)
         ProgressReporter(actor, "LoRA c").report_wait("its lock", "team/other", 1.0)  # too short
+        with report_working(actor):
+            time.sleep(0.5)
 
     listener = Listener()
     progress = ProgressMonitor(listener)
     ray.get(ray.remote(work).options(num_cpus=0).remote(progress.actor))
-    wait_until(lambda: progress.read() or len(listener.events) == 2)  # `read` does not block
+    wait_until(lambda: progress.read() or len(listener.events) == 4)  # `read` does not block
     assert listener.events == {
-        "on_progress": [("LoRA a", 3, 10)],
+        "on_progress": [("LoRA a", 3, 10, "steps")],
+        "on_curves": [("LoRA a", {"train/loss": [0.5]}, 7.0)],
         "on_waiting": [("LoRA b", "team/other", 60.0)],
+        "on_working": [()],
     }
+
+
+def test_a_process_waits_for_resources_while_others_hold_them_all(ray_session):
+    def hold(seconds):
+        time.sleep(seconds)
+
+    cores = int(ray.cluster_resources()["CPU"])
+    task = ray.remote(hold).options(num_cpus=1)
+    running = [task.remote(600) for _ in range(cores)]
+    wait_until(lambda: ray.available_resources().get("CPU", 0) < 1)
+    wait_until(lambda: not waits_for_resources())
+    running.append(task.remote(600))
+    wait_until(waits_for_resources)
+    for future in running:
+        ray.cancel(future, force=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 from orchestrator.execution._prefetch import missing_without_images, waves
 from orchestrator.planning import requirements_of
+from orchestrator.planning.plan import independent_of
 from orchestrator.store import ArtifactStore
 
 
@@ -57,3 +58,15 @@ def test_groups_come_in_order_each_with_all_its_inputs(trial, tmp_path):
     all_waves = list(waves(groups, ArtifactStore(tmp_path), lambda: 1))
     assert [number for number, _ in all_waves] == [None, 0, None, 1]
     assert [wave for number, wave in all_waves if number is not None] == [list(g) for g in groups]
+
+
+def test_a_failed_artifact_stops_only_artifacts_that_contain_it(trial):
+    once = {"lora.rounds": 1}
+    of_split, others = (requirements_of([trial("air", split_seed=seed, **once)]) for seed in (0, 1))
+    (lora,) = [requirement for requirement in of_split if requirement.stage == "lora"]
+    left = independent_of([lora], [*of_split, *others])
+    assert [each for each in others if each not in left] == []
+    assert {each.stage for each in of_split if each not in left} == {"lora", "images"}
+    # Images without LoRA are drawn only to compare them with those of the LoRA.
+    assert independent_of([of_split[0]], of_split) == []
+    assert independent_of([of_split[-1]], of_split) == of_split[:-1]

@@ -8,28 +8,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from optuna.trial import TrialState
-from safetensors.numpy import save_file
 
 from air_core import side_by_side
-from air_core.datasets import get_dataset
 from orchestrator.execution._scheduler import Job, TrialScheduler
 from orchestrator.failures import Failure
 from orchestrator.planning import Outcome, Resolver
-from orchestrator.planning.plan import finished_slots, plan_sweep
+from orchestrator.planning.plan import plan_sweep
 from orchestrator.planning.search import CellSearch
 from orchestrator.planning.studies import read_searches
-from orchestrator.reporting.results import finished_trials
+from orchestrator.reporting.results import results_of
 from orchestrator.spec import Dimension, SweepSpec, cells_of
 from orchestrator.spec.sweep import Pruning, Search, Seeds
-from orchestrator.stages.build import PARTS
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.image_rows import build_image_block, open_generator
 from orchestrator.stages.side_by_side import run_trials
 from orchestrator.stages.trial import run_trial
 from orchestrator.store import ArtifactStore, EventLog, read_trial
+from tests.helpers.features import digit_features, store_with
 
 IMAGES = 240  # of the digits: some of each class, and quick
 QUICK = {"train.steps": 2, "prompt.length": 2, "iterations": 2}
@@ -40,21 +37,8 @@ LENGTHS = (Dimension(key="prompt.length", values=(1, 2, 3, 4)),)
 def prepared(tmp_path_factory, tiny_clip, resolver) -> Path:
     """A store with the features of some digits."""
     spec = resolver.trial({"images_per_class": 0}).features
-
-    def build(folder: Path) -> dict[str, Any]:
-        examples = get_dataset("digits").load(None)
-        parts = [PARTS.index(part) for part in examples.parts[:IMAGES]]
-        arrays = {
-            "features": tiny_clip.encode_images(examples.images[:IMAGES]).numpy(),
-            "labels": examples.labels[:IMAGES],
-            "parts": np.array(parts, dtype=np.int8),
-        }
-        save_file(arrays, folder / "features.safetensors")
-        return {}
-
-    store = ArtifactStore(tmp_path_factory.mktemp("prepared") / "runs")
-    store.get_or_build(spec, build)
-    return store.root
+    arrays = digit_features(tiny_clip.encode_images, IMAGES)
+    return store_with(tmp_path_factory.mktemp("prepared") / "runs", spec, arrays).root
 
 
 class World:
@@ -96,7 +80,7 @@ class World:
                 failures[key] = Failure("nan", "the loss became nan")
             else:
                 runs.append(spec)
-        results = run_trials(runs, self.store, segments=job.segments)
+        results = run_trials(runs, WorkerContext(self.store), segments=job.segments)
         assert not [result for result in results if isinstance(result, Exception)], results
         return failures
 
@@ -154,16 +138,6 @@ def test_a_job_is_a_point_with_the_seeds_that_are_trained_together(world):
     for outcome in world.outcomes:
         assert outcome.record == read_trial(outcome.slot.spec, world.store)
         assert not outcome.already_logged
-
-
-def test_the_scheduler_is_not_finished_while_its_last_job_runs(world):
-    scheduler = world.scheduler(sweep("fpl"))
-    job = scheduler.next()
-    assert scheduler.next() is None
-    assert not scheduler.is_complete
-    scheduler.complete(job.number, world.run(job))
-    assert scheduler.next() is None
-    assert scheduler.is_complete
 
 
 def test_peek_does_not_start_the_next_job(world):
@@ -309,7 +283,6 @@ def fail(world: World, scheduler: TrialScheduler, *classes: str) -> list[Job]:
     jobs = []
     for name in classes:
         job = scheduler.next()
-        assert job is not None
         jobs.append(job)
         scheduler.complete(job.number, dict.fromkeys(job.keys, Failure(name, f"a case of {name}")))
     return jobs + world.run_all(scheduler)
@@ -443,6 +416,12 @@ def study_trials(world: World) -> list[Any]:
 # ---------------------------------------------------------------- rounds
 
 
+def mean_objective(world: World, point: int) -> float:
+    """The mean of the search's objective over the seeds of a point."""
+    records = [o.record for o in world.outcomes if o.slot.point == point]
+    return sum(record.objectives["mutual_information"] for record in records) / len(records)
+
+
 def test_a_round_ends_when_all_its_points_have_ended_in_any_order(world):
     scheduler = world.scheduler(sweep("fpl", search=searching(points=4, width=2, sampler="grid")))
     first, second = scheduler.next(), scheduler.next()
@@ -452,14 +431,8 @@ def test_a_round_ends_when_all_its_points_have_ended_in_any_order(world):
     scheduler.complete(first.number, world.run(first))
     third = scheduler.next()
     assert [job.point for job in (first, second, third)] == [0, 1, 2]
-    expected = [mean_objective(world, job) for job in (first, second)]
+    expected = [mean_objective(world, point) for point in (0, 1)]
     assert [value for _, _, value in world.points()[:2]] == expected
-
-
-def mean_objective(world: World, job: Job) -> float:
-    """The mean of the search's objective over seeds."""
-    values = [read_trial(spec, world.store).objectives["mutual_information"] for spec in job.trials]
-    return sum(values) / len(values)
 
 
 def test_a_search_ends_with_values_for_all_its_points(world):
@@ -514,16 +487,6 @@ def test_the_event_log_has_each_point_once_however_often_the_sweep_resumes(world
     assert [event["params"] for event in sorted(events, key=lambda e: e["point"])] == [
         params for _, params, _ in world.points()
     ]
-
-
-def test_the_event_log_has_the_start_and_the_end_of_trials(world):
-    world.run_all(world.scheduler(sweep("fpl", seeds=(1,))))
-    assert [event["event"] for event in world.event_log.events()] == [
-        "trials_started",
-        "trial_done",
-    ]
-    (slot,) = finished_slots(world.event_log)
-    assert slot == "digits-ul-text-fpl/0/seed=1"
 
 
 def test_seeds_that_share_no_computation_are_separate_jobs(world):
@@ -686,14 +649,9 @@ def test_the_study_has_pruned_points_with_their_objectives(world):
             assert trial.intermediate_values == {rung: values[rung, str(number)]}
         else:
             assert trial.state == TrialState.COMPLETE
-            assert trial.value == mean_of(world, number)
+            assert trial.value == mean_objective(world, number)
     rounds = [e for e in world.event_log.events() if e["event"] == "round_told"]
     assert sorted(n for event in rounds for n in event["pruned"]) == list(stopped)
-
-
-def mean_of(world: World, number: int) -> float:
-    records = [o.record for o in world.outcomes if o.slot.point == number]
-    return sum(record.objectives["mutual_information"] for record in records) / len(records)
 
 
 def test_pruned_points_are_counted_by_the_plan_and_are_not_run_again(world):
@@ -702,9 +660,9 @@ def test_pruned_points_are_counted_by_the_plan_and_are_not_run_again(world):
     plan = plan_sweep(spec, world.store, world.resolver, world.event_log)
     assert plan.total == 16
     assert len(plan.pruned) == 2 * len(pruned_at(world)) > 0
-    assert plan.done + len(plan.pruned) == plan.total
+    assert plan.ended == plan.total
     assert plan.to_run == 0
-    points = {trial.point for trial in finished_trials(plan, world.store)}
+    points = {trial.point for trial in results_of(plan, world.store).trials}
     assert points == set(range(8)) - pruned_at(world).keys()
     # An added seed runs for the points that were not pruned.
     more = pruning(seeds=(1, 2, 3))

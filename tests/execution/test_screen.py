@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
+from types import SimpleNamespace
+
 import pytest
 
 from orchestrator.execution import _progress as progress
 from orchestrator.execution import screen
+from orchestrator.planning import Outcome
 
 
 class Clock:
     now = 1000.0
 
     def monotonic(self) -> float:
+        return self.now
+
+    def strftime(self, how: str) -> str:
+        return time.strftime(how, time.gmtime(self.now))
+
+    def time(self) -> float:
         return self.now
 
 
@@ -25,17 +36,36 @@ def clock(monkeypatch) -> Clock:
 
 def test_progress_of_long_work_has_the_remaining_time(clock, capsys):
     lines = screen.Screen()
-    lines.show_progress("LoRA a", 10, 110)
+    lines.show_progress("LoRA a", 10, 110, "steps")
     clock.now += 20
-    lines.show_progress("LoRA a", 30, 110)
+    lines.show_progress("LoRA a", 30, 110, "steps")
     clock.now += 1
     lines.show_progress("LoRA a", 31, 110)  # too soon for another line
     clock.now += 79
     lines.show_progress("LoRA a", 110, 110)  # `show_prepared` reports finished work
     assert capsys.readouterr().err.splitlines() == [
-        "LoRA a: 10/110",
-        "LoRA a: 30/110, about 1:20 left",
+        "00:16:40 LoRA a: 10/110 steps",
+        "00:17:00 LoRA a: 30/110 steps, about 1:20 left",
     ]
+
+
+def test_the_row_of_a_point_has_the_number_of_ended_trials(clock, capsys):
+    lines = screen.Screen()
+    cell = SimpleNamespace(id="digits-cpl")
+    plan = SimpleNamespace(
+        sweep=SimpleNamespace(name="a", seeds=SimpleNamespace(values=(1, 2))),
+        cells=[cell], requirements=[], edit=None, pruned={}, total=15, ended=10, to_run=5,
+        results=Counter(done=10),
+    )  # fmt: skip
+    lines.show_start(plan)
+    for seed in (1, 2):
+        slot = SimpleNamespace(id=f"digits-cpl/0/seed={seed}", cell=cell, point=0, params={})
+        lines.show_outcome(
+            Outcome(slot, "failed", failure_class="nan", message="the loss is not finite")
+        )
+    row = capsys.readouterr().err.splitlines()[-1]
+    assert row.startswith("00:16:40 12 of 15 trials: digits-cpl")
+    assert row.endswith("2 failed (nan): the loss is not finite")
 
 
 def test_longer_work_has_rarer_lines(clock, capsys):
@@ -46,15 +76,19 @@ def test_longer_work_has_rarer_lines(clock, capsys):
     assert 30 < len(capsys.readouterr().err.splitlines()) < 60
 
 
-def test_waiting_for_another_process_is_reported_and_more_rarely_over_time(capsys):
+def test_waiting_for_another_process_is_reported_and_more_rarely_over_time(clock, capsys):
     lines = screen.Screen()
     for second in range(5, 3600):
         lines.show_wait("LoRA a", "team/other (host, process 7)", second)
     lines.show_wait("LoRA a", "team/third (host, process 8)", 5)
     printed = capsys.readouterr().err.splitlines()
-    assert printed[0] == "LoRA a: waiting for team/other (host, process 7) to make it (0:05 so far)"
     assert (
-        printed[-1] == "LoRA a: waiting for team/third (host, process 8) to make it (0:05 so far)"
+        printed[0]
+        == "00:16:40 LoRA a: waiting for team/other (host, process 7) to make it (0:05 so far)"
+    )
+    assert (
+        printed[-1]
+        == "00:16:40 LoRA a: waiting for team/third (host, process 8) to make it (0:05 so far)"
     )
     assert len(printed) == 11
 
@@ -62,7 +96,7 @@ def test_waiting_for_another_process_is_reported_and_more_rarely_over_time(capsy
 @pytest.mark.parametrize("kind", [screen.Screen, screen.BarScreen])
 def test_control_characters_in_a_message_are_escaped(kind, capsys):
     kind().message("a\x1b]0;pwned\x07.png cannot be read")
-    assert capsys.readouterr().err == "a\\u001b]0;pwned\\u0007.png cannot be read\n"
+    assert capsys.readouterr().err.endswith("a\\u001b]0;pwned\\u0007.png cannot be read\n")
 
 
 def test_short_work_sends_no_report_and_long_work_one_each_second(clock):
@@ -71,17 +105,33 @@ def test_short_work_sends_no_report_and_long_work_one_each_second(clock):
     class Remote:
         class write:
             @staticmethod
-            def remote(name, kind, done, total):
+            def remote(name, kind, *count):
                 assert kind == "progress"
-                sent.append((name, done, total))
+                sent.append((name, *count))
 
-    reporter = progress.ProgressReporter(Remote(), "trial a")
-    reporter.report_fraction(0.5)
-    reporter.report_fraction(1.0)
+    reporter = progress.ProgressReporter(Remote(), "trial a", "steps")
+    reporter(100, 200)
+    reporter(200, 200)
     assert sent == []
-    reporter = progress.ProgressReporter(Remote(), "trial b")
-    for tenth in range(201):
-        reporter.report_fraction(tenth / 200)
+    reporter = progress.ProgressReporter(Remote(), "trial b", "steps")
+    for step in range(201):
+        reporter(step, 200)
         clock.now += 0.1
     assert 4 <= len(sent) <= 8
-    assert sent[-1] == ("trial b", 100, 100)
+    assert sent[-1] == ("trial b", 200, 200, "steps")
+
+
+def test_curves_are_reported_rarely_and_only_by_long_trials(clock):
+    sent = []
+
+    class Remote:
+        class write:
+            @staticmethod
+            def remote(name, kind, curves, started):
+                sent.append((name, kind, len(curves["train/loss"]), started))
+
+    reporter = progress.ProgressReporter(Remote(), "trial a", "steps")
+    for rounds in range(1, 16):
+        clock.now += 3
+        reporter.report_curves({"train/loss": [0.5] * rounds})
+    assert sent == [("trial a", "curves", rounds, 1000.0) for rounds in (6, 10, 14)]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 
 import pytest
 
-from tests.helpers.sweeps import TIMEOUT, environment
+from tests.helpers.sweeps import python
 
 SCRIPT = """
 import os, signal, sys, time
@@ -39,12 +37,5 @@ print("closed", signal.getsignal(signal.SIGINT) is signal.default_int_handler)
     [(signal.SIGINT, "interrupted 130"), (signal.SIGTERM, "exit 143 143")],
 )
 def test_a_dropped_signal_is_raised_again(number, output):
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(int(number))],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        timeout=TIMEOUT,
-        check=True,
-    )
+    done = python("-c", SCRIPT, str(int(number)))
     assert done.stdout.splitlines() == [output, "closed True"]

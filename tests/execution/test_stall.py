@@ -33,7 +33,10 @@ def test_the_message_names_the_taken_resource_and_the_process_that_needs_it(free
 def test_a_stall_is_reported_after_a_minute_without_progress_and_then_more_rarely(monkeypatch):
     now, messages = [1000.0], []
     monkeypatch.setattr(stall, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    monitor = StallMonitor(Resources(), lambda: {"CPU": (0, 2)}, messages.append)
+    waiting = [True]
+    monitor = StallMonitor(
+        Resources(), lambda: {"CPU": (0, 2)}, lambda: waiting[0], messages.append
+    )
     for _ in range(60):
         now[0] += 10
         monitor.reset()
@@ -43,7 +46,11 @@ def test_a_stall_is_reported_after_a_minute_without_progress_and_then_more_rarel
         now[0] += 10
         monitor.check()
     assert [line.partition(":")[0] for line in messages] == [
-        "no progress for 60 s",
-        "no progress for 120 s",
+        "no process of this sweep has worked for 60 s",
+        "no process of this sweep has worked for 120 s",
     ]
     assert "a trial needs 1 CPU, but 0 of 2 are free" in messages[0]
+    waiting[0] = False  # the cores belong to a process of this sweep that starts slowly
+    now[0] += 1000
+    monitor.check()
+    assert len(messages) == 2

@@ -38,7 +38,6 @@ def small(name: str) -> Examples:
 def make_tree(name: str, root: Path) -> None:
     """A small copy of a dataset below `<root>/<name>`, as its archives unpack there."""
     maker = MAKERS[name]
-    assert maker is not None
     (root / name).mkdir(parents=True, exist_ok=True)
     maker(root / name, DATASETS[name].classnames)
 

@@ -34,7 +34,6 @@ class SmallDisk:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        assert self._keeper.stdout is not None
         if self._keeper.stdout.readline() != b"mounted\n":
             _, error = self._keeper.communicate()
             raise OSError(f"cannot mount a tmpfs in a user namespace: {error.decode().strip()}")

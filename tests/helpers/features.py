@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,21 @@ from orchestrator.store import ArtifactStore
 Arrays = dict[str, np.ndarray]
 
 
-def digit_features(clip: Any, parts: tuple[str, ...], images: int) -> Arrays:
-    """Features of the first digits, with fixed parts, so that splits do not depend on labels."""
+def digit_features(
+    encode: Callable[[Any], np.ndarray], images: int, parts: tuple[str, ...] = ()
+) -> Arrays:
+    """Features of the first digits.
+
+    Args:
+        encode: returns the features of images.
+        parts: repeated, so that splits do not depend on labels; empty: the parts of the dataset.
+    """
     examples = get_dataset("digits").load(None)
-    numbers = np.tile([PARTS.index(part) for part in parts], images // len(parts))
+    names = parts * (images // len(parts)) if parts else examples.parts[:images]
     return {
-        "features": clip.encode_images(examples.images[:images]).numpy(),
+        "features": np.asarray(encode(examples.images[:images])),
         "labels": examples.labels[:images],
-        "parts": numbers.astype(np.int8),
+        "parts": np.array([PARTS.index(name) for name in names], dtype=np.int8),
     }
 
 

@@ -195,7 +195,6 @@ def _keep(command: list[str], *steps: str) -> subprocess.Popen[bytes]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    assert keeper.stdout is not None
     if keeper.stdout.readline() != b"ready\n":
         _, stderr = keeper.communicate()
         raise NoMachines(f"this machine does not allow namespaces: {stderr.decode().strip()}")

@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -38,10 +39,29 @@ class Job:
 
     def wait_for_log(self, text: str) -> None:
         def is_logged() -> bool:
-            assert not self.over(), self.log()
+            over = self.over()  # before the log is read
+            assert text in self.log() or not over, self.log()
             return text in self.log()
 
         wait_until(is_logged, self.log)
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Wait until the driver has stopped itself (`STOPPING`); it continues after the block."""
+
+        def find() -> list[psutil.Process]:
+            assert not self.over(), self.log()
+            return [
+                process
+                for process in psutil.process_iter(["status", "cmdline"])
+                if process.info["status"] == psutil.STATUS_STOPPED
+                and "stopping.py" in (process.info["cmdline"] or ())
+            ]
+
+        wait_until(find, self.log)
+        [driver] = find()
+        yield
+        driver.send_signal(signal.SIGCONT)
 
     def log(self) -> str:
         return self._log.read_text()

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from safetensors.numpy import save_file
 
 from air_core.specs import uses_evidence
 from air_core.specs.normal import normalised
 from orchestrator.planning import Slot, plan_of
-from orchestrator.planning.requests import location_of
+from orchestrator.planning.requests import SweepRequest, location_for
 from orchestrator.spec import load_sweep
 from orchestrator.store import ArtifactStore
 from orchestrator.store.records import PREDICTIONS
@@ -41,7 +39,7 @@ def record_sweep(
         done: whether a trial, given its index in the plan, has a record.
     """
     sweep = load_sweep(write_sweep(store / "files", name, body))
-    location = location_of(sweep, str(store), None)
+    location = location_for(SweepRequest(sweep), str(store), None)
     event_log = location.event_log()
     event_log.lock()
     location.write("spec.yaml", sweep.text)
@@ -85,17 +83,3 @@ def write_record(slot: Slot, store: ArtifactStore, accuracy: float) -> None:
 
 def by_method(accuracies: Mapping[str, float]) -> Accuracy:
     return lambda slot: accuracies[slot.cell.method]
-
-
-def command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
-) -> tuple[int, str, str]:
-    """Run `airsweep ...` in this process; returns its exit code, stdout and stderr."""
-    from orchestrator.__main__ import main
-
-    monkeypatch.setattr(sys, "argv", ["airsweep", *arguments])
-    with pytest.raises(SystemExit) as end:
-        main()
-    printed = capsys.readouterr()
-    code = end.value.code
-    return code if isinstance(code, int) else int(bool(code)), printed.out, printed.err

@@ -13,12 +13,14 @@ import subprocess
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from orchestrator.tracking.database import check_database
 from orchestrator.tracking.types import SERVER_ENVIRONMENT, serve_command
+from orchestrator.tracking_uri import DATABASE
 from tests.helpers.sweeps import wait_until
 
 
@@ -48,7 +50,6 @@ class MlflowProcess:
         wait_until(self._answers, self.log.read_text)
 
     def _answers(self) -> bool:
-        assert self._process is not None
         assert self._process.poll() is None, self.log.read_text()
         with contextlib.suppress(OSError):  # includes HTTP errors
             urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
@@ -57,7 +58,6 @@ class MlflowProcess:
 
     def kill(self) -> None:
         """Kill the server and its workers with SIGKILL."""
-        assert self._process is not None
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -85,6 +85,8 @@ class MlflowServer(MlflowProcess):
 
     def start(self) -> None:
         self.store.mkdir(parents=True, exist_ok=True)
+        if (database := self.store / DATABASE).exists():
+            check_database(database)
         command = serve_command(self.store, "127.0.0.1", self.port)
         self._launch(command, os.environ | SERVER_ENVIRONMENT | {"OMP_NUM_THREADS": "1"}, None)
 
@@ -163,39 +165,43 @@ def one_write_at_a_time(app: Any) -> Any:
 
 
 Response = tuple[int, bytes, Mapping[str, str]]  # status, body, headers
+# Receives method and path of a request, and a function that forwards it and returns the response of
+# the server; returns the response, or None to close the connection without one.
+Respond = Callable[[str, str, Callable[[], Response]], Response | None]
 
 
-def forwarding(url: str) -> type[BaseHTTPRequestHandler]:
-    """A handler that forwards each request to a server, and returns the response."""
+@contextlib.contextmanager
+def proxy(url: str, respond: Respond) -> Iterator[str]:
+    """URL of a proxy to the server at `url`."""
 
-    class Forwarding(BaseHTTPRequestHandler):
+    class Proxy(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"  # persistent connections
 
         def do_GET(self) -> None:
-            response = self.forward()
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            response = respond(self.command, self.path, lambda: self.forward(body))
             if response is None:
                 self.close_connection = True
                 return
-            status, body, headers = response
+            status, content, headers = response
             self.send_response(status)
             for name, value in headers.items():
                 if name.lower() not in ("content-length", "connection", "transfer-encoding"):
                     self.send_header(name, value)
-            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(body)
+            self.wfile.write(content)
 
         do_HEAD = do_PUT = do_DELETE = do_POST = do_PATCH = do_GET
 
-        def forward(self) -> Response | None:
-            """Response of the server; None: close the connection without a response."""
+        def forward(self, body: bytes) -> Response:
             own = ("host", "expect", "connection")
             headers = {
                 name: value for name, value in self.headers.items() if name.lower() not in own
             }
             headers.setdefault("Content-Type", "binary/octet-stream")  # instead of urllib's default
             request = urllib.request.Request(
-                url + self.path, self.body() or None, headers, method=self.command
+                url + self.path, body or None, headers, method=self.command
             )
             try:
                 response = urllib.request.urlopen(request)
@@ -204,47 +210,39 @@ def forwarding(url: str) -> type[BaseHTTPRequestHandler]:
             with response:
                 return response.status, response.read(), dict(response.headers)
 
-        def body(self) -> bytes:
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-
         def log_message(self, *arguments: object) -> None:
             pass
 
-    return Forwarding
+    with serve(Proxy) as address:
+        yield address
 
 
-@contextlib.contextmanager
-def counting_requests(server: S3Server, requests: list[str]) -> Iterator[str]:
+def counting_requests(
+    server: S3Server, requests: list[str]
+) -> contextlib.AbstractContextManager[str]:
     """URL of a proxy that appends method and path of each request to `requests`."""
 
-    class Counting(forwarding(server.url)):  # type: ignore[misc]
-        def forward(self) -> Response | None:
-            requests.append(f"{self.command} {self.path}")
-            return super().forward()
+    def respond(method: str, path: str, forward: Callable[[], Response]) -> Response:
+        requests.append(f"{method} {path}")
+        return forward()
 
-    with serve(Counting) as url:
-        yield url
+    return proxy(server.url, respond)
 
 
-@contextlib.contextmanager
-def full_bucket(server: S3Server) -> Iterator[str]:
+def full_bucket(server: S3Server) -> contextlib.AbstractContextManager[str]:
     """URL of a proxy that behaves like MinIO on a full disk: reads succeed, writes fail."""
-
-    class Full(forwarding(server.url)):  # type: ignore[misc]
-        def forward(self) -> Response | None:
-            if self.command not in ("PUT", "DELETE"):
-                return super().forward()
-            self.body()
-            message = "Storage backend has reached its minimum free drive threshold."
-            body = f"<Error><Code>XMinioStorageFull</Code><Message>{message}</Message></Error>"
-            return 507, body.encode(), {"Content-Type": "application/xml"}
-
-    with serve(Full) as url:
-        yield url
+    message = "Storage backend has reached its minimum free drive threshold."
+    body = f"<Error><Code>XMinioStorageFull</Code><Message>{message}</Message></Error>"
+    full = 507, body.encode(), {"Content-Type": "application/xml"}
+    return proxy(
+        server.url,
+        lambda method, path, forward: full if method in ("PUT", "DELETE") else forward(),
+    )
 
 
-@contextlib.contextmanager
-def losing_responses(server: S3Server, to_lose: list[str]) -> Iterator[str]:
+def losing_responses(
+    server: S3Server, to_lose: list[str]
+) -> contextlib.AbstractContextManager[str]:
     """URL of a proxy that loses responses.
 
     Args:
@@ -252,40 +250,33 @@ def losing_responses(server: S3Server, to_lose: list[str]) -> Iterator[str]:
             response is lost; then the ending is removed from the list.
     """
 
-    class Losing(forwarding(server.url)):  # type: ignore[misc]
-        def forward(self) -> Response | None:
-            response = super().forward()
-            lost = next((end for end in to_lose if self.path.endswith(end)), None)
-            if lost is None or self.command != "PUT" or response[0] != 200:
-                return response
-            to_lose.remove(lost)
-            return None
+    def respond(method: str, path: str, forward: Callable[[], Response]) -> Response | None:
+        response = forward()
+        lost = next((end for end in to_lose if path.endswith(end)), None)
+        if lost is None or method != "PUT" or response[0] != 200:
+            return response
+        to_lose.remove(lost)
+        return None
 
-    with serve(Losing) as url:
-        yield url
+    return proxy(server.url, respond)
 
 
-@contextlib.contextmanager
-def failing_server(url: str, trouble: list[str]) -> Iterator[str]:
+def failing_server(url: str, trouble: list[str]) -> contextlib.AbstractContextManager[str]:
     """URL of a proxy to an MLflow server that can fail.
 
     Args:
         trouble: empty, or contains `away`: requests get no response; or `busy`: they get the error
             of a server whose pool of database connections is exhausted.
     """
-    busy = {"error_code": "BAD_REQUEST", "message": "QueuePool limit of size 1 overflow 0 reached"}
+    error = {"error_code": "BAD_REQUEST", "message": "QueuePool limit of size 1 overflow 0 reached"}
+    busy = 400, json.dumps(error).encode(), {"Content-Type": "application/json"}
 
-    class Troubled(forwarding(url)):  # type: ignore[misc]
-        def forward(self) -> Response | None:
-            if not trouble:
-                return super().forward()
-            self.body()
-            if "away" in trouble:
-                return None
-            return 400, json.dumps(busy).encode(), {"Content-Type": "application/json"}
+    def respond(method: str, path: str, forward: Callable[[], Response]) -> Response | None:
+        if not trouble:
+            return forward()
+        return None if "away" in trouble else busy
 
-    with serve(Troubled) as address:
-        yield address
+    return proxy(url, respond)
 
 
 @contextlib.contextmanager

@@ -5,12 +5,22 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from air_core.methods import METHODS
+from air_core.specs import Paradigm
 from orchestrator.spec import presets, sweep_schema
 from orchestrator.spec._trial_values import TRIAL_NAMES, reason_not_searchable
 from orchestrator.spec.validation import Schema, allowed_values, yaml_text
+
+NO_IMAGES = METHODS["pseudo"].pins
+# Settings that many methods share, by their name in the table of methods.
+SHARED = {
+    "*CPL*": {k: v for k, v in METHODS["cpl"].pins.items() if k not in NO_IMAGES},
+    "*GRIP*": {k: v for k, v in METHODS["grip"].pins.items() if k not in NO_IMAGES},
+    "*no images*": NO_IMAGES,
+    "*AiR*": METHODS["air"].sets,
+}
 
 
 def refresh_tables(page: str) -> str:
@@ -72,16 +82,25 @@ def _methods() -> str:
     lines = [
         [
             f"`{name}`",
-            _several(method.pins),
-            _several(method.sets),
+            _with_shared(method.pins),
+            _with_shared(method.sets),
             f"`{method.host}`" if method.host else "",
             f"`{method.control}`" if method.control else "",
-            ", ".join(method.paradigms),
+            ", ".join(name for name in get_args(Paradigm) if name not in method.paradigms),
         ]
         for name, method in METHODS.items()
     ]
-    header = ("method", "pins", "other defaults", "compared with", "control", "paradigms")
-    return _table(header, lines)
+    header = ("method", "pins", "other defaults", "compared with", "control", "not in paradigm")
+    legend = [f"- {name}: {_several(settings)}" for name, settings in SHARED.items()]
+    return "\n".join([*legend, "", _table(header, lines)])
+
+
+def _with_shared(settings: Mapping[str, Any]) -> str:
+    """Settings, where a group of `SHARED` is its name alone."""
+    names = [name for name, group in SHARED.items() if group.items() <= settings.items()]
+    known = {key for name in names for key in SHARED[name]}
+    own = {key: value for key, value in settings.items() if key not in known}
+    return ", ".join([*names, *([_several(own)] if own else [])])
 
 
 def _several(settings: Mapping[str, Any]) -> str:

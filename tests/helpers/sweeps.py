@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -105,14 +106,31 @@ def airsweep(
     if words[0] in READ_ONLY and module == "orchestrator" and not more:
         done = in_this_process(words)
     else:
-        done = subprocess.run(
-            [sys.executable, "-m", module, *words],
-            capture_output=True,
-            text=True,
-            env=environment(**more),
-            timeout=TIMEOUT,
-            check=False,
-        )
+        done = python("-m", module, *words, check=False, **more)
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def python(
+    *arguments: str | Path, check: bool = True, inside: Sequence[str] = (), **more: str
+) -> subprocess.CompletedProcess[str]:
+    """Run Python.
+
+    Args:
+        arguments: such as `-c`, a program and its arguments.
+        check: assert that the exit code is 0.
+        inside: a prefix of the command, such as `nsenter` into other mounts.
+        more: environment variables.
+    """
+    done = subprocess.run(
+        [*inside, sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment(**more),
+        timeout=TIMEOUT,
+        check=False,
+    )
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
@@ -132,40 +150,75 @@ def in_this_process(words: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(words, code, stdout.getvalue(), stderr.getvalue())
 
 
-def run_and_kill_workers(
-    spec: Path,
-    store: Path,
-    victims: Mapping[str, Callable[[list[dict[str, Any]]], bool]],
-    **more: str,
-) -> subprocess.CompletedProcess[str]:
-    """Run a sweep and kill processes of Ray with SIGKILL.
+# Runs a module. Its process stops after the first event with a name, or about a stage's artifact.
+STOPPING = """
+import os, runpy, signal, sys
+from orchestrator.store.event_log import EventLog
+
+def append_and_stop(log, event, **fields):
+    global stop
+    time = append(log, event, **fields)
+    if stop in (event, fields.get("stage")):
+        stop = ""
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return time
+
+stop, module = sys.argv[1:3]
+del sys.argv[1:3]
+append, EventLog.append = EventLog.append, append_and_stop
+runpy.run_module(module, run_name="__main__", alter_sys=True)
+"""
+
+
+@contextmanager
+def stopped_at(
+    event: str, *words: str | Path, module: str = "orchestrator", **options: Any
+) -> Iterator[subprocess.Popen[Any]]:
+    """Start airsweep; during the block its process is stopped (SIGSTOP), so a test is never late.
 
     Args:
-        victims: for each name of a process, a condition on the events of this run. One process with
-            this name is killed when the condition is met.
+        event: the process stops when it has logged the first event with this name, or the first
+            about an artifact of this stage.
+        module: a module with the same arguments.
+        options: of `subprocess.Popen`.
+    """
+    command = [sys.executable, "-c", STOPPING, event, module, *map(str, words)]
+    process = subprocess.Popen(command, **options)
+
+    def is_stopped() -> bool:
+        assert process.poll() is None, f"ended before {event}"
+        return psutil.Process(process.pid).status() == psutil.STATUS_STOPPED
+
+    wait_until(is_stopped)
+    yield process
+    process.send_signal(signal.SIGCONT)
+
+
+def run_and_kill(
+    spec: Path, store: Path, victim: str, event: str, **more: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a sweep and kill a process of Ray with SIGKILL.
+
+    Args:
+        victim: name of the process, or the beginning of its title.
+        event: the process is killed as soon as it exists after this event (see `stopped_at`).
         more: environment variables.
     """
-    before = len(events(store, spec.stem))
     store.mkdir(parents=True, exist_ok=True)
-    stderr = (store / "stderr.txt").open("w+")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "orchestrator", "run", str(spec), "--store", str(store)],
-        stdout=subprocess.DEVNULL,
-        stderr=stderr,
-        env=environment(**more),
-    )
-    deadline = time.monotonic() + TIMEOUT
-    for name, condition in victims.items():
-        while not (
-            condition(events(store, spec.stem)[before:])
-            and (workers := _workers(process.pid, name))
-        ):
-            assert process.poll() is None, f"ended before {name} could be killed"
-            assert time.monotonic() < deadline, f"no moment to kill {name}"
-            time.sleep(0.02)
-        workers[0].kill()
-    code = process.wait(TIMEOUT)
-    with stderr:
+    with (store / "stderr.txt").open("w+") as stderr:
+
+        def is_killed() -> bool:
+            assert process.poll() is None, f"ended before {victim} started"
+            found = _workers(process.pid, victim)
+            for worker in found[:1]:
+                worker.kill()
+            return bool(found)
+
+        options = {"stdout": subprocess.DEVNULL, "stderr": stderr, "env": environment(**more)}
+        with stopped_at(event, "run", spec, "--store", store, **options) as process:
+            killed = is_killed()
+        wait_until(lambda: killed or is_killed(), every=0.02)
+        code = process.wait(TIMEOUT)
         stderr.seek(0)
         return subprocess.CompletedProcess(process.args, code, stderr=stderr.read())
 

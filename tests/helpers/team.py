@@ -65,7 +65,6 @@ class PostgresServer:
     def start(self) -> None:
         if not self._is_initialized:
             self._initialize()
-        assert PROGRAMS is not None
         paths = ["-D", str(self.folder / "data"), "-p", str(self.port), "-k", str(self.folder)]
         settings = ["-c", "listen_addresses=127.0.0.1", "-F"]  # -F: no fsync
         with (self.folder / "log").open("ab") as log:
@@ -79,14 +78,12 @@ class PostgresServer:
         wait_until(self._answers, (self.folder / "log").read_text)
 
     def _answers(self) -> bool:
-        assert self._process is not None
         assert self._process.poll() is None, (self.folder / "log").read_text()
         with contextlib.suppress(Exception), contextlib.closing(self.connect("postgres")):
             return True
         return False
 
     def _initialize(self) -> None:
-        assert PROGRAMS is not None
         secret = self.folder / "secret"
         secret.write_text(self.password)
         if os.geteuid() == 0:
@@ -112,7 +109,7 @@ class PostgresServer:
             user="postgres",
             password=self.password,
             dbname=database,
-            connect_timeout=5,
+            connect_timeout=60,
             autocommit=True,
         )
 
@@ -145,7 +142,6 @@ class PostgresServer:
 
     def kill(self) -> None:
         """Kill the server, like a power cut; committed data survives."""
-        assert self._process is not None
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -247,7 +243,6 @@ class TeamServer(MlflowProcess):
 
 def shell_environment() -> dict[str, str]:
     """Environment for the scripts of docs/tracking.md: PATH has `python` and Postgres' programs."""
-    assert PROGRAMS is not None
     path = [str(Path(sys.executable).parent), str(PROGRAMS), os.environ["PATH"]]
     root = str(Path(__file__).parents[2])
     return {**os.environ, "PATH": os.pathsep.join(path), "PYTHONPATH": root}

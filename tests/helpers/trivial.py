@@ -37,15 +37,18 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import save_file
 
+from air_core.seal import BLANK, sealed
 from air_core.specs import SyntheticFeaturesSpec, TrialSpec
 from air_core.specs.normal import normalised
 from orchestrator.failures import Failure
 from orchestrator.keys import artifact_key
 from orchestrator.planning import requirements_of
-from orchestrator.stages.trial import WHOLE_TRIAL, Segments, is_finished
 from orchestrator.store import ArtifactStore
 from orchestrator.store.checkpoints import (
+    WHOLE_TRIAL,
+    Segments,
     delete_checkpoint,
+    is_finished,
     read_checkpoint,
     training_spec,
     write_checkpoint,
@@ -112,11 +115,10 @@ def run_points(
     scheduler: Any,
     worker: Any,
     resources: Any,
-    folder: Path,
     max_jobs: Any,
     tick: Any,
     progress_actor: Any,
-) -> Any:
+) -> None:
     """Run a few jobs at a time, in a fixed order, so that a driver can die between any two."""
     pass_gate()
     running: list[Any] = []
@@ -136,7 +138,6 @@ def run_points(
             for spec in job.trials:
                 run_trial(spec, worker.store, job.segments)
         scheduler.complete(job.number, failures)
-    return types.SimpleNamespace(wall=0.0, overhead=None)
 
 
 def pass_gate() -> None:
@@ -159,12 +160,11 @@ def prepare(requirements: Any, context: Any) -> Iterator[None]:
             continue
         for c, block in requirement.missing(store):
             count_build(store, requirement.spec, c, block)
-            for spec, suffix in (
-                (requirement.spec.images, ".parquet"),
-                (requirement.spec, ".safetensors"),
-            ):
-                store.open_row(spec).publish(c, block, suffix, b"")
-            listener.on_prepared(requirement, 0.0, {"drawn": 1, "redrawn": 0, "holes": 0})
+            for spec in requirement.rows:
+                store.open_row(spec).publish(c, block, sealed(BLANK.encode()))
+            listener.on_prepared(
+                requirement, 0.0, {"drawn": 1, "redrawn": 0, "holes": 0, "hole_files": "[]"}
+            )
             yield
 
 
@@ -203,16 +203,18 @@ class MemoryPeak:
 
 MODULES = {
     "orchestrator.execution._tuning": {"run_points": run_points},
+    # The real module imports Ray Tune, which takes seconds.
+    "orchestrator.execution._tune_folder": {"write_tune_folder": lambda *arguments: None},
     "orchestrator.execution._prepare": {
         "prepare": prepare,
-        "failed_specs": lambda requirement: [requirement.spec],
-        "contact_sheet": lambda *arguments: returning((pixel_png(), {})),
+        "run_beside_trials": lambda *arguments: returning((pixel_png(), {})),
         "audit": lambda *arguments: returning({}),
     },
     "orchestrator.cluster.session": {
         "ray_session": ray_session,
         "machines": lambda: ({"CPU": 2.0},),
         "free_resources": lambda: {"CPU": (2.0, 2.0)},
+        "waits_for_resources": lambda: False,
         "MemoryPeak": MemoryPeak,
     },
     "orchestrator.execution._progress": {"ProgressMonitor": ProgressMonitor},
@@ -221,10 +223,11 @@ MODULES = {
         "confusion_picture": lambda *arguments: b"",
         "pictures": lambda *arguments: {},
     },
-    # The real module imports torch, which takes a second.
+    # The real modules import torch, which takes a second.
     "orchestrator.stages.context": {
         "WorkerContext": lambda store, *arguments: types.SimpleNamespace(store=store),
     },
+    "orchestrator.stages.pictures": {"contact_sheet": None},
 }
 
 
@@ -249,8 +252,6 @@ class Trivial:
         self._folder = tempfile.TemporaryDirectory(prefix="trivial")
 
     def run(self, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
         files = [Path(self._folder.name, name) for name in ("stdout", "stderr")]
         request = {
             "arguments": [*map(str, arguments)],

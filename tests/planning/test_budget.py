@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from air_core.specs import FeaturesSpec
-from orchestrator.planning import Requirement
+from orchestrator.planning import Requirement, budget
 from orchestrator.planning.budget import BudgetTracker
 from orchestrator.spec import Resources
 from orchestrator.spec.sweep import Budget, GeneratorResources, TrialResources
 from orchestrator.store import ArtifactStore
 
+NOW = 1e6
+
+
+@pytest.fixture(autouse=True)
+def _no_time_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "time", SimpleNamespace(monotonic=lambda: NOW))
+
+
 GPU = Resources(trial=TrialResources(gpu=0.5), generator=GeneratorResources(gpu=1))
 
 
 def budget_tracker(
-    spent: float = 0.0, history: dict[str, float] | None = None, **budget: Any
+    spent: float = 0.0, history: dict[str, float] | None = None, **limits: Any
 ) -> BudgetTracker:
     """The budget tracker of a run that started `spent` seconds ago."""
-    started = time.monotonic() - spent
-    return BudgetTracker(Budget(**budget), GPU, history or {}, started=started)
+    return BudgetTracker(Budget(**limits), GPU, history or {}, started=NOW - spent)
 
 
 def test_without_a_budget_every_job_starts():

@@ -108,7 +108,6 @@ def test_a_narrower_space_carries_and_counts_the_points_inside(world):
     narrow = sweep(LENGTHS, steps(10, 60))
     assert 0 < len(fitting) < 8
     plan = world.plan(narrow)
-    assert plan.edit is not None
     assert (plan.edit.carried, plan.edit.left_out) == (len(fitting), 8 - len(fitting))
     assert (plan.edit.kept, plan.edit.added) == (len(fitting), 8 - len(fitting))
     assert world.run(narrow) <= 8 - len(fitting)
@@ -186,7 +185,6 @@ def test_points_that_failed_are_not_carried(world):
     failed = [params for _, params, value in world.points() if value is None]
     assert failed
     plan = world.plan(sweep(LENGTHS, steps(5, 200)))
-    assert plan.edit is not None
     assert plan.edit.left_out == len(failed)
 
 
@@ -249,6 +247,10 @@ def test_added_and_dropped_cells_and_seeds_are_counted(world):
     )
     assert plan.json(world.store)["edit"]["kept"] == 2
     assert world.run(edited) == 4
+    both = SweepSpec(
+        name="x", grid={}, fixed={"method": "zero_shot"}, seeds=Seeds(values=((1,), (2,)))
+    )
+    assert "keeps 0 trials, reuses 0, adds 1;" in str(world.plan(both).edit)  # one computation
 
 
 # ---------------------------------------------------------------- patience

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import subprocess
-import sys
 import tempfile
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,11 +26,15 @@ from air_core.specs import (
 from air_core.specs.flat import from_flat
 from air_core.specs.normal import normalised
 from orchestrator.execution._scheduler import TrialScheduler
+from orchestrator.failures import Failure
 from orchestrator.keys import artifact_key
 from orchestrator.planning import Plan, Requirement, Resolver, requirements_of
 from orchestrator.planning.estimate import Pace, record_measurements, stage_work, trial_work
 from orchestrator.planning.plan import BASE_PER_CLASS, build_level, plan_sweep
+from orchestrator.planning.resources import unschedulable_reason
 from orchestrator.planning.search import CellSearch, open_searches
+from orchestrator.planning.study_copies import describe_points, open_storage
+from orchestrator.reporting.results import match_plan, sweep_status
 from orchestrator.spec import Dimension, Resources, SweepSpec, cells_of, presets
 from orchestrator.spec.space import grid_points
 from orchestrator.spec.sweep import (
@@ -41,9 +45,14 @@ from orchestrator.spec.sweep import (
     TrialResources,
     smoke_variant,
 )
-from orchestrator.stages.trial import WHOLE_TRIAL, Segments
 from orchestrator.store import ArtifactStore, EventLog
-from orchestrator.store.checkpoints import Checkpoint, write_checkpoint
+from orchestrator.store.checkpoints import (
+    WHOLE_TRIAL,
+    Checkpoint,
+    Segments,
+    write_checkpoint,
+)
+from tests.helpers.sweeps import python
 
 ROOT = Path(__file__).parents[2]
 OBJECTIVES = ("mutual_information", "validation_accuracy")
@@ -95,7 +104,12 @@ class World:
                 }
                 write_checkpoint(spec, self.store, Checkpoint(segments.stop_after, rungs=passed))
                 continue
-            info = {"metrics": {}, "curves": {}, "per_class": [], "rungs": rungs}
+            info = {
+                "metrics": {"test/accuracy": 0.5},
+                "curves": {},
+                "per_class": [],
+                "rungs": rungs,
+            }
             info["objectives"] = self.measured(spec)
             self.store.get_or_build(spec, lambda folder, info=info: info)
 
@@ -110,9 +124,12 @@ class World:
     def scheduler(self, sweep: SweepSpec) -> TrialScheduler:
         self.searches = {}
         if sweep.search is not None:
-            self.searches = open_searches(
-                self.plan(sweep), self.event_log, self.event_log.folder / "j"
+            plan, journal = self.plan(sweep), self.event_log.folder / "j"
+            describe = describe_points(
+                plan, self.store, self.resolver, self.event_log, {"digits-ul-text-air/1": "r1"}.get
             )
+            owner = ("store", "default", sweep.name)
+            self.searches = open_searches(plan, self.event_log, journal, owner, describe)
         parts = self.store, self.resolver, self.event_log
         return TrialScheduler(sweep, cells_of(sweep), self.searches, *parts, self.log)
 
@@ -151,9 +168,10 @@ def world(tmp_path, pictures) -> World:
     return World(tmp_path, pictures)
 
 
-def counts(plan: Plan) -> tuple[int, int, int, int]:
-    assert plan.total == plan.done + plan.reused + plan.to_run
-    return plan.total, plan.done, plan.reused, plan.to_run
+def counts(plan: Plan) -> tuple[int, ...]:
+    """All trials; those that are done, reused, shared and recovered; those to run."""
+    assert plan.total == sum(plan.results.values()) + plan.to_run
+    return plan.total, *plan.results.values(), plan.to_run
 
 
 # ---------------------------------------------------------------- trials
@@ -161,33 +179,80 @@ def counts(plan: Plan) -> tuple[int, int, int, int]:
 
 def test_all_trials_of_a_new_sweep_are_to_run(world):
     plan = world.plan(world.sweep("fpl", "cpl", seeds=seeds(1, 2, 3)))
-    assert counts(plan) == (6, 0, 0, 6)
+    assert counts(plan) == (6, 0, 0, 0, 0, 6)
     assert (len(plan.cells), plan.points, len(plan.slots)) == (2, 2, 6)
 
 
-def test_trials_that_differ_only_in_irrelevant_settings_are_reused(world):
+def test_trials_that_differ_only_in_irrelevant_settings_are_shared(world):
     """Zero-shot CLIP does not depend on the seed: three slots are one computation."""
-    assert counts(world.plan(world.sweep("zero_shot", seeds=seeds(1, 2, 3)))) == (3, 0, 2, 1)
+    sweep = world.sweep("zero_shot", seeds=seeds(1, 2, 3))
+    assert counts(world.plan(sweep)) == (3, 0, 0, 2, 0, 1)
+    world.run(sweep)
+    assert counts(world.plan(sweep)) == (3, 1, 0, 2, 0, 0)
 
 
 def test_trials_of_this_sweep_are_done_and_trials_of_others_are_reused(world):
     sweep = world.sweep("fpl", seeds=seeds(1, 2, 3))
     first, second, _ = world.plan(sweep).slots
     world.finish([first.spec, second.spec])
-    assert counts(world.plan(sweep)) == (3, 0, 2, 1)
+    assert counts(world.plan(sweep)) == (3, 0, 2, 0, 0, 1)
     world.event_log.append("trial_done", slot=first.id, key=first.key.digest)
-    assert counts(world.plan(sweep)) == (3, 1, 1, 1)
+    assert counts(world.plan(sweep)) == (3, 1, 1, 0, 0, 1)
+    assert world.plan(sweep).ended == 1
     world.event_log.append("trial_reused", slot=second.id, key=second.key.digest)
-    assert counts(world.plan(sweep)) == (3, 2, 0, 1)
+    assert counts(world.plan(sweep)) == (3, 1, 1, 0, 0, 1)
+    assert world.plan(sweep).ended == 2
+
+
+def test_results_of_a_killed_run_are_recovered_before_and_after_the_next_run(world):
+    sweep = world.sweep("fpl", seeds=seeds(1, 2))
+    job = world.scheduler(sweep).next()
+    world.finish(job.trials)  # the driver is killed before it logs them
+    assert counts(world.plan(sweep)) == (2, 0, 0, 0, 2, 0)
+    status = sweep_status(world.event_log)
+    match_plan(status, world.plan(sweep), world.store)
+    assert set(status.last.values()) == {"recovered"}
+    assert world.run(sweep) == 0
+    assert counts(world.plan(sweep)) == (2, 0, 0, 0, 2, 0)
+    status = sweep_status(world.event_log)
+    assert set(status.last.values()) == {"recovered"}
 
 
 def test_a_slot_whose_key_changed_is_to_run(world):
     sweep = world.sweep("fpl", seeds=seeds(1))
     world.run(sweep)
-    assert counts(world.plan(sweep)) == (1, 1, 0, 0)
+    assert counts(world.plan(sweep)) == (1, 1, 0, 0, 0, 0)
     changed = world.sweep("fpl", seeds=seeds(1), fixed={"prompt.length": 4})
     assert world.plan(changed).slots[0].id == world.plan(sweep).slots[0].id
-    assert counts(world.plan(changed)) == (1, 0, 0, 1)
+    assert counts(world.plan(changed)) == (1, 0, 0, 0, 0, 1)
+
+
+def test_results_that_an_edit_moves_to_other_slots_are_done(world):
+    world.run(world.sweep("zero_shot", "fpl", seeds=seeds(1, 2)))
+    edited = world.sweep("zero_shot", "fpl", seeds=seeds(2, 3), grid={"prompt.length": (16,)})
+    assert counts(world.plan(edited)) == (4, 2, 0, 1, 0, 1)
+    status = sweep_status(world.event_log)
+    match_plan(status, world.plan(edited), world.store)
+    assert status.counts(alive=False).items() >= {"done": 2, "shared": 1, "waiting": 1}.items()
+
+
+def test_a_plan_without_work_needs_no_machine(world):
+    sweep = world.sweep("fpl", seeds=seeds(1))
+    assert unschedulable_reason(world.plan(sweep), world.store, [])
+    world.run(sweep)
+    finished = replace(world.plan(sweep), requirements=())
+    assert unschedulable_reason(finished, world.store, []) is None
+
+
+def test_the_status_counts_the_trials_of_the_edited_file_only(world):
+    world.run(world.sweep("zero_shot", "fpl", seeds=seeds(1, 2)))
+    edited = world.sweep("fpl", seeds=seeds(1, 2, 3), fixed={"prompt.length": 4})
+    world.finish([world.plan(edited).slots[0].spec])
+    for alive, recovered in ((True, 0), (False, 1)):
+        status = sweep_status(world.event_log)
+        match_plan(status, world.plan(edited), world.store, alive)
+        ended = {"done": 0, "shared": 0, "reused": recovered}
+        assert status.counts(alive).items() >= {**ended, "waiting": 3 - recovered}.items()
 
 
 def test_a_failure_after_success_is_to_run_again_once_its_record_is_gone(world):
@@ -195,9 +260,10 @@ def test_a_failure_after_success_is_to_run_again_once_its_record_is_gone(world):
     world.run(sweep)
     (slot,) = world.plan(sweep).slots
     world.event_log.append("trial_failed", slot=slot.id, key=slot.key.digest)
-    assert counts(world.plan(sweep)) == (1, 0, 1, 0)
+    assert counts(world.plan(sweep)) == (1, 1, 0, 0, 0, 0)
+    assert world.plan(sweep).ended == 0
     (world.store.get(slot.spec).path / "record.json").unlink()
-    assert counts(world.plan(sweep)) == (1, 0, 0, 1)
+    assert counts(world.plan(sweep)) == (1, 0, 0, 0, 0, 1)
 
 
 # ---------------------------------------------------------------- searches
@@ -218,13 +284,13 @@ def test_suggested_points_are_known(world):
     assert len(world.plan(sweep).slots) == 2
     world.finish(job.trials)
     scheduler.complete(job.number, {})
-    assert counts(world.plan(sweep)) == (12, 2, 0, 10)
+    assert counts(world.plan(sweep)) == (12, 2, 0, 0, 0, 10)
 
 
 def test_a_finished_search_has_nothing_to_run_until_it_gets_more_points(world):
     sweep = searched(world, "random")
     world.run(sweep)
-    assert counts(world.plan(sweep))[3] == 0
+    assert world.plan(sweep).to_run == 0
     more = world.plan(searched(world, "random", points=8))
     assert more.to_run == 2 * 2
     assert world.run(searched(world, "random", points=8)) <= 4
@@ -243,7 +309,7 @@ def test_an_added_seed_runs_for_all_earlier_points(world):
     world.run(searched(world, "random", seeds=seeds(1)))
     sweep = searched(world, "random", seeds=seeds(1, 2))
     plan = world.plan(sweep)
-    assert plan.done == 6
+    assert plan.ended == 6
     assert plan.to_run > 0
     assert world.run(sweep) == plan.to_run
     assert world.plan(sweep).to_run == 0
@@ -355,14 +421,14 @@ def test_an_artifact_is_missing_partial_or_present(world):
     assert states() == [("features", "missing", 0, 1), ("images", "missing", 0, 20)]
     world.store.get_or_build(plan.requirements[0].spec, lambda folder: {})
     images, features = world.store.open_row(row.spec.images), world.store.open_row(row.spec)
-    images.shard(0, 0, ".parquet").touch()
+    images.shard(0, 0).touch()
     assert states()[1][1:3] == ("missing", 0)  # a block needs images and features
-    features.shard(0, 0, ".safetensors").touch()
+    features.shard(0, 0).touch()
     assert states() == [("features", "present", 1, 1), ("images", "partial", 1, 20)]
     assert (0, 0) not in row.missing(world.store)
     for c, block in row.missing(world.store):
-        images.shard(c, block, ".parquet").touch()
-        features.shard(c, block, ".safetensors").touch()
+        images.shard(c, block).touch()
+        features.shard(c, block).touch()
     assert states()[1] == ("images", "present", 20, 20)
     assert row.missing(world.store) == []
 
@@ -377,24 +443,26 @@ def test_an_estimate_is_a_guess_until_the_store_has_measurements_of_its_kind(wor
     )
     guess = world.plan(sweep).estimate
     assert guess.seconds > 0
-    assert not guess.is_calibrated
     assert "no measurements yet" in guess.reason
     world.store.root.mkdir()
     specs = [requirement.spec for requirement in world.plan(sweep).requirements]
     works = [stage_work(spec) for spec in specs]
     works += [trial_work(slot.spec) for slot in world.plan(sweep).slots]
     assert len({(work.stage, work.kind) for work in works}) == 4  # the trials are of two kinds
-    seconds = {"features": 10.0, "images": 0.5, "trials": 3.0}
+    paces = {
+        "features": Pace(50.0, 5.0),
+        "images": Pace(2.5, 5.0),
+        "trials": Pace(0.0, 5.0, startup=15.0, starts=5.0),
+    }
     record_measurements(
-        world.store,
-        {(work.stage, work.kind): Pace(5 * seconds[work.stage], 5.0) for work in works[:-1]},
+        world.store, {(work.stage, work.kind): paces[work.stage] for work in works[:-1]}
     )
     part = world.plan(sweep).estimate
-    assert not part.is_calibrated  # the other kind of trial counts the same
-    assert "top_k" in part.reason
-    record_measurements(world.store, {("trials", works[-1].kind): Pace(14.0, 2.0)})
+    assert "top_k" in part.reason  # the other kind of trial counts the same
+    seven = Pace(0.0, 5.0, startup=14.0, starts=2.0)
+    record_measurements(world.store, {("trials", works[-1].kind): seven})
     plan = world.plan(sweep).estimate
-    assert (plan.is_calibrated, plan.reason) == (True, "")
+    assert plan.reason == ""
     drawn = 0.5 * 20 * 8  # blocks of eight
     assert plan.seconds == pytest.approx(10 + drawn + 3 + 7)
     assert plan.gpu_hours == pytest.approx((drawn + 0.5 * (10 + 3 + 7)) / 3600)
@@ -409,6 +477,53 @@ def test_the_work_of_a_lora_follows_its_passes_over_the_images(world):
     assert lora.units == math.ceil(3 * 6 * 10 / 8)  # ten classes
     quick = world.plan(smoke_variant(plan.sweep))
     assert [work.units for work in quick.work if work.stage == "lora"] == [2]
+
+
+def test_the_copy_of_a_study_shows_what_the_search_must_not_see(world):
+    """Keys, times and test metric of each point, and its run in MLflow."""
+    space = (Dimension(key="fusion_weight", values=(0.2, 0.4, 0.8)),)
+    search = Search(sampler="grid", points=3, width=3, space=space)
+    sweep = world.sweep("air", search=search, seeds=seeds(1, 2))
+    scheduler, before = world.scheduler(sweep), time.time()
+    points: dict[int, list[str]] = {}
+    while (job := scheduler.next()) is not None:
+        points.setdefault(job.point, []).extend(job.keys)
+        if failures := {key: Failure("data", "") for key in job.keys if job.point == 2}:
+            time.sleep(0.05)
+        else:
+            world.finish(job.trials)
+        scheduler.complete(job.number, failures)
+    [searching] = world.searches.values()
+    searching.renew_copy()
+    storage = open_storage(world.event_log.folder / "j")
+    copied = optuna.load_study(study_name=None, storage=storage).trials
+    test_metric = {"test/accuracy (not an objective)": 0.5}
+    names = ("trial_key seed=1", "trial_key seed=2")
+    keys = [dict(zip(names, points[number], strict=True)) for number in range(3)]
+    assert [trial.user_attrs for trial in copied] == [
+        {"point": 0, **keys[0], **test_metric},
+        {"point": 1, **keys[1], **test_metric, "mlflow_run_id": "r1"},
+        {"point": 2, **keys[2]},
+    ]
+    assert all(set(trial.user_attrs) == {"point"} for trial in searching.study.trials)
+    records = [world.store.record(slot.spec) for slot in world.plan(sweep).slots[:2]]
+    started = min(each["started"] for each in records)
+    assert copied[0].datetime_start.timestamp() == pytest.approx(started, abs=1e-4)
+    assert before <= copied[2].datetime_start.timestamp() < copied[2].datetime_complete.timestamp()
+
+
+def test_a_smoke_run_of_a_search_tries_two_points_of_its_space(world):
+    space = (
+        Dimension(key="images_per_class", values=(4, 8, 16)),
+        Dimension(key="fusion_weight", min=0.1, max=0.9, when="images_per_class > 0"),
+    )
+    sweep = world.sweep("air", search=Search(points=12, width=4, space=space), seeds=seeds(1, 2))
+    world.run(smoke_variant(sweep))
+    [searching] = world.searches.values()
+    assert [list(trial.params) for trial in searching.study.trials if trial.value is not None] == [
+        ["fusion_weight"],
+        ["fusion_weight"],
+    ]
 
 
 def test_measurements_of_a_smoke_run_are_scaled_without_start_up(world):
@@ -427,20 +542,65 @@ def test_measurements_of_a_smoke_run_are_scaled_without_start_up(world):
     assert world.plan(sweep).estimate.stages["images"] == pytest.approx(images.units)
 
 
+def test_only_the_steps_of_a_smoke_trial_are_multiplied(world):
+    fixed = {"iterations": 3, "train.steps": 100}
+    plan = world.plan(world.sweep("cpl", fixed=fixed, seeds=seeds(1, 2)))
+    [trials] = [work for work in plan.work if work.stage == "trials"]
+    quick = world.plan(smoke_variant(plan.sweep))
+    [smoke_trial] = [work for work in quick.work if work.stage == "trials"]
+    assert (smoke_trial.kind, smoke_trial.units, smoke_trial.starts) == (trials.kind, 10, 1)
+    smoke = ArtifactStore(world.store.root.with_name(world.store.root.name + "-smoke"))
+    smoke.root.mkdir()
+    measured = Pace(1.0, 10.0, startup=3.0, starts=1.0)  # of a trial of 10 steps in 4 seconds
+    record_measurements(smoke, {("trials", trials.kind): measured})
+    found = world.plan(plan.sweep).estimate
+    assert found.sources["trials"] == "history"
+    assert found.stages["trials"] == pytest.approx(2 * (3.0 + 300 * 0.1))
+
+
+def test_epochs_are_estimated_by_the_steps_of_a_smoke_run(world):
+    fixed = {"iterations": 2, "train.steps": None, "train.epochs": 5, "train.batch": 20}
+    sweep = world.sweep("cpl", fixed=fixed, seeds=seeds(1))
+    plan = world.plan(sweep)
+    [trials] = [work for work in plan.work if work.stage == "trials"]
+    [smoke_trial] = [
+        work for work in world.plan(smoke_variant(sweep)).work if work.stage == "trials"
+    ]
+    pool = world.resolver.pool_size(plan.slots[0].spec)
+    assert trials.kind == smoke_trial.kind
+    assert trials.units == 5 * (pool // 2 // 20 + pool // 20)
+    settings = {**fixed, "pseudo_labels.kind": "top_k", "pseudo_labels.growth": "fixed"}
+    plan = world.plan(world.sweep("pseudo", fixed=settings, seeds=seeds(1)))
+    [trials] = [work for work in plan.work if work.stage == "trials"]
+    assert trials.units == 2 * 5 * (10 * 16 // 20)  # 16 images of each of 10 classes
+
+
+def test_a_smoke_run_scores_a_few_images(world):
+    fixed = {"generator": "tiny", "evidence.draws": 4, "evidence.block": 8}
+    sweep = world.sweep("cpl_real_evidence", fixed=fixed, seeds=seeds(1, 2))
+    totals = [
+        sum(each.total() for each in world.plan(some).requirements if each.stage == "evidence")
+        for some in (sweep, smoke_variant(sweep))
+    ]
+    assert totals[0] > 100
+    assert totals[1] == 4 * 32 / 8  # draws x blocks
+
+
 def test_the_estimate_includes_trials_of_a_search_that_has_not_started(world):
     search = Search(points=5, space=(Dimension(key="fusion_weight", min=0.0, max=1.0),))
     sweep = world.sweep("air", search=search, seeds=seeds(1, 2), fixed={"images_per_class": 16})
     plan = world.plan(sweep)
     assert not plan.slots
     [trials] = [work for work in plan.work if work.stage == "trials"]
-    assert (trials.units, trials.jobs) == (10, 5)
+    assert (trials.starts, trials.jobs) == (10, 5)
     assert plan.estimate.stages["trials"] > 0
 
 
 def test_the_json_of_a_plan_has_counts_artifacts_and_estimate(world):
     found = world.plan(world.sweep("zero_shot", seeds=seeds(1, 2))).json(world.store)
     assert (found["cells"], found["points"]) == (1, 1)
-    assert found["trials"] == {"total": 2, "done": 0, "reused": 1, "pruned": 0, "to_run": 1}
+    results = {"done": 0, "reused": 0, "shared": 1, "recovered": 0}
+    assert found["trials"] == {"total": 2, **results, "pruned": 0, "to_run": 1}
     (features,) = found["artifacts"]
     assert features["stage"] == "features"
     assert features["key"].startswith("features/v1/digits-tiny-")
@@ -461,7 +621,7 @@ sweep = load_sweep(folder / "x.yaml")
 store, event_log = ArtifactStore(folder / "runs"), EventLog(folder / "sweep")
 plan = plan_sweep(sweep, store, Resolver(folder / "digests.json", None), event_log)
 plan.json(store)
-print(plan.total, plan.done, *sorted(set(sys.argv[2:]) & set(sys.modules)))
+print(plan.total, plan.ended, *sorted(set(sys.argv[2:]) & set(sys.modules)))
 """
 HEAVY = [
     *("torch", "ray", "mlflow", "optuna", "diffusers", "transformers", "peft", "open_clip"),
@@ -474,14 +634,7 @@ def test_planning_imports_nothing_heavy_even_if_trials_are_done(world):
     text = "version: 1\nname: x\ngrid: {method: [fpl, air]}\nseeds: [1, 2]\n"
     (folder / "x.yaml").write_text(text + f"fixed: {{generator: '{world.pictures}'}}\n")
     world.run(world.sweep("fpl", seeds=seeds(1)))
-    done = subprocess.run(
-        [sys.executable, "-c", PLANNING, str(folder), *HEAVY],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ROOT,
-    )
-    assert done.stdout.split() == ["4", "1"]
+    assert python("-c", PLANNING, folder, *HEAVY).stdout.split() == ["4", "1"]
 
 
 # ---------------------------------------------------------------- a run executes its plan
@@ -527,9 +680,9 @@ def test_a_run_executes_the_planned_number_of_trials(pictures, resolver, data):
             if data.draw(st.integers(0, 4)) == 0:
                 world.finish([slot.spec])
         plan = world.plan(sweep)
-        assert plan.total == plan.done + plan.reused + plan.to_run
+        assert plan.total == sum(plan.results.values()) + plan.to_run
         assert world.run(sweep) == plan.to_run
         after = world.plan(sweep)
         assert (after.total, after.to_run) == (plan.total, 0)
-        assert after.done + len(after.pruned) == plan.total
+        assert after.ended == plan.total
         assert world.run(sweep) == 0

@@ -7,13 +7,16 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from air_core.datasets import Dataset, get_dataset
 from air_core.specs import Ref
-from orchestrator.planning import Resolver
+from orchestrator.planning import Resolver, plan_of
+from orchestrator.planning.requests import location_for, read_request
 from orchestrator.planning.resolve import MissingInput, images_folder
-from orchestrator.spec import presets
+from orchestrator.spec import SpecError, presets
 from tests.helpers.dataset_trees import draw
 
 
@@ -43,6 +46,7 @@ def clip(tmp_path) -> Path:
     folder.mkdir()
     model = '{"model_cfg": {"embed_dim": 1, "vision_cfg": {}, "text_cfg": {}}}'
     (folder / "open_clip_config.json").write_text(model)
+    save_file({"one": np.ones(1)}, folder / "open_clip_model.safetensors")
     (folder / "weights").write_text("1 2 3")
     return folder
 
@@ -140,6 +144,27 @@ def test_a_dataset_with_missing_files_is_an_error(tmp_path):
 
 
 # ---------------------------------------------------------------- trials
+
+
+@pytest.mark.parametrize(
+    ("settings", "position", "problem"),
+    [
+        ("grid: {dataset: [digits, 'folder:~nosuchuser/x']}", "4:26", "~nosuchuser: this machine"),
+        (f"grid: {{dataset: [digits, 'folder:{'x' * 300}']}}", "4:26", "too long"),
+        (f"grid: {{backbone: [tiny, 'ViT-B-32@{'x' * 300}']}}", "4:25", "too long"),
+        ("grid: {generator: [tiny, ~nosuchuser/x]}", "4:26", "~nosuchuser: this machine"),
+        ("data_root: ~nosuchuser/x", "4:12", "~nosuchuser: this machine"),
+        (f"data_root: /{'x/' * 2500}", "4:12", "too long"),
+    ],
+)
+def test_the_error_of_an_input_has_the_position_of_its_name(tmp_path, settings, position, problem):
+    file = tmp_path / "x.yaml"
+    file.write_text(f"version: 1\nname: x\nfixed: {{method: air}}\n{settings}\n")
+    request = read_request(file)
+    with pytest.raises(SpecError) as caught:
+        plan_of(request.spec, location_for(request, tmp_path / "runs", None))
+    assert str(caught.value).startswith(f"{file}:{position}: ")
+    assert problem in str(caught.value)
 
 
 def flat(method: str, **changes: object) -> dict[str, object]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,10 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from orchestrator.planning.search import CellSearch, open_storage
+from orchestrator.planning.search import CellSearch
 from orchestrator.planning.studies import Searches, read_searches
-from orchestrator.spec import Dimension, cells_of
+from orchestrator.planning.study_copies import PointDetails, StudyCopy, open_storage
+from orchestrator.spec import Cell, Dimension, cells_of
 from orchestrator.spec import SweepSpec as Sweep
 from orchestrator.spec.space import Point, study_name
 from orchestrator.spec.sweep import Search
@@ -52,7 +53,6 @@ class Log:
 
     def open(self, spec: Sweep) -> CellSearch:
         (cell,) = cells_of(spec)
-        assert spec.search is not None
         return CellSearch(cell, spec.search, read_searches(self.event_log))
 
     def play(
@@ -151,7 +151,6 @@ def test_the_points_depend_on_the_seed(tmp_path, sampler):
 def test_cells_have_different_points():
     spec = sweep("random")
     spec = Sweep(name="x", grid={"method": ("air", "air_grip")}, search=spec.search)
-    assert spec.search is not None
     one, two = (CellSearch(cell, spec.search, Searches()).next_round() for cell in cells_of(spec))
     assert one[0].params == two[0].params
     assert one[1].params != two[1].params
@@ -181,7 +180,6 @@ def test_a_search_repeats_points_when_its_space_has_no_new_points(log):
 
 def test_a_pruned_point_is_never_the_best_and_counts_for_patience(log):
     spec = sweep("tpe", points=9, width=3)
-    assert spec.search is not None
     spec = replace(spec, search=replace(spec.search, patience=4))
     searching = log.open(spec)
     study = study_name(searching.cell, searching.search)
@@ -239,17 +237,27 @@ def test_a_resumed_search_keeps_logged_points_that_its_sampler_would_not_suggest
 def test_ended_points_are_copied_to_the_storage(tmp_path, log):
     spec = sweep("tpe")
     (cell,) = cells_of(spec)
-    assert spec.search is not None
     log.play(spec)
     for _ in range(2):  # every run starts a new copy
         storage = open_storage(tmp_path / "j")
-        searching = CellSearch(cell, spec.search, read_searches(log.event_log), storage, "team/")
+        copy = StudyCopy(cell, spec.search, storage, "team/x", "default/x", without_details)
+        searching = CellSearch(cell, spec.search, read_searches(log.event_log), copy)
         [name] = optuna.get_all_study_names(open_storage(tmp_path / "j"))
-        copy = optuna.load_study(study_name=name, storage=open_storage(tmp_path / "j"))
-        assert name.startswith("team/digits-ul-text-air")
-        assert [(t.params, t.value) for t in copy.trials] == [
+        copied = optuna.load_study(study_name=name, storage=open_storage(tmp_path / "j"))
+        assert name == "team/x"
+        assert [(t.params, t.value) for t in copied.trials] == [
             (point, objective) for _, point, objective in ended_points(searching)
         ]
+        assert copied.metric_names == ["mutual_information"]
+        assert copied.user_attrs == {
+            "sweep": "default/x",
+            "cell": "digits-ul-text-air",
+            "objective": "mutual_information",
+        }
+
+
+def without_details(cell: Cell, points: Sequence[Point]) -> list[PointDetails]:
+    return [PointDetails({}, None) for _ in points]
 
 
 # ---------------------------------------------------------------- edited and failed
@@ -341,7 +349,6 @@ def test_later_points_depend_on_recorded_objectives(tmp_path):
 def test_carried_points_count_and_come_after_the_default(log):
     spec = sweep("tpe", points=8)
     (cell,) = cells_of(spec)
-    assert spec.search is not None
     carried = [{"images_per_class": 20, "fusion_weight": weight} for weight in (0.1, 0.9)]
     log.event_log.append(
         "study_opened",

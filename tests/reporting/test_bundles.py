@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,14 +21,14 @@ from air_core.method import Callback, Round, learn
 from air_core.specs import FeaturesSpec
 from air_core.weights import tiny_folder
 from orchestrator.planning import plan_of
-from orchestrator.reporting.results import finished_trials
+from orchestrator.reporting.results import results_of
 from orchestrator.reporting.rows import rows
 from orchestrator.spec import load_sweep
 from orchestrator.stages.build import PARTS, read_target
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.trial import run_trial, trial_data
 from orchestrator.store import ArtifactStore, EventLog, SweepLocation, read_trial
-from tests.helpers.sweeps import environment, record_again
+from tests.helpers.sweeps import python, record_again
 
 IMAGES = 240  # of the digits: enough for every class, and quick
 SWEEP = """version: 1
@@ -134,12 +132,12 @@ main()
 
 
 def test_a_process_without_ray_or_mlflow_gives_the_logits_of_the_trial(
-    location, sweep, tiny_clip, export, tmp_path
+    location, sweep, tiny_clip, export, tmp_path, monkeypatch
 ):
     slot = slots_of(location, sweep, "cpl")[0]
     record = read_trial(slot.spec, location.store)
     target = read_target(slot.spec.features, slot.spec.split, location.store)
-    data = trial_data(slot.spec, target, tiny_clip, None)
+    data = trial_data(target, tiny_clip, None)
     seen: list[torch.Tensor] = []
 
     class TestLogits(Callback):
@@ -153,15 +151,8 @@ def test_a_process_without_ray_or_mlflow_gives_the_logits_of_the_trial(
     export(slot.key.digest[:8])
     index, predictions, _ = record.predictions()
     pictures_of(index, tmp_path / "new")
-    done = subprocess.run(
-        [sys.executable, "-c", BLOCKED],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-        env=environment(),
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    done = python("-c", BLOCKED)
     logits, listed = done.stdout.split("\n", 1)
     assert np.allclose(json.loads(logits), seen[-1].numpy(), rtol=0, atol=1e-5)
     found = json.loads(listed)
@@ -174,9 +165,7 @@ def test_a_process_without_ray_or_mlflow_gives_the_logits_of_the_trial(
         assert np.allclose([by_name[name] for name in names], row, rtol=0, atol=1e-5)
 
 
-def test_a_trial_is_exported_by_key_or_slot_to_the_same_bytes(
-    location, sweep, export, command, tmp_path
-):
+def test_a_trial_is_exported_by_key_or_slot_to_the_same_bytes(location, sweep, export, command):
     slot = slots_of(location, sweep, "fpl")[1]
     one = export(slot.key.digest, "--sweep", "small")
     other = export(slot.id, "--sweep", "small", out="other")
@@ -216,7 +205,7 @@ def test_a_trial_is_exported_by_key_or_slot_to_the_same_bytes(
     "kind", ["zero_shot", "visual", "elsewhere", "zero_shot_elsewhere", "trzsl"]
 )
 def test_every_kind_of_prompt_reproduces_the_recorded_predictions(
-    kind, location, sweep, resolver, export, command, drawn_digits, tmp_path
+    kind, location, sweep, resolver, export, command, drawn_digits
 ):
     if kind == "trzsl":
         spec = slots_of(location, sweep, "cpl", "trzsl")[0].spec
@@ -301,13 +290,13 @@ def test_a_prompt_with_other_predictions_is_not_exported(location, sweep, comman
 
 
 def test_best_is_the_run_with_the_best_objective_of_the_best_row(
-    location, sweep, command, export, tmp_path
+    location, sweep, command, tmp_path
 ):
     plan = plan_of(sweep, location)
     only = ("--only", "method=zero_shot,fpl,cpl", "--only", "paradigm=ul")
     candidates = [
         row
-        for row in rows(finished_trials(plan, location.store), None)
+        for row in rows(results_of(plan, location.store).trials, None)
         if row.paradigm == "ul" and row.method != "zero_shot_real"
     ]
     best = max(candidates, key=lambda row: row.mean)
@@ -396,6 +385,52 @@ def test_classify_prints_results_to_stdout_and_unreadable_files_to_stderr(
     assert f"{found[0]['probability']:.1%}" in out
 
 
+def test_classify_of_class_folders_ends_with_accuracy_and_confusion_matrix(
+    bundle, command, tmp_path
+):
+    examples = get_dataset("digits").load(None)
+    new = tmp_path / "new"
+    folders = {0: "digit_zero", 1: "digit one", 2: "zwei"}
+    (new / "test").mkdir(parents=True)
+    (new / "classnames.txt").write_text("zwei = digit two\n")
+    for i in np.flatnonzero(np.isin(examples.labels, (0, 1, 2)))[:12]:
+        folder = new / "test" / folders[examples.labels[i]]
+        folder.mkdir(exist_ok=True)
+        examples.images[i].save(folder / f"{i}.png")
+    (new / "test" / "unknown").mkdir()
+    examples.images[0].save(new / "test" / "unknown" / "x.png")
+    (new / "test" / "zwei" / "bad.png").write_bytes(b"")
+    (new / "test" / "zwei" / "IMG.HEIC").write_bytes(b"")
+
+    code, out, err = command("classify", bundle, new, "--json")
+    found = json.loads(out)
+    assert code == 1
+    assert [one["true"] for one in found].count(None) == 1
+    right = sum(one["class"] == one["true"] for one in found)
+    accuracy = (
+        f"accuracy {right / 12:.1%}: {right} of 12 images in class folders; "
+        "1 in other folders do not count"
+    )
+    assert accuracy in err
+    assert "skipped: 1 .heic\n1 of 14 files could not be read:\n" in err
+    assert f"{new}/test/zwei/bad.png cannot be read: it is empty" in err
+
+    lines = command("classify", bundle, new)[1].splitlines()
+    assert accuracy in lines
+    start = lines.index("confusion matrix (rows: folder, columns: predicted class)") + 2
+    names = [line[6:].split("  ")[0].strip() for line in lines[start:]]
+    rows = [[int(n) for n in line.split()[-len(names) :]] for line in lines[start:]]
+    assert rows == [
+        [sum((one["true"], one["class"]) == (true, name) for one in found) for name in names]
+        for true in names
+    ]
+
+    header, *lines = command("classify", bundle, new, "--csv", "--topk", "1")[1].splitlines()
+    assert header == "image,class,probability,true"
+    assert [line.rsplit(",")[-1] or None for line in lines] == [one["true"] for one in found]
+    assert "accuracy" not in command("classify", bundle, new / "test" / "zwei" / "*.png")[1]
+
+
 def test_classify_without_images_or_bundle_is_bad_input(bundle, command, tmp_path):
     new = pictures_of(np.arange(1), tmp_path / "new")
     (tmp_path / "empty").mkdir()
@@ -419,7 +454,7 @@ def test_classify_without_images_or_bundle_is_bad_input(bundle, command, tmp_pat
     assert f"{bundle / PROMPT} was changed after the export" in err
 
 
-def test_verify_reports_differences_and_refuses_other_images(bundle, command, tmp_path):
+def test_verify_reports_differences_and_refuses_other_images(bundle, command):
     manifest = read_bundle(bundle)
     arrays = {file: dict(of) for file, of in manifest.arrays.items()}
     classes = len(manifest.classnames)

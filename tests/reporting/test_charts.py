@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
-import subprocess
-import sys
 
 from PIL import Image
 
-from orchestrator.reporting.charts import pictures
+from orchestrator.reporting.charts import VERDICT_COLORS, differences, pictures, svg
 from orchestrator.reporting.rows import FinishedTrial
+from tests.helpers.sweeps import python
 from tests.reporting.test_rows import results, trials
 
 
@@ -69,6 +68,18 @@ def test_a_search_has_a_chart_of_its_points() -> None:
     assert picture(charts, "accuracy_by_fusion_weight.png").width == 700
 
 
+def test_colours_of_differences_follow_the_corrected_test_and_not_the_interval() -> None:
+    [green] = results([*trials("cpl"), *trials("air", better=0.2)]).comparisons
+    grey = dataclasses.replace(green, p_corrected=0.2)  # in a table of many comparisons
+    assert grey.difference.low > 0
+    assert (green.verdict, grey.verdict, grey.mark) == ("higher", "not significant", "")
+    for comparison in (grey, green):
+        alone = results([])
+        alone.comparisons = [comparison]
+        drawn = VERDICT_COLORS["higher"] in svg(differences(alone))
+        assert drawn == (comparison is green)
+
+
 def test_settings_that_are_no_numbers_and_empty_results_have_no_chart() -> None:
     finished = [
         trial
@@ -90,7 +101,4 @@ print([hashlib.sha256(png).hexdigest() for png in pictures(results(grid())).valu
 
 def test_equal_data_give_equal_bytes_in_another_process() -> None:
     digests = [hashlib.sha256(png).hexdigest() for png in pictures(results(grid())).values()]
-    other = subprocess.run(
-        [sys.executable, "-c", DRAW], capture_output=True, text=True, check=True
-    ).stdout
-    assert other.strip() == str(digests)
+    assert python("-c", DRAW).stdout.strip() == str(digests)

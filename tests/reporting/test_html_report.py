@@ -6,9 +6,8 @@ The sweeps run with a trivial trainable; `test_runs.py` reports a real sweep.
 from __future__ import annotations
 
 import base64
+import html
 import re
-import subprocess
-import sys
 import xml.etree.ElementTree as xml
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,18 +17,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from air_core.datasets import get_dataset
+from orchestrator.planning import plan_of
 from orchestrator.planning.recorded import read_sweep
 from orchestrator.planning.search import importances
 from orchestrator.reporting.html_report import frequent_confusions, page
 from orchestrator.reporting.report_data import report_data_of
+from orchestrator.reporting.screens import status_report, status_screen, summary_screen
 from orchestrator.spec import Dimension
+from orchestrator.stages.build import build_features
+from orchestrator.stages.context import WorkerContext
 from orchestrator.store import open_store
 from orchestrator.store.location import recorded_location
 from tests.helpers.browser import CHROMIUM, MISSING, Browser
 from tests.helpers.outcomes import by_method, record_sweep
 from tests.helpers.servers import serve
-from tests.helpers.sweeps import airsweep, environment, search_sweep, write_sweep
+from tests.helpers.sweeps import airsweep, search_sweep, write_sweep
+from tests.reporting.test_rows import one_line
 
 GRID = """
 grid:
@@ -44,13 +50,8 @@ seeds: [1, 2]
 def run_sweep(spec: Path) -> Path:
     """Run a sweep and return its store."""
     store = spec.parent / "runs"
-    words = ["run", str(spec), "--store", str(store), "--tracking-uri", "none"]
-    subprocess.run(
-        [sys.executable, "-m", "tests.helpers.trivial", *words],
-        check=True,
-        capture_output=True,
-        env=environment(),
-    )
+    words = ("run", spec, "--store", store, "--tracking-uri", "none")
+    airsweep(*words, module="tests.helpers.trivial")
     return store
 
 
@@ -145,7 +146,50 @@ seeds: [1, 2, 3]
     [settings] = [cell for cell in cells if cell.startswith("draws 3, weight 0.8, ")]
     assert "top 5" in settings
     assert cells[cells.index(settings) - 1] == "71.0"
-    assert "Worth of the diffusion model: cpl_evidence - cpl +" in text
+    assert "<p>Does cpl_evidence beat cpl? Yes: +" in text
+
+
+def test_differences_without_a_test_are_explained_once(tmp_path):
+    body = "grid: {method: [zero_shot, cpl]}\nseeds: [1, 2]\n"
+    record_sweep(tmp_path, "two", body, by_method({"zero_shot": 0.5, "cpl": 0.6}))
+    text = html.unescape(report(tmp_path, "two"))
+    assert text.count("2 seeds are too few") == 1
+    assert "<p>Does cpl beat zero_shot? Cannot be told: +" in text
+    assert "Chance: 10.0 (10 classes)." in text
+    assert "p < 0.05" not in text
+    assert "p corrected" not in text
+
+
+@pytest.mark.filterwarnings("error:constrained_layout")  # the long path of the folder in a chart
+def test_unused_images_are_named_in_report_status_and_closing_screen(tmp_path):
+    for name in get_dataset("digits").classnames:
+        folder = tmp_path / "images" / name
+        folder.mkdir(parents=True)
+        for number in range(11):
+            Image.new("RGB", (8, 8), (20 * number, 0, 0)).save(folder / f"{number}.png")
+    (folder / "3.png").write_bytes(b"")
+    (folder / "phone.heic").write_bytes(b"")
+    body = f"fixed: {{method: zero_shot, dataset: 'folder:{tmp_path / 'images'}'}}\nseeds: [1]\n"
+    record_sweep(tmp_path, "mine", body, by_method({"zero_shot": 0.5}))
+    sweep, location = read_sweep(recorded_location(open_store(tmp_path), "default", "mine"), None)
+    [slot] = plan_of(sweep, location).slots
+    build_features(slot.spec.features, WorkerContext(location.store))
+    facts = {"drawn": 14, "redrawn": 0, "holes": 2}
+    location.event_log().append(
+        "artifact_prepared",
+        stage="images",
+        key="k",
+        seconds=1.0,
+        facts=facts,
+        hole_files=["six/1.png"],
+    )
+    status = status_report(location)
+    shown = [status_screen(status), summary_screen(sweep, location)]
+    for text in [report(tmp_path, "mine"), *map(one_line, shown)]:
+        assert f"1 unreadable ({folder.name}/3.png); skipped: 1 .heic" in text
+        assert "2 of 16 synthetic images given up, blank or unreadable (six/1.png)" in text
+    [unused] = status["unused"].values()
+    assert unused["files"] == {f"{folder.name}/3.png": "it is empty"}
 
 
 def test_a_report_is_self_contained_and_reproducible(grid):
@@ -165,7 +209,7 @@ def test_the_report_of_a_search_has_history_importance_and_objective_against_tes
     assert "importance" in outline.cells
 
 
-def test_text_of_a_sweep_file_is_escaped(tmp_path, drawn_digits):
+def test_text_of_a_sweep_file_is_escaped(tmp_path):
     text = "# <script>alert(1)</script> & more\nversion: 1\nname: odd\n"
     (tmp_path / "odd.yaml").write_text(text + "fixed: {method: zero_shot}\nseeds: [1]\n")
     shown = report(run_sweep(tmp_path / "odd.yaml"), "odd")

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestrator.reporting import Results
-from orchestrator.reporting._worth import worth_sentences
-from orchestrator.reporting.rows import FinishedTrial, rows, signed_interval
+from orchestrator.reporting import Results, charts
+from orchestrator.reporting._answers import answers
+from orchestrator.reporting.rows import FinishedTrial, rows, signed_interval, signed_percent
 from orchestrator.reporting.summary import summary
 from orchestrator.reporting.tables import table
 from orchestrator.spec.presets import defaults
@@ -27,7 +27,7 @@ ROW_KEYS = [
     *("dataset", "paradigm", "modality", "method", "settings", "metric", "n", "n_test"),
     *("mean", "std", "low", "high", "interval", "protocol"),
 ]
-ADDED_KEYS = ["text", "fused", "auxiliary", "comparisons", "collapsed"]
+ADDED_KEYS = ["text", "fused", "auxiliary", "chance", "comparisons", "collapsed"]
 
 # method -> (accuracy, accuracy of pseudo-labels)
 ACCURACY = {
@@ -83,6 +83,7 @@ def trials(
                     flat=flat
                     | {"paradigm": "ul", "modality": "text", "seed": seed, "split_seed": split},
                     settings=settings,
+                    searched=frozenset(() if objective is None else settings),
                     point=point,
                     seed=seed,
                     split_seed=split,
@@ -97,7 +98,8 @@ def trials(
 
 
 def results(finished: list[FinishedTrial], objective: str | None = None) -> Results:
-    return Results(rows(finished, objective), finished)
+    classes = {trial.flat["dataset"]: 10 for trial in finished}
+    return Results(rows(finished, objective), finished, classes)
 
 
 def quickstart() -> list[FinishedTrial]:
@@ -182,7 +184,6 @@ def test_a_searched_row_is_the_default_point_if_the_objective_predicts_no_test_a
     finished = searched(guides=False)
     host, kept = rows(finished, "mutual_information")
     assert kept.settings == {"images_per_class": 120, "fusion_weight": 0.5}
-    assert kept.choice is not None
     assert kept.choice.default
     assert kept.choice.pooled.low <= 0
     assert host.choice is None  # it has a single point
@@ -192,7 +193,6 @@ def test_a_searched_row_is_the_best_point_if_the_default_point_failed() -> None:
     finished = [trial for trial in searched(guides=False) if trial.point > 0]
     (best,) = rows(finished, "mutual_information")
     assert best.settings["images_per_class"] == 60
-    assert best.choice is not None
     assert not best.choice.default
 
 
@@ -204,7 +204,6 @@ def test_a_point_without_an_objective_is_chosen_last() -> None:
         )
     (row,) = rows(finished, "mutual_information")
     assert row.settings["images_per_class"] == 60
-    assert row.choice is not None
     assert row.choice.ranking.points == 6
 
 
@@ -220,7 +219,6 @@ def test_points_with_equal_settings_count_once_in_the_ranking() -> None:
         better=0.08,
     )
     _, row = rows(finished + again, "mutual_information")
-    assert row.choice is not None
     assert row.choice.ranking.points == 6
 
 
@@ -278,6 +276,16 @@ def test_searched_methods_are_compared_at_their_own_best_points() -> None:
     assert [c.methods for c in found.comparisons] == [("air", "cpl")]
 
 
+def test_searched_methods_are_compared_if_pruning_leaves_one_point_of_each() -> None:
+    finished = []
+    for method, length in (("cpl", 4), ("air", 8)):
+        finished += trials(method, settings={"prompt.length": length}, objective=0.5)
+    found = results(finished, "mutual_information")
+    assert [c.methods for c in found.comparisons] == [("air", "cpl")]
+    alone = results([trial for trial in finished if trial.method == "cpl"], "mutual_information")
+    assert alone.varied_settings == ["prompt.length"]
+
+
 def test_datasets_are_not_compared_with_each_other() -> None:
     finished = trials("cpl", dataset="digits") + trials("air", dataset="flowers102")
     assert results(finished).comparisons == []
@@ -314,16 +322,16 @@ def test_a_method_that_is_worse_than_its_host_has_an_arrow() -> None:
         (
             (0, 1),
             (1, 2),
-            "No difference is tested: 2 splits are too few for a test; it needs 1, or at least 4.",
+            "Not tested: air - cpl (2 splits are too few; a test needs 1, or at least 4).",
         ),
         (
             (0,),
             (1, 2),
-            "No difference is tested: 2 seeds are too few for a test; it needs at least 3.",
+            "Not tested: air - cpl (2 seeds are too few; a test needs at least 3).",
         ),
     ],
 )
-def test_a_table_with_too_few_runs_has_no_marks_and_a_reason(splits, seeds, words) -> None:
+def test_too_few_runs_have_no_mark_interval_or_colour_but_a_reason(splits, seeds, words) -> None:
     finished = [
         trial
         for method, better in (("cpl", 0.0), ("air", 0.2))
@@ -333,9 +341,16 @@ def test_a_table_with_too_few_runs_has_no_marks_and_a_reason(splits, seeds, word
     (c,) = found.comparisons
     assert c.difference.low > 0  # not tested although the interval excludes 0
     assert not c.is_significant
-    text = " ".join(table(found, "md").split())
-    assert words in text
-    assert "cpl†" not in text
+    mean = signed_percent(c.difference.mean)
+    text, screen = one_line(table(found, "md")), one_line(summary("s", found, []))
+    assert f"{mean} cpl |" in text
+    assert f"air - cpl {mean} " in screen
+    assert f"Does air beat cpl? Cannot be told: {mean} points, not tested." in screen
+    for shown in (text, screen):
+        assert shown.count(words) == 1
+        assert "†" not in shown
+        assert "p < 0.05" not in shown
+    assert charts.VERDICT_COLORS[c.verdict] == charts.FAINT
     (_, row) = json.loads(table(found, "json"))
     assert row["comparisons"][0]["untold"] == c.difference.reason_not_tested
     assert row["comparisons"][0]["marked"] is False
@@ -431,7 +446,7 @@ def test_csv_has_the_numbers_of_json_in_flat_columns() -> None:
         *("dataset", "paradigm", "modality", "method"),
         *("settings.images_per_class", "settings.fusion_weight"),
         *("metric", "n", "n_test", "mean", "std", "low", "high", "interval"),
-        *("text", "fused", "auxiliary", "point", "chosen_by", "told_from", "collapsed"),
+        *("text", "fused", "auxiliary", "point", "chosen_by", "chance", "told_from", "collapsed"),
     ]
     assert float(lines[1]["mean"]) == found.rows[1].mean
     assert float(lines[1]["settings.fusion_weight"]) == 0.348192
@@ -527,13 +542,12 @@ def test_the_screen_shows_rows_comparisons_and_notes() -> None:
     parts = [re.split(r" {2,}", line) for line in lines[1:10]]
     assert parts[0] == [*("method", "accuracy", "95 %", "n", "fused", "auxiliary", "pseudo-labels")]
     assert [line[0] for line in parts[1:6]] == list(QUICKSTART)
+    assert "Chance: 10.0 (10 classes)." in text
     for row, (_, accuracy, interval, n, *_) in zip(found.rows, parts[1:6], strict=True):
         assert accuracy.startswith(f"{100 * row.mean:.1f}")
         assert interval == f"[{100 * row.low:.1f}, {100 * row.high:.1f}]"
         assert n == str(row.n)
-    assert parts[6] == [
-        *("difference", "points, 95 %", "n", "n_test", "significant", "images needed")
-    ]
+    assert parts[6] == [*("difference", "points, 95 %", "n", "n_test", "significant", "detectable")]
     assert parts[7][0] == "air - cpl"
     assert parts[7][2:5] == ["3", "300", "yes"]
     assert parts[8][0] == "air - air_control"
@@ -545,38 +559,49 @@ def test_the_screen_shows_rows_comparisons_and_notes() -> None:
     assert second.endswith("  python -m orchestrator run sweeps/paper.yaml")
 
 
-# ---------------------------------------------------------------- worth of the diffusion model
+# ---------------------------------------------------------------- answers
 
 
-def test_the_screen_says_what_the_diffusion_model_was_worth() -> None:
+def test_answers_begin_with_yes_no_or_cannot_be_told() -> None:
     right = [replace(trial, fused=trial.labels) for trial in trials("air")]
     others = [t for t in [*quickstart(), *trials("air_ceiling")] if t.method != "air"]
     found = results([*right, *(replace(trial, fused=trial.predictions) for trial in others)])
     by_method = {row.method: row for row in found.rows}
     air, host, ceiling = (by_method[name] for name in ("air", "cpl", "air_ceiling"))
-    gain, fused, share = worth_sentences(found)
+    over_host, gain, fused_over_host, fused, share = answers(found)
+    assert over_host.startswith("Does air beat cpl? Yes: +")
+    assert over_host.endswith("] points, significant.")
     [comparison] = [c for c in found.comparisons if c.methods == ("air", "air_control")]
     interval = signed_interval(comparison.difference)
-    assert gain == f"air - air_control {interval} points, not significant"
+    assert gain == (
+        f"Does air beat air_control? Cannot be told: {interval} points, not significant; "
+        f"detectable from {100 * comparison.detectable:.1f} points."
+    )
     reached = (air.mean - host.mean) / (ceiling.mean - host.mean)
     assert f"air_ceiling over cpl (+{100 * (ceiling.mean - host.mean):.1f} points): air " in share
     assert f": air {100 * reached:.0f} % [" in share
     assert ", air_control " in share
     control = by_method["air_control"]
     gain_of_fused = f"+{100 * (1 - control.mean):.1f}"
-    assert fused.startswith(f"fused classifiers: air - air_control {gain_of_fused} [")
-    assert fused.endswith(" points, significant")
+    assert fused.startswith(f"Fused classifiers: does air beat air_control? Yes: {gain_of_fused} [")
+    assert fused.endswith(" points, significant.")
     text = one_line(summary("s", found, FACTS))
-    assert f"diffusion {gain} {fused} {share}" in text
-    assert "diffusion" not in summary("s", results(trials("zero_shot") + trials("cpl")), [])
+    assert f"answers {over_host} {gain} {fused_over_host} {fused} {share}" in text
+    assert f"answers {over_host}" not in one_line(summary("s", results(trials("cpl")), []))
+    worse = results(trials("cpl") + trials("air", better=-0.4))
+    assert answers(worse)[0].startswith("Does air beat cpl? No: -")
 
 
-def test_the_worth_of_a_method_without_control_or_of_many_rows_is_stated_in_a_line() -> None:
+def test_questions_without_a_control_or_on_many_rows_have_one_answer() -> None:
     alone = results([*trials("cpl"), *trials("air")])
-    assert worth_sentences(alone) == ["air: unknown without its control air_control"]
+    assert answers(alone)[1:] == [
+        "Does air beat air_control? Cannot be told: air_control has no result."
+    ]
     domain = [replace(trial, method="air_domain", cell="d") for trial in trials("air")]
-    [worth] = worth_sentences(results([*trials("cpl"), *domain]))  # its control is air
-    assert worth.startswith("air_domain - cpl +")
+    [answer] = answers(results([*trials("cpl"), *domain]))  # its control is air
+    assert answer.startswith("Does air_domain beat cpl? Yes: +")
+    [answer] = answers(results([*trials("zero_shot"), *trials("cpl")]))
+    assert answer.startswith("Does cpl beat zero_shot? Yes: +")
     many = [
         trial
         for dataset, better in (("digits", 0.0), ("flowers102", 0.3), ("dtd", -0.3))
@@ -585,10 +610,10 @@ def test_the_worth_of_a_method_without_control_or_of_many_rows_is_stated_in_a_li
             method, dataset=dataset, better=(method != "cpl") * 0.1 + (method == "air") * better
         )
     ]
-    gain, share = worth_sentences(results(many))
+    _, gain, share = answers(results(many))
     assert re.fullmatch(
-        r"air - air_control -\d+\.\d to \+\d+\.\d points in 3 comparisons, "
-        "significant in 1 above 0 and 1 below",
+        r"Does air beat air_control\? Yes in 1 of 3 comparisons, no in 1, cannot be told in 1; "
+        r"-\d+\.\d to \+\d+\.\d points\.",
         gain,
     )
     assert re.search(r": air -\d+ % to \d+ % in 3 rows, air_control \d+ % in 3 rows", share)

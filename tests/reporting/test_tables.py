@@ -16,9 +16,9 @@ from pandas import DataFrame
 
 from orchestrator.reporting._layouts import Layout, escape_latex, latex
 from orchestrator.reporting.rows import FinishedTrial
-from orchestrator.reporting.tables import pivot, table
+from orchestrator.reporting.tables import gains_frame, pivot, table
 from orchestrator.reporting.tables import pivot_text as text
-from tests.helpers.outcomes import by_method, command, record_sweep
+from tests.helpers.outcomes import by_method, record_sweep
 from tests.reporting.test_rows import cells, quickstart, results, trials
 
 
@@ -45,6 +45,13 @@ def counts() -> list[FinishedTrial]:
 
 def arranged(finished: list[FinishedTrial], **how: Any):
     return pivot(results(finished), **how)
+
+
+def test_the_frame_of_gains_has_intervals_of_tested_gains_only() -> None:
+    tested = gains_frame(results(quickstart())).set_index("method")["host_low"]
+    assert tested.drop("zero_shot").notna().all()
+    few = [trial for trial in quickstart() if trial.seed < 3]
+    assert gains_frame(results(few))["host_low"].isna().all()
 
 
 def test_methods_are_lines_and_datasets_are_columns() -> None:
@@ -245,11 +252,11 @@ seeds: [1, 2, 3]
 ACCURACIES = {"zero_shot": 0.5, "fpl": 0.62, "cpl": 0.7}
 
 
-def test_the_command_table_arranges_a_recorded_sweep(tmp_path, monkeypatch, capsys) -> None:
+def test_the_command_table_arranges_a_recorded_sweep(tmp_path, command) -> None:
     record_sweep(tmp_path, "small", SWEEP, by_method(ACCURACIES))
 
     def airsweep_table(*words: str) -> tuple[int, str, str]:
-        return command(monkeypatch, capsys, "table", "small", "--store", str(tmp_path), *words)
+        return command("table", "small", "--store", tmp_path, *words)
 
     code, out, _ = airsweep_table("--rows", "method", "--cols", "dataset", "--format", "md")
     assert code == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -84,3 +85,15 @@ def test_a_copy_inside_an_unrelated_repository_has_no_commit(checkout):
     git(checkout, "add", "README")
     git(checkout, "commit", "--quiet", "--message", "unrelated")
     assert code_state(checkout) == ("unknown", "clean", "")
+
+
+def test_a_copy_that_pip_installed_from_a_repository_has_its_commit(checkout):
+    metadata = checkout / "airsweep-0.1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.4\nName: airsweep\nVersion: 0.1.0\n")
+    origin = {
+        "url": "https://git.example/airsweep",
+        "vcs_info": {"vcs": "git", "commit_id": "0a1b"},
+    }
+    (metadata / "direct_url.json").write_text(json.dumps(origin))
+    assert code_state(checkout) == ("0a1b", "clean", "")

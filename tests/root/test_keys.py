@@ -198,7 +198,7 @@ CONTEXT: dict[str, dict[str, Any]] = {  # the settings with which a setting has 
 # Settings with an effect only in a second LoRA round.
 UNTESTED = (
     *("initial_labels.images_per_class", "initial_labels.evidence_draws"),
-    "lora.rounds",
+    *("lora.rounds", "lora.enough_kept"),
 )
 
 
@@ -243,7 +243,7 @@ def test_a_setting_changes_its_stage_and_later_stages_only(name):
 
 def test_errors_depend_on_scoring_and_lora_and_neither_on_draws_nor_on_their_use():
     base = trial(evidence__draws=2)
-    scoring = {f.name for f in dataclasses.fields(EvidenceScoring)}
+    scoring = {f.name for f in dataclasses.fields(EvidenceScoring)} | {"disputed"}
     for name in trial_keys():
         head, _, setting = name.partition(".")
         if head == "evidence":

@@ -88,6 +88,7 @@ def test_names_are_unique_and_constants_have_their_key():
         "import os",
         "(" * 400 + ")" * 400,
         "not " * 200 + "lora",
+        "-" * 450 + "1",
         "\0",
         "\ud800",
     ],

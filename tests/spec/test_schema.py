@@ -61,7 +61,7 @@ def test_the_schema_accepts_files_that_the_reader_accepts(more):
     "name",
     [
         *("no version", "version 2", "name with a slash", "no method", "unknown part"),
-        *("unknown key", "unknown word", "over the limit", "grid without a list", "axis of one"),
+        *("unknown key", "unknown word", "over the limit", "grid without a list"),
         *("seeds that are not a list", "seeds without values", "empty space", "half a range"),
         *("images in space", "method in space", "range of words"),
         *("all kept", "wall without unit", "unknown resource"),

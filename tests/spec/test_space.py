@@ -143,7 +143,6 @@ def test_a_grid_lists_each_point_that_its_conditions_allow_once(space):
 
 def test_the_name_of_a_study_depends_on_space_and_settings_but_not_on_the_number_of_points():
     def name(spec: SweepSpec) -> str:
-        assert spec.search is not None
         return study_name(cells_of(spec)[0], spec.search)
 
     plain = name(sweep(COUNTS))

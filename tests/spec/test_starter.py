@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from orchestrator.api import validate
 from orchestrator.planning import plan_of, read_request
-from orchestrator.spec import cells_of
+from orchestrator.spec import cells_of, notes_of
 from orchestrator.spec.starter import write_starter
 from orchestrator.store import ArtifactStore, SweepLocation
 from tests.helpers.sweeps import airsweep, table
@@ -52,9 +53,23 @@ def test_the_file_describes_the_folder_and_can_be_planned(folder):
     )
     assert spec.fixed["dataset"] == "folder:leaves"
     assert [cell.method for cell in cells_of(spec)] == METHODS
+    assert notes_of(spec) == ()
     plan = plan_of(spec, SweepLocation(ArtifactStore(folder / "runs"), "default", "mine", None))
     assert plan.total == 15
     assert plan.slots[0].spec.classnames == ("oak", "red maple")
+
+
+def test_a_file_in_another_folder_finds_the_images(folder):
+    draw(folder / "leaves", {"oak": 20, "red_maple": 12})
+    (folder / "specs").mkdir()
+    file = write_starter("mine", "leaves", folder / "specs").file
+    assert read_request(file).spec.fixed["dataset"] == "folder:../leaves"
+    assert validate(file) == ()
+
+    words = ("specs/mine.yaml", "--only", "method=zero_shot,cpl", "--tracking-uri", "none")
+    airsweep("run", *words, module="tests.helpers.trivial")
+    (folder / "leaves").rename(folder / "moved")  # results are read without the images
+    assert [row["method"] for row in table(folder / "runs", "mine")] == ["zero_shot", "cpl"]
 
 
 def test_without_a_folder_the_sweep_uses_the_digits(folder):
@@ -119,6 +134,8 @@ def test_the_smallest_allowed_folder_runs_as_smoke(folder):
     # Only the method that needs every stage: all five take three times as long.
     airsweep("run", "mine.yaml", "--smoke", "--quiet", "--only", "method=air")
     assert [row["method"] for row in table(folder / "runs-smoke", "mine")] == ["air"]
+    again = airsweep("run", "mine.yaml", "--smoke", "--only", "method=air")
+    assert "instead of folder:x" in " ".join(again.stdout.split())  # no command that is refused
     # The history has the time per step and per block, and separately the start-up time.
     history = json.loads((folder / "runs-smoke/history.json").read_text())
     for stage in ("lora", "images"):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,7 +31,7 @@ from orchestrator.stages.image_rows import build_image_block
 from orchestrator.stages.pictures import SHEET_BYTES
 from orchestrator.stages.trial import run_trial
 from orchestrator.store import ArtifactStore, SweepLocation
-from tests.helpers.sweeps import environment
+from tests.helpers.sweeps import python
 
 EACH = 16  # images a class
 DIGITS = get_dataset("digits")
@@ -261,10 +259,7 @@ def test_a_card_is_stored_in_the_sweep_folder_and_read_without_torch(world, faul
     files = {file.name: file for file in faulty.folder.glob("audit-*")}
     assert {f"{row.name}.json", f"{row.name}.png"} <= files.keys()
     before = files[f"{row.name}.json"].stat().st_mtime_ns
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(world.store.root)],
-        capture_output=True, text=True, env=environment(), timeout=300, check=True,
-    )  # fmt: skip
+    done = python("-c", SCRIPT, world.store.root)
     assert "3 blank, 2 duplicate" in " ".join(done.stdout.split())
     assert done.stderr.split() == []
     assert files[f"{row.name}.json"].stat().st_mtime_ns == before

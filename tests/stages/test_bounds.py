@@ -16,8 +16,9 @@ from orchestrator.spec import presets
 from orchestrator.stages.build import build_features, build_labels, read_target
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.image_rows import build_image_block, open_generator
-from orchestrator.stages.trial import WHOLE_TRIAL, TrialRun, run_trial
+from orchestrator.stages.trial import TrialRun, run_trial
 from orchestrator.store import ArtifactStore
+from orchestrator.store.checkpoints import WHOLE_TRIAL
 
 COUNT = 3  # images per class
 SMALL: dict[str, Any] = {
@@ -57,7 +58,7 @@ def bank(spec: TrialSpec, worker: WorkerContext) -> Any:
         generator = open_generator(row.images, worker)
         for c in range(10):
             build_image_block(row, c, 0, worker, lambda: generator)
-    run = TrialRun(spec, worker.store, "cpu", lambda share: None, 64, WHOLE_TRIAL, 1)
+    run = TrialRun(spec, worker, lambda share: None, WHOLE_TRIAL, 1)
     return run.data.synthetic
 
 
@@ -67,7 +68,6 @@ def test_the_control_reads_the_images_that_a_lora_is_trained_on(
 ):
     spec = spec_of("air_control", resolver, drawn_digits, paradigm=paradigm)
     found = bank(spec, worker)
-    assert spec.lora_labels is not None
     selected = load_file(worker.store.get(spec.lora_labels).path / "labels.safetensors")
     target = read_target(spec.features, spec.split, worker.store)
     features = target.features[selected["index"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event, Semaphore
@@ -15,10 +16,12 @@ from air_core.diffusion import load_generator
 from air_core.seal import intact
 from air_core.specs import FolderImages, Ref, SyntheticFeaturesSpec
 from orchestrator.errors import DamagedArtifact
+from orchestrator.planning import Resolver
+from orchestrator.planning.dataset_text import UnusedImages, unused_images
 from orchestrator.planning.resolve import images_folder
 from orchestrator.stages.build import build_features
 from orchestrator.stages.context import WorkerContext
-from orchestrator.stages.image_rows import DEATHS, build_image_block, read_synthetic
+from orchestrator.stages.image_rows import build_image_block
 from orchestrator.stages.pictures import (
     GAP_PX,
     HEAD_PX,
@@ -28,7 +31,8 @@ from orchestrator.stages.pictures import (
     contact_sheet,
 )
 from orchestrator.store import ArtifactStore
-from tests.helpers.dataset_trees import EPS, draw
+from orchestrator.store.rows import DEATHS
+from tests.helpers.dataset_trees import draw
 
 
 def row_of(folder: str) -> SyntheticFeaturesSpec:
@@ -80,15 +84,25 @@ def test_shards_and_the_record_of_a_row_have_checksums(store, drawn_digits):
     assert all(intact(file.read_bytes()) for file in files)
 
 
-def test_a_damaged_shard_is_an_error_that_names_it(store, drawn_digits):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda sound: sound[:-1] + bytes([sound[-1] ^ 1]),
+        lambda sound: sound[: len(sound) // 2],
+        lambda sound: bytes(len(sound)),  # what a power cut may leave
+        lambda sound: b"",
+    ],
+    ids=["changed", "cut", "zeros", "empty"],
+)
+@pytest.mark.parametrize("suffix", [".safetensors", ".parquet"])
+def test_a_damaged_shard_is_an_error_that_names_it(store, drawn_digits, suffix, damage):
     spec = row_of(str(drawn_digits))
     build_image_block(spec, 0, 0, WorkerContext(store), lambda: generator_of(spec))
-    shard = store.row(spec).shard(0, 0, ".safetensors")
-    sound = shard.read_bytes()
-    assert len(read_synthetic(spec, 2, store, [0])) == 2
-    shard.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
-    with pytest.raises(DamagedArtifact, match=r"0000-00000\.safetensors is damaged"):
-        read_synthetic(spec, 2, store, [0])
+    of = spec if suffix == ".safetensors" else spec.images
+    shard = store.row(of).shard(0, 0)
+    shard.write_bytes(damage(shard.read_bytes()))
+    with pytest.raises(DamagedArtifact, match=rf"0000-00000\{suffix} is damaged: it has no valid"):
+        store.row(of).read(0, 0)
 
 
 def test_a_contact_sheet_of_few_images_shows_those_that_exist(store, drawn_digits, trial):
@@ -119,7 +133,7 @@ def test_a_block_that_killed_its_processes_fails_and_exceptions_do_not_count_as_
     for _ in range(DEATHS + 1):
         with pytest.raises(OSError, match="no generator today"):
             build_image_block(spec, 0, 0, WorkerContext(store), broken)
-    killed = [store.row(spec.images).count_crashes(0, 0, DEATHS) for _ in range(DEATHS)]
+    killed = [store.row(spec.images).count_crashes(0, 0) for _ in range(DEATHS)]
     for process in killed:
         process.__enter__()  # and never exits
     with pytest.raises(RuntimeError, match="killed its process 2 times"):
@@ -129,13 +143,41 @@ def test_a_block_that_killed_its_processes_fails_and_exceptions_do_not_count_as_
     assert list(store.root.rglob("*.tries")) == []
 
 
-def test_features_of_a_dataset_do_not_start_ghostscript(store, resolver, tmp_path, ghostscript):
+def test_features_record_the_files_that_no_trial_reads(store, tmp_path):
     home = tmp_path / "pets"
     for name in ("cat", "dog"):
         for i in range(60):
             draw(home / name / f"{i:02}.png")
-    (home / "dog" / "harmless.jpg").write_bytes(EPS)
-    trial = resolver.trial({"dataset": f"folder:{home}", "iterations": 0, "images_per_class": 0})
-    artifact = build_features(trial.features, WorkerContext(store))
-    assert artifact.record["info"]["unreadable"] == 1
-    assert not ghostscript.exists()
+
+    def unused() -> UnusedImages:
+        resolver = Resolver(tmp_path / "digests.json", None)
+        trial = resolver.trial({"dataset": f"folder:{home}", "iterations": 0})
+        build_features(trial.features, WorkerContext(store))
+        return unused_images(trial.features, store)
+
+    assert not unused()
+    (home / "dog" / "07.png").write_bytes(b"")
+    draw(home / "cat" / "more" / "1.png")
+    draw(home / "above.png")
+    for name in ("a.heic", "b.HEIC", "Thumbs.db", ".hidden.heic"):
+        (home / "dog" / name).write_bytes(b"")
+    found = unused()
+    assert found.files == {"dog/07.png": "it is empty"}
+    assert found.skipped == {".heic": 2, "beside class folders": 1, "in subfolders": 1}
+    assert str(found) == (
+        "1 unreadable (dog/07.png); skipped: 2 .heic, 1 beside class folders, 1 in subfolders"
+    )
+
+
+def test_ready_images_that_become_holes_are_named(store, tmp_path):
+    ready = tmp_path / "ready"
+    for i in range(3):
+        draw(ready / "cat" / f"{i}.png")
+    (ready / "cat" / "1.png").write_bytes(b"")
+    spec = row_of(str(ready))
+    made = [
+        build_image_block(spec, 0, block, WorkerContext(store), lambda: generator_of(spec))
+        for block in (0, 1)  # the second ends after the last file
+    ]
+    assert [counts["holes"] for counts in made] == [1, 0]
+    assert [json.loads(counts["hole_files"]) for counts in made] == [["cat/1.png"], []]

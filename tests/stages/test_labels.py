@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 from air_core.auxiliary import auxiliary_classifier
 from air_core.classifiers import fuse, text_classifier
 from air_core.datasets import get_dataset
+from air_core.diffusion.pipeline import LORA_FILE
 from air_core.evidence import evidence_probabilities
 from air_core.lora_labels import AUXILIARY, class_agreement, lora_images, pool_classifier
 from air_core.pseudo_labels.top_k import balanced_choice
@@ -20,31 +21,35 @@ from air_core.types import Batch, Split
 from orchestrator.stages.build import build_labels, build_lora, read_target
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.evidence import BlockScorer, build_evidence_block, read_evidence
-from orchestrator.stages.image_rows import build_image_block, open_generator, read_synthetic
+from orchestrator.stages.image_rows import (
+    build_image_block,
+    lora_before,
+    open_generator,
+    read_synthetic,
+)
 from tests.helpers.features import digit_features, relabelled, store_with
 
 IMAGES, POOL, K, DRAWS, BLOCK = 120, 40, 2, 2, 16
 
 
+FLAT = {
+    "pool": "train", "lora.rounds": 2, "lora.steps": 4, "lora.batch": 4, "lora.rank": 2,
+    "lora.precision": "fp32", "images_per_class": 2, "initial_labels.k": K,
+    "initial_labels.images_per_class": 2, "initial_labels.evidence_draws": DRAWS,
+    "generation.size": 32, "generation.block": 2, "generation.num_inference_steps": 2,
+    "generation.precision": "fp32", "evidence.block": BLOCK, "evidence.precision": "fp32",
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def spec(resolver) -> LabelsSpec:
-    flat = {
-        "pool": "train", "lora.rounds": 2, "lora.steps": 4, "lora.batch": 4, "lora.rank": 2,
-        "lora.precision": "fp32", "images_per_class": 2, "initial_labels.k": K,
-        "initial_labels.images_per_class": 2, "initial_labels.evidence_draws": DRAWS,
-        "generation.size": 32, "generation.block": 2, "generation.num_inference_steps": 2,
-        "generation.precision": "fp32", "evidence.block": BLOCK, "evidence.precision": "fp32",
-    }  # fmt: skip
-    found: LabelsSpec = resolver.trial(flat).lora_adapter.labels
+    found: LabelsSpec = resolver.trial(FLAT).lora_adapter.labels
     return found
 
 
 def make_inputs(spec: LabelsSpec, worker: WorkerContext) -> None:
     """Labels, LoRA, images and errors of the first round."""
-    assert spec.images is not None
-    assert spec.evidence is not None
     lora = spec.evidence.lora
-    assert lora is not None
     build_labels(lora.labels, worker)
     build_lora(lora, worker)
     generator = open_generator(spec.images.images, worker)
@@ -61,7 +66,7 @@ def labels_of(worker: WorkerContext, spec: LabelsSpec) -> dict[str, Any]:
 
 
 def test_all_classifiers_choose_the_labels_and_true_labels_do_not(spec, tiny_clip, tmp_path):
-    arrays = digit_features(tiny_clip, ("train", "val", "test"), IMAGES)
+    arrays = digit_features(tiny_clip.encode_images, IMAGES, ("train", "val", "test"))
     worker = WorkerContext(store_with(tmp_path / "true", spec.features, arrays))
     make_inputs(spec, worker)
     other = WorkerContext(
@@ -95,6 +100,29 @@ def test_all_classifiers_choose_the_labels_and_true_labels_do_not(spec, tiny_cli
     before = labels_of(worker, spec.evidence.lora.labels)
     pairs = [set(zip(each["index"], each["labels"], strict=True)) for each in (found, before)]
     assert info["kept"] == len(pairs[0] & pairs[1]) / len(pairs[0])
+
+
+@pytest.mark.parametrize("enough", [0.01, 1.0], ids=["copied", "trained"])
+def test_a_round_that_would_change_few_labels_copies_the_round_before(
+    spec, tiny_clip, tmp_path, resolver, enough
+):
+    trial = resolver.trial({**FLAT, "lora.enough_kept": enough, "evidence.draws": 1})
+    lora, row, errors = trial.lora_adapter, trial.synthetic_features, trial.evidence_errors
+    arrays = digit_features(tiny_clip.encode_images, IMAGES, ("train", "val", "test"))
+    worker = WorkerContext(store_with(tmp_path / "runs", spec.features, arrays))
+    make_inputs(lora.labels, worker)
+    build_labels(lora.labels, worker)
+    trained = build_lora(lora, worker)
+    before = worker.store.get(lora_before(lora.labels))
+    adapters = [(each.path / LORA_FILE).read_bytes() for each in (before, trained)]
+    assert 0.01 < worker.store.record(lora.labels)["info"]["kept"] < 1
+    copied = enough == 0.01
+    assert (adapters[0] == adapters[1]) == copied
+    generator = open_generator(row.images, worker)
+    drawn = build_image_block(row, 0, 0, worker, lambda: generator)["drawn"]
+    scorer = BlockScorer.open(errors, worker)
+    pairs = build_evidence_block(errors, 0, 0, worker, lambda: scorer)["pairs"]
+    assert (drawn, pairs) == ((0, 0) if copied else (2, BLOCK * 10))
 
 
 def test_the_agreement_of_unseen_classes_counts_no_seen_one(tiny_clip):

@@ -33,10 +33,8 @@ def spec_of(resolver: Resolver, **settings: Any) -> TrialSpec:
 
 
 def select(spec: TrialSpec, worker: WorkerContext) -> tuple[LabelsSpec, dict[str, torch.Tensor]]:
-    assert spec.lora_adapter is not None
     labels = spec.lora_adapter.labels
     while labels.images is not None:
-        assert labels.images.images.lora is not None
         labels = labels.images.images.lora.labels
     build_features(labels.features, worker)
     return labels, load_file(Path(build_labels(labels, worker).path) / "labels.safetensors")

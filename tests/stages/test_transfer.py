@@ -12,8 +12,7 @@ import torch
 
 from air_core.datasets import get_dataset
 from orchestrator.planning.plan import plan_sweep
-from orchestrator.reporting.results import finished_trials
-from orchestrator.reporting.rows import rows
+from orchestrator.reporting.results import results_of
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.sweep import Seeds
 from orchestrator.stages.build import build_features, read_target
@@ -69,7 +68,7 @@ def test_the_prompt_of_one_dataset_is_tested_with_the_classes_of_another(
     assert not any(name.startswith("test/") for name in transfer.curves)
 
 
-def test_a_prompt_is_learned_once_for_all_its_test_datasets(spec, store, drawn, tmp_path, resolver):
+def test_a_prompt_is_learned_once_for_all_its_test_datasets(spec, store, drawn, tmp_path):
     run_trial(spec(seed=2), store)
     before = {path.name: path.stat().st_mtime_ns for path in store.artifacts.glob("trials/*/*")}
     copy = Path(shutil.copytree(drawn, tmp_path / "copy"))
@@ -95,7 +94,7 @@ def test_a_table_names_both_and_compares_within_each(store, resolver, drawn, tmp
     assert [requirement.have(store) for requirement in plan.requirements] == [1, 1]
     for slot in plan.slots:
         run_trial(slot.spec, store)
-    table = rows(finished_trials(plan, store), None)
+    table = results_of(plan, store).rows
     assert [(row.dataset, row.method) for row in table] == [
         ("digits", "zero_shot"),
         ("digits", "fpl"),

@@ -25,7 +25,7 @@ from orchestrator.errors import DamagedArtifact, StoreRefused, SweepBusy
 from orchestrator.files import file_digest
 from orchestrator.keys import artifact_key
 from orchestrator.store import ArtifactStore, EventLog, open_store
-from tests.helpers.sweeps import environment
+from tests.helpers.sweeps import TIMEOUT, python
 
 SPEC = FeaturesSpec(dataset=Ref(name="digits", digest="d"), backbone=Ref(name="tiny", digest="b"))
 OTHER = replace(SPEC, backbone=Ref(name="large", digest="l"))
@@ -72,7 +72,6 @@ def start_builder(store: ArtifactStore, name: str) -> subprocess.Popen[str]:
         text=True,
         cwd=Path(__file__).parents[2],
     )
-    assert process.stdout is not None
     assert process.stdout.readline() == "requested\n"
     return process
 
@@ -202,8 +201,8 @@ def test_a_waiting_process_builds_after_the_builder_was_killed(store):
     assert first.stdout.readline() == "started\n"
     second = start_builder(store, "second")
     first.kill()
-    first.communicate(timeout=60)
-    output, _ = second.communicate("continue\n", timeout=60)
+    first.communicate(timeout=TIMEOUT)
+    output, _ = second.communicate("continue\n", timeout=TIMEOUT)
     assert (second.returncode, output) == (0, "started\n")
     assert len(folders(store)) == 1  # the partial artifact does not count
     assert store.get(SPEC).record["info"] == {"by": "second"}
@@ -241,11 +240,11 @@ def test_on_wait_and_holder_name_the_process_that_holds_a_lock(tmp_path, monkeyp
         while not calls:
             time.sleep(0.01)
         assert store.locks.holder(name[:12]).startswith("team/other (")
-    waiting.join(10)
+    waiting.join(TIMEOUT)
     assert not waiting.is_alive()
     assert calls[0][0] == name
     assert calls[0][1] == f"team/other ({socket.gethostname()}, process {os.getpid()})"
-    assert 0 <= calls[-1][2] < 10
+    assert 0 <= calls[-1][2] < TIMEOUT
 
 
 @contextmanager
@@ -351,6 +350,6 @@ def test_the_lock_of_a_dead_process_has_no_holder(tmp_path):
         "from orchestrator.store.artifacts import ArtifactStore\n"
         "with ArtifactStore(Path(sys.argv[1])).locks.exclusive('0123456789ab'): os._exit(1)"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment(), check=False)
+    python("-c", code, tmp_path, check=False)
     assert (tmp_path / "locks" / "0123456789ab").read_text()
     assert ArtifactStore(tmp_path).locks.holder("0123456789ab") == ""

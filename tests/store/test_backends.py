@@ -14,15 +14,17 @@ from typing import Any
 
 import pytest
 
+from air_core.seal import BLANK, sealed
 from air_core.specs import FeaturesSpec, FolderImages, Ref
 from orchestrator.errors import MissingArtifact, StoreRefused, SweepBusy
 from orchestrator.keys import artifact_key
-from orchestrator.store import ArtifactStore, EventLog, open_store
+from orchestrator.store import ArtifactStore, EventLog
 from orchestrator.store._leases import LOCK_SECONDS
 from orchestrator.store.backends import RECORD
 from orchestrator.store.integrity import verify
 from orchestrator.store.inventory import take_inventory
-from orchestrator.store.location import recorded_location, recorded_names
+from orchestrator.store.location import recorded_location
+from tests.helpers.sweeps import TIMEOUT
 
 SPEC = FeaturesSpec(dataset=Ref(name="digits", digest="d"), backbone=Ref(name="tiny", digest="b"))
 ROW = FolderImages(model=Ref(name="folder:x", digest="f"), classnames=("a",), size=8, block=2)
@@ -34,17 +36,6 @@ def address(request, tmp_path) -> str:
     if request.param == "folder":
         return str(tmp_path / "runs")
     return request.getfixturevalue("bucket")
-
-
-@pytest.fixture
-def machine(address, tmp_path, monkeypatch) -> Callable[[str], ArtifactStore]:
-    """Open the store on a machine, given by name."""
-
-    def opened(name: str) -> ArtifactStore:
-        monkeypatch.setenv("AIRSWEEP_CACHE", str(tmp_path / name))
-        return open_store(address)
-
-    return opened
 
 
 def numbers(text: str) -> Callable[[Path], dict[str, Any]]:
@@ -111,18 +102,18 @@ def test_a_request_waits_for_a_build_on_another_machine_and_reads_it(machine):
 
     def build(folder: Path) -> dict[str, Any]:
         started.set()
-        assert resume.wait(60)
+        assert resume.wait(TIMEOUT)
         return numbers("first")(folder)
 
     first = threading.Thread(target=lambda: one.get_or_build(SPEC, build))
     second = threading.Thread(target=lambda: artifacts.append(two.get_or_build(SPEC, refuse)))
     first.start()
-    assert started.wait(60)
+    assert started.wait(TIMEOUT)
     second.start()
-    assert waiting.wait(60)
+    assert waiting.wait(TIMEOUT)
     resume.set()
-    first.join(60)
-    second.join(60)
+    first.join(TIMEOUT)
+    second.join(TIMEOUT)
     assert (artifacts[0].path / "numbers").read_text() == "first"
     assert list((two.root / "locks").iterdir()) == []
 
@@ -208,27 +199,26 @@ def test_another_machine_continues_from_a_checkpoint(machine):
 
 
 def test_a_row_has_its_published_shards_on_all_machines(machine):
-    assert machine("one").row(ROW).existing_shards(".parquet") == frozenset()
+    assert machine("one").row(ROW).existing_shards() == frozenset()
     one = machine("one").open_row(ROW)
+    pixels = sealed(b"pixels " + BLANK.encode())
     for class_index, block in [(0, 0), (0, 2), (11, 3)]:
-        one.publish(class_index, block, ".parquet", b"pixels")
-    one.publish(0, 1, ".safetensors", b"features")
+        one.publish(class_index, block, pixels)
     row = machine("two").open_row(ROW)
-    assert row.existing_shards(".parquet") == {(0, 0), (0, 2), (11, 3)}
-    assert row.existing_shards(".safetensors") == {(0, 1)}
-    assert row.has_shard(0, 2, ".parquet")
-    assert not row.has_shard(0, 1, ".parquet")
-    assert row.read(11, 3, ".parquet") == b"pixels"
+    assert row.existing_shards() == {(0, 0), (0, 2), (11, 3)}
+    assert row.has_shard(0, 2)
+    assert not row.has_shard(0, 1)
+    assert row.read(11, 3) == pixels
     assert not machine("two").has(ROW)  # a row is never complete
 
 
 def test_crashes_of_a_shard_are_counted_across_machines(machine):
     with ExitStack() as killed:  # contexts that do not exit during the test, as after a kill
         for name in ("one", "two"):
-            killed.enter_context(machine(name).open_row(ROW).count_crashes(0, 0, 2))
-        with machine("three").open_row(ROW).count_crashes(0, 0, 2) as crashes:
+            killed.enter_context(machine(name).open_row(ROW).count_crashes(0, 0))
+        with machine("three").open_row(ROW).count_crashes(0, 0) as crashes:
             assert crashes == 2
-        with machine("three").open_row(ROW).count_crashes(0, 0, 2) as crashes:
+        with machine("three").open_row(ROW).count_crashes(0, 0) as crashes:
             assert crashes == 0
 
 
@@ -257,13 +247,15 @@ def test_any_machine_reads_the_events_and_appends_to_them(machine):
     assert recorded_numbers(second) == [0, 1, 2, 3]
     first.refresh()
     assert first.path.read_text() == second.path.read_text()
-    assert recorded_names(machine("three")) == [("default", "x")]
+    assert machine("three").backend.sweeps() == [("default", "x")]
 
 
 def test_a_second_driver_is_refused_while_the_first_runs(machine, monkeypatch):
-    monkeypatch.setenv(LOCK_SECONDS, "2")
-    first, second = event_log_of(machine("one")), event_log_of(machine("two"))
-    first.lock()
+    with monkeypatch.context() as patch:
+        patch.setenv(LOCK_SECONDS, "2")  # a driver in a bucket renews its lease twice a second
+        first = event_log_of(machine("one"))
+        first.lock()
+    second = event_log_of(machine("two"))
     first.append("counted", number=0)
     assert second.is_locked()
     with pytest.raises(SweepBusy, match="another driver runs this sweep"):

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,7 +18,7 @@ from air_core.seal import sealed_json
 from air_core.specs import FeaturesSpec, Ref
 from orchestrator.errors import BucketUnreachable, MissingArtifact, Refused, StoreRefused, SweepBusy
 from orchestrator.keys import artifact_key
-from orchestrator.planning.requests import location_of
+from orchestrator.planning.requests import SweepRequest, location_for
 from orchestrator.spec import load_sweep
 from orchestrator.store import ArtifactStore, open_store
 from orchestrator.store._leases import LOCK_SECONDS, Lease
@@ -32,14 +30,9 @@ from tests.store.test_backends import ROW, SPEC, event_log_of, numbers, recorded
 
 
 @pytest.fixture
-def machine(bucket, tmp_path, monkeypatch) -> Callable[[str], ArtifactStore]:
-    """Open the store on a machine, given by name."""
-
-    def opened(name: str) -> ArtifactStore:
-        monkeypatch.setenv("AIRSWEEP_CACHE", str(tmp_path / name))
-        return open_store(bucket)
-
-    return opened
+def address(bucket) -> str:
+    """The store that `machine` opens."""
+    return bucket
 
 
 @pytest.fixture
@@ -154,18 +147,25 @@ def test_many_artifacts_are_listed_in_one_request_and_downloaded_once(machine, c
 
 
 def test_a_shard_is_created_once(machine):
-    machine("one").open_row(ROW).publish(0, 3, ".parquet", b"pixels")
+    machine("one").open_row(ROW).publish(0, 3, b"pixels")
     row = machine("two").open_row(ROW)
-    row.publish(0, 3, ".parquet", b"other pixels")  # too late
-    assert row.shard(0, 3, ".parquet").read_bytes() == b"pixels"
+    row.publish(0, 3, b"other pixels")  # too late
+    assert row.shard(0, 3).read_bytes() == b"pixels"
 
 
 # ---------------------------------------------------------------- locks and event log
 
 
+def quick_lease(client: BucketClient, monkeypatch) -> Lease:
+    """A lease that is renewed twice a second. Other leases wait for a minute until it expires."""
+    with monkeypatch.context() as patch:
+        patch.setenv(LOCK_SECONDS, "2")
+        return Lease(client, "locks/x")
+
+
 def test_a_lease_has_one_holder_until_it_expires(client, monkeypatch):
-    monkeypatch.setenv(LOCK_SECONDS, "2")
-    alive, dead, other = (Lease(client, "locks/x") for _ in range(3))
+    alive, dead = (quick_lease(client, monkeypatch) for _ in range(2))
+    other = Lease(client, "locks/x")
     assert alive.acquire()
     assert not other.acquire()
     assert other.is_held()
@@ -175,10 +175,11 @@ def test_a_lease_has_one_holder_until_it_expires(client, monkeypatch):
     dead._stop.set()  # stops renewing, as if it was killed on another machine
     content = json.loads(client.get("locks/x"))
     client.put("locks/x", json.dumps({**content, "machine": "another"}).encode())
-    assert other.acquire()
+    following = quick_lease(client, monkeypatch)
+    assert following.acquire()
     dead.release()  # as if it was only slow: the lease has another holder now
-    assert not dead.acquire()
-    other.release()
+    assert not other.acquire()
+    following.release()
 
 
 @pytest.fixture
@@ -190,9 +191,8 @@ def losing(bucket, s3_server) -> Iterator[tuple[BucketClient, list[str]]]:
 
 
 def test_a_lease_is_acquired_although_the_response_was_lost(losing, client, monkeypatch):
-    monkeypatch.setenv(LOCK_SECONDS, "2")
     unreliable, to_lose = losing
-    holder, other = Lease(unreliable, "locks/x"), Lease(client, "locks/x")
+    holder, other = quick_lease(unreliable, monkeypatch), Lease(client, "locks/x")
     to_lose.append("locks/x")
     assert holder.acquire()
     assert to_lose == []
@@ -231,7 +231,7 @@ def test_a_machine_downloads_only_the_events_that_it_lacks(machine, client, coun
     first.unlock()
 
 
-def test_a_driver_whose_sweep_was_taken_over_stops_at_its_next_event(machine, client, monkeypatch):
+def test_a_driver_whose_sweep_was_taken_over_stops_at_its_next_event(machine, client):
     first, second = event_log_of(machine("one")), event_log_of(machine("two"))
     first.lock()
     first.append("counted", number=0)
@@ -275,7 +275,7 @@ def test_a_missing_bucket_and_an_unreachable_server_are_reported(bucket, command
     started = time.monotonic()
     with pytest.raises(BucketUnreachable, match=r"127\.0\.0\.1:1 does not answer"):
         open_store("s3://air/x?endpoint_override=127.0.0.1:1&scheme=http")
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60  # obstore's default is 180
 
 
 def test_missing_permission_is_reported(bucket, s3_server):
@@ -311,15 +311,6 @@ def test_missing_credentials_are_reported_with_the_variables_to_set(bucket, monk
         open_store(bucket)
 
 
-def test_a_folder_needs_neither_obstore_nor_pyarrow():
-    code = (
-        "import sys, orchestrator.execution.driver; "
-        "print({'obstore', 'pyarrow', 'torch'} & {*sys.modules})"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
-
-
 def test_a_copy_of_another_store_is_refused(machine, client):
     store = machine("one")
     store.initialize()
@@ -337,7 +328,8 @@ def test_a_copy_of_another_store_is_refused(machine, client):
 
 def test_a_job_accepts_a_bucket_and_refuses_a_relative_folder(bucket, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    sweep = load_sweep(write_sweep(tmp_path, "job", "fixed: {method: fpl}\nseeds: [1]\n"))
-    assert location_of(sweep, bucket, None).store.name == bucket
+    file = write_sweep(tmp_path, "job", "fixed: {method: fpl}\nseeds: [1]\n")
+    sweep = SweepRequest(load_sweep(file))
+    assert location_for(sweep, bucket, None).store.name == bucket
     with pytest.raises(Refused, match="s3://bucket/prefix"):
-        location_of(sweep, "runs", None)
+        location_for(sweep, "runs", None)

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from safetensors.numpy import save_file
 
 from air_core.seal import BLANK, sealed, sealed_json
 from air_core.specs import SyntheticFeaturesSpec
 from air_core.specs.normal import normalised
-from orchestrator.__main__ import main
 from orchestrator.errors import StoreRefused
 from orchestrator.planning import plan_of, resolver_of
 from orchestrator.planning.estimate import Pace, record_measurements
@@ -29,7 +22,7 @@ from orchestrator.store import ArtifactStore, SweepLocation
 from orchestrator.store.integrity import verify
 from orchestrator.store.inventory import take_inventory
 from orchestrator.store.records import PREDICTIONS
-from tests.helpers.sweeps import environment
+from tests.helpers.sweeps import python
 
 AIR = """
 grid: {{method: [cpl, air]}}
@@ -89,14 +82,10 @@ class World:
         return location
 
     def draw(self, spec: SyntheticFeaturesSpec, classes, blocks: int) -> None:
-        rows = (
-            (self.store.open_row(spec.images), ".parquet"),
-            (self.store.open_row(spec), ".safetensors"),
-        )
-        for row, suffix in rows:
+        for row in (self.store.open_row(spec.images), self.store.open_row(spec)):
             for c in classes:
                 for block in range(blocks):
-                    shard = row.shard(c, block, suffix)
+                    shard = row.shard(c, block)
                     shard.write_bytes(sealed(BLANK.encode() + os.urandom(BYTES)))
 
     def holdings(self) -> set[str]:
@@ -113,18 +102,9 @@ def world(tmp_path, monkeypatch) -> World:
 
 
 @pytest.fixture
-def cache(world, monkeypatch, capsys):
+def cache(world, command):
     """Run `airsweep cache ...` in this process; its exit code, stdout and stderr."""
-
-    def run(*words: str) -> tuple[int, str, str]:
-        argv = ["airsweep", "cache", *words, "--store", str(world.store.root)]
-        monkeypatch.setattr(sys, "argv", argv)
-        with pytest.raises(SystemExit) as end:
-            main()
-        output = capsys.readouterr()
-        return int(end.value.code or 0), output.out, output.err
-
-    return run
+    return lambda *words: command("cache", *words, "--store", world.store.root)
 
 
 def gc_removals(cache, *words: str) -> dict[str, dict]:
@@ -214,7 +194,7 @@ def test_gc_removes_images_that_no_sweep_needs(world, cache):
         requirement.have(world.store) == requirement.total() for requirement in plan.requirements
     )
     row = max((n for n in plan.requirements if n.stage == "images"), key=lambda n: n.images)
-    assert len(world.store.row(row.spec.images).existing_shards(".parquet")) == row.total()
+    assert len(world.store.row(row.spec.images).existing_shards()) == row.total()
 
 
 def test_gc_of_an_edited_sweep_removes_its_old_images_and_keeps_its_old_results(world, cache):
@@ -425,7 +405,7 @@ def test_checkpoints_are_listed_and_removed_when_no_sweep_needs_them(world, cach
     complete = needed.with_name(f"{lora.name.rpartition('-')[2]}-0123456789ab.safetensors")
     unneeded = needed.with_name("0123456789ab-0123456789ab.safetensors")
     for file in (needed, complete, unneeded):
-        save_file({"losses": np.zeros(4)}, file)
+        file.write_bytes(sealed(BLANK.encode()))
     partial = needed.with_name(f".{needed.name}")
     partial.write_bytes(b"x")
 
@@ -504,7 +484,7 @@ def test_verify_finds_a_flipped_bit_in_any_file_and_names_the_remedy(world, cach
         {
             "file": str(file.relative_to(world.store.root)),
             "remove": str(file.relative_to(world.store.root)),
-            "why": "was changed: its checksum does not match",
+            "why": "was cut or changed: it has no valid checksum",
             "remedy": "",
         }
     ]
@@ -561,25 +541,20 @@ def test_verify_finds_a_missing_file_and_a_record_of_another_folder(world):
     }
 
 
-def test_shards_without_checksums_are_opened_and_counted(world):
+def test_json_without_a_checksum_is_counted_and_a_shard_without_one_is_damaged(world):
     world.finish("one", AIR.format(count=8, rank=4))
-    images = sorted(world.store.artifacts.glob("images/*/*/*.parquet"))[:2]
-    features = sorted(world.store.artifacts.glob("synthetic/*/*/*.safetensors"))[:2]
-    for file in images:
-        pq.write_table(pa.table({"image": [b"png"]}), file)
-    for file in features:
-        save_file({"ok": np.ones(2)}, file)
     record = next(world.store.artifacts.glob("features/*/*/record.json"))
     content = json.loads(record.read_text())
-    del content["seal"]
+    del content["seal"]  # as versions before checksums wrote it
     record.write_text(json.dumps(content))
-    old = verify(take_inventory(world.store))
-    assert (old.unsealed, old.damaged) == (5, ())
-    for file in (images[0], features[0]):
-        file.write_bytes(file.read_bytes()[:-9])
-    cut = verify(take_inventory(world.store))
-    assert {one.file for one in cut.damaged} == {images[0], features[0]}
-    assert all("cannot be read" in one.reason for one in cut.damaged)
+    shards = [
+        next(world.store.artifacts.glob(f"{stage}/*/*/0*.*")) for stage in ("images", "synthetic")
+    ]
+    for shard in shards:
+        shard.write_bytes(shard.read_bytes()[:99])
+    report = verify(take_inventory(world.store))
+    assert report.unsealed == 1
+    assert {check.file for check in report.damaged} == {*shards}
 
 
 # ---------------------------------------------------------------- cost
@@ -596,7 +571,4 @@ def test_cache_imports_neither_torch_nor_ray(world):
         "heavy = {'torch', 'ray', 'mlflow', 'optuna', 'pyarrow'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    argv = [sys.executable, "-c", code, str(world.store.root)]
-    done = subprocess.run(argv, env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "none is damaged" in done.stdout
+    assert "none is damaged" in python("-c", code, world.store.root).stdout

@@ -13,6 +13,7 @@ import pytest
 
 from orchestrator.store import EventLog
 from orchestrator.store.event_log import drop_partial_line
+from tests.helpers.sweeps import TIMEOUT
 
 
 def points(event_log: EventLog) -> list[int]:
@@ -70,7 +71,8 @@ def test_only_a_partial_line_is_removed(tmp_path, complete, partial):
     assert path.read_bytes() == complete
 
 
-def test_a_check_of_the_lock_does_not_stop_a_driver_from_starting(event_log):
+def test_a_check_of_the_lock_does_not_stop_a_driver_from_starting(event_log, monkeypatch):
+    monkeypatch.setattr("orchestrator.store.event_log.LOCK_TIMEOUT", TIMEOUT)
     assert not event_log.is_locked()
     lock = event_log.folder / ".driver.lock"
     lock.chmod(0o444)

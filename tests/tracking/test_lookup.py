@@ -18,15 +18,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from air_core.datasets import get_dataset
+from orchestrator.environment import environment
 from orchestrator.errors import FAILED, TERMINATED, SweepBusy, TrackerUnreachable
 from orchestrator.keys import ArtifactKey
 from orchestrator.planning import Outcome, plan_of, requirements_of, resolver_of
 from orchestrator.planning.plan import plan_sweep
-from orchestrator.reporting.results import finished_trials
+from orchestrator.reporting.results import results_of
 from orchestrator.reporting.rows import rows
 from orchestrator.spec import SweepSpec, load_sweep
-from orchestrator.stages.build import PARTS
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.image_rows import build_image_block, open_generator
 from orchestrator.stages.trial import run_trial
@@ -34,6 +33,7 @@ from orchestrator.store import ArtifactStore, EventLog, SweepLocation, read_tria
 from orchestrator.tracking import Publisher, find_trial, reconcile
 from orchestrator.tracking.reproduce import differences, repro
 from orchestrator.tracking.types import Counts
+from tests.helpers.features import digit_features, store_with
 from tests.helpers.servers import MlflowServer, failing_server, free_port
 from tests.helpers.sweeps import record_again
 
@@ -84,18 +84,8 @@ def ended(
     resolver, event_log = resolver_of(location), location.event_log()
     event_log.lock()
     slots = plan_sweep(sweep, store, resolver, event_log).slots
-
-    def build(folder: Path) -> dict[str, Any]:
-        examples = get_dataset("digits").load(None)
-        arrays = {
-            "features": tiny_clip.encode_images(examples.images[:IMAGES]).numpy(),
-            "labels": examples.labels[:IMAGES],
-            "parts": np.array([PARTS.index(p) for p in examples.parts[:IMAGES]], dtype=np.int8),
-        }
-        save_file(arrays, folder / "features.safetensors")
-        return {}
-
-    store.get_or_build(slots[0].spec.features, build)
+    arrays = digit_features(tiny_clip.encode_images, IMAGES)
+    store_with(store.root, slots[0].spec.features, arrays)
     (row,) = (
         requirement
         for requirement in requirements_of([slots[-1].spec])
@@ -106,23 +96,17 @@ def ended(
         opened = lambda: generators.setdefault("one", open_generator(row.spec.images, worker))  # noqa: E731
         build_image_block(row.spec, c, block, worker, opened)
     names = {"AIRSWEEP_USER": "ada", "AIRSWEEP_COMMIT": "0123abc", "AIRSWEEP_DIRTY": "feed"}
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(names)
     event_log.append("sweep_started", spec="s", total=6, to_run=6, pid=1, **MADE)
-    for slot, state in zip(slots, STATES, strict=True):
-        fields = {"slot": slot.id, "cell": slot.cell.id, "key": slot.key.digest}
-        if state == "failed":
-            fields |= {"failure_class": "oom", "message": "MemoryError: out of memory"}
-        else:
-            run_trial(slot.spec, store)
-        event_log.append(f"trial_{state}", **fields)
+    with environment(names):
+        for slot, state in zip(slots, STATES, strict=True):
+            fields = {"slot": slot.id, "cell": slot.cell.id, "key": slot.key.digest}
+            if state == "failed":
+                fields |= {"failure_class": "oom", "message": "MemoryError: out of memory"}
+            else:
+                run_trial(slot.spec, store)
+            event_log.append(f"trial_{state}", **fields)
     event_log.append("sweep_ended", exit_code=1, seconds=3.0)
     event_log.unlock()
-    for name, value in before.items():
-        if value is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = value
     (location.folder / "spec.yaml").write_text(sweep.text)
     (location.folder / "uncommitted-feed.diff").write_text("+ a line\n")
     return location
@@ -162,6 +146,10 @@ def trial_run_of(uri: str, method: str, status: str = "FINISHED") -> Any:
     return min((r for r in runs if r.info.status == status), key=lambda r: r.data.tags["air.seed"])
 
 
+def sweep_run(uri: str) -> Any:
+    return next(run for run in all_runs(uri) if run.data.tags["air.kind"] == "sweep")
+
+
 def setting_run_of(uri: str, method: str) -> Any:
     runs = [run for run in all_runs(uri) if run.data.tags["air.kind"] == "point"]
     return next(run for run in runs if run.data.tags["air.method"] == method)
@@ -169,7 +157,7 @@ def setting_run_of(uri: str, method: str) -> Any:
 
 def test_setting_runs_have_the_numbers_of_the_table(ended, sweep, tracked):
     plan = plan_of(sweep, ended)
-    expected = {row.method: row for row in rows(finished_trials(plan, ended.store), None)}
+    expected = {row.method: row for row in rows(results_of(plan, ended.store).trials, None)}
     for method, row in expected.items():
         metrics, tags = (
             setting_run_of(tracked, method).data.metrics,
@@ -189,7 +177,10 @@ def test_setting_runs_have_the_numbers_of_the_table(ended, sweep, tracked):
     }
     fpl, air = setting_run_of(tracked, "fpl").data, setting_run_of(tracked, "air_fpl").data
     assert (fpl.tags["air.runs"], air.tags["air.runs"]) == ("1 of 2", "2 of 2")
-    assert air.params == {"method": "air_fpl"}
+    settings = {"method": "air_fpl", "images_per_class": "4", "train.steps": "2"}
+    assert settings.items() <= air.params.items()
+    assert air.params["lora.rank"]  # a setting that the file does not mention
+    assert "seed" not in air.params  # a setting has several
     trials = [r for r in all_runs(tracked) if r.data.tags.get("air.method") == "air_fpl"]
     trials = [run for run in trials if run.data.tags["air.kind"] == "trial"]
     assert {run.data.tags["air.point"] for run in trials} == {air.tags["air.point"]}
@@ -201,15 +192,41 @@ def test_setting_runs_have_the_numbers_of_the_table(ended, sweep, tracked):
 
 
 def test_a_sweep_run_has_a_note_with_the_result_the_closing_screen_and_charts(ended, tracked):
-    parent = next(run for run in all_runs(tracked) if run.data.tags["air.kind"] == "sweep")
+    parent = sweep_run(tracked)
     note = parent.data.tags["mlflow.note.content"]
     assert "has the highest mean test accuracy" in note.splitlines()[0]
     assert "air_fpl - fpl" in note
-    assert "6: 4 run, 1 reused, 1 failed" in note
+    assert "6: 4 done, 1 shared between seeds, 1 failed" in note
     folder = ended.store.root / "mlartifacts" / "air" / "default" / parent.info.run_id
     picture = folder / "artifacts" / "accuracy.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert f"get-artifact?path=accuracy.png&run_uuid={parent.info.run_id}" in note
+
+
+def test_a_sweep_run_has_the_highest_mean_with_its_interval_and_the_gain(ended, sweep, tracked):
+    results = results_of(plan_of(sweep, ended), ended.store)
+    best = max(results.rows, key=lambda row: row.mean)
+    [gain] = [c.difference for c in results.comparisons if c.methods == ("air_fpl", "fpl")]
+    parent = sweep_run(tracked)
+    assert gain.reason_not_tested  # so it has no interval
+    assert parent.data.metrics == {
+        **{"best/test/accuracy": best.mean, "gain": gain.mean},
+        **{"best/test/accuracy_low": best.low, "best/test/accuracy_high": best.high},
+    }
+
+
+def test_a_trial_run_has_its_settings_datasets_and_a_telling_name(ended, sweep, tracked, drawn):
+    air = trial_run_of(tracked, "air_fpl")
+    assert air.info.run_name == "air_fpl seed=1 digits-ul-text"
+    assert air.data.params["generator"] == f"folder:{drawn}"
+    assert air.data.params["seed"] == "1"
+    slot = plan_of(sweep, ended).slots[0]
+    used = {
+        use.dataset.name: (use.tags[0].value, use.dataset.digest)
+        for use in air.inputs.dataset_inputs
+    }
+    digest = slot.spec.dataset.digest[:36]  # MLflow's limit
+    assert used == {"digits-pool": ("pool", digest), "digits-test": ("test", digest)}
 
 
 def test_reconcile_sends_an_untracked_sweep_completely_and_once(ended, sweep, tracked):
@@ -263,11 +280,14 @@ def outcomes(sweep: SweepSpec, location: SweepLocation) -> list[Outcome]:
 
 def test_a_driver_and_reconcile_send_the_same_runs(ended, sweep, tracked, tmp_path):
     location = copy_of(ended, tmp_path)
-    parent = next(run for run in all_runs(tracked) if run.data.tags["air.kind"] == "sweep")
+    parent = sweep_run(tracked)
     client = mlflow_client(f"sqlite:///{location.store.root}/mlflow.db")
     client.delete_run(parent.info.run_id)  # in the copy, so that everything is sent again
     driver = Publisher(sweep, location, None)
-    driver.trial(outcomes(sweep, location)[0], time.time())
+    first = outcomes(sweep, location)[2]
+    driver.running(first.slot, {"train/loss": first.record.curves["train/loss"][:1]}, 1.0)
+    driver.trial(first, time.time())
+    driver.catch_up()
     driver.finish(TERMINATED)
     again = reconcile(sweep, location, None)
     assert again.counts == Counts(sent=5, present=1, settings=3, sweep=True)
@@ -352,7 +372,7 @@ def test_an_outage_gives_one_warning_and_the_rest_is_sent_afterwards(
         driver.finish(FAILED)
     outage, incomplete = (record.getMessage() for record in caplog.records)
     assert "does not answer" in outage
-    options = f"--store {location.store.root} --tracking-uri {url}"
+    options = f"--tracking-uri {url} --store {location.store.root}"
     assert f"airsweep mlflow reconcile small {options}" in incomplete
     counts = reconcile(sweep, location, server.url).counts
     assert counts == Counts(sent=5, present=1, settings=3, sweep=True)
@@ -364,7 +384,7 @@ def test_an_outage_gives_one_warning_and_the_rest_is_sent_afterwards(
 def test_training_does_not_wait_for_a_server_that_never_replies(
     ended, sweep, tmp_path, monkeypatch, caplog
 ):
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "600")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     location = copy_of(ended, tmp_path)
     done = outcomes(sweep, location)
@@ -374,9 +394,9 @@ def test_training_does_not_wait_for_a_server_that_never_replies(
         for outcome in done:
             driver.trial(outcome, time.time())
         assert not caplog.records  # all three outcomes are queued during the first call
-        driver.catch_up()
-        assert len(caplog.records) == 1
-        driver.finish(TERMINATED)
+    driver.catch_up()  # the server is gone, so the call fails
+    assert len(caplog.records) == 1
+    driver.finish(TERMINATED)
     assert "the next run sends the rest" in caplog.records[-1].getMessage()
 
 
@@ -387,7 +407,6 @@ def test_a_trial_computed_again_from_its_mlflow_run_is_bit_equal(ended, tracked,
     run = trial_run_of(tracked, "air_fpl")
     again = repro(run.info.run_id[:12], ended.store, resolver_of(ended), tracked)
     assert (again.verdict, again.metrics, again.files) == ("bit-equal", {}, {})
-    assert again.predictions is not None
     assert again.predictions[0] == 0
     assert again.code["commit"][0] == "0123abc"  # from AIRSWEEP_COMMIT, unlike the current commit
 
@@ -398,6 +417,26 @@ def test_a_trial_computed_again_from_its_mlflow_run_is_bit_equal(ended, tracked,
     again = repro(run.info.run_id, other, resolver_of(ended), tracked)
     assert (again.verdict, again.predictions) == ("bit-equal", None)
     assert sorted(other.root.rglob("*")) == before
+
+    # The store finds a trial by its key or slot, without MLflow.
+    for name in (run.data.tags["air.trial_key"][:12], run.data.tags["air.slot"]):
+        assert repro(name, ended.store, resolver_of(ended), "none").verdict == "bit-equal"
+
+
+def test_a_trial_of_other_code_is_not_computed_and_both_code_versions_are_reported(ended, tracked):
+    run = trial_run_of(tracked, "air_fpl")
+    client, now = mlflow_client(tracked), run.data.tags
+    for tag, value in {"air.trial_key": "f" * 40, "air.code": "0123456789ab"}.items():
+        client.set_tag(run.info.run_id, tag, value)
+    again = repro(run.info.run_id, ended.store, resolver_of(ended), tracked)
+    for tag in ("air.trial_key", "air.code"):
+        client.set_tag(run.info.run_id, tag, now[tag])
+    assert again.verdict == "inputs differ"
+    assert again.code["trials"] == ("0123456789ab", now["air.code"])
+    assert (
+        f"0123456789ab then, {now['air.code']} now; to repeat it, check out commit 0123abc"
+        in (again.notes[0])
+    )
 
 
 def test_different_results_and_changed_inputs_are_reported(ended, tracked, drawn, tmp_path):
@@ -437,7 +476,7 @@ def test_different_results_and_changed_inputs_are_reported(ended, tracked, drawn
 def test_runs_that_cannot_be_computed_again_are_bad_input(ended, tracked, run, message):
     kinds = {
         "setting": lambda: setting_run_of(tracked, "fpl"),
-        "sweep": lambda: next(r for r in all_runs(tracked) if r.data.tags["air.kind"] == "sweep"),
+        "sweep": lambda: sweep_run(tracked),
         "failed": lambda: trial_run_of(tracked, "fpl", "FAILED"),
     }
     run_id = kinds[run]().info.run_id if run in kinds else run

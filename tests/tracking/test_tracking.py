@@ -5,17 +5,20 @@ Most tests use an sqlite file; the others start an MLflow server.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
+import sqlite3
 import subprocess
 import sys
-import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 
@@ -23,6 +26,7 @@ from orchestrator.errors import TrackerUnreachable
 from orchestrator.tracking import make_tracker
 from orchestrator.tracking.types import ChildRun, Counts, Numbers, SweepRun
 from tests.helpers.servers import MlflowServer, failing_server
+from tests.helpers.sweeps import TIMEOUT, python
 
 ROOT = Path(__file__).parents[2]
 
@@ -204,7 +208,7 @@ class Server:
     file: str  # of a trial in the project `moved`, sent before the store's folder was moved
 
     def get(self, path: str) -> bytes:
-        with urllib.request.urlopen(self.url + path, timeout=10) as response:
+        with urllib.request.urlopen(self.url + path, timeout=TIMEOUT) as response:
             return response.read()
 
     def file_of(self, run_id: str, name: str) -> bytes:
@@ -270,6 +274,48 @@ def test_an_outcome_is_a_child_run_of_its_sweep(world: World) -> None:
         "train/loss": [(0, 1.5), (1, 1.0), (2, 0.5)],
         "time/train_s": [(0, 4.5)],
     }
+
+
+def a_running_trial(loss: list[float], **changes: Any) -> ChildRun:
+    now = {"status": "RUNNING", "tags": {"air.state": ""}, "started": 1_699_999_999_000}
+    curves = {"train/loss": loss}
+    return a_trial(**now | {"ended": 1_700_000_005_000} | changes, metrics={}, curves=curves)
+
+
+def test_a_running_trial_shows_its_curves_and_ends_with_each_value_once(world: World) -> None:
+    tracker = world.open()
+    for loss in ([1.5], [1.5], [1.5, 1.0]):
+        tracker.send(a_running_trial(loss))
+        (trial,) = world.seen().trials.values()
+        assert (trial.status, trial.curves) == ("RUNNING", {"train/loss": [*enumerate(loss)]})
+        assert trial.params == {"images_per_class": "25"}
+    for _ in range(2):
+        tracker.send(a_trial())
+    tracker.finish("FINISHED", "", {})
+    world.send(a_trial())
+    assert world.seen().trials == {
+        a_trial().id: replace(trial, status="FINISHED", curves=ANY, tags=ANY)
+    }
+    (trial,) = world.seen().trials.values()
+    assert trial.curves == {
+        "test/accuracy": [(0, 0.5), (1, 0.7), (2, 0.75)],
+        "train/loss": [(0, 1.5), (1, 1.0), (2, 0.5)],
+        "time/train_s": [(0, 4.5)],
+    }
+
+
+def test_a_trial_that_starts_again_gets_a_new_run(file: World) -> None:
+    file.open().send(a_running_trial([1.5, 1.0]))  # then the driver was killed
+    tracker = file.open()
+    for loss in ([1.5], [1.25], [1.25, 0.75]):  # the second is another attempt
+        tracker.send(a_running_trial(loss))
+    tracker.send(a_failed_trial())
+    tracker.finish("FINISHED", "", {})
+    (trial,) = file.seen().trials.values()
+    assert (trial.status, trial.curves) == ("FAILED", {"train/loss": [(0, 1.25), (1, 0.75)]})
+    file.send(a_trial())
+    (trial,) = file.seen().trials.values()
+    assert trial.curves["train/loss"] == [(0, 1.5), (1, 1.0), (2, 0.5)]
 
 
 def test_values_that_are_not_finite_are_omitted(file: World) -> None:
@@ -425,12 +471,45 @@ def test_a_rejected_outcome_does_not_block_the_others(
 # ---------------------------------------------------------------- files
 
 
+def downloaded(uri: str, run_id: str, name: str) -> bytes:
+    """An artifact, read by a client of MLflow that knows nothing of airsweep."""
+    from mlflow.artifacts import download_artifacts
+
+    path = download_artifacts(run_id=run_id, artifact_path=name, tracking_uri=uri)
+    return Path(path).read_bytes()
+
+
+def test_any_client_finds_artifacts_also_of_a_moved_or_older_store(
+    fresh_store: Path, tmp_path: Path
+) -> None:
+    before = shutil.copytree(fresh_store, tmp_path / "before #1")
+    World(f"sqlite:///{before}/mlflow.db", "p").send(a_trial(files={"a.txt": lambda: b"a"}))
+    after = Path(shutil.move(before, tmp_path / "after"))
+    world = World(f"sqlite:///{after}/mlflow.db", "p")
+    for stored in (str(before / "mlartifacts"), "mlflow-artifacts:"):
+        with contextlib.closing(sqlite3.connect(after / "mlflow.db")) as connection, connection:
+            change = "SET {0} = replace({0}, ?, ?)".format
+            values = (str(after / "mlartifacts"), stored)
+            connection.execute(f"UPDATE experiments {change('artifact_location')}", values)
+            connection.execute(f"UPDATE runs {change('artifact_uri')}", values)
+        world.open()
+        (trial,) = world.seen().trials.values()
+        assert downloaded(world.uri, trial.id, "a.txt") == b"a"
+
+
 @pytest.mark.integration
 def test_a_server_finds_artifacts_after_the_store_was_moved(server: Server) -> None:
-    moved = World(server.url, "moved").seen()
-    (trial,) = moved.trials.values()
+    moved = World(server.url, "moved")
+    (trial,) = moved.seen().trials.values()
     assert server.file_of(trial.id, server.file) == b"spec"
     assert trial.tags["air.artifacts"] == server.file
+    moved.send(a_trial(seed=2, files={"b.txt": lambda: b"b"}))
+    sent = moved.seen().trials[a_trial(seed=2).id]
+    assert server.file_of(sent.id, "b.txt") == b"b"
+    new = World(server.url, "new")  # the server chooses where its artifacts are
+    new.send(a_trial(files={"c.txt": lambda: b"c"}))
+    (trial,) = new.seen().trials.values()
+    assert downloaded(server.url, trial.id, "c.txt") == b"c"
 
 
 def test_artifacts_that_failed_to_upload_are_sent_by_the_next_run(
@@ -458,18 +537,6 @@ def test_an_unsupported_tracking_uri_is_explained(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="mlflow server") as caught:
         make_tracker("postgresql://me:secret@db/x", store=tmp_path, project="p")
     assert "secret" not in str(caught.value)
-    with pytest.raises(ValueError, match=r"--tracking-uri none.*airsweep mlflow reconcile"):
-        make_tracker("jsonl:runs.jsonl", store=tmp_path, project="p")
-
-
-def test_mlflow_is_not_imported_before_it_is_opened() -> None:
-    code = (
-        "import sys; from pathlib import Path; from orchestrator.tracking import types;"
-        "from orchestrator.tracking_uri import uri_kind;"
-        "uri_kind('sqlite:////x'); types.serve_command(Path('.'));"
-        "sys.exit('mlflow' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_a_broken_database_is_explained(tmp_path: Path) -> None:
@@ -593,23 +660,30 @@ def test_two_drivers_start_at_the_same_time_and_print_nothing(
         for name in ("one", "other")
     ]
     for driver in drivers:
-        assert driver.communicate(timeout=300) == ("", "")
+        assert driver.communicate(timeout=TIMEOUT) == ("", "")
         assert driver.returncode == 0
     for name in ("one", "other"):
         assert len(World(uri, "drivers").seen(name).trials) == 1
 
 
+# Kills the process when it opens a database that has some tables.
+KILLED = """
+import os, signal, sys
+def kill(event, arguments):
+    if event == "sqlite3.connect" and os.path.exists(arguments[0]):
+        if os.path.getsize(arguments[0]):
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(kill)
+"""
+
+
 def test_a_kill_while_mlflow_creates_its_tables_leaves_no_partial_database(
     tmp_path: Path,
 ) -> None:
-    command = [sys.executable, "-c", DRIVER, f"sqlite:///{tmp_path}/mlflow.db", "one"]
-    driver = subprocess.Popen(command, cwd=ROOT)
-    while not any(path.stat().st_size for path in tmp_path.glob(".mlflow.db-*")):
-        assert driver.poll() is None, "the driver ended before the kill"
-        time.sleep(0.001)
-    driver.kill()
-    driver.wait()
+    arguments = (f"sqlite:///{tmp_path}/mlflow.db", "one")
+    assert python("-c", KILLED + DRIVER, *arguments, check=False).returncode == -signal.SIGKILL
+    assert list(tmp_path.glob(".mlflow.db-*"))
     assert not (tmp_path / "mlflow.db").exists()
-    subprocess.run(command, cwd=ROOT, check=True)
+    python("-c", DRIVER, *arguments)
     assert (tmp_path / "mlflow.db").exists()
     assert not list(tmp_path.glob(".mlflow.db-*"))

@@ -22,6 +22,7 @@ from air_core.backbone.loading import load_backbone
 from air_core.model_configs import check_clip_config
 from air_core.tokens import check_room
 from air_core.weights import ClipFile, find_backbone, tiny_folder, weights_files, weights_settings
+from tests.helpers.sweeps import python
 
 NAMES = ["tree frog", "heart", "boot"]
 
@@ -131,6 +132,15 @@ def test_openais_torchscript_archive_is_rejected_with_an_alternative(tmp_path, h
             weights_files(name)
 
 
+def test_a_damaged_weights_file_is_named(tmp_path):
+    file = tmp_path / "copied.pt"
+    with ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", "")
+    file.write_bytes(file.read_bytes().replace(b"PK\x01\x02", b"PK\x00\x00"))
+    with pytest.raises(ValueError, match=r"copied\.pt cannot be read: it is damaged"):
+        weights_files(f"ViT-B-32@{file}")
+
+
 # ---------------------------------------------------------------- the real architectures
 
 
@@ -194,14 +204,14 @@ def test_the_error_for_missing_weights_has_the_download_command(tmp_path, hub):
     )
     with pytest.raises(ValueError, match=weights):
         weights_files("ViT-B-32/openai")
-    (tmp_path / "siglip.safetensors").touch()
+    save_file({"one": torch.ones(1)}, tmp_path / "siglip.safetensors")
     tokenizer = r"`hf download timm/ViT-B-16-SigLIP .* beside the weights"
     with pytest.raises(ValueError, match=tokenizer):
         find_backbone(f"ViT-B-16-SigLIP@{tmp_path / 'siglip.safetensors'}")
 
 
 def test_preprocessing_is_that_of_all_known_weights_of_the_architecture(tmp_path):
-    (tmp_path / "siglip.safetensors").touch()
+    save_file({"one": torch.ones(1)}, tmp_path / "siglip.safetensors")
     (tmp_path / "tokenizer.json").touch()
     found = find_backbone(f"ViT-B-16-SigLIP@{tmp_path / 'siglip.safetensors'}")
     assert isinstance(found, ClipFile)
@@ -298,8 +308,7 @@ print(json.dumps(sorted({"timm"} & sys.modules.keys())))
 
 def test_a_model_is_loaded_without_libraries_that_it_does_not_need(siglip):
     """Workers would start more slowly."""
-    command = [sys.executable, "-c", NEEDED, str(siglip)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = python("-c", NEEDED, siglip)
     assert [json.loads(line) for line in done.stdout.splitlines()] == [[], ["timm"]]
 
 

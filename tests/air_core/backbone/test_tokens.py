@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from open_clip import tokenizer as open_clip
+from safetensors.torch import save_file
 
 from air_core.datasets import DATASETS
 from air_core.datasets.dataset import TEMPLATE
@@ -90,7 +91,7 @@ def test_a_name_that_is_too_long_for_the_template_is_rejected():
 @pytest.mark.parametrize(("backbone", "length"), [("tiny", 4), ("ViT-B-32", 16)])
 def test_the_class_names_of_published_datasets_fit_and_differ(tmp_path: Path, backbone, length):
     if backbone != "tiny":
-        (tmp_path / "weights.safetensors").touch()  # never read
+        save_file({"one": torch.ones(1)}, tmp_path / "weights.safetensors")  # never read
         backbone = f"{backbone}@{tmp_path / 'weights.safetensors'}"
     for dataset in DATASETS.values():
         check_room(backbone, dataset.classnames, dataset.template, length)

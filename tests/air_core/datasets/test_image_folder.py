@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -201,23 +200,12 @@ def other_classes(home: Path) -> None:
     (home / "test/dog").rename(home / "test/fox")
 
 
-def emptied(home: Path) -> None:
-    for file in (home / "test/dog").iterdir():
-        file.rename(file.with_suffix(".heic"))
-
-
 def three_left(home: Path) -> None:
     for file in sorted((home / "dog").iterdir())[3:]:
         file.unlink()
 
 
 WRONG: list[tuple[str, Callable[[Path], object], str]] = [
-    (
-        "tree",
-        lambda home: home.rename(home.with_name("gone")),
-        "does not exist.*expected <class>/<im",
-    ),
-    ("none", lambda home: drawn(home, "a.png"), "it contains no folders; expected"),
     (
         "none",
         lambda home: drawn(home, "cat/a.png"),
@@ -250,27 +238,7 @@ WRONG: list[tuple[str, Callable[[Path], object], str]] = [
         "but no train; add it, or remove",
     ),
     ("parted", lambda home: drawn(home, "valid/cat/0.jpg"), "has 'valid' beside its part folders"),
-    (
-        "parted",
-        emptied,
-        "no image in test/dog/, which contains '0.heic', '1.heic', '2.heic'; images",
-    ),
     ("tree", three_left, "fewer than 4 images of 'dog'; without train/ and test/"),
-    (
-        "tree",
-        lambda home: (home / "loop").symlink_to(home),
-        "no image in loop/, which contains 'cat', 'dog', 'loop'",
-    ),
-    (
-        "tree",
-        lambda home: (home / "classnames.txt").write_text("Größe", encoding="utf-16"),
-        "classnames.txt is not UTF-8 text; save it as UTF-8",
-    ),
-    (
-        "tree",
-        lambda home: (home / "template.txt").write_text("a Größe {}", encoding="utf-16"),
-        "template.txt is not UTF-8 text; save it as UTF-8",
-    ),
 ]
 
 
@@ -290,25 +258,7 @@ def test_folders_of_operating_systems_are_not_classes(tree):
     assert len(load(tree).images) == 40
 
 
-@pytest.mark.parametrize("kind", ["folder", "broken link", "link to itself", "pipe"])
-def test_an_image_name_that_is_not_a_file_is_an_error(tree, kind):
-    odd = tree / "cat" / "odd.jpg"
-    match kind:
-        case "folder":
-            odd.mkdir()
-        case "broken link":
-            odd.symlink_to(tree / "nowhere.jpg")
-        case "link to itself":
-            odd.symlink_to(odd)
-        case "pipe":  # opening it would block forever
-            os.mkfifo(odd)
-    with pytest.raises(
-        ValueError, match=r"cat/odd\.jpg has the name of an image but is not a file"
-    ):
-        load(tree)
-
-
-def test_links_to_images_and_to_folders_are_followed(tree, tmp_path):
+def test_links_to_images_and_to_folders_are_followed(tree):
     (tree / "cat" / "link.png").symlink_to(tree / "dog" / "00.png")
     (tree / "fox").symlink_to(tree / "dog")
     assert np.bincount(load(tree).labels).tolist() == [21, 10, 10, 10]

@@ -1,0 +1,97 @@
+"""MLflow's database file in a store. Reads and corrects it without importing MLflow."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import sqlite3
+from pathlib import Path
+
+from orchestrator.tracking_uri import ARTIFACTS
+
+# A shared view of MLflow's table of runs. Without it, the table has no column of a metric.
+VIEW = "airsweep"
+METRICS = ("best/test/accuracy", "gain", *(f"test/accuracy{end}" for end in ("", "_low", "_high")))
+COLUMNS = ("params.`method`", *(f"metrics.`{name}`" for name in (*METRICS, "n")))
+VIEW_TAG = {f"mlflow.sharedViewState.{VIEW}": json.dumps({"selectedColumns": COLUMNS})}
+
+
+def check_database(path: Path) -> None:
+    """Check that a file is an sqlite database: with a broken one MLflow retries for two minutes.
+
+    Corrects the paths of its artifacts if they were moved together.
+
+    Raises:
+        OSError: it is not, or it cannot be corrected.
+    """
+    try:
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            connection.execute("PRAGMA schema_version")
+            _correct_artifact_paths(connection, path)
+    except sqlite3.Error as error:
+        raise OSError(f"{path}: {error}") from error
+
+
+def artifact_location(database: Path, experiment: str) -> str:
+    """The folder with the artifacts of an experiment, beside the database file.
+
+    It is a plain path, so `mlflow ui` and MLflow's clients find the artifacts without a server of
+    airsweep.
+    """
+    return str(database.parent / ARTIFACTS / slug(experiment))
+
+
+def run_tables(database: Path) -> list[str]:
+    """The pages with the runs of each experiment of airsweep, that of the latest run first.
+
+    They show the columns of `VIEW_TAG`, which experiments of earlier versions lack.
+    """
+    query = (
+        "SELECT e.experiment_id, t.key FROM experiments e JOIN runs r USING (experiment_id)"
+        " LEFT JOIN experiment_tags t ON t.experiment_id = e.experiment_id AND t.key = ?"
+        " WHERE e.name LIKE 'air/%' AND e.lifecycle_stage = 'active'"
+        " GROUP BY e.experiment_id ORDER BY max(r.start_time) DESC"
+    )
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        found = connection.execute(query, (f"mlflow.sharedViewState.{VIEW}",)).fetchall()
+    return [
+        page_of(experiment) + (f"&viewStateShareKey={VIEW}" if view else "")
+        for experiment, view in found
+    ]
+
+
+def page_of(experiment: str, run: str = "") -> str:
+    """The address of a page with the runs of an experiment or with one run, below the server's."""
+    # Without the parameter, MLflow opens its page for prompts.
+    return f"#/experiments/{experiment}/runs{run and f'/{run}'}?workflowType=machine_learning"
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_/-]+", "-", name)
+
+
+def _correct_artifact_paths(connection: sqlite3.Connection, database: Path) -> None:
+    """Correct the paths of artifacts after a move: MLflow keeps absolute paths and has no call to
+    change them.
+
+    Earlier versions wrote `mlflow-artifacts:` addresses, which need a server.
+    """
+    query = "SELECT experiment_id, name, artifact_location FROM experiments WHERE name LIKE 'air/%'"
+    if not connection.execute("PRAGMA table_info(experiments)").fetchall():
+        return  # MLflow has not created its tables
+    for experiment, name, stored in connection.execute(query).fetchall():
+        current = artifact_location(database, name)
+        own = (f"/{ARTIFACTS}/{slug(name)}", f"mlflow-artifacts:/{slug(name)}")
+        if stored == current or not stored.endswith(own):
+            continue
+        with connection:  # one transaction
+            connection.execute(
+                "UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?",
+                (current, experiment),
+            )
+            connection.execute(
+                "UPDATE runs SET artifact_uri = ? || substr(artifact_uri, ?)"
+                " WHERE experiment_id = ? AND instr(artifact_uri, ?) = 1",
+                (current, len(stored) + 1, experiment, stored),
+            )

@@ -1,0 +1,392 @@
+"""Broken folders of images: `data check`, `plan` and `run` refuse them, or name what they skip."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import struct
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from tests.helpers.dataset_trees import draw, make_tree
+from tests.helpers.sweeps import python, write_sweep
+
+Harm = Callable[[Path], object]  # given the data root for published datasets, else the folder
+
+
+def free(home: Path) -> None:
+    for name in ("cat", "dog"):
+        for i in range(5):
+            draw(home / name / f"{i}.png", size=32)
+
+
+def parted(home: Path) -> None:
+    for part, count in (("train", 4), ("test", 2)):
+        for name in ("cat", "dog"):
+            for i in range(count):
+                draw(home / part / name / f"{i}.png", size=32)
+
+
+MAKE: dict[str, Callable[[Path], None]] = {"free": free, "parted": parted}
+
+
+def replaced(path: str, by: Callable[[Path], object]) -> Harm:
+    def harm(home: Path) -> None:
+        (home / path).unlink()
+        by(home / path)
+
+    return harm
+
+
+def written(path: str, content: bytes | str) -> Harm:
+    data = content.encode() if isinstance(content, str) else content
+    return lambda home: (home / path).write_bytes(data)
+
+
+def linked(path: str, target: str) -> Harm:
+    return lambda home: (home / path).symlink_to(target)
+
+
+def renamed_in_latin1(path: str, name: bytes) -> Harm:
+    return lambda home: os.rename(home / path, os.fsencode((home / path).parent) + b"/" + name)
+
+
+def emptied(folder: str) -> Harm:
+    return lambda home: [file.unlink() for file in (home / folder).iterdir()]
+
+
+def as_heic(home: Path) -> None:
+    for file in (home / "cat").iterdir():
+        file.rename(file.with_suffix(".heic"))
+
+
+NOT_A_FILE = "cat/x.png has the name of an image but is not a file"
+DTD = "dtd/dtd/images/lined/lined_0000.jpg"
+LISTED = "1 of 282 listed images are not files in .*the first is images/lined/lined_0000.jpg"
+CUB = "cub/CUB_200_2011"
+AIRCRAFT = "fgvc_aircraft/fgvc-aircraft-2013b/data/images_variant_test.txt"
+LABELS = "fashion_mnist/FashionMNIST/raw/train-labels-idx1-ubyte.gz"
+EUROSAT = "eurosat/2750/River/River_1.jpg"
+PAIRS = "of equal images, one in test/ and one in train/ or val/.*allow_duplicates to permit"
+
+
+def cut(home: Path) -> None:
+    (home / "cat/0.png").write_bytes((home / "cat/0.png").read_bytes()[:-40])
+
+
+UNREAD = "1 of 10 images cannot be read, at most 0 are allowed; .*0.png cannot be read: "
+
+# Refused before anything starts, with the file and a remedy.
+REFUSED: list[tuple[str, str, Harm, str]] = [
+    ("pipe", "free", lambda h: os.mkfifo(h / "cat/x.png"), NOT_A_FILE),
+    ("endless device", "free", linked("cat/x.png", "/dev/zero"), NOT_A_FILE),
+    ("dangling link", "free", linked("cat/x.png", "nowhere.png"), NOT_A_FILE),
+    ("link to itself", "free", linked("cat/x.png", "x.png"), NOT_A_FILE),
+    ("folder named like an image", "free", lambda h: (h / "cat/x.png").mkdir(), NOT_A_FILE),
+    ("dangling class", "free", linked("fox", "nowhere"), "fox is a broken link; correct"),
+    ("class that is its parent", "free", linked("fox", "."), "no image in fox/, which contains"),
+    ("dangling class in a part", "parted", linked("test/fox", "no"), "test/fox is a broken link"),
+    ("empty image", "free", lambda h: (h / "cat/0.png").write_bytes(b""), f"{UNREAD}it is empty"),
+    ("cut image", "free", cut, f"{UNREAD}.*; remove or replace them"),
+    ("empty class", "free", lambda h: (h / "fox").mkdir(), "no image in fox/, which contains noth"),
+    ("class without a test", "parted", emptied("test/dog"), "no image in test/dog/"),
+    ("only heic", "free", as_heic, "no image in cat/, which contains '0.heic'"),
+    ("nothing", "free", lambda h: [shutil.rmtree(f) for f in h.iterdir()], "contains no folders"),
+    ("gone", "free", shutil.rmtree, "does not exist or is not a folder"),
+    ("home is a pipe", "free", lambda h: (shutil.rmtree(h), os.mkfifo(h)), "does not exist or is"),
+    ("home is a file", "free", lambda h: (shutil.rmtree(h), h.touch()), "unpack an archive"),
+    ("classnames is a pipe", "free", lambda h: os.mkfifo(h / "classnames.txt"), "names.txt is a f"),
+    ("classnames is a loop", "free", linked("classnames.txt", "classnames.txt"), "a broken link"),
+    ("template is a device", "free", linked("template.txt", "/dev/zero"), "template.txt is a fol"),
+    ("class in latin1", "free", renamed_in_latin1("cat", b"caf\xe9"), r"caf\\xe9: this name is no"),
+    (
+        "image in latin1",
+        "free",
+        renamed_in_latin1("cat/0.png", b"caf\xe9.png"),
+        r"cat/caf\\xe9.png: this name is not UTF-8; rename it",
+    ),
+    ("classnames in latin1", "free", written("classnames.txt", b"cat = \xe9"), "txt is not UTF-8"),
+    (
+        "template in latin1",
+        "free",
+        written("template.txt", b"\xe9 {}"),
+        "template.txt is not UTF-8",
+    ),
+    (
+        "equal files in train and test",
+        "parted",
+        lambda h: shutil.copy(h / "train/cat/0.png", h / "test/cat/z.png"),
+        f"1 pair {PAIRS}",
+    ),
+    (
+        "test is a link to train",
+        "parted",
+        lambda h: (shutil.rmtree(h / "test"), (h / "test").symlink_to("train")),
+        f"8 pairs {PAIRS}",
+    ),
+    (
+        "a test image under another class of val",
+        "parted",
+        lambda h: (
+            shutil.copytree(h / "test", h / "val"),
+            [f.unlink() for f in h.glob("val/*/1.png")],
+            (h / "val/cat/0.png").rename(h / "val/dog/1.png"),
+            draw(h / "val/cat/2.png"),
+        ),
+        f"2 pairs {PAIRS}",
+    ),
+    ("EuroSAT: pipe", "eurosat", replaced(EUROSAT, os.mkfifo), "River_1.jpg has the name"),
+    ("EuroSAT: latin1 list", "eurosat", written("eurosat/test.txt", b"\xe9.jpg"), "is not UTF-8"),
+    ("EuroSAT: cut JSON", "eurosat", written("eurosat/test.json", "{"), "test.json is no split"),
+    ("EuroSAT: other JSON", "eurosat", written("eurosat/test.json", "{}"), "test.json is no split"),
+    (
+        "EuroSAT: JSON of numbers",
+        "eurosat",
+        written("eurosat/split_zhou_EuroSAT.json", '{"train": [1]}'),
+        "split_zhou_EuroSAT.json is no split file; expected JSON such as",
+    ),
+    ("DTD: pipe", "dtd", replaced(DTD, os.mkfifo), LISTED),
+    ("DTD: loop", "dtd", replaced(DTD, lambda f: f.symlink_to(f)), LISTED),
+    (
+        "DTD: list in latin1",
+        "dtd",
+        written("dtd/dtd/labels/train1.txt", b"caf\xe9/a.jpg\n"),
+        "train1.txt is not UTF-8 text",
+    ),
+    (
+        "DTD: list out of the folder",
+        "dtd",
+        written("dtd/dtd/labels/train1.txt", "lined/../../../x.jpg\n"),
+        r"the first is images/lined/\.\./\.\./\.\./x.jpg",
+    ),
+    (
+        "flowers: damaged setid",
+        "flowers102",
+        written("flowers102/flowers-102/setid.mat", "x"),
+        "setid.mat cannot be read .*; get it again",
+    ),
+    (
+        "flowers: label without a class",
+        "flowers102",
+        lambda root: save_labels(root / "flowers102/flowers-102/imagelabels.mat"),
+        "has the label 998, counted from 0, but there are 102 classes",
+    ),
+    (
+        "birds: another part",
+        "cub",
+        written(f"{CUB}/train_test_split.txt", "".join(f"{i} 2\n" for i in range(1, 801))),
+        "train_test_split.txt has the value '2'; allowed: '1', '0'",
+    ),
+    (
+        "birds: unknown class",
+        "cub",
+        written(f"{CUB}/image_class_labels.txt", "".join(f"{i} 999\n" for i in range(1, 801))),
+        "image_class_labels.txt has the value '999'; allowed: '1', '2', '3' and 197 more",
+    ),
+    ("aircraft: no variant", "fgvc_aircraft", written(AIRCRAFT, "0034956\n"), "names ''"),
+]
+
+
+def save_labels(file: Path) -> None:
+    from scipy.io import savemat
+
+    savemat(file, {"labels": np.full((1, 408), 999)})
+
+
+def png(width: int, height: int, *chunks: bytes) -> bytes:
+    """A PNG of grey pixels that states a size; without pixels unless `chunks` has them."""
+    head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    parts = (head, *chunks, b"IEND")
+    packed = (
+        struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part))
+        for part in parts
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+def encoded(kind: str) -> bytes:
+    file = io.BytesIO()
+    Image.effect_noise((64, 64), 50).convert("RGB").save(file, kind)
+    return file.getvalue()
+
+
+ZEROS = b"IDAT" + zlib.compress(bytes(20001 * 20000))  # 390 kB that become 400 MB
+BLOATED = b"zTXtbomb\0\0" + zlib.compress(bytes(80 * 2**20))
+# Files named `cat/0.png` that are no readable image, with the reason that is given.
+UNREADABLE: list[tuple[str, bytes, str]] = [
+    ("empty", b"", "it is empty"),
+    ("zeros", bytes(1000), "not an image of an allowed format"),
+    ("page", b"<html>404 not found</html>", "not an image"),
+    ("LFS pointer", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "not an image"),
+    ("HEIC", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), "not an image of an allowed"),
+    ("TGA", encoded("TGA"), "not an image of an allowed format"),
+    ("cut PNG", encoded("PNG")[:-600], "truncated"),
+    ("cut JPEG", encoded("JPEG")[:-600], "truncated"),
+    ("cut WebP", encoded("WEBP")[:-600], "cannot be read"),
+    ("cut GIF", encoded("GIF")[:-600], "truncated"),
+    ("cut BMP", encoded("BMP")[:-600], "truncated"),
+    ("cut TIFF", encoded("TIFF")[:-9000], "cannot be read"),
+    ("PNG without pixels", png(8, 8), "cannot be read"),
+    ("PNG of no size", png(0, 0), "cannot be read"),
+    ("noise in PNG", encoded("PNG")[:60] + os.urandom(900), "cannot be read"),
+    ("claimed size", png(60000, 60000), "too large, over 178,956,970 pixels"),
+    ("PNG bomb", png(20000, 20000, ZEROS), "too large, over 178,956,970 pixels"),
+    ("PPM bomb", b"P6 99999 99999 255\n", "too large, over 178,956,970 pixels"),
+    ("text bomb", png(8, 8, BLOATED), "cannot be read"),
+]
+
+
+def outcomes(
+    command, names: Sequence[str], data: str, root: Path | None, folder: Path
+) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of `data check`, `plan` or `run`."""
+    sweep = write_sweep(folder, "broken", f"fixed: {{method: zero_shot, dataset: '{data}'}}\n")
+    roots = ["--data-root", root] if root else []
+    words = {
+        "check": ("data", "check", data, *roots),
+        "plan": ("plan", sweep, "--store", folder / "runs", *roots),
+        "run": ("run", sweep, "--store", folder / "runs", *roots),
+    }
+    return [command(*words[name]) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("start", "harm", "message"), [pytest.param(*case, id=name) for name, *case in REFUSED]
+)
+def test_a_broken_folder_is_refused_with_its_file(start, harm, message, tmp_path, command):
+    home = tmp_path / "data"
+    if start in MAKE:
+        MAKE[start](home)
+        data, root = f"folder:{home}", None
+    else:
+        make_tree(start, home)
+        data, root = start, home
+    harm(home)
+    for code, out, err in outcomes(command, ("check", "plan", "run"), data, root, tmp_path):
+        assert code == 2, (out, err)
+        assert re.search(message, err), err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [pytest.param(*case, id=name) for name, *case in UNREADABLE]
+)
+def test_a_file_that_is_no_image_is_named_with_a_reason(content, reason, tmp_path, command):
+    free(tmp_path)
+    (tmp_path / "cat/0.png").write_bytes(content)
+    code, out, err = command("data", "check", f"folder:{tmp_path}")
+    assert code == 2
+    assert "unreadable  1\n" in out
+    assert "1 of 10 images cannot be read, at most 0 are allowed" in err
+    assert re.search(rf"/cat/0\.png cannot be read: .*{reason}|/cat/0\.png {reason}", err)
+
+
+def turned(home: Path) -> None:
+    with Image.open(home / "cat/0.png") as image:
+        ImageOps.mirror(image).save(home / "cat/5.png")
+
+
+def resized(home: Path) -> None:
+    image = Image.effect_noise((64, 64), 90).resize((640, 640), Image.Resampling.BICUBIC)
+    image.save(home / "cat/photo.png")
+    image.resize((320, 320)).save(home / "dog/photo.jpg", quality=80)
+
+
+FREE_PAIR = "split_seed can put one image of a pair into train, one into test"
+# Accepted, with what `data check` states after the numbers of images.
+REPORTED: list[tuple[str, str, Harm, str]] = [
+    ("nothing", "free", lambda h: None, "unreadable  0"),
+    ("subfolder", "free", lambda h: draw(h / "cat/more/deep/1.png"), "skipped     1 in subfolders"),
+    ("some heic", "free", written("cat/1.HEIC", "x"), "skipped     1 .heic"),
+    ("no suffix", "free", written("cat/IMG_0001", "x"), "skipped     1 without suffix"),
+    ("above", "parted", lambda h: draw(h / "test/1.png"), "skipped     1 beside class folders"),
+    ("files of systems", "free", written("cat/Thumbs.db", "x"), "unreadable  0"),
+    (
+        "copy in another class",
+        "free",
+        lambda h: shutil.copy(h / "cat/0.png", h / "dog/z.png"),
+        "exact       1 pair of images with equal pixels: 1 in two classes, 0 in train and test\n"
+        f"            cat/0.png = dog/z.png\n            {FREE_PAIR}",
+    ),
+    (
+        "copy in another format",
+        "free",
+        lambda h: Image.open(h / "cat/0.png").save(h / "cat/z.bmp"),
+        "exact       1 pair of images with equal pixels: 0 in two classes, 0 in train and test\n"
+        f"            cat/0.png = cat/z.bmp\n            {FREE_PAIR}",
+    ),
+    (
+        "smaller copy",
+        "free",
+        resized,
+        "near        1 pair of images that look alike: 1 in two classes, 0 in train and test\n"
+        "            cat/photo.png = dog/photo.jpg",
+    ),
+    ("mirrored", "free", turned, "unreadable  0"),
+    (
+        "permitted copies",
+        "parted",
+        lambda h: (
+            shutil.copy(h / "train/cat/0.png", h / "test/cat/z.png"),
+            (h / "allow_duplicates").touch(),
+        ),
+        "exact       1 pair of images with equal pixels: 0 in two classes, 1 in train and test\n"
+        "            test/cat/z.png = train/cat/0.png",
+    ),
+    ("line end in a name", "free", lambda h: draw(h / "cat/a\nb.png"), "unreadable  0"),
+    ("long name", "free", lambda h: draw(h / "cat" / f"{'i' * 240}.png"), "unreadable  0"),
+]
+
+
+@pytest.mark.parametrize(
+    ("start", "harm", "end"), [pytest.param(*case, id=name) for name, *case in REPORTED]
+)
+def test_what_is_skipped_or_repeated_is_stated(start, harm, end, tmp_path, command):
+    home = tmp_path / "data"
+    MAKE[start](home)
+    harm(home)
+    checked, planned = outcomes(command, ("check", "plan"), f"folder:{home}", None, tmp_path)
+    assert (checked[0], planned[0]) == (0, 0), (checked, planned)
+    assert checked[1].rstrip().endswith(end)
+
+
+def test_copies_with_equal_pixels_in_train_and_test_are_refused(tmp_path, command):
+    """Files that differ are equal only once they are decoded, which a plan does not do."""
+    parted(tmp_path)
+    with Image.open(tmp_path / "train/cat/0.png") as image:
+        image.save(tmp_path / "test/cat/z.bmp")
+    code, out, err = command("data", "check", f"folder:{tmp_path}", "--json")
+    assert code == 2
+    assert re.search(f"1 pair {PAIRS}", err)
+    assert json.loads(out)["duplicates"]["exact"] == {
+        "pairs": 1,
+        "two_classes": 0,
+        "train_and_test": 1,
+        "first": [["test/cat/z.bmp", "train/cat/0.png"]],
+    }
+
+
+def test_the_memory_of_data_check_is_that_of_one_large_image(tmp_path):
+    """Each image takes 100 MB decoded; as many threads as cores would hold several."""
+    free(tmp_path)
+    for i in range(4):
+        Image.new("1", (5000, 5000 + i), i % 2).save(tmp_path / "cat" / f"large{i}.png")
+    code = (
+        "import resource, sys\n"
+        "from orchestrator.cluster import input_checks\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
+        "before = peak()\n"
+        "report = input_checks.check_dataset(sys.argv[1], None)\n"
+        "print(report['unreadable']['count'], peak() - before)"
+    )
+    unreadable, mib = map(int, python("-c", code, f"folder:{tmp_path}").stdout.split())
+    assert unreadable == 0
+    assert mib < 350

@@ -1,0 +1,198 @@
+"""Random edits of the shipped sweep files: `plan` plans each, or refuses it with a position."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import resource
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from orchestrator.__main__ import main
+from orchestrator.spec import SpecError
+from orchestrator.spec._trial_values import TRIAL_NAMES
+from orchestrator.spec.marked_yaml import dump_documents, parse
+
+SHIPPED = [
+    file.read_text() for file in sorted((Path(__file__).parents[2] / "sweeps").glob("*.yaml"))
+]
+WITH_DATA = [text for text in SHIPPED if "digits" in text]
+SECONDS, MEMORY = 5, 2**30
+
+NUMBERS = st.one_of(
+    st.sampled_from([0, -1, 1.5, 2**31, 2**32, 2**63, 10**17, 10**40, 1e308, 5e-324, -0.0]),
+    st.integers(),
+    st.floats(),
+)
+TEXTS = st.one_of(
+    st.sampled_from(
+        [
+            *("", "~", "~nosuchuser/x", "folder:~nosuchuser/x", "x" * 300, "folder:" + "x" * 300),
+            *(
+                "not " * 120 + "lora",
+                "-" * 450 + "1",
+                "(" * 300,
+                "[" * 90 + "]" * 90,
+                "lora.rank > 9",
+            ),
+            *(
+                "{}",
+                "AIR",
+                "digts",
+                "\x00",
+                "\u202e",
+                "\U0010ffff",
+                "1e999",
+                "12h",
+                "postgresql://a",
+            ),
+        ]
+    ),
+    st.sampled_from(TRIAL_NAMES),
+    st.text(max_size=20),
+)
+SCALARS = st.one_of(st.none(), st.booleans(), NUMBERS, TEXTS)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=3),
+    max_leaves=12,
+)
+
+
+def edit_value(draw: st.DrawFn, text: str) -> str:
+    """Delete, duplicate, replace or rename one value."""
+    try:
+        document = parse(text, "")
+    except SpecError:
+        return text
+    paths = [keys for keys in document.positions if keys]
+    if not paths:
+        return text
+    *above, last = draw(st.sampled_from(paths))
+    parent = document.value_at(tuple(above))
+    kind = draw(st.sampled_from(("delete", "duplicate", "replace", "copy", "number", "rename")))
+    value = parent[last]
+    if kind == "replace":
+        parent[last] = draw(VALUES)
+    elif kind == "copy":
+        parent[last] = deepcopy(document.value_at(draw(st.sampled_from(paths))))
+    elif kind == "number":
+        parent[last] = draw(st.integers(0, 40) | st.floats(0, 1))
+    elif kind == "duplicate" and isinstance(parent, list):
+        parent += [value] * draw(st.integers(1, 40))
+    else:
+        del parent[last]
+        if kind != "delete" and isinstance(parent, dict):
+            parent[draw(TEXTS)] = value
+    return dump_documents([document.value])
+
+
+def edit_line(draw: st.DrawFn, text: str) -> str:
+    """Delete, duplicate, indent or change one line."""
+    lines = text.splitlines() or [""]
+    i = draw(st.integers(0, len(lines) - 1))
+    kind = draw(st.sampled_from(("delete", "duplicate", "indent", "insert")))
+    if kind == "delete":
+        del lines[i]
+    elif kind == "duplicate":
+        lines.insert(draw(st.integers(0, len(lines))), lines[i])
+    elif kind == "indent":
+        lines[i] = draw(st.sampled_from(("", " ", "  ", "    ", "\t"))) + lines[i].lstrip()
+    else:
+        at = draw(st.integers(0, len(lines[i])))
+        piece = st.sampled_from(
+            [*"[]{}:,#&*!|>'\"%@`?-~\\", "<<: ", "---", '"\\U00110000"', "!!int "]
+        )
+        lines[i] = lines[i][:at] + draw(piece | st.text(max_size=3)) + lines[i][at:]
+    return "\n".join(lines) + "\n"
+
+
+@st.composite
+def edited_sweeps(draw: st.DrawFn) -> str:
+    text = draw(st.sampled_from(SHIPPED) | st.sampled_from(WITH_DATA))
+    for _ in range(draw(st.sampled_from((1, 1, 1, 2, 3)))):
+        text = draw(st.sampled_from((edit_value, edit_value, edit_line)))(draw, text)
+    return text
+
+
+@contextlib.contextmanager
+def limits() -> Iterator[None]:
+    """Raise TimeoutError after SECONDS of CPU time, MemoryError after MEMORY more bytes."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"no answer after {SECONDS} seconds")
+
+    used = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert used
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    handler = signal.signal(signal.SIGVTALRM, late)
+    resource.setrlimit(resource.RLIMIT_DATA, (int(used[1]) * 1024 + MEMORY, before[1]))
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+        signal.signal(signal.SIGVTALRM, handler)
+
+
+def exit_code_and_error(file: Path, store: Path) -> tuple[int, str]:
+    """Run `airsweep plan` in this process."""
+    arguments, sys.argv = (
+        sys.argv,
+        ["airsweep", "--debug", "plan", str(file), "--store", str(store)],
+    )
+    errors = io.StringIO()
+    try:
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(errors),
+            limits(),
+        ):
+            main()
+    except SpecError as problem:  # --debug shows the traceback of everything else
+        return 2, str(problem)
+    except SystemExit as end:
+        return int(end.code or 0), errors.getvalue()
+    finally:
+        sys.argv = arguments
+    return 0, errors.getvalue()
+
+
+@pytest.mark.parametrize("edits", [150, pytest.param(2_000, marks=pytest.mark.integration)])
+def test_an_edited_sweep_file_is_planned_or_refused_with_a_position(edits, tmp_path):
+    file, codes, slowest = tmp_path / "x.yaml", Counter[int](), 0.0
+
+    @settings(
+        max_examples=edits,
+        derandomize=edits < 1_000,
+        database=None,
+        deadline=None,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(edited_sweeps())
+    def check(text: str) -> None:
+        nonlocal slowest
+        file.write_text(text, encoding="utf-8", errors="surrogatepass")
+        start = time.process_time()
+        code, error = exit_code_and_error(file, tmp_path / "runs")
+        slowest = max(slowest, time.process_time() - start)
+        codes[code] += 1
+        assert code in (0, 2), error
+        if code == 2:
+            assert re.match(rf"{re.escape(str(file))}:\d+:\d+: .", error), error
+
+    check()
+    print(f"{codes[0]} planned, {codes[2]} refused; slowest {slowest:.1f} s of CPU time")
+    assert min(codes[0], codes[2]) > 0
