@@ -186,7 +186,7 @@ def stopped_at(
     process = subprocess.Popen(command, **options)
 
     def is_stopped() -> bool:
-        assert process.poll() is None, f"ended before {event}"
+        assert process.poll() is None, f"exit code {process.returncode} before {event}"
         return psutil.Process(process.pid).status() == psutil.STATUS_STOPPED
 
     wait_until(is_stopped)
@@ -215,12 +215,15 @@ def run_and_kill(
             return bool(found)
 
         options = {"stdout": subprocess.DEVNULL, "stderr": stderr, "env": environment(**more)}
-        with stopped_at(event, "run", spec, "--store", store, **options) as process:
-            killed = is_killed()
-        wait_until(lambda: killed or is_killed(), every=0.02)
-        code = process.wait(TIMEOUT)
-        stderr.seek(0)
-        return subprocess.CompletedProcess(process.args, code, stderr=stderr.read())
+        try:
+            with stopped_at(event, "run", spec, "--store", store, **options) as process:
+                killed = is_killed()
+            wait_until(lambda: killed or is_killed(), every=0.02)
+            code = process.wait(TIMEOUT)
+        except AssertionError as error:
+            error.add_note(Path(stderr.name).read_text())
+            raise
+        return subprocess.CompletedProcess(process.args, code, stderr=Path(stderr.name).read_text())
 
 
 def _workers(driver: int, name: str) -> list[psutil.Process]:
