@@ -30,10 +30,10 @@ pytestmark = [pytest.mark.ray, pytest.mark.integration]
 BLOCK, SHARDS = 4, 40  # 10 classes of 16 images
 
 # Runs in order: the event, counted from the start of a run, at which the driver is killed, and a
-# process of Ray that is killed before it, with the event from which on. Only the last run can
-# complete the sweep. No trial has to be left for it: the workers of a killed driver finish the
-# trials that they have begun.
-ALL_OF_RAY = ("raylet", "trial_done")
+# process of Ray that is killed before it, with the event from which on. Workers that run finish
+# their trials, and take the next ones, without driver or raylet. So the raylet is killed before
+# the first trial of its run has a worker: some are left for the next run.
+ALL_OF_RAY = ("raylet", "trials_started")
 KILLS: list[tuple[str, tuple[str, ...]]] = [
     ("event:3", ()),
     ("artifact_prepared:12", ("ray::MapWorker", "images")),
