@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +12,7 @@ import pytest
 from orchestrator.tracking.database import run_tables
 from tests.helpers.browser import CHROMIUM, MISSING, Browser
 from tests.helpers.servers import MlflowServer
-from tests.helpers.sweeps import airsweep, all_runs, environment, write_sweep
+from tests.helpers.sweeps import airsweep, all_runs, write_sweep
 
 pytestmark = [
     pytest.mark.integration,
@@ -36,18 +34,8 @@ def server(tmp_path_factory, drawn_digits) -> Iterator[MlflowServer]:
     spec = write_sweep(folder, "browsed", SWEEP.format(folder=drawn_digits))
     spec.write_text(f"# How many images are enough?\n{spec.read_text()}")
     store = folder / "runs"
-    command = [
-        sys.executable,
-        "-m",
-        "tests.helpers.trivial",
-        "run",
-        str(spec),
-        "--store",
-        str(store),
-    ]
-    subprocess.run(
-        [*command, "--tracking-uri", "none"], env=environment(), check=True, capture_output=True
-    )
+    words = ("run", spec, "--store", store, "--tracking-uri", "none")
+    airsweep(*words, module="tests.helpers.trivial")
     airsweep("mlflow", "reconcile", "browsed", "--store", store)
     server = MlflowServer(store, folder / "log")
     server.start()

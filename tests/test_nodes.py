@@ -108,6 +108,7 @@ def test_results_are_equal_if_machines_are_disconnected_lost_and_added(spec, alo
         before = shard_times(store)
         assert len(before) < SHARDS
         cluster.add()
+        cluster.wait_for_count(2)  # the other one and the new one
     job.wait_for_log("marked dead")
     cluster.machines[0].plug()  # Ray counts the machine as dead; it ends when it notices
     cluster.machines[1].lose()  # possibly during a trial

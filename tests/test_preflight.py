@@ -25,7 +25,7 @@ from orchestrator.store.buckets import parse
 from tests.helpers.clusters import OneNode, head, one_node
 from tests.helpers.disks import SmallDisk, small_disk
 from tests.helpers.servers import free_port, full_bucket
-from tests.helpers.sweeps import TIMEOUT, environment, table, write_sweep
+from tests.helpers.sweeps import environment, run_command, table, write_sweep
 
 pytestmark = [pytest.mark.integration, pytest.mark.ray]
 
@@ -77,14 +77,11 @@ def run_at(
         more: environment variables.
     """
     command = [sys.executable, *program, do, str(spec), "--store", str(store)]
-    return subprocess.run(
+    return run_command(
         [*inside, *command, *words],
-        capture_output=True,
-        text=True,
+        check=False,
         cwd=spec.parent,  # Ray prepends the driver's working directory to the path of its workers
         env=environment(**{"RAY_ADDRESS": address, **more}),
-        timeout=TIMEOUT,
-        check=False,
     )
 
 

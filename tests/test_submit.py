@@ -27,12 +27,14 @@ from tests.helpers.servers import free_port, serve
 from tests.helpers.sweeps import (
     TIMEOUT,
     airsweep,
+    continue_with,
     count,
     environment,
     events,
-    in_this_process,
     many_trials,
+    stopping_python,
     table,
+    wait_for_stopped,
     wait_until,
     write_sweep,
 )
@@ -51,6 +53,21 @@ def jobs_of(address: str, **env: str) -> dict[str, Any]:
     """The output of `airsweep jobs --json`, by id."""
     done = airsweep("jobs", "--address", address, "--json", **{**OPEN, **env})
     return {job["id"]: job for job in json.loads(done.stdout)}
+
+
+def log_of(address: str, name: str) -> str:
+    """The log of a job that has not ended."""
+    cluster = Cluster(address)
+    log = cluster.log_of(name)
+    assert not cluster.job(name).is_over, log
+    return log
+
+
+def wait_for_end(address: str, name: str, code: int) -> None:
+    """Wait for the end of a job, and assert its exit code."""
+    cluster = Cluster(address)
+    wait_until(lambda: cluster.job(name).is_over, lambda: cluster.log_of(name), every=0.5)
+    assert cluster.job(name).exit_code == code, cluster.log_of(name)
 
 
 # ---------------------------------------------------------------- a cluster with a token
@@ -140,7 +157,8 @@ def test_a_job_that_is_stopped_and_submitted_again_completes_the_sweep(
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     sweep = write_sweep(tmp_path, "long", TRIALS)
     command = ("submit", sweep, "--address", head, "--store", store)
-    first = airsweep(*command, "--detach", "--json", **OPEN)
+    python, script = stopping_python(tmp_path / "first", "trial_done")
+    first = airsweep(*command, "--python", python, "--detach", "--json", **OPEN)
     submitted = json.loads(first.stdout)
     assert (submitted["id"], submitted["sweep"], submitted["store"]) == (
         "default-long-1",
@@ -154,9 +172,11 @@ def test_a_job_that_is_stopped_and_submitted_again_completes_the_sweep(
     assert "ING as default-long-1" in second.stderr
     assert submitted["commands"]["stop"] in second.stderr
 
-    wait_until(lambda: count(events(store, "long"), "trial_done"))
-    # In this process: a new one would take seconds to start.
-    stopped = in_this_process(["stop", "long", "--address", head])
+    driver = wait_for_stopped(script, lambda: log_of(head, "default-long-1"))
+    with ThreadPoolExecutor() as threads:
+        stopping = threads.submit(airsweep, "stop", "long", "--address", head, **OPEN)
+        continue_with(driver, signal.SIGTERM)
+        stopped = stopping.result()
     assert "default-long-1: STOPPED, exit code 143" in stopped.stderr
     assert "left to run" in stopped.stderr  # the driver had time to close
     recorded = events(store, "long")
@@ -167,11 +187,14 @@ def test_a_job_that_is_stopped_and_submitted_again_completes_the_sweep(
     nothing = airsweep("stop", "long", "--address", head, check=False, **OPEN)
     assert (nothing.returncode, "running: none" in nothing.stderr) == (2, True)
 
-    code, stderr = interrupted(command, "to run")
+    python, script = stopping_python(tmp_path / "second", "trials_started")
+    code, stderr = interrupted((*command, "--python", python), "to run")
     assert code == 130, stderr
     assert "default-long-2 keeps running" in stderr
     assert f"ray job logs --address {head} --follow default-long-2" in stderr
-    wait_until(lambda: jobs_of(head)["default-long-2"]["exit_code"] == 0)
+    driver = wait_for_stopped(script, lambda: log_of(head, "default-long-2"))
+    driver.send_signal(signal.SIGCONT)
+    wait_for_end(head, "default-long-2", 0)
     recorded = events(store, "long")
     done = [event["key"] for event in recorded if event["event"] == "trial_done"]
     assert len(done) == len(set(done)) <= COUNT  # trials that ended with the driver are reused
@@ -283,8 +306,8 @@ def test_after_a_broken_connection_the_log_continues_without_gap_or_repetition(
         with relay(free_port(), head) as address:
             cluster = Cluster(address)
             ended = threads.submit(cluster.follow, "counting-1", log.append, messages.append)
-            wait_until(lambda: "line 30\n" in "".join(log))
-        wait_until(lambda: any("trying again" in message for message in messages))
+            wait_until(lambda: "line 30\n" in "".join(log), lambda: (ended, log, messages))
+        wait_until(lambda: any("trying again" in message for message in messages), messages.copy)
         go.touch()
         with relay(int(address.rpartition(":")[2]), head):
             assert ended.result(TIMEOUT).exit_code == 4
@@ -300,7 +323,7 @@ def test_a_closed_output_ends_following_but_not_the_job(head, monkeypatch):
 
     with pytest.raises(BrokenPipeError):
         Cluster(head).follow("counting-3", closed, lambda text: None)
-    wait_until(lambda: jobs_of(head)["counting-3"]["exit_code"] == 4)
+    wait_for_end(head, "counting-3", 4)
 
 
 # ---------------------------------------------------------------- wrong addresses

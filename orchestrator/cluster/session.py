@@ -139,9 +139,8 @@ def _local_cluster(
         died.set()
         on_death(logs)
 
-    children = psutil.Process().children(recursive=True)
-    daemons = [process for process in children if process.name() in DAEMONS]
-    threading.Thread(target=_watch, args=(daemons, closing, report_death), daemon=True).start()
+    watched = (_daemons(), closing, report_death)
+    threading.Thread(target=_watch, args=watched, daemon=True).start()
     try:
         yield
     finally:
@@ -250,6 +249,16 @@ def _on_loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _daemons() -> list[psutil.Process]:
+    """The daemons among the child processes, some of which end while they are listed."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if process.name() in DAEMONS:
+                found.append(process)
+    return found
 
 
 def _watch(

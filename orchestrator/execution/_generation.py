@@ -11,7 +11,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -35,6 +35,7 @@ from orchestrator.redact import redact
 from orchestrator.stages.context import WorkerContext, limit_gpu_memory
 from orchestrator.stages.evidence import BlockScorer, build_evidence_block
 from orchestrator.stages.image_rows import block_counts, build_image_block, open_generator
+from orchestrator.store import ArtifactStore
 from orchestrator.store.artifacts import devices
 
 MAX_THRIFT = 2  # the highest level of `thrift` of a generator
@@ -157,6 +158,12 @@ def draw(
     ]
 
 
+def reset_crashes(rows: Iterable[Requirement], store: ArtifactStore) -> None:
+    """Reset how many processes the shards of some rows have killed."""
+    for requirement in rows:
+        store.row(requirement.rows[0]).reset_crashes()
+
+
 Shard = tuple[int, int, int]  # row, class, block
 
 
@@ -216,8 +223,7 @@ class _Generation:
             self.worker.store.refresh_listings()
             self.unread |= set(map(_shard, shards)) - taken
             pool.images += self._take_unread()
-            unfinished = [shard for shard in shards if _shard(shard) in self.unread]
-            self._reset_deaths(unfinished[: 4 * pool.actors])  # Ray Data assigns them in order
+            reset_crashes(self.requirements, self.worker.store)  # its actors were stopped
         else:  # shards that are missing now were lost, or have failed
             self.tried.update(map(_shard, shards))
         self.allocation.pool_exceeds_reserve = False
@@ -266,13 +272,6 @@ class _Generation:
                 files = class_files(images_folder(spec.images.model.name), [name])[name]
             counts |= block_counts(ok, block, files)
         return counts
-
-    def _reset_deaths(self, shards: Sequence[dict[str, int]]) -> None:
-        """Reset the crash counts of blocks whose actors were stopped with the pool: these blocks
-        did not kill their actors."""
-        for shard in shards:
-            row = self.worker.store.open_row(self.requirements[shard["row"]].rows[0])
-            row.reset_crashes(shard["class"], shard["block"])
 
     def _take_result(self, result: dict[str, Any]) -> None:
         requirement = self.requirements[result["row"]]

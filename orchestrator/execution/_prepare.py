@@ -16,7 +16,7 @@ from air_core.backbone.loading import import_open_clip_alone
 from air_core.specs import FeaturesSpec, LabelsSpec, LoraSpec
 from orchestrator.cluster.session import set_worker_environment
 from orchestrator.execution._allocation import PreparationContext
-from orchestrator.execution._generation import draw
+from orchestrator.execution._generation import draw, reset_crashes
 from orchestrator.execution._progress import ProgressReporter, report_working
 from orchestrator.failures import CLASSES, Failure, classify, classify_death
 from orchestrator.keys import artifact_key
@@ -46,6 +46,8 @@ def prepare(requirements: Sequence[Requirement], context: PreparationContext) ->
     failed: list[Requirement] = []
     store.refresh_listings()
     missing = [requirement for requirement in requirements if not requirement.is_complete(store)]
+    # A shard whose process died with an earlier driver or its Ray did not kill that process.
+    reset_crashes((requirement for requirement in missing if requirement.rows), store)
     levels = _levels(missing)
     missing.sort(key=lambda requirement: levels[requirement])
     for _, group in groupby(missing, key=levels.__getitem__):

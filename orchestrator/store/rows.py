@@ -17,6 +17,7 @@ from orchestrator.store.backends import FolderBackend
 SHARDS = {"images": ".parquet", "synthetic": ".safetensors", "evidence": ".safetensors"}
 
 DEATHS = 2  # processes that a shard may kill before it counts as failed
+MARKER = ".tries"  # suffix of the files that count them
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,12 @@ class Row:
             for marker in markers[: crashes + 1]:
                 self.backend.remove(marker)
 
-    def reset_crashes(self, class_index: int, block: int) -> None:
-        """Reset the count, after airsweep itself has stopped the process of a shard."""
-        for marker in self._markers(class_index, block):
-            self.backend.remove(marker)
+    def reset_crashes(self) -> None:
+        """Reset the counts of all shards, after a process was stopped that no shard has killed."""
+        for name in self.backend.names(self.path):
+            if name.endswith(MARKER):
+                self.backend.remove(self.path / name)
 
     def _markers(self, class_index: int, block: int) -> list[Path]:
         shard = self.shard(class_index, block)
-        return [shard.with_suffix(f".{n}.tries") for n in range(DEATHS)]
+        return [shard.with_suffix(f".{n}{MARKER}") for n in range(DEATHS)]

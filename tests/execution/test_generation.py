@@ -192,6 +192,24 @@ def test_a_block_that_cannot_be_drawn_is_named_and_the_others_are_drawn(
     assert len(run(requirement, copied)) == 1  # the next start tries it again
 
 
+def test_a_block_that_was_drawn_when_two_runs_were_killed_is_drawn_by_the_next_run(
+    copied, resolver, drawn_digits
+):
+    requirement = row_requirement(resolver, drawn_digits, 8)
+    copied.row(requirement.spec).shard(3, 0).unlink()
+    row = copied.open_row(requirement.spec.images)
+    killed = [row.count_crashes(3, 0) for _ in range(2)]
+    for process in killed:
+        process.__enter__()  # and never exits
+    listener, resources = Listener(), Resources()
+    allocation, progress = Allocation(resources, machines), ProgressMonitor(listener)
+    worker = WorkerContext(copied)
+    context = PreparationContext(worker, resources, listener, allocation, progress.actor)
+    result_of(prepare([requirement], context))
+    assert "on_failed" not in listener.events
+    assert requirement.missing(copied) == []
+
+
 def test_a_generator_short_of_memory_saves_memory_and_keeps_its_block_size(
     resolver, drawn_digits, tmp_path, monkeypatch
 ):

@@ -125,11 +125,14 @@ def head(jobs: bool = False, cpus: int = 1, **more: str) -> Iterator[str]:
         f"--object-store-memory={NODE['object_store_memory']}",
         f"--temp-dir={folder}",
     )
+    addresses = [address]
     if jobs:
-        address = f"127.0.0.1:{free_port()}"
+        address, agent = (f"127.0.0.1:{free_port()}" for _ in range(2))
+        # The dashboard refuses a job if the agent, which starts later, is not there in 10 seconds.
+        addresses = [address, agent]
         words += ("--dashboard-host=127.0.0.1", f"--dashboard-port={address.partition(':')[2]}")
         # Another Ray on this machine may use the default port; jobs would then find no agent.
-        words += (f"--dashboard-agent-listen-port={free_port()}",)
+        words += (f"--dashboard-agent-listen-port={agent.partition(':')[2]}",)
         variables["PATH"] = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     process = subprocess.Popen(
         [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", *words],
@@ -139,7 +142,8 @@ def head(jobs: bool = False, cpus: int = 1, **more: str) -> Iterator[str]:
         start_new_session=True,
     )
     try:
-        _wait_for_connection(address, process)
+        for each in addresses:
+            _wait_for_connection(each, process)
         yield f"http://{address}" if jobs else address
     finally:
         with suppress(ProcessLookupError):

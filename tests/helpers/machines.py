@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.clusters import BIN
-from tests.helpers.sweeps import TIMEOUT, environment
+from tests.helpers.sweeps import environment, run_command
 
 ROOT = Path(__file__).parents[2]
 NETWORK = "10.213.7"
@@ -79,15 +79,8 @@ class Machine:
     def run(
         self, *words: object, check: bool = True, folder: Path | None = None, **more: str
     ) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            self.command(*words, folder=folder),
-            env=self.environment(**more),
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT,
-        )
-        assert not check or done.returncode == 0, done.stdout + done.stderr
-        return done
+        command = self.command(*words, folder=folder)
+        return run_command(command, check, env=self.environment(**more))
 
     def start(
         self, log: Path, *words: object, folder: Path | None = None, **more: str
@@ -159,8 +152,7 @@ class Network:
         )
 
     def run(self, *words: str) -> None:
-        done = subprocess.run([*self.inside, *words], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        run_command([*self.inside, *words])
 
     def close(self) -> None:
         for machine in self.machines:

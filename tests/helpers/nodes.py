@@ -20,7 +20,14 @@ import pytest
 from tests.helpers.clusters import NODE, QUICK, RAY, without_token
 from tests.helpers.machines import Machine, Network
 from tests.helpers.servers import free_port
-from tests.helpers.sweeps import TIMEOUT, wait_until
+from tests.helpers.sweeps import TIMEOUT, run_command, wait_for_stopped, wait_until
+
+ALIVE = """
+import sys
+from ray._raylet import GcsClient
+nodes = GcsClient(address=f"{sys.argv[1]}:6379").get_all_node_info(timeout=60).values()
+print(sum(node.state == 0 for node in nodes) - 1)
+"""
 
 
 class Job:
@@ -49,17 +56,11 @@ class Job:
     def stopped(self) -> Iterator[None]:
         """Wait until the driver has stopped itself (`STOPPING`); it continues after the block."""
 
-        def find() -> list[psutil.Process]:
+        def log() -> str:
             assert not self.over(), self.log()
-            return [
-                process
-                for process in psutil.process_iter(["status", "cmdline"])
-                if process.info["status"] == psutil.STATUS_STOPPED
-                and "stopping.py" in (process.info["cmdline"] or ())
-            ]
+            return self.log()
 
-        wait_until(find, self.log)
-        [driver] = find()
+        driver = wait_for_stopped("stopping.py", log)
         yield
         driver.send_signal(signal.SIGCONT)
 
@@ -101,6 +102,14 @@ class Nodes:
         machine = self._machine("worker")
         self._start(machine, f"--address={self.head.name}:6379", "--num-cpus=1")
         self.machines.append(machine)
+
+    def wait_for_count(self, count: int) -> None:
+        """Wait until the head counts as many machines as alive, without itself."""
+        wait_until(lambda: self._alive() == count, lambda: f"{self._alive()} machines", every=1)
+
+    def _alive(self) -> int:
+        done = self.head.run("python", "-c", ALIVE, self.head.name, **self.variables)
+        return int(done.stdout)
 
     def close(self) -> None:
         for machine in (*self.machines, self.head, self.laptop):
@@ -162,7 +171,7 @@ def scaling(monkeypatch: pytest.MonkeyPatch, most: int = 2) -> Iterator[str]:
     }
     (folder / "config.yaml").write_text(json.dumps(config))
     without_token(monkeypatch)
-    subprocess.run(
+    run_command(
         [
             *(RAY, "start", "--head", "--num-cpus=0"),
             f"--port={port}",
@@ -173,9 +182,6 @@ def scaling(monkeypatch: pytest.MonkeyPatch, most: int = 2) -> Iterator[str]:
             f"--autoscaling-config={folder}/config.yaml",
         ],
         env={**os.environ, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"},
-        check=True,
-        capture_output=True,
-        timeout=TIMEOUT,
     )
     try:
         yield f"127.0.0.1:{port}"

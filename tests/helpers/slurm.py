@@ -79,15 +79,19 @@ class Slurm:
     def log(self) -> str:
         return (self._folder / "log").read_text()
 
-    def command(self, *words: str, cwd: Path | None = None, check: bool = True) -> str:
+    def command(self, *words: str, cwd: Path | None = None, check: bool = True, **more: str) -> str:
         """Run a command of Slurm and return its output."""
-        done = self.control.run(*words, check=False, folder=cwd, **self.variables)
+        done = self.control.run(*words, check=False, folder=cwd, **{**self.variables, **more})
         assert not check or done.returncode == 0, done.stderr + self.log()
         return done.stdout.strip()
 
-    def submit(self, folder: Path, *arguments: str | Path) -> str:
-        """Submit a job and return its number; its log is <folder>/airsweep-<number>.log."""
-        return self.command("sbatch", "--parsable", *map(str, arguments), cwd=folder)
+    def submit(self, folder: Path, *arguments: str | Path, **more: str) -> str:
+        """Submit a job and return its number; its log is <folder>/airsweep-<number>.log.
+
+        Args:
+            more: environment variables of the job.
+        """
+        return self.command("sbatch", "--parsable", *map(str, arguments), cwd=folder, **more)
 
     def lose(self, node: str) -> None:
         """Kill all processes of a node, and record in Slurm that the node is down.

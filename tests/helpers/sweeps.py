@@ -123,14 +123,27 @@ def python(
         inside: a prefix of the command, such as `nsenter` into other mounts.
         more: environment variables.
     """
-    done = subprocess.run(
-        [*inside, sys.executable, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=environment(**more),
-        timeout=TIMEOUT,
-        check=False,
-    )
+    command = [*inside, sys.executable, *map(str, arguments)]
+    return run_command(command, check, env=environment(**more))
+
+
+def run_command(
+    command: Sequence[str], check: bool = True, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run a command. If it fails or does not end, the error shows its output.
+
+    Args:
+        check: assert that the exit code is 0.
+        options: of `subprocess.run`.
+    """
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=TIMEOUT, check=False, **options
+        )
+    except subprocess.TimeoutExpired as expired:
+        for output in (expired.stdout, expired.stderr):
+            expired.add_note((output or b"").decode())
+        raise
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
@@ -186,12 +199,70 @@ def stopped_at(
     process = subprocess.Popen(command, **options)
 
     def is_stopped() -> bool:
-        assert process.poll() is None, f"exit code {process.returncode} before {event}"
+        if process.poll() is not None:
+            output = process.communicate() if process.stderr else ""
+            raise AssertionError(f"exit code {process.returncode} before {event}", output)
         return psutil.Process(process.pid).status() == psutil.STATUS_STOPPED
 
-    wait_until(is_stopped)
+    wait_until(is_stopped, lambda: f"no {event}")
     yield process
     process.send_signal(signal.SIGCONT)
+
+
+def stopping_python(folder: Path, event: str) -> tuple[Path, Path]:
+    """Write an interpreter whose first `-m orchestrator` stops itself at an event, as `stopped_at`.
+
+    Returns:
+        The interpreter, and the script that `wait_for_stopped` searches.
+    """
+    folder.mkdir()
+    interpreter, script = folder / "python", folder / "stopping.py"
+    script.write_text(STOPPING)
+    interpreter.write_text(f"""#!/bin/sh
+if [ "$1 $2" = "-m orchestrator" ] && mkdir {folder}/started 2>/dev/null; then
+    shift 2
+    exec {sys.executable} {script} {event} orchestrator "$@"
+fi
+exec {sys.executable} "$@"
+""")
+    interpreter.chmod(0o755)
+    return interpreter, script
+
+
+def wait_for_stopped(script: str | Path, log: Callable[[], str]) -> psutil.Process:
+    """Wait until a process that runs STOPPING has stopped itself.
+
+    Args:
+        script: the file with STOPPING, as the command line of the process has it.
+        log: output of the process; raises an error once the process cannot stop any more.
+    """
+    found: list[psutil.Process] = []
+
+    def is_stopped() -> bool:
+        log()
+        found[:] = [
+            process
+            for process in psutil.process_iter(["status", "cmdline"])
+            if process.info["status"] == psutil.STATUS_STOPPED
+            and str(script) in (process.info["cmdline"] or ())
+        ]
+        return bool(found)
+
+    wait_until(is_stopped, log, every=0.3)
+    return found[0]
+
+
+def continue_with(process: psutil.Process, number: signal.Signals) -> None:
+    """Let a stopped process continue once it has received a signal, which it then handles first."""
+
+    def is_received() -> bool:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        pending = int(status.partition("ShdPnd:")[2].split()[0], 16)
+        return bool(pending >> (number - 1) & 1) or process.status() != psutil.STATUS_STOPPED
+
+    with suppress(OSError, psutil.NoSuchProcess):  # the signal has ended it
+        wait_until(is_received)
+        process.send_signal(signal.SIGCONT)
 
 
 def run_and_kill(
@@ -209,18 +280,19 @@ def run_and_kill(
 
         def is_killed() -> bool:
             assert process.poll() is None, f"ended before {victim} started"
-            found = _workers(process.pid, victim)
-            for worker in found[:1]:
-                worker.kill()
-            return bool(found)
+            for worker in _workers(process.pid, victim)[:1]:
+                with suppress(psutil.NoSuchProcess):  # it has just ended
+                    worker.kill()
+                    return True
+            return False
 
         options = {"stdout": subprocess.DEVNULL, "stderr": stderr, "env": environment(**more)}
         try:
             with stopped_at(event, "run", spec, "--store", store, **options) as process:
                 killed = is_killed()
-            wait_until(lambda: killed or is_killed(), every=0.02)
+            wait_until(lambda: killed or is_killed(), lambda: f"no {victim}", every=0.02)
             code = process.wait(TIMEOUT)
-        except AssertionError as error:
+        except Exception as error:
             error.add_note(Path(stderr.name).read_text())
             raise
         return subprocess.CompletedProcess(process.args, code, stderr=Path(stderr.name).read_text())

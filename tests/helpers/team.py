@@ -23,7 +23,7 @@ from typing import Any
 
 from tests.helpers.documents import ROOT, blocks
 from tests.helpers.servers import MlflowProcess, S3Server, free_port
-from tests.helpers.sweeps import wait_until
+from tests.helpers.sweeps import run_command, wait_until
 
 ADMIN = "admin"
 OWNER = "postgres"  # Debian's user; initdb refuses root
@@ -91,12 +91,8 @@ class PostgresServer:
                 shutil.chown(path, OWNER)
         login = ["--auth=scram-sha-256", f"--pwfile={secret}", "--username=postgres"]
         arguments = ["-D", str(self.folder / "data"), *login, "--no-sync", "--encoding=UTF8"]
-        subprocess.run(
-            [*_as_owner(), str(PROGRAMS / "initdb"), *arguments, "--locale=C"],
-            check=True,
-            capture_output=True,
-            cwd=self.folder,
-        )
+        command = [*_as_owner(), str(PROGRAMS / "initdb"), *arguments, "--locale=C"]
+        run_command(command, cwd=self.folder)
         secret.unlink()
         self._is_initialized = True
 

@@ -222,6 +222,16 @@ def test_crashes_of_a_shard_are_counted_across_machines(machine):
             assert crashes == 0
 
 
+def test_a_reset_forgets_the_crashes_of_all_shards_of_a_row(machine):
+    with ExitStack() as killed:
+        for shard in ((0, 0), (0, 0), (3, 1)):
+            killed.enter_context(machine("one").open_row(ROW).count_crashes(*shard))
+        machine("two").row(ROW).reset_crashes()
+        for shard in ((0, 0), (3, 1)):
+            with machine("three").open_row(ROW).count_crashes(*shard) as crashes:
+                assert crashes == 0
+
+
 # ---------------------------------------------------------------- event log and version
 
 
