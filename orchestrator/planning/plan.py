@@ -740,4 +740,4 @@ def _inputs_of(slot: Slot) -> Iterator[tuple[str, str]]:
         yield slot.cell.flat["test_dataset"], spec.test_dataset.digest
     for role in ("backbone", "generator"):
         ref = getattr(spec, role)
-        yield f"{role} {ref.name}", ref.digest
+        yield f"{role} {slot.cell.flat.get(role, ref.name)}", ref.digest
