@@ -11,7 +11,7 @@ docs/results_guide.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -309,10 +309,3 @@ def _discrepancy(x: Tensor, y: Tensor) -> float:  # (n, D), (n, D)
 
 def _kernel(x: Tensor, y: Tensor) -> Tensor:
     return (x @ y.T + 1) ** 3
-
-
-def best_and_worst(values: Sequence[float], count: int) -> tuple[list[int], list[int]]:
-    """Positions of the largest values, descending, and of the smallest, ascending, without nan."""
-    numbers = [i for i, value in enumerate(values) if value == value]
-    rising = sorted(numbers, key=lambda i: (values[i], i))
-    return rising[::-1][:count], rising[:count]

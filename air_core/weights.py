@@ -492,7 +492,8 @@ def _part_weights(part: Path, stem: str) -> list[Path]:
     if (single := part / f"{stem}.safetensors").is_file():
         return [single]
     if (index := part / f"{stem}.safetensors.index.json").is_file():
-        names = sorted(set(json_object(index).get("weight_map", {}).values()))
+        listed = json_object(index).get("weight_map")
+        names = sorted({*map(str, listed.values())}) if isinstance(listed, dict) else []
         missing = [name for name in names if not (part / name).is_file()]
         if missing or not names:
             problem = f"{', '.join(missing)}: missing" if missing else "no file"

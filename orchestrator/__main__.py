@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 from importlib.metadata import version
@@ -90,6 +91,8 @@ def main() -> None:
             fail(
                 f"{problem.filename}: there is a file where a folder is needed; move it", BAD_INPUT
             )
+        if isinstance(problem, OSError) and problem.errno == errno.ENAMETOOLONG:
+            fail(f"{problem.filename}: the path is too long; choose a shorter one", BAD_INPUT)
         if code == 1 and not isinstance(problem, StoreFull):
             fail(f"{type(problem).__name__}: {problem} (--debug shows the traceback)", code)
         fail(str(problem), code)

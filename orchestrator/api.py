@@ -74,8 +74,8 @@ def load(
         spec: sweep file, or the bare name of a sweep in ./sweeps, in . or shipped with airsweep.
         sets: replacements for values of the file, like `--set`: {"train.steps": 100}.
         only: values of grid axes to keep, like `--only`: {"method": ["air", "cpl"]}.
-        smoke: reduce every cell to one point, seed and iteration with 8 images, in a separate
-            store, `<store>-smoke`.
+        smoke: reduce every cell to one seed and iteration with 8 images, and a search to two
+            points, in a separate store, `<store>-smoke`.
 
     Raises:
         ValueError: the file or an option is wrong; the message names file, line and column.
@@ -578,7 +578,7 @@ def export(
         output: folder to create.
         sweep: sweep of the trial; `best` needs it.
         only: values of the grid to which `best` is limited, as for `load`.
-        store, data_root: as for `plan`.
+        store, data_root: as for `results`.
         tracking_uri: as for `run`.
         force: replace an existing bundle.
 
@@ -597,6 +597,8 @@ def export(
 
     limits = only_options(only)
     data = _folder(data_root)
+    place = location_named(sweep, store) if sweep else None
+    source = (place.store if place else open_store(_store(store))).read_only()
     if trial == bundles.BEST:
         if sweep is None:
             raise ValueError("`best` needs the name of a sweep; give --sweep NAME")
@@ -608,9 +610,7 @@ def export(
             raise ValueError(
                 "--only is allowed with `best` only: it selects rows, and you named a trial"
             )
-        place = location_named(sweep, store) if sweep else None
-        selected = named_trial(trial, open_store(_store(store)).read_only(), place, tracking_uri)
-    source = open_store(_store(store)).read_only()
+        selected = named_trial(trial, source, place, tracking_uri)
     resolver = Resolver(source.root / "digests.json", data)
     bundles.export(selected, source, resolver, Path(output), force)
     return Path(output)

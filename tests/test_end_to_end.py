@@ -254,6 +254,8 @@ def test_a_file_in_the_place_of_a_folder_of_the_store_is_named(tmp_path, command
         assert f"{tmp_path}/sweeps" in err
         assert "there is a file where a folder is needed" in err
     assert not (tmp_path / "artifacts").exists()
+    code, _, err = command("plan", spec, "--store", tmp_path / ("x" * 300))
+    assert (code, "the path is too long" in err) == (2, True)
 
 
 def test_a_server_on_a_port_in_use_is_refused(tmp_path, command):

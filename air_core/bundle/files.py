@@ -10,6 +10,7 @@ from pathlib import Path
 
 from air_core.datasets.class_folders import SUFFIXES, suffixes
 from air_core.datasets.image_folder import given_classnames
+from air_core.weights import local_path
 
 
 def image_files(places: Iterable[str | Path]) -> list[Path]:
@@ -65,6 +66,7 @@ def _class_of(folder: Path, classnames: Sequence[str]) -> str | None:
 
 
 def _files_of(place: str | Path) -> Iterator[Path]:
+    local_path(place)  # explains an unknown user and a path that is too long
     path = Path(place).expanduser()
     if path.is_dir():
         images = list(_images_below(path))

@@ -73,7 +73,8 @@ SmokeOption = Annotated[
     bool,
     typer.Option(
         "--smoke",
-        help="Reduce every cell to one point, seed and iteration with 8 images, in <store>-smoke.",
+        help="Reduce every cell to one seed and iteration with 8 images, and a search to two "
+        "points, in <store>-smoke.",
     ),
 ]
 SmokeResultsOption = Annotated[

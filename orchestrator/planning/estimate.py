@@ -144,7 +144,10 @@ def stage_work(spec: Any, units: float = 1) -> Work:
             return Work("images", "ready images", units * images.block_size, units)
         case EvidenceSpec():
             scoring = spec.scoring
-            kind = f"{spec.model.name} {spec.size}px top {scoring.top or 'all'}"
+            kind = f"{spec.model.name} {spec.size}px {spec.features.dataset.name}"
+            kind += f" top {scoring.top or 'all'}"
+            if scoring.prune_after is not None:
+                kind += f" {scoring.prune_to} after {scoring.prune_after}"
             return Work("evidence", kind, units * spec.block_size, units)
     raise TypeError(type(spec).__name__)
 

@@ -196,7 +196,7 @@ class Plan:
     total: int
     left: Mapping[str, int]  # number of trials to run, by cell
     results: Mapping[ResultState, int]  # number of trials that need not run, by state
-    unlogged: int  # results that the event log does not have yet
+    unlogged: int  # results and pruned trials that the event log does not have yet
     pruned: Mapping[str, PrunedPoint]  # slots of points that the search pruned
     requirements: tuple[Requirement, ...]
     work: tuple[Work, ...]  # that is left
@@ -291,12 +291,14 @@ def _plan_sweep(
     present = [_is_complete(slot.spec, pending_rungs.get(slot.id, ()), store) for slot in slots]
     logged = logged_results(event_log)
     logged.assign({slot.id: slot.key.digest for slot in slots})
+    ended = ended_slots(event_log)
     results: dict[ResultState, int] = dict.fromkeys(RESULT_STATES, 0)
     unlogged = 0
     to_run: set[str] = set()  # keys
     for slot, is_present in zip(slots, present, strict=True):
         if slot.id in stopped:
             left[slot.cell.id] -= 1
+            unlogged += ended.get(slot.id, ("",))[0] != slot.key.digest
         elif is_present or slot.key.digest in to_run:
             result = logged.state(slot.id, slot.key.digest) if is_present else "shared"
             results[result] += 1
@@ -738,4 +740,4 @@ def _inputs_of(slot: Slot) -> Iterator[tuple[str, str]]:
         yield slot.cell.flat["test_dataset"], spec.test_dataset.digest
     for role in ("backbone", "generator"):
         ref = getattr(spec, role)
-        yield f"{role} {ref.name}", ref.digest
+        yield f"{role} {slot.cell.flat.get(role, ref.name)}", ref.digest

@@ -49,6 +49,7 @@ from air_core.weights import (
 )
 from orchestrator.files import file_digest, file_stamp, write_atomic
 from orchestrator.keys import canonical_json, digest, plain
+from orchestrator.spec.sweep import split_name
 from orchestrator.store import SweepLocation, read_resolved
 from orchestrator.store.code_version import unlisted_versions
 from orchestrator.store.verification import read_cache
@@ -321,6 +322,7 @@ class Resolver:
             "weights": {
                 f"{role} {name}": ref.digest for (role, name), ref in self._weights.items()
             },
+            "paths": {f"{role} {name}": ref.name for (role, name), ref in self._weights.items()},
             "code": self._code,
             "pools": self._pool_sizes,
         }
@@ -333,7 +335,7 @@ class Resolver:
             ValueError: a file is truncated, such as after an incomplete copy.
         """
         if (role, name) not in self._weights:
-            self._weights[role, name] = self.weights_content(role, self.folders.get(name, name))
+            self._weights[role, name] = self.weights_content(role, _located(name, self.folders))
         return self._weights[role, name]
 
     def weights_content(self, role: str, name: str) -> Ref:
@@ -406,6 +408,7 @@ class RecordedResolver(Resolver):
             for name, entry in inputs["datasets"].items()
         }
         self._weight_digests: Mapping[str, str] = inputs["weights"]
+        self._paths: Mapping[str, str] = inputs.get("paths", {})  # earlier versions recorded none
         self.versions, self.folders = inputs.get("code", {}), folders
         self._pool_sizes = inputs.get("pools", {})  # earlier versions recorded none
 
@@ -428,7 +431,8 @@ class RecordedResolver(Resolver):
         digest = self._weight_digests.get(f"{role} {name}")
         if digest is None:
             raise NotRecorded(f"no run of this sweep has used the {role} {name}")
-        return Ref(name=self.folders.get(name, name), digest=digest)
+        path = self._paths.get(f"{role} {name}") or _located(name, self.folders)
+        return Ref(name=path, digest=digest)
 
     def check(self, trial: TrialSpec, datasets: Mapping[str, DatasetInput]) -> None:
         """Do nothing: the last run checked its trials."""
@@ -449,6 +453,16 @@ class RecordedResolver(Resolver):
 
 class NotRecorded(ValueError):
     """A dataset or weights that no run of a sweep has used."""
+
+
+def _located(name: str, folders: Mapping[str, str]) -> str:
+    """The name of weights with an absolute path if it has one, since workers have another working
+    directory."""
+    before, path = split_name(folders.get(name, name))
+    with suppress(ValueError):
+        if name not in EMBEDDED.values() and (located := local_path(path)).exists():
+            return before + os.path.normpath(located)
+    return before + path
 
 
 def _split_name(trial: TrialSpec) -> str:

@@ -83,13 +83,17 @@ def _joint_answer(comparisons: Sequence[Comparison]) -> str:
 
 def _missing_controls(rows: Sequence[Row], results: Results) -> Iterator[str]:
     """Questions that need a control without diffusion of which the sweep has no row."""
-    missing = {
-        row.method: control
+    every = Counter(row.method for row in rows)
+    missing = Counter(
+        row.method
         for row in rows
-        if (control := _control(row.method)) and "control" not in results.comparisons_of(row)
-    }
-    for method, control in missing.items():
-        yield f"Does {method} beat {control}? Cannot be told: {control} has no result."
+        if _control(row.method) and "control" not in results.comparisons_of(row)
+    )
+    for method, count in missing.items():
+        control = _control(method)
+        some = "" if count == every[method] else f" in {count} of {every[method]} rows"
+        why = f"{control} has no result to compare"
+        yield f"Does {method} beat {control}? Cannot be told{some}: {why}."
 
 
 def _control(method: str) -> str | None:

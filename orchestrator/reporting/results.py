@@ -301,8 +301,8 @@ def match_plan(status: SweepStatus, plan: Plan, store: ArtifactStore, alive: boo
 
     The event log also has trials of earlier versions of the sweep file, some in the slots of other
     trials; they are left out. Unless a driver is `alive`, results are added that the store has and
-    the event log does not: those of a killed run, and those of other sweeps. The next run logs them
-    in the same states.
+    the event log does not: those of a killed run, and those of other sweeps; so are pruned trials
+    without an event. The next run logs them in the same states.
     """
     planned = {slot.id: slot.key.digest for slot in plan.slots}
     status.results.assign(planned)
@@ -315,8 +315,11 @@ def match_plan(status: SweepStatus, plan: Plan, store: ArtifactStore, alive: boo
             status.last[name] = status.results.state(name, planned[name])
     status.total = plan.total
     for slot in () if alive else plan.slots:
-        ended = status.last.get(slot.id) in ENDED or slot.id in plan.pruned
-        if not ended and store.has(slot.spec):
+        if status.last.get(slot.id) in ENDED:
+            continue
+        if slot.id in plan.pruned:
+            status.last[slot.id] = "pruned"
+        elif store.has(slot.spec):
             status.last[slot.id] = status.results.state(slot.id, slot.key.digest)
             status.failures.pop(slot.id, None)
 

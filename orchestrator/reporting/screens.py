@@ -165,7 +165,8 @@ def _unused(location: SweepLocation) -> dict[str, UnusedImages]:
     """Unused images by dataset; empty if the sweep's file or records cannot be read."""
     try:
         sweep, location = read_sweep(location, location.data_root)
-        resolver, seeds = resolver_of(location), sweep.seeds.assignments()[0]
+        resolver = resolver_of(location, sweep.folders)
+        seeds = sweep.seeds.assignments()[0]
         trials = [
             resolver.trial({**cell.flat, **default_params(cell), **seeds})
             for cell in cells_of(sweep)

@@ -23,6 +23,7 @@ from orchestrator.planning.requests import (
     store_command,
     sweep_words,
 )
+from orchestrator.planning.resolve import REFS
 from orchestrator.planning.studies import read_searches
 from orchestrator.reporting._answers import answers
 from orchestrator.reporting.results import SweepStatus, holes_text, plan_status
@@ -37,6 +38,7 @@ from orchestrator.reporting.rows import (
     uses_diffusion,
 )
 from orchestrator.reporting.tables import classifier_notes, comparison_lines, table_lines
+from orchestrator.spec.sweep import split_name
 from orchestrator.store import (
     SweepLocation,
     is_bucket,
@@ -192,7 +194,7 @@ def _time(outcome: Mapping[str, Any], run: Mapping[str, Any]) -> str:
     parts = [
         f"{PHASES[stage]} {format_duration(walls[stage])}" for stage in PHASES if stage in walls
     ]
-    rest = max(0.0, outcome["seconds"] - sum(walls.values()))
+    rest = max(0.0, outcome["seconds"] - sum(walls.get(stage, 0.0) for stage in PHASES))
     overheads = run.get("overheads")
     overhead = (
         f"{sum(overheads) / len(overheads):.2f} s overhead per point on warm actors; "
@@ -277,11 +279,9 @@ def next_steps(plan: Plan, location: SweepLocation) -> list[tuple[str, str]]:
 
 
 def _relative_folder(plan: Plan) -> str | None:
-    """A relative `folder:<path>` of the sweep; None if it has none."""
-    names = (
-        cell.flat.get(key)
-        for cell in plan.cells
-        for key in ("dataset", "test_dataset", "generator")
-    )
-    folders = (str(name) for name in names if str(name).startswith("folder:"))
-    return next((name for name in folders if name.removeprefix("folder:")[0] != "/"), None)
+    """A relative path to images or a model of the sweep; None if it has none."""
+    located = plan.sweep.folders
+    names = (str(cell.flat.get(key)) for cell in plan.cells for key in REFS)
+    folders = (name for name in names if name in located or name.startswith("folder:"))
+    paths = {name: split_name(located.get(name, name))[1] for name in folders}
+    return next((name for name, path in paths.items() if path[0] != "/"), None)

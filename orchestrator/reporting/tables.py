@@ -436,7 +436,7 @@ def _pivot_caption(results: Results, metric: str) -> list[str]:
     else:
         notes = [
             splits_and_seeds(results.rows),
-            "No difference is tested: only accuracy is recorded for each image.",
+            "No difference is tested in a table of this metric.",
         ]
     return [*caption, *notes]
 

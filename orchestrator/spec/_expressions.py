@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import operator
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -58,13 +59,14 @@ def constants_of(text: str) -> tuple[tuple[str, Any], ...]:
 
 
 def numbers_of(text: str) -> tuple[float, ...]:
-    """The numbers in a condition, each with both signs.
+    """The numbers in a condition, each with both signs; without those that no float can hold.
 
     >>> numbers_of("0.5 < fusion_weight and iterations in [1, 2]")
     (0.5, -0.5, 1, -1, 2, -2)
     """
     constants = [node.value for node in ast.walk(_parse(text)) if isinstance(node, ast.Constant)]
     numbers = [value for value in constants if isinstance(value, int | float)]
+    numbers = [value for value in numbers if abs(value) <= sys.float_info.max]
     return tuple(signed for number in numbers for signed in (number, -number))
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from air_core.datasets.class_folders import SUFFIXES, images_in
 from air_core.datasets.image_folder import PREFIX, WANTED, folder_dataset
 from air_core.paradigms import TEST_SHARE
+from air_core.weights import local_path
 from orchestrator.files import write_new
 from orchestrator.spec.marked_yaml import parse
 from orchestrator.spec.sweep_file import sweep_from_document
@@ -161,6 +162,7 @@ def _dataset(images: str) -> Dataset:
     Raises:
         ValueError: the folder has no class folders, or its classes are not a dataset.
     """
+    local_path(images)  # explains an unknown user and a path that is too long
     folder = Path(images).expanduser()
     if folder.is_dir() and not any(entry.is_dir() for entry in folder.iterdir()):
         count = len(images_in(folder))

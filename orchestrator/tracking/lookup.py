@@ -88,7 +88,10 @@ def find_trial(name: str, store: ArtifactStore, uri: str | None) -> PastTrial:
             f"no slot {name!r} has a finished trial in {store.name}; a slot is CELL/POINT/SEEDS, "
             "as in the event log and the tag air.slot"
         )
-    return trial_of_run(name, store.root, uri)
+    try:
+        return trial_of_run(name, store.root, uri)
+    except ValueError as error:
+        raise ValueError(f"no trial key in {store.name} starts with {name!r}; {error}") from None
 
 
 def trial_of_run(run_id: str, root: Path, uri: str | None) -> PastTrial:
@@ -161,18 +164,22 @@ def _flattened(spec: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]
 
 
 def _key_of_slot(slot: str, store: ArtifactStore) -> str | None:
-    """The last key of a slot, in any sweep of the store."""
-    key = None
+    """The last key of a slot; None if no sweep has finished it.
+
+    Raises:
+        ValueError: sweeps of the store have different trials in this slot.
+    """
+    keys: dict[str, str] = {}  # by sweep
     for location in recorded_locations(store):
         for event in location.event_log().events():
             if event.get("slot") == slot and event["event"] in ("trial_done", "trial_reused"):
-                key = str(event["key"])
-    return key
-
-
-ALLOWED_NAMES = (
-    "best, a trial key or its first 6 digits, a slot CELL/POINT/SEEDS, or an MLflow run id"
-)
+                keys[location.full_name] = str(event["key"])
+    if len(set(keys.values())) > 1:
+        found = ", ".join(f"{key[:12]} of {sweep}" for sweep, key in keys.items())
+        raise ValueError(
+            f"several sweeps have other trials in the slot {slot!r}; give a key: {found}"
+        )
+    return next(iter(keys.values()), None)
 
 
 def named_trial(
@@ -190,10 +197,7 @@ def named_trial(
     # The last key of each finished slot of the sweep.
     events = () if location is None else location.event_log().events()
     slots = {e["slot"]: e["key"] for e in events if e["event"] in ("trial_done", "trial_reused")}
-    try:
-        trial = find_trial(slots.get(name, name), store, uri)
-    except ValueError as error:
-        raise ValueError(f"{error}; allowed: {ALLOWED_NAMES}") from None
+    trial = find_trial(slots.get(name, name), store, uri)
     if not trial.has_current_key():
         raise ValueError(
             f"{trial.label} was computed by another version of the code, with which its prompt may "

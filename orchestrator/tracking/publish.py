@@ -94,10 +94,8 @@ class Publisher:
         """Queue the curves of a running trial for sending. They replace queued ones."""
         if self.kind == "none":
             return
-        is_queued = slot.id in self._running
         self._running[slot.id] = self._children.running(slot, curves, started, provenance())
-        if not is_queued:
-            self._pending.append(self._thread.submit(self._send_running, slot.id))
+        self._pending.append(self._thread.submit(self._send_running, slot.id))
 
     def catch_up(self) -> None:
         """Wait until the queue is empty.
@@ -150,8 +148,8 @@ class Publisher:
         return self._call(lambda tracker: [tracker.send(run) for run in runs])
 
     def _send_running(self, slot: str) -> bool:
-        run = self._running.pop(slot)
-        return self._call(lambda tracker: tracker.send(run))
+        run = self._running.pop(slot, None)  # None: sent by an earlier call, with these curves
+        return run is None or self._call(lambda tracker: tracker.send(run))
 
     def _close(self, status: Status) -> bool:
         # Opening MLflow would take too long.

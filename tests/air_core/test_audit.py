@@ -19,7 +19,6 @@ from air_core.audit import (
     ImageSet,
     ReferenceImages,
     audit,
-    best_and_worst,
     difference_hash,
     kid,
     spread,
@@ -168,7 +167,6 @@ def test_an_image_without_content_has_one_finding_and_no_numbers():
     assert result.margins[[1, 4, 6, 8]].isnan().all()
     assert result.guesses[[1, 4, 6, 8]].tolist() == [-1] * 4
     assert np.isfinite(result.distance.mean)
-    assert best_and_worst([0.1, float("nan"), 0.9, -0.5, 0.9], 2) == ([4, 2], [3, 0])
 
 
 def test_the_nearest_image_is_searched_within_the_class():

@@ -215,7 +215,7 @@ def test_results_are_read_further_from_python(finished, tmp_path):
 
     image = tmp_path / "zero.png"
     Image.new("L", (8, 8)).save(image)
-    folder = api.export(trials["key"].iloc[2], tmp_path / "bundle", sweep=done, store=store)
+    folder = api.export(trials["key"].iloc[2], tmp_path / "bundle", sweep=done)  # finds the store
     (found,) = api.load_bundle(folder).classify([str(image)])
     assert found.top[0][0] in set(predicted["label"])
 

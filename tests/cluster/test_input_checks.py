@@ -191,6 +191,11 @@ def zipped(folder: Path) -> None:
         archive.writestr("model_index.json", "{}")
 
 
+def sharded(folder: Path, index: str) -> None:
+    (folder / UNET).unlink()
+    (folder / f"{UNET}.index.json").write_text(index)
+
+
 def emptied(folder: Path, file: str) -> None:
     (folder / file).write_bytes(b"")
 
@@ -222,6 +227,8 @@ ENCRYPTED, TOKENIZER = 1, "tokenizer/tokenizer.json"
         ("generator", piped, (UNET,), "diffusion_pytorch_model.safetensors is missing"),
         ("generator", renamed, (UNET, PICKLE), "a pickle"),
         ("generator", renamed, (UNET, HALF), "no diffusion_pytorch_model.safetensors"),
+        ("generator", sharded, ('{"weight_map": {"a": 3}}',), "index.json lists 3: missing"),
+        ("generator", sharded, ('{"weight_map": [1]}',), "index.json lists no file"),
         ("generator", renamed, ("vae/config.json", "vae/a.json"), "it has none of config.json"),
         ("generator", cut, ("vae/config.json",), "vae/config.json cannot be read"),
         ("generator", cut, (TOKENIZER,), f"{TOKENIZER} is empty or cut off"),

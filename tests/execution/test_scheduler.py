@@ -18,7 +18,7 @@ from orchestrator.planning import Outcome, Resolver
 from orchestrator.planning.plan import plan_sweep
 from orchestrator.planning.search import CellSearch
 from orchestrator.planning.studies import read_searches
-from orchestrator.reporting.results import results_of
+from orchestrator.reporting.results import match_plan, results_of, sweep_status
 from orchestrator.spec import Dimension, SweepSpec, cells_of
 from orchestrator.spec.sweep import Pruning, Search, Seeds
 from orchestrator.stages.context import WorkerContext
@@ -668,6 +668,10 @@ def test_pruned_points_are_counted_by_the_plan_and_are_not_run_again(world):
     more = pruning(seeds=(1, 2, 3))
     plan = plan_sweep(more, world.store, world.resolver, world.event_log)
     assert plan.to_run == 8 - len(pruned_at(world))
+    assert plan.ended == 16  # the other trials of this seed are pruned, but not logged yet
+    status = sweep_status(world.event_log)
+    match_plan(status, plan, world.store)
+    assert status.counts(alive=False)["pruned"] == len(plan.pruned)
     jobs = world.run_all(world.scheduler(more))
     assert len(jobs) == plan.to_run
     assert {job.segments.stop_after for job in jobs} == {None}

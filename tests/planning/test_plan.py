@@ -575,15 +575,17 @@ def test_epochs_are_estimated_by_the_steps_of_a_smoke_run(world):
     assert trials.units == 2 * 5 * (10 * 16 // 20)  # 16 images of each of 10 classes
 
 
-def test_a_smoke_run_scores_a_few_images(world):
+def test_a_smoke_run_scores_a_few_images_of_the_same_kind(world):
     fixed = {"generator": "tiny", "evidence.draws": 4, "evidence.block": 8}
     sweep = world.sweep("cpl_real_evidence", fixed=fixed, seeds=seeds(1, 2))
-    totals = [
-        sum(each.total() for each in world.plan(some).requirements if each.stage == "evidence")
-        for some in (sweep, smoke_variant(sweep))
-    ]
-    assert totals[0] > 100
-    assert totals[1] == 4 * 32 / 8  # draws x blocks
+    pruned = world.sweep("cpl_real_evidence", fixed={**fixed, "evidence.prune_after": 1})
+    whole, smoke, cheaper = (
+        next(work for work in world.plan(some).work if work.stage == "evidence")
+        for some in (sweep, smoke_variant(sweep), pruned)
+    )
+    assert whole.units > 800
+    assert smoke.units == 4 * 32  # draws x images
+    assert whole.kind == smoke.kind != cheaper.kind
 
 
 def test_the_estimate_includes_trials_of_a_search_that_has_not_started(world):

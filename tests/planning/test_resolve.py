@@ -13,9 +13,10 @@ from safetensors.numpy import save_file
 
 from air_core.datasets import Dataset, get_dataset
 from air_core.specs import Ref
+from air_core.weights import tiny_folder
 from orchestrator.planning import Resolver, plan_of
 from orchestrator.planning.requests import location_for, read_request
-from orchestrator.planning.resolve import MissingInput, images_folder
+from orchestrator.planning.resolve import MissingInput, RecordedResolver, images_folder
 from orchestrator.spec import SpecError, presets
 from tests.helpers.dataset_trees import draw
 
@@ -95,6 +96,17 @@ def test_the_error_for_missing_weights_lists_what_is_allowed(fresh, tmp_path):
         fresh.weights("backbone", str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"generator .*or folder:<path>"):
         fresh.weights("generator", f"folder:{tmp_path / 'nowhere'}")
+
+
+def test_a_relative_model_gets_the_absolute_path_of_the_run(fresh, monkeypatch, tmp_path):
+    shutil.copytree(tiny_folder(), tmp_path / "clip")
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    refs = {name: fresh.weights("backbone", name) for name in ("./clip", "tiny")}
+    assert [ref.name for ref in refs.values()] == [str(tmp_path / "clip"), "tiny"]
+    monkeypatch.chdir("/")  # as workers and later commands may
+    recorded = RecordedResolver(fresh.inputs(), {})
+    assert {name: recorded.weights("backbone", name) for name in refs} == refs
 
 
 def test_a_generator_folder_may_start_with_a_tilde_or_be_relative(monkeypatch, tmp_path):

@@ -439,6 +439,7 @@ def test_classify_without_images_or_bundle_is_bad_input(bundle, command, tmp_pat
     for arguments, words in (
         ((bundle, tmp_path / "empty"), "contain no image"),
         ((bundle, tmp_path / "no.png"), "does not exist"),
+        ((bundle, "~nosuchuser/new.png"), "no such user"),
         ((bundle, bad), "no file could be read, so nothing was classified"),
         ((bundle, new, "--json", "--csv"), "give only one"),
         ((bundle, new, "--weights", tmp_path / "x"), "does not exist; allowed: tiny"),

@@ -595,8 +595,12 @@ def test_answers_begin_with_yes_no_or_cannot_be_told() -> None:
 def test_questions_without_a_control_or_on_many_rows_have_one_answer() -> None:
     alone = results([*trials("cpl"), *trials("air")])
     assert answers(alone)[1:] == [
-        "Does air beat air_control? Cannot be told: air_control has no result."
+        "Does air beat air_control? Cannot be told: air_control has no result to compare."
     ]
+    in_part = [*trials("air"), *trials("air_control"), *trials("air", dataset="dtd", cell="dtd")]
+    assert answers(results(in_part))[1].startswith(
+        "Does air beat air_control? Cannot be told in 1 of 2 rows: air_control has no result"
+    )
     domain = [replace(trial, method="air_domain", cell="d") for trial in trials("air")]
     [answer] = answers(results([*trials("cpl"), *domain]))  # its control is air
     assert answer.startswith("Does air_domain beat cpl? Yes: +")

@@ -98,6 +98,8 @@ BAD = {
     "one": ({"a": 9}, "only one class, 'a'"),
     "few": ({"a": 9, "b": 3}, "fewer than 4 images of 'b'"),
     "half": ({"train/a": 4, "train/b": 4}, "but no test"),
+    "~nosuchuser": ({}, "no such user"),
+    "long" * 80: ({}, "is too long for a path"),
 }
 
 

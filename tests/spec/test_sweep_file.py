@@ -676,7 +676,7 @@ BAD = {
         ["never searched"],
     ),
     **{
-        f"when that holds at no point: {when}": (
+        f"when that holds at no point: {when[:40]}": (
             SEARCH + "    auxiliary.kind: {values: [lda, knn]}\n    iterations: {min: 1, max: 9}\n"
             "    fusion_weight: {min: 0.1, max: 0.5}\n"
             f"    prompt.length: {{min: 1, max: 8, when: {when}}}\n",
@@ -688,6 +688,7 @@ BAD = {
             "iterations > 4 and iterations < 5",
             "auxiliary.kind == 'cache'",
             "iterations == fusion_weight",
+            f"fusion_weight > {10**400}",  # more than a float can hold
         )
     },
     "a grid of 729 million points": (

@@ -484,6 +484,17 @@ def test_runs_that_cannot_be_computed_again_are_bad_input(ended, tracked, run, m
         repro(run_id, ended.store, resolver_of(ended), tracked)
 
 
+def test_a_slot_with_other_trials_in_two_sweeps_needs_a_key(ended, sweep, tmp_path):
+    fpl, air = (plan_of(sweep, ended).slots[i] for i in (2, 4))
+    store = copy_of(ended, tmp_path).store
+    event_log = SweepLocation(store, "default", "other", None).event_log()
+    event_log.lock()
+    event_log.append("trial_done", slot=fpl.id, cell=fpl.cell.id, key=air.key.digest)
+    event_log.unlock()
+    with pytest.raises(ValueError, match=f"give a key: .*{fpl.key.digest[:12]} of default/small"):
+        find_trial(fpl.id, store, "none")
+
+
 def test_two_trials_are_compared_by_key_slot_or_run(ended, sweep, tracked):
     slots = plan_of(sweep, ended).slots
     fpl, air = slots[2], slots[4]
