@@ -171,7 +171,7 @@ def _coco_names(content: Any) -> list[str]:
 def _from_json(name: str, file: Path, read: Callable[[Any], list[T]], expected: str) -> list[T]:
     try:
         return read(json.loads(read_text(file)))
-    except (json.JSONDecodeError, LookupError, TypeError) as problem:
+    except (json.JSONDecodeError, LookupError, TypeError, RecursionError) as problem:
         raise ValueError(
             f"{name}: {file} is no split file; expected JSON such as {expected}; get it again"
         ) from problem

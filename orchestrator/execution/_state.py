@@ -6,7 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from air_core.specs import FeaturesSpec, TrialSpec
@@ -233,10 +233,11 @@ class RunState:
             self.budget_tracker.record_pruned_trial(outcome.seconds)
         if outcome.state == "done" and outcome.record is not None:
             record = outcome.record
-            startup = record.seconds if record.startup is None else record.startup
             spec = outcome.slot.spec
             pool = None if spec.train.steps else self.resolver.pool_size(spec)
-            work = trial_work(spec, pool=pool)
+            work, startup = trial_work(spec, pool=pool), record.startup
+            if startup is None:  # its steps were not measured
+                work, startup = replace(work, units=0), record.seconds
             self.statistics.add_work(work, record.seconds - startup, startup)
             self.budget_tracker.record_trial(outcome.slot.cell.id, record.seconds)
 

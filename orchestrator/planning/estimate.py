@@ -58,7 +58,7 @@ class Pace:
     """Measured time of one kind of work."""
 
     seconds: float  # total of all units, without start-up
-    units: float
+    units: float  # 0: of a trial only the start-up was measured
     startup: float = 0.0  # total seconds of all starts
     starts: float = 0.0
 
@@ -233,11 +233,13 @@ def estimate(work: Iterable[Work], store: ArtifactStore, resources: Resources) -
     unmeasured: list[str] = []
     for part in work:
         stage, kind = part.stage, part.kind
-        pace = history.get(stage, {}).get(kind) or smoke.get(stage, {}).get(kind)
+        paces = [measured.get(stage, {}).get(kind) for measured in (history, smoke)]
+        pace = next((pace for pace in paces if pace and (pace.units or not part.units)), None)
         if pace is None:  # use the mean over the other kinds of the stage
             unmeasured.append(f"{stage} ({kind})")
             sources[stage] = "guess"
-            seconds = (_mean_pace(history.get(stage, {})) or GUESS[stage]).seconds_for(part)
+            mean = _mean_pace(history.get(stage, {}))
+            seconds = (mean if mean and mean.units else GUESS[stage]).seconds_for(part)
         else:
             seconds = pace.seconds_for(part)
         stages[stage] = stages.get(stage, 0.0) + seconds

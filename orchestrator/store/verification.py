@@ -27,25 +27,31 @@ def read_record(file: Path) -> dict[str, Any]:
     """Read `record.json` or `row.json` and verify its checksum.
 
     Raises:
-        DamagedArtifact: the file cannot be parsed or was changed.
+        DamagedArtifact: the file cannot be parsed, was changed or has no checksum.
         FileNotFoundError: it does not exist.
     """
+    return parse_record(_content(file), file)
+
+
+def _content(file: Path) -> bytes:
     try:
-        data = file.read_bytes()
+        return file.read_bytes()
     except IsADirectoryError:
         raise DamagedArtifact(file.parent, f"{file.name} is a folder") from None
-    return parse_record(data, file)
 
 
-def parse_record(data: bytes, file: Path, name: str = "") -> dict[str, Any]:
+def parse_record(
+    data: bytes, file: Path, name: str = "", needs_checksum: bool = True
+) -> dict[str, Any]:
     """Parse the content of a record and verify its checksum.
 
     Args:
         file: path of the record.
         name: its name in messages; default: the path of its folder.
+        needs_checksum: refuse content without a checksum, which a cut-off file may be.
 
     Raises:
-        DamagedArtifact: the content cannot be parsed or was changed.
+        DamagedArtifact: the content cannot be parsed, was changed or has no checksum.
     """
     try:
         record = json.loads(data)
@@ -53,8 +59,11 @@ def parse_record(data: bytes, file: Path, name: str = "") -> dict[str, Any]:
         raise DamagedArtifact(file.parent, f"{file.name} is not JSON ({problem})", name) from None
     if not isinstance(record, dict):
         raise DamagedArtifact(file.parent, f"{file.name} is not a JSON object", name)
-    if intact(data) is False:
+    checked = intact(data)
+    if checked is False:
         raise DamagedArtifact(file.parent, f"the checksum of {file.name} does not match", name)
+    if checked is None and needs_checksum:
+        raise DamagedArtifact(file.parent, f"{file.name} has no checksum", name)
     return record
 
 
@@ -95,7 +104,7 @@ def read_sealed(file: Path) -> dict[str, Any]:
         FileNotFoundError: it does not exist.
     """
     try:
-        content = read_record(file)
+        content = parse_record(_content(file), file, needs_checksum=False)
     except DamagedArtifact as damaged:
         raise ValueError(damaged.reason) from None
     content.pop("seal", None)

@@ -553,6 +553,8 @@ def test_only_the_steps_of_a_smoke_trial_are_multiplied(world):
     smoke.root.mkdir()
     measured = Pace(1.0, 10.0, startup=3.0, starts=1.0)  # of a trial of 10 steps in 4 seconds
     record_measurements(smoke, {("trials", trials.kind): measured})
+    start = Pace(0.0, 0.0, startup=9.0, starts=1.0)  # of a trial whose steps were not measured
+    record_measurements(world.store, {("trials", trials.kind): start})
     found = world.plan(plan.sweep).estimate
     assert found.sources["trials"] == "history"
     assert found.stages["trials"] == pytest.approx(2 * (3.0 + 300 * 0.1))

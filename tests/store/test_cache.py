@@ -541,12 +541,14 @@ def test_verify_finds_a_missing_file_and_a_record_of_another_folder(world):
     }
 
 
-def test_json_without_a_checksum_is_counted_and_a_shard_without_one_is_damaged(world):
+def test_a_record_or_shard_without_a_checksum_is_damaged_and_another_file_is_counted(world):
     world.finish("one", AIR.format(count=8, rank=4))
     record = next(world.store.artifacts.glob("features/*/*/record.json"))
-    content = json.loads(record.read_text())
-    del content["seal"]  # as versions before checksums wrote it
-    record.write_text(json.dumps(content))
+    resolved = next(world.store.root.glob("sweeps/*/*/resolved.json"))
+    for file in (record, resolved):
+        content = json.loads(file.read_text())
+        content.pop("seal", None)  # earlier versions wrote resolved.json without one
+        file.write_text(json.dumps(content))
     shards = [
         next(world.store.artifacts.glob(f"{stage}/*/*/0*.*")) for stage in ("images", "synthetic")
     ]
@@ -554,7 +556,7 @@ def test_json_without_a_checksum_is_counted_and_a_shard_without_one_is_damaged(w
         shard.write_bytes(shard.read_bytes()[:99])
     report = verify(take_inventory(world.store))
     assert report.unsealed == 1
-    assert {check.file for check in report.damaged} == {*shards}
+    assert {check.file for check in report.damaged} == {record, *shards}
 
 
 # ---------------------------------------------------------------- cost
