@@ -219,17 +219,22 @@ def overviews(store: ArtifactStore) -> list[dict[str, Any]]:
     """State and best rows of each sweep of a store, for `airsweep list --json`.
 
     `best` has one row per task, the one with the highest mean. It is empty if no trial is finished,
-    or if a file of the sweep is damaged, which `airsweep table` reports.
+    or if a file of the sweep is damaged, which `airsweep table` reports; the state is `damaged` if
+    it is the event log.
     """
     return [_overview(location) for location in recorded_locations(store)]
 
 
 def _overview(location: SweepLocation) -> dict[str, Any]:
     event_log = location.event_log()
-    status, alive = sweep_status(event_log), event_log.is_locked()
-    state = "killed" if status.exit_code is None else read_outcome(location).get("state", "unknown")
+    alive, status, state, last = event_log.is_locked(), SweepStatus(), "damaged", None
     best: list[dict[str, Any]] = []
     with suppress(ValueError, OSError):
+        last = max((event["time"] for event in event_log.events()), default=None)
+        status = sweep_status(event_log)
+        state = read_outcome(location).get("state", "unknown")
+        if status.exit_code is None:
+            state = "killed"
         sweep, recorded = read_sweep(location, location.data_root)
         plan = plan_of(sweep, recorded)
         match_plan(status, plan, location.store, alive)
@@ -242,7 +247,7 @@ def _overview(location: SweepLocation) -> dict[str, Any]:
         "finished": sum(counts[state] for state in (*RESULT_STATES, "pruned")),
         "failed": counts["failed"],
         "total": sum(counts.values()),
-        "last_event": max((event["time"] for event in event_log.events()), default=None),
+        "last_event": last,
         "best": best,
     }
 

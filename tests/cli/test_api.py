@@ -360,6 +360,10 @@ def test_the_log_of_a_sweep_has_its_errors_and_can_be_limited_to_a_trial(tmp_pat
     assert code == 2
     assert "no event of fpl/9" in err
     assert "default/small  failed  " in command("list", "--store", store)[1]
+    with (store / "sweeps" / "default" / "small" / "events.jsonl").open("a") as file:
+        file.write("{\n")
+    assert "default/small  damaged  " in command("list", "--store", store)[1]
+    assert command("status", "small", "--store", store)[0] == 2  # names the line
 
 
 def test_a_watched_status_shows_changes_until_the_sweep_ends(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from air_core.seal import sealed_json
 from air_core.specs import SyntheticFeaturesSpec, TrialSpec
 from orchestrator.keys import artifact_key
 from orchestrator.store import ArtifactStore, SweepLocation, open_store
@@ -56,7 +57,7 @@ def with_record(folder: Path, **changes: object) -> None:
     """Rewrite a record as an earlier version wrote it; None removes a key."""
     record = json.loads((folder / "record.json").read_text()) | changes
     kept = {name: value for name, value in record.items() if value is not None and name != "seal"}
-    (folder / "record.json").write_text(json.dumps(kept))
+    (folder / "record.json").write_bytes(sealed_json(kept))
 
 
 def of_user(monkeypatch, user: str, **devices: float) -> None:
