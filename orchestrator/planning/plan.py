@@ -291,7 +291,7 @@ def _plan_sweep(
     present = [_is_complete(slot.spec, pending_rungs.get(slot.id, ()), store) for slot in slots]
     logged = logged_results(event_log)
     logged.assign({slot.id: slot.key.digest for slot in slots})
-    ended = ended_slots(event_log)
+    ended = ended_slots(event_log) if stopped else {}
     results: dict[ResultState, int] = dict.fromkeys(RESULT_STATES, 0)
     unlogged = 0
     to_run: set[str] = set()  # keys

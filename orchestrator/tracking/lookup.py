@@ -169,17 +169,20 @@ def _key_of_slot(slot: str, store: ArtifactStore) -> str | None:
     Raises:
         ValueError: sweeps of the store have different trials in this slot.
     """
-    keys: dict[str, str] = {}  # by sweep
-    for location in recorded_locations(store):
-        for event in location.event_log().events():
-            if event.get("slot") == slot and event["event"] in ("trial_done", "trial_reused"):
-                keys[location.full_name] = str(event["key"])
+    slots = {each.full_name: _finished_slots(each) for each in recorded_locations(store)}
+    keys = {sweep: finished[slot] for sweep, finished in slots.items() if slot in finished}
     if len(set(keys.values())) > 1:
         found = ", ".join(f"{key[:12]} of {sweep}" for sweep, key in keys.items())
         raise ValueError(
             f"several sweeps have other trials in the slot {slot!r}; give a key: {found}"
         )
     return next(iter(keys.values()), None)
+
+
+def _finished_slots(location: SweepLocation) -> dict[str, str]:
+    """The last key of each finished slot of a sweep."""
+    events = location.event_log().events()
+    return {e["slot"]: e["key"] for e in events if e["event"] in ("trial_done", "trial_reused")}
 
 
 def named_trial(
@@ -194,9 +197,7 @@ def named_trial(
         ValueError: no trial or several trials match, or the trial is not part of the sweep.
         TrackerUnreachable: the store has no such trial, and MLflow does not answer.
     """
-    # The last key of each finished slot of the sweep.
-    events = () if location is None else location.event_log().events()
-    slots = {e["slot"]: e["key"] for e in events if e["event"] in ("trial_done", "trial_reused")}
+    slots = {} if location is None else _finished_slots(location)
     trial = find_trial(slots.get(name, name), store, uri)
     if not trial.has_current_key():
         raise ValueError(
