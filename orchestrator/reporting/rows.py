@@ -76,6 +76,7 @@ class FinishedTrial:
     labels: Array  # (T,)
     # (T,) predictions by text, auxiliary and fused classifier, as far as recorded
     by_classifier: Mapping[str, Array] = field(default_factory=dict)
+    probabilities: Mapping[str, Array] = field(default_factory=dict)  # (T,) of these predictions
     unseen: Array | None = None  # (T,) bool: TRZSL, images of classes without labels
     digests: Mapping[str, str] = field(default_factory=dict)  # content of dataset and backbone
     searched: frozenset[str] = frozenset()  # keys of `settings` that a search chose
