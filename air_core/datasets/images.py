@@ -94,6 +94,42 @@ def open_image(file: Path) -> Image:
     return _opened(file, FORMATS, str(file))
 
 
+def rgb_image(image: Image | np.ndarray, name: str) -> Image:
+    """Convert an image in memory as `open_image` converts files.
+
+    Args:
+        image: a PIL image, or an array (H, W, 3) or (H, W) uint8.
+        name: of the image in messages.
+
+    Raises:
+        ValueError: it is of another type, or an array of another shape or dtype.
+        Unreadable: it cannot be decoded.
+    """
+    import numpy as np
+    from PIL import Image
+
+    if isinstance(image, np.ndarray):
+        shaped = image.ndim == 2 or image.shape[2:] == (3,)
+        if not shaped or not image.size or image.dtype != np.uint8:
+            raise ValueError(
+                f"image {name} is an array {image.shape} of {image.dtype}; allowed: (H, W, 3) or "
+                "(H, W) of uint8, with values from 0 to 255"
+            )
+        return Image.fromarray(image).convert("RGB")
+    if not isinstance(image, Image.Image):
+        raise ValueError(
+            f"image {name} is a {type(image).__name__}; allowed: paths, PIL images and numpy arrays"
+        )
+    try:
+        image.load()
+        return _rgb(_upright(image))
+    except MemoryError:
+        raise
+    except Exception as problem:  # as in `_opened`
+        why = str(problem) or type(problem).__name__
+        raise Unreadable(f"image {name} cannot be read: {why}") from None
+
+
 def pixel_count(file: Path) -> int:
     """Width times height from the header of an image; 0 if it cannot be read."""
     from PIL import Image
