@@ -25,6 +25,7 @@ WHITE = (255, 255, 255)
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # the last bytes of a complete file
 TAIL = 1 << 16  # bytes at the end of a file among which ENDS are searched; others may follow
+ORIENTATION = 0x0112  # tag of EXIF; 1 is upright
 MAX_PIXELS = 178_956_970  # 0.5 GB as RGB; the header of a small file can claim any size
 TOO_LARGE = f"it is too large, over {MAX_PIXELS:,} pixels; make it smaller"
 
@@ -237,6 +238,8 @@ def _upright(image: Image) -> Image:
     from PIL import ImageOps
 
     try:
+        if image.getexif().get(ORIENTATION, 1) == 1:
+            return image  # exif_transpose would copy it
         return ImageOps.exif_transpose(image)
     except Exception:
         # The pixels are valid even if the EXIF data is damaged.
