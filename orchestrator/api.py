@@ -637,22 +637,15 @@ def load_bundle(
     weights: str | None = None,
     device: str = "cpu",
     classifier: str | None = None,
+    min_probability: float = 0.0,
 ) -> Bundle:
     """Load a bundle, to classify images: `load_bundle("bundle").classify(["new/*.png"])`.
 
-    Args:
-        folder: written by `export`.
-        weights: name or path of the backbone, if its weights are not published.
-        device: of CLIP, such as cuda.
-        classifier: text, auxiliary or fused. Default: the one that was selected at the export.
-
-    Raises:
-        ValueError: the folder is not an unchanged bundle, the backbone differs, or the bundle does
-            not contain the classifier.
+    Arguments and errors are those of `air_core.bundle.load_bundle`.
     """
     from air_core.bundle import load_bundle
 
-    return load_bundle(folder, weights, device, classifier)
+    return load_bundle(folder, weights, device, classifier, min_probability)
 
 
 def recorded_sweep(

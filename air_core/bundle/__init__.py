@@ -28,6 +28,7 @@ def load_bundle(
     weights: str | None = None,
     device: str = "cpu",
     classifier: str | None = None,
+    min_probability: float = 0.0,
 ) -> Bundle:
     """Load a bundle and the frozen CLIP with which it was trained. Downloads nothing.
 
@@ -37,6 +38,7 @@ def load_bundle(
             that the bundle names. Paths in a bundle are never used.
         device: of CLIP, such as cuda.
         classifier: text, auxiliary or fused. Default: the one that was selected at the export.
+        min_probability: the class of an image with a smaller probability is `unsure`.
 
     Raises:
         ValueError: the folder is not an unchanged bundle, the backbone differs, the bundle names no
@@ -50,4 +52,5 @@ def load_bundle(
     from air_core.bundle.classifier import Bundle, check_device
 
     check_device(device)
-    return Bundle(manifest, load_backbone(found, device, manifest.precision), classifier)
+    backbone = load_backbone(found, device, manifest.precision)
+    return Bundle(manifest, backbone, classifier, min_probability)

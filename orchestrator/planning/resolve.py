@@ -335,7 +335,9 @@ class Resolver:
             ValueError: a file is truncated, such as after an incomplete copy.
         """
         if (role, name) not in self._weights:
-            self._weights[role, name] = self.weights_content(role, _located(name, self.folders))
+            self._weights[role, name] = self.weights_content(
+                role, located_weights(name, self.folders)
+            )
         return self._weights[role, name]
 
     def weights_content(self, role: str, name: str) -> Ref:
@@ -431,7 +433,7 @@ class RecordedResolver(Resolver):
         digest = self._weight_digests.get(f"{role} {name}")
         if digest is None:
             raise NotRecorded(f"no run of this sweep has used the {role} {name}")
-        path = self._paths.get(f"{role} {name}") or _located(name, self.folders)
+        path = self._paths.get(f"{role} {name}") or located_weights(name, self.folders)
         return Ref(name=path, digest=digest)
 
     def check(self, trial: TrialSpec, datasets: Mapping[str, DatasetInput]) -> None:
@@ -455,10 +457,10 @@ class NotRecorded(ValueError):
     """A dataset or weights that no run of a sweep has used."""
 
 
-def _located(name: str, folders: Mapping[str, str]) -> str:
+def located_weights(name: str, folders: Mapping[str, str] | None = None) -> str:
     """The name of weights with an absolute path if it has one, since workers have another working
     directory."""
-    before, path = split_name(folders.get(name, name))
+    before, path = split_name((folders or {}).get(name, name))
     with suppress(ValueError):
         if name not in EMBEDDED.values() and (located := local_path(path)).exists():
             return before + os.path.normpath(located)

@@ -416,7 +416,7 @@ def coverage(results: Results, row: Row) -> list[Series]:
         sure = np.concatenate([trial.probabilities[name] for trial in trials])
         right = np.concatenate([t.by_classifier[name] == t.labels for t in trials])
         order = np.argsort(-sure, kind="stable")
-        counts = np.unique(np.linspace(min(FEWEST, len(order)), len(order), 101).astype(int))
+        counts = np.unique(np.linspace(min(FEWEST, len(order)), len(order), 21).astype(int))
         accuracy = np.cumsum(right[order])[counts - 1] / counts
         series.append(
             Series(label=name, x=(100 * counts / len(order)).tolist(), y=accuracy.tolist())

@@ -596,7 +596,7 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[ReportData], Iterator[Group]]], .
         "confidence",
         "Confidence",
         "For an application that leaves out unsure images: accuracy on the surest test images of "
-        "each classifier of the row that `airsweep export best` selects.",
+        "each classifier of the row that airsweep export best selects.",
         confidence,
     ),
     ("images", "Images", "", images),

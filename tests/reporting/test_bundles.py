@@ -157,7 +157,9 @@ def test_a_process_without_ray_or_mlflow_gives_the_logits_of_the_trial(
     names = get_dataset("digits").classnames
     assert [one["class"] for one in found] == [names[c] for c in predictions]
     assert all(one.keys() == {"image", "class", "probability", "top"} for one in found)
-    shares = seen[-1].softmax(dim=-1)
+    temperature = read_bundle(tmp_path / "bundle").temperature("text")
+    assert temperature != 1
+    shares = (seen[-1] / temperature).softmax(dim=-1)
     for one, row in zip(found, shares, strict=True):
         by_name = {each["class"]: each["probability"] for each in one["top"]}
         assert np.allclose([by_name[name] for name in names], row, rtol=0, atol=1e-5)
@@ -481,6 +483,25 @@ def test_classify_of_class_folders_ends_with_accuracy_and_confusion_matrix(
     assert header == "image,class,probability,true"
     assert [line.rsplit(",")[-1] or None for line in lines] == [one["true"] for one in found]
     assert "accuracy" not in command("classify", bundle, new / "test" / "zwei" / "*.png")[1]
+
+
+def test_an_image_with_a_small_probability_is_unsure(bundle, command, tmp_path):
+    new = pictures_of(np.arange(30), tmp_path / "new")
+    every = load_bundle(bundle).classify([new])
+    limit = sorted(result.probability for result in every)[10]
+    found = load_bundle(bundle, min_probability=limit).classify([new])
+    assert [one.classname == "unsure" for one in found] == [
+        one.probability < limit for one in every
+    ]
+    assert [one.top for one in found] == [one.top for one in every]
+    words = ("classify", bundle, new, "--min-probability", limit)
+    code, out, err = command(*words, "--csv", "--topk", "1")
+    assert code == 0
+    assert [line.split(",")[1] for line in out.splitlines()[1:]].count("unsure") == 10
+    assert f"unsure: 10 of 30 images, below {limit:g}" in err
+    command(*words, "-o", tmp_path / "out.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["class"] for row in rows] == [one.classname for one in found]
 
 
 def test_classify_without_images_or_bundle_is_bad_input(bundle, command, tmp_path):
