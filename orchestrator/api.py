@@ -572,6 +572,8 @@ def export(
     data_root: str | Path | None = None,
     tracking_uri: str | None = None,
     force: bool = False,
+    onnx: bool = False,
+    register: str | None = None,
 ) -> Path:
     """Export the classifiers of a trial as a bundle, a folder that works without the store.
 
@@ -588,6 +590,8 @@ def export(
         store, data_root: as for `results`.
         tracking_uri: as for `run`.
         force: replace an existing bundle.
+        onnx: also write `model.onnx`, which needs no torch.
+        register: name of a model in MLflow, of which the ONNX file becomes a version.
 
     Returns:
         Path of the folder.
@@ -621,7 +625,14 @@ def export(
             )
         selected = replace(named_trial(trial, source, place, tracking_uri), classifier=classifier)
     resolver = Resolver(source.root / "digests.json", data)
-    bundles.export(selected, source, resolver, Path(output), force)
+    if register is None:
+        bundles.export(selected, source, resolver, Path(output), force, onnx)
+        return Path(output)
+    from orchestrator.tracking.models import check_model_name, register_bundle
+
+    check_model_name(register)
+    bundles.export(selected, source, resolver, Path(output), force, onnx=True)
+    register_bundle(Path(output), register, tracking_uri, source.root)
     return Path(output)
 
 
@@ -630,6 +641,7 @@ def load_bundle(
     weights: str | None = None,
     device: str = "cpu",
     classifier: str | None = None,
+    runtime: str = "torch",
 ) -> Bundle:
     """Load a bundle, to classify images: `load_bundle("bundle").classify(["new/*.png"])`.
 
@@ -638,6 +650,7 @@ def load_bundle(
         weights: name or path of the backbone, if its weights are not published.
         device: of CLIP, such as cuda.
         classifier: text, auxiliary or fused. Default: the one that was selected at the export.
+        runtime: torch; or onnx, which needs no backbone.
 
     Raises:
         ValueError: the folder is not an unchanged bundle, the backbone differs, or the bundle does
@@ -645,7 +658,7 @@ def load_bundle(
     """
     from air_core.bundle import load_bundle
 
-    return load_bundle(folder, weights, device, classifier)
+    return load_bundle(folder, weights, device, classifier, runtime)
 
 
 def recorded_sweep(

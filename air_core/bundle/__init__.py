@@ -28,6 +28,7 @@ def load_bundle(
     weights: str | None = None,
     device: str = "cpu",
     classifier: str | None = None,
+    runtime: str = "torch",
 ) -> Bundle:
     """Load a bundle and the frozen CLIP with which it was trained. Downloads nothing.
 
@@ -37,6 +38,7 @@ def load_bundle(
             that the bundle names. Paths in a bundle are never used.
         device: of CLIP, such as cuda.
         classifier: text, auxiliary or fused. Default: the one that was selected at the export.
+        runtime: torch; or onnx, which uses the bundle's `model.onnx` instead of the backbone.
 
     Raises:
         ValueError: the folder is not an unchanged bundle, the backbone differs, the bundle names no
@@ -45,6 +47,12 @@ def load_bundle(
     """
     manifest = read_bundle(folder)
     manifest.selected(classifier)
+    if runtime == "onnx":
+        from air_core.bundle.onnx_bundle import OnnxBundle
+
+        return OnnxBundle(manifest, device, classifier)
+    if runtime != "torch":
+        raise ValueError(f"unknown runtime {runtime!r}; allowed: torch, onnx")
     found = manifest.backbone(weights)  # before torch is imported or a weight is read
     from air_core.backbone.loading import load_backbone  # seconds
     from air_core.bundle.classifier import Bundle, check_device

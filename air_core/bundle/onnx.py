@@ -1,7 +1,8 @@
 """Writes and runs `model.onnx`: a bundle's image tower and one of its classifiers in one file.
 
 Input `pixels` (N, 3, H, W) float32, output `probabilities` (N, C) float32, for any N. The metadata
-of the file are texts: `classnames`, `preprocess` and `lineage` (JSON), `classifier`, `made_by`.
+of the file are texts: `classnames`, `preprocess` and `lineage` (JSON), `classifier`, `temperature`
+and `made_by`.
 Computes in single precision, also for a bundle of half precision.
 
 The packages onnx, onnxscript and onnxruntime are the extra `airsweep[onnx]`.
@@ -50,6 +51,16 @@ def needed(package: str) -> ModuleType:
         ) from None
 
 
+def check_packages() -> None:
+    """Check that the extra `onnx` is installed.
+
+    Raises:
+        ValueError: it is not.
+    """
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        needed(package)
+
+
 # ---------------------------------------------------------------- export
 
 
@@ -62,15 +73,15 @@ def onnx_bytes(bundle: Bundle, classifier: str) -> bytes:
     Raises:
         ValueError: a package of the extra is missing, or the image tower exceeds 2 GB.
     """
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        needed(package)
+    check_packages()
     import torch
 
     single = _in_single_precision(bundle)
     preprocess = _preprocessing(single.backbone)
-    module = _module(single, classifier)
+    module, example = _module(single, classifier), torch.zeros(EXAMPLES, 3, *preprocess["size"])
+    with torch.no_grad():
+        module(example)  # fills caches whose values torch.export cannot trace
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # warns of what it cannot simplify
-    example = torch.zeros(EXAMPLES, 3, *preprocess["size"])
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of torch's exporter about itself
         program = torch.onnx.export(
@@ -91,6 +102,7 @@ def onnx_bytes(bundle: Bundle, classifier: str) -> bytes:
         "classnames": json.dumps(list(bundle.classnames)),
         "preprocess": json.dumps(preprocess),
         "classifier": classifier,
+        "temperature": str(bundle.manifest.temperature(classifier)),
         "lineage": json.dumps(content["lineage"]),
         "made_by": str(content.get("made_by", "")),
     }
@@ -141,6 +153,7 @@ def _module(bundle: Bundle, classifier: str) -> Any:
     from torch import Tensor, nn
 
     from air_core.backbone.vision import patch_tokens
+    from air_core.types import Batch
 
     class Classifier(nn.Module):
         def __init__(self) -> None:
@@ -148,11 +161,12 @@ def _module(bundle: Bundle, classifier: str) -> Any:
             self.model = bundle.backbone.model
 
         def forward(self, pixels: Tensor) -> Tensor:
+            features = self.model.encode_image(pixels, normalize=True)
             if bundle.manifest.visual_prompt is None:
-                encoded = self.model.encode_image(pixels, normalize=True)
-            else:  # rounded as the stored image tokens of trials
-                encoded = patch_tokens(self.model.visual, pixels).to(torch.float16)
-            return bundle.logits_of(encoded).softmax(-1)
+                return bundle.scores_of(Batch(features), classifier)
+            # Rounded as the stored image tokens of trials.
+            tokens = patch_tokens(self.model.visual, pixels).to(torch.float16)
+            return bundle.scores_of(Batch(features, tokens), classifier)
 
     return Classifier().eval()
 
@@ -229,7 +243,10 @@ class OnnxModel:
 
     def probabilities(self, images: Sequence[Image]) -> np.ndarray:
         """(N, C) float32 of RGB images; rows sum to 1."""
-        pixels = np.stack([image_pixels(image, self.preprocess) for image in images])
+        return self.run(np.stack([image_pixels(image, self.preprocess) for image in images]))
+
+    def run(self, pixels: np.ndarray) -> np.ndarray:
+        """(N, C) float32 of pixels (N, 3, H, W) float32."""
         [found] = self._session.run([PROBABILITIES], {PIXELS: pixels})
         return np.asarray(found)
 

@@ -95,6 +95,17 @@ def export(
     data_root: DataOption = None,
     tracking_uri: TrackingOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="Also write model.onnx, which needs no torch.")
+    ] = False,
+    register: Annotated[
+        str | None,
+        typer.Option(
+            "--register",
+            metavar="MODEL",
+            help="Register model.onnx as a version of this model in MLflow.",
+        ),
+    ] = None,
 ) -> None:
     """Export the classifiers of a trial as a bundle.
 
@@ -104,12 +115,15 @@ def export(
 
     airsweep export best --sweep quickstart -o bundle
 
-    airsweep export 3f2a9c1d -o bundle
+    airsweep export 3f2a9c1d -o bundle --onnx
+
+    airsweep export best --sweep quickstart -o bundle --register digits
     """
     from orchestrator.reporting.bundles import PredictionsDifferError
 
     options: dict[str, Any] = {"store": store, "data_root": data_root, "force": force}
     options |= {"by": by, "classifier": classifier, "tracking_uri": tracking_uri}
+    options |= {"onnx": onnx, "register": register}
     try:
         show(api.export(trial, output, sweep=sweep, only=only or (), **options))
     except PredictionsDifferError as problem:
@@ -134,6 +148,14 @@ def classify(
     classifier: ClassifierOption = None,
     weights: WeightsOption = None,
     device: DeviceOption = "cpu",
+    runtime: Annotated[
+        str,
+        typer.Option(
+            "--runtime",
+            metavar="torch|onnx",
+            help="What computes: torch with the backbone, or onnxruntime with model.onnx.",
+        ),
+    ] = "torch",
 ) -> None:
     """Classify images with a bundle, without a store or Ray.
 
@@ -154,7 +176,7 @@ def classify(
 
     import_open_clip_alone()
     files = image_files(images)
-    bundle = load_bundle(folder, weights, device, classifier)
+    bundle = load_bundle(folder, weights, device, classifier, runtime)
     unreadable: list[str] = []
     results = bundle.stream(files, topk, lambda file, why: unreadable.append(why))
     true = true_classes(files, bundle.classnames)

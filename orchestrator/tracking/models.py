@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import shutil
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from posixpath import normpath
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import air_core.bundle.preprocessing
 import air_core.datasets.images
+from air_core.bundle.manifest import ONNX, Manifest, read_bundle
+from air_core.bundle.onnx import OnnxModel
 from orchestrator.environment import environment
+from orchestrator.errors import TrackerUnreachable
 from orchestrator.redact import without_credentials
+from orchestrator.reporting.selection import report_line
 from orchestrator.tracking.database import check_database
 from orchestrator.tracking_uri import resolve_uri
 
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
+MAX_SHOWN = 500  # characters of class names in a description
 MAX_NAME = 256  # characters of a model name, in MLflow's database
 # Modules that `served_model` needs; both import nothing of airsweep.
 MODULES = (air_core.bundle.preprocessing, air_core.datasets.images)
@@ -43,80 +47,76 @@ def check_model_name(name: str) -> None:
         )
 
 
-def register_model(onnx: Path, name: str, uri: str | None, store: Path) -> str:
+def register_bundle(folder: Path, name: str, uri: str | None, store: Path) -> None:
     """Log a bundle's `model.onnx` to the MLflow run of its trial, and register a version of it.
 
     Args:
-        onnx: the file, which the caller has checked.
+        folder: of the bundle.
         name: of the registered model; created if it does not exist.
         uri: a tracking URI, as for `make_tracker`.
         store: folder of the store.
 
-    Returns:
-        URI of the version, such as `models:/digits/1`.
-
     Raises:
-        ValueError: tracking is off, MLflow has no run of the trial, or refuses name or access.
+        ValueError: the bundle has no `model.onnx`, tracking is off, MLflow has no run of the trial,
+            or refuses name or access.
         TrackerUnreachable: MLflow does not answer.
     """
     check_model_name(name)
-    address, database = resolve_uri(uri, store)
+    manifest = read_bundle(folder)
+    try:
+        version = _registered(manifest, name, *resolve_uri(uri, store))
+    except (ValueError, TrackerUnreachable) as problem:
+        raise type(problem)(
+            f"{problem}. The bundle in {folder} is complete: to register it later, repeat the "
+            "command with --force"
+        ) from None
+    report_line(
+        f"model:    {version}; serve it with `mlflow models serve -m {version} --env-manager local`"
+    )
+
+
+def _registered(manifest: Manifest, name: str, address: str, database: Path | None) -> str:
+    """URI of the registered version, such as `models:/digits/1`; see `register_bundle`."""
     from orchestrator.tracking._runs import (  # first: it configures MLflow
         artifact_repository,
         explained_errors,
+        short_reason,
     )
 
     # isort: split
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    shown = without_credentials(address)
+    shown, key = without_credentials(address), str(manifest.content["lineage"]["trial_key"])
     if database is not None and not database.exists():
         raise ValueError(f"{database} does not exist: nothing was tracked in this store yet")
-    content = onnx.read_bytes()
-    about = onnx_metadata(content)
     with explained_errors(shown, f"the model {name}"), TemporaryDirectory() as scratch:
         if database is not None:
             check_database(database)
         client = MlflowClient(address)
-        run = _run_of(client, about["lineage"]["trial_key"], shown)
-        folder = Path(scratch, "model")
-        _save(onnx, about, folder)
+        run = _run_of(client, key, shown)
+        model = OnnxModel(manifest.onnx_file().read_bytes(), manifest.onnx_file())
+        _save(manifest, model, Path(scratch, "model"))
         # Versions of other classifiers of this trial are in other folders.
-        path = f"model-{hashlib.sha256(content).hexdigest()[:12]}"
+        path = f"model-{manifest.content['files'][ONNX][:12]}"
         artifacts = artifact_repository(run.info.artifact_uri, address)
-        artifacts.log_artifacts(str(folder), path)  # type: ignore[no-untyped-call]
+        artifacts.log_artifacts(str(Path(scratch, "model")), path)  # type: ignore[no-untyped-call]
         try:
             _create_name(client, name)
             made = client.create_model_version(
                 name,
                 f"{run.info.artifact_uri}/{path}",
                 run.info.run_id,
-                tags={
-                    "air.trial_key": about["lineage"]["trial_key"],
-                    "air.classifier": about["classifier"],
-                },
-                description=f"{about['classifier']} classifier of {len(about['classnames'])} "
-                f"classes: {', '.join(about['classnames'])[:500]}",
+                tags={"air.trial_key": key, "air.classifier": model.classifier},
+                description=f"{model.classifier} classifier of {len(model.classnames)} classes: "
+                f"{', '.join(model.classnames)[:MAX_SHOWN]}",
             )
         except MlflowException as error:
             if error.error_code != "INVALID_PARAMETER_VALUE":
                 raise
-            raise ValueError(f"MLflow at {shown} refuses the model {name!r}: {error}") from error
+            reason = short_reason(error)
+            raise ValueError(f"MLflow at {shown} refuses the model {name!r}: {reason}") from error
     return f"models:/{name}/{made.version}"
-
-
-def onnx_metadata(content: bytes) -> dict[str, Any]:
-    """Class names, classifier and lineage of a `model.onnx`."""
-    from air_core.bundle.onnx import OnnxModel
-
-    model = OnnxModel(content, "model.onnx")
-    return {
-        "classnames": model.classnames,
-        "classifier": model.classifier,
-        "lineage": model.lineage,
-        "size": model.preprocess["size"],
-    }
 
 
 def _run_of(client: MlflowClient, key: str, address: str) -> Run:
@@ -152,7 +152,7 @@ def _create_name(client: MlflowClient, name: str) -> None:
             raise
 
 
-def _save(onnx: Path, about: dict[str, Any], folder: Path) -> None:
+def _save(manifest: Manifest, model: OnnxModel, folder: Path) -> None:
     """Write an MLflow model from code: `served_model`, the modules that it needs, the ONNX file."""
     import mlflow.pyfunc
     import pandas
@@ -182,12 +182,12 @@ def _save(onnx: Path, about: dict[str, Any], folder: Path) -> None:
         mlflow.pyfunc.save_model(
             str(folder),
             python_model=str(Path(__file__).with_name("served_model.py")),
-            artifacts={"onnx": str(onnx)},
+            artifacts={"onnx": str(manifest.onnx_file())},
             code_paths=[str(package)],
             signature=signature,
-            input_example=pandas.DataFrame({"image": [_example(about["size"])]}),
+            input_example=pandas.DataFrame({"image": [_example(model.preprocess["size"])]}),
             pip_requirements=[f"{name}=={version(name)}" for name in PACKAGES],
-            metadata={"classnames": list(about["classnames"]), "classifier": about["classifier"]},
+            metadata={"classnames": list(model.classnames), "classifier": model.classifier},
         )
 
 

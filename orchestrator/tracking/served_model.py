@@ -13,9 +13,10 @@ from io import BytesIO
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
-from mlflow.pyfunc import PythonModel
+from mlflow.pyfunc.model import PythonModel
 
 try:
     from airsweep_model.images import Unreadable, open_bytes, pixel_count
@@ -30,7 +31,7 @@ MOST_PIXELS = 50_000_000
 MOST_IMAGES = 64  # of a request
 
 
-class ServedBundle(PythonModel):  # type: ignore[misc]  # mlflow has no types
+class ServedBundle(PythonModel):
     """Answers base64 images with their classes and probabilities, best first."""
 
     def load_context(self, context: Any) -> None:
@@ -43,9 +44,8 @@ class ServedBundle(PythonModel):  # type: ignore[misc]  # mlflow has no types
         self.classnames = json.loads(metadata["classnames"])
         self.preprocess = json.loads(metadata["preprocess"])
 
-    # mlflow takes a type of `model_input` for a schema, and warns of those that it does not support.
-    def predict(  # type: ignore[no-untyped-def]
-        self, context, model_input, params: dict[str, Any] | None = None
+    def predict(
+        self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> list[dict[str, Any]]:
         """Class, probability and the `topk` best classes of each image.
 
@@ -79,7 +79,8 @@ class ServedBundle(PythonModel):  # type: ignore[misc]  # mlflow has no types
         except Unreadable as error:
             problem = str(error)
         else:
-            return image_pixels(image, self.preprocess)
+            pixels: np.ndarray = image_pixels(image, self.preprocess)
+            return pixels
         raise MlflowException.invalid_parameter_value(problem)
 
     def _answer(self, row: np.ndarray, topk: int) -> dict[str, Any]:
