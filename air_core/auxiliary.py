@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -47,16 +48,20 @@ class BankClassifier:
         return self.sharpness * (self._nearest(cosines) if self.nearest else self._cache(cosines))
 
     def _nearest(self, cosines: Tensor) -> Tensor:
-        members = [(self.labels == c).nonzero().flatten() for c in range(self._num_classes)]
-        places = pad_sequence(members, batch_first=True, padding_value=-1)  # (C, M)
-        padded = cosines[:, places.clamp(min=0)].masked_fill(places < 0, -torch.inf)
+        padded = cosines[:, self._places.clamp(min=0)].masked_fill(self._places < 0, -torch.inf)
         return padded.topk(self.nearest, dim=-1).values.mean(dim=-1)
+
+    @cached_property  # torch.export cannot trace sizes that depend on values
+    def _places(self) -> Tensor:
+        """(C, M) images of each class, then -1."""
+        members = [(self.labels == c).nonzero().flatten() for c in range(self._num_classes)]
+        return pad_sequence(members, batch_first=True, padding_value=-1)
 
     def _cache(self, cosines: Tensor) -> Tensor:
         members = one_hot(self.labels, self._num_classes).to(cosines.dtype)  # (N, C)
         return (-CACHE_SHARPNESS * (1 - cosines)).exp() @ members / members.sum(dim=0)
 
-    @property
+    @cached_property
     def _num_classes(self) -> int:
         return int(self.labels.max()) + 1
 

@@ -579,6 +579,8 @@ def export(
     data_root: str | Path | None = None,
     tracking_uri: str | None = None,
     force: bool = False,
+    onnx: bool = False,
+    register: str | None = None,
 ) -> Path:
     """Export the classifiers of a trial as a bundle, a folder that works without the store.
 
@@ -588,13 +590,15 @@ def export(
         output: folder to create.
         sweep: sweep of the trial; `best` needs it.
         only: values of the grid to which `best` is limited, as for `load`.
-        by: the score of `best`: validation_accuracy, consensus or test_accuracy. Default:
-            validation_accuracy where there are validation images, else consensus.
+        by: the score of `best`: validation_accuracy, agreement or test_accuracy. Default:
+            validation_accuracy where there are validation images, else agreement.
         classifier: text, auxiliary or fused, which the bundle uses if no other is named. Default:
             the one with the highest score.
         store, data_root: as for `results`.
         tracking_uri: as for `run`.
         force: replace an existing bundle.
+        onnx: also write `model.onnx`, which needs no torch.
+        register: name of a model in MLflow, of which the ONNX file becomes a version.
 
     Returns:
         Path of the folder.
@@ -628,7 +632,14 @@ def export(
             )
         selected = replace(named_trial(trial, source, place, tracking_uri), classifier=classifier)
     resolver = Resolver(source.root / "digests.json", data)
-    bundles.export(selected, source, resolver, Path(output), force)
+    if register is None:
+        bundles.export(selected, source, resolver, Path(output), force, onnx)
+        return Path(output)
+    from orchestrator.tracking.models import check_model_name, register_bundle
+
+    check_model_name(register)
+    bundles.export(selected, source, resolver, Path(output), force, onnx=True)
+    register_bundle(Path(output), register, tracking_uri, source.root)
     return Path(output)
 
 
@@ -638,6 +649,7 @@ def load_bundle(
     device: str = "cpu",
     classifier: str | None = None,
     min_probability: float = 0.0,
+    runtime: str = "torch",
 ) -> Bundle:
     """Load a bundle, to classify images: `load_bundle("bundle").classify(["new/*.png"])`.
 
@@ -645,7 +657,7 @@ def load_bundle(
     """
     from air_core.bundle import load_bundle
 
-    return load_bundle(folder, weights, device, classifier, min_probability)
+    return load_bundle(folder, weights, device, classifier, min_probability, runtime)
 
 
 def recorded_sweep(

@@ -303,7 +303,7 @@ def job(folder, photos, tmp_path) -> ClassifyJob:
     out.mkdir()
     (out / MANIFEST).touch()
     names = ("image", "class", "probability", "error")
-    return ClassifyJob(folder, None, "cpu", None, 0.0, names, photos[:8], {}, out)
+    return ClassifyJob(folder, None, "cpu", None, 0.0, "torch", names, photos[:8], {}, out)
 
 
 def result_of_block(job: ClassifyJob) -> dict[str, Any]:

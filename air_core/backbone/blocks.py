@@ -82,7 +82,7 @@ def run_block(
 def _joined(parts: Sequence[Tensor]) -> Tensor:  # (B, T, W)
     if len(parts) == 1:
         return parts[0]
-    batch = max(len(part) for part in parts)
+    batch = max(part.shape[0] for part in parts)  # torch.export takes len() for a constant
     return torch.cat([part.expand(batch, -1, -1) for part in parts], dim=1)
 
 

@@ -43,7 +43,8 @@ def check_vision(tower: Any) -> None:
 def patch_tokens(tower: Any, pixels: Tensor) -> Tensor:
     """(B, 3, H, W) -> (B, T, V): [CLS] and patches with their positions, normalised."""
     patches = tower.conv1(pixels).flatten(2).transpose(1, 2)
-    start = tower.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+    batch = patches.shape[0]  # torch.export takes len() for a constant
+    start = tower.class_embedding.to(patches.dtype).expand(batch, 1, -1)
     placed = torch.cat([start, patches], dim=1) + tower.positional_embedding.to(patches.dtype)
     tokens: Tensor = tower.ln_pre(placed)
     return tokens

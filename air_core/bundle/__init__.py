@@ -29,6 +29,7 @@ def load_bundle(
     device: str = "cpu",
     classifier: str | None = None,
     min_probability: float = 0.0,
+    runtime: str = "torch",
 ) -> Bundle:
     """Load a bundle and the frozen CLIP with which it was trained. Downloads nothing.
 
@@ -39,6 +40,7 @@ def load_bundle(
         device: of CLIP, such as cuda.
         classifier: text, auxiliary or fused. Default: the one that was selected at the export.
         min_probability: the class of an image with a smaller probability is `unsure`.
+        runtime: torch; or onnx, which uses the bundle's `model.onnx` instead of the backbone.
 
     Raises:
         ValueError: the folder is not an unchanged bundle, the backbone differs, the bundle names no
@@ -47,6 +49,12 @@ def load_bundle(
     """
     manifest = read_bundle(folder)
     manifest.selected(classifier)
+    if runtime == "onnx":
+        from air_core.bundle.onnx_bundle import OnnxBundle
+
+        return OnnxBundle(manifest, device, classifier, min_probability)
+    if runtime != "torch":
+        raise ValueError(f"unknown runtime {runtime!r}; allowed: torch, onnx")
     found = manifest.backbone(weights)  # before torch is imported or a weight is read
     from air_core.backbone.loading import load_backbone  # seconds
     from air_core.bundle.classifier import Bundle, check_device

@@ -4,6 +4,7 @@
     text_features.safetensors    text_features (C, D) of unit length, logit_scale ()
     prompt.safetensors           prompt: the learned vectors; missing if nothing was learned
     fused.safetensors            auxiliary classifier and fusion, see `arrays`; missing without them
+    model.onnx                   image tower and a classifier in one file; missing without --onnx
     test.safetensors             index, labels (T,) of the test images, and the predictions (T,) of
                                  each classifier: text, auxiliary, fused
 
@@ -51,6 +52,7 @@ from air_core.weights import (
 FORMAT = 2
 FIRST_FORMAT = 1  # has the text classifier alone
 MANIFEST = "bundle.json"
+ONNX = "model.onnx"  # optional; see `onnx`
 FILES = (TEXT, PROMPT, FUSED, TEST)  # no other file is opened
 LICENCE = (
     "The backbone's weights are not in this folder and have a separate licence. The learned "
@@ -118,6 +120,18 @@ class Manifest:
         if self.content["modality"] != "visual" or PROMPT not in self.arrays:
             return None
         return self.arrays[PROMPT]["prompt"]
+
+    def onnx_file(self) -> Path:
+        """The file `model.onnx`.
+
+        Raises:
+            ValueError: the bundle has none.
+        """
+        if ONNX not in self.content["files"]:
+            raise ValueError(
+                f"{self.folder} has no {ONNX}; export it again with --onnx, or use --runtime torch"
+            )
+        return self.folder / ONNX
 
     def backbone(self, weights: str | None = None) -> ClipFolder | ClipFile:
         """Find the backbone on this machine and compare its digests with the recorded ones.
@@ -241,6 +255,7 @@ def write_bundle(
     arrays: Arrays,
     replace: bool,
     check: Callable[[Manifest], None] = lambda manifest: None,
+    onnx: bytes | None = None,
 ) -> None:
     """Write a bundle atomically. The same content gives the same bytes.
 
@@ -249,6 +264,7 @@ def write_bundle(
         arrays: see `checks.check_contents`.
         replace: whether to replace an existing bundle.
         check: called with the written bundle before it is published; raises to prevent that.
+        onnx: content of `model.onnx`.
 
     Raises:
         ValueError: the folder is in use, or the contents are not valid.
@@ -268,7 +284,9 @@ def write_bundle(
             (work / name).write_bytes(
                 save({key: np.asarray(a, order="C") for key, a in of.items()})
             )
-        digests = {name: _file_digest(work / name) for name in sorted(arrays)}
+        if onnx is not None:
+            (work / ONNX).write_bytes(onnx)
+        digests = {file.name: _file_digest(file) for file in sorted(work.iterdir())}
         (work / MANIFEST).write_bytes(
             _json_with_checksum({**content, "format": FORMAT, "files": digests})
         )
@@ -322,9 +340,9 @@ def read_bundle(folder: str | Path) -> Manifest:
     content = _read_manifest(folder / MANIFEST)
     try:
         _check_files(content.get("files"))
-        arrays = {
-            name: _read_arrays(folder / name, content["files"][name]) for name in content["files"]
-        }
+        for name, digest in content["files"].items():
+            _check_digest(folder / name, digest)
+        arrays = {name: _read_arrays(folder / name) for name in content["files"] if name != ONNX}
         if content["format"] == FIRST_FORMAT:
             content, arrays = _upgraded(content, arrays)
         check_contents(content, arrays)
@@ -379,18 +397,20 @@ def _read_manifest(file: Path) -> dict[str, Any]:
 def _check_files(files: Any) -> None:
     check_digests(files, "files")
     for name in files:
-        if name not in FILES:
-            raise ValueError(f"it names the file {name!r}; allowed: {', '.join(FILES)}")
+        if name not in (*FILES, ONNX):
+            raise ValueError(f"it names the file {name!r}; allowed: {', '.join((*FILES, ONNX))}")
 
 
-def _read_arrays(file: Path, digest: str) -> dict[str, np.ndarray]:
+def _check_digest(file: Path, digest: str) -> None:
     if not file.is_file():
         raise ValueError(f"{file.name} is missing")
-    data = file.read_bytes()
-    if hashlib.sha256(data).hexdigest() != digest:
+    if _file_digest(file) != digest:
         raise _Changed(file)
+
+
+def _read_arrays(file: Path) -> dict[str, np.ndarray]:
     try:
-        return dict(load(data))
+        return dict(load(file.read_bytes()))
     except (SafetensorError, KeyError, TypeError, ValueError):  # KeyError: numpy lacks the dtype
         raise ValueError(f"{file.name} is not a readable safetensors file") from None
 

@@ -131,7 +131,20 @@ def rgb_image(image: Image | np.ndarray, name: str) -> Image:
         raise Unreadable(f"image {name} cannot be read: {why}") from None
 
 
-def pixel_count(file: Path) -> int:
+def open_bytes(content: bytes, formats: tuple[str, ...], name: str) -> Image:
+    """Open the content of an image file, as `open_image` opens the file.
+
+    Args:
+        formats: of FORMATS.
+        name: of the image in messages.
+
+    Raises:
+        Unreadable: its format is not allowed, it exceeds MAX_PIXELS, or cannot be decoded.
+    """
+    return _opened(BytesIO(content), formats, name)
+
+
+def pixel_count(file: Path | BytesIO) -> int:
     """Width times height from the header of an image; 0 if it cannot be read."""
     from PIL import Image
 

@@ -92,8 +92,8 @@ def export(
         typer.Option(
             "--by",
             metavar="SCORE",
-            help="Score of `best`: validation_accuracy, consensus or test_accuracy. Default: "
-            "validation_accuracy if there are validation images, else consensus.",
+            help="Score of `best`: validation_accuracy, agreement or test_accuracy. Default: "
+            "validation_accuracy if there are validation images, else agreement.",
         ),
     ] = None,
     classifier: Annotated[
@@ -107,6 +107,17 @@ def export(
     data_root: DataOption = None,
     tracking_uri: TrackingOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="Also write model.onnx, which needs no torch.")
+    ] = False,
+    register: Annotated[
+        str | None,
+        typer.Option(
+            "--register",
+            metavar="MODEL",
+            help="Register model.onnx as a version of this model in MLflow.",
+        ),
+    ] = None,
 ) -> None:
     """Export the classifiers of a trial as a bundle.
 
@@ -116,12 +127,15 @@ def export(
 
     airsweep export best --sweep quickstart -o bundle
 
-    airsweep export 3f2a9c1d -o bundle
+    airsweep export 3f2a9c1d -o bundle --onnx
+
+    airsweep export best --sweep quickstart -o bundle --register digits
     """
     from orchestrator.reporting.bundles import PredictionsDifferError
 
     options: dict[str, Any] = {"store": store, "data_root": data_root, "force": force}
     options |= {"by": by, "classifier": classifier, "tracking_uri": tracking_uri}
+    options |= {"onnx": onnx, "register": register}
     try:
         show(api.export(trial, output, sweep=sweep, only=only or (), **options))
     except PredictionsDifferError as problem:
@@ -171,6 +185,14 @@ def classify(
     ] = None,
     weights: WeightsOption = None,
     device: DeviceOption = "cpu",
+    runtime: Annotated[
+        str,
+        typer.Option(
+            "--runtime",
+            metavar="torch|onnx",
+            help="What computes: torch with the backbone, or onnxruntime with model.onnx.",
+        ),
+    ] = "torch",
 ) -> None:
     """Classify images with a bundle, without a store.
 
@@ -202,10 +224,11 @@ def classify(
         from orchestrator.planning.resolve import located_weights
 
         weights = weights and located_weights(weights)
-        manifest.backbone(weights)  # before Ray starts, an error about the weights
+        if runtime == "torch":
+            manifest.backbone(weights)  # before Ray starts, an error about the weights
         paths = {file.absolute(): name for file, name in true.items()}
         every = [file.absolute() for file in files]
-        where = folder.absolute(), weights, device, classifier, min_probability
+        where = folder.absolute(), weights, device, classifier, min_probability, runtime
         job = ClassifyJob(*where, names, every, paths, output.absolute())
         _classify_on_ray(job, cluster, tally)
     else:
@@ -213,7 +236,7 @@ def classify(
         from air_core.bundle import load_bundle
 
         import_open_clip_alone()
-        bundle = load_bundle(folder, weights, device, classifier, min_probability)
+        bundle = load_bundle(folder, weights, device, classifier, min_probability, runtime)
         if output is not None:
             rows = classified_rows(bundle, files, true, names)
             make_folders(output.absolute().parent)

@@ -45,7 +45,7 @@ class ClassifyJob:
     """Images to classify, and the folder of their tables. All paths are absolute.
 
     Args:
-        bundle, weights, device, classifier, min_probability: arguments of `load_bundle`.
+        bundle, weights, device, classifier, min_probability, runtime: arguments of `load_bundle`.
         names: columns of the table.
         files: image files, in order.
         true: classes of the files that have one.
@@ -57,6 +57,7 @@ class ClassifyJob:
     device: str
     classifier: str | None
     min_probability: float
+    runtime: str
     names: tuple[str, ...]
     files: Sequence[Path]
     true: Mapping[Path, str]
@@ -256,7 +257,12 @@ class ClassifierActor:
             torch.set_num_threads(max(1, self.cpus))
             job = self.job
             self.bundle = load_bundle(
-                job.bundle, job.weights, job.device, job.classifier, job.min_probability
+                job.bundle,
+                job.weights,
+                job.device,
+                job.classifier,
+                job.min_probability,
+                job.runtime,
             )
         return self.bundle
 

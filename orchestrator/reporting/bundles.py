@@ -52,18 +52,24 @@ def export(
     resolver: Resolver,
     folder: Path,
     replace_bundle: bool = False,
+    onnx: bool = False,
 ) -> None:
     """Write the bundle of a trial to a folder.
 
     Args:
         replace_bundle: whether to replace a bundle in the folder.
+        onnx: whether to write `model.onnx`.
 
     Raises:
-        ValueError: the trial does not have the selected classifier, an input has changed, or the
-            folder is not empty.
+        ValueError: a package for ONNX is missing, the trial does not have the selected classifier,
+            an input has changed, or the folder is not empty.
         PredictionsDifferError: a classifier does not reproduce the recorded predictions.
     """
     check_free(folder, replace_bundle)
+    if onnx:
+        from air_core.bundle.onnx import check_packages
+
+        check_packages()
     spec, record = trial.spec, trial.record
     recorded = _recorded_predictions(trial)
     tested = _tested_text(spec, store, resolver)
@@ -118,8 +124,17 @@ def export(
 
     def check(manifest: Manifest) -> None:
         _check_predictions(manifest, backbone, trial, store)
+        if onnx:
+            _compare_onnx(manifest, backbone, spec, resolver)
 
-    write_bundle(folder, content, arrays, replace_bundle, check)
+    model_onnx = None
+    if onnx:
+        from air_core.bundle.classifier import Bundle
+        from air_core.bundle.onnx import onnx_bytes
+
+        bundle = Bundle(Manifest(folder, content, arrays), backbone)
+        model_onnx = onnx_bytes(bundle, bundle.classifier)
+    write_bundle(folder, content, arrays, replace_bundle, check, model_onnx)
 
 
 def _recorded_predictions(trial: SelectedTrial) -> dict[str, np.ndarray]:
@@ -265,6 +280,37 @@ def _check_predictions(
                 f"The trial ran on {made.get('device')} with commit {made.get('commit')}: export "
                 "it with these, or run the sweep again"
             )
+
+
+def _compare_onnx(manifest: Manifest, backbone: Any, spec: TrialSpec, resolver: Resolver) -> None:
+    """Print how much `model.onnx` differs from torch and the record on the test images."""
+    from air_core.bundle.classifier import Bundle
+    from air_core.bundle.onnx import OnnxModel
+
+    ref, index = spec.test_dataset or spec.dataset, manifest.arrays[TEST]["index"]
+    dataset = get_dataset(ref.name)
+    try:
+        _check_unchanged(ref, resolver.dataset(dataset))
+    except ValueError as problem:
+        report_line(f"note:     model.onnx not compared with torch, because {problem}")
+        return
+    images = dataset.load(resolver.data_root).images
+    bundle = Bundle(manifest, backbone)
+    model = OnnxModel(manifest.onnx_file().read_bytes(), manifest.onnx_file())
+    largest, predicted = 0.0, []
+    for start in range(0, len(index), CHUNK):
+        chunk = [images[int(i)] for i in index[start : start + CHUNK]]
+        found = model.probabilities(chunk)  # (N, C)
+        largest = max(largest, float(np.abs(found - bundle.scores(chunk).numpy()).max()))
+        predicted.append(found.argmax(axis=1))
+    recorded = manifest.arrays[TEST][bundle.classifier]
+    different = int((np.concatenate(predicted) != recorded).sum())
+    equal = f"{different:,} of" if different else "all"
+    report_line(
+        f"onnx:     {bundle.classifier} classifier; probabilities differ from torch by at most "
+        f"{largest:.1g}, {equal} {len(index):,} predictions on test images "
+        f"{'differ from' if different else 'are'} those of the trial"
+    )
 
 
 # ---------------------------------------------------------------- verify

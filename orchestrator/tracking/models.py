@@ -1,0 +1,200 @@
+"""Registers bundles in MLflow as models that classify base64 images."""
+
+from __future__ import annotations
+
+import base64
+import shutil
+from importlib.metadata import version
+from io import BytesIO
+from pathlib import Path
+from posixpath import normpath
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+import air_core.bundle.preprocessing
+import air_core.datasets.images
+from air_core.bundle.manifest import ONNX, Manifest, read_bundle
+from air_core.bundle.onnx import OnnxModel
+from orchestrator.environment import environment
+from orchestrator.errors import TrackerUnreachable
+from orchestrator.redact import without_credentials
+from orchestrator.reporting.selection import report_line
+from orchestrator.tracking.database import check_database
+from orchestrator.tracking_uri import resolve_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+MAX_SHOWN = 500  # characters of class names in a description
+MAX_NAME = 256  # characters of a model name, in MLflow's database
+# Modules that `served_model` needs; both import nothing of airsweep.
+MODULES = (air_core.bundle.preprocessing, air_core.datasets.images)
+PACKAGES = ("mlflow", "numpy", "onnxruntime", "pandas", "pillow")
+
+
+def check_model_name(name: str) -> None:
+    """Check the name of a model before anything is written.
+
+    Raises:
+        ValueError: MLflow would refuse it.
+    """
+    unique = normpath(name) == name and not name.startswith(".")
+    if not name.strip() or not unique or "/" in name or ":" in name or len(name) > MAX_NAME:
+        raise ValueError(
+            f"MLflow does not accept the model name {name[:MAX_NAME]!r}; allowed: 1 to {MAX_NAME} "
+            "characters without / and :, and no dot at the start"
+        )
+
+
+def register_bundle(folder: Path, name: str, uri: str | None, store: Path) -> None:
+    """Log a bundle's `model.onnx` to the MLflow run of its trial, and register a version of it.
+
+    Args:
+        folder: of the bundle.
+        name: of the registered model; created if it does not exist.
+        uri: a tracking URI, as for `make_tracker`.
+        store: folder of the store.
+
+    Raises:
+        ValueError: the bundle has no `model.onnx`, tracking is off, MLflow has no run of the trial,
+            or refuses name or access.
+        TrackerUnreachable: MLflow does not answer.
+    """
+    check_model_name(name)
+    manifest = read_bundle(folder)
+    try:
+        version = _registered(manifest, name, *resolve_uri(uri, store))
+    except (ValueError, TrackerUnreachable) as problem:
+        raise type(problem)(
+            f"{problem}. The bundle in {folder} is complete: to register it later, repeat the "
+            "command with --force"
+        ) from None
+    report_line(
+        f"model:    {version}; serve it with `mlflow models serve -m {version} --env-manager local`"
+    )
+
+
+def _registered(manifest: Manifest, name: str, address: str, database: Path | None) -> str:
+    """URI of the registered version, such as `models:/digits/1`; see `register_bundle`."""
+    from orchestrator.tracking._runs import (  # first: it configures MLflow
+        artifact_repository,
+        explained_errors,
+        short_reason,
+    )
+
+    # isort: split
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    shown, key = without_credentials(address), str(manifest.content["lineage"]["trial_key"])
+    if database is not None and not database.exists():
+        raise ValueError(f"{database} does not exist: nothing was tracked in this store yet")
+    with explained_errors(shown, f"the model {name}"), TemporaryDirectory() as scratch:
+        if database is not None:
+            check_database(database)
+        client = MlflowClient(address)
+        run = _run_of(client, key, shown)
+        model = OnnxModel(manifest.onnx_file().read_bytes(), manifest.onnx_file())
+        _save(manifest, model, Path(scratch, "model"))
+        # Versions of other classifiers of this trial are in other folders.
+        path = f"model-{manifest.content['files'][ONNX][:12]}"
+        artifacts = artifact_repository(run.info.artifact_uri, address)
+        artifacts.log_artifacts(str(Path(scratch, "model")), path)  # type: ignore[no-untyped-call]
+        try:
+            _create_name(client, name)
+            made = client.create_model_version(
+                name,
+                f"{run.info.artifact_uri}/{path}",
+                run.info.run_id,
+                tags={"air.trial_key": key, "air.classifier": model.classifier},
+                description=f"{model.classifier} classifier of {len(model.classnames)} classes: "
+                f"{', '.join(model.classnames)[:MAX_SHOWN]}",
+            )
+        except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+            reason = short_reason(error)
+            raise ValueError(f"MLflow at {shown} refuses the model {name!r}: {reason}") from error
+    return f"models:/{name}/{made.version}"
+
+
+def _run_of(client: MlflowClient, key: str, address: str) -> Run:
+    """The run of a trial; of several, the latest.
+
+    Raises:
+        ValueError: there is none.
+    """
+    experiments = [
+        e.experiment_id for e in client.search_experiments(filter_string="name LIKE 'air/%'")
+    ]
+    query = f"tags.`air.kind` = 'trial' and tags.`air.trial_key` = '{key}'"
+    order = ["attributes.start_time DESC"]
+    found = (
+        client.search_runs(experiments, query, max_results=1, order_by=order) if experiments else []
+    )
+    if not found:
+        raise ValueError(
+            f"MLflow at {address} has no run of the trial {key[:12]}; send its sweep with "
+            "`airsweep mlflow reconcile`, then register again"
+        )
+    run: Run = found[0]
+    return run
+
+
+def _create_name(client: MlflowClient, name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _save(manifest: Manifest, model: OnnxModel, folder: Path) -> None:
+    """Write an MLflow model from code: `served_model`, the modules that it needs, the ONNX file."""
+    import mlflow.pyfunc
+    import pandas
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import Array, DataType, Object, Property
+
+    pair = [Property("class", DataType.string), Property("probability", DataType.double)]
+    signature = ModelSignature(
+        inputs=Schema([ColSpec(DataType.string, "image")]),
+        outputs=Schema(
+            [
+                ColSpec(DataType.string, "class"),
+                ColSpec(DataType.double, "probability"),
+                ColSpec(Array(Object(pair)), "top"),
+            ]
+        ),
+        params=ParamSchema([ParamSpec("topk", DataType.long, 3)]),
+    )
+    package = folder.with_name("airsweep_model")
+    package.mkdir()
+    (package / "__init__.py").touch()
+    for module in MODULES:
+        assert module.__file__
+        shutil.copy(module.__file__, package)
+    with environment({"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}):
+        mlflow.pyfunc.save_model(
+            str(folder),
+            python_model=str(Path(__file__).with_name("served_model.py")),
+            artifacts={"onnx": str(manifest.onnx_file())},
+            code_paths=[str(package)],
+            signature=signature,
+            input_example=pandas.DataFrame({"image": [_example(model.preprocess["size"])]}),
+            pip_requirements=[f"{name}=={version(name)}" for name in PACKAGES],
+            metadata={"classnames": list(model.classnames), "classifier": model.classifier},
+        )
+
+
+def _example(size: list[int]) -> str:
+    """A grey PNG of this height and width in base64."""
+    from PIL import Image
+
+    content = BytesIO()
+    Image.new("RGB", (size[1], size[0]), (128, 128, 128)).save(content, "PNG")
+    return base64.b64encode(content.getvalue()).decode()

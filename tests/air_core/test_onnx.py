@@ -1,0 +1,153 @@
+"""ONNX files of bundles: equality with torch, preprocessing, metadata, rejected files."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+
+from air_core.backbone.loading import load_backbone
+from air_core.bundle import load_bundle
+from air_core.bundle.checks import PROMPT
+from air_core.bundle.manifest import write_bundle
+from air_core.bundle.onnx import OnnxModel, onnx_bytes
+from air_core.bundle.preprocessing import checked_preprocessing, image_pixels
+from air_core.datasets import get_dataset
+from air_core.specs import PromptSettings
+from benchmarks.classify import zero_shot
+
+ROUNDING = 1e-4  # of probabilities: half-precision tokens can round to the other neighbour
+
+
+@pytest.fixture(scope="module")
+def digits() -> list[Image.Image]:
+    return list(get_dataset("digits").load(None).images[:70])
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one") / "bundle"
+    write_bundle(folder, *zero_shot(), replace=False)
+    return load_bundle(folder)
+
+
+@pytest.fixture(scope="module")
+def content(bundle) -> bytes:
+    return onnx_bytes(bundle, "text")
+
+
+def prompted(folder: Path, depth: str, tiny_clip: Any):
+    """A bundle with a visual prompt."""
+    shape = (3, tiny_clip.patch_width)
+    shape = (tiny_clip.vision_layers, *shape) if depth == "deep" else shape
+    prompt = torch.randn(shape, generator=torch.Generator().manual_seed(0)).numpy()
+    about, arrays = zero_shot()
+    settings = asdict(PromptSettings(length=3, depth=depth))
+    about = {**about, "modality": "visual", "prompt": settings}
+    write_bundle(folder, about, {**arrays, PROMPT: {"prompt": prompt}}, replace=False)
+    return load_bundle(folder)
+
+
+def assert_equal_probabilities(model: OnnxModel, bundle: Any, images: list[Image.Image]) -> None:
+    expected = bundle.logits(images).softmax(dim=-1).numpy()
+    for count in (1, 2, len(images)):
+        found = model.probabilities(images[:count])
+        assert np.abs(found - expected[:count]).max() < ROUNDING
+    assert (found.argmax(axis=1) == expected.argmax(axis=1)).all()
+
+
+def test_probabilities_are_those_of_torch_for_any_number_of_images(bundle, content, digits):
+    assert_equal_probabilities(OnnxModel(content, "model.onnx"), bundle, digits)
+
+
+@pytest.mark.parametrize("depth", ["shallow", "deep"])
+def test_a_visual_prompt_is_part_of_the_file(depth, tmp_path, tiny_clip, digits):
+    bundle = prompted(tmp_path / "bundle", depth, tiny_clip)
+    assert_equal_probabilities(OnnxModel(onnx_bytes(bundle, "text"), "m"), bundle, digits)
+
+
+def test_a_bundle_of_half_precision_is_computed_in_single_precision(bundle, content, digits):
+    backbone = load_backbone("tiny", precision="fp16")
+    half = onnx_bytes(type(bundle)(bundle.manifest, backbone), "text")
+    assert backbone.dtype == torch.float16
+    assert_equal_probabilities(OnnxModel(half, "m"), bundle, digits)  # the stored weights are fp16
+
+
+def test_the_metadata_suffice_to_classify_and_have_no_path_of_this_machine(bundle, content):
+    model = onnx.load_from_string(content)
+    metadata = {each.key: each.value for each in model.metadata_props}
+    assert tuple(json.loads(metadata["classnames"])) == bundle.classnames
+    assert json.loads(metadata["preprocess"])["size"] == [32, 32]
+    assert json.loads(metadata["lineage"]) == bundle.manifest.content["lineage"]
+    assert metadata["classifier"] == "text"
+    for path in (os.getcwd(), str(Path.home()), "site-packages", "air_core"):
+        assert path.encode() not in content
+
+
+# ---------------------------------------------------------------- preprocessing
+
+
+@pytest.mark.parametrize(
+    ("size", "mode", "interpolation"),
+    [
+        *product(
+            [(32, 32), (24, 40), (40, 24)],
+            ["shortest", "longest", "squash"],
+            ["bicubic", "bilinear"],
+        )
+    ],
+)
+def test_pixels_are_exactly_those_of_open_clip(size, mode, interpolation):
+    from open_clip.transform import image_transform
+
+    mean, std = [0.48, 0.45, 0.4], [0.26, 0.26, 0.27]
+    options = {"resize_mode": mode, "interpolation": interpolation, "fill_color": 7}
+    reference = image_transform(size, is_train=False, mean=mean, std=std, **options)
+    preprocess = {"size": [*size], "mean": mean, "std": std, **options}
+    rng = np.random.default_rng(0)
+    for width, height in [(32, 32), (40, 24), *rng.integers(5, 300, (20, 2))]:
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        image = Image.fromarray(pixels)
+        found = image_pixels(image, checked_preprocessing(preprocess))
+        assert (found == reference(image).numpy()).all()
+
+
+# ---------------------------------------------------------------- rejected files
+
+
+def changed(content: bytes, **metadata: str | None) -> bytes:
+    """The file with other metadata; None removes one."""
+    model = onnx.load_from_string(content)
+    found = {each.key: each.value for each in model.metadata_props} | metadata
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, {k: v for k, v in found.items() if v is not None})
+    return model.SerializeToString()
+
+
+def test_other_files_are_rejected_with_the_reason(content):
+    preprocess = OnnxModel(content, "m").preprocess
+    for data, reason in (
+        (b"no model", "is not an ONNX model of airsweep"),
+        (changed(content, classnames=None), "it has no classnames"),
+        (changed(content, classnames='["one"]'), r"not probabilities \(N, classes\)"),
+        (changed(content, preprocess="[]"), "preprocessing is not a dict"),
+        (changed(content, preprocess=json.dumps(preprocess | {"size": [8, 8]})), "not pixels"),
+        (changed(content, preprocess=json.dumps(preprocess | {"std": [0, 1, 1]})), "std of its"),
+        (changed(content, preprocess=json.dumps(preprocess | {"size": [9e9, 8]})), "size of its"),
+    ):
+        with pytest.raises(ValueError, match=rf"model\.onnx .*{reason}.*export it again"):
+            OnnxModel(data, "model.onnx")
+
+
+def test_a_missing_device_is_named(content):
+    with pytest.raises(ValueError, match="device 'tpu' cannot be used by onnxruntime here"):
+        OnnxModel(content, "model.onnx", "tpu")

@@ -1,0 +1,273 @@
+"""Bundles outside of torch: `model.onnx`, the program of docs/deploy.md, models in MLflow."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from air_core.bundle.manifest import MANIFEST, ONNX
+from air_core.datasets import get_dataset
+from orchestrator.planning import plan_of
+from orchestrator.spec import load_sweep
+from orchestrator.stages.trial import run_trial
+from orchestrator.store import ArtifactStore, SweepLocation
+from tests.helpers.documents import ROOT, blocks
+from tests.helpers.servers import MlflowProcess, MlflowServer, free_port
+from tests.helpers.sweeps import run_command
+from tests.reporting.test_bundles import encode
+
+SWEEP = """version: 1
+name: small
+grid: {method: [zero_shot, zero_shot_real]}
+seeds: [1]
+"""
+ROUNDING = 1e-4
+
+
+@pytest.fixture(scope="module")
+def location(tmp_path_factory, tiny_clip) -> SweepLocation:
+    """A finished sweep in a store; zero_shot_real has a fused classifier."""
+    folder = tmp_path_factory.mktemp("done")
+    (folder / "small.yaml").write_text(SWEEP)
+    sweep, store = load_sweep(folder / "small.yaml"), ArtifactStore(folder / "runs")
+    location = SweepLocation(store, "default", "small", None)
+    event_log = location.event_log()
+    event_log.lock()
+    slots = plan_of(sweep, location).slots
+    encode(slots[0].spec.features, store)
+    event_log.append("sweep_started", spec="s", total=len(slots), to_run=len(slots), pid=1)
+    for slot in slots:
+        run_trial(slot.spec, store)
+        fields = {"slot": slot.id, "cell": slot.cell.id, "key": slot.key.digest}
+        event_log.append("trial_done", **fields)
+    event_log.append("sweep_ended", exit_code=0, seconds=1.0)
+    event_log.unlock()
+    (location.folder / "spec.yaml").write_text(sweep.text)
+    (location.folder / "resolved.json").write_text("{}")
+    return location
+
+
+@pytest.fixture
+def export(command, location, tmp_path):
+    def run(*more: str | Path, code: int = 0) -> str:
+        words = ("export", "best", "--sweep", "small", "-o", tmp_path / "bundle", *more)
+        found, _, stderr = command(*words, "--store", location.store.root)
+        assert found == code, stderr
+        return stderr
+
+    return run
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Digits of different sizes and formats, one with an orientation in its EXIF data."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    sizes = [(32, 32), (64, 40), (40, 97), (33, 31), (200, 333), (500, 64)]
+    images = get_dataset("digits").load(None).images
+    for number, size in enumerate(sizes):
+        image = images[number].resize(size, Image.Resampling.BICUBIC)
+        if number % 2:
+            image.save(folder / f"{number}.jpg", quality=95)
+        else:
+            image.save(folder / f"{number}.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    images[9].save(folder / "turned.jpg", exif=exif)
+    return folder
+
+
+def classified(command, bundle: Path, photos: Path, *more: str) -> dict[str, dict[str, float]]:
+    """Probabilities by class, by file name."""
+    words = ("classify", bundle, photos, "--json", "--topk", "10", *more)
+    code, stdout, stderr = command(*words)
+    assert code == 0, stderr
+    return {
+        Path(each["image"]).name: {top["class"]: top["probability"] for top in each["top"]}
+        for each in json.loads(stdout)
+    }
+
+
+def assert_close(found: dict[str, dict[str, float]], expected: dict[str, dict[str, float]]) -> None:
+    assert found.keys() == expected.keys()
+    for name, probabilities in expected.items():
+        assert found[name] == pytest.approx(probabilities, abs=ROUNDING)
+        assert max(found[name], key=found[name].get) == max(probabilities, key=probabilities.get)
+
+
+# ---------------------------------------------------------------- the file
+
+
+def test_onnxruntime_gives_the_classes_of_torch(export, command, tmp_path, photos):
+    stderr = export("--onnx", "--classifier", "fused")
+    assert "onnx:     fused classifier; probabilities differ from torch by at most" in stderr
+    assert "predictions on test images are those of the trial" in stderr
+    bundle = tmp_path / "bundle"
+    by_torch = classified(command, bundle, photos)
+    assert_close(classified(command, bundle, photos, "--runtime", "onnx"), by_torch)
+
+    by_program = python_without_torch(program(), *sorted(photos.iterdir()), cwd=tmp_path)
+    found = [line.split("\t") for line in by_program.splitlines()]
+    assert {Path(file).name for file, _, _ in found} == by_torch.keys()
+    for file, name, probability in found:
+        expected = by_torch[Path(file).name]
+        assert name == max(expected, key=expected.get)
+        assert float(probability) == pytest.approx(expected[name], abs=ROUNDING)
+
+    (bundle / ONNX).write_bytes((bundle / ONNX).read_bytes() + b" ")
+    for runtime in ("torch", "onnx"):
+        code, _, stderr = command("classify", bundle, photos, "--runtime", runtime)
+        assert (code, f"{bundle / ONNX} was changed after the export" in stderr) == (2, True)
+
+
+def program() -> str:
+    """The program of docs/deploy.md."""
+    page = blocks(ROOT / "docs" / "deploy.md")
+    [text] = [block.text for block in page if block.language == "python"]
+    return text
+
+
+WITHOUT_TORCH = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        blocked = ("torch", "torchvision", "open_clip", "air_core", "orchestrator", "airsweep")
+        if name.partition(".")[0] in blocked:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+def python_without_torch(text: str, *arguments: Path, cwd: Path) -> str:
+    """Stdout of a program in a process that has neither torch nor airsweep."""
+    words = [sys.executable, "-c", WITHOUT_TORCH + text, *map(str, arguments)]
+    return run_command(words, True, cwd=cwd).stdout
+
+
+def test_a_file_that_the_bundle_lacks_is_explained(export, command, tmp_path, photos, monkeypatch):
+    export("--classifier", "text")
+    code, _, stderr = command("classify", tmp_path / "bundle", photos, "--runtime", "onnx")
+    assert (code, "has no model.onnx; export it again with --onnx" in stderr) == (2, True)
+    before = (tmp_path / "bundle" / MANIFEST).read_bytes()
+    monkeypatch.setitem(sys.modules, "onnxscript", None)  # as if it were not installed
+    stderr = export("--onnx", "--force", code=2)
+    assert "needs the package onnxscript" in stderr
+    assert "pip install 'airsweep[onnx]'" in stderr
+    assert (tmp_path / "bundle" / MANIFEST).read_bytes() == before
+
+
+# ---------------------------------------------------------------- models in MLflow
+
+
+class ModelServer(MlflowProcess):
+    """`mlflow models serve` of a registered model."""
+
+    def start(self, model: str, uri: str) -> None:
+        command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", model]
+        command += ["--env-manager", "local", "--port", str(self.port)]
+        self._launch(command, os.environ | {"MLFLOW_TRACKING_URI": uri}, self.log.parent)
+
+    def answer(self, images: list[str], **params: int) -> tuple[int, Any]:
+        """Status and JSON of a request with base64 images."""
+        body = {"dataframe_records": [{"image": image} for image in images], "params": params}
+        request = urllib.request.Request(
+            f"{self.url}/invocations",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return response.status, json.load(response)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)
+
+
+@pytest.fixture(scope="module")
+def mlflow_server(location, tmp_path_factory) -> Iterator[MlflowServer]:
+    server = MlflowServer(location.store.root, tmp_path_factory.mktemp("mlflow") / "log")
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.mark.integration
+def test_a_registered_model_classifies_images_over_http(
+    export, command, location, mlflow_server, photos, tmp_path
+):
+    uri = ("--tracking-uri", mlflow_server.url)
+    stderr = export("--register", "digits", *uri, code=2)
+    assert "has no run of the trial" in stderr
+    assert "airsweep mlflow reconcile" in stderr
+    reconcile = ("mlflow", "reconcile", "small", "--store", location.store.root, *uri)
+    assert command(*reconcile)[0] == 0
+    stderr = export("--register", "digits", "--force", *uri)
+    assert "`mlflow models serve -m models:/digits/1 --env-manager local`" in stderr
+    assert command(*reconcile)[1].startswith(command(*reconcile)[1][:20])
+
+    server = ModelServer(tmp_path / "log")
+    server.start("models:/digits/1", mlflow_server.url)
+    try:
+        files = sorted(photos.iterdir())
+        images = [base64.b64encode(file.read_bytes()).decode() for file in files]
+        status, answer = server.answer(images, topk=10)
+        assert status == 200, answer
+        found = {
+            file.name: {top["class"]: top["probability"] for top in each["top"]}
+            for file, each in zip(files, answer["predictions"], strict=True)
+        }
+        assert_close(found, classified(command, tmp_path / "bundle", photos))
+        assert len(server.answer(images[:1], topk=1)[1]["predictions"][0]["top"]) == 1
+        for bad, reason in refused_images():
+            status, answer = server.answer([images[0], bad])
+            assert (status, reason in answer["message"]) == (400, True), answer
+        assert server.answer(images[:1] * 65)[0] == 400
+    finally:
+        server.stop()
+
+
+def refused_images() -> list[tuple[str, str]]:
+    """Images that the server refuses, each with the reason."""
+    huge, tiff = BytesIO(), BytesIO()
+    Image.new("1", (10_000, 6_000)).save(huge, "PNG")
+    Image.new("L", (8, 8)).save(tiff, "TIFF")
+    cut = huge.getvalue()[:60]
+    return [
+        ("no base64!", "image 1 is not base64"),
+        (encoded(b"no image"), "image 1 cannot be read: not an image of an allowed format"),
+        (encoded(tiff.getvalue()), "allowed format (JPEG, PNG)"),
+        (encoded(huge.getvalue()), "image 1 is too large; allowed: 50,000,000 pixels"),
+        (encoded(cut), "image 1 "),
+        (encoded(bytes(21 * 2**20)), "image 1 is too large; allowed: 20 MiB"),
+    ]
+
+
+def encoded(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+def test_a_model_name_is_checked_before_anything_is_written(export, tmp_path):
+    stderr = export("--register", "team/digits", code=2)
+    assert "MLflow does not accept the model name 'team/digits'" in stderr
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_an_outage_leaves_the_bundle_and_says_how_to_register_it(
+    export, command, photos, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    uri = f"http://127.0.0.1:{free_port()}"
+    stderr = export("--register", "digits", "--tracking-uri", uri, code=3)
+    assert f"MLflow at {uri} does not answer" in stderr
+    assert f"The bundle in {tmp_path / 'bundle'} is complete: to register it later" in stderr
+    assert len(classified(command, tmp_path / "bundle", photos, "--runtime", "onnx")) == 7
