@@ -53,6 +53,10 @@ class TrialRecord:
         """
         return load_file(self.path / PREDICTIONS)
 
+    def pool_arrays(self) -> dict[str, np.ndarray]:
+        """To be replaced at the merge."""
+        return {}
+
     def prompt(self) -> np.ndarray:
         """The learned prompt vectors.
 
