@@ -287,12 +287,13 @@ def shorten(text: str, most: int = 34) -> str:
 def accuracy(results: Results, *, most: int = 150, width: float = WIDTH) -> Figure:
     """Each row with its interval, by task from the highest mean; the best row is a diamond."""
     groups: dict[str, list[Dot]] = {}
-    for row in sorted(results.rows, key=lambda row: -row.mean):
+    for row in sorted(results.tested, key=lambda row: -row.mean):
         group = groups.setdefault(_heading(row.task), [])
         label = shorten(row_text(row, results.varied_settings), 34 if width == WIDTH else 60)
         strong = row is results.best(row.task)
         group.append(Dot(label=label, value=row.mean, low=row.low, high=row.high, strong=strong))
-    groups = {_heading(task): groups[_heading(task)] for task in results.tasks}
+    headings = map(_heading, results.tasks)
+    groups = {heading: groups[heading] for heading in headings if heading in groups}
     xlabel = f"{metric_text(results.rows)}, mean and 95 % interval"
     return dots(groups, xlabel, most=most, width=width)
 
