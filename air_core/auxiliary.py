@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize, one_hot
+from torch.nn.utils.rnn import pad_sequence
 
 from air_core.classifiers import LinearClassifier
 from air_core.specs import AuxiliarySettings, FidelitySettings
@@ -28,20 +29,36 @@ PROBE_STEPS, PROBE_RATE, PROBE_DECAY = 200, 1e-2, 1e-2
 
 @dataclass(frozen=True)
 class BankClassifier:
-    """Compares an image with every image of a bank, class by class."""
+    """Compares an image with every image of a bank, class by class.
+
+    With `nearest` k: mean cosine to the k nearest images of each class. With 0: Tip-Adapter's cache
+    model (arXiv:2111.03930), with affinities averaged within a class.
+    """
 
     bank: Tensor  # (N, D), centred, unit length
-    labels: Tensor  # (N,)
-    num_classes: int
+    labels: Tensor  # (N,), every class 0 .. C - 1 at least max(1, nearest) times
     center: Tensor  # (D,), subtracted from features
-    pooled: Callable[[Tensor, Tensor], Tensor]  # (B, N) cosines, (N, C) one-hot -> (B, C)
+    nearest: int
     sharpness: float
 
     def logits(self, batch: Batch) -> Tensor:
         """(B, C)"""
         cosines = normalize(batch.features - self.center, dim=-1) @ self.bank.T  # (B, N)
-        members = one_hot(self.labels, self.num_classes).to(cosines.dtype)
-        return self.sharpness * self.pooled(cosines, members)
+        return self.sharpness * (self._nearest(cosines) if self.nearest else self._cache(cosines))
+
+    def _nearest(self, cosines: Tensor) -> Tensor:
+        members = [(self.labels == c).nonzero().flatten() for c in range(self._num_classes)]
+        places = pad_sequence(members, batch_first=True, padding_value=-1)  # (C, M)
+        padded = cosines[:, places.clamp(min=0)].masked_fill(places < 0, -torch.inf)
+        return padded.topk(self.nearest, dim=-1).values.mean(dim=-1)
+
+    def _cache(self, cosines: Tensor) -> Tensor:
+        members = one_hot(self.labels, self._num_classes).to(cosines.dtype)  # (N, C)
+        return (-CACHE_SHARPNESS * (1 - cosines)).exp() @ members / members.sum(dim=0)
+
+    @property
+    def _num_classes(self) -> int:
+        return int(self.labels.max()) + 1
 
 
 AuxiliaryClassifier = LinearClassifier | BankClassifier
@@ -207,11 +224,8 @@ class _Bank:
         sums = features.new_zeros(len(self.counts), features.shape[1])
         return sums.index_add_(0, self.labels, features) / self.counts[:, None]
 
-    def compared(self, pooled: Callable[[Tensor, Tensor], Tensor]) -> BankClassifier:
-        """A classifier whose logits are `pooled` from the cosines to each image."""
-        return BankClassifier(
-            self.unit, self.labels, len(self.counts), self.center, pooled, self.sharpness
-        )
+    def compared(self, nearest: int) -> BankClassifier:
+        return BankClassifier(self.unit, self.labels, self.center, nearest, self.sharpness)
 
 
 def _prototypes(bank: _Bank) -> LinearClassifier:
@@ -250,22 +264,11 @@ def _discriminants(bank: _Bank) -> LinearClassifier:
 
 def _neighbours(bank: _Bank) -> BankClassifier:
     """Mean cosine to the nearest images of each class."""
-    nearest = min(bank.settings.neighbours, int(bank.counts.min()))
-
-    def pooled(cosines: Tensor, members: Tensor) -> Tensor:
-        best = [cosines[:, of].topk(nearest).values.mean(dim=-1) for of in members.bool().T]
-        return torch.stack(best, dim=-1)
-
-    return bank.compared(pooled)
+    return bank.compared(min(bank.settings.neighbours, int(bank.counts.min())))
 
 
 def _cache(bank: _Bank) -> BankClassifier:
-    """Tip-Adapter's cache model (arXiv:2111.03930), with affinities averaged within a class."""
-
-    def pooled(cosines: Tensor, members: Tensor) -> Tensor:
-        return (-CACHE_SHARPNESS * (1 - cosines)).exp() @ members / bank.counts
-
-    return bank.compared(pooled)
+    return bank.compared(nearest=0)
 
 
 def _linear_probe(bank: _Bank) -> LinearClassifier:

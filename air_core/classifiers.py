@@ -137,6 +137,26 @@ class FusedClassifier:
         mass = scores[:, self.unseen].sum(dim=-1, keepdim=True)
         return scores.index_copy(1, self.unseen, mass * self._fused(logits[:, self.unseen], batch))
 
+    def logits(self, batch: Batch) -> Tensor:
+        """(N, C) logarithms of the scores."""
+        return self.scores(batch).log()
+
+    def each(self, text: Classifier) -> dict[str, Classifier]:
+        """The classifiers of new images by name: text, auxiliary and fused.
+
+        Left out are the auxiliary classifier where it has no seen class (TRZSL) or is None, and the
+        fused one where it is the text classifier.
+
+        Args:
+            text: the text classifier before `transductive` refines it.
+        """
+        found = {"text": text}
+        if self.auxiliary is not None and self.unseen is None:
+            found["auxiliary"] = self.auxiliary
+        if self.auxiliary is not None or self.text is not text:
+            found["fused"] = self
+        return found
+
     def pool_scores(self, pool: Batch) -> Tensor:
         """(N, C), or in TRZSL (N, U) over the classes of pool images; rows sum to 1."""
         logits = self.text.logits(pool)
@@ -147,19 +167,19 @@ class FusedClassifier:
         blended = (1 - self.evidence_weight) * scores + self.evidence_weight * self.evidence
         return torch.where(scored, blended, scores)
 
-    def predictions(self, pool: Batch) -> tuple[list[Tensor], int]:
-        """Predicted classes (P,) of text, auxiliary and evidence, and the number of classes.
+    def votes(self, text: Classifier, pool: Batch) -> dict[str, Tensor]:
+        """Classes (P,) that text, auxiliary and evidence predict, those that there are.
 
-        Left out are images without evidence, and classifiers that are None.
+        They are counted among the classes of the pool; -1 where an image has no evidence.
         """
-        logits = self.text.logits(pool)
-        scores = [logits if self.unseen is None else logits[:, self.unseen]]
+        logits = text.logits(pool)
+        found = {"text": (logits if self.unseen is None else logits[:, self.unseen]).argmax(dim=1)}
         if self.auxiliary is not None:
-            scores.append(self.auxiliary.logits(pool))
+            found["auxiliary"] = self.auxiliary.logits(pool).argmax(dim=1)
         if self.evidence is not None:
             scored = self.evidence.isfinite().any(dim=1)
-            scores = [each[scored] for each in (*scores, self.evidence)]
-        return [each.argmax(dim=1) for each in scores], scores[0].shape[1]
+            found["evidence"] = self.evidence.argmax(dim=1).where(scored, -1)
+        return found
 
     def _fused(self, logits: Tensor, batch: Batch) -> Tensor:
         if self.auxiliary is None:

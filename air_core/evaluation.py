@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -71,6 +72,17 @@ def objectives(
         metrics = measured(logits.argmax(dim=-1), validation.labels, logits.shape[1], unseen)
         values["validation_accuracy"] = metrics.headline
     return values
+
+
+def agreement(predicted: Tensor, votes: Sequence[Tensor]) -> float:
+    """Share of pool images to which another classifier gives the same class: the mean over votes.
+
+    Args:
+        predicted: (P,) classes.
+        votes: (P,) each, the classes that other classifiers predict, at least one; -1: none.
+    """
+    shares = [(predicted == vote)[vote >= 0].double().mean().item() for vote in votes]
+    return sum(shares) / len(shares)
 
 
 def mutual_information(scores: Tensor) -> float:

@@ -36,8 +36,11 @@ def fusion_weights(
         if spec.evidence.schedule == "annealed":
             v *= 1 - progress
         return w, v
-    predictions, classes = classifier.predictions(pool)
-    shares = iter(agreement_weights(predictions, classes))
+    votes, classes = classifier.votes(classifier.text, pool), 0
+    if classifier.evidence is not None:
+        scored, classes = votes["evidence"] >= 0, classifier.evidence.shape[1]
+        votes = {name: predicted[scored] for name, predicted in votes.items()}
+    shares = iter(agreement_weights([*votes.values()], classes))
     text = next(shares)
     auxiliary = 0.0 if classifier.auxiliary is None else next(shares)
     evidence = 0.0 if classifier.evidence is None else next(shares)

@@ -60,7 +60,7 @@ from air_core.specs import (
 )
 from air_core.training import Targeted, Training, fit
 from air_core.transduction import transductive
-from air_core.types import Batch, Labelled, Metrics, PseudoLabels, TrialResult
+from air_core.types import Batch, ClassifierResult, Labelled, PseudoLabels, TrialResult
 
 MIN_FADED = 8  # synthetic images per class that `auxiliary.fade` keeps in the last round
 
@@ -285,29 +285,25 @@ class Trial:
 
     @torch.no_grad()
     def evaluate(self) -> TrialResult:
-        """Test the learned prompt; for comparison also the fused and the auxiliary classifier."""
+        """Test text, auxiliary and fused classifier."""
         spec, data = self.spec, self.data
-        test = data.test.batch
-        fused_classifier = fused(
+        classifier = fused(
             spec, data, self.teacher, self.auxiliary, self.evidence, max(0, spec.iterations - 1)
         )
-        text = self._tested(self.teacher.logits(test))
-        # Without learning, synthetic images change the fused classifier only: test that one.
-        metrics = text if spec.iterations else self._tested(fused_classifier.scores(test))
-        inference = {"text": text.headline}
-        fused_predictions = None
-        if self.auxiliary is not None:
-            tested = self._tested(fused_classifier.scores(test))
-            inference["fused"], fused_predictions = tested.headline, tested.predictions
-            if data.unseen is None:
-                inference["auxiliary"] = self._tested(self.auxiliary.logits(test)).headline
-        predictions = fused_classifier.pool_scores(data.pool).argmax(dim=-1)
+        votes = classifier.votes(self.teacher, data.pool)
+        classifiers = {
+            name: self._tested(each, [vote for voter, vote in votes.items() if voter != name])
+            for name, each in classifier.each(self.teacher).items()
+        }
+        text, last = classifiers["text"], [*classifiers.values()][-1]
+        predictions = classifier.pool_scores(data.pool).argmax(dim=-1)
         return TrialResult(
-            objectives=evaluation.objectives(self.teacher, data.pool, data.validation, data.unseen),
-            test=metrics,
-            inference=inference,
-            fused=fused_predictions,
-            pool_predictions=predictions if data.unseen is None else data.unseen[predictions],
+            objectives=text.objectives,
+            # Without learning, synthetic images change the fused classifier only: test that one.
+            test=(text if spec.iterations else last).test,
+            classifiers=classifiers,
+            fused=classifier,
+            pool_predictions=self._of_all_classes(predictions),
             synthetic=0 if data.synthetic is None else len(data.synthetic),
             prompt=None if self.learner is None else self.learner.prompt.detach().cpu(),
             seconds=time.monotonic() - self.started,
@@ -331,10 +327,26 @@ class Trial:
             return None
         return spread(labels, self.data.unseen, len(self.data.classnames))
 
-    def _tested(self, scores: Tensor) -> Metrics:
-        data = self.data
-        predictions = scores.argmax(dim=-1)
-        return evaluation.measured(predictions, data.test.labels, len(data.classnames), data.unseen)
+    def _tested(self, classifier: Classifier, votes: Sequence[Tensor]) -> ClassifierResult:
+        data, unseen = self.data, self.data.unseen
+        test = classifier.logits(data.test.batch).softmax(dim=-1).max(dim=-1)
+        logits = classifier.logits(data.pool)
+        pool = (logits if unseen is None else logits[:, unseen]).softmax(dim=-1).max(dim=-1)
+        found = evaluation.objectives(classifier, data.pool, data.validation, unseen)
+        if votes:
+            found["agreement"] = evaluation.agreement(pool.indices, votes)
+        return ClassifierResult(
+            test=evaluation.measured(test.indices, data.test.labels, len(data.classnames), unseen),
+            probability=test.values,
+            pool=self._of_all_classes(pool.indices),
+            pool_probability=pool.values,
+            objectives=found,
+        )
+
+    def _of_all_classes(self, predictions: Tensor) -> Tensor:
+        """Predictions (P,) among the classes of the pool, counted among all classes."""
+        unseen = self.data.unseen
+        return predictions if unseen is None else unseen[predictions]
 
 
 def _check(spec: TrialSpec, data: TrialData) -> None:

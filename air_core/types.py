@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,19 +104,33 @@ class Metrics:
 
 
 @dataclass(frozen=True)
+class ClassifierResult:
+    """One of the classifiers of a trial on the test images, and what is known without them."""
+
+    test: Metrics
+    probability: Tensor  # (T,) of the predicted class
+    pool: Tensor  # (P,) predicted classes of the pool images
+    pool_probability: Tensor  # (P,) of the predicted class; in TRZSL among unseen classes
+    objectives: dict[str, float]  # see `evaluation.objectives`; and `agreement`
+
+
+@dataclass(frozen=True)
 class TrialResult:
     """Result of a trial.
 
     A search may read `objectives` only, which are computed without any test label.
     """
 
-    objectives: dict[str, float]
-    test: Metrics
-    inference: dict[str, float]  # headline test metric of text, fused and auxiliary
-    fused: (
-        Tensor | None
-    )  # (T,) predictions on test images by text and auxiliary; None: no auxiliary
+    objectives: dict[str, float]  # of the text classifier
+    test: Metrics  # of the learned prompt; without a prompt, of the fused classifier
+    classifiers: dict[str, ClassifierResult]  # by name: text, auxiliary, fused
+    fused: Any  # air_core.classifiers.FusedClassifier
     pool_predictions: Tensor  # (P,) of the fused classifier, after the last round
     synthetic: int  # number of synthetic images used
     prompt: Tensor | None  # the learned vectors; None: the trial has no rounds
     seconds: float
+
+    @property
+    def inference(self) -> dict[str, float]:
+        """Main test metric of each classifier, by its name."""
+        return {name: each.test.headline for name, each in self.classifiers.items()}

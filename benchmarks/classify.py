@@ -46,6 +46,9 @@ def zero_shot() -> tuple[dict[str, Any], dict[str, Any]]:
         "template": digits.template,
         "modality": "text",
         "prompt": None,
+        "classifier": "text",
+        "space": "probability",
+        "temperatures": {},
         "backbone": {**weights_description("tiny"), "precision": "fp32"},
         "metrics": {"test/accuracy": 0.5},
         "test": {"dataset": digits.name, "digest": "d", "images": 2, "unseen": None},
@@ -55,7 +58,7 @@ def zero_shot() -> tuple[dict[str, Any], dict[str, Any]]:
     scale = np.array(backbone.logit_scale, dtype=np.float32)
     arrays = {
         TEXT: {"text_features": texts, "logit_scale": scale},
-        TEST: {name: np.zeros(2, dtype=np.int32) for name in ("index", "predictions", "labels")},
+        TEST: {name: np.zeros(2, dtype=np.int32) for name in ("index", "text", "labels")},
     }
     return about, arrays
 

@@ -17,7 +17,7 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -439,7 +439,8 @@ def predictions(
     trial: str, *, store: str | Path | None = None, tracking_uri: str | None = None
 ) -> DataFrame:
     """Return one row per test image of a trial: `image`, its index in the dataset; `label` and
-    `prediction`, class names; `fused`, that of the fused classifier, if the trial has one.
+    `prediction`, class names; `text`, `auxiliary` and `fused`, predictions of the classifiers that
+    the trial has, and `probability_text`, ... of these predictions.
 
     Args:
         trial: value of `key` or `trial` in `results`, or MLflow run id.
@@ -451,6 +452,7 @@ def predictions(
     """
     from pandas import DataFrame
 
+    from air_core.bundle.checks import CLASSIFIERS
     from orchestrator.planning.dataset_text import tested_classes
     from orchestrator.store import open_store
     from orchestrator.tracking import named_trial
@@ -458,13 +460,11 @@ def predictions(
     opened = open_store(_store(store)).read_only()
     found = named_trial(trial, opened, None, tracking_uri)
     arrays, classes = found.record.test_arrays(), tested_classes(found.spec, opened)
-    columns = {"label": "labels", "prediction": "predictions", "fused": "fused"}
-    named = {
-        column: [classes[index] for index in arrays[name]]
-        for column, name in columns.items()
-        if name in arrays
-    }
-    return DataFrame({"image": arrays["index"], **named})
+    named = {"label": arrays["labels"], "prediction": arrays["predictions"]}
+    named |= {name: arrays[name] for name in CLASSIFIERS if name in arrays}
+    columns = {name: [classes[index] for index in indices] for name, indices in named.items()}
+    probabilities = {name: arrays[name] for name in arrays if name.startswith("probability_")}
+    return DataFrame({"image": arrays["index"], **columns, **probabilities})
 
 
 def report(
@@ -604,18 +604,25 @@ def export(
     *,
     sweep: str | Outcome | None = None,
     only: Options = (),
+    by: str | None = None,
+    classifier: str | None = None,
     store: str | Path | None = None,
     data_root: str | Path | None = None,
     tracking_uri: str | None = None,
     force: bool = False,
 ) -> Path:
-    """Export the trained prompt of a trial as a bundle, a folder that works without the store.
+    """Export the classifiers of a trial as a bundle, a folder that works without the store.
 
     Args:
-        trial: trial key, slot, MLflow run id, or `best`: the best row of a sweep.
+        trial: trial key, slot, MLflow run id, or `best`: row, run and classifier of a sweep with
+            the highest score, by default without test labels.
         output: folder to create.
         sweep: sweep of the trial; `best` needs it.
         only: values of the grid to which `best` is limited, as for `load`.
+        by: the score of `best`: validation_accuracy, consensus or test_accuracy. Default:
+            validation_accuracy where there are validation images, else consensus.
+        classifier: text, auxiliary or fused, which the bundle uses if no other is named. Default:
+            the one with the highest score.
         store, data_root: as for `results`.
         tracking_uri: as for `run`.
         force: replace an existing bundle.
@@ -624,12 +631,13 @@ def export(
         Path of the folder.
 
     Raises:
-        ValueError: no trial or several trials match, the trial has no prompt, or the folder exists.
-        PredictionsDifferError: the prompt does not reproduce the trial's predictions.
+        ValueError: no trial or several trials match, the trial does not have the classifier, or the
+            folder exists.
+        PredictionsDifferError: a classifier does not reproduce the trial's predictions.
     """
     from orchestrator.planning import Resolver
     from orchestrator.planning.requests import only_options
-    from orchestrator.reporting import bundles
+    from orchestrator.reporting import bundles, selection
     from orchestrator.store import open_store
     from orchestrator.tracking import named_trial
 
@@ -637,37 +645,45 @@ def export(
     data = _folder(data_root)
     place = location_named(sweep, store) if sweep else None
     source = (place.store if place else open_store(_store(store))).read_only()
-    if trial == bundles.BEST:
+    if trial == selection.BEST:
         if sweep is None:
             raise ValueError("`best` needs the name of a sweep; give --sweep NAME")
         spec, location = recorded_sweep(sweep, store, data_root)
         data = location.data_root
-        selected = bundles.best_trial(spec, location, limits)
+        selected = selection.best_trial(spec, location, limits, by, classifier)
     else:
-        if limits:
+        if limits or by:
             raise ValueError(
-                "--only is allowed with `best` only: it selects rows, and you named a trial"
+                "--only and --by are allowed with `best` only: they select rows, and you named a "
+                "trial"
             )
-        selected = named_trial(trial, source, place, tracking_uri)
+        selected = replace(named_trial(trial, source, place, tracking_uri), classifier=classifier)
     resolver = Resolver(source.root / "digests.json", data)
     bundles.export(selected, source, resolver, Path(output), force)
     return Path(output)
 
 
-def load_bundle(folder: str | Path, weights: str | None = None, device: str = "cpu") -> Bundle:
+def load_bundle(
+    folder: str | Path,
+    weights: str | None = None,
+    device: str = "cpu",
+    classifier: str | None = None,
+) -> Bundle:
     """Load a bundle, to classify images: `load_bundle("bundle").classify(["new/*.png"])`.
 
     Args:
         folder: written by `export`.
         weights: name or path of the backbone, if its weights are not published.
         device: of CLIP, such as cuda.
+        classifier: text, auxiliary or fused. Default: the one that was selected at the export.
 
     Raises:
-        ValueError: the folder is not an unchanged bundle, or the backbone differs.
+        ValueError: the folder is not an unchanged bundle, the backbone differs, or the bundle does
+            not contain the classifier.
     """
     from air_core.bundle import load_bundle
 
-    return load_bundle(folder, weights, device)
+    return load_bundle(folder, weights, device, classifier)
 
 
 def recorded_sweep(

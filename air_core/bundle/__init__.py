@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 __all__ = ["image_files", "load_bundle", "read_bundle"]
 
 
-def load_bundle(folder: str | Path, weights: str | None = None, device: str = "cpu") -> Bundle:
+def load_bundle(
+    folder: str | Path,
+    weights: str | None = None,
+    device: str = "cpu",
+    classifier: str | None = None,
+) -> Bundle:
     """Load a bundle and the frozen CLIP with which it was trained. Downloads nothing.
 
     Args:
@@ -31,15 +36,18 @@ def load_bundle(folder: str | Path, weights: str | None = None, device: str = "c
         weights: name or path of the backbone, as in a sweep file. Default: the published weights
             that the bundle names. Paths in a bundle are never used.
         device: of CLIP, such as cuda.
+        classifier: text, auxiliary or fused. Default: the one that was selected at the export.
 
     Raises:
         ValueError: the folder is not an unchanged bundle, the backbone differs, the bundle names no
-            published weights and `weights` is missing, or the device does not exist.
+            published weights and `weights` is missing, the device does not exist, or the bundle
+            does not contain the classifier.
     """
     manifest = read_bundle(folder)
+    manifest.selected(classifier)
     found = manifest.backbone(weights)  # before torch is imported or a weight is read
     from air_core.backbone.loading import load_backbone  # seconds
     from air_core.bundle.classifier import Bundle, check_device
 
     check_device(device)
-    return Bundle(manifest, load_backbone(found, device, manifest.precision))
+    return Bundle(manifest, load_backbone(found, device, manifest.precision), classifier)

@@ -1,42 +1,29 @@
 """Validates `bundle.json` and the arrays of a bundle, which can come from an untrusted source.
 
-Each check raises a ValueError with the problem; `manifest` adds the path of the bundle.
+`SETTINGS` and `ARRAYS` list what is allowed. Each check raises a ValueError with the problem;
+`manifest` adds the path of the bundle.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import numpy as np
 
 from air_core.datasets.dataset import is_template
 from air_core.printable import UNPRINTABLE, printable
-from air_core.specs import ClipPrecision
-
-# C classes, D feature width, T test images.
+from air_core.specs import ClipPrecision, FusionSpace
 
 TEXT, PROMPT, TEST = "text_features.safetensors", "prompt.safetensors", "test.safetensors"
-NAMES = {
-    TEXT: ("logit_scale", "text_features"),
-    PROMPT: ("prompt",),
-    TEST: ("index", "labels", "predictions"),
-}
-TOP = {
-    "classnames": list,
-    "template": str,
-    "modality": str,
-    "backbone": dict,
-    "metrics": dict,
-    "test": dict,
-    "lineage": dict,
-}
-BACKBONE = {"files": dict, "settings": dict, "open_clip": dict, "precision": str}
-TESTED = {"dataset": str, "digest": str, "images": int}
+FUSED = "fused.safetensors"
+CLASSIFIERS = ("text", "auxiliary", "fused")
 MODALITIES = ("text", "visual")
 PRECISIONS = get_args(ClipPrecision)
+SPACES = get_args(FusionSpace)
 SHA256 = re.compile("[0-9a-f]{64}")
 UNIT = 1e-3  # largest deviation of the length of a class vector from 1
 
@@ -47,38 +34,23 @@ def check_contents(content: Mapping[str, Any], arrays: Arrays) -> None:
     """Check that settings and arrays are complete, of the right types, and consistent.
 
     Args:
-        content: that of bundle.json; format and digests are not checked.
+        content: that of bundle.json in the current format; format and digests are not checked.
         arrays: of the safetensors files.
 
     Raises:
         ValueError: they are not; the message has the first problem.
     """
-    _check_types(content, TOP, "")
-    _check_classnames(content["classnames"])
-    _check_template(content["template"])
-    _check_one_of(content["modality"], MODALITIES, "modality")
-    if not isinstance(content.get("prompt"), dict | None):
-        raise ValueError("its prompt is not a dict")
-    _check_backbone(content["backbone"])
-    _check_test(content["test"], len(content["classnames"]))
-    _check_metrics(content["metrics"], test_metric(content["test"]))
-    if PROMPT in arrays and content.get("prompt") is None:
-        raise ValueError(f"it has no prompt, but contains {PROMPT}")
-    for name in (TEXT, TEST, *([PROMPT] if content.get("prompt") is not None else [])):
-        if name not in arrays:
-            raise ValueError(f"{name} is missing")
-    for name, of in arrays.items():
-        if tuple(sorted(of)) != NAMES[name]:
-            raise ValueError(f"{name} must contain exactly {', '.join(NAMES[name])}")
-    _check_texts(arrays[TEXT], len(content["classnames"]))
-    if PROMPT in arrays:
-        _check_prompt(arrays[PROMPT]["prompt"])
-    _check_predictions(arrays[TEST], content["test"]["images"], len(content["classnames"]))
-
-
-def test_metric(test: Mapping[str, Any]) -> str:
-    """The test metric of a bundle: the harmonic mean for TRZSL, otherwise the accuracy."""
-    return "test/accuracy" if test["unseen"] is None else "test/harmonic_mean"
+    for path, allowed, fits in SETTINGS:
+        value: Any = content
+        for name in path.split("."):
+            value = value.get(name) if isinstance(value, Mapping) else None
+        if not fits(value):
+            shown = printable(repr(value))
+            raise ValueError(f"its {path} is {shown[:SHOWN]}; allowed: {allowed}")
+    _check_unseen(content["test"].get("unseen", ""), len(content["classnames"]))
+    _check_files(content, arrays)
+    _check_arrays(content, arrays)
+    _check_classifiers(content, arrays)
 
 
 def check_digests(digests: Any, where: str) -> None:
@@ -87,59 +59,93 @@ def check_digests(digests: Any, where: str) -> None:
     Raises:
         ValueError: it does not.
     """
-    fits = isinstance(digests, dict) and all(
-        isinstance(digest, str) and SHA256.fullmatch(digest) for digest in digests.values()
-    )
-    if not fits:
+    if not _is_digests(digests):
         raise ValueError(f"its {where} is not a dict of file names and SHA-256 digests")
+
+
+def test_metric(test: Mapping[str, Any]) -> str:
+    """The test metric of a bundle: the harmonic mean for TRZSL, otherwise the accuracy."""
+    return "test/accuracy" if test["unseen"] is None else "test/harmonic_mean"
 
 
 # ---------------------------------------------------------------- bundle.json
 
-
-def _check_types(found: Mapping[str, Any], wanted: Mapping[str, type], where: str) -> None:
-    for name, kind in wanted.items():
-        value = found.get(name)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise ValueError(f"its {where}{name} is missing or not a {kind.__name__}")
+SHOWN = 80  # characters of a wrong value in a message
 
 
-def _check_one_of(value: str, allowed: Sequence[str], where: str) -> None:
-    if value not in allowed:
-        raise ValueError(f"its {where} is {printable(value)!r}; allowed: {', '.join(allowed)}")
+def _is(*kinds: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kinds) and not isinstance(value, bool)
 
 
-def _check_classnames(classnames: Sequence[Any]) -> None:
-    if not classnames:
-        raise ValueError("its classnames are empty")
-    for name in classnames:
-        if not isinstance(name, str) or not name.strip():
-            raise ValueError(f"a class name is {name!r}; allowed: a non-empty text")
-        if UNPRINTABLE.search(name):
-            raise ValueError(f"the class name {printable(name)!r} has control characters")
-    if len(set(classnames)) < len(classnames):
-        raise ValueError("two of its classes have the same name")
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip()) and not UNPRINTABLE.search(value)
 
 
-def _check_template(template: str) -> None:
-    if not is_template(template):
-        raise ValueError(
-            f"its template is {printable(template)!r}; allowed: a text with {{}} once, for the "
-            "class name"
-        )
+def _is_classnames(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(map(_is_text, value))
+        and len(set(value)) == len(value)
+    )
 
 
-def _check_backbone(backbone: Mapping[str, Any]) -> None:
-    _check_types(backbone, BACKBONE, "backbone.")
-    check_digests(backbone["files"], "backbone.files")
-    _check_one_of(backbone["precision"], PRECISIONS, "backbone.precision")
-    if not isinstance(backbone.get("name"), str | None):
-        raise ValueError("its backbone.name is not a str")
+def _is_digests(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(digest, str) and SHA256.fullmatch(digest) for digest in value.values()
+    )
 
 
-def _check_test(test: Mapping[str, Any], classes: int) -> None:
-    _check_types(test, TESTED, "test.")
-    unseen = test.get("unseen", "")
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        type(number) in (int, float) and math.isfinite(number) for number in value.values()
+    )
+
+
+def _is_temperatures(value: Any) -> bool:
+    return _is_numbers(value) and all(
+        name in CLASSIFIERS and number > 0 for name, number in value.items()
+    )
+
+
+def _is_one_of(allowed: Sequence[str]) -> tuple[str, Callable[[Any], bool]]:
+    return ", ".join(allowed), lambda value: isinstance(value, str) and value in allowed
+
+
+NONE = type(None)
+# Path in bundle.json, what is allowed, and whether a value is.
+SETTINGS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    (
+        "classnames",
+        "different texts that are not empty, without control characters",
+        _is_classnames,
+    ),
+    (
+        "template",
+        "a text with {} once, for the class name",
+        lambda value: isinstance(value, str) and is_template(value),
+    ),
+    ("modality", *_is_one_of(MODALITIES)),
+    ("prompt", "a dict or null", _is(dict, NONE)),
+    ("classifier", *_is_one_of(CLASSIFIERS)),
+    ("space", *_is_one_of(SPACES)),
+    ("temperatures", "positive numbers by classifier", _is_temperatures),
+    ("backbone", "a dict", _is(dict)),
+    ("backbone.files", "file names with SHA-256 digests", _is_digests),
+    ("backbone.settings", "a dict", _is(dict)),
+    ("backbone.open_clip", "a dict", _is(dict)),
+    ("backbone.precision", *_is_one_of(PRECISIONS)),
+    ("backbone.name", "a text or null", _is(str, NONE)),
+    ("metrics", "finite numbers by name", _is_numbers),
+    ("test", "a dict", _is(dict)),
+    ("test.dataset", "a text", _is(str)),
+    ("test.digest", "a text", _is(str)),
+    ("test.images", "a whole number >= 0", lambda value: _is(int)(value) and value >= 0),
+    ("lineage", "a dict", _is(dict)),
+)
+
+
+def _check_unseen(unseen: Any, classes: int) -> None:
     if unseen is None:
         return
     fits = isinstance(unseen, list) and all(type(c) is int and 0 <= c < classes for c in unseen)
@@ -147,54 +153,139 @@ def _check_test(test: Mapping[str, Any], classes: int) -> None:
         raise ValueError("its test.unseen is neither null nor a list of some of its classes")
 
 
-def _check_metrics(metrics: Mapping[str, Any], wanted: str) -> None:
-    for name, value in metrics.items():
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise ValueError(f"its metric {printable(name)} is not a finite number")
-    if wanted not in metrics:
-        raise ValueError(f"its metric {wanted} is missing")
-
-
 # ---------------------------------------------------------------- arrays
 
 
-def _check_texts(of: Mapping[str, np.ndarray], classes: int) -> None:
-    texts, scale = of["text_features"], of["logit_scale"]
-    if texts.dtype != np.float32 or texts.ndim != 2 or not texts.shape[1]:
-        raise ValueError(
-            f"text_features are {_array_text(texts)}; expected: float32 (classes, width)"
-        )
-    if len(texts) != classes:
-        raise ValueError(f"{TEXT} has {len(texts)} classes, but there are {classes} class names")
-    lengths = np.linalg.norm(texts.astype(np.float64), axis=1)  # (C,)
-    if not (np.abs(lengths - 1) <= UNIT).all():  # NaN fails this check, too
+@dataclass(frozen=True)
+class Allowed:
+    """What an array may contain."""
+
+    dtype: str
+    # One letter a dimension: C classes, U those of pool images, D feature width, T test images; any
+    # number, the same within a file: N, L, P, W. Several texts: several numbers of dimensions.
+    shapes: tuple[str, ...]
+    low: float = -math.inf
+    high: float = math.inf
+    below: str = ""  # letter of a number that integers stay below
+
+    def __str__(self) -> str:
+        shapes = " or ".join(f"({', '.join(shape)})" for shape in self.shapes)
+        limits = f" from {self.low:g} to {self.high:g}" if self.low > -math.inf else ""
+        return f"{self.dtype} {shapes}{limits}" + (f" below {self.below}" if self.below else "")
+
+
+TINY = 1e-30
+_ROWS = {name: Allowed("integers", ("T",), 0, below="C") for name in ("labels", *CLASSIFIERS)}
+ARRAYS: dict[str, dict[str, Allowed]] = {
+    TEXT: {
+        "text_features": Allowed("float32", ("CD",)),
+        "logit_scale": Allowed("float32", ("",), TINY),
+    },
+    PROMPT: {"prompt": Allowed("floats", ("LW", "PLW"))},
+    TEST: {"index": Allowed("integers", ("T",), 0), **_ROWS},
+    FUSED: {
+        "weight": Allowed("float64", ("",), 0, 1),
+        "auxiliary.weight": Allowed("float32", ("UD",)),
+        "auxiliary.bias": Allowed("float32", ("U",)),
+        "auxiliary.unit": Allowed("bool", ("",)),
+        "auxiliary.bank": Allowed("float32", ("ND",)),
+        "auxiliary.labels": Allowed("integers", ("N",), 0, below="U"),
+        "auxiliary.nearest": Allowed("integers", ("",), 0),
+        "auxiliary.center": Allowed("float32", ("D",)),
+        "auxiliary.sharpness": Allowed("float64", ("",), TINY),
+        "mixture.means": Allowed("float32", ("UD",)),
+        "mixture.precision": Allowed("float32", ("D",), TINY),
+    },
+}
+KINDS = {"floats": np.floating, "integers": np.signedinteger}
+_OF_ALL = ("auxiliary.center", "auxiliary.sharpness")
+# The sets of arrays that a file contains.
+COMPLETE: dict[str, tuple[set[str], ...]] = {
+    TEXT: ({"text_features", "logit_scale"},),
+    PROMPT: ({"prompt"},),
+    TEST: tuple(
+        {"index", "labels", *names} for names in (("text",), ("text", "fused"), CLASSIFIERS)
+    ),
+    FUSED: (
+        {"weight", *_OF_ALL, "auxiliary.weight", "auxiliary.bias", "auxiliary.unit"},
+        {"weight", *_OF_ALL, "auxiliary.bank", "auxiliary.labels", "auxiliary.nearest"},
+        {"weight", "mixture.means", "mixture.precision"},
+    ),
+}
+
+
+def _check_files(content: Mapping[str, Any], arrays: Arrays) -> None:
+    prompt = content.get("prompt") is not None
+    if PROMPT in arrays and not prompt:
+        raise ValueError(f"it has no prompt, but contains {PROMPT}")
+    for name in (TEXT, TEST, *([PROMPT] if prompt else [])):
+        if name not in arrays:
+            raise ValueError(f"{name} is missing")
+    for name, of in arrays.items():
+        if set(of) not in COMPLETE[name]:
+            allowed = " or ".join(", ".join(sorted(names)) for names in COMPLETE[name])
+            raise ValueError(f"{name} must contain exactly {allowed}")
+
+
+def _check_arrays(content: Mapping[str, Any], arrays: Arrays) -> None:
+    classes, unseen = len(content["classnames"]), content["test"]["unseen"]
+    sizes = {"C": classes, "U": len(unseen or range(classes)), "T": content["test"]["images"]}
+    for file, of in arrays.items():
+        for letter in "LNPW":
+            sizes.pop(letter, None)
+        for name, array in of.items():
+            allowed = ARRAYS[file][name]
+            if not _fits(array, allowed, sizes):
+                found = f"{array.dtype} {array.shape}"
+                where = ", ".join(f"{letter} {size}" for letter, size in sorted(sizes.items()))
+                raise ValueError(
+                    f"{name} of {file} is {found} or has values out of range; allowed: finite "
+                    f"{allowed}, with {where}"
+                )
+            if not array.size and "T" not in ARRAYS[file][name].shapes:
+                raise ValueError(f"{name} of {file} is empty")
+    lengths = np.linalg.norm(arrays[TEXT]["text_features"].astype(np.float64), axis=1)  # (C,)
+    if (np.abs(lengths - 1) > UNIT).any():
         raise ValueError("text_features have vectors whose length is not 1")
-    if scale.dtype != np.float32 or scale.shape or not np.isfinite(scale) or scale <= 0:
-        raise ValueError(f"logit_scale is {_array_text(scale)}; expected: one positive float32")
 
 
-def _check_prompt(prompt: np.ndarray) -> None:
-    if not np.issubdtype(prompt.dtype, np.floating) or prompt.ndim not in (2, 3) or not prompt.size:
+def _fits(array: np.ndarray, allowed: Allowed, sizes: dict[str, int]) -> bool:
+    kind = KINDS.get(allowed.dtype)
+    if array.dtype != allowed.dtype if kind is None else not np.issubdtype(array.dtype, kind):
+        return False
+    for shape in allowed.shapes:
+        known = [sizes.get(letter, size) for letter, size in zip(shape, array.shape, strict=False)]
+        if len(shape) == array.ndim and (*known,) == array.shape:
+            sizes |= dict(zip(shape, array.shape, strict=True))
+            break
+    else:
+        return False
+    high = sizes[allowed.below] - 1 if allowed.below else allowed.high
+    fits = np.isfinite(array) & (array >= allowed.low) & (array <= high)
+    return bool(fits.all())
+
+
+def _check_classifiers(content: Mapping[str, Any], arrays: Arrays) -> None:
+    recorded = [name for name in CLASSIFIERS if name in arrays[TEST]]
+    if ("fused" in recorded) != (FUSED in arrays):
+        raise ValueError(f"{TEST} and {FUSED} have different classifiers")
+    if content["classifier"] not in recorded:
         raise ValueError(
-            f"the prompt is {_array_text(prompt)}; expected: floats of 2 or 3 dimensions"
+            f"its classifier is {content['classifier']}, but {TEST} has no predictions of it"
         )
-    if not np.isfinite(prompt).all():
-        raise ValueError("the prompt has values that are not finite")
+    auxiliary = arrays.get(FUSED, {})
+    if "auxiliary.bank" in auxiliary:
+        classes = len(content["test"]["unseen"] or content["classnames"])
+        counts = np.bincount(auxiliary["auxiliary.labels"], minlength=classes)
+        if counts.min() < max(1, int(auxiliary["auxiliary.nearest"])):
+            raise ValueError("auxiliary.labels have fewer images of a class than are compared")
+    for name in recorded if content["test"]["images"] else ():
+        if recorded_metric(content, name) is None:
+            raise ValueError(f"its metric test/accuracy_{name} is missing")
 
 
-def _check_predictions(of: Mapping[str, np.ndarray], images: int, classes: int) -> None:
-    for name, values in of.items():
-        if not np.issubdtype(values.dtype, np.signedinteger) or values.ndim != 1:
-            raise ValueError(
-                f"{name} of {TEST} is {_array_text(values)}; expected: integers (images,)"
-            )
-        if len(values) != images or not images:
-            raise ValueError(
-                f"{name} of {TEST} has {len(values)} images, but test.images is {images}"
-            )
-        if values.min() < 0 or (name != "index" and values.max() >= classes):
-            raise ValueError(f"{name} of {TEST} has values out of range")
-
-
-def _array_text(array: np.ndarray) -> str:
-    return f"{array.dtype} {array.shape}"
+def recorded_metric(content: Mapping[str, Any], classifier: str) -> float | None:
+    """The recorded test metric of a classifier; the harmonic mean for TRZSL."""
+    metrics = content["metrics"]
+    found: float | None = metrics.get(f"test/accuracy_{classifier}")
+    return metrics.get(test_metric(content["test"])) if found is None else found

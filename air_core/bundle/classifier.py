@@ -12,15 +12,19 @@ from PIL import Image
 from torch import Tensor
 
 from air_core.backbone import Backbone
+from air_core.bundle.arrays import fused_classifier
+from air_core.bundle.checks import FUSED
 from air_core.bundle.files import image_files
 from air_core.bundle.manifest import Manifest
+from air_core.classifiers import Classifier
 from air_core.datasets.images import Unreadable, open_image
+from air_core.types import Batch
 
 # N images, C classes, D feature width.
 
 TOP = 3  # classes per image in a result
 STEP = 64  # images per batch; larger batches delay the output of large models
-BLANK_PX = 8
+BLANK = Image.new("RGB", (8, 8))
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class ClassifiedImage:
 
     @property
     def probability(self) -> float:
-        """Softmax over the bundle's classes; images of other classes can also have high values."""
+        """Over the bundle's classes, so images of other classes can also have high values."""
         return self.top[0][1]
 
     def json(self) -> dict[str, Any]:
@@ -48,15 +52,59 @@ class ClassifiedImage:
         }
 
 
-class Bundle:
-    """Classifies with a frozen CLIP and the text features and visual prompt, if any, of a trial."""
+@dataclass(frozen=True)
+class _Text:
+    """The text classifier of a bundle, with its visual prompt, if any."""
 
-    def __init__(self, manifest: Manifest, backbone: Backbone) -> None:
+    backbone: Backbone
+    texts: Tensor  # (C, D)
+    scale: float
+    prompt: Tensor | None
+
+    def logits(self, batch: Batch) -> Tensor:
+        features = batch.features
+        if self.prompt is not None:
+            assert batch.tokens is not None
+            parts = torch.split(batch.tokens, self.backbone.at_once)
+            encoded = [self.backbone.encode_tokens(part, self.prompt).cpu() for part in parts]
+            features = torch.cat(encoded)
+        return self.scale * features @ self.texts.T  # (N, C)
+
+
+class Bundle:
+    """The classifiers of a trial and the frozen CLIP that they read images with.
+
+    Attributes:
+        classnames: the C classes.
+        classifiers: names of the classifiers, of text, auxiliary and fused.
+        classifier: the one that `classify` uses.
+    """
+
+    def __init__(
+        self, manifest: Manifest, backbone: Backbone, classifier: str | None = None
+    ) -> None:
         self.manifest, self.backbone = manifest, backbone
-        self.classnames = manifest.classnames
-        self._texts = torch.from_numpy(manifest.text_features)  # (C, D)
-        prompt = manifest.visual_prompt
-        self._prompt = None if prompt is None else torch.from_numpy(prompt).to(backbone.device)
+        self.classnames, self.classifiers = manifest.classnames, manifest.classifiers
+        self.classifier = manifest.selected(classifier)
+        texts = torch.from_numpy(manifest.text_features)
+        width = backbone.encode_images([BLANK]).shape[1]
+        if width != texts.shape[1]:
+            raise ValueError(
+                f"{manifest.folder} is not a bundle of this backbone: its class vectors have width "
+                f"{texts.shape[1]}, but image features {width}"
+            )
+        prompt = None
+        if manifest.visual_prompt is not None:
+            prompt = torch.from_numpy(manifest.visual_prompt).to(backbone.device)
+        text = _Text(backbone, texts, manifest.logit_scale, prompt)
+        self._reads_tokens = prompt is not None
+        self._of: dict[str, Classifier] = {"text": text}
+        if FUSED in manifest.arrays:
+            arrays = {name: torch.from_numpy(a) for name, a in manifest.arrays[FUSED].items()}
+            unseen = manifest.content["test"]["unseen"]
+            unseen = None if unseen is None else torch.tensor(unseen)
+            fused = fused_classifier(arrays, text, manifest.content["space"], unseen)
+            self._of = fused.each(text)
 
     def classify(self, places: Sequence[str | Path], topk: int = TOP) -> list[ClassifiedImage]:
         """Classify the images of files, folders (recursively) and patterns, in this order.
@@ -83,7 +131,7 @@ class Bundle:
         step = min(STEP, self.backbone.at_once)
         for start in range(0, len(files), step):
             opened = _LazyImages(files[start : start + step])
-            shares = self.logits(opened).softmax(dim=-1)
+            shares = self.scores(opened)
             found = shares.topk(min(topk, len(self.classnames)), dim=-1)
             for file, values, classes in zip(opened.files, *map(Tensor.tolist, found), strict=True):
                 if file not in opened.bad:
@@ -94,30 +142,35 @@ class Bundle:
                 else:
                     unreadable(file, opened.bad[file])
 
+    def scores(self, images: Sequence[Image.Image]) -> Tensor:
+        """Probabilities (N, C) on the CPU, by the selected classifier."""
+        return self.scores_of(self.encode(images), self.classifier)
+
     def logits(self, images: Sequence[Image.Image]) -> Tensor:
-        """Logits (N, C) on the CPU, scaled by CLIP's logit_scale."""
-        if self._prompt is None:
-            return self.logits_of(self.backbone.encode_images(images))
+        """Logits (N, C) on the CPU, by the selected classifier, before its temperature."""
+        return self.logits_of(self.encode(images), self.classifier)
+
+    def encode(self, images: Sequence[Image.Image]) -> Batch:
+        """Images as the classifiers of the bundle read them."""
+        if not self._reads_tokens:
+            return Batch(self.backbone.encode_images(images))
         # Half precision, as in the stored image tokens of trials.
-        return self.logits_of(self.backbone.image_tokens(images, torch.float16))
+        tokens = self.backbone.image_tokens(images, torch.float16)
+        others = self.classifiers != ("text",)
+        features = (
+            self.backbone.encode_images(images) if others else tokens.new_zeros(len(tokens), 0)
+        )
+        return Batch(features, tokens)
+
+    def scores_of(self, batch: Batch, classifier: str) -> Tensor:
+        """Probabilities (N, C): logits at the temperature of the classifier."""
+        logits = self.logits_of(batch, classifier)
+        return (logits / self.manifest.temperature(classifier)).softmax(dim=-1)
 
     @torch.no_grad()
-    def logits_of(self, encoded: Tensor) -> Tensor:
-        """Logits (N, C) of features (N, D), or of image tokens (N, T, V) for a visual prompt.
-
-        Raises:
-            ValueError: the widths of class vectors or prompt differ from the backbone's.
-        """
-        if self._prompt is not None:
-            parts = torch.split(encoded, self.backbone.at_once)
-            features = [self.backbone.encode_tokens(part, self._prompt).cpu() for part in parts]
-            encoded = torch.cat(features)
-        if encoded.shape[-1] != self._texts.shape[1]:
-            raise ValueError(
-                f"{self.manifest.folder} is not a bundle of this backbone: its class vectors have "
-                f"width {self._texts.shape[1]}, but image features {encoded.shape[-1]}"
-            )
-        return self.manifest.logit_scale * encoded @ self._texts.T
+    def logits_of(self, batch: Batch, classifier: str) -> Tensor:
+        """Logits (N, C) of encoded images."""
+        return self._of[classifier].logits(batch)
 
 
 def check_device(device: str) -> None:
@@ -153,4 +206,4 @@ class _LazyImages(Sequence[Image.Image]):
             self.bad[file] = str(problem)
         except OSError as problem:
             self.bad[file] = f"{file} cannot be read: {problem.strerror}"
-        return Image.new("RGB", (BLANK_PX, BLANK_PX))
+        return BLANK

@@ -3,7 +3,9 @@
     bundle.json                  classes, backbone, metrics, lineage; digests of the other files
     text_features.safetensors    text_features (C, D) of unit length, logit_scale ()
     prompt.safetensors           prompt: the learned vectors; missing if nothing was learned
-    test.safetensors             index, predictions, labels (T,) of the test images
+    fused.safetensors            auxiliary classifier and fusion, see `arrays`; missing without them
+    test.safetensors             index, labels (T,) of the test images, and the predictions (T,) of
+                                 each classifier: text, auxiliary, fused
 
 Digests are SHA-256, as for published weights. `bundle.json` also contains the digest of its content
 without that digest. Matching digests do not make a bundle trustworthy, so its contents are checked
@@ -26,7 +28,17 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from air_core.bundle.checks import PROMPT, TEST, TEXT, Arrays, check_contents, check_digests
+from air_core.bundle.checks import (
+    CLASSIFIERS,
+    FUSED,
+    PROMPT,
+    TEST,
+    TEXT,
+    Arrays,
+    check_contents,
+    check_digests,
+    recorded_metric,
+)
 from air_core.weights import (
     ClipFile,
     ClipFolder,
@@ -36,9 +48,10 @@ from air_core.weights import (
     weights_settings,
 )
 
-FORMAT = 1
+FORMAT = 2
+FIRST_FORMAT = 1  # has the text classifier alone
 MANIFEST = "bundle.json"
-FILES = (TEXT, PROMPT, TEST)  # no other file is opened
+FILES = (TEXT, PROMPT, FUSED, TEST)  # no other file is opened
 LICENCE = (
     "The backbone's weights are not in this folder and have a separate licence. The learned "
     "vectors were trained on images under the licences below."
@@ -58,6 +71,33 @@ class Manifest:
     @property
     def classnames(self) -> tuple[str, ...]:
         return tuple(self.content["classnames"])
+
+    @property
+    def classifiers(self) -> tuple[str, ...]:
+        """The classifiers that the bundle contains, of text, auxiliary and fused."""
+        return tuple(name for name in CLASSIFIERS if name in self.arrays[TEST])
+
+    def selected(self, classifier: str | None = None) -> str:
+        """A classifier of the bundle; None: the one that was selected at the export.
+
+        Raises:
+            ValueError: the bundle does not contain it.
+        """
+        if classifier is None:
+            return str(self.content["classifier"])
+        if classifier not in self.classifiers:
+            raise ValueError(
+                f"{self.folder} has no classifier {classifier!r}; it has: "
+                f"{', '.join(self.classifiers)}"
+            )
+        return classifier
+
+    def temperature(self, classifier: str) -> float:
+        return float(self.content["temperatures"].get(classifier, 1.0))
+
+    def recorded_metric(self, classifier: str) -> float | None:
+        """Test accuracy (TRZSL: harmonic mean) in the trial; None: no test images had labels."""
+        return recorded_metric(self.content, classifier)
 
     @property
     def precision(self) -> str:
@@ -285,12 +325,26 @@ def read_bundle(folder: str | Path) -> Manifest:
         arrays = {
             name: _read_arrays(folder / name, content["files"][name]) for name in content["files"]
         }
+        if content["format"] == FIRST_FORMAT:
+            content, arrays = _upgraded(content, arrays)
         check_contents(content, arrays)
     except _Changed:
         raise
     except ValueError as problem:
         raise ValueError(f"{folder} is not a bundle: {problem}; export it again") from None
     return Manifest(folder, content, arrays)
+
+
+def _upgraded(
+    content: dict[str, Any], arrays: dict[str, dict[str, np.ndarray]]
+) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
+    """A bundle of the first format in the current one."""
+    added = {"classifier": "text", "space": "probability", "temperatures": {}}
+    test = {
+        "text" if name == "predictions" else name: array
+        for name, array in arrays.get(TEST, {}).items()
+    }
+    return {**content, **added}, {**arrays, **({TEST: test} if test else {})}
 
 
 class _Changed(ValueError):
@@ -314,10 +368,10 @@ def _read_manifest(file: Path) -> dict[str, Any]:
         raise _Changed(file) from None
     if known != data:
         raise _Changed(file)
-    if content.get("format") != FORMAT:
+    if content.get("format") not in (FIRST_FORMAT, FORMAT):
         raise ValueError(
-            f"{file} has format {content.get('format')!r}, but this version supports {FORMAT}; use "
-            "the airsweep version that wrote it, or export it again"
+            f"{file} has format {content.get('format')!r}, but this version supports "
+            f"{FIRST_FORMAT} and {FORMAT}; use the airsweep version that wrote it, or export again"
         )
     return dict(content)
 

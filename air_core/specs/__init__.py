@@ -53,6 +53,7 @@ class Ref:
 
 Precision = Literal["fp32", "bf16"]
 ClipPrecision = Literal["fp32", "fp16", "bf16"]
+FusionSpace = Literal["probability", "logit"]
 Level = Literal["features", "tokens"]
 Paradigm = Literal["ul", "ssl", "trzsl"]
 PARADIGMS = "ul: no labels; ssl: a few per class; trzsl: all of seen classes, none of unseen ones"
@@ -235,7 +236,7 @@ class FusionSettings:
     weights: Literal["fixed", "agreement"] = later(
         "fixed", "agreement: by Dawid-Skene EM on the pool, without labels"
     )
-    space: Literal["probability", "logit"] = later("probability", "space of the average")
+    space: FusionSpace = later("probability", "space of the average")
     schedule: Literal["fixed", "annealed"] = later(
         "fixed", "annealed: the weight falls linearly to 0 over the iterations"
     )

@@ -1,4 +1,4 @@
-"""Commands about bundles: folders with a trained prompt that work without the sweep's store."""
+"""Commands about bundles: folders with classifiers that work without the sweep's store."""
 
 from __future__ import annotations
 
@@ -50,6 +50,14 @@ WeightsOption = Annotated[
 DeviceOption = Annotated[
     str, typer.Option("--device", metavar="DEVICE", help="Torch device: cpu, cuda, ...")
 ]
+ClassifierOption = Annotated[
+    str | None,
+    typer.Option(
+        "--classifier",
+        metavar="NAME",
+        help="text, auxiliary or fused. Default: the one selected at the export.",
+    ),
+]
 PATH_WIDTH = 44  # largest width of the table's first column
 MATRIX = 12  # classes of a confusion matrix that fits a screen
 
@@ -67,15 +75,32 @@ def export(
         typer.Option("--sweep", metavar="NAME", help="Sweep of the trial: NAME or PROJECT/NAME."),
     ] = None,
     only: OnlyOption = None,
+    by: Annotated[
+        str | None,
+        typer.Option(
+            "--by",
+            metavar="SCORE",
+            help="Score of `best`: validation_accuracy, consensus or test_accuracy. Default: "
+            "validation_accuracy if there are validation images, else consensus.",
+        ),
+    ] = None,
+    classifier: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="text, auxiliary or fused: the default of the bundle. Default: the best by SCORE.",
+        ),
+    ] = None,
     store: StoreOption = STORE,
     data_root: DataOption = None,
     tracking_uri: TrackingOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
 ) -> None:
-    """Export the trained prompt of a trial as a bundle.
+    """Export the classifiers of a trial as a bundle.
 
-    A bundle is a folder that works without the store. Exits with 5 if the exported prompt does not
-    reproduce the trial's predictions. Prints DIR.
+    A bundle is a folder that works without the store. `best` selects row, run and classifier of a
+    sweep without test labels. Exits with 5 if a classifier does not reproduce the trial's
+    predictions. Prints DIR.
 
     airsweep export best --sweep quickstart -o bundle
 
@@ -84,12 +109,9 @@ def export(
     from orchestrator.reporting.bundles import PredictionsDifferError
 
     options: dict[str, Any] = {"store": store, "data_root": data_root, "force": force}
+    options |= {"by": by, "classifier": classifier, "tracking_uri": tracking_uri}
     try:
-        show(
-            api.export(
-                trial, output, sweep=sweep, only=only or (), tracking_uri=tracking_uri, **options
-            )
-        )
+        show(api.export(trial, output, sweep=sweep, only=only or (), **options))
     except PredictionsDifferError as problem:
         fail(str(problem), GATE)
 
@@ -109,6 +131,7 @@ def classify(
     ] = 3,
     as_json: JsonOption = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    classifier: ClassifierOption = None,
     weights: WeightsOption = None,
     device: DeviceOption = "cpu",
 ) -> None:
@@ -131,7 +154,7 @@ def classify(
 
     import_open_clip_alone()
     files = image_files(images)
-    bundle = load_bundle(folder, weights, device)
+    bundle = load_bundle(folder, weights, device, classifier)
     unreadable: list[str] = []
     results = bundle.stream(files, topk, lambda file, why: unreadable.append(why))
     true = true_classes(files, bundle.classnames)
@@ -246,6 +269,7 @@ def verify(
             help="Folder of the test images, if the trial used images of your own.",
         ),
     ] = None,
+    classifier: ClassifierOption = None,
     device: DeviceOption = "cpu",
     as_json: JsonOption = False,
 ) -> None:
@@ -264,6 +288,6 @@ def verify(
     with TemporaryDirectory(prefix="airsweep-") as cache:
         resolver = Resolver(Path(cache) / "digests.json", data_root)
         watch = partial(with_progress_bar, "scoring")
-        result = verify_bundle(folder, resolver, weights, device, watch, dataset)
+        result = verify_bundle(folder, resolver, weights, device, watch, dataset, classifier)
     show(json.dumps(result.json(), indent=1) if as_json else "\n".join(result.lines()))
     sys.exit(DONE if result.same else GATE)

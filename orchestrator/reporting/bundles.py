@@ -1,15 +1,14 @@
 """Export a trial of a store as a bundle, and verify a bundle against its test images.
 
-A bundle contains the trial's classifier. Before a bundle is written, its predictions on the stored
-test features are compared with the predictions in the trial's record.
+A bundle contains all classifiers of the trial. Before it is written, their predictions on the
+stored test features are compared with those in the trial's record.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from air_core.bundle import load_bundle
-from air_core.bundle.checks import PROMPT, TEST, TEXT, test_metric
+from air_core.bundle.checks import CLASSIFIERS, FUSED, PROMPT, TEST, TEXT, test_metric
 from air_core.bundle.manifest import (
     LICENCE,
     Manifest,
@@ -28,23 +27,16 @@ from air_core.bundle.manifest import (
 )
 from air_core.datasets import DATASETS, get_dataset
 from air_core.paradigms import seen_unseen
-from air_core.specs import Ref, TrialSpec, uses_auxiliary
-from air_core.specs.normal import normalised
+from air_core.specs import FeaturesSpec, Ref, TrialSpec, uses_auxiliary
 from orchestrator.errors import MissingArtifact
-from orchestrator.formatting import format_percent, plural, show
+from orchestrator.formatting import format_percent, plural
 from orchestrator.keys import artifact_key
-from orchestrator.planning import Resolver, plan_of, refs_of
+from orchestrator.planning import Resolver, refs_of
 from orchestrator.planning.dataset_text import DatasetText, dataset_licence, recorded_text
-from orchestrator.planning.requests import run_command
 from orchestrator.planning.resolve import spec_json
-from orchestrator.reporting.results import TABLE_COLUMNS, results_of
-from orchestrator.reporting.rows import Row, is_bound, row_text, tasks_of
-from orchestrator.spec import Cell, SweepSpec
-from orchestrator.spec.sweep_file import only_values
-from orchestrator.store import ArtifactStore, SweepLocation, TrialRecord, read_trial
+from orchestrator.reporting.selection import SelectedTrial, report_line
+from orchestrator.store import ArtifactStore, TrialRecord, read_trial
 
-BEST = "best"
-RUN_BY = "mutual_information"  # an objective that uses no labels
 # Provenance fields of a record that a bundle contains.
 PROVENANCE_FIELDS = ("commit", "dirty", "code", "device", "versions")
 CHUNK = 64  # images that are decoded at once
@@ -52,114 +44,6 @@ CHUNK = 64  # images that are decoded at once
 
 class PredictionsDifferError(RuntimeError):
     """The exported classifier would not predict what the trial predicted."""
-
-
-def _report(line: str) -> None:
-    show(line, file=sys.stderr)  # stdout contains only the folder
-
-
-@dataclass(frozen=True)
-class SelectedTrial:
-    """A finished trial to export."""
-
-    spec: TrialSpec
-    record: TrialRecord
-    sweep: str | None  # PROJECT/NAME
-    slot: str | None
-    selection: Mapping[str, Any] | None = None  # how `best` selected it; None: given by name
-
-
-# ---------------------------------------------------------------- which trial
-
-
-def best_trial(sweep: SweepSpec, location: SweepLocation, only: Sequence[str]) -> SelectedTrial:
-    """The run with the highest `RUN_BY` of the row with the highest mean in the sweep's table.
-
-    A row of a searched cell is the point that the table shows. Test labels choose neither the point
-    nor the run, but they do choose the row. A message on stderr states this.
-
-    Args:
-        only: `key=value[,value]` each; restrict the rows to these cells of the grid.
-
-    Raises:
-        ValueError: no trial is finished, or the rows belong to several tasks.
-    """
-    store = location.store
-    plan = plan_of(sweep, location)
-    every = results_of(plan, store).rows
-    cells = _cells(plan.cells, only_values(sweep, only))
-    candidates = [row for row in every if row.cell in cells and not is_bound(row.method)]
-    if not candidates:
-        raise ValueError(_no_candidates(location, only, every))
-    tasks = tasks_of(candidates)
-    if len(tasks) > 1:
-        listed = "; ".join("/".join(task) for task in tasks)
-        keys = [key for key in TABLE_COLUMNS if key in sweep.grid and key != "method"] or ["method"]
-        raise ValueError(
-            f"{sweep.name} has no single best row, because these cannot be compared: {listed}; "
-            f"give --only KEY=VALUE with {', '.join(keys)}"
-        )
-    row = max(candidates, key=lambda row: row.mean)  # the first of equal ones
-    runs = {
-        slot.key.digest: slot
-        for slot in plan.slots
-        if (slot.cell.id, slot.point) == (row.cell, row.point) and store.has(slot.spec)
-    }
-    records = [(slot, read_trial(slot.spec, store)) for slot in runs.values()]
-    slot, record = max(records, key=lambda pair: pair[1].objectives[RUN_BY])
-    selection = {
-        "row": {"method": row.method, "settings": row.settings, "mean": row.mean, "n": row.n},
-        "rows": len(candidates),
-        "row_by": f"mean test {row.metric.replace('_', ' ')}",
-        "run_by": RUN_BY,
-        "trials_left": plan.to_run,
-        "note": _caveat(len(candidates)),
-    }
-    reason = f"; the run with the highest {RUN_BY}, which uses no labels" if row.n > 1 else ""
-    _report(
-        f"best row: {row_text(row, [*row.settings])}, {selection['row_by']} "
-        f"{format_percent(row.mean)} % over {plural(row.n, 'run')}"
-    )
-    _report(f"run:      {slot.id}, {format_percent(record.headline)} %{reason}")
-    _report(f"note:     {selection['note']}")
-    if plan.to_run:
-        left = plural(plan.to_run, "trial")
-        _report(f"note:     the sweep has {left} left to run, which may change the best row")
-    spec = normalised(slot.spec)
-    return SelectedTrial(spec, record, location.full_name, slot.id, selection)
-
-
-def _cells(cells: Iterable[Cell], only: Mapping[str, Sequence[Any]]) -> set[str]:
-    """Ids of the cells whose settings have one of these values for each key that they have."""
-    ids = set()
-    for cell in cells:
-        flat = {**cell.flat, "method": cell.method}
-        settings = cell.chosen | {key: flat.get(key) for key in TABLE_COLUMNS}
-        if all(key not in settings or settings[key] in values for key, values in only.items()):
-            ids.add(cell.id)
-    return ids
-
-
-def _no_candidates(location: SweepLocation, only: Sequence[str], every: Sequence[Row]) -> str:
-    if not every:
-        return f"no trial of {location.name} is done yet; run `{run_command(location)}` first"
-    rows = "; ".join(dict.fromkeys(f"{'/'.join(row.task)} {row.method}" for row in every))
-    return (
-        f"--only {' --only '.join(only)}: no finished trial of {location.name} matches; "
-        f"finished: {rows}"
-    )
-
-
-def _caveat(candidates: int) -> str:
-    if candidates == 1:
-        return "There is only one row, so test labels chose nothing."
-    return (
-        f"The row is the best of {candidates} on their test images, so its accuracy on new images "
-        "is likely to be slightly lower; test labels chose neither its setting nor its run."
-    )
-
-
-# ---------------------------------------------------------------- export
 
 
 def export(
@@ -175,19 +59,21 @@ def export(
         replace_bundle: whether to replace a bundle in the folder.
 
     Raises:
-        ValueError: the trial has no prompt, an input has changed, or the folder is not empty.
-        PredictionsDifferError: the prompt does not reproduce the recorded predictions.
+        ValueError: the trial does not have the selected classifier, an input has changed, or the
+            folder is not empty.
+        PredictionsDifferError: a classifier does not reproduce the recorded predictions.
     """
     check_free(folder, replace_bundle)
     spec, record = trial.spec, trial.record
-    if spec.iterations == 0 and spec.test_dataset is None:
-        _refuse_fused(trial)
+    recorded = _recorded_predictions(trial)
     tested = _tested_text(spec, store, resolver)
     _check_unchanged(spec.backbone, resolver.weights("backbone", spec.backbone.name))
-    backbone, arrays = _classifier(spec, record, store, tested)
+    backbone, arrays = _text_classifier(spec, record, store, tested)
+    if "fused" in recorded:
+        arrays[FUSED] = record.fused_arrays()
+    index, _, labels = record.predictions()
+    arrays[TEST] = {"index": index, "labels": labels, **recorded}
     weights = weights_description(spec.backbone.name)
-    index, predictions, labels = record.predictions()
-    arrays[TEST] = {"index": index, "predictions": predictions, "labels": labels}
     model = weights["open_clip"]["model_name"]
     # The bundle does not contain the path of the backbone on this machine.
     named = replace(spec, backbone=replace(spec.backbone, name=weights["name"] or model))
@@ -197,6 +83,10 @@ def export(
         "template": tested.template,
         "modality": spec.modality,
         "prompt": asdict(spec.prompt) if spec.iterations else None,
+        "classifier": trial.classifier or default_classifier(record),
+        "space": spec.fusion.space,
+        "temperatures": {},
+        "bank_images": len(arrays.get(FUSED, {}).get("auxiliary.labels", ())),
         "backbone": {
             **weights,
             "digest": spec.backbone.digest,
@@ -228,20 +118,40 @@ def export(
     write_bundle(folder, content, arrays, replace_bundle, check)
 
 
-def _refuse_fused(trial: SelectedTrial) -> None:
-    """Refuse a trial without training whose classifier is more than a text classifier."""
-    spec, name = trial.spec, trial.slot or trial.record.path.name
-    if uses_auxiliary(spec):
-        classifier = "the text classifier fused with an auxiliary classifier of images"
-    elif spec.transduction != "none":
-        classifier = "text scores refined over the whole pool"
-    else:
-        return
-    raise ValueError(
-        f"{name} learns no prompt. It tests {classifier}, which a bundle cannot contain; export a "
-        "trial with iterations > 0, or zero_shot"
-        + ("; with best, exclude this trial by --only method=..." if trial.selection else "")
-    )
+def _recorded_predictions(trial: SelectedTrial) -> dict[str, np.ndarray]:
+    """Recorded predictions (T,) of each classifier of a trial.
+
+    Raises:
+        ValueError: an older version ran the trial, which did not keep the selected classifier.
+    """
+    spec, record = trial.spec, trial.record
+    arrays = record.test_arrays()
+    recorded = {name: arrays[name] for name in CLASSIFIERS if name in arrays}
+    if "text" not in recorded:  # of an older version
+        fuses = uses_auxiliary(spec) or spec.transduction != "none"
+        by_text = spec.iterations > 0 or spec.test_dataset is not None or not fuses
+        recorded = {"text": arrays["predictions"]} if by_text else {}
+    if not recorded or (trial.classifier or "text") not in recorded:
+        raise ValueError(
+            f"{trial.slot or record.path.name} has no {trial.classifier or 'text'} classifier to "
+            f"export; it has: {', '.join(recorded) or 'none'}. If an older version ran it, remove "
+            f"{record.path} and run the sweep again"
+        )
+    return recorded
+
+
+def default_classifier(record: TrialRecord) -> str:
+    """The classifier of a trial with the highest validation accuracy or, without validation images,
+    the fused one where there is one."""
+    present = [name for name in CLASSIFIERS if f"test/accuracy_{name}" in record.metrics]
+    scores = {
+        name: record.metrics[metric]
+        for name in present
+        if (metric := f"objective/validation_accuracy_{name}") in record.metrics
+    }
+    if scores:
+        return max(scores, key=lambda name: scores[name])
+    return "fused" if record.fused_arrays() else "text"
 
 
 def _tested_text(spec: TrialSpec, store: ArtifactStore, resolver: Resolver) -> DatasetText:
@@ -257,7 +167,7 @@ def _tested_text(spec: TrialSpec, store: ArtifactStore, resolver: Resolver) -> D
     try:
         current_ref = resolver.dataset(dataset)
     except ValueError:
-        _report(
+        report_line(
             f"note:     {recorded_ref.name} is missing on this machine; using the class names that "
             "airsweep defines for it"
         )
@@ -276,7 +186,7 @@ def _check_unchanged(recorded: Ref, current: Ref) -> None:
         )
 
 
-def _classifier(
+def _text_classifier(
     spec: TrialSpec, record: TrialRecord, store: ArtifactStore, tested: DatasetText
 ) -> tuple[Any, dict[str, dict[str, np.ndarray]]]:
     """The backbone, and the arrays of a bundle except its test arrays."""
@@ -321,31 +231,36 @@ def _check_predictions(
     from safetensors.torch import load_file
 
     from air_core.bundle.classifier import Bundle
+    from air_core.types import Batch
 
-    spec = trial.spec
-    features = spec.test_features or spec.features
-    inputs = (spec.test_tokens if spec.test_dataset else spec.tokens) or features
+    spec, test = trial.spec, manifest.arrays[TEST]
+    index = torch.from_numpy(test["index"])
+
+    def encoded(features: FeaturesSpec) -> Any:
+        return load_file(store.get(features).path / "features.safetensors")["features"][index]
+
+    tokens = spec.test_tokens if spec.test_dataset else spec.tokens
     try:
-        file = store.get(inputs).path / "features.safetensors"
-    except MissingArtifact:
-        _report(
-            "note:     predictions not compared with the record, because the features of "
-            f"{inputs.dataset.name} are no longer in the store; run `airsweep verify` to compare "
-            "them on the images"
+        batch = Batch(
+            encoded(spec.test_features or spec.features), encoded(tokens) if tokens else None
+        )
+    except MissingArtifact as missing:
+        report_line(
+            f"note:     predictions not compared with the record, because {missing}; run "
+            "`airsweep verify` to compare them on the images"
         )
         return
-    test = manifest.arrays[TEST]
-    encoded = load_file(file)["features"][torch.from_numpy(test["index"])]
-    predictions = Bundle(manifest, backbone).logits_of(encoded).argmax(dim=-1).numpy()
-    different = int((predictions != test["predictions"]).sum())
-    if different:
-        made = trial.record.provenance
-        raise PredictionsDifferError(
-            f"with the prompt of {trial.record.path.name}, predictions differ from the trial's on "
-            f"{different} of {len(predictions)} test images, so no bundle was written. The trial "
-            f"ran on {made.get('device')} with commit {made.get('commit')}: export it with these, "
-            "or run the sweep again"
-        )
+    bundle = Bundle(manifest, backbone)
+    for name in manifest.classifiers:
+        different = int((bundle.logits_of(batch, name).argmax(dim=-1).numpy() != test[name]).sum())
+        if different:
+            made = trial.record.provenance
+            raise PredictionsDifferError(
+                f"the {name} classifier of {trial.record.path.name} predicts other classes than "
+                f"the trial for {different} of {len(index)} test images, so no bundle was written. "
+                f"The trial ran on {made.get('device')} with commit {made.get('commit')}: export "
+                "it with these, or run the sweep again"
+            )
 
 
 # ---------------------------------------------------------------- verify
@@ -356,6 +271,7 @@ class Verification:
     """A bundle scored again on the images that its trial was tested on."""
 
     folder: str
+    classifier: str
     dataset: str
     metric: str
     images: int
@@ -378,7 +294,7 @@ class Verification:
         return {"same": self.same, **{names.get(k, k): v for k, v in asdict(self).items()}}
 
     def lines(self) -> list[str]:
-        images = f"{self.images:,} test images of {self.dataset}"
+        images = f"{self.images:,} test images of {self.dataset}, {self.classifier} classifier"
         if self.same:
             return [
                 f"{self.folder}: all predictions are equal; {self.metric} "
@@ -403,6 +319,7 @@ def verify(
     device: str = "cpu",
     watch: Watch = lambda starts, batches: starts,
     dataset_name: str | None = None,
+    classifier: str | None = None,
 ) -> Verification:
     """Score a bundle on the test images of its trial instead of their stored features.
 
@@ -410,6 +327,7 @@ def verify(
         watch: wraps the batches, to show progress.
         dataset_name: the dataset on this machine; None: the one that the bundle names. A bundle
             cannot name a folder, for security.
+        classifier: text, auxiliary or fused. Default: the one that was selected at the export.
 
     Raises:
         ValueError: the folder has no valid bundle, the backbone is another one, or the dataset is
@@ -419,9 +337,12 @@ def verify(
 
     from air_core.evaluation import measured
 
-    bundle = load_bundle(folder, weights, device)
+    bundle = load_bundle(folder, weights, device, classifier)
     manifest = bundle.manifest
     test = manifest.content["test"]
+    recorded_metric = manifest.recorded_metric(bundle.classifier)
+    if recorded_metric is None:
+        raise ValueError(f"{folder} has no test images, so it cannot be verified on images")
     name = dataset_name or test["dataset"]
     if dataset_name is None and name not in DATASETS:
         raise ValueError(
@@ -450,7 +371,7 @@ def verify(
         parts.append(bundle.logits([examples.images[int(i)] for i in chunk]))
     logits = torch.cat(parts)
     predictions = logits.argmax(dim=-1)
-    recorded = torch.from_numpy(manifest.arrays[TEST]["predictions"]).long()
+    recorded = torch.from_numpy(manifest.arrays[TEST][bundle.classifier]).long()
     different = predictions != recorded
     margins = (logits.amax(dim=-1) - logits.gather(1, recorded[:, None])[:, 0])[different]
     unseen = None if test["unseen"] is None else torch.tensor(test["unseen"])
@@ -459,10 +380,11 @@ def verify(
     metric = test_metric(test)
     return Verification(
         folder=str(folder),
+        classifier=bundle.classifier,
         dataset=dataset.name,
         metric=metric.removeprefix("test/").replace("_", " "),
         images=len(index),
-        recorded_metric=manifest.content["metrics"][metric],
+        recorded_metric=recorded_metric,
         current_metric=scores.headline,
         different=int(different.sum()),
         margin=float(margins.max()) if len(margins) else 0.0,

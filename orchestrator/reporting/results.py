@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from air_core.bundle.checks import CLASSIFIERS
 from air_core.paradigms import seen_unseen
 from air_core.specs.normal import normalised
 from orchestrator.planning import Plan, Slot, plan_of
@@ -66,7 +67,7 @@ def finished_trial(
         metrics=record.metrics,
         image_ids=arrays["index"],
         predictions=arrays["predictions"],
-        fused=arrays.get("fused"),
+        by_classifier={name: arrays[name] for name in CLASSIFIERS if name in arrays},
         labels=arrays["labels"],
         unseen=_unseen(slot, arrays["labels"]),
         digests=_digests(slot),

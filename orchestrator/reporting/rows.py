@@ -58,7 +58,6 @@ UNTESTED = "No image is labelled for test, so no accuracy is known."
 MUTUAL_INFORMATION = "objective/mutual_information"  # of the text classifier on the pool
 
 Task = tuple[str, str, str]  # dataset, paradigm, modality
-Classifier = Literal["predictions", "fused"]  # by the field of a trial with its predictions
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -77,7 +76,8 @@ class FinishedTrial:
     image_ids: Array  # (T,) test images, by their index in the dataset
     predictions: Array  # (T,)
     labels: Array  # (T,)
-    fused: Array | None = None  # (T,) predictions of the fused classifier, if recorded
+    # (T,) predictions by text, auxiliary and fused classifier, as far as recorded
+    by_classifier: Mapping[str, Array] = field(default_factory=dict)
     unseen: Array | None = None  # (T,) bool: TRZSL, images of classes without labels
     digests: Mapping[str, str] = field(default_factory=dict)  # content of dataset and backbone
     searched: frozenset[str] = frozenset()  # keys of `settings` that a search chose
@@ -85,6 +85,10 @@ class FinishedTrial:
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict)  # a value per iteration
     seconds: float = 0.0
     provenance: Mapping[str, Any] = field(default_factory=dict)  # commit, versions, device, ...
+
+    def predicted(self, classifier: str | None) -> Array | None:
+        """Predictions (T,) of a classifier; None: not recorded. Without a name: the tested ones."""
+        return self.predictions if classifier is None else self.by_classifier.get(classifier)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -394,18 +398,18 @@ def dataset_text(flat: Mapping[str, Any]) -> str:
 
 def _runs(
     distinct: Mapping[tuple[int, int | None], FinishedTrial],
-    classifier: Classifier = "predictions",
+    classifier: str | None = None,
 ) -> Runs:
     return tuple(
         Run(
             split_seed=split_seed,
             seed=seed,
             image_ids=trial.image_ids,
-            correct=getattr(trial, classifier) == trial.labels,
+            correct=predictions == trial.labels,
             unseen=trial.unseen,
         )
         for (split_seed, seed), trial in distinct.items()
-        if getattr(trial, classifier) is not None
+        if (predictions := trial.predicted(classifier)) is not None
     )
 
 
@@ -550,8 +554,8 @@ class Results:
             self._distinct[point] = _distinct(self._points[point])
         return self._distinct[point]
 
-    def runs(self, row: Row, classifier: Classifier = "predictions") -> Runs:
-        """The runs of a row; of the fused classifier, those with its predictions."""
+    def runs(self, row: Row, classifier: str | None = None) -> Runs:
+        """The runs of a row; of a classifier (text, auxiliary, fused), those that recorded it."""
         return _runs(self.distinct_trials(row), classifier)
 
     def mean(self, row: Row, metric: str) -> float | None:

@@ -65,8 +65,8 @@ class BlockScorer:
         chosen = torch.ones(len(pool), dtype=torch.bool)
         if spec.images is not None:
             bank = read_synthetic(spec.images, spec.images_per_class, worker.store, list(classes))
-            (by_text, by_images), _ = pool_classifier(text, batch, unseen, bank).predictions(batch)
-            chosen = by_text != by_images
+            votes = pool_classifier(text, batch, unseen, bank).votes(text, batch)
+            chosen = votes["text"] != votes["auxiliary"]
         scorer = DenoisingScorer(
             images_folder(spec.model.name),
             spec.scoring,

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from air_core.backbone import Backbone
+from air_core.bundle.arrays import fused_arrays
 from air_core.classifiers import Classifier, text_classifier
 from air_core.evaluation import measured, objectives
 from air_core.evidence import mean_scores
@@ -51,7 +52,7 @@ from orchestrator.store.checkpoints import (
     training_spec,
     write_checkpoint,
 )
-from orchestrator.store.records import PREDICTIONS, PROMPT
+from orchestrator.store.records import FUSED, POOL, PREDICTIONS, PROMPT
 
 
 def run_trial(
@@ -135,7 +136,7 @@ class TrialRun:
         target = read_target(spec.features, spec.split, worker.store, spec.tokens)
         self.data = read_data(spec, target, worker)
         self.true_labels = target.labels[target.split.pool]
-        self.test_index = target.split.test
+        self.test_index, self.pool_index = target.split.test, target.split.pool
         self.curves = {name: list(values) for name, values in begun.curves.items()}
         self.rung_objectives: dict[int, Mapping[str, float]] = dict(begun.rungs)
         self.state = _state(begun)
@@ -214,9 +215,14 @@ class TrialRun:
     def _write(self, result: TrialResult, folder: Path) -> dict[str, Any]:
         """Write predictions and prompt of a record; return its info."""
         data, curves = self.data, self.curves
-        _write_predictions(self.test_index, result.test, data.test, folder, result.fused)
+        tested = result.classifiers
+        on_test = {name: (each.test.predictions, each.probability) for name, each in tested.items()}
+        _write_predictions(self.test_index, result.test, data.test, folder, on_test)
+        _write_pool(self.pool_index, result, folder)
         if result.prompt is not None:
             save_file({"prompt": result.prompt.numpy()}, folder / PROMPT)
+        if "fused" in tested:
+            _save(fused_arrays(result.fused), folder / FUSED)
         metrics = {name: values[-1] for name, values in curves.items()}
         if not curves:  # without training, every pool image keeps its first label
             metrics["pseudo/coverage"] = 1.0
@@ -227,9 +233,12 @@ class TrialRun:
             if data.evidence is not None:
                 metrics |= self._evidence_accuracy(data.evidence)
         metrics |= _test_metrics(result.test)
-        if len(data.test):
-            metrics |= {f"test/accuracy_{name}": share for name, share in result.inference.items()}
         metrics |= {f"objective/{name}": value for name, value in result.objectives.items()}
+        for classifier, found in tested.items():
+            if len(data.test):
+                metrics[f"test/accuracy_{classifier}"] = found.test.headline
+            for name, value in found.objectives.items():
+                metrics[f"objective/{name}_{classifier}"] = value
         if data.synthetic is not None:
             metrics["synthetic/images"] = float(result.synthetic)
         metrics["time/train_s"] = round(self._seconds(), 3)
@@ -341,9 +350,11 @@ def _test_on_other_dataset(
             spec.modality, spec.prompt, backbone, classnames, template, prompt
         )
     with torch.no_grad():
-        predicted = classifier.logits(test.batch).argmax(dim=-1)
-    metrics = measured(predicted, test.labels, len(classnames))
-    _write_predictions(target.split.test, metrics, test, folder)
+        best = classifier.logits(test.batch).softmax(dim=-1).max(dim=-1)
+    metrics = measured(best.indices, test.labels, len(classnames))
+    _write_predictions(
+        target.split.test, metrics, test, folder, {"text": (metrics.predictions, best.values)}
+    )
     replaced = ("test/", "time/")  # metrics of the dataset that was learned from
     kept = {name: value for name, value in learned.metrics.items() if not name.startswith(replaced)}
     new = {"test/accuracy_text": metrics.accuracy, "time/test_s": time.monotonic() - started}
@@ -359,16 +370,40 @@ def _test_on_other_dataset(
 
 
 def _write_predictions(
-    index: Tensor, metrics: Metrics, test: Labelled, folder: Path, fused: Tensor | None = None
+    index: Tensor,
+    metrics: Metrics,
+    test: Labelled,
+    folder: Path,
+    classifiers: Mapping[str, tuple[Tensor, Tensor]],
 ) -> None:
-    arrays = {
-        "index": index.numpy(),
-        "predictions": metrics.predictions.cpu().numpy().astype(np.int32),
-        "labels": test.labels.numpy().astype(np.int32),
+    """Write the arrays of `TrialRecord.test_arrays`.
+
+    Args:
+        classifiers: predictions and their probabilities, (T,) each.
+    """
+    arrays = {"index": index, "labels": test.labels.int(), "predictions": metrics.predictions.int()}
+    _save(arrays | _predicted(classifiers), folder / PREDICTIONS)
+
+
+def _write_pool(index: Tensor, result: TrialResult, folder: Path) -> None:
+    """Write the arrays of `TrialRecord.pool_arrays`."""
+    classifiers = {
+        name: (each.pool, each.pool_probability.half()) for name, each in result.classifiers.items()
     }
-    if fused is not None:
-        arrays["fused"] = fused.cpu().numpy().astype(np.int32)
-    save_file(arrays, folder / PREDICTIONS)
+    arrays = {"index": index, "predictions": result.pool_predictions.int()}
+    _save(arrays | _predicted(classifiers), folder / POOL)
+
+
+def _predicted(classifiers: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    arrays = {}
+    for name, (predictions, probabilities) in classifiers.items():
+        arrays[name] = predictions.int()
+        arrays[f"probability_{name}"] = probabilities
+    return arrays
+
+
+def _save(arrays: Mapping[str, Tensor], file: Path) -> None:
+    save_file({name: np.asarray(a.cpu(), order="C") for name, a in arrays.items()}, file)
 
 
 def _recalls(metrics: Metrics) -> list[float | None]:  # JSON has no NaN

@@ -15,6 +15,7 @@ from air_core.specs import TrialSpec
 from orchestrator.store.artifacts import ArtifactStore
 
 PREDICTIONS, PROMPT = "predictions.safetensors", "prompt.safetensors"
+FUSED, POOL = "fused.safetensors", "pool.safetensors"
 # Fields of a record on its origin; `code` and `dirty` are digests, `files` has one digest per file.
 PROVENANCE = ("user", "commit", "dirty", "code", "host", "versions", "files")
 
@@ -48,14 +49,27 @@ class TrialRecord:
         return arrays["index"], arrays["predictions"], arrays["labels"]
 
     def test_arrays(self) -> dict[str, np.ndarray]:
-        """`index`, `predictions` and `labels` of `predictions()`, and `fused` (T,), the predictions
-        of the fused classifier: without it, there is none, or an older version ran the trial.
+        """`index`, `predictions` and `labels` of `predictions()`; for each classifier that the
+        trial has, its predictions as `text`, `auxiliary` or `fused`, and the probabilities of these
+        as `probability_text`, ...; each (T,). An older version recorded `fused` alone.
         """
         return load_file(self.path / PREDICTIONS)
 
     def pool_arrays(self) -> dict[str, np.ndarray]:
-        """To be replaced at the merge."""
-        return {}
+        """`index`, `predictions` of pool images after the last round, with denoising errors where
+        the trial reads them; predictions and probabilities of each classifier as in `test_arrays`;
+        each (P,). Empty: an older version ran the trial, or it tests the prompt of another one.
+        """
+        file = self.path / POOL
+        return load_file(file) if file.exists() else {}
+
+    def fused_arrays(self) -> dict[str, np.ndarray]:
+        """Arrays of the fused classifier, see `air_core.bundle.arrays`.
+
+        Empty: the trial has none, or an older version ran it.
+        """
+        file = self.path / FUSED
+        return load_file(file) if file.exists() else {}
 
     def prompt(self) -> np.ndarray:
         """The learned prompt vectors.

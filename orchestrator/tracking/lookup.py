@@ -17,7 +17,7 @@ from air_core.specs.flat import DERIVED, from_flat, trial_keys
 from air_core.specs.normal import normalised
 from orchestrator.keys import artifact_key
 from orchestrator.planning.resolve import REFS
-from orchestrator.reporting.bundles import SelectedTrial
+from orchestrator.reporting.selection import SelectedTrial
 from orchestrator.store import ArtifactStore, SweepLocation, read_trial, recorded_locations
 from orchestrator.store.backends import RECORD
 from orchestrator.store.records import PROVENANCE

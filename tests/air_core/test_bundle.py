@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from air_core.bundle import image_files, load_bundle, read_bundle
-from air_core.bundle.checks import PROMPT, TEST, TEXT
+from air_core.bundle.checks import FUSED, PROMPT, TEST, TEXT
 from air_core.bundle.manifest import FILES, MANIFEST, weights_description, write_bundle
 from air_core.classifiers import class_texts
 from air_core.datasets import get_dataset
@@ -35,6 +35,7 @@ from air_core.weights import tiny_folder
 from benchmarks.classify import zero_shot
 
 ROOT = Path(__file__).parents[2]
+UNIT = np.eye(10, 128, dtype=np.float32)
 DOC = ROOT / "docs" / "results_guide.md"
 
 
@@ -197,7 +198,7 @@ def test_files_outside_the_folder_and_later_formats_are_rejected(folder):
         ({"files": {"../secret.safetensors": "0" * 64}}, "names the file '../secret.safetensors'"),
         ({"files": {"/etc/passwd": "0" * 64}}, f"allowed: {', '.join(FILES)}"),
         ({"files": {}}, f"{TEXT} is missing"),
-        ({"format": 2}, "has format 2, but this version supports 1"),
+        ({"format": 3}, "has format 3, but this version supports 1 and 2"),
     ):
         before = (folder / MANIFEST).read_bytes()
         rewritten(folder, **changes)
@@ -256,7 +257,7 @@ def sealed(folder: Path, content: dict[str, Any], files: dict[str, bytes]) -> No
         (folder / name).write_bytes(data)
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     (folder / MANIFEST).write_text(json.dumps(content))
-    rewritten(folder, format=1, files=digests)
+    rewritten(folder, format=2, files=digests)
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +265,21 @@ def valid(tmp_path_factory, contents) -> tuple[Path, dict[str, Any], dict[str, A
     """A folder for bundles, and the contents of a valid bundle with a prompt."""
     content, arrays = contents
     content = {**content, "prompt": {"length": 2}}
-    arrays = {**arrays, PROMPT: {"prompt": np.ones((2, 8), np.float32)}}
+    bank = {
+        "weight": np.array(0.5),
+        "auxiliary.bank": UNIT,
+        "auxiliary.labels": np.arange(10),
+        "auxiliary.center": np.zeros(128, np.float32),
+        "auxiliary.nearest": np.array(1),
+        "auxiliary.sharpness": np.array(5.0),
+    }
+    test = arrays[TEST]
+    arrays = {
+        **arrays,
+        PROMPT: {"prompt": np.ones((2, 8), np.float32)},
+        FUSED: bank,
+        TEST: {**test, "auxiliary": test["text"], "fused": test["text"]},
+    }
     folder = tmp_path_factory.mktemp("made") / "b"
     write_bundle(folder, content, arrays, replace=False)
     return folder, content, arrays
@@ -284,37 +299,40 @@ def with_value(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("classnames.0", 7, "class name is 7"),
-        ("classnames.0", " ", "class name is ' '"),
-        ("classnames.0", "a\x1b[2Jb", r"the class name 'a\\u001b[2Jb' has control characters"),
-        ("classnames.0", "cat\u202egpj", "control characters"),
-        ("classnames.0", "\ud800", "control characters"),
-        ("classnames.0", CLASSNAMES[1], "the same name"),
-        ("classnames", [], "classnames are empty"),
+        ("classnames.0", 7, "classnames is [7, "),
+        ("classnames.0", " ", "classnames is [' ', "),
+        ("classnames.0", "a\x1b[2Jb", "without control characters"),
+        ("classnames.0", "cat\u202egpj", "without control characters"),
+        ("classnames.0", "\ud800", "without control characters"),
+        ("classnames.0", CLASSNAMES[1], "allowed: different texts"),
+        ("classnames", [], "classnames is []"),
         ("template", "a photo", "template is 'a photo'"),
         ("template", "{} {0.__class__}", "with {} once"),
         ("modality", "smell", "modality is 'smell'; allowed: text, visual"),
-        ("prompt", [1], "its prompt is not a dict"),
+        ("prompt", [1], "its prompt is [1]; allowed: a dict or null"),
+        ("classifier", "best", "classifier is 'best'; allowed: text, auxiliary, fused"),
+        ("space", 1, "space is 1; allowed: probability, logit"),
+        ("temperatures", {"text": 0}, "temperatures is {'text': 0}; allowed: positive numbers"),
         ("prompt", None, f"it has no prompt, but contains {PROMPT}"),
-        ("backbone", [], "its backbone is missing or not a dict"),
-        ("backbone.name", 3, "backbone.name is not a str"),
-        ("backbone.files", [], "backbone.files is missing or not a dict"),
+        ("backbone", [], "its backbone is []; allowed: a dict"),
+        ("backbone.name", 3, "backbone.name is 3; allowed: a text or null"),
+        ("backbone.files", [], "backbone.files is []"),
         ("backbone.files", {"a": 3}, "SHA-256 digests"),
-        ("backbone.settings", None, "backbone.settings is missing or not a dict"),
-        ("backbone.open_clip", "x", "backbone.open_clip is missing or not a dict"),
+        ("backbone.settings", None, "backbone.settings is None; allowed: a dict"),
+        ("backbone.open_clip", "x", "backbone.open_clip is 'x'; allowed: a dict"),
         ("backbone.precision", "int3", "allowed: fp32, fp16, bf16"),
-        ("metrics", {}, "metric test/accuracy is missing"),
-        ("metrics.test/accuracy", "0.5", "is not a finite number"),
-        ("metrics.test/accuracy", True, "is not a finite number"),
-        ("test.dataset", 3, "test.dataset is missing or not a str"),
-        ("test.images", True, "test.images is missing or not a int"),
-        ("test.images", 3, "has 2 images, but test.images is 3"),
+        ("metrics", {}, "metric test/accuracy_text is missing"),
+        ("metrics.test/accuracy", "0.5", "allowed: finite numbers by name"),
+        ("metrics.test/accuracy", True, "allowed: finite numbers by name"),
+        ("test.dataset", 3, "test.dataset is 3; allowed: a text"),
+        ("test.images", True, "test.images is True; allowed: a whole number"),
+        ("test.images", 3, "is int32 (2,) or has values out of range"),
         ("test.unseen", [10], "test.unseen is neither"),
         ("test.unseen", [1, 1], "test.unseen is neither"),
-        ("test.unseen", [1], "metric test/harmonic_mean is missing"),
-        ("lineage", None, "lineage is missing or not a dict"),
-        ("classnames", ["one"], "there are 1 class names"),
-        ("classnames", "digits", "classnames is missing or not a list"),
+        ("test.unseen", [1], "U 1"),  # classes of the auxiliary classifier
+        ("lineage", None, "lineage is None; allowed: a dict"),
+        ("classnames", ["one"], "with C 1, "),
+        ("classnames", "digits", "classnames is 'digits'"),
     ],
 )
 def test_an_invalid_setting_is_rejected_by_name(path, value, message, valid):
@@ -328,37 +346,43 @@ def test_an_invalid_setting_is_rejected_by_name(path, value, message, valid):
     assert str(error.value).startswith(f"{folder} is not a bundle: ")
 
 
-UNIT = np.eye(10, 64, dtype=np.float32)
 SHORT = np.where(np.arange(10)[:, None] == 3, 0.5 * UNIT, UNIT)
 
 
 @pytest.mark.parametrize(
     ("file", "name", "value", "message"),
     [
-        (TEXT, "text_features", UNIT[:9], "has 9 classes"),
-        (TEXT, "text_features", UNIT.astype(np.float64), "expected: float32"),
-        (TEXT, "text_features", UNIT[0], "expected: float32"),
-        (TEXT, "text_features", UNIT[:, :0], "expected: float32"),
+        (TEXT, "text_features", UNIT[:9], "is float32 (9, 128)"),
+        (TEXT, "text_features", UNIT.astype(np.float64), "allowed: finite float32 (C, D)"),
+        (TEXT, "text_features", UNIT[0], "is float32 (128,)"),
+        (TEXT, "text_features", UNIT[:, :0], "is float32 (10, 0)"),
         (TEXT, "text_features", SHORT, "length is not 1"),
-        (TEXT, "text_features", UNIT * np.nan, "length is not 1"),
-        (TEXT, "logit_scale", np.float32([1, 2]), "expected: one positive float32"),
-        (TEXT, "logit_scale", np.array(np.inf, np.float32), "one positive float32"),
-        (TEXT, "logit_scale", np.array(-1, np.float32), "one positive float32"),
-        (TEXT, "logit_scale", np.array(1, np.int64), "one positive float32"),
+        (TEXT, "text_features", UNIT * np.nan, "values out of range"),
+        (TEXT, "logit_scale", np.float32([1, 2]), "logit_scale of text_features.safetensors is"),
+        (TEXT, "logit_scale", np.array(np.inf, np.float32), "values out of range"),
+        (TEXT, "logit_scale", np.array(-1, np.float32), "values out of range"),
+        (TEXT, "logit_scale", np.array(1, np.int64), "is int64 ()"),
         (TEXT, "more", UNIT, "must contain exactly"),
-        (PROMPT, "prompt", np.ones((2, 8), np.int32), "expected: floats"),
-        (PROMPT, "prompt", np.ones(8, np.float32), "of 2 or 3 dimensions"),
-        (PROMPT, "prompt", np.full((2, 8), np.inf, np.float32), "are not finite"),
+        (PROMPT, "prompt", np.ones((2, 8), np.int32), "finite floats (L, W) or (P, L, W)"),
+        (PROMPT, "prompt", np.ones(8, np.float32), "is float32 (8,)"),
+        (PROMPT, "prompt", np.full((2, 8), np.inf, np.float32), "values out of range"),
         (TEST, "index", np.int32([0, -1]), "values out of range"),
         (TEST, "labels", np.int32([0, 10]), "values out of range"),
-        (TEST, "predictions", np.int32([0]), "has 1 images"),
-        (TEST, "predictions", np.float32([0, 1]), "expected: integers"),
-        (TEST, "labels", np.zeros((2, 1), np.int32), "expected: integers"),
+        (TEST, "text", np.int32([0]), "is int32 (1,)"),
+        (TEST, "text", np.float32([0, 1]), "allowed: finite integers (T)"),
+        (TEST, "labels", np.zeros((2, 1), np.int32), "is int32 (2, 1)"),
+        (FUSED, "weight", np.array(1.5), "from 0 to 1"),
+        (FUSED, "auxiliary.bank", UNIT[:, :9], "of fused.safetensors is float32"),
+        (FUSED, "auxiliary.labels", np.int64([0] * 10), "fewer images of a class"),
+        (FUSED, "auxiliary.labels", np.arange(1, 11), "values out of range"),
+        (FUSED, "auxiliary.nearest", np.array(2), "fewer images of a class"),
+        (FUSED, "auxiliary.sharpness", np.array(np.nan), "values out of range"),
+        (FUSED, "mixture.means", UNIT, "must contain exactly"),
     ],
 )
 def test_an_invalid_array_is_rejected(file, name, value, message, valid):
     folder, content, arrays = valid
-    arrays = {**arrays, file: {**arrays[file], name: np.ascontiguousarray(value)}}
+    arrays = {**arrays, file: {**arrays[file], name: np.asarray(value, order="C")}}
     sealed(folder, content, {name: safetensors.numpy.save(of) for name, of in arrays.items()})
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         read_bundle(folder)

@@ -21,8 +21,6 @@ from air_core.method import Callback, Round, learn
 from air_core.specs import FeaturesSpec
 from air_core.weights import tiny_folder
 from orchestrator.planning import plan_of
-from orchestrator.reporting.results import results_of
-from orchestrator.reporting.rows import rows
 from orchestrator.spec import load_sweep
 from orchestrator.stages.build import PARTS, read_target
 from orchestrator.stages.context import WorkerContext
@@ -261,15 +259,64 @@ def test_a_bundle_with_weights_of_a_folder_has_no_path_and_needs_one(
     assert command("verify", folder, "--weights", clip)[0] == 0
 
 
-def test_a_trial_without_a_prompt_is_refused(location, sweep, command, tmp_path):
-    slot = slots_of(location, sweep, "zero_shot_real")[0]
-    code, out, err = command(
-        "export", slot.key.digest, "-o", tmp_path / "b", *store_option(location)
+FORMS = ("prototype", "lda", "knn", "cache", "linear_probe")
+FUSED_TRIALS = {
+    **{form: {"auxiliary.kind": form, "fusion.space": "logit"} for form in FORMS},
+    "zero_shot_real": {"iterations": 0, "auxiliary.kind": "lda", "auxiliary.rounds": 2},
+    "transductive": {"iterations": 0, "transduction": "gmm", "auxiliary.source": "synthetic"},
+    "visual": {"modality": "visual"},
+    "trzsl": {"paradigm": "trzsl"},
+}
+
+
+@pytest.mark.parametrize("kind", FUSED_TRIALS)
+def test_each_classifier_of_a_bundle_gives_the_recorded_predictions(
+    kind, location, resolver, export, command, tmp_path
+):
+    base = {"images_per_class": 0, "iterations": 1, "train.steps": 4, "prompt.length": 2}
+    base |= {"auxiliary.source": "real", "fusion_weight": 0.6, "pool": "train", "seed": 3}
+    record = run_trial(resolver.trial(base | FUSED_TRIALS[kind]), location.store)
+    names = {"trzsl": ("text", "fused"), "transductive": ("text", "fused")}.get(
+        kind, ("text", "auxiliary", "fused")
     )
-    assert (code, out) == (2, "")
-    assert "learns no prompt" in err
-    assert "fused with an auxiliary classifier" in err
-    assert not (tmp_path / "b").exists()
+    folder = export(record.key, "--classifier", "fused")
+    manifest = read_bundle(folder)
+    assert (manifest.classifiers, manifest.selected()) == (names, "fused")
+    compares = kind in ("knn", "cache")  # these contain features of images
+    assert (manifest.content["bank_images"] > 0) == compares
+    recorded = record.test_arrays()
+    images = get_dataset("digits").load(None).images
+    opened = [images[int(i)] for i in recorded["index"]]
+    for name in names:
+        best = load_bundle(folder, classifier=name).scores(opened).max(dim=-1)
+        assert np.array_equal(best.indices, recorded[name])
+        assert np.allclose(best.values, recorded[f"probability_{name}"], rtol=0, atol=1e-4)
+        code, out, err = command("verify", folder, "--classifier", name)
+        assert code == 0, out + err
+        assert f"{100 * record.metrics[f'test/accuracy_{name}']:.1f} % on" in out
+    assert not np.array_equal(recorded["text"], recorded["fused"])
+
+
+def test_a_trial_of_an_older_version_has_its_text_classifier_alone(
+    location, sweep, command, export, tmp_path
+):
+    store = ArtifactStore(Path(shutil.copytree(location.store.root, tmp_path / "runs")))
+    for method, slot in {
+        m: slots_of(location, sweep, m)[0] for m in ("fpl", "zero_shot_real")
+    }.items():
+        folder = store.get(slot.spec).path
+        arrays = load_file(folder / "predictions.safetensors")
+        kept = {name: arrays[name] for name in ("index", "labels", "predictions")}
+        save_file(kept, folder / "predictions.safetensors")
+        record_again(folder)
+        words = ("export", slot.key.digest, "-o", tmp_path / method, "--store", str(store.root))
+        code, _, err = command(*words)
+        if method == "fpl":
+            assert code == 0, err
+            assert read_bundle(tmp_path / method).classifiers == ("text",)
+        else:
+            assert code == 2
+            assert "has no text classifier to export; it has: none. If an older version" in err
 
 
 def test_a_prompt_with_other_predictions_is_not_exported(location, sweep, command, tmp_path):
@@ -282,37 +329,41 @@ def test_a_prompt_with_other_predictions_is_not_exported(location, sweep, comman
         "export", slot.key.digest, "-o", tmp_path / "b", "--store", str(store.root)
     )
     assert (code, out) == (5, "")
-    assert "predictions differ from the trial's on" in err
+    assert "predicts other classes than the trial for" in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
 
 
 # ---------------------------------------------------------------- export best
 
 
-def test_best_is_the_run_with_the_best_objective_of_the_best_row(
-    location, sweep, command, tmp_path
+@pytest.mark.parametrize("by", [None, "test_accuracy"])
+def test_best_is_the_classifier_with_the_highest_score_of_all_rows(
+    by, location, sweep, command, tmp_path
 ):
+    option = ("--by", by) if by else ()
+    metric = "test/accuracy" if by else "objective/validation_accuracy"
     plan = plan_of(sweep, location)
-    only = ("--only", "method=zero_shot,fpl,cpl", "--only", "paradigm=ul")
-    candidates = [
-        row
-        for row in rows(results_of(plan, location.store).trials, None)
-        if row.paradigm == "ul" and row.method != "zero_shot_real"
-    ]
-    best = max(candidates, key=lambda row: row.mean)
-    runs = [read_trial(s.spec, location.store) for s in plan.slots if s.cell.id == best.cell]
-    run = max(runs, key=lambda record: record.objectives["mutual_information"])
+    scores: dict[tuple[str, str], dict[str, float]] = {}
+    for slot in plan.slots:
+        record = read_trial(slot.spec, location.store)
+        for name in ("text", "auxiliary", "fused"):
+            if slot.spec.paradigm == "ul" and f"{metric}_{name}" in record.metrics:
+                runs = scores.setdefault((slot.cell.method, name), {})
+                runs[record.key] = record.metrics[f"{metric}_{name}"]
+    method, name = best = max(scores, key=lambda of: np.mean([*scores[of].values()]))
     code, out, err = command(
-        "export", "best", "--sweep", "small", *only, "-o", tmp_path / "b", *store_option(location)
+        *("export", "best", "--sweep", "small", "--only", "paradigm=ul", *option),
+        *("-o", tmp_path / "b", *store_option(location)),
     )
     assert (code, out) == (0, f"{tmp_path / 'b'}\n")
-    assert f"best row: {best.method}, mean test accuracy {100 * best.mean:.1f} %" in err
-    assert "the best of 3 on their test images" in err
+    assert f"selected: {name} classifier of {method}: of 6 classifiers in 4 rows the highest" in err
+    assert ("The test images selected the classifier" in err) == (by is not None)
     manifest = read_bundle(tmp_path / "b").content
-    assert manifest["lineage"]["trial_key"] == run.key
-    assert manifest["chosen"]["row"]["method"] == best.method
-    assert (manifest["chosen"]["rows"], manifest["chosen"]["run_by"]) == (3, "mutual_information")
-    assert manifest["chosen"]["trials_left"] == 0
+    assert manifest["classifier"] == name
+    assert manifest["lineage"]["trial_key"] == max(scores[best], key=lambda key: scores[best][key])
+    chosen = manifest["chosen"]
+    assert (chosen["row"]["method"], chosen["by"]) == (method, by or "validation_accuracy")
+    assert (chosen["candidates"], chosen["trials_left"]) == (6, 0)
 
 
 @pytest.mark.parametrize(
@@ -325,7 +376,8 @@ def test_best_is_the_run_with_the_best_objective_of_the_best_row(
         (("best", "--sweep", "large"), "no sweep default/large"),
         (("cell/0/seed=1", "--sweep", "small"), "no slot 'cell/0/seed=1'"),
         (("abcdef123", "--sweep", "small"), "mlflow.db does not exist"),
-        (("abcdef123", "--only", "method=fpl"), "--only is allowed with `best` only"),
+        (("abcdef123", "--only", "method=fpl"), "--only and --by are allowed with `best` only"),
+        (("best", "--sweep", "small", "--only", "paradigm=ul", "--by", "x"), "unknown --by 'x'"),
     ],
 )
 def test_an_export_of_an_unknown_trial_is_bad_input(arguments, words, command, location, tmp_path):
@@ -459,9 +511,9 @@ def test_verify_reports_differences_and_refuses_other_images(bundle, command):
     manifest = read_bundle(bundle)
     arrays = {file: dict(of) for file, of in manifest.arrays.items()}
     classes = len(manifest.classnames)
-    arrays[TEST]["predictions"] = arrays[TEST]["predictions"].copy()
-    arrays[TEST]["predictions"][:3] = (arrays[TEST]["predictions"][:3] + 1) % classes
-    accuracy = float((arrays[TEST]["predictions"] == arrays[TEST]["labels"]).mean())
+    arrays[TEST]["text"] = arrays[TEST]["text"].copy()
+    arrays[TEST]["text"][:3] = (arrays[TEST]["text"][:3] + 1) % classes
+    accuracy = float((arrays[TEST]["text"] == arrays[TEST]["labels"]).mean())
     content = {**manifest.content, "metrics": {"test/accuracy": accuracy}}
     content.pop("digest")
     write_bundle(bundle, content, arrays, replace=True)

@@ -563,9 +563,11 @@ def test_the_screen_shows_rows_comparisons_and_notes() -> None:
 
 
 def test_answers_begin_with_yes_no_or_cannot_be_told() -> None:
-    right = [replace(trial, fused=trial.labels) for trial in trials("air")]
+    right = [replace(trial, by_classifier={"fused": trial.labels}) for trial in trials("air")]
     others = [t for t in [*quickstart(), *trials("air_ceiling")] if t.method != "air"]
-    found = results([*right, *(replace(trial, fused=trial.predictions) for trial in others)])
+    found = results(
+        [*right, *(replace(trial, by_classifier={"fused": trial.predictions}) for trial in others)]
+    )
     by_method = {row.method: row for row in found.rows}
     air, host, ceiling = (by_method[name] for name in ("air", "cpl", "air_ceiling"))
     over_host, gain, fused_over_host, fused, share = answers(found)
