@@ -421,9 +421,9 @@ def confusion_picture(labels: Array, predictions: Array, names: Sequence[str]) -
 def pictures(results: Results) -> dict[str, bytes]:
     """The charts of a note, by file name; charts without data are left out."""
     figures: dict[str, Figure] = {}
-    if len(results.rows) > 1:
+    if len(results.tested) > 1:
         figures["accuracy.png"] = accuracy(results, most=MAX_DOTS, width=WIDE)
-    points = rows(results.trials, None)
+    points = [row for row in rows(results.trials, None) if row.is_tested]
     for key in numeric_settings(points)[:MAX_SETTINGS]:
         if parts := by_setting(results, points, key, width=WIDE):
             figures[f"accuracy_by_{key}.png"] = parts[0]

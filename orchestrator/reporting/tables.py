@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 FORMATS = ("md", "csv", "json", "latex")
 TASK = ("dataset", "paradigm", "modality")  # columns; left out if all rows have the same value
 TESTED = ("text", "fused", "auxiliary")  # classifiers that a trial tests on the same images
-AGREEMENT = "agreement"  # the column
+AGREEMENT, AGREEMENT_METRIC = "agreement", "objective/agreement_text"  # column and metric
 # The column `significant`.
 SIGNIFICANT = {"higher": "yes", "lower": "yes", "not significant": "no", "not tested": "not tested"}
 
@@ -70,6 +70,8 @@ def as_json(results: Results) -> list[dict[str, object]]:
         row.as_json()
         | tested_accuracies(results, row)
         | {
+            "mutual_information": mutual_information(results, row),
+            "agreement": results.mean(row, AGREEMENT_METRIC),
             "chance": results.chance(row),
             "comparisons": [c.as_json() for c in results.comparisons_of(row).values()],
             "collapsed": [vars(run) for run in results.collapsed_runs(row)],
@@ -86,8 +88,18 @@ def tested_accuracies(results: Results, row: Row) -> dict[str, float | None]:
     return {name: results.mean(row, METRICS[name][0]) for name in TESTED}
 
 
+def mutual_information(results: Results, row: Row) -> dict[str, float]:
+    """Mutual information on the pool of the classifiers that have it, in nats."""
+    found = {name: results.mean(row, f"{MUTUAL_INFORMATION}_{name}") for name in TESTED}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def _csv(results: Results) -> str:
     frame = rows_frame(results, "settings.", _csv_setting)
+    if not results.tested:
+        free = [_label_free(results, row) for row in results.rows]
+        for name in dict.fromkeys(name for cells in free for name in cells):
+            frame[name] = [cells.get(name, "") for cells in free]
     frame["chance"] = [results.chance(row) for row in results.rows]
     frame["told_from"] = [
         " ".join(_ascii_marks(results.comparisons_of(row))) for row in results.rows
@@ -206,11 +218,10 @@ def _label_free(results: Results, row: Row) -> dict[str, str]:
     """Measures on the pool, for a row without test images."""
     if row.is_tested:
         return {}
-    information = {name: results.mean(row, f"{MUTUAL_INFORMATION}_{name}") for name in TESTED}
-    information["text"] = results.mean(row, MUTUAL_INFORMATION)
+    information = mutual_information(results, row)
     return {
-        AGREEMENT: format_percent(results.mean(row, "objective/agreement_text")),
-        **{f"MI {name}": "" if v is None else f"{v:.3f}" for name, v in information.items()},
+        AGREEMENT: format_percent(results.mean(row, AGREEMENT_METRIC)),
+        **{f"MI {n}": f"{information[n]:.3f}" if n in information else "" for n in TESTED},
     }
 
 
