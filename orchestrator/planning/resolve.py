@@ -249,6 +249,22 @@ class Resolver:
             return True
         return "test" in self._labels_and_parts(dataset)[1]
 
+    def check_validation(self, name: str) -> None:
+        """Check that a dataset has validation images: one of unlabelled images may have none.
+
+        Raises:
+            InvalidSetting: it has none.
+        """
+        dataset = get_dataset(self.folders.get(name, name))
+        if dataset.pool_labels == "unknown" and "val" not in self._labels_and_parts(dataset)[1]:
+            problem = InvalidSetting(
+                "dataset",
+                f"{name} has no validation images for the objective validation_accuracy; label "
+                f"some in its {LABELS} with the part val, or set objective: mutual_information",
+            )
+            problem.value = name
+            raise problem
+
     def with_scored_images(self, trial: TrialSpec) -> TrialSpec:
         """Set the number of images of the pool, and of those that the evidence scores, if any."""
         if not uses_evidence(trial) and not labels_use_evidence(trial):
@@ -473,6 +489,9 @@ class RecordedResolver(Resolver):
 
     def check(self, trial: TrialSpec, datasets: Mapping[str, DatasetInput]) -> None:
         """Do nothing: the last run checked its trials."""
+
+    def check_validation(self, name: str) -> None:
+        """Do nothing: the last run checked its datasets."""
 
     def _pool_images(self, trial: TrialSpec) -> int:
         """

@@ -161,5 +161,7 @@ def test_a_setting_that_needs_labels_of_the_pool_is_refused_before_a_run(photos,
     with pytest.raises(InvalidSetting, match=words) as caught:
         resolver.trial(flat | NEEDS_LABELS[words])
     assert caught.value.key == "dataset"
+    with pytest.raises(InvalidSetting, match="has no validation images for the objective"):
+        resolver.check_validation(f"folder:{photos}")
     with pytest.raises(InvalidSetting, match=r"has no test images; label some in its labels\.csv"):
         resolver.trial(flat | {"dataset": "digits", "test_dataset": f"folder:{photos}"})
