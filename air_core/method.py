@@ -329,15 +329,23 @@ class Trial:
 
     def _tested(self, classifier: Classifier, votes: Sequence[Tensor]) -> ClassifierResult:
         data, unseen = self.data, self.data.unseen
-        test = classifier.logits(data.test.batch).softmax(dim=-1).max(dim=-1)
+        logits = classifier.logits(data.test.batch)
+        temperature = evaluation.calibrated_temperature(classifier, data.validation)
+        plain, test = (each.softmax(dim=-1).max(dim=-1) for each in (logits, logits / temperature))
+        right = plain.indices == data.test.labels
         logits = classifier.logits(data.pool)
         pool = (logits if unseen is None else logits[:, unseen]).softmax(dim=-1).max(dim=-1)
         found = evaluation.objectives(classifier, data.pool, data.validation, unseen)
         if votes:
             found["agreement"] = evaluation.agreement(pool.indices, votes)
         return ClassifierResult(
-            test=evaluation.measured(test.indices, data.test.labels, len(data.classnames), unseen),
+            test=evaluation.measured(plain.indices, data.test.labels, len(data.classnames), unseen),
+            temperature=temperature,
             probability=test.values,
+            calibration_error=(
+                evaluation.calibration_error(plain.values, right),
+                evaluation.calibration_error(test.values, right),
+            ),
             pool=self._of_all_classes(pool.indices),
             pool_probability=pool.values,
             objectives=found,

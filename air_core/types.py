@@ -108,7 +108,9 @@ class ClassifierResult:
     """One of the classifiers of a trial on the test images, and what is known without them."""
 
     test: Metrics
-    probability: Tensor  # (T,) of the predicted class
+    temperature: float  # that the logits are divided by, for probabilities
+    probability: Tensor  # (T,) of the predicted class, at this temperature
+    calibration_error: tuple[float, float]  # of the test images, at temperature 1 and at this one
     pool: Tensor  # (P,) predicted classes of the pool images
     pool_probability: Tensor  # (P,) of the predicted class; in TRZSL among unseen classes
     objectives: dict[str, float]  # see `evaluation.objectives`; and `agreement`

@@ -436,15 +436,20 @@ def table(
 
 
 def predictions(
-    trial: str, *, store: str | Path | None = None, tracking_uri: str | None = None
+    trial: str,
+    *,
+    store: str | Path | None = None,
+    data_root: str | Path | None = None,
+    tracking_uri: str | None = None,
 ) -> DataFrame:
     """Return one row per test image of a trial: `image`, its index in the dataset; `label` and
     `prediction`, class names; `text`, `auxiliary` and `fused`, predictions of the classifiers that
-    the trial has, and `probability_text`, ... of these predictions.
+    the trial has, and `probability_text`, ... of these predictions; `path`, the file of the image,
+    if the dataset has files and is on this machine.
 
     Args:
         trial: value of `key` or `trial` in `results`, or MLflow run id.
-        store: as for `plan`.
+        store, data_root: as for `results`.
         tracking_uri: as for `run`.
 
     Raises:
@@ -453,7 +458,7 @@ def predictions(
     from pandas import DataFrame
 
     from air_core.bundle.checks import CLASSIFIERS
-    from orchestrator.planning.dataset_text import tested_classes
+    from orchestrator.planning.dataset_text import image_files, tested_classes
     from orchestrator.store import open_store
     from orchestrator.tracking import named_trial
 
@@ -464,7 +469,9 @@ def predictions(
     named |= {name: arrays[name] for name in CLASSIFIERS if name in arrays}
     columns = {name: [classes[index] for index in indices] for name, indices in named.items()}
     probabilities = {name: arrays[name] for name in arrays if name.startswith("probability_")}
-    return DataFrame({"image": arrays["index"], **columns, **probabilities})
+    files = image_files((found.spec.test_dataset or found.spec.dataset).name, _folder(data_root))
+    paths = {"path": [str(files[i]) for i in arrays["index"]]} if files else {}
+    return DataFrame({"image": arrays["index"], **columns, **probabilities, **paths})
 
 
 def report(

@@ -12,7 +12,9 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "RAY_ADDRESS", "AIRSWEEP_STORE"):
     os.environ.pop(name, None)
 
+import random
 import signal
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -44,8 +46,9 @@ IS_FIRST = RUN not in os.environ  # the workers of pytest-xdist inherit it as we
 RUN_ID = os.environ.setdefault(RUN, uuid.uuid4().hex)
 os.environ["SPT_NOENV"] = "1"  # otherwise Ray's agents overwrite their environment with their title
 
-# On a busy machine, an example can exceed any deadline.
-hypothesis.settings.register_profile("airsweep", deadline=None)
+# On a busy machine, an example can exceed any deadline. Examples are the same in each run;
+# `--hypothesis-profile=default` draws others.
+hypothesis.settings.register_profile("airsweep", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("airsweep")
 
 
@@ -78,6 +81,16 @@ def processes_of_this_run() -> list[psutil.Process]:
             if process.pid != os.getpid() and process.environ().get(RUN) == RUN_ID:
                 found.append(process)
     return found
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    """Seed the global generators, so that a test draws the same numbers alone and after others."""
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # N images.
 
 SIDE = 16  # of the hash: 16 x 16 bits
-STEP = 2  # smallest difference in levels of a brighter cell; noise stays below it
+STEP = 3  # smallest difference in levels of a brighter cell; noise stays below it
 NEAR_BITS = 7  # that may differ between near duplicates
 BAND_BYTES = 4  # hashes that differ in NEAR_BITS have one of their 8 bands of 4 bytes in common
 NEXT = 16  # hashes of the same band with which one is compared, so that N images take N steps
@@ -43,7 +43,8 @@ def difference_hash(image: Image) -> np.ndarray:
 
     side = min(image.size)
     square = ImageOps.fit(image.convert("L"), (side, side))
-    cells = square.resize((SIDE + 1, SIDE), Image.Resampling.BOX)
+    # BOX gives a pixel on the border of two cells to one of them, which depends on the size.
+    cells = square.resize((SIDE + 1, SIDE), Image.Resampling.LANCZOS)
     grey = np.array(cells, dtype=np.int16)  # (16, 17)
     return (grey[:, 1:] - grey[:, :-1] > STEP).reshape(-1)
 

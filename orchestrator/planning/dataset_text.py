@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from air_core.datasets import get_dataset
 from air_core.datasets.image_folder import OWNERS
+from air_core.datasets.images import ImageFiles
 from air_core.printable import printable
 from air_core.specs import FeaturesSpec, TrialSpec
 from orchestrator.errors import MissingArtifact
@@ -128,3 +130,12 @@ def dataset_licence(dataset: str) -> str:
         return get_dataset(dataset).licence
     except ValueError:
         return OWNERS
+
+
+def image_files(dataset: str, data_root: Path | None) -> Sequence[Path]:
+    """The files of a dataset's images, by index; empty if it has none or is not on this machine."""
+    try:
+        images = get_dataset(dataset).load(data_root).images
+    except ValueError:
+        return ()
+    return images.files if isinstance(images, ImageFiles) else ()

@@ -85,7 +85,11 @@ def export(
         "prompt": asdict(spec.prompt) if spec.iterations else None,
         "classifier": trial.classifier or default_classifier(record),
         "space": spec.fusion.space,
-        "temperatures": {},
+        "temperatures": {
+            name: record.metrics[f"temperature/{name}"]
+            for name in recorded
+            if f"temperature/{name}" in record.metrics
+        },
         "bank_images": len(arrays.get(FUSED, {}).get("auxiliary.labels", ())),
         "backbone": {
             **weights,

@@ -49,6 +49,7 @@ VERDICT_COLORS: dict[Verdict | None, str] = {
 }
 
 MIN_SPAN = 5.0  # smallest range of an axis in percent, in points
+FEWEST = 20  # test images of the first point of a curve over coverage
 MAX_CURVES = len(COLORS)  # per chart; more cannot be distinguished
 MAX_HEADING = 40  # characters
 MAX_DOTS = 24  # per chart in a note; a report shows more
@@ -404,6 +405,24 @@ def over_iterations(
         for label, runs in curves
         if runs is not None and runs.shape[1] > 1
     ]
+
+
+def coverage(results: Results, row: Row) -> list[Series]:
+    """Accuracy of each classifier of a row on its surest test images, by their share of all.
+
+    Test images of all runs are sorted together; the leftmost point has `FEWEST` of them.
+    """
+    trials, series = [*results.distinct_trials(row).values()], []
+    for name in trials[0].probabilities:
+        sure = np.concatenate([trial.probabilities[name] for trial in trials])
+        right = np.concatenate([t.by_classifier[name] == t.labels for t in trials])
+        order = np.argsort(-sure, kind="stable")
+        counts = np.unique(np.linspace(min(FEWEST, len(order)), len(order), 101).astype(int))
+        accuracy = np.cumsum(right[order])[counts - 1] / counts
+        series.append(
+            Series(label=name, x=(100 * counts / len(order)).tolist(), y=accuracy.tolist())
+        )
+    return series
 
 
 def confusion(labels: Array, predictions: Array, classes: int) -> Array:

@@ -10,6 +10,7 @@ import base64
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -42,11 +43,13 @@ from orchestrator.reporting.rows import (
     Row,
     Task,
     choice_notes,
+    is_bound,
     row_text,
     significance_notes,
     task_text,
     uses_diffusion,
 )
+from orchestrator.reporting.selection import best_candidate
 from orchestrator.reporting.summary import unused_lines
 from orchestrator.reporting.tables import TASK, comparison_lines, table_layout, table_lines
 
@@ -286,6 +289,50 @@ def evidence_text(flat: Mapping[str, Any]) -> str:
     first = {name: settings[name] for name in ("draws", "weight")}
     others = {name: value for name, value in settings.items() if value != defaults[name]}
     return ", ".join(f"{name} {format_value(value)}" for name, value in (first | others).items())
+
+
+CONFIDENCE_NOTE = (
+    "Calibration error: mean distance of probability and accuracy over 15 bins (ECE), in points, "
+    "mean over runs; before: at temperature 1. Without validation images the temperature is 1."
+)
+
+
+def confidence(data: ReportData) -> Iterator[Group]:
+    """Accuracy against coverage, and calibration, of the classifiers of one row of each task."""
+    results = data.results
+    for task in results.tasks[:MAX_TASKS]:
+        rows = [row for row in results.tested if row.task == task and not is_bound(row.method)]
+        with suppress(ValueError):  # an older version recorded no probabilities
+            row = best_candidate(results, rows).row
+            series = charts.coverage(results, row)
+            title = row_text(row, results.varied_settings)
+            figure = charts.curves(
+                series, "surest test images, % of all", "accuracy on these, %", title=title
+            )
+            lines = [
+                {
+                    "classifier": each.label,
+                    "accuracy": format_percent(results.mean(row, f"test/accuracy_{each.label}")),
+                    "temperature": _number(results.mean(row, f"temperature/{each.label}")),
+                    "calibration error": format_percent(
+                        results.mean(row, f"test/calibration_error_{each.label}")
+                    ),
+                    "before": format_percent(
+                        results.mean(row, f"test/calibration_error_uncalibrated_{each.label}")
+                    ),
+                }
+                for each in series
+            ]
+            alt = "Accuracy on the surest test images by their share"
+            yield Group(
+                heading=task_text(task),
+                figures=[_chart(figure, alt)],
+                tables=_tables(lines, CONFIDENCE_NOTE),
+            )
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def confusions(data: ReportData) -> Iterator[Group]:
@@ -552,6 +599,13 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[ReportData], Iterator[Group]]], .
         "row of each task and for its host. Shades are shares of the true class, from 0 (dark) to "
         "1 (bright).",
         confusions,
+    ),
+    (
+        "confidence",
+        "Confidence",
+        "For an application that leaves out unsure images: accuracy on the surest test images of "
+        "each classifier of the row that `airsweep export best` selects.",
+        confidence,
     ),
     ("images", "Images", "", images),
     ("search", "Search", "", searches),

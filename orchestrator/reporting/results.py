@@ -68,6 +68,9 @@ def finished_trial(
         image_ids=arrays["index"],
         predictions=arrays["predictions"],
         by_classifier={name: arrays[name] for name in CLASSIFIERS if name in arrays},
+        probabilities={
+            name: arrays[key] for name in CLASSIFIERS if (key := f"probability_{name}") in arrays
+        },
         labels=arrays["labels"],
         unseen=_unseen(slot, arrays["labels"]),
         digests=_digests(slot),

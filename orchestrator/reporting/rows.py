@@ -30,7 +30,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from air_core.methods import METHODS
+from air_core.methods import EMBEDDED, METHODS
 from air_core.specs.flat import trial_keys
 from orchestrator.formatting import format_percent, format_value, plural
 from orchestrator.reporting._ranking import Ranking, ranking, ranking_sentences
@@ -78,6 +78,7 @@ class FinishedTrial:
     labels: Array  # (T,)
     # (T,) predictions by text, auxiliary and fused classifier, as far as recorded
     by_classifier: Mapping[str, Array] = field(default_factory=dict)
+    probabilities: Mapping[str, Array] = field(default_factory=dict)  # (T,) of these predictions
     unseen: Array | None = None  # (T,) bool: TRZSL, images of classes without labels
     digests: Mapping[str, str] = field(default_factory=dict)  # content of dataset and backbone
     searched: frozenset[str] = frozenset()  # keys of `settings` that a search chose
@@ -525,6 +526,11 @@ class Results:
         classes = self.classes.get(row.dataset)
         return 1 / classes if classes else None
 
+    def is_at_chance(self, row: Row) -> bool:
+        """Whether the interval of a row's accuracy contains the accuracy of guessing."""
+        chance = self.chance(row)
+        return chance is not None and row.metric == "accuracy" and row.low <= chance <= row.high
+
     def comparisons_of(self, row: Row) -> dict[Role, Comparison]:
         """The comparisons of a row, by the role of the baseline."""
         return {c.role: c for c in self.comparisons if c.row is row}
@@ -624,7 +630,8 @@ def protocol_notes(results: Results) -> list[str]:
         if kind != usual:
             methods = dict.fromkeys(row.method for row in rows if row.interval == kind)
             text += f"; {', '.join(methods)}: {kind.removeprefix('95 % bootstrap ')}"
-    return [*notes, *_chance_note(results), splits_and_seeds(rows), text + "."]
+    chance = [*_chance_note(results), *at_chance_notes(results, rows)]
+    return [*notes, *chance, splits_and_seeds(rows), text + "."]
 
 
 def _chance_note(results: Results) -> list[str]:
@@ -635,6 +642,21 @@ def _chance_note(results: Results) -> list[str]:
     }
     named = [f"{name} {level}" for name, level in levels.items()]
     return [f"Chance: {', '.join(named if len(named) > 1 else levels.values())}."] if levels else []
+
+
+def at_chance_notes(results: Results, rows: Sequence[Row]) -> list[str]:
+    """A sentence on the rows whose interval contains the accuracy of guessing, with the remedy."""
+    found = [row for row in rows if results.is_at_chance(row)]
+    if not found:
+        return []
+    names = dict.fromkeys(row_text(row, [*row.settings]) for row in found)
+    remedy = ""
+    if any(row.protocol.backbone == EMBEDDED["backbone"] for row in found):
+        remedy = (
+            "; the tiny models know no photographs: set backbone and generator to real models "
+            "(docs/your_images.md)"
+        )
+    return [f"Not better than chance: {', '.join(names)} (the interval contains it){remedy}."]
 
 
 def _departure_note(row: Row) -> str:

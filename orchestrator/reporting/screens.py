@@ -34,7 +34,13 @@ from orchestrator.reporting.results import (
     results_of,
     sweep_status,
 )
-from orchestrator.reporting.summary import next_steps, run_facts, summary, sweep_title
+from orchestrator.reporting.summary import (
+    export_step,
+    next_steps,
+    run_facts,
+    summary,
+    sweep_title,
+)
 from orchestrator.spec import SweepSpec, cells_of, notes_of, presets
 from orchestrator.spec.space import default_params
 from orchestrator.store import SweepLocation
@@ -238,7 +244,8 @@ def summary_screen(sweep: SweepSpec, location: SweepLocation) -> str:
     """The closing screen of `airsweep run`: results and facts about the run."""
     location = replace(location, recorded=True)
     plan = plan_of(sweep, location)
-    facts = [*run_facts(plan, location), *next_steps(plan, location)]
-    width = min(WIDEST, max(NARROWEST, shutil.get_terminal_size((WIDEST, 24)).columns))
     results, table = results_of(plan, location.store), results_command("table", location)
+    steps = [*next_steps(plan, location), *export_step(results, location)]
+    facts = [*run_facts(plan, location), *steps]
+    width = min(WIDEST, max(NARROWEST, shutil.get_terminal_size((WIDEST, 24)).columns))
     return summary(sweep_title(plan), results, facts, width=width, table=table)

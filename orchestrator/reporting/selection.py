@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from statistics import fmean
 from typing import Any
 
@@ -20,7 +21,15 @@ from orchestrator.formatting import format_percent, plural, show
 from orchestrator.planning import plan_of
 from orchestrator.planning.requests import run_command
 from orchestrator.reporting.results import TABLE_COLUMNS, results_of
-from orchestrator.reporting.rows import Results, Row, is_bound, row_text, tasks_of
+from orchestrator.reporting.rows import (
+    FinishedTrial,
+    Results,
+    Row,
+    at_chance_notes,
+    is_bound,
+    row_text,
+    tasks_of,
+)
 from orchestrator.spec import Cell, SweepSpec
 from orchestrator.spec.sweep_file import only_values
 from orchestrator.store import SweepLocation, TrialRecord, read_trial
@@ -28,9 +37,9 @@ from orchestrator.store import SweepLocation, TrialRecord, read_trial
 BEST = "best"
 TEST = "test_accuracy"
 METRICS = {
-    "validation_accuracy": "objective/validation_accuracy_{}",
-    "agreement": "objective/agreement_{}",
-    TEST: "test/accuracy_{}",
+    "validation_accuracy": "objective/validation_accuracy",
+    "agreement": "objective/agreement",
+    TEST: "test/accuracy",
 }
 MEASURES = {
     "validation_accuracy": "accuracy on validation images",
@@ -90,86 +99,114 @@ def best_trial(
             f"{sweep.name} has no single best row, because these cannot be compared: {listed}; "
             f"give --only KEY=VALUE with {', '.join(keys)}"
         )
-    by, scores = candidate_scores(results, rows, by, classifier)
-    means = {of: fmean(values.values()) for of, values in scores.items()}
-    best = max(means, key=lambda of: means[of])  # the first of equal ones
-    row, chosen = rows[best[0]], best[1]
-    key = max(scores[best], key=lambda key: scores[best][key])
-    slot = next(slot for slot in plan.slots if slot.key.digest == key)
-    record = read_trial(slot.spec, location.store)
-    accuracy = results.mean(row, f"test/accuracy_{chosen}")
-    selection = {
-        "row": {"method": row.method, "settings": row.settings, "mean": accuracy, "n": row.n},
-        "classifier": chosen,
-        "candidates": len(scores),
-        "by": by,
-        "score": means[best],
-        "trials_left": plan.to_run,
-        "note": CAVEAT if by == TEST and len(scores) > 1 else None,
-    }
-    report_line(
-        f"selected: {chosen} classifier of {row_text(row, [*row.settings])}: of "
-        f"{plural(len(scores), 'classifier')} in {plural(len(rows), 'row')} the highest "
-        f"{MEASURES[by]}, {format_percent(means[best])} %"
-    )
+    found = best_candidate(results, rows, by, classifier)
+    row, name = found.row, found.classifier
+    slot = next(slot for slot in plan.slots if slot.key.digest == found.trial.key)
+    caveat = CAVEAT if found.by == TEST and found.candidates > 1 else None
+    accuracy = results.mean(row, f"test/accuracy_{name}")
+    report_line(f"selected: {found}")
     report_line(f"run:      {slot.id}" + (f", the highest of {row.n}" if row.n > 1 else ""))
     if accuracy is not None:
-        own = format_percent(record.metrics[f"test/accuracy_{chosen}"])
+        own = format_percent(found.trial.metrics[f"test/accuracy_{name}"])
         report_line(
             f"test:     {own} % in this run, {format_percent(accuracy)} % over "
-            f"{plural(row.n, 'run')}; not used to select"
-            if by != TEST
-            else f"test:     {own} % in this run"
+            f"{plural(row.n, 'run')}"
         )
-    if selection["note"]:
-        report_line(f"note:     {CAVEAT}")
+    for note in (*([caveat] if caveat else []), *at_chance_notes(results, [row])):
+        report_line(f"note:     {note}")
     if plan.to_run:
         left = plural(plan.to_run, "trial")
         report_line(f"note:     the sweep has {left} left to run, which may change the selection")
     return SelectedTrial(
-        normalised(slot.spec), record, location.full_name, slot.id, selection, chosen
+        normalised(slot.spec),
+        read_trial(slot.spec, location.store),
+        location.full_name,
+        slot.id,
+        {
+            "row": {"method": row.method, "settings": row.settings, "mean": accuracy, "n": row.n},
+            "classifier": name,
+            "candidates": found.candidates,
+            "by": found.by,
+            "score": found.score,
+            "trials_left": plan.to_run,
+            "note": caveat,
+        },
+        name,
     )
 
 
-def candidate_scores(
+@dataclass(frozen=True)
+class Candidate:
+    """The classifier of a row with the highest score."""
+
+    row: Row
+    classifier: str
+    by: str  # of `MEASURES`
+    score: float  # mean over the runs of the row
+    trial: FinishedTrial  # the run with the highest score
+    candidates: int  # classifiers that were compared
+
+    def __str__(self) -> str:
+        return (
+            f"{self.classifier} classifier of {row_text(self.row, [*self.row.settings])}: of "
+            f"{plural(self.candidates, 'classifier')} the highest {MEASURES[self.by]}, "
+            f"{format_percent(self.score)} %"
+        )
+
+
+def best_candidate(
     results: Results, rows: Sequence[Row], by: str | None = None, classifier: str | None = None
-) -> tuple[str, dict[tuple[int, str], dict[str, float]]]:
-    """Score each classifier of each row by a measure that all of them have.
+) -> Candidate:
+    """Compare the classifiers of rows by a measure that all of them have.
 
     Args:
         by: of `MEASURES`. Default: the first one without test labels that all candidates have.
-        classifier: the only candidate of each row.
-
-    Returns:
-        The measure, and the scores of each run by the key of its trial, by row and classifier.
+        classifier: text, auxiliary or fused, as the only candidate of each row.
 
     Raises:
-        ValueError: `by` is not a measure, or some candidates lack it.
+        ValueError: `by` is not a measure, there is no candidate, or some lack the measure.
     """
     if by is not None and by not in MEASURES:
         raise ValueError(f"unknown --by {by!r}; allowed: {', '.join(MEASURES)}")
-    candidates = {}
-    for i, row in enumerate(rows):
-        trials = [*results.distinct_trials(row).values()]
-        for name in CLASSIFIERS if classifier is None else (classifier,):
-            if all(name in trial.by_classifier for trial in trials):
-                candidates[i, name] = trials
-    if not candidates:
-        raise ValueError(
-            f"no finished row has a {classifier or 'recorded'} classifier; an older version "
-            "recorded text classifiers alone"
-        )
+    names = CLASSIFIERS if classifier is None else (classifier,)
+    of_rows = [[*results.distinct_trials(row).values()] for row in rows]
+    runs = {
+        (i, name): trials
+        for i, trials in enumerate(of_rows)
+        for name in names
+        if all(_can_export(trial, name) for trial in trials)
+    }
+    if not runs:
+        raise ValueError(f"no finished row has a {classifier or 'recorded'} classifier")
     for measure in [name for name in MEASURES if name != TEST] if by is None else [by]:
         scores = {
-            of: {t.key: t.metrics.get(METRICS[measure].format(of[1]), math.nan) for t in trials}
-            for of, trials in candidates.items()
+            (i, name): [_score(trial, measure, name) for trial in trials]
+            for (i, name), trials in runs.items()
         }
-        if not any(math.isnan(value) for of_run in scores.values() for value in of_run.values()):
-            return measure, scores
+        if any(map(math.isnan, chain(*scores.values()))):
+            continue
+        i, name = max(scores, key=lambda of: fmean(scores[of]))  # the first of equal ones
+        of_runs = scores[i, name]
+        trial = runs[i, name][of_runs.index(max(of_runs))]
+        return Candidate(rows[i], name, measure, fmean(of_runs), trial, len(scores))
     raise ValueError(
         f"some classifiers have no {by or 'measure that needs no test labels'}, so they cannot be "
         "compared; give another --by, or restrict them by --only or --classifier"
     )
+
+
+def _can_export(trial: FinishedTrial, classifier: str) -> bool:
+    if f"objective/mutual_information_{CLASSIFIERS[0]}" in trial.metrics:
+        return classifier in trial.by_classifier
+    # An older version kept the tested classifier alone, by which a prompt or zero-shot CLIP tests.
+    tested = trial.metrics.get("test/harmonic_mean", trial.metrics["test/accuracy"])
+    return classifier == "text" and trial.metrics.get("test/accuracy_text", tested) == tested
+
+
+def _score(trial: FinishedTrial, measure: str, classifier: str) -> float:
+    metric = METRICS[measure]
+    older = metric if classifier == "text" else ""  # without the name of the classifier
+    return trial.metrics.get(f"{metric}_{classifier}", trial.metrics.get(older, math.nan))
 
 
 def report_line(line: str) -> None:

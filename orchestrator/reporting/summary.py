@@ -13,7 +13,13 @@ from typing import Any
 from air_core.specs import SyntheticFeaturesSpec
 from air_core.specs.normal import normalised
 from orchestrator.environment import in_ray_job
-from orchestrator.formatting import aligned_table, format_duration, plural, relative_path
+from orchestrator.formatting import (
+    aligned_table,
+    format_duration,
+    format_percent,
+    plural,
+    relative_path,
+)
 from orchestrator.planning import Plan, results_text
 from orchestrator.planning.dataset_text import dataset_description, unused_by_dataset
 from orchestrator.planning.requests import (
@@ -32,11 +38,13 @@ from orchestrator.reporting.rows import (
     Results,
     choice_notes,
     collapse_notes,
+    is_bound,
     protocol_notes,
     significance_notes,
     untested_notes,
     uses_diffusion,
 )
+from orchestrator.reporting.selection import best_candidate
 from orchestrator.reporting.tables import classifier_notes, comparison_lines, table_lines
 from orchestrator.spec.sweep import split_name
 from orchestrator.store import (
@@ -276,6 +284,21 @@ def next_steps(plan: Plan, location: SweepLocation) -> list[tuple[str, str]]:
     facts.append(("cluster", submit))
     facts.append(("again", f"{run_command(location)}: {left}"))
     return facts
+
+
+def export_step(results: Results, location: SweepLocation) -> list[tuple[str, str]]:
+    """The classifier that `airsweep export best` selects and the command, as (label, text)."""
+    rows = [row for row in results.rows if not is_bound(row.method)]
+    if len(results.tasks) != 1 or not rows:
+        return []
+    try:
+        best = best_candidate(results, rows)
+    except ValueError:  # no measure that needs no test labels
+        return []
+    accuracy = results.mean(best.row, f"test/accuracy_{best.classifier}")
+    tested = "" if accuracy is None else f"; test accuracy {format_percent(accuracy)} %"
+    command = results_command("export best --sweep", location, "-o", "bundle")
+    return [("best", f"{best}{tested}\n{command}")]
 
 
 def _relative_folder(plan: Plan) -> str | None:

@@ -235,8 +235,12 @@ class TrialRun:
         metrics |= _test_metrics(result.test)
         metrics |= {f"objective/{name}": value for name, value in result.objectives.items()}
         for classifier, found in tested.items():
+            metrics[f"temperature/{classifier}"] = found.temperature
             if len(data.test):
                 metrics[f"test/accuracy_{classifier}"] = found.test.headline
+                before, after = found.calibration_error
+                metrics[f"test/calibration_error_{classifier}"] = after
+                metrics[f"test/calibration_error_uncalibrated_{classifier}"] = before
             for name, value in found.objectives.items():
                 metrics[f"objective/{name}_{classifier}"] = value
         if data.synthetic is not None:
@@ -355,7 +359,7 @@ def _test_on_other_dataset(
     _write_predictions(
         target.split.test, metrics, test, folder, {"text": (metrics.predictions, best.values)}
     )
-    replaced = ("test/", "time/")  # metrics of the dataset that was learned from
+    replaced = ("test/", "time/", "temperature/")  # metrics of the dataset that was learned from
     kept = {name: value for name, value in learned.metrics.items() if not name.startswith(replaced)}
     new = {"test/accuracy_text": metrics.accuracy, "time/test_s": time.monotonic() - started}
     return {

@@ -11,7 +11,13 @@ import pytest
 import torch
 
 from air_core.classifiers import LinearClassifier
-from air_core.evaluation import measured, mutual_information, objectives
+from air_core.evaluation import (
+    calibrated_temperature,
+    calibration_error,
+    measured,
+    mutual_information,
+    objectives,
+)
 from air_core.types import Batch, Labelled
 
 
@@ -99,3 +105,38 @@ def test_validation_accuracy_needs_validation_images():
     found = objectives(plain(), pool, Labelled(images, labels))
     assert found["validation_accuracy"] == 0.75
     assert found["mutual_information"] == objectives(plain(), pool, None)["mutual_information"]
+
+
+# ---------------------------------------------------------------- calibration
+
+
+def test_a_temperature_from_validation_images_lowers_the_calibration_error():
+    generator = torch.Generator().manual_seed(0)
+
+    def labelled(count: int) -> Labelled:
+        """Images that a classifier of the axes takes for their class in about two of three."""
+        labels = torch.arange(count) % 3
+        noise = torch.randn(count, 3, generator=generator)
+        return Labelled(Batch(torch.eye(3)[labels] + 0.9 * noise), labels)
+
+    classifier, test = plain(sharpness=20.0), labelled(3000)
+    temperature = calibrated_temperature(classifier, labelled(600))
+    logits = classifier.logits(test.batch)
+    right = logits.argmax(dim=-1) == test.labels
+    before, after = (
+        calibration_error((logits / t).softmax(dim=-1).amax(dim=-1), right)
+        for t in (1.0, temperature)
+    )
+    assert temperature > 2
+    assert after < before / 3
+    assert calibrated_temperature(classifier, None) == 1.0
+    # One image: nothing is certain, in either direction.
+    assert 0 < calibrated_temperature(classifier, test[torch.tensor([0])]) < float("inf")
+
+
+def test_the_calibration_error_is_the_distance_of_confidence_and_accuracy_over_bins():
+    probability = torch.tensor([0.95, 0.95, 0.95, 0.95, 0.4, 0.4])
+    right = torch.tensor([True, True, True, False, True, False])
+    expected = 4 / 6 * 0.2 + 2 / 6 * 0.1
+    assert calibration_error(probability, right) == pytest.approx(expected, abs=1e-6)
+    assert calibration_error(torch.ones(3), torch.ones(3).bool()) == 0.0

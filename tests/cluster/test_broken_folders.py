@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from sklearn.datasets import load_sample_image
 
 from tests.helpers.dataset_trees import draw, make_tree
 from tests.helpers.sweeps import python, write_sweep
@@ -214,7 +215,8 @@ def png(width: int, height: int, *chunks: bytes) -> bytes:
 
 def encoded(kind: str) -> bytes:
     file = io.BytesIO()
-    Image.effect_noise((64, 64), 50).convert("RGB").save(file, kind)
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file, kind)
     return file.getvalue()
 
 
@@ -236,7 +238,7 @@ UNREADABLE: list[tuple[str, bytes, str]] = [
     ("cut TIFF", encoded("TIFF")[:-9000], "cannot be read"),
     ("PNG without pixels", png(8, 8), "cannot be read"),
     ("PNG of no size", png(0, 0), "cannot be read"),
-    ("noise in PNG", encoded("PNG")[:60] + os.urandom(900), "cannot be read"),
+    ("noise in PNG", encoded("PNG")[:60] + np.random.default_rng(0).bytes(900), "cannot be read"),
     ("claimed size", png(60000, 60000), "too large, over 178,956,970 pixels"),
     ("PNG bomb", png(20000, 20000, ZEROS), "too large, over 178,956,970 pixels"),
     ("PPM bomb", b"P6 99999 99999 255\n", "too large, over 178,956,970 pixels"),
@@ -295,9 +297,9 @@ def turned(home: Path) -> None:
 
 
 def resized(home: Path) -> None:
-    image = Image.effect_noise((64, 64), 90).resize((640, 640), Image.Resampling.BICUBIC)
+    image = Image.fromarray(load_sample_image("china.jpg"))  # a photograph, 640 x 427
     image.save(home / "cat/photo.png")
-    image.resize((320, 320)).save(home / "dog/photo.jpg", quality=80)
+    image.resize((320, 213)).save(home / "dog/photo.jpg", quality=80)
 
 
 FREE_PAIR = "split_seed can put one image of a pair into train, one into test"

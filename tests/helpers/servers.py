@@ -290,8 +290,9 @@ def serve(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
 
 def free_port() -> int:
     """A free port below the ephemeral range. The system could assign an ephemeral port to another
-    process before the server binds it."""
-    for port in random.sample(range(20000, 32768), 1000):
+    process before the server binds it. The order is not that of the tests' seed, which would be the
+    same in all workers of pytest-xdist."""
+    for port in random.SystemRandom().sample(range(20000, 32768), 1000):
         with contextlib.suppress(OSError), socket.socket() as probe:
             probe.bind(("127.0.0.1", port))
             return port

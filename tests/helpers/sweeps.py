@@ -323,6 +323,15 @@ def count(recorded: list[dict[str, Any]], event: str, **fields: Any) -> int:
     )
 
 
+def result_slots(recorded: list[dict[str, Any]]) -> list[str]:
+    """Slot of each result in the event log. A slot twice means that its trial ran twice.
+
+    A trial can write its record before a kill and have its event in the next run: the event is
+    then `trial_reused`, and the state of the trial is `recovered`.
+    """
+    return [one["slot"] for one in recorded if one["event"] in ("trial_done", "trial_reused")]
+
+
 def begun_twice(log: Path, calm_log: Path) -> tuple[Counter[str], Counter[str]]:
     """Count the trials and the preparations that a sweep started more often than a calm run.
 
