@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from air_core.bundle.classifier import Bundle
     from orchestrator.planning import Plan, SweepRequest
     from orchestrator.spec import SweepSpec
+    from orchestrator.stages.sample import Sample
     from orchestrator.store import SweepLocation
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "results",
     "retry",
     "run",
+    "sample",
     "schema",
     "status",
     "sweeps",
@@ -556,6 +558,42 @@ def audit(
     return [card_as_dict(card) for card in audit_cards(*recorded_sweep(name, store, data_root))]
 
 
+def sample(
+    name: str | Outcome,
+    count: int = 100,
+    output: str | Path | None = None,
+    *,
+    store: str | Path | None = None,
+    data_root: str | Path | None = None,
+) -> Sample:
+    """Draw unlabelled images of a sweep to label: a contact sheet and a CSV file to fill in.
+
+    Args:
+        name: recorded sweep, or the file of one that has not run.
+        count: number of images.
+        output: beginning of the two file names. None: the name of the sweep.
+        store, data_root: as for `results`.
+
+    Returns:
+        Paths of the files, the number of images, and how they were drawn.
+
+    Raises:
+        ValueError: no such sweep, it has no unlabelled images, or a file exists already.
+    """
+    from orchestrator.planning import plan_of, read_request
+    from orchestrator.stages.sample import write_sample
+
+    try:
+        sweep, location = recorded_sweep(name, store, data_root)
+    except ValueError:
+        if isinstance(name, Outcome) or not Path(name).is_file():
+            raise
+        request = read_request(name)
+        sweep, location = request.spec, location_for(request, store, data_root)
+    output = Path(sweep.name if output is None else output)
+    return write_sample(plan_of(sweep, location), location, count, output)
+
+
 def sweeps(*, store: str | Path | None = None) -> list[dict[str, Any]]:
     """Return state and best rows of each sweep of a store: the JSON of `airsweep list`."""
     from orchestrator.reporting.results import overviews
@@ -713,13 +751,21 @@ def schema() -> dict[str, Any]:
     return sweep_schema()
 
 
-def init(name: str, images: str | Path | None = None, folder: str | Path = ".") -> Path:
+def init(
+    name: str,
+    images: str | Path | None = None,
+    folder: str | Path = ".",
+    *,
+    classes: str | None = None,
+) -> Path:
     """Write a commented sweep file, NAME.yaml, for your own images or the digits dataset.
 
     Args:
         name: name of the new sweep.
-        images: folder of your images with one folder per class. None: the digits dataset.
+        images: folder of your images; without `classes`, with one folder per class. None: the
+            digits dataset.
         folder: folder of the new file.
+        classes: of unlabelled images: names with commas between them, or a file with one per line.
 
     Returns:
         Path of the file.
@@ -729,7 +775,7 @@ def init(name: str, images: str | Path | None = None, folder: str | Path = ".") 
     """
     from orchestrator.spec.starter import write_starter
 
-    return write_starter(name, images, Path(folder)).file
+    return write_starter(name, images, Path(folder), classes).file
 
 
 def _store(store: str | Path | None) -> str | Path:

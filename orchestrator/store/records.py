@@ -36,9 +36,12 @@ class TrialRecord:
     startup: float | None = None  # seconds that do not depend on the number of steps; None: unknown
 
     @property
-    def headline(self) -> float:
-        """Main test metric: the harmonic mean if the paradigm has one, else the accuracy."""
-        return self.metrics.get("test/harmonic_mean", self.metrics["test/accuracy"])
+    def headline(self) -> float | None:
+        """Main test metric: the harmonic mean if the paradigm has one, else the accuracy.
+
+        None: no image is labelled for test.
+        """
+        return self.metrics.get("test/harmonic_mean", self.metrics.get("test/accuracy"))
 
     def predictions(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Dataset index, predicted class and true class of each test image; each (T,)."""
