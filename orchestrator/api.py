@@ -40,6 +40,7 @@ __all__ = [
     "audit",
     "compare",
     "curves",
+    "errors",
     "export",
     "init",
     "load",
@@ -592,6 +593,41 @@ def sample(
         sweep, location = request.spec, location_for(request, store, data_root)
     output = Path(sweep.name if output is None else output)
     return write_sample(plan_of(sweep, location), location, count, output)
+
+
+def errors(
+    trial: str,
+    output: str | Path,
+    *,
+    classifier: str | None = None,
+    store: str | Path | None = None,
+    data_root: str | Path | None = None,
+    tracking_uri: str | None = None,
+) -> Path:
+    """Write a PNG with the wrongly predicted test images of which a trial is surest.
+
+    Args:
+        trial: value of `key` or `trial` in `results`, or MLflow run id.
+        output: the file to write.
+        classifier: text, auxiliary or fused. Default: the one that `export` would select.
+        store, data_root: as for `results`.
+        tracking_uri: as for `run`.
+
+    Raises:
+        ValueError: no trial or several trials match, it has no such classifier or no wrong image,
+            or its dataset is missing or has changed.
+    """
+    from orchestrator.files import write_atomic
+    from orchestrator.stages.context import WorkerContext
+    from orchestrator.stages.errors_sheet import errors_sheet
+    from orchestrator.store import open_store
+    from orchestrator.tracking import named_trial
+
+    opened = open_store(_store(store)).read_only()
+    found = named_trial(trial, opened, None, tracking_uri)
+    worker = WorkerContext(opened, _folder(data_root))
+    write_atomic(Path(output), errors_sheet(found.spec, found.record, classifier, worker))
+    return Path(output)
 
 
 def sweeps(*, store: str | Path | None = None) -> list[dict[str, Any]]:

@@ -390,6 +390,30 @@ def _table(files: Iterable[Path], classnames: Iterable[str]) -> Callable[[Result
 
 
 @app.command()
+def errors(
+    trial: Annotated[
+        str, typer.Argument(metavar="TRIAL", help="Trial key, slot or MLflow run id.")
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", "--out", metavar="FILE", help="PNG to write.")
+    ] = Path("errors.png"),
+    classifier: ClassifierOption = None,
+    store: StoreOption = STORE,
+    data_root: DataOption = None,
+    tracking_uri: TrackingOption = None,
+) -> None:
+    """Draw the wrong test images of which a classifier of a trial is surest.
+
+    airsweep errors 3f2a9c1d
+
+    airsweep errors 3f2a9c1d --classifier text -o text.png
+    """
+    options: dict[str, Any] = {"store": store, "data_root": data_root}
+    options |= {"classifier": classifier, "tracking_uri": tracking_uri}
+    show(api.errors(trial, output, **options))
+
+
+@app.command()
 def verify(
     folder: FolderArgument,
     data_root: DataOption = None,

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from air_core.bundle import load_bundle, read_bundle
@@ -24,6 +25,7 @@ from orchestrator.planning import plan_of
 from orchestrator.spec import load_sweep
 from orchestrator.stages.build import PARTS, read_target
 from orchestrator.stages.context import WorkerContext
+from orchestrator.stages.pictures import MARGIN_PX, NAME_PX, THUMB_PX
 from orchestrator.stages.trial import run_trial, trial_data
 from orchestrator.store import ArtifactStore, EventLog, SweepLocation, read_trial
 from tests.helpers.sweeps import python, record_again
@@ -335,6 +337,27 @@ def test_a_prompt_with_other_predictions_is_not_exported(location, sweep, comman
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
 
 
+def test_errors_draws_the_wrong_images_from_the_surest_on(location, sweep, command, tmp_path):
+    slot = slots_of(location, sweep, "cpl")[0]
+    sheet = tmp_path / "errors.png"
+    words = ("errors", slot.key.digest, "-o", sheet, *store_option(location))
+    assert command(*words) == (0, f"{sheet}\n", "")
+    record = read_trial(slot.spec, location.store)
+    index, predicted, labels = record.predictions()
+    wrong = np.flatnonzero(predicted != labels)
+    surest = wrong[np.argmax(record.test_arrays()["probability_text"][wrong])]
+    expected = get_dataset("digits").load(None).images[int(index[surest])]
+    with Image.open(sheet) as opened:
+        picture = opened.convert("RGB")
+    left, top = MARGIN_PX + NAME_PX, 2 * MARGIN_PX + 22 + 18 * 2
+    tile = picture.crop((left, top, left + THUMB_PX, top + THUMB_PX))
+    scaled = expected.resize(tile.size, Image.Resampling.NEAREST)
+    assert np.abs(np.asarray(tile, int) - np.asarray(scaled, int)).mean() < 4
+    code, _, err = command(*words, "--classifier", "fused")
+    assert code == 2
+    assert "has no probabilities of a fused classifier" in err
+
+
 # ---------------------------------------------------------------- export best
 
 
@@ -358,7 +381,7 @@ def test_best_is_the_classifier_with_the_highest_score_of_all_rows(
         *("-o", tmp_path / "b", *store_option(location)),
     )
     assert (code, out) == (0, f"{tmp_path / 'b'}\n")
-    assert f"selected: {name} classifier of {method}: of 6 classifiers in 4 rows the highest" in err
+    assert f"selected: {name} classifier of {method}: of 6 classifiers the highest" in err
     assert ("The test images selected the classifier" in err) == (by is not None)
     manifest = read_bundle(tmp_path / "b").content
     assert manifest["classifier"] == name
