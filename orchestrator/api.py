@@ -664,8 +664,9 @@ def export(
         output: folder to create.
         sweep: sweep of the trial; `best` needs it.
         only: values of the grid to which `best` is limited, as for `load`.
-        by: the score of `best`: validation_accuracy, agreement or test_accuracy. Default:
-            validation_accuracy where there are validation images, else agreement.
+        by: the score of `best`: validation_accuracy, experiments or test_accuracy. Default:
+            validation_accuracy where there are validation images, else experiments: the order
+            of methods in docs/experiments.md.
         classifier: text, auxiliary or fused, which the bundle uses if no other is named. Default:
             the one with the highest score.
         store, data_root: as for `results`.

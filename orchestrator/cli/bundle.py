@@ -92,8 +92,9 @@ def export(
         typer.Option(
             "--by",
             metavar="SCORE",
-            help="Score of `best`: validation_accuracy, agreement or test_accuracy. Default: "
-            "validation_accuracy if there are validation images, else agreement.",
+            help="Score of `best`: validation_accuracy, experiments or test_accuracy. Default: "
+            "validation_accuracy if there are validation images, else experiments: the order of "
+            "methods in docs/experiments.md.",
         ),
     ] = None,
     classifier: Annotated[
