@@ -51,7 +51,7 @@ name: {name}
 # Each combination of the values under `grid` is a cell: one row of the table.
 grid:
 {methods}
-  method: [zero_shot, fpl, cpl, air, air_control]
+  method: [zero_shot, cpl, cpl_real, cpl_real_evidence, air, air_control]
 
 fixed:
 {dataset}
@@ -64,6 +64,7 @@ fixed:
   # generator: stable-diffusion-v1-5/stable-diffusion-v1-5
   lora.rounds: 1
   images_per_class: 32  # synthetic images per class; 120 with real models
+  evidence.draws: 4     # denoising errors per image and class, of cpl_real_evidence
   # iterations: 10      # rounds of pseudo-labels and prompt learning
 {labelled}
 # Each row of the table is the mean over these seeds; a spread needs at least three.
@@ -73,9 +74,11 @@ seeds: [1, 2, 3]
 # budget: {{gpu_hours: 10}}
 """
 METHODS = """\
-CLIP without training; two methods that learn from pseudo-labels; AiR, which adds synthetic
-images; and its control, which reads the real images that the LoRA is trained on instead."""
-QUESTION = "Do pseudo-labels, a LoRA and synthetic images improve on plain CLIP for {subject}?"
+CLIP without training; CPL, which learns from pseudo-labels; CPL with an auxiliary classifier of
+real images, and also with denoising errors of the diffusion model, the best two of our
+experiments; AiR, which adds synthetic images to CPL; and its control, which reads the real images
+that the LoRA is trained on instead."""
+QUESTION = "Which classifier is best for {subject}, and does a diffusion model help?"
 COST = (
     "Cost: see `airsweep plan {name}.yaml`; a run with --smoke first makes the estimate possible."
 )

@@ -17,7 +17,7 @@ from orchestrator.spec.starter import write_starter
 from orchestrator.store import ArtifactStore, SweepLocation
 from tests.helpers.sweeps import airsweep, table
 
-METHODS = ["zero_shot", "fpl", "cpl", "air", "air_control"]
+METHODS = ["zero_shot", "cpl", "cpl_real", "cpl_real_evidence", "air", "air_control"]
 
 
 def draw(home: Path, counts: dict[str, int]) -> Path:
@@ -55,7 +55,7 @@ def test_the_file_describes_the_folder_and_can_be_planned(folder):
     assert [cell.method for cell in cells_of(spec)] == METHODS
     assert notes_of(spec) == ()
     plan = plan_of(spec, SweepLocation(ArtifactStore(folder / "runs"), "default", "mine", None))
-    assert plan.total == 15
+    assert plan.total == 18
     assert plan.slots[0].spec.classnames == ("oak", "red maple")
 
 
