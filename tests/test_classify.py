@@ -19,6 +19,7 @@ from air_core.bundle import load_bundle
 from air_core.bundle.manifest import write_bundle
 from air_core.datasets.images import ImageFiles, Unreadable
 from benchmarks.classify import zero_shot
+from orchestrator.environment import RAY_JOB
 from orchestrator.execution import classify
 from orchestrator.execution.classify import MANIFEST, ClassifierActor, ClassifyJob
 from tests.helpers.sweeps import python
@@ -174,7 +175,7 @@ def test_parquet_csv_and_json_lines_have_the_same_rows_also_for_unreadable_image
 
 
 def test_what_cannot_be_written_is_refused_before_anything_is_read(
-    folder, photos, command, tmp_path
+    folder, photos, command, tmp_path, monkeypatch
 ):
     (tmp_path / "full.parquet").mkdir()
     (tmp_path / "full.parquet" / "other.txt").touch()
@@ -193,6 +194,13 @@ def test_what_cannot_be_written_is_refused_before_anything_is_read(
         assert (code, out) == (2, ""), err
         assert message in err
     assert not Path("out.csv").exists()
+
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # as in a Ray job
+    monkeypatch.setenv(RAY_JOB, "{}")
+    code, out, err = command("classify", folder, photos[0], "-o", "out.parquet")
+    assert (code, out) == (2, "")
+    assert "out.parquet: the working folder of a Ray job is removed at its end" in err
+    assert command("classify", folder, photos[0])[0] == 0  # without -o in this process
 
 
 STOPPED = """
@@ -265,6 +273,7 @@ def test_ray_gives_the_rows_of_one_process_and_refuses_the_folder_of_another_job
 
 KILLED = """
 import os, signal
+from orchestrator.environment import RAY_JOB
 from orchestrator.execution import classify
 classify.BLOCK = 8
 every = classify.classify_on_ray
