@@ -174,10 +174,10 @@ def _without_a_picture(images: ImageSet) -> list[Finding]:
 
 
 def nearest(features: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """(N,) position and (N,) cosine of the nearest of `others`."""
-    parts = [(rows @ others.T).max(dim=1) for rows in features.split(AT_ONCE)]
-    if not parts or not len(others):
+    """(N,) position and (N,) cosine of the nearest of `others`; -1 and nan if there are none."""
+    if not len(features) or not len(others):
         return torch.full((len(features),), -1), torch.full((len(features),), float("nan"))
+    parts = [(rows @ others.T).max(dim=1) for rows in features.split(AT_ONCE)]
     return torch.cat([p.indices for p in parts]), torch.cat([p.values for p in parts])
 
 

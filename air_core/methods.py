@@ -180,3 +180,11 @@ METHODS: dict[str, Method] = {
     "cpl_real": Method(pins={**_CPL, **_REAL}, sets=_REFRESH, host="cpl"),
     "grip_real": Method(pins={**_GRIP, **_REAL}, sets=_REFRESH, host="grip"),
 }
+
+# Methods by their accuracy on the digits without labels (docs/experiments.md). Where no image is
+# labelled, this order selects a better classifier than any score that needs no labels.
+PREFERENCE = (
+    *("cpl_real_evidence", "cpl_real", "grip_real", "air_both", "cpl_evidence", "air_evidence"),
+    *("zero_shot_real", "transductive", "air_control", "cpl", "air_domain", "air", "air_grip"),
+    *("grip", "ifpl", "air_fpl", "fpl", "upl", "zero_shot_aux", "zero_shot"),
+)

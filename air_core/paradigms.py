@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from air_core.datasets.dataset import UNKNOWN
 from air_core.specs import SplitSettings
 
 if TYPE_CHECKING:
@@ -37,15 +38,17 @@ def make_split(labels: np.ndarray, parts: np.ndarray, settings: SplitSettings) -
     the labelled images. TRZSL: all images of seen classes move there, or `labelled_size` of them.
 
     The pool never contains test images, except with `leaky_pool`. With `pool: train` it contains no
-    validation images.
+    validation images. If the dataset has images without a label, these are the pool, and there may
+    be no test image.
 
     Args:
-        labels: (N,) classes. Used for the labelled images of the paradigm, and to stratify if the
-            dataset defines no split.
+        labels: (N,) classes, UNKNOWN where there is no label. Used for the labelled images of the
+            paradigm, and to stratify if the dataset defines no split.
         parts: (N,) train, val, test, free or bad (air_core.datasets.Examples).
 
     Raises:
-        ValueError: a part is empty, a class has too few images, or there are too few classes.
+        ValueError: a part is empty, a class has too few images, there are too few classes, or the
+            settings need labels that do not exist.
     """
     import torch
 
@@ -63,19 +66,39 @@ def split_positions(
 ) -> tuple[dict[str, np.ndarray], tuple[int, ...] | None]:
     """Like `make_split`, without torch: positions by part, and the unseen classes."""
     parts = _fixed(labels, parts, settings.split_seed)
-    wanted = settings.pool.split("+") + (["test"] if settings.leaky_pool else [])
+    unlabelled = bool((labels == UNKNOWN).any())
+    if unlabelled and (problem := label_problem(settings)):
+        raise ValueError(problem)
+    wanted = ["train"] if unlabelled else settings.pool.split("+")
+    wanted += ["test"] if settings.leaky_pool else []
     train = np.isin(parts, wanted)
     validation = np.flatnonzero((parts == "val") & ~train)
     test = np.flatnonzero(parts == "test")
     labelled, unseen = PARADIGMS[settings.paradigm](labels, np.flatnonzero(train), settings)
     pool = _shaped(labels, np.setdiff1d(np.flatnonzero(train), labelled), settings)
     labelled = _subset(labelled, settings.labelled_size, np.random.default_rng(settings.split_seed))
-    if not len(pool) or not len(test):
+    if not len(pool) or not (len(test) or unlabelled):
         raise ValueError(
             f"the split has {len(pool)} pool and {len(test)} test images; both need at least one"
         )
     found = {"pool": pool, "labelled": labelled, "validation": validation, "test": test}
     return found, unseen
+
+
+def label_problem(settings: SplitSettings) -> str | None:
+    """Why a pool without labels cannot be split by these settings; None: it can."""
+    needs = {
+        f"paradigm: {settings.paradigm}": settings.paradigm != "ul",
+        f"pool_ratio: {settings.pool_ratio:g}": settings.pool_ratio > 1,
+        f"pool_missing: {settings.pool_missing:g}": settings.pool_missing > 0,
+    }
+    needed = [words for words, is_needed in needs.items() if is_needed]
+    if not needed:
+        return None
+    return (
+        f"{needed[0]} needs the classes of the pool images, but they have no labels; leave it out "
+        "(paradigm: ul), or sort your images into class folders"
+    )
 
 
 def _shaped(labels: np.ndarray, pool: np.ndarray, settings: SplitSettings) -> np.ndarray:

@@ -87,14 +87,15 @@ def check_room(backbone: str, classnames: tuple[str, ...], template: str, length
             raise ValueError(
                 f"class name {_shown(name)} takes {alone} tokens with start and end, but "
                 f"{backbone} reads {context}, of which prompt.length takes {length}; shorten the "
-                "name (a folder of images has classnames.txt for it) or lower prompt.length"
+                "name (a folder of images has classnames.txt or classes.txt for it) or lower "
+                "prompt.length"
             )
         whole = _count(template.format(words), context, clean, hugging_face, folder)
         if whole > context:
             raise ValueError(
                 f"class name {_shown(name)} in {template!r} takes {whole} tokens with start "
                 f"and end, but {backbone} reads {context} and cuts the rest off; shorten the name "
-                "(a folder of images has classnames.txt for it) or the template"
+                "(a folder of images has classnames.txt or classes.txt for it) or the template"
             )
 
 

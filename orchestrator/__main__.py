@@ -39,7 +39,7 @@ app = typer.Typer(
     "  airsweep run quickstart\n\n  airsweep table quickstart",
 )
 
-for commands in (sweeps, submit, doctor, results, compare, tracked, bundle):
+for commands in (sweeps, submit, doctor, results, compare, inputs, tracked, bundle):
     app.add_typer(commands.app)
 app.add_typer(tracked.mlflow_app, name="mlflow")
 app.add_typer(inputs.data_app, name="data")

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from air_core.bundle.classifier import Bundle
     from orchestrator.planning import Plan, SweepRequest
     from orchestrator.spec import SweepSpec
+    from orchestrator.stages.sample import Sample
     from orchestrator.store import SweepLocation
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "audit",
     "compare",
     "curves",
+    "errors",
     "export",
     "init",
     "load",
@@ -50,6 +52,7 @@ __all__ = [
     "results",
     "retry",
     "run",
+    "sample",
     "schema",
     "status",
     "sweeps",
@@ -556,6 +559,77 @@ def audit(
     return [card_as_dict(card) for card in audit_cards(*recorded_sweep(name, store, data_root))]
 
 
+def sample(
+    name: str | Outcome,
+    count: int = 100,
+    output: str | Path | None = None,
+    *,
+    store: str | Path | None = None,
+    data_root: str | Path | None = None,
+) -> Sample:
+    """Draw unlabelled images of a sweep to label: a contact sheet and a CSV file to fill in.
+
+    Args:
+        name: recorded sweep, or the file of one that has not run.
+        count: number of images.
+        output: beginning of the two file names. None: the name of the sweep.
+        store, data_root: as for `results`.
+
+    Returns:
+        Paths of the files, the number of images, and how they were drawn.
+
+    Raises:
+        ValueError: no such sweep, it has no unlabelled images, or a file exists already.
+    """
+    from orchestrator.planning import plan_of, read_request
+    from orchestrator.stages.sample import write_sample
+
+    try:
+        sweep, location = recorded_sweep(name, store, data_root)
+    except ValueError:
+        if isinstance(name, Outcome) or not Path(name).is_file():
+            raise
+        request = read_request(name)
+        sweep, location = request.spec, location_for(request, store, data_root)
+    output = Path(sweep.name if output is None else output)
+    return write_sample(plan_of(sweep, location), location, count, output)
+
+
+def errors(
+    trial: str,
+    output: str | Path,
+    *,
+    classifier: str | None = None,
+    store: str | Path | None = None,
+    data_root: str | Path | None = None,
+    tracking_uri: str | None = None,
+) -> Path:
+    """Write a PNG with the wrongly predicted test images of which a trial is surest.
+
+    Args:
+        trial: value of `key` or `trial` in `results`, or MLflow run id.
+        output: the file to write.
+        classifier: text, auxiliary or fused. Default: the one that `export` would select.
+        store, data_root: as for `results`.
+        tracking_uri: as for `run`.
+
+    Raises:
+        ValueError: no trial or several trials match, it has no such classifier or no wrong image,
+            or its dataset is missing or has changed.
+    """
+    from orchestrator.files import write_atomic
+    from orchestrator.stages.context import WorkerContext
+    from orchestrator.stages.errors_sheet import errors_sheet
+    from orchestrator.store import open_store
+    from orchestrator.tracking import named_trial
+
+    opened = open_store(_store(store)).read_only()
+    found = named_trial(trial, opened, None, tracking_uri)
+    worker = WorkerContext(opened, _folder(data_root))
+    write_atomic(Path(output), errors_sheet(found.spec, found.record, classifier, worker))
+    return Path(output)
+
+
 def sweeps(*, store: str | Path | None = None) -> list[dict[str, Any]]:
     """Return state and best rows of each sweep of a store: the JSON of `airsweep list`."""
     from orchestrator.reporting.results import overviews
@@ -590,8 +664,9 @@ def export(
         output: folder to create.
         sweep: sweep of the trial; `best` needs it.
         only: values of the grid to which `best` is limited, as for `load`.
-        by: the score of `best`: validation_accuracy, consensus or test_accuracy. Default:
-            validation_accuracy where there are validation images, else consensus.
+        by: the score of `best`: validation_accuracy, experiments or test_accuracy. Default:
+            validation_accuracy where there are validation images, else experiments: the order
+            of methods in docs/experiments.md.
         classifier: text, auxiliary or fused, which the bundle uses if no other is named. Default:
             the one with the highest score.
         store, data_root: as for `results`.
@@ -648,24 +723,16 @@ def load_bundle(
     weights: str | None = None,
     device: str = "cpu",
     classifier: str | None = None,
+    min_probability: float = 0.0,
     runtime: str = "torch",
 ) -> Bundle:
     """Load a bundle, to classify images: `load_bundle("bundle").classify(["new/*.png"])`.
 
-    Args:
-        folder: written by `export`.
-        weights: name or path of the backbone, if its weights are not published.
-        device: of CLIP, such as cuda.
-        classifier: text, auxiliary or fused. Default: the one that was selected at the export.
-        runtime: torch; or onnx, which needs no backbone.
-
-    Raises:
-        ValueError: the folder is not an unchanged bundle, the backbone differs, or the bundle does
-            not contain the classifier.
+    Arguments and errors are those of `air_core.bundle.load_bundle`.
     """
     from air_core.bundle import load_bundle
 
-    return load_bundle(folder, weights, device, classifier, runtime)
+    return load_bundle(folder, weights, device, classifier, min_probability, runtime)
 
 
 def recorded_sweep(
@@ -721,13 +788,21 @@ def schema() -> dict[str, Any]:
     return sweep_schema()
 
 
-def init(name: str, images: str | Path | None = None, folder: str | Path = ".") -> Path:
+def init(
+    name: str,
+    images: str | Path | None = None,
+    folder: str | Path = ".",
+    *,
+    classes: str | None = None,
+) -> Path:
     """Write a commented sweep file, NAME.yaml, for your own images or the digits dataset.
 
     Args:
         name: name of the new sweep.
-        images: folder of your images with one folder per class. None: the digits dataset.
+        images: folder of your images; without `classes`, with one folder per class. None: the
+            digits dataset.
         folder: folder of the new file.
+        classes: of unlabelled images: names with commas between them, or a file with one per line.
 
     Returns:
         Path of the file.
@@ -737,7 +812,7 @@ def init(name: str, images: str | Path | None = None, folder: str | Path = ".") 
     """
     from orchestrator.spec.starter import write_starter
 
-    return write_starter(name, images, Path(folder)).file
+    return write_starter(name, images, Path(folder), classes).file
 
 
 def _store(store: str | Path | None) -> str | Path:

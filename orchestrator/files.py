@@ -53,7 +53,7 @@ def make_folders(path: Path) -> None:
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file atomically and durably: after a power loss it is complete or absent."""
     data = content.encode() if isinstance(content, str) else content
-    with _temporary_for(path) as temporary, open(temporary, "wb") as handle:
+    with temporary_for(path) as temporary, open(temporary, "wb") as handle:
         handle.write(data)
         handle.flush()
         os.fsync(handle.fileno())
@@ -94,18 +94,22 @@ def file_digest(path: Path) -> str:
 def write_atomic_unsynced(path: Path, data: bytes) -> None:
     """Write a file atomically, without a sync: the bucket has a durable copy."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _temporary_for(path) as temporary:
+    with temporary_for(path) as temporary:
         temporary.write_bytes(data)
 
 
 @contextmanager
-def _temporary_for(path: Path) -> Iterator[Path]:
-    """A temporary path in the same folder; afterwards its file replaces `path`."""
+def temporary_for(path: Path) -> Iterator[Path]:
+    """A temporary path in the same folder; afterwards its file replaces `path`.
+
+    If the block fails or is interrupted, the file is removed: on a full disk, an incomplete file
+    would occupy space.
+    """
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
     try:
         yield temporary
         os.replace(temporary, path)
-    except OSError:  # on a full disk, an incomplete file would occupy space
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 

@@ -46,9 +46,14 @@ IS_FIRST = RUN not in os.environ  # the workers of pytest-xdist inherit it as we
 RUN_ID = os.environ.setdefault(RUN, uuid.uuid4().hex)
 os.environ["SPT_NOENV"] = "1"  # otherwise Ray's agents overwrite their environment with their title
 
-# On a busy machine, an example can exceed any deadline. Examples are the same in each run;
-# `--hypothesis-profile=default` draws others.
-hypothesis.settings.register_profile("airsweep", deadline=None, derandomize=True)
+# Examples are the same in each run (`--hypothesis-profile=default` draws others), and a busy
+# machine may take any time for them.
+hypothesis.settings.register_profile(
+    "airsweep",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("airsweep")
 
 

@@ -79,8 +79,11 @@ class Backbone:
         return self.model.visual
 
     @torch.no_grad()
-    def encode_images(self, images: Sequence[Image]) -> Tensor:
-        """Image features (B, D) on the CPU, in the order of `images`."""
+    def encode_images(self, images: Sequence[Image | Tensor]) -> Tensor:
+        """Image features (B, D) on the CPU, in the order of `images`.
+
+        A tensor (3, H, W) is an image after `preprocess`.
+        """
         features = []
         for start in range(0, len(images), self.at_once):
             pixels = self._pixels(images[start : start + self.at_once])
@@ -116,12 +119,14 @@ class Backbone:
         return _unit(features.view(*lead, len(classnames), -1))
 
     @torch.no_grad()
-    def image_tokens(self, images: Sequence[Image], dtype: torch.dtype | None = None) -> Tensor:
+    def image_tokens(
+        self, images: Sequence[Image | Tensor], dtype: torch.dtype | None = None
+    ) -> Tensor:
         """The image tokens that enter the first block. They do not depend on the prompt, so they
         can be stored.
 
         Args:
-            images: B images.
+            images: B images, or tensors (3, H, W) from `preprocess`.
             dtype: of the result; half precision halves the storage. None: the dtype of the model.
 
         Returns:
@@ -161,8 +166,8 @@ class Backbone:
         tokens = tokens.to(prompt.device, self.dtype)
         return _unit(prompted_features(tower, tokens, prompt.to(self.dtype)))
 
-    def _pixels(self, images: Sequence[Image]) -> Tensor:  # (B, 3, H, W)
-        pixels = torch.stack([self.preprocess(image) for image in images])
+    def _pixels(self, images: Sequence[Image | Tensor]) -> Tensor:  # (B, 3, H, W)
+        pixels = torch.stack([i if isinstance(i, Tensor) else self.preprocess(i) for i in images])
         return pixels.to(self.device, self.dtype)
 
 

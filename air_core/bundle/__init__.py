@@ -28,6 +28,7 @@ def load_bundle(
     weights: str | None = None,
     device: str = "cpu",
     classifier: str | None = None,
+    min_probability: float = 0.0,
     runtime: str = "torch",
 ) -> Bundle:
     """Load a bundle and the frozen CLIP with which it was trained. Downloads nothing.
@@ -38,6 +39,7 @@ def load_bundle(
             that the bundle names. Paths in a bundle are never used.
         device: of CLIP, such as cuda.
         classifier: text, auxiliary or fused. Default: the one that was selected at the export.
+        min_probability: the class of an image with a smaller probability is `unsure`.
         runtime: torch; or onnx, which uses the bundle's `model.onnx` instead of the backbone.
 
     Raises:
@@ -50,7 +52,7 @@ def load_bundle(
     if runtime == "onnx":
         from air_core.bundle.onnx_bundle import OnnxBundle
 
-        return OnnxBundle(manifest, device, classifier)
+        return OnnxBundle(manifest, device, classifier, min_probability)
     if runtime != "torch":
         raise ValueError(f"unknown runtime {runtime!r}; allowed: torch, onnx")
     found = manifest.backbone(weights)  # before torch is imported or a weight is read
@@ -58,4 +60,5 @@ def load_bundle(
     from air_core.bundle.classifier import Bundle, check_device
 
     check_device(device)
-    return Bundle(manifest, load_backbone(found, device, manifest.precision), classifier)
+    backbone = load_backbone(found, device, manifest.precision)
+    return Bundle(manifest, backbone, classifier, min_probability)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -14,10 +16,10 @@ from torch import Tensor
 from air_core.backbone import Backbone
 from air_core.bundle.arrays import fused_classifier
 from air_core.bundle.checks import FUSED
-from air_core.bundle.files import image_files
+from air_core.bundle.files import UNSURE, image_files
 from air_core.bundle.manifest import Manifest
 from air_core.classifiers import Classifier
-from air_core.datasets.images import Unreadable, open_image
+from air_core.datasets.images import Unreadable, open_image, rgb_image
 from air_core.types import Batch
 
 # N images, C classes, D feature width.
@@ -25,6 +27,9 @@ from air_core.types import Batch
 TOP = 3  # classes per image in a result
 STEP = 64  # images per batch; larger batches delay the output of large models
 BLANK = Image.new("RGB", (8, 8))
+MAX_THREADS = 16  # that open images; each can need 0.5 GB for the largest allowed image
+
+Source = Path | Image.Image | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -33,10 +38,12 @@ class ClassifiedImage:
 
     image: str
     top: tuple[tuple[str, float], ...]  # class and probability, best first
+    is_unsure: bool = False  # the probability is below the bundle's `min_probability`
 
     @property
     def classname(self) -> str:
-        return self.top[0][0]
+        """The best class, or `unsure`."""
+        return UNSURE if self.is_unsure else self.top[0][0]
 
     @property
     def probability(self) -> float:
@@ -80,11 +87,17 @@ class Bundle:
         classnames: the C classes.
         classifiers: names of the classifiers, of text, auxiliary and fused.
         classifier: the one that `classify` uses.
+        min_probability: below it, an image is unsure.
     """
 
     def __init__(
-        self, manifest: Manifest, backbone: Backbone, classifier: str | None = None
+        self,
+        manifest: Manifest,
+        backbone: Backbone,
+        classifier: str | None = None,
+        min_probability: float = 0.0,
     ) -> None:
+        self.min_probability = min_probability
         self.manifest, self.backbone = manifest, backbone
         self.classnames, self.classifiers = manifest.classnames, manifest.classifiers
         self.classifier = manifest.selected(classifier)
@@ -108,14 +121,30 @@ class Bundle:
             fused = fused_classifier(arrays, text, manifest.content["space"], unseen)
             self._of = fused.each(text)
 
-    def classify(self, places: Sequence[str | Path], topk: int = TOP) -> list[ClassifiedImage]:
-        """Classify the images of files, folders (recursively) and patterns, in this order.
+    def classify(
+        self, images: Iterable[str | Path | Image.Image | np.ndarray], topk: int = TOP
+    ) -> list[ClassifiedImage]:
+        """Classify images in this order.
+
+        Args:
+            images: files, folders (recursively) and patterns; PIL images; arrays (H, W, 3) or
+                (H, W) uint8. An image that is no file has its position, from 0, as `image`: "#3".
+            topk: number of classes per image, at most all.
 
         Raises:
-            ValueError: a path does not exist or contains no image.
+            ValueError: a path does not exist or contains no image, or an array has another shape
+                or dtype.
             Unreadable: a file is not an image; `stream` can skip such files.
         """
-        return list(self.stream(image_files(places), topk))
+        sources: dict[Path | str, Source] = {}  # each file once
+        for position, image in enumerate(images):
+            if isinstance(image, str | Path):
+                sources |= {file: file for file in image_files([image])}
+            else:
+                sources[f"#{position}"] = image
+        if not sources:
+            raise ValueError("no images given; give paths, PIL images or numpy arrays")
+        return list(self._stream([*sources.items()], topk, None))
 
     def stream(
         self,
@@ -125,34 +154,86 @@ class Bundle:
     ) -> Iterator[ClassifiedImage]:
         """Classify image files in batches and yield the results in order. Memory use is constant.
 
+        Threads, as many as torch uses, open the next batch while the model computes.
+
         Args:
             topk: number of classes per image, at most all.
-            unreadable: called with the path of an unreadable file and the reason. Default: raise
-                Unreadable.
+            unreadable: called with the path of an unreadable file and the reason, in the order of
+                the files. Default: raise Unreadable.
+        """
+        return self._stream([(file, file) for file in files], topk, unreadable)
+
+    def _stream(
+        self,
+        sources: Sequence[tuple[Any, Source]],
+        topk: int,
+        unreadable: Callable[[Any, str], None] | None,
+    ) -> Iterator[ClassifiedImage]:
+        for batch in self._prepared(sources):
+            pixels = [image for _, image in batch if isinstance(image, Tensor)]
+            if pixels:
+                shares = self.scores(pixels)
+                found = shares.topk(min(topk, len(self.classnames)), dim=-1)
+                tops = iter(zip(*map(Tensor.tolist, found), strict=True))
+            for name, image in batch:
+                if isinstance(image, Tensor):
+                    values, classes = next(tops)
+                    names = (self.classnames[c] for c in classes)
+                    top = tuple(zip(names, values, strict=True))
+                    yield ClassifiedImage(str(name), top, values[0] < self.min_probability)
+                elif unreadable is None:
+                    raise Unreadable(image)
+                else:
+                    unreadable(name, image)
+
+    def _prepared(
+        self, sources: Sequence[tuple[Any, Source]]
+    ) -> Iterator[list[tuple[Any, Tensor | str]]]:
+        """Batches of names with preprocessed images, or with the reason why one is unreadable.
+
+        While the caller works on a batch, threads prepare the next one.
         """
         step = min(STEP, self.backbone.at_once)
-        for start in range(0, len(files), step):
-            opened = _LazyImages(files[start : start + step])
-            shares = self.scores(opened)
-            found = shares.topk(min(topk, len(self.classnames)), dim=-1)
-            for file, values, classes in zip(opened.files, *map(Tensor.tolist, found), strict=True):
-                if file not in opened.bad:
-                    names = (self.classnames[c] for c in classes)
-                    yield ClassifiedImage(str(file), tuple(zip(names, values, strict=True)))
-                elif unreadable is None:
-                    raise Unreadable(opened.bad[file])
-                else:
-                    unreadable(file, opened.bad[file])
+        with ThreadPoolExecutor(min(torch.get_num_threads(), MAX_THREADS)) as pool:
 
-    def scores(self, images: Sequence[Image.Image]) -> Tensor:
-        """Probabilities (N, C) on the CPU, by the selected classifier."""
+            def start(first: int) -> list[tuple[Any, Future[Tensor | str]]]:
+                return [
+                    # PIL images are decoded here: decoding one in two threads is not safe.
+                    (name, pool.submit(self._pixels, _loaded(name, source)))
+                    for name, source in sources[first : first + step]
+                ]
+
+            following = start(0)
+            try:
+                for first in range(0, len(sources), step):
+                    batch, following = following, start(first + step)
+                    yield [(name, future.result()) for name, future in batch]
+            finally:
+                pool.shutdown(cancel_futures=True)  # if the caller stops early
+
+    def _pixels(self, source: Path | Image.Image) -> Tensor | str:
+        try:
+            image = open_image(source) if isinstance(source, Path) else source
+        except Unreadable as problem:
+            return str(problem)
+        except OSError as problem:
+            return f"{source} cannot be read: {problem.strerror}"
+        pixels: Tensor = self.backbone.preprocess(image)  # (3, H, W)
+        return pixels
+
+    def scores(self, images: Sequence[Image.Image | Tensor]) -> Tensor:
+        """Probabilities (N, C) on the CPU, by the selected classifier.
+
+        Args:
+            images: N images, or tensors (3, H, W) from the backbone's `preprocess`.
+        """
         return self.scores_of(self.encode(images), self.classifier)
 
-    def logits(self, images: Sequence[Image.Image]) -> Tensor:
+    def logits(self, images: Sequence[Image.Image | Tensor]) -> Tensor:
         """Logits (N, C) on the CPU, by the selected classifier, before its temperature."""
         return self.logits_of(self.encode(images), self.classifier)
 
-    def encode(self, images: Sequence[Image.Image]) -> Batch:
+    def encode(self, images: Sequence[Image.Image | Tensor]) -> Batch:
         """Images as the classifiers of the bundle read them."""
         if not self._reads_tokens:
             return Batch(self.backbone.encode_images(images))
@@ -188,24 +269,5 @@ def check_device(device: str) -> None:
         raise ValueError(f"device {device!r} cannot be used ({first}); cpu always works") from None
 
 
-@dataclass
-class _LazyImages(Sequence[Image.Image]):
-    """Image files as a sequence that opens them on access, with blanks for unreadable files."""
-
-    files: Sequence[Path]
-    bad: dict[Path, str] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return _LazyImages(self.files[index], self.bad)
-        file = self.files[index]
-        try:
-            return open_image(file)
-        except Unreadable as problem:
-            self.bad[file] = str(problem)
-        except OSError as problem:
-            self.bad[file] = f"{file} cannot be read: {problem.strerror}"
-        return BLANK
+def _loaded(name: Any, source: Source) -> Path | Image.Image:
+    return source if isinstance(source, Path) else rgb_image(source, str(name))

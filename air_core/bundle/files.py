@@ -12,6 +12,8 @@ from air_core.datasets.class_folders import SUFFIXES, suffixes
 from air_core.datasets.image_folder import given_classnames
 from air_core.weights import local_path
 
+UNSURE = "unsure"  # in the place of a class whose probability is too small
+
 
 def image_files(places: Iterable[str | Path]) -> list[Path]:
     """List image files in the order of the arguments, each once.

@@ -28,7 +28,14 @@ class OnnxBundle(Bundle):
             or onnxruntime is missing or does not support the device.
     """
 
-    def __init__(self, manifest: Manifest, device: str, classifier: str | None = None) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        device: str,
+        classifier: str | None = None,
+        min_probability: float = 0.0,
+    ) -> None:
+        self.min_probability = min_probability
         file = manifest.onnx_file()
         self._model = OnnxModel(file.read_bytes(), file, device)
         if classifier not in (None, self._model.classifier):

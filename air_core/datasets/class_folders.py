@@ -8,7 +8,10 @@ from pathlib import Path
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 # Files of operating systems, and text files of a dataset.
-IGNORED = {"thumbs.db", "desktop.ini", "classnames.txt", "template.txt"}
+IGNORED = {
+    *("thumbs.db", "desktop.ini"),
+    *("classnames.txt", "template.txt", "classes.txt", "labels.csv", "allow_duplicates"),
+}
 
 
 def class_files(folder: Path, classnames: Sequence[str]) -> dict[str, list[Path]]:
@@ -58,6 +61,11 @@ def images_in(folder: Path) -> list[Path]:
                 "broken link or a device; remove or rename it"
             )
     return sorted(folder / entry.name for entry in named)
+
+
+def is_system_folder(name: str) -> bool:
+    """Whether a folder is hidden, or is one that archives made on macOS contain."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def suffixes(names: Iterable[str]) -> Iterator[str]:

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
 TEMPLATE = "a photo of a {}"  # of GRIP and CPL for all datasets
+UNKNOWN = -1  # label of an image that nobody has labelled
 HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode categories of invisible characters
 
 
@@ -31,7 +32,7 @@ class Examples:
     """
 
     images: Sequence[Image]
-    labels: np.ndarray  # (N,) int64
+    labels: np.ndarray  # (N,) int64; UNKNOWN where no label is known
     parts: np.ndarray  # (N,) str
 
 
@@ -51,6 +52,7 @@ class Dataset:
     split: str = ""  # origin of the parts
     get: str = ""  # instructions for getting the files
     skipped: Callable[[], dict[str, int]] = dict  # number of files that are not read, by kind
+    pool_labels: Literal["known", "unknown"] = "known"  # unknown: nothing can be measured on it
 
 
 class Row(NamedTuple):

@@ -1,4 +1,6 @@
-"""`folder:<path>`: a dataset of your images in class folders.
+"""`folder:<path>`: a dataset of your images in class folders, or beside a `classes.txt`.
+
+With `classes.txt` the names of folders mean nothing, see `air_core.datasets.unlabelled`. Without:
 
     <path>/train/<class>/*.jpg     fixed parts: train/ and test/, optionally val/; without val/ a
     <path>/test/<class>/*.jpg      tenth of train is for validation
@@ -23,27 +25,42 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from air_core.datasets.class_folders import SUFFIXES, check_utf8, images_in, suffixes
+from air_core.datasets.class_folders import (
+    SUFFIXES,
+    check_utf8,
+    images_in,
+    is_system_folder,
+    suffixes,
+)
 from air_core.datasets.dataset import (
     TEMPLATE,
     Dataset,
     Listing,
     Row,
-    first_hidden,
     is_template,
     listing,
     some,
 )
-from air_core.datasets.places import read_text
+from air_core.datasets.places import name_problem, optional_text
 from air_core.datasets.split_files import VAL_SHARE, held_out, with_validation
-from air_core.tokens import as_read
+from air_core.datasets.unlabelled import (
+    CLASSES,
+    LABELS,
+    Classes,
+    is_unlabelled,
+    leaks,
+    read_classes,
+    skipped_files,
+    unlabelled_listing,
+)
 from air_core.weights import local_path
 
 PREFIX = "folder:"
 OWNERS = "the owner's"  # licence
 PARTS = ("train", "val", "test")
 WANTED = (
-    "expected <class>/<image>, or train/<class>/<image> and test/<class>/<image> (val/ is optional)"
+    "expected <class>/<image>, or train/<class>/<image> and test/<class>/<image> (val/ is "
+    f"optional), or images in any folders beside a {CLASSES} with one class per line"
 )
 PERMIT = "allow_duplicates"
 FEWEST = 4  # images per class without fixed parts, so that every part gets some
@@ -66,6 +83,9 @@ def folder_dataset(name: str) -> Dataset:
         ValueError: it is not an image folder, or its parts have different classes.
     """
     home = local_path(name.removeprefix(PREFIX))
+    check_folder(home)
+    if is_unlabelled(home):
+        return unlabelled_dataset(home, read_classes(home / CLASSES))
     tree = _tree(home)
     return Dataset(
         name=f"{PREFIX}{home}",
@@ -79,6 +99,24 @@ def folder_dataset(name: str) -> Dataset:
         load=lambda root: _rows(tree).examples(),
         split=" and ".join(tree.parts) if "free" not in tree.parts else "split_seed",
         skipped=lambda: _skipped(tree),
+    )
+
+
+def unlabelled_dataset(home: Path, classes: Classes) -> Dataset:
+    """The dataset of a folder without class folders, see `air_core.datasets.unlabelled`."""
+    return Dataset(
+        name=f"{PREFIX}{home}",
+        about=f"{home.name}, {len(classes.names)} classes",
+        classnames=classes.classnames,
+        template=_template(home / "template.txt"),
+        recipe=1,
+        source=str(home),
+        licence=OWNERS,
+        files=lambda root: unlabelled_listing(home, classes).files,
+        load=lambda root: unlabelled_listing(home, classes).examples(),
+        split=f"{LABELS}; images without a label are the pool",
+        skipped=lambda: skipped_files(home),
+        pool_labels="unknown",
     )
 
 
@@ -97,17 +135,22 @@ def check_no_leak(home: Path, digests: Mapping[Path, str]) -> None:
     """
     if len(set(digests.values())) == len(digests) or permits_duplicates(home):
         return
+    pairs = leaks(home, digests) if is_unlabelled(home) else _part_leaks(home, digests)
+    if pairs:
+        first = [str(path.relative_to(home)) for path in pairs[0]]
+        raise ValueError(leak_message(home, len(pairs), first))
+
+
+def _part_leaks(home: Path, digests: Mapping[Path, str]) -> list[tuple[Path, Path]]:
     part_of = {file: file.relative_to(home).parts[0] for file in digests}
     if not {"train", "test"} <= set(part_of.values()):
-        return
+        return []
     tests = {digest: file for file, digest in digests.items() if part_of[file] == "test"}
-    pairs = [
-        [str(path.relative_to(home)) for path in (tests[digest], file)]
+    return [
+        (tests[digest], file)
         for file, digest in digests.items()
         if part_of[file] in ("train", "val") and digest in tests
     ]
-    if pairs:
-        raise ValueError(leak_message(home, len(pairs), pairs[0]))
 
 
 def permits_duplicates(home: Path) -> bool:
@@ -118,8 +161,11 @@ def permits_duplicates(home: Path) -> bool:
 def leak_message(home: Path, count: int, first: Sequence[str]) -> str:
     """The error for test images that are also training or validation images."""
     pairs = "1 pair" if count == 1 else f"{count:,} pairs"
+    parts = "one in test/ and one in train/ or val/"
+    if is_unlabelled(home):
+        parts = f"one for test in {LABELS} and one not"
     return (
-        f"{home}: {pairs} of equal images, one in test/ and one in train/ or val/, so the test "
+        f"{home}: {pairs} of equal images, {parts}, so the test "
         f"accuracy would be too high; the first: {' = '.join(map(repr, first))}; remove one of "
         f"each pair, or create the file {home / PERMIT} to permit them"
     )
@@ -128,11 +174,18 @@ def leak_message(home: Path, count: int, first: Sequence[str]) -> str:
 # ---------------------------------------------------------------- names
 
 
-def _tree(home: Path) -> Tree:
+def check_folder(home: Path) -> None:
+    """
+    Raises:
+        ValueError: the path is not a folder, or not UTF-8.
+    """
     check_utf8(home)
     if not home.is_dir():
         hint = "; unpack an archive first" if home.is_file() else ""
         raise ValueError(f"{PREFIX}{home} does not exist or is not a folder{hint}; {WANTED}")
+
+
+def _tree(home: Path) -> Tree:
     inside = _folders(home)
     if not inside:
         raise ValueError(f"{home} is not an image folder: it contains no folders; {WANTED}")
@@ -203,36 +256,9 @@ def given_classnames(file: Path, folders: Sequence[str] | None = None) -> dict[s
 def _classnames(file: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
     given = given_classnames(file, folders)
     names = tuple(given.get(folder, folder.replace("_", " ")) for folder in folders)
-    _check_readable(file, names)
+    if problem := name_problem(names):
+        raise ValueError(f"{file.parent}: {problem.text}; rename a class in {file.name}")
     return names
-
-
-def _check_readable(file: Path, names: tuple[str, ...]) -> None:
-    """Check that class names have no invisible characters and that they differ for CLIP.
-
-    Raises:
-        ValueError: a name is invisible or empty to CLIP, or two are the same.
-    """
-    known: dict[str, str] = {}
-    for name in names:
-        hidden = first_hidden(name)
-        if hidden is not None:
-            raise ValueError(
-                f"{file.parent}: the class name {name!r} has an invisible character, "
-                f"{hidden!r}; rename its folder, or give it another name in {file.name}"
-            )
-        read = as_read(name)
-        if not read:
-            raise ValueError(
-                f"{file.parent}: the class name {name!r} is empty to CLIP; give it another name "
-                f"in {file.name}"
-            )
-        if read in known:
-            both = "" if known[read] == name else f" and {known[read]!r}, which CLIP reads alike"
-            raise ValueError(
-                f"{file.parent}: two classes are named {name!r}{both}; rename one in {file.name}"
-            )
-        known[read] = name
 
 
 def _template(file: Path) -> str:
@@ -249,14 +275,7 @@ def _template(file: Path) -> str:
 
 
 def _lines(file: Path) -> list[str]:
-    if not os.path.lexists(file):
-        return []
-    if not file.is_file():
-        raise ValueError(
-            f"{file} is a folder, a broken link or a device; allowed is a text file; remove or "
-            "replace it"
-        )
-    return [line.strip() for line in read_text(file).splitlines()]
+    return [line.strip() for line in (optional_text(file) or "").splitlines()]
 
 
 def _folders(folder: Path) -> list[str]:
@@ -264,7 +283,7 @@ def _folders(folder: Path) -> list[str]:
     Raises:
         ValueError: a name is not UTF-8, or an entry is a broken link, maybe to a class folder.
     """
-    entries = [entry for entry in folder.iterdir() if not _is_system_folder(entry.name)]
+    entries = [entry for entry in folder.iterdir() if not is_system_folder(entry.name)]
     for entry in entries:
         if entry.is_symlink() and not entry.exists():
             raise ValueError(f"{entry} is a broken link; correct its target, or remove it")
@@ -272,10 +291,6 @@ def _folders(folder: Path) -> list[str]:
     for entry in folders:
         check_utf8(entry)
     return sorted(entry.name for entry in folders)
-
-
-def _is_system_folder(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"  # of archives made on macOS
 
 
 # ---------------------------------------------------------------- images
@@ -317,7 +332,7 @@ def _skipped(tree: Tree) -> dict[str, int]:
     found: Counter[str] = Counter()
     for top in classes:
         for at, below, files in os.walk(top):
-            below[:] = [name for name in below if not _is_system_folder(name)]
+            below[:] = [name for name in below if not is_system_folder(name)]
             found.update(
                 "in subfolders" if suffix in SUFFIXES else suffix or "without suffix"
                 for suffix in suffixes(files)

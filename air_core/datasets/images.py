@@ -25,6 +25,7 @@ WHITE = (255, 255, 255)
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # the last bytes of a complete file
 TAIL = 1 << 16  # bytes at the end of a file among which ENDS are searched; others may follow
+ORIENTATION = 0x0112  # tag of EXIF; 1 is upright
 MAX_PIXELS = 178_956_970  # 0.5 GB as RGB; the header of a small file can claim any size
 TOO_LARGE = f"it is too large, over {MAX_PIXELS:,} pixels; make it smaller"
 
@@ -92,6 +93,42 @@ def open_image(file: Path) -> Image:
     if not file.is_file() and file.exists():  # opening a pipe would block
         raise Unreadable(f"{file} cannot be read: it is a folder or a device")
     return _opened(file, FORMATS, str(file))
+
+
+def rgb_image(image: Image | np.ndarray, name: str) -> Image:
+    """Convert an image in memory as `open_image` converts files.
+
+    Args:
+        image: a PIL image, or an array (H, W, 3) or (H, W) uint8.
+        name: of the image in messages.
+
+    Raises:
+        ValueError: it is of another type, or an array of another shape or dtype.
+        Unreadable: it cannot be decoded.
+    """
+    import numpy as np
+    from PIL import Image
+
+    if isinstance(image, np.ndarray):
+        shaped = image.ndim == 2 or image.shape[2:] == (3,)
+        if not shaped or not image.size or image.dtype != np.uint8:
+            raise ValueError(
+                f"image {name} is an array {image.shape} of {image.dtype}; allowed: (H, W, 3) or "
+                "(H, W) of uint8, with values from 0 to 255"
+            )
+        return Image.fromarray(image).convert("RGB")
+    if not isinstance(image, Image.Image):
+        raise ValueError(
+            f"image {name} is a {type(image).__name__}; allowed: paths, PIL images and numpy arrays"
+        )
+    try:
+        image.load()
+        return _rgb(_upright(image))
+    except MemoryError:
+        raise
+    except Exception as problem:  # as in `_opened`
+        why = str(problem) or type(problem).__name__
+        raise Unreadable(f"image {name} cannot be read: {why}") from None
 
 
 def open_bytes(content: bytes, formats: tuple[str, ...], name: str) -> Image:
@@ -214,6 +251,8 @@ def _upright(image: Image) -> Image:
     from PIL import ImageOps
 
     try:
+        if image.getexif().get(ORIENTATION, 1) == 1:
+            return image  # exif_transpose would copy it
         return ImageOps.exif_transpose(image)
     except Exception:
         # The pixels are valid even if the EXIF data is damaged.

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
+
+from air_core.datasets.dataset import first_hidden
+from air_core.tokens import as_read
 
 
 def classnames_of(name: str) -> tuple[str, ...]:
@@ -64,6 +69,49 @@ def read_text(file: Path) -> str:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as problem:
         raise ValueError(f"{file} is not UTF-8 text; save it as UTF-8") from problem
+
+
+def optional_text(file: Path) -> str | None:
+    """A text file that may be missing: None.
+
+    Raises:
+        ValueError: it is not a file, or not UTF-8.
+    """
+    if not os.path.lexists(file):
+        return None
+    if not file.is_file():
+        raise ValueError(
+            f"{file} is a folder, a broken link or a device; allowed is a text file; remove or "
+            "replace it"
+        )
+    return read_text(file)
+
+
+class NameProblem(NamedTuple):
+    """Why CLIP cannot read a class name, by its position."""
+
+    position: int
+    text: str
+
+
+def name_problem(names: Sequence[str]) -> NameProblem | None:
+    """The first class name that is invisible or empty to CLIP, or that CLIP reads like another.
+
+    >>> name_problem(["cat", "Cat"])
+    NameProblem(position=1, text="two classes are named 'Cat' and 'cat', which CLIP reads alike")
+    """
+    known: dict[str, str] = {}
+    for i, name in enumerate(names):
+        hidden, read = first_hidden(name), as_read(name)
+        if hidden is not None:
+            return NameProblem(i, f"the class name {name!r} has an invisible character, {hidden!r}")
+        if not read:
+            return NameProblem(i, f"the class name {name!r} is empty to CLIP")
+        if read in known:
+            both = "" if known[read] == name else f" and {known[read]!r}, which CLIP reads alike"
+            return NameProblem(i, f"two classes are named {name!r}{both}")
+        known[read] = name
+    return None
 
 
 def read_lines(name: str, file: Path) -> list[str]:

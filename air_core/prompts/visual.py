@@ -40,6 +40,8 @@ class VisualPrompt:
         """(N, C) cosine to each class's text, at CLIP's temperature."""
         if batch.tokens is None:
             raise ValueError("a visual prompt needs image tokens; these images have features only")
+        if not len(batch):  # no test images; the vision tower needs one
+            return torch.empty(0, len(self.weight))
         size = len(batch) if torch.is_grad_enabled() else self.backbone.at_once
         parts = torch.split(batch.tokens, max(1, size))
         features = torch.cat([self._encoded(tokens) for tokens in parts])  # (N, D)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,11 +27,22 @@ from orchestrator.cli.common import (
     fail,
     with_progress_bar,
 )
+from orchestrator.environment import environment, in_ray_job, redirect_descriptor
 from orchestrator.errors import DONE, GATE
+from orchestrator.files import make_folders
 from orchestrator.formatting import csv_cell, show
+from orchestrator.reporting.classified import (
+    Tally,
+    check_suffix,
+    classified_rows,
+    columns,
+    values_of,
+    write_table,
+)
 
 if TYPE_CHECKING:
     from air_core.bundle.classifier import ClassifiedImage
+    from orchestrator.execution.classify import ClassifyJob
 
     Results = Iterable[tuple[ClassifiedImage, dict[str, str | None]]]
 
@@ -80,8 +92,9 @@ def export(
         typer.Option(
             "--by",
             metavar="SCORE",
-            help="Score of `best`: validation_accuracy, consensus or test_accuracy. Default: "
-            "validation_accuracy if there are validation images, else consensus.",
+            help="Score of `best`: validation_accuracy, experiments or test_accuracy. Default: "
+            "validation_accuracy if there are validation images, else experiments: the order of "
+            "methods in docs/experiments.md.",
         ),
     ] = None,
     classifier: Annotated[
@@ -146,6 +159,31 @@ def classify(
     as_json: JsonOption = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
     classifier: ClassifierOption = None,
+    min_probability: Annotated[
+        float,
+        typer.Option(
+            metavar="P", min=0, max=1, help="Answer `unsure` where the best class has less than P."
+        ),
+    ] = 0.0,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            "--out",
+            metavar="FILE",
+            help="Table to write, by its suffix: .parquet, .csv or .jsonl.",
+        ),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            metavar="ADDRESS",
+            help="Ray cluster that classifies, such as head:6379, or local; -o is then a folder of "
+            "Parquet files. Default with -o: RAY_ADDRESS, which a Ray job has.",
+        ),
+    ] = None,
     weights: WeightsOption = None,
     device: DeviceOption = "cpu",
     runtime: Annotated[
@@ -157,59 +195,137 @@ def classify(
         ),
     ] = "torch",
 ) -> None:
-    """Classify images with a bundle, without a store or Ray.
+    """Classify images with a bundle, without a store.
 
     If the images are in folders that are named like classes, the accuracy and a confusion matrix
-    follow: on stdout, with --json or --csv on stderr. Exits with 1 if some files cannot be read,
-    with 2 if no file can be read.
+    follow: on stdout, with --json, --csv or -o on stderr. Exits with 1 if some files cannot be
+    read, with 2 if no file can be read. With -o prints FILE, which has one row per image; `error`
+    is the reason why an image is unreadable.
+
+    On a Ray cluster, the same command after a kill classifies only what is missing.
 
     airsweep classify bundle new/*.png
 
     airsweep classify bundle photos/ 'more/**/*.jpg' --topk 1 --csv > classes.csv
-    """
-    if as_json and as_csv:
-        fail("--json and --csv exclude each other; give only one")
-    from air_core.backbone.loading import import_open_clip_alone
-    from air_core.bundle import image_files, load_bundle
-    from air_core.bundle.files import skipped_files, true_classes
-    from orchestrator.planning.dataset_text import skipped_text
 
-    import_open_clip_alone()
-    files = image_files(images)
-    bundle = load_bundle(folder, weights, device, classifier, runtime)
-    unreadable: list[str] = []
-    results = bundle.stream(files, topk, lambda file, why: unreadable.append(why))
-    true = true_classes(files, bundle.classnames)
-    counts: Counter[tuple[str, str]] = Counter()  # of images, by true and predicted class
-    write = _json if as_json else _csv if as_csv else _table(files, bundle.classnames)
-    # Where the results are printed on a terminal, they show the progress.
-    shown = with_progress_bar("classifying", results, len(files), quiet=sys.stdout.isatty())
-    write(_labelled(shown, true, counts))
-    if counts:
-        others = len(files) - len(unreadable) - counts.total()
-        for line in _confusion_lines(counts, bundle.classnames, others):
-            show(line, file=sys.stderr if as_json or as_csv else sys.stdout)
+    airsweep classify bundle photos -o classes.parquet --address local
+    """
+    if as_json + as_csv + (output is not None) > 1:
+        fail("--json, --csv and -o exclude each other; give only one")
+    cluster = address or (os.environ.get("RAY_ADDRESS", "") if output else "")
+    _check_output(output, cluster)
+    from air_core.bundle import image_files, read_bundle
+    from air_core.bundle.files import skipped_files, true_classes
+
+    files, manifest = image_files(images), read_bundle(folder)
+    true, tally = true_classes(files, manifest.classnames), Tally()
+    names = columns(min(topk, len(manifest.classnames)), bool(true))
+    if output is not None and cluster:
+        from orchestrator.execution.classify import ClassifyJob
+        from orchestrator.planning.resolve import located_weights
+
+        weights = weights and located_weights(weights)
+        if runtime == "torch":
+            manifest.backbone(weights)  # before Ray starts, an error about the weights
+        paths = {file.absolute(): name for file, name in true.items()}
+        every = [file.absolute() for file in files]
+        where = folder.absolute(), weights, device, classifier, min_probability, runtime
+        job = ClassifyJob(*where, names, every, paths, output.absolute())
+        _classify_on_ray(job, cluster, tally)
+    else:
+        from air_core.backbone.loading import import_open_clip_alone
+        from air_core.bundle import load_bundle
+
+        import_open_clip_alone()
+        bundle = load_bundle(folder, weights, device, classifier, min_probability, runtime)
+        if output is not None:
+            rows = classified_rows(bundle, files, true, names)
+            make_folders(output.absolute().parent)
+            write_table(
+                output, names, tally.counted(with_progress_bar("classifying", rows, len(files)))
+            )
+        else:
+            results = bundle.stream(files, topk, lambda file, why: tally.unreadable.append(why))
+            write = _json if as_json else _csv if as_csv else _table(files, bundle.classnames)
+            # Where the results are printed on a terminal, they show the progress.
+            quiet = sys.stdout.isatty()
+            shown = with_progress_bar("classifying", results, len(files), quiet)
+            write(_labelled(shown, true, tally))
+    if output is not None:
+        show(output)
+    if tally.pairs:
+        others = len(files) - len(tally.unreadable) - tally.unsure - tally.pairs.total()
+        data = as_json or as_csv or output is not None  # on stdout
+        for line in _confusion_lines(tally.pairs, manifest.classnames, others):
+            show(line, file=sys.stderr if data else sys.stdout)
+    if min_probability:
+        unsure = f"unsure: {tally.unsure:,} of {len(files):,} images, below {min_probability:g}"
+        show(unsure, file=sys.stderr)
     if skipped := skipped_files(images):
+        from orchestrator.planning.dataset_text import skipped_text
+
         show(f"skipped: {skipped_text(dict(sorted(skipped.items())))}", file=sys.stderr)
-    if unreadable:
-        show(f"{len(unreadable):,} of {len(files):,} files could not be read:", file=sys.stderr)
-        for reason in unreadable:
+    if tally.unreadable:
+        show(f"{len(tally.unreadable):,} of {len(files):,} files could not be read:", sys.stderr)
+        for reason in tally.unreadable:
             show(f"  {printable(reason)}", file=sys.stderr)
-        if len(unreadable) == len(files):
+        if len(tally.unreadable) == len(files):
             fail("no file could be read, so nothing was classified")
         sys.exit(1)
 
 
+def _check_output(output: Path | None, cluster: str) -> None:
+    """Check -o and --address before anything is read.
+
+    Raises:
+        ValueError: they do not fit each other, or cannot be used.
+    """
+    if "://" in cluster:
+        raise ValueError(
+            f"{cluster} is not the head of a Ray cluster, such as head:6379 (--address or "
+            "RAY_ADDRESS); where only a dashboard is reachable, send the command as a job: ray job "
+            "submit --address http://head:8265 -- airsweep classify ..."
+        )
+    if output is None:
+        if cluster:
+            raise ValueError("--address needs -o: on Ray the results go to FILE.parquet")
+        return
+    check_suffix(output)
+    if cluster and output.suffix != ".parquet":
+        raise ValueError(
+            f"{output}: on Ray -o is a folder of Parquet files, whose name must end in .parquet; "
+            "without --address and RAY_ADDRESS one process classifies"
+        )
+    if not cluster and output.is_dir():
+        raise ValueError(f"{output} is a folder; remove it, or give another -o")
+    if in_ray_job() and not output.is_absolute():
+        raise ValueError(
+            f"{output}: the working folder of a Ray job is removed at its end; give an absolute "
+            "path that all machines of the cluster share"
+        )
+
+
+def _classify_on_ray(job: ClassifyJob, cluster: str, tally: Tally) -> None:
+    from orchestrator.execution.classify import classify_on_ray, rows_of
+
+    # Parts of Ray write to file descriptor 1; stdout is for data.
+    with (
+        environment({"RAY_ADDRESS": "" if cluster == "local" else cluster}),
+        redirect_descriptor(1, 2),
+    ):
+        for _ in with_progress_bar("classifying", classify_on_ray(job), job.blocks):
+            pass
+    for _ in tally.counted(rows_of(job)):
+        pass
+
+
 def _labelled(
-    results: Iterable[ClassifiedImage],
-    true: Mapping[Path, str],
-    counts: Counter[tuple[str, str]],
+    results: Iterable[ClassifiedImage], true: Mapping[Path, str], tally: Tally
 ) -> Iterator[tuple[ClassifiedImage, dict[str, str | None]]]:
-    """Each result with its true class under "true", empty if no image has one; counts pairs."""
+    """Each result with its true class under "true", empty if no image has one; counts them."""
     for result in results:
         name = true.get(Path(result.image))
-        if name is not None:
-            counts[name, result.classname] += 1
+        tally.count(name, result.classname)
         yield result, {"true": name} if true else {}
 
 
@@ -247,21 +363,14 @@ def _json(results: Results) -> None:
         show("\n]")
 
 
-PAIR = ("class", "probability")
-
-
 def _csv(results: Results) -> None:
     """Columns image, class, probability; then class_2, probability_2, ...; then true, if known."""
     writer = csv.writer(sys.stdout, lineterminator="\n")
     for index, (result, label) in enumerate(results):
+        row = values_of(result) | label
         if index == 0:
-            others = range(2, len(result.top) + 1)
-            columns = [f"{column}_{rank}" for rank in others for column in PAIR]
-            writer.writerow(["image", *PAIR, *columns, *label])
-        pairs = ((csv_cell(name), probability) for name, probability in result.top)
-        values = (value for pair in pairs for value in pair)
-        labels = (csv_cell(name or "") for name in label.values())
-        writer.writerow([csv_cell(result.image), *values, *labels])
+            writer.writerow(row)
+        writer.writerow(map(csv_cell, row.values()))
 
 
 def _table(files: Iterable[Path], classnames: Iterable[str]) -> Callable[[Results], None]:
@@ -270,13 +379,39 @@ def _table(files: Iterable[Path], classnames: Iterable[str]) -> Callable[[Result
 
     def write(results: Results) -> None:
         for result, _ in results:
+            first, *rest = result.top
             best, *others = (
-                f"{name:<{name_width}} {probability:>6.1%}" for name, probability in result.top
+                f"{name:<{name_width}} {probability:>6.1%}"
+                for name, probability in [(result.classname, first[1]), *rest]
             )
-            rest = "   ".join(" ".join(other.split()) for other in others)
-            show(f"{printable(result.image):<{width}}  {best}   {rest}".rstrip())
+            after = "   ".join(" ".join(other.split()) for other in others)
+            show(f"{printable(result.image):<{width}}  {best}   {after}".rstrip())
 
     return write
+
+
+@app.command()
+def errors(
+    trial: Annotated[
+        str, typer.Argument(metavar="TRIAL", help="Trial key, slot or MLflow run id.")
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", "--out", metavar="FILE", help="PNG to write.")
+    ] = Path("errors.png"),
+    classifier: ClassifierOption = None,
+    store: StoreOption = STORE,
+    data_root: DataOption = None,
+    tracking_uri: TrackingOption = None,
+) -> None:
+    """Draw the wrong test images of which a classifier of a trial is surest.
+
+    airsweep errors 3f2a9c1d
+
+    airsweep errors 3f2a9c1d --classifier text -o text.png
+    """
+    options: dict[str, Any] = {"store": store, "data_root": data_root}
+    options |= {"classifier": classifier, "tracking_uri": tracking_uri}
+    show(api.errors(trial, output, **options))
 
 
 @app.command()

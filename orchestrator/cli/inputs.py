@@ -8,13 +8,56 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli.common import JsonOption, fail, with_progress_bar
-from orchestrator.formatting import show
+from orchestrator import api
+from orchestrator.cli.common import (
+    STORE,
+    DataOption,
+    JsonOption,
+    StoreOption,
+    fail,
+    with_progress_bar,
+)
+from orchestrator.formatting import plural, show
 
+app = typer.Typer()
 data_app = typer.Typer(no_args_is_help=True, help="Check datasets.")
 models_app = typer.Typer(
     no_args_is_help=True, help="Check the weights of backbones and generators."
 )
+
+
+@app.command()
+def sample(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Recorded sweep, or the file of a new one.")
+    ],
+    count: Annotated[int, typer.Option("-n", "--images", min=1, help="Number of images.")] = 100,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="START",
+            help="Beginning of the two file names. Default: the name of the sweep.",
+            show_default=False,
+        ),
+    ] = None,
+    store: StoreOption = STORE,
+    data_root: DataOption = None,
+) -> None:
+    """Draw unlabelled images to label, spread over predicted classes and confidence.
+
+    Writes START-sample.png, a sheet of the images, and START-labels.csv, with an empty column
+    `class`. Filled in and moved to labels.csv beside the images, it makes them test images.
+
+    airsweep sample mine -n 100
+
+    airsweep sample mine -n 30 -o second
+    """
+    drawn = api.sample(name, count, output, store=store, data_root=data_root)
+    show(f"{plural(drawn.images, 'image')}, {drawn.basis}")
+    show(f"wrote {drawn.sheet} and {drawn.labels}; fill in the column class, then add the lines to")
+    show(f"{drawn.target}; a line without a class stays unlabelled")
 
 
 @data_app.command("check")

@@ -61,7 +61,7 @@ def _listed(sweep: dict[str, Any]) -> tuple[str, ...]:
     numbers = ["", "", ""]
     if len(best) == 1:
         row = best[0]
-        interval = format_interval(row["low"], row["high"])
+        interval = "" if row["mean"] is None else format_interval(row["low"], row["high"])
         numbers = [row["method"], format_percent(row["mean"]), interval]
     elif best:
         numbers[0] = f"{len(best)} tasks"

@@ -46,11 +46,23 @@ def init(
         typer.Option(
             "--images",
             metavar="DIR",
-            help="Your images, one folder per class. Default: the digits dataset.",
+            help="Your images: in any folders with --classes, else one folder per class. Default: "
+            "the digits dataset.",
+        ),
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            "--classes",
+            metavar="NAMES",
+            help="Classes of unlabelled images: names with commas between them, or a file with "
+            "lines `name` or `name = how to say it`. Written to DIR/classes.txt.",
         ),
     ] = None,
 ) -> None:
     """Write a commented sweep file to start from.
+
+    airsweep init mine --images photos --classes cat,dog,ship
 
     airsweep init mine --images my_images
 
@@ -58,7 +70,7 @@ def init(
     """
     from orchestrator.spec.starter import write_starter
 
-    starter = write_starter(name, images, Path())
+    starter = write_starter(name, images, Path(), classes)
     show(starter.summary)
     show(f"wrote {starter.file}; next: airsweep plan {starter.file}")
 

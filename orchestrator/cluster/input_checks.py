@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from air_core.datasets import Dataset, Examples, get_dataset
+from air_core.datasets.dataset import UNKNOWN
 from air_core.datasets.duplicates import difference_hash, exact_pairs, near_pairs, pixel_digest
 from air_core.datasets.image_folder import PREFIX, leak_message, permits_duplicates
 from air_core.datasets.images import (
@@ -236,7 +237,7 @@ def _duplicates(examples: Examples, looks: Sequence[_Look]) -> dict[str, Any]:
 def _pairs_report(examples: Examples, pairs: Sequence[tuple[int, int]]) -> dict[str, Any]:
     labels, tests = examples.labels, examples.parts == "test"
     leaks = [bool(tests[i] != tests[j]) for i, j in pairs]
-    mixed = [bool(labels[i] != labels[j]) for i, j in pairs]
+    mixed = [bool(labels[i] != labels[j] and UNKNOWN not in labels[[i, j]]) for i, j in pairs]
     worst = sorted(range(len(pairs)), key=lambda k: (not leaks[k], not mixed[k], k))
     return {
         "pairs": len(pairs),

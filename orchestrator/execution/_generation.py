@@ -8,7 +8,6 @@ renamed into place when it is complete, so that a killed generation resumes with
 from __future__ import annotations
 
 import itertools
-import logging
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -20,12 +19,12 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from ray.data import ActorPoolStrategy, DataContext
+from ray.data import ActorPoolStrategy
 from safetensors.numpy import load
 
 from air_core.datasets.class_folders import class_files
 from air_core.specs import EvidenceSpec, FolderImages, SyntheticFeaturesSpec
-from orchestrator.cluster.session import set_worker_environment
+from orchestrator.cluster.session import quiet_data_context, set_worker_environment
 from orchestrator.execution._allocation import PoolStatistics, PreparationContext
 from orchestrator.execution._progress import ProgressReporter, report_working
 from orchestrator.failures import CLASSES, Failure, classify
@@ -231,12 +230,8 @@ class _Generation:
         self.listener.on_pool_closed(pool)
 
     def _stream(self, shards: Sequence[dict[str, int]], actors: int) -> ray.data.Dataset:
-        context = DataContext.get_current().copy()
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
-        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         worker = replace(self.worker, device="cuda" if self.want.gpu else "cpu")
-        with DataContext.current(context):
+        with quiet_data_context():
             return ray.data.from_items(list(shards), override_num_blocks=len(shards)).map_batches(
                 GeneratorActor,
                 fn_constructor_args=(self.requirements, worker, self.progress_actor),

@@ -36,7 +36,9 @@ class PointRows:
             return None
         params = " ".join(f"{key}={_short(value)}" for key, value in outcome.slot.params.items())
         name = f"{outcome.slot.cell.id} {params}".strip()
-        scores = [100 * o.record.headline for o in point if o.record]
+        scores = [
+            100 * score for o in point if o.record and (score := o.record.headline) is not None
+        ]
         failed = [o for o in point if o.state == "failed"]
         text = f"{name:<{NAME_WIDTH}}"
         if scores:

@@ -271,6 +271,9 @@ def _plan_sweep(
     points = 0
     # Rungs at which the point of a slot is not compared yet, by slot.
     pending_rungs: dict[str, list[int]] = {}
+    if sweep.search is not None and sweep.search.objective == "validation_accuracy":
+        for name in dict.fromkeys(str(cell.flat["dataset"]) for cell in cells):
+            resolver.check_validation(name)
     for cell in cells:
         count = state.points(cell, sweep.search)
         points += count

@@ -21,8 +21,9 @@ from air_core.datasets import Dataset, get_dataset
 from air_core.datasets.class_folders import SUFFIXES, check_utf8, class_files
 from air_core.datasets.image_folder import PREFIX, check_no_leak
 from air_core.datasets.images import BAD_SHARE, too_many_unreadable, visible_problem
+from air_core.datasets.unlabelled import LABELS
 from air_core.methods import EMBEDDED
-from air_core.paradigms import TooFewImages, split_positions
+from air_core.paradigms import TooFewImages, label_problem, split_positions
 from air_core.seal import sealed_json
 from air_core.specs import (
     CodeVersions,
@@ -99,6 +100,7 @@ class DatasetInput:
     ref: Ref
     classnames: tuple[str, ...]
     template: str
+    pool_labels: str = "known"  # see `Dataset`
 
 
 @dataclass
@@ -172,13 +174,20 @@ class Resolver:
             datasets: by the trial key that names them.
 
         Raises:
-            InvalidSetting: a class name is too long, images are too few, a LoRA does not fit the
-                generator, or the evidence has no time step.
+            InvalidSetting: a class name is too long, images are too few or have no labels that a
+                setting needs, a LoRA does not fit the generator, or the evidence has no time step.
         """
         learned = trial.prompt.length if trial.modality == "text" and trial.iterations else 0
         for key, dataset in datasets.items():
             with _checking(key):
                 check_room(trial.backbone.name, dataset.classnames, dataset.template, learned)
+        if datasets["dataset"].pool_labels == "unknown":
+            _check_labels_unneeded(trial)
+        if trial.test_dataset is not None and not self._test_images(trial.test_dataset.name):
+            raise InvalidSetting(
+                "test_dataset",
+                f"{trial.test_dataset.name} has no test images; label some in its {LABELS}",
+            )
         if trial.paradigm == "ssl":
             with _checking("shots"):
                 self._pool_images(trial)
@@ -219,16 +228,42 @@ class Resolver:
         name = _split_name(trial)
         if name not in self._pool_sizes:
             dataset = get_dataset(trial.dataset.name)
-            if dataset.name not in self._labels:
-                examples = dataset.load(self.data_root)
-                self._labels[dataset.name] = (examples.labels, examples.parts)
             try:
-                positions, _ = split_positions(*self._labels[dataset.name], trial.split)
+                positions, _ = split_positions(*self._labels_and_parts(dataset), trial.split)
             except TooFewImages as problem:
                 classname = dataset.classnames[problem.class_index]
                 raise ValueError(f"{dataset.name}: {problem}; it is {classname!r}") from problem
             self._pool_sizes[name] = len(positions["pool"])
         return self._pool_sizes[name]
+
+    def _labels_and_parts(self, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+        if dataset.name not in self._labels:
+            examples = dataset.load(self.data_root)
+            self._labels[dataset.name] = (examples.labels, examples.parts)
+        return self._labels[dataset.name]
+
+    def _test_images(self, name: str) -> bool:
+        """Whether a dataset has test images: one of unlabelled images may have none."""
+        dataset = get_dataset(name)
+        if dataset.pool_labels == "known":
+            return True
+        return "test" in self._labels_and_parts(dataset)[1]
+
+    def check_validation(self, name: str) -> None:
+        """Check that a dataset has validation images: one of unlabelled images may have none.
+
+        Raises:
+            InvalidSetting: it has none.
+        """
+        dataset = get_dataset(self.folders.get(name, name))
+        if dataset.pool_labels == "unknown" and "val" not in self._labels_and_parts(dataset)[1]:
+            problem = InvalidSetting(
+                "dataset",
+                f"{name} has no validation images for the objective validation_accuracy; label "
+                f"some in its {LABELS} with the part val, or set objective: mutual_information",
+            )
+            problem.value = name
+            raise problem
 
     def with_scored_images(self, trial: TrialSpec) -> TrialSpec:
         """Set the number of images of the pool, and of those that the evidence scores, if any."""
@@ -282,7 +317,9 @@ class Resolver:
         if name not in self._datasets:
             dataset = get_dataset(self.folders.get(name, name))
             ref = self.dataset(dataset)
-            self._datasets[name] = DatasetInput(ref, dataset.classnames, dataset.template)
+            self._datasets[name] = DatasetInput(
+                ref, dataset.classnames, dataset.template, dataset.pool_labels
+            )
         return self._datasets[name]
 
     def dataset(self, dataset: Dataset) -> Ref:
@@ -335,7 +372,9 @@ class Resolver:
             ValueError: a file is truncated, such as after an incomplete copy.
         """
         if (role, name) not in self._weights:
-            self._weights[role, name] = self.weights_content(role, _located(name, self.folders))
+            self._weights[role, name] = self.weights_content(
+                role, located_weights(name, self.folders)
+            )
         return self._weights[role, name]
 
     def weights_content(self, role: str, name: str) -> Ref:
@@ -395,6 +434,22 @@ class Resolver:
         return digests
 
 
+def _check_labels_unneeded(trial: TrialSpec) -> None:
+    """Check that a trial needs no label of a pool image.
+
+    Raises:
+        InvalidSetting: it needs some.
+    """
+    if problem := label_problem(trial.split):
+        raise InvalidSetting("dataset", problem)
+    if trial.images_from == "true_labels":
+        raise InvalidSetting(
+            "dataset",
+            "images_from: true_labels (method air_ceiling) reads the classes of the pool images, "
+            "but they have no labels; leave it out, or sort your images into class folders",
+        )
+
+
 class RecordedResolver(Resolver):
     """Resolves names to the digests and class names of a sweep's last run, and reads no files.
 
@@ -431,11 +486,14 @@ class RecordedResolver(Resolver):
         digest = self._weight_digests.get(f"{role} {name}")
         if digest is None:
             raise NotRecorded(f"no run of this sweep has used the {role} {name}")
-        path = self._paths.get(f"{role} {name}") or _located(name, self.folders)
+        path = self._paths.get(f"{role} {name}") or located_weights(name, self.folders)
         return Ref(name=path, digest=digest)
 
     def check(self, trial: TrialSpec, datasets: Mapping[str, DatasetInput]) -> None:
         """Do nothing: the last run checked its trials."""
+
+    def check_validation(self, name: str) -> None:
+        """Do nothing: the last run checked its datasets."""
 
     def _pool_images(self, trial: TrialSpec) -> int:
         """
@@ -455,10 +513,10 @@ class NotRecorded(ValueError):
     """A dataset or weights that no run of a sweep has used."""
 
 
-def _located(name: str, folders: Mapping[str, str]) -> str:
+def located_weights(name: str, folders: Mapping[str, str] | None = None) -> str:
     """The name of weights with an absolute path if it has one, since workers have another working
     directory."""
-    before, path = split_name(folders.get(name, name))
+    before, path = split_name((folders or {}).get(name, name))
     with suppress(ValueError):
         if name not in EMBEDDED.values() and (located := local_path(path)).exists():
             return before + os.path.normpath(located)

@@ -181,9 +181,9 @@ def _details(
     attributes: dict[str, Any] = {f"trial_key {_seeds(slot)}": slot.key.digest for slot in slots}
     if run_id is not None:
         attributes["mlflow_run_id"] = run_id
-    if done:
+    if scores := [each.headline for each in done if each.headline is not None]:
         metric = "harmonic_mean" if "test/harmonic_mean" in done[0].metrics else "accuracy"
-        attributes[f"test/{metric} (not an objective)"] = fmean(each.headline for each in done)
+        attributes[f"test/{metric} (not an objective)"] = fmean(scores)
     span = (min(start for start, _ in known), max(end for _, end in known)) if known else None
     return PointDetails(attributes, span)
 

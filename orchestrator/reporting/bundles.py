@@ -89,7 +89,7 @@ def export(
         "template": tested.template,
         "modality": spec.modality,
         "prompt": asdict(spec.prompt) if spec.iterations else None,
-        "classifier": trial.classifier or default_classifier(record),
+        "classifier": trial.classifier or record.default_classifier(),
         "space": spec.fusion.space,
         "temperatures": {
             name: record.metrics[f"temperature/{name}"]
@@ -157,20 +157,6 @@ def _recorded_predictions(trial: SelectedTrial) -> dict[str, np.ndarray]:
             f"{record.path} and run the sweep again"
         )
     return recorded
-
-
-def default_classifier(record: TrialRecord) -> str:
-    """The classifier of a trial with the highest validation accuracy or, without validation images,
-    the fused one where there is one."""
-    present = [name for name in CLASSIFIERS if f"test/accuracy_{name}" in record.metrics]
-    scores = {
-        name: record.metrics[metric]
-        for name in present
-        if (metric := f"objective/validation_accuracy_{name}") in record.metrics
-    }
-    if scores:
-        return max(scores, key=lambda name: scores[name])
-    return "fused" if record.fused_arrays() else "text"
 
 
 def _tested_text(spec: TrialSpec, store: ArtifactStore, resolver: Resolver) -> DatasetText:

@@ -288,12 +288,13 @@ def shorten(text: str, most: int = 34) -> str:
 def accuracy(results: Results, *, most: int = 150, width: float = WIDTH) -> Figure:
     """Each row with its interval, by task from the highest mean; the best row is a diamond."""
     groups: dict[str, list[Dot]] = {}
-    for row in sorted(results.rows, key=lambda row: -row.mean):
+    for row in sorted(results.tested, key=lambda row: -row.mean):
         group = groups.setdefault(_heading(row.task), [])
         label = shorten(row_text(row, results.varied_settings), 34 if width == WIDTH else 60)
         strong = row is results.best(row.task)
         group.append(Dot(label=label, value=row.mean, low=row.low, high=row.high, strong=strong))
-    groups = {_heading(task): groups[_heading(task)] for task in results.tasks}
+    headings = map(_heading, results.tasks)
+    groups = {heading: groups[heading] for heading in headings if heading in groups}
     xlabel = f"{metric_text(results.rows)}, mean and 95 % interval"
     return dots(groups, xlabel, most=most, width=width)
 
@@ -416,7 +417,7 @@ def coverage(results: Results, row: Row) -> list[Series]:
         sure = np.concatenate([trial.probabilities[name] for trial in trials])
         right = np.concatenate([t.by_classifier[name] == t.labels for t in trials])
         order = np.argsort(-sure, kind="stable")
-        counts = np.unique(np.linspace(min(FEWEST, len(order)), len(order), 101).astype(int))
+        counts = np.unique(np.linspace(min(FEWEST, len(order)), len(order), 21).astype(int))
         accuracy = np.cumsum(right[order])[counts - 1] / counts
         series.append(
             Series(label=name, x=(100 * counts / len(order)).tolist(), y=accuracy.tolist())
@@ -439,9 +440,9 @@ def confusion_picture(labels: Array, predictions: Array, names: Sequence[str]) -
 def pictures(results: Results) -> dict[str, bytes]:
     """The charts of a note, by file name; charts without data are left out."""
     figures: dict[str, Figure] = {}
-    if len(results.rows) > 1:
+    if len(results.tested) > 1:
         figures["accuracy.png"] = accuracy(results, most=MAX_DOTS, width=WIDE)
-    points = rows(results.trials, None)
+    points = [row for row in rows(results.trials, None) if row.is_tested]
     for key in numeric_settings(points)[:MAX_SETTINGS]:
         if parts := by_setting(results, points, key, width=WIDE):
             figures[f"accuracy_by_{key}.png"] = parts[0]

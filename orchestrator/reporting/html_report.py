@@ -38,6 +38,7 @@ from orchestrator.reporting._layouts import Layout, drop_empty_columns
 from orchestrator.reporting._statistics import Array
 from orchestrator.reporting.report_data import ReportData
 from orchestrator.reporting.rows import (
+    UNTESTED,
     Results,
     Row,
     Task,
@@ -141,8 +142,8 @@ def answer(data: ReportData) -> Iterator[Group]:
         with_images = [
             row for row in results.rows if row.task == task and uses_diffusion(row.method)
         ]
-        shown = {"highest mean": best}
-        if with_images and not uses_diffusion(best.method):
+        shown = {"highest mean" if best.is_tested else "highest mutual information": best}
+        if with_images and best.is_tested and not uses_diffusion(best.method):
             top = max(with_images, key=lambda row: row.mean)
             shown["highest mean with a diffusion model"] = top
         for title, row in shown.items():
@@ -174,19 +175,21 @@ def _state(data: ReportData) -> str:
     if left:
         text += "; " + ", ".join(f"{count} {state}" for state, count in left.items())
     best = "The best row is chosen by its mean on the test images, so its accuracy is optimistic."
-    return f"{text}. {best}"
+    return f"{text}. {best if data.results.tested else UNTESTED}"
 
 
 def table(data: ReportData) -> Iterator[Group]:
     """All rows, as in `airsweep table`."""
     layout = table_layout(data.results)
     alt = f"Accuracy of {len(data.results.rows)} rows with intervals"
-    figures = [_chart(charts.accuracy(data.results), alt)]
+    figures = [_chart(charts.accuracy(data.results), alt)] if data.results.tested else []
     yield Group(texts=[" ".join(layout.caption)], figures=figures, tables=[layout])
 
 
 def by_setting(data: ReportData) -> Iterator[Group]:
     """Accuracy against each numeric setting that the sweep varies."""
+    if not data.results.tested:
+        return
     figures = [
         _chart(figure, f"Accuracy against {key}")
         for key in charts.numeric_settings(data.points)
@@ -298,7 +301,7 @@ def confidence(data: ReportData) -> Iterator[Group]:
     """Accuracy against coverage, and calibration, of the classifiers of one row of each task."""
     results = data.results
     for task in results.tasks[:MAX_TASKS]:
-        rows = [row for row in results.rows if row.task == task and not is_bound(row.method)]
+        rows = [row for row in results.tested if row.task == task and not is_bound(row.method)]
         with suppress(ValueError):  # an older version recorded no probabilities
             row = best_candidate(results, rows).row
             series = charts.coverage(results, row)
@@ -337,6 +340,8 @@ def confusions(data: ReportData) -> Iterator[Group]:
     results = data.results
     for task in results.tasks[:MAX_TASKS]:
         best = results.best(task)
+        if not best.is_tested:
+            continue
         host_method = METHODS[best.method].host
         host = results.baseline(best, host_method) if host_method else None
         spec = next(slot.spec for slot in data.plan.slots if slot.cell.id == best.cell)
@@ -468,6 +473,7 @@ def searches(data: ReportData) -> Iterator[Group]:
             charts.Series(label="best so far", x=numbers, y=best),
         ]
         history = charts.curves(by_point, "point", search.objective, percent=False, title="History")
+        figures = [_chart(history, "Objective by point")]
         every = charts.Series(label="point", x=values, y=[row.mean for row, _ in pairs])
         marked = [
             charts.Series(label=name, x=[value], y=[row.mean])
@@ -477,13 +483,15 @@ def searches(data: ReportData) -> Iterator[Group]:
         ]
         labels = (search.objective, "test accuracy, %")
         title = "Objective against test"
-        against_test = charts.curves([every, *marked], *labels, title=title, joined=False)
+        if rows[0].is_tested:
+            against_test = charts.curves([every, *marked], *labels, title=title, joined=False)
+            figures.append(_chart(against_test, title))
         weights = importances(cell.space, [(row.settings, value) for row, value in pairs])
         lines = [{"setting": key, "importance": f"{share:.0%}"} for key, share in weights.items()]
         note = "Importance: share of the variance of the objective (functional ANOVA)."
         yield Group(
             heading=cell.id,
-            figures=[_chart(history, "Objective by point"), _chart(against_test, title)],
+            figures=figures,
             tables=_tables(lines, note),
         )
 
@@ -596,7 +604,7 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[ReportData], Iterator[Group]]], .
         "confidence",
         "Confidence",
         "For an application that leaves out unsure images: accuracy on the surest test images of "
-        "each classifier of the row that `airsweep export best` selects.",
+        "each classifier of the row that airsweep export best selects.",
         confidence,
     ),
     ("images", "Images", "", images),

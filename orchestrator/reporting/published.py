@@ -266,6 +266,18 @@ def _unequal(compared: Mapping[str, tuple[Any, Any]]) -> list[str]:
     ]
 
 
+def _check_tested(results: Results) -> None:
+    """
+    Raises:
+        ValueError: no row has test images.
+    """
+    if results.rows and not results.tested:
+        raise ValueError(
+            "no image of the sweep is labelled for test, so there is no accuracy to compare; label "
+            "some images in labels.csv and run it again"
+        )
+
+
 # ---------------------------------------------------------------- comparison with a paper
 
 
@@ -274,9 +286,13 @@ def compare_with_paper(results: Results, paper: Paper) -> ReferenceComparison:
 
     reproduced: the number lies in the row's interval, which is at most 5 points wide; within
     interval: it lies in a wider interval; lower, higher: it lies outside the interval.
+
+    Raises:
+        ValueError: no row has test images.
     """
+    _check_tested(results)
     cells, compared = [], set()
-    for row in results.rows:
+    for row in results.tested:
         cell = (*row.task, row.method)
         number = paper.cells.get(cell)
         reasons = _protocol_differences(row, paper)
@@ -388,10 +404,14 @@ def compare_with_sweep(results: Results, theirs: Results, reference: str) -> Ref
 
     Args:
         reference: name of the other sweep.
+
+    Raises:
+        ValueError: no row has test images.
     """
     pairs: list[tuple[Row, Row | None, list[str], Difference | None]] = []
-    for row in results.rows:
-        other, reasons = _counterpart(row, theirs.rows)
+    _check_tested(results)
+    for row in results.tested:
+        other, reasons = _counterpart(row, theirs.tested)
         difference = None
         if other is not None and not (reasons := _row_differences(row, other)):
             difference = paired_difference(results.runs(row), theirs.runs(other))

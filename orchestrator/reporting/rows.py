@@ -54,6 +54,8 @@ from orchestrator.reporting._statistics import (
 from orchestrator.spec.sweep import computation_of
 
 EMPTY = "no finished trial yet"
+UNTESTED = "No image is labelled for test, so no accuracy is known."
+MUTUAL_INFORMATION = "objective/mutual_information"  # of the text classifier on the pool
 
 Task = tuple[str, str, str]  # dataset, paradigm, modality
 
@@ -116,7 +118,14 @@ class Row(Interval):
         choice = {} if self.choice is None else self.choice.as_json(self.point)
         pruned = {"pruned": self.pruned} if self.pruned else {}
         columns = {name: getattr(self, name) for name in COLUMNS}
+        if not self.is_tested:  # JSON has no NaN
+            columns |= dict.fromkeys(("metric", "mean", "low", "high"))
         return columns | {"protocol": asdict(self.protocol)} | choice | pruned
+
+    @property
+    def is_tested(self) -> bool:
+        """Whether there are test images. If not, mean and interval are NaN."""
+        return self.n_test > 0
 
     @property
     def task(self) -> Task:
@@ -305,7 +314,8 @@ def _scores(points: Iterable[Sequence[FinishedTrial]]) -> tuple[Array, Array]:
     by_settings: dict[str, tuple[float, float]] = {}
     for point in points:
         objective, settings = point[0].objective, repr(sorted(point[0].settings.items()))
-        if objective is not None and not math.isnan(objective) and settings not in by_settings:
+        is_tested = len(point[0].image_ids) > 0 and settings not in by_settings
+        if objective is not None and not math.isnan(objective) and is_tested:
             by_settings[settings] = (objective, mean_score(_runs(_distinct(point))))
     scores = np.array(list(by_settings.values()), dtype=float).reshape(-1, 2)
     return scores[:, 0], scores[:, 1]
@@ -332,9 +342,9 @@ def _search_order(point: Sequence[FinishedTrial]) -> tuple[float, int]:
 
 
 def _row(point: Sequence[FinishedTrial], choice: Choice | None) -> Row:
-    first = point[0]
+    first, runs = point[0], _runs(_distinct(point))
     return Row(
-        **vars(mean_interval(_runs(_distinct(point)))),
+        **vars(mean_interval(runs) if len(first.image_ids) else _untested(len(runs))),
         dataset=dataset_text(first.flat),
         paradigm=str(first.flat["paradigm"]),
         modality=str(first.flat["modality"]),
@@ -347,6 +357,11 @@ def _row(point: Sequence[FinishedTrial], choice: Choice | None) -> Row:
         choice=choice,
         departures=_departures(first),
     )
+
+
+def _untested(runs: int) -> Interval:
+    nan = math.nan
+    return Interval(n=runs, n_test=0, mean=nan, std=None, low=nan, high=nan, interval="")
 
 
 def _departures(trial: FinishedTrial) -> dict[str, Any]:
@@ -523,10 +538,20 @@ class Results:
     def best(self, task: Task) -> Row:
         """The row of a method with the highest mean; the first of equal ones.
 
-        Bounds count only where a task has no method.
+        Without test images that of the highest mutual information. Bounds count only where a task
+        has no method.
         """
-        rows = [row for row in self.rows if row.task == task]
-        return max(rows, key=lambda row: (not is_bound(row.method), row.mean))
+
+        def order(row: Row) -> tuple[bool, bool, float]:
+            value = row.mean if row.is_tested else self.mean(row, MUTUAL_INFORMATION)
+            return not is_bound(row.method), row.is_tested, -math.inf if value is None else value
+
+        return max((row for row in self.rows if row.task == task), key=order)
+
+    @property
+    def tested(self) -> list[Row]:
+        """The rows with test images."""
+        return [row for row in self.rows if row.is_tested]
 
     def distinct_trials(self, row: Row) -> dict[tuple[int, int | None], FinishedTrial]:
         """One trial per run of a row, by split and seed; the seed is None where it is ignored."""
@@ -581,7 +606,7 @@ class Results:
 
     def collapsed_runs(self, row: Row) -> list[Collapse]:
         """Runs of a row that are far below its other runs."""
-        return collapsed_runs(self.runs(row))
+        return collapsed_runs(self.runs(row)) if row.is_tested else []
 
 
 # ---------------------------------------------------------------- text
@@ -596,7 +621,9 @@ def protocol_notes(results: Results) -> list[str]:
     notes += dict.fromkeys(_departure_note(row) for row in rows if row.departures)
     if any(row.metric == "harmonic_mean" for row in rows):
         notes.append("TRZSL: harmonic mean of the accuracies on seen and on unseen classes.")
-    kinds = Counter(row.interval for row in rows)
+    kinds = Counter(row.interval for row in results.tested)
+    if not kinds:
+        return [UNTESTED, *notes, splits_and_seeds(rows)]
     usual = kinds.most_common(1)[0][0]
     text = f"Interval: {usual}"
     for kind in kinds:
@@ -610,7 +637,7 @@ def protocol_notes(results: Results) -> list[str]:
 def _chance_note(results: Results) -> list[str]:
     levels = {
         row.dataset: f"{format_percent(chance)} ({plural(results.classes[row.dataset], 'class')})"
-        for row in results.rows
+        for row in results.tested
         if (chance := results.chance(row)) is not None
     }
     named = [f"{name} {level}" for name, level in levels.items()]
@@ -743,6 +770,8 @@ def tasks_of(rows: Iterable[Row]) -> list[Task]:
 
 
 def mean_std(row: Row) -> str:
+    if not row.is_tested:
+        return ""
     return format_percent(row.mean) + ("" if row.std is None else f" ± {format_percent(row.std)}")
 
 

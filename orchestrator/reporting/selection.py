@@ -1,7 +1,9 @@
 """Selects the row, the run and the classifier of a sweep that `airsweep export best` exports.
 
 A trial has up to three classifiers. Every classifier of every row is a candidate; its score is the
-mean of a measure over the row's runs. Test labels select nothing unless `test_accuracy` is named.
+mean accuracy of the row's runs on validation images. Without validation images the order of methods
+in docs/experiments.md selects: scores without labels choose worse. Test labels select nothing
+unless `test_accuracy` is named.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from statistics import fmean
 from typing import Any
 
 from air_core.bundle.checks import CLASSIFIERS
+from air_core.methods import PREFERENCE
 from air_core.specs import TrialSpec
 from air_core.specs.normal import normalised
 from orchestrator.formatting import format_percent, plural, show
@@ -35,19 +38,14 @@ from orchestrator.spec.sweep_file import only_values
 from orchestrator.store import SweepLocation, TrialRecord, read_trial
 
 BEST = "best"
-TEST = "test_accuracy"
-METRICS = {
-    "validation_accuracy": "objective/validation_accuracy",
-    "agreement": "objective/agreement",
-    TEST: "test/accuracy",
-}
+VALIDATION, EXPERIMENTS, TEST = "validation_accuracy", "experiments", "test_accuracy"
+METRICS = {VALIDATION: "objective/validation_accuracy", TEST: "test/accuracy"}
 MEASURES = {
-    "validation_accuracy": "accuracy on validation images",
-    "agreement": "agreement with the other classifiers on the pool, which uses no labels",
+    VALIDATION: "accuracy on validation images",
+    EXPERIMENTS: "the best method on the digits (docs/experiments.md), since no image is labelled",
     TEST: "accuracy on test images",
 }
-
-
+RUN_BY = "objective/mutual_information"  # selects a run of a row without labels
 CAVEAT = (
     "The test images selected the classifier, so its accuracy on new images is likely to be lower."
 )
@@ -78,7 +76,7 @@ def best_trial(
 
     Args:
         only: `key=value[,value]` each; restrict the rows to these cells of the grid.
-        by: of `MEASURES`. Default: the first that all candidates have.
+        by: of `MEASURES`. Default: validation_accuracy; experiments without validation images.
         classifier: restrict the candidates to text, auxiliary or fused.
 
     Raises:
@@ -142,14 +140,16 @@ class Candidate:
     row: Row
     classifier: str
     by: str  # of `MEASURES`
-    score: float  # mean over the runs of the row
+    score: float | None  # mean over the runs of the row; None: by the order of methods
     trial: FinishedTrial  # the run with the highest score
     candidates: int  # classifiers that were compared
 
     def __str__(self) -> str:
+        name = f"{self.classifier} classifier of {row_text(self.row, [*self.row.settings])}"
+        if self.score is None:
+            return f"{name}: {MEASURES[self.by]}"
         return (
-            f"{self.classifier} classifier of {row_text(self.row, [*self.row.settings])}: of "
-            f"{plural(self.candidates, 'classifier')} the highest {MEASURES[self.by]}, "
+            f"{name}: of {plural(self.candidates, 'classifier')} the highest {MEASURES[self.by]}, "
             f"{format_percent(self.score)} %"
         )
 
@@ -157,10 +157,10 @@ class Candidate:
 def best_candidate(
     results: Results, rows: Sequence[Row], by: str | None = None, classifier: str | None = None
 ) -> Candidate:
-    """Compare the classifiers of rows by a measure that all of them have.
+    """The best of the classifiers of rows.
 
     Args:
-        by: of `MEASURES`. Default: the first one without test labels that all candidates have.
+        by: of `MEASURES`. Default: validation_accuracy; experiments without validation images.
         classifier: text, auxiliary or fused, as the only candidate of each row.
 
     Raises:
@@ -178,21 +178,31 @@ def best_candidate(
     }
     if not runs:
         raise ValueError(f"no finished row has a {classifier or 'recorded'} classifier")
-    for measure in [name for name in MEASURES if name != TEST] if by is None else [by]:
+    if by != EXPERIMENTS:
+        metric = METRICS[by or VALIDATION]
         scores = {
-            (i, name): [_score(trial, measure, name) for trial in trials]
+            (i, name): [_value(trial, metric, name) for trial in trials]
             for (i, name), trials in runs.items()
         }
-        if any(map(math.isnan, chain(*scores.values()))):
-            continue
-        i, name = max(scores, key=lambda of: fmean(scores[of]))  # the first of equal ones
-        of_runs = scores[i, name]
-        trial = runs[i, name][of_runs.index(max(of_runs))]
-        return Candidate(rows[i], name, measure, fmean(of_runs), trial, len(scores))
-    raise ValueError(
-        f"some classifiers have no {by or 'measure that needs no test labels'}, so they cannot be "
-        "compared; give another --by, or restrict them by --only or --classifier"
-    )
+        if not any(map(math.isnan, chain(*scores.values()))):
+            i, name = max(scores, key=lambda of: fmean(scores[of]))  # the first of equal ones
+            of_runs = scores[i, name]
+            trial = runs[i, name][of_runs.index(max(of_runs))]
+            mean = fmean(of_runs)
+            return Candidate(rows[i], name, by or VALIDATION, mean, trial, len(scores))
+        if by is not None:
+            raise ValueError(
+                f"some classifiers have no {by}: no image is labelled for it; give another --by: "
+                f"{', '.join(name for name in MEASURES if name != by)}"
+            )
+    # The fused classifier of the first method in the order, where it has one.
+    i, name = min(runs, key=lambda of: (_rank(rows[of[0]].method), -CLASSIFIERS.index(of[1])))
+    trial = max(runs[i, name], key=lambda trial: _value(trial, RUN_BY, name))
+    return Candidate(rows[i], name, EXPERIMENTS, None, trial, len(runs))
+
+
+def _rank(method: str) -> int:
+    return PREFERENCE.index(method) if method in PREFERENCE else len(PREFERENCE)
 
 
 def _can_export(trial: FinishedTrial, classifier: str) -> bool:
@@ -203,8 +213,8 @@ def _can_export(trial: FinishedTrial, classifier: str) -> bool:
     return classifier == "text" and trial.metrics.get("test/accuracy_text", tested) == tested
 
 
-def _score(trial: FinishedTrial, measure: str, classifier: str) -> float:
-    metric = METRICS[measure]
+def _value(trial: FinishedTrial, metric: str, classifier: str) -> float:
+    """A metric of a classifier; NaN without it."""
     older = metric if classifier == "text" else ""  # without the name of the classifier
     return trial.metrics.get(f"{metric}_{classifier}", trial.metrics.get(older, math.nan))
 

@@ -20,6 +20,7 @@ from orchestrator.reporting.rows import (
     COLUMNS,
     EMPTY,
     MARKS,
+    MUTUAL_INFORMATION,
     Comparison,
     Results,
     Role,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 FORMATS = ("md", "csv", "json", "latex")
 TASK = ("dataset", "paradigm", "modality")  # columns; left out if all rows have the same value
 TESTED = ("text", "fused", "auxiliary")  # classifiers that a trial tests on the same images
+AGREEMENT, AGREEMENT_METRIC = "agreement", "objective/agreement_text"  # column and metric
 # The column `significant`.
 SIGNIFICANT = {"higher": "yes", "lower": "yes", "not significant": "no", "not tested": "not tested"}
 
@@ -68,6 +70,8 @@ def as_json(results: Results) -> list[dict[str, object]]:
         row.as_json()
         | tested_accuracies(results, row)
         | {
+            "mutual_information": mutual_information(results, row),
+            "agreement": results.mean(row, AGREEMENT_METRIC),
             "chance": results.chance(row),
             "comparisons": [c.as_json() for c in results.comparisons_of(row).values()],
             "collapsed": [vars(run) for run in results.collapsed_runs(row)],
@@ -84,8 +88,18 @@ def tested_accuracies(results: Results, row: Row) -> dict[str, float | None]:
     return {name: results.mean(row, METRICS[name][0]) for name in TESTED}
 
 
+def mutual_information(results: Results, row: Row) -> dict[str, float]:
+    """Mutual information on the pool of the classifiers that have it, in nats."""
+    found = {name: results.mean(row, f"{MUTUAL_INFORMATION}_{name}") for name in TESTED}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def _csv(results: Results) -> str:
     frame = rows_frame(results, "settings.", _csv_setting)
+    if not results.tested:
+        free = [_label_free(results, row) for row in results.rows]
+        for name in dict.fromkeys(name for cells in free for name in cells):
+            frame[name] = [cells.get(name, "") for cells in free]
     frame["chance"] = [results.chance(row) for row in results.rows]
     frame["told_from"] = [
         " ".join(_ascii_marks(results.comparisons_of(row))) for row in results.rows
@@ -151,11 +165,10 @@ def table_layout(results: Results) -> Layout:
 
     frame = DataFrame(table_lines(results))
     highest = {task: results.best(task).mean for task in results.tasks}
-    column = frame.columns.get_loc("accuracy")
     best = [i for i, row in enumerate(results.rows) if row.mean == highest[row.task]]
     return Layout(
         frame=frame,
-        bold=frozenset((i, column) for i in best),
+        bold=frozenset((i, frame.columns.get_loc("accuracy")) for i in best),
         caption=[
             *_caption(results, list(frame.columns)),
             *significance_notes(results.comparisons),
@@ -185,9 +198,10 @@ def table_lines(results: Results) -> list[dict[str, str]]:
             "method": row.method,
             **{key: format_value(row.settings.get(key, "")) for key in results.varied_settings},
             "accuracy": mean_std(row),
-            "95 %": format_interval(row.low, row.high),
+            "95 %": format_interval(row.low, row.high) if row.is_tested else "",
+            **_label_free(results, row),
             "n": str(row.n),
-            "n_test": str(row.n_test),
+            "n_test": str(row.n_test or ""),
             **cells,
             "pseudo-labels": format_percent(results.mean(row, "pseudo/accuracy")),
             **{f"gain over {role}": "" for role in MARKS},
@@ -198,6 +212,17 @@ def table_lines(results: Results) -> list[dict[str, str]]:
             )
         lines.append(line)
     return drop_empty_columns(lines)
+
+
+def _label_free(results: Results, row: Row) -> dict[str, str]:
+    """Measures on the pool, for a row without test images."""
+    if row.is_tested:
+        return {}
+    information = mutual_information(results, row)
+    return {
+        AGREEMENT: format_percent(results.mean(row, AGREEMENT_METRIC)),
+        **{f"MI {n}": f"{information[n]:.3f}" if n in information else "" for n in TESTED},
+    }
 
 
 def comparison_lines(results: Results) -> list[dict[str, str]]:
@@ -239,6 +264,16 @@ def _p_value(p: float) -> str:
 
 def classifier_notes(header: Collection[str]) -> Iterator[str]:
     """Sentences on the columns of `TESTED`."""
+    if AGREEMENT in header:
+        yield (
+            "Agreement: share in % of the unlabelled images to which text and auxiliary classifier "
+            "give the same class."
+        )
+    if "MI text" in header:
+        yield (
+            "MI: mutual information in nats of a classifier, high where its predictions are sure "
+            "and cover the classes evenly; no accuracy."
+        )
     if "text" in header:
         yield "Accuracy: text classifier; where no prompt is learned, that of the column fused."
     elif "fused" in header:
@@ -251,9 +286,13 @@ def classifier_notes(header: Collection[str]) -> Iterator[str]:
 
 def _caption(results: Results, header: Sequence[str]) -> Iterator[str]:
     tasks = "; ".join(f"{d}, {p}/{m}" for d, p, m in results.tasks)
-    yield f"Test accuracy in %, mean ± standard deviation over n runs ({tasks})."
+    if results.tested:
+        yield f"Test accuracy in %, mean ± standard deviation over n runs ({tasks})."
+    else:
+        yield f"Means over n runs ({tasks})."
     yield from protocol_notes(results)
-    yield "n_test: test images of one run."
+    if results.tested:
+        yield "n_test: test images of one run."
     yield from classifier_notes(header)
     if "pseudo-labels" in header:
         yield "Pseudo-labels: accuracy of the last pseudo-labels."
@@ -290,7 +329,10 @@ METRICS = {
 }
 DESCRIPTIONS = dict(METRICS.values())
 # Prefixes of metrics that are fractions and shown in %.
-FRACTIONS = (ACCURACY, "test/", "pseudo/", "pool/", "objective/validation_accuracy")
+FRACTIONS = (
+    *(ACCURACY, "test/", "pseudo/", "pool/"),
+    *("objective/validation_accuracy", "objective/agreement"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -379,9 +421,11 @@ def _metric(name: str, results: Results) -> str:
     """The name of a metric in the records, from that name or its short name."""
     recorded = dict.fromkeys(key for trial in results.trials for key in trial.metrics)
     metric, _ = METRICS.get(name, (name, ""))
-    if metric == ACCURACY or metric in recorded:
+    if results.tested:
+        recorded[ACCURACY] = None
+    if metric in recorded:
         return metric
-    short = [alias for alias, (key, _) in METRICS.items() if key in (ACCURACY, *recorded)]
+    short = [alias for alias, (key, _) in METRICS.items() if key in recorded]
     options = [*short, *(key for key in recorded if key not in DESCRIPTIONS)]
     raise ValueError(
         f"--metric {name}: no trial of this sweep has it; available: {', '.join(options)}"
@@ -408,7 +452,8 @@ def _refuse_shared_cells(cells: DataFrame, used: Sequence[str]) -> None:
 def _numbers(row: Row, results: Results, metric: str) -> tuple[float, float, int]:
     """Mean, standard deviation and number of runs of a metric; nan if the row has no value."""
     if metric == ACCURACY:
-        return row.mean, math.nan if row.std is None else row.std, row.n
+        n = row.n if row.is_tested else 0
+        return row.mean, math.nan if row.std is None else row.std, n
     values = results.values(row, metric)
     mean = statistics.fmean(values) if values else math.nan
     return mean, statistics.stdev(values) if len(values) > 1 else math.nan, len(values)

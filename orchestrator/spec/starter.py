@@ -14,7 +14,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from air_core.datasets.class_folders import SUFFIXES, images_in
-from air_core.datasets.image_folder import PREFIX, WANTED, folder_dataset
+from air_core.datasets.dataset import some
+from air_core.datasets.image_folder import (
+    PREFIX,
+    WANTED,
+    check_folder,
+    folder_dataset,
+    unlabelled_dataset,
+)
+from air_core.datasets.unlabelled import (
+    CLASSES,
+    LABELS,
+    Classes,
+    is_unlabelled,
+    parse_classes,
+    read_classes,
+)
 from air_core.paradigms import TEST_SHARE
 from air_core.weights import local_path
 from orchestrator.files import write_new
@@ -36,7 +51,7 @@ name: {name}
 # Each combination of the values under `grid` is a cell: one row of the table.
 grid:
 {methods}
-  method: [zero_shot, fpl, cpl, air, air_control]
+  method: [zero_shot, cpl, cpl_real, cpl_real_evidence, air, air_control]
 
 fixed:
 {dataset}
@@ -49,10 +64,9 @@ fixed:
   # generator: stable-diffusion-v1-5/stable-diffusion-v1-5
   lora.rounds: 1
   images_per_class: 32  # synthetic images per class; 120 with real models
+  evidence.draws: 4     # denoising errors per image and class, of cpl_real_evidence
   # iterations: 10      # rounds of pseudo-labels and prompt learning
-  # paradigm: ssl       # also train on two labelled images per class
-  # shots: 2
-
+{labelled}
 # Each row of the table is the mean over these seeds; a spread needs at least three.
 seeds: [1, 2, 3]
 
@@ -60,9 +74,11 @@ seeds: [1, 2, 3]
 # budget: {{gpu_hours: 10}}
 """
 METHODS = """\
-CLIP without training; two methods that learn from pseudo-labels; AiR, which adds synthetic
-images; and its control, which reads the real images that the LoRA is trained on instead."""
-QUESTION = "Do pseudo-labels, a LoRA and synthetic images improve on plain CLIP for {subject}?"
+CLIP without training; CPL, which learns from pseudo-labels; CPL with an auxiliary classifier of
+real images, and also with denoising errors of the diffusion model, the best two of our
+experiments; AiR, which adds synthetic images to CPL; and its control, which reads the real images
+that the LoRA is trained on instead."""
+QUESTION = "Which classifier is best for {subject}, and does a diffusion model help?"
 COST = (
     "Cost: see `airsweep plan {name}.yaml`; a run with --smoke first makes the estimate possible."
 )
@@ -75,10 +91,22 @@ FEW = (
     "significant. Compare air with air_control; a difference whose interval contains 0 is not "
     "significant."
 )
+NONE = (
+    "Expect: no accuracy, since no image has a label; the table shows how far the classifiers "
+    "agree. Label some images in labels.csv to measure accuracy."
+)
+SHOTS = """\
+  # paradigm: ssl       # also train on two labelled images per class
+  # shots: 2
+"""
 CLASSNAMES = """\
 CLIP reads the names of the folders as class names. Better names can be set in
 {images}/classnames.txt, one line per class: {first} = a longer name. {images}/template.txt may
 contain one line such as: a satellite photo of a {{}}"""
+
+UNLABELLED = """\
+{images}/classes.txt names the classes, one per line: name, or name = how to say it for CLIP.
+{images}/labels.csv may label images (image,class) for test or, with part val, validation."""
 
 
 @dataclass(frozen=True)
@@ -89,16 +117,20 @@ class Starter:
     summary: str
 
 
-def write_starter(name: str, images: str | Path | None, folder: Path) -> Starter:
-    """Write NAME.yaml.
+def write_starter(
+    name: str, images: str | Path | None, folder: Path, classes: str | None = None
+) -> Starter:
+    """Write NAME.yaml, and `classes.txt` beside images without class folders.
 
     Args:
         name: name of the sweep and of its file.
-        images: path of the images in class folders; None: the digits.
+        images: path of the images; None: the digits.
         folder: folder of the new file.
+        classes: class names with commas between them, or a file with one per line; None: the
+            images are in class folders, or beside a `classes.txt`.
 
     Raises:
-        ValueError: the name is invalid, the file exists, or the images are not a dataset.
+        ValueError: the name is invalid, a file exists, or images or classes are not a dataset.
     """
     name = name.removesuffix(".yaml")
     if not re.fullmatch(NAME_PATTERN, name):
@@ -107,19 +139,64 @@ def write_starter(name: str, images: str | Path | None, folder: Path) -> Starter
     exists = f"{file} already exists; choose another name or remove the file"
     if file.exists():  # check before a large folder is listed
         raise ValueError(exists)
-    summary = DIGITS if images is None else _folder(str(images))
+    given = None if classes is None else _given_classes(classes, images)
+    summary = DIGITS if images is None else _folder(str(images), given)
     if images is not None and folder.resolve() != Path.cwd() and str(images)[0] not in "/~":
         # Paths in a sweep file are relative to the file.
         summary = replace(summary, dataset=f"{PREFIX}{os.path.relpath(images, folder)}")
     text = _text(name, summary)
     sweep_from_document(parse(text, str(file)))
+    listed = None if given is None else _write_classes(Path(str(images)).expanduser(), given)
     try:
         write_new(file, text)
-    except FileExistsError:
-        raise ValueError(exists) from None
-    except OSError as problem:
+    except (FileExistsError, OSError) as problem:
+        if listed is not None:
+            listed.unlink(missing_ok=True)
+        if isinstance(problem, FileExistsError):
+            raise ValueError(exists) from None
         raise ValueError(f"{file} cannot be written: {problem.strerror}") from None
     return Starter(file, summary.about)
+
+
+def _given_classes(classes: str, images: str | Path | None) -> Classes:
+    """The classes of `--classes`: names with commas between them, or the path of a file.
+
+    Raises:
+        ValueError: they are not valid, or there are no images.
+    """
+    if images is None:
+        raise ValueError("--classes names the classes of your images; add --images DIR")
+    local_path(classes.split(",")[0])  # explains an unknown user and a path that is too long
+    file = Path(classes).expanduser()
+    if file.suffix == ".txt" or ("," not in classes and file.exists()):
+        return read_classes(file)
+    names = [name.strip() for name in classes.split(",")]
+    return parse_classes(f"--classes {classes}", [("--classes", name) for name in names])
+
+
+def _write_classes(images: Path, classes: Classes) -> Path | None:
+    """Write `classes.txt` beside the images; None if it exists with these classes.
+
+    Raises:
+        ValueError: it exists with other classes, or cannot be written.
+    """
+    file = images / CLASSES
+    try:
+        write_new(file, classes.text())
+    except FileExistsError:
+        found = read_classes(file)
+        if found == classes:
+            return None
+        raise ValueError(
+            f"{file} exists with other classes ({some(found.names)}); edit that file and leave "
+            "--classes out, or remove it"
+        ) from None
+    except OSError as problem:
+        raise ValueError(
+            f"{file} cannot be written: {problem.strerror}; put the file there by hand, with one "
+            "class per line, and leave --classes out"
+        ) from None
+    return file
 
 
 @dataclass(frozen=True)
@@ -131,6 +208,7 @@ class _Images:
     about: str  # one sentence
     comment: str  # above `dataset`
     tests: int  # approximate number of test images
+    pool_labels: str = "known"  # see `Dataset`
 
 
 DIGITS = _Images(
@@ -143,27 +221,38 @@ DIGITS = _Images(
 )
 
 
-def _folder(images: str) -> _Images:
+def _folder(images: str, classes: Classes | None) -> _Images:
     if not images.isprintable():
         raise ValueError(
             f"{images!r} contains invisible characters, which a sweep file does not allow; "
             "rename the folder"
         )
-    dataset = _dataset(images)
+    dataset = _dataset(images, classes)
     first = dataset.classnames[0]
-    comment = CLASSNAMES.format(images=images, first=first) if first.isprintable() else ""
-    about, tests = _summary(images, dataset)
-    return _Images("my images", f"{PREFIX}{images}", about, comment, tests)
+    if dataset.pool_labels == "unknown":
+        comment = UNLABELLED.format(images=images)
+        about, tests = _unlabelled_summary(images, dataset)
+    else:
+        comment = CLASSNAMES.format(images=images, first=first) if first.isprintable() else ""
+        about, tests = _summary(images, dataset)
+    return _Images("my images", f"{PREFIX}{images}", about, comment, tests, dataset.pool_labels)
 
 
-def _dataset(images: str) -> Dataset:
+def _dataset(images: str, classes: Classes | None) -> Dataset:
     """A folder as a dataset.
+
+    Args:
+        classes: of images without class folders; None: those of the folder.
 
     Raises:
         ValueError: the folder has no class folders, or its classes are not a dataset.
     """
-    local_path(images)  # explains an unknown user and a path that is too long
-    folder = Path(images).expanduser()
+    folder = local_path(images)  # explains an unknown user and a path that is too long
+    if classes is not None:
+        check_folder(folder)
+        return unlabelled_dataset(folder, classes)
+    if is_unlabelled(folder):
+        return folder_dataset(f"{PREFIX}{images}")
     if folder.is_dir() and not any(entry.is_dir() for entry in folder.iterdir()):
         count = len(images_in(folder))
         if not count:
@@ -171,12 +260,30 @@ def _dataset(images: str) -> Dataset:
                 f"{folder} contains no images ({', '.join(sorted(SUFFIXES))}); {WANTED}"
             )
         raise ValueError(
-            f"{folder} contains {count:,} images and no class folders, so the classes are unknown "
-            f"and no accuracy can be measured; move some images of each class to "
-            f"{folder}/test/<class>/ and all others to {folder}/train/<class>/, where their "
-            "class may be wrong (docs/your_images.md)"
+            f"{folder} contains {count:,} images and no class folders, so the classes are unknown; "
+            "name them with --classes cat,dog,... or --classes FILE, one class per line, or move "
+            f"the images to {folder}/<class>/ (docs/your_images.md)"
         )
     return folder_dataset(f"{PREFIX}{images}")
+
+
+def _unlabelled_summary(images: str, dataset: Dataset) -> tuple[str, int]:
+    """A sentence about the content of a folder without class folders, and its test images."""
+    parts = dataset.load(None).parts
+    counts = {part: int((parts == part).sum()) for part in ("train", "test", "val")}
+    labelled = counts["test"] + counts["val"]
+    words = (
+        f"{counts['test']:,} labelled for test and {counts['val']:,} for validation in {LABELS}"
+        if labelled
+        else f"none labelled, so no accuracy can be measured until {LABELS} labels some"
+    )
+    names = [name if name.isprintable() else repr(name) for name in dataset.classnames]
+    more = f" and {len(names) - LISTED_CLASSES} more" if len(names) > LISTED_CLASSES else ""
+    return (
+        f"{images}: {len(parts):,} images for {len(names)} classes "
+        f"({', '.join(names[:LISTED_CLASSES])}{more}); {counts['train']:,} unlabelled, {words}; "
+        "names of folders are ignored"
+    ), counts["test"]
 
 
 def _summary(images: str, dataset: Dataset) -> tuple[str, int]:
@@ -203,7 +310,8 @@ def _summary(images: str, dataset: Dataset) -> tuple[str, int]:
 
 
 def _text(name: str, images: _Images) -> str:
-    expect = (FEW if images.tests < FEW_TESTS else EXPECT).format(tests=images.tests)
+    expect = FEW if images.tests < FEW_TESTS else EXPECT
+    expect = (expect if images.tests else NONE).format(tests=images.tests)
     question = QUESTION.format(subject=images.subject)
     head = (question, f"{images.about}.", COST.format(name=name), expect)
     dataset = f"  dataset: {json.dumps(images.dataset, ensure_ascii=False)}"
@@ -211,6 +319,7 @@ def _text(name: str, images: _Images) -> str:
         question="\n".join(_comment(line) for line in head),
         name=name,
         methods=_comment(METHODS, "  "),
+        labelled=SHOTS if images.pool_labels == "known" else "",
         dataset="\n".join(
             [_comment(images.comment, "  "), dataset] if images.comment else [dataset]
         ),

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from air_core.classifiers import text_classifier
 from air_core.datasets import Examples, get_dataset
+from air_core.datasets.dataset import UNKNOWN
 from air_core.datasets.images import BAD_SHARE, ImageFiles, Unreadable, too_many_unreadable
 from air_core.diffusion import text_of
 from air_core.diffusion.lora import square, train_lora
@@ -208,8 +209,9 @@ def build_labels(spec: LabelsSpec, worker: WorkerContext) -> Artifact:
         )
         save_file({"index": index.numpy(), "labels": labels.numpy()}, folder / "labels.safetensors")
         # The record contains the accuracy; nothing else reads these true labels.
-        right = (target.labels[index] == labels).double().mean().item()
-        info = {"images": len(index), "accuracy": right}
+        info: dict[str, Any] = {"images": len(index)}
+        if (right := known_accuracy(labels, target.labels[index])) is not None:
+            info["accuracy"] = right
         if spec.images is not None:
             info["kept"] = _share_kept(index.numpy(), labels.numpy(), spec, worker.store)
         if errors is None:
@@ -222,6 +224,12 @@ def build_labels(spec: LabelsSpec, worker: WorkerContext) -> Artifact:
         return info | {"agreement": shares}
 
     return worker.store.get_or_build(spec, build)
+
+
+def known_accuracy(predicted: Tensor, labels: Tensor) -> float | None:
+    """Share of right predictions (N,) on the images whose label (N,) is known; None: none is."""
+    known = labels != UNKNOWN
+    return (predicted == labels)[known].double().mean().item() if bool(known.any()) else None
 
 
 def _share_kept(

@@ -43,7 +43,7 @@ def contact_sheet(
     """Real images, images without LoRA and images with LoRA, one class in each row.
 
     Base and LoRA images in one column start from the same noise. Real images stand in the row of
-    their true class; only this picture uses these labels.
+    their true class; only this picture uses these labels. Without labels it has no real images.
 
     Returns:
         The PNG, and the share of each group that zero-shot CLIP assigns to its class.
@@ -53,7 +53,7 @@ def contact_sheet(
     shown = drawn_classes(drawn, worker.store)[:MAX_ROWS]
     real = [_readable(examples.images, np.flatnonzero(examples.labels == c)) for c in shown]
     rows = {"synthetic": drawn} if base is None else {"base": base, "LoRA": drawn}
-    groups, shares = {"real": real}, {}
+    groups, shares = {"real": real} if any(real) else {}, {}
     for name, row in rows.items():
         count = drawn_per_class(row, PER_GROUP, worker.store)
         pictures = read_pictures(row, itertools.product(shown, range(count)), worker.store)

@@ -34,7 +34,7 @@ from air_core.specs.normal import normalised
 from air_core.types import Labelled, Metrics, PseudoLabels, TrialResult
 from orchestrator.keys import artifact_key
 from orchestrator.planning.estimate import startup_seconds
-from orchestrator.stages.build import Target, read_target
+from orchestrator.stages.build import Target, known_accuracy, read_target
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.evidence import read_evidence
 from orchestrator.stages.image_rows import read_synthetic
@@ -161,11 +161,9 @@ class TrialRun:
             values |= _test_metrics(tested)
         selected = result.labels
         if selected is not None:
-            right = (self.true_labels[selected.indices] == selected.labels).double().mean().item()
-            values |= {
-                "pseudo/accuracy": right,
-                "pseudo/coverage": len(selected) / len(self.true_labels),
-            }
+            right = known_accuracy(selected.labels, self.true_labels[selected.indices])
+            values |= {} if right is None else {"pseudo/accuracy": right}
+            values["pseudo/coverage"] = len(selected) / len(self.true_labels)
             values["pseudo/balance"] = balance(selected.labels, data)
         for name, value in values.items():
             self.curves.setdefault(name, []).append(value)
@@ -226,21 +224,23 @@ class TrialRun:
         if "fused" in tested:
             _save(fused_arrays(result.fused), folder / FUSED)
         metrics = {name: values[-1] for name, values in curves.items()}
-        correct = result.pool_predictions.cpu() == self.true_labels
-        pool_accuracy = correct.double().mean().item()
         if not curves:  # without training, every pool image keeps its first label
-            metrics |= {"pseudo/accuracy": pool_accuracy, "pseudo/coverage": 1.0}
-        metrics["pool/accuracy_fused"] = pool_accuracy
-        if data.evidence is not None:
-            metrics["pool/accuracy_evidence"] = self._evidence_accuracy(data.evidence)
+            metrics["pseudo/coverage"] = 1.0
+        pool_accuracy = known_accuracy(result.pool_predictions.cpu(), self.true_labels)
+        if pool_accuracy is not None:
+            metrics |= {} if curves else {"pseudo/accuracy": pool_accuracy}
+            metrics["pool/accuracy_fused"] = pool_accuracy
+            if data.evidence is not None:
+                metrics |= self._evidence_accuracy(data.evidence)
         metrics |= _test_metrics(result.test)
         metrics |= {f"objective/{name}": value for name, value in result.objectives.items()}
         for classifier, found in tested.items():
-            metrics[f"test/accuracy_{classifier}"] = found.test.headline
             metrics[f"temperature/{classifier}"] = found.temperature
-            before, after = found.calibration_error
-            metrics[f"test/calibration_error_{classifier}"] = after
-            metrics[f"test/calibration_error_uncalibrated_{classifier}"] = before
+            if len(data.test):
+                metrics[f"test/accuracy_{classifier}"] = found.test.headline
+                before, after = found.calibration_error
+                metrics[f"test/calibration_error_{classifier}"] = after
+                metrics[f"test/calibration_error_uncalibrated_{classifier}"] = before
             for name, value in found.objectives.items():
                 metrics[f"objective/{name}_{classifier}"] = value
         if data.synthetic is not None:
@@ -261,12 +261,13 @@ class TrialRun:
             info["replicas"] = self._max_replicas()
         return info
 
-    def _evidence_accuracy(self, errors: Tensor) -> float:
+    def _evidence_accuracy(self, errors: Tensor) -> dict[str, float]:
         """Share of the scored pool images whose smallest mean error is that of the true class."""
         scores, unseen = mean_scores(errors), self.data.unseen
         predicted = scores.argmax(dim=1) if unseen is None else unseen[scores.argmax(dim=1)]
-        right = predicted == self.true_labels
-        return float(right[scores.isfinite().any(dim=1)].double().mean())
+        scored = scores.isfinite().any(dim=1)
+        right = known_accuracy(predicted[scored], self.true_labels[scored])
+        return {} if right is None else {"pool/accuracy_evidence": right}
 
 
 def balance(labels: Tensor, data: TrialData) -> float:
@@ -420,7 +421,8 @@ def _test_metrics(metrics: Metrics) -> dict[str, float]:
         "test/unseen": metrics.unseen,
         "test/harmonic_mean": metrics.harmonic_mean,
     }
-    return {name: value for name, value in values.items() if value is not None}
+    # Without test images the accuracy is not a number.
+    return {n: v for n, v in values.items() if v is not None and not math.isnan(v)}
 
 
 def _bank(spec: TrialSpec, target: Target, reader: ArtifactStore) -> Labelled | None:

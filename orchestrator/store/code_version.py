@@ -61,6 +61,7 @@ PARTS: dict[str, tuple[str, ...]] = {
         "air_core.datasets.dataset",
         "air_core.datasets.places",
         "air_core.datasets.split_files",
+        "air_core.datasets.unlabelled",
     ),
     "labels": (*_LOADED_CLIP, *_SCORING, "air_core.evidence", "air_core.lora_labels"),
     "lora": (*_DRAWING, "air_core.diffusion.lora"),

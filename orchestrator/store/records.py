@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
+from air_core.bundle.checks import CLASSIFIERS
 from air_core.specs import TrialSpec
 from orchestrator.store.artifacts import ArtifactStore
 
@@ -36,9 +37,12 @@ class TrialRecord:
     startup: float | None = None  # seconds that do not depend on the number of steps; None: unknown
 
     @property
-    def headline(self) -> float:
-        """Main test metric: the harmonic mean if the paradigm has one, else the accuracy."""
-        return self.metrics.get("test/harmonic_mean", self.metrics["test/accuracy"])
+    def headline(self) -> float | None:
+        """Main test metric: the harmonic mean if the paradigm has one, else the accuracy.
+
+        None: no image is labelled for test.
+        """
+        return self.metrics.get("test/harmonic_mean", self.metrics.get("test/accuracy"))
 
     def predictions(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Dataset index, predicted class and true class of each test image; each (T,)."""
@@ -67,6 +71,18 @@ class TrialRecord:
         """
         file = self.path / FUSED
         return load_file(file) if file.exists() else {}
+
+    def default_classifier(self) -> str:
+        """The classifier with the highest validation accuracy; without validation images, the fused
+        one where there is one."""
+        scores = {
+            name: self.metrics[metric]
+            for name in CLASSIFIERS
+            if (metric := f"objective/validation_accuracy_{name}") in self.metrics
+        }
+        if scores:
+            return max(scores, key=lambda name: scores[name])
+        return "fused" if self.fused_arrays() else "text"
 
     def prompt(self) -> np.ndarray:
         """The learned prompt vectors.

@@ -206,10 +206,10 @@ class ChildRuns:
         return {f"air.{name}": value for name, value in {**tags, **digests}.items()}
 
     def _files(self, outcome: Outcome) -> dict[str, Callable[[], bytes]]:
-        """The resolved spec and, for a trial with a result, its confusion matrix."""
+        """The resolved spec and, for a trial with test images, its confusion matrix."""
         slot = outcome.slot
         files = {SPEC: lambda: spec_json(slot.spec, str(slot.key)).encode()}
-        if outcome.record is not None:
+        if outcome.record is not None and outcome.record.headline is not None:
             files["confusion_matrix.png"] = lambda: _confusion(outcome, self._store)
         return files
 
@@ -298,7 +298,8 @@ def _numbers(done: Sequence[FinishedTrial]) -> Numbers:
     metrics = _means([record.metrics for record in distinct])
     curves = _mean_curves([record.curves for record in distinct])
     headline = f"test/{row.metric}"
-    metrics |= {headline: row.mean, f"{headline}_low": row.low, f"{headline}_high": row.high}
+    if row.is_tested:
+        metrics |= {headline: row.mean, f"{headline}_low": row.low, f"{headline}_high": row.high}
     if row.std is not None:
         metrics[f"{headline}_std"] = row.std
     metrics["n"] = float(row.n)

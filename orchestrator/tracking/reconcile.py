@@ -24,6 +24,7 @@ from orchestrator.reporting import Results, results_of, sweep_status
 from orchestrator.reporting.charts import pictures
 from orchestrator.reporting.results import finished_records
 from orchestrator.reporting.rows import (
+    UNTESTED,
     Comparison,
     Row,
     Task,
@@ -295,6 +296,9 @@ def _answers(results: Results) -> Iterator[str]:
         row, gain = _best(results, task)
         settings = settings_text(row, row.settings)
         with_settings = f" ({settings})" if settings else ""
+        if not row.is_tested:
+            yield f"{row.dataset}, {row.paradigm}/{row.modality}: {UNTESTED}\n"
+            continue
         yield (
             f"{row.dataset}, {row.paradigm}/{row.modality}: **{row.method}**{with_settings} has "
             f"the highest mean test {row.metric.replace('_', ' ')}: {mean_std(row)} %\n"

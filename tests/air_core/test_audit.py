@@ -148,6 +148,7 @@ def test_a_test_image_is_found_by_features_and_confirmed_by_its_picture():
     assert found(images, around(test, t4=images.hashes[30])) == [("test copy", 30, 4)]
     assert found(images, around(test, t4=~images.hashes[30])) == []
     assert found(images, around(test)) == []  # the picture cannot be read
+    assert found(images, around(test[:0])) == []  # no image is labelled for test
 
 
 def test_an_image_without_content_has_one_finding_and_no_numbers():

@@ -93,7 +93,7 @@ ONLY_COMMAND_LINE = {"as_json", "explain", "form", "watch", "check", "tracking_u
     "name",
     [
         *("validate", "plan", "prepare", "run", "retry", "status", "init", "schema"),
-        *("audit", "compare", "export", "report"),
+        *("audit", "compare", "errors", "export", "report", "sample"),
     ],
 )
 def test_a_function_has_the_parameters_of_its_command(name):

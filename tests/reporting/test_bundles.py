@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from air_core.bundle import load_bundle, read_bundle
@@ -24,6 +25,7 @@ from orchestrator.planning import plan_of
 from orchestrator.spec import load_sweep
 from orchestrator.stages.build import PARTS, read_target
 from orchestrator.stages.context import WorkerContext
+from orchestrator.stages.pictures import MARGIN_PX, NAME_PX, THUMB_PX
 from orchestrator.stages.trial import run_trial, trial_data
 from orchestrator.store import ArtifactStore, EventLog, SweepLocation, read_trial
 from tests.helpers.sweeps import python, record_again
@@ -157,7 +159,9 @@ def test_a_process_without_ray_or_mlflow_gives_the_logits_of_the_trial(
     names = get_dataset("digits").classnames
     assert [one["class"] for one in found] == [names[c] for c in predictions]
     assert all(one.keys() == {"image", "class", "probability", "top"} for one in found)
-    shares = seen[-1].softmax(dim=-1)
+    temperature = read_bundle(tmp_path / "bundle").temperature("text")
+    assert temperature != 1
+    shares = (seen[-1] / temperature).softmax(dim=-1)
     for one, row in zip(found, shares, strict=True):
         by_name = {each["class"]: each["probability"] for each in one["top"]}
         assert np.allclose([by_name[name] for name in names], row, rtol=0, atol=1e-5)
@@ -333,6 +337,27 @@ def test_a_prompt_with_other_predictions_is_not_exported(location, sweep, comman
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
 
 
+def test_errors_draws_the_wrong_images_from_the_surest_on(location, sweep, command, tmp_path):
+    slot = slots_of(location, sweep, "cpl")[0]
+    sheet = tmp_path / "errors.png"
+    words = ("errors", slot.key.digest, "-o", sheet, *store_option(location))
+    assert command(*words) == (0, f"{sheet}\n", "")
+    record = read_trial(slot.spec, location.store)
+    index, predicted, labels = record.predictions()
+    wrong = np.flatnonzero(predicted != labels)
+    surest = wrong[np.argmax(record.test_arrays()["probability_text"][wrong])]
+    expected = get_dataset("digits").load(None).images[int(index[surest])]
+    with Image.open(sheet) as opened:
+        picture = opened.convert("RGB")
+    left, top = MARGIN_PX + NAME_PX, 2 * MARGIN_PX + 22 + 18 * 2
+    tile = picture.crop((left, top, left + THUMB_PX, top + THUMB_PX))
+    scaled = expected.resize(tile.size, Image.Resampling.NEAREST)
+    assert np.abs(np.asarray(tile, int) - np.asarray(scaled, int)).mean() < 4
+    code, _, err = command(*words, "--classifier", "fused")
+    assert code == 2
+    assert "has no probabilities of a fused classifier" in err
+
+
 # ---------------------------------------------------------------- export best
 
 
@@ -356,7 +381,7 @@ def test_best_is_the_classifier_with_the_highest_score_of_all_rows(
         *("-o", tmp_path / "b", *store_option(location)),
     )
     assert (code, out) == (0, f"{tmp_path / 'b'}\n")
-    assert f"selected: {name} classifier of {method}: of 6 classifiers in 4 rows the highest" in err
+    assert f"selected: {name} classifier of {method}: of 6 classifiers the highest" in err
     assert ("The test images selected the classifier" in err) == (by is not None)
     manifest = read_bundle(tmp_path / "b").content
     assert manifest["classifier"] == name
@@ -481,6 +506,25 @@ def test_classify_of_class_folders_ends_with_accuracy_and_confusion_matrix(
     assert header == "image,class,probability,true"
     assert [line.rsplit(",")[-1] or None for line in lines] == [one["true"] for one in found]
     assert "accuracy" not in command("classify", bundle, new / "test" / "zwei" / "*.png")[1]
+
+
+def test_an_image_with_a_small_probability_is_unsure(bundle, command, tmp_path):
+    new = pictures_of(np.arange(30), tmp_path / "new")
+    every = load_bundle(bundle).classify([new])
+    limit = sorted(result.probability for result in every)[10]
+    found = load_bundle(bundle, min_probability=limit).classify([new])
+    assert [one.classname == "unsure" for one in found] == [
+        one.probability < limit for one in every
+    ]
+    assert [one.top for one in found] == [one.top for one in every]
+    words = ("classify", bundle, new, "--min-probability", limit)
+    code, out, err = command(*words, "--csv", "--topk", "1")
+    assert code == 0
+    assert [line.split(",")[1] for line in out.splitlines()[1:]].count("unsure") == 10
+    assert f"unsure: 10 of 30 images, below {limit:g}" in err
+    command(*words, "-o", tmp_path / "out.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["class"] for row in rows] == [one.classname for one in found]
 
 
 def test_classify_without_images_or_bundle_is_bad_input(bundle, command, tmp_path):

@@ -27,7 +27,10 @@ ROW_KEYS = [
     *("dataset", "paradigm", "modality", "method", "settings", "metric", "n", "n_test"),
     *("mean", "std", "low", "high", "interval", "protocol"),
 ]
-ADDED_KEYS = ["text", "fused", "auxiliary", "chance", "comparisons", "collapsed"]
+ADDED_KEYS = [
+    *("text", "fused", "auxiliary", "mutual_information", "agreement"),
+    *("chance", "comparisons", "collapsed"),
+]
 
 # method -> (accuracy, accuracy of pseudo-labels)
 ACCURACY = {

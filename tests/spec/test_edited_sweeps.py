@@ -175,9 +175,6 @@ def test_an_edited_sweep_file_is_planned_or_refused_with_a_position(edits, tmp_p
 
     @settings(
         max_examples=edits,
-        derandomize=edits < 1_000,
-        database=None,
-        deadline=None,
         phases=(Phase.generate, Phase.shrink),
         suppress_health_check=list(HealthCheck),
     )

@@ -17,7 +17,7 @@ from orchestrator.spec.starter import write_starter
 from orchestrator.store import ArtifactStore, SweepLocation
 from tests.helpers.sweeps import airsweep, table
 
-METHODS = ["zero_shot", "fpl", "cpl", "air", "air_control"]
+METHODS = ["zero_shot", "cpl", "cpl_real", "cpl_real_evidence", "air", "air_control"]
 
 
 def draw(home: Path, counts: dict[str, int]) -> Path:
@@ -55,7 +55,7 @@ def test_the_file_describes_the_folder_and_can_be_planned(folder):
     assert [cell.method for cell in cells_of(spec)] == METHODS
     assert notes_of(spec) == ()
     plan = plan_of(spec, SweepLocation(ArtifactStore(folder / "runs"), "default", "mine", None))
-    assert plan.total == 15
+    assert plan.total == 18
     assert plan.slots[0].spec.classnames == ("oak", "red maple")
 
 
@@ -93,7 +93,7 @@ def test_a_folder_may_have_any_visible_name(folder, name):
 BAD = {
     "nowhere": ({}, "does not exist or is not a folder"),
     "empty": ({".": 0}, "contains no images (.bmp, .gif"),
-    "flat": ({".": 3}, "contains 3 images and no class folders"),
+    "flat": ({".": 3}, "so the classes are unknown; name them with --classes cat,dog,..."),
     "hollow": ({"a": 4, "b": 0}, "no image in b/, which contains nothing"),
     "one": ({"a": 9}, "only one class, 'a'"),
     "few": ({"a": 9, "b": 3}, "fewer than 4 images of 'b'"),
@@ -112,6 +112,49 @@ def test_a_folder_that_is_not_a_dataset_is_a_one_line_error_and_no_file(folder, 
         write_starter("mine", name, Path())
     assert "\n" not in str(caught.value)
     assert sorted(folder.rglob("*")) == before
+
+
+def test_unlabelled_images_get_their_classes_from_the_option(folder):
+    draw(folder / "photos", {".": 3, "trip": 4})
+    (folder / "names.txt").write_text("cat\nsea_lion = a sea lion\n")
+    found = write_starter("mine", "photos", Path(), "names.txt").summary
+    assert found == (
+        "photos: 7 images for 2 classes (cat, a sea lion); 7 unlabelled, none labelled, "
+        "so no accuracy can be measured until labels.csv labels some; names of folders are ignored"
+    )
+    assert (folder / "photos/classes.txt").read_text() == (folder / "names.txt").read_text()
+    spec = read_request("mine.yaml").spec
+    assert "Expect: no accuracy" in spec.question.replace("\n", " ")
+    assert notes_of(spec) == ()
+    plan = plan_of(spec, SweepLocation(ArtifactStore(folder / "runs"), "default", "mine", None))
+    assert plan.slots[0].spec.classnames == ("cat", "a sea lion")
+
+    (folder / "photos/labels.csv").write_text("image,class\n0.png,cat\n")
+    again = write_starter("second", "photos", Path(), "cat,sea_lion = a sea lion").summary
+    assert "6 unlabelled, 1 labelled for test and 0 for validation in labels.csv" in again
+    assert write_starter("third", "photos", Path()).summary == again  # classes.txt is enough
+
+
+BAD_CLASSES = {
+    "cat": "--classes cat has only one class, 'cat'; a classifier needs two or more",
+    "cat,,dog": "--classes: '' is not allowed; expected `name` or `name = how to say it`",
+    "cat,dog,Cat": "--classes: two classes are named 'Cat' and 'cat', which CLIP reads alike",
+    "nowhere.txt": "nowhere.txt does not exist; expected a text file with one class per line",
+    "cat,cow": "classes.txt exists with other classes ('cat', 'dog'); edit that file",
+}
+
+
+@pytest.mark.parametrize("classes", BAD_CLASSES)
+def test_invalid_classes_are_a_one_line_error_and_write_nothing(folder, classes):
+    draw(folder / "photos", {".": 3})
+    if classes == "cat,cow":
+        (folder / "photos/classes.txt").write_text("cat\ndog\n")
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(ValueError, match=re.escape(BAD_CLASSES[classes])):
+        write_starter("mine", "photos", Path(), classes)
+    assert sorted(folder.rglob("*")) == before
+    with pytest.raises(ValueError, match="add --images DIR"):
+        write_starter("mine", None, Path(), "cat,dog")
 
 
 def test_an_existing_file_is_not_overwritten(folder):

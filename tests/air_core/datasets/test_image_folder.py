@@ -143,7 +143,7 @@ def test_a_file_from_windows_is_read(tree):
         ("\ncat = a/b\n", r"classnames.txt:2: .*without / in the name"),
         ("cat = a\ncat = b\n", r"classnames.txt:2: 'cat = b' is not allowed"),
         ("cow = a\n", r"no class folder is named 'cow'; class folders: 'cat', 'dog', 'sea_lion'"),
-        ("cat = dog\n", r"two classes are named 'dog'; rename one in classnames.txt"),
+        ("cat = dog\n", r"two classes are named 'dog'; rename a class in classnames.txt"),
         ("cat = DOG\n", r"two classes are named 'dog' and 'DOG', which CLIP reads alike"),
         ("cat = sea&nbsp;  lion\n", r"two classes are named 'sea lion' and 'sea&nbsp;  lion'"),
         ("cat = _\n", r"the class name '_' is empty to CLIP"),

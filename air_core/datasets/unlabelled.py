@@ -1,0 +1,234 @@
+"""`folder:<path>` with a `classes.txt`: your images without class folders, few or none labelled.
+
+    <path>/**/*.jpg         images in any folders; the names of the folders mean nothing
+    <path>/classes.txt      one class per line: `name`, or `name = how to say it` for CLIP
+    <path>/labels.csv       optional: columns `image` (path below the folder) and `class`, and
+                            optionally `part`: test (default) or val
+    <path>/template.txt     optional, as for class folders; also `allow_duplicates`
+
+Images without a label are the pool: part `train`, label UNKNOWN. Labelled images are never in it.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from air_core.datasets.class_folders import SUFFIXES, images_in, is_system_folder, suffixes
+from air_core.datasets.dataset import UNKNOWN, Listing, Row, some
+from air_core.datasets.places import name_problem, optional_text
+
+CLASSES, LABELS = "classes.txt", "labels.csv"
+COLUMNS = ("image", "class", "part")
+PARTS = ("test", "val")
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Classes in label order: names as in `labels.csv`, and the class names that CLIP reads."""
+
+    names: tuple[str, ...]
+    classnames: tuple[str, ...]
+
+    def text(self) -> str:
+        """Content of a `classes.txt`."""
+        pairs = zip(self.names, self.classnames, strict=True)
+        lines = (name if _said(name) == said else f"{name} = {said}" for name, said in pairs)
+        return "".join(f"{line}\n" for line in lines)
+
+
+def is_unlabelled(home: Path) -> bool:
+    """Whether the images of a folder have no class folders, since it contains `classes.txt`."""
+    return os.path.lexists(home / CLASSES)
+
+
+def read_classes(file: Path) -> Classes:
+    """The classes in a file such as `classes.txt`; empty lines and lines that begin with # are
+    comments.
+
+    Raises:
+        ValueError: the file is missing, or see `parse_classes`.
+    """
+    text = optional_text(file)
+    if text is None:
+        raise ValueError(f"{file} does not exist; expected a text file with one class per line")
+    lines = enumerate(text.splitlines(), start=1)
+    entries = [(f"{file}:{number}", line.strip()) for number, line in lines]
+    return parse_classes(str(file), [e for e in entries if e[1] and not e[1].startswith("#")])
+
+
+def parse_classes(source: str, entries: Iterable[tuple[str, str]]) -> Classes:
+    """The classes in entries `name` or `name = how to say it`, each with its place for messages.
+
+    Raises:
+        ValueError: an entry is invalid, CLIP reads two names alike, or there are fewer than two.
+    """
+    found: dict[str, tuple[str, str]] = {}  # class name and place, by name
+    for place, entry in entries:
+        name, equals, said = (text.strip() for text in entry.partition("="))
+        if not name or "/" in entry or (equals and not said):
+            raise ValueError(
+                f"{place}: {entry!r} is not allowed; expected `name` or `name = how to say it`, "
+                "without /"
+            )
+        if name in found:
+            raise ValueError(
+                f"{place}: the class {name!r} is listed twice, first in {found[name][1]}; "
+                "remove one of them"
+            )
+        found[name] = said or _said(name), place
+    classnames = tuple(said for said, _ in found.values())
+    if problem := name_problem(classnames):
+        place = [place for _, place in found.values()][problem.position]
+        raise ValueError(f"{place}: {problem.text}; write another name")
+    if len(found) < 2:
+        only = f"only one class, {classnames[0]!r}" if found else "no class"
+        raise ValueError(f"{source} has {only}; a classifier needs two or more")
+    return Classes(tuple(found), classnames)
+
+
+def _said(name: str) -> str:
+    return name.replace("_", " ")
+
+
+# ---------------------------------------------------------------- images and labels
+
+
+def unlabelled_listing(home: Path, classes: Classes) -> Listing:
+    """All images below a folder, sorted by path, with the labels that are known.
+
+    Raises:
+        ValueError: there is no image, no image without a label, or `labels.csv` is invalid.
+    """
+    files = [file for folder in _walk(home) for file in images_in(folder)]
+    paths = sorted((file.relative_to(home).as_posix() for file in files), key=_by_folder)
+    if not paths:
+        raise ValueError(
+            f"{home} and its folders contain no images ({', '.join(sorted(SUFFIXES))}); put your "
+            f"images beside {CLASSES}, in any folders"
+        )
+    labels = read_labels(home, paths, classes)
+    if len(labels) == len(paths):
+        raise ValueError(
+            f"{home / LABELS} labels all {len(paths):,} images, so none is left to learn from; add "
+            "images without a label, or use class folders"
+        )
+    rows = [Row(path, *labels.get(path, (UNKNOWN, "train"))) for path in paths]
+    beside = [home / name for name in (CLASSES, LABELS, "template.txt")]
+    return Listing(home, tuple(rows), tuple(file for file in beside if file.is_file()))
+
+
+def read_labels(home: Path, images: Iterable[str], classes: Classes) -> dict[str, tuple[int, str]]:
+    """Label and part of the images in `labels.csv`, by path; empty if there is no such file.
+
+    A line with an empty class is skipped, so a file can be filled in little by little.
+
+    Raises:
+        ValueError: a line has an unknown image, class or part, or an image occurs twice.
+    """
+    file = home / LABELS
+    text = optional_text(file)
+    if text is None:
+        return {}
+    known = dict.fromkeys(images)
+    label_of = {name: i for i, name in enumerate(classes.classnames)}
+    label_of |= {name: i for i, name in enumerate(classes.names)}
+    found: dict[str, tuple[int, str]] = {}
+    first: dict[str, int] = {}
+    for number, line in _lines(file, text):
+        place = f"{file}:{number}"
+        image, name, part = (line.get(column, "") for column in COLUMNS)
+        image = PurePosixPath(image).as_posix()
+        if image not in known:
+            raise ValueError(
+                f"{place}: {image!r} is not an image in {home}; expected a path below that folder, "
+                f"such as {next(iter(known))!r}"
+            )
+        if image in first:
+            raise ValueError(
+                f"{place}: {image!r} has a line already, {file}:{first[image]}; remove one"
+            )
+        first[image] = number
+        if name and name not in label_of:
+            raise ValueError(
+                f"{place}: {name!r} is not a class; {CLASSES} has {some(classes.names, 9)}"
+            )
+        if part and part not in PARTS:
+            raise ValueError(
+                f"{place}: {part!r} is not a part; allowed: {', '.join(PARTS)}, or nothing for test"
+            )
+        if name:
+            found[image] = label_of[name], part or "test"
+    return found
+
+
+def _lines(file: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line number and cells by column of each line of a CSV file that is not empty."""
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    columns: list[str] | None = None
+    try:
+        for row in rows:
+            cells = [cell.strip() for cell in row]
+            if not any(cells):
+                continue
+            if columns is None:
+                columns = [cell.lower() for cell in cells]
+                if {*columns} - {*COLUMNS} or {*COLUMNS[:2]} - {*columns}:
+                    raise ValueError(
+                        f"{file}:{rows.line_num}: the columns are {', '.join(columns)}; expected "
+                        "the line `image,class` or `image,class,part` first"
+                    )
+            elif len(cells) != len(columns):
+                raise ValueError(
+                    f"{file}:{rows.line_num}: {len(cells)} cells, but the columns are "
+                    f"{', '.join(columns)}; quote a path that contains a comma"
+                )
+            else:
+                yield rows.line_num, dict(zip(columns, cells, strict=True))
+    except csv.Error as problem:
+        raise ValueError(f"{file}:{rows.line_num}: this is not CSV: {problem}") from None
+
+
+def skipped_files(home: Path) -> dict[str, int]:
+    """Number of files below a folder that are not images, by suffix."""
+    names = (
+        entry.name for folder in _walk(home) for entry in os.scandir(folder) if _is_file(entry)
+    )
+    found = Counter(s or "without suffix" for s in suffixes(names) if s not in SUFFIXES)
+    return dict(sorted(found.items()))
+
+
+def leaks(home: Path, digests: Mapping[Path, str]) -> list[tuple[Path, Path]]:
+    """Pairs of equal files of which one is a test image, the other a pool or validation image."""
+    classes = read_classes(home / CLASSES)
+    part_of = {home / row.path: row.part for row in unlabelled_listing(home, classes).rows}
+    tests = {digests[file]: file for file, part in part_of.items() if part == "test"}
+    return [
+        (tests[digests[file]], file)
+        for file, part in part_of.items()
+        if part != "test" and digests[file] in tests
+    ]
+
+
+def _walk(home: Path) -> Iterator[Path]:
+    """A folder and the folders below it, sorted, without hidden ones and links to folders."""
+
+    def fail(problem: OSError) -> None:
+        raise problem
+
+    for at, folders, _ in os.walk(home, onerror=fail):
+        folders[:] = sorted(name for name in folders if not is_system_folder(name))
+        yield Path(at)
+
+
+def _by_folder(path: str) -> tuple[str, ...]:
+    return PurePosixPath(path).parts
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    return entry.is_file(follow_symlinks=False) or os.path.isfile(entry)

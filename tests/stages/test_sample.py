@@ -1,0 +1,106 @@
+"""`airsweep sample`: images of a pool without labels, for somebody to label."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from air_core.classifiers import text_classifier
+from air_core.datasets import get_dataset
+from orchestrator import api
+from orchestrator.planning import plan_of, read_request
+from orchestrator.planning.plan import Plan
+from orchestrator.stages.build import build_features, read_target
+from orchestrator.stages.context import WorkerContext
+from orchestrator.stages.sample import write_sample
+from orchestrator.store import ArtifactStore, SweepLocation
+
+POOL = 60
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch) -> Path:
+    """Digits in one folder, one of them labelled, and a sweep file `mine.yaml`."""
+    monkeypatch.chdir(tmp_path)
+    home = tmp_path / "photos"
+    (home / "b").mkdir(parents=True)
+    for i, image in enumerate(get_dataset("digits").load(None).images[: POOL + 1]):
+        image.save(home / ("b" if i % 2 else ".") / f"{i:03}.png")
+    (home / "labels.csv").write_text("image,class\n000.png,zero\n")
+    api.init("mine", "photos", classes="zero,one,two,three,four,five,six,seven,eight,nine")
+    return home
+
+
+def planned(folder: Path) -> tuple[Plan, SweepLocation]:
+    sweep = read_request("mine.yaml").spec
+    location = SweepLocation(ArtifactStore(folder / "runs"), "default", "mine", None)
+    return plan_of(sweep, location), location
+
+
+def paths(file: Path) -> list[str]:
+    rows = list(csv.DictReader(io.StringIO(file.read_text())))
+    assert {tuple(row) for row in rows} == {("image", "class")}
+    assert {row["class"] for row in rows} == {""}
+    return [row["image"] for row in rows]
+
+
+def test_without_features_the_sample_is_random_seeded_and_never_labelled(photos, tmp_path):
+    drawn = api.sample("mine.yaml", 20)
+    assert (drawn.sheet, drawn.labels) == (Path("mine-sample.png"), Path("mine-labels.csv"))
+    assert "at random" in drawn.basis
+    found = paths(drawn.labels)
+    assert len({*found}) == 20
+    assert all((photos / path).is_file() for path in found)
+    assert Image.open(drawn.sheet).height > 2 * 100
+    everything = api.sample("mine.yaml", 100, "all")
+    assert len(paths(everything.labels)) == POOL
+    assert "000.png" not in paths(everything.labels)
+    assert paths(api.sample("mine.yaml", 20, "again").labels) == found
+
+    before = sorted(tmp_path.rglob("*.*"))
+    with pytest.raises(ValueError, match=r"mine-sample\.png exists already"):
+        api.sample("mine.yaml", 20)
+    with pytest.raises(ValueError, match="would become one of the images"):
+        api.sample("mine.yaml", 20, photos / "b" / "mine")
+    # A filled-in file works as it is.
+    drawn.labels.write_text(drawn.labels.read_text().replace(f"{found[0]},", f"{found[0]},three"))
+    (photos / "labels.csv").write_text(drawn.labels.read_text())
+    examples = get_dataset(f"folder:{photos}").load(None)
+    assert Counter(examples.parts.tolist()) == {"train": POOL, "test": 1}
+    assert sorted(tmp_path.rglob("*.*")) == before
+
+
+def test_the_sample_is_spread_over_predicted_classes_and_confidence(photos, tmp_path):
+    plan, location = planned(tmp_path)
+    worker = WorkerContext(location.store)
+    spec = plan.slots[0].spec
+    build_features(spec.features, worker)
+    drawn = write_sample(plan, location, 20, tmp_path / "mine")
+    assert "predictions of zero-shot tiny" in drawn.basis
+
+    target = read_target(spec.features, spec.split, location.store)
+    clip = text_classifier(worker.backbone(spec.backbone, "fp32"), *vars(target.text).values())
+    best = clip.logits(target.batch(target.split.pool)).softmax(dim=-1).max(dim=-1)
+    files = worker.examples(spec.dataset).images.files
+    names = [files[i].relative_to(photos).as_posix() for i in target.split.pool]
+    class_of = dict(zip(names, best.indices.tolist(), strict=True))
+    probability_of = dict(zip(names, best.values.tolist(), strict=True))
+    found = paths(drawn.labels)
+    assert max(names, key=probability_of.get) in found
+    assert min(names, key=probability_of.get) in found
+    pool, sample = Counter(class_of.values()), Counter(class_of[name] for name in found)
+    assert all(abs(sample[c] - pool[c] * 20 / POOL) < 2 for c in pool)
+
+
+def test_a_sweep_without_unlabelled_images_has_nothing_to_label(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    api.init("mine")
+    with pytest.raises(ValueError, match="has no unlabelled images to label"):
+        api.sample("mine.yaml")
+    with pytest.raises(ValueError, match="other"):
+        api.sample("other")
