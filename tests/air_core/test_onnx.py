@@ -120,7 +120,7 @@ def fused_bundle(
         "test": {**about["test"], "unseen": unseen},
     }
     arrays[FUSED] = {name: array.numpy() for name, array in fused_arrays(fused).items()}
-    arrays[TEST] |= {name: arrays[TEST]["text"] for name in names}
+    arrays[TEST] |= dict.fromkeys(names, arrays[TEST]["text"])
     write_bundle(folder, about, arrays, replace=False)
     return load_bundle(folder)
 
