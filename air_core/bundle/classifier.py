@@ -72,9 +72,9 @@ class _Text:
         features = batch.features
         if self.prompt is not None:
             assert batch.tokens is not None
-            exporting = torch.compiler.is_exporting()  # a split would fix the number of images
-            at_once = batch.tokens.shape[0] if exporting else self.backbone.at_once
-            parts = torch.split(batch.tokens, at_once)
+            parts: Sequence[Tensor] = [batch.tokens]
+            if not torch.compiler.is_exporting():  # a split would fix the number of images
+                parts = torch.split(batch.tokens, self.backbone.at_once)
             encoded = [self.backbone.encode_tokens(part, self.prompt).cpu() for part in parts]
             features = torch.cat(encoded)
         return self.scale * features @ self.texts.T  # (N, C)

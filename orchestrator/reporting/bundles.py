@@ -276,6 +276,8 @@ def _compare_onnx(manifest: Manifest, backbone: Any, spec: TrialSpec, resolver: 
     ref, index = spec.test_dataset or spec.dataset, manifest.arrays[TEST]["index"]
     dataset = get_dataset(ref.name)
     try:
+        if not len(index):
+            raise ValueError("the trial has no test images")
         _check_unchanged(ref, resolver.dataset(dataset))
     except ValueError as problem:
         report_line(f"note:     model.onnx not compared with torch, because {problem}")

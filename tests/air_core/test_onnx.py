@@ -15,14 +15,19 @@ import pytest
 import torch
 from PIL import Image
 
+from air_core.auxiliary import auxiliary_classifier
 from air_core.backbone.loading import load_backbone
 from air_core.bundle import load_bundle
-from air_core.bundle.checks import PROMPT
+from air_core.bundle.arrays import fused_arrays
+from air_core.bundle.checks import FUSED, PROMPT, TEST
 from air_core.bundle.manifest import write_bundle
 from air_core.bundle.onnx import OnnxModel, onnx_bytes
 from air_core.bundle.preprocessing import checked_preprocessing, image_pixels
+from air_core.classifiers import FusedClassifier, text_classifier
 from air_core.datasets import get_dataset
-from air_core.specs import PromptSettings
+from air_core.specs import AuxiliarySettings, PromptSettings
+from air_core.transduction import transductive
+from air_core.types import Batch, Labelled
 from benchmarks.classify import zero_shot
 
 ROUNDING = 1e-4  # of probabilities: half-precision tokens can round to the other neighbour
@@ -58,7 +63,7 @@ def prompted(folder: Path, depth: str, tiny_clip: Any):
 
 
 def assert_equal_probabilities(model: OnnxModel, bundle: Any, images: list[Image.Image]) -> None:
-    expected = bundle.logits(images).softmax(dim=-1).numpy()
+    expected = bundle.scores(images).numpy()
     for count in (1, 2, len(images)):
         found = model.probabilities(images[:count])
         assert np.abs(found - expected[:count]).max() < ROUNDING
@@ -73,6 +78,51 @@ def test_probabilities_are_those_of_torch_for_any_number_of_images(bundle, conte
 def test_a_visual_prompt_is_part_of_the_file(depth, tmp_path, tiny_clip, digits):
     bundle = prompted(tmp_path / "bundle", depth, tiny_clip)
     assert_equal_probabilities(OnnxModel(onnx_bytes(bundle, "text"), "m"), bundle, digits)
+
+
+@pytest.mark.parametrize(
+    ("classifier", "kind", "unseen"),
+    [("auxiliary", "knn", None), ("fused", "cache", None), ("fused", "mixture", [7, 8, 9])],
+)
+def test_auxiliary_and_fused_classifiers_are_exported_with_their_temperature(
+    classifier, kind, unseen, tmp_path, tiny_clip, digits
+):
+    bundle = fused_bundle(tmp_path / "bundle", tiny_clip, kind, unseen, classifier)
+    model = OnnxModel(onnx_bytes(bundle, classifier), "m")
+    assert model.classifier == classifier
+    assert_equal_probabilities(model, bundle, digits)
+
+
+def fused_bundle(
+    folder: Path, tiny_clip: Any, kind: str, unseen: list[int] | None, classifier: str
+) -> Any:
+    """A bundle with all classifiers of the first digits; `mixture` has no auxiliary one."""
+    dataset = get_dataset("digits")
+    examples = dataset.load(None)
+    pool = Batch(tiny_clip.encode_images(list(examples.images[:100])))
+    labels = torch.from_numpy(examples.labels[:100]).long()
+    of = None if unseen is None else torch.tensor(unseen)
+    text, auxiliary = text_classifier(tiny_clip, dataset.classnames, dataset.template), None
+    if kind == "mixture":
+        text = transductive(text, pool, of)
+    else:
+        settings, real = AuxiliarySettings(kind=kind), Labelled(pool, labels)
+        scale = tiny_clip.logit_scale
+        auxiliary = auxiliary_classifier(settings, None, real, pool, 10, scale)
+    fused = FusedClassifier(text, auxiliary, 0.4, "probability", of)
+    about, arrays = zero_shot()
+    names = ["text", "fused"] if auxiliary is None else ["text", "auxiliary", "fused"]
+    metric = "accuracy" if unseen is None else "harmonic_mean"
+    about |= {
+        "classifier": classifier,
+        "temperatures": {classifier: 1.7},
+        "metrics": {f"test/{metric}{end}": 0.5 for end in ("", *(f"_{name}" for name in names))},
+        "test": {**about["test"], "unseen": unseen},
+    }
+    arrays[FUSED] = {name: array.numpy() for name, array in fused_arrays(fused).items()}
+    arrays[TEST] |= dict.fromkeys(names, arrays[TEST]["text"])
+    write_bundle(folder, about, arrays, replace=False)
+    return load_bundle(folder)
 
 
 def test_a_bundle_of_half_precision_is_computed_in_single_precision(bundle, content, digits):
