@@ -149,7 +149,7 @@ def answer(data: ReportData) -> Iterator[Group]:
         for title, row in shown.items():
             [line] = [line for line, r in zip(lines, results.rows, strict=True) if r is row]
             cells = {key: text for key, text in line.items() if text and key not in TASK}
-            chance = format_percent(results.chance(row))
+            chance = format_percent(results.chance(row)) if row.is_tested else ""
             cells |= {"chance": chance} if chance else {}
             cards.append({"": f"{task_text(task)}: {title}", **cells})
     unused = unused_lines(data.plan, data.location, data.status)
@@ -572,7 +572,7 @@ def lineage(data: ReportData) -> Iterator[Group]:
 # Anchor, title, introduction, and the function that yields the groups.
 SECTIONS: tuple[tuple[str, str, str, Callable[[ReportData], Iterator[Group]]], ...] = (
     ("answer", "Answer", "", answer),
-    ("table", "Accuracy", "", table),
+    ("table", "Table", "", table),
     ("settings", "Accuracy by setting", "", by_setting),
     (
         "components",
