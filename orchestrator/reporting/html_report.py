@@ -305,6 +305,8 @@ def confidence(data: ReportData) -> Iterator[Group]:
         with suppress(ValueError):  # an older version recorded no probabilities
             row = best_candidate(results, rows).row
             series = charts.coverage(results, row)
+            if not series:
+                continue
             title = row_text(row, results.varied_settings)
             figure = charts.curves(
                 series, "surest test images, % of all", "accuracy on these, %", title=title
