@@ -177,9 +177,11 @@ def test_a_trial_has_equal_bytes_in_another_store(tmp_path, resolver, store, fea
     one, other = run_trial(spec, store), run_trial(spec, copy)
     assert changed(one, other) == set()
     assert one.curves == other.curves
-    files = [record.path / "predictions.safetensors" for record in (one, other)]
-    assert files[0].read_bytes() == files[1].read_bytes()
-    assert set(load_file(files[0])) == {"index", "predictions", "labels"}
+    for name in ("predictions.safetensors", "pool.safetensors"):
+        files = [record.path / name for record in (one, other)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    recorded = {"index", "predictions", "labels", "text", "probability_text"}
+    assert set(load_file(one.path / "predictions.safetensors")) == recorded
 
 
 # ---------------------------------------------------------------- frames
