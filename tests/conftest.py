@@ -156,6 +156,8 @@ LONG = (
     "test_browsing",
     "test_any_trial",
     "test_bundles",
+    "test_onnx",
+    "test_classify",
 )  # files, the longest first
 
 
