@@ -512,6 +512,7 @@ def compare(
     *,
     paper: str | Path | None = None,
     against: str | Outcome | None = None,
+    metric: str | None = None,
     store: str | Path | None = None,
     data_root: str | Path | None = None,
 ) -> dict[str, Any]:
@@ -521,6 +522,8 @@ def compare(
         name, store, data_root: as for `results`.
         paper: name or file of published numbers, as for `airsweep compare --paper`.
         against: the other sweep. Give either `paper` or `against`.
+        metric: text, auxiliary or fused, for the accuracy of this classifier. Default: that of the
+            classifier that each trial tests.
 
     Returns:
         The verdict on each row (`cells`) and gain, as `airsweep compare --json` prints them.
@@ -534,7 +537,7 @@ def compare(
 
     def results_named(name: str | Outcome) -> Results:
         sweep, location = recorded_sweep(name, store, data_root)
-        return results_of(plan_of(sweep, location), location.store)
+        return results_of(plan_of(sweep, location), location.store, classifier=metric)
 
     if (paper is None) == (against is None):
         raise ValueError("give either `paper` or `against`")

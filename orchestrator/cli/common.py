@@ -110,8 +110,13 @@ class SweepResults:
     results: Results
 
 
-def read_results(name: str, store: str | Path, data_root: Path | None) -> SweepResults:
+def read_results(
+    name: str, store: str | Path, data_root: Path | None, classifier: str | None = None
+) -> SweepResults:
     """Read the results of a recorded sweep.
+
+    Args:
+        classifier: see `results_of`.
 
     Raises:
         ValueError: the store has no such sweep.
@@ -121,7 +126,8 @@ def read_results(name: str, store: str | Path, data_root: Path | None) -> SweepR
 
     sweep, location = recorded_sweep(name, store, data_root)
     plan = plan_of(sweep, location)
-    return SweepResults(location, plan, results.results_of(plan, location.store))
+    found = results.results_of(plan, location.store, classifier=classifier)
+    return SweepResults(location, plan, found)
 
 
 def note_options(location: SweepLocation) -> None:

@@ -45,6 +45,13 @@ def compare(
         str | None,
         typer.Option(metavar="OTHER", help="Another recorded sweep of the same store."),
     ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CLASSIFIER",
+            help="Accuracy of text, auxiliary or fused classifier. Default: the tested one.",
+        ),
+    ] = None,
     fail_on: Annotated[
         str | None,
         typer.Option(
@@ -65,19 +72,22 @@ def compare(
 
     airsweep compare quickstart --against old/quickstart --fail-on regress
     """
+    from air_core.bundle.checks import CLASSIFIERS
     from orchestrator.reporting.published import compare_with_paper, compare_with_sweep, find_paper
 
     if (paper is None) == (against is None):
         fail("give either --paper NAME or --against OTHER")
     if fail_on not in (None, "regress"):
         fail(f"unknown --fail-on {fail_on!r}; allowed: regress")
+    if metric not in (None, *CLASSIFIERS):
+        fail(f"unknown --metric {metric!r}; allowed: {', '.join(CLASSIFIERS)}")
     published = None if paper is None else find_paper(paper)
-    ours = _read_finished(name, store, data_root)
+    ours = _read_finished(name, store, data_root, metric)
     if published is not None:
         comparison = compare_with_paper(ours.results, published)
     else:
         assert against is not None
-        theirs = _read_finished(against, store, data_root)
+        theirs = _read_finished(against, store, data_root, metric)
         comparison = compare_with_sweep(ours.results, theirs.results, against)
     trials = {"done": len(ours.results.trials), "total": ours.plan.total}
     if as_json:
@@ -87,9 +97,11 @@ def compare(
     sys.exit(GATE if fail_on and comparison.has_regression else DONE)
 
 
-def _read_finished(name: str, store: str, data_root: Path | None) -> SweepResults:
+def _read_finished(
+    name: str, store: str, data_root: Path | None, metric: str | None
+) -> SweepResults:
     """Read a sweep that has at least one result; note on stderr if trials are missing."""
-    recorded = read_results(name, store, data_root)
+    recorded = read_results(name, store, data_root, metric)
     if not recorded.results.rows:
         raise ValueError(no_results_message(name, recorded))
     done, total = len(recorded.results.trials), recorded.plan.total

@@ -47,12 +47,16 @@ def finished_records(plan: Plan, store: ArtifactStore) -> list[tuple[Slot, Trial
 
 
 def finished_trial(
-    slot: Slot, record: TrialRecord, objective: float | None = None
+    slot: Slot,
+    record: TrialRecord,
+    objective: float | None = None,
+    predictions: str = "predictions",
 ) -> FinishedTrial:
     """Combine a slot of the plan with its record.
 
     Args:
         objective: of the slot's point, mean over its runs.
+        predictions: those that count: of the tested classifier, or text, auxiliary or fused.
     """
     arrays = record.test_arrays()
     return FinishedTrial(
@@ -66,7 +70,7 @@ def finished_trial(
         objective=objective,
         metrics=record.metrics,
         image_ids=arrays["index"],
-        predictions=arrays["predictions"],
+        predictions=arrays[predictions],
         by_classifier={name: arrays[name] for name in CLASSIFIERS if name in arrays},
         probabilities={
             name: arrays[key] for name in CLASSIFIERS if (key := f"probability_{name}") in arrays
@@ -83,19 +87,26 @@ def finished_trial(
 
 
 def results_of(
-    plan: Plan, store: ArtifactStore, records: Sequence[tuple[Slot, TrialRecord]] | None = None
+    plan: Plan,
+    store: ArtifactStore,
+    records: Sequence[tuple[Slot, TrialRecord]] | None = None,
+    classifier: str | None = None,
 ) -> Results:
     """The rows of a sweep's table and the trials behind them, in the order of the plan.
 
     Args:
         records: the result of `finished_records`, if the caller has it already.
+        classifier: text, auxiliary or fused, for rows of this one; trials without it are left out.
+            Default: the classifier that each trial tests.
     """
     search_objective = plan.sweep.search.objective if plan.sweep.search else None
     records = finished_records(plan, store) if records is None else records
     objectives = _objectives(records, search_objective, len(plan.sweep.seeds.values))
+    predictions = classifier or "predictions"
     trials = [
-        finished_trial(slot, record, objectives.get((slot.cell.id, slot.point)))
+        finished_trial(slot, record, objectives.get((slot.cell.id, slot.point)), predictions)
         for slot, record in records
+        if classifier is None or classifier in record.test_arrays()
     ]
     tested = {dataset_text(slot.cell.flat): slot.spec for slot, _ in records}
     pruned = {(slot.cell.id, slot.point) for slot in plan.slots if slot.id in plan.pruned}
