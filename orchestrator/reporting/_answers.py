@@ -36,8 +36,10 @@ def answers(results: Results) -> list[str]:
     """Questions on the methods with a diffusion model, each with an answer.
 
     If the sweep has no such method, the questions are on its other methods. The last sentence is on
-    shares of a possible gain, that of the ceiling over the host.
+    shares of a possible gain, that of the ceiling over the host. Empty without test images.
     """
+    if not results.tested:
+        return []
     diffusion = [row for row in results.rows if uses_diffusion(row.method)]
     rows = diffusion or [row for row in results.rows if not is_bound(row.method)]
     comparisons = [c for row in rows for c in results.comparisons_of(row).values()]
