@@ -527,9 +527,9 @@ class Results:
         return 1 / classes if classes else None
 
     def is_at_chance(self, row: Row) -> bool:
-        """Whether the interval of a row's accuracy contains the accuracy of guessing."""
+        """Whether a row's accuracy is not above that of guessing, by its interval."""
         chance = self.chance(row)
-        return chance is not None and row.metric == "accuracy" and row.low <= chance <= row.high
+        return chance is not None and row.metric == "accuracy" and row.low <= chance
 
     def comparisons_of(self, row: Row) -> dict[Role, Comparison]:
         """The comparisons of a row, by the role of the baseline."""
@@ -645,7 +645,7 @@ def _chance_note(results: Results) -> list[str]:
 
 
 def at_chance_notes(results: Results, rows: Sequence[Row]) -> list[str]:
-    """A sentence on the rows whose interval contains the accuracy of guessing, with the remedy."""
+    """A sentence on the rows that are not above the accuracy of guessing, with the remedy."""
     found = [row for row in rows if results.is_at_chance(row)]
     if not found:
         return []
@@ -656,7 +656,7 @@ def at_chance_notes(results: Results, rows: Sequence[Row]) -> list[str]:
             "; the tiny models know no photographs: set backbone and generator to real models "
             "(docs/your_images.md)"
         )
-    return [f"Not better than chance: {', '.join(names)} (the interval contains it){remedy}."]
+    return [f"Not better than chance: {', '.join(names)} (by the interval){remedy}."]
 
 
 def _departure_note(row: Row) -> str:
