@@ -42,7 +42,10 @@ VALIDATION, EXPERIMENTS, TEST = "validation_accuracy", "experiments", "test_accu
 METRICS = {VALIDATION: "objective/validation_accuracy", TEST: "test/accuracy"}
 MEASURES = {
     VALIDATION: "accuracy on validation images",
-    EXPERIMENTS: "the best method on the digits (docs/experiments.md), since no image is labelled for validation",
+    EXPERIMENTS: (
+        "the best method on the digits (docs/experiments.md), since no image is labelled for "
+        "validation"
+    ),
     TEST: "accuracy on test images",
 }
 RUN_BY = "objective/mutual_information"  # selects a run of a row without labels
