@@ -47,7 +47,7 @@ def errors_sheet(
     tiles: list[Tile] = []
     for i in order.tolist():
         with suppress(Unreadable):
-            answer = f"{classes[predicted[i]]} {sure[i]:.0%}"
+            answer = f"{sure[i]:.0%} {classes[predicted[i]]}"
             tiles.append(Tile(images[int(arrays["index"][i])], classes[labels[i]], answer))
     lines = {
         f"{start + 1} to {start + len(tiles[start : start + PER_LINE])}": (
@@ -60,5 +60,5 @@ def errors_sheet(
         ("wrong", f"{len(wrong):,} of {len(labels):,} test images of {dataset.name}"),
     ]
     title = f"Surest errors of trial {key}"
-    foot = "under each image: its class, then the predicted class and its probability"
+    foot = "under each image: its class, then the probability of the predicted class"
     return captioned_sheet(title, facts, lines, foot)
