@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from air_core.datasets.dataset import UNKNOWN
-from air_core.specs import SplitSettings
+from air_core.specs import UNKNOWN, SplitSettings
 
 if TYPE_CHECKING:
     from air_core.types import Split

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 TEMPLATE = "a photo of a {}"  # of GRIP and CPL for all datasets
-UNKNOWN = -1  # label of an image that nobody has labelled
 HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode categories of invisible characters
 
 

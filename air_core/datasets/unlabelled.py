@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from air_core.datasets.class_folders import SUFFIXES, images_in, is_system_folder, suffixes
-from air_core.datasets.dataset import UNKNOWN, Listing, Row, some
+from air_core.datasets.dataset import Listing, Row, some
 from air_core.datasets.places import name_problem, optional_text
+from air_core.specs import UNKNOWN
 
 CLASSES, LABELS = "classes.txt", "labels.csv"
 COLUMNS = ("image", "class", "part")

@@ -52,6 +52,8 @@ class Ref:
 
 
 Precision = Literal["fp32", "bf16"]
+UNKNOWN = -1  # label of an image without a label
+
 ClipPrecision = Literal["fp32", "fp16", "bf16"]
 FusionSpace = Literal["probability", "logit"]
 Level = Literal["features", "tokens"]

@@ -31,18 +31,11 @@ from orchestrator.environment import environment, in_ray_job, redirect_descripto
 from orchestrator.errors import DONE, GATE
 from orchestrator.files import make_folders
 from orchestrator.formatting import csv_cell, show
-from orchestrator.reporting.classified import (
-    Tally,
-    check_suffix,
-    classified_rows,
-    columns,
-    values_of,
-    write_table,
-)
 
 if TYPE_CHECKING:
     from air_core.bundle.classifier import ClassifiedImage
     from orchestrator.execution.classify import ClassifyJob
+    from orchestrator.reporting.classified import Tally
 
     Results = Iterable[tuple[ClassifiedImage, dict[str, str | None]]]
 
@@ -216,6 +209,7 @@ def classify(
     _check_output(output, cluster)
     from air_core.bundle import image_files, read_bundle
     from air_core.bundle.files import skipped_files, true_classes
+    from orchestrator.reporting.classified import Tally, classified_rows, columns, write_table
 
     files, manifest = image_files(images), read_bundle(folder)
     true, tally = true_classes(files, manifest.classnames), Tally()
@@ -290,6 +284,8 @@ def _check_output(output: Path | None, cluster: str) -> None:
         if cluster:
             raise ValueError("--address needs -o: on Ray the results go to FILE.parquet")
         return
+    from orchestrator.reporting.classified import check_suffix
+
     check_suffix(output)
     if cluster and output.suffix != ".parquet":
         raise ValueError(
@@ -365,6 +361,8 @@ def _json(results: Results) -> None:
 
 def _csv(results: Results) -> None:
     """Columns image, class, probability; then class_2, probability_2, ...; then true, if known."""
+    from orchestrator.reporting.classified import values_of
+
     writer = csv.writer(sys.stdout, lineterminator="\n")
     for index, (result, label) in enumerate(results):
         row = values_of(result) | label

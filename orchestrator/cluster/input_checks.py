@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from air_core.datasets import Dataset, Examples, get_dataset
-from air_core.datasets.dataset import UNKNOWN
 from air_core.datasets.duplicates import difference_hash, exact_pairs, near_pairs, pixel_digest
 from air_core.datasets.image_folder import PREFIX, leak_message, permits_duplicates
 from air_core.datasets.images import (
@@ -32,7 +31,7 @@ from air_core.datasets.images import (
 from air_core.datasets.published import PUBLISHED
 from air_core.model_configs import json_object
 from air_core.printable import printable
-from air_core.specs import uses_generator
+from air_core.specs import UNKNOWN, uses_generator
 from air_core.weights import (
     CLIP_CONFIG,
     LORA_PIPELINES,

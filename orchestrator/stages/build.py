@@ -21,14 +21,13 @@ from torch import Tensor
 
 from air_core.classifiers import text_classifier
 from air_core.datasets import Examples, get_dataset
-from air_core.datasets.dataset import UNKNOWN
 from air_core.datasets.images import BAD_SHARE, ImageFiles, Unreadable, too_many_unreadable
 from air_core.diffusion import text_of
 from air_core.diffusion.lora import square, train_lora
 from air_core.diffusion.pipeline import LORA_FILE
 from air_core.lora_labels import class_agreement, lora_images, pool_classifier
 from air_core.paradigms import make_split
-from air_core.specs import FeaturesSpec, LabelsSpec, LoraSpec, SplitSettings
+from air_core.specs import UNKNOWN, FeaturesSpec, LabelsSpec, LoraSpec, SplitSettings
 from air_core.types import Batch, Labelled, Split
 from orchestrator.planning.dataset_text import DatasetText, read_dataset_text
 from orchestrator.planning.resolve import images_folder
