@@ -158,7 +158,8 @@ def by_actor(bundle: Path, files: list[Path]) -> tuple[Times, list[str], float]:
     the seconds from the start of Ray to the end of the first block."""
     output = bundle.with_name("ray.parquet")
     shutil.rmtree(output, ignore_errors=True)
-    job = ClassifyJob(bundle, None, "cpu", columns(1, labelled=False), files, {}, output)
+    names = columns(1, labelled=False)
+    job = ClassifyJob(bundle, None, "cpu", None, 0.0, "torch", names, files, {}, output)
     os.environ |= {"RAY_worker_niceness": "0", "RAY_ADDRESS": ""}
     cores = os.sched_getaffinity(0)
     # Ray uses as many cores as this process may use.
