@@ -152,12 +152,14 @@ def test_a_user_who_may_only_read_can_use_all_views_and_cannot_run(foreign_store
     store = ("--store", foreign_store)
     views = [(*words, *store) for words in (("status", "mine"), ("table", "mine"), ("plan", other))]
     as_root = [outcome(*words) for words in (*views, ("run", mine, *store))]  # imports all modules
+    copied = ("--set", f"backbone={folder / 'clip'}")
+    outcome("plan", other, "--store", folder / "new", *copied)  # imports those that read models
     os.seteuid(65534)
     try:
         assert [outcome(*words) for words in (*views, ("run", mine, *store))] == as_root
         refused = outcome("run", other, *store)
         unchecked = outcome("plan", other, "--check", *store)
-        unplanned = outcome("plan", other, *store, "--set", f"backbone={folder / 'clip'}")
+        unplanned = outcome("plan", other, *store, *copied)
         outside = [
             outcome(*words, "--store", folder / "new")
             for words in (("run", other), ("plan", other, "--check"))
