@@ -10,10 +10,10 @@ from air_core.datasets.images import Unreadable
 from air_core.specs import TrialSpec
 from orchestrator.planning.dataset_text import tested_classes
 from orchestrator.stages.context import WorkerContext
-from orchestrator.stages.pictures import Tile, captioned_sheet
+from orchestrator.stages.pictures import PER_LINE, Tile, captioned_sheet, numbered_lines
 from orchestrator.store import TrialRecord
 
-PER_LINE, LINES = 10, 6
+LINES = 6
 
 
 def errors_sheet(
@@ -49,16 +49,10 @@ def errors_sheet(
         with suppress(Unreadable):
             answer = f"{sure[i]:.0%} {classes[predicted[i]]}"
             tiles.append(Tile(images[int(arrays["index"][i])], classes[labels[i]], answer))
-    lines = {
-        f"{start + 1} to {start + len(tiles[start : start + PER_LINE])}": (
-            tiles[start : start + PER_LINE]
-        )
-        for start in range(0, len(tiles), PER_LINE)
-    }
     facts = [
         ("classifier", name),
         ("wrong", f"{len(wrong):,} of {len(labels):,} test images of {dataset.name}"),
     ]
     title = f"Surest errors of trial {key}"
     foot = "under each image: its class, then the probability of the predicted class"
-    return captioned_sheet(title, facts, lines, foot)
+    return captioned_sheet(title, facts, numbered_lines(tiles), foot)

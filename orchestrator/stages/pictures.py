@@ -30,6 +30,7 @@ INK, PAPER, FAINT = "#1b1f24", "#ffffff", "#6a737d"
 ALARM = "#d55e00"  # distinct for colour-blind readers too
 
 # A sheet of captioned tiles.
+PER_LINE = 10
 THUMB_PX, NAME_PX, STEP_PX, CAPTION_PX, MARGIN_PX = 64, 118, 76, 30, 14
 SHEET_BYTES = 300_000  # a larger sheet is reduced to 256 colours
 
@@ -104,6 +105,15 @@ class Tile:
     framed: bool = False
 
 
+def numbered_lines(tiles: Sequence[Tile]) -> dict[str, Sequence[Tile]]:
+    """Lines for `captioned_sheet`, named after the numbers of their pictures: `1 to 10`, ..."""
+    starts = range(0, len(tiles), PER_LINE)
+    return {
+        f"{start + 1} to {min(start + PER_LINE, len(tiles))}": tiles[start : start + PER_LINE]
+        for start in starts
+    }
+
+
 def captioned_sheet(
     title: str,
     facts: Sequence[tuple[str, str]],
@@ -114,7 +124,7 @@ def captioned_sheet(
     lines = {name: tiles for name, tiles in lines.items() if tiles}
     step = THUMB_PX + CAPTION_PX + 10
     top = 2 * MARGIN_PX + 22 + 18 * len(facts)
-    width = 2 * MARGIN_PX + NAME_PX + 10 * STEP_PX
+    width = 2 * MARGIN_PX + NAME_PX + PER_LINE * STEP_PX
     sheet = Image.new("RGB", (width, top + step * len(lines) + 24), PAPER)
     pen = ImageDraw.Draw(sheet)
     small, middle, large = (ImageFont.load_default(size=size) for size in (11, 13, 16))

@@ -28,10 +28,9 @@ from orchestrator.files import write_atomic, write_new
 from orchestrator.planning import Plan
 from orchestrator.stages.build import read_target
 from orchestrator.stages.context import WorkerContext, one_thread
-from orchestrator.stages.pictures import Tile, captioned_sheet
+from orchestrator.stages.pictures import Tile, captioned_sheet, numbered_lines
 from orchestrator.store import ArtifactStore, SweepLocation, read_trial
 
-PER_LINE = 10  # pictures in a line of the sheet
 SEED = 0
 
 
@@ -92,16 +91,10 @@ def write_sample(plan: Plan, location: SweepLocation, count: int, output: Path) 
             file = examples.images.files[i]
             tiles.append(Tile(examples.images[i], str(len(tiles) + 1), file.name))
             paths.append(file.relative_to(home).as_posix())
-    lines = {
-        f"{start + 1} to {start + len(tiles[start : start + PER_LINE])}": (
-            tiles[start : start + PER_LINE]
-        )
-        for start in range(0, len(tiles), PER_LINE)
-    }
     foot = f"line n + 1 of {labels.name} is image n; write its class there"
     title = f"{plan.sweep.name}: {len(tiles)} of {len(pool.index):,} unlabelled images"
     facts = [("classes", ", ".join(dataset.classnames))]
-    write_atomic(sheet, captioned_sheet(title, facts, lines, foot))
+    write_atomic(sheet, captioned_sheet(title, facts, numbered_lines(tiles), foot))
     try:
         write_new(labels, _csv(paths))
     except OSError:
