@@ -292,7 +292,11 @@ class Trial:
         )
         votes = classifier.votes(self.teacher, data.pool)
         classifiers = {
-            name: self._tested(each, [vote for voter, vote in votes.items() if voter != name])
+            name: self._tested(
+                # Several measures read the logits of the same batches.
+                CachedClassifier(each),
+                [vote for voter, vote in votes.items() if voter != name],
+            )
             for name, each in classifier.each(self.teacher).items()
         }
         text, last = classifiers["text"], [*classifiers.values()][-1]
