@@ -1,19 +1,20 @@
-"""Speed of a bundle that classifies a folder of images: in Python, as a command, and over Ray Data.
+"""Speed of a bundle that classifies a folder of images: in Python, as a command, over Ray Data.
 
-Baseline: a bare loop over the same images, tower, preprocessing and batch size: threads, as many as
-torch uses, open and preprocess the next batch while open_clip encodes one. All predict the same
-classes on the same number of threads.
+Baseline: a bare loop in a process of its own, `peer_scripts/classify_loop.py`, over the same
+images, tower, preprocessing and batch size: threads, as many as torch uses, open and preprocess the
+next batch while open_clip encodes one. All predict the same classes on the same number of threads.
 
     python benchmarks/classify.py [--images 2000] [--threads 2] [--repeats 3] [--photo]
 
 The model is the tiny CLIP. The images are scikit-learn's digits as PNG of 32 px, or with --photo as
-JPEG of 640 x 480 px, which spend most of the time in decoding. Times are the minimum over the
-repeats, *_cpu are processor times. The last line is JSON:
+JPEG of 640 x 480 px, which spend most of the time in decoding. Ratios are medians over the repeats
+of the baseline's time divided by airsweep's in the same repeat; times are minima, *_cpu are
+processor times. The last line is JSON:
 
-    ratio      time of the baseline divided by that of `bundle.stream`
-    command    the same for `airsweep classify -o out.parquet`, without start_s
-    whole      the same with its start (imports, loading CLIP), which `start_s` is: one image
-    actor      the same for an actor of Ray Data on as many cores, from its first block on
+    ratio      `bundle.stream`, against the loop
+    command    the process of `airsweep classify -o out.parquet`, against the process of the loop,
+               both with their start (imports, loading CLIP)
+    actor      an actor of Ray Data on as many cores, from its first block on, against the loop
 
 On a shared machine use the ratios of processor times with --threads 1.
 """
@@ -24,11 +25,12 @@ import json
 import os
 import resource
 import shutil
+import statistics
+import subprocess
 import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -44,14 +46,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from air_core.backbone.loading import load_backbone
 from air_core.bundle import load_bundle
 from air_core.bundle.checks import TEST, TEXT
-from air_core.bundle.classifier import STEP
 from air_core.bundle.manifest import weights_description, write_bundle
 from air_core.classifiers import class_texts
 from air_core.datasets import get_dataset
 from air_core.weights import tiny_folder
 from benchmarks.harness import (
     Times,
-    airsweep,
+    environment,
     measure_time,
     minimum_times,
     options,
@@ -60,6 +61,8 @@ from benchmarks.harness import (
 )
 from orchestrator.execution.classify import BLOCK, ClassifyJob, classify_on_ray
 from orchestrator.reporting.classified import columns
+
+Ways = tuple[dict[str, Times], list[str]]  # times by the way of classifying, and the classes
 
 
 def zero_shot() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -103,59 +106,42 @@ def images_in(folder: Path, count: int, photo: bool) -> list[Path]:
     return files
 
 
-def bare_loop(bundle: Path, files: list[Path]) -> tuple[Times, list[str]]:
-    """Classify in a plain loop of threads and open_clip: times and classes."""
-    import open_clip
-    from safetensors.torch import load_file
-
-    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tiny_folder()}")
-    model.eval()
-    texts = load_file(bundle / TEXT)
-    names = json.loads((bundle / "bundle.json").read_text())["classnames"]
-    found = []
-
-    def pixels(file: Path) -> torch.Tensor:
-        return preprocess(Image.open(file).convert("RGB"))
-
-    @torch.no_grad()
-    def loop() -> None:
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            batches = [files[i : i + STEP] for i in range(0, len(files), STEP)]
-            following = [pool.submit(pixels, file) for file in batches[0]]
-            for ahead in [*batches[1:], []]:
-                batch, following = following, [pool.submit(pixels, file) for file in ahead]
-                images = torch.stack([future.result() for future in batch])
-                features = model.encode_image(images, normalize=True)
-                logits = texts["logit_scale"] * features @ texts["text_features"].T
-                found.extend(names[i] for i in logits.softmax(dim=-1).argmax(dim=-1).tolist())
-
-    return measure_time(loop), found
+def by_loop(bundle: Path, files: list[Path]) -> Ways:
+    """The bare loop: without and with the start of its process."""
+    script = Path(__file__).parent / "peer_scripts" / "classify_loop.py"
+    words = (script, tiny_folder(), bundle, files[0].parent, torch.get_num_threads())
+    printed, whole = _process([sys.executable, *map(str, words)])
+    found = json.loads(printed)
+    return {"loop": tuple(found["times"]), "loop_process": whole}, found["classes"]
 
 
-def by_bundle(bundle: Path, files: list[Path]) -> tuple[Times, list[str]]:
-    loaded, found = load_bundle(bundle), []
+def _process(command: list[str]) -> tuple[str, Times]:
+    """Run a process: its stdout and times."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    threads = environment(OMP_NUM_THREADS=str(torch.get_num_threads()))
+    started = time.perf_counter()
+    done = subprocess.run(command, check=True, env=threads, stdout=subprocess.PIPE, text=True)
+    wall, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+    return done.stdout, (wall, cpu)
+
+
+def by_bundle(bundle: Path, files: list[Path]) -> Ways:
+    loaded, found = load_bundle(bundle), list[str]()
     spent = measure_time(lambda: found.extend(one.classname for one in loaded.stream(files)))
-    return spent, found
+    return {"bundle": spent}, found
 
 
-def by_command(bundle: Path, files: list[Path]) -> tuple[Times, list[str]]:
-    """`airsweep classify -o`: times with the start of the process, and classes."""
-    threads = str(torch.get_num_threads())
+def by_command(bundle: Path, files: list[Path]) -> Ways:
     output = bundle.with_name("out.parquet")
-    words = ("classify", bundle, *(files if len(files) == 1 else [files[0].parent]), "-o", output)
-    before = _cpu_of_children()
-    wall, _ = measure_time(lambda: airsweep(*words, OMP_NUM_THREADS=threads))
-    return (wall, _cpu_of_children() - before), pq.read_table(output)["class"].to_pylist()
+    words = ("classify", bundle, files[0].parent, "-o", output)
+    _, spent = _process([sys.executable, "-m", "orchestrator", *map(str, words)])
+    return {"command": spent}, pq.read_table(output)["class"].to_pylist()
 
 
-def _cpu_of_children() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
-def by_actor(bundle: Path, files: list[Path]) -> tuple[Times, list[str], float]:
-    """One actor of Ray Data from its first block on: times, scaled to all images; the classes; and
-    the seconds from the start of Ray to the end of the first block."""
+def by_actor(bundle: Path, files: list[Path]) -> Ways:
+    """One actor of Ray Data from its first block on, scaled to all images, and all of them from the
+    start of Ray on."""
     output = bundle.with_name("ray.parquet")
     shutil.rmtree(output, ignore_errors=True)
     names = columns(1, labelled=False)
@@ -184,7 +170,7 @@ def by_actor(bundle: Path, files: list[Path]) -> tuple[Times, list[str], float]:
     wall, cpu = ((last - first) / share for first, last in zip(marks[0], marks[-1], strict=True))
     tables = [pq.read_table(job.part(index), columns=["class"]) for index in range(job.blocks)]
     classes = [row["class"] for table in tables for row in table.to_pylist()]
-    return (wall, cpu), classes, marks[0][0] - begun
+    return {"actor": (wall, cpu), "ray": (marks[-1][0] - begun, marks[-1][1])}, classes
 
 
 def _cpu_of_actors() -> float:
@@ -199,44 +185,46 @@ def _cpu_of_actors() -> float:
 def main() -> None:
     args = options(__doc__, images=2000, threads=2, repeats=3, photo=False)
     torch.set_num_threads(args.threads)
-    ways = {"baseline": bare_loop, "bundle": by_bundle, "command": by_command, "actor": by_actor}
-    times: dict[str, list[Times]] = {name: [] for name in (*ways, "start")}
-    first_blocks = []
+    times: dict[str, list[Times]] = {}
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "bundle"
         write_bundle(bundle, *zero_shot(), replace=False)
         files = images_in(Path(folder) / "new", args.images, args.photo)
         for _ in range(args.repeats):
             predictions = []
-            for name, way in ways.items():
-                seconds, classes, *first_block = way(bundle, files)
-                times[name].append(seconds)
+            for way in (by_loop, by_bundle, by_command, by_actor):
+                spent, classes = way(bundle, files)
                 predictions.append(classes)
-                first_blocks += first_block
-                progress(name, *seconds)
+                for name, one in spent.items():
+                    times.setdefault(name, []).append(one)
+                    progress(name, *one)
             assert all(classes == predictions[0] for classes in predictions), "predictions differ"
-            times["start"].append(by_command(bundle, files[:1])[0])
+    (ratio, ratio_cpu), command, actor = (
+        [
+            statistics.median(base[clock] / own[clock] for base, own in zip(*pair, strict=True))
+            for clock in (0, 1)
+        ]
+        for pair in (
+            (times["loop"], times["bundle"]),
+            (times["loop_process"], times["command"]),
+            (times["loop"], times["actor"]),
+        )
+    )
     found = {name: minimum_times(of) for name, of in times.items()}
-    whole, start = found["command"], found["start"]
-    found |= {"whole": whole, "command": (whole[0] - start[0], whole[1] - start[1])}
-    ratios = {
-        name: [base / own for base, own in zip(found["baseline"], found[name], strict=True)]
-        for name in ("bundle", "command", "whole", "actor")
-    }
     kind = "JPEG of 640 x 480 px" if args.photo else "PNG of 32 px"
     report(
         "classify",
-        ratios["bundle"][0],
+        ratio,
         f"a bare loop of threads and open_clip, tiny CLIP, {kind}, {args.threads} threads",
-        ratio_cpu=ratios["bundle"][1],
-        **{name: ratios[name][0] for name in ("command", "whole", "actor")},
-        **{f"{name}_cpu": ratios[name][1] for name in ("command", "whole", "actor")},
+        ratio_cpu=ratio_cpu,
+        command=command[0],
+        command_cpu=command[1],
+        actor=actor[0],
+        actor_cpu=actor[1],
         images=args.images,
-        images_per_s=args.images / found["bundle"][0],
-        images_per_cpu_s=args.images / found["bundle"][1],
-        parquet_s=whole[0],
-        ray_first_block_s=min(first_blocks),
-        **{f"{name}_s": found[name][0] for name in ("baseline", "bundle", "actor", "start")},
+        images_per_s={name: args.images / wall for name, (wall, _) in found.items()},
+        images_per_cpu_s={name: args.images / cpu for name, (_, cpu) in found.items()},
+        **{f"{name}_s": wall for name, (wall, _) in found.items()},
         **{f"{name}_cpu_s": cpu for name, (_, cpu) in found.items()},
     )
 
