@@ -60,6 +60,11 @@ def text_classifier(
     )
 
 
+def unchanged(text: Classifier, pool: Batch, unseen: Tensor | None) -> Classifier:
+    """The text classifier itself: the transduction `none`."""
+    return text
+
+
 @dataclass(frozen=True)
 class CachedClassifier:
     """A frozen classifier that computes the logits of a batch once, since towers are slow."""

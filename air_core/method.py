@@ -43,6 +43,7 @@ from air_core.classifiers import (
     fuse,
     text_classifier,
 )
+from air_core.components import TRANSDUCTIONS
 from air_core.datasets import Dataset
 from air_core.evidence import evidence_probabilities
 from air_core.fusion import fusion_weights
@@ -50,16 +51,14 @@ from air_core.paradigms import make_split
 from air_core.prompts import PromptLearner, build_learner
 from air_core.pseudo_labels import assign, spread
 from air_core.pseudo_labels.top_k import balanced_choice
-from air_core.specs import (
-    SplitSettings,
-    TrialSpec,
+from air_core.specs import SplitSettings, TrialSpec
+from air_core.specs.conditions import (
     trains_on_real,
     trains_on_synthetic,
     uses_auxiliary,
     uses_evidence,
 )
 from air_core.training import Targeted, Training, fit
-from air_core.transduction import transductive
 from air_core.types import Batch, ClassifierResult, Labelled, PseudoLabels, TrialResult
 
 MIN_FADED = 8  # synthetic images per class that `auxiliary.fade` keeps in the last round
@@ -444,8 +443,7 @@ def fused(
 
     With evidence the pool's p* becomes (1 - v) p* + v q. `air_core.fusion` gives both weights.
     """
-    if spec.transduction == "gmm":
-        teacher = transductive(teacher, data.pool, data.unseen)
+    teacher = TRANSDUCTIONS.load(spec.transduction)(teacher, data.pool, data.unseen)
     classifier = fuse(
         teacher,
         auxiliary,

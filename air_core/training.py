@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from air_core.components import LOSSES
 from air_core.prompts import PromptLearner, logits_together
 from air_core.specs import TrainSettings
 from air_core.types import Batch, Labelled
@@ -193,8 +194,8 @@ def _sources(training: Training, generator: torch.Generator) -> list[_Source]:
         sources.append(_Source(len(images), size, images.__getitem__, loss, weight, positions))
 
     if real is not None:
-        targets = real.targets
-        add(real.batch, settings.batch, lambda z, at: LOSSES[training.loss](z, targets[at]), 1.0)
+        targets, loss = real.targets, LOSSES.load(training.loss)
+        add(real.batch, settings.batch, lambda z, at: loss(z, targets[at]), 1.0)
     if labelled is not None and len(labelled):
         labels = labelled.labels
         size = settings.batch
@@ -264,13 +265,6 @@ def only(logits: Tensor, classes: Tensor | slice) -> Tensor:
     kept = torch.full_like(logits, -math.inf)
     kept[:, classes] = logits[:, classes]
     return kept
-
-
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "cc": candidate_loss,
-    "ce": soft_cross_entropy,
-    "rc": soft_cross_entropy,
-}
 
 
 def confidence(logits: Tensor, candidates: Tensor) -> Tensor:

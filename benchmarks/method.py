@@ -340,7 +340,10 @@ def trainings(world: str, backbone: Backbone, replicas: int, steps: int) -> list
     settings = TrainSettings(batch=BATCH, steps=steps)
     return [
         plain_training(
-            TextPrompt(PromptSettings(length=length), backbone, names, seed), real, settings, seed
+            TextPrompt(PromptSettings(length=length), backbone, names, "{}", seed),
+            real,
+            settings,
+            seed,
         )
         for seed in range(replicas)
     ]

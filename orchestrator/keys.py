@@ -27,7 +27,7 @@ from air_core.specs import (
     SyntheticFeaturesSpec,
     TrialSpec,
 )
-from air_core.specs.normal import normalised
+from air_core.specs.normal import normalised, used_components
 
 # Raise a number when the stage's code gives another result for the same spec, and run
 # `make golden`. The keys of later stages change too, since they contain this number.
@@ -94,7 +94,8 @@ def _identity(spec: Stage) -> Any:
     settings.pop("scored_images")
     settings.pop("pool_images")
     settings.pop("code")
-    if code := spec.code_of("trials"):
+    components = [registry.part(name) for registry, name in used_components(spec)]
+    if code := spec.code_of("trials", *components):
         settings["code"] = code
     return {"recipe": f"trials/{RECIPES[TrialSpec][1]}", "inputs": inputs, **plain(settings)}
 

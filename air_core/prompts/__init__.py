@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from air_core.backbone import Backbone
+from air_core.components import LEARNERS
 from air_core.prompts.text import TextPrompt, text_logits
-from air_core.prompts.visual import VisualPrompt
 from air_core.specs import PromptSettings
 from air_core.types import Batch
 
@@ -50,9 +50,8 @@ def build_learner(
     seed: int,
 ) -> PromptLearner:
     """A prompt at its start; the same seed gives the same start."""
-    if modality == "visual":
-        return VisualPrompt(settings, backbone, classnames, template, seed)
-    return TextPrompt(settings, backbone, classnames, seed)
+    learner: PromptLearner = LEARNERS.load(modality)(settings, backbone, classnames, template, seed)
+    return learner
 
 
 def restored_learner(

@@ -19,7 +19,12 @@ class TextPrompt:
     """`[SOS] v1 ... vL classname [EOT]` with v learned; v starts at N(0, 0.02^2)."""
 
     def __init__(
-        self, settings: PromptSettings, backbone: Backbone, classnames: Sequence[str], seed: int
+        self,
+        settings: PromptSettings,
+        backbone: Backbone,
+        classnames: Sequence[str],
+        template: str,
+        seed: int,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         start = torch.randn(settings.length, backbone.token_width, generator=generator)

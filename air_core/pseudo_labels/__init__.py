@@ -10,8 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from air_core.pseudo_labels import candidates, top_k
-from air_core.pseudo_labels.threshold import threshold
+from air_core.components import STRATEGIES
 from air_core.specs import PseudoLabelSettings
 from air_core.types import PseudoLabels
 
@@ -30,14 +29,6 @@ class Strategy(Protocol):
     ) -> PseudoLabels:
         """Select at most `capacity` images per class by the scores (P, C) of the pool."""
         ...
-
-
-STRATEGIES: dict[str, Strategy] = {
-    "top_k": top_k.top_k,
-    "predicted": top_k.predicted,
-    "threshold": threshold,
-    "candidates": candidates.candidates,
-}
 
 
 def assign(
@@ -60,7 +51,8 @@ def assign(
     """
     if not torch.isfinite(scores).all():
         raise ValueError("scores of the pool are not finite: are there NaN in the features?")
-    labels = STRATEGIES[settings.kind](
+    strategy: Strategy = STRATEGIES.load(settings.kind)
+    labels = strategy(
         scores,
         settings,
         capacity=capacity(settings, scores.shape[0], scores.shape[1], iteration, iterations),

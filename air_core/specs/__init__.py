@@ -10,27 +10,72 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, replace
 from typing import Any, Literal
 
+from air_core.components import (
+    AUXILIARIES,
+    FIDELITIES,
+    LEARNERS,
+    LOSSES,
+    STRATEGIES,
+    TRANSDUCTIONS,
+    Registry,
+)
+from air_core.specs.conditions import (
+    draws_images,
+    fills_bank,
+    is_folder,
+    labelled_lora,
+    labelled_only,
+    labels_use_evidence,
+    later_rounds,
+    reads_lora,
+    reads_rows,
+    selects_images,
+    selects_real_images,
+    trains_on_synthetic,
+    uses_auxiliary,
+    uses_evidence,
+    uses_generator,
+    uses_images,
+)
 
-def knob(default: Any, help: str, **limits: float) -> Any:
-    """A settings field with a default, one line of help and limits (ge, gt, le, lt)."""
-    return field(default=default, metadata={"help": help, "limits": limits})
+
+def knob(default: Any, help: str, **facts: Any) -> Any:
+    """A settings field with a default and one line of help.
+
+    Args:
+        facts: limits (ge, gt, le, lt); `used_if`, a condition on the TrialSpec without which the
+            field cannot change a result; `unused`, its value then, by default `default`. Fields
+            that only some components of a registry read are declared there, in `reads`.
+    """
+    names = ("ge", "gt", "le", "lt")
+    limits = {name: facts.pop(name) for name in names if name in facts}
+    return field(default=default, metadata={"help": help, "limits": limits, **facts})
 
 
-def later(default: Any, help: str, **limits: float) -> Any:
+def later(default: Any, help: str, **facts: Any) -> Any:
     """A knob that was added after results existed; its default is the earlier behaviour.
 
     With its default it is left out of keys (orchestrator.keys), so that old results stay valid.
     """
-    metadata = {"help": help, "limits": limits, "absent_means": default}
-    return field(default=default, metadata=metadata)
+    return knob(default, help, absent_means=default, **facts)
 
 
-def added(default: Any) -> Any:
+def choice(registry: Registry, default: str, **facts: Any) -> Any:
+    """A knob that names a component of a registry."""
+    return knob(default, "", registry=registry, **facts)
+
+
+def group(default: Any, **facts: Any) -> Any:
+    """A field of TrialSpec with settings; `used_if` is for all of them."""
+    return field(default=default, metadata=facts)
+
+
+def added(default: Any, **facts: Any) -> Any:
     """A field without help that was added after results existed; see `later`."""
-    return field(default=default, metadata={"absent_means": default})
+    return field(default=default, metadata={"absent_means": default, **facts})
 
 
 def _only(kind: Any, settings: Any) -> Any:
@@ -102,18 +147,25 @@ class InitialLabelsSettings:
         "top_k",
         "top_k: the most confident of each class; pool: all, each as its most probable class",
     )
-    k: int = knob(16, "images per class", ge=1)
+    k: int = knob(
+        16,
+        "images per class",
+        ge=1,
+        used_if=lambda s: s.initial_labels.kind != "pool" or s.paradigm != "ul",
+    )
     images_per_class: int = knob(
         120,
         "synthetic images per class of the previous LoRA round, for lora.rounds > 1",
         ge=1,
         le=MAX_IMAGES,
+        used_if=later_rounds,
     )
     evidence_draws: int = later(
         0,
         "draws of evidence of the previous LoRA round that also choose labels; 0: none",
         ge=0,
         le=1000,
+        used_if=lambda s: later_rounds(s) and not labelled_lora(s),
     )
 
 
@@ -130,7 +182,9 @@ class LoraTraining:
     """Training of one LoRA."""
 
     rank: int = knob(4, "rank of the adapters (alpha equals it)", ge=1)
-    steps: int = knob(2000, "optimiser steps", ge=1)
+    steps: int = knob(
+        2000, "optimiser steps", ge=1, used_if=lambda s: s.lora is None or s.lora.passes is None
+    )
     batch: int = knob(8, "images per step", ge=1)
     learning_rate: float = knob(1e-4, "AdamW, 10 % warm-up, cosine to 0", gt=0)
     caption: Templates = knob(
@@ -154,12 +208,13 @@ class LoraSettings(LoraTraining):
     rounds: int = knob(
         1, "2: a second LoRA on labels chosen with the images of the first", ge=1, le=3
     )
-    source: LoraSource = later("all", LORA_SOURCE)
+    source: LoraSource = later("all", LORA_SOURCE, used_if=lambda s: s.paradigm != "ul")
     enough_kept: float = later(
         1.0,
         "share of labels that stay from round to round at which no further round is trained",
         gt=0,
         le=1,
+        used_if=later_rounds,
     )
 
     def training(self) -> LoraTraining:
@@ -171,16 +226,23 @@ class LoraSettings(LoraTraining):
 class GenerationSettings:
     """Generation of images; every setting is in the key of the images."""
 
-    seed: int = knob(0, "changes every image", ge=0)
+    seed: int = knob(0, "changes every image", ge=0, used_if=draws_images)
     template: Templates = knob(
-        "a photo of a {}", "prompt, with one {} for the class name" + SEVERAL
+        "a photo of a {}",
+        "prompt, with one {} for the class name" + SEVERAL,
+        used_if=draws_images,
     )
-    guidance_scale: float = knob(7.5, "classifier-free guidance", ge=0)
-    num_inference_steps: int = knob(25, "denoising steps", ge=1)
+    guidance_scale: float = knob(7.5, "classifier-free guidance", ge=0, used_if=draws_images)
+    num_inference_steps: int = knob(25, "denoising steps", ge=1, used_if=draws_images)
     size: int = knob(512, "side of the square image, in pixels", ge=8)
     # Pixels depend on the composition of a batch, so a block is one batch and part of the key.
-    block: int = knob(8, "images of one class that are generated together", ge=1)
-    precision: Precision = knob("bf16", "autocast of the pipeline")
+    block: int = knob(
+        8,
+        "images of one class that are generated together",
+        ge=1,
+        used_if=reads_rows,
+    )
+    precision: Precision = knob("bf16", "autocast of the pipeline", used_if=draws_images)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,11 +253,8 @@ class FidelitySettings:
     auxiliary classifier.
     """
 
-    kind: Literal["class_mean", "text", "argmax", "real_mean", "random", "none"] = knob(
-        "class_mean",
-        "nearest to class_mean, text or real_mean of the class; argmax: those that CLIP recognises",
-    )
-    keep: int = knob(16, "images per class that are kept", ge=1)
+    kind: str = choice(FIDELITIES, "class_mean", used_if=selects_images)
+    keep: int = knob(16, "images per class that are kept", ge=1, used_if=selects_images)
     min_margin: float | None = later(
         None,
         "smallest zero-shot score of the class minus that of the best other; null: all",
@@ -211,10 +270,7 @@ class FidelitySettings:
 class AuxiliarySettings:
     """The image-image classifier."""
 
-    kind: Literal["prototype", "lda", "knn", "cache", "linear_probe"] = knob(
-        "prototype",
-        "prototype: class means; lda; knn: nearest images; cache: Tip-Adapter's; linear_probe",
-    )
+    kind: str = choice(AUXILIARIES, "prototype")
     source: Literal["synthetic", "real", "both"] = knob(
         "synthetic", "real: pseudo-labelled pool images, the control without diffusion"
     )
@@ -222,13 +278,41 @@ class AuxiliarySettings:
     temperature: Literal["match_entropy", "logit_scale", "kappa"] = knob(
         "match_entropy", "match_entropy: same confidence on the pool as the text classifier"
     )
-    kappa: float = later(100.0, "with temperature: kappa, the factor on cosines", gt=0)
+    kappa: float = later(
+        100.0,
+        "with temperature: kappa, the factor on cosines",
+        gt=0,
+        used_if=lambda s: s.auxiliary.temperature == "kappa",
+    )
     neighbours: int = later(16, "knn: nearest images per class that are averaged", ge=1)
-    rounds: int = later(1, "selections of real images in each iteration", ge=1)
-    k: int = knob(32, "real images per class that join the bank (source real or both)", ge=1)
-    refresh: bool = knob(False, "select real images again in each iteration")
-    k_step: int = knob(0, "with refresh: more real images per class in each iteration", ge=0)
-    fade: bool = knob(False, "with refresh: fewer synthetic images in each iteration")
+    rounds: int = later(
+        1,
+        "selections of real images in each iteration",
+        ge=1,
+        used_if=selects_real_images,
+    )
+    k: int = knob(
+        32,
+        "real images per class that join the bank (source real or both)",
+        ge=1,
+        used_if=selects_real_images,
+    )
+    refresh: bool = knob(
+        False,
+        "select real images again in each iteration",
+        used_if=lambda s: selects_real_images(s) and s.iterations > 1,
+    )
+    k_step: int = knob(
+        0,
+        "with refresh: more real images per class in each iteration",
+        ge=0,
+        used_if=lambda s: s.auxiliary.refresh,
+    )
+    fade: bool = knob(
+        False,
+        "with refresh: fewer synthetic images in each iteration",
+        used_if=lambda s: s.auxiliary.refresh and s.auxiliary.source == "both",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +324,9 @@ class FusionSettings:
     )
     space: FusionSpace = later("probability", "space of the average")
     schedule: Literal["fixed", "annealed"] = later(
-        "fixed", "annealed: the weight falls linearly to 0 over the iterations"
+        "fixed",
+        "annealed: the weight falls linearly to 0 over the iterations",
+        used_if=lambda s: s.iterations > 1,
     )
 
 
@@ -248,22 +334,21 @@ class FusionSettings:
 class PseudoLabelSettings:
     """Training targets from scores."""
 
-    kind: Literal["top_k", "predicted", "threshold", "candidates"] = knob(
-        "candidates",
-        "top_k: K most confident per class; predicted: the same among images with this best class; "
-        "threshold; candidates: CPL's sets",
-    )
+    kind: str = choice(STRATEGIES, "candidates")
     growth: Literal["fixed", "growing"] = knob(
         "growing",
         "fixed: k per class; growing: more in each iteration, in the last all of the pool",
     )
-    k: int = knob(16, "images per class with growth: fixed", ge=1)
+    k: int = knob(
+        16,
+        "images per class with growth: fixed",
+        ge=1,
+        used_if=lambda s: s.pseudo_labels.growth == "fixed",
+    )
     alpha: float = knob(0.75, "candidates: quantile of confidence over images", ge=0, le=1)
     beta: float = knob(0.95, "candidates: quantile of a class's scores over images", ge=0, le=1)
     threshold: float = later(0.7, "threshold: smallest confidence of an image", ge=0, le=1)
-    loss: Literal["cc", "ce", "rc"] = later(
-        "cc", "on candidate sets: cc: mass of the set; ce: soft cross-entropy; rc: re-weighted"
-    )
+    loss: str = choice(LOSSES, "cc", absent_means="cc")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,30 +360,50 @@ class PromptSettings:
     init: Literal["normal", "uniform"] = later(
         "normal", "visual: initial distribution of the tokens"
     )
-    restart: bool = later(True, "each iteration starts from the same prompt")
+    restart: bool = later(
+        True, "each iteration starts from the same prompt", used_if=lambda s: s.iterations > 1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """SGD with momentum 0.9 on the prompt."""
 
-    epochs: int = knob(50, "passes over the selected images in each iteration", ge=1)
+    epochs: int = knob(
+        50,
+        "passes over the selected images in each iteration",
+        ge=1,
+        used_if=lambda s: s.train.steps is None,
+    )
     steps: int | None = knob(None, "optimiser steps in each iteration, instead of epochs", ge=1)
     batch: int = knob(64, "real images per step", ge=1)
-    synthetic_batch: int = knob(64, "synthetic images per step", ge=1)
+    synthetic_batch: int = knob(
+        64, "synthetic images per step", ge=1, used_if=lambda s: s.synthetic_weight > 0
+    )
     learning_rate: float = knob(0.02, "peak", gt=0)
     weight_decay: float = knob(0.05, "on the prompt", ge=0)
     warmup: float = knob(0.04, "share of the steps; then cosine to 0", ge=0, lt=1)
     clip: float = knob(0.8, "largest norm of the prompt's gradient", gt=0)
     mix: Literal["both", "real", "synthetic"] = later(
-        "both", "training images: real pseudo-labelled, synthetic, or both"
+        "both",
+        "training images: real pseudo-labelled, synthetic, or both",
+        used_if=trains_on_synthetic,
     )
-    labelled_weight: float = later(1.0, "weight of the loss on labelled images", ge=0)
+    labelled_weight: float = later(
+        1.0,
+        "weight of the loss on labelled images",
+        ge=0,
+        used_if=lambda s: s.supervision == "pseudo" and s.paradigm != "ul",
+    )
     labelled_among: Literal["all", "seen"] = later(
-        "all", "trzsl: classes in the softmax of labelled images; seen: without unseen ones"
+        "all",
+        "trzsl: classes in the softmax of labelled images; seen: without unseen ones",
+        used_if=lambda s: s.paradigm == "trzsl",
     )
     synthetic_schedule: Literal["fixed", "fade"] = later(
-        "fixed", "fade: synthetic_weight falls linearly to 0 over the iterations"
+        "fixed",
+        "fade: synthetic_weight falls linearly to 0 over the iterations",
+        used_if=lambda s: trains_on_synthetic(s) and s.iterations > 1,
     )
 
 
@@ -316,7 +421,9 @@ class EvidenceScoring:
     prune_after: int | None = knob(
         None, "draws after which only the `prune_to` best classes of an image go on", ge=1
     )
-    prune_to: int = knob(2, "see prune_after", ge=2)
+    prune_to: int = knob(
+        2, "see prune_after", ge=2, used_if=lambda s: s.evidence.prune_after is not None
+    )
     block: int = knob(8, "images of a shard, and pairs of image and class of a batch", ge=1)
     precision: Precision = knob("bf16", "autocast of the U-Net")
 
@@ -325,23 +432,49 @@ class EvidenceScoring:
 class EvidenceSettings(EvidenceScoring):
     """Classification of pool images by the denoising error of the diffusion model."""
 
-    draws: int = knob(0, "draws of noise per image and class; 0: no evidence", ge=0, le=1000)
+    draws: int = knob(
+        0,
+        "draws of noise per image and class; 0: no evidence",
+        ge=0,
+        le=1000,
+        used_if=lambda s: not labelled_only(s),
+    )
     images: int | None = knob(
-        None, "pool images that are scored, a random sample; null: all of the pool", ge=1
+        None,
+        "pool images that are scored, a random sample; null: all of the pool",
+        ge=1,
+        used_if=uses_evidence,
     )
     disputed: int | None = later(
         None,
         "of these, score only images to which text and this many synthetic images per class "
         "assign different classes; null: all",
         ge=1,
+        used_if=uses_evidence,
     )
-    weight: float = knob(0.3, "share of the evidence in the scores of the pool", ge=0, le=1)
+    weight: float = knob(
+        0.3,
+        "share of the evidence in the scores of the pool",
+        ge=0,
+        le=1,
+        used_if=uses_evidence,
+    )
     schedule: Literal["fixed", "annealed"] = knob(
-        "fixed", "annealed: the weight falls linearly to 0 over the iterations"
+        "fixed",
+        "annealed: the weight falls linearly to 0 over the iterations",
+        used_if=lambda s: uses_evidence(s) and s.iterations > 1,
     )
-    confidence: float = knob(0.8, "mean largest probability of the evidence", gt=0, lt=1)
+    confidence: float = knob(
+        0.8,
+        "mean largest probability of the evidence",
+        gt=0,
+        lt=1,
+        used_if=uses_evidence,
+    )
     balance: Literal["none", "sinkhorn"] = knob(
-        "none", "sinkhorn: all classes get the same share of the pool"
+        "none",
+        "sinkhorn: all classes get the same share of the pool",
+        used_if=uses_evidence,
     )
 
     def scoring(self) -> EvidenceScoring:
@@ -500,46 +633,82 @@ class TrialSpec:
     scored_images: int = 0  # pool images that the evidence scores; not in the key
     pool_images: int = 0  # set where evidence is used; not in the key
     backbone: Ref
-    generator: Ref
-    test_dataset: Ref | None = added(None)  # None: `dataset` itself
+    generator: Ref = group(MISSING, used_if=uses_generator, unused=Ref(name="", digest=""))
+    # None: `dataset` itself
+    test_dataset: Ref | None = added(None, used_if=lambda s: s.test_dataset != s.dataset)
     precision: ClipPrecision = knob("fp32", "of CLIP's weights; norms, logits and loss stay fp32")
     paradigm: Paradigm = knob("ul", PARADIGMS)
-    modality: Literal["text", "visual"] = knob(
-        "text", "text: CoOp context vectors; visual: VPT tokens"
-    )
+    modality: str = choice(LEARNERS, "text")
     split_seed: int = knob(0, SPLIT_SEED, ge=0, le=2**32 - 1)
     pool: Literal["train", "train+val"] = knob("train+val", POOL)
-    shots: int = later(2, SHOTS, ge=1)
-    class_seed: int = later(500, CLASS_SEED, ge=0, le=2**32 - 1)
+    shots: int = later(2, SHOTS, ge=1, used_if=lambda s: s.paradigm == "ssl")
+    class_seed: int = later(
+        500, CLASS_SEED, ge=0, le=2**32 - 1, used_if=lambda s: s.paradigm == "trzsl"
+    )
     leaky_pool: bool = later(False, LEAKY)
     pool_size: int | None = later(None, POOL_SIZE, ge=1)
     pool_ratio: float = later(1.0, POOL_RATIO, ge=1)
     pool_missing: float = later(0.0, POOL_MISSING, ge=0, lt=1)
-    labelled_size: int | None = later(None, LABELLED_SIZE, ge=1)
+    labelled_size: int | None = later(
+        None, LABELLED_SIZE, ge=1, used_if=lambda s: s.paradigm == "trzsl"
+    )
     supervision: Literal["pseudo", "labelled"] = later(
-        "pseudo", "labelled: the few labelled images alone, no pseudo-labels (CoOp, VPT)"
+        "pseudo",
+        "labelled: the few labelled images alone, no pseudo-labels (CoOp, VPT)",
+        used_if=lambda s: s.iterations > 0,
     )
-    transduction: Literal["none", "gmm"] = later(
-        "none", "gmm: text scores are refined by a mixture model over the whole pool"
+    transduction: str = choice(
+        TRANSDUCTIONS, "none", absent_means="none", used_if=lambda s: not labelled_only(s)
     )
-    initial_labels: InitialLabelsSettings = InitialLabelsSettings()
-    lora: LoraSettings | None = LoraSettings()
-    generation: GenerationSettings = GenerationSettings()
+    initial_labels: InitialLabelsSettings = group(
+        InitialLabelsSettings(),
+        used_if=lambda s: s.lora is not None or s.images_from == "lora_images",
+    )
+    lora: LoraSettings | None = group(LoraSettings(), used_if=reads_lora, unused=None)
+    generation: GenerationSettings = group(GenerationSettings(), used_if=uses_generator)
     images_per_class: int = knob(
-        120, "synthetic images per class that the trial reads", ge=0, le=MAX_IMAGES
+        120,
+        "synthetic images per class that the trial reads",
+        ge=0,
+        le=MAX_IMAGES,
+        used_if=fills_bank,
+        unused=0,
     )
-    images_from: ImagesFrom = later("generator", IMAGES_FROM)
-    fidelity: FidelitySettings = FidelitySettings()
-    auxiliary: AuxiliarySettings = AuxiliarySettings()
-    fusion_weight: float = knob(0.5, "share of the auxiliary classifier; 0 = none", ge=0, le=1)
-    fusion: FusionSettings = added(FusionSettings())
-    evidence: EvidenceSettings = added(EvidenceSettings())
-    pseudo_labels: PseudoLabelSettings = PseudoLabelSettings()
-    synthetic_weight: float = knob(1.0, "weight of the loss on synthetic images; 0 = none", ge=0)
-    iterations: int = knob(10, "rounds of pseudo-labelling and prompt learning", ge=0)
-    prompt: PromptSettings = PromptSettings()
-    train: TrainSettings = TrainSettings()
-    seed: int = knob(0, "prompt start and batch order", ge=0)
+    images_from: ImagesFrom = later("generator", IMAGES_FROM, used_if=fills_bank)
+    fidelity: FidelitySettings = group(FidelitySettings(), used_if=fills_bank)
+    auxiliary: AuxiliarySettings = group(AuxiliarySettings(), used_if=uses_auxiliary)
+    fusion_weight: float = knob(
+        0.5,
+        "share of the auxiliary classifier; 0 = none",
+        ge=0,
+        le=1,
+        used_if=uses_auxiliary,
+        unused=0.0,
+    )
+    fusion: FusionSettings = added(FusionSettings(), used_if=uses_auxiliary)
+    evidence: EvidenceSettings = added(
+        EvidenceSettings(), used_if=lambda s: uses_evidence(s) or labels_use_evidence(s)
+    )
+    pseudo_labels: PseudoLabelSettings = group(
+        PseudoLabelSettings(), used_if=lambda s: s.iterations > 0 and not labelled_only(s)
+    )
+    synthetic_weight: float = knob(
+        1.0,
+        "weight of the loss on synthetic images; 0 = none",
+        ge=0,
+        used_if=trains_on_synthetic,
+        unused=0.0,
+    )
+    iterations: int = knob(
+        10,
+        "rounds of pseudo-labelling and prompt learning",
+        ge=0,
+        used_if=lambda s: not labelled_only(s),
+        unused=1,
+    )
+    prompt: PromptSettings = group(PromptSettings(), used_if=lambda s: s.iterations > 0)
+    train: TrainSettings = group(TrainSettings(), used_if=lambda s: s.iterations > 0)
+    seed: int = knob(0, "prompt start and batch order", ge=0, used_if=lambda s: s.iterations > 0)
 
     # Specs of the stages that this trial depends on.
 
@@ -648,60 +817,6 @@ class TrialSpec:
         return replace(errors, images=row, images_per_class=self.evidence.disputed)
 
 
-def uses_auxiliary(spec: TrialSpec) -> bool:
-    """Whether an auxiliary classifier is fused."""
-    return spec.fusion_weight > 0 and (
-        spec.auxiliary.source != "synthetic" or spec.images_per_class > 0
-    )
-
-
-def trains_on_synthetic(spec: TrialSpec) -> bool:
-    """Whether synthetic images enter the training loss."""
-    return (
-        spec.iterations > 0
-        and spec.synthetic_weight > 0
-        and spec.images_per_class > 0
-        and spec.train.mix != "real"
-    )
-
-
-def trains_on_real(spec: TrialSpec) -> bool:
-    """Whether pseudo-labelled pool images enter the training loss."""
-    return spec.iterations > 0 and spec.supervision == "pseudo" and spec.train.mix != "synthetic"
-
-
-def fills_bank(spec: TrialSpec) -> bool:
-    """Whether the trial reads synthetic images, or others in their place."""
-    fused = uses_auxiliary(spec) and spec.auxiliary.source != "real" and spec.images_per_class > 0
-    return fused or trains_on_synthetic(spec)
-
-
-def uses_images(spec: TrialSpec) -> bool:
-    """Whether the trial reads synthetic images."""
-    return fills_bank(spec) and spec.images_from in ("generator", "shifted_labels")
-
-
-def uses_evidence(spec: TrialSpec) -> bool:
-    """Whether the trial reads denoising errors."""
-    return spec.evidence.draws > 0
-
-
-def labels_use_evidence(spec: TrialSpec) -> bool:
-    """Whether denoising errors choose the labels of a later LoRA round."""
-    adapter = spec.lora_adapter
-    return adapter is not None and adapter.labels.evidence is not None
-
-
-def uses_generator(spec: TrialSpec) -> bool:
-    """Whether the trial depends on a generator: its images or its denoising errors."""
-    return uses_images(spec) or uses_evidence(spec)
-
-
-def is_folder(generator: Ref) -> bool:
-    """Whether the generator is a folder of ready images."""
-    return generator.name.startswith("folder:")
-
-
 def reader_of(dataset: str) -> str:
     """The part of the code that reads a dataset: the module of its name in `air_core.datasets`.
 
@@ -755,7 +870,7 @@ def _labels(
         settings = replace(settings, images_per_class=InitialLabelsSettings.images_per_class)
     if settings.kind == "pool" and spec.paradigm == "ul":
         settings = replace(settings, k=InitialLabelsSettings.k)
-    if images is None or (lora.source == "labelled" and spec.paradigm != "ul"):
+    if images is None or labelled_lora(spec):
         settings = replace(settings, evidence_draws=0)
     return LabelsSpec(
         features=spec.features,

@@ -6,13 +6,15 @@ Sweep files, Optuna and MLflow use the flat keys. Imports the standard library o
 from __future__ import annotations
 
 import dataclasses
+import operator
 import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+from air_core.components import Registry
 from air_core.specs import Ref, TrialSpec
 
 
@@ -25,6 +27,7 @@ class Key:
     default: Any
     limits: dict[str, float]
     help: str
+    registry: Registry | None = None  # whose components are the values
 
 
 DERIVED = ("classnames", "code", "scored_images", "pool_images")  # computed, not set in sweep files
@@ -85,12 +88,15 @@ def _keys(owner: Any, prefix: str) -> Iterator[Key]:
                 yield Key(name=f.name, type=type(None), default=f.default, limits={}, help=text)
             yield from _keys(inner, f"{prefix}{f.name}.")
         else:
+            registry = f.metadata.get("registry")
             yield Key(
                 name=prefix + f.name,
-                type=hints[f.name],
+                # A Literal, as of the other choices
+                type=operator.getitem(Literal, tuple(registry)) if registry else hints[f.name],
                 default=f.default,
                 limits=f.metadata.get("limits", {}),
-                help=f.metadata.get("help", ""),
+                help=registry.summary() if registry else f.metadata.get("help", ""),
+                registry=registry,
             )
 
 

@@ -5,50 +5,115 @@ Imports the standard library only.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import lru_cache
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from operator import attrgetter
 from typing import Any
 
-from air_core.specs import (
-    AuxiliarySettings,
-    EvidenceSettings,
-    FidelitySettings,
-    FusionSettings,
-    GenerationSettings,
-    InitialLabelsSettings,
-    LoraSettings,
-    PromptSettings,
-    PseudoLabelSettings,
-    Ref,
-    TrainSettings,
-    TrialSpec,
-    fills_bank,
-    is_folder,
-    labels_use_evidence,
-    trains_on_synthetic,
-    uses_auxiliary,
-    uses_evidence,
-    uses_generator,
-    uses_images,
-)
+from air_core.components import REGISTRIES, Registry
+from air_core.specs import EvidenceSettings, LoraSettings, TrialSpec
+from air_core.specs.conditions import reads_lora_images, uses_auxiliary, uses_evidence
+from air_core.specs.flat import trial_keys
+
+Condition = Callable[[TrialSpec], bool]
 
 
 @lru_cache(maxsize=4096)  # a plan normalises each trial three times
 def normalised(spec: TrialSpec) -> TrialSpec:
     """The same computation, with all settings that cannot change its result at their defaults."""
-    for is_irrelevant, reset in IRRELEVANT:
-        if is_irrelevant(spec):
-            changed = {k: v for k, v in reset(spec).items() if getattr(spec, k) != v}
-            spec = replace(spec, **changed) if changed else spec
+    while True:
+        reset = _with_unused_reset(_with_equal_results(spec))
+        if reset == spec:
+            return spec
+        spec = reset
+
+
+def _with_unused_reset(spec: TrialSpec) -> TrialSpec:
+    """Reset the fields whose conditions in `air_core.specs`, or components, do not use them."""
+    changes: dict[str, Any] = {}
+    inner: dict[str, dict[str, Any]] = {}
+    for rule in rules():
+        settings = getattr(spec, rule.group) if rule.group else spec
+        if settings is None or getattr(settings, rule.name) == rule.unused:
+            continue
+        if not rule.used_if(spec):
+            (inner.setdefault(rule.group, {}) if rule.group else changes)[rule.name] = rule.unused
+    for group, values in inner.items():
+        if group not in changes:
+            changes[group] = replace(getattr(spec, group), **values)
+    return replace(spec, **changes) if changes else spec
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A field that cannot change a result if its condition is not met."""
+
+    group: str  # field of TrialSpec, empty for its own fields
+    name: str
+    used_if: Condition
+    unused: Any
+
+
+@cache
+def rules() -> tuple[Rule, ...]:
+    """One rule for each field with a condition, or that only some components read."""
+    groups = {key.name.partition(".")[0] for key in trial_keys().values() if "." in key.name}
+    owners = {"": TrialSpec} | {g: type(_default(TrialSpec, g)) for g in sorted(groups)}
+    found = [rule for group, owner in owners.items() for rule in _rules_of(group, owner)]
+    for registry in REGISTRIES.values():
+        owner = owners[registry.group]
+        found += [
+            Rule(registry.group, name, _reader(registry, name), _default(owner, name))
+            for name in sorted(registry.conditional)
+        ]
+    return tuple(found)
+
+
+def _rules_of(group: str, owner: type) -> Iterator[Rule]:
+    for f in dataclasses.fields(owner):
+        if used_if := f.metadata.get("used_if"):
+            yield Rule(group, f.name, used_if, f.metadata.get("unused", f.default))
+
+
+def _default(owner: type, name: str) -> Any:
+    return next(f.default for f in dataclasses.fields(owner) if f.name == name)
+
+
+def _reader(registry: Registry, name: str) -> Condition:
+    """Whether the component that a trial names reads a setting."""
+    return lambda spec: name in registry[chosen(registry, spec)].reads
+
+
+def chosen(registry: Registry, spec: TrialSpec) -> str:
+    """The component of a registry that a trial names."""
+    name: str = attrgetter(registry.key)(spec)
+    return name
+
+
+def used_components(spec: TrialSpec) -> tuple[tuple[Registry, str], ...]:
+    """The registries that a trial uses, with the names of their components."""
+    used = []
+    for registry in REGISTRIES.values():
+        group, _, name = registry.key.rpartition(".")
+        names = {("", registry.group), ("", group), (group, name)}
+        if all(rule.used_if(spec) for rule in rules() if (rule.group, rule.name) in names):
+            used.append((registry, chosen(registry, spec)))
+    return tuple(used)
+
+
+def _with_equal_results(spec: TrialSpec) -> TrialSpec:
+    """Replace settings by others with the same results."""
+    if spec.fusion.weights == "agreement":
+        spec = replace(spec, **_weighed_by_agreement(spec))
+    if spec.images_per_class == 0 and spec.auxiliary.source == "both":
+        spec = replace(spec, auxiliary=replace(spec.auxiliary, source="real"))
+    if reads_lora_images(spec):
+        # The control reads the images of a first round, chosen without a diffusion model.
+        source = spec.lora.source if spec.lora else LoraSettings.source
+        spec = replace(spec, lora=LoraSettings(source=source))
     return spec
-
-
-def _selecting_nothing(spec: TrialSpec) -> FidelitySettings:
-    """Fidelity settings of a trial whose auxiliary classifier has no synthetic image.
-
-    The filters stay, since the loss may read synthetic images.
-    """
-    return replace(spec.fidelity, kind=FidelitySettings.kind, keep=FidelitySettings.keep)
 
 
 def _weighed_by_agreement(spec: TrialSpec) -> dict[str, Any]:
@@ -61,229 +126,3 @@ def _weighed_by_agreement(spec: TrialSpec) -> dict[str, Any]:
         "fusion": replace(spec.fusion, weights="agreement" if both else "fixed", schedule="fixed"),
         "evidence": evidence if uses_evidence(spec) else spec.evidence,
     }
-
-
-# Pairs of a condition and the settings that it makes irrelevant, applied in this order.
-IRRELEVANT: tuple[tuple[Any, Any], ...] = (
-    (lambda s: s.test_dataset == s.dataset, lambda s: {"test_dataset": None}),
-    (lambda s: s.paradigm != "ssl", lambda s: {"shots": 2}),
-    (
-        lambda s: s.paradigm != "trzsl",
-        lambda s: {
-            "class_seed": 500,
-            "labelled_size": None,
-            "train": replace(s.train, labelled_among="all"),
-        },
-    ),
-    (
-        lambda s: s.paradigm == "ul" and s.lora is not None,
-        lambda s: {"lora": replace(s.lora, source="all")},
-    ),
-    (
-        lambda s: s.iterations == 0,
-        lambda s: {
-            "supervision": "pseudo",
-            "pseudo_labels": PseudoLabelSettings(),
-            "prompt": PromptSettings(),
-            "train": TrainSettings(),
-            "synthetic_weight": 0.0,
-            "seed": 0,
-            "auxiliary": replace(s.auxiliary, refresh=False),
-            "fusion": replace(s.fusion, schedule="fixed"),
-            "evidence": replace(s.evidence, schedule="fixed"),
-        },
-    ),
-    (
-        lambda s: s.supervision == "labelled" or s.paradigm == "ul",
-        lambda s: {"train": replace(s.train, labelled_weight=1.0)},
-    ),
-    (
-        # Without pseudo-labels their settings are irrelevant.
-        lambda s: s.supervision == "labelled" and s.iterations > 0,
-        lambda s: {
-            "pseudo_labels": PseudoLabelSettings(),
-            "iterations": 1,
-            "transduction": "none",
-            "evidence": replace(s.evidence, draws=0),
-        },
-    ),
-    (
-        lambda s: not uses_evidence(s),
-        lambda s: {"evidence": EvidenceSettings(**vars(s.evidence.scoring()))},
-    ),
-    (lambda s: s.fusion.weights == "agreement", _weighed_by_agreement),
-    (
-        lambda s: s.evidence.prune_after is None,
-        lambda s: {"evidence": replace(s.evidence, prune_to=EvidenceSettings.prune_to)},
-    ),
-    (
-        lambda s: s.iterations == 1,
-        lambda s: {
-            "auxiliary": replace(s.auxiliary, refresh=False),
-            "fusion": replace(s.fusion, schedule="fixed"),
-            "evidence": replace(s.evidence, schedule="fixed"),
-            "prompt": replace(s.prompt, restart=True),
-            "train": replace(s.train, synthetic_schedule="fixed"),
-        },
-    ),
-    (
-        lambda s: s.images_per_class == 0 and s.auxiliary.source == "both",
-        lambda s: {"auxiliary": replace(s.auxiliary, source="real")},
-    ),
-    (
-        lambda s: not uses_auxiliary(s),
-        lambda s: {
-            "fusion_weight": 0.0,
-            "fusion": FusionSettings(),
-            "auxiliary": AuxiliarySettings(),
-            "fidelity": _selecting_nothing(s),
-        },
-    ),
-    (
-        lambda s: s.auxiliary.source == "synthetic" and s.fidelity.kind != "real_mean",
-        lambda s: {
-            "auxiliary": replace(s.auxiliary, k=AuxiliarySettings.k, refresh=False, rounds=1),
-        },
-    ),
-    (
-        lambda s: s.auxiliary.kind != "knn",
-        lambda s: {"auxiliary": replace(s.auxiliary, neighbours=AuxiliarySettings.neighbours)},
-    ),
-    (
-        lambda s: s.auxiliary.temperature != "kappa",
-        lambda s: {"auxiliary": replace(s.auxiliary, kappa=AuxiliarySettings.kappa)},
-    ),
-    (lambda s: s.auxiliary.source == "real", lambda s: {"fidelity": _selecting_nothing(s)}),
-    (
-        lambda s: not s.auxiliary.refresh,
-        lambda s: {"auxiliary": replace(s.auxiliary, k_step=0)},
-    ),
-    (
-        lambda s: not s.auxiliary.refresh or s.auxiliary.source != "both",
-        lambda s: {"auxiliary": replace(s.auxiliary, fade=False)},
-    ),
-    (
-        lambda s: s.fidelity.kind in ("none", "argmax"),
-        lambda s: {"fidelity": replace(s.fidelity, keep=FidelitySettings.keep)},
-    ),
-    (
-        lambda s: not trains_on_synthetic(s),
-        lambda s: {
-            "synthetic_weight": 0.0,
-            "train": replace(s.train, mix="both", synthetic_schedule="fixed"),
-        },
-    ),
-    (
-        lambda s: s.synthetic_weight == 0,
-        lambda s: {"train": replace(s.train, synthetic_batch=TrainSettings.synthetic_batch)},
-    ),
-    (
-        lambda s: not fills_bank(s),
-        lambda s: {
-            "images_per_class": 0,
-            "images_from": "generator",
-            "fidelity": FidelitySettings(),
-        },
-    ),
-    (
-        # The control reads the images of a first round, chosen without a diffusion model.
-        lambda s: s.images_from == "lora_images" and not uses_evidence(s),
-        lambda s: {"lora": LoraSettings(source=s.lora.source if s.lora else "all")},
-    ),
-    (
-        lambda s: not uses_generator(s) and s.images_from != "lora_images",
-        lambda s: {"lora": None},
-    ),
-    (
-        lambda s: not uses_generator(s),
-        lambda s: {
-            "generator": Ref(name="", digest=""),
-            "generation": GenerationSettings(),
-        },
-    ),
-    (
-        lambda s: is_folder(s.generator),
-        lambda s: {
-            "lora": None,
-            "generation": GenerationSettings(size=s.generation.size, block=s.generation.block),
-        },
-    ),
-    (
-        # Only the size of the LoRA's training images counts.
-        lambda s: (
-            not uses_images(s)
-            and s.evidence.disputed is None
-            and (s.lora is None or s.lora.rounds == 1)
-        ),
-        lambda s: {"generation": GenerationSettings(size=s.generation.size)},
-    ),
-    (
-        lambda s: s.lora is None and s.images_from != "lora_images",
-        lambda s: {"initial_labels": InitialLabelsSettings()},
-    ),
-    (
-        lambda s: s.lora is not None and s.lora.passes is not None,
-        lambda s: {"lora": replace(s.lora, steps=LoraSettings.steps)},
-    ),
-    (
-        lambda s: s.initial_labels.kind == "pool" and s.paradigm == "ul",
-        lambda s: {"initial_labels": replace(s.initial_labels, k=InitialLabelsSettings.k)},
-    ),
-    (
-        lambda s: s.lora is None or s.lora.rounds == 1,
-        lambda s: {
-            "initial_labels": replace(
-                s.initial_labels,
-                images_per_class=InitialLabelsSettings.images_per_class,
-                evidence_draws=0,
-            )
-        },
-    ),
-    (
-        lambda s: s.lora is not None and s.lora.rounds == 1,
-        lambda s: {"lora": replace(s.lora, enough_kept=1.0)},
-    ),
-    (
-        lambda s: s.lora is not None and s.lora.source == "labelled",
-        lambda s: {"initial_labels": replace(s.initial_labels, evidence_draws=0)},
-    ),
-    (
-        lambda s: not uses_evidence(s) and not labels_use_evidence(s),
-        lambda s: {"evidence": EvidenceSettings()},
-    ),
-    (
-        lambda s: s.pseudo_labels.growth == "growing",
-        lambda s: {"pseudo_labels": replace(s.pseudo_labels, k=PseudoLabelSettings.k)},
-    ),
-    (
-        lambda s: s.pseudo_labels.kind != "candidates",
-        lambda s: {
-            "pseudo_labels": replace(
-                s.pseudo_labels,
-                alpha=PseudoLabelSettings.alpha,
-                beta=PseudoLabelSettings.beta,
-                loss="cc",
-            )
-        },
-    ),
-    (
-        lambda s: s.pseudo_labels.kind != "threshold",
-        lambda s: {
-            "pseudo_labels": replace(s.pseudo_labels, threshold=PseudoLabelSettings.threshold)
-        },
-    ),
-    (
-        lambda s: s.pseudo_labels.kind == "threshold",
-        lambda s: {
-            "pseudo_labels": replace(s.pseudo_labels, growth="growing", k=PseudoLabelSettings.k)
-        },
-    ),
-    (
-        lambda s: s.modality == "text",
-        lambda s: {"prompt": replace(s.prompt, depth="shallow", init="normal")},
-    ),
-    (
-        lambda s: s.train.steps is not None,
-        lambda s: {"train": replace(s.train, epochs=TrainSettings.epochs)},
-    ),
-)

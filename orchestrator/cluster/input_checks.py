@@ -31,7 +31,8 @@ from air_core.datasets.images import (
 from air_core.datasets.published import PUBLISHED
 from air_core.model_configs import json_object
 from air_core.printable import printable
-from air_core.specs import UNKNOWN, uses_generator
+from air_core.specs import UNKNOWN
+from air_core.specs.conditions import uses_generator
 from air_core.weights import (
     CLIP_CONFIG,
     LORA_PIPELINES,

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Any
 
-from air_core.specs import FeaturesSpec, SplitSettings, TrialSpec, uses_generator
+from air_core.specs import FeaturesSpec, SplitSettings, TrialSpec
+from air_core.specs.conditions import uses_generator
 from air_core.specs.normal import normalised
 from orchestrator.formatting import aligned_table, format_percent, format_value
 from orchestrator.keys import artifact_key, digest, slug

@@ -25,10 +25,8 @@ from air_core.specs import (
     LoraSpec,
     SyntheticFeaturesSpec,
     TrialSpec,
-    trains_on_real,
-    trains_on_synthetic,
-    uses_auxiliary,
 )
+from air_core.specs.conditions import trains_on_real, trains_on_synthetic, uses_auxiliary
 from orchestrator.planning.resources import Machine, process_capacity, this_machine
 from orchestrator.spec import Resources
 from orchestrator.store import ArtifactStore, smoke_store

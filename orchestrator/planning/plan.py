@@ -21,9 +21,8 @@ from air_core.specs import (
     LoraSpec,
     SyntheticFeaturesSpec,
     TrialSpec,
-    labels_use_evidence,
-    uses_evidence,
 )
+from air_core.specs.conditions import labels_use_evidence, uses_evidence
 from air_core.specs.flat import trial_keys
 from air_core.specs.normal import normalised
 from orchestrator.keys import ArtifactKey, Stage, artifact_key

@@ -25,15 +25,8 @@ from air_core.datasets.unlabelled import LABELS
 from air_core.methods import EMBEDDED
 from air_core.paradigms import TooFewImages, label_problem, split_positions
 from air_core.seal import sealed_json
-from air_core.specs import (
-    CodeVersions,
-    Ref,
-    TrialSpec,
-    labels_use_evidence,
-    reader_of,
-    uses_evidence,
-    uses_generator,
-)
+from air_core.specs import CodeVersions, Ref, TrialSpec, reader_of
+from air_core.specs.conditions import labels_use_evidence, uses_evidence, uses_generator
 from air_core.specs.flat import from_flat, to_flat
 from air_core.specs.normal import normalised
 from air_core.tokens import check_room

@@ -27,7 +27,8 @@ from air_core.bundle.manifest import (
 )
 from air_core.datasets import DATASETS, get_dataset
 from air_core.paradigms import seen_unseen
-from air_core.specs import FeaturesSpec, Ref, TrialSpec, uses_auxiliary
+from air_core.specs import FeaturesSpec, Ref, TrialSpec
+from air_core.specs.conditions import uses_auxiliary
 from orchestrator.errors import MissingArtifact
 from orchestrator.formatting import format_percent, plural
 from orchestrator.keys import artifact_key

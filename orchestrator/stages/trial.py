@@ -29,7 +29,8 @@ from air_core.lora_labels import first_of_each_class
 from air_core.method import Round, Trial, TrialData, TrialState, TrialStopped
 from air_core.prompts import restored_learner
 from air_core.side_by_side import learn_side_by_side
-from air_core.specs import SplitSettings, TrialSpec, fills_bank
+from air_core.specs import SplitSettings, TrialSpec
+from air_core.specs.conditions import fills_bank
 from air_core.specs.normal import normalised
 from air_core.types import Labelled, Metrics, PseudoLabels, TrialResult
 from orchestrator.keys import artifact_key

@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from air_core.components import REGISTRIES
 from air_core.specs import CodeVersions
 from orchestrator.files import ROOT
 
@@ -48,11 +49,13 @@ _DRAWING = (
 )
 _SCORING = (
     "air_core.auxiliary",
+    "air_core.auxiliary.bank",
     "air_core.classifiers",
     "air_core.paradigms",
     "air_core.pseudo_labels.top_k",
 )
-# The modules that compute each stage. The reader of each dataset is another part.
+# The modules that compute each stage. Other parts are the reader of each dataset, and components
+# with modules of their own (`component_parts`).
 PARTS: dict[str, tuple[str, ...]] = {
     "features": (
         *_LOADED_CLIP,
@@ -63,13 +66,20 @@ PARTS: dict[str, tuple[str, ...]] = {
         "air_core.datasets.split_files",
         "air_core.datasets.unlabelled",
     ),
-    "labels": (*_LOADED_CLIP, *_SCORING, "air_core.evidence", "air_core.lora_labels"),
+    "labels": (
+        *_LOADED_CLIP,
+        *_SCORING,
+        "air_core.auxiliary.lda",
+        "air_core.evidence",
+        "air_core.lora_labels",
+    ),
     "lora": (*_DRAWING, "air_core.diffusion.lora"),
     "images": _DRAWING,
     "evidence": (
         *_LOADED_CLIP,
         *_DRAWING,
         *_SCORING,
+        "air_core.auxiliary.lda",
         "air_core.diffusion.evidence",
         "air_core.diffusion.lora",
         "air_core.evidence",
@@ -85,15 +95,22 @@ PARTS: dict[str, tuple[str, ...]] = {
         "air_core.method",
         "air_core.prompts",
         "air_core.prompts.text",
-        "air_core.prompts.visual",
         "air_core.pseudo_labels",
-        "air_core.pseudo_labels.candidates",
-        "air_core.pseudo_labels.threshold",
         "air_core.side_by_side",
         "air_core.training",
-        "air_core.transduction",
     ),
 }
+COMPONENTS: dict[str, tuple[str, ...]] = {
+    registry.part(name): component.modules
+    for registry in REGISTRIES.values()
+    for name, component in registry.items()
+    if component.modules
+}
+
+
+def modules_of(part: str) -> tuple[str, ...]:
+    """Modules of a stage, a component or a dataset's reader."""
+    return PARTS.get(part) or COMPONENTS.get(part) or (f"air_core.{part}",)
 
 
 @cache
@@ -103,8 +120,8 @@ def part_version(part: str) -> str:
     Raises:
         ValueError: a dataset has no module of the same name.
     """
-    modules = PARTS.get(part, (f"air_core.{part}",))
-    if part not in PARTS and not _source(modules[0]).is_file():
+    modules = modules_of(part)
+    if not _source(modules[0]).is_file():
         raise ValueError(
             f"{_source(modules[0])} does not exist: name the module of a dataset after the "
             "dataset, so that an edit of the module leads to new features"
@@ -122,8 +139,8 @@ def listed_versions() -> dict[str, dict[str, Any]]:
 
 @cache
 def unlisted_versions(*readers: str) -> CodeVersions:
-    """Parts and dataset readers whose code version is not listed, with that version."""
-    versions = {part: part_version(part) for part in (*PARTS, *readers)}
+    """Stages, components and dataset readers whose code version is not listed, with it."""
+    versions = {part: part_version(part) for part in (*PARTS, *COMPONENTS, *readers)}
     return tuple(
         (part, found)
         for part, found in versions.items()

@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from air_core.auxiliary import FORMS, auxiliary_classifier, high_fidelity
+from air_core.auxiliary import auxiliary_classifier, high_fidelity
 from air_core.classifiers import (
     LinearClassifier,
     fuse,
     fused_scores,
     matching_sharpness,
 )
+from air_core.components import AUXILIARIES
 from air_core.specs import AuxiliarySettings, FidelitySettings
 from air_core.types import Batch, Labelled
 
@@ -52,7 +53,7 @@ def test_fusing_other_shapes_is_an_error():
         fused_scores(torch.zeros(2, 3), torch.zeros(2, 4), 0.5)
 
 
-@pytest.mark.parametrize("kind", FORMS)
+@pytest.mark.parametrize("kind", AUXILIARIES)
 @pytest.mark.parametrize("center", [True, False])
 def test_an_auxiliary_classifier_learns_from_images_of_known_class(kind, center):
     bank, target = toy(0, 40), toy(1, 40)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import typing
-
 import pytest
 import torch
 
+from air_core.components import LEARNERS
 from air_core.prompts import PromptLearner, build_learner
-from air_core.specs import PromptSettings, TrialSpec
+from air_core.specs import PromptSettings
 from air_core.types import Batch
 
 TEMPLATE = "a photo of a {}"
 NAMES = ("digit zero", "digit seven", "ankle_boot")
-MODALITIES = typing.get_args(typing.get_type_hints(TrialSpec)["modality"])
 
 
 def learner(tiny_clip, modality: str = "text", seed: int = 0, length: int = 4) -> PromptLearner:
@@ -33,14 +31,14 @@ def start(one: PromptLearner) -> list[torch.Tensor]:
     return [one.prompt.detach()]
 
 
-@pytest.mark.parametrize("modality", MODALITIES)
+@pytest.mark.parametrize("modality", [*LEARNERS])
 def test_logits_have_a_row_per_image_and_a_column_per_class(tiny_clip, modality):
     logits = learner(tiny_clip, modality).logits(some_images(tiny_clip, 5))
     assert logits.shape == (5, len(NAMES))
     assert logits.abs().max() <= tiny_clip.logit_scale + 1e-3  # a cosine at CLIP's temperature
 
 
-@pytest.mark.parametrize("modality", MODALITIES)
+@pytest.mark.parametrize("modality", [*LEARNERS])
 def test_only_the_prompt_receives_gradients(tiny_clip, modality):
     one = learner(tiny_clip, modality)
     one.logits(some_images(tiny_clip)).logsumexp(dim=-1).sum().backward()
@@ -49,7 +47,7 @@ def test_only_the_prompt_receives_gradients(tiny_clip, modality):
     assert not any(parameter.requires_grad for parameter in tiny_clip.model.parameters())
 
 
-@pytest.mark.parametrize("modality", MODALITIES)
+@pytest.mark.parametrize("modality", [*LEARNERS])
 def test_the_same_seed_gives_the_same_initial_prompt_and_another_seed_another(tiny_clip, modality):
     first, again, other = (learner(tiny_clip, modality, seed) for seed in (1, 1, 2))
     assert all(map(torch.equal, start(first), start(again)))
@@ -58,7 +56,7 @@ def test_the_same_seed_gives_the_same_initial_prompt_and_another_seed_another(ti
     assert torch.equal(first.logits(images), again.logits(images))
 
 
-@pytest.mark.parametrize("modality", MODALITIES)
+@pytest.mark.parametrize("modality", [*LEARNERS])
 def test_the_start_does_not_depend_on_other_random_numbers(tiny_clip, modality):
     first = start(learner(tiny_clip, modality))
     torch.manual_seed(123)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from air_core.pseudo_labels import STRATEGIES, assign, capacity
+from air_core.components import STRATEGIES
+from air_core.pseudo_labels import assign, capacity
 from air_core.specs import PseudoLabelSettings
 
 

@@ -20,12 +20,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 import air_core.datasets
+from air_core.components import LOSSES, STRATEGIES
 from air_core.paradigms import labelled_positions, seen_unseen
-from air_core.pseudo_labels import STRATEGIES, capacity
+from air_core.pseudo_labels import capacity
 from air_core.pseudo_labels.candidates import candidate_sets
 from air_core.pseudo_labels.top_k import balanced_choice
 from air_core.specs import PseudoLabelSettings, TrainSettings
-from air_core.training import LOSSES, Targeted, Training, confidence, fit
+from air_core.training import Targeted, Training, confidence, fit
 from air_core.types import Batch, PseudoLabels
 from tests.fixtures.reference import make
 
@@ -155,7 +156,7 @@ def rounds() -> list[SimpleNamespace]:
             at += images
             chosen = (place >= 0).nonzero().flatten()
             p, k = scores(case, turn), make.round_size(case, turn)
-            ours = STRATEGIES["candidates"](
+            ours = STRATEGIES.load("candidates")(
                 p, settings, capacity=k, iteration=turn, previous=previous
             )
             found.append(
@@ -268,7 +269,7 @@ def losses() -> list[tuple[Tensor, Tensor, Tensor, bool, dict[str, Tensor]]]:
 
 def value_and_gradient(kind: str, z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     z = z.clone().requires_grad_()
-    loss = LOSSES[kind](z, targets)
+    loss = LOSSES.load(kind)(z, targets)
     loss.backward()
     return loss.detach(), z.grad
 
@@ -329,7 +330,7 @@ def test_with_soft_targets_cpl_multiplies_them_into_the_confidence_and_we_do_not
 def test_cc_is_finite_where_cpl_takes_the_logarithm_of_zero():
     """CPL sums scores, which underflow, and its training stops. We sum in log space."""
     assert facts()["cpl_loss_underflow"] == "inf"
-    loss = LOSSES["cc"](torch.tensor([[200.0, 0.0, -1.0]]), torch.tensor([[0.0, 1.0, 1.0]]))
+    loss = LOSSES.load("cc")(torch.tensor([[200.0, 0.0, -1.0]]), torch.tensor([[0.0, 1.0, 1.0]]))
     assert loss.item() == pytest.approx(200 - math.log(1 + math.exp(-1)))
 
 
@@ -395,7 +396,7 @@ def boards() -> list[SimpleNamespace]:
 
 def our_board(p: Tensor, k: int) -> Tensor:  # (N, C) bool
     settings = PseudoLabelSettings(kind="top_k", growth="fixed", k=k)
-    labels = STRATEGIES["top_k"](p, settings, capacity=k, iteration=0, previous=None)
+    labels = STRATEGIES.load("top_k")(p, settings, capacity=k, iteration=0, previous=None)
     board = torch.zeros_like(p, dtype=torch.bool)
     board[labels.indices] = labels.targets > 0
     return board

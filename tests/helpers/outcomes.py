@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from air_core.specs import uses_evidence
+from air_core.specs.conditions import uses_evidence
 from air_core.specs.normal import normalised
 from orchestrator.planning import Slot, plan_of
 from orchestrator.planning.requests import SweepRequest, location_for

@@ -1,8 +1,9 @@
 import pytest
 
+from air_core.components import STRATEGIES
 from air_core.methods import EMBEDDED, METHODS
-from air_core.pseudo_labels import STRATEGIES
-from air_core.specs import Ref, uses_images
+from air_core.specs import Ref
+from air_core.specs.conditions import uses_images
 from air_core.specs.flat import from_flat, to_flat, trial_keys
 from orchestrator.spec import presets
 

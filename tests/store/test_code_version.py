@@ -16,7 +16,7 @@ import pytest
 from air_core.datasets import DATASETS
 from air_core.specs import reader_of
 from orchestrator.keys import RECIPES, artifact_key
-from orchestrator.store.code_version import LISTED, PARTS, part_version
+from orchestrator.store.code_version import COMPONENTS, LISTED, PARTS, modules_of, part_version
 
 ROOT = Path(__file__).parents[2]
 READERS = sorted({reader_of(name) for name in DATASETS} | {reader_of("folder:x")})
@@ -24,6 +24,8 @@ READERS = sorted({reader_of(name) for name in DATASETS} | {reader_of("folder:x")
 NOT_COUNTED = {
     "air_core.specs.flat",  # spelling of keys
     "air_core.model_configs",  # refuses models; their content is in the key
+    "air_core.components",  # which modules belong to a component
+    "air_core.specs.conditions",  # which settings and inputs are in the key
     "air_core.specs.normal",  # which settings are in the key
     "air_core.printable",  # messages
     "air_core.seal",  # how files are written
@@ -40,6 +42,7 @@ def test_golden_every_version_is_listed_under_its_recipe():
     the same, `make golden` adds the version to the list."""
     recipes = dict(RECIPES.values())
     now = {part: recipes.get(part, recipes["features"]) for part in (*PARTS, *READERS)}
+    now |= dict.fromkeys(COMPONENTS, recipes["trials"])
     listed = json.loads(LISTED.read_text()) if LISTED.exists() else {}
     wanted = {}
     for part, recipe in now.items():
@@ -52,10 +55,10 @@ def test_golden_every_version_is_listed_under_its_recipe():
     assert json.loads(LISTED.read_text()) == wanted
 
 
-@pytest.mark.parametrize("part", [*PARTS, *READERS])
+@pytest.mark.parametrize("part", [*PARTS, *COMPONENTS, *READERS])
 def test_modules_imported_by_a_part_belong_to_it_or_are_exempt(part):
-    modules = PARTS.get(part, (f"air_core.{part}",))
-    read_with = () if part in PARTS else PARTS["features"]
+    modules = modules_of(part)
+    read_with = () if part in PARTS else PARTS["trials" if part in COMPONENTS else "features"]
     counted = {*modules, *read_with, *NOT_COUNTED}
     for module in modules:
         path = ROOT.joinpath(*module.split("."))

@@ -1,0 +1,109 @@
+"""Conditions on a trial that decide which settings and inputs it uses. Imports nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from air_core.specs import Ref, TrialSpec
+
+
+def labelled_only(spec: TrialSpec) -> bool:
+    """Whether the trial learns from labelled images without pseudo-labels."""
+    return spec.supervision == "labelled" and spec.iterations > 0
+
+
+def uses_auxiliary(spec: TrialSpec) -> bool:
+    """Whether an auxiliary classifier is fused."""
+    return spec.fusion_weight > 0 and (
+        spec.auxiliary.source != "synthetic" or spec.images_per_class > 0
+    )
+
+
+def trains_on_synthetic(spec: TrialSpec) -> bool:
+    """Whether synthetic images enter the training loss."""
+    return (
+        spec.iterations > 0
+        and spec.synthetic_weight > 0
+        and spec.images_per_class > 0
+        and spec.train.mix != "real"
+    )
+
+
+def trains_on_real(spec: TrialSpec) -> bool:
+    """Whether pseudo-labelled pool images enter the training loss."""
+    return spec.iterations > 0 and spec.supervision == "pseudo" and spec.train.mix != "synthetic"
+
+
+def fills_bank(spec: TrialSpec) -> bool:
+    """Whether the trial reads synthetic images, or others in their place."""
+    fused = uses_auxiliary(spec) and spec.auxiliary.source != "real" and spec.images_per_class > 0
+    return fused or trains_on_synthetic(spec)
+
+
+def uses_images(spec: TrialSpec) -> bool:
+    """Whether the trial reads synthetic images."""
+    return fills_bank(spec) and spec.images_from in ("generator", "shifted_labels")
+
+
+def uses_evidence(spec: TrialSpec) -> bool:
+    """Whether the trial reads denoising errors."""
+    return spec.evidence.draws > 0 and not labelled_only(spec)
+
+
+def labels_use_evidence(spec: TrialSpec) -> bool:
+    """Whether denoising errors choose the labels of a later LoRA round."""
+    adapter = spec.lora_adapter
+    return adapter is not None and adapter.labels.evidence is not None
+
+
+def uses_generator(spec: TrialSpec) -> bool:
+    """Whether the trial depends on a generator: its images or its denoising errors."""
+    return uses_images(spec) or uses_evidence(spec)
+
+
+def selects_images(spec: TrialSpec) -> bool:
+    """Whether the auxiliary classifier is built from a selection of synthetic images."""
+    return uses_auxiliary(spec) and spec.auxiliary.source != "real"
+
+
+def selects_real_images(spec: TrialSpec) -> bool:
+    """Whether the auxiliary classifier, or the selection of its images, reads real images."""
+    return spec.auxiliary.source != "synthetic" or spec.fidelity.kind == "real_mean"
+
+
+def later_rounds(spec: TrialSpec) -> bool:
+    """Whether a LoRA is trained on labels chosen with the images of an earlier one."""
+    return spec.lora is not None and spec.lora.rounds > 1
+
+
+def labelled_lora(spec: TrialSpec) -> bool:
+    """Whether the LoRA is trained on labelled images alone."""
+    return spec.lora is not None and spec.lora.source == "labelled" and spec.paradigm != "ul"
+
+
+def reads_lora_images(spec: TrialSpec) -> bool:
+    """Whether the trial reads a LoRA's training images and no diffusion model, as a control."""
+    return spec.images_from == "lora_images" and not uses_evidence(spec)
+
+
+def reads_lora(spec: TrialSpec) -> bool:
+    """Whether the trial reads a LoRA, if LoRA is on, or its training images."""
+    if is_folder(spec.generator):
+        return reads_lora_images(spec)
+    return uses_generator(spec) or spec.images_from == "lora_images"
+
+
+def reads_rows(spec: TrialSpec) -> bool:
+    """Whether synthetic images are read by the trial, by its evidence or by a later LoRA round."""
+    return uses_images(spec) or spec.evidence.disputed is not None or later_rounds(spec)
+
+
+def draws_images(spec: TrialSpec) -> bool:
+    """Whether a generator draws the synthetic images that are read."""
+    return reads_rows(spec) and not is_folder(spec.generator)
+
+
+def is_folder(generator: Ref) -> bool:
+    """Whether the generator is a folder of ready images."""
+    return generator.name.startswith("folder:")
