@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -84,6 +86,39 @@ def schema() -> None:
     from orchestrator.spec import sweep_schema
 
     show(json.dumps(sweep_schema(), indent=1))
+
+
+@app.command()
+def components(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="A component, or a key of a sweep file.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the components: what the keys of a sweep file can name, such as pseudo_labels.kind.
+
+    With the NAME of a component also the settings that it reads and the module that defines it.
+
+    airsweep components
+
+    airsweep components threshold
+    """
+    from orchestrator.spec.components import described
+
+    found = described(name)
+    if as_json:
+        return show(json.dumps([asdict(one) for one in found], indent=1))
+    for key, group in groupby(found, key=lambda one: one.key):
+        show(key)
+        listed = [*group]
+        width = max(len(one.name) for one in listed)
+        for one in listed:
+            show(f"  {one.name:<{width}}  {one.summary}")
+            if name == one.name:
+                show(f"  {'':<{width}}  in {one.target}")
+                for each in one.settings:
+                    text = f"{each.key}: {each.default}  ({each.allowed}) {each.help}"
+                    show(f"  {'':<{width}}  {text}")
 
 
 @app.command()

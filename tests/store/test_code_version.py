@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from air_core.datasets import DATASETS
+from air_core.lora_labels import AUXILIARY
 from air_core.specs import reader_of
 from orchestrator.keys import RECIPES, artifact_key
 from orchestrator.store.code_version import COMPONENTS, LISTED, PARTS, modules_of, part_version
@@ -55,6 +56,11 @@ def test_golden_every_version_is_listed_under_its_recipe():
     assert json.loads(LISTED.read_text()) == wanted
 
 
+def test_the_labels_of_a_lora_are_chosen_by_components_of_their_parts():
+    for part in ("labels", "evidence"):
+        assert {*COMPONENTS[f"auxiliary.kind:{AUXILIARY.kind}"]} <= {*PARTS[part]}
+
+
 @pytest.mark.parametrize("part", [*PARTS, *COMPONENTS, *READERS])
 def test_modules_imported_by_a_part_belong_to_it_or_are_exempt(part):
     modules = modules_of(part)
@@ -74,7 +80,10 @@ def test_modules_imported_by_a_part_belong_to_it_or_are_exempt(part):
 
 # ---------------------------------------------------------------- edits, in a copy of the code
 
-EDITED = ("features", "lora", "images", "trials", "datasets.digits")
+EDITED = (
+    *("features", "lora", "images", "labels", "trials", "datasets.digits"),
+    *("pseudo_labels.kind:threshold", "auxiliary.kind:lda", "modality:visual"),
+)
 COMMAND = f"""
 from orchestrator.store.code_version import part_version
 print(*map(part_version, {EDITED}))
@@ -83,11 +92,19 @@ EDITS = [
     # file, old, new, which of EDITED change
     ("training.py", "MOMENTUM = 0.9", "MOMENTUM = 0.8", {"trials"}),
     ("training.py", "MOMENTUM = 0.9", "MOMENTUM  =  0.9  # a comment", set()),
+    ("pseudo_labels/threshold.py", ">=", ">", {"pseudo_labels.kind:threshold"}),
+    ("prompts/visual.py", "-0.5", "-0.4", {"modality:visual"}),
+    ("auxiliary/lda.py", "SHRINKAGE = 0.2", "SHRINKAGE = 0.3", {"auxiliary.kind:lda", "labels"}),
     ("classifiers.py", "blend the text", "mix the text", set()),
     ("datasets/digits.py", "16", "17", {"datasets.digits"}),
     ("diffusion/lora.py", "GAMMA = 5.0", "GAMMA = 4.0", {"lora"}),
     ("diffusion/pipeline.py", "thrift: int", "thrift: float", {"lora", "images"}),
-    ("backbone/clip.py", "import torch\n", "import torch\nX = 1\n", {"features", "trials"}),
+    (
+        "backbone/clip.py",
+        "import torch\n",
+        "import torch\nX = 1\n",
+        {"features", "labels", "trials"},
+    ),
     ("specs/__init__.py", "ge=1", "ge=2", set()),
 ]
 

@@ -1,0 +1,88 @@
+"""Registries of components: read-only, complete, and read without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from air_core.components import REGISTRIES, STRATEGIES
+from air_core.specs import Ref, TrialSpec
+from air_core.specs.flat import from_flat, trial_keys
+from air_core.specs.normal import used_components
+from orchestrator.keys import artifact_key
+
+COMPONENTS = [(registry, name) for registry in REGISTRIES.values() for name in registry]
+
+
+@pytest.mark.parametrize(
+    ("registry", "name"), COMPONENTS, ids=[one.part(name) for one, name in COMPONENTS]
+)
+def test_a_component_can_be_imported_and_reads_settings_that_exist(registry, name):
+    assert callable(registry.load(name))
+    assert registry[name].summary
+    assert {f"{registry.group}.{key}" for key in registry[name].reads} <= trial_keys().keys()
+    assert registry.key in trial_keys()
+
+
+def test_reading_the_registries_imports_no_torch():
+    code = "import air_core.components, sys; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_registry_cannot_be_changed():
+    with pytest.raises(TypeError, match="'threshold' cannot be replaced: processes that run"):
+        STRATEGIES["threshold"] = len
+    with pytest.raises(TypeError, match="no component 'mine'; components are added in"):
+        STRATEGIES["mine"] = len
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        STRATEGIES["threshold"].target = "builtins:len"
+
+
+def trial(**flat: object) -> TrialSpec:
+    refs = {name: Ref(name=name, digest=name) for name in ("dataset", "backbone", "generator")}
+    settings = {name.replace("__", "."): value for name, value in flat.items()}
+    return from_flat(settings, refs, ("one", "two"))
+
+
+USES_NO_STRATEGY = [
+    trial(iterations=0),
+    trial(paradigm="ssl", supervision="labelled"),
+    trial(pseudo_labels__kind="top_k"),
+    trial(modality="visual", iterations=0, pseudo_labels__kind="threshold"),
+]
+
+
+@pytest.mark.parametrize("part", ["pseudo_labels.kind:threshold", "modality:visual"])
+def test_an_edit_of_a_component_changes_the_keys_of_its_trials_alone(part):
+    edited = ((part, "123456789abc"),)
+    uses = [
+        trial(modality="visual", pseudo_labels__kind="threshold"),
+        trial(modality="visual", pseudo_labels__kind="threshold", iterations=1),
+    ]
+    for spec in [*uses, *USES_NO_STRATEGY]:
+        changed = artifact_key(replace(spec, code=edited)) != artifact_key(spec)
+        assert changed == (spec in uses)
+
+
+def test_an_unused_group_names_no_component():
+    names = {registry.key for registry, _ in used_components(trial(iterations=0))}
+    assert names.isdisjoint({"pseudo_labels.kind", "pseudo_labels.loss", "modality"})
+
+
+def test_the_command_lists_components_with_what_they_read(command):
+    code, out, _ = command("components")
+    assert code == 0
+    assert [line for line in out.splitlines() if not line.startswith(" ")] == [*REGISTRIES]
+    code, out, _ = command("components", "threshold")
+    assert "in air_core.pseudo_labels.threshold:threshold" in out
+    assert "pseudo_labels.threshold: 0.7  (a number >= 0 and <= 1)" in out
+    code, out, _ = command("components", "none", "--json")
+    assert [one["key"] for one in json.loads(out)] == ["fidelity.kind", "transduction"]
+    code, _, err = command("components", "tresh")
+    assert code == 2
+    assert err.endswith("did you mean threshold?\n")
