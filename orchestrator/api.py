@@ -298,6 +298,7 @@ def retry(
     data_root: str | Path | None = None,
     tracking_uri: str | None = None,
     quiet: bool = False,
+    allow_plugins: bool = False,
 ) -> Outcome:
     """Resume a sweep, retrying only one class of failures.
 
@@ -305,10 +306,13 @@ def retry(
         name: name of a recorded sweep, PROJECT/NAME, or an Outcome.
         failure_class: oom, nan, timeout, infra, data, disk or user.
         store, data_root, tracking_uri, quiet: as for `run`.
+        allow_plugins: run the code of plugins also if another user recorded the sweep.
     """
+    from orchestrator.planning.recorded import with_plugins
     from orchestrator.store import read_resolved
 
     sweep, location = recorded_sweep(name, store, data_root)
+    sweep = with_plugins(sweep, location, allow_plugins)
     options: dict[str, Any] = {"tracking_uri": tracking_uri, "retry": failure_class}
     return _run(sweep, location, read_resolved(location), quiet, **options)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.nodes import Job, Nodes, scaling
+from tests.helpers.plugins import MARGIN
 from tests.helpers.sweeps import (
     STOPPING,
     airsweep,
@@ -31,14 +32,17 @@ pytestmark = [pytest.mark.integration, pytest.mark.ray]
 
 NAME, BLOCK, CLASSES = "nodes", 4, 10
 # Two rows of images: the second can be drawn while trials with the first run.
+# The strategy of the first method is a plugin, which travels with the job.
 SWEEP = """
-grid: {{method: [fpl, air_fpl], generator: ["folder:{folder}", "folder:{other}"]}}
+plugins: [margin.py]
+grid: {{method: [pseudo, air_fpl], generator: ["folder:{folder}", "folder:{other}"]}}
 fixed: {{generation.block: {block}, images_per_class: 16, train.steps: 120}}
+overrides: [{{when: "method == 'pseudo'", set: {{pseudo_labels.kind: margin, iterations: 1}}}}]
 seeds: [1, 2]
 resources: {{generator: {{reserve: 1}}}}
 """
 SHARDS = 2 * CLASSES * 16 // BLOCK
-TRIALS = 6  # fpl uses no images, so its two cells are one
+TRIALS = 6  # pseudo uses no images, so its two cells are one
 RAY_LOG = re.compile(r" (cli|sdk|dashboard_sdk|packaging|job_manager)\.py:\d+ -- ")
 
 
@@ -52,6 +56,7 @@ def spec(wires, drawn_digits) -> Path:
         mirrored = folder / "thin" / file.relative_to(drawn_digits)
         mirrored.parent.mkdir(parents=True, exist_ok=True)
         ImageOps.autocontrast(Image.open(file).resize((28, 28))).save(mirrored)
+    (folder / "margin.py").write_text(MARGIN)
     body = SWEEP.format(folder=folder / "drawn", other=folder / "thin", block=BLOCK)
     return write_sweep(folder, NAME, body)
 
@@ -91,6 +96,7 @@ def test_results_are_equal_if_machines_are_disconnected_lost_and_added(spec, alo
     """Submitted by `ray job submit`, which sends the laptop's working directory to the machines."""
     store = wires.shared / "changing"
     (cluster.laptop.home / "sweep.yaml").write_text(spec.read_text())
+    (cluster.laptop.home / "margin.py").write_text(MARGIN)
     (cluster.laptop.home / "stopping.py").write_text(STOPPING)
 
     def submitted(to: Path) -> Job:

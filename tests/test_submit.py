@@ -23,6 +23,7 @@ import ray
 from orchestrator.cluster import Cluster
 from orchestrator.git import commit
 from tests.helpers.clusters import head as ray_head
+from tests.helpers.plugins import MARGIN
 from tests.helpers.servers import free_port, serve
 from tests.helpers.sweeps import (
     TIMEOUT,
@@ -132,6 +133,34 @@ def test_submit_runs_a_sweep_on_the_cluster_and_follows_its_log(head, store, tmp
     assert details.metadata["job_name"] == "default/far"  # in Ray's dashboard
     job = jobs_of(head)["default-far-1"]
     assert (job["state"], job["exit_code"], job["store"]) == ("SUCCEEDED", 0, str(store))
+
+
+def test_a_plugin_travels_with_a_job_and_another_user_must_allow_it(head, store, tmp_path):
+    folder = tmp_path / "elsewhere"
+    body = """plugins: [own/margin.py]
+grid: {pseudo_labels.kind: [margin, top_k]}
+fixed: {method: pseudo, iterations: 1, train.steps: 20}
+seeds: [1]
+"""
+    sweep = write_sweep(folder, "plugged", body)
+    (folder / "own").mkdir()
+    (folder / "own" / "margin.py").write_text(MARGIN)
+    airsweep("submit", sweep, "--address", head, "--store", store, **OPEN)
+    rows = {row["pseudo_labels.kind"]: row["accuracy"] for row in table(store, "plugged")}
+    assert rows.keys() == {"margin", "top_k"}
+    assert "2 done, 0 to run" in airsweep("plan", sweep, "--store", store).stdout
+    (folder / "own" / "margin.py").write_text(f"{MARGIN}\n# edited\n")
+    edited = airsweep("plan", sweep, "--store", store).stdout
+    assert "1 done, 1 to run" in edited
+    assert "pseudo_labels.kind:margin: the code changed since: 1 result is" in edited
+    retry = ("retry", "plugged", "--class", "user", "--store", store, "--tracking-uri", "none")
+    refused = airsweep(*retry, check=False, AIRSWEEP_USER="another")
+    assert refused.returncode == 3
+    assert "whose code would run as another: own/margin.py (" in refused.stderr
+    assert "then give --allow-plugins" in refused.stderr
+    allowed = airsweep(*retry, "--allow-plugins", AIRSWEEP_USER="another")
+    assert "again" in allowed.stdout
+    assert {r["pseudo_labels.kind"]: r["accuracy"] for r in table(store, "plugged")} == rows
 
 
 def test_submit_exits_with_the_code_of_a_refused_run(head, store, tmp_path):

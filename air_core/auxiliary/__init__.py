@@ -84,7 +84,9 @@ def high_fidelity(
     bank: Labelled, settings: FidelitySettings, text: Tensor, real: Labelled | None
 ) -> Labelled:
     """Select images by `settings.kind`; see `air_core.auxiliary.fidelity`."""
-    chosen: Labelled = FIDELITIES.load(settings.kind)(bank, settings, text, real)
+    chosen: Labelled = FIDELITIES.load(settings.kind)(
+        bank, FIDELITIES.settings_of(settings.kind, settings), text, real
+    )
     return chosen
 
 
@@ -130,6 +132,7 @@ def auxiliary_classifier(
         empty = (counts == 0).nonzero().flatten().tolist()
         raise ValueError(f"the auxiliary classifier has no image of class {empty}")
     sharpness = settings.kappa if settings.temperature == "kappa" else logit_scale
-    bank = Bank(settings, features, labels, counts, mean, sharpness)
+    own = AUXILIARIES.settings_of(settings.kind, settings)
+    bank = Bank(own, features, labels, counts, mean, sharpness)
     classifier: AuxiliaryClassifier = AUXILIARIES.load(settings.kind)(bank)
     return classifier

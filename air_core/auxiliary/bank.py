@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,6 @@ from torch.nn.functional import normalize, one_hot
 from torch.nn.utils.rnn import pad_sequence
 
 from air_core.classifiers import LinearClassifier
-from air_core.specs import AuxiliarySettings
 from air_core.types import Batch
 
 # N images, C classes, D feature width.
@@ -64,7 +64,7 @@ AuxiliaryClassifier = LinearClassifier | BankClassifier
 class Bank:
     """Images that an auxiliary classifier is built from."""
 
-    settings: AuxiliarySettings
+    settings: Any  # AuxiliarySettings, or the own settings of a plugin's component
     features: Tensor  # (N, D), centred
     labels: Tensor  # (N,)
     counts: Tensor  # (C,) images of each class

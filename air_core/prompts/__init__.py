@@ -50,7 +50,9 @@ def build_learner(
     seed: int,
 ) -> PromptLearner:
     """A prompt at its start; the same seed gives the same start."""
-    learner: PromptLearner = LEARNERS.load(modality)(settings, backbone, classnames, template, seed)
+    learner: PromptLearner = LEARNERS.load(modality)(
+        LEARNERS.settings_of(modality, settings), backbone, classnames, template, seed
+    )
     return learner
 
 

@@ -54,7 +54,7 @@ def assign(
     strategy: Strategy = STRATEGIES.load(settings.kind)
     labels = strategy(
         scores,
-        settings,
+        STRATEGIES.settings_of(settings.kind, settings),
         capacity=capacity(settings, scores.shape[0], scores.shape[1], iteration, iterations),
         iteration=iteration,
         previous=previous,

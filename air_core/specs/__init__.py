@@ -20,6 +20,7 @@ from air_core.components import (
     LOSSES,
     STRATEGIES,
     TRANSDUCTIONS,
+    Own,
     Registry,
 )
 from air_core.specs.conditions import (
@@ -264,6 +265,7 @@ class FidelitySettings:
     duplicates: Literal["keep", "drop"] = later(
         "keep", "drop: leave out copies of an earlier image of the class, by CLIP"
     )
+    own: Own = added(())  # of components from plugins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,6 +315,7 @@ class AuxiliarySettings:
         "with refresh: fewer synthetic images in each iteration",
         used_if=lambda s: s.auxiliary.refresh and s.auxiliary.source == "both",
     )
+    own: Own = added(())  # of components from plugins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -349,6 +352,7 @@ class PseudoLabelSettings:
     beta: float = knob(0.95, "candidates: quantile of a class's scores over images", ge=0, le=1)
     threshold: float = later(0.7, "threshold: smallest confidence of an image", ge=0, le=1)
     loss: str = choice(LOSSES, "cc", absent_means="cc")
+    own: Own = added(())  # of components from plugins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,6 +367,7 @@ class PromptSettings:
     restart: bool = later(
         True, "each iteration starts from the same prompt", used_if=lambda s: s.iterations > 1
     )
+    own: Own = added(())  # of components from plugins
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,10 @@ import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from typing import Annotated, Any, Literal
 
-from air_core.components import Registry
+from air_core.components import REGISTRIES, Registry, computed_from_registries
 from air_core.specs import Ref, TrialSpec
 
 
@@ -30,17 +31,20 @@ class Key:
     registry: Registry | None = None  # whose components are the values
 
 
+OWN = "own"  # field of a group with the settings of plugins
 DERIVED = ("classnames", "code", "scored_images", "pool_images")  # computed, not set in sweep files
 
 
+@computed_from_registries
 @cache
 def trial_keys() -> dict[str, Key]:
-    """Every trial key by its dotted name, in the order of TrialSpec.
+    """Every trial key by its dotted name, in the order of TrialSpec; those of plugins follow.
 
     >>> trial_keys()["lora.rank"].default
     4
     """
-    return {key.name: key for key in _keys(TrialSpec, "") if key.name not in DERIVED}
+    every = chain(_keys(TrialSpec, ""), _plugin_keys())
+    return {key.name: key for key in every if key.name not in DERIVED}
 
 
 def from_flat(flat: dict[str, Any], refs: dict[str, Ref], classnames: tuple[str, ...]) -> TrialSpec:
@@ -56,7 +60,10 @@ def from_flat(flat: dict[str, Any], refs: dict[str, Ref], classnames: tuple[str,
     for name, value in flat.items():
         head, _, rest = name.partition(".")
         value = tuple(value) if isinstance(value, list) else value  # JSON has no tuples
-        if rest:
+        if "." in rest:
+            own = nested.setdefault(head, {}).setdefault(OWN, ())
+            nested[head][OWN] = (*own, (rest, value))
+        elif rest:
             nested.setdefault(head, {})[rest] = value
         else:
             plain[head] = value
@@ -76,9 +83,19 @@ def to_flat(spec: TrialSpec) -> dict[str, Any]:
     return dict(_flat(spec, ""))
 
 
+def _plugin_keys() -> Iterator[Key]:
+    for registry in REGISTRIES.values():
+        for component in registry.values():
+            if component.settings is not None:
+                prefix = f"{registry.group}.{component.name}."
+                yield from _keys(component.settings, prefix)
+
+
 def _keys(owner: Any, prefix: str) -> Iterator[Key]:
     hints = typing.get_type_hints(owner)
     for f in dataclasses.fields(owner):
+        if f.name == OWN:
+            continue
         inner = _settings_class(hints[f.name])
         if inner is Ref:
             yield Key(name=prefix + f.name, type=str, default=None, limits={}, help=REFS[f.name])
@@ -133,6 +150,8 @@ def _flat(spec: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             continue
         if isinstance(value, Ref):
             yield prefix + f.name, value.name
+        elif f.name == OWN:
+            yield from ((prefix + name, own) for name, own in value)
         elif dataclasses.is_dataclass(value):
             yield from _flat(value, f"{prefix}{f.name}.")
         else:

@@ -12,7 +12,7 @@ from functools import cache, lru_cache
 from operator import attrgetter
 from typing import Any
 
-from air_core.components import REGISTRIES, Registry
+from air_core.components import REGISTRIES, Own, Registry, computed_from_registries
 from air_core.specs import EvidenceSettings, LoraSettings, TrialSpec
 from air_core.specs.conditions import reads_lora_images, uses_auxiliary, uses_evidence
 from air_core.specs.flat import trial_keys
@@ -20,6 +20,7 @@ from air_core.specs.flat import trial_keys
 Condition = Callable[[TrialSpec], bool]
 
 
+@computed_from_registries
 @lru_cache(maxsize=4096)  # a plan normalises each trial three times
 def normalised(spec: TrialSpec) -> TrialSpec:
     """The same computation, with all settings that cannot change its result at their defaults."""
@@ -56,6 +57,7 @@ class Rule:
     unused: Any
 
 
+@computed_from_registries
 @cache
 def rules() -> tuple[Rule, ...]:
     """One rule for each field with a condition, or that only some components read."""
@@ -113,7 +115,30 @@ def _with_equal_results(spec: TrialSpec) -> TrialSpec:
         # The control reads the images of a first round, chosen without a diffusion model.
         source = spec.lora.source if spec.lora else LoraSettings.source
         spec = replace(spec, lora=LoraSettings(source=source))
+    for name in _groups_of_plugins():
+        group = getattr(spec, name)
+        if (own := _complete(spec, name, dict(group.own))) != group.own:
+            spec = replace(spec, **{name: replace(group, own=own)})
     return spec
+
+
+@computed_from_registries
+@cache
+def _groups_of_plugins() -> tuple[str, ...]:
+    """Groups that have settings of components from plugins."""
+    own = [r.group for r in REGISTRIES.values() if any(c.settings is not None for c in r.values())]
+    return tuple(dict.fromkeys(own))
+
+
+def _complete(spec: TrialSpec, group: str, given: dict[str, Any]) -> Own:
+    """All settings of the components of plugins that a trial names, and no others, sorted."""
+    own = {}
+    for registry, name in used_components(spec):
+        settings = registry[name].settings
+        if registry.group == group and settings is not None:
+            for f in dataclasses.fields(settings):
+                own[f"{name}.{f.name}"] = given.get(f"{name}.{f.name}", f.default)
+    return tuple(sorted(own.items()))
 
 
 def _weighed_by_agreement(spec: TrialSpec) -> dict[str, Any]:

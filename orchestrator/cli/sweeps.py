@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -24,6 +25,7 @@ from orchestrator.cli.common import (
     SpecArgument,
     StoreOption,
     TrackingOption,
+    fail,
     load,
     location_for,
     recorded_sweep,
@@ -33,9 +35,11 @@ from orchestrator.formatting import plural, show
 
 if TYPE_CHECKING:
     from orchestrator.spec import SweepSpec
+    from orchestrator.spec.components import Described
     from orchestrator.store import SweepLocation
 
 app = typer.Typer()
+plugin_app = typer.Typer(no_args_is_help=True, help="Check plugins.")
 
 
 @app.command()
@@ -107,18 +111,50 @@ def components(
 
     found = described(name)
     if as_json:
-        return show(json.dumps([asdict(one) for one in found], indent=1))
+        show(json.dumps([asdict(one) for one in found], indent=1))
+    else:
+        _show_components(found, name)
+
+
+def _show_components(found: Iterable[Described], detailed: str | None) -> None:
+    """Print components by key; the one of this name with its settings."""
     for key, group in groupby(found, key=lambda one: one.key):
         show(key)
         listed = [*group]
         width = max(len(one.name) for one in listed)
         for one in listed:
             show(f"  {one.name:<{width}}  {one.summary}")
-            if name == one.name:
+            if detailed == one.name:
                 show(f"  {'':<{width}}  in {one.target}")
                 for each in one.settings:
                     text = f"{each.key}: {each.default}  ({each.allowed}) {each.help}"
                     show(f"  {'':<{width}}  {text}")
+
+
+@plugin_app.command("check")
+def check_plugin(
+    name: Annotated[
+        str, typer.Argument(metavar="PLUGIN", help="A .py file, or an installed module.")
+    ],
+) -> None:
+    """Run the code of a plugin, and check that its components keep the contracts of their keys.
+
+    airsweep plugin check mine.py
+    """
+    from air_core.contracts import check_contract
+    from orchestrator.plugins import components_of, place_of, read_plugin, use_plugins
+    from orchestrator.spec.components import described
+
+    plugin = read_plugin(name, Path())
+    use_plugins([plugin])
+    for registry, component in components_of(plugin):
+        try:
+            check_contract(registry.key, component.name)
+        except Exception as problem:
+            fail(f"{place_of(plugin, problem)}: {registry.key} {component.name!r}: {problem}")
+        found = [one for one in described(component.name) if one.key == registry.key]
+        _show_components(found, component.name)
+    show(f"{name}: its components keep their contracts; digest {plugin.digest}")
 
 
 @app.command()
@@ -226,6 +262,10 @@ def retry(
     data_root: DataOption = None,
     tracking_uri: TrackingOption = None,
     quiet: QuietOption = False,
+    allow_plugins: Annotated[
+        bool,
+        typer.Option("--allow-plugins", help="Run the code of plugins of a sweep of another user."),
+    ] = False,
 ) -> None:
     """Resume a sweep, retrying only one class of failures.
 
@@ -233,9 +273,11 @@ def retry(
 
     airsweep retry team/paper_main --class infra --store /shared/runs
     """
+    from orchestrator.planning.recorded import with_plugins
     from orchestrator.store import read_resolved
 
     sweep, location = recorded_sweep(name, store, data_root)
+    sweep = with_plugins(sweep, location, allow_plugins)
     options: dict[str, Any] = {"tracking_uri": tracking_uri, "retry": failure_class}
     _execute(sweep, location, read_resolved(location), quiet, **options)
 

@@ -24,6 +24,7 @@ from orchestrator.errors import Refused
 from orchestrator.failures import first_line
 from orchestrator.files import ROOT
 from orchestrator.planning import Machine, ray_resources
+from orchestrator.plugins import Plugin, use_plugins
 from orchestrator.spec import ProcessResources, Resources
 from orchestrator.store.artifacts import DEVICES
 
@@ -290,10 +291,12 @@ def quiet_data_context() -> Iterator[None]:
         yield
 
 
-def set_worker_environment(variables: Mapping[str, str]) -> None:
-    """In a worker, set what the records of its artifacts have: the assigned CPUs and GPUs, and the
-    user and commit of the driver (`variables`)."""
+def prepare_worker(variables: Mapping[str, str], plugins: Sequence[Plugin]) -> None:
+    """Prepare a worker for a sweep: its plugins, and what the records of its artifacts have: the
+    assigned CPUs and GPUs, and the user and commit of the driver (`variables`)."""
     import ray
+
+    use_plugins(plugins)
 
     if not ray.is_initialized() or ray.get_runtime_context().worker.mode != ray.WORKER_MODE:
         return

@@ -24,7 +24,7 @@ from safetensors.numpy import load
 
 from air_core.datasets.class_folders import class_files
 from air_core.specs import EvidenceSpec, FolderImages, SyntheticFeaturesSpec
-from orchestrator.cluster.session import quiet_data_context, set_worker_environment
+from orchestrator.cluster.session import prepare_worker, quiet_data_context
 from orchestrator.execution._allocation import PoolStatistics, PreparationContext
 from orchestrator.execution._progress import ProgressReporter, report_working
 from orchestrator.failures import CLASSES, Failure, classify
@@ -47,7 +47,7 @@ class GeneratorActor:
         self, requirements: Sequence[Requirement], worker: WorkerContext, progress_actor: Any
     ) -> None:
         torch.set_num_threads(1)  # one actor a core; more threads would compete for it
-        set_worker_environment(worker.variables)
+        prepare_worker(worker.variables, worker.plugins)
         limit_gpu_memory(devices().get("gpu", 0.0))
         self.specs, self.worker = [requirement.spec for requirement in requirements], worker
         self.progress_actor = progress_actor

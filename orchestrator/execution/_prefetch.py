@@ -268,7 +268,8 @@ def worker_context(state: RunState) -> WorkerContext:
     batch = state.sweep.resources.encoder.batch
     location = state.location
     device, variables = "cuda" if gpu else "cpu", {name: os.environ[name] for name in PROVENANCE}
-    return WorkerContext(location.store, location.data_root, device, batch, variables)
+    plugins = state.sweep.plugins
+    return WorkerContext(location.store, location.data_root, device, batch, variables, plugins)
 
 
 def _contact_sheet(state: RunState, requirements: Sequence[Requirement]) -> Iterator[None] | None:

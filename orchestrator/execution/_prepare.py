@@ -14,7 +14,7 @@ import torch
 
 from air_core.backbone.loading import import_open_clip_alone
 from air_core.specs import FeaturesSpec, LabelsSpec, LoraSpec
-from orchestrator.cluster.session import set_worker_environment
+from orchestrator.cluster.session import prepare_worker
 from orchestrator.execution._allocation import PreparationContext
 from orchestrator.execution._generation import draw, reset_crashes
 from orchestrator.execution._progress import ProgressReporter, report_working
@@ -97,7 +97,7 @@ def _build_artifact(
     import_open_clip_alone()
     torch.set_num_threads(1)
     limit_gpu_memory(gpu)
-    set_worker_environment(worker.variables)
+    prepare_worker(worker.variables, worker.plugins)
     started = time.monotonic()
     unit = "steps" if isinstance(spec, LoraSpec) else "images"
     reporter = ProgressReporter(progress_actor, artifact_title(artifact_key(spec)), unit)

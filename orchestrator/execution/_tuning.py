@@ -19,7 +19,7 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from air_core.backbone.loading import import_open_clip_alone
-from orchestrator.cluster.session import set_worker_environment
+from orchestrator.cluster.session import prepare_worker
 from orchestrator.errors import OutOfTime
 from orchestrator.execution._progress import ProgressReporter, report_working
 from orchestrator.execution._scheduler import Job, TrialScheduler
@@ -48,7 +48,7 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]
         self.job: Job = config["job"]
         import_open_clip_alone()
         limit_gpu_memory(gpu)
-        set_worker_environment(worker.variables)
+        prepare_worker(worker.variables, worker.plugins)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.job = new_config["job"]

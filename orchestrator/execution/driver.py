@@ -59,6 +59,7 @@ from orchestrator.planning.plan import plan_sweep
 from orchestrator.planning.requests import complete_origin
 from orchestrator.planning.resolve import text_digest
 from orchestrator.planning.resources import full_disk_message
+from orchestrator.plugins import described_plugin, plugin_file
 from orchestrator.reporting import plan_status, sweep_status
 from orchestrator.spec import Cell, SweepSpec, notes_of
 from orchestrator.spec.marked_yaml import allowed_choices
@@ -285,6 +286,10 @@ def _write_sweep_files(
     """Write the sweep file, its resolved inputs and uncommitted changes into the sweep's folder."""
     location.folder.mkdir(parents=True, exist_ok=True)
     complete = complete_origin(origin or {}, sweep, location)
+    if sweep.plugins:
+        complete |= {"user": user_name(), "plugins": [*map(described_plugin, sweep.plugins)]}
+    for plugin in sweep.plugins:
+        location.write(plugin_file(plugin), plugin.text)
     resolved = sealed_json({**complete, "inputs": _merged_inputs(location, resolver)})
     for name, data in {"spec.yaml": sweep.text.encode(), RESOLVED: resolved}.items():
         path = location.folder / name

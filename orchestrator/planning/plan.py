@@ -38,6 +38,7 @@ from orchestrator.planning.studies import (
     request_digest,
     study_start,
 )
+from orchestrator.plugins import use_plugins
 from orchestrator.spec import Cell, Dimension, SweepSpec, cells_of
 from orchestrator.spec.space import default_params, grid_points, study_name
 from orchestrator.store import ArtifactStore, EventLog, SweepLocation, read_resolved
@@ -251,6 +252,7 @@ def plan_sweep(
     Raises:
         SpecError: an input is missing or does not fit; the message has the position of its name.
     """
+    use_plugins(sweep.plugins)  # another sweep may have been read meanwhile
     try:
         return _plan_sweep(sweep, store, resolver, event_log)
     except InvalidSetting as problem:

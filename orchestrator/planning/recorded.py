@@ -9,7 +9,7 @@ from pathlib import Path
 
 from air_core.specs import TrialSpec
 from air_core.weights import local_path
-from orchestrator.errors import StoreRefused
+from orchestrator.errors import Refused, StoreRefused
 from orchestrator.keys import Stage, artifact_key
 from orchestrator.planning.plan import (
     fp32_slots,
@@ -21,10 +21,12 @@ from orchestrator.planning.plan import (
 )
 from orchestrator.planning.resolve import NotRecorded, Resolver, resolver_of
 from orchestrator.planning.studies import Searches, read_searches
+from orchestrator.plugins import recorded_plugin, use_plugins, with_code
 from orchestrator.spec import Cell, SweepSpec, cells_of, load_sweep
 from orchestrator.spec.sweep import smoke_variant
 from orchestrator.store import ArtifactStore, SweepLocation, read_resolved, recorded_locations
 from orchestrator.store.gc import Shards, StoreRequirements, merge_shards
+from orchestrator.store.location import user_name
 
 
 def read_sweep(location: SweepLocation, data_root: Path | None) -> tuple[SweepSpec, SweepLocation]:
@@ -38,12 +40,39 @@ def read_sweep(location: SweepLocation, data_root: Path | None) -> tuple[SweepSp
     """
     origin = read_resolved(location)
     sweep = load_sweep(
-        location.folder / "spec.yaml", sets=origin.get("sets", []), only=origin.get("only", [])
+        location.folder / "spec.yaml",
+        sets=origin.get("sets", []),
+        only=origin.get("only", []),
+        plugins=[recorded_plugin(about) for about in origin.get("plugins", [])],
     )
     sweep = replace(sweep, source=origin.get("source", sweep.source))
     data = data_root or (local_path(sweep.data_root) if sweep.data_root else None)
     location = replace(location, data_root=data, recorded=True)
     return smoke_variant(sweep) if origin.get("smoke") else sweep, location
+
+
+def with_plugins(sweep: SweepSpec, location: SweepLocation, allowed: bool) -> SweepSpec:
+    """A recorded sweep that can run: with the code of its plugins.
+
+    Args:
+        allowed: run also code that another user recorded.
+
+    Raises:
+        Refused: another user recorded the sweep.
+        ValueError: the code is missing or has changed.
+    """
+    recorded = [plugin for plugin in sweep.plugins if not plugin.text]
+    user = read_resolved(location).get("user", "unknown")
+    if recorded and not allowed and user != user_name():
+        named = ", ".join(f"{plugin.name} ({plugin.digest})" for plugin in recorded)
+        raise Refused(
+            f"{user} recorded {location.full_name} with plugins, whose code would run as "
+            f"{user_name()}: {named}; read it in {location.folder / 'plugins'}, then give "
+            "--allow-plugins"
+        )
+    plugins = [one if one.text else with_code(one, location.folder) for one in sweep.plugins]
+    use_plugins(plugins)
+    return replace(sweep, plugins=tuple(plugins))
 
 
 def refuse_running(store: ArtifactStore) -> None:

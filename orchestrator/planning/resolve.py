@@ -43,6 +43,7 @@ from air_core.weights import (
 )
 from orchestrator.files import file_digest, file_stamp, write_atomic
 from orchestrator.keys import canonical_json, digest, plain
+from orchestrator.plugins import plugin_versions
 from orchestrator.spec.sweep import split_name
 from orchestrator.store import SweepLocation, read_resolved
 from orchestrator.store.code_version import unlisted_versions
@@ -296,7 +297,7 @@ class Resolver:
         """Code versions, by part, that no recipe number covers, for trials on these datasets."""
         if self.versions is not None:
             return tuple(self.versions.items())
-        versions = unlisted_versions(*map(reader_of, datasets))
+        versions = (*unlisted_versions(*map(reader_of, datasets)), *plugin_versions())
         self._code |= versions
         return versions
 

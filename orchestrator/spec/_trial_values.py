@@ -6,7 +6,7 @@ import dataclasses
 import operator
 import types
 import typing
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Annotated, Any, Literal, Union
@@ -24,6 +24,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticKnownError, core_schema
 
+from air_core.components import computed_from_registries
 from air_core.datasets import DATASETS
 from air_core.datasets.dataset import is_template
 from air_core.methods import EMBEDDED, METHODS
@@ -43,8 +44,10 @@ from orchestrator.spec.validation import (
     validation_errors,
 )
 
-TRIAL_KEYS = trial_keys()
-TRIAL_NAMES = ("method", *TRIAL_KEYS)
+
+def trial_names() -> tuple[str, ...]:
+    return ("method", *trial_keys())
+
 
 METHOD = "name of the method; it pins the keys that define the method"
 LORA = "false or null: no LoRA, the base model generates the images"
@@ -121,22 +124,22 @@ def _value_annotation(name: str) -> Any:
         return Annotated[one_or_several, AfterValidator(_one_or_several)]
     if name == "evidence.template":
         return TEMPLATE
-    return _with_limits(TRIAL_KEYS[name].type, name)
+    return _with_limits(trial_keys()[name].type, name)
 
 
 def _with_limits(annotation: Any, name: str) -> Any:
-    limits: Any = TRIAL_KEYS[name].limits
+    limits: Any = trial_keys()[name].limits
     return Annotated[annotation, Field(**limits)] if limits else annotation
 
 
 def _description(name: str) -> str:
-    return {"method": METHOD, "lora": LORA}.get(name) or TRIAL_KEYS[name].help
+    return {"method": METHOD, "lora": LORA}.get(name) or trial_keys()[name].help
 
 
 def _default(name: str) -> Any:
     if name in ("method", "lora"):
         return True if name == "lora" else None
-    return EMBEDDED.get(name, TRIAL_KEYS[name].default)
+    return EMBEDDED.get(name, trial_keys()[name].default)
 
 
 def _list_type(name: str) -> Any:
@@ -155,12 +158,13 @@ def _list_type(name: str) -> Any:
 
 @dataclass(frozen=True)
 class _SchemaOf:
-    """Validates as a type that is created at run time."""
+    """Validates as a type that is created when the schema is built, again for each set of
+    plugins."""
 
-    type: Any
+    create: Callable[[], Any]
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
-        return handler.generate_schema(self.type)
+        return handler.generate_schema(self.create())
 
 
 def _mapping_type(name: str, fields: dict[str, Any], **schema: Any) -> Any:
@@ -176,6 +180,7 @@ def _mapping_type(name: str, fields: dict[str, Any], **schema: Any) -> Any:
     ]
 
 
+@computed_from_registries
 @cache
 def value_type(name: str) -> TypeAdapter[Any]:
     """The type of a trial key's value."""
@@ -187,20 +192,19 @@ def _settings_type(names: Iterable[str]) -> Any:
         name: (_value_annotation(name), setting(_default(name), _description(name)))
         for name in names
     }
-    return Annotated[dict[str, Any], _SchemaOf(_mapping_type("Settings", fields))]
+    return _mapping_type("Settings", fields)
 
 
-Settings = _settings_type(TRIAL_NAMES)
-SettingsOfCells = _settings_type(TRIAL_KEYS)  # without the method
-Axes = Annotated[
-    dict[str, Any],
-    _SchemaOf(
-        _mapping_type(
-            "Axes",
-            {name: (_list_type(name), setting(None, _description(name))) for name in TRIAL_NAMES},
-        )
-    ),
-]
+def _axes_type() -> Any:
+    names = trial_names()
+    fields = {name: (_list_type(name), setting(None, _description(name))) for name in names}
+    return _mapping_type("Axes", fields)
+
+
+Settings = Annotated[dict[str, Any], _SchemaOf(lambda: _settings_type(trial_names()))]
+# Without the method
+SettingsOfCells = Annotated[dict[str, Any], _SchemaOf(lambda: _settings_type(trial_keys()))]
+Axes = Annotated[dict[str, Any], _SchemaOf(_axes_type)]
 
 
 # ---------------------------------------------------------------- search space
@@ -238,31 +242,29 @@ def reason_not_searchable(name: str) -> str | None:
     return None
 
 
-# A value of each key, to test that the comparisons of a condition are between comparable types.
-EXAMPLES = {
-    **{name: 1 if key.default is None else key.default for name, key in TRIAL_KEYS.items()},
-    **EMBEDDED,
-    "method": "air",
-}
+def _examples() -> dict[str, Any]:
+    """A value of each key, to test that a condition compares comparable types."""
+    values = {n: 1 if key.default is None else key.default for n, key in trial_keys().items()}
+    return {**values, **EMBEDDED, "method": "air"}
 
 
-def _check_condition(text: str, names: Collection[str] = TRIAL_KEYS) -> str:
+def _check_condition(text: str, method: bool = False) -> str:
     for name in names_of(text):
-        if name not in names:
-            raise ValueError(f"unknown key {name!r}; {key_choices(name, TRIAL_NAMES)}")
+        if name not in trial_keys() and not (method and name == "method"):
+            raise ValueError(f"unknown key {name!r}; {key_choices(name, trial_names())}")
     for name, constant in constants_of(text):
         problem = error_message(value_type(name), constant)
         if problem:
             raise ValueError(f"{name}: {problem}")
     try:
-        compile_when(text)(EXAMPLES)
+        compile_when(text)(_examples())
     except TypeError as error:
         raise ValueError(f"the condition compares values that have no order: {error}") from None
     return text
 
 
 # A condition on a cell, which has a method too.
-CellCondition = Annotated[str, AfterValidator(partial(_check_condition, names=TRIAL_NAMES))]
+CellCondition = Annotated[str, AfterValidator(partial(_check_condition, method=True))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,7 +281,7 @@ class Dimension:
 
 def _dimension_type(name: str) -> Any:
     """The type of one entry of `search.space`."""
-    kinds = typing.get_args(TRIAL_KEYS[name].type) or (TRIAL_KEYS[name].type,)
+    kinds = typing.get_args(trial_keys()[name].type) or (trial_keys()[name].type,)
     number = next((kind for kind in kinds if kind in (int, float)), None)
     fields: dict[str, Any] = {
         "values": (_list_type(name), setting(None, "the values to choose from"))
@@ -316,10 +318,11 @@ def _dimension_type(name: str) -> Any:
     return Annotated[_mapping_type(name, fields, oneOf=either), AfterValidator(dimension)]
 
 
+@computed_from_registries
 @cache
 def space_type() -> TypeAdapter[dict[str, Dimension]]:
     """The type of `search.space`. Built on first use, because building it is slow."""
-    searchable = [name for name in TRIAL_NAMES if reason_not_searchable(name) is None]
+    searchable = [name for name in trial_names() if reason_not_searchable(name) is None]
     fields = {
         name: (_dimension_type(name), setting(None, _description(name))) for name in searchable
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -52,7 +53,9 @@ def described(name: str | None = None) -> list[Described]:
 
 
 def _described(registry: Registry, component: Component) -> Described:
-    settings = [_setting(f"{registry.group}.{name}") for name in sorted(component.reads)]
+    own = () if component.settings is None else dataclasses.fields(component.settings)
+    names = [*sorted(component.reads), *(f"{component.name}.{f.name}" for f in own)]
+    settings = [_setting(f"{registry.group}.{name}") for name in names]
     return Described(registry.key, component.name, component.summary, component.target, settings)
 
 

@@ -25,6 +25,7 @@ from air_core.specs import TrialSpec
 from air_core.specs.flat import from_flat, trial_keys
 from air_core.specs.normal import normalised
 from orchestrator.keys import digest
+from orchestrator.plugins import Plugin
 from orchestrator.spec import presets
 from orchestrator.spec._expressions import compile_when, names_of
 from orchestrator.spec._trial_values import CellCondition, SettingsOfCells, Space, value_type
@@ -368,6 +369,7 @@ class SweepSpec:
     question: str = ""  # the comment at the top of the file
     source: str = ""  # the path of the file, as given
     text: str = ""
+    plugins: tuple[Plugin, ...] = ()
     relative_names: frozenset[str] = frozenset()  # of data and models; relative to the file
     document: Document = field(
         default_factory=partial(Document, source=""), repr=False, compare=False

@@ -11,23 +11,26 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, TypeAdapter
-from pydantic.dataclasses import dataclass
+from pydantic.dataclasses import dataclass, rebuild_dataclass
 
+from air_core.components import REGISTRIES, computed_from_registries
 from air_core.methods import EMBEDDED, METHODS
+from air_core.specs.flat import trial_keys
 from orchestrator.files import ROOT, SHIPPED
+from orchestrator.plugins import Plugin, components_of, read_plugin, use_plugins
 from orchestrator.redact import find_password
 from orchestrator.spec._expressions import lookup, names_of
 from orchestrator.spec._trial_values import (
     TEXTS,
-    TRIAL_KEYS,
-    TRIAL_NAMES,
     Axes,
     Settings,
+    trial_names,
     value_type,
 )
 from orchestrator.spec.marked_yaml import (
@@ -137,9 +140,19 @@ class SweepFile:
     )
     tracking: Tracking = setting(Tracking(), "address of the MLflow tracker (docs/tracking.md)")
     data_root: LINE = setting(None, "folder that contains the datasets; it does not change results")
+    plugins: tuple[LINE, ...] = setting(
+        (), "code with components of your own: .py files beside this file, or installed modules"
+    )
 
 
-FILE = TypeAdapter(SweepFile)
+@computed_from_registries
+@cache
+def file_type() -> TypeAdapter[SweepFile]:
+    """The type of a sweep file, with the components of the plugins in use."""
+    if any(component.source for registry in REGISTRIES.values() for component in registry.values()):
+        for part in (Override, Search, SweepFile):
+            rebuild_dataclass(part, force=True)  # type: ignore[arg-type]
+    return TypeAdapter(SweepFile)
 
 
 def sweep_schema() -> Schema:
@@ -153,26 +166,36 @@ def sweep_schema() -> Schema:
         for part in ("grid", "fixed")
     ]
     head: Schema = {"$schema": "http://json-schema.org/draft-07/schema#"}
-    return {**head, **schema_of(FILE), "title": "airsweep sweep file", "anyOf": with_method}
+    return {**head, **schema_of(file_type()), "title": "airsweep sweep file", "anyOf": with_method}
 
 
-def load_sweep(path: Path, *, sets: Sequence[str] = (), only: Sequence[str] = ()) -> SweepSpec:
-    """Read and check a sweep file.
+def load_sweep(
+    path: Path,
+    *,
+    sets: Sequence[str] = (),
+    only: Sequence[str] = (),
+    plugins: Sequence[Plugin] | None = None,
+) -> SweepSpec:
+    """Read and check a sweep file. Runs the code of its plugins.
 
     Args:
         path: the file.
         sets: options of the form `key=value`. A trial key is set under `fixed`; a path such as
             `search.points` replaces that part of the file.
         only: options of the form `key=value[,value]`: the values of this grid key to keep.
+        plugins: those that a run recorded, in place of the files.
 
     Raises:
         SpecError: the errors in the file and in `sets`, or the first error in `only`.
     """
-    return sweep_from_document(read(path), sets, only)
+    return sweep_from_document(read(path), sets, only, plugins)
 
 
 def sweep_from_document(
-    document: Document, sets: Sequence[str] = (), only: Sequence[str] = ()
+    document: Document,
+    sets: Sequence[str] = (),
+    only: Sequence[str] = (),
+    plugins: Sequence[Plugin] | None = None,
 ) -> SweepSpec:
     """Check a file that is already parsed; see `load_sweep`."""
     if document.value is None:
@@ -180,6 +203,9 @@ def sweep_from_document(
             f"{document.source}:1:1: the file is empty; a sweep file starts with `version: 1`"
         )
     _refuse_passwords(document, sets)
+    if plugins is None:
+        plugins = _plugins_of(document)
+    use_plugins(plugins)
     relative = frozenset(_relative_names(document.value))
     conflicts: list[SpecError] = []
     for option in sets:
@@ -188,15 +214,30 @@ def sweep_from_document(
         except SpecError as error:
             conflicts.append(SpecError(str(error), ("--set", option)))
     conflicts += _conflicting_keys(document)
-    file = validate(document, FILE, also=conflicts)
+    file = validate(document, file_type(), also=conflicts)
     if "method" not in {**file.grid, **file.fixed}:
         allowed = f"allowed: {', '.join(METHODS)}"
         missing = document.error((), f"`method` is missing; set it under grid or fixed; {allowed}")
         raise joined([missing, *conflicts])
-    spec = replace(_sweep_spec(document, file), relative_names=relative)
+    spec = replace(_sweep_spec(document, file), relative_names=relative, plugins=tuple(plugins))
     if errors := [*conflicts, *_contradictions(spec)]:
         raise joined(errors)
     return _select(spec, only)
+
+
+def _plugins_of(document: Document) -> list[Plugin]:
+    """Read the plugins that a file names; other mistakes in `plugins` are found later."""
+    value = document.value
+    names = value.get("plugins") if isinstance(value, dict) else None
+    plugins = []
+    for position, name in enumerate(names if isinstance(names, list) else ()):
+        if isinstance(name, str):
+            try:
+                plugins.append(read_plugin(name, Path(document.source).parent))
+                components_of(plugins[-1])
+            except (ValueError, OSError) as problem:
+                raise document.error(("plugins", position), str(problem)) from None
+    return plugins
 
 
 def find_sweep(name_or_path: str) -> Path:
@@ -248,7 +289,7 @@ def _apply_option(document: Document, option: str) -> dict[str, Any]:
     value = parse(text, source).value
     head, _, rest = name.partition(".")
     parts = SweepFile.__dataclass_fields__
-    if name in TRIAL_NAMES:
+    if name in trial_names():
         keys: Keys = ("fixed", name)
         if isinstance(value, list) and name not in TEXTS:
             raise SpecError(
@@ -257,7 +298,7 @@ def _apply_option(document: Document, option: str) -> dict[str, Any]:
             )
     elif head not in parts:
         raise SpecError(
-            f"{source}: unknown key {name!r}; {key_choices(name, [*parts, *TRIAL_NAMES])}"
+            f"{source}: unknown key {name!r}; {key_choices(name, [*parts, *trial_names()])}"
         )
     elif name.startswith("search.space."):
         keys = ("search", "space", name.removeprefix("search.space."))
@@ -317,7 +358,7 @@ def _only_hint(spec: SweepSpec, key: str, text: str) -> str:
     of_value = [name for name, values in spec.grid.items() if key in map(str, values)]
     if of_value and not text:
         return f"; did you mean --only {of_value[0]}={key}?"
-    if text and key in (*TRIAL_NAMES, *SweepFile.__dataclass_fields__):
+    if text and key in (*trial_names(), *SweepFile.__dataclass_fields__):
         return f"; --only keeps values of the grid, --set {key}={text} changes a setting"
     return ""
 
@@ -415,7 +456,7 @@ def _settings(document: Document) -> Iterator[tuple[Keys, str]]:
     paths: list[Keys] = [("grid",), ("search", "space")]
     paths += [*(("overrides", i, "set") for i in range(len(entries))), ("fixed",)]
     for path in paths:
-        allowed = TRIAL_NAMES if len(path) == 1 else TRIAL_KEYS  # these have no method
+        allowed = trial_names() if len(path) == 1 else trial_keys()  # these have no method
         yield from (((*path, key), key) for key in document.section(path) if key in allowed)
 
 

@@ -19,6 +19,7 @@ from air_core.datasets.images import ImageFiles
 from air_core.specs import FeaturesSpec, Ref, SyntheticFeaturesSpec
 from orchestrator.planning import Resolver
 from orchestrator.planning.resources import memory_fraction
+from orchestrator.plugins import Plugin
 from orchestrator.spec.sweep import ENCODER_BATCH
 from orchestrator.store import ArtifactStore
 
@@ -43,6 +44,7 @@ class WorkerContext:
     # User and commit of the driver, as environment variables of the worker processes: these have
     # no .git, may run as another user, and may have started before the sweep.
     variables: Mapping[str, str] = field(default_factory=dict, compare=False)
+    plugins: tuple[Plugin, ...] = ()
 
     def with_smaller_batch(self, halvings: int) -> WorkerContext:
         """The same with fewer images in a pass, for a device that ran out of memory."""

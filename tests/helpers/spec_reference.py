@@ -10,7 +10,7 @@ from typing import Any, get_args
 from air_core.methods import METHODS
 from air_core.specs import Paradigm
 from orchestrator.spec import presets, sweep_schema
-from orchestrator.spec._trial_values import TRIAL_NAMES, reason_not_searchable
+from orchestrator.spec._trial_values import reason_not_searchable, trial_names
 from orchestrator.spec.validation import Schema, allowed_values, yaml_text
 
 NO_IMAGES = METHODS["pseudo"].pins
@@ -65,7 +65,7 @@ def _keys(rows: Iterable[tuple[str, Schema]]) -> str:
 
 def _not_searched() -> str:
     names = dict.fromkeys(
-        name.partition(".")[0] for name in TRIAL_NAMES if reason_not_searchable(name)
+        name.partition(".")[0] for name in trial_names() if reason_not_searchable(name)
     )
     return textwrap.fill(", ".join(f"`{name}`" for name in names) + ".", 100)
 

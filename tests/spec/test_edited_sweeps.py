@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from orchestrator.__main__ import main
 from orchestrator.spec import SpecError
-from orchestrator.spec._trial_values import TRIAL_NAMES
+from orchestrator.spec._trial_values import trial_names
 from orchestrator.spec.marked_yaml import dump_documents, parse
 
 SHIPPED = [
@@ -58,7 +58,7 @@ TEXTS = st.one_of(
             ),
         ]
     ),
-    st.sampled_from(TRIAL_NAMES),
+    st.sampled_from(trial_names()),
     st.text(max_size=20),
 )
 SCALARS = st.one_of(st.none(), st.booleans(), NUMBERS, TEXTS)

@@ -1,0 +1,122 @@
+"""Contracts of components: what each component of a registry must do, on small random data.
+
+The tests of this package check its own components with them, `airsweep plugin check` those of a
+plugin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from air_core.auxiliary import AuxiliaryClassifier, auxiliary_classifier, high_fidelity
+from air_core.components import LOSSES, REGISTRIES
+from air_core.pseudo_labels import assign
+from air_core.specs import AuxiliarySettings, FidelitySettings, PseudoLabelSettings
+from air_core.types import Batch, Labelled, PseudoLabels
+
+# N images, C classes, D feature width.
+
+IMAGES, CLASSES, WIDTH, ROUNDS = 120, 6, 16, 4
+
+
+class ContractError(ValueError):
+    """A component does not keep its contract."""
+
+
+def check_contract(key: str, name: str) -> None:
+    """Check a component of the registry of a key.
+
+    Raises:
+        ContractError: the component does not keep the contract; the message says how.
+        Exception: what the component raises.
+    """
+    CONTRACTS[REGISTRIES[key].key](name)
+
+
+def _need(condition: bool, what: str) -> None:
+    if not condition:
+        raise ContractError(what)
+
+
+def _strategy(name: str) -> None:
+    """See air_core.pseudo_labels.Strategy."""
+    scores = (3 * _random(IMAGES, CLASSES)).softmax(dim=-1)
+    for growth in ("fixed", "growing"):
+        settings = PseudoLabelSettings(kind=name, growth=growth, k=5, alpha=0.7, beta=0.5)
+        previous: PseudoLabels | None = None
+        for t in range(ROUNDS):
+            given = scores.clone()
+            labels, again = (
+                assign(given, settings, iteration=t, iterations=ROUNDS, previous=previous)
+                for _ in range(2)
+            )
+            _need(torch.equal(given, scores), "the scores must not be changed")
+            same = torch.equal(labels.indices, again.indices)
+            same &= torch.equal(labels.targets, again.targets)
+            _need(same, "equal scores must give equal pseudo-labels")
+            distinct = len(set(labels.indices.tolist())) == len(labels)
+            _need(distinct, "`indices` (M,) must be distinct images")
+            shape = labels.targets.shape == (len(labels), CLASSES)
+            _need(shape, "`targets` must be (M, C), one row for each selected image")
+            positive = bool((labels.targets >= 0).all() and (labels.targets.sum(dim=-1) > 0).all())
+            _need(positive, "`targets` must be >= 0, with a sum > 0 in each row")
+            valid = labels.labels.dtype == torch.int64 and labels.labels.shape == (len(labels),)
+            valid &= bool(((labels.labels >= 0) & (labels.labels < CLASSES)).all())
+            _need(valid, "`labels` (M,) must be classes, int64 from 0 to C - 1")
+            previous = labels
+
+
+def _loss(name: str) -> None:
+    logits = _random(IMAGES, CLASSES).requires_grad_()
+    targets = _random(IMAGES, CLASSES, 1).softmax(dim=-1)
+    loss = LOSSES.load(name)(logits, targets)
+    _need(loss.shape == () and bool(loss.isfinite()), "the loss must be one finite number")
+    [gradient] = torch.autograd.grad(loss, logits)
+    _need(bool(gradient.isfinite().all()), "the gradient of the logits must be finite")
+
+
+def _auxiliary(name: str) -> None:
+    settings, bank = AuxiliarySettings(kind=name), _bank()
+    batch = Batch(normalize(_random(10, WIDTH, 2), dim=-1))
+    logits = []
+    for _ in range(2):
+        classifier = auxiliary_classifier(settings, bank, None, batch, CLASSES, 100.0)
+        one_of = isinstance(classifier, AuxiliaryClassifier)
+        _need(one_of, "the classifier must be a LinearClassifier or a BankClassifier")
+        logits.append(classifier.logits(batch))
+    shape = logits[0].shape == (10, CLASSES) and bool(logits[0].isfinite().all())
+    _need(shape, "`logits` must be (N, C) and finite")
+    _need(torch.equal(*logits), "equal banks must give equal logits")
+
+
+def _fidelity(name: str) -> None:
+    bank, settings = _bank(), FidelitySettings(kind=name, keep=3)
+    text = normalize(_random(CLASSES, WIDTH, 3), dim=-1)
+    chosen = high_fidelity(bank, settings, text, _bank())
+    known = {tuple(row) for row in bank.batch.features.tolist()}
+    subset = {tuple(row) for row in chosen.batch.features.tolist()} <= known
+    _need(subset, "the selected images must be images of the bank")
+    every = set(chosen.labels.tolist()) == set(range(CLASSES))
+    _need(every, "an image of each class must be selected")
+
+
+def _random(rows: int, columns: int, seed: int = 0) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def _bank() -> Labelled:
+    features = normalize(_random(IMAGES, WIDTH), dim=-1)
+    return Labelled(Batch(features), torch.arange(IMAGES) % CLASSES)
+
+
+CONTRACTS: dict[str, Callable[[str], Any]] = {
+    "pseudo_labels.kind": _strategy,
+    "pseudo_labels.loss": _loss,
+    "auxiliary.kind": _auxiliary,
+    "fidelity.kind": _fidelity,
+}

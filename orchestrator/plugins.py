@@ -1,0 +1,238 @@
+"""Plugins: files with components of one's own, which a sweep names under `plugins:`.
+
+A plugin is code. It runs only where a sweep file names it: in the process that reads the file, and
+in the workers of its runs, which get the code with their context. A recorded sweep is read without
+it: the store has a description of its components (`described_plugin`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import linecache
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from air_core.components import (
+    REGISTRIES,
+    Component,
+    Loading,
+    Registry,
+    loading,
+    setting,
+    use_components,
+)
+
+GROUP = "airsweep.plugins"  # of entry points
+TYPES: dict[str, type] = {one.__name__: one for one in (bool, int, float, str)}
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """The code of a plugin, or of a recorded one the description of its components.
+
+    Args:
+        name: as in the sweep file: a path, a module or an entry point.
+        digest: of its code and, if it is installed, of the version of its package.
+        file: where the code was read, for messages.
+        text: the code; empty: described only.
+        version: of the package, if it is installed.
+        package: for relative imports of an installed module.
+        components: the description, as data.
+    """
+
+    name: str
+    digest: str
+    file: str = field(compare=False)
+    text: str = field(default="", repr=False)
+    version: str = ""
+    package: str = ""
+    described: tuple[str, ...] = ()
+
+
+def read_plugin(name: str, folder: Path) -> Plugin:
+    """Read the code of a plugin without running it.
+
+    Args:
+        name: path of a .py file, relative to `folder`; or an entry point of the group
+            `airsweep.plugins`; or an installed module.
+
+    Raises:
+        ValueError: there is no such file, entry point or module.
+    """
+    if name.endswith(".py"):
+        file = folder / name
+        if not file.is_file():
+            raise ValueError(f"the plugin {file} does not exist")
+        text = file.read_text(encoding="utf-8")
+        return Plugin(name, _digest(text), str(file), text)
+    entries = importlib.metadata.entry_points(group=GROUP)
+    entry = next((entry for entry in entries if entry.name == name), None)
+    module = entry.value if entry else name
+    try:
+        found = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        found = None
+    if found is None or not found.origin or not found.origin.endswith(".py"):
+        known = ", ".join(sorted(entry.name for entry in entries)) or "none"
+        raise ValueError(
+            f"the plugin {name!r} is not a .py file, an installed module or one of the installed "
+            f"plugins ({known})"
+        )
+    text = Path(found.origin).read_text(encoding="utf-8")
+    version = entry.dist.version if entry and entry.dist else ""
+    package = found.parent or ""
+    return Plugin(name, _digest(version + text), found.origin, text, version, package)
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def use_plugins(plugins: Sequence[Plugin]) -> None:
+    """Make the components of these plugins available, in place of those of any others.
+
+    Raises:
+        ValueError: the code of a plugin fails, or it adds something that is not allowed; the
+            message has file and line.
+    """
+    use_components([each for plugin in plugins for each in components_of(plugin)])
+
+
+@cache
+def components_of(plugin: Plugin) -> tuple[tuple[Registry, Component], ...]:
+    """Run the code of a plugin, once in a process, and return the components that it adds.
+
+    Raises:
+        ValueError: as `use_plugins`.
+    """
+    if not plugin.text:
+        return tuple(_component(text, plugin) for text in plugin.described)
+    module = types.ModuleType(f"airsweep_plugin_{plugin.digest[:12]}")
+    module.__file__, module.__package__ = plugin.file, plugin.package
+    sys.modules[module.__name__] = module  # type hints of its dataclasses are evaluated there
+    lines = plugin.text.splitlines(keepends=True)
+    linecache.cache[plugin.file] = (len(plugin.text), None, lines, plugin.file)
+    found = Loading(plugin.file, plugin.digest)
+    try:
+        with loading(found):
+            exec(compile(plugin.text, plugin.file, "exec"), vars(module))
+    except Exception as problem:
+        raise ValueError(_where_and_why(plugin, problem)) from problem
+    if not found.components:
+        raise ValueError(f"{plugin.file}: the plugin adds no component; use STRATEGIES.add(...)")
+    return tuple(found.components)
+
+
+def place_of(plugin: Plugin, problem: Exception) -> str:
+    """File and line of a plugin at which an error was raised, or the file."""
+    frames = traceback.extract_tb(problem.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == plugin.file]
+    if isinstance(problem, SyntaxError):
+        lines = [problem.lineno]
+    return f"{plugin.file}:{lines[-1]}" if lines else plugin.file
+
+
+def _where_and_why(plugin: Plugin, problem: Exception) -> str:
+    kind = "" if type(problem) in (TypeError, ValueError) else f"{type(problem).__name__}: "
+    return f"{place_of(plugin, problem)}: {kind}{problem}"
+
+
+def plugin_versions() -> tuple[tuple[str, str], ...]:
+    """Parts of the code that are plugins, with their versions."""
+    return tuple(
+        (registry.part(name), component.source[:12])
+        for registry in REGISTRIES.values()
+        for name, component in registry.items()
+        if component.source
+    )
+
+
+# ---------------------------------------------------------------- recorded plugins
+
+
+def plugin_file(plugin: Plugin) -> str:
+    """Path of the code in the folder of a sweep that uses it."""
+    return f"plugins/{plugin.digest}.py"
+
+
+def with_code(plugin: Plugin, folder: Path) -> Plugin:
+    """A recorded plugin with its code, from the folder of its sweep.
+
+    Raises:
+        ValueError: the code is missing or has changed.
+    """
+    file = folder / plugin_file(plugin)
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    if _digest(plugin.version + text) != plugin.digest:
+        raise ValueError(
+            f"{file}, the code of the plugin {plugin.name}, is missing or has changed; run the "
+            "sweep file again"
+        )
+    return dataclasses.replace(plugin, text=text, described=())
+
+
+def described_plugin(plugin: Plugin) -> dict[str, Any]:
+    """A plugin as data, to read the results of a sweep without its code."""
+    components = [
+        {
+            "key": registry.key,
+            "name": component.name,
+            "summary": component.summary,
+            "target": component.target,
+            "settings": _described_settings(component.settings),
+        }
+        for registry, component in components_of(plugin)
+    ]
+    return {
+        **{name: getattr(plugin, name) for name in ("name", "digest", "version", "package")},
+        "components": components,
+    }
+
+
+def _described_settings(settings: type | None) -> list[dict[str, Any]] | None:
+    if settings is None:
+        return None
+    kinds = typing.get_type_hints(settings)
+    return [
+        {
+            "name": f.name,
+            "type": kinds[f.name].__name__,
+            "default": f.default,
+            **f.metadata,
+        }
+        for f in dataclasses.fields(settings)
+    ]
+
+
+def recorded_plugin(described: dict[str, Any]) -> Plugin:
+    """A plugin from its description. Its components can be named and compared, not run."""
+    about = dict(described)
+    texts = tuple(json.dumps(one, sort_keys=True) for one in about.pop("components"))
+    return Plugin(**about, file=about["name"], described=texts)
+
+
+def _component(text: str, plugin: Plugin) -> tuple[Registry, Component]:
+    about = json.loads(text)
+    settings = about["settings"] and dataclasses.make_dataclass(
+        "Settings",
+        [
+            (one["name"], TYPES[one["type"]], setting(one["default"], one["help"], **one["limits"]))
+            for one in about["settings"]
+        ],
+        frozen=True,
+    )
+    component = Component(
+        about["name"], about["target"], about["summary"], settings=settings, source=plugin.digest
+    )
+    return REGISTRIES[about["key"]], component

@@ -1,0 +1,178 @@
+"""Plugins: what a file can add, what its code changes, and how mistakes are reported."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from air_core.components import REGISTRIES, STRATEGIES
+from air_core.specs import Ref
+from air_core.specs.flat import from_flat, to_flat, trial_keys
+from air_core.specs.normal import normalised
+from orchestrator.plugins import (
+    described_plugin,
+    plugin_versions,
+    read_plugin,
+    recorded_plugin,
+    use_plugins,
+    with_code,
+)
+from orchestrator.spec import SpecError, cells_of, load_sweep, sweep_schema
+from tests.helpers.plugins import MARGIN
+from tests.helpers.sweeps import write_sweep
+
+REFS = {name: Ref(name=name, digest=name) for name in ("dataset", "backbone", "generator")}
+BODY = """plugins: [margin.py]
+fixed: {method: pseudo, pseudo_labels.margin.tau: 0.3}
+grid: {pseudo_labels.kind: [margin, threshold]}
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_plugin_left():
+    yield
+    use_plugins([])
+
+
+@pytest.fixture
+def spec(tmp_path) -> Path:
+    (tmp_path / "margin.py").write_text(MARGIN)
+    return write_sweep(tmp_path, "small", BODY)
+
+
+def test_a_plugin_adds_a_choice_with_its_settings(spec):
+    sweep = load_sweep(spec)
+    assert [cell.flat["pseudo_labels.kind"] for cell in cells_of(sweep)] == ["margin", "threshold"]
+    assert trial_keys()["pseudo_labels.margin.tau"].default == 0.2
+    settings = sweep_schema()["properties"]["fixed"]["properties"]
+    assert settings["pseudo_labels.margin.tau"]["maximum"] == 1
+    assert "margin" in settings["pseudo_labels.kind"]["enum"]
+    load_sweep(write_sweep(spec.parent, "plain", "fixed: {method: fpl}\n"))
+    assert "margin" not in STRATEGIES
+    assert "pseudo_labels.margin.tau" not in trial_keys()
+
+
+def test_settings_of_a_plugin_are_complete_where_it_is_used_and_absent_elsewhere(spec):
+    load_sweep(spec)
+    margin = normalised(from_flat({"pseudo_labels.kind": "margin"}, REFS, ()))
+    assert to_flat(margin)["pseudo_labels.margin.tau"] == 0.2
+    assert from_flat({**to_flat(margin), "lora": None}, REFS, ()).pseudo_labels.own == (
+        ("margin.tau", 0.2),
+    )
+    other = from_flat({"pseudo_labels.margin.tau": 0.9}, REFS, ())
+    assert normalised(other) == normalised(from_flat({}, REFS, ()))
+
+
+PREFIX = "from air_core.components import AUXILIARIES, LEARNERS, STRATEGIES, setting\n"
+PARAMETERS = "scores, settings, *, capacity, iteration, previous"
+STRATEGY = f"def mine({PARAMETERS}): ...\n"
+SETTINGS = "import dataclasses\n@dataclasses.dataclass(frozen=True)\nclass Mine:\n    tau: {}\n"
+ADD = "@STRATEGIES.add('mine', summary='x', settings=Mine)\n"
+MISTAKES = [
+    ("x = 1 +\n", 2, "SyntaxError: invalid syntax"),
+    ("import nonsense\n", 2, "ModuleNotFoundError: No module named 'nonsense'"),
+    ("x = 1\n", None, "the plugin adds no component"),
+    ("STRATEGIES['threshold'] = len\n", 2, "'threshold' cannot be set here"),
+    (f"@STRATEGIES.add('top_k', summary='x')\n{STRATEGY}", 2, "has a component 'top_k' already"),
+    (f"@STRATEGIES.add('Mine', summary='x')\n{STRATEGY}", 2, "'Mine' is no name"),
+    (f"@STRATEGIES.add('mine', summary='')\n{STRATEGY}", 2, "must be one line of text"),
+    ("@STRATEGIES.add('mine', summary='x')\ndef mine(scores): ...\n", 2, f"({PARAMETERS}), but"),
+    ("@LEARNERS.add('mine', summary='x')\ndef mine(): ...\n", 2, "cannot add a component of mod"),
+    (SETTINGS.format("float") + ADD + STRATEGY, 6, "'tau' of 'mine' has no default or no help"),
+    (SETTINGS.format("list = setting(0, 'x')") + ADD + STRATEGY, 6, "allowed: bool, int, float"),
+]
+
+
+@pytest.mark.parametrize(("code", "line", "message"), MISTAKES)
+def test_a_mistake_in_a_plugin_is_reported_with_both_files_and_lines(tmp_path, code, line, message):
+    (tmp_path / "mine.py").write_text(PREFIX + code)
+    spec = write_sweep(tmp_path, "small", "plugins: [mine.py]\nfixed: {method: fpl}\n")
+    with pytest.raises(SpecError) as error:
+        load_sweep(spec)
+    where = f"{tmp_path / 'mine.py'}" + (f":{line}" if line else "")
+    assert str(error.value).startswith(f"{spec}:3:11: plugins[0]: {where}: ")
+    assert message in str(error.value)
+
+
+def test_a_plugin_that_does_not_exist_is_refused(tmp_path):
+    for name, message in (("none.py", "does not exist"), ("nothing_here", "is not a .py file")):
+        spec = write_sweep(tmp_path, "small", f"plugins: [{name}]\nfixed: {{method: fpl}}\n")
+        with pytest.raises(SpecError, match=message):
+            load_sweep(spec)
+
+
+def test_two_plugins_cannot_add_the_same_component(spec):
+    (spec.parent / "again.py").write_text(MARGIN + "\n")
+    spec.write_text(spec.read_text().replace("[margin.py]", "[margin.py, again.py]"))
+    with pytest.raises(ValueError, match=r"'margin' is added twice: by .*margin\.py:margin and by"):
+        load_sweep(spec)
+
+
+def test_an_edit_changes_the_version_of_the_components_of_the_plugin_alone(spec):
+    load_sweep(spec)
+    [(part, version)] = plugin_versions()
+    assert part == "pseudo_labels.kind:margin"
+    (spec.parent / "margin.py").write_text(MARGIN + "\n# edited\n")
+    load_sweep(spec)
+    assert plugin_versions()[0][1] != version
+
+
+def test_an_installed_plugin_is_named_by_its_entry_point(tmp_path, monkeypatch):
+    package = tmp_path / "margins"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "limits.py").write_text("LEAST = 0.2\n")
+    (package / "strategy.py").write_text(
+        MARGIN.replace("from air_core.types", "from .limits import LEAST\nfrom air_core.types")
+    )
+    info = tmp_path / "margins-1.5.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: margins\nVersion: 1.5\n")
+    (info / "entry_points.txt").write_text("[airsweep.plugins]\nmargins = margins.strategy\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    plugin = read_plugin("margins", Path())
+    use_plugins([plugin])
+    assert STRATEGIES["margin"].source == plugin.digest
+    assert plugin.version == "1.5"
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: margins\nVersion: 1.6\n")
+    assert read_plugin("margins", Path()).digest != plugin.digest
+
+
+def test_a_recorded_plugin_names_its_components_and_runs_no_code(spec, tmp_path):
+    (spec.parent / "margin.py").write_text(MARGIN + f"\nopen({str(tmp_path / 'ran')!r}, 'a')\n")
+    sweep = load_sweep(spec)
+    (tmp_path / "ran").unlink()
+    recorded = recorded_plugin(json.loads(json.dumps(described_plugin(sweep.plugins[0]))))
+    again = load_sweep(spec, plugins=[recorded])
+    assert not (tmp_path / "ran").exists()
+    assert [cell.id for cell in cells_of(again)] == [cell.id for cell in cells_of(sweep)]
+    assert trial_keys()["pseudo_labels.margin.tau"].limits == {"ge": 0, "le": 1}
+    with pytest.raises(RuntimeError, match=r"plugin .*margin\.py, whose code was not loaded"):
+        STRATEGIES.load("margin")
+    with pytest.raises(ValueError, match=r"the code of the plugin margin\.py, is missing"):
+        with_code(recorded, tmp_path)
+
+
+def test_plugin_check_runs_the_contract(command, spec):
+    file = spec.parent / "margin.py"
+    code, out, _ = command("plugin", "check", file)
+    assert code == 0
+    assert "pseudo_labels.margin.tau: 0.2  (a number >= 0 and <= 1)" in out
+    for right, wrong, message in (
+        ("PseudoLabels(chosen,", "PseudoLabels(chosen * 0,", f"{file}: .*distinct images"),
+        ("topk(2,", "topk(200,", f"{file}:20: .*out of range"),
+    ):
+        file.write_text(MARGIN.replace(right, wrong))
+        code, _, err = command("plugin", "check", file)
+        assert code == 2
+        assert re.search(message, err)
+
+
+def test_no_registry_of_the_package_changes(spec):
+    before = {key: [*registry] for key, registry in REGISTRIES.items()}
+    load_sweep(spec)
+    use_plugins([])
+    assert {key: [*registry] for key, registry in REGISTRIES.items()} == before
