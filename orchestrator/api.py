@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,6 +38,7 @@ __all__ = [
     "Outcome",
     "Planned",
     "audit",
+    "classify",
     "compare",
     "curves",
     "errors",
@@ -45,6 +46,7 @@ __all__ = [
     "init",
     "load",
     "load_bundle",
+    "logs",
     "plan",
     "predictions",
     "prepare",
@@ -57,6 +59,7 @@ __all__ = [
     "status",
     "sweeps",
     "table",
+    "usage",
     "validate",
 ]
 
@@ -69,16 +72,23 @@ Options = Mapping[str, Any] | Iterable[str]  # {"iterations": 3}, or ["iteration
 
 
 def load(
-    spec: str | Path | SweepRequest, *, sets: Options = (), only: Options = (), smoke: bool = False
+    spec: str | Path | Mapping[str, Any] | SweepRequest,
+    *,
+    sets: Options = (),
+    only: Options = (),
+    smoke: bool = False,
+    plugins: Sequence[str] = (),
 ) -> SweepRequest:
-    """Read and check a sweep file. The functions below accept the file or the returned request.
+    """Read and check a sweep. The functions below accept the file or the returned request.
 
     Args:
-        spec: sweep file, or the bare name of a sweep in ./sweeps, in . or shipped with airsweep.
+        spec: sweep file, the bare name of a sweep in ./sweeps, in . or shipped with airsweep, or
+            the content of a sweep file as a dict: {"name": "mine", "fixed": {"method": "cpl"}}.
         sets: replacements for values of the file, like `--set`: {"train.steps": 100}.
         only: values of grid axes to keep, like `--only`: {"method": ["air", "cpl"]}.
         smoke: reduce every cell to one seed and iteration with 8 images, and a search to two
             points, in a separate store, `<store>-smoke`.
+        plugins: with a dict: files with components of your own, from the working directory.
 
     Raises:
         ValueError: the file or an option is wrong; the message names file, line and column.
@@ -86,6 +96,10 @@ def load(
     from orchestrator.planning import SweepRequest, read_request
     from orchestrator.planning.requests import only_options, set_options
 
+    if isinstance(spec, Mapping):
+        spec = {"version": 1, **spec, **({"plugins": [*plugins]} if plugins else {})}
+    elif plugins:
+        raise ValueError("`plugins` belongs to a dict; a sweep file names its own under `plugins:`")
     if not isinstance(spec, SweepRequest):
         return read_request(spec, set_options(sets), only_options(only), smoke)
     if sets or only or smoke:
@@ -231,6 +245,30 @@ class Outcome:
     @property
     def store(self) -> str | Path:
         return self.location.store.name
+
+    def table(self) -> DataFrame:
+        """The rows of `airsweep.table`."""
+        return table(self)
+
+    def results(self) -> DataFrame:
+        """The trials, as `airsweep.results`."""
+        return results(self)
+
+    def status(self) -> dict[str, Any]:
+        """Progress and failures, as `airsweep.status`."""
+        return status(self)
+
+    def report(self, output: str | Path) -> Path:
+        """Write the report, as `airsweep.report`."""
+        return report(self, output)
+
+    def export(self, output: str | Path, trial: str = "best", **options: Any) -> Path:
+        """Export a trial as a bundle; `options` are those of `airsweep.export`."""
+        return export(trial, output, sweep=self, store=self.store, **options)
+
+    def predictions(self, trial: str) -> DataFrame:
+        """Predictions of a trial for its test images, as `airsweep.predictions`."""
+        return predictions(trial, store=self.store, data_root=self.location.data_root)
 
     def __repr__(self) -> str:
         from orchestrator.reporting import summary_screen
@@ -384,6 +422,30 @@ def status(
     from orchestrator.reporting import screens
 
     return screens.status_report(location_named(name, results_store(store, smoke)))
+
+
+def logs(name: str | Outcome, *, store: str | Path | None = None) -> list[dict[str, Any]]:
+    """Return the events of a sweep: what ran when, and why it failed.
+
+    Arguments and exceptions are those of `results`.
+    """
+    return list(location_named(name, store).event_log().events())
+
+
+def usage(
+    *, by: str = "user", since: str | None = None, store: str | Path | None = None
+) -> dict[str, Any]:
+    """Return the device hours and bytes behind the artifacts of a store.
+
+    Args:
+        by: user, project, sweep or stage.
+        since: oldest date of the artifacts to count, such as 2026-03-01.
+        store: as for `plan`.
+    """
+    from orchestrator.planning.usage import usage as used
+    from orchestrator.store import open_store
+
+    return used(open_store(_store(store)), by, since)
 
 
 def results(
@@ -740,6 +802,32 @@ def load_bundle(
     from air_core.bundle import load_bundle
 
     return load_bundle(folder, weights, device, classifier, min_probability, runtime)
+
+
+def classify(
+    folder: str | Path, images: Sequence[str | Path], *, topk: int = 3, **options: Any
+) -> DataFrame:
+    """Classify images with a bundle: one row per image, with the columns of `airsweep classify -o`.
+
+    Args:
+        folder: the bundle.
+        images: files, folders (recursively) and patterns.
+        topk: number of classes per image, at most all.
+        options: of `load_bundle`.
+
+    Raises:
+        ValueError: a path does not exist or contains no image.
+    """
+    from pandas import DataFrame
+
+    from air_core.bundle.files import image_files, true_classes
+    from orchestrator.reporting.classified import classified_rows, columns
+
+    bundle = load_bundle(folder, **options)
+    files = image_files(images)
+    true = true_classes(files, bundle.classnames)
+    names = columns(min(topk, len(bundle.classnames)), bool(true))
+    return DataFrame(classified_rows(bundle, files, true, names), columns=[*names])
 
 
 def recorded_sweep(

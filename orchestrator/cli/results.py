@@ -127,7 +127,7 @@ def logs(
     from orchestrator.planning.requests import results_command
 
     location = location_named(name, store)
-    events = list(location.event_log().events())
+    events = api.logs(name, store=store)
     if of is not None:
         events = [event for event in events if _is_of(event, of)]
         if not events:
@@ -316,8 +316,7 @@ def show_usage(
 
     Each artifact counts once, for the user who made it. Work without an artifact does not count.
     """
-    from orchestrator.planning import usage
-    from orchestrator.store import open_store
+    from orchestrator.planning.usage import usage_screen
 
-    totals = usage.usage(open_store(store), by, since)
-    show(json.dumps(totals, indent=1) if as_json else usage.usage_screen(totals))
+    totals = api.usage(by=by, since=since, store=store)
+    show(json.dumps(totals, indent=1) if as_json else usage_screen(totals))

@@ -15,6 +15,7 @@ import typer
 from orchestrator import api
 from orchestrator.cli.common import (
     STORE,
+    AllowPluginsOption,
     DataOption,
     JsonOption,
     NameArgument,
@@ -262,10 +263,7 @@ def retry(
     data_root: DataOption = None,
     tracking_uri: TrackingOption = None,
     quiet: QuietOption = False,
-    allow_plugins: Annotated[
-        bool,
-        typer.Option("--allow-plugins", help="Run the code of plugins of a sweep of another user."),
-    ] = False,
+    allow_plugins: AllowPluginsOption = False,
 ) -> None:
     """Resume a sweep, retrying only one class of failures.
 

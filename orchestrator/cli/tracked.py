@@ -14,6 +14,7 @@ import typer
 
 from orchestrator.cli.common import (
     STORE,
+    AllowPluginsOption,
     DataOption,
     JsonOption,
     StoreOption,
@@ -116,6 +117,7 @@ def repro(
     data_root: DataOption = None,
     tracking_uri: TrackingOption = None,
     as_json: JsonOption = False,
+    allow_plugins: AllowPluginsOption = False,
 ) -> None:
     """Repeat a trial and compare the results.
 
@@ -139,6 +141,7 @@ def repro(
         Resolver(opened.root / "digests.json", data_root),
         tracking_uri,
         lambda line: show(line, file=sys.stderr),
+        allow_plugins,
     )
     show(json.dumps(result.json(), indent=1) if as_json else "\n".join(result.lines()))
     sys.exit(DONE if result.same else GATE)

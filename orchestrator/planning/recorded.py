@@ -21,7 +21,7 @@ from orchestrator.planning.plan import (
 )
 from orchestrator.planning.resolve import NotRecorded, Resolver, resolver_of
 from orchestrator.planning.studies import Searches, read_searches
-from orchestrator.plugins import recorded_plugin, use_plugins, with_code
+from orchestrator.plugins import Plugin, recorded_plugin, use_plugins, with_code
 from orchestrator.spec import Cell, SweepSpec, cells_of, load_sweep
 from orchestrator.spec.sweep import smoke_variant
 from orchestrator.store import ArtifactStore, SweepLocation, read_resolved, recorded_locations
@@ -52,16 +52,26 @@ def read_sweep(location: SweepLocation, data_root: Path | None) -> tuple[SweepSp
 
 
 def with_plugins(sweep: SweepSpec, location: SweepLocation, allowed: bool) -> SweepSpec:
-    """A recorded sweep that can run: with the code of its plugins.
+    """A recorded sweep that can run: with the code of its plugins. Raises as `code_of`."""
+    plugins = code_of(sweep.plugins, location, allowed)
+    use_plugins(plugins)
+    return replace(sweep, plugins=plugins)
+
+
+def code_of(
+    plugins: Iterable[Plugin], location: SweepLocation, allowed: bool
+) -> tuple[Plugin, ...]:
+    """The plugins of a recorded sweep with their code.
 
     Args:
-        allowed: run also code that another user recorded.
+        allowed: return also code that another user recorded.
 
     Raises:
         Refused: another user recorded the sweep.
         ValueError: the code is missing or has changed.
     """
-    recorded = [plugin for plugin in sweep.plugins if not plugin.text]
+    plugins = tuple(plugins)
+    recorded = [plugin for plugin in plugins if not plugin.text]
     user = read_resolved(location).get("user", "unknown")
     if recorded and not allowed and user != user_name():
         named = ", ".join(f"{plugin.name} ({plugin.digest})" for plugin in recorded)
@@ -70,9 +80,7 @@ def with_plugins(sweep: SweepSpec, location: SweepLocation, allowed: bool) -> Sw
             f"{user_name()}: {named}; read it in {location.folder / 'plugins'}, then give "
             "--allow-plugins"
         )
-    plugins = [one if one.text else with_code(one, location.folder) for one in sweep.plugins]
-    use_plugins(plugins)
-    return replace(sweep, plugins=tuple(plugins))
+    return tuple(one if one.text else with_code(one, location.folder) for one in plugins)
 
 
 def refuse_running(store: ArtifactStore) -> None:

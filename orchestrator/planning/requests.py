@@ -18,7 +18,9 @@ from orchestrator.formatting import relative_path
 from orchestrator.planning.plan import Plan, plan_sweep
 from orchestrator.planning.resolve import resolver_of
 from orchestrator.spec import SweepSpec, cells_of, find_sweep, load_sweep
+from orchestrator.spec.marked_yaml import DICT, document_of
 from orchestrator.spec.sweep import option_words, smoke_variant
+from orchestrator.spec.sweep_file import sweep_from_document
 from orchestrator.store import (
     SweepLocation,
     is_bucket,
@@ -57,7 +59,7 @@ class SweepRequest:
             "sets": list(self.sets),
             "only": list(self.only),
             "smoke": self.smoke,
-            "source": self.spec.source,
+            "source": "" if self.spec.source == DICT else self.spec.source,
         }
 
     @property
@@ -71,12 +73,15 @@ class SweepRequest:
 
 
 def read_request(
-    spec: str | Path, sets: Sequence[str] = (), only: Sequence[str] = (), smoke: bool = False
+    spec: str | Path | Mapping[str, Any],
+    sets: Sequence[str] = (),
+    only: Sequence[str] = (),
+    smoke: bool = False,
 ) -> SweepRequest:
     """Read and check a sweep file, and apply options to it.
 
     Args:
-        spec: path of a sweep file, or the bare name of one, such as `quickstart`.
+        spec: path of a sweep file, the bare name of one, such as `quickstart`, or its content.
         sets: `KEY=VALUE` texts that change keys of the file, such as `iterations=3`.
         only: `KEY=VALUE` texts that select cells, such as `method="air"`.
         smoke: whether to shrink the sweep to a smoke test.
@@ -84,7 +89,10 @@ def read_request(
     Raises:
         SpecError: the file or an option is invalid; the message has file, line and column.
     """
-    sweep = load_sweep(find_sweep(str(spec)), sets=sets, only=only)
+    if isinstance(spec, Mapping):
+        sweep = sweep_from_document(document_of(spec), sets, only)
+    else:
+        sweep = load_sweep(find_sweep(str(spec)), sets=sets, only=only)
     return SweepRequest(smoke_variant(sweep) if smoke else sweep, tuple(sets), tuple(only), smoke)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 MAX_BYTES = 1_000_000
+DICT = "<dict>"  # source of a sweep that Python code gave as a dict
 MAX_VALUES = 10_000  # each use of an alias counts: ten lines can expand to billions of values
 MAX_DEPTH = 12
 TOO_LARGE = (
@@ -145,6 +146,26 @@ def read(path: Path) -> Document:
         line, column = line_column(data[: error.start].decode("latin-1"))
         raise SpecError(f"{path}:{line}:{column}: the file is not UTF-8 text") from None
     return parse(text, str(path))
+
+
+def document_of(content: Mapping[str, Any]) -> Document:
+    """A document with this content; lines in messages are those of its YAML.
+
+    Raises:
+        SpecError: a value is not plain data.
+    """
+    try:
+        text = yaml.safe_dump(_plain_lists(dict(content)), sort_keys=False, allow_unicode=True)
+    except yaml.YAMLError as problem:
+        raise SpecError(f"the sweep has a value that is not plain data: {problem}") from None
+    return parse(text, DICT)
+
+
+def _plain_lists(value: Any) -> Any:
+    """Tuples as lists, which YAML has."""
+    if isinstance(value, Mapping):
+        return {key: _plain_lists(item) for key, item in value.items()}
+    return [_plain_lists(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def parse(text: str, source: str) -> Document:

@@ -11,15 +11,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from air_core.components import REGISTRIES
 from air_core.datasets import get_dataset
 from air_core.specs import CodeVersions, Ref, TrialSpec
-from air_core.specs.flat import DERIVED, from_flat, trial_keys
+from air_core.specs.flat import DERIVED, OWN, from_flat, trial_keys
 from air_core.specs.normal import normalised
 from orchestrator.keys import artifact_key
+from orchestrator.planning.recorded import code_of
 from orchestrator.planning.resolve import REFS
+from orchestrator.plugins import recorded_plugin, use_plugins
 from orchestrator.reporting.selection import SelectedTrial
 from orchestrator.store import ArtifactStore, SweepLocation, read_trial, recorded_locations
 from orchestrator.store.backends import RECORD
+from orchestrator.store.location import read_resolved
 from orchestrator.store.records import PROVENANCE
 from orchestrator.store.verification import read_record
 from orchestrator.tracking._child_runs import SPEC
@@ -68,13 +72,40 @@ class PastTrial:
         return artifact_key(self.spec()).digest.startswith(self.key)
 
 
-def find_trial(name: str, store: ArtifactStore, uri: str | None) -> PastTrial:
+def find_trial(
+    name: str,
+    store: ArtifactStore,
+    uri: str | None,
+    to_run: bool = False,
+    allow_plugins: bool = False,
+) -> PastTrial:
     """Find a trial by its key, its slot or its run id in MLflow. The first digits of an id suffice.
+
+    Args:
+        to_run: load the code of its plugins, not only their description.
+        allow_plugins: also that of a sweep of another user.
 
     Raises:
         ValueError: no trial or several trials match.
         TrackerUnreachable: the store has no such trial, and MLflow does not answer.
+        Refused: another user recorded its plugins.
     """
+    trial = _found_trial(name, store, uri)
+    wanted = {(key, trial.flat[key]) for key in REGISTRIES if key in trial.flat}
+    own = {
+        (k, n) for k, registry in REGISTRIES.items() for n, c in registry.items() if not c.source
+    }
+    for location in recorded_locations(store) if wanted - own else ():
+        described = read_resolved(location).get("plugins", ())
+        added = {(one["key"], one["name"]) for about in described for one in about["components"]}
+        if added & wanted:
+            plugins = [recorded_plugin(about) for about in described]
+            use_plugins(code_of(plugins, location, allow_plugins) if to_run else plugins)
+            break
+    return trial
+
+
+def _found_trial(name: str, store: ArtifactStore, uri: str | None) -> PastTrial:
     key = _key_of_slot(name, store) if "/" in name else name
     records = store.find_by_digest(TrialSpec, key) if key and len(key) >= MIN_DIGITS else []
     if len(records) > 1:
@@ -159,6 +190,8 @@ def _flattened(spec: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]
             yield f"{prefix}{name}.digest", value["digest"]
         elif isinstance(value, Mapping):
             yield from _flattened(value, f"{prefix}{name}.")
+        elif name == OWN:
+            yield from ((prefix + own, setting) for own, setting in value)
         else:
             yield prefix + name, value
 

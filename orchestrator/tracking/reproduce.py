@@ -159,17 +159,20 @@ def repro(
     resolver: Resolver,
     uri: str | None,
     report: Callable[[str], None] = lambda line: None,
+    allow_plugins: bool = False,
 ) -> Reproduction:
     """Compute a past trial again and compare the results.
 
     Args:
         name: the trial, as for `find_trial`.
         report: called with a message before each long step.
+        allow_plugins: run the code of plugins also of a sweep of another user.
 
     Raises:
+        Refused: another user recorded the plugins of the trial.
         ValueError: the name is not that of a finished trial, or an input must be prepared first.
     """
-    past = find_trial(name, store, uri)
+    past = find_trial(name, store, uri, to_run=True, allow_plugins=allow_plugins)
     spec = past.spec()
     if not past.has_current_key():  # MLflow has no code versions; they may be the present ones
         names = [ref.name for name, ref in refs_of(spec).items() if name.endswith("dataset")]

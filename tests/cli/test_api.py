@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import typer
+import yaml
 from PIL import Image
 
 from air_core.seal import sealed_json
@@ -27,6 +28,7 @@ from orchestrator.planning import requests
 from orchestrator.store import EventLog
 from orchestrator.store.location import user_name
 from tests.helpers.outcomes import by_method, record_sweep
+from tests.helpers.plugins import MARGIN
 from tests.helpers.sweeps import (
     TIMEOUT,
     airsweep,
@@ -122,6 +124,23 @@ def test_python_values_equal_options_of_the_command_line(spec):
         api.load(request, smoke=True)
 
 
+def test_a_sweep_is_also_a_dict(spec, tmp_path, monkeypatch):
+    content = yaml.safe_load(spec.read_text())
+    assert api.load(content).spec.grid == api.load(spec).spec.grid
+    assert api.load({**content, "version": 1}).spec.source == "<dict>"
+    with pytest.raises(ValueError, match=r"^<dict>:\d+:\d+: seeds: 'no' is not allowed"):
+        api.load({**content, "seeds": "no"})
+    with pytest.raises(ValueError, match="not plain data"):
+        api.load({**content, "fixed": {"method": len}})
+    monkeypatch.chdir(tmp_path)
+    Path("margin.py").write_text(MARGIN)
+    fixed = {"method": "pseudo", "pseudo_labels.kind": "margin"}
+    plugged = api.load({"name": "plugged", "fixed": fixed}, plugins=["margin.py"])
+    assert [plugin.name for plugin in plugged.spec.plugins] == ["margin.py"]
+    with pytest.raises(ValueError, match="a sweep file names its own under `plugins:`"):
+        api.load(spec, plugins=["margin.py"])
+
+
 def test_bad_input_raises_with_the_message_of_the_command(spec, tmp_path):
     bad = write_sweep(tmp_path, "bad", "grid: {method: [fpl, cpll]}\n")
     with pytest.raises(ValueError, match="did you mean cpl") as caught:
@@ -199,7 +218,13 @@ def test_results_are_read_further_from_python(finished, tmp_path):
         assert correct == pytest.approx(trials["test/accuracy"].iloc[2])
     assert len(predicted) == 540 == predicted["image"].nunique()
 
-    page = api.report(done, tmp_path / "report.html")
+    assert done.table().equals(api.table(done))
+    assert done.results().equals(api.results(done))
+    assert done.status() == api.status(done)
+    assert done.predictions(name).equals(predicted)
+    assert api.logs(done)[-1]["event"] == "sweep_ended"
+    assert api.usage(store=store)["total"]
+    page = done.report(tmp_path / "report.html")
     assert page.read_text().startswith("<!")
     with pytest.raises(ValueError, match="existing folder"):
         api.report(done, tmp_path / "none" / "report.html")
@@ -218,6 +243,11 @@ def test_results_are_read_further_from_python(finished, tmp_path):
     folder = api.export(trials["key"].iloc[2], tmp_path / "bundle", sweep=done)  # finds the store
     (found,) = api.load_bundle(folder).classify([str(image)])
     assert found.top[0][0] in set(predicted["label"])
+    rows = api.classify(folder, [image], topk=2)
+    assert rows["class"].tolist() == [found.top[0][0]]
+    assert rows["class_2"].tolist() == [found.top[1][0]]
+    best = done.export(tmp_path / "best", by="test_accuracy")
+    assert api.load_bundle(best).classnames == api.load_bundle(folder).classnames
 
 
 @pytest.mark.ray
