@@ -163,7 +163,8 @@ def plugin_versions() -> tuple[tuple[str, str], ...]:
 
 def plugin_file(plugin: Plugin) -> str:
     """Path of the code in the folder of a sweep that uses it."""
-    return f"plugins/{plugin.digest}.py"
+    # Not in a subfolder: folders are downloaded from buckets without theirs.
+    return f"plugin-{plugin.digest}.py"
 
 
 def with_code(plugin: Plugin, folder: Path) -> Plugin:

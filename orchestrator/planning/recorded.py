@@ -77,7 +77,7 @@ def code_of(
         named = ", ".join(f"{plugin.name} ({plugin.digest})" for plugin in recorded)
         raise Refused(
             f"{user} recorded {location.full_name} with plugins, whose code would run as "
-            f"{user_name()}: {named}; read it in {location.folder / 'plugins'}, then give "
+            f"{user_name()}: {named}; read it in {location.folder}, then give "
             "--allow-plugins"
         )
     return tuple(one if one.text else with_code(one, location.folder) for one in plugins)
