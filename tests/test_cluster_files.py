@@ -28,7 +28,8 @@ from orchestrator.cluster.render import (
 from orchestrator.spec import SweepSpec, load_sweep
 from orchestrator.spec.marked_yaml import all_documents, dump_documents, parse
 from orchestrator.spec.sweep_file import sweep_from_document
-from tests.helpers.sweeps import airsweep
+from tests.helpers.plugins import MARGIN
+from tests.helpers.sweeps import airsweep, write_sweep
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "cluster"
@@ -336,6 +337,19 @@ def test_every_shipped_sweep_can_be_rendered_as_a_job(file):
     assert volume["configMap"]["name"] == configmap["metadata"]["name"] == job["metadata"]["name"]
     [cluster] = yaml.safe_load_all(raycluster(sweep, RenderOptions()))
     validate_for_kuberay(cluster)
+
+
+def test_a_rendered_job_contains_its_plugins(tmp_path):
+    (tmp_path / "margin.py").write_text(MARGIN)
+    body = "plugins: [margin.py]\nfixed: {method: pseudo, pseudo_labels.kind: margin}\n"
+    spec = write_sweep(tmp_path, "plugged", body)
+    [configmap, _] = yaml.safe_load_all(rayjob(load_sweep(spec), RenderOptions()))
+    assert configmap["data"] == {"plugged.yaml": spec.read_text(), "margin.py": MARGIN}
+    (tmp_path / "own").mkdir()
+    (tmp_path / "margin.py").rename(tmp_path / "own" / "margin.py")
+    spec.write_text(spec.read_text().replace("margin.py", "own/margin.py"))
+    with pytest.raises(ValueError, match=r"put it beside the sweep file"):
+        rayjob(load_sweep(spec), RenderOptions())
 
 
 OPTIONS = {

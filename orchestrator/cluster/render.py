@@ -60,7 +60,7 @@ def rayjob(sweep: SweepSpec, options: RenderOptions) -> str:
     configmap, job = all_documents(template("rayjob"))
     file = f"{sweep.name}.yaml"
     configmap["metadata"]["name"] = name
-    configmap["data"] = {file: sweep.text}
+    configmap["data"] = {file: sweep.text} | _plugin_files(sweep)
     job["metadata"] = {"name": name, **_labels(options)}
     spec = job["spec"]
     command = ("python", "-m", "orchestrator", "run", f"{SWEEP_FOLDER}/{file}")
@@ -81,6 +81,22 @@ def rayjob(sweep: SweepSpec, options: RenderOptions) -> str:
     cluster["workerGroupSpecs"] = groups
     _set_image(options.image, cluster, spec["submitterPodTemplate"])
     return dump_documents([configmap, job])
+
+
+def _plugin_files(sweep: SweepSpec) -> dict[str, str]:
+    """The files of a sweep's plugins; others are installed in the image.
+
+    Raises:
+        ValueError: a plugin is not beside the sweep file.
+    """
+    files = {one.name: one.text for one in sweep.plugins if one.name.endswith(".py")}
+    for name in files:
+        if "/" in name:
+            raise ValueError(
+                f"the plugin {name} is in another folder than {sweep.source}, but the files of a "
+                "RayJob are in one; put it beside the sweep file"
+            )
+    return files
 
 
 def raycluster(sweep: SweepSpec, options: RenderOptions) -> str:
@@ -178,6 +194,7 @@ def _refuse_secrets(sweep: SweepSpec, options: RenderOptions) -> None:
     """
     texts = {sweep.source: sweep.text, "--store": options.store}
     texts |= {option: option for option in options.run_options}
+    texts |= {plugin.name: plugin.text for plugin in sweep.plugins}
     for source, text in texts.items():
         if find_password(text) is not None:
             raise ValueError(
