@@ -24,7 +24,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, TypeVar
 
@@ -132,22 +132,18 @@ class Registry(Mapping[str, Component]):
                 raise TypeError(f"{self.key} {name!r} cannot be added here: {NOT_HERE}")
             self._check(name, settings, summary, component)
             target = f"{plugin.file}:{getattr(component, '__name__', name)}"
-            plugin.components.append(
-                (
-                    self,
-                    Component(
-                        name,
-                        target,
-                        summary,
-                        settings=settings,
-                        source=plugin.digest,
-                        function=component,
-                    ),
-                )
-            )
+            added = self.from_plugin(name, target, summary, settings, plugin.digest)
+            plugin.components.append((self, replace(added, function=component)))
             return component
 
         return register
+
+    def from_plugin(
+        self, name: str, target: str, summary: str, settings: type | None, digest: str
+    ) -> Component:
+        """An entry of a plugin, not yet in use. It may read every setting of the group: the number
+        of images per class, for example, depends on settings that a strategy does not see."""
+        return Component(name, target, summary, self.conditional, (), settings, digest)
 
     def _check(self, name: str, settings: type | None, summary: str, component: Any) -> None:
         if not self.is_open:
@@ -203,7 +199,7 @@ class Registry(Mapping[str, Component]):
     @property
     def conditional(self) -> frozenset[str]:
         """Settings of the group that only some components read."""
-        return frozenset[str]().union(*(one.reads for one in self.values()))
+        return frozenset[str]().union(*(one.reads for one in self._components.values()))
 
     def summary(self) -> str:
         """The choices in one line, for the help of the key."""

@@ -233,7 +233,6 @@ def _component(text: str, plugin: Plugin) -> tuple[Registry, Component]:
         ],
         frozen=True,
     )
-    component = Component(
-        about["name"], about["target"], about["summary"], settings=settings, source=plugin.digest
-    )
-    return REGISTRIES[about["key"]], component
+    registry = REGISTRIES[about["key"]]
+    name, target, summary = about["name"], about["target"], about["summary"]
+    return registry, registry.from_plugin(name, target, summary, settings, plugin.digest)

@@ -53,8 +53,10 @@ def described(name: str | None = None) -> list[Described]:
 
 
 def _described(registry: Registry, component: Component) -> Described:
-    own = () if component.settings is None else dataclasses.fields(component.settings)
-    names = [*sorted(component.reads), *(f"{component.name}.{f.name}" for f in own)]
+    names = sorted(component.reads)
+    if component.source:  # it may read all settings of the group
+        own = () if component.settings is None else dataclasses.fields(component.settings)
+        names = [f"{component.name}.{f.name}" for f in own]
     settings = [_setting(f"{registry.group}.{name}") for name in names]
     return Described(registry.key, component.name, component.summary, component.target, settings)
 

@@ -66,6 +66,14 @@ def test_settings_of_a_plugin_are_complete_where_it_is_used_and_absent_elsewhere
     assert normalised(other) == normalised(from_flat({}, REFS, ()))
 
 
+def test_the_number_of_images_per_class_matters_to_a_strategy_of_a_plugin(spec):
+    load_sweep(spec)
+    fixed = {"pseudo_labels.kind": "margin", "pseudo_labels.growth": "fixed"}
+    few, many = (from_flat({**fixed, "pseudo_labels.k": k}, REFS, ()) for k in (4, 8))
+    assert normalised(few).pseudo_labels.k == 4
+    assert normalised(few) != normalised(many)
+
+
 PREFIX = "from air_core.components import AUXILIARIES, LEARNERS, STRATEGIES, setting\n"
 PARAMETERS = "scores, settings, *, capacity, iteration, previous"
 STRATEGY = f"def mine({PARAMETERS}): ...\n"
