@@ -287,6 +287,11 @@ def computed_from_registries(function: C) -> C:
 REGISTRIES: dict[str, Registry] = {}  # by key
 
 
+def is_component(part: str) -> bool:
+    """Whether a part of the code is a component; see `Registry.part`."""
+    return ":" in part
+
+
 @cache
 def _imported(target: str) -> Any:
     module, _, name = target.partition(":")

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
+from air_core.components import is_component
 from air_core.paradigms import seen_unseen
 from air_core.specs import (
     EvidenceSpec,
@@ -24,7 +25,7 @@ from air_core.specs import (
 )
 from air_core.specs.conditions import labels_use_evidence, uses_evidence
 from air_core.specs.flat import trial_keys
-from air_core.specs.normal import normalised
+from air_core.specs.normal import normalised, used_components
 from orchestrator.keys import ArtifactKey, Stage, artifact_key
 from orchestrator.planning.estimate import Estimate, Work, estimate, stage_work, trial_work
 from orchestrator.planning.resolve import InvalidSetting, Resolver
@@ -730,10 +731,14 @@ def earlier_results(plan: Plan, location: SweepLocation) -> dict[tuple[str, str]
 
 def _changed_parts(spec: TrialSpec, before: Mapping[str, str]) -> list[str]:
     versions = dict(spec.code)
-    used = uses_evidence(spec) or labels_use_evidence(spec)
-    unused = set() if used else {"evidence"}
-    parts = {*versions, *before} - unused
-    return sorted(part for part in parts if versions.get(part) != before.get(part))
+    components = {registry.part(name) for registry, name in used_components(normalised(spec))}
+    errors = uses_evidence(spec) or labels_use_evidence(spec)
+    return sorted(
+        part
+        for part in {*versions, *before}
+        if versions.get(part) != before.get(part)
+        and (part in components if is_component(part) else errors or part != "evidence")
+    )
 
 
 def _inputs_of(slot: Slot) -> Iterator[tuple[str, str]]:
