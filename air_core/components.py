@@ -271,16 +271,21 @@ def use_components(components: Sequence[tuple[Registry, Component]]) -> None:
     if wanted != {key: registry._plugins for key, registry in REGISTRIES.items()}:
         for key, registry in REGISTRIES.items():
             registry._plugins = wanted[key]
-        for forget in _caches:
-            forget()
+        for update in _updates:
+            update()
 
 
-_caches: list[Callable[[], None]] = []  # of what was computed from the registries
+_updates: list[Callable[[], object]] = []
+
+
+def when_plugins_change(function: Callable[[], object]) -> None:
+    """Call a function after each change of the plugins in use, in the order of registration."""
+    _updates.append(function)
 
 
 def computed_from_registries(function: C) -> C:
     """Decorates a function with a cache that is cleared when plugins change."""
-    _caches.append(function.cache_clear)  # type: ignore[attr-defined]
+    when_plugins_change(function.cache_clear)  # type: ignore[attr-defined]
     return function
 
 

@@ -190,7 +190,8 @@ def test_no_module_uses_a_reader_that_can_run_code():
         for file in (ROOT / package).rglob("*.py")
         for danger in _dangers(file)
     }
-    assert uses == set()
+    # Plugins are code: docs/security.md says where they run.
+    assert uses == {"orchestrator/plugins.py: compile", "orchestrator/plugins.py: exec"}
 
 
 def test_the_check_recognizes_readers_that_can_run_code(tmp_path):

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, TypeAdapter
 from pydantic.dataclasses import dataclass, rebuild_dataclass
 
-from air_core.components import REGISTRIES, computed_from_registries
+from air_core.components import computed_from_registries, when_plugins_change
 from air_core.methods import EMBEDDED, METHODS
 from air_core.specs.flat import trial_keys
 from orchestrator.files import ROOT, SHIPPED
@@ -145,13 +145,18 @@ class SweepFile:
     )
 
 
+def _rebuild_types() -> None:
+    for part in (Override, Search, SweepFile):  # pydantic keeps the schema of a class
+        rebuild_dataclass(part, force=True)  # type: ignore[arg-type]
+
+
+when_plugins_change(_rebuild_types)
+
+
 @computed_from_registries
 @cache
 def file_type() -> TypeAdapter[SweepFile]:
     """The type of a sweep file, with the components of the plugins in use."""
-    if any(component.source for registry in REGISTRIES.values() for component in registry.values()):
-        for part in (Override, Search, SweepFile):
-            rebuild_dataclass(part, force=True)  # type: ignore[arg-type]
     return TypeAdapter(SweepFile)
 
 

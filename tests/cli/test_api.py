@@ -444,7 +444,7 @@ def test_every_command_has_a_short_option_for_help(command):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(("words", "expected"), [("pl", "plan"), ("table sm", "small")])
+@pytest.mark.parametrize(("words", "expected"), [("pla", "plan"), ("table sm", "small")])
 def test_a_shell_completes_commands_and_names_of_sweeps(finished, words, expected):
     words = f"airsweep {words}"
     variables = {

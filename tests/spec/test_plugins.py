@@ -53,6 +53,9 @@ def test_a_plugin_adds_a_choice_with_its_settings(spec):
     load_sweep(write_sweep(spec.parent, "plain", "fixed: {method: fpl}\n"))
     assert "margin" not in STRATEGIES
     assert "pseudo_labels.margin.tau" not in trial_keys()
+    settings = sweep_schema()["properties"]["fixed"]["properties"]
+    assert "pseudo_labels.margin.tau" not in settings
+    assert "margin" not in settings["pseudo_labels.kind"]["enum"]
 
 
 def test_settings_of_a_plugin_are_complete_where_it_is_used_and_absent_elsewhere(spec):
