@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from air_core.auxiliary import AuxiliaryClassifier, auxiliary_classifier, high_fidelity
-from air_core.components import LOSSES, REGISTRIES
+from air_core.components import LOSSES
 from air_core.pseudo_labels import assign
 from air_core.specs import AuxiliarySettings, FidelitySettings, PseudoLabelSettings
 from air_core.types import Batch, Labelled, PseudoLabels
@@ -35,7 +35,7 @@ def check_contract(key: str, name: str) -> None:
         ContractError: the component does not keep the contract; the message says how.
         Exception: what the component raises.
     """
-    CONTRACTS[REGISTRIES[key].key](name)
+    CONTRACTS[key](name)
 
 
 def _need(condition: bool, what: str) -> None:

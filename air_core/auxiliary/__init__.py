@@ -28,6 +28,7 @@ __all__ = [
 
 # Least CLIP cosine of two images of a class that are copies: measured, see docs/results_guide.md.
 COPY = 0.997
+
 # ---------------------------------------------------------------- selection of images
 
 

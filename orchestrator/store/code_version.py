@@ -55,7 +55,7 @@ _SCORING = (
     "air_core.pseudo_labels.top_k",
 )
 # The modules that compute each stage. Other parts are the reader of each dataset, and components
-# with modules of their own (`component_parts`).
+# with modules of their own (`COMPONENTS`).
 PARTS: dict[str, tuple[str, ...]] = {
     "features": (
         *_LOADED_CLIP,
