@@ -49,7 +49,7 @@ from air_core.bundle.checks import TEST, TEXT
 from air_core.bundle.manifest import weights_description, write_bundle
 from air_core.classifiers import class_texts
 from air_core.datasets import get_dataset
-from air_core.weights import tiny_folder
+from air_core.models.weights import tiny_folder
 from benchmarks.harness import (
     Times,
     environment,

@@ -31,8 +31,8 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from air_core.diffusion.pipeline import PipelineGenerator, load_pipeline
+from air_core.models.weights import generator_folder
 from air_core.specs import GenerationSettings
-from air_core.weights import generator_folder
 from benchmarks.harness import options, progress, report
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # bf16

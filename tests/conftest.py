@@ -101,7 +101,7 @@ def seeds() -> None:
 @pytest.fixture(scope="session")
 def tiny_clip():
     from air_core.backbone.loading import load_backbone
-    from air_core.weights import tiny_folder
+    from air_core.models.weights import tiny_folder
 
     return load_backbone(tiny_folder())
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from air_core.weights import tiny_folder
+from air_core.models.weights import tiny_folder
 from tests.helpers.servers import free_port
 from tests.helpers.sweeps import airsweep, count, events, python, write_sweep
 

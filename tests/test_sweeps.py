@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from air_core.datasets import get_dataset
-from air_core.weights import find_backbone, generator_folder
+from air_core.models.weights import find_backbone, generator_folder
 from orchestrator.planning import Resolver
 from orchestrator.planning.plan import plan_sweep
 from orchestrator.spec import SweepSpec, cells_of, load_sweep

@@ -1,4 +1,4 @@
-"""Loads a frozen CLIP by its name; see `air_core.weights` for the allowed names."""
+"""Loads a frozen CLIP by its name; see `air_core.models.weights` for the allowed names."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 
 from air_core.arithmetic import sums_in_one_order
 from air_core.backbone.clip import Backbone
-from air_core.model_configs import check_tokenizer_config
-from air_core.weights import MERGES, ClipFile, ClipFolder, find_backbone, stay_offline
+from air_core.models.configs import check_tokenizer_config
+from air_core.models.weights import MERGES, ClipFile, ClipFolder, find_backbone, stay_offline
 
 
 def load_backbone(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from air_core.datasets.class_folders import SUFFIXES, suffixes
 from air_core.datasets.image_folder import given_classnames
-from air_core.weights import local_path
+from air_core.models.weights import local_path
 
 UNSURE = "unsure"  # in the place of a class whose probability is too small
 

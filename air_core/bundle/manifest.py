@@ -40,7 +40,7 @@ from air_core.bundle.checks import (
     check_digests,
     recorded_metric,
 )
-from air_core.weights import (
+from air_core.models.weights import (
     ClipFile,
     ClipFolder,
     find_backbone,

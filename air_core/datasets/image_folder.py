@@ -53,7 +53,7 @@ from air_core.datasets.unlabelled import (
     skipped_files,
     unlabelled_listing,
 )
-from air_core.weights import local_path
+from air_core.models.weights import local_path
 
 PREFIX = "folder:"
 OWNERS = "the owner's"  # licence

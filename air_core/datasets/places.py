@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from air_core.datasets.dataset import first_hidden
-from air_core.tokens import as_read
+from air_core.models.tokens import as_read
 
 
 def classnames_of(name: str) -> tuple[str, ...]:

@@ -19,8 +19,8 @@ from torch import Tensor
 from air_core.diffusion import hashed_seed, text_of
 from air_core.diffusion.lora import NoiseSchedule, encode_captions, encode_images
 from air_core.diffusion.pipeline import autocast, load_adapter, load_pipeline
+from air_core.models.weights import check_lora_fits
 from air_core.specs import EvidenceScoring
-from air_core.weights import check_lora_fits
 
 # B images, C classes, M pairs of an image and a class; latents are (c, h, w).
 

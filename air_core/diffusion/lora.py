@@ -29,9 +29,9 @@ from torch.nn import Parameter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from air_core.diffusion.pipeline import ADAPTER, autocast, load_pipeline
+from air_core.models.weights import check_lora_fits
 from air_core.seal import BLANK, intact, sealed
 from air_core.specs import LoraTraining, Precision
-from air_core.weights import check_lora_fits
 
 # N training images, B images per step, H height, W width, L tokens, D text width, E width of a
 # pooled text; latents are (c, h, w).

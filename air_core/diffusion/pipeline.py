@@ -21,15 +21,15 @@ from torch import Tensor
 
 from air_core.arithmetic import sums_in_one_order
 from air_core.diffusion import image_seed, text_of
-from air_core.model_configs import check_part_configs, pipeline_index, pipeline_parts
-from air_core.specs import GenerationSettings, Precision
-from air_core.weights import (
+from air_core.models.configs import check_part_configs, pipeline_index, pipeline_parts
+from air_core.models.weights import (
     PIPELINE_CONFIG,
     check_lora_fits,
     generator_parts,
     is_distilled,
     stay_offline,
 )
+from air_core.specs import GenerationSettings, Precision
 
 # B images, H height, W width.
 

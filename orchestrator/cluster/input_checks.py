@@ -29,11 +29,8 @@ from air_core.datasets.images import (
     too_many_unreadable,
 )
 from air_core.datasets.published import PUBLISHED
-from air_core.model_configs import json_object
-from air_core.printable import printable
-from air_core.specs import UNKNOWN
-from air_core.specs.conditions import uses_generator
-from air_core.weights import (
+from air_core.models.configs import json_object
+from air_core.models.weights import (
     CLIP_CONFIG,
     LORA_PIPELINES,
     PIPELINE_CONFIG,
@@ -45,6 +42,9 @@ from air_core.weights import (
     local_path,
     named_model,
 )
+from air_core.printable import printable
+from air_core.specs import UNKNOWN
+from air_core.specs.conditions import uses_generator
 from orchestrator.cluster.job_package import path_in_name
 from orchestrator.formatting import plural
 from orchestrator.planning.dataset_text import skipped_text

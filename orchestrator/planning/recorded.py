@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from air_core.models.weights import local_path
 from air_core.specs import TrialSpec
-from air_core.weights import local_path
 from orchestrator.errors import Refused, StoreRefused
 from orchestrator.keys import Stage, artifact_key
 from orchestrator.planning.plan import (

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from air_core.weights import local_path
+from air_core.models.weights import local_path
 from orchestrator.environment import in_ray_job
 from orchestrator.errors import Refused
 from orchestrator.formatting import relative_path

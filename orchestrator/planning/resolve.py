@@ -23,15 +23,9 @@ from air_core.datasets.image_folder import PREFIX, check_no_leak
 from air_core.datasets.images import BAD_SHARE, too_many_unreadable, visible_problem
 from air_core.datasets.unlabelled import LABELS
 from air_core.methods import EMBEDDED
-from air_core.paradigms import TooFewImages, label_problem, split_positions
-from air_core.seal import sealed_json
-from air_core.specs import CodeVersions, Ref, TrialSpec, reader_of
-from air_core.specs.conditions import labels_use_evidence, uses_evidence, uses_generator
-from air_core.specs.flat import from_flat, to_flat
-from air_core.specs.normal import normalised
-from air_core.tokens import check_room
-from air_core.weights import GENERATORS as PIPELINES
-from air_core.weights import (
+from air_core.models.tokens import check_room
+from air_core.models.weights import GENERATORS as PIPELINES
+from air_core.models.weights import (
     check_lora_fits,
     generator_files,
     generator_folder,
@@ -41,6 +35,12 @@ from air_core.weights import (
     weights_files,
     weights_settings,
 )
+from air_core.paradigms import TooFewImages, label_problem, split_positions
+from air_core.seal import sealed_json
+from air_core.specs import CodeVersions, Ref, TrialSpec, reader_of
+from air_core.specs.conditions import labels_use_evidence, uses_evidence, uses_generator
+from air_core.specs.flat import from_flat, to_flat
+from air_core.specs.normal import normalised
 from orchestrator.files import file_digest, file_stamp, write_atomic
 from orchestrator.keys import canonical_json, digest, plain
 from orchestrator.plugins import plugin_versions

@@ -30,8 +30,8 @@ from air_core.datasets.unlabelled import (
     parse_classes,
     read_classes,
 )
+from air_core.models.weights import local_path
 from air_core.paradigms import TEST_SHARE
-from air_core.weights import local_path
 from orchestrator.files import write_new
 from orchestrator.spec.marked_yaml import parse
 from orchestrator.spec.sweep_file import sweep_from_document

@@ -34,7 +34,7 @@ _CLIP = (
     "air_core.backbone.clip",
     "air_core.backbone.text",
     "air_core.backbone.vision",
-    "air_core.tokens",
+    "air_core.models.tokens",
     "air_core.types",
 )
 _LOADED_CLIP = (*_CLIP, "air_core.backbone.loading")

@@ -28,10 +28,10 @@ from air_core.datasets import get_dataset
 from air_core.datasets.dataset import TEMPLATE
 from air_core.datasets.digits import CLASSNAMES
 from air_core.datasets.images import Unreadable
+from air_core.models.weights import tiny_folder
 from air_core.prompts import restored_learner
 from air_core.specs import PromptSettings
 from air_core.types import Batch
-from air_core.weights import tiny_folder
 from benchmarks.classify import zero_shot
 
 ROOT = Path(__file__).parents[2]

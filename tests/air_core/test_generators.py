@@ -19,9 +19,9 @@ from air_core.diffusion import FLAT, image_seed, load_generator, rejected
 from air_core.diffusion.folder import FolderGenerator
 from air_core.diffusion.lora import add_adapters, save_adapters
 from air_core.diffusion.pipeline import PipelineGenerator, load_pipeline
+from air_core.models.weights import generator_files, generator_folder
 from air_core.specs import FolderImages, GeneratedImages, GenerationSettings, Ref
 from air_core.tiny import WEIGHTS
-from air_core.weights import generator_files, generator_folder
 from tests.helpers import pipelines
 from tests.helpers.dataset_trees import EPS
 

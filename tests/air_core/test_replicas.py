@@ -16,13 +16,13 @@ from air_core.backbone import Backbone
 from air_core.backbone.loading import load_backbone
 from air_core.datasets import get_dataset
 from air_core.method import Callback, Round, Trial, TrialData
+from air_core.models.weights import tiny_folder
 from air_core.paradigms import make_split
 from air_core.prompts import build_learner, logits_together
 from air_core.side_by_side import learn_side_by_side
 from air_core.specs import PromptSettings, SplitSettings, TrainSettings, TrialSpec
 from air_core.training import Targeted, Training, fit
 from air_core.types import Batch, Labelled, TrialResult
-from air_core.weights import tiny_folder
 
 NAMES = ("tree", "annual crop land", "river", "highway or road")
 CLOSE = {torch.float32: 1e-5, torch.float64: 1e-10}  # of the norm

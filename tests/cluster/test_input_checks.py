@@ -13,7 +13,7 @@ import pytest
 
 from air_core.datasets import DATASETS
 from air_core.datasets.published import PUBLISHED, Counts
-from air_core.weights import generator_folder, tiny_folder
+from air_core.models.weights import generator_folder, tiny_folder
 from orchestrator.cluster.input_checks import check_dataset, check_model
 from tests.helpers.dataset_trees import draw, small, small_root
 from tests.helpers.sweeps import write_sweep

@@ -12,8 +12,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from air_core.datasets import Dataset, get_dataset
+from air_core.models.weights import tiny_folder
 from air_core.specs import Ref
-from air_core.weights import tiny_folder
 from orchestrator.planning import Resolver, plan_of
 from orchestrator.planning.requests import location_for, read_request
 from orchestrator.planning.resolve import MissingInput, RecordedResolver, images_folder

@@ -19,8 +19,8 @@ from air_core.bundle.checks import PROMPT, TEST, TEXT
 from air_core.bundle.manifest import MANIFEST, write_bundle
 from air_core.datasets import get_dataset
 from air_core.method import Callback, Round, learn
+from air_core.models.weights import tiny_folder
 from air_core.specs import FeaturesSpec
-from air_core.weights import tiny_folder
 from orchestrator.planning import plan_of
 from orchestrator.spec import load_sweep
 from orchestrator.stages.build import PARTS, read_target

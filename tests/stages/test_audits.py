@@ -14,9 +14,9 @@ from PIL import Image
 from air_core.datasets import get_dataset
 from air_core.diffusion import load_generator
 from air_core.diffusion.pipeline import PipelineGenerator
+from air_core.models.weights import tiny_folder
 from air_core.paradigms import make_split
 from air_core.specs import GenerationSettings, SplitSettings
-from air_core.weights import tiny_folder
 from orchestrator.planning import possible_trials, resolver_of
 from orchestrator.planning.audit_card import AuditCard, AuditRow
 from orchestrator.planning.cards import card_from_json, card_json, rows_of_sweep, stored_card

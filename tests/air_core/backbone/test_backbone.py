@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from air_core.backbone import Backbone
 from air_core.backbone.loading import load_backbone
-from air_core.weights import tiny_folder
+from air_core.models.weights import tiny_folder
 from benchmarks.harness import random_clip
 from benchmarks.method import padded_text_features, whole_tower
 

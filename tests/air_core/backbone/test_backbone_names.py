@@ -19,9 +19,15 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from air_core.backbone.loading import load_backbone
-from air_core.model_configs import check_clip_config
-from air_core.tokens import check_room
-from air_core.weights import ClipFile, find_backbone, tiny_folder, weights_files, weights_settings
+from air_core.models.configs import check_clip_config
+from air_core.models.tokens import check_room
+from air_core.models.weights import (
+    ClipFile,
+    find_backbone,
+    tiny_folder,
+    weights_files,
+    weights_settings,
+)
 from tests.helpers.sweeps import python
 
 NAMES = ["tree frog", "heart", "boot"]
@@ -90,7 +96,7 @@ def test_tiny_and_a_folder_name_all_their_files(tmp_path):
 def test_names_are_looked_up_without_importing_torch():
     program = """
 import sys
-from air_core.weights import generator_folder, weights_files
+from air_core.models.weights import generator_folder, weights_files
 assert weights_files("tiny") and generator_folder("tiny")
 for name in ("ViT-B-32/openai", "ViT-B-32@/nowhere.pt", "ViT-B/32"):
     try:
@@ -522,7 +528,7 @@ print("none")
 LOADS_A_BACKBONE = "from air_core.backbone.loading import load_backbone; load_backbone(sys.argv[1])"
 LOADS_A_GENERATOR = """
 from air_core.diffusion.pipeline import load_pipeline
-from air_core.weights import generator_folder
+from air_core.models.weights import generator_folder
 load_pipeline(generator_folder("tiny"))
 """
 

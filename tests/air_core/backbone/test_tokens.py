@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from air_core.datasets import DATASETS
 from air_core.datasets.dataset import TEMPLATE
-from air_core.tokens import _clip_merges, _count, as_read, check_room
-from air_core.weights import tiny_folder
+from air_core.models.tokens import _clip_merges, _count, as_read, check_room
+from air_core.models.weights import tiny_folder
 
 NAMES = [name for dataset in DATASETS.values() for name in dataset.classnames]
 STRANGE = [

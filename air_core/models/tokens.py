@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from air_core.weights import MERGES, MOST_MERGES, ClipFolder, find_backbone
+from air_core.models.weights import MERGES, MOST_MERGES, ClipFolder, find_backbone
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

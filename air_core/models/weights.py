@@ -25,7 +25,7 @@ from types import ModuleType
 from typing import Any
 from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile
 
-from air_core.model_configs import (
+from air_core.models.configs import (
     check_clip_config,
     check_part_configs,
     json_object,
