@@ -38,9 +38,9 @@ NOT_COUNTED = {
 
 
 def test_golden_every_version_is_listed_under_its_recipe():
-    """Fails when the code of a stage has changed. If results may differ, increase its number in
-    `recipe` of its spec (for a dataset, that of features); `make golden` then starts a new list. If results are
-    the same, `make golden` adds the version to the list."""
+    """Fails when the code of a stage has changed. If results may differ, increase
+    `recipe` of its spec (for a dataset, that of features); `make golden` then starts a new list. If
+    results are the same, `make golden` adds the version to the list."""
     recipes = {spec.stage: spec.recipe for spec in STAGES}
     now = {part: recipes.get(part, recipes["features"]) for part in (*PARTS, *READERS)}
     now |= dict.fromkeys(COMPONENTS, recipes["trials"])
