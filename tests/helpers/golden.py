@@ -1,0 +1,37 @@
+"""Golden files: texts in tests/golden that tests compare and `make golden` rewrites."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def check_golden(name: str, text: str) -> None:
+    """Fail with a diff if a text differs from a golden file.
+
+    AIRSWEEP_UPDATE_GOLDEN=1 writes the text to the file first.
+    """
+    file = GOLDEN / name
+    if os.environ.get("AIRSWEEP_UPDATE_GOLDEN") == "1":
+        file.write_text(text, encoding="utf-8")
+    golden = file.read_text(encoding="utf-8")
+    if text != golden:
+        lines = golden.splitlines(), text.splitlines()
+        pytest.fail("\n".join(difflib.unified_diff(*lines, name, "now", n=4, lineterm="")))
+
+
+def check_golden_cases(name: str, cases: Mapping[str, str]) -> None:
+    """As `check_golden`, for the text of each case below its name."""
+    check_golden(name, "\n".join(f"== {case}\n{text}\n" for case, text in cases.items()))
+
+
+def golden_cases(name: str) -> dict[str, str]:
+    """The lines of each case of a golden file."""
+    sections = f"\n{(GOLDEN / name).read_text(encoding='utf-8')}".split("\n== ")[1:]
+    return {case: f"{text.strip()}\n" for case, _, text in (s.partition("\n") for s in sections)}
