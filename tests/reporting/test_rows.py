@@ -5,10 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +14,11 @@ import pytest
 
 from orchestrator.reporting import Results, charts
 from orchestrator.reporting._answers import answers
-from orchestrator.reporting.rows import FinishedTrial, rows, signed_interval, signed_percent
+from orchestrator.reporting.rows import FinishedTrial, rows, signed_percent
 from orchestrator.reporting.summary import summary
 from orchestrator.reporting.tables import table
 from orchestrator.spec.presets import defaults
-
-GOLDEN = Path(__file__).parents[1] / "golden" / "main_table.md"
+from tests.helpers.golden import check_golden, check_golden_cases
 
 ROW_KEYS = [
     *("dataset", "paradigm", "modality", "method", "settings", "metric", "n", "n_test"),
@@ -378,11 +375,7 @@ def test_a_collapsed_run_is_reported_in_table_json_and_screen() -> None:
 
 
 def test_the_main_table_equals_the_golden_file() -> None:
-    finished = quickstart()
-    text = table(results(finished), "md") + "\n"
-    if os.environ.get("AIRSWEEP_UPDATE_GOLDEN") == "1":
-        GOLDEN.write_text(text, encoding="utf-8")
-    assert text == GOLDEN.read_text(encoding="utf-8")
+    check_golden("main_table.md", table(results(quickstart()), "md") + "\n")
 
 
 @pytest.mark.parametrize(("guides", "start"), [(True, "Settings chosen by "), (False, "Default ")])
@@ -537,29 +530,10 @@ def test_the_screen_fits_its_width(width: int, case: str) -> None:
     assert not any(line != line.rstrip() for line in text.splitlines())
 
 
-def test_the_screen_shows_rows_comparisons_and_notes() -> None:
-    found = results(quickstart())
-    text = summary("airsweep quickstart   1,797 real digits", found, FACTS)
-    lines = [line.strip() for line in text.splitlines()]
-    assert lines[0] == "airsweep quickstart   1,797 real digits   ul/text"
-    parts = [re.split(r" {2,}", line) for line in lines[1:10]]
-    assert parts[0] == [*("method", "accuracy", "95 %", "n", "fused", "auxiliary", "pseudo-labels")]
-    assert [line[0] for line in parts[1:6]] == list(QUICKSTART)
-    assert "Chance: 10.0 (10 classes)." in text
-    for row, (_, accuracy, interval, n, *_) in zip(found.rows, parts[1:6], strict=True):
-        assert accuracy.startswith(f"{100 * row.mean:.1f}")
-        assert interval == f"[{100 * row.low:.1f}, {100 * row.high:.1f}]"
-        assert n == str(row.n)
-    assert parts[6] == [*("difference", "points, 95 %", "n", "n_test", "significant", "detectable")]
-    assert parts[7][0] == "air - cpl"
-    assert parts[7][2:5] == ["3", "300", "yes"]
-    assert parts[8][0] == "air - air_control"
-    assert parts[8][4] == "no"
-    assert "p < 0.05, Holm-corrected over 5 comparisons" in text
-    assert "Interval: 95 % bootstrap over images and seeds (1 split)" in text
-    first, second = text.splitlines()[-2:]  # commands are not folded
-    assert first.endswith("ray job submit --working-dir . -- \\")
-    assert second.endswith("  python -m orchestrator run sweeps/paper.yaml")
+def test_the_closing_screen_equals_the_golden_file() -> None:
+    """Commands are not folded."""
+    text = summary("airsweep quickstart   1,797 real digits", results(quickstart()), FACTS)
+    check_golden("closing_screen.txt", text + "\n")
 
 
 def test_a_row_that_is_not_above_chance_is_named_with_the_remedy() -> None:
@@ -574,53 +548,12 @@ def test_a_row_that_is_not_above_chance_is_named_with_the_remedy() -> None:
 # ---------------------------------------------------------------- answers
 
 
-def test_answers_begin_with_yes_no_or_cannot_be_told() -> None:
-    right = [replace(trial, by_classifier={"fused": trial.labels}) for trial in trials("air")]
-    others = [t for t in [*quickstart(), *trials("air_ceiling")] if t.method != "air"]
-    found = results(
-        [*right, *(replace(trial, by_classifier={"fused": trial.predictions}) for trial in others)]
-    )
-    by_method = {row.method: row for row in found.rows}
-    air, host, ceiling = (by_method[name] for name in ("air", "cpl", "air_ceiling"))
-    over_host, gain, fused_over_host, fused, share = answers(found)
-    assert over_host.startswith("Does air beat cpl? Yes: +")
-    assert over_host.endswith("] points, significant.")
-    [comparison] = [c for c in found.comparisons if c.methods == ("air", "air_control")]
-    interval = signed_interval(comparison.difference)
-    assert gain == (
-        f"Does air beat air_control? Cannot be told: {interval} points, not significant; "
-        f"detectable from {100 * comparison.detectable:.1f} points."
-    )
-    reached = (air.mean - host.mean) / (ceiling.mean - host.mean)
-    assert f"air_ceiling over cpl (+{100 * (ceiling.mean - host.mean):.1f} points): air " in share
-    assert f": air {100 * reached:.0f} % [" in share
-    assert ", air_control " in share
-    control = by_method["air_control"]
-    gain_of_fused = f"+{100 * (1 - control.mean):.1f}"
-    assert fused.startswith(f"Fused classifiers: does air beat air_control? Yes: {gain_of_fused} [")
-    assert fused.endswith(" points, significant.")
-    text = one_line(summary("s", found, FACTS))
-    assert f"answers {over_host} {gain} {fused_over_host} {fused} {share}" in text
-    assert f"answers {over_host}" not in one_line(summary("s", results(trials("cpl")), []))
-    worse = results(trials("cpl") + trials("air", better=-0.4))
-    assert answers(worse)[0].startswith("Does air beat cpl? No: -")
-
-
-def test_questions_without_a_control_or_on_many_rows_have_one_answer() -> None:
-    alone = results([*trials("cpl"), *trials("air")])
-    assert answers(alone)[1:] == [
-        "Does air beat air_control? Cannot be told: air_control has no result to compare."
+def test_answers_equal_the_golden_ones() -> None:
+    fused = [
+        replace(t, by_classifier={"fused": t.labels if t.method == "air" else t.predictions})
+        for t in [*quickstart(), *trials("air_ceiling")]
     ]
-    in_part = [*trials("air"), *trials("air_control"), *trials("air", dataset="dtd", cell="dtd")]
-    assert answers(results(in_part))[1].startswith(
-        "Does air beat air_control? Cannot be told in 1 of 2 rows: air_control has no result"
-    )
-    domain = [replace(trial, method="air_domain", cell="d") for trial in trials("air")]
-    [answer] = answers(results([*trials("cpl"), *domain]))  # its control is air
-    assert answer.startswith("Does air_domain beat cpl? Yes: +")
-    [answer] = answers(results([*trials("zero_shot"), *trials("cpl")]))
-    assert answer.startswith("Does cpl beat zero_shot? Yes: +")
-    many = [
+    on_datasets = [
         trial
         for dataset, better in (("digits", 0.0), ("flowers102", 0.3), ("dtd", -0.3))
         for method in ("cpl", "air", "air_control", "air_ceiling")
@@ -628,13 +561,24 @@ def test_questions_without_a_control_or_on_many_rows_have_one_answer() -> None:
             method, dataset=dataset, better=(method != "cpl") * 0.1 + (method == "air") * better
         )
     ]
-    _, gain, share = answers(results(many))
-    assert re.fullmatch(
-        r"Does air beat air_control\? Yes in 1 of 3 comparisons, no in 1, cannot be told in 1; "
-        r"-\d+\.\d to \+\d+\.\d points\.",
-        gain,
-    )
-    assert re.search(r": air -\d+ % to \d+ % in 3 rows, air_control \d+ % in 3 rows", share)
+    cases = {
+        "a method alone": trials("cpl"),
+        "a method without a control": [*trials("zero_shot"), *trials("cpl")],
+        "the control has no result": [*trials("cpl"), *trials("air")],
+        "worse than the host": [*trials("cpl"), *trials("air", better=-0.4)],
+        "the control has a result in one of two rows": [
+            *(*trials("air"), *trials("air_control")),
+            *trials("air", dataset="dtd", cell="dtd"),
+        ],
+        "air_domain, whose control is air": [
+            *trials("cpl"),
+            *(replace(trial, method="air_domain", cell="d") for trial in trials("air")),
+        ],
+        "fused classifiers, of which that of air is always right": fused,
+        "three datasets": on_datasets,
+    }
+    found = {name: "\n".join(answers(results(trials))) for name, trials in cases.items()}
+    check_golden_cases("answers.txt", found)
 
 
 # ---------------------------------------------------------------- definitions and bounds
