@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -35,3 +35,28 @@ def golden_cases(name: str) -> dict[str, str]:
     """The lines of each case of a golden file."""
     sections = f"\n{(GOLDEN / name).read_text(encoding='utf-8')}".split("\n== ")[1:]
     return {case: f"{text.strip()}\n" for case, _, text in (s.partition("\n") for s in sections)}
+
+
+def check_refusals(
+    name: str,
+    run: Callable[..., tuple[int, str, str]],
+    *cases: tuple[str | Path, ...],
+    code: int = 2,
+    **folders: Path,
+) -> None:
+    """As `check_golden_cases`, for the message about each of some wrong arguments.
+
+    Args:
+        run: runs a command with arguments; returns its exit code, stdout and stderr.
+        code: the exit code that each command must have; stdout must be empty.
+        folders: replaced by `<name>`; a folder inside another one comes first.
+    """
+    found = {}
+    for words in cases:
+        done = run(*words)
+        assert done[:2] == (code, ""), (words, done)
+        text = f"{' '.join(map(str, words))}\n{done[2].rstrip()}"
+        for folder, path in folders.items():
+            text = text.replace(str(path), f"<{folder}>")
+        case, found[case] = text.split("\n", 1)
+    check_golden_cases(name, found)

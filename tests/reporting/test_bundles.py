@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from dataclasses import replace
@@ -28,6 +29,7 @@ from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.pictures import MARGIN_PX, NAME_PX, THUMB_PX
 from orchestrator.stages.trial import run_trial, trial_data
 from orchestrator.store import ArtifactStore, EventLog, SweepLocation, read_trial
+from tests.helpers.golden import check_refusals
 from tests.helpers.sweeps import python, record_again
 
 IMAGES = 240  # of the digits: enough for every class, and quick
@@ -404,24 +406,22 @@ def test_best_is_the_classifier_with_the_highest_score_of_all_rows(
     assert (chosen["candidates"], chosen["trials_left"]) == (6, 0)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("best", "--sweep", "small"), "cannot be compared: digits/ul/text; digits/trzsl/text"),
-        (("best", "--sweep", "small", "--only", "metod=fpl"), "not a key of the grid"),
-        (("best", "--sweep", "small", "--only", "method=air"), "is not in grid.method"),
-        (("best",), "give --sweep NAME"),
-        (("best", "--sweep", "large"), "no sweep default/large"),
-        (("cell/0/seed=1", "--sweep", "small"), "no slot 'cell/0/seed=1'"),
-        (("abcdef123", "--sweep", "small"), "mlflow.db does not exist"),
-        (("abcdef123", "--only", "method=fpl"), "--only and --by are allowed with `best` only"),
-        (("best", "--sweep", "small", "--only", "paradigm=ul", "--by", "x"), "unknown --by 'x'"),
-    ],
-)
-def test_an_export_of_an_unknown_trial_is_bad_input(arguments, words, command, location, tmp_path):
-    code, out, err = command("export", *arguments, "-o", tmp_path / "b", *store_option(location))
-    assert (code, out) == (2, "")
-    assert words in err
+def test_exports_of_unknown_trials_equal_the_golden_messages(command, location, tmp_path):
+    small = ("best", "--sweep", "small")
+    check_refusals(
+        "messages/export.txt",
+        lambda *words: command("export", *words, "-o", tmp_path / "b", *store_option(location)),
+        small,
+        (*small, "--only", "metod=fpl"),
+        (*small, "--only", "method=air"),
+        (*small, "--only", "paradigm=ul", "--by", "x"),
+        ("best",),
+        ("best", "--sweep", "large"),
+        ("cell/0/seed=1", "--sweep", "small"),
+        ("abcdef123", "--sweep", "small"),
+        ("abcdef123", "--only", "method=fpl"),
+        store=location.store.root,
+    )
     assert not (tmp_path / "b").exists()
 
 
@@ -540,23 +540,24 @@ def test_an_image_with_a_small_probability_is_unsure(bundle, command, tmp_path):
     assert [row["class"] for row in rows] == [one.classname for one in found]
 
 
-def test_classify_without_images_or_bundle_is_bad_input(bundle, command, tmp_path):
+def test_classify_without_images_or_bundle_prints_the_golden_messages(bundle, command, tmp_path):
     new = pictures_of(np.arange(1), tmp_path / "new")
     (tmp_path / "empty").mkdir()
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no image")
-    for arguments, words in (
-        ((bundle, tmp_path / "empty"), "contain no image"),
-        ((bundle, tmp_path / "no.png"), "does not exist"),
-        ((bundle, "~nosuchuser/new.png"), "no such user"),
-        ((bundle, bad), "no file could be read, so nothing was classified"),
-        ((bundle, new, "--json", "--csv"), "give only one"),
-        ((bundle, new, "--weights", tmp_path / "x"), "does not exist; allowed: tiny"),
-        ((tmp_path / "new", new), "has no bundle.json"),
-    ):
-        code, out, err = command("classify", *arguments)
-        assert (code, out) == (2, ""), err
-        assert words in err
+    check_refusals(
+        "messages/classify.txt",
+        functools.partial(command, "classify"),
+        (bundle, tmp_path / "empty"),
+        (bundle, tmp_path / "no.png"),
+        (bundle, "~nosuchuser/new.png"),
+        (bundle, bad),
+        (bundle, new, "--json", "--csv"),
+        (bundle, new, "--weights", tmp_path / "x"),
+        (tmp_path / "new", new),
+        bundle=bundle,
+        here=tmp_path,
+    )
     data = (bundle / PROMPT).read_bytes()
     (bundle / PROMPT).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     code, _, err = command("classify", bundle, new)
