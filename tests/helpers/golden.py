@@ -28,7 +28,7 @@ def check_golden(name: str, text: str) -> None:
 
 def check_golden_cases(name: str, cases: Mapping[str, str]) -> None:
     """As `check_golden`, for the text of each case below its name."""
-    check_golden(name, "\n".join(f"== {case}\n{text}\n" for case, text in cases.items()))
+    check_golden(name, "".join(f"== {case}\n{text}\n" for case, text in cases.items()))
 
 
 def golden_cases(name: str) -> dict[str, str]:
