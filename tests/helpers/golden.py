@@ -23,7 +23,8 @@ def check_golden(name: str, text: str) -> None:
     golden = file.read_text(encoding="utf-8")
     if text != golden:
         lines = golden.splitlines(), text.splitlines()
-        pytest.fail("\n".join(difflib.unified_diff(*lines, name, "now", n=4, lineterm="")))
+        diff = difflib.unified_diff(*lines, name, "now", n=4, lineterm="")  # 4: the case's name
+        pytest.fail("\n".join(diff), pytrace=False)
 
 
 def check_golden_cases(name: str, cases: Mapping[str, str]) -> None:
@@ -34,27 +35,26 @@ def check_golden_cases(name: str, cases: Mapping[str, str]) -> None:
 def golden_cases(name: str) -> dict[str, str]:
     """The lines of each case of a golden file."""
     sections = f"\n{(GOLDEN / name).read_text(encoding='utf-8')}".split("\n== ")[1:]
-    return {case: f"{text.strip()}\n" for case, _, text in (s.partition("\n") for s in sections)}
+    return {case: f"{text.rstrip()}\n" for case, _, text in (s.partition("\n") for s in sections)}
 
 
 def check_refusals(
     name: str,
     run: Callable[..., tuple[int, str, str]],
     *cases: tuple[str | Path, ...],
-    code: int = 2,
     **folders: Path,
 ) -> None:
     """As `check_golden_cases`, for the message about each of some wrong arguments.
 
     Args:
-        run: runs a command with arguments; returns its exit code, stdout and stderr.
-        code: the exit code that each command must have; stdout must be empty.
+        run: runs a command with arguments; returns its exit code, which must be 2, stdout, which
+            must be empty, and stderr.
         folders: replaced by `<name>`; a folder inside another one comes first.
     """
     found = {}
     for words in cases:
         done = run(*words)
-        assert done[:2] == (code, ""), (words, done)
+        assert done[:2] == (2, ""), (words, done)
         text = f"{' '.join(map(str, words))}\n{done[2].rstrip()}"
         for folder, path in folders.items():
             text = text.replace(str(path), f"<{folder}>")

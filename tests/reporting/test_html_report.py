@@ -36,7 +36,7 @@ from tests.helpers.golden import check_refusals
 from tests.helpers.outcomes import by_method, record_sweep
 from tests.helpers.servers import serve
 from tests.helpers.sweeps import airsweep, search_sweep, write_sweep
-from tests.reporting.test_rows import one_line
+from tests.helpers.trials import one_line
 
 GRID = """
 grid:

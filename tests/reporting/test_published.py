@@ -28,7 +28,7 @@ from orchestrator.reporting.rows import FinishedTrial
 from orchestrator.spec import SpecError
 from tests.helpers.golden import check_golden_cases, check_refusals
 from tests.helpers.outcomes import by_method, record_sweep
-from tests.reporting.test_rows import quickstart, results, trials
+from tests.helpers.trials import quickstart, results, trials
 
 SHIPPED = sorted(file.stem for file in PAPERS.glob("*.yaml"))
 

@@ -20,7 +20,7 @@ from orchestrator.reporting.tables import gains_frame, pivot, table
 from orchestrator.reporting.tables import pivot_text as text
 from tests.helpers.golden import check_golden_cases
 from tests.helpers.outcomes import by_method, record_sweep
-from tests.reporting.test_rows import cells, quickstart, results, trials
+from tests.helpers.trials import cells, quickstart, results, trials
 
 
 def two_tasks() -> list[FinishedTrial]:

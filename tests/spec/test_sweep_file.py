@@ -389,6 +389,7 @@ ODD = {
     "no name": "version: 1\n",
     "name with a slash": "version: 1\nname: a/b\n",
     "no method": HEAD,
+    "neither version nor name, and an unknown method": "grid: {method: [airr]}\n",
     "control character": AIR + "project: a\x07b\n",
     "not UTF-8": AIR.encode() + b"project: \xff\n",
     "a megabyte": AIR + "#" * 1_000_000,
