@@ -21,6 +21,14 @@ from tests.helpers.sweeps import write_sweep
 
 TESTED = 400  # images of a run
 
+# Methods of which each is better than the one before.
+SWEEP = """
+grid: {method: [zero_shot, fpl, cpl]}
+fixed: {dataset: digits, train.steps: 2}
+seeds: [1, 2, 3]
+"""
+ACCURACIES = {"zero_shot": 0.5, "fpl": 0.62, "cpl": 0.7}
+
 Write = Callable[[Slot, ArtifactStore], object]
 
 

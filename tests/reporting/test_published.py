@@ -27,7 +27,7 @@ from orchestrator.reporting.published import (
 from orchestrator.reporting.rows import FinishedTrial
 from orchestrator.spec import SpecError
 from tests.helpers.golden import check_golden_cases, check_refusals
-from tests.helpers.outcomes import by_method, record_sweep
+from tests.helpers.outcomes import ACCURACIES, SWEEP, by_method, record_sweep
 from tests.helpers.trials import quickstart, results, trials
 
 SHIPPED = sorted(file.stem for file in PAPERS.glob("*.yaml"))
@@ -287,14 +287,6 @@ def test_the_screen_fits_80_columns_and_lists_each_reason_once() -> None:
         body = "\n".join(shown)
         for reason in {reason for cell in found.cells for reason in cell.reasons}:
             assert len(re.findall(rf"^\[\d+\] {re.escape(reason)}$", body, re.M)) == 1
-
-
-SWEEP = """
-grid: {method: [zero_shot, fpl, cpl]}
-fixed: {dataset: digits, train.steps: 2}
-seeds: [1, 2, 3]
-"""
-ACCURACIES = {"zero_shot": 0.5, "fpl": 0.62, "cpl": 0.7}
 
 
 @pytest.fixture

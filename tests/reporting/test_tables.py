@@ -19,7 +19,7 @@ from orchestrator.reporting.rows import FinishedTrial
 from orchestrator.reporting.tables import gains_frame, pivot, table
 from orchestrator.reporting.tables import pivot_text as text
 from tests.helpers.golden import check_golden_cases
-from tests.helpers.outcomes import by_method, record_sweep
+from tests.helpers.outcomes import ACCURACIES, SWEEP, by_method, record_sweep
 from tests.helpers.trials import cells, quickstart, results, trials
 
 
@@ -237,13 +237,6 @@ def test_the_latex_of_every_kind_of_table_compiles(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- the command
-
-SWEEP = """
-grid: {method: [zero_shot, fpl, cpl]}
-fixed: {dataset: digits, train.steps: 2}
-seeds: [1, 2, 3]
-"""
-ACCURACIES = {"zero_shot": 0.5, "fpl": 0.62, "cpl": 0.7}
 
 
 def test_the_command_table_arranges_a_recorded_sweep(tmp_path, command) -> None:
