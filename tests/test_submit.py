@@ -382,8 +382,8 @@ def refused(address: str) -> str:
     """The one-line message about an address that is refused."""
     done = airsweep("jobs", "--address", address, check=False, **OPEN)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (3, "", 1)
-    told = re.sub(r"\[Errno .*?(?=;)", "<reason of the system>", done.stderr.rstrip())
-    return told.replace(address, "<address>")
+    shown = re.sub(r"\[Errno .*?(?=;)", "<reason of the system>", done.stderr.rstrip())
+    return shown.replace(address, "<address>")
 
 
 def test_messages_about_wrong_addresses_equal_the_golden_ones():
