@@ -8,19 +8,22 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pandas import DataFrame
 
+from orchestrator.reporting import tables
 from orchestrator.reporting._layouts import Layout, escape_latex, latex
 from orchestrator.reporting.rows import FinishedTrial
+from orchestrator.reporting.summary import summary
 from orchestrator.reporting.tables import gains_frame, pivot, table
 from orchestrator.reporting.tables import pivot_text as text
 from tests.helpers.golden import check_golden_cases
 from tests.helpers.outcomes import ACCURACIES, SWEEP, by_method, record_sweep
-from tests.helpers.trials import cells, quickstart, results, trials
+from tests.helpers.trials import cells, one_line, quickstart, results, trials
 
 
 def two_tasks() -> list[FinishedTrial]:
@@ -53,6 +56,22 @@ def test_the_frame_of_gains_has_intervals_of_tested_gains_only() -> None:
     assert tested.drop("zero_shot").notna().all()
     few = [trial for trial in quickstart() if trial.seed < 3]
     assert gains_frame(results(few))["host_low"].isna().all()
+
+
+def test_an_entry_makes_a_column_of_every_output_of_the_table(monkeypatch) -> None:
+    entry = tables.Column("pool", "pool/accuracy_fused", note="Pool: accuracy on the pool.")
+    monkeypatch.setattr(tables, "COLUMNS", (*tables.COLUMNS, entry))
+    metrics = {"pool/accuracy_fused": 0.123}
+    found = results([replace(trial, metrics=trial.metrics | metrics) for trial in trials("air")])
+    header, _, line = cells(table(found, "md"))
+    assert line[header.index("pool")] == "12.3"
+    for shown in (table(found, "md"), table(found, "latex"), summary("s", found, [])):
+        assert "Pool: accuracy on the pool." in one_line(shown)
+    [from_csv] = csv.DictReader(io.StringIO(table(found, "csv")))
+    [from_json] = json.loads(table(found, "json"))
+    for row in (from_json, from_csv, gains_frame(found).iloc[0]):
+        assert float(row["pool"]) == pytest.approx(0.123)
+    assert "pool" not in table(results(quickstart()), "md")
 
 
 def test_methods_are_lines_and_datasets_are_columns() -> None:
