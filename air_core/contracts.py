@@ -7,16 +7,21 @@ plugin.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from air_core.auxiliary import AuxiliaryClassifier, auxiliary_classifier, high_fidelity
-from air_core.components import LOSSES
+from air_core.backbone import Backbone
+from air_core.backbone.loading import load_backbone
+from air_core.components import LEARNERS, LOSSES
+from air_core.prompts import StartsFromImages, build_learner, restored_learner
 from air_core.pseudo_labels import assign
-from air_core.specs import AuxiliarySettings, FidelitySettings, PseudoLabelSettings
+from air_core.specs import AuxiliarySettings, FidelitySettings, PromptSettings, PseudoLabelSettings
 from air_core.types import Batch, Labelled, PseudoLabels
 
 # N images, C classes, D feature width.
@@ -105,6 +110,46 @@ def _fidelity(name: str) -> None:
     _need(every, "an image of each class must be selected")
 
 
+def _learner(name: str) -> None:
+    """See air_core.prompts.PromptLearner."""
+    backbone, batch = _encoded()
+    if "tokens" not in LEARNERS[name].facts:
+        batch = Batch(batch.features)
+    classnames = tuple(f"class {c}" for c in range(CLASSES))
+    made = (name, PromptSettings(length=4), backbone, classnames, "a photo of a {}")
+    one, again = (build_learner(*made, seed=1) for _ in range(2))
+    _need(torch.equal(one.prompt, again.prompt), "an equal seed must give an equal prompt")
+    if isinstance(one, StartsFromImages):
+        targets = torch.eye(CLASSES)[torch.arange(len(batch)) % CLASSES]
+        one.start_from(batch, targets)
+        _need(one.prompt.shape == again.prompt.shape, "images must not change the prompt's shape")
+    logits = one.logits(batch)
+    shape = logits.shape == (len(batch), CLASSES) and bool(logits.isfinite().all())
+    _need(shape, "`logits` must be (N, C) and finite")
+    _need(len(one.logits(batch[torch.arange(0)])) == 0, "no image must give logits (0, C)")
+    _need(logits.requires_grad, "`logits` must be differentiable in `prompt`")
+    torch.autograd.backward(logits.logsumexp(dim=-1).sum())
+    gradient = one.prompt.grad
+    reached = gradient is not None and bool(gradient.isfinite().all() and gradient.any())
+    _need(reached, "the gradient of `prompt` must be finite and not 0")
+    others = all(parameter.grad is None for parameter in backbone.model.parameters())
+    _need(others, "the backbone must not receive a gradient")
+    with torch.no_grad():
+        one.prompt.mul_(1.5)
+        restored = restored_learner(*made, one.prompt.clone())
+        same = torch.equal(one.logits(batch), restored.logits(batch))
+    _need(same, "settings, class names and `prompt` must give the same logits again")
+
+
+@cache
+def _encoded() -> tuple[Backbone, Batch]:
+    """The tiny CLIP, and images with their features and tokens."""
+    backbone = load_backbone("tiny")
+    colours = [tuple(map(int, row)) for row in _random(2 * CLASSES, 3).sigmoid() * 255]
+    images = [Image.new("RGB", (32, 32), colour) for colour in colours]
+    return backbone, Batch(backbone.encode_images(images), backbone.image_tokens(images))
+
+
 def _random(rows: int, columns: int, seed: int = 0) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
@@ -119,4 +164,5 @@ CONTRACTS: dict[str, Callable[[str], Any]] = {
     "pseudo_labels.loss": _loss,
     "auxiliary.kind": _auxiliary,
     "fidelity.kind": _fidelity,
+    "modality": _learner,
 }

@@ -33,6 +33,7 @@ from air_core.specs.conditions import (
     later_rounds,
     reads_lora,
     reads_rows,
+    reads_tokens,
     selects_images,
     selects_real_images,
     trains_on_synthetic,
@@ -751,7 +752,7 @@ class TrialSpec:
 
     @property
     def tokens(self) -> FeaturesSpec | None:
-        """None: the trial learns no visual prompt."""
+        """None: the trial reads no image tokens."""
         return self._tokens_of(self.features)
 
     @property
@@ -764,7 +765,7 @@ class TrialSpec:
         return self._tokens_of(self.test_features)
 
     def _tokens_of(self, features: FeaturesSpec | None) -> FeaturesSpec | None:
-        if features is None or self.modality == "text" or self.iterations == 0:
+        if features is None or not reads_tokens(self):
             return None
         return replace(features, level="tokens")
 
@@ -797,9 +798,9 @@ class TrialSpec:
 
     @property
     def synthetic_tokens(self) -> SyntheticFeaturesSpec | None:
-        """None: the trial trains no visual prompt on synthetic images."""
+        """None: the trial reads no tokens of synthetic images."""
         row = self.synthetic_features
-        if row is None or self.modality == "text" or not trains_on_synthetic(self):
+        if row is None or not reads_tokens(self) or not trains_on_synthetic(self):
             return None
         return replace(row, level="tokens")
 

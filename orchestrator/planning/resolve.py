@@ -38,7 +38,13 @@ from air_core.models.weights import (
 from air_core.paradigms import TooFewImages, label_problem, split_positions
 from air_core.seal import sealed_json
 from air_core.specs import CodeVersions, Ref, TrialSpec, reader_of
-from air_core.specs.conditions import labels_use_evidence, uses_evidence, uses_generator
+from air_core.specs.conditions import (
+    can_transfer,
+    has_context,
+    labels_use_evidence,
+    uses_evidence,
+    uses_generator,
+)
 from air_core.specs.flat import from_flat, to_flat
 from air_core.specs.normal import normalised
 from orchestrator.files import file_digest, file_stamp, write_atomic
@@ -171,7 +177,7 @@ class Resolver:
             InvalidSetting: a class name is too long, images are too few or have no labels that a
                 setting needs, a LoRA does not fit the generator, or the evidence has no time step.
         """
-        learned = trial.prompt.length if trial.modality == "text" and trial.iterations else 0
+        learned = trial.prompt.length if has_context(trial) else 0
         for key, dataset in datasets.items():
             with _checking(key):
                 check_room(trial.backbone.name, dataset.classnames, dataset.template, learned)
@@ -181,6 +187,12 @@ class Resolver:
             raise InvalidSetting(
                 "test_dataset",
                 f"{trial.test_dataset.name} has no test images; label some in its {LABELS}",
+            )
+        if trial.test_dataset is not None and not can_transfer(trial):
+            raise InvalidSetting(
+                "test_dataset",
+                f"the learner {trial.modality!r} works with the class names that it learned only, "
+                "so it cannot be tested on another dataset; set test_dataset: null",
             )
         if trial.paradigm == "ssl":
             with _checking("shots"):

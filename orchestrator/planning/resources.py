@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from air_core.specs import TrialSpec
+from air_core.specs.conditions import has_context
 from orchestrator.formatting import format_bytes
 from orchestrator.spec import ProcessResources, Resources
 from orchestrator.store import ArtifactStore
@@ -159,15 +160,15 @@ def side_by_side(
 ) -> list[list[TrialSpec]]:
     """Groups of trials whose prompts stand before the same class names in the same text tower.
 
-    Other trials are alone: a visual prompt needs a pass with its own images, and a transfer trial
-    trains nothing itself.
+    Other trials are alone: other learners have no such pass to share, and a transfer trial trains
+    nothing itself.
 
     Args:
         share: of the usual number of class texts in a group, for a device short of memory.
     """
     groups: dict[object, list[TrialSpec]] = {}
     for spec in specs:
-        alone = spec.modality == "visual" or spec.iterations == 0 or spec.test_dataset is not None
+        alone = not has_context(spec) or spec.test_dataset is not None
         shared = (spec.dataset, spec.backbone, spec.precision, spec.prompt.length)
         groups.setdefault(spec if alone else shared, []).append(spec)
     parts = []

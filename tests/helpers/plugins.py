@@ -1,4 +1,4 @@
-"""A plugin for tests: a pseudo-label strategy with a setting."""
+"""Plugins for tests: a pseudo-label strategy with a setting, and a learner."""
 
 from __future__ import annotations
 
@@ -26,4 +26,46 @@ def margin(scores, settings, *, capacity, iteration, previous):
     chosen = (difference >= min(settings.tau, float(difference.max()))).nonzero().flatten()
     labels = classes[chosen, 0]
     return PseudoLabels(chosen, one_hot(labels, scores.shape[1]).to(scores.dtype), labels)
+'''
+
+TIP_ADAPTER = '''"""Tip-Adapter-F: a learned cache of image features (Zhang et al. 2022)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import Parameter
+
+from air_core.classifiers import class_texts
+from air_core.components import LEARNERS, setting
+
+
+@dataclass(frozen=True)
+class TipAdapter:
+    keys: int = setting(8, "images of each class in the cache", ge=1)
+    weight: float = setting(1.0, "of the cache, beside the text of the classes", ge=0)
+    sharpness: float = setting(5.5, "of the similarity to a key", gt=0)
+
+
+@LEARNERS.add("tip_adapter", settings=TipAdapter, summary="a learned cache of image features")
+class TipAdapterLearner:
+    def __init__(self, settings, backbone, classnames, template, seed):
+        self.settings, self.scale = settings, backbone.logit_scale
+        self.texts = class_texts(backbone, classnames, template).cpu()  # (C, D)
+        self.keys = Parameter(self.texts[:, None].repeat(1, settings.keys, 1))  # (C, K, D)
+
+    def start_from(self, batch, targets):
+        for keys, target in zip(self.keys.data, targets.T):
+            best = target.topk(min(len(keys), int((target > 0).sum()))).indices
+            keys[: len(best)] = batch.features[best]
+
+    def logits(self, batch):
+        similarity = torch.einsum("nd,ckd->nck", batch.features, self.keys)
+        cache = (self.settings.sharpness * (similarity - 1)).exp().mean(dim=-1)  # (N, C)
+        return self.scale * (batch.features @ self.texts.T + self.settings.weight * cache)
+
+    @property
+    def prompt(self):
+        return self.keys
 '''

@@ -1,0 +1,83 @@
+"""Sweeps whose components come from one plugin file run on the tiny models."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from orchestrator.planning.resolve import InvalidSetting
+from orchestrator.plugins import use_plugins
+from orchestrator.reporting.bundles import export
+from orchestrator.reporting.selection import SelectedTrial
+from orchestrator.spec import cells_of, load_sweep
+from orchestrator.stages.build import build_features
+from orchestrator.stages.context import WorkerContext
+from orchestrator.stages.side_by_side import run_trials
+from orchestrator.stages.trial import run_trial
+from orchestrator.store import ArtifactStore, TrialRecord
+from orchestrator.store.checkpoints import Segments
+from tests.helpers.plugins import TIP_ADAPTER
+from tests.helpers.sweeps import write_sweep
+
+QUICK = "train.steps: 4, iterations: 2"
+
+
+@pytest.fixture(autouse=True)
+def no_plugin_left():
+    yield
+    use_plugins([])
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory, trial) -> Path:
+    """A store with the features of the digits."""
+    store = ArtifactStore(tmp_path_factory.mktemp("plugins") / "runs")
+    build_features(trial("fpl").features, WorkerContext(store))
+    return store.root
+
+
+@pytest.fixture
+def worker(features, tmp_path) -> WorkerContext:
+    return WorkerContext(ArtifactStore(Path(shutil.copytree(features, tmp_path / "runs"))))
+
+
+def sweep(folder: Path, code: str, settings: str) -> dict[str, Any]:
+    """Flat settings of the only cell of a sweep with a plugin, for a seed."""
+    (folder / "mine.py").write_text(code)
+    spec = write_sweep(folder, "mine", f"plugins: [mine.py]\nfixed: {{{settings}, {QUICK}}}\n")
+    [cell] = cells_of(load_sweep(spec))
+    return {**cell.flat, "seed": 1}
+
+
+TIP = "method: pseudo, modality: tip_adapter, paradigm: ssl, prompt.tip_adapter.keys: 4"
+
+
+def test_a_learner_of_a_plugin_starts_from_the_images_and_is_trained(worker, resolver, tmp_path):
+    spec = resolver.trial(sweep(tmp_path, TIP_ADAPTER, TIP))
+    assert spec.tokens is None
+    [whole] = run_trials([spec], worker)
+    assert isinstance(whole, TrialRecord)
+    prompt = load_file(whole.path / "prompt.safetensors")["prompt"]
+    assert prompt.shape[:2] == (10, 4)
+    assert not torch.allclose(prompt[:, 0], prompt[:, 1])  # images, not the text of the class
+    assert len(whole.curves["test/accuracy"]) == 2
+    selected = SelectedTrial(spec=spec, record=whole, slot=None, sweep=None)
+    with pytest.raises(ValueError, match="has the learner 'tip_adapter' of a plugin; a bundle"):
+        export(selected, worker.store, resolver, tmp_path / "bundle")
+    with pytest.raises(InvalidSetting, match="works with the class names that it learned only"):
+        resolver.trial({**sweep(tmp_path, TIP_ADAPTER, TIP), "test_dataset": "digits"})
+
+
+def test_a_stopped_trial_with_a_learner_of_a_plugin_resumes(worker, resolver, features, tmp_path):
+    spec = resolver.trial(sweep(tmp_path, TIP_ADAPTER, TIP.replace("pseudo", "cpl_real", 1)))
+    other = ArtifactStore(Path(shutil.copytree(features, tmp_path / "other")))
+    run_trials([spec], worker, segments=Segments(rungs=(1,), stop_after=1))
+    resumed = run_trial(spec, worker.store)
+    whole = run_trial(spec, other)
+    one, two = (load_file(r.path / "prompt.safetensors")["prompt"] for r in (resumed, whole))
+    assert torch.equal(one, two)
