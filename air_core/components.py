@@ -191,12 +191,14 @@ class Registry(Mapping[str, Component]):
         positional, _, keyword = self.signature.partition(", *, ")
         arguments = dict.fromkeys(filter(None, keyword.split(", ")))
         try:
-            inspect.signature(component).bind(*positional.split(", "), **arguments)
+            inspect.signature(component).bind(*filter(None, positional.split(", ")), **arguments)
         except TypeError:
             raise TypeError(
                 f"{name!r} must have the parameters ({self.signature}), but it has "
                 f"{inspect.signature(component)}"
             ) from None
+        if settings is not None and not self.group:
+            raise TypeError(f"{name!r} has settings, which a component of {self.key} cannot have")
         if settings is not None:
             _check_settings(name, settings)
 
@@ -208,13 +210,13 @@ class Registry(Mapping[str, Component]):
         """The component itself; imports its module.
 
         Raises:
-            RuntimeError: it is from a plugin whose code was not loaded.
+            ValueError: it is from a plugin whose code was not loaded.
         """
         component = self[name]
         if not component.source:
             return _imported(component.target)
         if component.function is None:
-            raise RuntimeError(
+            raise ValueError(
                 f"{self.key} {name!r} is from the plugin {component.target.partition(':')[0]}, "
                 "whose code was not loaded"
             )
@@ -434,3 +436,17 @@ LEARNERS.declare(
     {"depth", "init"},
     facts=("tokens", "transfers"),
 )
+
+# -> air_core.datasets.Dataset. The versions of their modules are parts of their own, `reader_of`.
+DATASETS = Registry("dataset", "")
+for _name, _about in {
+    "digits": "1,797 real digits",
+    "flowers102": "8,189 flowers of 102 kinds",
+    "resisc45": "31,500 aerial images of 45 scenes",
+    "dtd": "5,640 textures of 47 kinds",
+    "cub": "11,788 birds of 200 kinds",
+    "eurosat": "27,000 satellite images of 10 land uses",
+    "fgvc_aircraft": "10,000 aircraft of 100 variants",
+    "fashion_mnist": "70,000 pictures of 10 kinds of clothes",
+}.items():
+    DATASETS.declare(_name, f"air_core.datasets.{_name}:DATASET", _about, modules=())

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -19,9 +20,17 @@ from air_core.auxiliary import AuxiliaryClassifier, auxiliary_classifier, high_f
 from air_core.backbone import Backbone
 from air_core.backbone.loading import load_backbone
 from air_core.components import LEARNERS, LOSSES
+from air_core.datasets import get_dataset
+from air_core.datasets.dataset import is_template
 from air_core.prompts import StartsFromImages, build_learner, restored_learner
 from air_core.pseudo_labels import assign
-from air_core.specs import AuxiliarySettings, FidelitySettings, PromptSettings, PseudoLabelSettings
+from air_core.specs import (
+    UNKNOWN,
+    AuxiliarySettings,
+    FidelitySettings,
+    PromptSettings,
+    PseudoLabelSettings,
+)
 from air_core.types import Batch, Labelled, PseudoLabels
 
 # N images, C classes, D feature width.
@@ -141,6 +150,27 @@ def _learner(name: str) -> None:
     _need(same, "settings, class names and `prompt` must give the same logits again")
 
 
+def _dataset(name: str) -> None:
+    """See air_core.datasets.Dataset. Reads the files, which must not need a data root."""
+    dataset = get_dataset(name)
+    _need(bool(dataset.classnames), "`classnames` must not be empty")
+    distinct = len(set(dataset.classnames)) == len(dataset.classnames)
+    _need(distinct, "`classnames` must be distinct")
+    _need(is_template(dataset.template), "`template` must have {} once, for the class name")
+    files = dataset.files(None)
+    _need(files == sorted(files), "`files` must be sorted")
+    _need(bool(files), "`files` must not be empty: their digests are part of the keys of trials")
+    examples = dataset.load(None)
+    labels, count = examples.labels, len(examples.images)
+    _need(labels.shape == examples.parts.shape == (count,), "labels and parts must be (N,)")
+    _need(labels.dtype == np.int64, "`labels` must be int64")
+    valid = (labels < len(dataset.classnames)) & ((labels >= 0) | (labels == UNKNOWN))
+    _need(bool(valid.all()), f"`labels` must be classes, from 0 to C - 1, or {UNKNOWN}: unknown")
+    parts = {"train", "val", "test", "free"}
+    _need(set(examples.parts.tolist()) <= parts, f"`parts` must be of {', '.join(sorted(parts))}")
+    _need(examples.images[0].mode == "RGB", "images must be RGB")
+
+
 @cache
 def _encoded() -> tuple[Backbone, Batch]:
     """The tiny CLIP, and images with their features and tokens."""
@@ -165,4 +195,5 @@ CONTRACTS: dict[str, Callable[[str], Any]] = {
     "auxiliary.kind": _auxiliary,
     "fidelity.kind": _fidelity,
     "modality": _learner,
+    "dataset": _dataset,
 }

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from air_core.components import (
     AUXILIARIES,
+    DATASETS,
     FIDELITIES,
     LEARNERS,
     LOSSES,
@@ -824,11 +825,14 @@ class TrialSpec:
 
 
 def reader_of(dataset: str) -> str:
-    """The part of the code that reads a dataset: the module of its name in `air_core.datasets`.
+    """The part of the code that reads a dataset: the module of its name in `air_core.datasets`,
+    or a plugin.
 
     >>> reader_of("cub"), reader_of("folder:/data/birds")
     ('datasets.cub', 'datasets.image_folder')
     """
+    if dataset in DATASETS and DATASETS[dataset].source:
+        return DATASETS.part(dataset)
     return "datasets.image_folder" if ":" in dataset else f"datasets.{dataset}"
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from air_core.components import is_component
 from air_core.datasets import Dataset, get_dataset
 from air_core.datasets.class_folders import SUFFIXES, check_utf8, class_files
 from air_core.datasets.image_folder import PREFIX, check_no_leak
@@ -309,7 +310,8 @@ class Resolver:
         """Code versions, by part, that no recipe number covers, for trials on these datasets."""
         if self.versions is not None:
             return tuple(self.versions.items())
-        versions = (*unlisted_versions(*map(reader_of, datasets)), *plugin_versions())
+        readers = [part for part in map(reader_of, datasets) if not is_component(part)]
+        versions = (*unlisted_versions(*readers), *plugin_versions())
         self._code |= versions
         return versions
 

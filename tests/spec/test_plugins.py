@@ -170,7 +170,7 @@ def test_a_recorded_plugin_names_its_components_and_runs_no_code(spec, tmp_path)
     assert not (tmp_path / "ran").exists()
     assert [cell.id for cell in cells_of(again)] == [cell.id for cell in cells_of(sweep)]
     assert trial_keys()["pseudo_labels.margin.tau"].limits == {"ge": 0, "le": 1}
-    with pytest.raises(RuntimeError, match=r"plugin .*margin\.py, whose code was not loaded"):
+    with pytest.raises(ValueError, match=r"plugin .*margin\.py, whose code was not loaded"):
         STRATEGIES.load("margin")
     with pytest.raises(ValueError, match=r"the code of the plugin margin\.py, is missing"):
         with_code(recorded, tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from air_core.specs import Ref, TrialSpec
+from orchestrator.keys import artifact_key
+from orchestrator.planning import Resolver
 from orchestrator.planning.resolve import InvalidSetting
 from orchestrator.plugins import use_plugins
 from orchestrator.reporting.bundles import export
@@ -21,7 +25,7 @@ from orchestrator.stages.side_by_side import run_trials
 from orchestrator.stages.trial import run_trial
 from orchestrator.store import ArtifactStore, TrialRecord
 from orchestrator.store.checkpoints import Segments
-from tests.helpers.plugins import TIP_ADAPTER
+from tests.helpers.plugins import SHAPES, TIP_ADAPTER
 from tests.helpers.sweeps import write_sweep
 
 QUICK = "train.steps: 4, iterations: 2"
@@ -81,3 +85,33 @@ def test_a_stopped_trial_with_a_learner_of_a_plugin_resumes(worker, resolver, fe
     whole = run_trial(spec, other)
     one, two = (load_file(r.path / "prompt.safetensors")["prompt"] for r in (resumed, whole))
     assert torch.equal(one, two)
+
+
+def test_a_dataset_of_a_plugin_is_encoded_under_the_digests_of_its_files_and_its_code(
+    tmp_path, command
+):
+    lines = [f"{shape} {x} {y}" for shape in ("square", "disc") for x in range(6) for y in range(6)]
+    file = tmp_path / "shapes.txt"
+    file.write_text("\n".join(lines))
+    code = SHAPES.format(file=str(file))
+    worker = WorkerContext(ArtifactStore(tmp_path / "runs"))
+
+    def spec(code: str) -> TrialSpec:
+        resolver = Resolver(tmp_path / "digests.json", None)
+        return resolver.trial(sweep(tmp_path, code, "dataset: shapes, method: pseudo"))
+
+    first = spec(code)
+    build_features(first.features, worker)
+    record = run_trial(first, worker.store)
+    assert record.metrics["test/accuracy"] >= 0
+    other = Ref(name="digits", digest="digits")
+    edited = spec(code + "# edited\n")
+    transfers = [
+        replace(each, dataset=other, test_dataset=each.dataset) for each in (first, edited)
+    ]
+    assert artifact_key(transfers[0]) != artifact_key(transfers[1])
+    assert artifact_key(edited.features) != artifact_key(first.features)
+    assert edited.dataset == first.dataset
+    file.write_text("\n".join(lines[:-1]))
+    assert spec(code).dataset.digest != first.dataset.digest
+    assert command("plugin", "check", tmp_path / "mine.py")[0] == 0
