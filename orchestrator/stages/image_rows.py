@@ -25,8 +25,9 @@ from torch import Tensor
 
 from air_core.classifiers import text_classifier
 from air_core.datasets.images import open_png
-from air_core.diffusion import ImageGenerator, draw, image_seed, load_generator, text_of
+from air_core.diffusion import ImageGenerator, draw, image_seed, text_of
 from air_core.diffusion.folder import FolderGenerator
+from air_core.diffusion.loading import load_generator
 from air_core.seal import BLANK, sealed
 from air_core.specs import (
     EvidenceSpec,

@@ -45,6 +45,7 @@ _DRAWING = (
     "air_core.datasets.class_folders",
     "air_core.diffusion",
     "air_core.diffusion.folder",
+    "air_core.diffusion.loading",
     "air_core.diffusion.pipeline",
 )
 _SCORING = (
