@@ -75,6 +75,8 @@ class Registry(Mapping[str, Component]):
         is_open: whether plugins can add components.
         group: group of the settings in `reads` and of own settings. Default: that of the key.
         facts: properties that components can have.
+        has_files: whether a component has a static method `files()`, which returns the paths whose
+            digests are part of the keys of its trials.
     """
 
     def __init__(
@@ -84,9 +86,10 @@ class Registry(Mapping[str, Component]):
         group: str | None = None,
         is_open: bool = True,
         facts: Iterable[str] = (),
+        has_files: bool = False,
     ) -> None:
         self.key, self.signature, self.is_open = key, signature, is_open
-        self.facts = frozenset(facts)
+        self.facts, self.has_files = frozenset(facts), has_files
         self.group = key.rpartition(".")[0] if group is None else group
         self._components: dict[str, Component] = {}
         self._plugins: dict[str, Component] = {}
@@ -197,6 +200,8 @@ class Registry(Mapping[str, Component]):
                 f"{name!r} must have the parameters ({self.signature}), but it has "
                 f"{inspect.signature(component)}"
             ) from None
+        if self.has_files and not callable(getattr(component, "files", None)):
+            raise TypeError(f"{name!r} must have a static method files() -> list[Path]")
         if settings is not None and not self.group:
             raise TypeError(f"{name!r} has settings, which a component of {self.key} cannot have")
         if settings is not None:
@@ -450,3 +455,7 @@ for _name, _about in {
     "fashion_mnist": "70,000 pictures of 10 kinds of clothes",
 }.items():
     DATASETS.declare(_name, f"air_core.datasets.{_name}:DATASET", _about, modules=())
+
+# Of plugins, beside the names that air_core.models.weights reads.
+BACKBONES = Registry("backbone", "device, precision", has_files=True)  # air_core.backbone.Backbone
+GENERATORS = Registry("generator", "settings, device", has_files=True)  # -> ImageGenerator

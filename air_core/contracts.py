@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 from air_core.auxiliary import AuxiliaryClassifier, auxiliary_classifier, high_fidelity
 from air_core.backbone import Backbone
 from air_core.backbone.loading import load_backbone
-from air_core.components import LEARNERS, LOSSES
+from air_core.components import GENERATORS, LEARNERS, LOSSES
 from air_core.datasets import get_dataset
 from air_core.datasets.dataset import is_template
 from air_core.prompts import StartsFromImages, build_learner, restored_learner
@@ -28,6 +28,7 @@ from air_core.specs import (
     UNKNOWN,
     AuxiliarySettings,
     FidelitySettings,
+    GenerationSettings,
     PromptSettings,
     PseudoLabelSettings,
 )
@@ -171,12 +172,43 @@ def _dataset(name: str) -> None:
     _need(examples.images[0].mode == "RGB", "images must be RGB")
 
 
+def _backbone(name: str) -> None:
+    """See air_core.backbone.Backbone."""
+    backbone, classnames = load_backbone(name), [f"class {c}" for c in range(CLASSES)]
+    images = backbone.encode_images(_images())
+    texts = backbone.encode_texts(classnames)
+    width = images.shape[1]
+    shapes = images.shape == (2 * CLASSES, width) and texts.shape == (CLASSES, width)
+    _need(shapes, "images must give (N, D) and texts (C, D)")
+    lengths = torch.cat([images, texts]).norm(dim=-1)
+    _need(torch.allclose(lengths, torch.ones(()), atol=1e-3), "features must have unit length")
+    again = load_backbone(name).encode_images(_images())
+    _need(torch.equal(images, again), "equal images must give equal features")
+    _need(backbone.logit_scale > 0, "`logit_scale` must be a positive number")
+
+
+def _generator(name: str) -> None:
+    """See air_core.diffusion.ImageGenerator."""
+    settings = GenerationSettings(size=32, num_inference_steps=2, precision="fp32")
+    drawn, again = (
+        GENERATORS.load(name)(settings, "cpu").generate("digit seven", [0, 3], [0, 1])
+        for _ in range(2)
+    )
+    shape = drawn.shape == (2, 32, 32, 3) and drawn.dtype == torch.uint8
+    _need(shape, "`generate` must return (B, size, size, 3), uint8")
+    _need(torch.equal(drawn, again), "equal positions and attempts must give equal images")
+
+
+def _images() -> list[Image.Image]:
+    colours = [tuple(map(int, row)) for row in _random(2 * CLASSES, 3).sigmoid() * 255]
+    return [Image.new("RGB", (32, 32), colour) for colour in colours]
+
+
 @cache
 def _encoded() -> tuple[Backbone, Batch]:
     """The tiny CLIP, and images with their features and tokens."""
     backbone = load_backbone("tiny")
-    colours = [tuple(map(int, row)) for row in _random(2 * CLASSES, 3).sigmoid() * 255]
-    images = [Image.new("RGB", (32, 32), colour) for colour in colours]
+    images = _images()
     return backbone, Batch(backbone.encode_images(images), backbone.image_tokens(images))
 
 
@@ -196,4 +228,6 @@ CONTRACTS: dict[str, Callable[[str], Any]] = {
     "fidelity.kind": _fidelity,
     "modality": _learner,
     "dataset": _dataset,
+    "backbone": _backbone,
+    "generator": _generator,
 }

@@ -15,8 +15,10 @@ from typing import Any, Literal
 
 from air_core.components import (
     AUXILIARIES,
+    BACKBONES,
     DATASETS,
     FIDELITIES,
+    GENERATORS,
     LEARNERS,
     LOSSES,
     STRATEGIES,
@@ -743,7 +745,9 @@ class TrialSpec:
             dataset=dataset,
             backbone=self.backbone,
             precision=self.precision,
-            code=self.code_of("features", reader_of(dataset.name)),
+            code=self.code_of(
+                "features", reader_of(dataset.name), BACKBONES.part(self.backbone.name)
+            ),
         )
 
     def code_of(self, *parts: str) -> str:
@@ -852,7 +856,7 @@ def _images(spec: TrialSpec, rounds: int) -> GeneratedImages | FolderImages:
         lora=_lora(spec, spec.lora, rounds) if spec.lora and rounds else None,
         lora_scale=spec.lora.scale if spec.lora and rounds else 1.0,
         settings=spec.generation,
-        code=spec.code_of("images"),
+        code=spec.code_of("images", GENERATORS.part(spec.generator.name)),
     )
 
 
@@ -912,5 +916,5 @@ def _synthetic(spec: TrialSpec, images: GeneratedImages | FolderImages) -> Synth
         images=images,
         backbone=spec.backbone,
         precision=spec.precision,
-        code=spec.code_of("synthetic"),
+        code=spec.code_of("synthetic", BACKBONES.part(spec.backbone.name)),
     )

@@ -176,7 +176,7 @@ def _sample_digest(files: Sequence[Path]) -> str:
     Sizes alone do not distinguish two sets of weights with the same shapes.
     """
     step = -(-len(files) // SAMPLE) or 1
-    common = os.path.commonpath([file.parent for file in files])
+    common = os.path.commonpath([file.parent for file in files] or [Path("/")])
     digest = hashlib.blake2b(digest_size=8)
     for file in files[::step]:
         length = file.stat().st_size

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from air_core.components import is_component
+from air_core.components import BACKBONES, GENERATORS, REGISTRIES, is_component
 from air_core.datasets import Dataset, get_dataset
 from air_core.datasets.class_folders import SUFFIXES, check_utf8, class_files
 from air_core.datasets.image_folder import PREFIX, check_no_leak
@@ -389,7 +389,8 @@ class Resolver:
         """Resolve weights from their files as they are now, even if they were resolved before."""
         try:
             folder, files = input_files(role, name)
-            settings = weights_settings(name) if role == "backbone" else {}
+            is_open_clip = role == "backbone" and name not in BACKBONES
+            settings = weights_settings(name) if is_open_clip else {}
         except ValueError as problem:
             raise MissingInput(str(problem)) from None
         paths = [str(file.relative_to(folder)) for file in files]
@@ -526,7 +527,8 @@ def located_weights(name: str, folders: Mapping[str, str] | None = None) -> str:
     directory."""
     before, path = split_name((folders or {}).get(name, name))
     with suppress(ValueError):
-        if name not in EMBEDDED.values() and (located := local_path(path)).exists():
+        known = {*EMBEDDED.values(), *BACKBONES, *GENERATORS}
+        if name not in known and (located := local_path(path)).exists():
             return before + os.path.normpath(located)
     return before + path
 
@@ -564,6 +566,9 @@ def input_files(role: str, name: str) -> tuple[Path, list[Path]]:
     Raises:
         ValueError: the files are missing.
     """
+    if name in REGISTRIES[role]:
+        files = sorted(REGISTRIES[role].load(name).files())
+        return Path(os.path.commonpath([file.parent for file in files] or ["/"])), files
     if role == "backbone":
         files = weights_files(name)
         return Path(os.path.commonpath([file.parent for file in files])), files
@@ -571,11 +576,11 @@ def input_files(role: str, name: str) -> tuple[Path, list[Path]]:
     if not name.startswith("folder:"):
         return folder, generator_files(folder)
     if not folder.is_dir():
-        raise ValueError(f"generator {name!r}: {folder} does not exist; allowed: {GENERATORS}")
+        raise ValueError(f"generator {name!r}: {folder} does not exist; allowed: {ALLOWED}")
     return folder, sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-GENERATORS = f"{PIPELINES}, or folder:<path> of ready images"
+ALLOWED = f"{PIPELINES}, or folder:<path> of ready images"
 
 
 def images_folder(generator: str) -> Path:

@@ -24,6 +24,7 @@ from safetensors.numpy import load, save
 from torch import Tensor
 
 from air_core.classifiers import text_classifier
+from air_core.components import GENERATORS
 from air_core.datasets.images import open_png
 from air_core.diffusion import ImageGenerator, draw, image_seed, text_of
 from air_core.diffusion.folder import FolderGenerator
@@ -56,6 +57,9 @@ def open_generator(
     adapter = None
     if isinstance(images, GeneratedImages) and images.lora is not None:
         adapter = worker.store.get(images.lora).path
+    if isinstance(images, GeneratedImages) and images.model.name in GENERATORS:
+        plugin: ImageGenerator = GENERATORS.load(images.model.name)(images.settings, worker.device)
+        return plugin
     folder = images_folder(images.model.name)
     generator = load_generator(images, folder, adapter, worker.device, thrift)
     # After the generator has listed the images: it notices later changes itself.

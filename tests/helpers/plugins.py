@@ -115,3 +115,43 @@ def shapes():
         load=load,
     )
 '''
+
+MODELS = '''"""A backbone and a generator: the tiny CLIP, and noise of one colour for each class."""
+
+from __future__ import annotations
+
+import torch
+
+from air_core.backbone.loading import load_backbone
+from air_core.components import BACKBONES, GENERATORS
+from air_core.diffusion import image_seed
+from air_core.models.weights import tiny_folder
+
+
+@BACKBONES.add("my_clip", summary="the tiny CLIP")
+class MyClip:
+    def __new__(cls, device, precision):
+        return load_backbone(tiny_folder(), device, precision)
+
+    @staticmethod
+    def files():
+        return [tiny_folder() / "open_clip_model.safetensors"]
+
+
+@GENERATORS.add("noise", summary="noise")
+class Noise:
+    def __init__(self, settings, device):
+        self.settings = settings
+
+    @staticmethod
+    def files():
+        return []
+
+    def generate(self, classname, indices, attempts):
+        shape, images = (self.settings.size, self.settings.size, 3), []
+        for index, attempt in zip(indices, attempts):
+            seed = image_seed(self.settings.seed, classname, index, attempt)
+            drawn = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed))
+            images.append(drawn.to(torch.uint8))
+        return torch.stack(images)
+'''

@@ -77,7 +77,7 @@ def test_the_number_of_images_per_class_matters_to_a_strategy_of_a_plugin(spec):
     assert normalised(few) != normalised(many)
 
 
-PREFIX = "from air_core.components import LEARNERS, STRATEGIES, TRANSDUCTIONS, setting\n"
+PREFIX = "from air_core.components import BACKBONES, LEARNERS, STRATEGIES, TRANSDUCTIONS, setting\n"
 PARAMETERS = "scores, settings, *, capacity, iteration, previous"
 STRATEGY = f"def mine({PARAMETERS}): ...\n"
 SETTINGS = "import dataclasses\n@dataclasses.dataclass(frozen=True)\nclass Mine:\n    tau: {}\n"
@@ -95,6 +95,11 @@ MISTAKES = [
         "@TRANSDUCTIONS.add('mine', summary='x')\ndef mine(): ...\n",
         2,
         "cannot add a component of tr",
+    ),
+    (
+        "@BACKBONES.add('mine', summary='x')\ndef mine(device, precision): ...\n",
+        2,
+        "method files()",
     ),
     (
         f"@LEARNERS.add('mine', summary='x', facts=['fast'])\n{STRATEGY}",

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from air_core.specs import Ref, TrialSpec
 from orchestrator.keys import artifact_key
-from orchestrator.planning import Resolver
+from orchestrator.planning import Resolver, requirements_of
+from orchestrator.planning.plan import build_level
 from orchestrator.planning.resolve import InvalidSetting
 from orchestrator.plugins import use_plugins
 from orchestrator.reporting.bundles import export
@@ -25,8 +26,9 @@ from orchestrator.stages.side_by_side import run_trials
 from orchestrator.stages.trial import run_trial
 from orchestrator.store import ArtifactStore, TrialRecord
 from orchestrator.store.checkpoints import Segments
-from tests.helpers.plugins import SHAPES, TIP_ADAPTER
+from tests.helpers.plugins import MODELS, SHAPES, TIP_ADAPTER
 from tests.helpers.sweeps import write_sweep
+from tests.stages.test_any_trial import build
 
 QUICK = "train.steps: 4, iterations: 2"
 
@@ -115,3 +117,29 @@ def test_a_dataset_of_a_plugin_is_encoded_under_the_digests_of_its_files_and_its
     file.write_text("\n".join(lines[:-1]))
     assert spec(code).dataset.digest != first.dataset.digest
     assert command("plugin", "check", tmp_path / "mine.py")[0] == 0
+
+
+def test_a_backbone_and_a_generator_of_a_plugin_make_features_and_images(tmp_path, command):
+    file = tmp_path / "shapes.txt"
+    file.write_text("\n".join(f"{shape} {x} 3" for shape in ("square", "disc") for x in range(12)))
+    code, worker = SHAPES.format(file=str(file)), WorkerContext(ArtifactStore(tmp_path / "runs"))
+    settings = "dataset: shapes, method: air, backbone: my_clip, generator: noise, lora: null"
+    small = ", generation.size: 24, generation.block: 2, images_per_class: 4"
+
+    def spec(models: str) -> TrialSpec:
+        both = code + models.replace("from __future__ import annotations", "")
+        flat = sweep(tmp_path, both, settings + small)
+        return Resolver(tmp_path / "digests.json", None).trial(flat)
+
+    first = spec(MODELS)
+    for requirement in sorted(requirements_of([first]), key=lambda one: build_level(one.spec)):
+        build(requirement, worker)
+    assert run_trial(first, worker.store).metrics["synthetic/images"] == 8
+    edited = spec(MODELS + "# edited\n")
+    for one, other in ((first.features, edited.features), (first.images, edited.images)):
+        assert artifact_key(one) != artifact_key(other)
+    settings = settings.replace("lora: null", "lora.rank: 2")
+    with pytest.raises(InvalidSetting, match="generator 'noise' is of a plugin, so it has neither"):
+        spec(MODELS)
+    code, _, err = command("plugin", "check", tmp_path / "mine.py")
+    assert code == 0, err
