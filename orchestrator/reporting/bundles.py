@@ -74,7 +74,7 @@ def export(
     spec, record = trial.spec, trial.record
     if spec.iterations and spec.modality not in MODALITIES:
         raise ValueError(
-            f"{trial.slot or record.path.name} has the learner {spec.modality!r} of a plugin; a "
+            f"{trial.slot or record.path.name} has the learner {spec.modality!r}; a "
             f"bundle, which contains no code, can have: {', '.join(MODALITIES)}"
         )
     recorded = _recorded_predictions(trial)

@@ -38,7 +38,7 @@ def test_logits_have_a_row_per_image_and_a_column_per_class(tiny_clip, modality)
     assert logits.abs().max() <= tiny_clip.logit_scale + 1e-3  # a cosine at CLIP's temperature
 
 
-@pytest.mark.parametrize("modality", [*LEARNERS])
+@pytest.mark.parametrize("modality", ["text", "visual"])
 def test_the_same_seed_gives_the_same_initial_prompt_and_another_seed_another(tiny_clip, modality):
     first, again, other = (learner(tiny_clip, modality, seed) for seed in (1, 1, 2))
     assert all(map(torch.equal, start(first), start(again)))

@@ -73,7 +73,7 @@ def test_a_learner_of_a_plugin_starts_from_the_images_and_is_trained(worker, res
     assert not torch.allclose(prompt[:, 0], prompt[:, 1])  # images, not the text of the class
     assert len(whole.curves["test/accuracy"]) == 2
     selected = SelectedTrial(spec=spec, record=whole, slot=None, sweep=None)
-    with pytest.raises(ValueError, match="has the learner 'tip_adapter' of a plugin; a bundle"):
+    with pytest.raises(ValueError, match="has the learner 'tip_adapter'; a bundle"):
         export(selected, worker.store, resolver, tmp_path / "bundle")
     with pytest.raises(InvalidSetting, match="works with the class names that it learned only"):
         resolver.trial({**sweep(tmp_path, TIP_ADAPTER, TIP), "test_dataset": "digits"})
