@@ -45,6 +45,7 @@ class Component:
         modules: modules whose code determines its results, beside those of all trials.
         settings: of a plugin: the dataclass of its own settings.
         source: of a plugin: the digest of its file, which is part of the keys of its trials.
+        facts: properties that other code depends on, of `Registry.facts`.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Component:
     modules: tuple[str, ...] = ()
     settings: type | None = None
     source: str = ""
+    facts: frozenset[str] = frozenset()
     function: Any = field(default=None, repr=False)  # of a plugin that is loaded
 
 
@@ -72,12 +74,22 @@ class Registry(Mapping[str, Component]):
         signature: parameters of a component, which is a function or a class.
         is_open: whether plugins can add components.
         group: group of the settings in `reads` and of own settings. Default: that of the key.
+        facts: properties that components can have.
+        has_files: whether a component has a static method `files()`, which returns the paths whose
+            digests are part of the keys of its trials.
     """
 
     def __init__(
-        self, key: str, signature: str, group: str | None = None, is_open: bool = True
+        self,
+        key: str,
+        signature: str,
+        group: str | None = None,
+        is_open: bool = True,
+        facts: Iterable[str] = (),
+        has_files: bool = False,
     ) -> None:
         self.key, self.signature, self.is_open = key, signature, is_open
+        self.facts, self.has_files = frozenset(facts), has_files
         self.group = key.rpartition(".")[0] if group is None else group
         self._components: dict[str, Component] = {}
         self._plugins: dict[str, Component] = {}
@@ -102,6 +114,7 @@ class Registry(Mapping[str, Component]):
         summary: str,
         reads: Iterable[str] = (),
         modules: Iterable[str] | None = None,
+        facts: Iterable[str] = (),
     ) -> None:
         """Add a component of this package; see `Component`.
 
@@ -109,9 +122,13 @@ class Registry(Mapping[str, Component]):
             modules: by default the module of the target.
         """
         own = (target.partition(":")[0],) if modules is None else tuple(modules)
-        self._components[name] = Component(name, target, summary, frozenset(reads), own)
+        self._components[name] = Component(
+            name, target, summary, frozenset(reads), own, facts=frozenset(facts)
+        )
 
-    def add(self, name: str, *, settings: type | None = None, summary: str) -> Callable[[F], F]:
+    def add(
+        self, name: str, *, settings: type | None = None, summary: str, facts: Iterable[str] = ()
+    ) -> Callable[[F], F]:
         """Add a component in a plugin; decorates a function or class.
 
         Args:
@@ -120,32 +137,48 @@ class Registry(Mapping[str, Component]):
                 keys such as `pseudo_labels.<name>.<field>`. Without it the component gets the
                 settings of the group.
             summary: what it does, in one line.
+            facts: its properties, of those that the registry has.
 
         Raises:
             TypeError: outside of a plugin, or the signature or the settings are wrong.
-            ValueError: the name is taken or invalid.
+            ValueError: the name is taken or invalid, or a fact is unknown.
         """
 
         def register(component: F) -> F:
             plugin = _loading.get()
             if plugin is None:
                 raise TypeError(f"{self.key} {name!r} cannot be added here: {NOT_HERE}")
-            self._check(name, settings, summary, component)
+            self._check(name, settings, summary, facts, component)
             target = f"{plugin.file}:{getattr(component, '__name__', name)}"
-            added = self.from_plugin(name, target, summary, settings, plugin.digest)
+            added = self.from_plugin(name, target, summary, settings, plugin.digest, facts)
             plugin.components.append((self, replace(added, function=component)))
             return component
 
         return register
 
     def from_plugin(
-        self, name: str, target: str, summary: str, settings: type | None, digest: str
+        self,
+        name: str,
+        target: str,
+        summary: str,
+        settings: type | None,
+        digest: str,
+        facts: Iterable[str],
     ) -> Component:
         """An entry of a plugin, not yet in use. It may read every setting of the group: the number
         of images per class, for example, depends on settings that a strategy does not see."""
-        return Component(name, target, summary, self.conditional, (), settings, digest)
+        return Component(
+            name, target, summary, self.conditional, (), settings, digest, frozenset(facts)
+        )
 
-    def _check(self, name: str, settings: type | None, summary: str, component: Any) -> None:
+    def _check(
+        self,
+        name: str,
+        settings: type | None,
+        summary: str,
+        facts: Iterable[str],
+        component: Any,
+    ) -> None:
         if not self.is_open:
             others = ", ".join(key for key, registry in REGISTRIES.items() if registry.is_open)
             raise ValueError(f"a plugin cannot add a component of {self.key}; it can of {others}")
@@ -155,15 +188,22 @@ class Registry(Mapping[str, Component]):
             raise ValueError(f"{self.key} has a component {name!r} already; choose another name")
         if not summary.strip() or "\n" in summary:
             raise ValueError(f"the summary of {name!r} must be one line of text")
+        if unknown := sorted(set(facts) - self.facts):
+            known = ", ".join(sorted(self.facts)) or "none"
+            raise ValueError(f"{name!r} has the unknown fact {unknown[0]!r}; allowed: {known}")
         positional, _, keyword = self.signature.partition(", *, ")
         arguments = dict.fromkeys(filter(None, keyword.split(", ")))
         try:
-            inspect.signature(component).bind(*positional.split(", "), **arguments)
+            inspect.signature(component).bind(*filter(None, positional.split(", ")), **arguments)
         except TypeError:
             raise TypeError(
                 f"{name!r} must have the parameters ({self.signature}), but it has "
                 f"{inspect.signature(component)}"
             ) from None
+        if self.has_files and not callable(getattr(component, "files", None)):
+            raise TypeError(f"{name!r} must have a static method files() -> list[Path]")
+        if settings is not None and not self.group:
+            raise TypeError(f"{name!r} has settings, which a component of {self.key} cannot have")
         if settings is not None:
             _check_settings(name, settings)
 
@@ -175,13 +215,13 @@ class Registry(Mapping[str, Component]):
         """The component itself; imports its module.
 
         Raises:
-            RuntimeError: it is from a plugin whose code was not loaded.
+            ValueError: it is from a plugin whose code was not loaded.
         """
         component = self[name]
         if not component.source:
             return _imported(component.target)
         if component.function is None:
-            raise RuntimeError(
+            raise ValueError(
                 f"{self.key} {name!r} is from the plugin {component.target.partition(':')[0]}, "
                 "whose code was not loaded"
             )
@@ -378,7 +418,44 @@ TRANSDUCTIONS.declare(
 
 # -> air_core.prompts.PromptLearner
 LEARNERS = Registry(
-    "modality", "settings, backbone, classnames, template, seed", group="prompt", is_open=False
+    "modality",
+    "settings, backbone, classnames, template, seed",
+    group="prompt",
+    facts=(
+        "context",  # `prompt.length` vectors stand before each class name in the text tower
+        "tokens",  # it reads image tokens beside the features, so its logits take long
+        "transfers",  # what it learned on some classes also works with other class names
+    ),
 )
-LEARNERS.declare("text", "air_core.prompts.text:TextPrompt", "CoOp context vectors", modules=())
-LEARNERS.declare("visual", "air_core.prompts.visual:VisualPrompt", "VPT tokens", {"depth", "init"})
+LEARNERS.declare(
+    "text",
+    "air_core.prompts.text:TextPrompt",
+    "CoOp context vectors",
+    modules=(),
+    facts=("context", "transfers"),
+)
+LEARNERS.declare(
+    "visual",
+    "air_core.prompts.visual:VisualPrompt",
+    "VPT tokens",
+    {"depth", "init"},
+    facts=("tokens", "transfers"),
+)
+
+# -> air_core.datasets.Dataset. The versions of their modules are parts of their own, `reader_of`.
+DATASETS = Registry("dataset", "")
+for _name, _about in {
+    "digits": "1,797 real digits",
+    "flowers102": "8,189 flowers of 102 kinds",
+    "resisc45": "31,500 aerial images of 45 scenes",
+    "dtd": "5,640 textures of 47 kinds",
+    "cub": "11,788 birds of 200 kinds",
+    "eurosat": "27,000 satellite images of 10 land uses",
+    "fgvc_aircraft": "10,000 aircraft of 100 variants",
+    "fashion_mnist": "70,000 pictures of 10 kinds of clothes",
+}.items():
+    DATASETS.declare(_name, f"air_core.datasets.{_name}:DATASET", _about, modules=())
+
+# Of plugins, beside the names that air_core.models.weights reads.
+BACKBONES = Registry("backbone", "device, precision", has_files=True)  # air_core.backbone.Backbone
+GENERATORS = Registry("generator", "settings, device", has_files=True)  # -> ImageGenerator

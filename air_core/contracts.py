@@ -7,16 +7,31 @@ plugin.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from air_core.auxiliary import AuxiliaryClassifier, auxiliary_classifier, high_fidelity
-from air_core.components import LOSSES
+from air_core.backbone import Backbone
+from air_core.backbone.loading import load_backbone
+from air_core.components import GENERATORS, LEARNERS, LOSSES
+from air_core.datasets import get_dataset
+from air_core.datasets.dataset import is_template
+from air_core.prompts import StartsFromImages, build_learner, restored_learner
 from air_core.pseudo_labels import assign
-from air_core.specs import AuxiliarySettings, FidelitySettings, PseudoLabelSettings
+from air_core.specs import (
+    UNKNOWN,
+    AuxiliarySettings,
+    FidelitySettings,
+    GenerationSettings,
+    PromptSettings,
+    PseudoLabelSettings,
+)
 from air_core.types import Batch, Labelled, PseudoLabels
 
 # N images, C classes, D feature width.
@@ -105,6 +120,98 @@ def _fidelity(name: str) -> None:
     _need(every, "an image of each class must be selected")
 
 
+def _learner(name: str) -> None:
+    """See air_core.prompts.PromptLearner."""
+    backbone, batch = _encoded()
+    if "tokens" not in LEARNERS[name].facts:
+        batch = Batch(batch.features)
+    classnames = tuple(f"class {c}" for c in range(CLASSES))
+    made = (name, PromptSettings(length=4), backbone, classnames, "a photo of a {}")
+    one, again = (build_learner(*made, seed=1) for _ in range(2))
+    _need(torch.equal(one.prompt, again.prompt), "an equal seed must give an equal prompt")
+    if isinstance(one, StartsFromImages):
+        targets = torch.eye(CLASSES)[torch.arange(len(batch)) % CLASSES]
+        one.start_from(batch, targets)
+        _need(one.prompt.shape == again.prompt.shape, "images must not change the prompt's shape")
+    logits = one.logits(batch)
+    shape = logits.shape == (len(batch), CLASSES) and bool(logits.isfinite().all())
+    _need(shape, "`logits` must be (N, C) and finite")
+    _need(len(one.logits(batch[torch.arange(0)])) == 0, "no image must give logits (0, C)")
+    _need(logits.requires_grad, "`logits` must be differentiable in `prompt`")
+    torch.autograd.backward(logits.logsumexp(dim=-1).sum())
+    gradient = one.prompt.grad
+    reached = gradient is not None and bool(gradient.isfinite().all() and gradient.any())
+    _need(reached, "the gradient of `prompt` must be finite and not 0")
+    others = all(parameter.grad is None for parameter in backbone.model.parameters())
+    _need(others, "the backbone must not receive a gradient")
+    with torch.no_grad():
+        one.prompt.mul_(1.5)
+        restored = restored_learner(*made, one.prompt.clone())
+        same = torch.equal(one.logits(batch), restored.logits(batch))
+    _need(same, "settings, class names and `prompt` must give the same logits again")
+
+
+def _dataset(name: str) -> None:
+    """See air_core.datasets.Dataset. Reads the files, which must not need a data root."""
+    dataset = get_dataset(name)
+    _need(bool(dataset.classnames), "`classnames` must not be empty")
+    distinct = len(set(dataset.classnames)) == len(dataset.classnames)
+    _need(distinct, "`classnames` must be distinct")
+    _need(is_template(dataset.template), "`template` must have {} once, for the class name")
+    files = dataset.files(None)
+    _need(files == sorted(files), "`files` must be sorted")
+    _need(bool(files), "`files` must not be empty: their digests are part of the keys of trials")
+    examples = dataset.load(None)
+    labels, count = examples.labels, len(examples.images)
+    _need(labels.shape == examples.parts.shape == (count,), "labels and parts must be (N,)")
+    _need(labels.dtype == np.int64, "`labels` must be int64")
+    valid = (labels < len(dataset.classnames)) & ((labels >= 0) | (labels == UNKNOWN))
+    _need(bool(valid.all()), f"`labels` must be classes, from 0 to C - 1, or {UNKNOWN}: unknown")
+    parts = {"train", "val", "test", "free"}
+    _need(set(examples.parts.tolist()) <= parts, f"`parts` must be of {', '.join(sorted(parts))}")
+    _need(examples.images[0].mode == "RGB", "images must be RGB")
+
+
+def _backbone(name: str) -> None:
+    """See air_core.backbone.Backbone."""
+    backbone, classnames = load_backbone(name), [f"class {c}" for c in range(CLASSES)]
+    images = backbone.encode_images(_images())
+    texts = backbone.encode_texts(classnames)
+    width = images.shape[1]
+    shapes = images.shape == (2 * CLASSES, width) and texts.shape == (CLASSES, width)
+    _need(shapes, "images must give (N, D) and texts (C, D)")
+    lengths = torch.cat([images, texts]).norm(dim=-1)
+    _need(torch.allclose(lengths, torch.ones(()), atol=1e-3), "features must have unit length")
+    again = load_backbone(name).encode_images(_images())
+    _need(torch.equal(images, again), "equal images must give equal features")
+    _need(backbone.logit_scale > 0, "`logit_scale` must be a positive number")
+
+
+def _generator(name: str) -> None:
+    """See air_core.diffusion.ImageGenerator."""
+    settings = GenerationSettings(size=32, num_inference_steps=2, precision="fp32")
+    drawn, again = (
+        GENERATORS.load(name)(settings, "cpu").generate("digit seven", [0, 3], [0, 1])
+        for _ in range(2)
+    )
+    shape = drawn.shape == (2, 32, 32, 3) and drawn.dtype == torch.uint8
+    _need(shape, "`generate` must return (B, size, size, 3), uint8")
+    _need(torch.equal(drawn, again), "equal positions and attempts must give equal images")
+
+
+def _images() -> list[Image.Image]:
+    colours = [tuple(map(int, row)) for row in _random(2 * CLASSES, 3).sigmoid() * 255]
+    return [Image.new("RGB", (32, 32), colour) for colour in colours]
+
+
+@cache
+def _encoded() -> tuple[Backbone, Batch]:
+    """The tiny CLIP, and images with their features and tokens."""
+    backbone = load_backbone("tiny")
+    images = _images()
+    return backbone, Batch(backbone.encode_images(images), backbone.image_tokens(images))
+
+
 def _random(rows: int, columns: int, seed: int = 0) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
@@ -119,4 +226,8 @@ CONTRACTS: dict[str, Callable[[str], Any]] = {
     "pseudo_labels.loss": _loss,
     "auxiliary.kind": _auxiliary,
     "fidelity.kind": _fidelity,
+    "modality": _learner,
+    "dataset": _dataset,
+    "backbone": _backbone,
+    "generator": _generator,
 }

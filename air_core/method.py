@@ -48,7 +48,7 @@ from air_core.datasets import Dataset
 from air_core.evidence import evidence_probabilities
 from air_core.fusion import fusion_weights
 from air_core.paradigms import make_split
-from air_core.prompts import PromptLearner, build_learner
+from air_core.prompts import PromptLearner, StartsFromImages, build_learner
 from air_core.pseudo_labels import assign, spread
 from air_core.pseudo_labels.top_k import balanced_choice
 from air_core.specs import SplitSettings, TrialSpec
@@ -252,10 +252,9 @@ class Trial:
     def training(self, t: int) -> Training:
         """Prompt, images and loss of this round (step 5 of docs/method.md)."""
         spec, data = self.spec, self.data
-        if self.learner is None or spec.prompt.restart:
-            self.learner = self._new_prompt()
-        return Training(
-            learner=self.learner,
+        learner = None if spec.prompt.restart else self.learner
+        training = Training(
+            learner=learner or self._new_prompt(),
             real=pseudo_labelled_batch(spec, data, self._selected()),
             labelled=data.labelled if spec.train.mix != "synthetic" else None,
             synthetic=synthetic_batch(spec, data),
@@ -265,6 +264,10 @@ class Trial:
             seed=spec.seed * 1009 + t,
             report=lambda step, steps: self.callback.on_step(*_steps_done(spec, t, step, steps)),
         )
+        self.learner = training.learner
+        if learner is None and isinstance(self.learner, StartsFromImages):
+            self.learner.start_from(*training.images(len(data.classnames)))
+        return training
 
     def finish_round(self, t: int, loss: float | Exception) -> None:
         """Make the learned prompt the text classifier of the next round.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, one_hot
 
 from air_core.components import LOSSES
 from air_core.prompts import PromptLearner, logits_together
@@ -65,6 +65,15 @@ class Training:
             raise ValueError(
                 "there is nothing to train on: no pseudo-labelled, labelled or drawn image"
             )
+
+    def images(self, classes: int) -> tuple[Batch, Tensor]:
+        """All M training images with their targets (M, classes)."""
+        parts = [] if self.real is None else [(self.real.batch, self.real.targets)]
+        for known in (self.labelled, self.synthetic):
+            if known:
+                parts.append((known.batch, one_hot(known.labels, classes).float()))
+        batches, targets = zip(*parts, strict=True)
+        return Batch.joined(batches), torch.cat(targets)
 
 
 def fit(trainings: Sequence[Training]) -> list[float | FloatingPointError]:

@@ -90,7 +90,7 @@ def loop(requirement: Requirement, shards: Sequence[Shard], device: str, queue: 
 def _opened(requirement: Requirement, device: str) -> tuple[Any, Sequence[str], int]:
     import torch
 
-    from air_core.diffusion import load_generator
+    from air_core.diffusion.loading import load_generator
     from orchestrator.planning.resolve import images_folder
 
     torch.set_num_threads(1)

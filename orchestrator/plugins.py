@@ -192,6 +192,7 @@ def described_plugin(plugin: Plugin) -> dict[str, Any]:
             "summary": component.summary,
             "target": component.target,
             "settings": _described_settings(component.settings),
+            **({"facts": sorted(component.facts)} if component.facts else {}),
         }
         for registry, component in components_of(plugin)
     ]
@@ -235,4 +236,5 @@ def _component(text: str, plugin: Plugin) -> tuple[Registry, Component]:
     )
     registry = REGISTRIES[about["key"]]
     name, target, summary = about["name"], about["target"], about["summary"]
-    return registry, registry.from_plugin(name, target, summary, settings, plugin.digest)
+    facts = about.get("facts", ())
+    return registry, registry.from_plugin(name, target, summary, settings, plugin.digest, facts)

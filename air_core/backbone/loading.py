@@ -12,6 +12,7 @@ from typing import Any
 
 from air_core.arithmetic import sums_in_one_order
 from air_core.backbone.clip import Backbone
+from air_core.components import BACKBONES
 from air_core.models.configs import check_tokenizer_config
 from air_core.models.weights import MERGES, ClipFile, ClipFolder, find_backbone, stay_offline
 
@@ -25,7 +26,7 @@ def load_backbone(
     contain byte-pair merges as `merges.txt.gz`; the default is CLIP's vocabulary.
 
     Args:
-        name: of a backbone, its folder, or a result of `find_backbone`.
+        name: of a backbone, also of a plugin, its folder, or a result of `find_backbone`.
         device: on which the backbone runs.
         precision: of the weights: fp32, fp16 or bf16. Norms are always computed in fp32.
 
@@ -35,6 +36,9 @@ def load_backbone(
     """
     sums_in_one_order()
     stay_offline()
+    if isinstance(name, str) and name in BACKBONES:
+        plugin: Backbone = BACKBONES.load(name)(device, precision)
+        return plugin
     match find_backbone(str(name) if isinstance(name, Path) else name):
         case ClipFolder() as found:
             return _from_folder(found, device, precision)

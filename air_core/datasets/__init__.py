@@ -5,30 +5,20 @@ Datasets define the parts of their source. They do not depend on paradigms or sp
 
 from __future__ import annotations
 
-from air_core.datasets import (
-    cub,
-    digits,
-    dtd,
-    eurosat,
-    fashion_mnist,
-    fgvc_aircraft,
-    flowers102,
-    resisc45,
-)
+from collections.abc import Callable
+from functools import cache
+
+from air_core import components
 from air_core.datasets.dataset import Dataset, Examples
 from air_core.datasets.image_folder import PREFIX, folder_dataset
 
 __all__ = ["DATASETS", "Dataset", "Examples", "get_dataset"]
 
+# Those of this package.
 DATASETS: dict[str, Dataset] = {
-    "digits": digits.DATASET,
-    "flowers102": flowers102.DATASET,
-    "resisc45": resisc45.DATASET,
-    "dtd": dtd.DATASET,
-    "cub": cub.DATASET,
-    "eurosat": eurosat.DATASET,
-    "fgvc_aircraft": fgvc_aircraft.DATASET,
-    "fashion_mnist": fashion_mnist.DATASET,
+    name: components.DATASETS.load(name)
+    for name, component in components.DATASETS.items()
+    if not component.source
 }
 
 
@@ -36,11 +26,24 @@ def get_dataset(name: str) -> Dataset:
     """The dataset of this name; `folder:<path>` is a folder with your images (see `image_folder`).
 
     Raises:
-        ValueError: the name is unknown, or the folder is not an image folder.
+        ValueError: the name is unknown, the folder is not an image folder, or the dataset of a
+            plugin has another name.
     """
     if name.startswith(PREFIX):
         return folder_dataset(name)
-    if name not in DATASETS:
-        known = ", ".join(sorted(DATASETS))
+    if name in DATASETS:
+        return DATASETS[name]
+    if name not in components.DATASETS:
+        known = ", ".join(sorted(components.DATASETS))
         raise ValueError(f"unknown dataset {name!r}; known: {known}, or folder:<path>")
-    return DATASETS[name]
+    dataset = _made(components.DATASETS.load(name))
+    if dataset.name != name:
+        raise ValueError(
+            f"the dataset {name!r} of a plugin must have this name, not {dataset.name!r}"
+        )
+    return dataset
+
+
+@cache
+def _made(dataset: Callable[[], Dataset]) -> Dataset:
+    return dataset()

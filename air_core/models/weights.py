@@ -25,6 +25,7 @@ from types import ModuleType
 from typing import Any
 from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile
 
+from air_core import components
 from air_core.models.configs import (
     check_clip_config,
     check_part_configs,
@@ -165,6 +166,10 @@ def find_backbone(name: str | ClipFolder | ClipFile) -> ClipFolder | ClipFile:
     """
     if not isinstance(name, str):
         return name
+    if name in components.BACKBONES:
+        raise ValueError(
+            f"backbone {name!r} is of a plugin; a bundle needs weights that open_clip reads"
+        )
     if name == "tiny":
         return _clip_folder(tiny_folder())
     folder = local_path(name)
@@ -178,7 +183,8 @@ def find_backbone(name: str | ClipFolder | ClipFile) -> ClipFolder | ClipFile:
     architecture, slash, tag = name.partition("/")
     if slash and "/" not in tag and architecture.strip(".~"):
         return _known_weights(architecture, tag)
-    raise ValueError(f"backbone {name!r}: {_no_folder(folder)}; allowed: {BACKBONES}")
+    allowed = ", ".join([*components.BACKBONES, BACKBONES])
+    raise ValueError(f"backbone {name!r}: {_no_folder(folder)}; allowed: {allowed}")
 
 
 def _no_folder(path: Path) -> str:
@@ -402,6 +408,11 @@ def generator_folder(name: str) -> Path:
     Raises:
         ValueError: the name is unknown, or files are missing on this machine.
     """
+    if name in components.GENERATORS:
+        raise ValueError(
+            f"generator {name!r} is of a plugin, so it has neither LoRA nor evidence; set "
+            "lora: null and evidence.draws: 0"
+        )
     if name == "tiny":
         return Path(str(files("air_core") / "tiny" / "weights" / "diffusion"))
     folder = local_path(name)
@@ -411,7 +422,8 @@ def generator_folder(name: str) -> Path:
         return folder
     owner, _, rest = name.partition("/")
     if not rest or "/" in rest or not owner.strip(".~"):
-        raise ValueError(f"generator {name!r}: {_no_folder(folder)}; allowed: {GENERATORS}")
+        allowed = ", ".join([*components.GENERATORS, GENERATORS])
+        raise ValueError(f"generator {name!r}: {_no_folder(folder)}; allowed: {allowed}")
     index = _in_hub_cache(name, PIPELINE_CONFIG)
     missing = [PIPELINE_CONFIG] if index is None else _missing_parts(index.parent)
     if index is None or missing:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 from torch.nn import Parameter
@@ -16,7 +16,11 @@ from air_core.types import Batch
 
 
 class PromptLearner(Protocol):
-    """A classifier with a learned prompt; the backbone stays frozen."""
+    """A classifier with a learned prompt; the backbone stays frozen.
+
+    A learner is made from its settings, the backbone, class names, template and seed. Together with
+    the prompt these give the same logits again; the shape of the prompt depends on them alone.
+    """
 
     def logits(self, batch: Batch) -> Tensor:
         """(N, C), differentiable in the prompt."""
@@ -25,6 +29,20 @@ class PromptLearner(Protocol):
     @property
     def prompt(self) -> Parameter:
         """The only learned parameter."""
+        ...
+
+
+@runtime_checkable
+class StartsFromImages(Protocol):
+    """A learner whose prompt starts from the images that it is trained on, such as a cache."""
+
+    def start_from(self, batch: Batch, targets: Tensor) -> None:
+        """Set the prompt before the training of a round.
+
+        Args:
+            batch: M images, pseudo-labelled, labelled and synthetic ones.
+            targets: (M, C) one-hot, multi-hot or soft.
+        """
         ...
 
 

@@ -18,7 +18,10 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from air_core.components import (
     AUXILIARIES,
+    BACKBONES,
+    DATASETS,
     FIDELITIES,
+    GENERATORS,
     LEARNERS,
     LOSSES,
     STRATEGIES,
@@ -36,6 +39,7 @@ from air_core.specs.conditions import (
     later_rounds,
     reads_lora,
     reads_rows,
+    reads_tokens,
     selects_images,
     selects_real_images,
     trains_on_synthetic,
@@ -520,6 +524,7 @@ _DRAWING = (
     "air_core.datasets.class_folders",
     "air_core.diffusion",
     "air_core.diffusion.folder",
+    "air_core.diffusion.loading",
     "air_core.diffusion.pipeline",
 )
 _SCORING = (
@@ -1045,7 +1050,9 @@ class TrialSpec(StageSpec):
             dataset=dataset,
             backbone=self.backbone,
             precision=self.precision,
-            code=self.code_of("features", reader_of(dataset.name)),
+            code=self.code_of(
+                "features", reader_of(dataset.name), BACKBONES.part(self.backbone.name)
+            ),
         )
 
     def code_of(self, *parts: str) -> str:
@@ -1055,7 +1062,7 @@ class TrialSpec(StageSpec):
 
     @property
     def tokens(self) -> FeaturesSpec | None:
-        """None: the trial learns no visual prompt."""
+        """None: the trial reads no image tokens."""
         return self._tokens_of(self.features)
 
     @property
@@ -1068,7 +1075,7 @@ class TrialSpec(StageSpec):
         return self._tokens_of(self.test_features)
 
     def _tokens_of(self, features: FeaturesSpec | None) -> FeaturesSpec | None:
-        if features is None or self.modality == "text" or self.iterations == 0:
+        if features is None or not reads_tokens(self):
             return None
         return replace(features, level="tokens")
 
@@ -1101,9 +1108,9 @@ class TrialSpec(StageSpec):
 
     @property
     def synthetic_tokens(self) -> SyntheticFeaturesSpec | None:
-        """None: the trial trains no visual prompt on synthetic images."""
+        """None: the trial reads no tokens of synthetic images."""
         row = self.synthetic_features
-        if row is None or self.modality == "text" or not trains_on_synthetic(self):
+        if row is None or not reads_tokens(self) or not trains_on_synthetic(self):
             return None
         return replace(row, level="tokens")
 
@@ -1127,11 +1134,14 @@ class TrialSpec(StageSpec):
 
 
 def reader_of(dataset: str) -> str:
-    """The part of the code that reads a dataset: the module of its name in `air_core.datasets`.
+    """The part of the code that reads a dataset: the module of its name in `air_core.datasets`,
+    or a plugin.
 
     >>> reader_of("cub"), reader_of("folder:/data/birds")
     ('datasets.cub', 'datasets.image_folder')
     """
+    if dataset in DATASETS and DATASETS[dataset].source:
+        return DATASETS.part(dataset)
     return "datasets.image_folder" if ":" in dataset else f"datasets.{dataset}"
 
 
@@ -1151,7 +1161,7 @@ def _images(spec: TrialSpec, rounds: int) -> GeneratedImages | FolderImages:
         lora=_lora(spec, spec.lora, rounds) if spec.lora and rounds else None,
         lora_scale=spec.lora.scale if spec.lora and rounds else 1.0,
         settings=spec.generation,
-        code=spec.code_of("images"),
+        code=spec.code_of("images", GENERATORS.part(spec.generator.name)),
     )
 
 
@@ -1211,7 +1221,7 @@ def _synthetic(spec: TrialSpec, images: GeneratedImages | FolderImages) -> Synth
         images=images,
         backbone=spec.backbone,
         precision=spec.precision,
-        code=spec.code_of("synthetic"),
+        code=spec.code_of("synthetic", BACKBONES.part(spec.backbone.name)),
     )
 
 

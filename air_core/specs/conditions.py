@@ -1,8 +1,13 @@
-"""Conditions on a trial that decide which settings and inputs it uses. Imports nothing."""
+"""Conditions on a trial that decide which settings and inputs it uses.
+
+Imports the standard library only.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+from air_core.components import LEARNERS
 
 if TYPE_CHECKING:
     from air_core.specs import Ref, TrialSpec
@@ -18,6 +23,21 @@ def uses_auxiliary(spec: TrialSpec) -> bool:
     return spec.fusion_weight > 0 and (
         spec.auxiliary.source != "synthetic" or spec.images_per_class > 0
     )
+
+
+def has_context(spec: TrialSpec) -> bool:
+    """Whether learned vectors stand before the class names."""
+    return spec.iterations > 0 and "context" in LEARNERS[spec.modality].facts
+
+
+def reads_tokens(spec: TrialSpec) -> bool:
+    """Whether the learner reads image tokens beside the features."""
+    return spec.iterations > 0 and "tokens" in LEARNERS[spec.modality].facts
+
+
+def can_transfer(spec: TrialSpec) -> bool:
+    """Whether the trial can be tested with other class names."""
+    return spec.iterations == 0 or "transfers" in LEARNERS[spec.modality].facts
 
 
 def trains_on_synthetic(spec: TrialSpec) -> bool:

@@ -12,8 +12,8 @@ from functools import cache, lru_cache
 from operator import attrgetter
 from typing import Any
 
-from air_core.components import REGISTRIES, Own, Registry, computed_from_registries
-from air_core.specs import EvidenceSettings, LoraSettings, TrialSpec
+from air_core.components import DATASETS, REGISTRIES, Own, Registry, computed_from_registries
+from air_core.specs import EvidenceSettings, LoraSettings, Ref, TrialSpec
 from air_core.specs.conditions import reads_lora_images, uses_auxiliary, uses_evidence
 from air_core.specs.flat import trial_keys
 
@@ -90,8 +90,8 @@ def _reader(registry: Registry, name: str) -> Condition:
 
 def chosen(registry: Registry, spec: TrialSpec) -> str:
     """The component of a registry that a trial names."""
-    name: str = attrgetter(registry.key)(spec)
-    return name
+    found = attrgetter(registry.key)(spec)
+    return str(found.name if isinstance(found, Ref) else found)
 
 
 def used_components(spec: TrialSpec) -> tuple[tuple[Registry, str], ...]:
@@ -102,6 +102,8 @@ def used_components(spec: TrialSpec) -> tuple[tuple[Registry, str], ...]:
         names = {("", registry.group), ("", group), (group, name)}
         if all(rule.used_if(spec) for rule in rules() if (rule.group, rule.name) in names):
             used.append((registry, chosen(registry, spec)))
+    if spec.test_dataset is not None:
+        used.append((DATASETS, spec.test_dataset.name))
     return tuple(used)
 
 
@@ -134,8 +136,7 @@ def _complete(spec: TrialSpec, group: str, given: dict[str, Any]) -> Own:
     """All settings of the components of plugins that a trial names, and no others, sorted."""
     own = {}
     for registry, name in used_components(spec):
-        settings = registry[name].settings
-        if registry.group == group and settings is not None:
+        if registry.group == group and (settings := registry[name].settings) is not None:
             for f in dataclasses.fields(settings):
                 own[f"{name}.{f.name}"] = given.get(f"{name}.{f.name}", f.default)
     return tuple(sorted(own.items()))

@@ -46,6 +46,7 @@ def node_requirements(plan: Plan, location: SweepLocation) -> NodeRequirements:
         location.data_root,
         gpus,
         bytes_left(plan, location.store),
+        plan.sweep.plugins,
     )
 
 

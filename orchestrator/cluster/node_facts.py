@@ -21,6 +21,7 @@ from pathlib import Path
 from platform import python_version
 from typing import Any
 
+from orchestrator.plugins import Plugin
 from orchestrator.store import ArtifactStore
 from orchestrator.store.backends import BucketBackend
 
@@ -48,6 +49,7 @@ class NodeRequirements:
     data_root: Path | None = None
     gpus: bool = False
     bytes_left: int = 0  # expected size of the missing artifacts
+    plugins: tuple[Plugin, ...] = ()  # which may define the inputs
 
 
 def node_facts(store: str, token: str, node: str, needs: NodeRequirements, use_gpu: bool) -> Facts:
@@ -64,7 +66,7 @@ def node_facts(store: str, token: str, node: str, needs: NodeRequirements, use_g
         "versions": {"python": python_version(), **{name: _version(name) for name in LIBRARIES}},
         "code": _code_digests(),
         "store": _answer(store, token, node),
-        "files": [_input_facts(role, name, needs.data_root) for role, name in needs.inputs],
+        "files": [_input_facts(role, name, needs) for role, name in needs.inputs],
         "gpu": _gpu_problem() if use_gpu else None,
     }
 
@@ -148,13 +150,17 @@ def write_token(store: str, token: str, name: str) -> None:
         os.fsync(file.fileno())
 
 
-def _input_facts(role: str, name: str, data_root: Path | None) -> Facts:
+def _input_facts(role: str, name: str, needs: NodeRequirements) -> Facts:
     """Number of files of an input and a digest of samples: reading all would take too long."""
     try:
+        if needs.plugins:
+            from orchestrator.plugins import use_plugins
+
+            use_plugins(needs.plugins)
         if role == "dataset":
             from air_core.datasets import get_dataset
 
-            files = get_dataset(name).files(data_root)
+            files = get_dataset(name).files(needs.data_root)
         else:
             from orchestrator.planning.resolve import input_files
 
@@ -170,7 +176,7 @@ def _sample_digest(files: Sequence[Path]) -> str:
     Sizes alone do not distinguish two sets of weights with the same shapes.
     """
     step = -(-len(files) // SAMPLE) or 1
-    common = os.path.commonpath([file.parent for file in files])
+    common = os.path.commonpath([file.parent for file in files] or [Path("/")])
     digest = hashlib.blake2b(digest_size=8)
     for file in files[::step]:
         length = file.stat().st_size

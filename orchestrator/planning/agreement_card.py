@@ -75,7 +75,7 @@ def agreement_rows(
         for trial in possible_trials([cell], assignments, resolver):
             if trial.images_from == "generator":
                 untrained = normalised(
-                    replace(trial, iterations=0, modality="text", test_dataset=None)
+                    replace(trial, iterations=0, modality=TrialSpec.modality, test_dataset=None)
                 )
                 if uses_generator(untrained):
                     pool = cells_by_pool.setdefault((trial.features, trial.split), {})

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from air_core.components import BACKBONES, GENERATORS, REGISTRIES, is_component
 from air_core.datasets import Dataset, get_dataset
 from air_core.datasets.class_folders import SUFFIXES, check_utf8, class_files
 from air_core.datasets.image_folder import PREFIX, check_no_leak
@@ -38,7 +39,13 @@ from air_core.models.weights import (
 from air_core.paradigms import TooFewImages, label_problem, split_positions
 from air_core.seal import sealed_json
 from air_core.specs import CodeVersions, Ref, TrialSpec, reader_of
-from air_core.specs.conditions import labels_use_evidence, uses_evidence, uses_generator
+from air_core.specs.conditions import (
+    can_transfer,
+    has_context,
+    labels_use_evidence,
+    uses_evidence,
+    uses_generator,
+)
 from air_core.specs.flat import from_flat, to_flat
 from air_core.specs.normal import normalised
 from orchestrator.files import file_digest, file_stamp, write_atomic
@@ -171,7 +178,7 @@ class Resolver:
             InvalidSetting: a class name is too long, images are too few or have no labels that a
                 setting needs, a LoRA does not fit the generator, or the evidence has no time step.
         """
-        learned = trial.prompt.length if trial.modality == "text" and trial.iterations else 0
+        learned = trial.prompt.length if has_context(trial) else 0
         for key, dataset in datasets.items():
             with _checking(key):
                 check_room(trial.backbone.name, dataset.classnames, dataset.template, learned)
@@ -181,6 +188,12 @@ class Resolver:
             raise InvalidSetting(
                 "test_dataset",
                 f"{trial.test_dataset.name} has no test images; label some in its {LABELS}",
+            )
+        if trial.test_dataset is not None and not can_transfer(trial):
+            raise InvalidSetting(
+                "test_dataset",
+                f"the learner {trial.modality!r} works with the class names that it learned only, "
+                "so it cannot be tested on another dataset; set test_dataset: null",
             )
         if trial.paradigm == "ssl":
             with _checking("shots"):
@@ -297,7 +310,8 @@ class Resolver:
         """Code versions, by part, that no recipe number covers, for trials on these datasets."""
         if self.versions is not None:
             return tuple(self.versions.items())
-        versions = (*unlisted_versions(*map(reader_of, datasets)), *plugin_versions())
+        readers = [part for part in map(reader_of, datasets) if not is_component(part)]
+        versions = (*unlisted_versions(*readers), *plugin_versions())
         self._code |= versions
         return versions
 
@@ -375,7 +389,8 @@ class Resolver:
         """Resolve weights from their files as they are now, even if they were resolved before."""
         try:
             folder, files = input_files(role, name)
-            settings = weights_settings(name) if role == "backbone" else {}
+            is_open_clip = role == "backbone" and name not in BACKBONES
+            settings = weights_settings(name) if is_open_clip else {}
         except ValueError as problem:
             raise MissingInput(str(problem)) from None
         paths = [str(file.relative_to(folder)) for file in files]
@@ -512,7 +527,8 @@ def located_weights(name: str, folders: Mapping[str, str] | None = None) -> str:
     directory."""
     before, path = split_name((folders or {}).get(name, name))
     with suppress(ValueError):
-        if name not in EMBEDDED.values() and (located := local_path(path)).exists():
+        known = {*EMBEDDED.values(), *BACKBONES, *GENERATORS}
+        if name not in known and (located := local_path(path)).exists():
             return before + os.path.normpath(located)
     return before + path
 
@@ -550,6 +566,9 @@ def input_files(role: str, name: str) -> tuple[Path, list[Path]]:
     Raises:
         ValueError: the files are missing.
     """
+    if name in REGISTRIES[role]:
+        files = sorted(REGISTRIES[role].load(name).files())
+        return Path(os.path.commonpath([file.parent for file in files] or ["/"])), files
     if role == "backbone":
         files = weights_files(name)
         return Path(os.path.commonpath([file.parent for file in files])), files
@@ -557,11 +576,11 @@ def input_files(role: str, name: str) -> tuple[Path, list[Path]]:
     if not name.startswith("folder:"):
         return folder, generator_files(folder)
     if not folder.is_dir():
-        raise ValueError(f"generator {name!r}: {folder} does not exist; allowed: {GENERATORS}")
+        raise ValueError(f"generator {name!r}: {folder} does not exist; allowed: {ALLOWED}")
     return folder, sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-GENERATORS = f"{PIPELINES}, or folder:<path> of ready images"
+ALLOWED = f"{PIPELINES}, or folder:<path> of ready images"
 
 
 def images_folder(generator: str) -> Path:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 
 from air_core.specs import TrialSpec
+from air_core.specs.conditions import has_context
 from orchestrator.spec import ProcessResources, Resources
 
 Machine = Mapping[str, float]  # amounts of "CPU", "GPU" and custom resources, as Ray counts them
@@ -131,15 +132,15 @@ def side_by_side(
 ) -> list[list[TrialSpec]]:
     """Groups of trials whose prompts stand before the same class names in the same text tower.
 
-    Other trials are alone: a visual prompt needs a pass with its own images, and a transfer trial
-    trains nothing itself.
+    Other trials are alone: other learners have no such pass to share, and a transfer trial trains
+    nothing itself.
 
     Args:
         share: of the usual number of class texts in a group, for a device short of memory.
     """
     groups: dict[object, list[TrialSpec]] = {}
     for spec in specs:
-        alone = spec.modality == "visual" or spec.iterations == 0 or spec.test_dataset is not None
+        alone = not has_context(spec) or spec.test_dataset is not None
         shared = (spec.dataset, spec.backbone, spec.precision, spec.prompt.length)
         groups.setdefault(spec if alone else shared, []).append(spec)
     parts = []

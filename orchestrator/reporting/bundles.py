@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from air_core.bundle import load_bundle
-from air_core.bundle.checks import CLASSIFIERS, FUSED, PROMPT, TEST, TEXT, test_metric
+from air_core.bundle.checks import CLASSIFIERS, FUSED, MODALITIES, PROMPT, TEST, TEXT, test_metric
 from air_core.bundle.manifest import (
     LICENCE,
     Manifest,
@@ -28,7 +28,7 @@ from air_core.bundle.manifest import (
 from air_core.datasets import DATASETS, get_dataset
 from air_core.paradigms import seen_unseen
 from air_core.specs import FeaturesSpec, Ref, TrialSpec
-from air_core.specs.conditions import uses_auxiliary
+from air_core.specs.conditions import has_context, uses_auxiliary
 from orchestrator.errors import MissingArtifact
 from orchestrator.formatting import format_percent, plural
 from orchestrator.keys import artifact_key
@@ -72,6 +72,11 @@ def export(
 
         check_packages()
     spec, record = trial.spec, trial.record
+    if spec.iterations and spec.modality not in MODALITIES:
+        raise ValueError(
+            f"{trial.slot or record.path.name} has the learner {spec.modality!r}; a "
+            f"bundle, which contains no code, can have: {', '.join(MODALITIES)}"
+        )
     recorded = _recorded_predictions(trial)
     tested = _tested_text(spec, store, resolver)
     _check_unchanged(spec.backbone, resolver.weights("backbone", spec.backbone.name))
@@ -210,7 +215,7 @@ def _text_classifier(
         # The prompt of a trial with a test dataset is in the record of the trial without one.
         source = read_trial(replace(spec, test_dataset=None), store)
         arrays[PROMPT] = {"prompt": source.prompt()}
-    if spec.iterations and spec.modality == "text":
+    if has_context(spec):
         context = torch.from_numpy(arrays[PROMPT]["prompt"]).to(device)
         with torch.no_grad():
             texts = backbone.encode_context(context, tested.classnames)

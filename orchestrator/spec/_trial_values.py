@@ -24,8 +24,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticKnownError, core_schema
 
-from air_core.components import computed_from_registries
-from air_core.datasets import DATASETS
+from air_core.components import DATASETS, computed_from_registries
 from air_core.datasets.dataset import is_template
 from air_core.methods import EMBEDDED, METHODS
 from air_core.specs import EvidenceScoring

@@ -47,7 +47,7 @@ def described(name: str | None = None) -> list[Described]:
     ]
     found = [one for one in every if name in (None, one.name, one.key)]
     if not found:
-        names = dict.fromkeys([*REGISTRIES, *(one.name for one in every)])
+        names = dict.fromkeys(name for one in every for name in (one.key, one.name))
         raise ValueError(f"no component is named {name!r}; {allowed_choices(str(name), names)}")
     return found
 

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, TypeAdapter
 from pydantic.dataclasses import dataclass, rebuild_dataclass
 
-from air_core.components import computed_from_registries, when_plugins_change
+from air_core.components import REGISTRIES, computed_from_registries, when_plugins_change
 from air_core.methods import EMBEDDED, METHODS
 from air_core.specs.flat import trial_keys
 from orchestrator.files import ROOT, SHIPPED
@@ -319,7 +319,10 @@ def _relative_names(value: Any, key: str = "") -> Iterator[str]:
     """Every `folder:<path>` and every name of a model in plain data that is no absolute path."""
     if isinstance(value, str):
         before, path = split_name(value)
-        is_model = key in ("backbone", "generator") and value != EMBEDDED[key]
+        is_model = key in ("backbone", "generator") and value not in (
+            EMBEDDED[key],
+            *REGISTRIES[key],
+        )
         if (is_model or before == "folder:") and not path.startswith(("/", "~")):
             yield value
     elif isinstance(value, list):

@@ -24,10 +24,12 @@ from safetensors.numpy import load, save
 from torch import Tensor
 
 from air_core.classifiers import text_classifier
+from air_core.components import GENERATORS
 from air_core.datasets.class_folders import class_files
 from air_core.datasets.images import open_png
-from air_core.diffusion import ImageGenerator, draw, image_seed, load_generator, text_of
+from air_core.diffusion import ImageGenerator, draw, image_seed, text_of
 from air_core.diffusion.folder import FolderGenerator
+from air_core.diffusion.loading import load_generator
 from air_core.seal import BLANK, sealed
 from air_core.specs import (
     EvidenceSpec,
@@ -56,6 +58,9 @@ def open_generator(
     adapter = None
     if isinstance(images, GeneratedImages) and images.lora is not None:
         adapter = worker.store.get(images.lora).path
+    if isinstance(images, GeneratedImages) and images.model.name in GENERATORS:
+        plugin: ImageGenerator = GENERATORS.load(images.model.name)(images.settings, worker.device)
+        return plugin
     folder = images_folder(images.model.name)
     generator = load_generator(images, folder, adapter, worker.device, thrift)
     # After the generator has listed the images: it notices later changes itself.

@@ -30,7 +30,7 @@ from air_core.method import Round, Trial, TrialData, TrialState, TrialStopped
 from air_core.prompts import restored_learner
 from air_core.side_by_side import learn_side_by_side
 from air_core.specs import SplitSettings, TrialSpec
-from air_core.specs.conditions import fills_bank
+from air_core.specs.conditions import fills_bank, reads_tokens
 from air_core.specs.normal import normalised
 from air_core.types import Labelled, Metrics, PseudoLabels, TrialResult
 from orchestrator.keys import artifact_key
@@ -154,8 +154,8 @@ class TrialRun:
     def on_round(self, result: Round) -> None:
         """Measure a round; stop the trial at the end of its segment."""
         data, values = self.data, {"train/loss": result.loss}
-        # With a visual prompt, testing needs a pass of the vision tower.
-        if self.spec.modality == "text":
+        # With image tokens, testing needs a pass of the vision tower.
+        if not reads_tokens(self.spec):
             with torch.no_grad():
                 guess = result.learner.logits(data.test.batch).argmax(dim=-1)
             tested = measured(guess, data.test.labels, len(data.classnames), data.unseen)

@@ -15,8 +15,9 @@ import torch
 from PIL import Image, ImageOps
 
 from air_core.datasets.images import ImageFiles
-from air_core.diffusion import FLAT, image_seed, load_generator, rejected
+from air_core.diffusion import FLAT, image_seed, rejected
 from air_core.diffusion.folder import FolderGenerator
+from air_core.diffusion.loading import load_generator
 from air_core.diffusion.lora import add_adapters, save_adapters
 from air_core.diffusion.pipeline import PipelineGenerator, load_pipeline
 from air_core.models.weights import generator_files, generator_folder

@@ -21,7 +21,7 @@ from orchestrator.plugins import (
     with_code,
 )
 from orchestrator.spec import SpecError, cells_of, load_sweep, sweep_schema
-from tests.helpers.plugins import MARGIN
+from tests.helpers.plugins import MARGIN, TIP_ADAPTER
 from tests.helpers.sweeps import write_sweep
 
 REFS = {name: Ref(name=name, digest=name) for name in ("dataset", "backbone", "generator")}
@@ -77,7 +77,7 @@ def test_the_number_of_images_per_class_matters_to_a_strategy_of_a_plugin(spec):
     assert normalised(few) != normalised(many)
 
 
-PREFIX = "from air_core.components import AUXILIARIES, LEARNERS, STRATEGIES, setting\n"
+PREFIX = "from air_core.components import BACKBONES, LEARNERS, STRATEGIES, TRANSDUCTIONS, setting\n"
 PARAMETERS = "scores, settings, *, capacity, iteration, previous"
 STRATEGY = f"def mine({PARAMETERS}): ...\n"
 SETTINGS = "import dataclasses\n@dataclasses.dataclass(frozen=True)\nclass Mine:\n    tau: {}\n"
@@ -91,7 +91,21 @@ MISTAKES = [
     (f"@STRATEGIES.add('Mine', summary='x')\n{STRATEGY}", 2, "'Mine' is no name"),
     (f"@STRATEGIES.add('mine', summary='')\n{STRATEGY}", 2, "must be one line of text"),
     ("@STRATEGIES.add('mine', summary='x')\ndef mine(scores): ...\n", 2, f"({PARAMETERS}), but"),
-    ("@LEARNERS.add('mine', summary='x')\ndef mine(): ...\n", 2, "cannot add a component of mod"),
+    (
+        "@TRANSDUCTIONS.add('mine', summary='x')\ndef mine(): ...\n",
+        2,
+        "cannot add a component of tr",
+    ),
+    (
+        "@BACKBONES.add('mine', summary='x')\ndef mine(device, precision): ...\n",
+        2,
+        "method files()",
+    ),
+    (
+        f"@LEARNERS.add('mine', summary='x', facts=['fast'])\n{STRATEGY}",
+        2,
+        "context, tokens, transf",
+    ),
     (SETTINGS.format("float") + ADD + STRATEGY, 6, "'tau' of 'mine' has no default or no help"),
     (SETTINGS.format("list = setting(0, 'x')") + ADD + STRATEGY, 6, "allowed: bool, int, float"),
 ]
@@ -161,10 +175,33 @@ def test_a_recorded_plugin_names_its_components_and_runs_no_code(spec, tmp_path)
     assert not (tmp_path / "ran").exists()
     assert [cell.id for cell in cells_of(again)] == [cell.id for cell in cells_of(sweep)]
     assert trial_keys()["pseudo_labels.margin.tau"].limits == {"ge": 0, "le": 1}
-    with pytest.raises(RuntimeError, match=r"plugin .*margin\.py, whose code was not loaded"):
+    with pytest.raises(ValueError, match=r"plugin .*margin\.py, whose code was not loaded"):
         STRATEGIES.load("margin")
     with pytest.raises(ValueError, match=r"the code of the plugin margin\.py, is missing"):
         with_code(recorded, tmp_path)
+
+
+def test_a_recorded_learner_keeps_its_facts(tmp_path):
+    (tmp_path / "tip.py").write_text(
+        TIP_ADAPTER.replace("settings=Tip", "facts=['tokens'], settings=Tip")
+    )
+    recorded = recorded_plugin(described_plugin(read_plugin("tip.py", tmp_path)))
+    use_plugins([recorded])
+    trial = from_flat({"modality": "tip_adapter"}, REFS, ())
+    assert trial.tokens is not None
+    assert from_flat({}, REFS, ()).tokens is None
+
+
+def test_plugin_check_runs_the_contract_of_a_learner(command, tmp_path):
+    file = tmp_path / "tip.py"
+    file.write_text(TIP_ADAPTER)
+    code, out, err = command("plugin", "check", file)
+    assert code == 0, err
+    assert "prompt.tip_adapter.keys: 8  (a whole number >= 1)" in out
+    file.write_text(TIP_ADAPTER.replace("self.keys)", "self.keys.detach())"))
+    code, _, err = command("plugin", "check", file)
+    assert code == 2
+    assert "modality 'tip_adapter': `logits` must be differentiable in `prompt`" in err
 
 
 def test_plugin_check_runs_the_contract(command, spec):

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from air_core.datasets import get_dataset
-from air_core.diffusion import load_generator
+from air_core.diffusion.loading import load_generator
 from air_core.diffusion.pipeline import PipelineGenerator
 from air_core.models.weights import tiny_folder
 from air_core.paradigms import make_split

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from air_core.diffusion import load_generator
+from air_core.diffusion.loading import load_generator
 from air_core.seal import intact
 from air_core.specs import FolderImages, Ref, SyntheticFeaturesSpec
 from orchestrator.errors import DamagedArtifact
