@@ -25,8 +25,9 @@ from safetensors.numpy import load
 from air_core.datasets.class_folders import class_files
 from air_core.specs import EvidenceSpec, FolderImages, SyntheticFeaturesSpec
 from orchestrator.cluster.session import prepare_worker, quiet_data_context
-from orchestrator.execution._allocation import PoolStatistics, PreparationContext
+from orchestrator.execution._allocation import PoolStatistics
 from orchestrator.execution._progress import ProgressReporter, report_working
+from orchestrator.execution._state import PreparationContext
 from orchestrator.failures import CLASSES, Failure, classify
 from orchestrator.planning import Requirement, artifact_title
 from orchestrator.planning.resolve import images_folder

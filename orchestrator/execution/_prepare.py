@@ -15,7 +15,6 @@ import torch
 from air_core.backbone.loading import import_open_clip_alone
 from air_core.specs import FeaturesSpec, LabelsSpec, LoraSpec
 from orchestrator.cluster.session import prepare_worker
-from orchestrator.execution._allocation import PreparationContext
 from orchestrator.execution._generation import draw, reset_crashes
 from orchestrator.execution._progress import ProgressReporter, report_working
 from orchestrator.failures import CLASSES, Failure, classify, classify_death
@@ -29,7 +28,7 @@ from orchestrator.stages.build import build_features, build_labels, build_lora
 from orchestrator.stages.context import WorkerContext, limit_gpu_memory
 
 if TYPE_CHECKING:
-    from orchestrator.execution._state import RunState
+    from orchestrator.execution._state import PreparationContext, RunState
 
 T = TypeVar("T")
 

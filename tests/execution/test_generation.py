@@ -20,10 +20,11 @@ from safetensors.numpy import load_file
 from air_core.specs import SyntheticFeaturesSpec
 from orchestrator.cluster.session import machines, waits_for_resources
 from orchestrator.errors import MissingArtifact
-from orchestrator.execution._allocation import Allocation, PreparationContext
+from orchestrator.execution._allocation import Allocation
 from orchestrator.execution._generation import GeneratorActor, _Generation, draw
 from orchestrator.execution._prepare import prepare
 from orchestrator.execution._progress import ProgressMonitor, ProgressReporter, report_working
+from orchestrator.execution._state import PreparationContext
 from orchestrator.keys import artifact_key
 from orchestrator.planning import Requirement, requirements_of
 from orchestrator.spec import Resources
@@ -65,7 +66,7 @@ def drawn(
     allocation: Allocation | None = None,
 ) -> Any:
     """The result of `draw` for one row."""
-    resources, progress = resources or Resources(), ProgressMonitor(listener)
+    resources, progress = resources or Resources(), ProgressMonitor()
     allocation = allocation or Allocation(resources, machines)
     context = PreparationContext(
         WorkerContext(store), resources, listener, allocation, progress.actor
@@ -202,7 +203,7 @@ def test_a_block_that_was_drawn_when_two_runs_were_killed_is_drawn_by_the_next_r
     for process in killed:
         process.__enter__()  # and never exits
     listener, resources = Listener(), Resources()
-    allocation, progress = Allocation(resources, machines), ProgressMonitor(listener)
+    allocation, progress = Allocation(resources, machines), ProgressMonitor()
     worker = WorkerContext(copied)
     context = PreparationContext(worker, resources, listener, allocation, progress.actor)
     result_of(prepare([requirement], context))
@@ -238,18 +239,18 @@ def test_waiting_for_a_block_of_another_process_reports_that_process(
     ray_session, resolver, drawn_digits, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("orchestrator.execution._progress.MIN_WAIT", 0.1)
-    requirement, listener = row_requirement(resolver, drawn_digits, 8), Listener()
+    requirement = row_requirement(resolver, drawn_digits, 8)
     worker = WorkerContext(ArtifactStore(tmp_path))
     block = {"row": np.array([0]), "class": np.array([3]), "block": np.array([0])}
     key = artifact_key(requirement.spec.images)
-    progress = ProgressMonitor(listener)
+    wait = (f"image blocks {key.slug}", "waiting")
+    progress, reports = ProgressMonitor(), {}
     with ThreadPoolExecutor() as pool:
         with ArtifactStore(tmp_path).locks.exclusive(f"{key.digest}-3-0"):
             waiting = pool.submit(GeneratorActor([requirement], worker, progress.actor), block)
-            wait_until(lambda: progress.read() or "on_waiting" in listener.events)
+            wait_until(lambda: reports.update(progress.read()) or wait in reports)
         assert waiting.result()["drawn"] == [8]
-    name, holder, seconds = listener.events["on_waiting"][0]
-    assert name == f"image blocks {key.slug}"
+    holder, seconds = reports[wait]
     assert str(os.getpid()) in holder
     assert seconds > 0.1
 
@@ -269,7 +270,7 @@ def test_an_artifact_that_cannot_be_made_is_reported_and_the_others_are_made(
     assert len({requirement.stage for requirement in requirements}) == 4
     listener, resources = Listener(), Resources()
     worker = WorkerContext(ArtifactStore(tmp_path / "s"))
-    allocation, progress = Allocation(resources, machines), ProgressMonitor(listener)
+    allocation, progress = Allocation(resources, machines), ProgressMonitor()
     context = PreparationContext(worker, resources, listener, allocation, progress.actor)
     result_of(prepare(requirements, context))
     ((failed, failure),) = listener.events["on_failed"]
@@ -335,15 +336,14 @@ def test_progress_reports_of_a_worker_reach_the_driver(ray_session):
         with report_working(actor):
             time.sleep(0.5)
 
-    listener = Listener()
-    progress = ProgressMonitor(listener)
+    progress, reports = ProgressMonitor(), {}
     ray.get(ray.remote(work).options(num_cpus=0).remote(progress.actor))
-    wait_until(lambda: progress.read() or len(listener.events) == 4)  # `read` does not block
-    assert listener.events == {
-        "on_progress": [("LoRA a", 3, 10, "steps")],
-        "on_curves": [("LoRA a", {"train/loss": [0.5]}, 7.0)],
-        "on_waiting": [("LoRA b", "team/other", 60.0)],
-        "on_working": [()],
+    wait_until(lambda: reports.update(progress.read()) or len(reports) == 4)  # does not block
+    assert reports == {
+        ("LoRA a", "progress"): (3, 10, "steps"),
+        ("LoRA a", "curves"): ({"train/loss": [0.5]}, 7.0),
+        ("LoRA b", "waiting"): ("team/other", 60.0),
+        ("", "working"): (),
     }
 
 
