@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.tracking.database import check_database
-from orchestrator.tracking.types import SERVER_ENVIRONMENT, serve_command
+from orchestrator.tracking.exposure import SERVER_ENVIRONMENT, serve_command
 from orchestrator.tracking_uri import DATABASE
 from tests.helpers.sweeps import wait_until
 
