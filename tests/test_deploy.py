@@ -23,7 +23,7 @@ from orchestrator.spec import load_sweep
 from orchestrator.stages.trial import run_trial
 from orchestrator.store import ArtifactStore, SweepLocation
 from tests.helpers.documents import ROOT, blocks
-from tests.helpers.servers import MlflowProcess, MlflowServer, free_port
+from tests.helpers.servers import MlflowServer, ServerProcess, free_port
 from tests.helpers.sweeps import run_command
 from tests.reporting.test_bundles import encode
 
@@ -170,7 +170,7 @@ def test_a_file_that_the_bundle_lacks_is_explained(export, command, tmp_path, ph
 # ---------------------------------------------------------------- models in MLflow
 
 
-class ModelServer(MlflowProcess):
+class ModelServer(ServerProcess):
     """`mlflow models serve` of a registered model."""
 
     def start(self, model: str, uri: str) -> None:
