@@ -28,9 +28,10 @@ from air_core.diffusion.pipeline import autocast
 from air_core.specs import EvidenceSpec
 from benchmarks.harness import Times, measure_time, minimum_times, options, report
 from orchestrator.planning import Resolver
-from orchestrator.stages.build import build_features
 from orchestrator.stages.context import WorkerContext
-from orchestrator.stages.evidence import BlockScorer, build_evidence_block
+from orchestrator.stages.evidence import BlockScorer
+from orchestrator.stages.evidence import build as build_evidence_block
+from orchestrator.stages.features import build as build_features
 from orchestrator.store import ArtifactStore
 
 

@@ -10,50 +10,13 @@ import dataclasses
 import hashlib
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from air_core.specs import (
-    EvidenceSpec,
-    FeaturesSpec,
-    FolderImages,
-    GeneratedImages,
-    LabelsSpec,
-    LoraSpec,
-    Ref,
-    SyntheticFeaturesSpec,
-    TrialSpec,
-)
+from air_core.specs import Ref, StageSpec, TrialSpec
 from air_core.specs.normal import normalised, used_components
-
-# Raise a number when the stage's code gives another result for the same spec, and run
-# `make golden`. The keys of later stages change too, since they contain this number.
-RECIPES: dict[type, tuple[str, int]] = {
-    FeaturesSpec: ("features", 1),
-    LabelsSpec: ("labels", 1),
-    LoraSpec: ("lora", 1),
-    GeneratedImages: ("images", 1),
-    FolderImages: ("images", 1),
-    SyntheticFeaturesSpec: ("synthetic", 1),
-    EvidenceSpec: ("evidence", 1),
-    TrialSpec: ("trials", 2),
-}
-
-STAGES = tuple(dict.fromkeys(stage for stage, _ in RECIPES.values()))
-
-Stage = (
-    FeaturesSpec
-    | LabelsSpec
-    | LoraSpec
-    | GeneratedImages
-    | FolderImages
-    | SyntheticFeaturesSpec
-    | EvidenceSpec
-    | TrialSpec
-)
 
 
 @dataclass(frozen=True, order=True)
@@ -69,7 +32,7 @@ class ArtifactKey:
         return f"{self.stage}/v{self.recipe}/{self.slug}-{self.digest[:12]}"
 
 
-def artifact_key(spec: Stage) -> ArtifactKey:
+def artifact_key(spec: StageSpec) -> ArtifactKey:
     """The key of the artifact that a stage makes from this spec; a trial is normalised first."""
     if isinstance(spec, TrialSpec):
         spec = normalised(spec)
@@ -77,18 +40,18 @@ def artifact_key(spec: Stage) -> ArtifactKey:
 
 
 @cache
-def _key(spec: Stage) -> ArtifactKey:
-    stage, recipe = RECIPES[type(spec)]
-    return ArtifactKey(stage, recipe, digest(_identity(spec)), slug(spec))
+def _key(spec: StageSpec) -> ArtifactKey:
+    return ArtifactKey(spec.stage, spec.recipe, digest(_identity(spec)), spec.slug)
 
 
-def _identity(spec: Stage) -> Any:
+def _identity(spec: StageSpec) -> Any:
     if not isinstance(spec, TrialSpec):
         return plain(spec)
     # The inputs contain the recipe numbers of earlier stages.
-    inputs = [plain(spec.features), plain(spec.synthetic_features)]
-    added = (spec.evidence_errors, spec.lora_labels)
-    inputs += [plain(stage) for stage in added if stage is not None]
+    read = [needed.spec for needed in spec.inputs((), 0)]
+    added = [each for each in read if each.stage not in ("features", "synthetic")]
+    stages = [spec.features, spec.synthetic_features, *sorted(added, key=lambda each: each.stage)]
+    inputs = [plain(stage) for stage in stages]
     settings = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec) if _in_key(spec, f)}
     settings.pop("classnames")  # the dataset determines them
     settings.pop("scored_images")
@@ -97,7 +60,7 @@ def _identity(spec: Stage) -> Any:
     components = [registry.part(name) for registry, name in used_components(spec)]
     if code := spec.code_of("trials", *components):
         settings["code"] = code
-    return {"recipe": f"trials/{RECIPES[TrialSpec][1]}", "inputs": inputs, **plain(settings)}
+    return {"recipe": f"{spec.stage}/{spec.recipe}", "inputs": inputs, **plain(settings)}
 
 
 def plain(value: Any) -> Any:
@@ -110,8 +73,8 @@ def plain(value: Any) -> Any:
             for f in dataclasses.fields(value)
             if _in_key(value, f)
         }
-        if type(value) in RECIPES:
-            found["recipe"] = "{}/{}".format(*RECIPES[type(value)])
+        if isinstance(value, StageSpec):
+            found["recipe"] = f"{value.stage}/{value.recipe}"
         return found
     if isinstance(value, Mapping):
         return {name: plain(item) for name, item in value.items()}
@@ -163,31 +126,3 @@ def _canonical(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
         return [_canonical(item) for item in value]
     raise TypeError(f"a key cannot contain {type(value).__name__}; allowed: plain data")
-
-
-def slug(spec: Stage) -> str:
-    """A short description of the artifact, made from the spec alone."""
-    match spec:
-        case FeaturesSpec():
-            words = [spec.dataset.name, spec.backbone.name]
-            words += ["tokens"] if spec.level == "tokens" else []
-        case LabelsSpec():
-            split = spec.split
-            words = [spec.features.dataset.name, f"split{split.split_seed}"]
-            words += [] if split.paradigm == "ul" else [split.paradigm]
-            words += ["round2"] if spec.images else []
-        case LoraSpec():
-            words = [slug(spec.labels), f"r{spec.training.rank}"]
-        case GeneratedImages():
-            words = [spec.model.name, slug(spec.lora) if spec.lora else "base"]
-        case FolderImages():
-            words = [spec.model.name]
-        case SyntheticFeaturesSpec():
-            words = [slug(spec.images), spec.backbone.name]
-            words += ["tokens"] if spec.level == "tokens" else []
-        case EvidenceSpec():
-            words = [slug(spec.lora or spec.features), spec.model.name]
-        case TrialSpec():
-            words = [spec.dataset.name, spec.paradigm, spec.modality, f"s{spec.seed}"]
-            words += ["on", spec.test_dataset.name] if spec.test_dataset else []
-    return re.sub(r"[^A-Za-z0-9]+", "-", "-".join(words)).strip("-")[:60]

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from orchestrator.spec import presets
 from orchestrator.failures import classify
-from orchestrator.stages.image_rows import build_image_block, open_generator
+from orchestrator.stages.images import build as build_image_block, open_generator
 from orchestrator.planning import Resolver
-from orchestrator.stages.build import build_features
+from orchestrator.stages.features import build as build_features
 from orchestrator.store import (ArtifactStore)
 from orchestrator.stages.context import WorkerContext
 

@@ -13,9 +13,9 @@ from PIL import Image
 
 from air_core.specs import FeaturesSpec, FolderImages
 from orchestrator.planning import Resolver
-from orchestrator.stages.build import build_features
 from orchestrator.stages.context import ChangedInput, WorkerContext
-from orchestrator.stages.image_rows import open_generator
+from orchestrator.stages.features import build as build_features
+from orchestrator.stages.images import open_generator
 from orchestrator.store import ArtifactStore
 from tests.helpers.sweeps import write_sweep
 

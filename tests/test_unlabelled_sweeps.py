@@ -16,8 +16,8 @@ from orchestrator.planning import plan_of, read_request
 from orchestrator.reporting.results import results_of
 from orchestrator.reporting.rows import Results
 from orchestrator.reporting.tables import pivot, table
-from orchestrator.stages.build import build_features
 from orchestrator.stages.context import WorkerContext
+from orchestrator.stages.features import build as build_features
 from orchestrator.stages.trial import run_trial
 from orchestrator.store import ArtifactStore, SweepLocation
 from tests.helpers.sweeps import airsweep

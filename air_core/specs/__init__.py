@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, replace
-from typing import Any, Literal
+from itertools import product
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from air_core.components import (
     AUXILIARIES,
@@ -498,14 +501,144 @@ IMAGES_FROM = (
 
 # ---------------------------------------------------------------- specs of the stages
 
+# Modules of air_core that several stages use. Their code is part of keys: see StageSpec.modules.
+_CLIP = (
+    "air_core.arithmetic",
+    "air_core.backbone",
+    "air_core.backbone.blocks",
+    "air_core.backbone.clip",
+    "air_core.backbone.text",
+    "air_core.backbone.vision",
+    "air_core.models.tokens",
+    "air_core.types",
+)
+_LOADED_CLIP = (*_CLIP, "air_core.backbone.loading")
+_IMAGES = ("air_core.datasets.images",)
+_DRAWING = (
+    *_IMAGES,
+    "air_core.arithmetic",
+    "air_core.datasets.class_folders",
+    "air_core.diffusion",
+    "air_core.diffusion.folder",
+    "air_core.diffusion.pipeline",
+)
+_SCORING = (
+    "air_core.auxiliary",
+    "air_core.auxiliary.bank",
+    "air_core.classifiers",
+    "air_core.paradigms",
+    "air_core.pseudo_labels.top_k",
+)
+
+Classes = tuple[int, ...]  # indices
+Process = Literal["encoder", "generator", "trial"]
+
 
 @dataclass(frozen=True, kw_only=True)
-class FeaturesSpec:
+class StageSpec:
+    """Base of the specs of all stages; its class variables are the facts of a stage.
+
+    `orchestrator.stages.<stage>` makes its artifacts.
+    """
+
+    stage: ClassVar[str]  # folder in the store
+    # Raise it when the stage's code gives another result for the same spec, and run `make golden`.
+    # The keys of later stages change too, since they contain this number.
+    recipe: ClassVar[int] = 1
+    # The modules that compute it, beside readers of datasets and components.
+    modules: ClassVar[tuple[str, ...]]
+    title: ClassVar[str]  # of its artifacts, on screens
+    process: ClassVar[Process] = "encoder"  # that makes it, as in `resources`
+    guess: ClassVar[float] = 1.0  # seconds of a unit with tiny models on a CPU core
+    counts: ClassVar[Literal["images", "steps"]] = "images"  # what its progress counts
+    shard: ClassVar[str] = ""  # suffix of the shards of a row; empty: its artifact is no row
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether it takes little time, so that `repro` makes it again."""
+        return False
+
+    @property
+    def slug(self) -> str:
+        """A short description of the artifact; not part of its identity."""
+        return re.sub(r"[^A-Za-z0-9]+", "-", "-".join(self._words())).strip("-")[:60]
+
+    def _words(self) -> list[str]:
+        raise NotImplementedError
+
+    @property
+    def rows(self) -> tuple[StageSpec, ...]:
+        """Specs of the rows that are made together, shard by shard; empty: the artifact is no row.
+
+        The first names the stage.
+        """
+        return (self,) if self.shard else ()
+
+    def inputs(self, classes: Classes, pool: int) -> Iterator[Needed]:
+        """The artifacts that this one is made from.
+
+        Args:
+            classes: those of which trials read synthetic images.
+            pool: number of pool images.
+        """
+        yield from ()
+
+    def work(self) -> tuple[str, float]:
+        """Kind of the work, which names all that the cost of a unit depends on, and the units of
+        the artifact, or of one shard."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSpec(StageSpec):
+    """Base of rows: shards by an index, which is a class or a draw, and a block of images."""
+
+    process: ClassVar[Process] = "generator"
+
+    @property
+    def block_size(self) -> int:
+        """Images of a shard."""
+        raise NotImplementedError
+
+    def blocks(self, images: int) -> int:
+        """Number of blocks that contain the first `images` images."""
+        return -(-images // self.block_size)
+
+    def shards(self, images: int, indices: Classes) -> list[tuple[int, int]]:
+        """Shards as (index, block), in the order in which they are made."""
+        return list(product(indices, range(self.blocks(images))))
+
+    def name_of(self, index: int) -> str:
+        """Name of a class or draw in messages."""
+        raise NotImplementedError
+
+
+class Needed(NamedTuple):
+    """An artifact that another one or a trial reads; of a row, some images of some indices."""
+
+    spec: StageSpec
+    images: int = 0  # per index; 0 except for a row
+    indices: Classes = ()  # classes or draws; empty except for a row
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesSpec(StageSpec):
     """Features of every image of a dataset, encoded by a frozen CLIP.
 
     `level` is `features`, one vector per image, or `tokens`, those of its patches, for visual
     prompts.
     """
+
+    stage, title, guess = "features", "CLIP features", 8.0
+    modules = (
+        *_LOADED_CLIP,
+        *_IMAGES,
+        "air_core.datasets.class_folders",
+        "air_core.datasets.dataset",
+        "air_core.datasets.places",
+        "air_core.datasets.split_files",
+        "air_core.datasets.unlabelled",
+    )
 
     dataset: Ref
     backbone: Ref
@@ -513,9 +646,20 @@ class FeaturesSpec:
     level: Level = later("features", "features or tokens")
     code: str = added("")
 
+    @property
+    def is_quick(self) -> bool:
+        return True
+
+    def _words(self) -> list[str]:
+        tokens = ["tokens"] if self.level == "tokens" else []
+        return [self.dataset.name, self.backbone.name, *tokens]
+
+    def work(self) -> tuple[str, float]:
+        return f"{self.dataset.name} {self.backbone.name} {self.level}", 1
+
 
 @dataclass(frozen=True, kw_only=True)
-class LabelsSpec:
+class LabelsSpec(StageSpec):
     """Images that a LoRA is trained on, with their labels.
 
     Without `images` zero-shot CLIP labels the pool. In a later LoRA round `images` are those of the
@@ -523,6 +667,15 @@ class LabelsSpec:
     `settings.images_per_class` images of each class, and with the first `settings.evidence_draws`
     draws of `evidence`, denoising errors of the round before.
     """
+
+    stage, title = "labels", "pseudo-labels"
+    modules = (
+        *_LOADED_CLIP,
+        *_SCORING,
+        "air_core.auxiliary.lda",
+        "air_core.evidence",
+        "air_core.lora_labels",
+    )
 
     features: FeaturesSpec
     split: SplitSettings
@@ -533,14 +686,33 @@ class LabelsSpec:
     drawn: bool = added(False)  # labelled images in random order, not in that of the files
     code: str = added("")
 
+    def _words(self) -> list[str]:
+        paradigm = [] if self.split.paradigm == "ul" else [self.split.paradigm]
+        later_round = ["round2"] if self.images else []
+        words = [self.features.dataset.name, f"split{self.split.split_seed}"]
+        return [*words, *paradigm, *later_round]
+
+    def inputs(self, classes: Classes, pool: int) -> Iterator[Needed]:
+        yield Needed(self.features)
+        if self.images is not None:
+            yield Needed(self.images, self.settings.images_per_class, classes)
+        if self.evidence is not None:
+            yield Needed(self.evidence, pool, tuple(range(self.settings.evidence_draws)))
+
+    def work(self) -> tuple[str, float]:
+        return self.features.backbone.name, 1
+
 
 @dataclass(frozen=True, kw_only=True)
-class LoraSpec:
+class LoraSpec(StageSpec):
     """A LoRA of a diffusion model.
 
     In a later round it is a copy of that of the round before if the share `enough_kept` of its
     labels is equal. With equal labels the training would give the same adapters.
     """
+
+    stage, title, process, guess, counts = "lora", "LoRA", "generator", 0.15, "steps"
+    modules = (*_DRAWING, "air_core.diffusion.lora")
 
     labels: LabelsSpec
     model: Ref
@@ -550,10 +722,27 @@ class LoraSpec:
     classes: int = field(default=0, compare=False)  # of the dataset; not in the key
     code: str = added("")
 
+    def _words(self) -> list[str]:
+        return [self.labels.slug, f"r{self.training.rank}"]
+
+    def inputs(self, classes: Classes, pool: int) -> Iterator[Needed]:
+        yield Needed(self.labels)
+
+    def work(self) -> tuple[str, float]:
+        """A unit is a training step."""
+        settings = self.labels.settings
+        # A class may turn out to have fewer than `k` images.
+        whole_pool = self.labels.split.pool_size if settings.kind == "pool" else None
+        steps = self.training.steps_on(whole_pool or settings.k * self.classes)
+        return f"{self.model.name} {self.size}px batch {self.training.batch}", steps
+
 
 @dataclass(frozen=True, kw_only=True)
-class GeneratedImages:
+class GeneratedImages(RowSpec):
     """An unlimited seeded row of images for each class; the spec does not contain their number."""
+
+    stage, title, guess, shard = "images", "image blocks", 0.03, ".parquet"
+    modules = _DRAWING
 
     kind: Literal["generated"] = "generated"
     model: Ref
@@ -563,14 +752,30 @@ class GeneratedImages:
     settings: GenerationSettings
     code: str = added("")
 
+    def _words(self) -> list[str]:
+        return [self.model.name, self.lora.slug if self.lora else "base"]
+
     @property
     def block_size(self) -> int:
         return self.settings.block
 
+    def inputs(self, classes: Classes, pool: int) -> Iterator[Needed]:
+        if self.lora is not None:
+            yield Needed(self.lora)
+
+    def work(self) -> tuple[str, float]:
+        """A unit is an image."""
+        drawn = self.settings
+        kind = f"{self.model.name} {drawn.size}px {drawn.num_inference_steps} steps"
+        return kind, self.block_size
+
 
 @dataclass(frozen=True, kw_only=True)
-class FolderImages:
+class FolderImages(RowSpec):
     """Ready images, with one folder for each class."""
+
+    stage, title, guess, shard = "images", "image blocks", 0.03, ".parquet"
+    modules = _DRAWING
 
     kind: Literal["folder"] = "folder"
     model: Ref
@@ -579,14 +784,27 @@ class FolderImages:
     block: int
     code: str = added("")
 
+    def _words(self) -> list[str]:
+        return [self.model.name]
+
     @property
     def block_size(self) -> int:
         return self.block
 
+    @property
+    def is_quick(self) -> bool:
+        return True
+
+    def work(self) -> tuple[str, float]:
+        return "ready images", self.block_size
+
 
 @dataclass(frozen=True, kw_only=True)
-class SyntheticFeaturesSpec:
+class SyntheticFeaturesSpec(RowSpec):
     """Features of synthetic images, encoded by a frozen CLIP: a row like that of the images."""
+
+    stage, title, process, shard = "synthetic", "image features", "encoder", ".safetensors"
+    modules = (*_LOADED_CLIP, *_IMAGES)
 
     images: GeneratedImages | FolderImages
     backbone: Ref
@@ -594,18 +812,51 @@ class SyntheticFeaturesSpec:
     level: Level = later("features", "features or tokens")
     code: str = added("")
 
-    def blocks(self, images_per_class: int) -> int:
-        """Number of blocks of a class that contain its first `images_per_class` images."""
-        return -(-images_per_class // self.images.block_size)
+    def _words(self) -> list[str]:
+        tokens = ["tokens"] if self.level == "tokens" else []
+        return [self.images.slug, self.backbone.name, *tokens]
+
+    @property
+    def block_size(self) -> int:
+        return self.images.block_size
+
+    @property
+    def is_quick(self) -> bool:
+        return self.images.is_quick
+
+    @property
+    def rows(self) -> tuple[StageSpec, ...]:
+        return self.images, self
+
+    def inputs(self, classes: Classes, pool: int) -> Iterator[Needed]:
+        yield from self.images.inputs(classes, pool)
+
+    def name_of(self, index: int) -> str:
+        return self.images.classnames[index]
+
+    def work(self) -> tuple[str, float]:
+        return self.images.work()
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvidenceSpec:
+class EvidenceSpec(RowSpec):
     """Denoising errors of the pool images of a split, for each class of the pool.
 
     An unlimited row of draws for each block of images; the spec contains neither the number of
     draws nor that of images. The images are in a random order, so the first ones are a sample.
     """
+
+    stage, title, guess, shard = "evidence", "denoising errors", 0.004, ".safetensors"
+    modules = (
+        *_LOADED_CLIP,
+        *_DRAWING,
+        *_SCORING,
+        "air_core.auxiliary.lda",
+        "air_core.diffusion.evidence",
+        "air_core.diffusion.lora",
+        "air_core.evidence",
+        "air_core.lora_labels",
+    )
 
     features: FeaturesSpec
     split: SplitSettings
@@ -619,18 +870,55 @@ class EvidenceSpec:
     images_per_class: int = added(0)
     code: str = added("")
 
+    def _words(self) -> list[str]:
+        return [(self.lora or self.features).slug, self.model.name]
+
     @property
     def block_size(self) -> int:
         return self.scoring.block
 
-    def blocks(self, images: int) -> int:
-        """Number of blocks that contain the first `images` images."""
-        return -(-images // self.block_size)
+    def shards(self, images: int, indices: Classes) -> list[tuple[int, int]]:
+        """The draws of one block come one after another, since they need the same images."""
+        return [(draw, block) for block in range(self.blocks(images)) for draw in indices]
+
+    def name_of(self, index: int) -> str:
+        return f"draw {index}"
+
+    def inputs(self, classes: Classes, pool: int) -> Iterator[Needed]:
+        yield Needed(self.features)
+        if self.lora is not None:
+            yield Needed(self.lora)
+        if self.images is not None:
+            yield Needed(self.images, self.images_per_class, classes)
+
+    def work(self) -> tuple[str, float]:
+        """A unit is an image."""
+        scoring = self.scoring
+        kind = f"{self.model.name} {self.size}px {self.features.dataset.name}"
+        kind += f" top {scoring.top or 'all'}"
+        if scoring.prune_after is not None:
+            kind += f" {scoring.prune_to} after {scoring.prune_after}"
+        return kind, self.block_size
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrialSpec:
+class TrialSpec(StageSpec):
     """One trial. `air_core.specs.flat` converts it to flat keys such as `lora.rank`."""
+
+    stage, recipe, title, process = "trials", 2, "trials", "trial"
+    modules = (
+        *_CLIP,
+        *_SCORING,
+        "air_core.evaluation",
+        "air_core.evidence",
+        "air_core.fusion",
+        "air_core.method",
+        "air_core.prompts",
+        "air_core.prompts.text",
+        "air_core.pseudo_labels",
+        "air_core.side_by_side",
+        "air_core.training",
+    )
 
     dataset: Ref
     classnames: tuple[str, ...] = ()  # of the dataset; not in the key
@@ -714,6 +1002,22 @@ class TrialSpec:
     prompt: PromptSettings = group(PromptSettings(), used_if=lambda s: s.iterations > 0)
     train: TrainSettings = group(TrainSettings(), used_if=lambda s: s.iterations > 0)
     seed: int = knob(0, "prompt start and batch order", ge=0, used_if=lambda s: s.iterations > 0)
+
+    def _words(self) -> list[str]:
+        other = ["on", self.test_dataset.name] if self.test_dataset else []
+        return [self.dataset.name, self.paradigm, self.modality, f"s{self.seed}", *other]
+
+    def inputs(self, classes: Classes, pool: int) -> Iterator[Needed]:
+        read = (self.features, self.tokens, self.test_features, self.test_tokens)
+        yield from (Needed(spec) for spec in read if spec is not None)
+        if (row := self.synthetic_features) is not None:
+            yield Needed(row, self.images_per_class, classes)
+        if (labels := self.lora_labels) is not None:
+            yield Needed(labels)
+        if (errors := self.evidence_errors) is not None:
+            yield Needed(errors, self.scored_images, tuple(range(self.evidence.draws)))
+        if (tokens := self.synthetic_tokens) is not None:
+            yield Needed(tokens, self.images_per_class, classes)
 
     # Specs of the stages that this trial depends on.
 
@@ -909,3 +1213,15 @@ def _synthetic(spec: TrialSpec, images: GeneratedImages | FolderImages) -> Synth
         precision=spec.precision,
         code=spec.code_of("synthetic"),
     )
+
+
+STAGES: tuple[type[StageSpec], ...] = (
+    FeaturesSpec,
+    LabelsSpec,
+    LoraSpec,
+    GeneratedImages,
+    FolderImages,
+    SyntheticFeaturesSpec,
+    EvidenceSpec,
+    TrialSpec,
+)

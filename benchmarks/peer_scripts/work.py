@@ -42,18 +42,13 @@ def store():
 def prepare(specs: list) -> None:
     """Build the features, labels, LoRA and images that the trials read, each once."""
     from orchestrator.planning import requirements_of
-    from orchestrator.stages import build
+    from orchestrator.stages import stage_module
     from orchestrator.stages.context import WorkerContext
 
     worker = WorkerContext(store())
-    makers = {
-        "features": build.build_features,
-        "labels": build.build_labels,
-        "lora": build.build_lora,
-    }
     for requirement in requirements_of(specs):
-        if requirement.stage in makers:
-            makers[requirement.stage](requirement.spec, worker)
+        if not requirement.rows:
+            stage_module(requirement.spec).build(requirement.spec, worker)
             continue
         left = requirement.missing(worker.store)
         parts = [left[start::WORKERS] for start in range(WORKERS)]
@@ -64,7 +59,8 @@ def draw(row, blocks) -> None:
     import torch
 
     from orchestrator.stages.context import WorkerContext
-    from orchestrator.stages.image_rows import build_image_block, open_generator
+    from orchestrator.stages.images import build as build_image_block
+    from orchestrator.stages.images import open_generator
 
     torch.set_num_threads(1)
     worker = WorkerContext(store())
@@ -79,9 +75,9 @@ def one_trial(name: str, spec) -> dict[str, float]:
 
     from air_core.datasets import get_dataset
     from air_core.method import TrialData, learn
-    from orchestrator.stages.build import read_target
     from orchestrator.stages.context import WorkerContext
-    from orchestrator.stages.image_rows import read_synthetic
+    from orchestrator.stages.features import read_target
+    from orchestrator.stages.images import read_synthetic
 
     torch.set_num_threads(1)
     target = read_target(spec.features, spec.split, store())

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from air_core.specs import STAGES
 from orchestrator.formatting import aligned, format_bytes, relative_path
-from orchestrator.keys import STAGES
 from orchestrator.store.gc import GcPlan, Removal, StoreRequirements, merge_shards
 from orchestrator.store.integrity import VerificationReport
 from orchestrator.store.inventory import Inventory
@@ -53,7 +53,7 @@ def listing(inventory: Inventory, requirements: StoreRequirements) -> dict[str, 
                 "unneeded_bytes": unneeded_bytes,
             }
         )
-    ordered = [stage for stage in STAGES if stage in stages]
+    ordered = [stage for stage in dict.fromkeys(s.stage for s in STAGES) if stage in stages]
     return {
         "store": inventory.store.name,
         "bytes": sum(group["bytes"] for group in stages.values()),

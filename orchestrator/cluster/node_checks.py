@@ -27,7 +27,7 @@ from orchestrator.errors import Refused
 from orchestrator.failures import first_line
 from orchestrator.formatting import format_bytes, plural
 from orchestrator.planning import Plan
-from orchestrator.planning.resources import bytes_left
+from orchestrator.planning.checks import bytes_left
 from orchestrator.store import ArtifactStore, SweepLocation
 
 CHECKS = ("answers", "versions", "code", "store", "room", "files", "gpu")

@@ -20,21 +20,17 @@ import numpy as np
 import ray
 import torch
 from ray.data import ActorPoolStrategy
-from safetensors.numpy import load
 
-from air_core.datasets.class_folders import class_files
-from air_core.specs import EvidenceSpec, FolderImages, SyntheticFeaturesSpec
+from air_core.specs import RowSpec
 from orchestrator.cluster.session import prepare_worker, quiet_data_context
 from orchestrator.execution._allocation import PoolStatistics
 from orchestrator.execution._progress import ProgressReporter, report_working
 from orchestrator.execution._state import PreparationContext
 from orchestrator.failures import CLASSES, Failure, classify
 from orchestrator.planning import Requirement, artifact_title
-from orchestrator.planning.resolve import images_folder
 from orchestrator.redact import redact
+from orchestrator.stages import stage_module
 from orchestrator.stages.context import WorkerContext, limit_gpu_memory
-from orchestrator.stages.evidence import BlockScorer, build_evidence_block
-from orchestrator.stages.image_rows import block_counts, build_image_block, open_generator
 from orchestrator.store import ArtifactStore
 from orchestrator.store.artifacts import devices
 
@@ -91,10 +87,10 @@ class GeneratorActor:
         while True:
             try:
                 worker = self.worker.with_smaller_batch(self.thrift)
-                if isinstance(spec, EvidenceSpec):
-                    return build_evidence_block(spec, c, block, worker, lambda: self._model(row))
-                assert isinstance(spec, SyntheticFeaturesSpec)
-                return build_image_block(spec, c, block, worker, lambda: self._model(row))
+                made: dict[str, Any] = stage_module(spec).build(
+                    spec, c, block, worker, lambda: self._model(row)
+                )
+                return made
             except Exception as problem:
                 if classify(problem) != "oom" or self.thrift == MAX_THRIFT:
                     raise
@@ -104,12 +100,7 @@ class GeneratorActor:
         if self.loaded is None or self.loaded[0] != row:
             started, spec = time.monotonic(), self.specs[row]
             self.loaded = None  # free the last LoRA before the next is loaded
-            if isinstance(spec, EvidenceSpec):
-                self.loaded = (row, BlockScorer.open(spec, self.worker))
-            else:
-                assert isinstance(spec, SyntheticFeaturesSpec)
-                self.loaded = (row, open_generator(spec.images, self.worker, self.thrift))
-                self.worker.backbone(spec.backbone, spec.precision)  # encodes the block
+            self.loaded = (row, stage_module(spec).open_model(spec, self.worker, self.thrift))
             self.startup += time.monotonic() - started
         return self.loaded[1]
 
@@ -259,15 +250,8 @@ class _Generation:
         """The counts of an unread shard, from the store. It is then no longer unread."""
         self.unread.remove(shard)
         row, c, block = shard
-        spec, counts = self.requirements[row].spec, dict(NO_COUNTS)
-        if isinstance(spec, SyntheticFeaturesSpec):
-            ok = load(self.worker.store.row(spec).read(c, block))["ok"].tolist()
-            files = None
-            if isinstance(spec.images, FolderImages):
-                name = spec.images.classnames[c]
-                files = class_files(images_folder(spec.images.model.name), [name])[name]
-            counts |= block_counts(ok, block, files)
-        return counts
+        spec, store = self.requirements[row].spec, self.worker.store
+        return {**NO_COUNTS, **stage_module(spec).stored_counts(spec, c, block, store)}
 
     def _take_result(self, result: dict[str, Any]) -> None:
         requirement = self.requirements[result["row"]]
@@ -279,10 +263,8 @@ class _Generation:
             self.listener.on_prepared(requirement, result["seconds"], result)
             return
         self.tried.add(_shard(result))
-        spec, c = requirement.spec, result["class"]
-        name = f"draw {c}"
-        if isinstance(spec, SyntheticFeaturesSpec):
-            name = spec.images.classnames[c]
+        assert isinstance(requirement.spec, RowSpec)
+        name = requirement.spec.name_of(result["class"])
         message = f"{name}, block {result['block']}: {result['error']}"
         self.errors.setdefault(requirement, []).append((result["failure_class"], message))
         # After a failure such as a full disk, further images could not be stored.

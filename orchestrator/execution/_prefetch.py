@@ -10,9 +10,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from air_core.specs import FeaturesSpec, LabelsSpec, LoraSpec, SyntheticFeaturesSpec
+from air_core.specs import FeaturesSpec, LoraSpec, StageSpec, SyntheticFeaturesSpec
 from orchestrator.execution._state import PreparationContext, RunState
 from orchestrator.failures import first_line
 from orchestrator.planning import (
@@ -43,19 +43,13 @@ def missing_without_images(
     return [
         requirement
         for requirement in requirements
-        if _needs_no_images(requirement.spec) and requirement.have(store) == 0
+        if not _needs_images(requirement.spec) and requirement.have(store) == 0
     ]
 
 
-def _needs_no_images(spec: Any) -> bool:
-    match spec:
-        case FeaturesSpec():
-            return True
-        case LabelsSpec():
-            return spec.images is None
-        case LoraSpec():
-            return spec.labels.images is None
-    return False
+def _needs_images(spec: StageSpec) -> bool:
+    """Whether an artifact is a row, or made from one."""
+    return bool(spec.rows) or any(_needs_images(needed.spec) for needed in spec.inputs((), 0))
 
 
 def waves(
@@ -90,7 +84,7 @@ def waves(
 
 
 def _lora_count(requirements: Iterable[Requirement]) -> int:
-    return sum(isinstance(requirement.spec, LoraSpec) for requirement in requirements)
+    return sum(requirement.stage == LoraSpec.stage for requirement in requirements)
 
 
 class Prefetch:

@@ -7,28 +7,25 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import ray
 import torch
 
 from air_core.backbone.loading import import_open_clip_alone
-from air_core.specs import FeaturesSpec, LabelsSpec, LoraSpec
+from air_core.specs import StageSpec
 from orchestrator.cluster.session import prepare_worker
 from orchestrator.execution._generation import draw, reset_crashes
 from orchestrator.execution._progress import ProgressReporter, report_working
+from orchestrator.execution._state import PreparationContext
 from orchestrator.failures import CLASSES, Failure, classify, classify_death
 from orchestrator.keys import artifact_key
 from orchestrator.planning import Requirement, artifact_title
 from orchestrator.planning.cards import Row, card_files
 from orchestrator.planning.estimate import startup_seconds
 from orchestrator.planning.plan import build_level, independent_of
-from orchestrator.stages import audits
-from orchestrator.stages.build import build_features, build_labels, build_lora
+from orchestrator.stages import audits, stage_module
 from orchestrator.stages.context import WorkerContext, limit_gpu_memory
-
-if TYPE_CHECKING:
-    from orchestrator.execution._state import PreparationContext, RunState
 
 T = TypeVar("T")
 
@@ -66,31 +63,18 @@ def prepare(requirements: Sequence[Requirement], context: PreparationContext) ->
 
 
 def _levels(missing: Sequence[Requirement]) -> dict[Requirement, int]:
-    """Sort requirements into levels, in an order that starts few processes.
-
-    Labels are made by the process that trains a LoRA on them, except those that evidence chose:
-    classes that it disputes are reported before the LoRA is trained. Rows without LoRA are drawn
-    together with the last row.
-    """
+    """Sort requirements into levels, in an order that starts few processes: rows without LoRA are
+    drawn together with the last row."""
     levels = {requirement: build_level(requirement.spec) for requirement in missing}
-    trained_on = {
-        requirement.spec.labels
-        for requirement in missing
-        if isinstance(requirement.spec, LoraSpec) and requirement.spec.labels.evidence is None
-    }
-    last = max(
-        (levels[requirement] for requirement in missing if requirement.stage == "images"), default=0
-    )
+    last = max((levels[requirement] for requirement in missing if requirement.rows), default=0)
     for requirement in missing:
-        if requirement.spec in trained_on:
-            levels[requirement] += 1
-        elif requirement.stage == "images" and levels[requirement] == 1:
+        if requirement.rows and levels[requirement] == 1:
             levels[requirement] = last
     return levels
 
 
 def _build_artifact(
-    spec: Any, worker: WorkerContext, gpu: float, progress_actor: Any
+    spec: StageSpec, worker: WorkerContext, gpu: float, progress_actor: Any
 ) -> tuple[float, dict[str, Any]]:
     """Task on a worker: make one artifact; returns its seconds and facts."""
     import_open_clip_alone()
@@ -98,45 +82,26 @@ def _build_artifact(
     limit_gpu_memory(gpu)
     prepare_worker(worker.variables, worker.plugins)
     started = time.monotonic()
-    unit = "steps" if isinstance(spec, LoraSpec) else "images"
-    reporter = ProgressReporter(progress_actor, artifact_title(artifact_key(spec)), unit)
+    reporter = ProgressReporter(progress_actor, artifact_title(artifact_key(spec)), spec.counts)
     worker.store.locks.on_wait = reporter.report_wait
-    startup: float | None = 0.0
+    steps: list[tuple[int, float]] = []  # finished steps, and seconds until then
+
+    def report(done: int, total: int) -> None:
+        steps.append((done, time.monotonic() - started))
+        reporter(done, total)
+
     with report_working(progress_actor):
-        match spec:
-            case FeaturesSpec():
-                artifact = build_features(spec, worker, reporter)
-            case LabelsSpec():
-                artifact = build_labels(spec, worker)
-            case LoraSpec():
-                build_labels(spec.labels, worker)  # if they are missing
-                steps: list[tuple[int, float]] = []  # finished steps, and seconds until then
-
-                def report(step: int, total: int, loss: float) -> None:
-                    steps.append((step, time.monotonic() - started))
-                    reporter(step, total)
-
-                artifact = build_lora(spec, worker, report)
-                startup = startup_seconds(steps, time.monotonic() - started)
-            case _:
-                raise TypeError(type(spec).__name__)
-    return time.monotonic() - started, {**artifact.record["info"], "startup": startup}
+        artifact = stage_module(spec).build(spec, worker, report)
+    seconds = time.monotonic() - started
+    startup = startup_seconds(steps, seconds) if spec.counts == "steps" else 0.0
+    return seconds, {**artifact.record["info"], "startup": startup}
 
 
 def _build_side_by_side(
     requirements: Sequence[Requirement], context: PreparationContext
 ) -> Generator[None, None, list[tuple[Requirement, Failure]]]:
     worker, resources, listener = context.worker, context.resources, context.listener
-    made_with_lora = {
-        requirement.spec.labels
-        for requirement in requirements
-        if isinstance(requirement.spec, LoraSpec)
-    }
-    waiting = deque(
-        (requirement, worker)
-        for requirement in requirements
-        if requirement.spec not in made_with_lora
-    )
+    waiting = deque((requirement, worker) for requirement in requirements)
     running: dict[Any, Requirement] = {}
     tries: Counter[tuple[Requirement, str]] = Counter()
     failures = []
@@ -173,8 +138,6 @@ def _build_side_by_side(
                 retry_worker = worker.with_smaller_batch(tries[requirement, "oom"])
                 waiting.append((requirement, retry_worker))
                 continue
-            if isinstance(requirement.spec, LoraSpec):
-                _report_labels(requirement.spec.labels, requirements, worker, listener)
             listener.on_prepared(requirement, seconds, facts)
     return failures
 
@@ -186,19 +149,6 @@ def _failure(problem: Exception) -> Failure:
         return Failure(classify(cause), f"{type(cause).__name__}: {cause}")
     message = f"{type(problem).__name__}: {problem}"
     return Failure(classify_death(message), message.partition("\n")[0])
-
-
-def _report_labels(
-    labels: LabelsSpec,
-    requirements: Sequence[Requirement],
-    worker: WorkerContext,
-    listener: RunState,
-) -> None:
-    """Report labels as prepared, once the LoRA that is trained on them is complete."""
-    for requirement in requirements:
-        if requirement.spec == labels:
-            record = worker.store.record(labels)
-            listener.on_prepared(requirement, record["seconds"], record["info"])
 
 
 def audit(

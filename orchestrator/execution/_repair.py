@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from air_core.specs import FeaturesSpec
+from air_core.specs import StageSpec
+from air_core.specs.normal import normalised
 from orchestrator.errors import DamagedArtifact
-from orchestrator.keys import Stage
 from orchestrator.planning import (
     Plan,
     Requirement,
@@ -68,9 +68,9 @@ def _checks(
     for digest, trial in trials.items():
         yield partial(store.check, trial), digest
     unfinished = [cell for cell in plan.cells if plan.left[cell.id]]
-    requirements = requirements_of(
-        possible_trials(unfinished, plan.sweep.seeds.assignments(), resolver)
-    )
+    possible = list(possible_trials(unfinished, plan.sweep.seeds.assignments(), resolver))
+    read = {needed.spec for trial in map(normalised, possible) for needed in trial.inputs((), 0)}
+    requirements = requirements_of(possible)
     for requirement in requirements:
         if requirement.rows:
             row = store.row(requirement.spec)
@@ -79,14 +79,12 @@ def _checks(
                 yield partial(row.check, c, block), lock
         # Labels and LoRA are read only while images are drawn. A damaged LoRA whose images are
         # complete is not trained again.
-        elif isinstance(requirement.spec, FeaturesSpec) or _is_needed_to_draw(
-            requirement.spec, requirements, store
-        ):
+        elif requirement.spec in read or _is_needed_to_draw(requirement.spec, requirements, store):
             yield partial(store.check, requirement.spec), requirement.key.digest
 
 
 def _is_needed_to_draw(
-    spec: Stage, requirements: Sequence[Requirement], store: ArtifactStore
+    spec: StageSpec, requirements: Sequence[Requirement], store: ArtifactStore
 ) -> bool:
     """Whether images are missing that are drawn with this LoRA, or one trained on these labels."""
     rows = (requirement for requirement in requirements if requirement.rows)

@@ -54,11 +54,11 @@ from orchestrator.planning import (
     unschedulable_reason,
 )
 from orchestrator.planning.budget import BudgetTracker
+from orchestrator.planning.checks import full_disk_message
 from orchestrator.planning.estimate import mean_seconds, read_history, record_measurements
 from orchestrator.planning.plan import plan_sweep
 from orchestrator.planning.requests import complete_origin
 from orchestrator.planning.resolve import text_digest
-from orchestrator.planning.resources import full_disk_message
 from orchestrator.plugins import described_plugin, plugin_file
 from orchestrator.reporting import plan_status, sweep_status
 from orchestrator.spec import Cell, SweepSpec, notes_of

@@ -3,6 +3,7 @@
 Also searches (one Optuna study per cell), budgets, and estimates of time and disk space.
 """
 
+from orchestrator.planning.checks import unschedulable_reason
 from orchestrator.planning.outcome import Outcome, OutcomeTracker
 from orchestrator.planning.plan import (
     Plan,
@@ -18,7 +19,7 @@ from orchestrator.planning.plan import (
 )
 from orchestrator.planning.requests import SweepRequest, plan_of, read_request
 from orchestrator.planning.resolve import Resolver, refs_of, resolver_of
-from orchestrator.planning.resources import Machine, ray_resources, unschedulable_reason
+from orchestrator.planning.resources import Machine, ray_resources
 
 __all__ = [
     "Machine",

@@ -16,7 +16,7 @@ from air_core.specs import FeaturesSpec, SplitSettings, TrialSpec
 from air_core.specs.conditions import uses_generator
 from air_core.specs.normal import normalised
 from orchestrator.formatting import aligned_table, format_percent, format_value
-from orchestrator.keys import artifact_key, digest, slug
+from orchestrator.keys import artifact_key, digest
 from orchestrator.planning.plan import Requirement, possible_trials, requirements_of
 from orchestrator.planning.resolve import Resolver
 from orchestrator.spec import Cell
@@ -54,7 +54,7 @@ class AgreementRow:
     def name(self) -> str:
         """Stem of the card's file."""
         identity = digest([artifact_key(self.features).digest, asdict(self.split)])
-        return f"audit-agreement-{slug(self.features)}-{identity[:12]}"
+        return f"audit-agreement-{self.features.slug}-{identity[:12]}"
 
     @property
     def inputs_digest(self) -> str:

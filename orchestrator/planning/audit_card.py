@@ -19,7 +19,7 @@ from air_core.specs import (
 )
 from air_core.specs.normal import normalised
 from orchestrator.formatting import aligned
-from orchestrator.keys import artifact_key, digest, slug
+from orchestrator.keys import artifact_key, digest
 from orchestrator.planning.plan import Requirement, requirements_of
 
 EDITION = 1  # increase it when the audit computes other numbers for the same images
@@ -52,7 +52,7 @@ class AuditRow:
     def name(self) -> str:
         """Stem of the card's files."""
         identity = digest([artifact_key(self.row).digest, artifact_key(self.features).digest])
-        return f"audit-{slug(self.row)}-{identity[:12]}"
+        return f"audit-{self.row.slug}-{identity[:12]}"
 
     @property
     def inputs_digest(self) -> str:

@@ -17,15 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from air_core.seal import sealed_json
-from air_core.specs import (
-    EvidenceSpec,
-    FeaturesSpec,
-    GeneratedImages,
-    LabelsSpec,
-    LoraSpec,
-    SyntheticFeaturesSpec,
-    TrialSpec,
-)
+from air_core.specs import STAGES, StageSpec, TrialSpec
 from air_core.specs.conditions import trains_on_real, trains_on_synthetic, uses_auxiliary
 from orchestrator.planning.resources import Machine, process_capacity, this_machine
 from orchestrator.spec import Resources
@@ -76,14 +68,10 @@ class Pace:
 
 
 # Pace of a stage without measurements: tiny models and digits on one CPU core.
-GUESS = {
-    "features": Pace(8.0, 1.0),
-    "labels": Pace(1.0, 1.0),
-    "lora": Pace(0.15, 1.0),
-    "images": Pace(0.03, 1.0),
-    "evidence": Pace(0.004, 1.0),
-    "trials": Pace(0.0025, 1.0, startup=1.5, starts=1.0),
-}
+GUESS = {spec.stage: Pace(spec.guess, 1.0) for spec in STAGES}
+GUESS["trials"] = Pace(0.0025, 1.0, startup=1.5, starts=1.0)
+# Stages whose shards a pool of generators makes.
+_DRAWN = {spec.stage for spec in STAGES if spec.shard and spec.process == "generator"}
 Measured = Mapping[str, Mapping[str, Pace]]  # by stage and kind
 
 
@@ -118,42 +106,14 @@ class Estimate:
         }
 
 
-def stage_work(spec: Any, units: float = 1) -> Work:
+def stage_work(spec: StageSpec, parts: float = 1) -> Work:
     """The work of building an artifact.
 
     Args:
-        units: shards to build, for a row of images; 1 for any other artifact.
+        parts: shards to build, for a row; 1 for any other artifact.
     """
-    match spec:
-        case FeaturesSpec():
-            kind = f"{spec.dataset.name} {spec.backbone.name} {spec.level}"
-            return Work("features", kind, units, units)
-        case LabelsSpec():
-            return Work("labels", spec.features.backbone.name, units, units)
-        case LoraSpec():
-            kind = f"{spec.model.name} {spec.size}px batch {spec.training.batch}"
-            steps = spec.training.steps_on(_lora_images(spec.labels, spec.classes))
-            return Work("lora", kind, units * steps, units)
-        case SyntheticFeaturesSpec(images=GeneratedImages() as images):
-            drawn = images.settings
-            kind = f"{images.model.name} {drawn.size}px {drawn.num_inference_steps} steps"
-            return Work("images", kind, units * images.block_size, units)
-        case SyntheticFeaturesSpec(images=images):
-            return Work("images", "ready images", units * images.block_size, units)
-        case EvidenceSpec():
-            scoring = spec.scoring
-            kind = f"{spec.model.name} {spec.size}px {spec.features.dataset.name}"
-            kind += f" top {scoring.top or 'all'}"
-            if scoring.prune_after is not None:
-                kind += f" {scoring.prune_to} after {scoring.prune_after}"
-            return Work("evidence", kind, units * spec.block_size, units)
-    raise TypeError(type(spec).__name__)
-
-
-def _lora_images(labels: LabelsSpec, classes: int) -> int:
-    """Images that a LoRA is trained on; a class may turn out to have fewer than `k`."""
-    whole_pool = labels.split.pool_size if labels.settings.kind == "pool" else None
-    return whole_pool or labels.settings.k * classes
+    kind, units = spec.work()
+    return Work((spec.rows or (spec,))[0].stage, kind, parts * units, parts)
 
 
 def trial_work(
@@ -276,7 +236,7 @@ def _wall(
         workers = process_capacity(resources.process_resources(stage), machines)
         if not workers:
             return None
-        if stage in ("images", "evidence"):
+        if stage in _DRAWN:
             workers = min(workers, resources.generator.actors or workers)
         total += seconds / min(workers, jobs[stage])
     return total

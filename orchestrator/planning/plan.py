@@ -14,19 +14,11 @@ from typing import Any, Literal
 
 from air_core.components import is_component
 from air_core.paradigms import seen_unseen
-from air_core.specs import (
-    EvidenceSpec,
-    FeaturesSpec,
-    GeneratedImages,
-    LabelsSpec,
-    LoraSpec,
-    SyntheticFeaturesSpec,
-    TrialSpec,
-)
+from air_core.specs import STAGES, RowSpec, StageSpec, SyntheticFeaturesSpec, TrialSpec
 from air_core.specs.conditions import labels_use_evidence, uses_evidence
 from air_core.specs.flat import trial_keys
 from air_core.specs.normal import normalised, used_components
-from orchestrator.keys import ArtifactKey, Stage, artifact_key
+from orchestrator.keys import ArtifactKey, artifact_key
 from orchestrator.planning.estimate import Estimate, Work, estimate, stage_work, trial_work
 from orchestrator.planning.resolve import InvalidSetting, Resolver
 from orchestrator.planning.studies import (
@@ -98,45 +90,29 @@ class Slot:
 class Requirement:
     """An artifact that trials read; of a row, a number of images of some classes or draws."""
 
-    spec: FeaturesSpec | LabelsSpec | LoraSpec | SyntheticFeaturesSpec | EvidenceSpec
+    spec: StageSpec
     images: int = 0  # per class or draw; 0 except for a row
     classes: tuple[int, ...] = ()  # label indices, or numbers of draws; empty except for a row
     # Of a row without LoRA that no trial reads: the rows that it is compared with.
-    compared_with: tuple[SyntheticFeaturesSpec, ...] = field(default=(), compare=False)
+    compared_with: tuple[StageSpec, ...] = field(default=(), compare=False)
 
     @property
-    def stage(self) -> str:
-        return "images" if isinstance(self.spec, SyntheticFeaturesSpec) else self.key.stage
+    def rows(self) -> tuple[StageSpec, ...]:
+        """The specs of the rows in the store; empty for other artifacts."""
+        return self.spec.rows
 
     @property
     def key(self) -> ArtifactKey:
-        spec = self.spec
-        return artifact_key(spec.images if isinstance(spec, SyntheticFeaturesSpec) else spec)
+        return artifact_key((self.rows or (self.spec,))[0])
 
     @property
-    def rows(self) -> tuple[Stage, ...]:
-        """The specs of the rows in the store; empty for other artifacts."""
-        match self.spec:
-            case SyntheticFeaturesSpec():
-                return self.spec.images, self.spec
-            case EvidenceSpec():
-                return (self.spec,)
-        return ()
+    def stage(self) -> str:
+        return self.key.stage
 
     def shards(self) -> list[tuple[int, int]]:
-        """The shards of a row as (class or draw, block), in the order in which they are made.
-
-        The draws of one block come one after another, since they need the same images.
-        """
-        blocks = range(self._blocks)
-        if isinstance(self.spec, EvidenceSpec):
-            return [(draw, block) for block in blocks for draw in self.classes]
-        return list(itertools.product(self.classes, blocks))
-
-    @property
-    def _blocks(self) -> int:
-        assert isinstance(self.spec, SyntheticFeaturesSpec | EvidenceSpec)
-        return self.spec.blocks(self.images)
+        """The shards of a row as (class or draw, block), in the order in which they are made."""
+        assert isinstance(self.spec, RowSpec)
+        return self.spec.shards(self.images, self.classes)
 
     def missing(self, store: ArtifactStore) -> list[tuple[int, int]]:
         """The shards of a row of which images, features or errors are missing."""
@@ -150,8 +126,8 @@ class Requirement:
 
     def have(self, store: ArtifactStore) -> int:
         """Number of parts in the store: shards of a row; 0 or 1 for any other artifact."""
-        if self.rows:
-            classes, blocks = {*self.classes}, self._blocks
+        if isinstance(self.spec, RowSpec):
+            classes, blocks = {*self.classes}, self.spec.blocks(self.images)
             return sum(c in classes and block < blocks for c, block in self._present(store))
         return int(store.has(self.spec))
 
@@ -161,21 +137,16 @@ class Requirement:
 
     def total(self) -> int:
         """Number of required parts, as `have` counts them."""
-        return len(self.classes) * self._blocks if self.rows else 1
+        if isinstance(self.spec, RowSpec):
+            return len(self.classes) * self.spec.blocks(self.images)
+        return 1
 
     def is_complete(self, store: ArtifactStore) -> bool:
         """Whether the store has all parts."""
         return self.have(store) == self.total()
 
 
-# Stages in messages and on screens.
-STAGE_TITLES = {
-    "features": "CLIP features",
-    "labels": "pseudo-labels",
-    "lora": "LoRA",
-    "images": "image blocks",
-    "evidence": "denoising errors",
-}
+STAGE_TITLES = {spec.stage: spec.title for spec in STAGES}  # in messages and on screens
 
 
 def artifact_title(key: ArtifactKey) -> str:
@@ -512,27 +483,11 @@ def requirements_of(trials: Iterable[TrialSpec]) -> list[Requirement]:
 
 
 def _requirements(trial: TrialSpec) -> Iterator[Requirement]:
-    read = (trial.features, trial.tokens, trial.test_features, trial.test_tokens)
-    yield from (Requirement(spec) for spec in read if spec is not None)
     classes = tuple(range(len(trial.classnames)))
     if trial.paradigm == "trzsl" and len(classes) > 1:
         _, classes = seen_unseen(len(classes), trial.class_seed)  # images of unseen classes only
-    row = trial.synthetic_features
-    if row is not None:
-        yield from _row_requirements(row, trial.images_per_class, classes, trial.pool_images)
-    if trial.lora_labels is not None:
-        yield Requirement(trial.lora_labels)
-    evidence = trial.evidence_errors
-    if evidence is not None:
-        if evidence.lora is not None:
-            yield from _lora_requirements(evidence.lora, classes, trial.pool_images)
-        if evidence.images is not None:
-            disputed_by = evidence.images_per_class
-            yield from _row_requirements(evidence.images, disputed_by, classes, trial.pool_images)
-        yield Requirement(evidence, trial.scored_images, tuple(range(trial.evidence.draws)))
-    if trial.synthetic_tokens is not None:
-        yield Requirement(trial.synthetic_tokens, trial.images_per_class, classes)
-    base = trial.base_images
+    yield from _inputs(trial, classes, trial.pool_images)
+    base, row = trial.base_images, trial.synthetic_features
     if base is not None and row is not None:
         spec = SyntheticFeaturesSpec(
             images=base, backbone=trial.backbone, precision=trial.precision
@@ -540,32 +495,11 @@ def _requirements(trial: TrialSpec) -> Iterator[Requirement]:
         yield Requirement(spec, BASE_PER_CLASS, classes, (row,))
 
 
-def _row_requirements(
-    row: SyntheticFeaturesSpec, images_per_class: int, classes: tuple[int, ...], pool: int
-) -> Iterator[Requirement]:
-    images = row.images
-    if isinstance(images, GeneratedImages) and images.lora is not None:
-        yield from _lora_requirements(images.lora, classes, pool)
-    yield Requirement(row, images_per_class, classes)
-
-
-def _lora_requirements(
-    lora: LoraSpec, classes: tuple[int, ...], pool: int
-) -> Iterator[Requirement]:
-    """The requirements of a LoRA.
-
-    Args:
-        pool: number of pool images, all of which the evidence of an earlier round scores.
-    """
-    labels = lora.labels
-    yield Requirement(labels.features)
-    if labels.images is not None:
-        images_per_class = labels.settings.images_per_class
-        yield from _row_requirements(labels.images, images_per_class, classes, pool)
-    if labels.evidence is not None:
-        yield Requirement(labels.evidence, pool, tuple(range(labels.settings.evidence_draws)))
-    yield Requirement(labels)
-    yield Requirement(lora)
+def _inputs(spec: StageSpec, classes: tuple[int, ...], pool: int) -> Iterator[Requirement]:
+    """The artifacts that a spec is made from, each after its own inputs."""
+    for needed in spec.inputs(classes, pool):
+        yield from _inputs(needed.spec, classes, pool)
+        yield Requirement(*needed)
 
 
 def contains_spec(spec: Any, part: Any) -> bool:
@@ -597,23 +531,12 @@ def independent_of(
     ]
 
 
-def build_level(spec: Any) -> int:
+def build_level(spec: StageSpec) -> int:
     """Depth of an artifact in the build order, from 1; artifacts of one level are independent."""
-    match spec:
-        case LabelsSpec():
-            inputs: list[Any] = [spec.features, spec.images, spec.evidence]
-        case LoraSpec():
-            inputs = [spec.labels]
-        case SyntheticFeaturesSpec():
-            images = spec.images
-            if spec.level == "tokens":  # after the images, which would otherwise be drawn twice
-                return 1 + build_level(replace(spec, level="features"))
-            inputs = [images.lora] if isinstance(images, GeneratedImages) else []
-        case EvidenceSpec():
-            inputs = [spec.features, spec.lora, spec.images]
-        case _:
-            inputs = []
-    return 1 + max((build_level(each) for each in inputs if each is not None), default=0)
+    if isinstance(spec, SyntheticFeaturesSpec) and spec.level == "tokens":
+        # After the images, which would otherwise be drawn twice.
+        return 1 + build_level(replace(spec, level="features"))
+    return 1 + max((build_level(needed.spec) for needed in spec.inputs((), 0)), default=0)
 
 
 # ---------------------------------------------------------------- state in the event log

@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from air_core.models.weights import local_path
-from air_core.specs import TrialSpec
+from air_core.specs import StageSpec, TrialSpec
 from orchestrator.errors import Refused, StoreRefused
-from orchestrator.keys import Stage, artifact_key
+from orchestrator.keys import artifact_key
 from orchestrator.planning.plan import (
     fp32_slots,
     known_points,
@@ -170,7 +170,7 @@ def _needed_by_cell(
     return needed
 
 
-def _digest(spec: Stage) -> str:
+def _digest(spec: StageSpec) -> str:
     return artifact_key(spec).digest[:12]
 
 

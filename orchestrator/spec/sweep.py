@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticKnownError
 
 from air_core.methods import METHODS, named_refs
-from air_core.specs import TrialSpec
+from air_core.specs import STAGES, TrialSpec
 from air_core.specs.flat import from_flat, trial_keys
 from air_core.specs.normal import normalised
 from orchestrator.keys import digest
@@ -316,12 +316,10 @@ class Resources:
 
     def process_resources(self, stage: str) -> ProcessResources:
         """Resources of a process that works on a stage."""
-        match stage:
-            case "trials":
-                return self.trial
-            case "lora" | "images" | "evidence":
-                return self.generator
-        return self.encoder_resources
+        process = next(spec.process for spec in STAGES if spec.stage == stage)
+        if process == "generator":
+            return self.generator
+        return self.trial if process == "trial" else self.encoder_resources
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)

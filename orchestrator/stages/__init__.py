@@ -1,4 +1,23 @@
 """Work inside one worker process: artifacts, blocks of images, trials, audits.
 
-The modules import torch, so nothing is imported here. Public modules: `context`, `build`,
-`image_rows`, `trial`, `side_by_side`, `audits` and `pictures`."""
+A module named after a stage makes its artifacts. `build(spec, worker, report)` makes one; of a row,
+`open_model(spec, worker, thrift)` loads what makes its shards, `build(spec, index, block, worker,
+model)` makes one shard, and `stored_counts(spec, index, block, store)` counts its content. The
+modules import torch, so nothing is imported here.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+from air_core.specs import StageSpec
+
+
+def stage_module(spec: StageSpec) -> ModuleType:
+    """The module that makes the artifacts of a spec; of rows made together, that of the first."""
+    return import_module(f"orchestrator.stages.{(spec.rows or (spec,))[0].stage}")
+
+
+def ignore(done: int, total: int) -> None:
+    """A report of progress that nobody reads."""

@@ -23,8 +23,8 @@ from orchestrator.planning.agreement_card import (
     agreement_title,
 )
 from orchestrator.planning.dataset_text import dataset_description
-from orchestrator.stages.build import read_target
 from orchestrator.stages.context import WorkerContext, one_thread
+from orchestrator.stages.features import read_target
 from orchestrator.stages.trial import read_data
 
 # P pool images, V validation images, C classes of the pool (in TRZSL the unseen ones).

@@ -42,9 +42,9 @@ from orchestrator.planning.audit_card import REASONS, AuditCard, AuditRow, card_
 from orchestrator.planning.dataset_text import dataset_description, read_dataset_text
 from orchestrator.planning.plan import BASE_PER_CLASS
 from orchestrator.planning.resolve import images_folder
-from orchestrator.stages.build import read_target
 from orchestrator.stages.context import ChangedInput, WorkerContext, one_thread
-from orchestrator.stages.image_rows import read_drawn_images, read_pictures, read_synthetic
+from orchestrator.stages.features import read_target
+from orchestrator.stages.images import read_drawn_images, read_pictures, read_synthetic
 from orchestrator.stages.pictures import Tile, captioned_sheet
 from orchestrator.store import ArtifactStore
 

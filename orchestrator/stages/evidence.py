@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +24,9 @@ from air_core.seal import BLANK, sealed
 from air_core.specs import EvidenceSpec
 from orchestrator.errors import DamagedArtifact, MissingArtifact
 from orchestrator.planning.resolve import images_folder
-from orchestrator.stages.build import read_target
 from orchestrator.stages.context import WorkerContext
-from orchestrator.stages.image_rows import (
+from orchestrator.stages.features import read_target
+from orchestrator.stages.images import (
     exclusive_shard,
     has_intact_shard,
     read_synthetic,
@@ -100,7 +101,19 @@ def pool_order(spec: EvidenceSpec, images: int) -> Tensor:
     return torch.randperm(images, generator=generator)
 
 
-def build_evidence_block(
+def open_model(spec: EvidenceSpec, worker: WorkerContext, thrift: int) -> BlockScorer:
+    """As `BlockScorer.open`; no smaller amount of memory is known."""
+    return BlockScorer.open(spec, worker)
+
+
+def stored_counts(
+    spec: EvidenceSpec, draw: int, block: int, store: ArtifactStore
+) -> dict[str, Any]:
+    """Nothing: the pairs of a shard count for the process that computed them."""
+    return {}
+
+
+def build(
     spec: EvidenceSpec,
     draw: int,
     block: int,
@@ -127,7 +140,7 @@ def build_evidence_block(
             try:
                 first_draws.append(_read(row, first, block))
             except (FileNotFoundError, DamagedArtifact):
-                made = build_evidence_block(spec, first, block, worker, scorer)
+                made = build(spec, first, block, worker, scorer)
                 counts = {name: counts[name] + made[name] for name in counts}
                 first_draws.append(_read(row, first, block))
         earlier = np.stack(first_draws)

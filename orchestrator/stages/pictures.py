@@ -16,7 +16,7 @@ from air_core.datasets.images import Unreadable
 from air_core.specs import FeaturesSpec, SyntheticFeaturesSpec
 from orchestrator.planning.dataset_text import read_dataset_text
 from orchestrator.stages.context import WorkerContext
-from orchestrator.stages.image_rows import (
+from orchestrator.stages.images import (
     drawn_classes,
     drawn_per_class,
     read_pictures,

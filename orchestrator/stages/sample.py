@@ -26,8 +26,8 @@ from air_core.specs import TrialSpec
 from orchestrator.errors import MissingArtifact
 from orchestrator.files import write_atomic, write_new
 from orchestrator.planning import Plan
-from orchestrator.stages.build import read_target
 from orchestrator.stages.context import WorkerContext, one_thread
+from orchestrator.stages.features import read_target
 from orchestrator.stages.pictures import Tile, captioned_sheet, numbered_lines
 from orchestrator.store import ArtifactStore, SweepLocation, read_trial
 

@@ -35,10 +35,10 @@ from air_core.specs.normal import normalised
 from air_core.types import Labelled, Metrics, PseudoLabels, TrialResult
 from orchestrator.keys import artifact_key
 from orchestrator.planning.estimate import startup_seconds
-from orchestrator.stages.build import Target, known_accuracy, read_target
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.evidence import read_evidence
-from orchestrator.stages.image_rows import read_synthetic
+from orchestrator.stages.features import Target, known_accuracy, read_target
+from orchestrator.stages.images import read_synthetic
 from orchestrator.store import ArtifactStore, TrialRecord, read_trial
 from orchestrator.store.artifacts import Building
 from orchestrator.store.checkpoints import (

@@ -29,9 +29,10 @@ from pathlib import Path
 from typing import Any
 
 from air_core.seal import sealed_json
+from air_core.specs import StageSpec
 from orchestrator.errors import DamagedArtifact, MissingArtifact
 from orchestrator.files import file_digest, make_folders, permission_message, sync, write_atomic
-from orchestrator.keys import RECIPES, ArtifactKey, Stage, artifact_key
+from orchestrator.keys import ArtifactKey, artifact_key
 from orchestrator.store import code_version
 from orchestrator.store._locks import Locks
 from orchestrator.store.backends import RECORD, FolderBackend, open_backend
@@ -88,11 +89,11 @@ class ArtifactStore:
     def read_only(self) -> ArtifactStore:
         return ArtifactStore(self.backend, writable=False)
 
-    def survey(self, specs: Iterable[Stage]) -> None:
+    def survey(self, specs: Iterable[StageSpec]) -> None:
         """Prepare many `has` calls: list a bucket in few requests."""
         self.backend.survey(self._folder(spec) for spec in specs)
 
-    def fetch(self, specs: Iterable[Stage]) -> None:
+    def fetch(self, specs: Iterable[StageSpec]) -> None:
         """Prepare many `get` calls: download existing artifacts from a bucket concurrently.
 
         Raises:
@@ -154,13 +155,13 @@ class ArtifactStore:
             return next(iter(others), path)
         return path
 
-    def _folder(self, spec: Stage) -> Path:
+    def _folder(self, spec: StageSpec) -> Path:
         return self.path(artifact_key(spec))
 
-    def has(self, spec: Stage) -> bool:
+    def has(self, spec: StageSpec) -> bool:
         return self.backend.has(self._folder(spec))
 
-    def get(self, spec: Stage) -> Artifact:
+    def get(self, spec: StageSpec) -> Artifact:
         """A complete artifact whose files were verified against its record (see `verification`).
 
         Raises:
@@ -174,7 +175,7 @@ class ArtifactStore:
         verify_files(path, record)
         return Artifact(key, path, record)
 
-    def record(self, spec: Stage) -> dict[str, Any]:
+    def record(self, spec: StageSpec) -> dict[str, Any]:
         """The record of an artifact, without checking its other files. Raises as `get`."""
         key = artifact_key(spec)
         record = self.backend.record(self.path(key))
@@ -182,7 +183,7 @@ class ArtifactStore:
             raise MissingArtifact(f"{key} is not in {self.name}; run `airsweep prepare SPEC` first")
         return record
 
-    def check(self, spec: Stage) -> None:
+    def check(self, spec: StageSpec) -> None:
         """Verify an artifact if this machine has a copy. Raises as `get`."""
         if (self._folder(spec) / RECORD).exists():
             self.get(spec)
@@ -201,14 +202,13 @@ class ArtifactStore:
         if not self.backend.set_aside(path, hidden):
             raise damaged
 
-    def bytes(self, spec: Stage) -> int:
+    def bytes(self, spec: StageSpec) -> int:
         """Bytes that an artifact or a row occupies now."""
         return self.backend.size(self._folder(spec))
 
-    def find_by_digest(self, kind: type, digest: str) -> list[Path]:
+    def find_by_digest(self, kind: type[StageSpec], digest: str) -> list[Path]:
         """Folders of artifacts of the current recipe whose digests start with `digest`."""
-        stage, recipe = RECIPES[kind]
-        folder = self.artifacts / stage / f"v{recipe}"
+        folder = self.artifacts / kind.stage / f"v{kind.recipe}"
         self.backend.download_by_digest(folder, digest[:12])
         found = [path for path in folder.glob(f"*-{digest[:12]}*") if (path / RECORD).is_file()]
         return [
@@ -217,7 +217,7 @@ class ArtifactStore:
             if str(read_record(path / RECORD).get("digest")).startswith(digest)
         ]
 
-    def get_or_build(self, spec: Stage, build: Callable[[Path], dict[str, Any]]) -> Artifact:
+    def get_or_build(self, spec: StageSpec, build: Callable[[Path], dict[str, Any]]) -> Artifact:
         """The artifact; builds it if it is missing.
 
         Args:
@@ -237,7 +237,7 @@ class ArtifactStore:
         return self.get(spec)
 
     @contextmanager
-    def building(self, spec: Stage, share: float = 1.0) -> Iterator[Building]:
+    def building(self, spec: StageSpec, share: float = 1.0) -> Iterator[Building]:
         """Provide a folder to fill; publish it when the block ends without an error.
 
         The caller holds the exclusive lock of the spec's digest.
@@ -284,16 +284,16 @@ class ArtifactStore:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def checkpoint_path(self, spec: Stage) -> Path:
+    def checkpoint_path(self, spec: StageSpec) -> Path:
         """Path of the checkpoint of a spec. The backend pulls, pushes and removes the file."""
         return self.root / UNFINISHED / f"{artifact_key(spec).digest[:12]}.safetensors"
 
-    def row(self, spec: Stage) -> Row:
+    def row(self, spec: StageSpec) -> Row:
         """A row. Its folder and `row.json` are created by `open_row`."""
         key = artifact_key(spec)
         return Row(key, self.path(key), self.backend)
 
-    def open_row(self, spec: Stage) -> Row:
+    def open_row(self, spec: StageSpec) -> Row:
         """A row that accepts shards.
 
         Raises:

@@ -20,86 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from air_core.components import REGISTRIES
-from air_core.specs import CodeVersions
+from air_core.specs import STAGES, CodeVersions
 from orchestrator.files import ROOT
 
 LISTED = Path(__file__).with_name("code_versions.json")
 # Python 3.11 fails with "AST constructor recursion depth mismatch" if two threads parse at once.
 _parsing = threading.Lock()
 
-_CLIP = (
-    "air_core.arithmetic",
-    "air_core.backbone",
-    "air_core.backbone.blocks",
-    "air_core.backbone.clip",
-    "air_core.backbone.text",
-    "air_core.backbone.vision",
-    "air_core.models.tokens",
-    "air_core.types",
-)
-_LOADED_CLIP = (*_CLIP, "air_core.backbone.loading")
-_IMAGES = ("air_core.datasets.images",)
-_DRAWING = (
-    *_IMAGES,
-    "air_core.arithmetic",
-    "air_core.datasets.class_folders",
-    "air_core.diffusion",
-    "air_core.diffusion.folder",
-    "air_core.diffusion.pipeline",
-)
-_SCORING = (
-    "air_core.auxiliary",
-    "air_core.auxiliary.bank",
-    "air_core.classifiers",
-    "air_core.paradigms",
-    "air_core.pseudo_labels.top_k",
-)
 # The modules that compute each stage. Other parts are the reader of each dataset, and components
 # with modules of their own (`COMPONENTS`).
-PARTS: dict[str, tuple[str, ...]] = {
-    "features": (
-        *_LOADED_CLIP,
-        *_IMAGES,
-        "air_core.datasets.class_folders",
-        "air_core.datasets.dataset",
-        "air_core.datasets.places",
-        "air_core.datasets.split_files",
-        "air_core.datasets.unlabelled",
-    ),
-    "labels": (
-        *_LOADED_CLIP,
-        *_SCORING,
-        "air_core.auxiliary.lda",
-        "air_core.evidence",
-        "air_core.lora_labels",
-    ),
-    "lora": (*_DRAWING, "air_core.diffusion.lora"),
-    "images": _DRAWING,
-    "evidence": (
-        *_LOADED_CLIP,
-        *_DRAWING,
-        *_SCORING,
-        "air_core.auxiliary.lda",
-        "air_core.diffusion.evidence",
-        "air_core.diffusion.lora",
-        "air_core.evidence",
-        "air_core.lora_labels",
-    ),
-    "synthetic": (*_LOADED_CLIP, *_IMAGES),
-    "trials": (
-        *_CLIP,
-        *_SCORING,
-        "air_core.evaluation",
-        "air_core.evidence",
-        "air_core.fusion",
-        "air_core.method",
-        "air_core.prompts",
-        "air_core.prompts.text",
-        "air_core.pseudo_labels",
-        "air_core.side_by_side",
-        "air_core.training",
-    ),
-}
+PARTS: dict[str, tuple[str, ...]] = {spec.stage: spec.modules for spec in STAGES}
 COMPONENTS: dict[str, tuple[str, ...]] = {
     registry.part(name): component.modules
     for registry in REGISTRIES.values()

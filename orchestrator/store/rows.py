@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from air_core.seal import intact
+from air_core.specs import STAGES
 from orchestrator.errors import DamagedArtifact
 from orchestrator.files import write_atomic_unsynced
 from orchestrator.keys import ArtifactKey
 from orchestrator.store.backends import FolderBackend
 
 # Suffix of the shards by stage whose artifacts are rows.
-SHARDS = {"images": ".parquet", "synthetic": ".safetensors", "evidence": ".safetensors"}
+SHARDS = {spec.stage: spec.shard for spec in STAGES if spec.shard}
 
 DEATHS = 2  # processes that a shard may kill before it counts as failed
 MARKER = ".tries"  # suffix of the files that count them

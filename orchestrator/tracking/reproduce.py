@@ -19,8 +19,6 @@ from typing import Any, Literal
 from air_core.datasets import get_dataset
 from air_core.specs import (
     EvidenceSpec,
-    FeaturesSpec,
-    FolderImages,
     SyntheticFeaturesSpec,
     TrialSpec,
 )
@@ -222,13 +220,8 @@ def repro(
 
 def _requirements(spec: TrialSpec) -> list[Requirement]:
     """The artifacts that the trial reads, without the artifacts that those were made from."""
-    features = (spec.features, spec.tokens, spec.test_features, spec.test_tokens)
-    rows = (spec.synthetic_features, spec.synthetic_tokens, spec.evidence_errors, spec.lora_labels)
-    return [
-        requirement
-        for requirement in requirements_of([spec])
-        if requirement.spec in (*features, *rows)
-    ]
+    read = {needed.spec for needed in spec.inputs((), 0)}
+    return [requirement for requirement in requirements_of([spec]) if requirement.spec in read]
 
 
 def _read_by(requirement: Requirement) -> tuple[str, ...]:
@@ -310,27 +303,22 @@ def _rebuild(
     Raises:
         ValueError: the artifact takes long, so it must be prepared first.
     """
-    from orchestrator.stages.build import build_features
+    from orchestrator.stages import stage_module
     from orchestrator.stages.context import WorkerContext
-    from orchestrator.stages.image_rows import build_image_block, open_generator
 
+    spec, title = requirement.spec, artifact_title(requirement.key)
+    if not spec.is_quick:
+        raise ValueError(
+            f"{title} is not in {store.name}, and images take long to draw; run "
+            "`airsweep prepare SPEC` first, or give the --store that has them"
+        )
     worker = WorkerContext(scratch, resolver.data_root, device)
-    match requirement.spec:
-        case FeaturesSpec():
-            report(f"rebuilding {artifact_title(requirement.key)}")
-            build_features(requirement.spec, worker)
-        case SyntheticFeaturesSpec(images=FolderImages() as images):
-            report(f"reading the images of {artifact_title(requirement.key)}")
-            for c, block in requirement.shards():
-                build_image_block(
-                    requirement.spec, c, block, worker, lambda: open_generator(images, worker)
-                )
-        case _:
-            raise ValueError(
-                f"{artifact_title(requirement.key)} is not in {store.name}, and images take long "
-                "to draw; run `airsweep prepare SPEC` first, or give the --store that "
-                "has them"
-            )
+    report(f"rebuilding {title}")
+    stage = stage_module(spec)
+    if not requirement.rows:
+        stage.build(spec, worker)
+    for index, block in requirement.shards() if requirement.rows else ():
+        stage.build(spec, index, block, worker, lambda: stage.open_model(spec, worker, 0))
 
 
 # ---------------------------------------------------------------- comparing

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load, save
 
 from air_core.seal import BLANK, intact, sealed, sealed_json
-from orchestrator.stages.image_rows import _parquet
+from orchestrator.stages.images import _parquet
 
 ARRAYS = {"features": np.arange(6, dtype=np.float32).reshape(2, 3), "ok": np.array([True, False])}
 TABLE = pa.table({"index": pa.array([0, 1], pa.int32()), "image": [b"one", b"two"]})

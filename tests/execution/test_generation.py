@@ -30,7 +30,8 @@ from orchestrator.planning import Requirement, requirements_of
 from orchestrator.spec import Resources
 from orchestrator.spec.sweep import GeneratorResources
 from orchestrator.stages.context import WorkerContext
-from orchestrator.stages.image_rows import build_image_block, open_generator, read_synthetic
+from orchestrator.stages.images import build as build_image_block
+from orchestrator.stages.images import open_generator, read_synthetic
 from orchestrator.store import ArtifactStore
 from tests.helpers.sweeps import wait_until
 

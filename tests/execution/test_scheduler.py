@@ -22,7 +22,8 @@ from orchestrator.reporting.results import match_plan, results_of, sweep_status
 from orchestrator.spec import Dimension, SweepSpec, cells_of
 from orchestrator.spec.sweep import Pruning, Search, Seeds
 from orchestrator.stages.context import WorkerContext
-from orchestrator.stages.image_rows import build_image_block, open_generator
+from orchestrator.stages.images import build as build_image_block
+from orchestrator.stages.images import open_generator
 from orchestrator.stages.side_by_side import run_trials
 from orchestrator.stages.trial import run_trial
 from orchestrator.store import ArtifactStore, EventLog, read_trial

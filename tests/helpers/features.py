@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from air_core.datasets import get_dataset
 from air_core.specs import FeaturesSpec
-from orchestrator.stages.build import PARTS
+from orchestrator.stages.features import PARTS
 from orchestrator.store import ArtifactStore
 
 Arrays = dict[str, np.ndarray]

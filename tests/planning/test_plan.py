@@ -29,9 +29,9 @@ from orchestrator.execution._scheduler import TrialScheduler
 from orchestrator.failures import Failure
 from orchestrator.keys import artifact_key
 from orchestrator.planning import Plan, Requirement, Resolver, requirements_of
+from orchestrator.planning.checks import unschedulable_reason
 from orchestrator.planning.estimate import Pace, record_measurements, stage_work, trial_work
 from orchestrator.planning.plan import BASE_PER_CLASS, build_level, plan_sweep
-from orchestrator.planning.resources import unschedulable_reason
 from orchestrator.planning.search import CellSearch, open_searches
 from orchestrator.planning.study_copies import describe_points, open_storage
 from orchestrator.reporting.results import match_plan, sweep_status

@@ -23,8 +23,8 @@ from air_core.models.weights import tiny_folder
 from air_core.specs import FeaturesSpec
 from orchestrator.planning import plan_of
 from orchestrator.spec import load_sweep
-from orchestrator.stages.build import PARTS, read_target
 from orchestrator.stages.context import WorkerContext
+from orchestrator.stages.features import PARTS, read_target
 from orchestrator.stages.pictures import MARGIN_PX, NAME_PX, THUMB_PX
 from orchestrator.stages.trial import run_trial, trial_data
 from orchestrator.store import ArtifactStore, EventLog, SweepLocation, read_trial

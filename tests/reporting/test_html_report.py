@@ -27,8 +27,8 @@ from orchestrator.reporting.html_report import frequent_confusions, page
 from orchestrator.reporting.report_data import report_data_of
 from orchestrator.reporting.screens import status_report, status_screen, summary_screen
 from orchestrator.spec import Dimension
-from orchestrator.stages.build import build_features
 from orchestrator.stages.context import WorkerContext
+from orchestrator.stages.features import build as build_features
 from orchestrator.store import open_store
 from orchestrator.store.location import recorded_location
 from tests.helpers.browser import CHROMIUM, MISSING, Browser

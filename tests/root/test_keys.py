@@ -31,7 +31,7 @@ from air_core.specs import (
 )
 from air_core.specs.flat import from_flat, to_flat, trial_keys
 from orchestrator import keys
-from orchestrator.keys import RECIPES, artifact_key, canonical_json
+from orchestrator.keys import artifact_key, canonical_json
 from orchestrator.spec import presets
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "keys.json"
@@ -267,8 +267,7 @@ def recipes(monkeypatch) -> Iterator[Any]:
     """A function that raises the recipe number of a stage."""
 
     def raise_recipe(stage: type) -> None:
-        name, number = RECIPES[stage]
-        monkeypatch.setitem(RECIPES, stage, (name, number + 1))
+        monkeypatch.setattr(stage, "recipe", stage.recipe + 1)
         keys._key.cache_clear()
 
     yield raise_recipe

@@ -21,9 +21,10 @@ from orchestrator.planning.cards import card_from_json, card_json, complete_rows
 from orchestrator.spec import SweepSpec, cells_of
 from orchestrator.spec.sweep import Seeds
 from orchestrator.stages.agreement import make_agreement_card
-from orchestrator.stages.build import read_target
 from orchestrator.stages.context import WorkerContext
-from orchestrator.stages.evidence import BlockScorer, build_evidence_block, read_evidence
+from orchestrator.stages.evidence import BlockScorer, read_evidence
+from orchestrator.stages.evidence import build as build_evidence_block
+from orchestrator.stages.features import read_target
 from orchestrator.store import SweepLocation
 from tests.helpers.features import Arrays, digit_features, relabelled, store_with
 

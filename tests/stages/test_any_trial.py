@@ -17,9 +17,11 @@ from air_core.specs import FeaturesSpec, LabelsSpec
 from orchestrator.planning import Requirement, Resolver, requirements_of
 from orchestrator.planning.plan import build_level
 from orchestrator.spec import cells_of, load_sweep
-from orchestrator.stages.build import build_features, build_labels
 from orchestrator.stages.context import WorkerContext
-from orchestrator.stages.image_rows import build_image_block, open_generator
+from orchestrator.stages.features import build as build_features
+from orchestrator.stages.images import build as build_image_block
+from orchestrator.stages.images import open_generator
+from orchestrator.stages.labels import build as build_labels
 from orchestrator.stages.trial import run_trial
 from orchestrator.store import ArtifactStore
 

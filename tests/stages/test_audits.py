@@ -25,9 +25,9 @@ from orchestrator.planning.resolve import images_folder
 from orchestrator.spec import cells_of, presets
 from orchestrator.stages.auditor import make_card
 from orchestrator.stages.audits import audit_cards
-from orchestrator.stages.build import build_features
 from orchestrator.stages.context import WorkerContext
-from orchestrator.stages.image_rows import build_image_block
+from orchestrator.stages.features import build as build_features
+from orchestrator.stages.images import build as build_image_block
 from orchestrator.stages.pictures import SHEET_BYTES
 from orchestrator.stages.trial import run_trial
 from orchestrator.store import ArtifactStore, SweepLocation

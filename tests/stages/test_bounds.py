@@ -13,9 +13,12 @@ from air_core.specs import TrialSpec
 from air_core.specs.normal import normalised
 from orchestrator.planning import Resolver
 from orchestrator.spec import presets
-from orchestrator.stages.build import build_features, build_labels, read_target
 from orchestrator.stages.context import WorkerContext
-from orchestrator.stages.image_rows import build_image_block, open_generator
+from orchestrator.stages.features import build as build_features
+from orchestrator.stages.features import read_target
+from orchestrator.stages.images import build as build_image_block
+from orchestrator.stages.images import open_generator
+from orchestrator.stages.labels import build as build_labels
 from orchestrator.stages.trial import TrialRun, run_trial
 from orchestrator.store import ArtifactStore
 from orchestrator.store.checkpoints import WHOLE_TRIAL

@@ -16,10 +16,12 @@ from air_core.classifiers import text_classifier
 from air_core.lora_labels import AUXILIARY
 from air_core.specs import EvidenceSpec
 from orchestrator.errors import DamagedArtifact, MissingArtifact
-from orchestrator.stages.build import read_target
 from orchestrator.stages.context import WorkerContext
-from orchestrator.stages.evidence import BlockScorer, build_evidence_block, read_evidence
-from orchestrator.stages.image_rows import build_image_block, open_generator, read_synthetic
+from orchestrator.stages.evidence import BlockScorer, read_evidence
+from orchestrator.stages.evidence import build as build_evidence_block
+from orchestrator.stages.features import read_target
+from orchestrator.stages.images import build as build_image_block
+from orchestrator.stages.images import open_generator, read_synthetic
 from tests.helpers.features import Arrays, digit_features, relabelled, store_with
 
 IMAGES, POOL, BLOCK = 60, 20, 8  # of the digits

@@ -19,9 +19,9 @@ from orchestrator.errors import DamagedArtifact
 from orchestrator.planning import Resolver
 from orchestrator.planning.dataset_text import UnusedImages, unused_images
 from orchestrator.planning.resolve import images_folder
-from orchestrator.stages.build import build_features
 from orchestrator.stages.context import WorkerContext
-from orchestrator.stages.image_rows import build_image_block
+from orchestrator.stages.features import build as build_features
+from orchestrator.stages.images import build as build_image_block
 from orchestrator.stages.pictures import (
     GAP_PX,
     HEAD_PX,

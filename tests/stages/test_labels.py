@@ -18,15 +18,14 @@ from air_core.lora_labels import AUXILIARY, class_agreement, lora_images, pool_c
 from air_core.pseudo_labels.top_k import balanced_choice
 from air_core.specs import InitialLabelsSettings, LabelsSpec
 from air_core.types import Batch, Split
-from orchestrator.stages.build import build_labels, build_lora, read_target
 from orchestrator.stages.context import WorkerContext
-from orchestrator.stages.evidence import BlockScorer, build_evidence_block, read_evidence
-from orchestrator.stages.image_rows import (
-    build_image_block,
-    lora_before,
-    open_generator,
-    read_synthetic,
-)
+from orchestrator.stages.evidence import BlockScorer, read_evidence
+from orchestrator.stages.evidence import build as build_evidence_block
+from orchestrator.stages.features import read_target
+from orchestrator.stages.images import build as build_image_block
+from orchestrator.stages.images import lora_before, open_generator, read_synthetic
+from orchestrator.stages.labels import build as build_labels
+from orchestrator.stages.lora import build as build_lora
 from tests.helpers.features import digit_features, relabelled, store_with
 
 IMAGES, POOL, K, DRAWS, BLOCK = 120, 40, 2, 2, 16

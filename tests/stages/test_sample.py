@@ -15,8 +15,9 @@ from air_core.datasets import get_dataset
 from orchestrator import api
 from orchestrator.planning import plan_of, read_request
 from orchestrator.planning.plan import Plan
-from orchestrator.stages.build import build_features, read_target
 from orchestrator.stages.context import WorkerContext
+from orchestrator.stages.features import build as build_features
+from orchestrator.stages.features import read_target
 from orchestrator.stages.sample import write_sample
 from orchestrator.store import ArtifactStore, SweepLocation
 

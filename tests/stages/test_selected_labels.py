@@ -13,8 +13,10 @@ from air_core.classifiers import text_classifier
 from air_core.specs import LabelsSpec, TrialSpec
 from orchestrator.planning import Resolver
 from orchestrator.spec import presets
-from orchestrator.stages.build import build_features, build_labels, read_target
 from orchestrator.stages.context import WorkerContext
+from orchestrator.stages.features import build as build_features
+from orchestrator.stages.features import read_target
+from orchestrator.stages.labels import build as build_labels
 from orchestrator.store import ArtifactStore
 
 

@@ -18,8 +18,8 @@ from air_core.specs import TrialSpec
 from air_core.specs.normal import normalised
 from orchestrator.errors import MissingArtifact
 from orchestrator.planning.resources import side_by_side
-from orchestrator.stages.build import build_features
 from orchestrator.stages.context import WorkerContext
+from orchestrator.stages.features import build as build_features
 from orchestrator.stages.side_by_side import run_trials
 from orchestrator.stages.trial import run_trial
 from orchestrator.store import ArtifactStore, TrialRecord

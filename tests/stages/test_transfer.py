@@ -15,8 +15,9 @@ from orchestrator.planning.plan import plan_sweep
 from orchestrator.reporting.results import results_of
 from orchestrator.spec import SweepSpec
 from orchestrator.spec.sweep import Seeds
-from orchestrator.stages.build import build_features, read_target
 from orchestrator.stages.context import WorkerContext
+from orchestrator.stages.features import build as build_features
+from orchestrator.stages.features import read_target
 from orchestrator.stages.trial import run_trial
 from orchestrator.store import ArtifactStore, EventLog
 

@@ -15,8 +15,8 @@ import pytest
 
 from air_core.datasets import DATASETS
 from air_core.lora_labels import AUXILIARY
-from air_core.specs import reader_of
-from orchestrator.keys import RECIPES, artifact_key
+from air_core.specs import STAGES, reader_of
+from orchestrator.keys import artifact_key
 from orchestrator.store.code_version import COMPONENTS, LISTED, PARTS, modules_of, part_version
 
 ROOT = Path(__file__).parents[2]
@@ -38,10 +38,10 @@ NOT_COUNTED = {
 
 
 def test_golden_every_version_is_listed_under_its_recipe():
-    """Fails when the code of a stage has changed. If results may differ, increase its number in
-    RECIPES (for a dataset, that of features); `make golden` then starts a new list. If results are
-    the same, `make golden` adds the version to the list."""
-    recipes = dict(RECIPES.values())
+    """Fails when the code of a stage has changed. If results may differ, increase
+    `recipe` of its spec (for a dataset, that of features); `make golden` then starts a new list. If
+    results are the same, `make golden` adds the version to the list."""
+    recipes = {spec.stage: spec.recipe for spec in STAGES}
     now = {part: recipes.get(part, recipes["features"]) for part in (*PARTS, *READERS)}
     now |= dict.fromkeys(COMPONENTS, recipes["trials"])
     listed = json.loads(LISTED.read_text()) if LISTED.exists() else {}

@@ -26,7 +26,8 @@ from orchestrator.reporting.results import results_of
 from orchestrator.reporting.rows import rows
 from orchestrator.spec import SweepSpec, load_sweep
 from orchestrator.stages.context import WorkerContext
-from orchestrator.stages.image_rows import build_image_block, open_generator
+from orchestrator.stages.images import build as build_image_block
+from orchestrator.stages.images import open_generator
 from orchestrator.stages.trial import run_trial
 from orchestrator.store import ArtifactStore, EventLog, SweepLocation, read_trial
 from orchestrator.tracking import Publisher, find_trial, reconcile

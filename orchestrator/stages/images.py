@@ -1,7 +1,7 @@
 """Rows of synthetic images: each class has an unlimited, numbered row that is drawn block by block,
 and a trial reads the first images of each class.
 
-`build_image_block` alone makes images; on the cluster it is mapped over actors.
+`build` alone makes images; on the cluster it is mapped over actors.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from safetensors.numpy import load, save
 from torch import Tensor
 
 from air_core.classifiers import text_classifier
+from air_core.datasets.class_folders import class_files
 from air_core.datasets.images import open_png
 from air_core.diffusion import ImageGenerator, draw, image_seed, load_generator, text_of
 from air_core.diffusion.folder import FolderGenerator
@@ -63,7 +64,14 @@ def open_generator(
     return generator
 
 
-def build_image_block(
+def open_model(spec: SyntheticFeaturesSpec, worker: WorkerContext, thrift: int) -> ImageGenerator:
+    """The generator of the images of a row, with the CLIP loaded that encodes them."""
+    generator = open_generator(spec.images, worker, thrift)
+    worker.backbone(spec.backbone, spec.precision)
+    return generator
+
+
+def build(
     spec: SyntheticFeaturesSpec,
     class_index: int,
     block: int,
@@ -216,6 +224,17 @@ def block_counts(ok: Sequence[bool], block: int, files: Sequence[Path] | None) -
     holes = [file for file, whole in zip(files[block * len(ok) :], ok, strict=False) if not whole]
     names = [f"{file.parent.name}/{file.name}" for file in holes]
     return {"drawn": sum(ok), "holes": len(holes), "hole_files": json.dumps(names)}
+
+
+def stored_counts(
+    spec: SyntheticFeaturesSpec, class_index: int, block: int, store: ArtifactStore
+) -> dict[str, Any]:
+    """The counts of a block that the store has, as `block_counts`."""
+    files = None
+    if isinstance(spec.images, FolderImages):
+        name = spec.images.classnames[class_index]
+        files = class_files(images_folder(spec.images.model.name), [name])[name]
+    return block_counts(load(store.row(spec).read(class_index, block))["ok"].tolist(), block, files)
 
 
 def _prompt(images: GeneratedImages | FolderImages, classname: str, index: int) -> str:

@@ -1,0 +1,166 @@
+"""CLIP features of every image of a dataset, and their split."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from air_core.datasets import Examples, get_dataset
+from air_core.datasets.images import BAD_SHARE, ImageFiles, Unreadable, too_many_unreadable
+from air_core.paradigms import make_split
+from air_core.specs import UNKNOWN, FeaturesSpec, SplitSettings
+from air_core.types import Batch, Labelled, Split
+from orchestrator.planning.dataset_text import DatasetText, read_dataset_text
+from orchestrator.stages import ignore
+from orchestrator.stages.context import WorkerContext
+from orchestrator.store import ArtifactStore
+from orchestrator.store.artifacts import Artifact
+
+PARTS = ("train", "val", "test", "free", "bad")
+CHUNK = 512  # images between two reports of progress
+LISTED = 100  # unreadable images whose names are recorded
+
+
+def build(
+    spec: FeaturesSpec, worker: WorkerContext, report: Callable[[int, int], None] = ignore
+) -> Artifact:
+    """Make the CLIP features, or patch tokens, of a whole dataset.
+
+    An image that cannot be decoded is left out of every split.
+
+    Args:
+        report: called with the number of finished images and of all images.
+
+    Raises:
+        ValueError: too many images cannot be decoded.
+    """
+
+    def write(folder: Path) -> dict[str, Any]:
+        with worker.unchanged_examples(spec.dataset) as examples:
+            return encode(examples, folder)
+
+    def encode(examples: Examples, folder: Path) -> dict[str, Any]:
+        parts = np.array([PARTS.index(part) for part in examples.parts], dtype=np.int8)
+        rows: list[np.ndarray] = []
+        bad: dict[int, str] = {}  # reason by position
+        for start in range(0, len(examples.images), CHUNK):
+            positions = range(len(parts))[start : start + CHUNK]
+            rows.append(worker.encode(_Readable(examples.images, positions, bad), spec))
+            report(positions.stop, len(parts))
+        parts[list(bad)] = PARTS.index("bad")
+        name, problems = spec.dataset.name, list(bad.values())
+        if problem := too_many_unreadable(name, problems, len(parts), BAD_SHARE):
+            raise ValueError(f"{problem}; `airsweep data check {name}` opens all")
+        arrays = {"features": np.concatenate(rows), "labels": examples.labels, "parts": parts}
+        save_file(arrays, folder / "features.safetensors")
+        counts = {"images": len(parts) - len(bad), "unreadable": len(bad), "batch": worker.batch}
+        unused = _unused(examples, bad) | {"skipped": get_dataset(spec.dataset.name).skipped()}
+        text = asdict(read_dataset_text(spec, worker.store))
+        return counts | {name: value for name, value in unused.items() if value} | text
+
+    return worker.store.get_or_build(spec, write)
+
+
+@dataclass(frozen=True)
+class _Readable(Sequence[Image.Image]):
+    """Some images, opened on access: a photograph takes 50 MB. Unreadable ones are blank."""
+
+    images: Sequence[Image.Image]
+    positions: range
+    bad: dict[int, str]  # receives the reasons, by position
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return replace(self, positions=self.positions[index])
+        position = self.positions[index]
+        try:
+            return self.images[position]
+        except Unreadable as problem:
+            self.bad[position] = str(problem)
+            return Image.new("RGB", (8, 8))
+
+
+def _unused(examples: Examples, bad: Mapping[int, str]) -> dict[str, Any]:
+    """Paths below the dataset's folder and reasons of the first unreadable images."""
+    if not isinstance(examples.images, ImageFiles):
+        return {}
+    files = examples.images.files
+    return {
+        "unreadable_files": {
+            str(files[i].relative_to(examples.images.home)): why.removeprefix(
+                f"{files[i]} cannot be read: "
+            )
+            for i, why in itertools.islice(bad.items(), LISTED)
+        }
+    }
+
+
+@dataclass(frozen=True)
+class Target:
+    """The features of a dataset by a frozen CLIP, with its split."""
+
+    features: Tensor  # (N, D)
+    labels: Tensor  # (N,)
+    split: Split
+    text: DatasetText
+    tokens: Tensor | None = None  # (N, T, V)
+
+    def batch(self, index: Tensor) -> Batch:
+        return Batch(self.features[index], None if self.tokens is None else self.tokens[index])
+
+    def labelled(self, index: Tensor) -> Labelled:
+        return Labelled(self.batch(index), self.labels[index])
+
+
+def read_target(
+    spec: FeaturesSpec,
+    split: SplitSettings,
+    store: ArtifactStore,
+    tokens: FeaturesSpec | None = None,
+) -> Target:
+    """Read the features and the split of a dataset, with patch tokens if a trial needs them.
+
+    Raises:
+        MissingArtifact: the features are not made yet.
+    """
+    text = read_dataset_text(spec, store)
+    target = _target(store.get(spec).path / "features.safetensors", split, text)
+    if tokens is None:
+        return target
+    return replace(target, tokens=_tokens(store.get(tokens).path / "features.safetensors"))
+
+
+@lru_cache(maxsize=1)  # patch tokens are large
+def _tokens(path: Path) -> Tensor:
+    return torch.from_numpy(load_file(path)["features"])
+
+
+@cache
+def _target(path: Path, split: SplitSettings, text: DatasetText) -> Target:
+    arrays = load_file(path)
+    parts = np.array(PARTS)[arrays["parts"]]
+    return Target(
+        features=torch.from_numpy(arrays["features"]),
+        labels=torch.from_numpy(arrays["labels"]),
+        split=make_split(arrays["labels"], parts, split),
+        text=text,
+    )
+
+
+def known_accuracy(predicted: Tensor, labels: Tensor) -> float | None:
+    """Share of right predictions (N,) on the images whose label (N,) is known; None: none is."""
+    known = labels != UNKNOWN
+    return (predicted == labels)[known].double().mean().item() if bool(known.any()) else None

@@ -1,0 +1,72 @@
+"""LoRA adapters of a diffusion model."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+
+from air_core.diffusion import text_of
+from air_core.diffusion.lora import square, train_lora
+from air_core.diffusion.pipeline import LORA_FILE
+from air_core.specs import LoraSpec
+from orchestrator.planning.dataset_text import read_dataset_text
+from orchestrator.planning.resolve import images_folder
+from orchestrator.stages import ignore
+from orchestrator.stages.context import WorkerContext
+from orchestrator.stages.images import lora_before
+from orchestrator.store.artifacts import Artifact
+
+
+def build(
+    spec: LoraSpec, worker: WorkerContext, report: Callable[[int, int], None] = ignore
+) -> Artifact:
+    """Train the LoRA adapters of a diffusion model on pseudo-labelled pool images.
+
+    If too few labels changed since the round before, its adapters are copied.
+
+    Args:
+        report: called with the step and the number of all steps.
+    """
+
+    def write(folder: Path) -> dict[str, Any]:
+        labels = worker.store.get(spec.labels)
+        if labels.record["info"].get("kept", 0.0) >= spec.enough_kept:
+            before = worker.store.get(lora_before(spec.labels)).path / LORA_FILE
+            shutil.copy(before, folder / LORA_FILE)
+            return {"copied": True}
+        selected = load_file(labels.path / "labels.safetensors")
+        with worker.unchanged_examples(spec.labels.features.dataset) as examples:
+            pixels = np.stack([square(examples.images[i], spec.size) for i in selected["index"]])
+        classnames = read_dataset_text(spec.labels.features, worker.store).classnames
+        texts = spec.training.caption
+        pairs = zip(selected["index"].tolist(), selected["labels"], strict=True)
+        return train_lora(
+            torch.from_numpy(pixels),
+            [text_of(texts, classnames[c], i) for i, c in pairs],
+            images_folder(spec.model.name),
+            spec.training,
+            spec.size,
+            folder,
+            device=worker.device,
+            report=push_and_report,
+            kept=checkpoint,
+        )
+
+    def push_and_report(step: int, steps: int, loss: float) -> None:
+        worker.store.backend.push(checkpoint)
+        report(step, steps)
+
+    checkpoint = worker.store.checkpoint_path(spec)
+    if not worker.store.has(spec):
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        worker.store.backend.pull([checkpoint], overwrite=False)
+    artifact = worker.store.get_or_build(spec, write)
+    if checkpoint.exists():
+        worker.store.backend.remove(checkpoint)
+    return artifact
