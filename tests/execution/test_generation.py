@@ -227,7 +227,7 @@ def test_a_generator_short_of_memory_saves_memory_and_keeps_its_block_size(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return open_generator(images, worker)
 
-    monkeypatch.setattr("orchestrator.execution._generation.open_generator", short)
+    monkeypatch.setattr("orchestrator.stages.images.open_generator", short)
     actor = GeneratorActor([requirement], WorkerContext(store), NO_PROGRESS)
     for c in (0, 1):
         batch = {name: np.array([value]) for name, value in (("row", 0), ("class", c))}
