@@ -59,26 +59,21 @@ def result_of(coroutine: Generator[None, None, T]) -> T:
         time.sleep(0.01)
 
 
-def drawn(
-    requirement: Requirement,
+def context_of(
     store: ArtifactStore,
     listener: Any,
     resources: Resources | None = None,
     allocation: Allocation | None = None,
-) -> Any:
-    """The result of `draw` for one row."""
+) -> PreparationContext:
     resources, progress = resources or Resources(), ProgressMonitor()
     allocation = allocation or Allocation(resources, machines)
-    context = PreparationContext(
-        WorkerContext(store), resources, listener, allocation, progress.actor
-    )
-    return result_of(draw([requirement], context))
+    return PreparationContext(WorkerContext(store), resources, listener, allocation, progress.actor)
 
 
 def run(requirement: Requirement, store: ArtifactStore, actors: int = 1) -> list[dict]:
     listener = Listener()
     resources = Resources(generator=GeneratorResources(actors=actors))
-    drawn(requirement, store, listener, resources)
+    result_of(draw([requirement], context_of(store, listener, resources)))
     return [facts for _, _, facts in listener.events.get("on_prepared", [])]
 
 
@@ -141,7 +136,8 @@ def test_a_pool_shrinks_when_trials_start_and_no_block_counts_as_killed(
             allocation.trials_running = True
 
     listener = TrialStarter()
-    assert drawn(requirement, store, listener, resources, allocation) == []
+    context = context_of(store, listener, resources, allocation)
+    assert result_of(draw([requirement], context)) == []
     pools = [pool for (pool,) in listener.events["on_pool_closed"]]
     assert [pool.actors for pool in pools] == [2, 1]  # the second has the reserve
     # Also blocks whose results were lost with the first pool are counted, once.
@@ -158,13 +154,8 @@ def test_a_block_completed_after_its_pool_was_closed_is_counted(
     shutil.copytree(drawn_digits, tmp_path / "ready")
     (tmp_path / "ready" / "digit three" / "02.png").write_bytes(b"")
     requirement, listener = row_requirement(resolver, tmp_path / "ready", 8), Listener()
-    worker, resources = WorkerContext(ArtifactStore(tmp_path / "store")), Resources()
-    generation = _Generation(
-        [requirement],
-        PreparationContext(
-            worker, resources, listener, Allocation(resources, machines), NO_PROGRESS
-        ),
-    )
+    context = context_of(ArtifactStore(tmp_path / "store"), listener)
+    worker, generation = context.worker, _Generation([requirement], context)
     generation.unread = {(0, 3, 0), (0, 4, 0)}
     build_image_block(
         requirement.spec, 3, 0, worker, lambda: open_generator(requirement.spec.images, worker)
@@ -187,7 +178,7 @@ def test_a_block_that_cannot_be_drawn_is_named_and_the_others_are_drawn(
     killed = [row.count_crashes(3, 0) for _ in range(2)]
     for process in killed:
         process.__enter__()  # and never exits
-    ((failed, failure),) = drawn(requirement, copied, Listener())
+    ((failed, failure),) = result_of(draw([requirement], context_of(copied, Listener())))
     assert (failed, failure.failure_class) == (requirement, "infra")
     assert "1 block is missing; digit three, block 0: " in failure.message
     assert requirement.missing(copied) == [(3, 0)]
@@ -203,11 +194,8 @@ def test_a_block_that_was_drawn_when_two_runs_were_killed_is_drawn_by_the_next_r
     killed = [row.count_crashes(3, 0) for _ in range(2)]
     for process in killed:
         process.__enter__()  # and never exits
-    listener, resources = Listener(), Resources()
-    allocation, progress = Allocation(resources, machines), ProgressMonitor()
-    worker = WorkerContext(copied)
-    context = PreparationContext(worker, resources, listener, allocation, progress.actor)
-    result_of(prepare([requirement], context))
+    listener = Listener()
+    result_of(prepare([requirement], context_of(copied, listener)))
     assert "on_failed" not in listener.events
     assert requirement.missing(copied) == []
 
@@ -269,11 +257,8 @@ def test_an_artifact_that_cannot_be_made_is_reported_and_the_others_are_made(
     requirements = requirements_of([unreadable, whole])
     # LoRA and images depend on the features of the broken dataset.
     assert len({requirement.stage for requirement in requirements}) == 4
-    listener, resources = Listener(), Resources()
-    worker = WorkerContext(ArtifactStore(tmp_path / "s"))
-    allocation, progress = Allocation(resources, machines), ProgressMonitor()
-    context = PreparationContext(worker, resources, listener, allocation, progress.actor)
-    result_of(prepare(requirements, context))
+    listener = Listener()
+    result_of(prepare(requirements, context_of(ArtifactStore(tmp_path / "s"), listener)))
     ((failed, failure),) = listener.events["on_failed"]
     assert failed.spec == unreadable.features
     assert (failure.failure_class, failure.message[:10]) == ("user", "ValueError")
