@@ -18,17 +18,14 @@ from PIL import Image
 
 from air_core.bundle.manifest import MANIFEST, ONNX
 from air_core.datasets import get_dataset
-from orchestrator.planning import plan_of
-from orchestrator.spec import load_sweep
-from orchestrator.stages.trial import run_trial
 from orchestrator.store import ArtifactStore, SweepLocation
 from tests.helpers.documents import ROOT, blocks
+from tests.helpers.features import encode
+from tests.helpers.outcomes import record_sweep, trained
 from tests.helpers.servers import MlflowServer, ServerProcess, free_port
 from tests.helpers.sweeps import run_command
-from tests.reporting.test_bundles import encode
 
-SWEEP = """version: 1
-name: small
+SWEEP = """
 grid: {method: [zero_shot, zero_shot_real]}
 seeds: [1]
 """
@@ -36,26 +33,11 @@ ROUNDING = 1e-4
 
 
 @pytest.fixture(scope="module")
-def location(tmp_path_factory, tiny_clip) -> SweepLocation:
+def location(tmp_path_factory, tiny_clip, resolver) -> SweepLocation:
     """A finished sweep in a store; zero_shot_real has a fused classifier."""
-    folder = tmp_path_factory.mktemp("done")
-    (folder / "small.yaml").write_text(SWEEP)
-    sweep, store = load_sweep(folder / "small.yaml"), ArtifactStore(folder / "runs")
-    location = SweepLocation(store, "default", "small", None)
-    event_log = location.event_log()
-    event_log.lock()
-    slots = plan_of(sweep, location).slots
-    encode(slots[0].spec.features, store)
-    event_log.append("sweep_started", spec="s", total=len(slots), to_run=len(slots), pid=1)
-    for slot in slots:
-        run_trial(slot.spec, store)
-        fields = {"slot": slot.id, "cell": slot.cell.id, "key": slot.key.digest}
-        event_log.append("trial_done", **fields)
-    event_log.append("sweep_ended", exit_code=0, seconds=1.0)
-    event_log.unlock()
-    (location.folder / "spec.yaml").write_text(sweep.text)
-    (location.folder / "resolved.json").write_text("{}")
-    return location
+    store = ArtifactStore(tmp_path_factory.mktemp("done") / "runs")
+    encode(resolver.trial({"images_per_class": 0}).features, store)
+    return record_sweep(store.root, "small", SWEEP, trained)
 
 
 @pytest.fixture

@@ -386,9 +386,9 @@ def _connect(address: str) -> Any:
             f"no Ray cluster answers at {address}: {_reason(problem)}; allowed: {ALLOWED}"
         ) from None
     except (RuntimeError, OSError, ValueError, KeyError, TypeError) as problem:
-        raise Refused(
-            f"{address} is not a Ray cluster ({_reason(problem)}); allowed: {ALLOWED}"
-        ) from None
+        # Only Ray's own errors say what is wrong; others come from an answer of another form.
+        said = _reason(problem) if isinstance(problem, RuntimeError) else "another kind of answer"
+        raise Refused(f"{address} is not a Ray cluster ({said}); allowed: {ALLOWED}") from None
     if server_version.split(".")[:2] != ray.__version__.split(".")[:2]:
         raise Refused(
             f"the cluster at {address} has Ray {server_version}, but this airsweep uses Ray "

@@ -117,7 +117,7 @@ class Row(Interval):
     def as_json(self) -> dict[str, Any]:
         choice = {} if self.choice is None else self.choice.as_json(self.point)
         pruned = {"pruned": self.pruned} if self.pruned else {}
-        columns = {name: getattr(self, name) for name in COLUMNS}
+        columns = {name: getattr(self, name) for name in FIELDS}
         if not self.is_tested:  # JSON has no NaN
             columns |= dict.fromkeys(("metric", "mean", "low", "high"))
         return columns | {"protocol": asdict(self.protocol)} | choice | pruned
@@ -178,7 +178,7 @@ BOUNDS = {
     "shifted_labels": "synthetic images under wrong labels",
 }
 
-COLUMNS = (
+FIELDS = (
     *("dataset", "paradigm", "modality", "method", "settings", "metric", "n", "n_test"),
     *("mean", "std", "low", "high", "interval"),
 )

@@ -45,7 +45,7 @@ from orchestrator.reporting.rows import (
     uses_diffusion,
 )
 from orchestrator.reporting.selection import best_candidate
-from orchestrator.reporting.tables import classifier_notes, comparison_lines, table_lines
+from orchestrator.reporting.tables import column_notes, comparison_lines, table_lines
 from orchestrator.spec.sweep import split_name
 from orchestrator.store import (
     SweepLocation,
@@ -96,7 +96,7 @@ def summary(
         *untested_notes([results.comparisons[i] for i in gains] or results.comparisons),
     ]
     for note in [
-        " ".join(classifier_notes(rows[0])),
+        " ".join(column_notes({*rows[0]} - {"pseudo-labels"})),
         *notes,
         *choice_notes(results.rows),
         *collapse_notes(results),

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.formatting import format_interval, format_percent, format_value
 from orchestrator.reporting._layouts import Layout, csv_text, drop_empty_columns, render
 from orchestrator.reporting.rows import (
-    COLUMNS,
     EMPTY,
+    FIELDS,
     MARKS,
     MUTUAL_INFORMATION,
     Comparison,
@@ -43,9 +43,102 @@ if TYPE_CHECKING:
 FORMATS = ("md", "csv", "json", "latex")
 TASK = ("dataset", "paradigm", "modality")  # columns; left out if all rows have the same value
 TESTED = ("text", "fused", "auxiliary")  # classifiers that a trial tests on the same images
-AGREEMENT, AGREEMENT_METRIC = "agreement", "objective/agreement_text"  # column and metric
+AGREEMENT = "objective/agreement_text"
+ACCURACY = "accuracy"  # the metric of the rows, with interval and marks
 # The column `significant`.
 SIGNIFICANT = {"higher": "yes", "lower": "yes", "not significant": "no", "not tested": "not tested"}
+
+
+# ---------------------------------------------------------------- columns
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column with the mean of a metric over the runs of a row."""
+
+    key: str  # its name, also for `--metric`
+    metric: str  # of the trials
+    description: str = ""  # of a table of the metric alone; empty: not for `--metric`
+    note: str = ""  # sentence for the caption of a table with the column
+    # table: the printed one and those of screen and report, which leave out empty columns;
+    # untested: the same, for rows without test images; data: JSON, CSV and `airsweep.table`.
+    on: tuple[str, ...] = ("table", "data")
+    show: Callable[[float | None], str] = format_percent  # not in data
+
+
+COLUMNS = (
+    Column(ACCURACY, ACCURACY, "Test accuracy in %", on=()),
+    Column(
+        "agreement",
+        AGREEMENT,
+        note="Agreement: share in % of the unlabelled images to which text and auxiliary "
+        "classifier give the same class.",
+        on=("untested",),
+    ),
+    *(
+        Column(
+            f"MI {name}",
+            f"{MUTUAL_INFORMATION}_{name}",
+            note="MI: mutual information in nats of a classifier, high where its predictions are "
+            "sure and cover the classes evenly; no accuracy.",
+            on=("untested",),
+            show=lambda value: "" if value is None else f"{value:.3f}",
+        )
+        for name in TESTED
+    ),
+    Column(
+        "text",
+        "test/accuracy_text",
+        "Test accuracy in % of the text classifier",
+        "Accuracy: text classifier; where no prompt is learned, that of the column fused.",
+    ),
+    Column(
+        "fused",
+        "test/accuracy_fused",
+        "Test accuracy in % of text and auxiliary classifier combined",
+        "Fused: with the auxiliary classifier.",
+    ),
+    Column(
+        "auxiliary",
+        "test/accuracy_auxiliary",
+        "Test accuracy in % of the auxiliary classifier",
+        "Auxiliary: that one alone.",
+    ),
+    Column("seen", "test/seen", "Test accuracy in % on seen classes", on=()),
+    Column("unseen", "test/unseen", "Test accuracy in % on unseen classes", on=()),
+    Column(
+        "pseudo-labels",
+        "pseudo/accuracy",
+        "Accuracy in % of the last pseudo-labels",
+        "Pseudo-labels: accuracy of the last pseudo-labels.",
+        on=("table",),
+    ),
+    Column(
+        "coverage",
+        "pseudo/coverage",
+        "Share in % of the pool that the last pseudo-labels cover",
+        on=(),
+    ),
+    Column("seconds", "time/train_s", "Seconds of training", on=()),
+)
+METRICS = {column.key: column for column in COLUMNS if column.description}  # for `--metric`
+DESCRIPTIONS = {column.metric: column.description for column in METRICS.values()}
+
+
+def _means(results: Results, row: Row, output: str) -> dict[str, float | None]:
+    return {c.key: results.mean(row, c.metric) for c in COLUMNS if output in c.on}
+
+
+def _texts(results: Results, row: Row, output: str) -> dict[str, str]:
+    return {c.key: c.show(results.mean(row, c.metric)) for c in COLUMNS if output in c.on}
+
+
+def column_notes(header: Collection[str]) -> list[str]:
+    """Sentences for a caption on the columns of a table."""
+    notes = {c.key: c.note for c in COLUMNS if c.note and c.key in header}
+    if "fused" in notes and "text" not in notes:
+        notes["fused"] = f"Accuracy: text classifier. {notes['fused']}"
+    return [*dict.fromkeys(notes.values())]
 
 
 # ---------------------------------------------------------------- one line per row
@@ -68,10 +161,14 @@ def as_json(results: Results) -> list[dict[str, object]]:
     """The rows for `table --format json`. New versions may add keys but never remove any."""
     return [
         row.as_json()
-        | tested_accuracies(results, row)
+        | _means(results, row, "data")
         | {
-            "mutual_information": mutual_information(results, row),
-            "agreement": results.mean(row, AGREEMENT_METRIC),
+            "mutual_information": {
+                name: value
+                for name in TESTED
+                if (value := results.mean(row, f"{MUTUAL_INFORMATION}_{name}")) is not None
+            },
+            "agreement": results.mean(row, AGREEMENT),
             "chance": results.chance(row),
             "comparisons": [c.as_json() for c in results.comparisons_of(row).values()],
             "collapsed": [vars(run) for run in results.collapsed_runs(row)],
@@ -80,24 +177,10 @@ def as_json(results: Results) -> list[dict[str, object]]:
     ]
 
 
-def tested_accuracies(results: Results, row: Row) -> dict[str, float | None]:
-    """Mean test accuracy of each classifier of `TESTED`; None where the method does not have it.
-
-    In TRZSL the harmonic mean; there the auxiliary classifier has no seen class and is not tested.
-    """
-    return {name: results.mean(row, METRICS[name][0]) for name in TESTED}
-
-
-def mutual_information(results: Results, row: Row) -> dict[str, float]:
-    """Mutual information on the pool of the classifiers that have it, in nats."""
-    found = {name: results.mean(row, f"{MUTUAL_INFORMATION}_{name}") for name in TESTED}
-    return {name: value for name, value in found.items() if value is not None}
-
-
 def _csv(results: Results) -> str:
     frame = rows_frame(results, "settings.", _csv_setting)
     if not results.tested:
-        free = [_label_free(results, row) for row in results.rows]
+        free = [_texts(results, row, "untested") for row in results.rows]
         for name in dict.fromkeys(name for cells in free for name in cells):
             frame[name] = [cells.get(name, "") for cells in free]
     frame["chance"] = [results.chance(row) for row in results.rows]
@@ -112,7 +195,7 @@ def rows_frame(
     results: Results, prefix: str = "", setting: Callable[[Any], Any] = lambda value: value
 ) -> DataFrame:
     """The rows, fractions in [0, 1]: settings as columns, then n, n_test, mean, std, low, high,
-    what the interval is, and the accuracies of `TESTED`.
+    what the interval is, and the columns on `data`.
 
     Args:
         prefix: of the columns of settings.
@@ -123,13 +206,14 @@ def rows_frame(
     keys = dict.fromkeys(prefix + key for row in results.rows for key in row.settings)
     lines = [
         row.as_json()
-        | tested_accuracies(results, row)
+        | _means(results, row, "data")
         | {prefix + key: setting(value) for key, value in row.settings.items()}
         for row in results.rows
     ]
-    at = COLUMNS.index("settings")
+    at = FIELDS.index("settings")
     of_search = [key for key in ("point", "chosen_by", "pruned") if any(key in o for o in lines)]
-    columns = [*COLUMNS[:at], *keys, *COLUMNS[at + 1 :], *TESTED, *of_search]
+    measured = [column.key for column in COLUMNS if "data" in column.on]
+    columns = [*FIELDS[:at], *keys, *FIELDS[at + 1 :], *measured, *of_search]
     return DataFrame(lines, columns=columns, dtype=object)
 
 
@@ -180,49 +264,31 @@ def table_layout(results: Results) -> Layout:
 
 def table_lines(results: Results) -> list[dict[str, str]]:
     """One line of cells per row, without empty columns."""
-    lines = []
-    tested = [
-        {name: format_percent(mean) for name, mean in tested_accuracies(results, row).items()}
-        for row in results.rows
-    ]
-    # The accuracy of a row is that of the text classifier, unless no prompt is learned.
-    if all(
-        cells["text"] in ("", format_percent(row.mean))
-        for row, cells in zip(results.rows, tested, strict=True)
-    ):
-        tested = [{**cells, "text": ""} for cells in tested]
     varying = [i for i, values in enumerate(zip(*results.tasks, strict=True)) if len({*values}) > 1]
-    for row, cells in zip(results.rows, tested, strict=True):
-        line = {
+    lines = [
+        {
             **{TASK[i]: row.task[i] for i in varying},
             "method": row.method,
             **{key: format_value(row.settings.get(key, "")) for key in results.varied_settings},
             "accuracy": mean_std(row),
             "95 %": format_interval(row.low, row.high) if row.is_tested else "",
-            **_label_free(results, row),
+            **({} if row.is_tested else _texts(results, row, "untested")),
             "n": str(row.n),
             "n_test": str(row.n_test or ""),
-            **cells,
-            "pseudo-labels": format_percent(results.mean(row, "pseudo/accuracy")),
+            **_texts(results, row, "table"),
             **{f"gain over {role}": "" for role in MARKS},
+            **{
+                f"gain over {role}": f"{c.text} {c.baseline.method}{c.mark}"
+                for role, c in results.comparisons_of(row).items()
+            },
         }
-        for role, comparison in results.comparisons_of(row).items():
-            line[f"gain over {role}"] = (
-                f"{comparison.text} {comparison.baseline.method}{comparison.mark}"
-            )
-        lines.append(line)
+        for row in results.rows
+    ]
+    # The accuracy of a row is that of the text classifier, unless no prompt is learned.
+    pairs = zip(results.rows, lines, strict=True)
+    if all(line["text"] in ("", format_percent(row.mean)) for row, line in pairs):
+        lines = [line | {"text": ""} for line in lines]
     return drop_empty_columns(lines)
-
-
-def _label_free(results: Results, row: Row) -> dict[str, str]:
-    """Measures on the pool, for a row without test images."""
-    if row.is_tested:
-        return {}
-    information = mutual_information(results, row)
-    return {
-        AGREEMENT: format_percent(results.mean(row, AGREEMENT_METRIC)),
-        **{f"MI {n}": f"{information[n]:.3f}" if n in information else "" for n in TESTED},
-    }
 
 
 def comparison_lines(results: Results) -> list[dict[str, str]]:
@@ -262,28 +328,6 @@ def _p_value(p: float) -> str:
     return "< 0.001" if p < 0.0005 else f"{p:.3f}"
 
 
-def classifier_notes(header: Collection[str]) -> Iterator[str]:
-    """Sentences on the columns of `TESTED`."""
-    if AGREEMENT in header:
-        yield (
-            "Agreement: share in % of the unlabelled images to which text and auxiliary classifier "
-            "give the same class."
-        )
-    if "MI text" in header:
-        yield (
-            "MI: mutual information in nats of a classifier, high where its predictions are sure "
-            "and cover the classes evenly; no accuracy."
-        )
-    if "text" in header:
-        yield "Accuracy: text classifier; where no prompt is learned, that of the column fused."
-    elif "fused" in header:
-        yield "Accuracy: text classifier."
-    if "fused" in header:
-        yield "Fused: with the auxiliary classifier."
-    if "auxiliary" in header:
-        yield "Auxiliary: that one alone."
-
-
 def _caption(results: Results, header: Sequence[str]) -> Iterator[str]:
     tasks = "; ".join(f"{d}, {p}/{m}" for d, p, m in results.tasks)
     if results.tested:
@@ -293,9 +337,7 @@ def _caption(results: Results, header: Sequence[str]) -> Iterator[str]:
     yield from protocol_notes(results)
     if results.tested:
         yield "n_test: test images of one run."
-    yield from classifier_notes(header)
-    if "pseudo-labels" in header:
-        yield "Pseudo-labels: accuracy of the last pseudo-labels."
+    yield from column_notes(header)
     if any(name.startswith("gain") for name in header):
         yield "Gains in points, with 95 % interval if tested, paired by image and run."
 
@@ -307,27 +349,6 @@ def _ascii_marks(comparisons: Mapping[Role, Comparison]) -> list[str]:
 # ---------------------------------------------------------------- keys down and across
 
 NOT_APPLICABLE = "\u2013"  # a setting that the method does not have
-ACCURACY = "accuracy"  # the metric of the rows, with interval and marks
-
-# Metrics by short name: name in the records, description. `--metric` also takes record names.
-METRICS = {
-    ACCURACY: (ACCURACY, "Test accuracy in %"),
-    "fused": (
-        "test/accuracy_fused",
-        "Test accuracy in % of text and auxiliary classifier combined",
-    ),
-    "text": ("test/accuracy_text", "Test accuracy in % of the text classifier"),
-    "auxiliary": (
-        "test/accuracy_auxiliary",
-        "Test accuracy in % of the auxiliary classifier",
-    ),
-    "seen": ("test/seen", "Test accuracy in % on seen classes"),
-    "unseen": ("test/unseen", "Test accuracy in % on unseen classes"),
-    "pseudo-labels": ("pseudo/accuracy", "Accuracy in % of the last pseudo-labels"),
-    "coverage": ("pseudo/coverage", "Share in % of the pool that the last pseudo-labels cover"),
-    "seconds": ("time/train_s", "Seconds of training"),
-}
-DESCRIPTIONS = dict(METRICS.values())
 # Prefixes of metrics that are fractions and shown in %.
 FRACTIONS = (
     *(ACCURACY, "test/", "pseudo/", "pool/"),
@@ -420,12 +441,12 @@ def _checked(option: str, keys: Sequence[str], allowed: Sequence[str]) -> Sequen
 def _metric(name: str, results: Results) -> str:
     """The name of a metric in the records, from that name or its short name."""
     recorded = dict.fromkeys(key for trial in results.trials for key in trial.metrics)
-    metric, _ = METRICS.get(name, (name, ""))
+    metric = METRICS[name].metric if name in METRICS else name
     if results.tested:
         recorded[ACCURACY] = None
     if metric in recorded:
         return metric
-    short = [alias for alias, (key, _) in METRICS.items() if key in recorded]
+    short = [key for key, column in METRICS.items() if column.metric in recorded]
     options = [*short, *(key for key in recorded if key not in DESCRIPTIONS)]
     raise ValueError(
         f"--metric {name}: no trial of this sweep has it; available: {', '.join(options)}"

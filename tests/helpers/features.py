@@ -11,22 +11,27 @@ from safetensors.numpy import save_file
 
 from air_core.datasets import get_dataset
 from air_core.specs import FeaturesSpec
+from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.features import PARTS
 from orchestrator.store import ArtifactStore
 
 Arrays = dict[str, np.ndarray]
+IMAGES = 240  # of the digits: enough for every class, and quick
 
 
 def digit_features(
-    encode: Callable[[Any], np.ndarray], images: int, parts: tuple[str, ...] = ()
+    encode: Callable[[Any], np.ndarray],
+    images: int,
+    parts: tuple[str, ...] = (),
+    dataset: str = "digits",
 ) -> Arrays:
-    """Features of the first digits.
+    """Features of the first digits, or of the first images of another dataset.
 
     Args:
         encode: returns the features of images.
         parts: repeated, so that splits do not depend on labels; empty: the parts of the dataset.
     """
-    examples = get_dataset("digits").load(None)
+    examples = get_dataset(dataset).load(None)
     names = parts * (images // len(parts)) if parts else examples.parts[:images]
     return {
         "features": np.asarray(encode(examples.images[:images])),
@@ -52,3 +57,12 @@ def store_with(root: Path, spec: FeaturesSpec, arrays: Arrays) -> ArtifactStore:
 
     store.get_or_build(spec, build)
     return store
+
+
+def encode(spec: FeaturesSpec, store: ArtifactStore) -> None:
+    """Put the features of the first images of a dataset into a store."""
+
+    def encoded(images: Any) -> np.ndarray:
+        return WorkerContext(store).encode(images, spec)
+
+    store_with(store.root, spec, digit_features(encoded, IMAGES, dataset=spec.dataset.name))

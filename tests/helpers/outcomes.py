@@ -1,4 +1,4 @@
-"""Recorded sweeps whose records are written without training: real store, event log and records."""
+"""Recorded sweeps: real store, event log and records, by default written without training."""
 
 from __future__ import annotations
 
@@ -15,27 +15,35 @@ from air_core.specs.normal import normalised
 from orchestrator.planning import Slot, plan_of
 from orchestrator.planning.requests import SweepRequest, location_for
 from orchestrator.spec import load_sweep
-from orchestrator.store import ArtifactStore
+from orchestrator.store import ArtifactStore, SweepLocation
 from orchestrator.store.records import PREDICTIONS
 from tests.helpers.sweeps import write_sweep
 
 TESTED = 400  # images of a run
 
-Accuracy = Callable[[Slot], float]
+# Methods of which each is better than the one before.
+SWEEP = """
+grid: {method: [zero_shot, fpl, cpl]}
+fixed: {dataset: digits, train.steps: 2}
+seeds: [1, 2, 3]
+"""
+ACCURACIES = {"zero_shot": 0.5, "fpl": 0.62, "cpl": 0.7}
+
+Write = Callable[[Slot, ArtifactStore], object]
 
 
 def record_sweep(
     store: Path,
     name: str,
     body: str,
-    accuracy: Accuracy,
+    write: Write,
     done: Callable[[int], bool] = lambda index: True,
-) -> None:
+) -> SweepLocation:
     """Write a recorded sweep into a store.
 
     Args:
         body: the sweep file below version and name.
-        accuracy: the accuracy of a slot. Images are equally easy for all methods, up to noise.
+        write: writes the record of a slot, as `by_method`.
         done: whether a trial, given its index in the plan, has a record.
     """
     sweep = load_sweep(write_sweep(store / "files", name, body))
@@ -50,9 +58,10 @@ def record_sweep(
     )
     for index, slot in enumerate(plan.slots):
         if done(index):
-            write_record(slot, location.store, accuracy(slot))
+            write(slot, location.store)
             event_log.append("trial_done", slot=slot.id, cell=slot.cell.id, key=slot.key.digest)
     event_log.unlock()
+    return location
 
 
 def write_record(slot: Slot, store: ArtifactStore, accuracy: float) -> None:
@@ -81,5 +90,13 @@ def write_record(slot: Slot, store: ArtifactStore, accuracy: float) -> None:
     store.get_or_build(spec, build)
 
 
-def by_method(accuracies: Mapping[str, float]) -> Accuracy:
-    return lambda slot: accuracies[slot.cell.method]
+def by_method(accuracies: Mapping[str, float]) -> Write:
+    """Writes records with an accuracy per method; images are equally easy for all, up to noise."""
+    return lambda slot, store: write_record(slot, store, accuracies[slot.cell.method])
+
+
+def trained(slot: Slot, store: ArtifactStore) -> None:
+    """Runs the trial of a slot, whose features the store must have."""
+    from orchestrator.stages.trial import run_trial  # imports torch
+
+    run_trial(slot.spec, store)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,19 +20,18 @@ from air_core.bundle.manifest import MANIFEST, write_bundle
 from air_core.datasets import get_dataset
 from air_core.method import Callback, Round, learn
 from air_core.models.weights import tiny_folder
-from air_core.specs import FeaturesSpec
-from orchestrator.planning import plan_of
+from orchestrator.planning import Slot, plan_of
 from orchestrator.spec import load_sweep
-from orchestrator.stages.context import WorkerContext
-from orchestrator.stages.features import PARTS, read_target
+from orchestrator.stages.features import read_target
 from orchestrator.stages.pictures import MARGIN_PX, NAME_PX, THUMB_PX
 from orchestrator.stages.trial import run_trial, trial_data
-from orchestrator.store import ArtifactStore, EventLog, SweepLocation, read_trial
+from orchestrator.store import ArtifactStore, SweepLocation, read_trial
+from tests.helpers.features import encode
+from tests.helpers.golden import check_refusals
+from tests.helpers.outcomes import record_sweep, trained
 from tests.helpers.sweeps import python, record_again
 
-IMAGES = 240  # of the digits: enough for every class, and quick
-SWEEP = """version: 1
-name: small
+SWEEP = """
 grid:
   paradigm: [ul, trzsl]
   method: [zero_shot, zero_shot_real, fpl, cpl]
@@ -42,52 +41,17 @@ seeds: [1, 2]
 
 
 @pytest.fixture(scope="module")
-def sweep(tmp_path_factory):
-    file = tmp_path_factory.mktemp("spec") / "small.yaml"
-    file.write_text(SWEEP)
-    return load_sweep(file)
-
-
-@pytest.fixture(scope="module")
-def location(tmp_path_factory, tiny_clip, sweep) -> SweepLocation:
+def location(tmp_path_factory, tiny_clip, resolver) -> SweepLocation:
     """A finished sweep in a store."""
     store = ArtifactStore(tmp_path_factory.mktemp("done") / "runs")
-    location = SweepLocation(store, "default", "small", None)
-    event_log = location.event_log()
-    event_log.lock()
-    slots = plan_of(sweep, location).slots
+    features = resolver.trial({"images_per_class": 0}).features
     for level in ("features", "tokens"):
-        encode(replace(slots[0].spec.features, level=level), store)
-    event_log.append("sweep_started", spec="s", total=len(slots), to_run=len(slots), pid=1)
-    for slot in slots:
-        run_trial(slot.spec, store)
-        fields = {"slot": slot.id, "cell": slot.cell.id, "key": slot.key.digest}
-        event_log.append("trial_done", **fields)
-    event_log.append("sweep_ended", exit_code=0, seconds=1.0)
-    event_log.unlock()
-    (location.folder / "spec.yaml").write_text(sweep.text)
-    (location.folder / "resolved.json").write_text("{}")
-    return location
+        encode(replace(features, level=level), store)
+    return record_sweep(store.root, "small", SWEEP, trained)
 
 
-def encode(spec: FeaturesSpec, store: ArtifactStore) -> None:
-    """Put the features of the first digits into the store."""
-
-    def build(folder: Path) -> dict[str, Any]:
-        examples = get_dataset(spec.dataset.name).load(None)
-        arrays = {
-            "features": WorkerContext(store).encode(examples.images[:IMAGES], spec),
-            "labels": examples.labels[:IMAGES],
-            "parts": np.array([PARTS.index(p) for p in examples.parts[:IMAGES]], dtype=np.int8),
-        }
-        save_file(arrays, folder / "features.safetensors")
-        return {}
-
-    store.get_or_build(spec, build)
-
-
-def slots_of(location: SweepLocation, sweep: Any, method: str, paradigm: str = "ul") -> list[Any]:
-    slots = plan_of(sweep, location).slots
+def slots_of(location: SweepLocation, method: str, paradigm: str = "ul") -> list[Slot]:
+    slots = plan_of(load_sweep(location.folder / "spec.yaml"), location).slots
     return [s for s in slots if (s.cell.method, s.spec.paradigm) == (method, paradigm)]
 
 
@@ -132,9 +96,9 @@ main()
 
 
 def test_a_process_without_ray_or_mlflow_gives_the_logits_of_the_trial(
-    location, sweep, tiny_clip, export, tmp_path, monkeypatch
+    location, tiny_clip, export, tmp_path, monkeypatch
 ):
-    slot = slots_of(location, sweep, "cpl")[0]
+    slot = slots_of(location, "cpl")[0]
     record = read_trial(slot.spec, location.store)
     target = read_target(slot.spec.features, slot.spec.split, location.store)
     data = trial_data(target, tiny_clip, None)
@@ -167,8 +131,8 @@ def test_a_process_without_ray_or_mlflow_gives_the_logits_of_the_trial(
         assert np.allclose([by_name[name] for name in names], row, rtol=0, atol=1e-5)
 
 
-def test_a_trial_is_exported_by_key_or_slot_to_the_same_bytes(location, sweep, export, command):
-    slot = slots_of(location, sweep, "fpl")[1]
+def test_a_trial_is_exported_by_key_or_slot_to_the_same_bytes(location, export, command):
+    slot = slots_of(location, "fpl")[1]
     one = export(slot.key.digest, "--sweep", "small")
     other = export(slot.id, "--sweep", "small", out="other")
     assert sorted(p.name for p in one.iterdir()) == [
@@ -207,10 +171,10 @@ def test_a_trial_is_exported_by_key_or_slot_to_the_same_bytes(location, sweep, e
     "kind", ["zero_shot", "visual", "elsewhere", "zero_shot_elsewhere", "trzsl"]
 )
 def test_every_kind_of_prompt_reproduces_the_recorded_predictions(
-    kind, location, sweep, resolver, export, command, drawn_digits
+    kind, location, resolver, export, command, drawn_digits
 ):
     if kind == "trzsl":
-        spec = slots_of(location, sweep, "cpl", "trzsl")[0].spec
+        spec = slots_of(location, "cpl", "trzsl")[0].spec
     else:
         flat = {"images_per_class": 0, "iterations": 1, "train.steps": 4, "prompt.length": 2}
         flat |= {"modality": "visual"} if kind == "visual" else {}
@@ -302,12 +266,10 @@ def test_each_classifier_of_a_bundle_gives_the_recorded_predictions(
 
 
 def test_a_trial_of_an_older_version_has_its_text_classifier_alone(
-    location, sweep, command, export, tmp_path
+    location, command, export, tmp_path
 ):
     store = ArtifactStore(Path(shutil.copytree(location.store.root, tmp_path / "runs")))
-    for method, slot in {
-        m: slots_of(location, sweep, m)[0] for m in ("fpl", "zero_shot_real")
-    }.items():
+    for method, slot in {m: slots_of(location, m)[0] for m in ("fpl", "zero_shot_real")}.items():
         folder = store.get(slot.spec).path
         arrays = load_file(folder / "predictions.safetensors")
         kept = {name: arrays[name] for name in ("index", "labels", "predictions")}
@@ -323,9 +285,9 @@ def test_a_trial_of_an_older_version_has_its_text_classifier_alone(
             assert "has no text classifier to export; it has: none. If an older version" in err
 
 
-def test_a_prompt_with_other_predictions_is_not_exported(location, sweep, command, tmp_path):
+def test_a_prompt_with_other_predictions_is_not_exported(location, command, tmp_path):
     store = ArtifactStore(Path(shutil.copytree(location.store.root, tmp_path / "runs")))
-    slot = slots_of(location, sweep, "fpl")[0]
+    slot = slots_of(location, "fpl")[0]
     file = store.get(slot.spec).path / PROMPT
     save_file({"prompt": -load_file(file)["prompt"]}, file)
     record_again(file.parent)
@@ -337,8 +299,8 @@ def test_a_prompt_with_other_predictions_is_not_exported(location, sweep, comman
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
 
 
-def test_errors_draws_the_wrong_images_from_the_surest_on(location, sweep, command, tmp_path):
-    slot = slots_of(location, sweep, "cpl")[0]
+def test_errors_draws_the_wrong_images_from_the_surest_on(location, command, tmp_path):
+    slot = slots_of(location, "cpl")[0]
     sheet = tmp_path / "errors.png"
     words = ("errors", slot.key.digest, "-o", sheet, *store_option(location))
     assert command(*words) == (0, f"{sheet}\n", "")
@@ -358,13 +320,13 @@ def test_errors_draws_the_wrong_images_from_the_surest_on(location, sweep, comma
     assert "has no probabilities of a fused classifier" in err
 
 
-def test_compare_reads_the_accuracy_of_a_classifier(location, sweep, command):
+def test_compare_reads_the_accuracy_of_a_classifier(location, command):
     words = ("compare", "small", "--against", "small", *store_option(location))
     code, out, err = command(*words, "--metric", "auxiliary", "--json")
     assert code == 0, err
     [cell] = json.loads(out)["cells"]
     assert (cell["method"], cell["paradigm"]) == ("zero_shot_real", "ul")
-    record = read_trial(slots_of(location, sweep, "zero_shot_real")[0].spec, location.store)
+    record = read_trial(slots_of(location, "zero_shot_real")[0].spec, location.store)
     assert cell["ours"][0] == record.metrics["test/accuracy_auxiliary"]
     code, _, err = command(*words, "--metric", "best")
     assert code == 2
@@ -375,12 +337,10 @@ def test_compare_reads_the_accuracy_of_a_classifier(location, sweep, command):
 
 
 @pytest.mark.parametrize("by", [None, "test_accuracy"])
-def test_best_is_the_classifier_with_the_highest_score_of_all_rows(
-    by, location, sweep, command, tmp_path
-):
+def test_best_is_the_classifier_with_the_highest_score_of_all_rows(by, location, command, tmp_path):
     option = ("--by", by) if by else ()
     metric = "test/accuracy" if by else "objective/validation_accuracy"
-    plan = plan_of(sweep, location)
+    plan = plan_of(load_sweep(location.folder / "spec.yaml"), location)
     scores: dict[tuple[str, str], dict[str, float]] = {}
     for slot in plan.slots:
         record = read_trial(slot.spec, location.store)
@@ -404,34 +364,27 @@ def test_best_is_the_classifier_with_the_highest_score_of_all_rows(
     assert (chosen["candidates"], chosen["trials_left"]) == (6, 0)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("best", "--sweep", "small"), "cannot be compared: digits/ul/text; digits/trzsl/text"),
-        (("best", "--sweep", "small", "--only", "metod=fpl"), "not a key of the grid"),
-        (("best", "--sweep", "small", "--only", "method=air"), "is not in grid.method"),
-        (("best",), "give --sweep NAME"),
-        (("best", "--sweep", "large"), "no sweep default/large"),
-        (("cell/0/seed=1", "--sweep", "small"), "no slot 'cell/0/seed=1'"),
-        (("abcdef123", "--sweep", "small"), "mlflow.db does not exist"),
-        (("abcdef123", "--only", "method=fpl"), "--only and --by are allowed with `best` only"),
-        (("best", "--sweep", "small", "--only", "paradigm=ul", "--by", "x"), "unknown --by 'x'"),
-    ],
-)
-def test_an_export_of_an_unknown_trial_is_bad_input(arguments, words, command, location, tmp_path):
-    code, out, err = command("export", *arguments, "-o", tmp_path / "b", *store_option(location))
-    assert (code, out) == (2, "")
-    assert words in err
+def test_exports_of_unknown_trials_equal_the_golden_messages(command, location, tmp_path):
+    small = ("best", "--sweep", "small")
+    check_refusals(
+        "messages/export.txt",
+        lambda *words: command("export", *words, "-o", tmp_path / "b", *store_option(location)),
+        small,
+        (*small, "--only", "metod=fpl"),
+        (*small, "--only", "method=air"),
+        (*small, "--only", "paradigm=ul", "--by", "x"),
+        ("best",),
+        ("best", "--sweep", "large"),
+        ("cell/0/seed=1", "--sweep", "small"),
+        ("abcdef123", "--sweep", "small"),
+        ("abcdef123", "--only", "method=fpl"),
+        store=location.store.root,
+    )
     assert not (tmp_path / "b").exists()
 
 
-def test_best_of_a_sweep_without_finished_trials_is_bad_input(location, sweep, command, tmp_path):
-    store = ArtifactStore(tmp_path / "runs")
-    empty = SweepLocation(store, "default", "small", None)
-    empty.folder.mkdir(parents=True)
-    EventLog(empty.folder).append("sweep_started", spec="s", total=1, to_run=1, pid=1)
-    (empty.folder / "spec.yaml").write_text(sweep.text)
-    (empty.folder / "resolved.json").write_text("{}")
+def test_best_of_a_sweep_without_finished_trials_is_bad_input(command, tmp_path):
+    empty = record_sweep(tmp_path / "runs", "small", SWEEP, trained, lambda index: False)
     code, _, err = command(
         "export", "best", "--sweep", "small", "-o", tmp_path / "b", *store_option(empty)
     )
@@ -443,8 +396,8 @@ def test_best_of_a_sweep_without_finished_trials_is_bad_input(location, sweep, c
 
 
 @pytest.fixture
-def bundle(location, sweep, export) -> Path:
-    return export(slots_of(location, sweep, "cpl")[0].key.digest)
+def bundle(location, export) -> Path:
+    return export(slots_of(location, "cpl")[0].key.digest)
 
 
 def test_classify_prints_results_to_stdout_and_unreadable_files_to_stderr(
@@ -540,23 +493,24 @@ def test_an_image_with_a_small_probability_is_unsure(bundle, command, tmp_path):
     assert [row["class"] for row in rows] == [one.classname for one in found]
 
 
-def test_classify_without_images_or_bundle_is_bad_input(bundle, command, tmp_path):
+def test_classify_without_images_or_bundle_prints_the_golden_messages(bundle, command, tmp_path):
     new = pictures_of(np.arange(1), tmp_path / "new")
     (tmp_path / "empty").mkdir()
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no image")
-    for arguments, words in (
-        ((bundle, tmp_path / "empty"), "contain no image"),
-        ((bundle, tmp_path / "no.png"), "does not exist"),
-        ((bundle, "~nosuchuser/new.png"), "no such user"),
-        ((bundle, bad), "no file could be read, so nothing was classified"),
-        ((bundle, new, "--json", "--csv"), "give only one"),
-        ((bundle, new, "--weights", tmp_path / "x"), "does not exist; allowed: tiny"),
-        ((tmp_path / "new", new), "has no bundle.json"),
-    ):
-        code, out, err = command("classify", *arguments)
-        assert (code, out) == (2, ""), err
-        assert words in err
+    check_refusals(
+        "messages/classify.txt",
+        functools.partial(command, "classify"),
+        (bundle, tmp_path / "empty"),
+        (bundle, tmp_path / "no.png"),
+        (bundle, "~nosuchuser/new.png"),
+        (bundle, bad),
+        (bundle, new, "--json", "--csv"),
+        (bundle, new, "--weights", tmp_path / "x"),
+        (tmp_path / "new", new),
+        bundle=bundle,
+        here=tmp_path,
+    )
     data = (bundle / PROMPT).read_bytes()
     (bundle / PROMPT).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     code, _, err = command("classify", bundle, new)

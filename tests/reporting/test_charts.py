@@ -11,7 +11,7 @@ from PIL import Image
 from orchestrator.reporting.charts import VERDICT_COLORS, differences, pictures, svg
 from orchestrator.reporting.rows import FinishedTrial
 from tests.helpers.sweeps import python
-from tests.reporting.test_rows import results, trials
+from tests.helpers.trials import results, trials
 
 
 def with_curves(finished: list[FinishedTrial]) -> list[FinishedTrial]:
@@ -94,7 +94,7 @@ DRAW = """
 import hashlib
 from orchestrator.reporting.charts import pictures
 from tests.reporting.test_charts import grid
-from tests.reporting.test_rows import results
+from tests.helpers.trials import results
 print([hashlib.sha256(png).hexdigest() for png in pictures(results(grid())).values()])
 """
 

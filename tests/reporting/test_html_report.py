@@ -32,10 +32,11 @@ from orchestrator.stages.features import build as build_features
 from orchestrator.store import open_store
 from orchestrator.store.location import recorded_location
 from tests.helpers.browser import CHROMIUM, MISSING, Browser
+from tests.helpers.golden import check_refusals
 from tests.helpers.outcomes import by_method, record_sweep
 from tests.helpers.servers import serve
 from tests.helpers.sweeps import airsweep, search_sweep, write_sweep
-from tests.reporting.test_rows import one_line
+from tests.helpers.trials import one_line
 
 GRID = """
 grid:
@@ -294,27 +295,22 @@ def test_the_policy_of_a_report_blocks_scripts_and_requests_of_injected_markup(g
         assert reached == set()
 
 
-def test_invalid_arguments_of_report_are_bad_input(grid, tmp_path):
-    cases = [
-        (["nothing", "-o", tmp_path / "x.html"], "no sweep default/nothing"),
-        (["grid", "-o", tmp_path / "no" / "x.html"], "give a file name in an existing folder"),
-        (["grid", "-o", tmp_path], "give a file name in an existing folder"),
-    ]
-    for arguments, reason in cases:
-        done = airsweep("report", *arguments, "--store", grid, check=False)
-        assert done.returncode == 2
-        assert reason in done.stderr
-        assert "Traceback" not in done.stderr
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_report_of_a_sweep_without_results_is_bad_input(tmp_path):
-    body, store = "fixed: {method: fpl}\nseeds: [1]\n", tmp_path / "runs"
-    record_sweep(store, "empty", body, by_method({}), done=lambda index: False)
-    done = airsweep("report", "empty", "-o", tmp_path / "x.html", "--store", store, check=False)
-    assert done.returncode == 2
-    assert "has no finished trial to report (1 are planned)" in done.stderr
-    assert not (tmp_path / "x.html").exists()
+def test_bad_input_equals_the_golden_messages(tmp_path, command):
+    body = "fixed: {method: fpl}\nseeds: [1]\n"
+    record_sweep(tmp_path / "runs", "empty", body, by_method({}), done=lambda index: False)
+    new = tmp_path / "new"
+    new.mkdir()
+    check_refusals(
+        "messages/report.txt",
+        lambda *words: command("report", *words, "--store", tmp_path / "runs"),
+        ("nothing", "-o", new / "x.html"),
+        ("empty", "-o", new / "x.html"),
+        ("empty", "-o", new / "no" / "x.html"),
+        ("empty", "-o", new),
+        store=tmp_path / "runs",
+        new=new,
+    )
+    assert list(new.iterdir()) == []
 
 
 # ---------------------------------------------------------------- parts

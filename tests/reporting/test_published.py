@@ -26,8 +26,9 @@ from orchestrator.reporting.published import (
 )
 from orchestrator.reporting.rows import FinishedTrial
 from orchestrator.spec import SpecError
-from tests.helpers.outcomes import by_method, record_sweep
-from tests.reporting.test_rows import quickstart, results, trials
+from tests.helpers.golden import check_golden_cases, check_refusals
+from tests.helpers.outcomes import ACCURACIES, SWEEP, by_method, record_sweep
+from tests.helpers.trials import quickstart, results, trials
 
 SHIPPED = sorted(file.stem for file in PAPERS.glob("*.yaml"))
 
@@ -108,36 +109,21 @@ def test_unverified_numbers_are_marked() -> None:
     assert verified == {"grip": {True}, "air-cvpr2025": {False}, "cpl": {True, False}}
 
 
-def test_the_error_of_an_unknown_paper_lists_the_shipped_papers() -> None:
-    with pytest.raises(SpecError, match=r"grap: no such paper; allowed: air-cvpr2025, cpl, grip"):
-        find_paper("grap")
-    with pytest.raises(SpecError, match="no such file"):
-        find_paper("papers/none.yaml")
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "position", "words"),
-    [
-        (re.search("protocol:.*\n", PAPER)[0], "", "1:1", "`protocol` is missing"),  # type: ignore[index]
-        ("63.0,", "163,", "8:25", "163 is not allowed; allowed: 0 to 100, in %"),
-        (
-            "    ul:",
-            "    uls:",
-            "7:5",
-            "unknown key; allowed: ul, ssl, trzsl; did you mean ul?",
-        ),
-        (PAPER[PAPER.index("accuracy") :], "", "1:1", "no numbers: add `accuracy` or `gains`"),
-        (PAPER, "", "", "empty; a file of published numbers starts with"),
-    ],
-)
-def test_errors_in_a_paper_file_have_line_and_column(tmp_path, old, new, position, words) -> None:
-    file = paper_of(tmp_path, PAPER.replace(old, new))
-    with pytest.raises(SpecError) as problem:
-        find_paper(str(file))
-    message = str(problem.value)
-    assert message.startswith(f"{file}:{position}" if position else str(file))
-    assert words in message
-    assert "\n" not in message
+def test_errors_in_a_paper_file_equal_the_golden_messages(tmp_path) -> None:
+    accuracy = PAPER[PAPER.index("accuracy") :]
+    wrong = {
+        "no protocol": re.sub("protocol:.*\n", "", PAPER),
+        "accuracy: 163": PAPER.replace("63.0,", "163,"),
+        "uls": PAPER.replace("    ul:", "    uls:"),
+        "no numbers": PAPER.replace(accuracy, ""),
+        "an empty file": "",
+    }
+    found = {}
+    for case, text in wrong.items():
+        with pytest.raises(SpecError) as problem:
+            find_paper(str(paper_of(tmp_path, text)))
+        found[case] = str(problem.value).replace(f"{tmp_path}/", "")
+    check_golden_cases("messages/paper_file.txt", found)
 
 
 # ---------------------------------------------------------------- comparison with a paper
@@ -303,14 +289,6 @@ def test_the_screen_fits_80_columns_and_lists_each_reason_once() -> None:
             assert len(re.findall(rf"^\[\d+\] {re.escape(reason)}$", body, re.M)) == 1
 
 
-SWEEP = """
-grid: {method: [zero_shot, fpl, cpl]}
-fixed: {dataset: digits, train.steps: 2}
-seeds: [1, 2, 3]
-"""
-ACCURACIES = {"zero_shot": 0.5, "fpl": 0.62, "cpl": 0.7}
-
-
 @pytest.fixture
 def run_compare(tmp_path, command):
     """Runs `airsweep compare` on a store with the sweeps `old` and `new`, in which cpl is worse."""
@@ -370,18 +348,15 @@ def test_an_unfinished_sweep_is_compared_by_its_finished_trials(run_compare) -> 
     assert "4 of 9 trials" in out
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("old", "--paper", "grip", "--against", "new"), "either --paper NAME or --against OTHER"),
-        (("old", "--paper", "nope"), "--paper nope: no such paper; allowed: air-cvpr2025, cpl, "),
-        (("old", "--paper", "grip", "--fail-on", "red"), "unknown --fail-on 'red'"),
-        (("gone", "--paper", "grip"), "no sweep default/gone in"),
-        (("old", "--against", "none"), "none of the 9 trials of none has finished"),
-    ],
-)
-def test_bad_input_ends_with_2_and_one_line(run_compare, words, message) -> None:
-    code, out, err = run_compare(*words)
-    assert (code, out) == (2, "")
-    assert message in err
-    assert err.count("\n") == 1
+def test_bad_input_equals_the_golden_messages(run_compare, tmp_path) -> None:
+    check_refusals(
+        "messages/compare.txt",
+        run_compare,
+        ("old", "--paper", "grip", "--against", "new"),
+        ("old", "--paper", "nope"),
+        ("old", "--paper", "papers/none.yaml"),
+        ("old", "--paper", "grip", "--fail-on", "red"),
+        ("gone", "--paper", "grip"),
+        ("old", "--against", "none"),
+        store=tmp_path,
+    )

@@ -6,14 +6,12 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from air_core.specs import FeaturesSpec
-from orchestrator.planning import Plan
 from orchestrator.planning.plan import plan_sweep
 from orchestrator.reporting import Results, results_of, sweep_status
 from orchestrator.reporting.results import (
@@ -63,15 +61,11 @@ def event_log(tmp_path) -> EventLog:
 # ---------------------------------------------------------------- finished trials
 
 
-def planned(sweep: SweepSpec, store: ArtifactStore, resolver: Any, event_log: EventLog) -> Plan:
-    return plan_sweep(sweep, store, resolver, event_log)
-
-
 def test_every_trial_with_a_record_is_finished(store, resolver, event_log):
     sweep = SweepSpec(
         name="x", grid={"method": ("zero_shot", "fpl")}, fixed={"train.steps": 2}, seeds=TWO
     )
-    plan = planned(sweep, store, resolver, event_log)
+    plan = plan_sweep(sweep, store, resolver, event_log)
     assert results_of(plan, store).trials == []
     records = [run_trial(slot.spec, store) for slot in plan.slots[:3]]
     trials = results_of(plan, store).trials
@@ -96,7 +90,7 @@ def test_varied_settings_exclude_seeds_and_fixed_settings(store, resolver, event
         fixed={"train.steps": 2},
         seeds=Seeds(values=((1, 7),), vary=("seed", "split_seed")),
     )
-    plan = planned(sweep, store, resolver, event_log)
+    plan = plan_sweep(sweep, store, resolver, event_log)
     assert [varied_settings(slot) for slot in plan.slots] == 2 * [
         {"prompt.length": 2},
         {"prompt.length": 4},
@@ -116,7 +110,7 @@ def test_a_points_objective_is_the_mean_over_its_runs(store, resolver, event_log
     for number, length in enumerate((3, 1)):
         point = {"point": number, "params": {"prompt.length": length}}
         event_log.append("point_asked", cell=cell.id, study=study_name(cell, search), **point)
-    plan = planned(sweep, store, resolver, event_log)
+    plan = plan_sweep(sweep, store, resolver, event_log)
     for slot in plan.slots:
         run_trial(slot.spec, store)
     trials = results_of(plan, store).trials
