@@ -140,19 +140,14 @@ class Listener:
     def on_pool_closed(self, pool: Any) -> None:
         self.pool = pool
 
-    def on_progress(self, name: str, done: int, total: int, unit: str) -> None: ...
-
-    def on_working(self) -> None: ...
-
-    def on_waiting(self, name: str, holder: str, seconds: float) -> None: ...
-
 
 def ours(requirement: Requirement, device: str) -> tuple[float, float, float]:
     """Images per second of two actors, seconds until the first block, and their busy fraction."""
     from orchestrator.cluster.session import machines
-    from orchestrator.execution._allocation import Allocation, PreparationContext
+    from orchestrator.execution._allocation import Allocation
     from orchestrator.execution._generation import draw
     from orchestrator.execution._progress import ProgressMonitor
+    from orchestrator.execution._state import PreparationContext
     from orchestrator.spec import Resources
     from orchestrator.spec.sweep import GeneratorResources
     from orchestrator.stages.context import WorkerContext
@@ -164,7 +159,7 @@ def ours(requirement: Requirement, device: str) -> tuple[float, float, float]:
     with tempfile.TemporaryDirectory() as folder:
         worker = WorkerContext(ArtifactStore(Path(folder)), device=device)
         began = time.time()
-        actor = ProgressMonitor(listener).actor
+        actor = ProgressMonitor().actor
         allocation = Allocation(resources, machines)
         context = PreparationContext(worker, resources, listener, allocation, actor)
         for _ in draw([requirement], context):

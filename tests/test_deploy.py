@@ -22,7 +22,7 @@ from orchestrator.store import ArtifactStore, SweepLocation
 from tests.helpers.documents import ROOT, blocks
 from tests.helpers.features import encode
 from tests.helpers.outcomes import record_sweep, trained
-from tests.helpers.servers import MlflowProcess, MlflowServer, free_port
+from tests.helpers.servers import MlflowServer, ServerProcess, free_port
 from tests.helpers.sweeps import run_command
 
 SWEEP = """
@@ -152,7 +152,7 @@ def test_a_file_that_the_bundle_lacks_is_explained(export, command, tmp_path, ph
 # ---------------------------------------------------------------- models in MLflow
 
 
-class ModelServer(MlflowProcess):
+class ModelServer(ServerProcess):
     """`mlflow models serve` of a registered model."""
 
     def start(self, model: str, uri: str) -> None:

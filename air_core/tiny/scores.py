@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,6 @@ def all_scores(out: Path, per_class: int = 20, held_out: Source | None = None) -
     """All scores of the two models in a folder."""
     from air_core.diffusion.pipeline import PipelineGenerator
     from air_core.specs import GenerationSettings
-    from air_core.tiny.pretrain_diffusion import vae_error
 
     clip: CLIP = open_clip.create_model(f"local-dir:{out / 'clip'}", require_pretrained=True)
     tokenizer = SimpleTokenizer(str(out / "clip" / "merges.txt.gz"), context_length=24)
@@ -155,6 +155,29 @@ def linear_probe(clip: CLIP) -> float:
     train, test = np.split(order, [int(0.7 * len(order))])
     probe = LogisticRegression(C=100.0, max_iter=2000).fit(features[train], labels[train])
     return float(probe.score(features[test], labels[test]))
+
+
+@torch.no_grad()
+def vae_error(vae: Any, images: NDArray[np.uint8]) -> float:
+    """Mean squared error of a round trip; pixels in [-1, 1]."""
+    vae.eval()
+    errors = [
+        (vae.decode(vae.encode(pixels).latents).sample - pixels).square().flatten(1).mean(dim=1)
+        for pixels in vae_batches(images)
+    ]
+    return float(torch.cat(errors).mean())
+
+
+def vae_batches(images: NDArray[np.uint8]) -> Iterator[Tensor]:
+    """Batches of 50 images, which fit the processor's cache: nearly twice as fast as 500."""
+    for i in range(0, len(images), 50):
+        yield vae_input(images[i : i + 50])
+
+
+def vae_input(images: NDArray[np.uint8]) -> Tensor:
+    """(N, S, S, 3) uint8 -> (N, 3, S, S) in [-1, 1]."""
+    pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float()
+    return (pixels / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
 if __name__ == "__main__":

@@ -61,8 +61,7 @@ def ui(
     """
     from orchestrator.store import open_store
     from orchestrator.tracking.database import check_database, run_tables
-    from orchestrator.tracking.exposure import check_exposure
-    from orchestrator.tracking.types import SERVER_ENVIRONMENT, serve_command
+    from orchestrator.tracking.exposure import SERVER_ENVIRONMENT, check_exposure, serve_command
 
     check_exposure(host, auth, allowed_hosts)
     root = open_store(store).root

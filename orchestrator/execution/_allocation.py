@@ -11,15 +11,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 from orchestrator.planning import Machine, ray_resources
 from orchestrator.planning.resources import process_capacity, remaining_resources
 from orchestrator.spec import ProcessResources, Resources
-
-if TYPE_CHECKING:
-    from orchestrator.execution._state import RunState
-    from orchestrator.stages.context import WorkerContext
 
 # One of this many generators is reserved beside trials. A simulation of 64 devices finds the same
 # time for any share between a quarter and a sixteenth (benchmarks/README.md).
@@ -137,19 +132,3 @@ class Allocation:
                 1, reserve * process_capacity(want, [ray_resources(self._resources.generator)])
             )
         return max(1, process_capacity(want, self.machines()))
-
-
-@dataclass(frozen=True)
-class PreparationContext:
-    """Objects that all preparation of a run shares.
-
-    Attributes:
-        listener: receives each artifact and each shard when it is complete.
-        progress_actor: receives the progress of long work, see `_progress`.
-    """
-
-    worker: WorkerContext
-    resources: Resources
-    listener: RunState
-    allocation: Allocation
-    progress_actor: Any

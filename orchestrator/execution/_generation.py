@@ -23,8 +23,9 @@ from ray.data import ActorPoolStrategy
 
 from air_core.specs import RowSpec
 from orchestrator.cluster.session import prepare_worker, quiet_data_context
-from orchestrator.execution._allocation import PoolStatistics, PreparationContext
+from orchestrator.execution._allocation import PoolStatistics
 from orchestrator.execution._progress import ProgressReporter, report_working
+from orchestrator.execution._state import PreparationContext
 from orchestrator.failures import CLASSES, Failure, classify
 from orchestrator.planning import Requirement, artifact_title
 from orchestrator.redact import redact

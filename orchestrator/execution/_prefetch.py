@@ -13,8 +13,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from air_core.specs import FeaturesSpec, LoraSpec, StageSpec, SyntheticFeaturesSpec
-from orchestrator.execution._allocation import PreparationContext
-from orchestrator.execution._state import RunState
+from orchestrator.execution._state import PreparationContext, RunState
 from orchestrator.failures import first_line
 from orchestrator.planning import (
     Plan,

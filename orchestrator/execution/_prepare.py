@@ -15,9 +15,9 @@ import torch
 from air_core.backbone.loading import import_open_clip_alone
 from air_core.specs import StageSpec
 from orchestrator.cluster.session import prepare_worker
-from orchestrator.execution._allocation import PreparationContext
 from orchestrator.execution._generation import draw, reset_crashes
 from orchestrator.execution._progress import ProgressReporter, report_working
+from orchestrator.execution._state import PreparationContext
 from orchestrator.failures import CLASSES, Failure, classify, classify_death
 from orchestrator.keys import artifact_key
 from orchestrator.planning import Requirement, artifact_title

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
 from orchestrator.store.checkpoints import Curves
-
-if TYPE_CHECKING:
-    from orchestrator.execution._state import RunState
 
 INTERVAL = 1.0  # seconds between two reads, and between two reports on one piece of work
 MIN_WAIT = 5.0  # seconds: a shorter wait for another process is not reported
@@ -87,37 +84,28 @@ def report_working(actor: Any) -> Iterator[None]:
 
 
 class ProgressMonitor:
-    """Driver's side: starts the actor and passes its reports to the state of the run.
+    """Driver's side: starts the actor and reads its reports.
 
     Attributes:
         actor: workers need it for their `ProgressReporter`s.
     """
 
-    def __init__(self, listener: RunState) -> None:
+    def __init__(self) -> None:
         self.actor = ray.remote(ProgressActor).options(num_cpus=0, max_restarts=-1).remote()
-        self._listener = listener
         self._pending: Any = None  # the call of `take` that has not returned
         self._last = 0.0
 
-    def read(self) -> None:
-        """Pass new reports to the listener. Returns at once; reads at most once a second."""
+    def read(self) -> Mapping[tuple[str, str], tuple[Any, ...]]:
+        """New reports by name and kind. Returns at once; reads at most once a second."""
         if self._pending is None:
             if time.monotonic() - self._last > INTERVAL:
                 self._last = time.monotonic()
                 self._pending = self.actor.take.remote()
-            return
+            return {}
         if not ray.wait([self._pending], timeout=0)[0]:
-            return
+            return {}
         pending, self._pending = self._pending, None
         try:
-            reports = ray.get(pending)
+            return ray.get(pending)  # type: ignore[no-any-return]
         except RayError:  # the actor's machine died: only progress is lost
-            return
-        handlers: dict[str, Callable[..., None]] = {
-            "progress": self._listener.on_progress,
-            "waiting": self._listener.on_waiting,
-            "working": lambda name: self._listener.on_working(),
-            "curves": self._listener.on_curves,
-        }
-        for (name, kind), arguments in reports.items():
-            handlers[kind](name, *arguments)
+            return {}

@@ -27,7 +27,7 @@ from orchestrator.planning import (
 from orchestrator.planning.budget import BudgetTracker
 from orchestrator.planning.dataset_text import unused_images
 from orchestrator.planning.estimate import Pace, Work, stage_work, trial_work
-from orchestrator.spec import SweepSpec
+from orchestrator.spec import Resources, SweepSpec
 from orchestrator.store import EventLog, SweepLocation
 from orchestrator.store.checkpoints import Curves
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from orchestrator.execution._allocation import Allocation, PoolStatistics
     from orchestrator.execution._progress import ProgressMonitor
     from orchestrator.planning.search import CellSearch
+    from orchestrator.stages.context import WorkerContext
 
 LOW_AGREEMENT = 0.25  # of evidence and other classifiers on a class, below which it is reported
 
@@ -119,7 +120,14 @@ class RunState:
                 raise KeyboardInterrupt
             raise SystemExit(self.signal_exit_code)
         if self.progress is not None and self.stall is not None:
-            self.progress.read()
+            handlers: dict[str, Callable[..., None]] = {
+                "progress": self.on_progress,
+                "waiting": self.on_waiting,
+                "working": lambda name: self._reset_stall(),
+                "curves": self.on_curves,
+            }
+            for (name, kind), arguments in self.progress.read().items():
+                handlers[kind](name, *arguments)
             self.stall.check()
 
     # ---------------------------------------------------------------- preparation and progress
@@ -175,9 +183,6 @@ class RunState:
     def on_progress(self, name: str, done: int, total: int, unit: str) -> None:
         self._reset_stall()
         self.screen.show_progress(name, done, total, unit)
-
-    def on_working(self) -> None:
-        self._reset_stall()
 
     def on_waiting(self, name: str, holder: str, seconds: float) -> None:
         self._reset_stall()
@@ -253,3 +258,19 @@ class RunState:
             failure_class=failure.failure_class,
             message=failure.message,
         )
+
+
+@dataclass(frozen=True)
+class PreparationContext:
+    """Objects that all preparation of a run shares.
+
+    Attributes:
+        listener: receives each artifact and each shard when it is complete.
+        progress_actor: receives the progress of long work, see `_progress`.
+    """
+
+    worker: WorkerContext
+    resources: Resources
+    listener: RunState
+    allocation: Allocation
+    progress_actor: Any

@@ -519,7 +519,7 @@ def _start_ray(state: RunState, plan: Plan, session: ExitStack) -> None:
     if state.joined_cluster:  # the workers are no children of this process
         state.statistics.memory_of = "driver"
     handle_signals(state)  # again, since ray.init has replaced the handlers
-    state.progress = ProgressMonitor(state)
+    state.progress = ProgressMonitor()
     state.stall = StallMonitor(
         state.sweep.resources, free_resources, waits_for_resources, state.screen.message
     )

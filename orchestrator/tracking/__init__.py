@@ -2,8 +2,7 @@
 
 from orchestrator.tracking.lookup import find_trial, named_trial
 from orchestrator.tracking.publish import Publisher
-from orchestrator.tracking.reconcile import reconcile
-from orchestrator.tracking.types import make_tracker
+from orchestrator.tracking.reconcile import make_tracker, reconcile
 
 __all__ = [
     "Publisher",

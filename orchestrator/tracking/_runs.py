@@ -290,6 +290,29 @@ def artifact_repository(artifact_uri: str, tracking_uri: str) -> ArtifactReposit
 # ---------------------------------------------------------------- reading
 
 
+@contextlib.contextmanager
+def opened_client(uri: str | None, store: Path, resource: str) -> Iterator[MlflowClient]:
+    """A client of an MLflow that exists. Translates exceptions as `explained_errors` does.
+
+    Raises:
+        ValueError: tracking is off, or the database does not exist.
+    """
+    address, database = resolve_uri(uri, store)
+    if database is not None and not database.exists():
+        raise ValueError(f"{database} does not exist: nothing was tracked in this store yet")
+    with explained_errors(without_credentials(address), resource):
+        if database is not None:
+            check_database(database)
+        yield MlflowClient(address)
+
+
+def find_runs(client: MlflowClient, query: str, **options: Any) -> list[Run]:
+    """Runs that match a query, of all experiments of airsweep."""
+    experiments = client.search_experiments(filter_string="name LIKE 'air/%'")
+    ids = [experiment.experiment_id for experiment in experiments]
+    return list(client.search_runs(ids, query, **options)) if ids else []
+
+
 def read_run(uri: str | None, store: Path, run_id: str, file: str) -> tuple[Run, str | None]:
     """Read a run and one of its text artifacts.
 
@@ -304,13 +327,7 @@ def read_run(uri: str | None, store: Path, run_id: str, file: str) -> tuple[Run,
         ValueError: no run or several runs match, or tracking is off.
         TrackerUnreachable: the server does not answer.
     """
-    uri, database = resolve_uri(uri, store)
-    if database is not None and not database.exists():
-        raise ValueError(f"{database} does not exist: nothing was tracked in this store yet")
-    with explained_errors(without_credentials(uri), f"the run {run_id}"):
-        if database is not None:
-            check_database(database)
-        client = MlflowClient(uri)
+    with opened_client(uri, store, f"the run {run_id}") as client:
         run = _find(client, run_id)
         return run, _text(client, run, file)
 
@@ -324,11 +341,7 @@ def _find(client: MlflowClient, run_id: str) -> Run:
                 raise
             matches = []
     else:
-        experiments = [
-            e.experiment_id for e in client.search_experiments(filter_string="name LIKE 'air/%'")
-        ]
-        query = f"attributes.run_id LIKE '{run_id}%'"
-        matches = list(client.search_runs(experiments, query, max_results=2)) if experiments else []
+        matches = find_runs(client, f"attributes.run_id LIKE '{run_id}%'", max_results=2)
     if len(matches) != 1:
         count = "several run ids start" if matches else "no run id starts"
         raise ValueError(f"{count} with {run_id!r} in MLflow; copy the id from the run's page")

@@ -1,16 +1,46 @@
-"""Refuses to expose an MLflow server to the network unless it requires a login."""
+"""The command that serves a store's MLflow runs, and the check of its network access."""
 
 from __future__ import annotations
 
 import os
+import sys
 from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
 
 from orchestrator.errors import Refused
+from orchestrator.tracking_uri import ARTIFACTS, DATABASE
 
 # Environment variables of MLflow.
 AUTH_CONFIG, AUTH_SECRET = "MLFLOW_AUTH_CONFIG_PATH", "MLFLOW_FLASK_SERVER_SECRET_KEY"
+# Environment of `serve_command`: no job runner beside the server, no telemetry.
+SERVER_ENVIRONMENT = {
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+
+def serve_command(
+    store: Path,
+    host: str = "127.0.0.1",
+    port: int = 5000,
+    auth: bool = False,
+    allowed_hosts: str | None = None,
+) -> list[str]:
+    """The command that starts an MLflow server over a store's database and artifacts.
+
+    Run it with SERVER_ENVIRONMENT and in a new process group: MLflow's worker process keeps the
+    port if only the main process is killed. Call `check_exposure` before.
+    """
+    folder = store.resolve()
+    return [
+        *(sys.executable, "-m", "mlflow", "server"),
+        *("--host", host, "--port", str(port), "--workers", "1"),
+        *("--backend-store-uri", f"sqlite:///{folder / DATABASE}"),
+        *("--serve-artifacts", "--artifacts-destination", str(folder / ARTIFACTS)),
+        *(("--app-name", "basic-auth") if auth else ()),
+        *(("--allowed-hosts", allowed_hosts) if allowed_hosts else ()),
+    ]
 
 
 def check_exposure(host: str, auth: bool, allowed_hosts: str | None) -> None:

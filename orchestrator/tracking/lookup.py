@@ -92,6 +92,7 @@ def find_trial(
     """
     trial = _found_trial(name, store, uri)
     wanted = {(key, trial.flat[key]) for key in REGISTRIES if key in trial.flat}
+    wanted |= {("dataset", trial.flat.get("test_dataset"))}
     own = {
         (k, n) for k, registry in REGISTRIES.items() for n, c in registry.items() if not c.source
     }

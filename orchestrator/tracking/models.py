@@ -19,12 +19,9 @@ from orchestrator.environment import environment
 from orchestrator.errors import TrackerUnreachable
 from orchestrator.redact import without_credentials
 from orchestrator.reporting.selection import report_line
-from orchestrator.tracking.database import check_database
-from orchestrator.tracking_uri import resolve_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
 
 MAX_SHOWN = 500  # characters of class names in a description
 MAX_NAME = 256  # characters of a model name, in MLflow's database
@@ -64,7 +61,7 @@ def register_bundle(folder: Path, name: str, uri: str | None, store: Path) -> No
     check_model_name(name)
     manifest = read_bundle(folder)
     try:
-        version = _registered(manifest, name, *resolve_uri(uri, store))
+        version = _registered(manifest, name, uri, store)
     except (ValueError, TrackerUnreachable) as problem:
         raise type(problem)(
             f"{problem}. The bundle in {folder} is complete: to register it later, repeat the "
@@ -75,38 +72,41 @@ def register_bundle(folder: Path, name: str, uri: str | None, store: Path) -> No
     )
 
 
-def _registered(manifest: Manifest, name: str, address: str, database: Path | None) -> str:
+def _registered(manifest: Manifest, name: str, uri: str | None, store: Path) -> str:
     """URI of the registered version, such as `models:/digits/1`; see `register_bundle`."""
     from orchestrator.tracking._runs import (  # first: it configures MLflow
         artifact_repository,
-        explained_errors,
+        find_runs,
+        opened_client,
         short_reason,
     )
 
     # isort: split
-    from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    shown, key = without_credentials(address), str(manifest.content["lineage"]["trial_key"])
-    if database is not None and not database.exists():
-        raise ValueError(f"{database} does not exist: nothing was tracked in this store yet")
-    with explained_errors(shown, f"the model {name}"), TemporaryDirectory() as scratch:
-        if database is not None:
-            check_database(database)
-        client = MlflowClient(address)
-        run = _run_of(client, key, shown)
+    key = str(manifest.content["lineage"]["trial_key"])
+    with opened_client(uri, store, f"the model {name}") as client, TemporaryDirectory() as scratch:
+        shown = without_credentials(client.tracking_uri)
+        query = f"tags.`air.kind` = 'trial' and tags.`air.trial_key` = '{key}'"
+        latest = ["attributes.start_time DESC"]
+        if not (found := find_runs(client, query, max_results=1, order_by=latest)):
+            raise ValueError(
+                f"MLflow at {shown} has no run of the trial {key[:12]}; send its sweep with "
+                "`airsweep mlflow reconcile`, then register again"
+            )
+        run = found[0].info
         model = OnnxModel(manifest.onnx_file().read_bytes(), manifest.onnx_file())
         _save(manifest, model, Path(scratch, "model"))
         # Versions of other classifiers of this trial are in other folders.
         path = f"model-{manifest.content['files'][ONNX][:12]}"
-        artifacts = artifact_repository(run.info.artifact_uri, address)
+        artifacts = artifact_repository(run.artifact_uri, client.tracking_uri)
         artifacts.log_artifacts(str(Path(scratch, "model")), path)  # type: ignore[no-untyped-call]
         try:
             _create_name(client, name)
             made = client.create_model_version(
                 name,
-                f"{run.info.artifact_uri}/{path}",
-                run.info.run_id,
+                f"{run.artifact_uri}/{path}",
+                run.run_id,
                 tags={"air.trial_key": key, "air.classifier": model.classifier},
                 description=f"{model.classifier} classifier of {len(model.classnames)} classes: "
                 f"{', '.join(model.classnames)[:MAX_SHOWN]}",
@@ -117,29 +117,6 @@ def _registered(manifest: Manifest, name: str, address: str, database: Path | No
             reason = short_reason(error)
             raise ValueError(f"MLflow at {shown} refuses the model {name!r}: {reason}") from error
     return f"models:/{name}/{made.version}"
-
-
-def _run_of(client: MlflowClient, key: str, address: str) -> Run:
-    """The run of a trial; of several, the latest.
-
-    Raises:
-        ValueError: there is none.
-    """
-    experiments = [
-        e.experiment_id for e in client.search_experiments(filter_string="name LIKE 'air/%'")
-    ]
-    query = f"tags.`air.kind` = 'trial' and tags.`air.trial_key` = '{key}'"
-    order = ["attributes.start_time DESC"]
-    found = (
-        client.search_runs(experiments, query, max_results=1, order_by=order) if experiments else []
-    )
-    if not found:
-        raise ValueError(
-            f"MLflow at {address} has no run of the trial {key[:12]}; send its sweep with "
-            "`airsweep mlflow reconcile`, then register again"
-        )
-    run: Run = found[0]
-    return run
 
 
 def _create_name(client: MlflowClient, name: str) -> None:

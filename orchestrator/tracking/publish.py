@@ -24,8 +24,8 @@ from orchestrator.spec import SweepSpec
 from orchestrator.store import SweepLocation
 from orchestrator.store.artifacts import provenance
 from orchestrator.tracking._child_runs import ChildRuns
-from orchestrator.tracking.reconcile import status_of, sweep_run_of, sync
-from orchestrator.tracking.types import ChildRun, Status, SweepRun, make_tracker
+from orchestrator.tracking.reconcile import make_tracker, status_of, sweep_run_of, sync
+from orchestrator.tracking.types import ChildRun, Status, SweepRun
 from orchestrator.tracking_uri import effective_uri, uri_kind
 
 if TYPE_CHECKING:

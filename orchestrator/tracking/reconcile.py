@@ -45,10 +45,11 @@ from orchestrator.store import (
     user_name,
 )
 from orchestrator.tracking._child_runs import ChildRuns, group_by_setting
-from orchestrator.tracking.types import Counts, Status, SweepRun, make_tracker
+from orchestrator.tracking.types import Counts, Status, SweepRun
+from orchestrator.tracking_uri import resolve_uri
 
 if TYPE_CHECKING:
-    from orchestrator.tracking._mlflow import SweepTracker
+    from orchestrator.tracking._mlflow import MlflowTracker, SweepTracker
 
 WORLDS_IN_NOTE = 3  # worlds whose best row a note names
 
@@ -83,6 +84,24 @@ class ReconcileResult:
         return (
             f"{self.name}: sent {plural(sent, 'outcome')}{more}; {present} already in MLflow{lost}"
         )
+
+
+def make_tracker(uri: str | None, *, store: Path, project: str) -> MlflowTracker:
+    """Create the tracker for a tracking URI.
+
+    Args:
+        uri: `http(s)://...` of a server or `sqlite:///<file>`. Default: MLFLOW_TRACKING_URI, or a
+            database in the store's folder if that is not set.
+        store: the folder of the store.
+        project: runs go to the experiment `air/<project>`.
+
+    Raises:
+        ValueError: the URI is not supported, or turns tracking off.
+    """
+    address, database = resolve_uri(uri, store)
+    from orchestrator.tracking._mlflow import MlflowTracker  # seconds to import
+
+    return MlflowTracker(address, project=project, database=database)
 
 
 def reconcile(

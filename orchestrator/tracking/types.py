@@ -1,4 +1,4 @@
-"""Data types of sweep runs and child runs, and the tracker's factory. Imports no MLflow.
+"""Data types of sweep runs and child runs. Imports no MLflow.
 
 The store and the event log are authoritative. MLflow is a view of them; `reconcile` sends all that
 MLflow lacks. This module does not depend on Ray, the store or the trial code.
@@ -6,23 +6,9 @@ MLflow lacks. This module does not depend on Ray, the store or the trial code.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
-
-from orchestrator.tracking_uri import ARTIFACTS, DATABASE, resolve_uri
-
-if TYPE_CHECKING:
-    from orchestrator.tracking._mlflow import MlflowTracker
-
-
-# Environment of `serve_command`: no job runner beside the server, no telemetry.
-SERVER_ENVIRONMENT = {
-    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-}
+from typing import Literal
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 Kind = Literal["trial", "point"]  # a point is a setting over its seeds and splits
@@ -100,47 +86,3 @@ class ChildRun:
     started: int
     ended: int
     files: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
-
-
-# ---------------------------------------------------------------- MLflow
-
-
-def make_tracker(uri: str | None, *, store: Path, project: str) -> MlflowTracker:
-    """Create the tracker for a tracking URI.
-
-    Args:
-        uri: `http(s)://...` of a server or `sqlite:///<file>`. Default: MLFLOW_TRACKING_URI, or a
-            database in the store's folder if that is not set.
-        store: the folder of the store.
-        project: runs go to the experiment `air/<project>`.
-
-    Raises:
-        ValueError: the URI is not supported, or turns tracking off.
-    """
-    address, database = resolve_uri(uri, store)
-    from orchestrator.tracking._mlflow import MlflowTracker  # seconds to import
-
-    return MlflowTracker(address, project=project, database=database)
-
-
-def serve_command(
-    store: Path,
-    host: str = "127.0.0.1",
-    port: int = 5000,
-    auth: bool = False,
-    allowed_hosts: str | None = None,
-) -> list[str]:
-    """The command that starts an MLflow server over a store's database and artifacts.
-
-    Run it with SERVER_ENVIRONMENT and in a new process group: MLflow's worker process keeps the
-    port if only the main process is killed. Call `exposure.check_exposure` before.
-    """
-    folder = store.resolve()
-    return [
-        *(sys.executable, "-m", "mlflow", "server"),
-        *("--host", host, "--port", str(port), "--workers", "1"),
-        *("--backend-store-uri", f"sqlite:///{folder / DATABASE}"),
-        *("--serve-artifacts", "--artifacts-destination", str(folder / ARTIFACTS)),
-        *(("--app-name", "basic-auth") if auth else ()),
-        *(("--allowed-hosts", allowed_hosts) if allowed_hosts else ()),
-    ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 from orchestrator.cluster import job_package
 from orchestrator.errors import Refused
 from orchestrator.planning import read_request
-from tests.helpers.sweeps import airsweep, environment, write_sweep
+from tests.helpers.sweeps import airsweep, environment, run_command, write_sweep
 
 ROOT = Path(__file__).parents[2]
 SHARED = "/shared/runs"
@@ -33,14 +32,9 @@ def spec(tmp_path) -> Path:
 def packed(checkout: Path, spec: Path, to: Path, check: bool = True) -> tuple[set[str], str]:
     """Pack a sweep from a checkout; returns the packed files and the output."""
     to.mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", PACK, spec, to],
-        cwd=spec.parent,
-        env=environment(PYTHONPATH=str(checkout)),
-        capture_output=True,
-        text=True,
-        check=check,
-    )
+    variables = environment(PYTHONPATH=str(checkout))
+    command = [sys.executable, "-c", PACK, str(spec), str(to)]
+    done = run_command(command, check, cwd=spec.parent, env=variables)
     files = {str(path.relative_to(to)) for path in to.rglob("*") if path.is_file()}
     return files, done.stdout + done.stderr
 
@@ -68,13 +62,8 @@ def test_a_checkout_sends_its_code_and_the_sweep_but_no_other_file(tmp_path, spe
     big(spec.parent / "photos" / "1.png", 2 << 30)
     big(checkout / "air_core" / "__pycache__" / "old.pyc", 10)
     files, _ = packed(checkout, spec, tmp_path / "sent")
-    tracked = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", "--", "air_core", "orchestrator"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    listing = ["git", "ls-files", "-co", "--exclude-standard", "--", "air_core", "orchestrator"]
+    tracked = run_command(listing, cwd=ROOT)
     assert files == {*tracked.stdout.split(), "pyproject.toml", "sweeps/small.yaml"}
     assert (tmp_path / "sent" / "sweeps" / "small.yaml").read_text() == spec.read_text()
 
@@ -83,24 +72,15 @@ def test_uncommitted_changes_are_sent_as_a_diff(tmp_path, spec):
     checkout = checkout_in(tmp_path / "checkout")
     author = ("-c", "user.name=a", "-c", "user.email=a@b")
     for words in (("init", "-q"), ("add", "."), (*author, "commit", "-qm", "all")):
-        subprocess.run(["git", *words], cwd=checkout, check=True)
+        run_command(["git", *words], cwd=checkout)
     files, _ = packed(checkout, spec, tmp_path / "clean")
     assert "uncommitted.diff" not in files
     with (checkout / "orchestrator" / "api.py").open("a") as handle:
         handle.write("CHANGED = 1\n")
     packed(checkout, spec, tmp_path / "sent")
-    on_cluster = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import orchestrator.git as l; print(l.uncommitted_diff().decode())",
-        ],
-        cwd=tmp_path / "sent",
-        env=environment(PYTHONPATH="", AIRSWEEP_COMMIT="0123abc"),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    code = "import orchestrator.git as l; print(l.uncommitted_diff().decode())"
+    variables = environment(PYTHONPATH="", AIRSWEEP_COMMIT="0123abc")
+    on_cluster = run_command([sys.executable, "-c", code], cwd=tmp_path / "sent", env=variables)
     assert "+CHANGED = 1" in on_cluster.stdout
 
 

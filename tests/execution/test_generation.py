@@ -20,10 +20,11 @@ from safetensors.numpy import load_file
 from air_core.specs import SyntheticFeaturesSpec
 from orchestrator.cluster.session import machines, waits_for_resources
 from orchestrator.errors import MissingArtifact
-from orchestrator.execution._allocation import Allocation, PreparationContext
+from orchestrator.execution._allocation import Allocation
 from orchestrator.execution._generation import GeneratorActor, _Generation, draw
 from orchestrator.execution._prepare import prepare
 from orchestrator.execution._progress import ProgressMonitor, ProgressReporter, report_working
+from orchestrator.execution._state import PreparationContext
 from orchestrator.keys import artifact_key
 from orchestrator.planning import Requirement, requirements_of
 from orchestrator.spec import Resources
@@ -58,26 +59,21 @@ def result_of(coroutine: Generator[None, None, T]) -> T:
         time.sleep(0.01)
 
 
-def drawn(
-    requirement: Requirement,
+def context_of(
     store: ArtifactStore,
     listener: Any,
     resources: Resources | None = None,
     allocation: Allocation | None = None,
-) -> Any:
-    """The result of `draw` for one row."""
-    resources, progress = resources or Resources(), ProgressMonitor(listener)
+) -> PreparationContext:
+    resources, progress = resources or Resources(), ProgressMonitor()
     allocation = allocation or Allocation(resources, machines)
-    context = PreparationContext(
-        WorkerContext(store), resources, listener, allocation, progress.actor
-    )
-    return result_of(draw([requirement], context))
+    return PreparationContext(WorkerContext(store), resources, listener, allocation, progress.actor)
 
 
 def run(requirement: Requirement, store: ArtifactStore, actors: int = 1) -> list[dict]:
     listener = Listener()
     resources = Resources(generator=GeneratorResources(actors=actors))
-    drawn(requirement, store, listener, resources)
+    result_of(draw([requirement], context_of(store, listener, resources)))
     return [facts for _, _, facts in listener.events.get("on_prepared", [])]
 
 
@@ -140,7 +136,8 @@ def test_a_pool_shrinks_when_trials_start_and_no_block_counts_as_killed(
             allocation.trials_running = True
 
     listener = TrialStarter()
-    assert drawn(requirement, store, listener, resources, allocation) == []
+    context = context_of(store, listener, resources, allocation)
+    assert result_of(draw([requirement], context)) == []
     pools = [pool for (pool,) in listener.events["on_pool_closed"]]
     assert [pool.actors for pool in pools] == [2, 1]  # the second has the reserve
     # Also blocks whose results were lost with the first pool are counted, once.
@@ -157,13 +154,8 @@ def test_a_block_completed_after_its_pool_was_closed_is_counted(
     shutil.copytree(drawn_digits, tmp_path / "ready")
     (tmp_path / "ready" / "digit three" / "02.png").write_bytes(b"")
     requirement, listener = row_requirement(resolver, tmp_path / "ready", 8), Listener()
-    worker, resources = WorkerContext(ArtifactStore(tmp_path / "store")), Resources()
-    generation = _Generation(
-        [requirement],
-        PreparationContext(
-            worker, resources, listener, Allocation(resources, machines), NO_PROGRESS
-        ),
-    )
+    context = context_of(ArtifactStore(tmp_path / "store"), listener)
+    worker, generation = context.worker, _Generation([requirement], context)
     generation.unread = {(0, 3, 0), (0, 4, 0)}
     build_image_block(
         requirement.spec, 3, 0, worker, lambda: open_generator(requirement.spec.images, worker)
@@ -186,7 +178,7 @@ def test_a_block_that_cannot_be_drawn_is_named_and_the_others_are_drawn(
     killed = [row.count_crashes(3, 0) for _ in range(2)]
     for process in killed:
         process.__enter__()  # and never exits
-    ((failed, failure),) = drawn(requirement, copied, Listener())
+    ((failed, failure),) = result_of(draw([requirement], context_of(copied, Listener())))
     assert (failed, failure.failure_class) == (requirement, "infra")
     assert "1 block is missing; digit three, block 0: " in failure.message
     assert requirement.missing(copied) == [(3, 0)]
@@ -202,11 +194,8 @@ def test_a_block_that_was_drawn_when_two_runs_were_killed_is_drawn_by_the_next_r
     killed = [row.count_crashes(3, 0) for _ in range(2)]
     for process in killed:
         process.__enter__()  # and never exits
-    listener, resources = Listener(), Resources()
-    allocation, progress = Allocation(resources, machines), ProgressMonitor(listener)
-    worker = WorkerContext(copied)
-    context = PreparationContext(worker, resources, listener, allocation, progress.actor)
-    result_of(prepare([requirement], context))
+    listener = Listener()
+    result_of(prepare([requirement], context_of(copied, listener)))
     assert "on_failed" not in listener.events
     assert requirement.missing(copied) == []
 
@@ -239,18 +228,18 @@ def test_waiting_for_a_block_of_another_process_reports_that_process(
     ray_session, resolver, drawn_digits, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("orchestrator.execution._progress.MIN_WAIT", 0.1)
-    requirement, listener = row_requirement(resolver, drawn_digits, 8), Listener()
+    requirement = row_requirement(resolver, drawn_digits, 8)
     worker = WorkerContext(ArtifactStore(tmp_path))
     block = {"row": np.array([0]), "class": np.array([3]), "block": np.array([0])}
     key = artifact_key(requirement.spec.images)
-    progress = ProgressMonitor(listener)
+    wait = (f"image blocks {key.slug}", "waiting")
+    progress, reports = ProgressMonitor(), {}
     with ThreadPoolExecutor() as pool:
         with ArtifactStore(tmp_path).locks.exclusive(f"{key.digest}-3-0"):
             waiting = pool.submit(GeneratorActor([requirement], worker, progress.actor), block)
-            wait_until(lambda: progress.read() or "on_waiting" in listener.events)
+            wait_until(lambda: reports.update(progress.read()) or wait in reports)
         assert waiting.result()["drawn"] == [8]
-    name, holder, seconds = listener.events["on_waiting"][0]
-    assert name == f"image blocks {key.slug}"
+    holder, seconds = reports[wait]
     assert str(os.getpid()) in holder
     assert seconds > 0.1
 
@@ -268,11 +257,8 @@ def test_an_artifact_that_cannot_be_made_is_reported_and_the_others_are_made(
     requirements = requirements_of([unreadable, whole])
     # LoRA and images depend on the features of the broken dataset.
     assert len({requirement.stage for requirement in requirements}) == 4
-    listener, resources = Listener(), Resources()
-    worker = WorkerContext(ArtifactStore(tmp_path / "s"))
-    allocation, progress = Allocation(resources, machines), ProgressMonitor(listener)
-    context = PreparationContext(worker, resources, listener, allocation, progress.actor)
-    result_of(prepare(requirements, context))
+    listener = Listener()
+    result_of(prepare(requirements, context_of(ArtifactStore(tmp_path / "s"), listener)))
     ((failed, failure),) = listener.events["on_failed"]
     assert failed.spec == unreadable.features
     assert (failure.failure_class, failure.message[:10]) == ("user", "ValueError")
@@ -336,15 +322,14 @@ def test_progress_reports_of_a_worker_reach_the_driver(ray_session):
         with report_working(actor):
             time.sleep(0.5)
 
-    listener = Listener()
-    progress = ProgressMonitor(listener)
+    progress, reports = ProgressMonitor(), {}
     ray.get(ray.remote(work).options(num_cpus=0).remote(progress.actor))
-    wait_until(lambda: progress.read() or len(listener.events) == 4)  # `read` does not block
-    assert listener.events == {
-        "on_progress": [("LoRA a", 3, 10, "steps")],
-        "on_curves": [("LoRA a", {"train/loss": [0.5]}, 7.0)],
-        "on_waiting": [("LoRA b", "team/other", 60.0)],
-        "on_working": [()],
+    wait_until(lambda: reports.update(progress.read()) or len(reports) == 4)  # does not block
+    assert reports == {
+        ("LoRA a", "progress"): (3, 10, "steps"),
+        ("LoRA a", "curves"): ({"train/loss": [0.5]}, 7.0),
+        ("LoRA b", "waiting"): ("team/other", 60.0),
+        ("", "working"): (),
     }
 
 

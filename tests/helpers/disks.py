@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.machines import NoMachines, keep
+
 PAGE = 4096  # bytes; files occupy multiples of it
 UNSHARE = ["unshare", "--user", "--map-root-user", "--mount"]
 
@@ -21,22 +23,13 @@ class SmallDisk:
     Other processes see its files at `seen`. `close()` removes it.
 
     Raises:
-        OSError: the machine allows no user namespaces, or no tmpfs in them.
+        NoMachines: the machine allows no user namespaces, or no tmpfs in them.
     """
 
     def __init__(self, place: Path, size: int) -> None:
         place.mkdir(parents=True)
         self.place = place
-        mount = f"mount -t tmpfs -o size={size} small {place} && echo mounted && exec cat"
-        self._keeper = subprocess.Popen(
-            [*UNSHARE, "sh", "-c", mount],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        if self._keeper.stdout.readline() != b"mounted\n":
-            _, error = self._keeper.communicate()
-            raise OSError(f"cannot mount a tmpfs in a user namespace: {error.decode().strip()}")
+        self._keeper = keep(UNSHARE, f"mount -t tmpfs -o size={size} small {place}")
         self.seen = Path(f"/proc/{self._keeper.pid}/root{place}")
         nsenter = ("nsenter", "--preserve-credentials", "--user", "--mount")
         self.inside = [*nsenter, "--target", str(self._keeper.pid), f"--wdns={os.getcwd()}"]
@@ -58,7 +51,7 @@ def small_disk(place: Path, size: int) -> Iterator[SmallDisk]:
     """A SmallDisk; skips the test if the machine cannot provide one."""
     try:
         disk = SmallDisk(place, size)
-    except OSError as problem:
+    except NoMachines as problem:
         pytest.skip(str(problem))
     try:
         yield disk

@@ -47,7 +47,7 @@ class Machine:
             (self.disk / part).mkdir(parents=True)
         self.home = self.disk / "home"
         self.home.mkdir()
-        self._keeper = _keep(
+        self._keeper = keep(
             [*network.inside, *MACHINE, "--mount-proc"],
             f"hostname {name} && ip link set lo up",
             *self._mounts(),
@@ -127,7 +127,7 @@ class Network:
         self.shared = folder / "shared"  # the shared disk
         self.shared.mkdir()
         (folder / "hosts").write_text("127.0.0.1 localhost\n")
-        self._keeper = _keep(
+        self._keeper = keep(
             SWITCH,
             "ip link set lo up",
             "ip link add switch type bridge",
@@ -179,7 +179,7 @@ def network() -> Iterator[Network]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _keep(command: list[str], *steps: str) -> subprocess.Popen[bytes]:
+def keep(command: list[str], *steps: str) -> subprocess.Popen[bytes]:
     """Run the steps in new namespaces; returns a process that keeps the namespaces alive."""
     keeper = subprocess.Popen(
         [*command, "sh", "-c", " && ".join([*steps, FIRST])],

@@ -69,9 +69,9 @@ class Job:
 
 
 class Nodes:
-    """A cluster with a token: a head without cores, machines with one core each, and a laptop."""
+    """A cluster with a token: a head without cores, two machines of one core, and a laptop."""
 
-    def __init__(self, network: Network, machines: int = 2) -> None:
+    def __init__(self, network: Network) -> None:
         self._network = network
         token = network.shared / "token"
         token.write_text(secrets.token_hex(32))
@@ -88,7 +88,7 @@ class Nodes:
             f"--system-config={json.dumps(QUICK)}",
         )
         self.machines: list[Machine] = []
-        for _ in range(machines):
+        for _ in range(2):
             self.add()
 
     def _machine(self, kind: str) -> Machine:
@@ -126,8 +126,8 @@ class Nodes:
 
 
 @contextmanager
-def scaling(monkeypatch: pytest.MonkeyPatch, most: int = 2) -> Iterator[str]:
-    """The address of a head without cores whose autoscaler starts machines with one core.
+def scaling(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a head without cores whose autoscaler starts up to two machines with one core.
 
     Uses Ray's provider for tests, which starts the machines as processes on this machine.
     """
@@ -135,7 +135,7 @@ def scaling(monkeypatch: pytest.MonkeyPatch, most: int = 2) -> Iterator[str]:
     empty: dict[str, Any] = {"node_config": {}, "min_workers": 0}
     config = {
         "cluster_name": "scaling",
-        "max_workers": most,
+        "max_workers": 2,
         "idle_timeout_minutes": 5,
         "provider": {
             "type": "fake_multinode",
@@ -158,7 +158,7 @@ def scaling(monkeypatch: pytest.MonkeyPatch, most: int = 2) -> Iterator[str]:
             "machine": {
                 **empty,
                 "resources": {"CPU": 1, "object_store_memory": NODE["object_store_memory"]},
-                "max_workers": most,
+                "max_workers": 2,
             },
         },
         **{

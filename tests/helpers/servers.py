@@ -19,17 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.tracking.database import check_database
-from orchestrator.tracking.types import SERVER_ENVIRONMENT, serve_command
+from orchestrator.tracking.exposure import SERVER_ENVIRONMENT, serve_command
 from orchestrator.tracking_uri import DATABASE
 from tests.helpers.sweeps import wait_until
 
 
-class MlflowProcess:
-    """An MLflow server process.
+class ServerProcess:
+    """The process of a server, with its workers.
 
     Args:
         log: file for its output.
     """
+
+    stops_at = signal.SIGTERM
 
     def __init__(self, log: Path) -> None:
         self.log, self.port = log, free_port()
@@ -51,10 +53,14 @@ class MlflowProcess:
 
     def _answers(self) -> bool:
         assert self._process.poll() is None, self.log.read_text()
-        with contextlib.suppress(OSError):  # includes HTTP errors
-            urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
+        with contextlib.suppress(Exception):
+            self._connect()
             return True
         return False
+
+    def _connect(self) -> None:
+        """Raise an error if the server does not respond."""
+        urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
 
     def kill(self) -> None:
         """Kill the server and its workers with SIGKILL."""
@@ -66,12 +72,12 @@ class MlflowProcess:
         if self._process is None:
             return
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            os.killpg(self._process.pid, signal.SIGTERM)
+            os.killpg(self._process.pid, self.stops_at)
             self._process.wait(timeout=20)
         self.kill()
 
 
-class MlflowServer(MlflowProcess):
+class MlflowServer(ServerProcess):
     """The MLflow server of a store, as `airsweep ui` starts it.
 
     Args:

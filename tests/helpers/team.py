@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.helpers.documents import ROOT, blocks
-from tests.helpers.servers import MlflowProcess, S3Server, free_port
-from tests.helpers.sweeps import run_command, wait_until
+from tests.helpers.servers import S3Server, ServerProcess
+from tests.helpers.sweeps import run_command
 
 ADMIN = "admin"
 OWNER = "postgres"  # Debian's user; initdb refuses root
@@ -50,16 +50,17 @@ MISSING = (
 IS_INSTALLED = PROGRAMS is not None and DRIVERS
 
 
-class PostgresServer:
+class PostgresServer(ServerProcess):
     """A server on a port of loopback, not run by root; every user has a password."""
+
+    stops_at = signal.SIGINT  # without waiting for clients to disconnect
 
     def __init__(self) -> None:
         assert PROGRAMS is not None, MISSING
-        self.port = free_port()
         # Not in pytest's folder, which the user `postgres` cannot read.
         self.folder = Path(tempfile.mkdtemp(prefix="airsweep-pg-"))
+        super().__init__(self.folder / "log")
         self.password = secrets.token_hex(12)  # of the superuser
-        self._process: subprocess.Popen[bytes] | None = None
         self._is_initialized = False
 
     def start(self) -> None:
@@ -67,21 +68,11 @@ class PostgresServer:
             self._initialize()
         paths = ["-D", str(self.folder / "data"), "-p", str(self.port), "-k", str(self.folder)]
         settings = ["-c", "listen_addresses=127.0.0.1", "-F"]  # -F: no fsync
-        with (self.folder / "log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [*_as_owner(), str(PROGRAMS / "postgres"), *paths, *settings],
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                cwd=self.folder,
-            )
-        wait_until(self._answers, (self.folder / "log").read_text)
+        command = [*_as_owner(), str(PROGRAMS / "postgres"), *paths, *settings]
+        self._launch(command, os.environ, self.folder)
 
-    def _answers(self) -> bool:
-        assert self._process.poll() is None, (self.folder / "log").read_text()
-        with contextlib.suppress(Exception), contextlib.closing(self.connect("postgres")):
-            return True
-        return False
+    def _connect(self) -> None:
+        self.connect("postgres").close()
 
     def _initialize(self) -> None:
         secret = self.folder / "secret"
@@ -136,21 +127,6 @@ class PostgresServer:
         names = [str(name) for (name,) in self.query(query, database)]
         return {name: repr(self.query(f'SELECT * FROM "{name}"', database)) for name in names}
 
-    def kill(self) -> None:
-        """Kill the server, like a power cut; committed data survives."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
-    def stop(self) -> None:
-        """Shut the server down without waiting for clients to disconnect."""
-        if self._process is None:
-            return
-        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            os.kill(self._process.pid, signal.SIGINT)
-            self._process.wait(timeout=20)
-        self.kill()
-
     def close(self) -> None:
         self.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -165,7 +141,7 @@ def _as_owner() -> list[str]:
     return ["setpriv", *user, "--"]
 
 
-class TeamServer(MlflowProcess):
+class TeamServer(ServerProcess):
     """MLflow with users, on Postgres and S3, started as docs/tracking.md describes.
 
     Args:

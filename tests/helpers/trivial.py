@@ -190,10 +190,10 @@ def ray_session(
 
 
 class ProgressMonitor:
-    def __init__(self, listener: Any) -> None:
-        self.actor = None
+    actor = None
 
-    def read(self) -> None: ...
+    def read(self) -> dict[tuple[str, str], tuple[Any, ...]]:
+        return {}
 
 
 class MemoryPeak:

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from orchestrator.store import EventLog
-from orchestrator.store.event_log import drop_partial_line
 from tests.helpers.sweeps import TIMEOUT
 
 
@@ -60,15 +59,6 @@ def test_a_partial_last_line_is_ignored_and_removed_by_the_next_driver(event_log
     assert event_log.path.read_bytes() == complete
     following.append("point_asked", point=3)
     assert points(event_log) == [0, 1, 3]
-
-
-@pytest.mark.parametrize("complete", [b"", b"one\n", b"one\ntwo\n"])
-@pytest.mark.parametrize("partial", [b"", b'{"event'])
-def test_only_a_partial_line_is_removed(tmp_path, complete, partial):
-    path = tmp_path / "lines"
-    path.write_bytes(complete + partial)
-    drop_partial_line(path)
-    assert path.read_bytes() == complete
 
 
 def test_a_check_of_the_lock_does_not_stop_a_driver_from_starting(event_log, monkeypatch):

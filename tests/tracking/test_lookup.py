@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import socket
@@ -56,11 +55,6 @@ TAGS = {  # names of air.* tags, which other tools read
     "host kind method modality paradigm point seed seeds slot spec_hash split_seed state sweep "
     "trial_key user versions",
 }
-
-
-@pytest.fixture(autouse=True)
-def _no_tracking_uri(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +129,6 @@ def tracked(
     ended: SweepLocation, sweep: SweepSpec, tmp_path_factory: pytest.TempPathFactory
 ) -> str:
     """The URI of the store's MLflow database, to which the sweep was reconciled."""
-    assert os.environ.get("MLFLOW_TRACKING_URI") is None
     result = reconcile(sweep, ended, None)
     assert (result.counts, result.missing) == (Counts(sent=6, settings=3, sweep=True), 0)
     return f"sqlite:///{ended.store.root}/mlflow.db"

@@ -31,11 +31,6 @@ from tests.helpers.sweeps import TIMEOUT, python
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True)
-def _no_tracking_uri(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-
-
 def a_sweep(name: str = "quickstart", **changes: Any) -> SweepRun:
     values: dict[str, Any] = {
         "sweep": name,
