@@ -52,7 +52,7 @@ def _identity(spec: StageSpec) -> Any:
     added = [each for each in read if each.stage not in ("features", "synthetic")]
     stages = [spec.features, spec.synthetic_features, *sorted(added, key=lambda each: each.stage)]
     inputs = [plain(stage) for stage in stages]
-    settings = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec) if _in_key(spec, f)}
+    settings = _settings(spec)
     settings.pop("classnames")  # the dataset determines them
     settings.pop("scored_images")
     settings.pop("pool_images")
@@ -63,16 +63,17 @@ def _identity(spec: StageSpec) -> Any:
     return {"recipe": f"{spec.stage}/{spec.recipe}", "inputs": inputs, **plain(settings)}
 
 
+SCALARS = (bool, int, str, type(None))  # JSON has them as they are
+
+
 def plain(value: Any) -> Any:
     """Dataclasses as dicts; nested stages with their recipe; a Ref as its digest."""
+    if isinstance(value, SCALARS):
+        return value
     if isinstance(value, Ref):
         return value.digest
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        found = {
-            f.name: plain(getattr(value, f.name))
-            for f in dataclasses.fields(value)
-            if _in_key(value, f)
-        }
+        found = {name: plain(setting) for name, setting in _settings(value).items()}
         if isinstance(value, StageSpec):
             found["recipe"] = f"{value.stage}/{value.recipe}"
         return found
@@ -83,13 +84,21 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _in_key(owner: Any, f: dataclasses.Field[Any]) -> bool:
-    """Whether a field is part of the key. One that equality ignores is not.
+def _settings(owner: Any) -> dict[str, Any]:
+    """The fields of a dataclass that are part of the key, with their values.
 
     A field with `absent_means` was added later; with that value the key equals the older key.
     """
-    absent = "absent_means" in f.metadata and getattr(owner, f.name) == f.metadata["absent_means"]
-    return f.compare and not absent
+    kind: type = type(owner)
+    settings = ((name, getattr(owner, name), absent) for name, absent in _fields(kind))
+    return {name: value for name, value, absent in settings if value != absent}
+
+
+@cache
+def _fields(owner: type) -> tuple[tuple[str, Any], ...]:
+    """The fields of a dataclass that equality compares, each with its `absent_means`."""
+    compared = (f for f in dataclasses.fields(owner) if f.compare)
+    return tuple((f.name, f.metadata.get("absent_means", dataclasses.MISSING)) for f in compared)
 
 
 def digest(value: Any) -> str:
@@ -113,7 +122,7 @@ def canonical_json(value: Any) -> str:
 
 
 def _canonical(value: Any) -> Any:
-    if value is None or isinstance(value, bool | int | str):
+    if isinstance(value, SCALARS):
         return value
     if isinstance(value, float):
         if not math.isfinite(value):

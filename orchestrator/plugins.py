@@ -28,6 +28,7 @@ from air_core.components import (
     Component,
     Loading,
     Registry,
+    computed_from_registries,
     loading,
     setting,
     use_components,
@@ -148,6 +149,8 @@ def _where_and_why(plugin: Plugin, problem: Exception) -> str:
     return f"{place_of(plugin, problem)}: {kind}{problem}"
 
 
+@computed_from_registries
+@cache
 def plugin_versions() -> tuple[tuple[str, str], ...]:
     """Parts of the code that are plugins, with their versions."""
     return tuple(

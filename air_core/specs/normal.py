@@ -96,15 +96,27 @@ def chosen(registry: Registry, spec: TrialSpec) -> str:
 
 def used_components(spec: TrialSpec) -> tuple[tuple[Registry, str], ...]:
     """The registries that a trial uses, with the names of their components."""
-    used = []
-    for registry in REGISTRIES.values():
-        group, _, name = registry.key.rpartition(".")
-        names = {("", registry.group), ("", group), (group, name)}
-        if all(rule.used_if(spec) for rule in rules() if (rule.group, rule.name) in names):
-            used.append((registry, chosen(registry, spec)))
+    used = [
+        (registry, chosen(registry, spec))
+        for registry, conditions in _conditions()
+        if all(used_if(spec) for used_if in conditions)
+    ]
     if spec.test_dataset is not None:
         used.append((DATASETS, spec.test_dataset.name))
     return tuple(used)
+
+
+@computed_from_registries
+@cache
+def _conditions() -> tuple[tuple[Registry, list[Condition]], ...]:
+    """The registries, each with the conditions under which a trial uses it."""
+    found = []
+    for registry in REGISTRIES.values():
+        group, _, name = registry.key.rpartition(".")
+        names = {("", registry.group), ("", group), (group, name)}
+        conditions = [rule.used_if for rule in rules() if (rule.group, rule.name) in names]
+        found.append((registry, conditions))
+    return tuple(found)
 
 
 def _with_equal_results(spec: TrialSpec) -> TrialSpec:

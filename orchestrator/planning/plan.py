@@ -433,12 +433,18 @@ def iterations_of(slots: Iterable[Slot]) -> int:
 def possible_trials(
     cells: Iterable[Cell], assignments: Sequence[Mapping[str, int]], resolver: Resolver
 ) -> Iterator[TrialSpec]:
-    """The trials of each cell that need the most artifacts, over its whole search space."""
+    """The trials of each cell that need the most artifacts, over its whole search space.
+
+    Of assignments that differ in `seed` alone, which no artifact depends on, it takes the first.
+    """
+    distinct: dict[tuple[Any, ...], Mapping[str, int]] = {}
+    for seeds in assignments:
+        distinct.setdefault(tuple(item for item in seeds.items() if item[0] != "seed"), seeds)
     for cell in cells:
         ranges = [d for d in cell.space if d.key in (*READS_IMAGES, "prompt.length")]
         for ends in itertools.product(*[_ends(d) for d in ranges]):
             params = {d.key: end for d, end in zip(ranges, ends, strict=True)}
-            for seeds in assignments:
+            for seeds in distinct.values():
                 yield resolver.trial({**cell.flat, **params, **seeds})
 
 
@@ -459,13 +465,7 @@ def requirements_of(trials: Iterable[TrialSpec]) -> list[Requirement]:
     A row of images is required up to the largest count and all classes that any trial reads.
     """
     merged: dict[str, Requirement] = {}
-    seen: set[str] = set()
-    for trial in trials:
-        trial = replace(normalised(trial), seed=0)
-        key = artifact_key(trial).digest
-        if key in seen:
-            continue
-        seen.add(key)
+    for trial in dict.fromkeys(replace(normalised(trial), seed=0) for trial in trials):
         for requirement in _requirements(trial):
             identity = f"{requirement.key}/{artifact_key(requirement.spec).digest}"
             earlier = merged.get(identity, requirement)

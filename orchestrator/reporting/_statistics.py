@@ -387,13 +387,21 @@ def _joined(settings: Sequence[Runs], weights: tuple[float, ...]) -> Iterator[_S
         seeds = {run.seed for run in runs} - {None}
         if len({run.split_seed for run in runs}) > 1 or len(seeds) > 1:
             continue
-        ids = functools.reduce(np.intersect1d, [run.image_ids for run in runs])
-        if len(ids):
-            at = [np.intersect1d(run.image_ids, ids, return_indices=True)[1] for run in runs]
-            correct = tuple(run.correct[index] for run, index in zip(runs, at, strict=True))
-            first = runs[0]
-            unseen = None if first.unseen is None else first.unseen[at[0]]
-            yield _Scores(first.split_seed, next(iter(seeds), None), ids, correct, unseen, weights)
+        first, *others = runs
+        if any(not np.array_equal(run.image_ids, first.image_ids) for run in others):
+            ids = functools.reduce(np.intersect1d, [run.image_ids for run in runs])
+            first, *others = (_on_images(run, ids) for run in runs)
+        if len(first.image_ids):
+            correct = (first.correct, *(run.correct for run in others))
+            seed = next(iter(seeds), None)
+            yield _Scores(first.split_seed, seed, first.image_ids, correct, first.unseen, weights)
+
+
+def _on_images(run: Run, ids: Array) -> Run:
+    """A run on some of its images."""
+    at = np.intersect1d(run.image_ids, ids, return_indices=True)[1]
+    unseen = None if run.unseen is None else run.unseen[at]
+    return replace(run, image_ids=ids, correct=run.correct[at], unseen=unseen)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -87,6 +87,12 @@ class FinishedTrial:
     seconds: float = 0.0
     provenance: Mapping[str, Any] = field(default_factory=dict)  # commit, versions, device, ...
 
+    @functools.cached_property
+    def ignores_seed(self) -> bool:
+        """Whether trials that differ in the seed alone are the same computation."""
+        settings = {key: value for key, value in self.flat.items() if key in trial_keys()}
+        return computation_of(settings | {"seed": 0}) == computation_of(settings | {"seed": 1})
+
     def predicted(self, classifier: str | None) -> Array | None:
         """Predictions (T,) of a classifier; None: not recorded. Without a name: the tested ones."""
         return self.predictions if classifier is None else self.by_classifier.get(classifier)
@@ -416,11 +422,10 @@ def _runs(
 
 def _distinct(point: Sequence[FinishedTrial]) -> dict[tuple[int, int | None], FinishedTrial]:
     """One trial per run, by split and seed; the seed is None where the method ignores it."""
-    settings = {key: value for key, value in point[0].flat.items() if key in trial_keys()}
-    seedless = computation_of(settings | {"seed": 0}) == computation_of(settings | {"seed": 1})
     distinct: dict[tuple[int, int | None], FinishedTrial] = {}
     for trial in point:
-        distinct.setdefault((trial.split_seed, None if seedless else trial.seed), trial)
+        seed = None if point[0].ignores_seed else trial.seed
+        distinct.setdefault((trial.split_seed, seed), trial)
     return distinct
 
 

@@ -168,17 +168,21 @@ class ArtifactStore:
             MissingArtifact: the artifact does not exist.
             DamagedArtifact: one of its files was changed.
         """
-        key, record = artifact_key(spec), self.record(spec)
+        key = artifact_key(spec)
         path = self.path(key)
+        record = self._record(key, path)
         if self._download([path]):
-            record = self.record(spec)  # the artifact may have been rebuilt
+            record = self._record(key, path)  # the artifact may have been rebuilt
         verify_files(path, record)
         return Artifact(key, path, record)
 
     def record(self, spec: StageSpec) -> dict[str, Any]:
         """The record of an artifact, without checking its other files. Raises as `get`."""
         key = artifact_key(spec)
-        record = self.backend.record(self.path(key))
+        return self._record(key, self.path(key))
+
+    def _record(self, key: ArtifactKey, path: Path) -> dict[str, Any]:
+        record = self.backend.record(path)
         if record is None:
             raise MissingArtifact(f"{key} is not in {self.name}; run `airsweep prepare SPEC` first")
         return record
