@@ -77,6 +77,7 @@ class Registry(Mapping[str, Component]):
         facts: properties that components can have.
         has_files: whether a component has a static method `files()`, which returns the paths whose
             digests are part of the keys of its trials.
+        of_trials: whether the key is a setting of trials.
     """
 
     def __init__(
@@ -87,8 +88,10 @@ class Registry(Mapping[str, Component]):
         is_open: bool = True,
         facts: Iterable[str] = (),
         has_files: bool = False,
+        of_trials: bool = True,
     ) -> None:
         self.key, self.signature, self.is_open = key, signature, is_open
+        self.of_trials = of_trials
         self.facts, self.has_files = frozenset(facts), has_files
         self.group = key.rpartition(".")[0] if group is None else group
         self._components: dict[str, Component] = {}

@@ -53,7 +53,8 @@ def check_contract(key: str, name: str) -> None:
     CONTRACTS[key](name)
 
 
-def _need(condition: bool, what: str) -> None:
+def need(condition: bool, what: str) -> None:
+    """Raise ContractError with `what` unless the condition holds."""
     if not condition:
         raise ContractError(what)
 
@@ -70,19 +71,19 @@ def _strategy(name: str) -> None:
                 assign(given, settings, iteration=t, iterations=ROUNDS, previous=previous)
                 for _ in range(2)
             )
-            _need(torch.equal(given, scores), "the scores must not be changed")
+            need(torch.equal(given, scores), "the scores must not be changed")
             same = torch.equal(labels.indices, again.indices)
             same &= torch.equal(labels.targets, again.targets)
-            _need(same, "equal scores must give equal pseudo-labels")
+            need(same, "equal scores must give equal pseudo-labels")
             distinct = len(set(labels.indices.tolist())) == len(labels)
-            _need(distinct, "`indices` (M,) must be distinct images")
+            need(distinct, "`indices` (M,) must be distinct images")
             shape = labels.targets.shape == (len(labels), CLASSES)
-            _need(shape, "`targets` must be (M, C), one row for each selected image")
+            need(shape, "`targets` must be (M, C), one row for each selected image")
             positive = bool((labels.targets >= 0).all() and (labels.targets.sum(dim=-1) > 0).all())
-            _need(positive, "`targets` must be >= 0, with a sum > 0 in each row")
+            need(positive, "`targets` must be >= 0, with a sum > 0 in each row")
             valid = labels.labels.dtype == torch.int64 and labels.labels.shape == (len(labels),)
             valid &= bool(((labels.labels >= 0) & (labels.labels < CLASSES)).all())
-            _need(valid, "`labels` (M,) must be classes, int64 from 0 to C - 1")
+            need(valid, "`labels` (M,) must be classes, int64 from 0 to C - 1")
             previous = labels
 
 
@@ -90,9 +91,9 @@ def _loss(name: str) -> None:
     logits = _random(IMAGES, CLASSES).requires_grad_()
     targets = _random(IMAGES, CLASSES, 1).softmax(dim=-1)
     loss = LOSSES.load(name)(logits, targets)
-    _need(loss.shape == () and bool(loss.isfinite()), "the loss must be one finite number")
+    need(loss.shape == () and bool(loss.isfinite()), "the loss must be one finite number")
     [gradient] = torch.autograd.grad(loss, logits)
-    _need(bool(gradient.isfinite().all()), "the gradient of the logits must be finite")
+    need(bool(gradient.isfinite().all()), "the gradient of the logits must be finite")
 
 
 def _auxiliary(name: str) -> None:
@@ -102,11 +103,11 @@ def _auxiliary(name: str) -> None:
     for _ in range(2):
         classifier = auxiliary_classifier(settings, bank, None, batch, CLASSES, 100.0)
         one_of = isinstance(classifier, AuxiliaryClassifier)
-        _need(one_of, "the classifier must be a LinearClassifier or a BankClassifier")
+        need(one_of, "the classifier must be a LinearClassifier or a BankClassifier")
         logits.append(classifier.logits(batch))
     shape = logits[0].shape == (10, CLASSES) and bool(logits[0].isfinite().all())
-    _need(shape, "`logits` must be (N, C) and finite")
-    _need(torch.equal(*logits), "equal banks must give equal logits")
+    need(shape, "`logits` must be (N, C) and finite")
+    need(torch.equal(*logits), "equal banks must give equal logits")
 
 
 def _fidelity(name: str) -> None:
@@ -115,9 +116,9 @@ def _fidelity(name: str) -> None:
     chosen = high_fidelity(bank, settings, text, _bank())
     known = {tuple(row) for row in bank.batch.features.tolist()}
     subset = {tuple(row) for row in chosen.batch.features.tolist()} <= known
-    _need(subset, "the selected images must be images of the bank")
+    need(subset, "the selected images must be images of the bank")
     every = set(chosen.labels.tolist()) == set(range(CLASSES))
-    _need(every, "an image of each class must be selected")
+    need(every, "an image of each class must be selected")
 
 
 def _learner(name: str) -> None:
@@ -128,48 +129,48 @@ def _learner(name: str) -> None:
     classnames = tuple(f"class {c}" for c in range(CLASSES))
     made = (name, PromptSettings(length=4), backbone, classnames, "a photo of a {}")
     one, again = (build_learner(*made, seed=1) for _ in range(2))
-    _need(torch.equal(one.prompt, again.prompt), "an equal seed must give an equal prompt")
+    need(torch.equal(one.prompt, again.prompt), "an equal seed must give an equal prompt")
     if isinstance(one, StartsFromImages):
         targets = torch.eye(CLASSES)[torch.arange(len(batch)) % CLASSES]
         one.start_from(batch, targets)
-        _need(one.prompt.shape == again.prompt.shape, "images must not change the prompt's shape")
+        need(one.prompt.shape == again.prompt.shape, "images must not change the prompt's shape")
     logits = one.logits(batch)
     shape = logits.shape == (len(batch), CLASSES) and bool(logits.isfinite().all())
-    _need(shape, "`logits` must be (N, C) and finite")
-    _need(len(one.logits(batch[torch.arange(0)])) == 0, "no image must give logits (0, C)")
-    _need(logits.requires_grad, "`logits` must be differentiable in `prompt`")
+    need(shape, "`logits` must be (N, C) and finite")
+    need(len(one.logits(batch[torch.arange(0)])) == 0, "no image must give logits (0, C)")
+    need(logits.requires_grad, "`logits` must be differentiable in `prompt`")
     torch.autograd.backward(logits.logsumexp(dim=-1).sum())
     gradient = one.prompt.grad
     reached = gradient is not None and bool(gradient.isfinite().all() and gradient.any())
-    _need(reached, "the gradient of `prompt` must be finite and not 0")
+    need(reached, "the gradient of `prompt` must be finite and not 0")
     others = all(parameter.grad is None for parameter in backbone.model.parameters())
-    _need(others, "the backbone must not receive a gradient")
+    need(others, "the backbone must not receive a gradient")
     with torch.no_grad():
         one.prompt.mul_(1.5)
         restored = restored_learner(*made, one.prompt.clone())
         same = torch.equal(one.logits(batch), restored.logits(batch))
-    _need(same, "settings, class names and `prompt` must give the same logits again")
+    need(same, "settings, class names and `prompt` must give the same logits again")
 
 
 def _dataset(name: str) -> None:
     """See air_core.datasets.Dataset. Reads the files, which must not need a data root."""
     dataset = get_dataset(name)
-    _need(bool(dataset.classnames), "`classnames` must not be empty")
+    need(bool(dataset.classnames), "`classnames` must not be empty")
     distinct = len(set(dataset.classnames)) == len(dataset.classnames)
-    _need(distinct, "`classnames` must be distinct")
-    _need(is_template(dataset.template), "`template` must have {} once, for the class name")
+    need(distinct, "`classnames` must be distinct")
+    need(is_template(dataset.template), "`template` must have {} once, for the class name")
     files = dataset.files(None)
-    _need(files == sorted(files), "`files` must be sorted")
-    _need(bool(files), "`files` must not be empty: their digests are part of the keys of trials")
+    need(files == sorted(files), "`files` must be sorted")
+    need(bool(files), "`files` must not be empty: their digests are part of the keys of trials")
     examples = dataset.load(None)
     labels, count = examples.labels, len(examples.images)
-    _need(labels.shape == examples.parts.shape == (count,), "labels and parts must be (N,)")
-    _need(labels.dtype == np.int64, "`labels` must be int64")
+    need(labels.shape == examples.parts.shape == (count,), "labels and parts must be (N,)")
+    need(labels.dtype == np.int64, "`labels` must be int64")
     valid = (labels < len(dataset.classnames)) & ((labels >= 0) | (labels == UNKNOWN))
-    _need(bool(valid.all()), f"`labels` must be classes, from 0 to C - 1, or {UNKNOWN}: unknown")
+    need(bool(valid.all()), f"`labels` must be classes, from 0 to C - 1, or {UNKNOWN}: unknown")
     parts = {"train", "val", "test", "free"}
-    _need(set(examples.parts.tolist()) <= parts, f"`parts` must be of {', '.join(sorted(parts))}")
-    _need(examples.images[0].mode == "RGB", "images must be RGB")
+    need(set(examples.parts.tolist()) <= parts, f"`parts` must be of {', '.join(sorted(parts))}")
+    need(examples.images[0].mode == "RGB", "images must be RGB")
 
 
 def _backbone(name: str) -> None:
@@ -179,12 +180,12 @@ def _backbone(name: str) -> None:
     texts = backbone.encode_texts(classnames)
     width = images.shape[1]
     shapes = images.shape == (2 * CLASSES, width) and texts.shape == (CLASSES, width)
-    _need(shapes, "images must give (N, D) and texts (C, D)")
+    need(shapes, "images must give (N, D) and texts (C, D)")
     lengths = torch.cat([images, texts]).norm(dim=-1)
-    _need(torch.allclose(lengths, torch.ones(()), atol=1e-3), "features must have unit length")
+    need(torch.allclose(lengths, torch.ones(()), atol=1e-3), "features must have unit length")
     again = load_backbone(name).encode_images(_images())
-    _need(torch.equal(images, again), "equal images must give equal features")
-    _need(backbone.logit_scale > 0, "`logit_scale` must be a positive number")
+    need(torch.equal(images, again), "equal images must give equal features")
+    need(backbone.logit_scale > 0, "`logit_scale` must be a positive number")
 
 
 def _generator(name: str) -> None:
@@ -195,8 +196,8 @@ def _generator(name: str) -> None:
         for _ in range(2)
     )
     shape = drawn.shape == (2, 32, 32, 3) and drawn.dtype == torch.uint8
-    _need(shape, "`generate` must return (B, size, size, 3), uint8")
-    _need(torch.equal(drawn, again), "equal positions and attempts must give equal images")
+    need(shape, "`generate` must return (B, size, size, 3), uint8")
+    need(torch.equal(drawn, again), "equal positions and attempts must give equal images")
 
 
 def _images() -> list[Image.Image]:

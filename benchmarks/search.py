@@ -34,9 +34,10 @@ import optuna
 from optuna.samplers import BaseSampler, GPSampler, TPESampler
 
 from benchmarks.harness import airsweep, options, progress, report
+from orchestrator import components
 from orchestrator.planning import Resolver
 from orchestrator.planning.plan import plan_sweep
-from orchestrator.planning.search import STARTUP_POINTS, CellSearch, make_sampler
+from orchestrator.planning.search import STARTUP_POINTS, CellSearch
 from orchestrator.planning.studies import Searches
 from orchestrator.reporting._ranking import ranking
 from orchestrator.spec import SweepSpec, cells_of, load_sweep
@@ -64,13 +65,9 @@ BASELINE, DEFAULT = "random", "tpe"
 Make = Callable[[Search, int], BaseSampler]  # from a search and the seed of one point
 
 
-def _product(name: Any) -> Make:
-    return lambda search, seed: make_sampler(replace(search, sampler=name), seed)
-
-
 SAMPLERS: dict[str, Make] = {
-    "random": _product("random"),
-    "tpe": _product("tpe"),
+    "random": components.SAMPLERS.load("random"),
+    "tpe": components.SAMPLERS.load("tpe"),
     # Other samplers of Optuna for mixed spaces that need no further package.
     "tpe, univariate": lambda search, seed: TPESampler(
         seed=seed, n_startup_trials=STARTUP_POINTS, multivariate=False

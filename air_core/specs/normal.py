@@ -111,7 +111,7 @@ def used_components(spec: TrialSpec) -> tuple[tuple[Registry, str], ...]:
 def _conditions() -> tuple[tuple[Registry, list[Condition]], ...]:
     """The registries, each with the conditions under which a trial uses it."""
     found = []
-    for registry in REGISTRIES.values():
+    for registry in (one for one in REGISTRIES.values() if one.of_trials):
         group, _, name = registry.key.rpartition(".")
         names = {("", registry.group), ("", group), (group, name)}
         conditions = [rule.used_if for rule in rules() if (rule.group, rule.name) in names]

@@ -12,11 +12,10 @@ all other points of its round have reached it; then the pruning rule decides whi
 
 from __future__ import annotations
 
-import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean, median
+from statistics import fmean
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -24,11 +23,12 @@ from air_core.specs import TrialSpec
 from orchestrator.failures import CLASSES, Failure
 from orchestrator.planning import Outcome, Resolver, Slot
 from orchestrator.planning.plan import ended_slots, fp32_slots, iterations_of, slots_of
+from orchestrator.planning.pruning import points_to_prune
 from orchestrator.planning.resources import side_by_side
 from orchestrator.planning.studies import PrunedPoint, read_searches
 from orchestrator.spec import Cell, SweepSpec
 from orchestrator.spec.space import Point, study_name
-from orchestrator.spec.sweep import ENCODER_BATCH, Pruning
+from orchestrator.spec.sweep import ENCODER_BATCH
 from orchestrator.store import ArtifactStore, EventLog, read_trial
 from orchestrator.store.checkpoints import WHOLE_TRIAL, Segments, is_finished, recorded_rungs
 
@@ -502,50 +502,3 @@ class TrialScheduler:
                 patience=search.patience,
                 trials_left=(planned - queue.started) * len(self.assignments),
             )
-
-
-# ---------------------------------------------------------------- pruning rules
-
-
-DEFAULT = 0  # number of the default point, which is never pruned
-
-
-def points_to_prune(
-    pruning: Pruning, values: Mapping[int, float], earlier: Iterable[float] = ()
-) -> tuple[int, ...]:
-    """Select the points that stop at a rung, in the order of their numbers.
-
-    Args:
-        values: objectives of the round's points at this rung, by number, without failed points.
-        earlier: objectives that points of earlier rounds had at this rung.
-
-    >>> halving = Pruning(rule="halving", rungs=(2,), keep=0.5)
-    >>> points_to_prune(halving, {4: 0.1, 5: 0.3, 6: 0.3, 7: 0.3})
-    (4, 7)
-    >>> points_to_prune(Pruning(rule="median", rungs=(2,)), {4: 0.1, 5: 0.3}, earlier=[0.2, 0.25])
-    (4,)
-    """
-    continuing = {DEFAULT} | set(RULES[pruning.rule](pruning, values, list(earlier)))
-    return tuple(sorted(number for number in values if number not in continuing))
-
-
-def _best(pruning: Pruning, values: Mapping[int, float], earlier: list[float]) -> list[int]:
-    """Successive halving: the best fraction of the round; ties go to the earlier point."""
-    ranked = sorted(values, key=lambda number: (-values[number], number))
-    return ranked[: math.ceil(pruning.keep * len(ranked))]
-
-
-def _not_below_median(
-    pruning: Pruning, values: Mapping[int, float], earlier: list[float]
-) -> list[int]:
-    """Points that are at least as good as the median of this and all earlier rounds."""
-    if not values:
-        return []
-    middle = median([*values.values(), *earlier])
-    return [number for number, value in values.items() if value >= middle]
-
-
-RULES: dict[str, Callable[[Pruning, Mapping[int, float], list[float]], list[int]]] = {
-    "halving": _best,
-    "median": _not_below_median,
-}

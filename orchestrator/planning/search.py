@@ -32,6 +32,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import TrialState, create_trial
 
 from air_core.specs.flat import trial_keys
+from orchestrator.components import SAMPLERS
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.studies import Searches, read_searches
 from orchestrator.planning.study_copies import (
@@ -143,7 +144,7 @@ class CellSearch:
         sampler: Callable[[Search, int], BaseSampler] | None = None,
     ) -> None:
         self.cell, self.search = cell, search
-        self._sampler = sampler or make_sampler
+        self._sampler = sampler or SAMPLERS.load(search.sampler)
         self._copy = study_copy
         self.study = optuna.create_study(direction="maximize")  # only has points that ended
         self._params: dict[int, dict[str, Any]] = {}  # settings of all suggested points
@@ -297,10 +298,13 @@ class CellSearch:
         return point_count(self.cell, self.search)
 
 
-def make_sampler(search: Search, seed: int) -> BaseSampler:
-    """The sampler of one point."""
-    if search.sampler != "tpe":
-        return RandomSampler(seed=seed)
+def at_random(search: Search, seed: int) -> BaseSampler:
+    """A sampler that suggests independent random points."""
+    return RandomSampler(seed=seed)
+
+
+def tpe(search: Search, seed: int) -> BaseSampler:
+    """Optuna's TPE, which starts with random points."""
     startup = STARTUP_POINTS if search.points < 30 else 10
     return TPESampler(seed=seed, n_startup_trials=startup)
 

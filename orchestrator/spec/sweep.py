@@ -24,6 +24,7 @@ from air_core.methods import METHODS, named_refs
 from air_core.specs import STAGES, TrialSpec
 from air_core.specs.flat import from_flat, trial_keys
 from air_core.specs.normal import normalised
+from orchestrator.components import PRUNING_RULES, SAMPLERS
 from orchestrator.keys import digest
 from orchestrator.plugins import Plugin
 from orchestrator.spec import presets
@@ -34,6 +35,7 @@ from orchestrator.spec.marked_yaml import Document, Keys, SpecError
 from orchestrator.spec.validation import (
     CONFIG,
     LINE,
+    NameOf,
     Number,
     Whole,
     error_message,
@@ -66,9 +68,8 @@ def _increasing(rungs: tuple[int, ...]) -> tuple[int, ...]:
 class Pruning:
     """Rules that stop the weaker points of a round early (`execution/_scheduler.py`)."""
 
-    rule: Literal["halving", "median"] = Field(
-        description="points that continue; halving: the best of a round; "
-        "median: those at or above the median of all points so far"
+    rule: Annotated[str, NameOf(PRUNING_RULES)] = Field(
+        description=f"points that continue; {PRUNING_RULES.summary()}"
     )
     rungs: Annotated[
         tuple[Annotated[Whole, Field(ge=1)], ...], Field(min_length=1), AfterValidator(_increasing)
@@ -82,9 +83,7 @@ class Pruning:
 class Search:
     """The hyperparameter search of each cell."""
 
-    sampler: Literal["tpe", "random", "grid"] = setting(
-        "tpe", "Optuna's sampler: tpe or random; grid: every combination of values"
-    )
+    sampler: Annotated[str, NameOf(SAMPLERS)] = setting("tpe", SAMPLERS.summary())
     seed: Whole = setting(0, "seed of the sampler", ge=0, le=2**32 - 1)
     objective: Literal["mutual_information", "validation_accuracy"] = setting(
         "mutual_information", "the maximized metric; mutual_information needs no labels"

@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 from pydantic import (
     AllowInfNan,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     Strict,
     StringConstraints,
     TypeAdapter,
@@ -22,8 +25,9 @@ from pydantic import (
     WithJsonSchema,
 )
 from pydantic.json_schema import GenerateJsonSchema
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticCustomError, core_schema
 
+from air_core.components import Registry
 from orchestrator.spec.marked_yaml import (
     Document,
     Keys,
@@ -52,6 +56,28 @@ def setting(default: Any, description: str, **limits: Any) -> Any:
 def text_schema(title: str, pattern: str) -> WithJsonSchema:
     """Schema of a text: messages show `title`; `pattern` must also be valid in JavaScript."""
     return WithJsonSchema({"type": "string", "title": title, "pattern": pattern})
+
+
+@dataclass(frozen=True)
+class NameOf:
+    """Annotates a text that must name a component of a registry, those of plugins included."""
+
+    registry: Registry
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(self._checked, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> Schema:
+        return {"enum": [*self.registry], "type": "string"}
+
+    def _checked(self, name: str) -> str:
+        if name not in self.registry:
+            raise PydanticCustomError("component", "no component")
+        return name
 
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"

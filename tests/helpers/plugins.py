@@ -134,3 +134,24 @@ class Noise:
             images.append(drawn.to(torch.uint8))
         return torch.stack(images)
 '''
+
+SEARCH = '''"""A sampler and a pruning rule."""
+
+import optuna
+
+from orchestrator.components import PRUNING_RULES, SAMPLERS
+
+
+class Mine(optuna.samplers.RandomSampler):
+    """A sampler that differs from that of the package by its type alone."""
+
+
+@SAMPLERS.add("mine", summary="random values")
+def mine(search, seed):
+    return Mine(seed=seed)
+
+
+@PRUNING_RULES.add("above_earlier", summary="points better than all earlier ones")
+def above_earlier(pruning, values, earlier):
+    return [number for number, value in values.items() if value > max(earlier, default=0)]
+'''

@@ -11,14 +11,18 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from orchestrator.planning.pruning import points_to_prune
 from orchestrator.planning.search import CellSearch
 from orchestrator.planning.studies import Searches, read_searches
 from orchestrator.planning.study_copies import PointDetails, StudyCopy, open_storage
-from orchestrator.spec import Cell, Dimension, cells_of
+from orchestrator.plugins import use_plugins
+from orchestrator.spec import Cell, Dimension, SpecError, cells_of, load_sweep
 from orchestrator.spec import SweepSpec as Sweep
 from orchestrator.spec.space import Point, study_name
 from orchestrator.spec.sweep import Search
 from orchestrator.store import EventLog
+from tests.helpers.plugins import SEARCH
+from tests.helpers.sweeps import write_sweep
 
 COUNTS = Dimension(key="images_per_class", values=(0, 20, 40))
 WEIGHTS = Dimension(key="fusion_weight", min=0.0, max=1.0, when="images_per_class > 0")
@@ -365,3 +369,28 @@ def test_carried_points_count_and_come_after_the_default(log):
     assert points[:2] == [(1, carried[0], 0.5), (2, carried[1], 0.5)]
     assert sorted(number for number, _, _ in points) == [*range(8)]
     assert ended_points(log.open(spec)) == points
+
+
+def test_a_plugin_adds_a_sampler_and_a_pruning_rule(command, tmp_path):
+    (tmp_path / "mine.py").write_text(SEARCH)
+    code, out, err = command("plugin", "check", tmp_path / "mine.py")
+    assert (code, "search.sampler" in out) == (0, True), err
+    body = """plugins: [mine.py]
+fixed: {method: air}
+search:
+  sampler: mine
+  points: 4
+  width: 2
+  pruning: {rule: above_earlier, rungs: [2]}
+  space: {fusion_weight: {min: 0, max: 1}}
+"""
+    spec = load_sweep(write_sweep(tmp_path, "mine", body))
+    searching = Log(tmp_path / "log").play(spec)
+    assert type(searching.study.sampler).__name__ == "Mine"
+    assert points_to_prune(spec.search.pruning, {4: 0.1, 5: 0.3}, earlier=[0.2]) == (4,)
+    wrong = write_sweep(tmp_path, "wrong", body.replace(": mine", ": mien"))
+    with pytest.raises(
+        SpecError, match=r":6:12: .* allowed: tpe, random, grid, mine; did you mean"
+    ):
+        load_sweep(wrong)
+    use_plugins([])
