@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
+from air_core.components import Registry
 from air_core.specs import Ref, TrialSpec
 from air_core.specs.flat import from_flat, trial_keys
 from air_core.specs.normal import normalised
@@ -23,6 +25,7 @@ EMBEDDED: dict[str, str] = {"dataset": "digits", "backbone": "tiny", "generator"
 class Method:
     """One row of the method table."""
 
+    summary: str
     pins: dict[str, Any]
     sets: dict[str, Any] = field(default_factory=dict)
     host: str | None = None  # the method without auxiliary images, which it is compared with
@@ -120,66 +123,148 @@ _EVIDENCE = {"evidence.draws": 8, "evidence.weight": 0.8}
 _EARLY_EVIDENCE = {**_EVIDENCE, "evidence.schedule": "annealed"}
 # Images in the place of the synthetic ones: those that the LoRA is trained on, pool images under
 # their true labels, synthetic images under the label of the next class.
-_INSTEAD = {"control": "lora_images", "ceiling": "true_labels", "floor": "shifted_labels"}
+_INSTEAD = {
+    "control": ("lora_images", "AiR with the images that the LoRA is trained on"),
+    "ceiling": ("true_labels", "a bound: AiR with pool images under their true labels"),
+    "floor": ("shifted_labels", "a bound: AiR with each synthetic image under the next class"),
+}
 
-METHODS: dict[str, Method] = {
-    "zero_shot": Method(pins={"iterations": 0, **_NO_IMAGES}),
-    "zero_shot_aux": Method(pins={"iterations": 0, **_PLAIN}, host="zero_shot"),
+_METHODS = {
+    "zero_shot": Method(summary="CLIP without training", pins={"iterations": 0, **_NO_IMAGES}),
+    "zero_shot_aux": Method(
+        summary="CLIP and an auxiliary classifier of synthetic images, without training",
+        pins={"iterations": 0, **_PLAIN},
+        host="zero_shot",
+    ),
     "zero_shot_real": Method(
+        summary="CLIP and an auxiliary classifier of pseudo-labelled real images, without training",
         pins={"iterations": 0, **_REAL},
         sets={"auxiliary.kind": "lda", "auxiliary.rounds": 10},
         host="zero_shot",
     ),
     "transductive": Method(
-        pins={"iterations": 0, "transduction": "gmm", **_NO_IMAGES}, host="zero_shot"
+        summary="CLIP and a Gaussian mixture of the pool, without training",
+        pins={"iterations": 0, "transduction": "gmm", **_NO_IMAGES},
+        host="zero_shot",
     ),
-    "coop": Method(pins={**_LABELLED, "modality": "text"}, host="zero_shot", paradigms=_LABELS),
-    "vpt": Method(pins={**_LABELLED, "modality": "visual"}, host="zero_shot", paradigms=_LABELS),
+    "coop": Method(
+        summary="CoOp: a text prompt from the labelled images alone",
+        pins={**_LABELLED, "modality": "text"},
+        host="zero_shot",
+        paradigms=_LABELS,
+    ),
+    "vpt": Method(
+        summary="VPT: a visual prompt from the labelled images alone",
+        pins={**_LABELLED, "modality": "visual"},
+        host="zero_shot",
+        paradigms=_LABELS,
+    ),
     "upl": Method(
-        pins={**_ONE_ROUND, "pseudo_labels.kind": "predicted", **_NO_IMAGES}, host="zero_shot"
+        summary="UPL: a prompt from the most confident images of each predicted class",
+        pins={**_ONE_ROUND, "pseudo_labels.kind": "predicted", **_NO_IMAGES},
+        host="zero_shot",
     ),
-    "fpl": Method(pins={**_ONE_ROUND, **_NO_IMAGES}, host="zero_shot"),
+    "fpl": Method(
+        summary="FPL: a prompt from the most confident images for each class, in one round",
+        pins={**_ONE_ROUND, **_NO_IMAGES},
+        host="zero_shot",
+    ),
     "ifpl": Method(
+        summary="IFPL: FPL in several rounds",
         pins={"pseudo_labels.kind": "top_k", "pseudo_labels.growth": "fixed", **_NO_IMAGES},
         host="zero_shot",
     ),
-    "pseudo": Method(pins=_NO_IMAGES, host="zero_shot"),  # with any pseudo_labels.* settings
-    "grip": Method(pins={**_GRIP, **_NO_IMAGES}, host="zero_shot"),
-    "cpl": Method(pins={**_CPL, **_NO_IMAGES}, host="zero_shot"),
-    "air": Method(pins={**_CPL, **_PLAIN}, sets=_AIR, host="cpl", control="air_control"),
-    "air_fpl": Method(pins={**_ONE_ROUND, **_PLAIN}, sets=_AIR, host="fpl"),
-    "air_grip": Method(pins={**_GRIP, **_PLAIN}, sets=_AIR, host="grip", control="grip_real"),
-    "air_domain": Method(pins={**_CPL, **_PLAIN}, sets=_AIR | _DOMAIN, host="cpl", control="air"),
+    "pseudo": Method(
+        summary="a prompt from pseudo-labels of any kind (pseudo_labels.*)",
+        pins=_NO_IMAGES,
+        host="zero_shot",
+    ),
+    "grip": Method(
+        summary="GRIP: FPL in several rounds, with more images in each",
+        pins={**_GRIP, **_NO_IMAGES},
+        host="zero_shot",
+    ),
+    "cpl": Method(
+        summary="CPL: a prompt from images with several candidate classes",
+        pins={**_CPL, **_NO_IMAGES},
+        host="zero_shot",
+    ),
+    "air": Method(
+        summary="AiR on CPL: synthetic images in the auxiliary classifier and in the loss",
+        pins={**_CPL, **_PLAIN},
+        sets=_AIR,
+        host="cpl",
+        control="air_control",
+    ),
+    "air_fpl": Method(summary="AiR on FPL", pins={**_ONE_ROUND, **_PLAIN}, sets=_AIR, host="fpl"),
+    "air_grip": Method(
+        summary="AiR on GRIP",
+        pins={**_GRIP, **_PLAIN},
+        sets=_AIR,
+        host="grip",
+        control="grip_real",
+    ),
+    "air_domain": Method(
+        summary="AiR whose LoRA learns the domain, from all of the pool and one caption",
+        pins={**_CPL, **_PLAIN},
+        sets=_AIR | _DOMAIN,
+        host="cpl",
+        control="air",
+    ),
     **{
         f"air_{role}": Method(
+            summary=summary,
             pins={**_CPL, **_PLAIN, "images_from": images},
             sets=_AIR,
             host="cpl",
             is_bound=role != "control",
         )
-        for role, images in _INSTEAD.items()
+        for role, (images, summary) in _INSTEAD.items()
     },
-    "air_both": Method(pins={**_CPL, **_PLAIN}, sets=_BOTH, host="cpl", control="cpl_real"),
+    "air_both": Method(
+        summary="ours: an auxiliary classifier that synthetic images leave and real ones join",
+        pins={**_CPL, **_PLAIN},
+        sets=_BOTH,
+        host="cpl",
+        control="cpl_real",
+    ),
     "air_evidence": Method(
+        summary="AiR with denoising errors of the diffusion model",
         pins={**_CPL, **_GENERATOR},
         sets={**_AIR, **_EARLY_EVIDENCE},
         host="cpl",
         control="air_control",
     ),
     "cpl_evidence": Method(
+        summary="CPL with denoising errors of the diffusion model",
         pins={**_CPL, **_TEXT_ONLY},
         sets=_EVIDENCE,
         host="cpl",
     ),
     "cpl_real_evidence": Method(
+        summary="cpl_real with denoising errors of the diffusion model",
         pins={**_CPL, **_REAL_BANK},
         sets={**_REFRESH, **_EARLY_EVIDENCE},
         host="cpl",
         control="cpl_real",
     ),
-    "cpl_real": Method(pins={**_CPL, **_REAL}, sets=_REFRESH, host="cpl"),
-    "grip_real": Method(pins={**_GRIP, **_REAL}, sets=_REFRESH, host="grip"),
+    "cpl_real": Method(
+        summary="CPL and an auxiliary classifier of real images, chosen in each round",
+        pins={**_CPL, **_REAL},
+        sets=_REFRESH,
+        host="cpl",
+    ),
+    "grip_real": Method(
+        summary="GRIP and an auxiliary classifier of real images, chosen in each round",
+        pins={**_GRIP, **_REAL},
+        sets=_REFRESH,
+        host="grip",
+    ),
 }
+METHODS: Mapping[str, Method] = MappingProxyType(_METHODS)
+_REGISTRY = Registry("method", "", group="", is_open=False, of_trials=False)
+for _name, _method in METHODS.items():
+    _REGISTRY.declare(_name, "air_core.methods:METHODS", _method.summary, modules=())
 
 # Methods by their accuracy on the digits without labels (docs/experiments.md). Where no image is
 # labelled, this order selects a better classifier than any score that needs no labels.

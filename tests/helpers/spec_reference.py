@@ -82,6 +82,7 @@ def _methods() -> str:
     lines = [
         [
             f"`{name}`",
+            method.summary,
             _with_shared(method.pins),
             _with_shared(method.sets),
             f"`{method.host}`" if method.host else "",
@@ -90,9 +91,9 @@ def _methods() -> str:
         ]
         for name, method in METHODS.items()
     ]
-    header = ("method", "pins", "other defaults", "compared with", "control", "not in paradigm")
+    names = ("method", "is", "pins", "other defaults", "compared with", "control")
     legend = [f"- {name}: {_several(settings)}" for name, settings in SHARED.items()]
-    return "\n".join([*legend, "", _table(header, lines)])
+    return "\n".join([*legend, "", _table((*names, "not in paradigm"), lines)])
 
 
 def _with_shared(settings: Mapping[str, Any]) -> str:
