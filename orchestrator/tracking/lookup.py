@@ -13,6 +13,7 @@ from typing import Any
 
 from air_core.components import REGISTRIES
 from air_core.datasets import get_dataset
+from air_core.methods import EMBEDDED
 from air_core.specs import CodeVersions, Ref, TrialSpec
 from air_core.specs.flat import DERIVED, OWN, from_flat, trial_keys
 from air_core.specs.normal import normalised
@@ -91,13 +92,16 @@ def find_trial(
         Refused: another user recorded its plugins.
     """
     trial = _found_trial(name, store, uri)
-    wanted = {(key, trial.flat[key]) for key in REGISTRIES if key in trial.flat}
-    wanted |= {("dataset", trial.flat.get("test_dataset"))}
+    named = [*zip(REGISTRIES, REGISTRIES, strict=True), ("dataset", "test_dataset")]
+    wanted = {(key, trial.flat[name]) for key, name in named if trial.flat.get(name) is not None}
     own = {
         (k, n) for k, registry in REGISTRIES.items() for n, c in registry.items() if not c.source
     }
-    for location in recorded_locations(store) if wanted - own else ():
-        described = read_resolved(location).get("plugins", ())
+    for location in recorded_locations(store) if wanted - own - {*EMBEDDED.items()} else ():
+        try:
+            described = read_resolved(location).get("plugins", ())
+        except (FileNotFoundError, ValueError):  # another sweep, never run or with a damaged file
+            continue
         added = {(one["key"], one["name"]) for about in described for one in about["components"]}
         if added & wanted:
             plugins = [recorded_plugin(about) for about in described]

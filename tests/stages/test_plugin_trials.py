@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from orchestrator.stages.build import build_features
 from safetensors.torch import load_file
 
 from air_core.specs import Ref, TrialSpec
@@ -22,6 +21,7 @@ from orchestrator.reporting.bundles import export
 from orchestrator.reporting.selection import SelectedTrial
 from orchestrator.spec import cells_of, load_sweep
 from orchestrator.stages.context import WorkerContext
+from orchestrator.stages.features import build as build_features
 from orchestrator.stages.side_by_side import run_trials
 from orchestrator.stages.trial import run_trial
 from orchestrator.store import ArtifactStore, TrialRecord
