@@ -315,10 +315,11 @@ def _rebuild(
     worker = WorkerContext(scratch, resolver.data_root, device)
     report(f"rebuilding {title}")
     stage = stage_module(spec)
-    if not requirement.rows:
+    if requirement.rows:
+        for index, block in requirement.shards():
+            stage.build(spec, index, block, worker, lambda: stage.open_model(spec, worker, 0))
+    else:
         stage.build(spec, worker)
-    for index, block in requirement.shards() if requirement.rows else ():
-        stage.build(spec, index, block, worker, lambda: stage.open_model(spec, worker, 0))
 
 
 # ---------------------------------------------------------------- comparing
