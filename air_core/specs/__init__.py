@@ -573,11 +573,13 @@ class StageSpec:
 
     @property
     def rows(self) -> tuple[StageSpec, ...]:
-        """Specs of the rows that are made together, shard by shard; empty: the artifact is no row.
-
-        The first names the stage.
-        """
+        """Specs of the rows that are made together, shard by shard; empty: it is no row."""
         return (self,) if self.shard else ()
+
+    @property
+    def maker(self) -> StageSpec:
+        """The spec whose stage makes it: its own, or that of a row made together with it."""
+        return self
 
     def inputs(self, classes: Classes, pool: int) -> Iterator[Needed]:
         """The artifacts that this one is made from.
@@ -832,6 +834,10 @@ class SyntheticFeaturesSpec(RowSpec):
     @property
     def rows(self) -> tuple[StageSpec, ...]:
         return self.images, self
+
+    @property
+    def maker(self) -> StageSpec:
+        return self.images
 
     def inputs(self, classes: Classes, pool: int) -> Iterator[Needed]:
         yield from self.images.inputs(classes, pool)

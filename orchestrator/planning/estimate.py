@@ -113,7 +113,7 @@ def stage_work(spec: StageSpec, parts: float = 1) -> Work:
         parts: shards to build, for a row; 1 for any other artifact.
     """
     kind, units = spec.work()
-    return Work((spec.rows or (spec,))[0].stage, kind, parts * units, parts)
+    return Work(spec.maker.stage, kind, parts * units, parts)
 
 
 def trial_work(

@@ -103,11 +103,11 @@ class Requirement:
 
     @property
     def key(self) -> ArtifactKey:
-        return artifact_key((self.rows or (self.spec,))[0])
+        return artifact_key(self.spec.maker)
 
     @property
     def stage(self) -> str:
-        return self.key.stage
+        return self.spec.maker.stage
 
     def shards(self) -> list[tuple[int, int]]:
         """The shards of a row as (class or draw, block), in the order in which they are made."""

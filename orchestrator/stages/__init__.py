@@ -15,8 +15,8 @@ from air_core.specs import StageSpec
 
 
 def stage_module(spec: StageSpec) -> ModuleType:
-    """The module that makes the artifacts of a spec; of rows made together, that of the first."""
-    return import_module(f"orchestrator.stages.{(spec.rows or (spec,))[0].stage}")
+    """The module that makes the artifact of a spec."""
+    return import_module(f"orchestrator.stages.{spec.maker.stage}")
 
 
 def ignore(done: int, total: int) -> None:
