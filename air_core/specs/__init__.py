@@ -745,11 +745,16 @@ class LoraSpec(StageSpec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GeneratedImages(RowSpec):
-    """An unlimited seeded row of images for each class; the spec does not contain their number."""
+class ImagesSpec(RowSpec):
+    """Base of both kinds of rows of images, which are one stage."""
 
     stage, title, guess, shard = "images", "image blocks", 0.03, ".parquet"
     modules = _DRAWING
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratedImages(ImagesSpec):
+    """An unlimited seeded row of images for each class; the spec does not contain their number."""
 
     kind: Literal["generated"] = "generated"
     model: Ref
@@ -778,11 +783,8 @@ class GeneratedImages(RowSpec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FolderImages(RowSpec):
+class FolderImages(ImagesSpec):
     """Ready images, with one folder for each class."""
-
-    stage, title, guess, shard = "images", "image blocks", 0.03, ".parquet"
-    modules = _DRAWING
 
     kind: Literal["folder"] = "folder"
     model: Ref
@@ -1235,8 +1237,7 @@ STAGES: tuple[type[StageSpec], ...] = (
     FeaturesSpec,
     LabelsSpec,
     LoraSpec,
-    GeneratedImages,
-    FolderImages,
+    ImagesSpec,
     SyntheticFeaturesSpec,
     EvidenceSpec,
     TrialSpec,

@@ -53,7 +53,7 @@ def listing(inventory: Inventory, requirements: StoreRequirements) -> dict[str, 
                 "unneeded_bytes": unneeded_bytes,
             }
         )
-    ordered = [stage for stage in dict.fromkeys(s.stage for s in STAGES) if stage in stages]
+    ordered = [spec.stage for spec in STAGES if spec.stage in stages]
     return {
         "store": inventory.store.name,
         "bytes": sum(group["bytes"] for group in stages.values()),

@@ -75,7 +75,7 @@ def usage_screen(report: dict[str, Any]) -> str:
     """Format the result of `usage` as a table of at most 80 columns."""
     by, total = report["by"], report["total"]
     frame = DataFrame([*report["rows"], {by: "total", **total}]).set_index(by)
-    frame = frame.rename(index=STAGE_TITLES | {"synthetic": "image features"})
+    frame = frame.rename(index=STAGE_TITLES)
     frame.index = frame.index.str.replace(f"^(.{{{NAME_WIDTH - 3}}}).{{4,}}", r"\1...", regex=True)
     shown = {"made": "{:,}".format, **dict.fromkeys(HOURS, _hours), "bytes": format_bytes}
     if not total["unknown_hours"]:

@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from air_core.specs import SyntheticFeaturesSpec
+from air_core.specs import STAGES, SyntheticFeaturesSpec
 from air_core.specs.normal import normalised
 from orchestrator.environment import in_ray_job
 from orchestrator.formatting import (
@@ -232,14 +232,7 @@ def _early_ends(plan: Plan, location: SweepLocation) -> list[str]:
     ]
 
 
-PHASES = {
-    "features": "features",
-    "labels": "labels",
-    "lora": "LoRA",
-    "images": "images",
-    "evidence": "evidence",
-    "trials": "trials",
-}
+PHASES = {spec.stage: spec.stage for spec in STAGES} | {"lora": "LoRA"}
 
 
 def _image_usage(plan: Plan, location: SweepLocation) -> str:

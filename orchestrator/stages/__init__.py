@@ -20,4 +20,4 @@ def stage_module(spec: StageSpec) -> ModuleType:
 
 
 def ignore(done: int, total: int) -> None:
-    """A report of progress that nobody reads."""
+    """The default of `report`: discard the progress."""

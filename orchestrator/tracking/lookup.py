@@ -92,7 +92,7 @@ def find_trial(
         Refused: another user recorded its plugins.
     """
     trial = _found_trial(name, store, uri)
-    named = [*zip(REGISTRIES, REGISTRIES, strict=True), ("dataset", "test_dataset")]
+    named = [*((key, key) for key in REGISTRIES), ("dataset", "test_dataset")]
     wanted = {(key, trial.flat[name]) for key, name in named if trial.flat.get(name) is not None}
     own = {
         (k, n) for k, registry in REGISTRIES.items() for n, c in registry.items() if not c.source
