@@ -24,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from air_core.diffusion.pipeline import autocast
+from air_core.diffusion.evidence import PAIRS
 from air_core.specs import EvidenceSpec
 from benchmarks.harness import Times, measure_time, minimum_times, options, report
 from orchestrator.planning import Resolver
@@ -54,7 +54,7 @@ def spec_of(arguments: Any, folder: Path) -> EvidenceSpec:
 def evidence(scorer: BlockScorer, blocks: int, draws: int, store: ArtifactStore) -> Times:
     """Time of all shards of some blocks in an empty store."""
     worker = WorkerContext(store, device=scorer.worker.device)
-    scorer.latents.clear()
+    scorer.latents = None
 
     def build() -> None:
         for block in range(blocks):
@@ -64,20 +64,18 @@ def evidence(scorer: BlockScorer, blocks: int, draws: int, store: ArtifactStore)
     return measure_time(build)
 
 
-def bare(scorer: BlockScorer, calls: int, precision: Any) -> Times:
-    """Time of U-Net calls on one batch."""
-    pipeline, size = scorer.scorer.pipeline, scorer.spec.block_size
-    latents = scorer.latents[0].repeat(size, 1, 1, 1)[:size]
-    steps = torch.full((size,), 500, device=latents.device)
-    conditions = scorer.scorer.texts.conditions(
-        torch.arange(size) % 10, torch.zeros(size, dtype=torch.bool)
-    )
+def bare(scorer: BlockScorer, calls: int) -> Times:
+    """Time of U-Net calls on one batch of PAIRS."""
+    unet = scorer.scorer.pipeline.unet
+    assert scorer.latents is not None
+    latents = scorer.latents[1].repeat(PAIRS, 1, 1, 1)[:PAIRS].to(unet.dtype)
+    steps = torch.full((PAIRS,), 500, device=latents.device)
+    conditions = scorer.scorer.texts.of(torch.arange(PAIRS, device=latents.device) % 10)
 
     @torch.inference_mode()
     def call() -> None:
         for _ in range(calls):
-            with autocast(scorer.worker.device, precision):
-                pipeline.unet(latents, steps, **conditions)
+            unet(latents, steps, **conditions)
 
     return measure_time(call)
 
@@ -107,8 +105,7 @@ def main() -> None:
         for repeat in range(arguments.repeats):
             store = ArtifactStore(Path(folder) / str(repeat))
             times["evidence"].append(evidence(scorer, blocks, arguments.draws, store))
-            calls = pairs // arguments.block
-            times["bare"].append(bare(scorer, calls, arguments.precision))
+            times["bare"].append(bare(scorer, pairs // PAIRS))
     (seconds, cpu), (bare_s, bare_cpu) = (
         minimum_times(times["evidence"]),
         minimum_times(times["bare"]),
@@ -116,7 +113,7 @@ def main() -> None:
     report(
         "evidence",
         bare_s / seconds,
-        f"bare calls of the U-Net of {arguments.model}, batches of {arguments.block}",
+        f"bare calls of the U-Net of {arguments.model}, batches of {PAIRS}",
         ratio_cpu=bare_cpu / cpu,
         images=blocks * arguments.block,
         classes=10,

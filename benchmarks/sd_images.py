@@ -4,9 +4,9 @@ The pipeline has the size of Stable Diffusion 1.5 (860 million parameters in the
 and random weights, on which its speed does not depend. `--small` has a tenth of the channels.
 
 - *plain*: the diffusers pipeline in half precision, one block per call, same sampler and steps;
-- *ours*: `PipelineGenerator`, float32 weights under bf16 autocast;
-- each other line changes one property of *ours*: weights cast once, channels last, a compiled
-  U-Net, other block sizes; the last line combines the changes that helped.
+- *ours*: `PipelineGenerator` in bf16;
+- each other line changes one property of *ours*: channels last, a compiled U-Net, other block
+  sizes; the last line combines the changes that helped.
 
     python benchmarks/sd_images.py [--device cuda] [--block 8] [--blocks 3] [--steps 25] [--small]
 
@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from air_core.diffusion import pipeline
 from air_core.diffusion.pipeline import PipelineGenerator, load_pipeline
 from air_core.models.weights import generator_folder
 from air_core.specs import GenerationSettings
@@ -104,15 +105,15 @@ def plain(folder: Path, settings: GenerationSettings, device: str) -> Draw:
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
     half = torch.float16 if torch.device(device).type == "cuda" else torch.bfloat16
-    pipeline = StableDiffusionPipeline.from_pretrained(
+    loaded = StableDiffusionPipeline.from_pretrained(
         folder, dtype=half, local_files_only=True, use_safetensors=True
     ).to(device)
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-    pipeline.set_progress_bar_config(disable=True)
+    loaded.scheduler = DPMSolverMultistepScheduler.from_config(loaded.scheduler.config)
+    loaded.set_progress_bar_config(disable=True)
 
     def draw(count: int) -> Any:
         with torch.inference_mode():
-            return pipeline(
+            return loaded(
                 [NAME] * count,
                 height=settings.size,
                 width=settings.size,
@@ -125,14 +126,11 @@ def plain(folder: Path, settings: GenerationSettings, device: str) -> Draw:
 
 
 def ours(folder: Path, settings: GenerationSettings, device: str, *changes: str) -> Draw:
+    pipeline._shared.clear()  # without the changes of the variant before
     generator = PipelineGenerator(folder, settings, device=device)
     for name in changes:
         CHANGES[name](generator.pipeline)
     return lambda count: generator.generate("bird", range(count), [0] * count)
-
-
-def _cast(pipeline: Any) -> None:
-    pipeline.to(torch.bfloat16)
 
 
 def _channels_last(pipeline: Any) -> None:
@@ -145,7 +143,6 @@ def _compiled(pipeline: Any) -> None:
 
 
 CHANGES: dict[str, Callable[[Any], None]] = {
-    "cast": _cast,
     "channels_last": _channels_last,
     "compiled": _compiled,
 }

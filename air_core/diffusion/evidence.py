@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +19,13 @@ from torch import Tensor
 
 from air_core.diffusion import hashed_seed, text_of
 from air_core.diffusion.lora import NoiseSchedule, encode_captions, encode_images
-from air_core.diffusion.pipeline import autocast, load_adapter, load_pipeline
+from air_core.diffusion.pipeline import shared_pipeline
 from air_core.models.weights import check_lora_fits
 from air_core.specs import EvidenceScoring
 
 # B images, C classes, M pairs of an image and a class; latents are (c, h, w).
+
+PAIRS = 64  # in a pass of the U-Net; a GPU needs many to be busy
 
 
 class DenoisingScorer:
@@ -38,6 +41,7 @@ class DenoisingScorer:
         adapter: Path | None = None,
         scale: float = 1.0,
         device: str = "cpu",
+        thrift: int = 0,
     ) -> None:
         """
         Args:
@@ -46,34 +50,40 @@ class DenoisingScorer:
             size: side of the square to which images are scaled, in pixels.
             adapter: folder of the LoRA.
             scale: weight of the LoRA.
+            thrift: how often to halve the number of pairs in a pass.
 
         Raises:
             ValueError: a folder contains no pipeline or no LoRA, or one that is not supported.
         """
         check_lora_fits(model)
-        self.settings, self.size, self.device = settings, size, device
-        self.pipeline = load_pipeline(model)
-        if adapter is not None:
-            load_adapter(self.pipeline, adapter, scale)
-        self.pipeline.to(device)
-        self.pipeline.unet.eval()
+        self.settings, self.size = settings, size
+        self.pairs = max(1, PAIRS >> thrift)
+        self.shared = shared_pipeline(model, settings.precision, device)
+        self.lora = adapter, scale
         self.schedule = NoiseSchedule.of(self.pipeline.scheduler.config, torch.device(device))
         captions = [text_of(settings.template, name) for name in classnames]
         self.texts = encode_captions(self.pipeline, captions, size)
 
+    @property
+    def pipeline(self) -> Any:
+        """The pipeline with the LoRA of this scorer."""
+        return self.shared.use(*self.lora)
+
     @torch.inference_mode()
     def latents(self, images: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 -> (B, c, h, w), the mean of the autoencoder's distribution."""
-        return encode_images(self.pipeline.vae, images, self.size).mean
+        vae = self.pipeline.vae
+        vae.disable_slicing()
+        return encode_images(vae, images, self.size).mean
 
     @torch.inference_mode()
     def errors(
         self, latents: Tensor, positions: Sequence[int], draw: int, candidates: Tensor
     ) -> Tensor:
-        """Mean squared error of the prediction of one draw, for each image and class.
+        """Mean squared error of the prediction of one draw, for each pair of image and class.
 
-        All classes of an image share the time step and the noise of the draw. Pairs of image and
-        class are computed in batches of `settings.block`, image by image.
+        All classes of an image share the time step and the noise of the draw. The number of pairs
+        in a pass of the U-Net changes no error beyond rounding.
 
         Args:
             latents: (B, c, h, w) from `latents`.
@@ -82,24 +92,24 @@ class DenoisingScorer:
             candidates: (B, C) bool; pairs that are computed.
 
         Returns:
-            (B, C) float32; NaN where not computed.
+            (B, C) float32 on the CPU; NaN where not computed.
         """
+        device = latents.device
         t = time_step(draw, self.settings.low, self.settings.high, len(self.schedule.alphas))
         noise = torch.stack(
             [_noise(self.settings.seed, p, draw, latents.shape[1:]) for p in positions]
-        ).to(latents.device)
-        steps = torch.full((len(latents),), t, device=latents.device)
-        noisy = self.schedule.noisy(latents, noise, steps)
+        ).to(device)
+        steps = torch.full((len(latents),), t, device=device)
         target = self.schedule.target(latents, noise, steps)
-        rows, classes = candidates.nonzero(as_tuple=True)  # (M,), (M,)
+        unet = self.pipeline.unet
+        noisy = self.schedule.noisy(latents, noise, steps).to(unet.dtype)
+        rows, classes = candidates.to(device).nonzero(as_tuple=True)  # (M,), (M,)
+        found = [torch.empty(0, device=device)]
+        for image, c in zip(rows.split(self.pairs), classes.split(self.pairs), strict=True):
+            predicted = unet(noisy[image], steps[image], **self.texts.of(c)).sample
+            found.append((predicted.float() - target[image]).square().mean(dim=(1, 2, 3)))
         errors = torch.full(candidates.shape, torch.nan)
-        for chunk in torch.arange(len(rows)).split(self.settings.block):
-            image, c = rows[chunk], classes[chunk]
-            conditions = self.texts.conditions(c, torch.zeros(len(c), dtype=torch.bool))
-            with autocast(self.device, self.settings.precision):
-                predicted = self.pipeline.unet(noisy[image], steps[image], **conditions).sample
-            error = (predicted.float() - target[image]).square().mean(dim=(1, 2, 3))
-            errors[image, c] = error.cpu()
+        errors[candidates] = torch.cat(found).cpu()  # one copy for all pairs
         return errors
 
 

@@ -22,8 +22,7 @@ def load_generator(
         model: a diffusers folder, or a folder of existing images.
         adapter: folder with the LoRA's weights; required if and only if `images` has a LoRA.
         device: of a diffusion model.
-        thrift: trades speed for memory: 1 decodes images one by one, 2 also keeps only the active
-            part of the pipeline on the device.
+        thrift: trades speed for memory, see `pipeline.shared_pipeline`.
 
     Raises:
         ValueError: the folder or the adapter does not fit `images`.

@@ -13,11 +13,14 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,7 +31,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from air_core.diffusion.pipeline import ADAPTER, autocast, load_pipeline
+from air_core.diffusion.pipeline import ADAPTER, DTYPES, load_pipeline
 from air_core.models.weights import check_lora_fits
 from air_core.seal import BLANK, intact, sealed
 from air_core.specs import LoraTraining, Precision
@@ -46,6 +49,8 @@ WEIGHT_DECAY = 1e-2
 CLIP = 1.0  # largest norm of the gradient
 KEEP_EVERY = 120.0  # seconds between checkpoints
 CHUNK = 16  # images per pass of the autoencoder
+KEPT = 8192  # training images whose latents stay in memory; at 512 pixels, 1 GB
+AHEAD = 4  # steps whose images are read before they are needed
 
 
 def square(image: Image.Image, size: int) -> np.ndarray:
@@ -57,8 +62,16 @@ def square(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
+class Images(Protocol):
+    """N arrays or tensors (H, W, 3) uint8."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, at: int, /) -> Any: ...
+
+
 def train_lora(
-    images: Tensor,
+    images: Images,
     captions: Sequence[str],
     model: Path,
     training: LoraTraining,
@@ -66,6 +79,7 @@ def train_lora(
     out: Path,
     seed: int = 0,
     device: str = "cpu",
+    thrift: int = 0,
     report: Callable[[int, int, float], None] | None = None,
     kept: Path | None = None,
     keep_every: float = KEEP_EVERY,
@@ -73,7 +87,7 @@ def train_lora(
     """Train adapters and write them to `out/pytorch_lora_weights.safetensors`.
 
     Args:
-        images: (N, H, W, 3) uint8.
+        images: N images, read on a thread when a step needs them.
         captions: N texts that contain the class.
         model: diffusers folder of a Stable Diffusion pipeline.
         training: rank, steps and other settings, except for `caption`.
@@ -81,6 +95,8 @@ def train_lora(
         out: folder; created if necessary.
         seed: of the initial adapters, the batches and the noise; equal on all devices.
         device: on which to train.
+        thrift: trades speed for memory: 1 computes activations again for the gradient, each number
+            above also halves the images of a pass. Changes no result beyond rounding.
         report: called after each step with (finished steps, steps, loss).
         kept: checkpoint file. If it exists, training resumes from it.
         keep_every: seconds between checkpoints.
@@ -97,15 +113,19 @@ def train_lora(
         raise ValueError(f"LoRA needs images with a caption each: {len(images)}, {len(captions)}")
     start = time.perf_counter()
     check_lora_fits(model)
-    pipeline = load_pipeline(model)
+    pipeline = load_pipeline(model, DTYPES[training.precision])
     parameters = add_adapters(pipeline.unet, training.rank, seed)
+    if thrift:
+        pipeline.unet.enable_gradient_checkpointing()
     pipeline.to(device)
-    if training.flip:  # the mirrored images follow, in the same order
-        images = torch.cat([images, images.flip(2)])
-    latents = encode_images(pipeline.vae, images, size)
+    latents = TrainingLatents(pipeline.vae, images, size)
     texts = encode_captions(pipeline, captions, size)
     losses: list[float] = []
-    for loss in fit(pipeline, parameters, latents, texts, training, seed, losses, kept, keep_every):
+    parts = 2 ** max(0, thrift - 1)
+    steps = fit(
+        pipeline, parameters, latents, texts, training, seed, losses, parts, kept, keep_every
+    )
+    for loss in steps:
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"the LoRA's loss is {loss} at step {len(losses)}; lower lora.learning_rate"
@@ -124,26 +144,26 @@ def train_lora(
 def fit(
     pipeline: Any,
     parameters: list[Parameter],
-    latents: Latents,
+    latents: TrainingLatents,
     texts: Texts,
     training: LoraTraining,
     seed: int,
     losses: list[float],
+    parts: int = 1,
     kept: Path | None = None,
     keep_every: float = KEEP_EVERY,
 ) -> Iterator[float]:
     """Optimise the adapters in place; yields the loss of each step.
 
     Args:
-        latents: of N images; with `training.flip` also of the N mirrored ones.
         losses: receives the losses of all steps, including those before a resume.
+        parts: passes into which the images of a step are split.
         kept: see `train_lora`.
     """
-    unet, device = pipeline.unet, latents.mean.device
+    unet, device = pipeline.unet, pipeline.unet.device
     draws = torch.Generator("cpu").manual_seed(seed)  # on the CPU, so equal on all devices
     optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=WEIGHT_DECAY)
-    count = len(texts.rows)
-    steps = training.steps_on(count)
+    steps = training.steps_on(len(texts.rows))
     factor = _warmup_cosine(steps)
     noise_schedule = NoiseSchedule.of(pipeline.scheduler.config, device)
     unet.train()
@@ -153,44 +173,78 @@ def fit(
         else:
             log.warning("%s is damaged: the LoRA is trained from its first step", kept)
     written = time.monotonic()
-    for step in range(len(losses), steps):
-        optimizer.param_groups[0]["lr"] = training.learning_rate * factor(step)
+    orders = _random_steps(training, draws, len(texts.rows), latents, len(noise_schedule.alphas))
+    for drawn, encoded in latents.read(islice(orders, steps - len(losses))):
+        optimizer.param_groups[0]["lr"] = training.learning_rate * factor(len(losses))
+        clean = encoded.sample(drawn.spread).to(device)  # (B, c, h, w)
+        noise, t = drawn.noise.to(device), drawn.t.to(device)
+        optimizer.zero_grad()
+        loss = torch.zeros((), device=device)
+        for part in torch.arange(training.batch).chunk(parts):
+            of_part = part.to(device)
+            x, e, at = clean[of_part], noise[of_part], t[of_part]
+            conditions = texts.conditions(drawn.batch[part], drawn.dropped[part])
+            with _attention(device.type):
+                with _autocast(device.type, training.precision):
+                    predicted = unet(noise_schedule.noisy(x, e, at), at, **conditions).sample
+                error = predicted.float() - noise_schedule.target(x, e, at)
+                weighted = error.square().mean(dim=(1, 2, 3)) * noise_schedule.weight(at)
+                share = weighted.sum() / training.batch
+                share.backward()
+            loss += share.detach()
+        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+        optimizer.step()
+        losses.append(float(loss))
+        yield losses[-1]
+        if kept is not None and time.monotonic() - written >= keep_every:
+            _keep(kept, parameters, optimizer, drawn.state, losses)
+            written = time.monotonic()
+
+
+@dataclass(frozen=True)
+class _RandomStep:
+    """What is drawn at random for a step."""
+
+    batch: Tensor  # (B,) positions of images
+    views: Tensor  # (B,) the same, or N more for a mirrored image
+    t: Tensor  # (B,) time steps
+    dropped: Tensor  # (B,) bool, whether the caption is left out
+    spread: Tensor | None  # (B, c, h, w) noise of the autoencoder's distribution
+    noise: Tensor  # (B, c, h, w)
+    state: Tensor  # of the generator afterwards
+
+
+def _random_steps(
+    training: LoraTraining,
+    draws: torch.Generator,
+    count: int,
+    latents: TrainingLatents,
+    levels: int,
+) -> Iterator[_RandomStep]:
+    """Draw steps without end, for `count` images and a model of so many noise levels."""
+    like = latents.first()
+    shape = (training.batch, *like.mean.shape[1:])
+    while True:
         batch = torch.randint(count, (training.batch,), generator=draws)
-        t = torch.randint(len(noise_schedule.alphas), (training.batch,), generator=draws)
+        t = torch.randint(levels, (training.batch,), generator=draws)
         dropped = torch.rand(training.batch, generator=draws) < CAPTION_DROPOUT
         views = batch
         if training.flip:
             views = batch + count * torch.randint(2, (training.batch,), generator=draws)
-        clean = latents.sample(views.to(device), draws)  # (B, c, h, w)
-        noise = torch.randn(clean.shape, generator=draws).to(device)
-        t = t.to(device)
-        with _attention(device.type, training.precision):
-            with autocast(device.type, training.precision):
-                predicted = unet(
-                    noise_schedule.noisy(clean, noise, t), t, **texts.conditions(batch, dropped)
-                ).sample
-            error = predicted.float() - noise_schedule.target(clean, noise, t)
-            loss = (error.square().mean(dim=(1, 2, 3)) * noise_schedule.weight(t)).mean()
-            optimizer.zero_grad()
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
-        optimizer.step()
-        losses.append(float(loss.detach()))
-        yield losses[-1]
-        if kept is not None and time.monotonic() - written >= keep_every:
-            _keep(kept, parameters, optimizer, draws, losses)
-            written = time.monotonic()
+        spread = None if like.std is None else torch.randn(shape, generator=draws)
+        noise = torch.randn(shape, generator=draws)
+        yield _RandomStep(batch, views, t, dropped, spread, noise, draws.get_state())
 
 
 def _keep(
     file: Path,
     parameters: list[Parameter],
     optimizer: torch.optim.Optimizer,
-    draws: torch.Generator,
+    draws: Tensor,
     losses: list[float],
 ) -> None:
     """Write a checkpoint atomically: everything on which the next step depends."""
-    state = {"draws": draws.get_state(), "losses": torch.tensor(losses, dtype=torch.float64)}
+    state = {"draws": draws, "losses": torch.tensor(losses, dtype=torch.float64)}
     for i, parameter in enumerate(parameters):
         state[f"{i}"] = parameter.detach()
         state |= {f"{i}.{name}": value for name, value in optimizer.state[parameter].items()}
@@ -228,10 +282,15 @@ def _warmup_cosine(steps: int) -> Callable[[int], float]:
 
 
 @contextmanager
-def _attention(device: str, precision: Precision) -> Iterator[None]:
+def _attention(device: str) -> Iterator[None]:
     """On a CPU, use the plain kernel: its backward pass is faster, several times so in bf16."""
     with sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext():
         yield
+
+
+def _autocast(device: str, precision: Precision) -> torch.autocast:
+    """Compute in bf16 where that is safe, though adapters and their gradients are float32."""
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 # ---------------------------------------------------------------- adapters
@@ -249,7 +308,10 @@ def add_adapters(unet: Any, rank: int, seed: int) -> list[Parameter]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet.add_adapter(config, adapter_name=ADAPTER)
-    return [p for p in unet.parameters() if p.requires_grad]
+    parameters = [p for p in unet.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.data = parameter.data.float()  # small steps vanish in half precision
+    return parameters
 
 
 def save_adapters(pipeline: Any, out: Path) -> None:
@@ -271,33 +333,82 @@ def save_adapters(pipeline: Any, out: Path) -> None:
 
 @dataclass(frozen=True)
 class Latents:
-    """Scaled latents of the images, encoded once and sampled at every step."""
+    """Scaled latents of images."""
 
-    mean: Tensor  # (N, c, h, w)
+    mean: Tensor  # (N, c, h, w) float32
     std: Tensor | None  # same shape, if the autoencoder returns a distribution
 
-    def sample(self, batch: Tensor, draws: torch.Generator) -> Tensor:
-        """Sample latents (B, c, h, w) of the images at positions `batch`."""
-        mean = self.mean[batch]
-        if self.std is None:
-            return mean
-        return mean + self.std[batch] * torch.randn(mean.shape, generator=draws).to(mean.device)
+    def sample(self, noise: Tensor | None) -> Tensor:
+        """(N, c, h, w) a sample of the distribution of each image."""
+        return self.mean if self.std is None or noise is None else self.mean + self.std * noise
+
+    def cpu(self) -> Latents:
+        return Latents(self.mean.cpu(), None if self.std is None else self.std.cpu())
+
+
+@dataclass
+class TrainingLatents:
+    """Latents of training images on the CPU, encoded when a step first needs them.
+
+    Those of KEPT images stay in memory. A thread reads images while the device computes.
+    """
+
+    vae: Any
+    images: Images
+    size: int
+    _encoded: dict[int, Latents] = field(default_factory=dict)  # by view
+
+    def first(self) -> Latents:
+        """Latents of the first image."""
+        return self._latents([0], {} if 0 in self._encoded else {0: self._pixels(0)})
+
+    def read(self, steps: Iterator[_RandomStep]) -> Iterator[tuple[_RandomStep, Latents]]:
+        """Each step with the latents of its B views."""
+        seen = set(self._encoded)
+
+        def read(step: _RandomStep) -> dict[int, Tensor]:
+            """The pixels of the views whose latents will not be in memory."""
+            lacking = [view for view in dict.fromkeys(step.views.tolist()) if view not in seen]
+            seen.update(lacking[: max(0, KEPT - len(seen))])
+            return {view: self._pixels(view) for view in lacking}
+
+        with ThreadPoolExecutor(1) as thread:
+            waiting = deque((step, thread.submit(read, step)) for step in islice(steps, AHEAD))
+            while waiting:
+                step, pixels = waiting.popleft()
+                waiting.extend((later, thread.submit(read, later)) for later in islice(steps, 1))
+                yield step, self._latents(step.views.tolist(), pixels.result())
+
+    def _pixels(self, view: int) -> Tensor:
+        image = torch.tensor(np.asarray(self.images[view % len(self.images)]))
+        return image.flip(1) if view >= len(self.images) else image
+
+    def _latents(self, views: Sequence[int], pixels: dict[int, Tensor]) -> Latents:
+        # One by one, so that latents do not depend on what is in memory.
+        new = {
+            view: encode_images(self.vae, image[None], self.size).cpu()
+            for view, image in pixels.items()
+        }
+        self._encoded |= dict(islice(new.items(), max(0, KEPT - len(self._encoded))))
+        found = [new.get(view) or self._encoded[view] for view in views]
+        stds = [each.std for each in found if each.std is not None]
+        return Latents(torch.cat([each.mean for each in found]), torch.cat(stds) if stds else None)
 
 
 @torch.no_grad()
 def encode_images(vae: Any, images: Tensor, size: int) -> Latents:
-    """(N, H, W, 3) uint8 -> latents on the autoencoder's device.
+    """(N, H, W, 3) uint8 -> latents on the autoencoder's device, in float32.
 
     Supports autoencoders with `latent_dist` (AutoencoderKL) and `latents` (AutoencoderTiny).
     """
     means, stds = [], []
     for chunk in images.split(CHUNK):
-        encoded = vae.encode(_square(chunk, size).to(vae.device))
+        encoded = vae.encode(_square(chunk, size).to(vae.device, vae.dtype))
         if hasattr(encoded, "latent_dist"):
-            means.append(encoded.latent_dist.mean)
-            stds.append(encoded.latent_dist.std)
+            means.append(encoded.latent_dist.mean.float())
+            stds.append(encoded.latent_dist.std.float())
         else:
-            means.append(encoded.latents)
+            means.append(encoded.latents.float())
     scale = vae.config.scaling_factor
     shift = vae.config.get("shift_factor") or 0.0
     mean = (torch.cat(means) - shift) * scale
@@ -326,7 +437,11 @@ class Texts:
 
     def conditions(self, batch: Tensor, dropped: Tensor) -> dict[str, Any]:
         """Inputs of the U-Net for the images at positions `batch`; no caption where dropped."""
-        rows = torch.where(dropped, len(self.table) - 1, self.rows[batch]).to(self.table.device)
+        rows = torch.where(dropped, len(self.table) - 1, self.rows[batch])
+        return self.of(rows.to(self.table.device))
+
+    def of(self, rows: Tensor) -> dict[str, Any]:
+        """Inputs of the U-Net for rows of the table, (B,) on its device."""
         conditions: dict[str, Any] = {"encoder_hidden_states": self.table[rows]}  # (B, L, D)
         if self.pooled is not None and self.sizes is not None:
             sizes = self.sizes.expand(len(rows), -1)

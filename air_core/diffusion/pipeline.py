@@ -3,6 +3,9 @@
 Supports any pipeline from text to image: Stable Diffusion, PixArt, Flux and others. The sampler is
 DPM-Solver++ (arXiv:2211.01095) if it supports the model's noise levels, otherwise the model's
 default. Reads only the folder and never the network.
+
+Weights are loaded in the precision of the computation, and a LoRA is added to them, so that a
+forward pass casts no weight and computes no adapter.
 """
 
 # mypy: allow-untyped-calls
@@ -11,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ from air_core.specs import GenerationSettings, Precision
 
 ADAPTER = "air"  # name of the LoRA in peft
 LORA_FILE = "pytorch_lora_weights.safetensors"
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TEXT_TO_IMAGE = {
     "prompt", "height", "width", "num_inference_steps", "guidance_scale", "generator", "output_type"
 }  # fmt: skip
@@ -60,26 +64,21 @@ class PipelineGenerator:
             adapter: folder of the LoRA.
             scale: weight of the LoRA; 0 disables it.
             device: on which to draw.
-            thrift: trades speed for memory, see `load_generator`.
+            thrift: trades speed for memory, see `shared_pipeline`.
 
         Raises:
             ValueError: a folder contains no pipeline or no LoRA, or one that is not supported.
         """
         if adapter is not None:
             check_lora_fits(model)
-        self.settings = settings
-        self.device = device
-        self.pipeline = load_pipeline(model)
+        self.settings, self.lora = settings, (adapter, scale)
+        self.shared = shared_pipeline(model, settings.precision, device, thrift)
         _check_draws_from_text(self.pipeline, model)
-        self.pipeline.scheduler = _sampler(self.pipeline.scheduler)
-        if adapter is not None:
-            load_adapter(self.pipeline, adapter, scale)
-        if thrift > 0:
-            self.pipeline.vae.enable_slicing()
-        if thrift > 1 and torch.device(device).type != "cpu":
-            self.pipeline.enable_model_cpu_offload(device=device)
-        else:
-            self.pipeline.to(device)
+
+    @property
+    def pipeline(self) -> Any:
+        """The pipeline with the LoRA of this generator."""
+        return self.shared.use(*self.lora)
 
     def generate(self, classname: str, indices: Sequence[int], attempts: Sequence[int]) -> Tensor:
         """See ImageGenerator. Pixels depend slightly on the batch, so a batch is always one block.
@@ -93,8 +92,12 @@ class PipelineGenerator:
             torch.Generator("cpu").manual_seed(image_seed(settings.seed, classname, i, attempt))
             for i, attempt in zip(indices, attempts, strict=True)
         ]
-        with torch.inference_mode(), autocast(self.device, settings.precision):
-            drawn = self.pipeline(
+        pipeline = self.pipeline
+        # One by one, so that pixels do not depend on the memory of the device.
+        if getattr(pipeline, "vae", None) is not None:
+            pipeline.vae.enable_slicing()
+        with torch.inference_mode():
+            drawn = pipeline(
                 [text_of(settings.template, classname, i) for i in indices],
                 height=settings.size,
                 width=settings.size,
@@ -119,11 +122,76 @@ def _pixels(drawn: Tensor) -> Tensor:
     return (drawn * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-# ---------------------------------------------------------------- also used by lora.py
+# ---------------------------------------------------------------- also used by evidence and LoRA
 
 
-def load_pipeline(model: Path) -> Any:
-    """Load a diffusers pipeline in float32 on the CPU, without safety checker and progress bars.
+@dataclass
+class SharedPipeline:
+    """A pipeline on a device. Its weights contain at most one LoRA, which `use` replaces."""
+
+    pipeline: Any
+    lora: tuple[Path, float] | None = None  # folder and scale
+    originals: dict[str, Tensor] = field(default_factory=dict)  # weights without the LoRA
+
+    def use(self, adapter: Path | None, scale: float) -> Any:
+        """The pipeline with a LoRA in its weights, in place of the one before; None: no LoRA.
+
+        The weights do not depend on the LoRAs before, since each is added to the original weights.
+
+        Raises:
+            ValueError: the folder contains no LoRA, or it is not a safetensors file.
+        """
+        lora = None if adapter is None else (adapter, scale)
+        if lora == self.lora:
+            return self.pipeline
+        for name, weight in self.originals.items():
+            self.pipeline.unet.get_parameter(name).data.copy_(weight)
+        self.originals, self.lora = {}, None
+        if adapter is None:
+            return self.pipeline
+        load_adapter(self.pipeline, adapter, scale)
+        self.originals = {
+            f"{name}.weight": layer.get_base_layer().weight.detach().to("cpu", copy=True)
+            for name, layer in self.pipeline.unet.named_modules()
+            if hasattr(layer, "get_base_layer")
+        }
+        self.pipeline.fuse_lora()
+        self.pipeline.unload_lora_weights()
+        self.lora = lora
+        return self.pipeline
+
+
+_shared: dict[Any, SharedPipeline] = {}
+
+
+def shared_pipeline(
+    model: Path, precision: Precision, device: str, thrift: int = 0
+) -> SharedPipeline:
+    """The pipeline that this process keeps loaded; another one, or changed files, replace it.
+
+    Args:
+        thrift: above 0, only the active part of the pipeline is on the device.
+
+    Raises:
+        ValueError: see `load_pipeline`.
+    """
+    stats = [(str(file), file.stat()) for file in sorted(model.rglob("*")) if file.is_file()]
+    files = tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+    key = (files, precision, device, thrift)
+    if key not in _shared:
+        _shared.clear()  # before the next is loaded, since both may not fit
+        pipeline = load_pipeline(model, DTYPES[precision])
+        pipeline.scheduler = _sampler(pipeline.scheduler)
+        if thrift and torch.device(device).type != "cpu":
+            pipeline.enable_model_cpu_offload(device=device)
+        else:
+            pipeline.to(device)
+        _shared[key] = SharedPipeline(pipeline)
+    return _shared[key]
+
+
+def load_pipeline(model: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Load a diffusers pipeline on the CPU, without safety checker and progress bars.
 
     Runs no code from the folder. Turns off downloads from the Hugging Face hub in this process, see
     `stay_offline`.
@@ -153,7 +221,7 @@ def load_pipeline(model: Path) -> Any:
     try:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
             str(model),
-            dtype=torch.float32,
+            dtype=dtype,
             local_files_only=True,
             use_safetensors=True,  # the alternative is pickle
             trust_remote_code=False,
@@ -224,12 +292,6 @@ def load_adapter(pipeline: Any, adapter: Path, scale: float) -> None:
     except SafetensorError as error:
         raise ValueError(f"{adapter / LORA_FILE} cannot be read: {error}") from error
     pipeline.set_adapters([ADAPTER], adapter_weights=[scale])
-
-
-def autocast(device: str, precision: Precision) -> AbstractContextManager[Any]:
-    """Compute in bf16 where that is safe; no effect for fp32. Weights stay in float32."""
-    kind = torch.device(device).type
-    return torch.autocast(kind, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 def _check_draws_from_text(pipeline: Any, model: Path) -> None:

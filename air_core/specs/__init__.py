@@ -199,7 +199,7 @@ class LoraTraining:
         "a photo of a {}",
         "of a training image; {} is its class, a caption without it is of the domain" + SEVERAL,
     )
-    precision: Precision = knob("bf16", "autocast of the U-Net")
+    precision: Precision = knob("bf16", "of frozen weights and the computation; adapters are fp32")
     passes: int | None = later(None, "passes over the training images, instead of steps", ge=1)
     flip: bool = later(False, "mirror each training image with probability 0.5")
 
@@ -250,7 +250,7 @@ class GenerationSettings:
         ge=1,
         used_if=reads_rows,
     )
-    precision: Precision = knob("bf16", "autocast of the pipeline", used_if=draws_images)
+    precision: Precision = knob("bf16", "of the weights and the computation", used_if=draws_images)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -436,8 +436,8 @@ class EvidenceScoring:
     prune_to: int = knob(
         2, "see prune_after", ge=2, used_if=lambda s: s.evidence.prune_after is not None
     )
-    block: int = knob(8, "images of a shard, and pairs of image and class of a batch", ge=1)
-    precision: Precision = knob("bf16", "autocast of the U-Net")
+    block: int = knob(256, "images of a shard", ge=1)
+    precision: Precision = knob("bf16", "of the weights and the computation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -718,7 +718,7 @@ class LoraSpec(StageSpec):
     labels is equal. With equal labels the training would give the same adapters.
     """
 
-    stage, title, process, guess, counts = "lora", "LoRA", "generator", 0.15, "steps"
+    stage, recipe, title, process, guess, counts = "lora", 2, "LoRA", "generator", 0.15, "steps"
     modules = (*_DRAWING, "air_core.diffusion.lora")
 
     labels: LabelsSpec
@@ -748,7 +748,7 @@ class LoraSpec(StageSpec):
 class ImagesSpec(RowSpec):
     """Base of both kinds of rows of images, which are one stage."""
 
-    stage, title, guess, shard = "images", "image blocks", 0.03, ".parquet"
+    stage, recipe, title, guess, shard = "images", 2, "image blocks", 0.03, ".parquet"
     modules = _DRAWING
 
 
@@ -859,7 +859,7 @@ class EvidenceSpec(RowSpec):
     draws nor that of images. The images are in a random order, so the first ones are a sample.
     """
 
-    stage, title, guess, shard = "evidence", "denoising errors", 0.004, ".safetensors"
+    stage, recipe, title, guess, shard = "evidence", 2, "denoising errors", 0.004, ".safetensors"
     modules = (
         *_LOADED_CLIP,
         *_DRAWING,

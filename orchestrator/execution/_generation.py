@@ -34,7 +34,7 @@ from orchestrator.stages.context import WorkerContext, limit_gpu_memory
 from orchestrator.store import ArtifactStore
 from orchestrator.store.artifacts import devices
 
-MAX_THRIFT = 2  # the highest level of `thrift` of a generator
+MAX_THRIFT = 2  # lacks of memory after which a shard fails
 
 
 class GeneratorActor:
@@ -53,7 +53,6 @@ class GeneratorActor:
             for requirement in requirements
         ]
         self.loaded: tuple[int, Any] | None = None  # row, generator or scorer
-        self.thrift = 0  # saves memory at the cost of time, see `load_generator`
         self.startup = 0.0  # seconds of loading models for the current block
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -86,21 +85,22 @@ class GeneratorActor:
         spec = self.specs[row]
         while True:
             try:
-                worker = self.worker.with_smaller_batch(self.thrift)
                 made: dict[str, Any] = stage_module(spec).build(
-                    spec, c, block, worker, lambda: self._model(row)
+                    spec, c, block, self.worker, lambda: self._model(row)
                 )
                 return made
             except Exception as problem:
-                if classify(problem) != "oom" or self.thrift == MAX_THRIFT:
+                thrift = self.worker.thrift + 1
+                if classify(problem) != "oom" or thrift > MAX_THRIFT:
                     raise
-                self.thrift, self.loaded = self.thrift + 1, None  # for all later blocks too
+                # For all later blocks too.
+                self.worker, self.loaded = self.worker.with_thrift(thrift), None
 
     def _model(self, row: int) -> Any:
         if self.loaded is None or self.loaded[0] != row:
             started, spec = time.monotonic(), self.specs[row]
             self.loaded = None  # free the last LoRA before the next is loaded
-            self.loaded = (row, stage_module(spec).open_model(spec, self.worker, self.thrift))
+            self.loaded = (row, stage_module(spec).open_model(spec, self.worker))
             self.startup += time.monotonic() - started
         return self.loaded[1]
 

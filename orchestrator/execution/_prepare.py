@@ -135,7 +135,7 @@ def _build_side_by_side(
                     failures.append((requirement, failure))
                     continue
                 listener.on_retried(requirement, failure)
-                retry_worker = worker.with_smaller_batch(tries[requirement, "oom"])
+                retry_worker = worker.with_thrift(tries[requirement, "oom"])
                 waiting.append((requirement, retry_worker))
                 continue
             listener.on_prepared(requirement, seconds, facts)

@@ -57,7 +57,7 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]
     def step(self) -> dict[str, Any]:
         started = time.monotonic()
         job = self.job
-        worker = self.worker.with_smaller_batch(job.halvings)
+        worker = self.worker.with_thrift(job.halvings)
         reporters = [
             ProgressReporter(self.progress_actor, f"trial {slot}", "steps") for slot in job.slots
         ]

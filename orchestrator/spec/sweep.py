@@ -687,6 +687,7 @@ SMOKE: dict[str, Any] = {
     "images_per_class": 8,
     "initial_labels.images_per_class": 8,
     "evidence.images": 32,  # the errors of a whole pool may take hours
+    "evidence.block": 32,  # whole blocks are scored
     "lora.steps": 2,
     "lora.passes": None,
     "train.steps": 10,  # a step of a few milliseconds is measured only over several

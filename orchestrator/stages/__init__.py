@@ -1,7 +1,7 @@
 """Work inside one worker process: artifacts, blocks of images, trials, audits.
 
 A module named after a stage makes its artifacts. `build(spec, worker, report)` makes one; of a row,
-`open_model(spec, worker, thrift)` loads what makes its shards, `build(spec, index, block, worker,
+`open_model(spec, worker)` loads what makes its shards, `build(spec, index, block, worker,
 model)` makes one shard, and `stored_counts(spec, index, block, store)` counts its content. The
 modules import torch, so nothing is imported here.
 """

@@ -45,10 +45,12 @@ class WorkerContext:
     # no .git, may run as another user, and may have started before the sweep.
     variables: Mapping[str, str] = field(default_factory=dict, compare=False)
     plugins: tuple[Plugin, ...] = ()
+    thrift: int = 0  # how often the device ran out of memory
 
-    def with_smaller_batch(self, halvings: int) -> WorkerContext:
-        """The same with fewer images in a pass, for a device that ran out of memory."""
-        return replace(self, batch=max(1, self.batch >> halvings))
+    def with_thrift(self, thrift: int) -> WorkerContext:
+        """The same for a device that ran out of memory so often: each time with half as many images
+        in a pass of CLIP, and less memory for diffusion models."""
+        return replace(self, batch=max(1, self.batch >> thrift - self.thrift), thrift=thrift)
 
     def examples(self, dataset: Ref) -> Examples:
         """

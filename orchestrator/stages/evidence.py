@@ -1,14 +1,15 @@
 """Denoising errors of pool images: a row of draws for each block of images.
 
-A shard holds one draw of one block: the errors (B, C) of its images under the caption of each class
-of the pool. The blocks cover the pool in a random order, so that the first ones are a sample.
+A shard holds one draw of one block: the errors of its images under the captions of the classes that
+are scored, as triples of image, class and error. The blocks cover the pool in a random order, so
+that the first ones are a sample.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from air_core.classifiers import text_classifier
 from air_core.diffusion.evidence import DenoisingScorer, candidate_classes
-from air_core.diffusion.lora import square
+from air_core.diffusion.lora import CHUNK, square
 from air_core.lora_labels import pool_classifier
 from air_core.seal import BLANK, sealed
 from air_core.specs import EvidenceSpec
@@ -38,7 +39,7 @@ from orchestrator.store.rows import Row
 
 @dataclass
 class BlockScorer:
-    """Scores blocks of the pool images of one spec, and keeps their latents."""
+    """Scores blocks of the pool images of one spec, and keeps the latents of the last block."""
 
     spec: EvidenceSpec
     worker: WorkerContext
@@ -46,7 +47,7 @@ class BlockScorer:
     positions: Tensor  # (P,) in the dataset, in the order of the blocks
     logits: Tensor  # (P, C) of zero-shot CLIP
     chosen: Tensor  # (P,) bool, whether an image is scored
-    latents: dict[int, Tensor] = field(default_factory=dict)  # by block
+    latents: tuple[int, Tensor] | None = None  # block and its latents
 
     @staticmethod
     def open(spec: EvidenceSpec, worker: WorkerContext) -> BlockScorer:
@@ -76,6 +77,7 @@ class BlockScorer:
             adapter=worker.store.get(spec.lora).path if spec.lora else None,
             scale=spec.lora_scale,
             device=worker.device,
+            thrift=worker.thrift,
         )
         return BlockScorer(spec, worker, scorer, pool[order], logits[:, list(classes)], chosen)
 
@@ -84,15 +86,22 @@ class BlockScorer:
         are no candidates."""
         images = slice(block * self.spec.block_size, (block + 1) * self.spec.block_size)
         positions = self.positions[images]
-        if block not in self.latents:
-            read = self.worker.images(self.spec.features.dataset, positions.tolist())
-            pixels = [square(image, self.spec.size) for image in read]
-            self.latents[block] = self.scorer.latents(torch.from_numpy(np.stack(pixels)))
+        if self.latents is None or self.latents[0] != block:
+            self.latents = (
+                block,
+                torch.cat([self._encoded(part) for part in torch.split(positions, CHUNK)]),
+            )
         scoring = self.spec.scoring
         candidates = candidate_classes(self.logits[images], scoring.top, earlier, scoring.prune_to)
         candidates &= self.chosen[images, None]
-        found = self.scorer.errors(self.latents[block], positions.tolist(), draw, candidates)
+        found = self.scorer.errors(self.latents[1], positions.tolist(), draw, candidates)
         return np.asarray(found.numpy())
+
+    def _encoded(self, positions: Tensor) -> Tensor:
+        """(B, c, h, w) latents."""
+        read = self.worker.images(self.spec.features.dataset, positions.tolist())
+        pixels = [square(image, self.spec.size) for image in read]
+        return self.scorer.latents(torch.from_numpy(np.stack(pixels)))
 
 
 def pool_order(spec: EvidenceSpec, images: int) -> Tensor:
@@ -101,8 +110,8 @@ def pool_order(spec: EvidenceSpec, images: int) -> Tensor:
     return torch.randperm(images, generator=generator)
 
 
-def open_model(spec: EvidenceSpec, worker: WorkerContext, thrift: int) -> BlockScorer:
-    """As `BlockScorer.open`; no smaller amount of memory is known."""
+def open_model(spec: EvidenceSpec, worker: WorkerContext) -> BlockScorer:
+    """As `BlockScorer.open`."""
     return BlockScorer.open(spec, worker)
 
 
@@ -154,7 +163,7 @@ def build(
             errors = loaded.errors(block, draw, earlier)
             counts["on_device"] += time.monotonic() - started
             counts["pairs"] += int(np.isfinite(errors).sum())
-            data = sealed(save({"errors": errors}, {"seal": BLANK}))
+            data = sealed(save(_sparse(errors), {"seal": BLANK}))
         row.publish(draw, block, data)
     return counts
 
@@ -162,14 +171,14 @@ def build(
 def read_evidence(
     spec: EvidenceSpec, draws: int, images: int | None, store: ArtifactStore
 ) -> Tensor:
-    """Read denoising errors.
+    """Read denoising errors. Scores depend on the mean of the draws only, so it is read as one.
 
     Args:
         draws: number of draws, from the first.
         images: number of images of the random order that are read; None: all of the pool.
 
     Returns:
-        (draws, P, C) in the order of the pool; NaN where an image or a class was not scored.
+        (1, P, C) means in the order of the pool; NaN where a draw has not scored an image or class.
 
     Raises:
         MissingArtifact: a shard does not exist.
@@ -177,22 +186,39 @@ def read_evidence(
     """
     pool = len(read_target(spec.features, spec.split, store).split.pool)
     images = min(pool, images or pool)
+    order = pool_order(spec, pool)[:images]
     row, blocks = store.row(spec), range(spec.blocks(images))
     row.pull([(draw, block) for draw in range(draws) for block in blocks])
+    means = torch.empty(0)
     try:
-        read = [
-            np.concatenate([_read(row, draw, block) for block in blocks]) for draw in range(draws)
-        ]
+        for block in blocks:
+            mean = torch.from_numpy(sum(_read(row, draw, block) for draw in range(draws)) / draws)
+            if not len(means):
+                means = torch.full((pool, mean.shape[1]), torch.nan)
+            positions = order[block * spec.block_size :][: len(mean)]
+            means[positions] = mean[: len(positions)]
     except FileNotFoundError:
         raise MissingArtifact(
             f"draws of {row.key} are not complete under {store.name}; run `airsweep prepare SPEC` "
             "first"
         ) from None
-    found = torch.from_numpy(np.stack(read))[:, :images]
-    errors = torch.full((draws, pool, found.shape[2]), torch.nan)
-    errors[:, pool_order(spec, pool)[: found.shape[1]]] = found
-    return errors
+    return means[None]
 
 
 def _read(row: Row, draw: int, block: int) -> np.ndarray:
-    return np.asarray(load(row.read(draw, block))["errors"])
+    """(B, C) errors of a shard; NaN where not computed."""
+    shard = load(row.read(draw, block))
+    errors = np.full(shard["shape"], np.nan, dtype=np.float32)
+    errors[shard["image"], shard["class"]] = shard["error"]
+    return errors
+
+
+def _sparse(errors: np.ndarray) -> dict[str, np.ndarray]:
+    """The arrays of a shard. Most classes of an image are no candidates."""
+    image, classes = np.isfinite(errors).nonzero()
+    return {
+        "shape": np.array(errors.shape, dtype=np.int32),
+        "image": image.astype(np.int32),
+        "class": classes.astype(np.int32),
+        "error": errors[image, classes],
+    }

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from PIL import Image
 from safetensors.numpy import load_file
 
 from air_core.diffusion import text_of
@@ -41,22 +42,23 @@ def build(
             shutil.copy(before, folder / LORA_FILE)
             return {"copied": True}
         selected = load_file(labels.path / "labels.safetensors")
-        with worker.unchanged_examples(spec.labels.features.dataset) as examples:
-            pixels = np.stack([square(examples.images[i], spec.size) for i in selected["index"]])
+        index = selected["index"].tolist()
         classnames = read_dataset_text(spec.labels.features, worker.store).classnames
         texts = spec.training.caption
-        pairs = zip(selected["index"].tolist(), selected["labels"], strict=True)
-        return train_lora(
-            torch.from_numpy(pixels),
-            [text_of(texts, classnames[c], i) for i, c in pairs],
-            images_folder(spec.model.name),
-            spec.training,
-            spec.size,
-            folder,
-            device=worker.device,
-            report=push_and_report,
-            kept=checkpoint,
-        )
+        pairs = zip(index, selected["labels"], strict=True)
+        with worker.unchanged_examples(spec.labels.features.dataset) as examples:
+            return train_lora(
+                _Squares(examples.images, index, spec.size),
+                [text_of(texts, classnames[c], i) for i, c in pairs],
+                images_folder(spec.model.name),
+                spec.training,
+                spec.size,
+                folder,
+                device=worker.device,
+                thrift=worker.thrift,
+                report=push_and_report,
+                kept=checkpoint,
+            )
 
     def push_and_report(step: int, steps: int, loss: float) -> None:
         worker.store.backend.push(checkpoint)
@@ -70,3 +72,19 @@ def build(
     if checkpoint.exists():
         worker.store.backend.remove(checkpoint)
     return artifact
+
+
+@dataclass(frozen=True)
+class _Squares:
+    """Some images as squares (size, size, 3) uint8, opened on access: a pool does not fit into
+    memory."""
+
+    images: Sequence[Image.Image]
+    positions: Sequence[int]
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, at: int) -> np.ndarray:
+        return square(self.images[self.positions[at]], self.size)

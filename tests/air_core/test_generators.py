@@ -7,6 +7,7 @@ import shutil
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ from air_core.diffusion.pipeline import PipelineGenerator, load_pipeline
 from air_core.models.weights import generator_files, generator_folder
 from air_core.specs import FolderImages, GeneratedImages, GenerationSettings, Ref
 from air_core.tiny import WEIGHTS
+from benchmarks import device
+from benchmarks.sd_images import random_pipeline
 from tests.helpers import pipelines
 from tests.helpers.dataset_trees import EPS
 
@@ -119,6 +122,37 @@ def test_lora_of_scale_zero_is_the_base_model_with_the_same_noise(generator, ada
     assert not torch.equal(half, on)
 
 
+def test_a_lora_is_exchanged_without_a_trace_of_the_one_before(adapter, monkeypatch):
+    loaded = []
+    load = load_pipeline
+    monkeypatch.setattr(
+        "air_core.diffusion.pipeline.load_pipeline", lambda *all: loaded.append(all) or load(*all)
+    )
+    settings = replace(QUICK, precision="bf16", num_inference_steps=1)  # no process has it loaded
+    scales = (1.0, None, 0.5, 1.0, None)
+    images = [
+        draw(PipelineGenerator(MODEL, settings, adapter=scale and adapter, scale=scale or 1.0), [0])
+        for scale in scales
+    ]
+    assert len(loaded) == 1
+    for scale in (1.0, None):
+        first, again = (image for image, each in zip(images, scales, strict=True) if each == scale)
+        assert torch.equal(first, again)
+    assert not torch.equal(images[0], images[1])
+    assert not torch.equal(images[0], images[2])
+
+
+def test_a_pass_of_the_unet_casts_no_weight_and_calls_few_kernels(tmp_path):
+    arguments = SimpleNamespace(device="cpu", precision="bf16")
+    model, adapter = tmp_path / "model", tmp_path / "lora"
+    size = random_pipeline(model, small=True)
+    device.lora(model, adapter, size, arguments)
+    for stage in (device.draw, device.evidence):
+        found = stage(model, adapter, size, arguments)
+        assert found["kernels"] <= 900
+        assert found["casts"] == found["host"] == 0
+
+
 def test_bf16_draws_nearly_the_same_image():
     settings = replace(QUICK, num_inference_steps=2)
     exact = draw(PipelineGenerator(MODEL, settings), range(1))
@@ -127,8 +161,12 @@ def test_bf16_draws_nearly_the_same_image():
 
 
 def test_a_few_nan_pixels_reject_their_image_and_do_not_affect_the_others(generator):
+    decoded = []
+
     def spoil_the_first(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        output[0, :, :4, :4] = torch.nan
+        decoded.append(len(output))
+        if len(decoded) == 1:
+            output[0, :, :4, :4] = torch.nan
         return output
 
     whole = draw(generator, range(2))
@@ -137,6 +175,7 @@ def test_a_few_nan_pixels_reject_their_image_and_do_not_affect_the_others(genera
         spoilt = draw(generator, range(2))
     finally:
         hook.remove()
+    assert decoded == [1, 1]  # one by one, whatever the memory of the device
     assert rejected(spoilt).tolist() == [True, False]
     assert torch.equal(spoilt[1], whole[1])
     assert not rejected(whole).any()

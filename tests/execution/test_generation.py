@@ -209,9 +209,9 @@ def test_a_generator_short_of_memory_saves_memory_and_keeps_its_block_size(
         [],
     )
 
-    def short(images, worker, thrift):
-        tried.append(thrift)
-        if thrift == 0:
+    def short(images, worker):
+        tried.append(worker.thrift)
+        if worker.thrift == 0:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return open_generator(images, worker)
 

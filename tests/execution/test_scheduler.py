@@ -301,9 +301,7 @@ def test_a_temporary_failure_is_retried_in_the_same_run(world, name):
 def test_out_of_memory_is_retried_with_half_as_many_images_at_a_time(world):
     jobs = fail(world, world.scheduler(sweep("fpl", seeds=(1,))), "oom", "infra", "oom")
     assert [job.halvings for job in jobs] == [0, 1, 1, 2]
-    assert [
-        WorkerContext(world.store, batch=10).with_smaller_batch(n).batch for n in (0, 1, 4)
-    ] == [
+    assert [WorkerContext(world.store, batch=10).with_thrift(n).batch for n in (0, 1, 4)] == [
         10,
         5,
         1,
