@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -41,7 +42,21 @@ def artifact_key(spec: StageSpec) -> ArtifactKey:
 
 @cache
 def _key(spec: StageSpec) -> ArtifactKey:
-    return ArtifactKey(spec.stage, spec.recipe, digest(_identity(spec)), spec.slug)
+    return ArtifactKey(spec.stage, _recipe(spec)[0], digest(_identity(spec)), spec.slug)
+
+
+def _recipe(spec: StageSpec) -> tuple[int, str]:
+    """Recipe number and code version. A code version that begins with `v<number>` is that of an
+    earlier run, see `store.code_version.recorded_versions`."""
+    code: str = spec.code_of(*_parts(spec)) if isinstance(spec, TrialSpec) else vars(spec)["code"]
+    first, _, others = code.partition("+")
+    earlier = re.fullmatch(r"v(\d+)", first)
+    return (int(earlier[1]), others) if earlier else (spec.recipe, code)
+
+
+def _parts(spec: TrialSpec) -> list[str]:
+    """The parts of the code that compute a trial."""
+    return ["trials", *(registry.part(name) for registry, name in used_components(spec))]
 
 
 def _identity(spec: StageSpec) -> Any:
@@ -56,11 +71,10 @@ def _identity(spec: StageSpec) -> Any:
     settings.pop("classnames")  # the dataset determines them
     settings.pop("scored_images")
     settings.pop("pool_images")
-    settings.pop("code")
-    components = [registry.part(name) for registry, name in used_components(spec)]
-    if code := spec.code_of("trials", *components):
-        settings["code"] = code
-    return {"recipe": f"{spec.stage}/{spec.recipe}", "inputs": inputs, **plain(settings)}
+    recipe, settings["code"] = _recipe(spec)
+    if not settings["code"]:
+        settings.pop("code")
+    return {"recipe": f"{spec.stage}/{recipe}", "inputs": inputs, **plain(settings)}
 
 
 SCALARS = (bool, int, str, type(None))  # JSON has them as they are
@@ -75,7 +89,9 @@ def plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         found = {name: plain(setting) for name, setting in _settings(value).items()}
         if isinstance(value, StageSpec):
-            found["recipe"] = f"{value.stage}/{value.recipe}"
+            recipe, code = _recipe(value)
+            found.pop("code", None)
+            found |= {"recipe": f"{value.stage}/{recipe}"} | ({"code": code} if code else {})
         return found
     if isinstance(value, Mapping):
         return {name: plain(item) for name, item in value.items()}

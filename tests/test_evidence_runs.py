@@ -34,7 +34,7 @@ seeds: [1, 2]
 
 
 def shards(store: Path) -> dict[str, Path]:
-    return {file.name: file for file in store.glob("artifacts/evidence/v1/*/*.safetensors")}
+    return {file.name: file for file in store.glob("artifacts/evidence/v*/*/*.safetensors")}
 
 
 def test_evidence_that_is_killed_resumes_to_the_bits_of_a_single_actor(tmp_path):

@@ -53,7 +53,7 @@ from orchestrator.keys import canonical_json, digest, plain
 from orchestrator.plugins import plugin_versions
 from orchestrator.spec.sweep import split_name
 from orchestrator.store import SweepLocation, read_resolved
-from orchestrator.store.code_version import unlisted_versions
+from orchestrator.store.code_version import recipes, recorded_versions, unlisted_versions
 from orchestrator.store.verification import read_cache
 
 
@@ -369,6 +369,7 @@ class Resolver:
             },
             "paths": {f"{role} {name}": ref.name for (role, name), ref in self._weights.items()},
             "code": self._code,
+            "recipes": recipes(),
             "pools": self._pool_sizes,
         }
 
@@ -473,7 +474,7 @@ class RecordedResolver(Resolver):
         }
         self._weight_digests: Mapping[str, str] = inputs["weights"]
         self._paths: Mapping[str, str] = inputs.get("paths", {})  # earlier versions recorded none
-        self.versions, self.folders = inputs.get("code", {}), folders
+        self.versions, self.folders = recorded_versions(inputs), folders
         self._pool_sizes = inputs.get("pools", {})  # earlier versions recorded none
 
     def dataset_by_name(self, name: str) -> DatasetInput:

@@ -14,7 +14,7 @@ import ast
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from air_core.specs import STAGES, CodeVersions
 from orchestrator.files import ROOT
 
 LISTED = Path(__file__).with_name("code_versions.json")
+FIRST_RECIPES = {"trials": 2}  # of runs that recorded none; of other stages 1
 # Python 3.11 fails with "AST constructor recursion depth mismatch" if two threads parse at once.
 _parsing = threading.Lock()
 
@@ -76,6 +77,26 @@ def unlisted_versions(*readers: str) -> CodeVersions:
         for part, found in versions.items()
         if found not in listed_versions().get(part, {}).get("versions", ())
     )
+
+
+def recipes() -> dict[str, int]:
+    """Recipe number of each stage."""
+    return {spec.stage: spec.recipe for spec in STAGES}
+
+
+def recorded_versions(inputs: Mapping[str, Any]) -> dict[str, str]:
+    """Code versions of a recorded run, by part; `v<number>` where its recipe number is another one
+    than now.
+
+    Args:
+        inputs: `Resolver.inputs` of that run.
+    """
+    versions = dict(inputs.get("code", {}))
+    recorded = inputs.get("recipes", FIRST_RECIPES)
+    for stage, number in recipes().items():
+        if (then := recorded.get(stage, 1)) != number:
+            versions[stage] = "+".join(filter(None, (f"v{then}", versions.get(stage))))
+    return versions
 
 
 @cache
