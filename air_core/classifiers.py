@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from air_core.backbone import Backbone
+from air_core.chunks import by_rows
 from air_core.types import Batch
 
 # N images, C classes, U unseen classes, D feature width.
@@ -35,10 +37,13 @@ class LinearClassifier:
     sharpness: float
 
     def logits(self, batch: Batch) -> Tensor:
-        x = batch.features - self.center
-        if self.unit:
-            x = normalize(x, dim=-1)
-        return self.sharpness * (x @ self.weight.T + self.bias)
+        def of_rows(rows: slice) -> Tensor:
+            x = batch.features[rows] - self.center
+            if self.unit:
+                x = normalize(x, dim=-1)
+            return self.sharpness * (x @ self.weight.T + self.bias)
+
+        return by_rows(of_rows, batch.features, len(self.weight))
 
 
 def class_texts(backbone: Backbone, classnames: Sequence[str], template: str) -> Tensor:
@@ -136,15 +141,20 @@ class FusedClassifier:
     def scores(self, batch: Batch) -> Tensor:
         """(N, C) over all classes; rows sum to 1."""
         logits = self.text.logits(batch)
-        if self.unseen is None:
-            return self._fused(logits, batch)
-        scores = logits.softmax(dim=-1)
-        mass = scores[:, self.unseen].sum(dim=-1, keepdim=True)
-        return scores.index_copy(1, self.unseen, mass * self._fused(logits[:, self.unseen], batch))
+
+        def of_rows(rows: slice) -> Tensor:
+            fused = self._fused(logits[rows], batch.features[rows])
+            if self.unseen is None:
+                return fused
+            scores = logits[rows].softmax(dim=-1)
+            mass = scores[:, self.unseen].sum(dim=-1, keepdim=True)
+            return scores.index_copy(1, self.unseen, mass * fused)
+
+        return by_rows(of_rows, logits, logits.shape[1])
 
     def logits(self, batch: Batch) -> Tensor:
         """(N, C) logarithms of the scores."""
-        return self.scores(batch).log()
+        return self.scores(batch).log_()
 
     def each(self, text: Classifier) -> dict[str, Classifier]:
         """The classifiers of new images by name: text, auxiliary and fused.
@@ -165,31 +175,50 @@ class FusedClassifier:
     def pool_scores(self, pool: Batch) -> Tensor:
         """(N, C), or in TRZSL (N, U) over the classes of pool images; rows sum to 1."""
         logits = self.text.logits(pool)
-        scores = self._fused(logits if self.unseen is None else logits[:, self.unseen], pool)
-        if self.evidence is None:
-            return scores
-        scored = self.evidence.isfinite()  # NaN where an image was not scored
-        blended = (1 - self.evidence_weight) * scores + self.evidence_weight * self.evidence
-        return torch.where(scored, blended, scores)
+
+        def of_rows(rows: slice) -> Tensor:
+            scores = self._fused(logits[rows], pool.features[rows])
+            if self.evidence is None:
+                return scores
+            q = self.evidence[rows]
+            blended = (1 - self.evidence_weight) * scores + self.evidence_weight * q
+            return torch.where(q.isfinite(), blended, scores)  # NaN: the image was not scored
+
+        return by_rows(of_rows, logits, logits.shape[1])
 
     def votes(self, text: Classifier, pool: Batch) -> dict[str, Tensor]:
         """Classes (P,) that text, auxiliary and evidence predict, those that there are.
 
         They are counted among the classes of the pool; -1 where an image has no evidence.
         """
-        logits = text.logits(pool)
-        found = {"text": (logits if self.unseen is None else logits[:, self.unseen]).argmax(dim=1)}
+        logits, q = text.logits(pool), self.evidence
+
+        def auxiliary_vote(rows: slice) -> Tensor:
+            logits: Tensor = self.auxiliary.logits(Batch(pool.features[rows]))
+            return logits.argmax(dim=1)
+
+        def vote(rows: slice) -> Tensor:
+            assert q is not None
+            return q[rows].argmax(dim=1).where(q[rows].isfinite().any(dim=1), -1)
+
+        found = {"text": _among(logits, self.unseen).argmax(dim=1)}
         if self.auxiliary is not None:
-            found["auxiliary"] = self.auxiliary.logits(pool).argmax(dim=1)
-        if self.evidence is not None:
-            scored = self.evidence.isfinite().any(dim=1)
-            found["evidence"] = self.evidence.argmax(dim=1).where(scored, -1)
+            found["auxiliary"] = by_rows(auxiliary_vote, logits, logits.shape[1])
+        if q is not None:
+            found["evidence"] = by_rows(vote, q, q.shape[1])
         return found
 
-    def _fused(self, logits: Tensor, batch: Batch) -> Tensor:
+    def _fused(self, logits: Tensor, features: Tensor) -> Tensor:
+        """Scores (N, C), or in TRZSL (N, U), of images by the logits (N, C) of the text."""
+        logits = _among(logits, self.unseen)
         if self.auxiliary is None:
             return logits.softmax(dim=-1)
-        return fused_scores(logits, self.auxiliary.logits(batch), self.weight, self.space)
+        auxiliary = self.auxiliary.logits(Batch(features))
+        return fused_scores(logits, auxiliary, self.weight, self.space)
+
+
+def _among(logits: Tensor, classes: Tensor | None) -> Tensor:  # None: all classes
+    return logits if classes is None else logits[:, classes]
 
 
 @torch.no_grad()
@@ -208,26 +237,38 @@ def fuse(
     confidence: the mean largest score over the pool, which needs no label.
     """
     if auxiliary is not None and temperature == "match_entropy":
-        logits = text.logits(pool)
-        if unseen is not None:
-            logits = logits[:, unseen]
-        confidence = logits.softmax(dim=-1).amax(dim=-1).mean().item()
+        confidence = _confidence(_among(text.logits(pool), unseen)).mean().item()
         factor = matching_sharpness(auxiliary.logits(pool), confidence)
         auxiliary = replace(auxiliary, sharpness=auxiliary.sharpness * factor)
     return FusedClassifier(text, auxiliary, weight, space, unseen)
 
 
-def matching_sharpness(logits: Tensor, confidence: float) -> float:
+def matching_sharpness(logits: Tensor, confidence: float, images: Tensor | None = None) -> float:
     """Find the factor on logits (N, C) at which the mean largest score equals `confidence`.
 
     The mean grows with the factor, from 1/C at 0, so the search bisects the factor's logarithm.
+
+    Args:
+        images: (N,) bool, those of the mean; None: all.
     """
+
+    @cache  # the last steps differ by less than float32 can express
+    def mean(factor: float) -> float:
+        found = _confidence(logits, factor)
+        return (found if images is None else found[images]).mean().item()
+
     low, high = -12.0, 12.0
     for _ in range(50):
         middle = (low + high) / 2
-        scores = (logits * torch.tensor(middle).exp()).softmax(dim=-1)
-        if scores.amax(dim=-1).mean().item() < confidence:
+        if mean(torch.tensor(middle).exp().item()) < confidence:
             low = middle
         else:
             high = middle
     return float(torch.tensor((low + high) / 2).exp())
+
+
+def _confidence(logits: Tensor, factor: float = 1.0) -> Tensor:
+    """(N,) largest scores of logits (N, C) times a factor."""
+    return by_rows(
+        lambda rows: (logits[rows] * factor).softmax(dim=-1).amax(dim=-1), logits, logits.shape[1]
+    )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from air_core.chunks import chunks
 from air_core.classifiers import Classifier, matching_sharpness
 from air_core.types import Batch, Labelled, Metrics
 
@@ -66,9 +67,7 @@ def objectives(
     `mutual_information` reads no label (in TRZSL it is over unseen classes, those of the pool).
     """
     logits = classifier.logits(pool)
-    if unseen is not None:
-        logits = logits[:, unseen]
-    values = {"mutual_information": mutual_information(logits.softmax(dim=-1))}
+    values = {"mutual_information": _mutual_information(_scores(logits, unseen), len(logits))}
     if validation is not None:
         logits = classifier.logits(validation.batch)
         metrics = measured(logits.argmax(dim=-1), validation.labels, logits.shape[1], unseen)
@@ -125,7 +124,39 @@ def mutual_information(scores: Tensor) -> float:
     Args:
         scores: (N, C); rows sum to 1.
     """
-    return float(_entropy(scores.mean(dim=0)) - _entropy(scores).mean())
+    return _mutual_information((scores[rows] for rows in chunks(*scores.shape)), len(scores))
+
+
+def _mutual_information(parts: Iterable[Tensor], images: int) -> float:
+    sums, entropies = zip(*((part.sum(dim=0), _entropy(part)) for part in parts), strict=True)
+    mean = torch.stack(sums).sum(dim=0) / images
+    return float(_entropy(mean) - torch.cat(entropies).mean())
+
+
+def _scores(
+    logits: Tensor, classes: Tensor | None = None, temperature: float = 1.0
+) -> Iterator[Tensor]:
+    """Softmax of logits (N, C), in chunks of rows.
+
+    Args:
+        classes: those that it is over; None: all.
+    """
+    for rows in chunks(*logits.shape):
+        part = logits[rows] if classes is None else logits[rows][:, classes]
+        yield (part / temperature).softmax(dim=-1)
+
+
+def most_probable(
+    logits: Tensor, classes: Tensor | None = None, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Largest score (N,) and its position (N,) of each row of logits (N, C).
+
+    Args:
+        classes: those that the softmax is over, and that positions count; None: all.
+        temperature: divides the logits.
+    """
+    best = [scores.max(dim=-1) for scores in _scores(logits, classes, temperature)]
+    return torch.cat([each.values for each in best]), torch.cat([each.indices for each in best])
 
 
 def _entropy(scores: Tensor) -> Tensor:  # (..., C) -> (...)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from air_core.chunks import by_rows, chunks
 from air_core.classifiers import matching_sharpness
 
 # P pool images, C classes of the pool (in TRZSL the unseen ones).
@@ -31,14 +32,12 @@ def evidence_probabilities(errors: Tensor, confidence: float, balance: str = "no
     Returns:
         (P, C) float32; 0 for a class that was left out; rows of images without score are NaN.
     """
-    scores = mean_scores(errors)
-    scored = scores.isfinite().any(dim=1)
-    logits = scores[scored]
-    q = torch.full_like(scores, torch.nan)
-    q[scored] = (logits * matching_sharpness(logits, confidence)).softmax(dim=1)
-    if balance == "sinkhorn":
-        q[scored] = balanced(q[scored])
-    return q
+    q = mean_scores(errors)
+    scored = by_rows(lambda rows: q[rows].isfinite().any(dim=1), q, q.shape[1])
+    sharpness = matching_sharpness(q, confidence, scored)
+    for rows in chunks(*q.shape):  # without a finite score, the softmax is NaN
+        q[rows] = (q[rows] * sharpness).softmax(dim=1)
+    return balanced(q) if balance == "sinkhorn" else q
 
 
 def mean_scores(errors: Tensor) -> Tensor:
@@ -46,23 +45,46 @@ def mean_scores(errors: Tensor) -> Tensor:
 
     A class that pruning left out after some draws is out: it had a larger error than the others.
     """
-    complete = errors.isfinite().all(dim=0)  # (P, C)
-    means = errors.nan_to_num(torch.inf).mean(dim=0).masked_fill(~complete, torch.inf)
-    best = means.amin(dim=1, keepdim=True)
-    return torch.where(complete, best - means, -torch.inf)
+
+    def of_rows(rows: slice) -> Tensor:
+        part = errors[:, rows]
+        complete = part.isfinite().all(dim=0)
+        means = part.nan_to_num(torch.inf).mean(dim=0).masked_fill(~complete, torch.inf)
+        best = means.amin(dim=1, keepdim=True)
+        return torch.where(complete, best - means, -torch.inf)
+
+    return by_rows(of_rows, errors[0], len(errors) * errors.shape[2])
 
 
 def balanced(q: Tensor) -> Tensor:
-    """Rescale probabilities (P, C) until all classes have the same share of the images.
+    """Rescale probabilities (P, C), in place, until all classes have the same share of the images.
 
-    Sinkhorn's iterations (arXiv:1306.0895); no label is read.
+    Sinkhorn's iterations (arXiv:1306.0895); no label is read. Rows of NaN do not count.
 
     >>> balanced(torch.tensor([[0.9, 0.1], [0.6, 0.4]])).sum(dim=0)
     tensor([1., 1.])
     """
-    share = len(q) / q.shape[1]
-    q = q.double()
+    images = (~q[:, 0].isnan()).nonzero().flatten()
+    parts = [images[rows] for rows in chunks(len(images), q.shape[1])]
+    share = len(images) / q.shape[1]
+    if len(parts) == 1:
+        scores = q[images].double()
+        for _ in range(SINKHORN_STEPS):
+            scores = scores * (share / scores.sum(dim=0, keepdim=True).clamp(min=1e-12))
+            scores = scores / scores.sum(dim=1, keepdim=True)
+        q[images] = scores.float()
+        return q
+    # The same with a factor of each class and image: float64 scores need twice the memory of q.
+    factors = torch.ones(q.shape[1], dtype=torch.float64, device=q.device)  # of classes
+    sums = torch.stack([q[part].double().sum(dim=0) for part in parts]).sum(dim=0)
     for _ in range(SINKHORN_STEPS):
-        q = q * (share / q.sum(dim=0, keepdim=True).clamp(min=1e-12))
-        q = q / q.sum(dim=1, keepdim=True)
-    return q.float()
+        balance = share / (factors * sums).clamp(min=1e-12)
+        factors = factors * balance.where(sums > 0, 1.0)
+        sums = torch.zeros_like(sums)
+        for part in parts:
+            scores = q[part].double()
+            sums += (1 / (scores @ factors)) @ scores
+    for part in parts:
+        scores = q[part].double() * factors
+        q[part] = (scores / scores.sum(dim=1, keepdim=True)).float()
+    return q

@@ -337,23 +337,23 @@ class Trial:
         data, unseen = self.data, self.data.unseen
         logits = classifier.logits(data.test.batch)
         temperature = evaluation.calibrated_temperature(classifier, data.validation)
-        plain, test = (each.softmax(dim=-1).max(dim=-1) for each in (logits, logits / temperature))
-        right = plain.indices == data.test.labels
-        logits = classifier.logits(data.pool)
-        pool = (logits if unseen is None else logits[:, unseen]).softmax(dim=-1).max(dim=-1)
+        confidence, predictions = evaluation.most_probable(logits)
+        probability, _ = evaluation.most_probable(logits, temperature=temperature)
+        right = predictions == data.test.labels
+        pool_probability, pool = evaluation.most_probable(classifier.logits(data.pool), unseen)
         found = evaluation.objectives(classifier, data.pool, data.validation, unseen)
         if votes:
-            found["agreement"] = evaluation.agreement(pool.indices, votes)
+            found["agreement"] = evaluation.agreement(pool, votes)
         return ClassifierResult(
-            test=evaluation.measured(plain.indices, data.test.labels, len(data.classnames), unseen),
+            test=evaluation.measured(predictions, data.test.labels, len(data.classnames), unseen),
             temperature=temperature,
-            probability=test.values,
+            probability=probability,
             calibration_error=(
-                evaluation.calibration_error(plain.values, right),
-                evaluation.calibration_error(test.values, right),
+                evaluation.calibration_error(confidence, right),
+                evaluation.calibration_error(probability, right),
             ),
-            pool=self._of_all_classes(pool.indices),
-            pool_probability=pool.values,
+            pool=self._of_all_classes(pool),
+            pool_probability=pool_probability,
             objectives=found,
         )
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from air_core.chunks import by_rows, chunks
 from air_core.classifiers import Classifier
 from air_core.types import Batch
 
@@ -20,7 +21,8 @@ from air_core.types import Batch
 
 ROUNDS = 10
 NEIGHBOURS = 3
-CHUNK = 2048  # images whose cosines to the pool are in memory at a time
+CHUNK = 2048  # at most so many images have their cosines to the pool in memory at a time
+COSINES = 2**27  # and so many cosines, 512 MiB
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,18 @@ class MixtureClassifier:
 
     def logits(self, batch: Batch) -> Tensor:
         """(N, C); in TRZSL the total score of the unseen classes does not change."""
-        logits = self.text.logits(batch).log_softmax(dim=-1)
-        likelihood = _log_likelihood(batch.features, self.means, self.precision)
-        if self.unseen is None:
-            return logits + likelihood
-        text = logits[:, self.unseen]
-        refined = (text + likelihood).log_softmax(dim=-1) + text.logsumexp(dim=-1, keepdim=True)
-        return logits.index_copy(1, self.unseen, refined)
+        found = self.text.logits(batch)
+
+        def of_rows(rows: slice) -> Tensor:
+            logits = found[rows].log_softmax(dim=-1)
+            likelihood = _log_likelihood(batch.features[rows], self.means, self.precision)
+            if self.unseen is None:
+                return logits + likelihood
+            text = logits[:, self.unseen]
+            refined = (text + likelihood).log_softmax(dim=-1) + text.logsumexp(dim=-1, keepdim=True)
+            return logits.index_copy(1, self.unseen, refined)
+
+        return by_rows(of_rows, found, found.shape[1])
 
 
 @torch.no_grad()
@@ -54,30 +61,40 @@ def transductive(text: Classifier, pool: Batch, unseen: Tensor | None = None) ->
     logits = text.logits(pool)
     if unseen is not None:
         logits = logits[:, unseen]
-    log_scores = logits.log_softmax(dim=-1)  # (N, U)
-    features = pool.features
+    features, classes = pool.features, logits.shape[1]
     near, affinity = _neighbours(features)
-    shares = log_scores.exp()
-    precision = torch.full((features.shape[1],), float(features.shape[1]))
-    means = _means(features, shares)
+
+    def refined(rows: slice) -> Tensor:
+        log_scores = logits[rows].log_softmax(dim=-1)
+        likelihood = _log_likelihood(features[rows], means, precision)
+        neighbours = (affinity[rows, :, None] * shares[near[rows]]).sum(dim=1)
+        return (log_scores + likelihood + neighbours).softmax(dim=-1)
+
+    shares = by_rows(lambda rows: logits[rows].log_softmax(dim=-1).exp(), logits, classes)
+    precision = torch.full_like(features[0], float(features.shape[1]))
+    sums, second = shares.T @ features, _mean_square(features, classes)
+    means = _means(sums)
     for _ in range(ROUNDS):
-        neighbours = (affinity[:, :, None] * shares[near]).sum(dim=1)  # (N, U)
-        likelihood = _log_likelihood(features, means, precision)
-        shares = (log_scores + likelihood + neighbours).softmax(dim=-1)
-        means = _means(features, shares)
-        precision = 1 / _variance(features, shares, means)
+        shares = by_rows(refined, logits, classes)
+        sums = shares.T @ features  # (U, D)
+        means = _means(sums)
+        precision = 1 / _variance(second, sums, shares, means)
     return MixtureClassifier(text, means, precision, unseen)
 
 
-def _means(features: Tensor, shares: Tensor) -> Tensor:  # (U, D)
+def _means(sums: Tensor) -> Tensor:  # (U, D)
     # Normalising keeps a direction even for a class with almost no responsibility.
-    return normalize(shares.T @ features, dim=-1)
+    return normalize(sums, dim=-1)
 
 
-def _variance(features: Tensor, shares: Tensor, means: Tensor) -> Tensor:  # (D,)
-    second = (features**2).mean(dim=0)
+def _mean_square(features: Tensor, width: int) -> Tensor:  # (D,)
+    parts = [(features[rows] ** 2).sum(dim=0) for rows in chunks(len(features), width)]
+    return torch.stack(parts).sum(dim=0) / len(features)
+
+
+def _variance(second: Tensor, sums: Tensor, shares: Tensor, means: Tensor) -> Tensor:  # (D,)
     weight = shares.mean(dim=0)[:, None]  # (U, 1)
-    cross = (means * (shares.T @ features) / len(features)).sum(dim=0)
+    cross = (means * sums / len(shares)).sum(dim=0)
     spread: Tensor = second - 2 * cross + (weight * means**2).sum(dim=0)
     return spread.clamp(min=1e-6)
 
@@ -92,9 +109,9 @@ def _neighbours(features: Tensor) -> tuple[Tensor, Tensor]:
     """Positions and cosines of the nearest other images, both (N, k)."""
     count = min(NEIGHBOURS, len(features) - 1)
     near, cosines = [], []
-    for start in range(0, len(features), CHUNK):
-        part = features[start : start + CHUNK] @ features.T
-        part[torch.arange(len(part)), torch.arange(start, start + len(part))] = -1.0
+    for rows in chunks(len(features), max(len(features), COSINES // CHUNK), COSINES):
+        part = features[rows] @ features.T
+        part.diagonal(rows.start).fill_(-1.0)
         best = part.topk(count, dim=-1)
         near.append(best.indices)
         cosines.append(best.values.clamp(min=0))

@@ -8,15 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, one_hot
+from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
 
+from air_core.chunks import by_rows
 from air_core.classifiers import LinearClassifier
 from air_core.types import Batch
 
 # N images, C classes, D feature width.
 
 CACHE_SHARPNESS = 5.5  # Tip-Adapter's beta (arXiv:2111.03930)
+COSINES = 2**25  # of a chunk of images with the bank, 128 MiB
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,14 @@ class BankClassifier:
 
     def logits(self, batch: Batch) -> Tensor:
         """(B, C)"""
-        cosines = normalize(batch.features - self.center, dim=-1) @ self.bank.T  # (B, N)
-        return self.sharpness * (self._nearest(cosines) if self.nearest else self._cache(cosines))
+
+        def of_rows(rows: slice) -> Tensor:
+            x = normalize(batch.features[rows] - self.center, dim=-1)
+            cosines = x @ self.bank.T  # (B, N)
+            found = self._nearest(cosines) if self.nearest else self._cache(cosines)
+            return self.sharpness * found
+
+        return by_rows(of_rows, batch.features, len(self.bank), COSINES)
 
     def _nearest(self, cosines: Tensor) -> Tensor:
         padded = cosines[:, self._places.clamp(min=0)].masked_fill(self._places < 0, -torch.inf)
@@ -49,7 +57,8 @@ class BankClassifier:
         return pad_sequence(members, batch_first=True, padding_value=-1)
 
     def _cache(self, cosines: Tensor) -> Tensor:
-        members = one_hot(self.labels, self._num_classes).to(cosines.dtype)  # (N, C)
+        members = cosines.new_zeros(len(self.labels), self._num_classes)  # (N, C)
+        members.scatter_(1, self.labels[:, None], 1.0)
         return (-CACHE_SHARPNESS * (1 - cosines)).exp() @ members / members.sum(dim=0)
 
     @cached_property

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from air_core.chunks import by_rows, chunks
 from air_core.pseudo_labels.top_k import balanced_choice
 from air_core.specs import PseudoLabelSettings
 from air_core.types import PseudoLabels
@@ -30,13 +31,22 @@ def candidates(
     Targets are 0/1; in the first growing round they are the scores, renormalised on the set.
     """
     allowed = candidate_sets(scores, settings.alpha, settings.beta)
-    labels = balanced_choice(scores, _slots(capacity, scores.shape[1], previous), allowed)
+    labels = balanced_choice(scores, _slots(capacity, scores, previous), allowed)
     indices = (labels >= 0).nonzero().flatten()
-    sets = allowed[indices].to(scores.dtype)
-    if iteration == 0 and settings.growth == "growing":
-        weighted = sets * scores[indices]
-        sets = weighted / weighted.sum(dim=-1, keepdim=True)
-    return PseudoLabels(indices=indices, targets=sets, labels=labels[indices])
+    is_weighted = iteration == 0 and settings.growth == "growing"
+
+    def targets(rows: slice) -> Tensor:
+        sets = allowed[indices[rows]].to(scores.dtype)
+        if not is_weighted:
+            return sets
+        weighted = sets * scores[indices[rows]]
+        return weighted / weighted.sum(dim=-1, keepdim=True)
+
+    return PseudoLabels(
+        indices=indices,
+        targets=by_rows(targets, indices, scores.shape[1]),
+        labels=labels[indices],
+    )
 
 
 def candidate_sets(scores: Tensor, alpha: float, beta: float) -> Tensor:
@@ -52,18 +62,39 @@ def candidate_sets(scores: Tensor, alpha: float, beta: float) -> Tensor:
         (P, C) bool; a row may be empty.
     """
     enough = scores.amax(dim=-1).quantile(alpha)
-    ordered, order = scores.sort(dim=-1, descending=True, stable=True)
-    # Mass of the classes ranked before. A difference of sums would not be exactly `enough`.
-    before = pad(ordered.cumsum(dim=-1)[:, :-1], (1, 0))
-    within_image = torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, before <= enough)
-    within_class = scores >= scores.quantile(beta, dim=0)
-    return within_image & within_class
+    least = _column_quantiles(scores, beta)
+
+    def of_rows(rows: slice) -> Tensor:
+        ordered, order = scores[rows].sort(dim=-1, descending=True, stable=True)
+        # Mass of the classes ranked before. A difference of sums would not be exactly `enough`.
+        before = pad(ordered.cumsum(dim=-1)[:, :-1], (1, 0))
+        within_image = torch.empty_like(order, dtype=torch.bool).scatter_(
+            1, order, before <= enough
+        )
+        return within_image & (scores[rows] >= least)
+
+    return by_rows(of_rows, scores, scores.shape[1])
 
 
-def _slots(capacity: int, classes: int, previous: PseudoLabels | None) -> Tensor:
+def _column_quantiles(scores: Tensor, q: float) -> Tensor:
+    """`scores.quantile(q, dim=0)` (C,), which sorts, by selection and in chunks of columns."""
+    images, classes = scores.shape
+    rank = torch.tensor(q, dtype=scores.dtype, device=scores.device) * (images - 1)
+    low, high = int(rank.floor()), int(rank.ceil())
+    below, above = scores.new_empty(2, classes)
+    for columns in chunks(classes, images):
+        part = scores[:, columns].T.contiguous()
+        below[columns] = part.kthvalue(low + 1).values
+        above[columns] = part.kthvalue(high + 1).values
+    quantiles: Tensor = below.lerp(above, rank - low)
+    return quantiles
+
+
+def _slots(capacity: int, scores: Tensor, previous: PseudoLabels | None) -> Tensor:
     """(C,) slots of each class; a class that the round before did not fill stays limited."""
-    full = torch.full((classes,), capacity)
+    classes = scores.shape[1]
+    full = torch.full((classes,), capacity, device=scores.device)
     if previous is None:
         return full
-    filled = previous.labels.bincount(minlength=classes)
+    filled = previous.labels.to(scores.device).bincount(minlength=classes)
     return torch.minimum(filled + (capacity - filled.max()), full).clamp(min=0)

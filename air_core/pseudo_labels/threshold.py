@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
+from air_core.pseudo_labels.top_k import one_hot_targets
 from air_core.specs import PseudoLabelSettings
 from air_core.types import PseudoLabels
 
@@ -22,7 +21,5 @@ def threshold(
     confidence, predictions = scores.max(dim=-1)
     is_selected = confidence >= min(settings.threshold, float(confidence.max()))
     indices = is_selected.nonzero().flatten()
-    targets = one_hot(predictions[indices], scores.shape[1]).to(scores.dtype)
-    return PseudoLabels(
-        indices=indices, targets=targets, labels=predictions[indices].to(torch.int64)
-    )
+    labels = predictions[indices]
+    return PseudoLabels(indices=indices, targets=one_hot_targets(labels, scores), labels=labels)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
+from air_core.chunks import by_rows
 from air_core.specs import PseudoLabelSettings
 from air_core.types import PseudoLabels
 
-# P images, C classes.
+# P images, C classes, M of the images.
 
 
 def top_k(
@@ -25,7 +25,8 @@ def top_k(
     previous: PseudoLabels | None,
 ) -> PseudoLabels:
     """One-hot targets for at most `capacity` images per class."""
-    return _selected(scores, capacity)
+    slots = torch.full((scores.shape[1],), capacity)
+    return _selected(scores, balanced_choice(scores, slots))
 
 
 def predicted(
@@ -40,21 +41,27 @@ def predicted(
 
     A class that no image is assigned to gets none.
     """
-    best = one_hot(scores.argmax(dim=1), scores.shape[1]).bool()
-    return _selected(scores, capacity, allowed=best)
+    best = by_rows(lambda rows: scores[rows].argmax(dim=1), scores, scores.shape[1])
+    images = torch.arange(len(scores), device=scores.device)
+    return _selected(scores, best.where(_ranks(scores, images, best) < capacity, -1))
 
 
-def _selected(scores: Tensor, capacity: int, allowed: Tensor | None = None) -> PseudoLabels:
-    labels = balanced_choice(scores, torch.full((scores.shape[1],), capacity), allowed)
+def _selected(scores: Tensor, labels: Tensor) -> PseudoLabels:
+    """One-hot targets of the images (P,) whose label is not -1."""
     indices = (labels >= 0).nonzero().flatten()
-    targets = one_hot(labels[indices], scores.shape[1]).to(scores.dtype)
+    targets = one_hot_targets(labels[indices], scores)
     return PseudoLabels(indices=indices, targets=targets, labels=labels[indices])
+
+
+def one_hot_targets(labels: Tensor, scores: Tensor) -> Tensor:
+    """(M, C) targets of classes (M,), of the type of the scores (P, C)."""
+    return scores.new_zeros(len(labels), scores.shape[1]).scatter_(1, labels[:, None], 1.0)
 
 
 def balanced_choice(scores: Tensor, capacity: Tensor, allowed: Tensor | None = None) -> Tensor:
     """Assign images to classes by deferred acceptance, in which images propose by score.
 
-    Between equal scores the earlier image has priority.
+    Between equal scores the earlier image has priority, and an image prefers the earlier class.
 
     Args:
         scores: (P, C).
@@ -65,25 +72,43 @@ def balanced_choice(scores: Tensor, capacity: Tensor, allowed: Tensor | None = N
         (P,) the class that each image is assigned to, -1 where there is none.
     """
     images, classes = scores.shape
-    masked = scores if allowed is None else scores.masked_fill(~allowed, -1.0)
-    preferences = masked.argsort(dim=-1, descending=True, stable=True)  # (P, C)
-    options = (
-        torch.full((images,), classes) if allowed is None else allowed.sum(dim=-1)
-    )  # (P,) number of allowed preferences
-    turn = torch.zeros(images, dtype=torch.long)
-    while True:
-        active = (turn < options).nonzero().flatten()
-        choice = preferences[active, turn[active]]
-        strength = scores[active, choice]
-        # Order by class, within a class by score; ranks beyond the capacity are rejected.
-        order = strength.argsort(descending=True, stable=True)
-        order = order[choice[order].argsort(stable=True)]
-        sizes = choice.bincount(minlength=classes)
-        first = sizes.cumsum(0) - sizes
-        rank = torch.arange(len(order)) - first[choice[order]]
-        rejected = active[order[rank >= capacity[choice[order]]]]
-        if not len(rejected):
-            assignment = torch.full((images,), -1)
-            assignment[active] = choice
-            return assignment
-        turn[rejected] += 1
+    capacity = capacity.to(scores.device)
+    # The weakest image that a full class holds; one that is not stronger need not propose.
+    least = torch.where(capacity > 0, -torch.inf, torch.inf).to(scores.dtype)  # (C,) its score
+    last = torch.full_like(capacity, images)  # (C,) its position
+
+    def best(rows: slice) -> Tensor:
+        """The class that images propose to next, -1 where there is none."""
+        at = proposing[rows]
+        own = scores[at]
+        open_to = (own > least) | ((own == least) & (at[:, None] < last))
+        if allowed is not None:
+            open_to &= allowed[at]
+        found = own.masked_fill_(~open_to, -torch.inf).max(dim=1)
+        return found.indices.where(found.values > -torch.inf, -1)
+
+    choice = torch.full((images,), -1, device=scores.device)
+    proposing = torch.arange(images, device=scores.device)
+    while len(proposing):
+        choice[proposing] = by_rows(best, proposing, classes)
+        is_overfull = (choice + 1).bincount(minlength=classes + 1)[1:] > capacity
+        held = ((choice >= 0) & is_overfull[choice]).nonzero().flatten()
+        classes_held = choice[held]
+        rank = _ranks(scores, held, classes_held)
+        weakest = rank == capacity[classes_held] - 1
+        last[classes_held[weakest]] = held[weakest]
+        least[classes_held[weakest]] = scores[held[weakest], classes_held[weakest]]
+        proposing = held[rank >= capacity[classes_held]]
+        choice[proposing] = -1
+    return choice
+
+
+def _ranks(scores: Tensor, images: Tensor, choice: Tensor) -> Tensor:
+    """(M,) rank by score of images (M,) among those with the same choice (M,)."""
+    order = scores[images, choice].argsort(descending=True, stable=True)
+    order = order[choice[order].argsort(stable=True)]
+    sizes = choice.bincount(minlength=scores.shape[1])
+    first = sizes.cumsum(0) - sizes
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device) - first[choice[order]]
+    return rank

@@ -530,6 +530,7 @@ _DRAWING = (
 _SCORING = (
     "air_core.auxiliary",
     "air_core.auxiliary.bank",
+    "air_core.chunks",
     "air_core.classifiers",
     "air_core.paradigms",
     "air_core.pseudo_labels.top_k",

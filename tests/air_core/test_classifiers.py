@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.functional import normalize
 
-from air_core.auxiliary import auxiliary_classifier, high_fidelity
+from air_core import chunks
+from air_core.auxiliary import auxiliary_classifier, bank, high_fidelity
 from air_core.classifiers import (
     LinearClassifier,
     fuse,
@@ -15,6 +18,7 @@ from air_core.classifiers import (
 )
 from air_core.components import AUXILIARIES
 from air_core.specs import AuxiliarySettings, FidelitySettings
+from air_core.transduction import transductive
 from air_core.types import Batch, Labelled
 
 
@@ -172,3 +176,46 @@ def test_fusing_without_an_auxiliary_is_the_text_classifier():
     text = LinearClassifier(torch.eye(8)[:3], torch.zeros(3), torch.zeros(8), False, 20.0)
     alone = fuse(text, None, images.batch, 0.5, "match_entropy")
     assert torch.equal(alone.scores(images.batch), text.logits(images.batch).softmax(dim=-1))
+
+
+@pytest.mark.parametrize("kind", ["prototype", "knn", "cache"])
+@pytest.mark.parametrize("unseen", [None, [0, 2]])
+@pytest.mark.parametrize("transduction", [False, True])
+def test_classifiers_give_the_same_for_chunks_of_any_size(kind, unseen, transduction, monkeypatch):
+    """Up to the rounding of matrix products and of sums over images."""
+    pool = toy(1, 30).batch
+    of = None if unseen is None else torch.tensor(unseen)
+    classes = torch.arange(3) if of is None else of
+    images, q = toy(0, 9).among(classes), torch.rand(90, len(classes)).softmax(dim=1)
+    q[::4] = float("nan")
+    text = LinearClassifier(TEXT, torch.zeros(3), torch.zeros(8), False, 5.0)
+
+    def results() -> list[torch.Tensor]:
+        teacher = transductive(text, pool, of) if transduction else text
+        settings = AuxiliarySettings(kind=kind)
+        auxiliary = auxiliary_classifier(settings, images, None, pool, len(classes), 20.0)
+        fused = fuse(teacher, auxiliary, pool, 0.4, "match_entropy", unseen=of)
+        fused = replace(fused, evidence=q, evidence_weight=0.3)
+        sharpness = torch.tensor(fused.auxiliary.sharpness)
+        found = [teacher.logits(pool), auxiliary.logits(pool), sharpness, fused.logits(pool)]
+        return [*found, fused.pool_scores(pool), *fused.votes(text, pool).values()]
+
+    expected = results()
+    monkeypatch.setattr(chunks, "ELEMENTS", 16)
+    monkeypatch.setattr(bank, "COSINES", 100)
+    for one, other in zip(results(), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_knn_and_cache_equal_a_plain_reference_where_classes_differ_in_size():
+    images, pool = toy(0, 6), toy(1, 10).batch
+    images = images[torch.tensor([0, 1, 2, 6, 7, 8, 9, 12, 13])]  # 3, 4 and 2 of the classes
+    for kind in ("knn", "cache"):
+        settings = AuxiliarySettings(kind=kind, center=False, neighbours=2)
+        found = auxiliary_classifier(settings, images, None, pool, 3, 20.0).logits(pool)
+        cosines = pool.features @ images.batch.features.T
+        for c in range(3):
+            own = cosines[:, images.labels == c]
+            near = own.sort(descending=True).values[:, :2].mean(dim=1)
+            affinity = (-bank.CACHE_SHARPNESS * (1 - own)).exp().mean(dim=1)
+            torch.testing.assert_close(found[:, c], 20 * (near if kind == "knn" else affinity))

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from air_core import chunks
 from air_core.classifiers import LinearClassifier
 from air_core.evaluation import (
     calibrated_temperature,
     calibration_error,
     measured,
+    most_probable,
     mutual_information,
     objectives,
 )
@@ -32,8 +34,10 @@ def reference(scores: np.ndarray) -> float:
     return inside - sum(p * math.log(p) for p in scores.mean(axis=0) if p > 0)
 
 
+@pytest.mark.parametrize("elements", [1, 70, 2**22])
 @pytest.mark.parametrize("sharpness", [0.1, 1.0, 10.0, 1000.0])
-def test_mutual_information_equals_a_plain_reference(sharpness):
+def test_mutual_information_equals_a_plain_reference(sharpness, elements, monkeypatch):
+    monkeypatch.setattr(chunks, "ELEMENTS", elements)  # so many numbers at a time
     scores = some_scores(50, 6, sharpness)
     expected = reference(scores.double().numpy())
     assert mutual_information(scores) == pytest.approx(expected, abs=1e-7)
@@ -50,6 +54,21 @@ def test_mutual_information_is_largest_for_one_hot_scores_and_balanced_classes()
     unsure = 0.9 * sure + 0.025
     assert mutual_information(uneven) < mutual_information(sure)
     assert mutual_information(unsure) < mutual_information(sure)
+
+
+@pytest.mark.parametrize("elements", [1, 70, 2**22])
+@pytest.mark.parametrize("classes", [None, torch.tensor([1, 4, 5])])
+def test_the_most_probable_class_is_among_some_classes_at_a_temperature(
+    classes, elements, monkeypatch
+):
+    monkeypatch.setattr(chunks, "ELEMENTS", elements)
+    logits = some_scores(50, 6, 3.0).log()
+    logits[7, 4] = logits[7, 1] = 9.0  # of equal ones the first
+    probability, positions = most_probable(logits, classes, 1.7)
+    expected = ((logits if classes is None else logits[:, classes]) / 1.7).softmax(dim=1).max(dim=1)
+    assert torch.equal(probability, expected.values)
+    assert torch.equal(positions, expected.indices)
+    assert positions[7] == (1 if classes is None else 0)
 
 
 def test_accuracy_is_over_all_images_and_recall_per_class():

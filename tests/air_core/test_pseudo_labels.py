@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from air_core import chunks
 from air_core.pseudo_labels import assign, capacity
+from air_core.pseudo_labels.candidates import candidate_sets
+from air_core.pseudo_labels.top_k import balanced_choice
 from air_core.specs import PseudoLabelSettings
 
 
@@ -48,3 +51,84 @@ def test_no_selected_image_is_an_error_that_names_the_settings():
     scores = torch.full((0, 3), 1 / 3)
     with pytest.raises(ValueError, match="no pool image was selected"):
         assign(scores, PseudoLabelSettings(kind="top_k"), iteration=0, iterations=1, previous=None)
+
+
+# ---------------------------------------------------------------- plain references, with ties
+
+
+def rounded_scores(case: int) -> torch.Tensor:
+    """Many scores of an image and of a class are equal."""
+    images, classes = [(1, 1), (7, 3), (40, 5), (61, 9)][case % 4]
+    return (some_scores(images, classes, case) * 8).round() / 8
+
+
+def plain_sets(scores: torch.Tensor, alpha: float, beta: float) -> list[list[bool]]:
+    enough, least = scores.amax(dim=1).quantile(alpha), scores.quantile(beta, dim=0)
+    sets = []
+    for row in scores:
+        mass, plausible = torch.zeros(()), [False] * len(row)
+        for c in sorted(range(len(row)), key=lambda c: (-row[c], c)):
+            plausible[c] = bool(mass <= enough and row[c] >= least[c])
+            mass += row[c]
+        sets.append(plausible)
+    return sets
+
+
+def plain_choice(scores: torch.Tensor, slots: list[int], allowed: torch.Tensor) -> list[int]:
+    """Gale and Shapley's algorithm: one proposal at a time."""
+    images, classes = range(scores.shape[0]), range(scores.shape[1])
+    lists = {
+        i: sorted((c for c in classes if allowed[i, c]), key=lambda c: (-scores[i, c], c))
+        for i in images
+    }
+    choice, waiting = [-1 for _ in images], [*images]
+    while waiting:
+        i = waiting.pop()
+        if not lists[i]:
+            continue
+        c = choice[i] = lists[i].pop(0)
+        held = sorted((j for j in images if choice[j] == c), key=lambda j: (-scores[j, c], j))
+        for j in held[slots[c] :]:
+            choice[j] = -1
+            waiting.append(j)
+    return choice
+
+
+@pytest.mark.parametrize("elements", [1, 20, 2**22])
+@pytest.mark.parametrize("case", range(8))
+def test_candidate_sets_equal_a_plain_reference_for_chunks_of_any_size(case, elements, monkeypatch):
+    monkeypatch.setattr(chunks, "ELEMENTS", elements)
+    scores = rounded_scores(case)
+    for alpha, beta in ((0.75, 0.9), (0.3, 0.5), (0.0, 1.0), (1.0, 0.0)):
+        found = candidate_sets(scores, alpha, beta)
+        assert found.tolist() == plain_sets(scores, alpha, beta)
+
+
+@pytest.mark.parametrize("elements", [1, 20, 2**22])
+@pytest.mark.parametrize("case", range(8))
+def test_deferred_acceptance_equals_a_plain_reference_for_chunks_of_any_size(
+    case, elements, monkeypatch
+):
+    monkeypatch.setattr(chunks, "ELEMENTS", elements)
+    scores, draws = rounded_scores(case), torch.Generator().manual_seed(case)
+    slots = torch.randint(0, 6, scores.shape[1:], generator=draws)
+    some = torch.rand(scores.shape, generator=draws) < 0.5
+    for allowed in (None, some):
+        expected = plain_choice(
+            scores, slots.tolist(), torch.ones_like(some) if allowed is None else allowed
+        )
+        assert balanced_choice(scores, slots, allowed).tolist() == expected
+
+
+@pytest.mark.parametrize("kind", ["top_k", "predicted", "threshold", "candidates"])
+def test_pseudo_labels_do_not_depend_on_the_size_of_chunks(kind, monkeypatch):
+    settings = PseudoLabelSettings(kind=kind, growth="growing", alpha=0.7, beta=0.5)
+    for iteration in (0, 2):
+        found = []
+        for elements in (2**22, 100):
+            monkeypatch.setattr(chunks, "ELEMENTS", elements)
+            found.append(
+                assign(some_scores(), settings, iteration=iteration, iterations=4, previous=None)
+            )
+        one, other = (vars(each).values() for each in found)
+        assert all(map(torch.equal, one, other))

@@ -1,0 +1,52 @@
+"""Large matrices in chunks of rows, so that a computation needs no second matrix of that size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+ELEMENTS = 2**22  # numbers of a chunk, 16 MiB in float32; a smaller matrix is one chunk
+ROWS = (
+    256  # chunks have a multiple of it, or fewer rows: a power of two. Other sizes change rounding
+)
+
+
+def chunks(count: int, width: int, elements: int | None = None) -> Iterator[slice]:
+    """Slices that cover `count` rows of `width` numbers each; one empty slice if there is no row.
+
+    Args:
+        elements: numbers of a chunk, ELEMENTS by default; a row is never divided.
+
+    >>> [*chunks(1000, 4, elements=2400)]
+    [slice(0, 512, None), slice(512, 1000, None)]
+    """
+    size = max(1, (elements or ELEMENTS) // max(1, width))
+    size = size // ROWS * ROWS or 2 ** (size.bit_length() - 1)
+    for start in range(0, max(1, count), size):
+        yield slice(start, min(count, start + size))
+
+
+def by_rows(
+    function: Callable[[slice], Tensor], like: Tensor, width: int, elements: int | None = None
+) -> Tensor:
+    """Compute a tensor whose first dimension is that of `like`, in chunks of rows.
+
+    Args:
+        function: gives the result of some rows.
+        width: numbers that it needs at a time for each row.
+        elements: see `chunks`.
+    """
+    if torch.compiler.is_compiling():  # torch.export: the number of rows is a symbol
+        return function(slice(None))
+    result = None
+    for rows in chunks(len(like), width, elements):
+        found = function(rows)
+        if len(found) == len(like):
+            return found
+        if result is None:
+            result = found.new_empty(len(like), *found.shape[1:])
+        result[rows] = found
+    assert result is not None
+    return result
