@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from orchestrator.formatting import format_bytes
+from air_core.methods import EMBEDDED
+from orchestrator.formatting import format_bytes, plural
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.resources import Machine, resource_shortage, this_machine
+from orchestrator.spec.sweep import gpu_lines
 from orchestrator.store import ArtifactStore
 
 
@@ -23,14 +25,67 @@ def unschedulable_reason(
         machines: the machines of the cluster; None: this machine. If RAY_ADDRESS is set and the
             machines are not given, the result is None, since the cluster is not known yet.
     """
-    if machines is None:
-        if os.environ.get("RAY_ADDRESS"):
-            return None
-        machines = [this_machine()]
+    if machines is None and (machines := _known_machines()) is None:
+        return None
     prepares = any(not requirement.is_complete(store) for requirement in plan.requirements)
     if not (plan.to_run or prepares):
         return None
     return resource_shortage(plan.sweep.resources, machines, prepares)
+
+
+def _known_machines() -> Sequence[Machine] | None:
+    """This machine, for a run without a cluster; None: RAY_ADDRESS names a cluster."""
+    return None if os.environ.get("RAY_ADDRESS") else [this_machine()]
+
+
+def unused_gpus_reason(
+    plan: Plan, store: ArtifactStore, machines: Sequence[Machine] | None = None
+) -> str | None:
+    """Explain that real models would run on CPUs although the machines have GPUs; None otherwise.
+
+    A process whose `gpu` the sweep file or an option sets, even to 0, needs no explanation.
+
+    Args:
+        machines: as for `unschedulable_reason`.
+    """
+    machines = _known_machines() if machines is None else machines
+    gpus = int(sum(machine.get("GPU", 0.0) for machine in machines or ()))
+    models = {
+        process: names
+        for process, names in _real_models(plan, store).items()
+        if not plan.sweep.sets_gpu(process)
+    }
+    if not gpus or not any(models.values()):
+        return None
+    unset = [process for process, names in models.items() if names]
+    names = dict.fromkeys(name for process in unset for name in models[process])
+    return (
+        f"the machines have {plural(gpus, 'GPU')}, but {' and '.join(names)} would run on CPUs, "
+        f"because the sweep does not set the GPUs of a {' and a '.join(unset)}; write "
+        f"`{gpu_lines(unset)}` into the sweep file, or `gpu: 0` there to compute on CPUs"
+    )
+
+
+def _real_models(plan: Plan, store: ArtifactStore) -> dict[str, list[str]]:
+    """The models, without embedded ones, that are left to run in each process."""
+    used: dict[str, list[str]] = {
+        "trial": [str(cell.flat["backbone"]) for cell in plan.cells if plan.left[cell.id]],
+        "generator": [],
+    }
+    for requirement in plan.requirements if plan.to_run else ():
+        spec = requirement.spec
+        if (requirement.rows or spec.process == "generator") and not requirement.is_complete(store):
+            for part in requirement.rows or (spec,):
+                refs = (getattr(part, role, None) for role in ("model", "backbone"))
+                used["generator"] += [ref.name for ref in refs if ref is not None]
+    return {
+        process: [
+            name
+            for name in dict.fromkeys(names)
+            if name not in EMBEDDED.values() and not name.startswith("folder:")
+        ]
+        for process, names in used.items()
+    }
 
 
 def bytes_left(plan: Plan, store: ArtifactStore) -> int:

@@ -19,7 +19,10 @@ Machine = Mapping[str, float]  # amounts of "CPU", "GPU" and custom resources, a
 
 def this_machine() -> Machine:
     """CPUs and GPUs of this machine as Ray will count them. Imports no torch."""
-    return {"CPU": float(os.cpu_count() or 1), "GPU": float(len(glob.glob("/dev/nvidia[0-9]*")))}
+    gpus, visible = len(glob.glob("/dev/nvidia[0-9]*")), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        gpus = min(gpus, len(visible.split(",")) if visible not in ("", "NoDevFiles") else 0)
+    return {"CPU": float(os.cpu_count() or 1), "GPU": float(gpus)}
 
 
 def ray_resources(want: ProcessResources) -> dict[str, float]:

@@ -20,6 +20,7 @@ from orchestrator.planning import (
     plan_of,
     results_text,
     unschedulable_reason,
+    unused_gpus_reason,
 )
 from orchestrator.planning.dataset_text import UnusedImages, unused_by_dataset
 from orchestrator.planning.estimate import Estimate
@@ -80,8 +81,11 @@ def plan_screen(
         size = f"  {artifact['bytes'] / 1e6:.1f} MB" if artifact["bytes"] else ""
         lines.append(f"  {artifact['state']:<8} {artifact['key']}{count}{size}")
     lines += ["", f"  {_time_left(plan, run_command(location, origin))}"]
-    problem = unschedulable_reason(plan, location.store)
-    lines += [f"  cannot start: {problem}"] if problem else []
+    for problem in (
+        unschedulable_reason(plan, location.store),
+        unused_gpus_reason(plan, location.store),
+    ):
+        lines += [f"  cannot start: {problem}"] if problem else []
     lines += [f"  note: {note}" for note in notes_of(plan.sweep)]
     varied = plan.sweep.seeds.vary
     rows = sum(requirement.stage == "images" for requirement in plan.requirements)

@@ -321,6 +321,20 @@ class Resources:
         return self.trial if process == "trial" else self.encoder_resources
 
 
+# GPUs of a process that runs a real model: in the file of `airsweep init` and in messages.
+USUAL_GPUS = {"trial": 0.25, "generator": 1}
+
+
+def gpu_lines(processes: Sequence[str] = tuple(USUAL_GPUS)) -> str:
+    """The lines of a sweep file that give GPUs to processes.
+
+    >>> gpu_lines()
+    'resources: {trial: {gpu: 0.25}, generator: {gpu: 1}}'
+    """
+    parts = (f"{process}: {{gpu: {USUAL_GPUS[process]:g}}}" for process in processes)
+    return f"resources: {{{', '.join(parts)}}}"
+
+
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Override:
     """Settings of the cells in which a condition holds."""
@@ -395,6 +409,11 @@ class SweepSpec:
     @property
     def space(self) -> tuple[Dimension, ...]:
         return self.search.space if self.search else ()
+
+    def sets_gpu(self, process: str) -> bool:
+        """Whether the file or an option sets the GPUs of a process, if only to 0."""
+        given = self.document.section(("resources", process))
+        return "gpu" in given or bool(getattr(self.resources, process).gpu)
 
     def error(self, key: str, value: Any, message: str) -> SpecError:
         """An error about a trial key that has this value in a cell, at its position in the file."""
