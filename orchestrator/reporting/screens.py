@@ -12,7 +12,7 @@ from typing import Any
 from air_core.methods import METHODS
 from air_core.specs.flat import to_flat
 from orchestrator.failures import CLASSES
-from orchestrator.formatting import format_duration, format_value, plural
+from orchestrator.formatting import format_bytes, format_duration, format_value, plural
 from orchestrator.planning import (
     Plan,
     changed_inputs,
@@ -81,6 +81,8 @@ def plan_screen(
         size = f"  {artifact['bytes'] / 1e6:.1f} MB" if artifact["bytes"] else ""
         lines.append(f"  {artifact['state']:<8} {artifact['key']}{count}{size}")
     lines += ["", f"  {_time_left(plan, run_command(location, origin))}"]
+    if plan.to_run and (memory := plan.sweep.resources.trial.memory):
+        lines.append(f"  each trial process reserves {format_bytes(memory)} of memory")
     for problem in (
         unschedulable_reason(plan, location.store),
         unused_gpus_reason(plan, location.store),

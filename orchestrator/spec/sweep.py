@@ -254,12 +254,38 @@ Custom = Annotated[dict[str, Annotated[Number, Field(ge=SMALLEST)]], AfterValida
 CUSTOM = "amounts of custom resources, named as in `ray start --resources`"
 
 
+def _size(value: Any) -> Any:
+    match = isinstance(value, str) and re.fullmatch(r"([0-9]{1,9})([MG])iB", value)
+    return int(match[1]) << (20 if match[2] == "M" else 30) if match else value
+
+
+Bytes = Annotated[
+    Whole,
+    Field(ge=0),
+    BeforeValidator(_size),
+    WithJsonSchema(
+        {
+            "title": "a size such as 500MiB or 12GiB, or a number of bytes",
+            "anyOf": [
+                {"type": "string", "pattern": r"^[0-9]{1,9}[MG]iB$"},
+                {"type": "integer", "minimum": 0},
+            ],
+        }
+    ),
+]
+
+
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class TrialResources:
     """Resources of one trial."""
 
     cpu: CPUS = setting(1.0, "CPU cores of one trial")
     gpu: GPUS = setting(0.0, "GPUs of one trial, or a share of one GPU")
+    memory: Bytes | None = setting(
+        None,
+        "memory of the machine for the seeds of a point; 0: none is reserved; null: computed from "
+        "pool and classes, none for small ones",
+    )
     custom: Custom = Field(default_factory=dict, description=CUSTOM)
     timeout: Seconds | None = setting(None, "time limit of one trial; null: none")
 
@@ -311,6 +337,7 @@ class Resources:
             self.trial,
             cpu=self.trial.cpu if cpu is None else cpu,
             gpu=self.trial.gpu if gpu is None else gpu,
+            memory=None,
         )
 
     def process_resources(self, stage: str) -> ProcessResources:
