@@ -119,7 +119,7 @@ def run_sweep(
     location = replace(location, recorded=False)  # read the inputs as they are now
     event_log, resolver = location.event_log(), resolver_of(location, sweep.folders)
     plan = _plan_and_repair(sweep, location, resolver, screen)
-    sweep = plan.sweep  # with the memory of its trials
+    sweep = plan.sweep  # with memory of its trials and defaults of its generators
     for line in changed_inputs(earlier_results(plan, location)):
         screen.message(line)
     skipped_failures = _failures_to_skip(plan, location, retry)

@@ -408,6 +408,7 @@ class SweepSpec:
     source: str = ""  # the path of the file, as given
     text: str = ""
     plugins: tuple[Plugin, ...] = ()
+    worlds: presets.Worlds = field(default_factory=lambda: presets.WORLDS, repr=False)
     relative_names: frozenset[str] = frozenset()  # of data and models; relative to the file
     document: Document = field(
         default_factory=partial(Document, source=""), repr=False, compare=False
@@ -548,7 +549,7 @@ _DEFAULTS = {name: key.default for name, key in trial_keys().items() if name != 
 def _flat(spec: SweepSpec, given: dict[str, Any]) -> dict[str, Any]:
     """Every setting of a cell, without the varied seeds, from the settings of the file."""
     method = given["method"]
-    flat = {**_DEFAULTS, **presets.defaults(method, given)}
+    flat = {**_DEFAULTS, **presets.defaults(method, given, spec.worlds)}
     left_out = {"method", *METHODS[method].pins}
     flat |= {key: value for key, value in given.items() if key not in left_out}
     if flat["paradigm"] == "trzsl" and "labelled_size" not in given:
