@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,12 @@ from PIL import Image
 
 from air_core.datasets import get_dataset
 from air_core.models.weights import generator_folder, tiny_folder
-from orchestrator.planning import plan_of, read_request, unused_gpus_reason
+from orchestrator.planning import (
+    plan_of,
+    read_request,
+    unschedulable_reason,
+    unused_gpus_reason,
+)
 from orchestrator.planning.requests import location_for
 from tests.helpers.gpus import fake_gpus
 from tests.helpers.sweeps import python, write_sweep
@@ -111,6 +117,50 @@ def test_a_first_sweep_file_on_a_machine_with_gpus_uses_them(machine, tmp_path):
     )
     assert f"\n{BOTH}\n" in python("-c", code, tmp_path, inside=machine).stdout
     assert f"\n# {BOTH}\n" in python("-c", code, tmp_path / "dev").stdout
+
+
+def test_a_model_that_does_not_fit_its_share_of_a_gpu_is_refused(machine, models, tmp_path):
+    """`nvidia-smi` is a script here."""
+    spec = write_sweep(tmp_path, "mine", SWEEP.format(**models) + BOTH.replace("1}", "0.25}"))
+    (tmp_path / "bin").mkdir()
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 80000\necho 32\n")  # MiB
+    smi.chmod(0o755)
+    path = f"{smi.parent}:{os.environ['PATH']}"
+
+    def command(name: str, *words: str) -> Any:
+        words = (name, str(spec), "--store", str(tmp_path / "runs"), *words)
+        return python("-m", "orchestrator", *words, check=False, inside=machine, PATH=path)
+
+    done = command("run")
+    assert done.returncode == 3, done.stderr
+    assert done.stderr == (
+        f"airsweep: {models['generator']} has 7.3 MiB of weights in bf16, but a generator with "
+        "0.25 GPU has 4.0 MiB of a GPU with 32.0 MiB: raise resources.generator.gpu, or use a "
+        "smaller model\n"
+    )
+    assert "cannot start: " in command("plan").stdout
+    findings = json.loads(command("doctor", "--json").stdout)["findings"]
+    (problem,) = (each for each in findings if each["check"] == "resources")
+    assert problem["remedy"] == "raise resources.generator.gpu, or use a smaller model"
+    assert command("plan", "--check", "--set", "resources.generator.gpu=1").returncode == 0
+
+
+def test_actors_on_cpus_do_not_load_more_models_than_fit_the_machine(models, tmp_path):
+    sets = ("resources.trial.gpu=0", "resources.generator.gpu=0")
+    body = SWEEP.format(**models)
+    request = read_request(write_sweep(tmp_path, "mine", body), sets)
+    location = location_for(request, tmp_path / "runs", None)
+    plan = plan_of(request.spec, location)
+    machines = [{"CPU": 32.0, "memory": 40.0 * 2**20}]
+    assert unschedulable_reason(plan, location.store, machines) == (
+        f"{models['generator']} has 7.3 MiB of weights in bf16, but a generator without a GPU has "
+        "1.2 MiB of a machine with 40.0 MiB: set resources.generator.actors to 5, or use a "
+        "smaller model"
+    )
+    few = read_request(tmp_path / "mine.yaml", (*sets, "resources.generator.actors=5"))
+    plan = plan_of(few.spec, location)
+    assert unschedulable_reason(plan, location.store, machines) is None
 
 
 @pytest.mark.ray

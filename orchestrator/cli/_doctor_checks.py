@@ -284,7 +284,7 @@ def _check_resources(
     """Check that every trial and generator fits a machine, and that GPUs are used."""
     if plan is None or location is None:
         report.add_skip("resources", "needs a sweep")
-    elif (reason := unschedulable_reason(plan, location.store, machines)) is None:
+    elif (reason := _shortage(plan, location, machines)) is None:
         report.add_pass("resources", "every trial and generator fits a machine")
     else:
         problem, _, remedy = reason.rpartition(": ")
@@ -294,6 +294,12 @@ def _check_resources(
     if plan and location and (unused := unused_gpus_reason(plan, location.store, machines)):
         problem, _, remedy = unused.partition("; ")
         report.add_failure("gpu", problem, remedy)
+
+
+def _shortage(plan: Plan, location: SweepLocation, machines: Sequence[Machine]) -> str | None:
+    """Why the work does not fit the machines. Of this machine also the GPUs' memory is compared."""
+    is_local = machines == [this_machine()] and not os.environ.get("RAY_ADDRESS")
+    return unschedulable_reason(plan, location.store, None if is_local else machines)
 
 
 def _check_as_node(

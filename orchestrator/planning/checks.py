@@ -5,13 +5,23 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
 
 from air_core.methods import EMBEDDED
+from air_core.models.weights import generator_folder, parameter_count
+from air_core.specs import GeneratedImages
 from orchestrator.formatting import format_bytes, plural
 from orchestrator.planning.plan import Plan
-from orchestrator.planning.resources import Machine, resource_shortage, this_machine
+from orchestrator.planning.resources import (
+    Machine,
+    gpu_memory,
+    gpu_share,
+    host_share,
+    resource_shortage,
+    this_machine,
+)
 from orchestrator.spec.sweep import gpu_lines
 from orchestrator.store import ArtifactStore
 
@@ -25,12 +35,80 @@ def unschedulable_reason(
         machines: the machines of the cluster; None: this machine. If RAY_ADDRESS is set and the
             machines are not given, the result is None, since the cluster is not known yet.
     """
+    is_local = machines is None
     if machines is None and (machines := _known_machines()) is None:
         return None
     prepares = any(not requirement.is_complete(store) for requirement in plan.requirements)
     if not (plan.to_run or prepares):
         return None
-    return resource_shortage(plan.sweep.resources, machines, prepares)
+    return resource_shortage(plan.sweep.resources, machines, prepares) or _too_large_model(
+        plan, store, machines, is_local
+    )
+
+
+def _too_large_model(
+    plan: Plan, store: ArtifactStore, machines: Sequence[Machine], is_local: bool
+) -> str | None:
+    """Explain that the weights of a generator do not fit the memory of an actor; None: they do.
+
+    Args:
+        is_local: the only machine is this one, so that the memory of its GPUs is known.
+    """
+    want = plan.sweep.resources.generator
+    found = largest_model(plan, store)
+    if found is None:
+        return None
+    weights, size = found
+    if want.gpu:
+        total = gpu_memory() if is_local else None
+        return too_small_gpu(weights, want.gpu, size, total) if total else None
+    room = host_share(want, machines, want.actors)
+    if room is None or size <= room:
+        return None
+    memory = min(machine["memory"] for machine in machines if "memory" in machine)
+    count = int(memory // size)
+    remedy = f"set resources.generator.actors to {count}" if count else "use a larger machine"
+    return (
+        f"{weights}, but a generator without a GPU has {format_bytes(room)} of a machine with "
+        f"{format_bytes(memory)}: {remedy}, or use a smaller model"
+    )
+
+
+def too_small_gpu(weights: str, gpu: float, size: int, total: int) -> str | None:
+    """Explain that weights of `size` bytes do not fit a share of a GPU; None: they do.
+
+    Args:
+        weights: what the model has, as the start of the message.
+        total: bytes of memory of the GPU.
+    """
+    room = gpu_share(gpu, total)
+    if size <= room:
+        return None
+    remedy = "raise resources.generator.gpu" if size <= total else "use a larger GPU"
+    return (
+        f"{weights}, but a generator with {gpu:g} GPU has {format_bytes(room)} of a GPU with "
+        f"{format_bytes(total)}: {remedy}, or use a smaller model"
+    )
+
+
+BYTES = {"fp32": 4, "bf16": 2}  # of a parameter
+
+
+def largest_model(plan: Plan, store: ArtifactStore) -> tuple[str, int] | None:
+    """The generator with the most bytes of weights that is left to run, as the start of a message,
+    and its bytes; None: none is left. It is loaded in the precision of generation."""
+    found = []
+    for requirement in plan.requirements if plan.to_run else ():
+        for part in requirement.rows:
+            if isinstance(part, GeneratedImages) and not requirement.is_complete(store):
+                with suppress(ValueError):  # of a plugin
+                    count = parameter_count(generator_folder(part.model.name))
+                    precision = part.settings.precision
+                    found.append((BYTES[precision] * count, precision, part.model.name))
+    if not found:
+        return None
+    size, precision, name = max(found)
+    return f"{name} has {format_bytes(size)} of weights in {precision}", size
 
 
 def _known_machines() -> Sequence[Machine] | None:

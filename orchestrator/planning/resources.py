@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import glob
 import os
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 
 from air_core.specs import TrialSpec
 from air_core.specs.conditions import has_context
@@ -30,6 +32,17 @@ def this_machine() -> Machine:
         gpus = min(gpus, len(visible.split(",")) if visible not in ("", "NoDevFiles") else 0)
     memory = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return {"CPU": float(os.cpu_count() or 1), "GPU": float(gpus), "memory": memory}
+
+
+@cache
+def gpu_memory() -> int | None:
+    """Bytes of the smallest GPU of this machine, as `nvidia-smi` reports; None: unknown."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+        return min(int(line) << 20 for line in done.stdout.splitlines())
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
 
 
 def ray_resources(want: ProcessResources) -> dict[str, float]:
@@ -150,6 +163,27 @@ def memory_fraction(gpu: float, total: float) -> float | None:
     if not 0 < gpu < 1:
         return None
     return max(gpu / 2, gpu - CONTEXT / total)
+
+
+def gpu_share(gpu: float, total: float) -> float:
+    """Bytes that a process with this amount of GPUs, above 0, may allocate; it uses one of them."""
+    return total * (memory_fraction(gpu, total) or 1.0)
+
+
+def host_share(
+    want: ProcessResources, machines: Sequence[Machine], most: int | None = None
+) -> float | None:
+    """Bytes of memory for each process, on the machine where it has least; None: unknown.
+
+    Args:
+        most: number of processes; None: as many as fit.
+    """
+    shares = [
+        machine["memory"] / min(count, most or count)
+        for machine in machines
+        if "memory" in machine and (count := _capacity_of(machine, want))
+    ]
+    return min(shares, default=None)
 
 
 # Class texts in one pass. Each keeps 1 to 2 MB for the gradient with ViT-B/32, and beyond these
