@@ -905,9 +905,11 @@ def init(
     Raises:
         ValueError: the file exists, or `images` is not a dataset.
     """
+    from orchestrator.planning.resources import this_machine
     from orchestrator.spec.starter import write_starter
 
-    return write_starter(name, images, Path(folder), classes).file
+    gpus = this_machine()["GPU"] > 0
+    return write_starter(name, images, Path(folder), classes, gpus).file
 
 
 def _store(store: str | Path | None) -> str | Path:

@@ -30,6 +30,7 @@ from air_core.arithmetic import sums_in_one_order
 from air_core.specs import Ref, TrialSpec
 from orchestrator.environment import environment
 from orchestrator.planning import Resolver
+from orchestrator.planning.resources import this_machine
 from orchestrator.spec import presets
 from orchestrator.store import ArtifactStore, open_store
 from tests.helpers.sweeps import in_this_process
@@ -96,6 +97,14 @@ def seeds() -> None:
         sys.modules["numpy"].random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_gpus(request, monkeypatch) -> None:
+    """Hide the GPUs of this machine from the sweeps of tests that are not marked for them."""
+    marked = any(map(request.node.get_closest_marker, ("gpu", "weights")))
+    if this_machine()["GPU"] and not marked:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
 @pytest.fixture(scope="session")

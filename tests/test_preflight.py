@@ -179,7 +179,10 @@ def test_a_machine_with_another_airsweep_is_refused(cluster, spec, tmp_path):
     )
 
 
-def test_a_gpu_that_ray_counts_but_torch_does_not_see_is_refused(cluster, spec, tmp_path):
+def test_a_gpu_that_ray_counts_but_torch_does_not_see_is_refused(
+    cluster, spec, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")

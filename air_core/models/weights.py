@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import gzip
 import json
+import math
 import os
 import sys
 import zlib
@@ -489,18 +490,37 @@ def _check_part(folder: Path, part: str, library: str, kind: str) -> None:
     check_part_configs(part_folder)
     if kind.endswith(TOKENIZERS):
         _check_tokenizer(part_folder)
-    if not kind.endswith(WEIGHTLESS):
-        stem = "model" if library == "transformers" else "diffusion_pytorch_model"
-        for file in _part_weights(part_folder, stem):
-            check_whole(file)
+    for file in _part_weights(part_folder, library, kind):
+        check_whole(file)
 
 
-def _part_weights(part: Path, stem: str) -> list[Path]:
-    """The files with the weights of a part.
+def parameter_count(folder: Path) -> int:
+    """Number of parameters of a diffusers folder, from the headers of the files that a pipeline
+    reads.
+
+    Raises:
+        ValueError: a part has no weights in safetensors format.
+    """
+    from safetensors import safe_open
+
+    count = 0
+    for part, (library, kind) in generator_parts(folder).items():
+        for file in _part_weights(folder / part, library, kind):
+            with safe_open(file, framework="np") as tensors:
+                shapes = (tensors.get_slice(name).get_shape() for name in tensors.keys())  # noqa: SIM118
+                count += sum(map(math.prod, shapes))
+    return count
+
+
+def _part_weights(part: Path, library: str, kind: str) -> list[Path]:
+    """The files with the weights of a part; none of a tokenizer or a scheduler.
 
     Raises:
         ValueError: the part has no weights in safetensors format.
     """
+    if kind.endswith(WEIGHTLESS):
+        return []
+    stem = "model" if library == "transformers" else "diffusion_pytorch_model"
     if (single := part / f"{stem}.safetensors").is_file():
         return [single]
     if (index := part / f"{stem}.safetensors.index.json").is_file():

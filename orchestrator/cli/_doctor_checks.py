@@ -41,11 +41,18 @@ from orchestrator.errors import Refused, StoreRefused, TrackerUnreachable
 from orchestrator.files import ROOT
 from orchestrator.formatting import aligned, format_bytes, plural
 from orchestrator.git import commit
-from orchestrator.planning import Machine, Plan, SweepRequest, plan_of, unschedulable_reason
+from orchestrator.planning import (
+    Machine,
+    Plan,
+    SweepRequest,
+    plan_of,
+    unschedulable_reason,
+    unused_gpus_reason,
+)
 from orchestrator.planning.requests import location_for, relative_store_error
 from orchestrator.planning.resources import this_machine
 from orchestrator.redact import without_credentials
-from orchestrator.spec.sweep import option_words
+from orchestrator.spec.sweep import gpu_lines, option_words
 from orchestrator.store import SweepLocation, is_bucket, open_store, store_folder
 from orchestrator.tracking import make_tracker
 from orchestrator.tracking_uri import effective_uri, uri_kind
@@ -274,16 +281,25 @@ def _check_resources(
     location: SweepLocation | None,
     machines: Sequence[Machine],
 ) -> None:
-    """Check that every trial and generator fits a machine."""
+    """Check that every trial and generator fits a machine, and that GPUs are used."""
     if plan is None or location is None:
         report.add_skip("resources", "needs a sweep")
-    elif (reason := unschedulable_reason(plan, location.store, machines)) is None:
+    elif (reason := _shortage(plan, location, machines)) is None:
         report.add_pass("resources", "every trial and generator fits a machine")
     else:
         problem, _, remedy = reason.rpartition(": ")
         if os.environ.get("RAY_ADDRESS"):
             remedy += ", or let an autoscaling cluster start such a machine first"
         report.add_failure("resources", problem, remedy)
+    if plan and location and (unused := unused_gpus_reason(plan, location.store, machines)):
+        problem, _, remedy = unused.partition("; ")
+        report.add_failure("gpu", problem, remedy)
+
+
+def _shortage(plan: Plan, location: SweepLocation, machines: Sequence[Machine]) -> str | None:
+    """Why the work does not fit the machines. Of this machine also the GPUs' memory is compared."""
+    is_local = machines == [this_machine()] and not os.environ.get("RAY_ADDRESS")
+    return unschedulable_reason(plan, location.store, None if is_local else machines)
 
 
 def _check_as_node(
@@ -298,6 +314,8 @@ def _check_as_node(
         report.add_pass("store", f"{location.store.name} is writable")
         report.add_pass("room", "unknown" if free is None else f"{format_bytes(free)} free")
         unused = "" if needs.gpus else ", none needed"
+        if gpus and not needs.inputs:  # of no sweep
+            unused = f"; sweeps with real models need `{gpu_lines()}`"
         report.add_pass("gpu", f"{gpus:g} GPU{unused}")
 
 

@@ -75,9 +75,10 @@ def init(
 
     airsweep init mine
     """
+    from orchestrator.planning.resources import this_machine
     from orchestrator.spec.starter import write_starter
 
-    starter = write_starter(name, images, Path(), classes)
+    starter = write_starter(name, images, Path(), classes, this_machine()["GPU"] > 0)
     show(starter.summary)
     show(f"wrote {starter.file}; next: airsweep plan {starter.file}")
 

@@ -27,7 +27,7 @@ from orchestrator.errors import Refused
 from orchestrator.failures import first_line
 from orchestrator.formatting import format_bytes, plural
 from orchestrator.planning import Plan
-from orchestrator.planning.checks import bytes_left
+from orchestrator.planning.checks import bytes_left, largest_model, too_small_gpu
 from orchestrator.store import ArtifactStore, SweepLocation
 
 CHECKS = ("answers", "versions", "code", "store", "room", "files", "gpu")
@@ -39,14 +39,18 @@ RETRY_DELAY = 1.0  # seconds
 def node_requirements(plan: Plan, location: SweepLocation) -> NodeRequirements:
     """What the missing work of a plan requires of each node."""
     inputs = (item for requirement in plan.requirements for item in _inputs(requirement.spec))
-    resources = plan.sweep.resources
-    gpus = bool(resources.trial.gpu or resources.generator.gpu)
+    trial, generator = plan.sweep.resources.trial, plan.sweep.resources.generator
+    model = None
+    # With custom resources, the user selects the machines of the generators.
+    if generator.gpu and not generator.custom and (found := largest_model(plan, location.store)):
+        model = (found[0], generator.gpu, found[1])
     return NodeRequirements(
-        tuple(dict.fromkeys(inputs)),
-        location.data_root,
-        gpus,
-        bytes_left(plan, location.store),
-        plan.sweep.plugins,
+        inputs=tuple(dict.fromkeys(inputs)),
+        data_root=location.data_root,
+        gpus=bool(trial.gpu or generator.gpu),
+        model=model,
+        bytes_left=bytes_left(plan, location.store),
+        plugins=plan.sweep.plugins,
     )
 
 
@@ -117,7 +121,7 @@ def compare_facts(
             *_store_problems(facts["store"], store),
             *_space_problems(facts["store"], needs.bytes_left),
             *_input_problems(facts["files"], driver["files"], needs.inputs),
-            *_gpu_problems(facts["gpu"]),
+            *_gpu_problems(facts["gpu"], facts.get("gpu_memory"), needs),
         )
     ]
 
@@ -196,8 +200,12 @@ def _input_problems(
         yield "files", f"{role} {name} {problem}", remedy, True
 
 
-def _gpu_problems(problem: str | None) -> Problems:
-    if problem:
+def _gpu_problems(problem: str | None, memory: int | None, needs: NodeRequirements) -> Problems:
+    too_small = too_small_gpu(*needs.model, memory) if needs.model and memory else None
+    if too_small:
+        problem, _, remedy = too_small.partition(": ")
+        yield "gpu", problem, remedy, True
+    elif problem:
         remedy = "fix what `nvidia-smi` or torch reports there, or start its Ray with --num-gpus=0"
         yield "gpu", f"Ray counts a GPU, but {problem}", remedy, True
 

@@ -48,6 +48,8 @@ class NodeRequirements:
     inputs: tuple[Input, ...] = ()
     data_root: Path | None = None
     gpus: bool = False
+    # The largest model that generators run on GPUs: its weights in words, GPUs of an actor, bytes.
+    model: tuple[str, float, int] | None = None
     bytes_left: int = 0  # expected size of the missing artifacts
     plugins: tuple[Plugin, ...] = ()  # which may define the inputs
 
@@ -68,6 +70,7 @@ def node_facts(store: str, token: str, node: str, needs: NodeRequirements, use_g
         "store": _answer(store, token, node),
         "files": [_input_facts(role, name, needs) for role, name in needs.inputs],
         "gpu": _gpu_problem() if use_gpu else None,
+        "gpu_memory": _gpu_memory() if use_gpu else None,
     }
 
 
@@ -200,6 +203,16 @@ def _gpu_problem() -> str:
     except Exception as problem:
         return f"{type(problem).__name__}: {problem}".partition("\n")[0]
     return ""
+
+
+def _gpu_memory() -> int | None:
+    """Bytes of the smallest GPU; None: unknown."""
+    try:
+        from orchestrator.planning.resources import gpu_memory
+
+        return gpu_memory()
+    except Exception:  # the airsweep of this node may differ from the driver's
+        return None
 
 
 # ---------------------------------------------------------------- the driver's token

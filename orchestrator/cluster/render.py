@@ -267,7 +267,12 @@ def _worker_groups(
         if custom:  # encoded twice, because KubeRay passes the value through a shell
             group["rayStartParams"]["resources"] = json.dumps(json.dumps(custom, sort_keys=True))
     machines = [
-        {"CPU": float(limits["cpu"]), "GPU": float(limits.get(GPU, 0)), **custom}
+        {
+            "CPU": float(limits["cpu"]),
+            "GPU": float(limits.get(GPU, 0)),
+            "memory": math.inf,
+            **custom,
+        }
         for limits in (_limits(group) for group in groups)
     ]
     if not machines:

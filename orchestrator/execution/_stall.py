@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from orchestrator.planning import ray_resources
+from orchestrator.planning.resources import format_amount
 from orchestrator.spec import Resources
 
 # Seconds without progress before the first message. Each later message comes after twice as long.
@@ -62,7 +63,8 @@ def shortage(resources: Resources, free: Mapping[str, tuple[float, float]]) -> s
             left, total = free.get(kind, (0.0, 0.0))
             if left < amount:
                 return (
-                    f"a {name} needs {amount:g} {kind}, but {left:g} of {total:g} are free; "
+                    f"a {name} needs {format_amount(kind, amount)} {kind}, but "
+                    f"{format_amount(kind, left)} of {format_amount(kind, total)} are free; "
                     "`ray status` shows what is in use"
                 )
     return ""

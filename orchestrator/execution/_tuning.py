@@ -24,6 +24,7 @@ from orchestrator.errors import OutOfTime
 from orchestrator.execution._progress import ProgressReporter, report_working
 from orchestrator.execution._scheduler import Job, TrialScheduler
 from orchestrator.failures import Failure, classify, classify_death
+from orchestrator.planning import ray_resources
 from orchestrator.spec import Resources
 from orchestrator.stages.context import WorkerContext, limit_gpu_memory
 from orchestrator.stages.side_by_side import run_trials
@@ -222,7 +223,7 @@ def run_points(
             limit=resources.trial.timeout,
             gpu=resources.trial.gpu,
         ),
-        {"cpu": resources.trial.cpu, "gpu": resources.trial.gpu, **resources.trial.custom},
+        ray_resources(resources.trial),
     )
     # Nothing reads Tune's own files: see `_tune_folder`.
     with TemporaryDirectory(prefix="airsweep-tune-", ignore_cleanup_errors=True) as folder:

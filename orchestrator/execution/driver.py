@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from air_core.seal import sealed_json
 from orchestrator.environment import joins_existing_cluster
 from orchestrator.errors import (
+    BAD_INPUT,
     BUDGET,
     DONE,
     FAILED,
@@ -52,6 +53,7 @@ from orchestrator.planning import (
     requirements_of,
     resolver_of,
     unschedulable_reason,
+    unused_gpus_reason,
 )
 from orchestrator.planning.budget import BudgetTracker
 from orchestrator.planning.checks import full_disk_message
@@ -62,7 +64,7 @@ from orchestrator.planning.resolve import text_digest
 from orchestrator.plugins import described_plugin, plugin_file
 from orchestrator.reporting import plan_status, sweep_status
 from orchestrator.spec import Cell, SweepSpec, notes_of
-from orchestrator.spec.marked_yaml import allowed_choices
+from orchestrator.spec.marked_yaml import SpecError, allowed_choices
 from orchestrator.spec.sweep import JOURNAL, Budget
 from orchestrator.store import (
     EventLog,
@@ -77,6 +79,7 @@ from orchestrator.store.verification import read_cache
 
 if TYPE_CHECKING:
     from orchestrator.execution._allocation import Allocation
+    from orchestrator.planning import Machine
     from orchestrator.planning.search import CellSearch
 
 # During a run; before it they refuse the run.
@@ -106,7 +109,8 @@ def run_sweep(
         The exit code, which `outcome.json` has too.
 
     Raises:
-        ValueError: before anything has started: this user may not write to the store.
+        ValueError: before anything has started: this user may not write to the store, or the sweep
+            does not say whether to use the GPUs.
         Refused, SweepBusy, StoreRefused, BucketUnreachable, StudiesUnreachable: before anything has
             started.
         StoreLost: one of the same reasons, during the run.
@@ -115,6 +119,7 @@ def run_sweep(
     location = replace(location, recorded=False)  # read the inputs as they are now
     event_log, resolver = location.event_log(), resolver_of(location, sweep.folders)
     plan = _plan_and_repair(sweep, location, resolver, screen)
+    sweep = plan.sweep  # with memory of its trials and defaults of its generators
     for line in changed_inputs(earlier_results(plan, location)):
         screen.message(line)
     skipped_failures = _failures_to_skip(plan, location, retry)
@@ -199,7 +204,8 @@ def check_start(
     """Check that `run_sweep` would start now, for `airsweep plan --check`.
 
     Raises:
-        ValueError: this user may not write to the store.
+        ValueError: this user may not write to the store, or the sweep does not say whether to use
+            the GPUs.
         Refused, SweepBusy, StudiesUnreachable, TrackerUnreachable: it would not.
     """
     event_log = location.event_log()
@@ -216,11 +222,25 @@ def check_start(
 def _refuse_unschedulable(plan: Plan, location: SweepLocation) -> None:
     """
     Raises:
+        SpecError: real models would run on CPUs beside GPUs.
         Refused: no machine can ever run a process of the sweep.
     """
+    _refuse_unused_gpus(plan, location)
     problem = unschedulable_reason(plan, location.store)
     if problem:
         raise Refused(problem)
+
+
+def _refuse_unused_gpus(
+    plan: Plan, location: SweepLocation, machines: Sequence[Machine] | None = None
+) -> None:
+    """
+    Raises:
+        SpecError: real models would run on CPUs beside GPUs.
+    """
+    problem = unused_gpus_reason(plan, location.store, machines)
+    if problem:
+        raise plan.sweep.document.key_error(("resources",), problem)
 
 
 def _export_provenance(location: SweepLocation, diff: bytes) -> None:
@@ -496,6 +516,7 @@ def _start_ray(state: RunState, plan: Plan, session: ExitStack) -> None:
     """Start Ray or join a cluster, and check that its machines can do the work.
 
     Raises:
+        SpecError: they have GPUs that the sweep does not mention.
         Refused: they cannot.
     """
     from orchestrator.cluster import ray_session, refuse_unfit_nodes
@@ -525,6 +546,7 @@ def _start_ray(state: RunState, plan: Plan, session: ExitStack) -> None:
     )
     state.allocation = Allocation(state.sweep.resources, machines)
     _wait_for_machines(state, state.allocation, plan)
+    _refuse_unused_gpus(plan, state.location, state.allocation.machines())
     if state.joined_cluster:
         refuse_unfit_nodes(plan, state.location, state.screen.message)
 
@@ -568,8 +590,8 @@ def _recorded_end(state: RunState, plan: Plan) -> Iterator[None]:
     try:
         with _explain_full_disk(plan, state.location):
             yield
-    except Refused:
-        state.exit_code = REFUSED
+    except (Refused, SpecError) as problem:
+        state.exit_code = REFUSED if isinstance(problem, Refused) else BAD_INPUT
         raise
     except LOST as lost:
         raise StoreLost(f"{lost}; {RESUME_HINT}") from lost
@@ -660,6 +682,7 @@ UNRECORDED = ("started", "work")  # fields of RunStatistics that outcome.json do
 STATES = {
     DONE: "done",
     FAILED: "failed",
+    BAD_INPUT: "refused",
     REFUSED: "refused",
     BUDGET: "budget",
     INTERRUPTED: "interrupted",

@@ -3,7 +3,7 @@
 Also searches (one Optuna study per cell), budgets, and estimates of time and disk space.
 """
 
-from orchestrator.planning.checks import unschedulable_reason
+from orchestrator.planning.checks import unschedulable_reason, unused_gpus_reason
 from orchestrator.planning.outcome import Outcome, OutcomeTracker
 from orchestrator.planning.plan import (
     Plan,
@@ -43,4 +43,5 @@ __all__ = [
     "resolver_of",
     "results_text",
     "unschedulable_reason",
+    "unused_gpus_reason",
 ]

@@ -5,12 +5,24 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
 
-from orchestrator.formatting import format_bytes
+from air_core.methods import EMBEDDED
+from air_core.models.weights import generator_folder, parameter_count
+from air_core.specs import GeneratedImages
+from orchestrator.formatting import format_bytes, plural
 from orchestrator.planning.plan import Plan
-from orchestrator.planning.resources import Machine, resource_shortage, this_machine
+from orchestrator.planning.resources import (
+    Machine,
+    gpu_memory,
+    gpu_share,
+    host_share,
+    resource_shortage,
+    this_machine,
+)
+from orchestrator.spec.sweep import gpu_lines
 from orchestrator.store import ArtifactStore
 
 
@@ -23,14 +35,135 @@ def unschedulable_reason(
         machines: the machines of the cluster; None: this machine. If RAY_ADDRESS is set and the
             machines are not given, the result is None, since the cluster is not known yet.
     """
-    if machines is None:
-        if os.environ.get("RAY_ADDRESS"):
-            return None
-        machines = [this_machine()]
+    is_local = machines is None
+    if machines is None and (machines := _known_machines()) is None:
+        return None
     prepares = any(not requirement.is_complete(store) for requirement in plan.requirements)
     if not (plan.to_run or prepares):
         return None
-    return resource_shortage(plan.sweep.resources, machines, prepares)
+    return resource_shortage(plan.sweep.resources, machines, prepares) or _too_large_model(
+        plan, store, machines, is_local
+    )
+
+
+def _too_large_model(
+    plan: Plan, store: ArtifactStore, machines: Sequence[Machine], is_local: bool
+) -> str | None:
+    """Explain that the weights of a generator do not fit the memory of an actor; None: they do.
+
+    Args:
+        is_local: the only machine is this one, so that the memory of its GPUs is known.
+    """
+    want = plan.sweep.resources.generator
+    found = largest_model(plan, store)
+    if found is None:
+        return None
+    weights, size = found
+    if want.gpu:
+        total = gpu_memory() if is_local else None
+        return too_small_gpu(weights, want.gpu, size, total) if total else None
+    room = host_share(want, machines, want.actors)
+    if room is None or size <= room:
+        return None
+    memory = min(machine["memory"] for machine in machines if "memory" in machine)
+    count = int(memory // size)
+    remedy = f"set resources.generator.actors to {count}" if count else "use a larger machine"
+    return (
+        f"{weights}, but a generator without a GPU has {format_bytes(room)} of a machine with "
+        f"{format_bytes(memory)}: {remedy}, or use a smaller model"
+    )
+
+
+def too_small_gpu(weights: str, gpu: float, size: int, total: int) -> str | None:
+    """Explain that weights of `size` bytes do not fit a share of a GPU; None: they do.
+
+    Args:
+        weights: what the model has, as the start of the message.
+        total: bytes of memory of the GPU.
+    """
+    room = gpu_share(gpu, total)
+    if size <= room:
+        return None
+    remedy = "raise resources.generator.gpu" if size <= total else "use a larger GPU"
+    return (
+        f"{weights}, but a generator with {gpu:g} GPU has {format_bytes(room)} of a GPU with "
+        f"{format_bytes(total)}: {remedy}, or use a smaller model"
+    )
+
+
+BYTES = {"fp32": 4, "bf16": 2}  # of a parameter
+
+
+def largest_model(plan: Plan, store: ArtifactStore) -> tuple[str, int] | None:
+    """The generator with the most bytes of weights that is left to run, as the start of a message,
+    and its bytes; None: none is left. It is loaded in the precision of generation."""
+    found = []
+    for requirement in plan.requirements if plan.to_run else ():
+        for part in requirement.rows:
+            if isinstance(part, GeneratedImages) and not requirement.is_complete(store):
+                with suppress(ValueError):  # of a plugin
+                    count = parameter_count(generator_folder(part.model.name))
+                    precision = part.settings.precision
+                    found.append((BYTES[precision] * count, precision, part.model.name))
+    if not found:
+        return None
+    size, precision, name = max(found)
+    return f"{name} has {format_bytes(size)} of weights in {precision}", size
+
+
+def _known_machines() -> Sequence[Machine] | None:
+    """This machine, for a run without a cluster; None: RAY_ADDRESS names a cluster."""
+    return None if os.environ.get("RAY_ADDRESS") else [this_machine()]
+
+
+def unused_gpus_reason(
+    plan: Plan, store: ArtifactStore, machines: Sequence[Machine] | None = None
+) -> str | None:
+    """Explain that real models would run on CPUs although the machines have GPUs; None otherwise.
+
+    A process whose `gpu` the sweep file or an option sets, even to 0, needs no explanation.
+
+    Args:
+        machines: as for `unschedulable_reason`.
+    """
+    machines = _known_machines() if machines is None else machines
+    gpus = int(sum(machine.get("GPU", 0.0) for machine in machines or ()))
+    models = {
+        process: names
+        for process, names in _real_models(plan, store).items()
+        if not plan.sweep.sets_gpu(process)
+    }
+    if not gpus or not any(models.values()):
+        return None
+    unset = [process for process, names in models.items() if names]
+    names = dict.fromkeys(name for process in unset for name in models[process])
+    return (
+        f"the machines have {plural(gpus, 'GPU')}, but {' and '.join(names)} would run on CPUs, "
+        f"because the sweep does not set the GPUs of a {' and a '.join(unset)}; write "
+        f"`{gpu_lines(unset)}` into the sweep file, or `gpu: 0` there to compute on CPUs"
+    )
+
+
+def _real_models(plan: Plan, store: ArtifactStore) -> dict[str, list[str]]:
+    """The models, without embedded ones, that are left to run in each process."""
+    used: dict[str, list[str]] = {
+        "trial": [str(cell.flat["backbone"]) for cell in plan.cells if plan.left[cell.id]],
+        "generator": [],
+    }
+    for requirement in plan.requirements if plan.to_run else ():
+        spec = requirement.spec
+        if (requirement.rows or spec.process == "generator") and not requirement.is_complete(store):
+            for part in requirement.rows or (spec,):
+                refs = (getattr(part, role, None) for role in ("model", "backbone"))
+                used["generator"] += [ref.name for ref in refs if ref is not None]
+    return {
+        process: [
+            name
+            for name in dict.fromkeys(names)
+            if name not in EMBEDDED.values() and not name.startswith("folder:")
+        ]
+        for process, names in used.items()
+    }
 
 
 def bytes_left(plan: Plan, store: ArtifactStore) -> int:

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from air_core.components import is_component
+from air_core.methods import EMBEDDED
 from air_core.paradigms import seen_unseen
 from air_core.specs import STAGES, RowSpec, StageSpec, SyntheticFeaturesSpec, TrialSpec
 from air_core.specs.conditions import labels_use_evidence, uses_evidence
@@ -20,7 +21,8 @@ from air_core.specs.flat import trial_keys
 from air_core.specs.normal import normalised, used_components
 from orchestrator.keys import ArtifactKey, artifact_key
 from orchestrator.planning.estimate import Estimate, Work, estimate, stage_work, trial_work
-from orchestrator.planning.resolve import InvalidSetting, Resolver
+from orchestrator.planning.resolve import InvalidSetting, Resolver, with_generator_defaults
+from orchestrator.planning.resources import trial_memory
 from orchestrator.planning.studies import (
     Edit,
     PrunedPoint,
@@ -235,6 +237,7 @@ def plan_sweep(
 def _plan_sweep(
     sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, event_log: EventLog
 ) -> Plan:
+    sweep = with_generator_defaults(sweep, resolver)
     cells, assignments = cells_of(sweep), sweep.seeds.assignments()
     state = read_searches(event_log)
     starts = _study_starts(sweep, cells, state, resolver, store)
@@ -300,8 +303,10 @@ def _plan_sweep(
     )
     # The file of a sweep does not list the trials that are repeated in fp32.
     repeated = [slot.spec for slot in slots if slot.id in moved]
-    trials = possible_trials(cells, assignments, resolver)
+    trials = [*possible_trials(cells, assignments, resolver)]
     requirements = tuple(requirements_of(itertools.chain(trials, repeated)))
+    if any(left.values()):
+        sweep = _with_trial_memory(sweep, trials, resolver)
     work = tuple(_remaining_work(requirements, left, cells, slots, assignments, resolver, store))
     resolver.save()
     return Plan(
@@ -361,6 +366,26 @@ def _remaining_work(
             spec = first_trials.get(cell.id) or resolver.trial(default)
             pool = None if spec.train.steps else resolver.pool_size(spec)
             yield trial_work(spec, left[cell.id], len(assignments), pool)
+
+
+def _with_trial_memory(
+    sweep: SweepSpec, trials: Sequence[TrialSpec], resolver: Resolver
+) -> SweepSpec:
+    """The sweep with the memory of its largest trial, unless its file sets the memory of trials."""
+    resources, seeds = sweep.resources, len(sweep.seeds.values)
+    if resources.trial.memory is not None:
+        return sweep
+    device = "cuda" if resources.trial.gpu else "cpu"
+    # The embedded digits are few, and reading them takes longer than the rest of a plan.
+    large = [spec for spec in trials if spec.dataset.name != EMBEDDED["dataset"]]
+    memory = max(
+        (trial_memory(spec, resolver.pool_size(spec) or 0, seeds, device) for spec in large),
+        default=0,
+    )
+    if not memory:
+        return sweep
+    trial = replace(resources.trial, memory=memory)
+    return replace(sweep, resources=replace(resources, trial=trial))
 
 
 def _study_starts(

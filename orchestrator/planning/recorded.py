@@ -19,7 +19,12 @@ from orchestrator.planning.plan import (
     requirements_of,
     slots_of,
 )
-from orchestrator.planning.resolve import NotRecorded, Resolver, resolver_of
+from orchestrator.planning.resolve import (
+    NotRecorded,
+    Resolver,
+    resolver_of,
+    with_generator_defaults,
+)
 from orchestrator.planning.studies import Searches, read_searches
 from orchestrator.plugins import Plugin, recorded_plugin, use_plugins, with_code
 from orchestrator.spec import Cell, SweepSpec, cells_of, load_sweep
@@ -120,6 +125,7 @@ def _needed_by_sweep(sweep: SweepSpec, location: SweepLocation) -> dict[str, Sha
     artifacts cannot be listed; this is an error unless it is certain that none were built.
     """
     resolver, event_log = resolver_of(location, sweep.folders), location.event_log()
+    sweep = with_generator_defaults(sweep, resolver)
     events = list(event_log.events())
     done = [event for event in events if event["event"] in ("trial_done", "trial_reused")]
     last_cells = cells_of(sweep)

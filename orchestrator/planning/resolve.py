@@ -24,6 +24,7 @@ from air_core.datasets.image_folder import PREFIX, check_no_leak
 from air_core.datasets.images import BAD_SHARE, too_many_unreadable, visible_problem
 from air_core.datasets.unlabelled import LABELS
 from air_core.methods import EMBEDDED
+from air_core.models.drawing import drawing_defaults
 from air_core.models.tokens import check_room
 from air_core.models.weights import GENERATORS as PIPELINES
 from air_core.models.weights import (
@@ -51,6 +52,7 @@ from air_core.specs.normal import normalised
 from orchestrator.files import file_digest, file_stamp, write_atomic
 from orchestrator.keys import canonical_json, digest, plain
 from orchestrator.plugins import plugin_versions
+from orchestrator.spec import SweepSpec, presets
 from orchestrator.spec.sweep import split_name
 from orchestrator.store import SweepLocation, read_resolved
 from orchestrator.store.code_version import recipes, recorded_versions, unlisted_versions
@@ -131,6 +133,7 @@ class Resolver:
         self._labels: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # labels, parts by dataset
         self._pool_sizes: dict[str, int] = {}  # by `_split_name`
         self._code: dict[str, str] = {}
+        self._drawing: dict[str, dict[str, Any]] = {}  # defaults, by generator
         self._smallest: dict[str, tuple[int, str]] = {}  # class of the fewest images, by folder
 
     def trial(self, flat: dict[str, Any]) -> TrialSpec:
@@ -371,7 +374,19 @@ class Resolver:
             "code": self._code,
             "recipes": recipes(),
             "pools": self._pool_sizes,
+            "drawing": self._drawing,
         }
+
+    def generator_defaults(self, name: str) -> dict[str, Any]:
+        """Defaults of settings that the files of a generator determine, by trial key."""
+        if name not in self._drawing and not name.startswith("folder:"):
+            with suppress(ValueError):  # `trial` explains what is wrong with the folder
+                folder = generator_folder(located_weights(name, self.folders))
+                self._drawing[name] = {
+                    f"generation.{setting}": value
+                    for setting, value in drawing_defaults(folder).items()
+                }
+        return self._drawing.get(name, {})
 
     def weights(self, role: str, name: str) -> Ref:
         """Resolve a backbone or generator, once for each name.
@@ -476,6 +491,7 @@ class RecordedResolver(Resolver):
         self._paths: Mapping[str, str] = inputs.get("paths", {})  # earlier versions recorded none
         self.versions, self.folders = recorded_versions(inputs), folders
         self._pool_sizes = inputs.get("pools", {})  # earlier versions recorded none
+        self._drawing = inputs.get("drawing", {})  # earlier versions read none
 
     def dataset_by_name(self, name: str) -> DatasetInput:
         """Look up a dataset.
@@ -499,6 +515,10 @@ class RecordedResolver(Resolver):
         path = self._paths.get(f"{role} {name}") or located_weights(name, self.folders)
         return Ref(name=path, digest=digest)
 
+    def generator_defaults(self, name: str) -> dict[str, Any]:
+        """Defaults as of the last run."""
+        return self._drawing.get(name, {})
+
     def check(self, trial: TrialSpec, datasets: Mapping[str, DatasetInput]) -> None:
         """Do nothing: the last run checked its trials."""
 
@@ -521,6 +541,18 @@ class RecordedResolver(Resolver):
 
 class NotRecorded(ValueError):
     """A dataset or weights that no run of a sweep has used."""
+
+
+def with_generator_defaults(sweep: SweepSpec, resolver: Resolver) -> SweepSpec:
+    """The sweep with the defaults that the files of its generators determine."""
+    choices = (sweep.fixed, *(override.set for override in sweep.overrides))
+    names = {str(each["generator"]) for each in choices if "generator" in each}
+    names |= {str(name) for name in (sweep.axes or sweep.grid).get("generator", ())}
+    worlds = {
+        ("generator", name): resolver.generator_defaults(name)
+        for name in sorted(names - {EMBEDDED["generator"]})
+    }
+    return replace(sweep, worlds={**presets.WORLDS, **worlds}) if any(worlds.values()) else sweep
 
 
 def located_weights(name: str, folders: Mapping[str, str] | None = None) -> str:

@@ -8,23 +8,57 @@ from __future__ import annotations
 
 import glob
 import os
+import subprocess
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
 
 from air_core.specs import TrialSpec
 from air_core.specs.conditions import has_context
+from orchestrator.formatting import format_bytes
 from orchestrator.spec import ProcessResources, Resources
 
-Machine = Mapping[str, float]  # amounts of "CPU", "GPU" and custom resources, as Ray counts them
+# Amounts of "CPU", "GPU", "memory" (bytes) and custom resources, as Ray counts them.
+Machine = Mapping[str, float]
 
 
 def this_machine() -> Machine:
-    """CPUs and GPUs of this machine as Ray will count them. Imports no torch."""
-    return {"CPU": float(os.cpu_count() or 1), "GPU": float(len(glob.glob("/dev/nvidia[0-9]*")))}
+    """CPUs and GPUs of this machine as Ray will count them. Imports no torch.
+
+    Its memory is an upper bound: Ray counts what is free when it starts.
+    """
+    gpus, visible = len(glob.glob("/dev/nvidia[0-9]*")), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        gpus = min(gpus, len(visible.split(",")) if visible not in ("", "NoDevFiles") else 0)
+    memory = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return {"CPU": float(os.cpu_count() or 1), "GPU": float(gpus), "memory": memory}
+
+
+@cache
+def gpu_memory() -> int | None:
+    """Bytes of the smallest GPU of this machine, as `nvidia-smi` reports; None: unknown."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+        return min(int(line) << 20 for line in done.stdout.splitlines())
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
 
 
 def ray_resources(want: ProcessResources) -> dict[str, float]:
     """The resources that a process requires, by Ray's names."""
-    return {"CPU": want.cpu, "GPU": want.gpu, **want.custom}
+    memory = getattr(want, "memory", None)  # a generator has none
+    reserved = {"memory": float(memory)} if memory else {}
+    return {"CPU": want.cpu, "GPU": want.gpu, **reserved, **want.custom}
+
+
+def format_amount(kind: str, amount: float) -> str:
+    """An amount of a resource in a message, without its kind.
+
+    >>> format_amount("CPU", 2.0), format_amount("memory", 2.0**31)
+    ('2', '2.0 GiB')
+    """
+    return format_bytes(amount) if kind == "memory" else f"{amount:g}"
 
 
 def resource_shortage(
@@ -47,9 +81,10 @@ def resource_shortage(
 
 
 def _shortage(name: str, want: ProcessResources, machines: Sequence[Machine]) -> str:
+    required = ray_resources(want)
     most = {
         kind: max((machine.get(kind, 0.0) for machine in machines), default=0.0)
-        for kind in ray_resources(want)
+        for kind in required
     }
     missing = [kind for kind in want.custom if not most[kind]]
     advice = f"lower resources.{name}.cpu or .gpu"
@@ -60,11 +95,19 @@ def _shortage(name: str, want: ProcessResources, machines: Sequence[Machine]) ->
         )
     elif want.gpu and not most["GPU"]:
         advice = f"without a GPU, use --set resources.{name}.gpu=0"
-    more = "".join(f" and {amount:g} {kind}" for kind, amount in want.custom.items())
+    elif most.get("memory", 0.0) < required.get("memory", 0.0):
+        advice = (
+            "use a machine with more memory, run with `seeds: [1]`, set pool_size, or, if you know "
+            "that less suffices, resources.trial.memory"
+        )
+    wanted, found = (
+        [f"{format_amount(kind, amount)} {kind}" for kind, amount in amounts.items()]
+        for amounts in (required, most)
+    )
     return (
-        f"a{'n' if name == 'encoder' else ''} {name} requires {want.cpu:g} CPU and {want.gpu:g} "
-        f"GPU{more}, and no machine has {'all' if more else 'both'}; the largest amounts on one "
-        f"machine are {', '.join(f'{amount:g} {kind}' for kind, amount in most.items())}: {advice}"
+        f"a{'n' if name == 'encoder' else ''} {name} requires {' and '.join(wanted)}, and no "
+        f"machine has {'all' if len(wanted) > 2 else 'both'}; the largest amounts on one machine "
+        f"are {', '.join(found)}: {advice}"
     )
 
 
@@ -122,6 +165,27 @@ def memory_fraction(gpu: float, total: float) -> float | None:
     return max(gpu / 2, gpu - CONTEXT / total)
 
 
+def gpu_share(gpu: float, total: float) -> float:
+    """Bytes that a process with this amount of GPUs, above 0, may allocate; it uses one of them."""
+    return total * (memory_fraction(gpu, total) or 1.0)
+
+
+def host_share(
+    want: ProcessResources, machines: Sequence[Machine], most: int | None = None
+) -> float | None:
+    """Bytes of memory for each process, on the machine where it has least; None: unknown.
+
+    Args:
+        most: number of processes; None: as many as fit.
+    """
+    shares = [
+        machine["memory"] / min(count, most or count)
+        for machine in machines
+        if "memory" in machine and (count := _capacity_of(machine, want))
+    ]
+    return min(shares, default=None)
+
+
 # Class texts in one pass. Each keeps 1 to 2 MB for the gradient with ViT-B/32, and beyond these
 # numbers the time depends on the arithmetic, so that more bring nothing.
 MAX_TEXTS = {"cpu": 256, "cuda": 1024}
@@ -149,3 +213,20 @@ def side_by_side(
         size = max(1, int(texts * share) // max(1, len(group[0].classnames)))
         parts += [group[start : start + size] for start in range(0, len(group), size)]
     return parts
+
+
+# Float arrays of pool images x classes that a trial holds: cached logits, scores, targets, a copy.
+ARRAYS = 4
+PROCESS = 2**30  # bytes that a process takes beside them
+LARGE = 2**30  # bytes of arrays; for less, no memory is reserved
+
+
+def trial_memory(spec: TrialSpec, pool: int, seeds: int, device: str) -> int:
+    """Bytes of memory that a job takes which runs a trial with several seeds; 0 if it is small.
+
+    Args:
+        pool: number of pool images.
+    """
+    groups = side_by_side([replace(spec, seed=seed) for seed in range(seeds)], device)
+    arrays = ARRAYS * 4 * pool * len(spec.classnames) * max(map(len, groups))
+    return arrays + PROCESS if arrays >= LARGE else 0

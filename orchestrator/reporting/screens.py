@@ -12,7 +12,7 @@ from typing import Any
 from air_core.methods import METHODS
 from air_core.specs.flat import to_flat
 from orchestrator.failures import CLASSES
-from orchestrator.formatting import format_duration, format_value, plural
+from orchestrator.formatting import format_bytes, format_duration, format_value, plural
 from orchestrator.planning import (
     Plan,
     changed_inputs,
@@ -20,13 +20,14 @@ from orchestrator.planning import (
     plan_of,
     results_text,
     unschedulable_reason,
+    unused_gpus_reason,
 )
 from orchestrator.planning.dataset_text import UnusedImages, unused_by_dataset
 from orchestrator.planning.estimate import Estimate
 from orchestrator.planning.plan import RESULT_STATES, STAGE_TITLES
 from orchestrator.planning.recorded import read_sweep
 from orchestrator.planning.requests import results_command, run_command
-from orchestrator.planning.resolve import resolver_of
+from orchestrator.planning.resolve import resolver_of, with_generator_defaults
 from orchestrator.reporting.results import (
     SweepStatus,
     holes_text,
@@ -80,8 +81,13 @@ def plan_screen(
         size = f"  {artifact['bytes'] / 1e6:.1f} MB" if artifact["bytes"] else ""
         lines.append(f"  {artifact['state']:<8} {artifact['key']}{count}{size}")
     lines += ["", f"  {_time_left(plan, run_command(location, origin))}"]
-    problem = unschedulable_reason(plan, location.store)
-    lines += [f"  cannot start: {problem}"] if problem else []
+    if plan.to_run and (memory := plan.sweep.resources.trial.memory):
+        lines.append(f"  each trial process reserves {format_bytes(memory)} of memory")
+    for problem in (
+        unschedulable_reason(plan, location.store),
+        unused_gpus_reason(plan, location.store),
+    ):
+        lines += [f"  cannot start: {problem}"] if problem else []
     lines += [f"  note: {note}" for note in notes_of(plan.sweep)]
     varied = plan.sweep.seeds.vary
     rows = sum(requirement.stage == "images" for requirement in plan.requirements)
@@ -126,7 +132,10 @@ def _explain(plan: Plan) -> list[str]:
             ("grid", cell.chosen),
             ("overrides", cell.overridden),
             ("fixed", plan.sweep.fixed),
-            ("default of dataset or models", presets.defaults(cell.method, cell.flat)),
+            (
+                "default of dataset or models",
+                presets.defaults(cell.method, cell.flat, plan.sweep.worlds),
+            ),
         )
         lines.append(f"{cell.id}")
         for name, value in settings.items():
@@ -172,6 +181,7 @@ def _unused(location: SweepLocation) -> dict[str, UnusedImages]:
     try:
         sweep, location = read_sweep(location, location.data_root)
         resolver = resolver_of(location, sweep.folders)
+        sweep = with_generator_defaults(sweep, resolver)
         seeds = sweep.seeds.assignments()[0]
         trials = [
             resolver.trial({**cell.flat, **default_params(cell), **seeds})

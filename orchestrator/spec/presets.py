@@ -2,14 +2,18 @@
 
 A *world* is the value of `dataset`, `backbone` or `generator`. The table of methods is
 `air_core.methods.METHODS`. Precedence: default < world < method's defaults < method's pins <
-fixed < overrides < grid < space.
+fixed < overrides < grid < space. The worlds of other generators are read from their files
+(`orchestrator.planning.resolve`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from air_core.methods import EMBEDDED, METHODS
+
+Worlds = Mapping[tuple[str, str], Mapping[str, Any]]  # settings by key and value
 
 # Defaults of a world, by key and value; the last one wins. All other defaults are those of
 # air_core.specs, for Stable Diffusion 1.5 and CLIP ViT-B/32.
@@ -48,17 +52,18 @@ WORLDS: dict[tuple[str, str], dict[str, Any]] = {
 }
 
 
-def defaults(method: str, chosen: dict[str, Any]) -> dict[str, Any]:
+def defaults(method: str, chosen: Mapping[str, Any], worlds: Worlds = WORLDS) -> dict[str, Any]:
     """Settings of a method in the world that `chosen` picks, where they differ from air_core.specs.
 
     Args:
         method: a key of METHODS.
         chosen: dotted keys of the sweep file (fixed and grid); only dataset, backbone and
             generator are read.
+        worlds: WORLDS, and others that were read from files.
     """
     names = {key: chosen.get(key, default) for key, default in EMBEDDED.items()}
     flat: dict[str, Any] = dict(names)
-    for (key, value), settings in WORLDS.items():
+    for (key, value), settings in worlds.items():
         if names[key] == value:
             flat |= settings
     return flat | METHODS[method].sets | METHODS[method].pins

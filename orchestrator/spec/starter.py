@@ -34,6 +34,7 @@ from air_core.models.weights import local_path
 from air_core.paradigms import TEST_SHARE
 from orchestrator.files import write_new
 from orchestrator.spec.marked_yaml import parse
+from orchestrator.spec.sweep import gpu_lines
 from orchestrator.spec.sweep_file import sweep_from_document
 from orchestrator.spec.validation import NAME_PATTERN, NAME_WORDS
 
@@ -70,7 +71,7 @@ fixed:
 # Each row of the table is the mean over these seeds; a spread needs at least three.
 seeds: [1, 2, 3]
 
-# resources: {{trial: {{gpu: 0.25}}, generator: {{gpu: 1}}}}
+{resources}
 # budget: {{gpu_hours: 10}}
 """
 METHODS = """\
@@ -118,7 +119,11 @@ class Starter:
 
 
 def write_starter(
-    name: str, images: str | Path | None, folder: Path, classes: str | None = None
+    name: str,
+    images: str | Path | None,
+    folder: Path,
+    classes: str | None = None,
+    gpus: bool = False,
 ) -> Starter:
     """Write NAME.yaml, and `classes.txt` beside images without class folders.
 
@@ -128,6 +133,7 @@ def write_starter(
         folder: folder of the new file.
         classes: class names with commas between them, or a file with one per line; None: the
             images are in class folders, or beside a `classes.txt`.
+        gpus: let trials and generators use GPUs; otherwise a comment says how.
 
     Raises:
         ValueError: the name is invalid, a file exists, or images or classes are not a dataset.
@@ -144,7 +150,7 @@ def write_starter(
     if images is not None and folder.resolve() != Path.cwd() and str(images)[0] not in "/~":
         # Paths in a sweep file are relative to the file.
         summary = replace(summary, dataset=f"{PREFIX}{os.path.relpath(images, folder)}")
-    text = _text(name, summary)
+    text = _text(name, summary, gpus)
     sweep_from_document(parse(text, str(file)))
     listed = None if given is None else _write_classes(Path(str(images)).expanduser(), given)
     try:
@@ -309,7 +315,7 @@ def _summary(images: str, dataset: Dataset) -> tuple[str, int]:
     return f"{images}: {total:,} images of {len(names)} classes ({classes}{more}); {split}", tests
 
 
-def _text(name: str, images: _Images) -> str:
+def _text(name: str, images: _Images, gpus: bool) -> str:
     expect = FEW if images.tests < FEW_TESTS else EXPECT
     expect = (expect if images.tests else NONE).format(tests=images.tests)
     question = QUESTION.format(subject=images.subject)
@@ -319,6 +325,7 @@ def _text(name: str, images: _Images) -> str:
         question="\n".join(_comment(line) for line in head),
         name=name,
         methods=_comment(METHODS, "  "),
+        resources=gpu_lines() if gpus else f"# {gpu_lines()}",
         labelled=SHOTS if images.pool_labels == "known" else "",
         dataset="\n".join(
             [_comment(images.comment, "  "), dataset] if images.comment else [dataset]

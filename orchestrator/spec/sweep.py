@@ -254,12 +254,38 @@ Custom = Annotated[dict[str, Annotated[Number, Field(ge=SMALLEST)]], AfterValida
 CUSTOM = "amounts of custom resources, named as in `ray start --resources`"
 
 
+def _size(value: Any) -> Any:
+    match = isinstance(value, str) and re.fullmatch(r"([0-9]{1,9})([MG])iB", value)
+    return int(match[1]) << (20 if match[2] == "M" else 30) if match else value
+
+
+Bytes = Annotated[
+    Whole,
+    Field(ge=0),
+    BeforeValidator(_size),
+    WithJsonSchema(
+        {
+            "title": "a size such as 500MiB or 12GiB, or a number of bytes",
+            "anyOf": [
+                {"type": "string", "pattern": r"^[0-9]{1,9}[MG]iB$"},
+                {"type": "integer", "minimum": 0},
+            ],
+        }
+    ),
+]
+
+
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class TrialResources:
     """Resources of one trial."""
 
     cpu: CPUS = setting(1.0, "CPU cores of one trial")
     gpu: GPUS = setting(0.0, "GPUs of one trial, or a share of one GPU")
+    memory: Bytes | None = setting(
+        None,
+        "memory of the machine for the seeds of a point; 0: none is reserved; null: computed from "
+        "pool and classes, none for small ones",
+    )
     custom: Custom = Field(default_factory=dict, description=CUSTOM)
     timeout: Seconds | None = setting(None, "time limit of one trial; null: none")
 
@@ -311,6 +337,7 @@ class Resources:
             self.trial,
             cpu=self.trial.cpu if cpu is None else cpu,
             gpu=self.trial.gpu if gpu is None else gpu,
+            memory=None,
         )
 
     def process_resources(self, stage: str) -> ProcessResources:
@@ -319,6 +346,20 @@ class Resources:
         if process == "generator":
             return self.generator
         return self.trial if process == "trial" else self.encoder_resources
+
+
+# GPUs of a process that runs a real model: in the file of `airsweep init` and in messages.
+USUAL_GPUS = {"trial": 0.25, "generator": 1}
+
+
+def gpu_lines(processes: Sequence[str] = tuple(USUAL_GPUS)) -> str:
+    """The lines of a sweep file that give GPUs to processes.
+
+    >>> gpu_lines()
+    'resources: {trial: {gpu: 0.25}, generator: {gpu: 1}}'
+    """
+    parts = (f"{process}: {{gpu: {USUAL_GPUS[process]:g}}}" for process in processes)
+    return f"resources: {{{', '.join(parts)}}}"
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -367,6 +408,7 @@ class SweepSpec:
     source: str = ""  # the path of the file, as given
     text: str = ""
     plugins: tuple[Plugin, ...] = ()
+    worlds: presets.Worlds = field(default_factory=lambda: presets.WORLDS, repr=False)
     relative_names: frozenset[str] = frozenset()  # of data and models; relative to the file
     document: Document = field(
         default_factory=partial(Document, source=""), repr=False, compare=False
@@ -395,6 +437,11 @@ class SweepSpec:
     @property
     def space(self) -> tuple[Dimension, ...]:
         return self.search.space if self.search else ()
+
+    def sets_gpu(self, process: str) -> bool:
+        """Whether the file or an option sets the GPUs of a process, if only to 0."""
+        given = self.document.section(("resources", process))
+        return "gpu" in given or bool(getattr(self.resources, process).gpu)
 
     def error(self, key: str, value: Any, message: str) -> SpecError:
         """An error about a trial key that has this value in a cell, at its position in the file."""
@@ -502,7 +549,7 @@ _DEFAULTS = {name: key.default for name, key in trial_keys().items() if name != 
 def _flat(spec: SweepSpec, given: dict[str, Any]) -> dict[str, Any]:
     """Every setting of a cell, without the varied seeds, from the settings of the file."""
     method = given["method"]
-    flat = {**_DEFAULTS, **presets.defaults(method, given)}
+    flat = {**_DEFAULTS, **presets.defaults(method, given, spec.worlds)}
     left_out = {"method", *METHODS[method].pins}
     flat |= {key: value for key, value in given.items() if key not in left_out}
     if flat["paradigm"] == "trzsl" and "labelled_size" not in given:

@@ -32,8 +32,8 @@ HEALTHY: dict[str, Any] = {
 INPUTS = (("backbone", "tiny"),)
 
 
-def problems(bytes_left: int = 0, **facts: Any) -> list[tuple[str, bool]]:
-    needs = NodeRequirements(INPUTS, bytes_left=bytes_left)
+def problems(bytes_left: int = 0, model: Any = None, **facts: Any) -> list[tuple[str, bool]]:
+    needs = NodeRequirements(INPUTS, bytes_left=bytes_left, model=model)
     findings = compare_facts("b", HEALTHY | facts, HEALTHY, "/runs", needs)
     return [(finding.check, finding.fatal) for finding in findings]
 
@@ -52,6 +52,10 @@ def test_each_wrong_fact_fails_its_check():
     store = HEALTHY["store"]
     assert problems(gpu="") == []
     assert problems(gpu="torch sees none") == [("gpu", True)]
+    half_of_20 = ("flux has 20.0 GiB of weights in bf16", 0.5, 20 << 30)
+    assert problems(model=half_of_20, gpu="", gpu_memory=80 << 30) == []
+    assert problems(model=half_of_20, gpu="", gpu_memory=24 << 30) == [("gpu", True)]
+    assert problems(model=half_of_20, gpu="", gpu_memory=None) == []  # unknown
     assert problems(bytes_left=1 << 41) == [("room", False)]
     assert problems(store={**store, "free": 1 << 20}) == [("room", True)]
     for wrong in ({"error": "Disk quota exceeded", "answered": False}, {"answered": False}):

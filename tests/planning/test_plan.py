@@ -52,6 +52,7 @@ from orchestrator.store.checkpoints import (
     Segments,
     write_checkpoint,
 )
+from tests.helpers.dataset_trees import draw as draw_picture
 from tests.helpers.sweeps import python
 
 ROOT = Path(__file__).parents[2]
@@ -242,6 +243,23 @@ def test_a_plan_without_work_needs_no_machine(world):
     world.run(sweep)
     finished = replace(world.plan(sweep), requirements=())
     assert unschedulable_reason(finished, world.store, []) is None
+
+
+def test_trials_of_a_large_pool_reserve_memory_unless_the_file_sets_it(
+    world, tmp_path, monkeypatch
+):
+    for name in ("cat", "dog"):
+        for number in range(10):
+            draw_picture(tmp_path / "pets" / "train" / name / f"{number}.png")
+        draw_picture(tmp_path / "pets" / "test" / name / "0.png")
+    dataset = {"dataset": f"folder:{tmp_path / 'pets'}"}
+    sweep = world.sweep("fpl", seeds=seeds(1, 2), fixed=dataset)
+    assert world.plan(sweep).sweep.resources == Resources()
+    monkeypatch.setattr("orchestrator.planning.resources.LARGE", 1)
+    arrays = 4 * 4 * 20 * 2 * 2  # 20 images, two classes, two seeds
+    assert world.plan(sweep).sweep.resources.trial.memory == arrays + 2**30
+    given = replace(sweep, resources=Resources(trial=TrialResources(memory=0)))
+    assert world.plan(given).sweep.resources == given.resources
 
 
 def test_the_status_counts_the_trials_of_the_edited_file_only(world):

@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 
+from air_core.methods import METHODS
 from orchestrator.planning.resources import (
     CONTEXT,
     memory_fraction,
     process_capacity,
     resource_shortage,
+    this_machine,
+    trial_memory,
 )
 from orchestrator.spec import Resources
 from orchestrator.spec.sweep import GeneratorResources, TrialResources
@@ -64,3 +67,33 @@ def test_trials_that_share_a_gpu_do_not_exceed_its_memory(gpu):
     fraction = memory_fraction(gpu, total)
     assert 0 < fraction < gpu
     assert int(1 / gpu) * (fraction * total + CONTEXT) <= total
+
+
+GIB = 2**30
+LARGE = Resources(trial=TrialResources(memory=12 * GIB))
+
+
+def test_a_trial_that_reserves_memory_needs_a_machine_with_as_much():
+    small, large = {"CPU": 64.0, "memory": 16.0 * GIB}, {"CPU": 64.0, "memory": 40.0 * GIB}
+    assert process_capacity(LARGE.trial, [small, large]) == 1 + 3
+    assert resource_shortage(LARGE, [small], prepares=True) is None
+    assert resource_shortage(LARGE, [{"CPU": 64.0, "memory": 8.0 * GIB}] * 2, prepares=True) == (
+        "a trial requires 1 CPU and 0 GPU and 12.0 GiB memory, and no machine has all; the largest "
+        "amounts on one machine are 64 CPU, 0 GPU, 8.0 GiB memory: use a machine with more memory, "
+        "run with `seeds: [1]`, set pool_size, or, if you know that less suffices, "
+        "resources.trial.memory"
+    )
+    assert this_machine()["memory"] > GIB / 2
+
+
+@pytest.mark.parametrize(
+    ("classes", "pool", "together"),
+    # Of 200 classes, one pass on a CPU has the texts of one seed, on a GPU those of three.
+    [(1000, 128_000, {"cpu": 1, "cuda": 1}), (200, 1_000_000, {"cpu": 1, "cuda": 3})],
+)
+def test_a_trial_of_a_large_pool_reserves_the_memory_of_its_arrays(classes, pool, together):
+    spec = METHODS["cpl"].trial({}, tuple(map(str, range(classes))))
+    for device, count in together.items():
+        arrays = 4 * pool * classes * 4 * count
+        assert trial_memory(spec, pool, 3, device) == arrays + GIB
+    assert trial_memory(spec, 1797, 3, "cpu") == 0

@@ -107,6 +107,12 @@ def test_a_number_sets_every_varied_seed_and_a_list_sets_each_one(tmp_path):
     assert load(tmp_path, AIR + "seeds: [7, 5]").seeds == Seeds(values=((7,), (5,)))
 
 
+@pytest.mark.parametrize(("text", "size"), [("500MiB", 500 << 20), ("12GiB", 12 << 30), (9, 9)])
+def test_memory_is_read_in_units(tmp_path, text, size):
+    spec = load(tmp_path, f"{AIR}resources: {{trial: {{memory: {text}}}}}")
+    assert spec.resources.trial.memory == size
+
+
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("1.5m", 90), ("12h", 43200), (9, 9)])
 def test_wall_time_is_read_in_units(tmp_path, text, seconds):
     assert load(tmp_path, f"{AIR}budget: {{wall: {text}}}").budget.wall == seconds

@@ -1,0 +1,80 @@
+"""Defaults of generation from the configuration files of published models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.nn import Module
+
+from air_core.diffusion.pipeline import load_pipeline
+from air_core.models.drawing import drawing_defaults
+from air_core.models.weights import generator_folder, parameter_count
+
+KL = {"block_out_channels": [128, 256, 512, 512]}  # the scale is 8
+FEW = {"num_inference_steps": 4, "guidance_scale": 0.0}
+TRAILING = {"timestep_spacing": "trailing"}
+FLUX: dict[str, Any] = {"kind": "FluxPipeline", "vae": KL}
+
+
+def write(
+    folder: Path, kind: str = "StableDiffusionPipeline", scheduler: Any = None, **parts: Any
+) -> Path:
+    """A diffusers folder without weights."""
+    index = {"_class_name": kind, **{part: ["diffusers", "Part"] for part in parts}}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    files = {f"{part}/config.json": config for part, config in parts.items()}
+    files["scheduler/scheduler_config.json"] = scheduler or {"timestep_spacing": "leading"}
+    for name, config in files.items():
+        (folder / name).parent.mkdir()
+        (folder / name).write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        pytest.param({"unet": {"sample_size": 64}, "vae": KL}, {"size": 512}, id="SD 1.5"),
+        pytest.param({"unet": {"sample_size": 96}, "vae": KL}, {"size": 768}, id="SD 2.1"),
+        pytest.param({"unet": {"sample_size": 128}, "vae": KL}, {"size": 1024}, id="SDXL"),
+        pytest.param({"transformer": {"sample_size": 128}, "vae": KL}, {"size": 1024}, id="SD 3.5"),
+        pytest.param(
+            {"unet": {"sample_size": 64}, "vae": KL, "scheduler": TRAILING},
+            {"size": 512, **FEW},
+            id="SD Turbo",
+        ),
+        pytest.param(
+            {
+                "transformer": {"sample_size": 32},
+                "vae": {"encoder_block_out_channels": [128, 256, 512, 512, 1024, 1024]},
+            },
+            {"size": 1024},
+            id="SANA",
+        ),
+        pytest.param(
+            {**FLUX, "transformer": {"guidance_embeds": True}},
+            {"size": 1024, "guidance_scale": 3.5},
+            id="FLUX.1-dev",
+        ),
+        pytest.param(
+            {**FLUX, "transformer": {"guidance_embeds": False}},
+            {"size": 1024, **FEW},
+            id="FLUX.1-schnell",
+        ),
+        pytest.param({"unet": {"sample_size": [64, 96]}, "vae": KL}, {}, id="not square"),
+    ],
+)
+def test_the_files_of_a_model_determine_size_steps_and_guidance(tmp_path, model, expected):
+    assert drawing_defaults(write(tmp_path, **model)) == expected
+
+
+def test_the_parameters_of_a_folder_are_those_of_its_pipeline():
+    parts = load_pipeline(generator_folder("tiny")).components.values()
+    loaded = sum(p.numel() for part in parts if isinstance(part, Module) for p in part.parameters())
+    assert parameter_count(generator_folder("tiny")) == loaded
+
+
+def test_the_embedded_model_draws_at_its_size():
+    assert drawing_defaults(generator_folder("tiny")) == {"size": 32}
