@@ -20,6 +20,7 @@ from air_core.types import Batch, Labelled
 
 MOMENTUM = 0.9
 LABELLED_BATCH = (8, 256)  # smallest and largest batch of labelled images in CPL
+CHECKED = 50  # steps between two reads of the losses, since a read waits for the device
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def fit(trainings: Sequence[Training]) -> list[float | FloatingPointError]:
 
     Returns:
         For each training the mean loss of the last tenth of its steps, or an error where its loss
-        was not finite; such a training stops and the others continue.
+        was not finite; such a training stops within CHECKED steps and the others continue.
 
     Source: AiR, L = L_r + β L_s (docs/method.md, step 5); sizes of labelled batches from CPL.
     """
@@ -99,19 +100,16 @@ def fit(trainings: Sequence[Training]) -> list[float | FloatingPointError]:
             [run.training.learner for run in active], [batch for batch, _ in drawn]
         )
         totals = [run.total(z, at) for run, z, (_, at) in zip(active, logits, drawn, strict=True)]
-        finite = [(run, total) for run, total in zip(active, totals, strict=True) if run.is_active]
-        if not finite:
-            continue
         optimiser.zero_grad()  # without a gradient, the prompt of a finished run does not change
-        torch.autograd.backward([total for _, total in finite])
-        for run, _ in finite:
+        torch.autograd.backward(totals)
+        for run in active:
             training = run.training
             torch.nn.utils.clip_grad_norm_(training.learner.prompt, training.settings.clip)
         optimiser.step()
         schedule.step()
-        for run, total in finite:
-            run.losses.append(total.item())
-            run.training.report(len(run.losses), run.steps)
+        for run, total in zip(active, totals, strict=True):
+            run.finish_step(total.detach())
+            run.training.report(run.done, run.steps)
     return [run.error or run.last_loss() for run in runs]
 
 
@@ -124,7 +122,9 @@ class _Run:
         leading, settings = self.sources[0], training.settings
         self.steps_per_pass = max(1, leading.images // leading.batch)
         self.steps = settings.steps or settings.epochs * self.steps_per_pass
-        self.losses: list[float] = []  # of each step
+        self.done = 0  # steps
+        self.losses: list[float] = []  # of each step that was read
+        self.unread: list[Tensor] = []  # of the steps after these
         self.error: FloatingPointError | None = None
         self.reweighted = training.real if training.loss == "rc" else None
         if self.reweighted is not None:  # all candidates of an image start with equal weight
@@ -134,7 +134,7 @@ class _Run:
 
     @property
     def is_active(self) -> bool:
-        return self.error is None and len(self.losses) < self.steps
+        return self.error is None and self.done < self.steps
 
     def group(self) -> dict[str, Any]:
         """Parameter group of the optimiser."""
@@ -150,8 +150,7 @@ class _Run:
 
     def draw(self) -> tuple[Batch, list[Tensor]]:
         """Images of the next step, and their positions in each source."""
-        step = len(self.losses)
-        if self.reweighted is not None and step and step % self.steps_per_pass == 0:
+        if self.reweighted is not None and self.done and self.done % self.steps_per_pass == 0:
             confidences = _confidences(self.training.learner, self.reweighted, self.candidates)
             self.reweighted.targets.copy_(confidences)
         drawn = [next(source.positions) for source in self.sources]
@@ -159,18 +158,28 @@ class _Run:
         return Batch.joined(parts), drawn
 
     def total(self, logits: Tensor, drawn: list[Tensor]) -> Tensor:
-        """The loss of a step; sets `error` where it is not finite."""
+        """The loss of a step."""
         by_source = torch.split(logits, [len(at) for at in drawn])
         losses = [
             source.weight * source.loss(z, at)
             for source, z, at in zip(self.sources, by_source, drawn, strict=True)
         ]
-        total = sum(losses, start=torch.zeros(()))
-        if not torch.isfinite(total):
-            self.error = FloatingPointError(
-                f"the loss became {total.item()} after {len(self.losses)} steps"
-            )
-        return total
+        return sum(losses, start=logits.new_zeros(()))
+
+    def finish_step(self, loss: Tensor) -> None:
+        """Count a step. Every CHECKED steps, read the losses; set `error` at one that is not
+        finite, which has changed the prompt of this training alone."""
+        self.done += 1
+        self.unread.append(loss)
+        if self.done % CHECKED and self.done < self.steps:
+            return
+        for value in torch.stack(self.unread).tolist():
+            if not math.isfinite(value):
+                step = len(self.losses)
+                self.error = FloatingPointError(f"the loss became {value} after {step} steps")
+                return
+            self.losses.append(value)
+        self.unread.clear()
 
     def last_loss(self) -> float:
         last = self.losses[-max(1, self.steps // 10) :]
@@ -199,7 +208,7 @@ def _sources(training: Training, generator: torch.Generator) -> list[_Source]:
         images: Batch, batch: int, loss: Callable[[Tensor, Tensor], Tensor], weight: float
     ) -> None:
         size = min(batch, len(images))
-        positions = _batches(len(images), size, generator)
+        positions = _batches(len(images), size, generator, images.features.device)
         sources.append(_Source(len(images), size, images.__getitem__, loss, weight, positions))
 
     if real is not None:
@@ -222,10 +231,12 @@ def _sources(training: Training, generator: torch.Generator) -> list[_Source]:
     return sources
 
 
-def _batches(images: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+def _batches(
+    images: int, size: int, generator: torch.Generator, device: torch.device
+) -> Iterator[Tensor]:
     """Positions of batches without end. Each pass has a new order and drops a short last batch."""
     while True:
-        order = torch.randperm(images, generator=generator)
+        order = torch.randperm(images, generator=generator).to(device)
         for start in range(0, images - size + 1, size):
             yield order[start : start + size]
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from air_core.backbone import Backbone
 from air_core.backbone.loading import load_backbone
@@ -21,7 +22,7 @@ from air_core.paradigms import make_split
 from air_core.prompts import build_learner, logits_together
 from air_core.side_by_side import learn_side_by_side
 from air_core.specs import PromptSettings, SplitSettings, TrainSettings, TrialSpec
-from air_core.training import Targeted, Training, fit
+from air_core.training import CHECKED, Targeted, Training, fit
 from air_core.types import Batch, Labelled, TrialResult
 
 NAMES = ("tree", "annual crop land", "river", "highway or road")
@@ -147,6 +148,51 @@ def test_each_training_reports_its_own_steps(tiny_clip):
         ]
     )
     assert reported == [[(1, 2), (2, 2)], [(1, 3), (2, 3), (3, 3)]]
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operations that wait for a device: their result, or its shape, is on the host."""
+
+    KINDS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "_unique2")
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket.__name__ in self.KINDS
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_training_step_reads_no_number_from_the_device(tiny_clip):
+    settings = TrainSettings(batch=8, steps=6, labelled_among="seen")
+    pixels = torch.randn(24, 17, tiny_clip.patch_width, generator=torch.Generator().manual_seed(0))
+    real = images(tiny_clip, 24, 7)
+    visual = training(
+        tiny_clip,
+        7,
+        learner=build_learner("visual", PromptSettings(length=2), tiny_clip, NAMES, "{}", 7),
+        real=Targeted(Batch(real.batch.features, pixels), one_hot(real.labels, 4).float()),
+    )
+    labelled = training(tiny_clip, 8, labelled=images(tiny_clip, 8, 9), settings=settings)
+    reads: list[int] = []
+    first = training(tiny_clip, 0, report=lambda step, steps: reads.append(counted.count))
+    with HostReads() as counted:
+        fit([first, labelled, *different_trainings(tiny_clip)])  # one pass of the text tower
+        at_step, reads = reads, []
+        fit([replace(first, learner=visual.learner, real=visual.real)])
+    for counts in (at_step, reads):
+        assert counts == counts[:1] * first.settings.steps
+    assert counted.count > 0  # before the first step
+
+
+def test_a_failed_training_stops_soon_and_names_its_first_loss_that_is_not_finite(tiny_clip):
+    settings = TrainSettings(steps=1000, batch=8, learning_rate=1e38)
+    done: list[int] = []
+    broken = training(tiny_clip, 1, settings=settings, report=lambda step, steps: done.append(step))
+    fine = training(tiny_clip, 2)
+    error, loss = fit([broken, fine])
+    [alone] = fit([training(tiny_clip, 2)])
+    assert str(error) == "the loss became nan after 2 steps"
+    assert max(done) == CHECKED
+    assert loss == pytest.approx(alone, rel=1e-5)
 
 
 def test_prompts_that_share_no_pass_are_encoded_one_after_the_other(tiny_clip):
