@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from air_core.types import Batch, Labelled
 
 MOMENTUM = 0.9
 LABELLED_BATCH = (8, 256)  # smallest and largest batch of labelled images in CPL
+# Share of the free memory of a device for the images of a source; a step needs the rest.
+IMAGES_SHARE = 0.25
 CHECKED = 50  # steps between two reads of the losses, since a read waits for the device
 
 
@@ -84,13 +86,16 @@ def fit(trainings: Sequence[Training]) -> list[float | FloatingPointError]:
     mean over its own batch. The prompts share the pass of the text tower, which takes most of the
     time of a step, and nothing else.
 
+    Images, targets and loss are on the device of the prompt. Images that do not fit there stay on
+    the CPU, and each step copies its batch.
+
     Returns:
         For each training the mean loss of the last tenth of its steps, or an error where its loss
         was not finite; such a training stops within CHECKED steps and the others continue.
 
     Source: AiR, L = L_r + β L_s (docs/method.md, step 5); sizes of labelled batches from CPL.
     """
-    runs = [_Run(training) for training in trainings]
+    runs = [_Run(_near_prompt(training)) for training in trainings]
     optimiser = torch.optim.SGD([run.group() for run in runs], momentum=MOMENTUM)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, [run.rate for run in runs])
     while active := [run for run in runs if run.is_active]:
@@ -111,6 +116,36 @@ def fit(trainings: Sequence[Training]) -> list[float | FloatingPointError]:
             run.finish_step(total.detach())
             run.training.report(run.done, run.steps)
     return [run.error or run.last_loss() for run in runs]
+
+
+def _near_prompt(training: Training) -> Training:
+    """The same with all images, if they fit, and all targets on the device of the prompt."""
+    device = training.learner.prompt.device
+    real, known = training.real, (training.labelled, training.synthetic)
+    labelled, synthetic = (
+        each and Labelled(_near(each.batch, device), each.labels.to(device)) for each in known
+    )
+    real = real and Targeted(_near(real.batch, device), real.targets.to(device))
+    return replace(training, real=real, labelled=labelled, synthetic=synthetic)
+
+
+def _near(images: Batch, device: torch.device) -> Batch:
+    """Images on a device; where they do not fit, as they are."""
+    arrays = [images.features] if images.tokens is None else [images.features, images.tokens]
+    fits = sum(array.nbytes for array in arrays) <= IMAGES_SHARE * _free_memory(device)
+    return images.to(device) if fits else images
+
+
+def _free_memory(device: torch.device) -> float:
+    """Bytes that this process can still allocate on a GPU; of other devices infinite."""
+    if device.type != "cuda":
+        return math.inf
+    free, total = torch.cuda.mem_get_info(device)
+    allocated = torch.cuda.memory_allocated(device)
+    cached = torch.cuda.memory_reserved(device) - allocated
+    # The oldest torch that is allowed lacks the function; then the whole GPU is the limit.
+    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
+    return min(free + cached, fraction(device) * total - allocated)
 
 
 class _Run:
@@ -154,8 +189,10 @@ class _Run:
             confidences = _confidences(self.training.learner, self.reweighted, self.candidates)
             self.reweighted.targets.copy_(confidences)
         drawn = [next(source.positions) for source in self.sources]
-        parts = [source.images_at(at) for source, at in zip(self.sources, drawn, strict=True)]
-        return Batch.joined(parts), drawn
+        parts = [
+            source.images_at(where) for source, (where, _) in zip(self.sources, drawn, strict=True)
+        ]
+        return Batch.joined(parts), [at for _, at in drawn]
 
     def total(self, logits: Tensor, drawn: list[Tensor]) -> Tensor:
         """The loss of a step."""
@@ -195,21 +232,26 @@ class _Source:
     images_at: Callable[[Tensor], Batch]
     loss: Callable[[Tensor, Tensor], Tensor]  # logits, positions
     weight: float
-    positions: Iterator[Tensor]
+    positions: Iterator[Sequence[Tensor]]  # for the images, for the loss
 
 
 def _sources(training: Training, generator: torch.Generator) -> list[_Source]:
     """The sources that have images; the first one determines the number of steps."""
     real, labelled, synthetic = training.real, training.labelled, training.synthetic
-    settings = training.settings
+    settings, device = training.settings, training.learner.prompt.device
     sources: list[_Source] = []
 
     def add(
         images: Batch, batch: int, loss: Callable[[Tensor, Tensor], Tensor], weight: float
     ) -> None:
         size = min(batch, len(images))
-        positions = _batches(len(images), size, generator, images.features.device)
-        sources.append(_Source(len(images), size, images.__getitem__, loss, weight, positions))
+        devices = (images.features.device, device)
+        positions = _batches(len(images), size, generator, devices)
+
+        def images_at(where: Tensor) -> Batch:
+            return images[where].to(device)
+
+        sources.append(_Source(len(images), size, images_at, loss, weight, positions))
 
     if real is not None:
         targets, loss = real.targets, LOSSES.load(training.loss)
@@ -232,13 +274,15 @@ def _sources(training: Training, generator: torch.Generator) -> list[_Source]:
 
 
 def _batches(
-    images: int, size: int, generator: torch.Generator, device: torch.device
-) -> Iterator[Tensor]:
-    """Positions of batches without end. Each pass has a new order and drops a short last batch."""
+    images: int, size: int, generator: torch.Generator, devices: Sequence[torch.device]
+) -> Iterator[Sequence[Tensor]]:
+    """Positions of batches without end, on each device. Each pass has a new order and drops a short
+    last batch."""
     while True:
-        order = torch.randperm(images, generator=generator).to(device)
+        order = torch.randperm(images, generator=generator)
+        copies = [order.to(device) for device in devices]
         for start in range(0, images - size + 1, size):
-            yield order[start : start + size]
+            yield [copy[start : start + size] for copy in copies]
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
@@ -298,4 +342,4 @@ def confidence(logits: Tensor, candidates: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _confidences(learner: PromptLearner, real: Targeted, candidates: Tensor) -> Tensor:
-    return confidence(learner.logits(real.batch), candidates)
+    return confidence(learner.logits(real.batch).to(candidates.device), candidates)

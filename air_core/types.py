@@ -26,6 +26,11 @@ class Batch:
         tokens = None if self.tokens is None else self.tokens[index]
         return Batch(features=self.features[index], tokens=tokens)
 
+    def to(self, device: torch.device) -> Batch:
+        """The same images, from the CPU on a device; the host does not wait for the copy."""
+        tokens = None if self.tokens is None else self.tokens.to(device, non_blocking=True)
+        return Batch(self.features.to(device, non_blocking=True), tokens)
+
     @staticmethod
     def joined(parts: Sequence[Batch]) -> Batch:
         """Concatenate batches, with tokens where all of them have tokens."""

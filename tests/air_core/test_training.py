@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,7 @@ from air_core.training import (
     learning_rate_factor,
 )
 from air_core.types import Batch, Labelled
+from tests.helpers.devices import Crossings
 
 PLAIN = TrainSettings(
     steps=60, batch=8, synthetic_batch=8, learning_rate=0.5, weight_decay=0.0, warmup=0.0, clip=10.0
@@ -30,8 +32,8 @@ PLAIN = TrainSettings(
 class Linear:
     """A learner whose prompt is a matrix."""
 
-    def __init__(self, width: int = 6, classes: int = 3) -> None:
-        self.weight = Parameter(torch.zeros(width, classes))
+    def __init__(self, width: int = 6, classes: int = 3, device: str = "cpu") -> None:
+        self.weight = Parameter(torch.zeros(width, classes, device=device))
 
     def logits(self, batch: Batch) -> Tensor:
         return batch.features @ self.weight
@@ -233,3 +235,27 @@ def test_a_loss_that_is_not_finite_ends_the_training_and_names_the_step():
     broken.batch.features[0, 0] = math.nan
     with pytest.raises(FloatingPointError, match=r"the loss became nan after \d+ steps"):
         trained(real=broken)
+
+
+# ---------------------------------------------------------------- devices
+
+
+@pytest.mark.parametrize(("share", "copied"), [(1.0, 0), (0.0, 3)])
+@pytest.mark.parametrize("loss", ["cc", "rc"])
+def test_a_step_copies_nothing_between_devices_if_the_images_fit(monkeypatch, loss, share, copied):
+    """The prompt is on torch's device without memory, the images are on the CPU. Where they do not
+    fit beside the prompt, a step copies its batch of each of the three sources."""
+    monkeypatch.setattr("air_core.training.IMAGES_SHARE", share)
+    monkeypatch.setattr("air_core.training._free_memory", lambda device: 1e9)
+    crossed = []
+
+    def report(step: int, steps: int) -> None:
+        crossed.append(crossings.count)
+
+    given = {"labelled": images(), "synthetic": images(), "loss": loss, "report": report}
+    with Crossings() as crossings, pytest.raises(NotImplementedError, match="no data"):
+        # The last of six steps reads the losses.
+        trained(replace(PLAIN, steps=6), learner=Linear(device="meta"), **given)
+    second, third, fourth, fifth = (b - a for a, b in itertools.pairwise(crossed))
+    assert second == third == fifth == copied
+    assert fourth > copied  # positions of the next pass of each source
