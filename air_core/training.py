@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, one_hot
 from air_core.components import LOSSES
 from air_core.prompts import PromptLearner, logits_together
 from air_core.specs import TrainSettings
-from air_core.types import Batch, Labelled
+from air_core.types import Batch, Labelled, Targets, sparse
 
 # M selected pool images, B images of a step, C classes.
 
@@ -30,7 +30,7 @@ class Targeted:
     """Pool images with their targets."""
 
     batch: Batch
-    targets: Tensor  # (M, C) one-hot, multi-hot or soft
+    targets: Targets  # (M, C) one-hot, multi-hot or soft
 
     def __len__(self) -> int:
         return len(self.batch)
@@ -41,7 +41,7 @@ class Training:
     """The training of one prompt: images, loss and settings.
 
     Args:
-        real: pseudo-labelled pool images; the loss `rc` writes to their targets.
+        real: pseudo-labelled pool images.
         labelled: images with their true labels (SSL, TRZSL).
         synthetic: images with the class that each was drawn for. At least one of the three sources
             must have images.
@@ -71,7 +71,8 @@ class Training:
 
     def images(self, classes: int) -> tuple[Batch, Tensor]:
         """All M training images with their targets (M, classes)."""
-        parts = [] if self.real is None else [(self.real.batch, self.real.targets)]
+        real = self.real
+        parts = [] if real is None else [(real.batch, real.targets[torch.arange(len(real))])]
         for known in (self.labelled, self.synthetic):
             if known:
                 parts.append((known.batch, one_hot(known.labels, classes).float()))
@@ -125,7 +126,9 @@ def _near_prompt(training: Training) -> Training:
     labelled, synthetic = (
         each and Labelled(_near(each.batch, device), each.labels.to(device)) for each in known
     )
-    real = real and Targeted(_near(real.batch, device), real.targets.to(device))
+    if real is not None:
+        targets = real.targets if training.loss != "rc" else sparse(real.targets)
+        real = Targeted(_near(real.batch, device), targets.to(device))
     return replace(training, real=real, labelled=labelled, synthetic=synthetic)
 
 
@@ -152,6 +155,10 @@ class _Run:
     """State of a training."""
 
     def __init__(self, training: Training) -> None:
+        self.confidences: _Confidences | None = None
+        if training.loss == "rc" and training.real is not None:
+            self.confidences = _Confidences(training.real)
+            training = replace(training, real=self.confidences.real)
         self.training = training
         self.sources = _sources(training, torch.Generator().manual_seed(training.seed))
         leading, settings = self.sources[0], training.settings
@@ -161,11 +168,6 @@ class _Run:
         self.losses: list[float] = []  # of each step that was read
         self.unread: list[Tensor] = []  # of the steps after these
         self.error: FloatingPointError | None = None
-        self.reweighted = training.real if training.loss == "rc" else None
-        if self.reweighted is not None:  # all candidates of an image start with equal weight
-            targets = self.reweighted.targets
-            self.candidates = targets.clone()
-            targets.div_(targets.sum(dim=-1, keepdim=True))
 
     @property
     def is_active(self) -> bool:
@@ -185,9 +187,8 @@ class _Run:
 
     def draw(self) -> tuple[Batch, list[Tensor]]:
         """Images of the next step, and their positions in each source."""
-        if self.reweighted is not None and self.done and self.done % self.steps_per_pass == 0:
-            confidences = _confidences(self.training.learner, self.reweighted, self.candidates)
-            self.reweighted.targets.copy_(confidences)
+        if self.confidences is not None and self.done and self.done % self.steps_per_pass == 0:
+            self.confidences.update(self.training.learner)
         drawn = [next(source.positions) for source in self.sources]
         parts = [
             source.images_at(where) for source, (where, _) in zip(self.sources, drawn, strict=True)
@@ -340,6 +341,21 @@ def confidence(logits: Tensor, candidates: Tensor) -> Tensor:
     return logits.masked_fill(candidates <= 0, -math.inf).softmax(dim=-1)
 
 
-@torch.no_grad()
-def _confidences(learner: PromptLearner, real: Targeted, candidates: Tensor) -> Tensor:
-    return confidence(learner.logits(real.batch).to(candidates.device), candidates)
+class _Confidences:
+    """Targets of `rc`: the confidence in each candidate of an image, computed by the prompt."""
+
+    def __init__(self, real: Targeted) -> None:
+        self.candidates = sparse(real.targets)
+        self.weights = replace(self.candidates, values=self.candidates.values.clone())
+        self.real = Targeted(real.batch, self.weights)
+        self.weights.update(self._even)
+
+    def _even(self, rows: Tensor) -> Tensor:
+        """At first all candidates of an image have equal weight."""
+        sets = self.candidates[rows]
+        return sets / sets.sum(dim=-1, keepdim=True)
+
+    @torch.no_grad()
+    def update(self, learner: PromptLearner) -> None:
+        logits = learner.logits(self.real.batch).to(self.weights.values.device)
+        self.weights.update(lambda rows: confidence(logits[rows], self.candidates[rows]))

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from air_core.pseudo_labels.top_k import balanced_choice
 from air_core.specs import PseudoLabelSettings
-from air_core.types import PseudoLabels
+from air_core.types import ROWS, PseudoLabels, SparseTargets
 
 # P images, C classes.
 
@@ -32,11 +32,18 @@ def candidates(
     allowed = candidate_sets(scores, settings.alpha, settings.beta)
     labels = balanced_choice(scores, _slots(capacity, scores.shape[1], previous), allowed)
     indices = (labels >= 0).nonzero().flatten()
-    sets = allowed[indices].to(scores.dtype)
-    if iteration == 0 and settings.growth == "growing":
-        weighted = sets * scores[indices]
-        sets = weighted / weighted.sum(dim=-1, keepdim=True)
-    return PseudoLabels(indices=indices, targets=sets, labels=labels[indices])
+    is_soft = iteration == 0 and settings.growth == "growing"
+
+    def targets(rows: Tensor) -> Tensor:  # (B, C)
+        sets = allowed[rows].to(scores.dtype)
+        weighted = sets * scores[rows]
+        return weighted / weighted.sum(dim=-1, keepdim=True) if is_soft else sets
+
+    return PseudoLabels(
+        indices=indices,
+        targets=SparseTargets.of(map(targets, torch.split(indices, ROWS))),
+        labels=labels[indices],
+    )
 
 
 def candidate_sets(scores: Tensor, alpha: float, beta: float) -> Tensor:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from air_core.specs import PseudoLabelSettings
-from air_core.types import PseudoLabels
+from air_core.types import PseudoLabels, SparseTargets
 
 
 def threshold(
@@ -22,7 +21,7 @@ def threshold(
     confidence, predictions = scores.max(dim=-1)
     is_selected = confidence >= min(settings.threshold, float(confidence.max()))
     indices = is_selected.nonzero().flatten()
-    targets = one_hot(predictions[indices], scores.shape[1]).to(scores.dtype)
+    targets = SparseTargets.one_hot(predictions[indices], scores.shape[1], scores.dtype)
     return PseudoLabels(
         indices=indices, targets=targets, labels=predictions[indices].to(torch.int64)
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from air_core.specs import PseudoLabelSettings
-from air_core.types import PseudoLabels
+from air_core.types import PseudoLabels, SparseTargets
 
 # P images, C classes.
 
@@ -47,7 +47,7 @@ def predicted(
 def _selected(scores: Tensor, capacity: int, allowed: Tensor | None = None) -> PseudoLabels:
     labels = balanced_choice(scores, torch.full((scores.shape[1],), capacity), allowed)
     indices = (labels >= 0).nonzero().flatten()
-    targets = one_hot(labels[indices], scores.shape[1]).to(scores.dtype)
+    targets = SparseTargets.one_hot(labels[indices], scores.shape[1], scores.dtype)
     return PseudoLabels(indices=indices, targets=targets, labels=labels[indices])
 
 
