@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 ELEMENTS = 2**22  # numbers of a chunk, 16 MiB in float32; a smaller matrix is one chunk
-ROWS = (
-    256  # chunks have a multiple of it, or fewer rows: a power of two. Other sizes change rounding
-)
+# Chunks have a multiple of ROWS, or fewer rows: a power of two. Other sizes change rounding.
+ROWS = 256
 
 
 def chunks(count: int, width: int, elements: int | None = None) -> Iterator[slice]:

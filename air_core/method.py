@@ -411,7 +411,7 @@ def pseudo_labelled_batch(
     """Pool images of L_r with their targets."""
     if selected is None or not trains_on_real(spec):
         return None
-    return Targeted(data.pool[selected.indices], selected.targets.clone())
+    return Targeted(data.pool[selected.indices], selected.targets)
 
 
 def synthetic_batch(spec: TrialSpec, data: TrialData) -> Labelled | None:

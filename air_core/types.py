@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# N images, C classes, D feature width, T image tokens, V their width.
+# N images, C classes, D feature width, T image tokens, V their width; M selected images, B of them.
+
+ROWS = 4096  # images whose dense targets are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,11 @@ class Batch:
     def __getitem__(self, index: Tensor) -> Batch:
         tokens = None if self.tokens is None else self.tokens[index]
         return Batch(features=self.features[index], tokens=tokens)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same images, from the CPU on a device; the host does not wait for the copy."""
+        tokens = None if self.tokens is None else self.tokens.to(device, non_blocking=True)
+        return Batch(self.features.to(device, non_blocking=True), tokens)
 
     @staticmethod
     def joined(parts: Sequence[Batch]) -> Batch:
@@ -71,6 +78,97 @@ class Split:
 
 
 @dataclass(frozen=True)
+class SparseTargets:
+    """Targets (M, C) that are stored without zeros; an index gives dense rows.
+
+    Entries `starts[m]` to `starts[m + 1]` are those of image m. One more entry, the last, is 0 and
+    pads rows to the same length, so that no operation reads a number from a device.
+    """
+
+    starts: Tensor  # (M + 1,)
+    classes: Tensor  # (E + 1,) int32
+    values: Tensor  # (E + 1,)
+    num_classes: int
+    longest: int  # most entries of an image
+
+    @staticmethod
+    def of(parts: Iterable[Tensor]) -> SparseTargets:
+        """From dense targets (B, C), in parts that follow each other; at least one."""
+        counts, classes, values = [], [], []
+        for part in parts:
+            found = part.nonzero(as_tuple=True)
+            counts.append((part != 0).sum(dim=1))
+            classes.append(found[1].int())
+            values.append(part[found])
+        of_each = torch.cat(counts)
+        return SparseTargets(
+            starts=torch.cat([of_each.new_zeros(1), of_each.cumsum(dim=0)]),
+            classes=torch.cat([*classes, classes[0].new_zeros(1)]),
+            values=torch.cat([*values, values[0].new_zeros(1)]),
+            num_classes=part.shape[1],
+            longest=int(of_each.max()) if len(of_each) else 0,
+        )
+
+    @staticmethod
+    def one_hot(labels: Tensor, num_classes: int, dtype: torch.dtype) -> SparseTargets:
+        """1 for the class of each image, from labels (M,)."""
+        ones = torch.ones(len(labels), dtype=dtype, device=labels.device)
+        return SparseTargets(
+            starts=torch.arange(len(labels) + 1, device=labels.device),
+            classes=torch.cat([labels, labels.new_zeros(1)]).int(),
+            values=torch.cat([ones, ones.new_zeros(1)]),
+            num_classes=num_classes,
+            longest=1,
+        )
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        """Dense targets (B, C) of images."""
+        at = self._entries(rows)
+        dense = self.values.new_zeros(len(rows), self.num_classes)
+        return dense.scatter_add_(1, self.classes[at].long(), self.values[at])
+
+    def update(self, dense: Callable[[Tensor], Tensor]) -> None:
+        """Replace all entries by those that `dense` gives: targets (B, C) of positions (B,)."""
+        for rows in torch.split(torch.arange(len(self), device=self.starts.device), ROWS):
+            at = self._entries(rows)
+            self.values[at] = dense(rows).gather(1, self.classes[at].long())
+        self.values[-1] = 0
+
+    def _entries(self, rows: Tensor) -> Tensor:  # (B, longest)
+        begin, end = self.starts[rows], self.starts[rows + 1]
+        at = begin[:, None] + torch.arange(self.longest, device=begin.device)
+        return at.where(at < end[:, None], len(self.values) - 1)
+
+    def dense(self) -> Tensor:
+        """(M, C)"""
+        return self[torch.arange(len(self), device=self.starts.device)]
+
+    def among(self, classes: Tensor, num_classes: int) -> SparseTargets:
+        """The same targets, whose classes are now positions in `classes`, over all classes."""
+        return replace(self, classes=classes[self.classes.long()].int(), num_classes=num_classes)
+
+    def to(self, device: torch.device) -> SparseTargets:
+        """The same targets on a device."""
+        starts, classes = self.starts.to(device), self.classes.to(device)
+        return replace(self, starts=starts, classes=classes, values=self.values.to(device))
+
+
+Targets = Tensor | SparseTargets  # (M, C)
+
+
+def sparse(targets: Targets) -> SparseTargets:
+    """Targets without zeros."""
+    return (
+        targets
+        if isinstance(targets, SparseTargets)
+        else SparseTargets.of(torch.split(targets, ROWS))
+    )
+
+
+@dataclass(frozen=True)
 class PseudoLabels:
     """Selected pool images with their targets.
 
@@ -78,7 +176,7 @@ class PseudoLabels:
     """
 
     indices: Tensor  # (M,) positions in the pool
-    targets: Tensor  # (M, C) one-hot, soft, or multi-hot for the candidate sets of CPL
+    targets: Targets  # (M, C) one-hot, soft, or multi-hot for the candidate sets of CPL
     labels: Tensor  # (M,) the class whose slot the image takes
 
     def __len__(self) -> int:

@@ -23,7 +23,10 @@ class PromptLearner(Protocol):
     """
 
     def logits(self, batch: Batch) -> Tensor:
-        """(N, C), differentiable in the prompt."""
+        """(N, C) on the device of the images, differentiable in the prompt.
+
+        In training the images are on the device of the prompt, otherwise on the CPU.
+        """
         ...
 
     @property

@@ -51,12 +51,12 @@ class TextPrompt:
 def text_logits(prompts: Sequence[TextPrompt], batches: Sequence[Batch]) -> list[Tensor]:
     """Logits (N, C) of each prompt for its own batch, from one pass of the text tower.
 
-    The prompts have the same `pass_key`; all batches are on one device.
+    The prompts have the same `pass_key`; all batches are on one device, and the logits too.
     """
     backbone, names = prompts[0].backbone, prompts[0].classnames
     contexts = torch.stack([prompt.context for prompt in prompts])  # (R, L, W)
     weights = backbone.encode_context(contexts, names)  # (R, C, D)
-    # Move the few class texts to the CPU, where the features are.
+    # In training no copy: the images are where the prompt is. Elsewhere the class texts are few.
     weights = weights.to(batches[0].features.device)
     return [
         backbone.logit_scale * batch.features @ weight.T

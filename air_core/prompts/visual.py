@@ -41,14 +41,14 @@ class VisualPrompt:
         if batch.tokens is None:
             raise ValueError("a visual prompt needs image tokens; these images have features only")
         if not len(batch):  # no test images; the vision tower needs one
-            return torch.empty(0, len(self.weight))
+            return torch.empty(0, len(self.weight), device=batch.tokens.device)
         size = len(batch) if torch.is_grad_enabled() else self.backbone.at_once
         parts = torch.split(batch.tokens, max(1, size))
         features = torch.cat([self._encoded(tokens) for tokens in parts])  # (N, D)
-        return self.backbone.logit_scale * features @ self.weight.T.to("cpu")
+        return self.backbone.logit_scale * features @ self.weight.T.to(features.device)
 
-    def _encoded(self, tokens: Tensor) -> Tensor:  # (B, T, V) -> (B, D), on the CPU
-        return self.backbone.encode_tokens(tokens, self.tokens).cpu()
+    def _encoded(self, tokens: Tensor) -> Tensor:  # (B, T, V) -> (B, D)
+        return self.backbone.encode_tokens(tokens, self.tokens).to(tokens.device)
 
     @property
     def prompt(self) -> Parameter:

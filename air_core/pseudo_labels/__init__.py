@@ -5,13 +5,14 @@ A strategy is a pure function of the scores and the round. It reads no true labe
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 from torch import Tensor
 
 from air_core.components import STRATEGIES
 from air_core.specs import PseudoLabelSettings
-from air_core.types import PseudoLabels
+from air_core.types import PseudoLabels, SparseTargets, sparse
 
 
 class Strategy(Protocol):
@@ -26,7 +27,10 @@ class Strategy(Protocol):
         iteration: int,
         previous: PseudoLabels | None,
     ) -> PseudoLabels:
-        """Select at most `capacity` images per class by the scores (P, C) of the pool."""
+        """Select at most `capacity` images per class by the scores (P, C) of the pool.
+
+        Targets are a tensor (M, C), or SparseTargets where M * C numbers are too many.
+        """
         ...
 
 
@@ -45,8 +49,11 @@ def assign(
         iteration: from 0.
         previous: pseudo-labels of the round before.
 
+    Returns:
+        Pseudo-labels with SparseTargets.
+
     Raises:
-        ValueError: no image was selected, or a score is not finite.
+        ValueError: no image was selected, a score is not finite, or targets are not (M, C).
     """
     if not scores.sum(dim=-1).isfinite().all():  # isfinite of (P, C) copies it
         raise ValueError("scores of the pool are not finite: are there NaN in the features?")
@@ -63,15 +70,24 @@ def assign(
             f"no pool image was selected in iteration {iteration} of {iterations} "
             f"({len(scores)} images, {settings})"
         )
-    return labels
+    return replace(labels, targets=_compact(labels, scores.shape[1]))
+
+
+def _compact(labels: PseudoLabels, num_classes: int) -> SparseTargets:
+    targets, shape = labels.targets, (len(labels), num_classes)
+    if isinstance(targets, Tensor) and targets.shape != shape:
+        raise ValueError(
+            f"`targets` must be (M, C), one row for each selected image: {shape}, but they are "
+            f"{tuple(targets.shape)}"
+        )
+    return sparse(targets)
 
 
 def spread(labels: PseudoLabels, classes: Tensor | None, num_classes: int) -> PseudoLabels:
     """Map pseudo-labels over `classes` (TRZSL) to all classes; None: they are over all classes."""
     if classes is None:
         return labels
-    targets = labels.targets.new_zeros(len(labels), num_classes)
-    targets[:, classes] = labels.targets
+    targets = sparse(labels.targets).among(classes, num_classes)
     return PseudoLabels(labels.indices, targets, classes[labels.labels])
 
 

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from air_core.chunks import by_rows, chunks
 from air_core.pseudo_labels.top_k import balanced_choice
 from air_core.specs import PseudoLabelSettings
-from air_core.types import PseudoLabels
+from air_core.types import ROWS, PseudoLabels, SparseTargets
 
 # P images, C classes.
 
@@ -33,18 +33,16 @@ def candidates(
     allowed = candidate_sets(scores, settings.alpha, settings.beta)
     labels = balanced_choice(scores, _slots(capacity, scores, previous), allowed)
     indices = (labels >= 0).nonzero().flatten()
-    is_weighted = iteration == 0 and settings.growth == "growing"
+    is_soft = iteration == 0 and settings.growth == "growing"
 
-    def targets(rows: slice) -> Tensor:
-        sets = allowed[indices[rows]].to(scores.dtype)
-        if not is_weighted:
-            return sets
-        weighted = sets * scores[indices[rows]]
-        return weighted / weighted.sum(dim=-1, keepdim=True)
+    def targets(rows: Tensor) -> Tensor:  # (B, C)
+        sets = allowed[rows].to(scores.dtype)
+        weighted = sets * scores[rows]
+        return weighted / weighted.sum(dim=-1, keepdim=True) if is_soft else sets
 
     return PseudoLabels(
         indices=indices,
-        targets=by_rows(targets, indices, scores.shape[1]),
+        targets=SparseTargets.of(map(targets, torch.split(indices, ROWS))),
         labels=labels[indices],
     )
 

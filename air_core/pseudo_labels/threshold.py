@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from air_core.pseudo_labels.top_k import one_hot_targets
 from air_core.specs import PseudoLabelSettings
-from air_core.types import PseudoLabels
+from air_core.types import PseudoLabels, SparseTargets
 
 
 def threshold(
@@ -22,4 +21,5 @@ def threshold(
     is_selected = confidence >= min(settings.threshold, float(confidence.max()))
     indices = is_selected.nonzero().flatten()
     labels = predictions[indices]
-    return PseudoLabels(indices=indices, targets=one_hot_targets(labels, scores), labels=labels)
+    targets = SparseTargets.one_hot(labels, scores.shape[1], scores.dtype)
+    return PseudoLabels(indices=indices, targets=targets, labels=labels)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from air_core.chunks import by_rows
 from air_core.specs import PseudoLabelSettings
-from air_core.types import PseudoLabels
+from air_core.types import PseudoLabels, SparseTargets
 
 # P images, C classes, M of the images.
 
@@ -49,13 +49,8 @@ def predicted(
 def _selected(scores: Tensor, labels: Tensor) -> PseudoLabels:
     """One-hot targets of the images (P,) whose label is not -1."""
     indices = (labels >= 0).nonzero().flatten()
-    targets = one_hot_targets(labels[indices], scores)
+    targets = SparseTargets.one_hot(labels[indices], scores.shape[1], scores.dtype)
     return PseudoLabels(indices=indices, targets=targets, labels=labels[indices])
-
-
-def one_hot_targets(labels: Tensor, scores: Tensor) -> Tensor:
-    """(M, C) targets of classes (M,), of the type of the scores (P, C)."""
-    return scores.new_zeros(len(labels), scores.shape[1]).scatter_(1, labels[:, None], 1.0)
 
 
 def balanced_choice(scores: Tensor, capacity: Tensor, allowed: Tensor | None = None) -> Tensor:

@@ -32,7 +32,7 @@ from air_core.side_by_side import learn_side_by_side
 from air_core.specs import SplitSettings, TrialSpec
 from air_core.specs.conditions import fills_bank, reads_tokens
 from air_core.specs.normal import normalised
-from air_core.types import Labelled, Metrics, PseudoLabels, TrialResult
+from air_core.types import Labelled, Metrics, PseudoLabels, SparseTargets, TrialResult, sparse
 from orchestrator.keys import artifact_key
 from orchestrator.planning.estimate import startup_seconds
 from orchestrator.stages.context import WorkerContext
@@ -196,7 +196,7 @@ class TrialRun:
         labels = self.state.labels
         arrays = {"prompts": np.stack([prompt.numpy() for prompt in self.state.prompts])}
         if labels is not None:
-            arrays |= {name: getattr(labels, name).numpy() for name in LABELS}
+            arrays |= _label_arrays(labels)
         return Checkpoint(
             iterations=len(self.state.prompts),
             arrays=arrays,
@@ -280,15 +280,34 @@ def balance(labels: Tensor, data: TrialData) -> float:
     return abs(-(shares * shares.log()).sum().item()) / math.log(max(2, classes))
 
 
-LABELS = ("indices", "targets", "labels")
+LABELS, TARGETS = ("indices", "labels"), ("starts", "classes", "values")
+
+
+def _label_arrays(labels: PseudoLabels) -> dict[str, np.ndarray]:
+    """Pseudo-labels in a checkpoint."""
+    targets = sparse(labels.targets)
+    arrays = {name: getattr(labels, name).numpy() for name in LABELS}
+    arrays |= {name: getattr(targets, name).numpy() for name in TARGETS}
+    return arrays | {"sizes": np.array([targets.num_classes, targets.longest])}
 
 
 def _state(begun: Checkpoint) -> TrialState:
     if begun is START:
         return TrialState()
     arrays = {name: torch.from_numpy(array) for name, array in begun.arrays.items()}
-    labels = PseudoLabels(**{name: arrays[name] for name in LABELS}) if "labels" in arrays else None
+    labels = None
+    if "labels" in arrays:
+        # Checkpoints of earlier versions have all targets (M, C).
+        targets = arrays["targets"] if "targets" in arrays else _sparse_targets(arrays)
+        labels = PseudoLabels(targets=targets, **{name: arrays[name] for name in LABELS})
     return TrialState(tuple(arrays["prompts"]), labels)
+
+
+def _sparse_targets(arrays: Mapping[str, Tensor]) -> SparseTargets:
+    num_classes, longest = arrays["sizes"].tolist()
+    return SparseTargets(
+        **{name: arrays[name] for name in TARGETS}, num_classes=num_classes, longest=longest
+    )
 
 
 def read_data(spec: TrialSpec, target: Target, worker: WorkerContext) -> TrialData:

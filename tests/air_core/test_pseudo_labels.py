@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from air_core import chunks
-from air_core.pseudo_labels import assign, capacity
+from air_core.pseudo_labels import assign, capacity, spread
 from air_core.pseudo_labels.candidates import candidate_sets
 from air_core.pseudo_labels.top_k import balanced_choice
 from air_core.specs import PseudoLabelSettings
+from air_core.types import ROWS, PseudoLabels, SparseTargets, sparse
 
 
 def some_scores(images: int = 120, classes: int = 6, seed: int = 0) -> torch.Tensor:
@@ -130,5 +131,54 @@ def test_pseudo_labels_do_not_depend_on_the_size_of_chunks(kind, monkeypatch):
             found.append(
                 assign(some_scores(), settings, iteration=iteration, iterations=4, previous=None)
             )
-        one, other = (vars(each).values() for each in found)
+        one, other = ((each.indices, each.labels, each.targets.dense()) for each in found)
         assert all(map(torch.equal, one, other))
+
+
+# ---------------------------------------------------------------- targets without zeros
+
+
+def some_targets(images: int = ROWS + 50, classes: int = 7) -> torch.Tensor:
+    """Soft targets of one to all classes."""
+    sets = torch.rand(images, classes) < torch.rand(images, 1)
+    sets[torch.arange(images), torch.randint(classes, (images,))] = True
+    return sets * torch.rand(images, classes)
+
+
+def test_sparse_targets_give_the_rows_that_they_were_made_from():
+    dense = some_targets()
+    targets = sparse(dense)
+    rows = torch.randint(len(dense), (64,))
+    assert torch.equal(targets[rows], dense[rows])
+    assert torch.equal(targets.dense(), dense)
+    assert len(targets) == len(dense)
+    labels = torch.randint(7, (30,))
+    one_hot = SparseTargets.one_hot(labels, 7, torch.float32)
+    assert torch.equal(one_hot.dense(), torch.nn.functional.one_hot(labels, 7).float())
+
+
+def test_an_update_keeps_the_zeros_of_sparse_targets():
+    dense, new = some_targets(), torch.rand(ROWS + 50, 7)
+    targets = sparse(dense)
+    targets.update(lambda rows: new[rows])
+    assert torch.equal(targets.dense(), new * (dense > 0))
+
+
+def test_targets_of_unseen_classes_are_spread_to_all_classes():
+    dense, unseen = some_targets(20, 3), torch.tensor([1, 2, 5])
+    labels = PseudoLabels(torch.arange(20), dense, torch.zeros(20, dtype=torch.int64))
+    every = spread(labels, unseen, 6)
+    assert torch.equal(every.targets.dense()[:, unseen], dense)
+    assert every.targets.dense()[:, [0, 3, 4]].sum() == 0
+    assert set(every.labels.tolist()) == {1}
+
+
+@pytest.mark.parametrize("kind", ["top_k", "predicted", "candidates", "threshold"])
+def test_targets_take_memory_for_their_classes_only(kind):
+    scores = some_scores(1000, 100)
+    settings = PseudoLabelSettings(kind=kind, growth="fixed", k=10)
+    labels = assign(scores, settings, iteration=0, iterations=1, previous=None)
+    kept = (labels.targets.dense() > 0).sum().item()
+    assert kept < 6 * len(labels)
+    arrays = (labels.targets.starts, labels.targets.classes, labels.targets.values)
+    assert sum(array.nbytes for array in arrays) <= 8 * (len(labels) + 1) + 8 * (kept + 1)

@@ -21,8 +21,9 @@ from air_core.paradigms import make_split
 from air_core.prompts import build_learner, logits_together
 from air_core.side_by_side import learn_side_by_side
 from air_core.specs import PromptSettings, SplitSettings, TrainSettings, TrialSpec
-from air_core.training import Targeted, Training, fit
+from air_core.training import CHECKED, Targeted, Training, fit
 from air_core.types import Batch, Labelled, TrialResult
+from tests.helpers.devices import Crossings, HostReads
 
 NAMES = ("tree", "annual crop land", "river", "highway or road")
 CLOSE = {torch.float32: 1e-5, torch.float64: 1e-10}  # of the norm
@@ -147,6 +148,55 @@ def test_each_training_reports_its_own_steps(tiny_clip):
         ]
     )
     assert reported == [[(1, 2), (2, 2)], [(1, 3), (2, 3), (3, 3)]]
+
+
+def visual_training(clip: Backbone, **changes: Any) -> Training:
+    pixels = torch.randn(24, 17, clip.patch_width, generator=torch.Generator().manual_seed(0))
+    real = images(clip, 24, 7)
+    given = {
+        "learner": build_learner("visual", PromptSettings(length=2), clip, NAMES, "{}", 7),
+        "real": Targeted(Batch(real.batch.features, pixels), one_hot(real.labels, 4).float()),
+    }
+    return training(clip, 7, **(given | changes))
+
+
+def test_a_training_step_reads_no_number_from_the_device(tiny_clip):
+    settings = TrainSettings(batch=8, steps=6, labelled_among="seen")
+    labelled = training(tiny_clip, 8, labelled=images(tiny_clip, 8, 9), settings=settings)
+    texts = [labelled, *different_trainings(tiny_clip)]  # one pass of the text tower
+    for group in (texts, [visual_training(tiny_clip, loss="rc")]):
+        reads: list[int] = []
+        with HostReads() as counted:
+            first = replace(group[0], report=lambda *_: reads.append(counted.count))  # noqa: B023
+            fit([first, *group[1:]])
+        assert reads == reads[:1] * 6
+
+
+@pytest.mark.parametrize("make", [training, visual_training])
+def test_the_images_of_a_training_are_on_the_device_of_its_prompt(make):
+    """The CLIP is on torch's device without memory, the images are on the CPU."""
+    clip = load_backbone(tiny_folder())
+    clip.model.to("meta")
+    crossed: list[int] = []
+    given = {"report": lambda *_: crossed.append(counted.count), "loss": "rc", "seed": 0}
+    if make is training:
+        given["learner"] = build_learner("text", PromptSettings(length=3), clip, NAMES, "{}", 0)
+    with Crossings() as counted, pytest.raises(NotImplementedError, match="no data"):
+        fit([replace(make(clip) if make is visual_training else make(clip, 0), **given)])
+    first, second, third, fourth, fifth = crossed
+    assert first == second == third < fourth == fifth  # positions of the second pass
+
+
+def test_a_failed_training_stops_soon_and_names_its_first_loss_that_is_not_finite(tiny_clip):
+    settings = TrainSettings(steps=1000, batch=8, learning_rate=1e38)
+    done: list[int] = []
+    broken = training(tiny_clip, 1, settings=settings, report=lambda step, steps: done.append(step))
+    fine = training(tiny_clip, 2)
+    error, loss = fit([broken, fine])
+    [alone] = fit([training(tiny_clip, 2)])
+    assert str(error) == "the loss became nan after 2 steps"
+    assert max(done) == CHECKED
+    assert loss == pytest.approx(alone, rel=1e-5)
 
 
 def test_prompts_that_share_no_pass_are_encoded_one_after_the_other(tiny_clip):

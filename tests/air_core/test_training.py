@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -17,10 +18,12 @@ from air_core.training import (
     Targeted,
     Training,
     candidate_loss,
+    confidence,
     fit,
     learning_rate_factor,
 )
 from air_core.types import Batch, Labelled
+from tests.helpers.devices import Crossings
 
 PLAIN = TrainSettings(
     steps=60, batch=8, synthetic_batch=8, learning_rate=0.5, weight_decay=0.0, warmup=0.0, clip=10.0
@@ -30,8 +33,8 @@ PLAIN = TrainSettings(
 class Linear:
     """A learner whose prompt is a matrix."""
 
-    def __init__(self, width: int = 6, classes: int = 3) -> None:
-        self.weight = Parameter(torch.zeros(width, classes))
+    def __init__(self, width: int = 6, classes: int = 3, device: str = "cpu") -> None:
+        self.weight = Parameter(torch.zeros(width, classes, device=device))
 
     def logits(self, batch: Batch) -> Tensor:
         return batch.features @ self.weight
@@ -198,11 +201,10 @@ def test_rc_concentrates_on_one_of_the_candidates():
     data = images(60)
     targets = one_hot(data.labels, 3).float()
     targets[::2] = (targets[::2] + targets[::2].roll(1, dims=1)).clamp(max=1)
-    real = Targeted(data.batch, targets.clone())
-    trained(replace(PLAIN, steps=200), real=real, loss="rc")
-    believed = real.targets[::2].gather(1, data.labels[::2, None])
-    assert (believed > 0.8).double().mean() > 0.9
-    assert ((real.targets > 0) <= (targets > 0)).all()
+    learner, _ = trained(replace(PLAIN, steps=200), real=Targeted(data.batch, targets), loss="rc")
+    with torch.no_grad():
+        believed = confidence(learner.logits(data.batch), targets)[::2]
+    assert (believed.gather(1, data.labels[::2, None]) > 0.8).double().mean() > 0.9
 
 
 def test_synthetic_images_with_weight_zero_have_no_effect():
@@ -233,3 +235,27 @@ def test_a_loss_that_is_not_finite_ends_the_training_and_names_the_step():
     broken.batch.features[0, 0] = math.nan
     with pytest.raises(FloatingPointError, match=r"the loss became nan after \d+ steps"):
         trained(real=broken)
+
+
+# ---------------------------------------------------------------- devices
+
+
+@pytest.mark.parametrize(("share", "copied"), [(1.0, 0), (0.0, 3)])
+@pytest.mark.parametrize("loss", ["cc", "rc"])
+def test_a_step_copies_nothing_between_devices_if_the_images_fit(monkeypatch, loss, share, copied):
+    """The prompt is on torch's device without memory, the images are on the CPU. Where they do not
+    fit beside the prompt, a step copies its batch of each of the three sources."""
+    monkeypatch.setattr("air_core.training.IMAGES_SHARE", share)
+    monkeypatch.setattr("air_core.training._free_memory", lambda device: 1e9)
+    crossed = []
+
+    def report(step: int, steps: int) -> None:
+        crossed.append(crossings.count)
+
+    given = {"labelled": images(), "synthetic": images(), "loss": loss, "report": report}
+    with Crossings() as crossings, pytest.raises(NotImplementedError, match="no data"):
+        # The last of six steps reads the losses.
+        trained(replace(PLAIN, steps=6), learner=Linear(device="meta"), **given)
+    second, third, fourth, fifth = (b - a for a, b in itertools.pairwise(crossed))
+    assert second == third == fifth == copied
+    assert fourth > copied  # positions of the next pass of each source

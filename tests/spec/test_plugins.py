@@ -211,6 +211,7 @@ def test_plugin_check_runs_the_contract(command, spec):
     assert "pseudo_labels.margin.tau: 0.2  (a number >= 0 and <= 1)" in out
     for right, wrong, message in (
         ("PseudoLabels(chosen,", "PseudoLabels(chosen * 0,", f"{file}: .*distinct images"),
+        ("one_hot(labels, scores.shape[1])", "one_hot(labels, 9)", r"must be \(M, C\)"),
         ("topk(2,", "topk(200,", rf"{file}:\d+: .*out of range"),
     ):
         file.write_text(MARGIN.replace(right, wrong))

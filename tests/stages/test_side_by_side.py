@@ -23,7 +23,13 @@ from orchestrator.stages.features import build as build_features
 from orchestrator.stages.side_by_side import run_trials
 from orchestrator.stages.trial import run_trial
 from orchestrator.store import ArtifactStore, TrialRecord
-from orchestrator.store.checkpoints import START, Segments, read_checkpoint, recorded_rungs
+from orchestrator.store.checkpoints import (
+    START,
+    Segments,
+    read_checkpoint,
+    recorded_rungs,
+    write_checkpoint,
+)
 
 QUICK = {"train__steps": 4, "prompt__length": 2}
 
@@ -192,6 +198,27 @@ def test_a_trial_in_segments_has_the_same_record_as_one_without_stops(
     assert without_clock(info(ours)) == without_clock({**info(theirs), "rungs": None})
     for name in ("predictions.safetensors", "prompt.safetensors"):
         assert (ours.path / name).read_bytes() == (theirs.path / name).read_bytes()
+
+
+def test_a_checkpoint_of_an_earlier_version_with_dense_targets_is_read(trial, store, monkeypatch):
+    spec = trial("cpl", seed=1, **{**QUICK, "iterations": 3})
+    run_trials([spec], WorkerContext(store), segments=Segments((2,), stop_after=2))
+    begun = read_checkpoint(spec, store)
+    arrays = dict(begun.arrays)
+    starts, classes, values = (arrays.pop(name) for name in ("starts", "classes", "values"))
+    sizes = arrays.pop("sizes")
+    arrays["targets"] = np.zeros((len(starts) - 1, sizes[0]), values.dtype)
+    rows = np.arange(len(starts) - 1).repeat(np.diff(starts))
+    arrays["targets"][rows, classes[:-1]] = values[:-1]
+    assert arrays.keys() == {"prompts", "indices", "targets", "labels"}
+    write_checkpoint(spec, store, replace(begun, arrays=arrays))
+    fit, fits = core.fit, []
+    monkeypatch.setattr(
+        core, "fit", lambda trainings: fits.append(len(trainings)) or fit(trainings)
+    )
+    [record] = run_trials([spec], WorkerContext(store), segments=Segments((2,)))
+    assert isinstance(record, TrialRecord)
+    assert len(fits) == 1
 
 
 def test_a_finished_trial_without_objectives_at_a_rung_runs_again_up_to_the_rung(
