@@ -51,17 +51,12 @@ def build(
 
     def encode(examples: Examples, folder: Path) -> dict[str, Any]:
         parts = np.array([PARTS.index(part) for part in examples.parts], dtype=np.int8)
-        rows: list[np.ndarray] = []
-        bad: dict[int, str] = {}  # reason by position
-        for start in range(0, len(examples.images), CHUNK):
-            positions = range(len(parts))[start : start + CHUNK]
-            rows.append(worker.encode(_Readable(examples.images, positions, bad), spec))
-            report(positions.stop, len(parts))
+        features, bad = encoded(spec, examples, range(len(parts)), worker, report)
         parts[list(bad)] = PARTS.index("bad")
         name, problems = spec.dataset.name, list(bad.values())
         if problem := too_many_unreadable(name, problems, len(parts), BAD_SHARE):
             raise ValueError(f"{problem}; `airsweep data check {name}` opens all")
-        arrays = {"features": np.concatenate(rows), "labels": examples.labels, "parts": parts}
+        arrays = {"features": features, "labels": examples.labels, "parts": parts}
         save_file(arrays, folder / "features.safetensors")
         counts = {"images": len(parts) - len(bad), "unreadable": len(bad), "batch": worker.batch}
         unused = _unused(examples, bad) | {"skipped": get_dataset(spec.dataset.name).skipped()}
@@ -69,6 +64,28 @@ def build(
         return counts | {name: value for name, value in unused.items() if value} | text
 
     return worker.store.get_or_build(spec, write)
+
+
+def encoded(
+    spec: FeaturesSpec,
+    examples: Examples,
+    positions: range,
+    worker: WorkerContext,
+    report: Callable[[int, int], None] = ignore,
+) -> tuple[np.ndarray, dict[int, str]]:
+    """Encode some images of a dataset.
+
+    Returns:
+        The features (N, D) or tokens (N, T, V), and why images are unreadable, by position.
+    """
+    bad: dict[int, str] = {}
+    images = _Readable(examples.images, positions, bad)
+    prepared = worker.backbone(spec.backbone, spec.precision).prepared(images)
+    rows = []
+    for start in range(0, len(positions), CHUNK):
+        rows.append(worker.encode(itertools.islice(prepared, CHUNK), spec))
+        report(min(start + CHUNK, len(positions)), len(positions))
+    return np.concatenate(rows), dict(sorted(bad.items()))
 
 
 @dataclass(frozen=True)
@@ -83,8 +100,6 @@ class _Readable(Sequence[Image.Image]):
         return len(self.positions)
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return replace(self, positions=self.positions[index])
         position = self.positions[index]
         try:
             return self.images[position]
