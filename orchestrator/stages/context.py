@@ -76,11 +76,16 @@ class WorkerContext:
         """
         examples = self.examples(dataset)
         images = [examples.images[i] for i in positions]
-        if isinstance(examples.images, ImageFiles):
-            files = [examples.images.files[i] for i in positions]
+        self.check_images(dataset, positions)
+        return images
+
+    def check_images(self, dataset: Ref, positions: Sequence[int]) -> None:
+        """Check some image files after they were read. Raises as `images`."""
+        images = self.examples(dataset).images
+        if isinstance(images, ImageFiles):
+            files = [images.files[i] for i in positions]
             if not _resolver(self._digests, self.data_root).has_digests_of(files):
                 raise ChangedInput(f"{dataset.name} {CHANGED}")
-        return images
 
     def check_ready_images(self, folder: Ref) -> None:
         """

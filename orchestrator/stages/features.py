@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -11,30 +12,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from air_core.datasets import Examples, get_dataset
-from air_core.datasets.images import BAD_SHARE, ImageFiles, Unreadable, too_many_unreadable
+from air_core.datasets.images import BAD_SHARE, ImageFiles, too_many_unreadable
 from air_core.paradigms import make_split
 from air_core.specs import UNKNOWN, FeaturesSpec, SplitSettings
 from air_core.types import Batch, Labelled, Split
 from orchestrator.planning.dataset_text import DatasetText, read_dataset_text
 from orchestrator.stages import ignore
 from orchestrator.stages.context import WorkerContext
+from orchestrator.stages.encoded import encode, read_blocks
 from orchestrator.store import ArtifactStore
 from orchestrator.store.artifacts import Artifact
 
 PARTS = ("train", "val", "test", "free", "bad")
-CHUNK = 512  # images between two reports of progress
 LISTED = 100  # unreadable images whose names are recorded
 
 
 def build(
     spec: FeaturesSpec, worker: WorkerContext, report: Callable[[int, int], None] = ignore
 ) -> Artifact:
-    """Make the CLIP features, or patch tokens, of a whole dataset.
+    """Make the CLIP features, or patch tokens, of a whole dataset, of many image files from blocks.
 
     An image that cannot be decoded is left out of every split.
 
@@ -47,11 +47,14 @@ def build(
 
     def write(folder: Path) -> dict[str, Any]:
         with worker.unchanged_examples(spec.dataset) as examples:
-            return encode(examples, folder)
+            return write_features(examples, folder)
 
-    def encode(examples: Examples, folder: Path) -> dict[str, Any]:
+    def write_features(examples: Examples, folder: Path) -> dict[str, Any]:
         parts = np.array([PARTS.index(part) for part in examples.parts], dtype=np.int8)
-        features, bad = encoded(spec, examples, range(len(parts)), worker, report)
+        if row is None:
+            features, bad = encode(spec, examples, range(len(parts)), worker, report)
+        else:
+            features, bad = read_blocks(row, len(parts), worker, report)
         parts[list(bad)] = PARTS.index("bad")
         name, problems = spec.dataset.name, list(bad.values())
         if problem := too_many_unreadable(name, problems, len(parts), BAD_SHARE):
@@ -63,49 +66,12 @@ def build(
         text = asdict(read_dataset_text(spec, worker.store))
         return counts | {name: value for name, value in unused.items() if value} | text
 
-    return worker.store.get_or_build(spec, write)
-
-
-def encoded(
-    spec: FeaturesSpec,
-    examples: Examples,
-    positions: range,
-    worker: WorkerContext,
-    report: Callable[[int, int], None] = ignore,
-) -> tuple[np.ndarray, dict[int, str]]:
-    """Encode some images of a dataset.
-
-    Returns:
-        The features (N, D) or tokens (N, T, V), and why images are unreadable, by position.
-    """
-    bad: dict[int, str] = {}
-    images = _Readable(examples.images, positions, bad)
-    prepared = worker.backbone(spec.backbone, spec.precision).prepared(images)
-    rows = []
-    for start in range(0, len(positions), CHUNK):
-        rows.append(worker.encode(itertools.islice(prepared, CHUNK), spec))
-        report(min(start + CHUNK, len(positions)), len(positions))
-    return np.concatenate(rows), dict(sorted(bad.items()))
-
-
-@dataclass(frozen=True)
-class _Readable(Sequence[Image.Image]):
-    """Some images, opened on access: a photograph takes 50 MB. Unreadable ones are blank."""
-
-    images: Sequence[Image.Image]
-    positions: range
-    bad: dict[int, str]  # receives the reasons, by position
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __getitem__(self, index: Any) -> Any:
-        position = self.positions[index]
-        try:
-            return self.images[position]
-        except Unreadable as problem:
-            self.bad[position] = str(problem)
-            return Image.new("RGB", (8, 8))
+    row = spec.encoded
+    artifact = worker.store.get_or_build(spec, write)
+    if row is not None:
+        with suppress(PermissionError):  # of another user, whose `cache gc` removes it
+            worker.store.row(row).remove()
+    return artifact
 
 
 def _unused(examples: Examples, bad: Mapping[int, str]) -> dict[str, Any]:
