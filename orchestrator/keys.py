@@ -48,7 +48,9 @@ def _key(spec: StageSpec) -> ArtifactKey:
 def _recipe(spec: StageSpec) -> tuple[int, str]:
     """Recipe number and code version. A code version that begins with `v<number>` is that of an
     earlier run, see `store.code_version.recorded_versions`."""
-    code: str = spec.code_of(*_parts(spec)) if isinstance(spec, TrialSpec) else vars(spec)["code"]
+    code: str = (
+        spec.code_of(*_parts(spec)) if isinstance(spec, TrialSpec) else getattr(spec, "code", "")
+    )
     first, _, others = code.partition("+")
     earlier = re.fullmatch(r"v(\d+)", first)
     return (int(earlier[1]), others) if earlier else (spec.recipe, code)

@@ -5,8 +5,12 @@ This module depends neither on prompt classes nor on datasets.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import Any, TypeVar
 
 import torch
 from PIL.Image import Image
@@ -21,6 +25,12 @@ from air_core.backbone.vision import check_vision, patch_tokens, prompted_featur
 # P learned ones, V their width.
 
 AT_ONCE = 256  # images per pass without gradient; reduced if a device has too little memory
+MAX_THREADS = 16  # that open images; each can need 0.5 GB for the largest allowed image
+
+# Images, or tensors (3, H, W) after `preprocess`; threads prepare those of a sequence.
+Images = Sequence[Image | Tensor] | Iterator[Tensor]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Backbone:
@@ -30,6 +40,10 @@ class Backbone:
         model: an open_clip model; its weights are frozen.
         preprocess: PIL image -> (3, H, W).
         tokenizer: open_clip's tokenizer with the model's vocabulary.
+
+    Attributes:
+        at_once: images per pass.
+        threads: that open and preprocess images; 0: as many as torch uses.
 
     Raises:
         ValueError: its text tower does not accept learned vectors.
@@ -42,7 +56,8 @@ class Backbone:
         self.preprocess = preprocess
         self.tokenizer = tokenizer
         self.logit_scale = float(model.logit_scale.exp())
-        self.at_once = AT_ONCE
+        self.at_once, self.threads = AT_ONCE, 0
+        self._decoding = threading.Lock()
         self._text = getattr(model, "text", model)  # some models have the text tower as a module
         self._context = context_encoder(self._text, tokenizer)
 
@@ -79,16 +94,10 @@ class Backbone:
         return self.model.visual
 
     @torch.no_grad()
-    def encode_images(self, images: Sequence[Image | Tensor]) -> Tensor:
-        """Image features (B, D) on the CPU, in the order of `images`.
-
-        A tensor (3, H, W) is an image after `preprocess`.
-        """
-        features = []
-        for start in range(0, len(images), self.at_once):
-            pixels = self._pixels(images[start : start + self.at_once])
-            features.append(_unit(self.model.encode_image(pixels)).cpu())
-        return torch.cat(features)
+    def encode_images(self, images: Images) -> Tensor:
+        """Image features (B, D) on the CPU, in the order of `images`."""
+        batches = self._batches(images)
+        return torch.cat([_unit(self.model.encode_image(pixels)).cpu() for pixels in batches])
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
@@ -119,14 +128,12 @@ class Backbone:
         return _unit(features.view(*lead, len(classnames), -1))
 
     @torch.no_grad()
-    def image_tokens(
-        self, images: Sequence[Image | Tensor], dtype: torch.dtype | None = None
-    ) -> Tensor:
+    def image_tokens(self, images: Images, dtype: torch.dtype | None = None) -> Tensor:
         """The image tokens that enter the first block. They do not depend on the prompt, so they
         can be stored.
 
         Args:
-            images: B images, or tensors (3, H, W) from `preprocess`.
+            images: B images.
             dtype: of the result; half precision halves the storage. None: the dtype of the model.
 
         Returns:
@@ -135,11 +142,9 @@ class Backbone:
         Raises:
             ValueError: the vision tower does not accept learned tokens.
         """
-        tokens = []
-        for start in range(0, len(images), self.at_once):
-            pixels = self._pixels(images[start : start + self.at_once])
-            tokens.append(patch_tokens(self._vision, pixels).to("cpu", dtype or self.dtype))
-        return torch.cat(tokens)
+        tower, wanted = self._vision, dtype or self.dtype
+        batches = self._batches(images)
+        return torch.cat([patch_tokens(tower, pixels).to("cpu", wanted) for pixels in batches])
 
     def encode_tokens(self, tokens: Tensor, prompt: Tensor) -> Tensor:
         """Image features with learned tokens beside the patches.
@@ -166,9 +171,52 @@ class Backbone:
         tokens = tokens.to(prompt.device, self.dtype)
         return _unit(prompted_features(tower, tokens, prompt.to(self.dtype)))
 
-    def _pixels(self, images: Sequence[Image | Tensor]) -> Tensor:  # (B, 3, H, W)
-        pixels = torch.stack([i if isinstance(i, Tensor) else self.preprocess(i) for i in images])
-        return pixels.to(self.device, self.dtype)
+    def prepared(self, images: Sequence[Image | Tensor]) -> Iterator[Tensor]:
+        """Images (3, H, W) after `preprocess`, in order. Threads prepare up to `at_once` of them
+        before they are needed; several may read `images` at a time."""
+        if isinstance(images, list | tuple) and all(isinstance(i, Tensor) for i in images):
+            return iter(images)
+        threads = min(self.threads or torch.get_num_threads(), MAX_THREADS)
+        return computed_ahead(
+            lambda i: self._prepared(images[i]), range(len(images)), threads, self.at_once
+        )
+
+    def _prepared(self, image: Image | Tensor) -> Tensor:
+        if isinstance(image, Tensor):
+            return image
+        with self._decoding:  # decoding one image in two threads is not safe
+            image.load()
+        pixels: Tensor = self.preprocess(image)
+        return pixels
+
+    def _batches(self, images: Images) -> Iterator[Tensor]:
+        """(B, 3, H, W) each, with `at_once` images, on the device."""
+        prepared = self.prepared(images) if isinstance(images, Sequence) else images
+        for first in prepared:
+            pixels = torch.stack([first, *islice(prepared, self.at_once - 1)])
+            yield pixels.to(self.device, self.dtype)
+
+
+def computed_ahead(
+    function: Callable[[Item], Result], items: Iterable[Item], threads: int, ahead: int
+) -> Iterator[Result]:
+    """Results of a function in the order of the items. Threads compute up to `ahead` of them
+    before they are needed.
+
+    Raises:
+        Exception: the function raised it for the next item.
+    """
+    pool = ThreadPoolExecutor(threads)
+    results: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            results.append(pool.submit(function, item))
+            if len(results) > ahead:
+                yield results.popleft().result()
+        while results:
+            yield results.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # if the caller stops early
 
 
 def _unit(features: Tensor) -> Tensor:

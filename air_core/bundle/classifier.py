@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from air_core.backbone import Backbone
+from air_core.backbone.clip import MAX_THREADS, computed_ahead
 from air_core.bundle.arrays import fused_classifier
 from air_core.bundle.checks import FUSED
 from air_core.bundle.files import UNSURE, image_files
@@ -27,7 +28,6 @@ from air_core.types import Batch
 TOP = 3  # classes per image in a result
 STEP = 64  # images per batch; larger batches delay the output of large models
 BLANK = Image.new("RGB", (8, 8))
-MAX_THREADS = 16  # that open images; each can need 0.5 GB for the largest allowed image
 
 Source = Path | Image.Image | np.ndarray
 
@@ -194,22 +194,13 @@ class Bundle:
         While the caller works on a batch, threads prepare the next one.
         """
         step = min(STEP, self.backbone.at_once)
-        with ThreadPoolExecutor(min(torch.get_num_threads(), MAX_THREADS)) as pool:
-
-            def start(first: int) -> list[tuple[Any, Future[Tensor | str]]]:
-                return [
-                    # PIL images are decoded here: decoding one in two threads is not safe.
-                    (name, pool.submit(self._pixels, _loaded(name, source)))
-                    for name, source in sources[first : first + step]
-                ]
-
-            following = start(0)
-            try:
-                for first in range(0, len(sources), step):
-                    batch, following = following, start(first + step)
-                    yield [(name, future.result()) for name, future in batch]
-            finally:
-                pool.shutdown(cancel_futures=True)  # if the caller stops early
+        threads = min(torch.get_num_threads(), MAX_THREADS)
+        # PIL images are decoded here: decoding one in two threads is not safe.
+        loaded = ((name, _loaded(name, source)) for name, source in sources)
+        prepared = computed_ahead(
+            lambda each: (each[0], self._pixels(each[1])), loaded, threads, ahead=step
+        )
+        return iter(lambda: [*itertools.islice(prepared, step)], [])
 
     def _pixels(self, source: Path | Image.Image) -> Tensor | str:
         try:

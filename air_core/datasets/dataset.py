@@ -26,8 +26,9 @@ HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode categories of invisible chara
 class Examples:
     """A dataset's images in its fixed order.
 
-    `images` can open each file on access (`images.ImageFiles`). `parts` contains train, val or test
-    for each image, or free if `split_seed` decides between train and test.
+    `images` can open each file on access (`images.ImageFiles`), in several threads at a time.
+    `parts` contains train, val or test for each image, or free if `split_seed` decides between
+    train and test.
     """
 
     images: Sequence[Image]

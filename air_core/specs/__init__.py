@@ -102,6 +102,7 @@ class Ref:
 
     name: str
     digest: str
+    images: int = field(default=0, compare=False)  # image files of a dataset; not in the key
 
 
 Precision = Literal["fp32", "bf16"]
@@ -582,6 +583,16 @@ class StageSpec:
         """The spec whose stage makes it: its own, or that of a row made together with it."""
         return self
 
+    @property
+    def is_drawn(self) -> bool:
+        """Whether generators make it, shard by shard."""
+        return bool(self.shard) and self.maker.process == "generator"
+
+    @property
+    def whole(self) -> StageSpec | None:
+        """The artifact that replaces a row of shards once it is complete; None: there is none."""
+        return None
+
     def inputs(self, classes: Classes, pool: int) -> Iterator[Needed]:
         """The artifacts that this one is made from.
 
@@ -599,7 +610,7 @@ class StageSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class RowSpec(StageSpec):
-    """Base of rows: shards by an index, which is a class or a draw, and a block of images."""
+    """Base of rows: shards by an index, such as a class or a draw, and a block of images."""
 
     process: ClassVar[Process] = "generator"
 
@@ -617,7 +628,7 @@ class RowSpec(StageSpec):
         return list(product(indices, range(self.blocks(images))))
 
     def name_of(self, index: int) -> str:
-        """Name of a class or draw in messages."""
+        """Name of an index in messages."""
         raise NotImplementedError
 
 
@@ -658,12 +669,66 @@ class FeaturesSpec(StageSpec):
     def is_quick(self) -> bool:
         return True
 
+    @property
+    def encoded(self) -> EncodedSpec | None:
+        """The blocks that the features of many image files are put together from."""
+        row = EncodedSpec(features=self, block=EncodedSpec.size)
+        return row if row.blocks(self.dataset.images) > row.few else None
+
     def _words(self) -> list[str]:
         tokens = ["tokens"] if self.level == "tokens" else []
         return [self.dataset.name, self.backbone.name, *tokens]
 
+    def inputs(self, classes: Classes, pool: int) -> Iterator[Needed]:
+        if (row := self.encoded) is not None:
+            yield Needed(row, self.dataset.images, (0,))
+
     def work(self) -> tuple[str, float]:
-        return f"{self.dataset.name} {self.backbone.name} {self.level}", 1
+        blocks = "" if self.encoded is None else " of blocks"
+        return f"{self.dataset.name} {self.backbone.name} {self.level}{blocks}", 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedSpec(RowSpec):
+    """Blocks of the features of a dataset with many image files: a row with one index.
+
+    Encoders make them side by side. Complete features replace them.
+    """
+
+    stage, title, process, guess, shard = (
+        *("encoded", "CLIP feature blocks", "encoder"),
+        *(0.005, ".safetensors"),
+    )
+    modules = FeaturesSpec.modules
+    # Images of a block. A multiple of the images between two batches that start anew
+    # (`orchestrator.stages.encoded.CHUNK`), so that blocks do not change the batches.
+    size: ClassVar[int] = 1024
+    few: ClassVar[int] = 4  # blocks that one process encodes, since a pool takes seconds to start
+
+    features: FeaturesSpec
+    block: int
+
+    def _words(self) -> list[str]:
+        return [self.features.slug]
+
+    @property
+    def block_size(self) -> int:
+        return self.block
+
+    @property
+    def is_quick(self) -> bool:
+        return True
+
+    @property
+    def whole(self) -> StageSpec:
+        return self.features
+
+    def name_of(self, index: int) -> str:
+        return self.features.dataset.name
+
+    def work(self) -> tuple[str, float]:
+        """A unit is an image."""
+        return f"{self.features.backbone.name} {self.features.level}", self.block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1235,6 +1300,7 @@ def _synthetic(spec: TrialSpec, images: GeneratedImages | FolderImages) -> Synth
 
 
 STAGES: tuple[type[StageSpec], ...] = (
+    EncodedSpec,
     FeaturesSpec,
     LabelsSpec,
     LoraSpec,

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from air_core.specs import Process
 from orchestrator.planning import Machine, ray_resources
 from orchestrator.planning.resources import process_capacity, remaining_resources
 from orchestrator.spec import ProcessResources, Resources
@@ -26,13 +27,14 @@ MAX_SHRINK_WAIT = 120.0
 
 @dataclass
 class PoolStatistics:
-    """Statistics of a pool of generators; the start of its actors counts as idle."""
+    """Statistics of a pool of generators or encoders; the start of its actors counts as idle."""
 
     actors: int
     gpu: bool
+    process: Process = "generator"
     images: int = 0
     pairs: int = 0  # pairs of image and class whose denoising error was computed
-    busy: float = 0.0  # seconds of drawing and encoding, summed over the actors
+    busy: float = 0.0  # seconds of drawing and encoding, summed; of an encoder with opening
     seconds: float = 0.0  # wall clock
 
     def __str__(self) -> str:
@@ -41,6 +43,8 @@ class PoolStatistics:
         640 images in 80 s, 8.0 a second; GPUs of 2 generators busy 94 % of the time
         >>> print(PoolStatistics(actors=1, gpu=False, pairs=800, busy=4.0, seconds=8.0))
         800 denoising errors in 8 s, 100.0 a second; 1 generator busy 50 % of the time
+        >>> print(PoolStatistics(2, gpu=True, process="encoder", images=9, busy=8.0, seconds=4.0))
+        9 images in 4 s, 2.2 a second; 2 encoders busy 100 % of the time
         """
         done = [(self.images, "images"), (self.pairs, "denoising errors")]
         parts = [
@@ -51,10 +55,11 @@ class PoolStatistics:
         ]
         work = "; ".join(parts) or f"nothing in {self.seconds:.0f} s"
         share = self.busy / (self.actors * self.seconds) if self.seconds else 0.0
-        prefix = "GPUs of " if self.gpu else ""
+        prefix = "GPUs of " if self.gpu and self.process == "generator" else ""
         plural = "s" if self.actors > 1 else ""
         return (
-            f"{work}; {prefix}{self.actors} generator{plural} busy {100 * share:.0f} % of the time"
+            f"{work}; {prefix}{self.actors} {self.process}{plural} busy {100 * share:.0f} % of "
+            "the time"
         )
 
 
@@ -110,9 +115,15 @@ class Allocation:
             reserve -= 1
         return reserve
 
-    def pool_size(self) -> int:
-        """Generators that may work now; 0 if they have to wait for the end of the trials."""
-        return self.reserve() if self.trials_running else self.max_generators()
+    def pool_size(self, want: ProcessResources) -> int:
+        """Generators or encoders that may work now; 0 if they have to wait for the end of the
+        trials."""
+        generator = self._resources.generator
+        if want == generator:
+            return self.reserve() if self.trials_running else self.max_generators()
+        if self.trials_running:  # in the place of the generators
+            return self.reserve() * process_capacity(want, [ray_resources(generator)])
+        return process_capacity(want, self.machines())
 
     def max_trials(self) -> int:
         """Trials that may run now; 0 while an open pool has to shrink first."""

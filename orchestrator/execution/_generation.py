@@ -1,8 +1,9 @@
-"""Makes missing shards of rows on a pool of actors with the diffusion model, by Ray Data.
+"""Makes missing shards of rows on a pool of actors with the diffusion model or CLIP, by Ray Data.
 
-A shard is one block of images of a class, or one draw of denoising errors of a block of pool
-images. Its content does not depend on which actor makes it, nor on Ray's own blocks. Each shard is
-renamed into place when it is complete, so that a killed generation resumes with the missing ones.
+A shard is one block of images of a class, one draw of denoising errors of a block of pool images,
+or the features of a block of real images. Its content does not depend on which actor makes it, nor
+on Ray's own blocks. Each shard is renamed into place when it is complete, so that a killed
+generation resumes with the missing ones.
 """
 
 from __future__ import annotations
@@ -105,13 +106,14 @@ class GeneratorActor:
         return self.loaded[1]
 
 
-# Of a shard: numbers of images drawn, drawn again and given up, and of pairs of image and class
-# scored; seconds; files of ready images given up, as JSON.
+# Of a shard: numbers of images drawn, drawn again and given up, of pairs of image and class
+# scored, and of real images encoded; seconds; files of ready images given up, as JSON.
 NO_COUNTS = {
     "drawn": 0,
     "redrawn": 0,
     "holes": 0,
     "pairs": 0,
+    "encoded": 0,
     "on_device": 0.0,
     "hole_files": "[]",
 }
@@ -125,7 +127,7 @@ MAX_POOL_BLOCKS = 20_000
 def draw(
     requirements: Sequence[Requirement], context: PreparationContext
 ) -> Generator[None, None, list[tuple[Requirement, Failure]]]:
-    """Draw the missing blocks of some rows, each at least once.
+    """Draw the missing blocks of some rows of the same process, each at least once.
 
     A coroutine: it yields while it waits for the cluster.
 
@@ -137,7 +139,7 @@ def draw(
     """
     generation = _Generation(requirements, context)
     while shards := generation.untried_shards():
-        if context.allocation.pool_size():
+        if generation.pool_size():
             yield from generation.draw(shards)
             context.worker.store.refresh_listings()
         else:
@@ -169,7 +171,8 @@ class _Generation:
         self.requirements, self.worker = requirements, context.worker
         self.listener, self.allocation = context.listener, context.allocation
         self.progress_actor = context.progress_actor
-        self.want = context.resources.generator
+        self.want = context.resources.process_resources(requirements[0].stage)
+        self.pool_size = partial(self.allocation.pool_size, self.want)
         self.errors: dict[Requirement, list[tuple[str, str]]] = {}
         self.tried: set[Shard] = set()
         self.unread: set[Shard] = set()  # of closed pools, without a result
@@ -194,7 +197,9 @@ class _Generation:
         taken: set[Shard] = set()
         beside_trials = self.allocation.trials_running
         pool = PoolStatistics(
-            actors=min(self.allocation.pool_size(), len(shards)), gpu=bool(self.want.gpu)
+            actors=min(self.pool_size(), len(shards)),
+            gpu=bool(self.want.gpu),
+            process=self.requirements[0].spec.maker.process,
         )
         self.allocation.pool_exceeds_reserve = not beside_trials
         reader = _StreamReader(partial(self._stream, shards, pool.actors))
@@ -202,7 +207,7 @@ class _Generation:
             self._take_result(result)
             taken.add(_shard(result))
             count, work_seconds = count + 1, work_seconds + result["seconds"]
-            pool.images += result["drawn"]
+            pool.images += result["drawn"] + result["encoded"]
             pool.pairs += result["pairs"]
             pool.busy += result["on_device"]
             remaining = (len(shards) - count) * work_seconds / count
@@ -236,15 +241,15 @@ class _Generation:
 
     def _take_unread(self) -> int:
         """Report unread shards that the store has; returns the number of their images."""
-        drawn = 0
+        images = 0
         for row in {row for row, _, _ in self.unread}:
             requirement = self.requirements[row]
             missing = {(row, *shard) for shard in requirement.missing(self.worker.store)}
             for shard in sorted(s for s in self.unread - missing if s[0] == row):
                 counts = self._counts_of_unread(shard)
                 self.listener.on_prepared(requirement, 0.0, {**counts, "startup": None})
-                drawn += counts["drawn"]
-        return drawn
+                images += counts["drawn"] + counts["encoded"]
+        return images
 
     def _counts_of_unread(self, shard: Shard) -> dict[str, Any]:
         """The counts of an unread shard, from the store. It is then no longer unread."""
@@ -258,7 +263,8 @@ class _Generation:
         if not result["error"]:
             if (shard := _shard(result)) in self.unread:
                 made = self._counts_of_unread(shard)
-                if not result["drawn"] and not result["pairs"]:  # by an actor of the last pool
+                if not any(result[name] for name in ("drawn", "pairs", "encoded")):
+                    # By an actor of the last pool.
                     result |= made
             self.listener.on_prepared(requirement, result["seconds"], result)
             return
@@ -280,7 +286,7 @@ class _Generation:
         """
         if self.allocation.trials_running == beside_trials:
             return False
-        size = self.allocation.pool_size()
+        size = self.pool_size()
         if not beside_trials:
             return size < pool.actors
         return remaining * (1 / pool.actors - 1 / max(size, 1)) > MIN_SAVING

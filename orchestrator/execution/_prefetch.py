@@ -43,13 +43,13 @@ def missing_without_images(
     return [
         requirement
         for requirement in requirements
-        if not _needs_images(requirement.spec) and requirement.have(store) == 0
+        if not _needs_images(requirement.spec) and not requirement.is_complete(store)
     ]
 
 
 def _needs_images(spec: StageSpec) -> bool:
-    """Whether an artifact is a row, or made from one."""
-    return bool(spec.rows) or any(_needs_images(needed.spec) for needed in spec.inputs((), 0))
+    """Whether an artifact is a row that generators draw, or made from one."""
+    return spec.is_drawn or any(_needs_images(needed.spec) for needed in spec.inputs((), 0))
 
 
 def waves(

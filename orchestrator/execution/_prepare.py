@@ -54,21 +54,29 @@ def prepare(requirements: Sequence[Requirement], context: PreparationContext) ->
         if others:
             listener.stage = others[-1].stage
             failures = yield from _build_side_by_side(others, context)
-        if rows:
-            listener.stage = rows[-1].stage
-            failures += yield from draw(rows, context)
+        for same in _by_process(rows):
+            listener.stage = same[-1].stage
+            failures += yield from draw(same, context)
         for requirement, failure in failures:
             failed.append(requirement)
             listener.on_failed(requirement, failure)
+
+
+def _by_process(rows: Sequence[Requirement]) -> Iterator[list[Requirement]]:
+    """Rows that one pool can make: those of encoders, then those of generators."""
+    for is_drawn in (False, True):
+        if same := [requirement for requirement in rows if requirement.spec.is_drawn == is_drawn]:
+            yield same
 
 
 def _levels(missing: Sequence[Requirement]) -> dict[Requirement, int]:
     """Sort requirements into levels, in an order that starts few processes: rows without LoRA are
     drawn together with the last row."""
     levels = {requirement: build_level(requirement.spec) for requirement in missing}
-    last = max((levels[requirement] for requirement in missing if requirement.rows), default=0)
-    for requirement in missing:
-        if requirement.rows and levels[requirement] == 1:
+    drawn = [requirement for requirement in missing if requirement.spec.is_drawn]
+    last = max((levels[requirement] for requirement in drawn), default=0)
+    for requirement in drawn:
+        if levels[requirement] == 1:
             levels[requirement] = last
     return levels
 

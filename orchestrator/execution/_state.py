@@ -54,7 +54,7 @@ class RunStatistics:
     holes: int = 0
     states: dict[str, int] = field(default_factory=dict)
     overheads: list[float] = field(default_factory=list)
-    pools: list[dict[str, float]] = field(default_factory=list)  # fields of `PoolStatistics`
+    pools: list[dict[str, Any]] = field(default_factory=list)  # fields of `PoolStatistics`
     memory: int = 0  # bytes
     memory_of: str = ""  # the measured processes, if they are not all of the run
     shares: dict[str, float] = field(default_factory=dict)  # recognised by CLIP, by group

@@ -460,7 +460,7 @@ def _cell_groups(state: RunState, plan: Plan) -> list[list[Cell]]:
     store = state.location.store
     for cell in plan.cells:
         requirements = requirements_of(possible_trials([cell], assignments, state.resolver))
-        row_requirements = [requirement for requirement in requirements if requirement.rows]
+        row_requirements = [each for each in requirements if each.spec.is_drawn]
         rows = tuple(sorted(str(requirement.key) for requirement in row_requirements))
         groups.setdefault(rows, []).append(cell)
         missing[rows] = sum(

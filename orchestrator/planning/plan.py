@@ -122,8 +122,14 @@ class Requirement:
         present = self._present(store)
         return [shard for shard in self.shards() if shard not in present]
 
+    def is_replaced(self, store: ArtifactStore) -> bool:
+        """Whether the store has the artifact that replaces this row."""
+        return self.spec.whole is not None and store.has(self.spec.whole)
+
     def _present(self, store: ArtifactStore) -> frozenset[tuple[int, int]]:
-        """The shards of a row that are complete in the store."""
+        """The shards of a row that are complete in the store, or no longer needed."""
+        if self.is_replaced(store):
+            return frozenset(self.shards())
         shards = (store.row(spec).existing_shards() for spec in self.rows)
         return frozenset.intersection(*shards)
 
@@ -304,7 +310,11 @@ def _plan_sweep(
     # The file of a sweep does not list the trials that are repeated in fp32.
     repeated = [slot.spec for slot in slots if slot.id in moved]
     trials = [*possible_trials(cells, assignments, resolver)]
-    requirements = tuple(requirements_of(itertools.chain(trials, repeated)))
+    requirements = tuple(
+        requirement
+        for requirement in requirements_of(itertools.chain(trials, repeated))
+        if not requirement.is_replaced(store)
+    )
     if any(left.values()):
         sweep = _with_trial_memory(sweep, trials, resolver)
     work = tuple(_remaining_work(requirements, left, cells, slots, assignments, resolver, store))
@@ -544,7 +554,7 @@ def independent_of(
 
     A row without LoRA is left out with the rows that it is compared with.
     """
-    missing = [spec for each in failed for spec in (each.spec, *each.rows)]
+    missing = [spec for each in failed for spec in (each.spec, *each.rows, each.spec.whole) if spec]
 
     def is_stopped(spec: Any) -> bool:
         return any(contains_spec(spec, part) for part in missing)

@@ -136,7 +136,7 @@ def _needed_by_sweep(sweep: SweepSpec, location: SweepLocation) -> dict[str, Sha
     every_cell = cells_of(replace(sweep, grid=sweep.axes)) if sweep.axes else ()
     for cell in (*last_cells, *(cell for cell in every_cell if cell not in last_cells)):
         try:
-            needed += _needed_by_cell(cell, sweep, state, moved, resolver)
+            needed += _needed_by_cell(cell, sweep, state, moved, resolver, location.store)
         except NotRecorded:  # no run had this cell, so nothing was built for it
             continue
         except ValueError as problem:
@@ -157,6 +157,7 @@ def _needed_by_cell(
     state: Searches,
     moved: Mapping[str, str],
     resolver: Resolver,
+    store: ArtifactStore,
 ) -> list[tuple[str, Shards]]:
     assignments = sweep.seeds.assignments()
     needed: list[tuple[str, Shards]] = []
@@ -170,6 +171,8 @@ def _needed_by_cell(
             needed += [(_digest(slot.spec), frozenset()), (_digest(trained), frozenset())]
     trials = [*possible_trials([cell], assignments, resolver), *repeated]
     for requirement in requirements_of(trials):
+        if requirement.is_replaced(store):
+            continue
         spec = requirement.spec
         shards = frozenset(requirement.shards() if requirement.rows else ())
         needed += [(_digest(each), shards) for each in requirement.rows or (spec,)]

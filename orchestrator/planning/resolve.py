@@ -354,8 +354,7 @@ class Resolver:
                 and refuses more than the same share of them.
         """
         problems = [self._unreadable[file] for file in files if file in self._unreadable]
-        images = sum(file.suffix.lower() in SUFFIXES for file in files)
-        if problem := too_many_unreadable(name, problems, images, BAD_SHARE):
+        if problem := too_many_unreadable(name, problems, _count_images(files), BAD_SHARE):
             raise ValueError(f"{problem}; `airsweep data check {name}` opens all")
 
     def dataset_content(self, dataset: Dataset) -> Ref:
@@ -581,7 +580,11 @@ def _dataset_ref(dataset: Dataset, files: Sequence[Path], digests: Sequence[str]
         "template": dataset.template,
         "recipe": dataset.recipe,
     }
-    return Ref(name=dataset.name, digest=digest(content))
+    return Ref(name=dataset.name, digest=digest(content), images=_count_images(files))
+
+
+def _count_images(files: Sequence[Path]) -> int:
+    return sum(file.suffix.lower() in SUFFIXES for file in files)
 
 
 def _relative_paths(files: Sequence[Path]) -> list[str]:

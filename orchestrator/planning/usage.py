@@ -7,6 +7,7 @@ Work without a record, such as that of a failed or killed trial, is not counted.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from datetime import datetime
@@ -108,7 +109,7 @@ def _hours(hours: float) -> str:
 
 
 def _lines(inventory: Inventory, store: ArtifactStore) -> Iterator[dict[str, Any]]:
-    """One line for each artifact and for each drawn block of images.
+    """One line for each artifact and for each block of images or features.
 
     The bytes of a row of images count for the user who started the row.
     """
@@ -118,12 +119,13 @@ def _lines(inventory: Inventory, store: ArtifactStore) -> Iterator[dict[str, Any
     for sweep, user, event in _build_events(store):
         digest, time, facts = event["key"].rpartition("-")[2][:12], event["time"], event["facts"]
         first[digest] = min(first.get(digest, (time, sweep)), (time, sweep))
-        # The event of a block that another sweep drew has neither count.
-        drew = event["stage"] == "images" and (facts.get("drawn") or facts.get("holes"))
-        if drew and digest in holdings:
+        # The event of a block that another sweep made has no count.
+        counted = any(facts.get(name) for name in ("drawn", "holes", "encoded"))
+        # Blocks of features are removed when the features are complete.
+        if counted and (event["stage"] == "encoded" or digest in holdings):
             blocks[digest] += 1
             cpu, gpu = facts.get("cpu"), facts.get("gpu")
-            yield _line(user, sweep, "images", time, 0, 1, event["seconds"], cpu, gpu)
+            yield _line(user, sweep, event["stage"], time, 0, 1, event["seconds"], cpu, gpu)
     images = {
         _identity(h.record.get("spec")): h.digest for h in holdings.values() if h.stage == "images"
     }
@@ -133,7 +135,7 @@ def _lines(inventory: Inventory, store: ArtifactStore) -> Iterator[dict[str, Any
         if holding.stage == "synthetic":  # features, computed while the images were drawn
             drawn = images.get(_identity((record.get("spec") or {}).get("images")), digest)
             made, seconds = 0, 0.0
-        elif holding.stage == "images":  # blocks whose sweep was removed
+        elif holding.stage in ("images", "encoded"):  # blocks whose sweep was removed
             made = max(0, len(holding.shards) - blocks[digest])
             seconds = None if made else 0.0
         elif cpu is None and gpu is None:  # earlier versions recorded the device of trials only
@@ -158,7 +160,8 @@ def _build_events(store: ArtifactStore) -> Iterator[tuple[str, str, dict[str, An
 
 
 def _identity(spec: Any) -> str:
-    return json.dumps(spec, sort_keys=True)
+    # Earlier versions recorded no number of images of a dataset.
+    return re.sub(r', "images": \d+', "", json.dumps(spec, sort_keys=True))
 
 
 def _line(

@@ -313,7 +313,9 @@ ENCODER_BATCH = 256
 class EncoderResources:
     """Resources of an encoder: it computes CLIP features and the initial pseudo-labels."""
 
-    cpu: CPUS | None = setting(None, "CPU cores of one encoder; null: as for a trial")
+    cpu: CPUS | None = setting(
+        None, "CPU cores of one encoder, and threads that open its images; null: as for a trial"
+    )
     gpu: GPUS | None = setting(None, "GPUs, or a share of one GPU; null: as for a trial")
     batch: Whole = setting(ENCODER_BATCH, "images per CLIP batch", ge=1)
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from air_core.backbone import Backbone
+from air_core.backbone.clip import Images
 from air_core.backbone.loading import load_backbone
 from air_core.datasets import Examples, get_dataset
 from air_core.datasets.images import ImageFiles
@@ -22,6 +23,7 @@ from orchestrator.planning.resources import memory_fraction
 from orchestrator.plugins import Plugin
 from orchestrator.spec.sweep import ENCODER_BATCH
 from orchestrator.store import ArtifactStore
+from orchestrator.store.artifacts import devices
 
 CHANGED = (
     "has changed since the run was planned: its files no longer match the planned digest. Wait "
@@ -76,11 +78,16 @@ class WorkerContext:
         """
         examples = self.examples(dataset)
         images = [examples.images[i] for i in positions]
-        if isinstance(examples.images, ImageFiles):
-            files = [examples.images.files[i] for i in positions]
+        self.check_images(dataset, positions)
+        return images
+
+    def check_images(self, dataset: Ref, positions: Sequence[int]) -> None:
+        """Check some image files after they were read. Raises as `images`."""
+        images = self.examples(dataset).images
+        if isinstance(images, ImageFiles):
+            files = [images.files[i] for i in positions]
             if not _resolver(self._digests, self.data_root).has_digests_of(files):
                 raise ChangedInput(f"{dataset.name} {CHANGED}")
-        return images
 
     def check_ready_images(self, folder: Ref) -> None:
         """
@@ -97,11 +104,11 @@ class WorkerContext:
     def backbone(self, backbone: Ref, precision: str) -> Backbone:
         loaded = _backbone(backbone.name, self.device, precision)
         loaded.at_once = self.batch
+        if assigned := devices():
+            loaded.threads = max(1, int(assigned["cpu"]))
         return loaded
 
-    def encode(
-        self, images: Sequence[Image.Image], spec: FeaturesSpec | SyntheticFeaturesSpec
-    ) -> np.ndarray:
+    def encode(self, images: Images, spec: FeaturesSpec | SyntheticFeaturesSpec) -> np.ndarray:
         """(N, D) features, or (N, T, V) tokens, which are in half precision to save space."""
         backbone = self.backbone(spec.backbone, spec.precision)
         if spec.level == "tokens":

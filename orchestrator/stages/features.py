@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -11,30 +12,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from air_core.datasets import Examples, get_dataset
-from air_core.datasets.images import BAD_SHARE, ImageFiles, Unreadable, too_many_unreadable
+from air_core.datasets.images import BAD_SHARE, ImageFiles, too_many_unreadable
 from air_core.paradigms import make_split
 from air_core.specs import UNKNOWN, FeaturesSpec, SplitSettings
 from air_core.types import Batch, Labelled, Split
 from orchestrator.planning.dataset_text import DatasetText, read_dataset_text
 from orchestrator.stages import ignore
 from orchestrator.stages.context import WorkerContext
+from orchestrator.stages.encoded import encode, read_blocks
 from orchestrator.store import ArtifactStore
 from orchestrator.store.artifacts import Artifact
 
 PARTS = ("train", "val", "test", "free", "bad")
-CHUNK = 512  # images between two reports of progress
 LISTED = 100  # unreadable images whose names are recorded
 
 
 def build(
     spec: FeaturesSpec, worker: WorkerContext, report: Callable[[int, int], None] = ignore
 ) -> Artifact:
-    """Make the CLIP features, or patch tokens, of a whole dataset.
+    """Make the CLIP features, or patch tokens, of a whole dataset, of many image files from blocks.
 
     An image that cannot be decoded is left out of every split.
 
@@ -47,50 +47,31 @@ def build(
 
     def write(folder: Path) -> dict[str, Any]:
         with worker.unchanged_examples(spec.dataset) as examples:
-            return encode(examples, folder)
+            return write_features(examples, folder)
 
-    def encode(examples: Examples, folder: Path) -> dict[str, Any]:
+    def write_features(examples: Examples, folder: Path) -> dict[str, Any]:
         parts = np.array([PARTS.index(part) for part in examples.parts], dtype=np.int8)
-        rows: list[np.ndarray] = []
-        bad: dict[int, str] = {}  # reason by position
-        for start in range(0, len(examples.images), CHUNK):
-            positions = range(len(parts))[start : start + CHUNK]
-            rows.append(worker.encode(_Readable(examples.images, positions, bad), spec))
-            report(positions.stop, len(parts))
+        if row is None:
+            features, bad = encode(spec, examples, range(len(parts)), worker, report)
+        else:
+            features, bad = read_blocks(row, len(parts), worker, report)
         parts[list(bad)] = PARTS.index("bad")
         name, problems = spec.dataset.name, list(bad.values())
         if problem := too_many_unreadable(name, problems, len(parts), BAD_SHARE):
             raise ValueError(f"{problem}; `airsweep data check {name}` opens all")
-        arrays = {"features": np.concatenate(rows), "labels": examples.labels, "parts": parts}
+        arrays = {"features": features, "labels": examples.labels, "parts": parts}
         save_file(arrays, folder / "features.safetensors")
         counts = {"images": len(parts) - len(bad), "unreadable": len(bad), "batch": worker.batch}
         unused = _unused(examples, bad) | {"skipped": get_dataset(spec.dataset.name).skipped()}
         text = asdict(read_dataset_text(spec, worker.store))
         return counts | {name: value for name, value in unused.items() if value} | text
 
-    return worker.store.get_or_build(spec, write)
-
-
-@dataclass(frozen=True)
-class _Readable(Sequence[Image.Image]):
-    """Some images, opened on access: a photograph takes 50 MB. Unreadable ones are blank."""
-
-    images: Sequence[Image.Image]
-    positions: range
-    bad: dict[int, str]  # receives the reasons, by position
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return replace(self, positions=self.positions[index])
-        position = self.positions[index]
-        try:
-            return self.images[position]
-        except Unreadable as problem:
-            self.bad[position] = str(problem)
-            return Image.new("RGB", (8, 8))
+    row = spec.encoded
+    artifact = worker.store.get_or_build(spec, write)
+    if row is not None:
+        with suppress(PermissionError):  # of another user, whose `cache gc` removes it
+            worker.store.row(row).remove()
+    return artifact
 
 
 def _unused(examples: Examples, bad: Mapping[int, str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,6 +79,14 @@ class Row:
         # Not synced: thousands of syncs are slow on a shared file system. If a power cut damages a
         # shard, its checksum reveals that, and the block is generated again.
         write_atomic_unsynced(file, data)
+
+    def remove(self) -> None:
+        """Remove the row with all its shards. A process that makes a shard now may leave it."""
+        self.backend.refresh_listings()
+        for name in self.backend.names(self.path):
+            self.backend.remove(self.path / name)
+        self.backend.refresh_listings()
+        shutil.rmtree(self.path, ignore_errors=True)
 
     @contextmanager
     def count_crashes(self, class_index: int, block: int) -> Iterator[int]:

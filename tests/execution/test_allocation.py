@@ -38,9 +38,9 @@ def test_trials_leave_a_reserve_free_while_artifacts_are_missing(
 ):
     limits = allocation(resources, *machines)
     assert (limits.max_generators(), limits.reserve()) == (generators, reserve)
-    assert limits.pool_size() == generators
+    assert limits.pool_size(resources.generator) == generators
     limits.trials_running = True
-    assert limits.pool_size() == reserve
+    assert limits.pool_size(resources.generator) == reserve
     limits.preparing = True
     assert limits.max_trials() == beside
     limits.preparing = False
@@ -78,7 +78,9 @@ def test_encoders_have_the_resources_of_a_trial_by_default_and_run_inside_the_re
     assert half.process_resources("lora") == half.generator == half.process_resources("images")
     limits = allocation(HALF, BIG)
     assert limits.max_tasks(GPU.process_resources("features")) == 32
+    assert limits.pool_size(GPU.process_resources("encoded")) == 32
     limits.trials_running = True
+    assert limits.pool_size(GPU.process_resources("encoded")) == 4
     assert limits.max_tasks(GPU.process_resources("features")) == 4  # one core each, in the reserve
     assert limits.max_tasks(GPU.process_resources("lora")) == 4
 
@@ -86,7 +88,9 @@ def test_encoders_have_the_resources_of_a_trial_by_default_and_run_inside_the_re
 def test_on_a_small_cluster_a_lora_takes_a_free_device():
     limits = allocation(GPU, {"CPU": 8.0, "GPU": 1.0})
     limits.trials_running = True
-    assert (limits.pool_size(), limits.max_tasks(GPU.process_resources("lora"))) == (0, 1)
+    assert limits.pool_size(GPU.generator) == 0
+    assert limits.pool_size(GPU.encoder_resources) == 0
+    assert limits.max_tasks(GPU.process_resources("lora")) == 1
 
 
 def test_custom_resources_of_machines_count():

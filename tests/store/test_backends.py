@@ -210,6 +210,10 @@ def test_a_row_has_its_published_shards_on_all_machines(machine):
     assert not row.has_shard(0, 1)
     assert row.read(11, 3) == pixels
     assert not machine("two").has(ROW)  # a row is never complete
+    row.remove()
+    assert machine("three").row(ROW).existing_shards() == frozenset()
+    machine("three").open_row(ROW).publish(0, 0, pixels)
+    assert machine("two").row(ROW).existing_shards() == {(0, 0)}
 
 
 def test_crashes_of_a_shard_are_counted_across_machines(machine):

@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from air_core.backbone import Backbone
+from air_core.backbone.clip import computed_ahead
 from air_core.backbone.loading import load_backbone
+from air_core.datasets.images import ImageFiles, open_image
 from air_core.models.weights import tiny_folder
 from benchmarks.harness import random_clip
 from benchmarks.method import padded_text_features, whole_tower
@@ -65,6 +67,42 @@ def with_gradient(encode: Any, prompt: Tensor) -> tuple[Tensor, Tensor]:
     weight = torch.randn(features.shape, generator=torch.Generator().manual_seed(1))
     (features * weight.to(features)).sum().backward()
     return features.detach(), prompt.grad
+
+
+# ---------------------------------------------------------------- images
+
+
+def test_threads_change_no_bit_and_lazy_images_may_occur_twice(tiny_clip, tmp_path, monkeypatch):
+    for number, image in enumerate(some_images(20)):
+        image.save(tmp_path / f"{number:02}.png")
+    files = sorted(tmp_path.glob("*.png"))
+    monkeypatch.setattr(tiny_clip, "at_once", 8)
+    opened = [tiny_clip.preprocess(open_image(file)) for file in files]
+    expected = tiny_clip.encode_images(opened)
+    for threads in (1, 3):
+        monkeypatch.setattr(tiny_clip, "threads", threads)
+        assert torch.equal(tiny_clip.encode_images(ImageFiles(tuple(files))), expected)
+        lazy = [image for image in map(Image.open, files) for _ in range(2)]
+        twice = tiny_clip.encode_images(lazy)
+        assert torch.equal(twice, tiny_clip.encode_images([i for i in opened for _ in range(2)]))
+
+
+def test_threads_keep_the_order_and_compute_no_more_than_allowed_ahead():
+    begun: list[int] = []
+
+    def work(item: int) -> int:
+        begun.append(item)
+        if item == 30:
+            raise ValueError(item)
+        return -item
+
+    results = computed_ahead(work, range(100), threads=3, ahead=5)
+    for position in range(30):
+        assert next(results) == -position
+        assert len(begun) <= position + 6
+    with pytest.raises(ValueError, match="30"):
+        next(results)
+    assert len(begun) <= 36
 
 
 # ---------------------------------------------------------------- texts

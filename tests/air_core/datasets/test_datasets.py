@@ -23,6 +23,7 @@ from air_core.datasets.fashion_mnist import DEBIAN
 from air_core.datasets.images import ImageFiles, Unreadable
 from air_core.datasets.published import PUBLISHED
 from air_core.datasets.split_files import held_out
+from orchestrator.planning import Resolver
 from tests.helpers.dataset_trees import EACH, EPS, MAKERS, draw, make_tree, small, small_root
 from tests.helpers.sweeps import python
 
@@ -107,6 +108,12 @@ def test_no_test_image_is_a_training_image(name):
         parts.setdefault(file, set()).add(part)
     assert all(len(part) == 1 for part in parts.values())
     assert Counter(examples.parts.tolist()) == Counter(p for part in parts.values() for p in part)
+
+
+@pytest.mark.parametrize("name", OF_FILES)
+def test_the_number_of_image_files_is_that_of_the_images(name, tmp_path):
+    planned = Resolver(tmp_path / "digests.json", small_root(name)).dataset(DATASETS[name])
+    assert planned.images == len(small(name).images)
 
 
 # ---------------------------------------------------------------- layouts

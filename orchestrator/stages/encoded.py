@@ -1,0 +1,155 @@
+"""Encodes the images of a dataset with a frozen CLIP; of many image files, block by block.
+
+A shard holds the features of a block of images in the order of the dataset, and the reasons why
+some of them are unreadable. When the features of the dataset are complete, its shards are removed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from safetensors.numpy import load, save
+
+from air_core.backbone import Backbone
+from air_core.backbone.loading import import_open_clip_alone
+from air_core.datasets import Examples
+from air_core.datasets.images import Unreadable
+from air_core.seal import BLANK, sealed
+from air_core.specs import EncodedSpec, FeaturesSpec
+from orchestrator.stages import ignore
+from orchestrator.stages.context import WorkerContext
+from orchestrator.stages.images import exclusive_shard, has_intact_shard
+from orchestrator.store import ArtifactStore
+
+CHUNK = 512  # images after which batches start anew and progress is reported
+
+# Features (N, D) or tokens (N, T, V), and why images are unreadable, by position in the dataset.
+Encoded = tuple[np.ndarray, dict[int, str]]
+
+
+def encode(
+    spec: FeaturesSpec,
+    examples: Examples,
+    positions: range,
+    worker: WorkerContext,
+    report: Callable[[int, int], None] = ignore,
+) -> Encoded:
+    """Encode some images of a dataset.
+
+    Args:
+        report: called with the number of finished images and of all images.
+    """
+    bad: dict[int, str] = {}
+    images = _Readable(examples.images, positions, bad)
+    prepared = worker.backbone(spec.backbone, spec.precision).prepared(images)
+    rows = []
+    for start in range(0, len(positions), CHUNK):
+        rows.append(worker.encode(itertools.islice(prepared, CHUNK), spec))
+        report(min(start + CHUNK, len(positions)), len(positions))
+    return np.concatenate(rows), dict(sorted(bad.items()))
+
+
+@dataclass(frozen=True)
+class _Readable(Sequence[Image.Image]):
+    """Some images, opened on access: a photograph takes 50 MB. Unreadable ones are blank."""
+
+    images: Sequence[Image.Image]
+    positions: range
+    bad: dict[int, str]  # receives the reasons, by position
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index: Any) -> Any:
+        position = self.positions[index]
+        try:
+            return self.images[position]
+        except Unreadable as problem:
+            self.bad[position] = str(problem)
+            return Image.new("RGB", (8, 8))
+
+
+# ---------------------------------------------------------------- blocks
+
+
+def open_model(spec: EncodedSpec, worker: WorkerContext) -> Backbone:
+    """The CLIP that encodes the images."""
+    import_open_clip_alone()
+    return worker.backbone(spec.features.backbone, spec.features.precision)
+
+
+def build(
+    spec: EncodedSpec,
+    index: int,
+    block: int,
+    worker: WorkerContext,
+    backbone: Callable[[], Backbone],
+) -> dict[str, Any]:
+    """Encode one block, unless the store has it or the features of the dataset.
+
+    Returns:
+        Number of encoded images, 0 if the store had them, and the seconds.
+
+    Raises:
+        ChangedInput: the files of the dataset, or of these images, do not match its digest.
+        RuntimeError: the block has killed the last processes that encoded it.
+    """
+    counts: dict[str, Any] = {"encoded": 0, "on_device": 0.0}
+    if worker.store.has(spec.features):
+        return counts
+    row = worker.store.open_row(spec)
+    with exclusive_shard(row, index, block, worker.store):
+        if has_intact_shard(row, index, block, worker.store):
+            return counts
+        backbone()
+        started = time.monotonic()
+        dataset = spec.features.dataset
+        examples = worker.examples(dataset)
+        first = block * spec.block
+        positions = range(len(examples.images))[first : first + spec.block]
+        features, bad = np.empty(0), dict[int, str]()
+        if positions:  # a dataset of a plugin can have more image files than images
+            features, bad = encode(spec.features, examples, positions, worker)
+        worker.check_images(dataset, positions)
+        reasons = np.frombuffer(json.dumps(bad).encode(), dtype=np.uint8)
+        data = sealed(save({"features": features, "bad": reasons}, {"seal": BLANK}))
+        row.publish(index, block, data)
+    return {"encoded": len(positions), "on_device": time.monotonic() - started}
+
+
+def stored_counts(
+    spec: EncodedSpec, index: int, block: int, store: ArtifactStore
+) -> dict[str, Any]:
+    """Number of images of a block that the store has."""
+    return {"encoded": min(spec.block, spec.features.dataset.images - block * spec.block)}
+
+
+def read_blocks(
+    spec: EncodedSpec, images: int, worker: WorkerContext, report: Callable[[int, int], None]
+) -> Encoded:
+    """Read the blocks of a dataset; encodes those that are missing.
+
+    Args:
+        images: number of images of the dataset.
+        report: as for `encode`.
+
+    Raises:
+        DamagedArtifact: a shard is damaged.
+    """
+    row, rows = worker.store.row(spec), []
+    bad: dict[int, str] = {}
+    for _, block in spec.shards(images, (0,)):
+        build(spec, 0, block, worker, lambda: open_model(spec, worker))
+        arrays = load(row.read(0, block))
+        rows.append(arrays["features"])
+        reasons = json.loads(arrays["bad"].tobytes())
+        bad |= {int(position): reason for position, reason in reasons.items()}
+        report(min((block + 1) * spec.block, images), images)
+    return np.concatenate(rows), bad

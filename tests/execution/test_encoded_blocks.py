@@ -1,0 +1,195 @@
+"""CLIP features of a dataset in blocks: by encoders side by side, by one, and in one task."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from air_core.specs import EncodedSpec, FeaturesSpec
+from orchestrator.execution._prepare import prepare
+from orchestrator.execution._state import PreparationContext
+from orchestrator.planning import Requirement, artifact_title, requirements_of
+from orchestrator.plugins import read_plugin
+from orchestrator.stages.context import WorkerContext
+from orchestrator.stages.encoded import build as build_block
+from orchestrator.stages.encoded import open_model
+from orchestrator.stages.features import build as build_features
+from orchestrator.store import ArtifactStore
+from orchestrator.store.event_log import CRASH_AT
+from tests.execution.test_generation import Listener, context_of, result_of
+from tests.helpers.sweeps import airsweep, count, events, run_and_kill, write_sweep
+
+pytestmark = pytest.mark.ray
+
+BLOCK, BLOCKS = 16, 10
+BATCH = 8
+SMALL_BLOCKS = f"""
+from air_core.components import LOSSES
+from air_core.specs import EncodedSpec
+
+EncodedSpec.size, EncodedSpec.few = {BLOCK}, 1
+
+
+@LOSSES.add("none", summary="so that the file adds a component")
+def none(logits, targets):
+    return logits.sum() * 0
+"""
+
+
+@pytest.fixture
+def small_blocks(tmp_path, monkeypatch) -> Path:
+    """A plugin that makes blocks of features small in other processes, as they are in this one."""
+    file = tmp_path / "small_blocks.py"
+    file.write_text(SMALL_BLOCKS)
+    monkeypatch.setattr(EncodedSpec, "size", BLOCK)
+    monkeypatch.setattr(EncodedSpec, "few", 1)
+    return file
+
+
+@pytest.fixture
+def folder(drawn_digits, tmp_path) -> Path:
+    """160 images, of which one has no readable middle."""
+    copied = Path(shutil.copytree(drawn_digits, tmp_path / "digits"))
+    file = copied / "digit five" / "03.png"
+    data = file.read_bytes()
+    file.write_bytes(data[:45] + bytes(len(data) - 65) + data[-20:])
+    return copied
+
+
+def needed(resolver: Any, folder: Path) -> list[Requirement]:
+    """The features and the image tokens of a folder, with their blocks."""
+    flat = {"dataset": f"folder:{folder}", "modality": "visual"}
+    trial = resolver.trial({**flat, "images_per_class": 0, "synthetic_weight": 0.0})
+    found = requirements_of([trial])
+    return [each for each in found if each.stage in ("encoded", "features")]
+
+
+def context(store: ArtifactStore, listener: Any, plugin: Path) -> PreparationContext:
+    made = context_of(store, listener)
+    plugins = (read_plugin(str(plugin), Path()),)
+    return replace(made, worker=replace(made.worker, batch=BATCH, plugins=plugins))
+
+
+def content(store: ArtifactStore, spec: FeaturesSpec) -> dict[str, Any]:
+    artifact = store.get(spec)
+    arrays = load_file(artifact.path / "features.safetensors")
+    bits = {name: (array.dtype, array.shape, array.tobytes()) for name, array in arrays.items()}
+    return {**bits, "info": artifact.record["info"]}
+
+
+def test_two_encoders_one_process_and_one_stream_of_images_give_the_same_bits(
+    ray_session, resolver, folder, tmp_path, small_blocks, monkeypatch
+):
+    requirements = needed(resolver, folder)
+    assert [(each.stage, each.total()) for each in requirements] == [
+        ("encoded", BLOCKS),
+        ("features", 1),
+    ] * 2
+    specs = [each.spec for each in requirements if isinstance(each.spec, FeaturesSpec)]
+    listener, store = Listener(), ArtifactStore(tmp_path / "two")
+    result_of(prepare(requirements, context(store, listener, small_blocks)))
+    assert "on_failed" not in listener.events
+    assert all(each.is_complete(store) for each in requirements)
+    [(pool,)] = listener.events["on_pool_closed"]
+    assert (pool.actors, pool.images) == (2, 2 * 160)
+    assert "2 encoders busy" in str(pool)
+    assert not [*store.root.glob("artifacts/encoded/*/*")]
+    found = [[content(store, spec) for spec in specs]]
+    for few in (1, BLOCKS):
+        monkeypatch.setattr(EncodedSpec, "few", few)
+        assert [spec.encoded is None for spec in specs] == [few == BLOCKS] * 2
+        store = ArtifactStore(tmp_path / f"{few}")
+        for spec in specs:
+            build_features(spec, WorkerContext(store, batch=BATCH))
+        found.append([content(store, spec) for spec in specs])
+    assert found[0] == found[1] == found[2]
+    info = found[0][0]["info"]
+    assert (info["images"], [*info["unreadable_files"]]) == (159, ["digit five/03.png"])
+
+
+def test_features_are_put_together_from_the_blocks_of_the_store(
+    resolver, folder, tmp_path, small_blocks
+):
+    encoded, features, *_ = needed(resolver, folder)
+    store = ArtifactStore(tmp_path / "store")
+    worker = WorkerContext(store)
+    assert isinstance(encoded.spec, EncodedSpec)
+    assert isinstance(features.spec, FeaturesSpec)
+    for block, images in ((2, BLOCK), (0, BLOCK), (0, 0)):
+        made = build_block(
+            encoded.spec, 0, block, worker, lambda: open_model(encoded.spec, worker, 0)
+        )
+        assert made["encoded"] == images
+    assert encoded.missing(store) == [(0, 1), *((0, block) for block in range(3, BLOCKS))]
+    before = {file.name: file.stat().st_mtime_ns for file in store.root.rglob("0000-*")}
+    seen: dict[str, int] = {}
+
+    def report(done: int, total: int) -> None:
+        files = store.root.rglob("0000-*")
+        seen.update({file.name: file.stat().st_mtime_ns for file in files})
+
+    build_features(features.spec, worker, report)
+    assert {name: seen[name] for name in before} == before
+    assert len(seen) == BLOCKS
+    assert encoded.is_complete(store)
+    assert encoded.is_replaced(store)
+    assert not [*store.root.glob("artifacts/encoded/*/*")]
+    # Another process that still has the block to make finds the features.
+    assert build_block(encoded.spec, 0, 1, worker, lambda: None)["encoded"] == 0
+
+
+def test_features_are_not_tried_after_their_blocks_failed(
+    ray_session, resolver, folder, tmp_path, small_blocks
+):
+    requirements = needed(resolver, folder)[:2]
+    listener, store = Listener(), ArtifactStore(tmp_path / "store")
+    (folder / "digit two" / "00.png").write_bytes(b"changed")
+    result_of(prepare(requirements, context(store, listener, small_blocks)))
+    [(failed, failure)] = listener.events["on_failed"]
+    assert failed == requirements[0]
+    assert failure.failure_class == "user"
+    assert failure.message.startswith(f"{BLOCKS} blocks are missing; folder:{folder}, block ")
+    assert "has changed since the run was planned" in failure.message
+    assert artifact_title(failed.key).startswith("CLIP feature blocks ")
+
+
+@pytest.mark.integration
+def test_features_that_are_killed_resume_with_the_missing_blocks(
+    drawn_digits, tmp_path, small_blocks
+):
+    for file in drawn_digits.rglob("*.png"):  # a block takes a second
+        large = tmp_path / "large" / file.relative_to(drawn_digits)
+        large.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(file).resize((1600, 1600)).save(large)
+    body = f"""
+plugins: [{small_blocks.name}]
+grid: {{dataset: ["folder:{tmp_path / "large"}"], method: [zero_shot]}}
+seeds: [1]
+"""
+    spec, store = write_sweep(tmp_path, "f", body), tmp_path / "runs"
+    crash_at = {CRASH_AT: "artifact_prepared:2"}
+    killed = run_and_kill(spec, store, "ray::MapWorker", "encoded", **crash_at)
+    assert killed.returncode == -9, killed.stderr
+    screen = airsweep("plan", spec, "--store", store, NO_COLOR="1").stdout
+    words = rf"partial  encoded/v1/folder-\S+  (\d+)/{BLOCKS} blocks.*missing  features/v1/folder-"
+    [have] = re.findall(words, screen, re.DOTALL)
+    log = events(store, "f")
+    airsweep("run", spec, "--store", store)
+    new = events(store, "f")[len(log) :]
+    made = [one["facts"]["encoded"] for one in new if one.get("stage") == "encoded"]
+    assert 0 < len(made) <= BLOCKS - int(have)
+    assert count(new, "artifact_failed") == count(new, "trial_failed") == 0
+    usage = airsweep("usage", "--by", "stage", "--store", store, "--json", NO_COLOR="1").stdout
+    [blocks] = [row for row in json.loads(usage)["rows"] if row["stage"] == "encoded"]
+    logged = count(log + new, "artifact_prepared", stage="encoded")
+    assert 0 < blocks["made"] <= logged <= BLOCKS
+    removable = airsweep("cache", "gc", "--store", store, "--all-users", "--json", NO_COLOR="1")
+    assert json.loads(removable.stdout)["removals"] == []
