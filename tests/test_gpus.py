@@ -124,7 +124,7 @@ def test_a_model_that_does_not_fit_its_share_of_a_gpu_is_refused(machine, models
     spec = write_sweep(tmp_path, "mine", SWEEP.format(**models) + BOTH.replace("1}", "0.25}"))
     (tmp_path / "bin").mkdir()
     smi = tmp_path / "bin" / "nvidia-smi"
-    smi.write_text("#!/bin/sh\necho 80000\necho 32\n")  # MiB
+    smi.write_text("#!/bin/sh\necho 80000, 9.0\necho 32, 8.0\n")  # MiB
     smi.chmod(0o755)
     path = f"{smi.parent}:{os.environ['PATH']}"
 
@@ -143,7 +143,13 @@ def test_a_model_that_does_not_fit_its_share_of_a_gpu_is_refused(machine, models
     findings = json.loads(command("doctor", "--json").stdout)["findings"]
     (problem,) = (each for each in findings if each["check"] == "resources")
     assert problem["remedy"] == "raise resources.generator.gpu, or use a smaller model"
-    assert command("plan", "--check", "--set", "resources.generator.gpu=1").returncode == 0
+    whole = ("--set", "resources.generator.gpu=1")
+    assert command("plan", "--check", *whole).returncode == 0
+    smi.write_text("#!/bin/sh\necho 16000, 7.5\n")
+    assert command("plan", "--check", *whole).stderr == (
+        "airsweep: GPUs of computing capability 7.5 have no bf16, which needs 8: set "
+        "lora.precision and generation.precision to fp32\n"
+    )
 
 
 def test_actors_on_cpus_do_not_load_more_models_than_fit_the_machine(models, tmp_path):

@@ -27,7 +27,8 @@ from orchestrator.errors import Refused
 from orchestrator.failures import first_line
 from orchestrator.formatting import format_bytes, plural
 from orchestrator.planning import Plan
-from orchestrator.planning.checks import bytes_left, largest_model, too_small_gpu
+from orchestrator.planning.checks import bytes_left, gpu_requirements, unfit_gpu
+from orchestrator.planning.resources import Gpu
 from orchestrator.store import ArtifactStore, SweepLocation
 
 CHECKS = ("answers", "versions", "code", "store", "room", "files", "gpu")
@@ -40,14 +41,14 @@ def node_requirements(plan: Plan, location: SweepLocation) -> NodeRequirements:
     """What the missing work of a plan requires of each node."""
     inputs = (item for requirement in plan.requirements for item in _inputs(requirement.spec))
     trial, generator = plan.sweep.resources.trial, plan.sweep.resources.generator
-    model = None
-    # With custom resources, the user selects the machines of the generators.
-    if generator.gpu and not generator.custom and (found := largest_model(plan, location.store)):
-        model = (found[0], generator.gpu, found[1])
+    bf16, model = gpu_requirements(plan, location.store)
+    if generator.custom:  # the user selects the machines of the generators
+        bf16, model = (), None
     return NodeRequirements(
         inputs=tuple(dict.fromkeys(inputs)),
         data_root=location.data_root,
         gpus=bool(trial.gpu or generator.gpu),
+        bf16=bf16,
         model=model,
         bytes_left=bytes_left(plan, location.store),
         plugins=plan.sweep.plugins,
@@ -121,7 +122,7 @@ def compare_facts(
             *_store_problems(facts["store"], store),
             *_space_problems(facts["store"], needs.bytes_left),
             *_input_problems(facts["files"], driver["files"], needs.inputs),
-            *_gpu_problems(facts["gpu"], facts.get("gpu_memory"), needs),
+            *_gpu_problems(facts["gpu"], facts.get("smallest_gpu"), needs),
         )
     ]
 
@@ -200,10 +201,12 @@ def _input_problems(
         yield "files", f"{role} {name} {problem}", remedy, True
 
 
-def _gpu_problems(problem: str | None, memory: int | None, needs: NodeRequirements) -> Problems:
-    too_small = too_small_gpu(*needs.model, memory) if needs.model and memory else None
-    if too_small:
-        problem, _, remedy = too_small.partition(": ")
+def _gpu_problems(
+    problem: str | None, gpu: tuple[int, float] | None, needs: NodeRequirements
+) -> Problems:
+    unfit = unfit_gpu(needs.bf16, needs.model, Gpu(*gpu)) if gpu else None
+    if unfit:
+        problem, _, remedy = unfit.partition(": ")
         yield "gpu", problem, remedy, True
     elif problem:
         remedy = "fix what `nvidia-smi` or torch reports there, or start its Ray with --num-gpus=0"

@@ -48,6 +48,7 @@ class NodeRequirements:
     inputs: tuple[Input, ...] = ()
     data_root: Path | None = None
     gpus: bool = False
+    bf16: tuple[str, ...] = ()  # settings that require bf16 of GPUs
     # The largest model that generators run on GPUs: its weights in words, GPUs of an actor, bytes.
     model: tuple[str, float, int] | None = None
     bytes_left: int = 0  # expected size of the missing artifacts
@@ -70,7 +71,7 @@ def node_facts(store: str, token: str, node: str, needs: NodeRequirements, use_g
         "store": _answer(store, token, node),
         "files": [_input_facts(role, name, needs) for role, name in needs.inputs],
         "gpu": _gpu_problem() if use_gpu else None,
-        "gpu_memory": _gpu_memory() if use_gpu else None,
+        "smallest_gpu": _smallest_gpu() if use_gpu else None,
     }
 
 
@@ -205,12 +206,12 @@ def _gpu_problem() -> str:
     return ""
 
 
-def _gpu_memory() -> int | None:
-    """Bytes of the smallest GPU; None: unknown."""
+def _smallest_gpu() -> tuple[int, float] | None:
+    """Memory and computing capability of the smallest GPU; None: unknown."""
     try:
-        from orchestrator.planning.resources import gpu_memory
+        from orchestrator.planning.resources import smallest_gpu
 
-        return gpu_memory()
+        return smallest_gpu()
     except Exception:  # the airsweep of this node may differ from the driver's
         return None
 

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from air_core.methods import EMBEDDED
 from air_core.models.weights import generator_folder, parameter_count
-from air_core.specs import GeneratedImages
+from air_core.specs import EvidenceSpec, FeaturesSpec, GeneratedImages, LoraSpec, StageSpec
 from orchestrator.formatting import format_bytes, plural
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.resources import (
+    Gpu,
     Machine,
-    gpu_memory,
     gpu_share,
     host_share,
     resource_shortage,
+    smallest_gpu,
     this_machine,
 )
 from orchestrator.spec.sweep import gpu_lines
@@ -41,27 +43,69 @@ def unschedulable_reason(
     prepares = any(not requirement.is_complete(store) for requirement in plan.requirements)
     if not (plan.to_run or prepares):
         return None
-    return resource_shortage(plan.sweep.resources, machines, prepares) or _too_large_model(
-        plan, store, machines, is_local
+    resources = plan.sweep.resources
+    # The GPUs of other machines are known once these are asked, see `cluster.node_checks`.
+    gpu = smallest_gpu() if is_local and (resources.generator.gpu or resources.trial.gpu) else None
+    return (
+        resource_shortage(resources, machines, prepares)
+        or (unfit_gpu(*gpu_requirements(plan, store), gpu) if gpu else None)
+        or _too_large_model(plan, store, machines)
     )
 
 
-def _too_large_model(
-    plan: Plan, store: ArtifactStore, machines: Sequence[Machine], is_local: bool
-) -> str | None:
-    """Explain that the weights of a generator do not fit the memory of an actor; None: they do.
+# The largest model that generators run on GPUs: its weights in words, GPUs of an actor, bytes.
+Model = tuple[str, float, int]
 
-    Args:
-        is_local: the only machine is this one, so that the memory of its GPUs is known.
-    """
+
+def gpu_requirements(plan: Plan, store: ArtifactStore) -> tuple[tuple[str, ...], Model | None]:
+    """What the missing work requires of GPUs: settings with bf16, and the largest model."""
+    resources = plan.sweep.resources
+    specs = [
+        part
+        for requirement in (plan.requirements if plan.to_run else ())
+        if not requirement.is_complete(store)
+        for part in requirement.rows or (requirement.spec,)
+        if resources.process_resources(requirement.stage).gpu
+    ]
+    bf16 = [
+        setting
+        for kind, setting, precision in PRECISIONS
+        for spec in specs
+        if isinstance(spec, kind) and precision(spec) == "bf16"
+    ]
+    found = largest_model(plan, store) if resources.generator.gpu else None
+    model = (found[0], resources.generator.gpu, found[1]) if found else None
+    return tuple(dict.fromkeys(bf16)), model
+
+
+# Settings of the precision of the work of a stage.
+PRECISIONS: tuple[tuple[type[StageSpec], str, Callable[[Any], str]], ...] = (
+    (FeaturesSpec, "precision", lambda spec: spec.precision),
+    (LoraSpec, "lora.precision", lambda spec: spec.training.precision),
+    (GeneratedImages, "generation.precision", lambda spec: spec.settings.precision),
+    (EvidenceSpec, "evidence.precision", lambda spec: spec.scoring.precision),
+)
+HAS_BF16 = 8.0  # computing capability from which on a GPU has instructions for bf16
+
+
+def unfit_gpu(bf16: Sequence[str], model: Model | None, gpu: Gpu) -> str | None:
+    """Explain that a GPU lacks what `gpu_requirements` names; None: it suffices."""
+    if bf16 and gpu.capability < HAS_BF16:
+        return (
+            f"GPUs of computing capability {gpu.capability:g} have no bf16, which needs "
+            f"{HAS_BF16:g}: set {' and '.join(bf16)} to fp32"
+        )
+    return too_small_gpu(*model, gpu.memory) if model else None
+
+
+def _too_large_model(plan: Plan, store: ArtifactStore, machines: Sequence[Machine]) -> str | None:
+    """Explain that the weights of a generator on CPUs do not fit the memory of an actor; None: they
+    do."""
     want = plan.sweep.resources.generator
     found = largest_model(plan, store)
-    if found is None:
+    if found is None or want.gpu:
         return None
     weights, size = found
-    if want.gpu:
-        total = gpu_memory() if is_local else None
-        return too_small_gpu(weights, want.gpu, size, total) if total else None
     room = host_share(want, machines, want.actors)
     if room is None or size <= room:
         return None

@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from typing import NamedTuple
 
 from air_core.specs import TrialSpec
 from air_core.specs.conditions import has_context
@@ -34,13 +35,25 @@ def this_machine() -> Machine:
     return {"CPU": float(os.cpu_count() or 1), "GPU": float(gpus), "memory": memory}
 
 
+class Gpu(NamedTuple):
+    """The least that the GPUs of a machine have."""
+
+    memory: int  # bytes
+    capability: float  # of computing, as Nvidia counts it
+
+
 @cache
-def gpu_memory() -> int | None:
-    """Bytes of the smallest GPU of this machine, as `nvidia-smi` reports; None: unknown."""
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+def smallest_gpu() -> Gpu | None:
+    """As `nvidia-smi` reports for this machine; None: unknown."""
+    query = "--query-gpu=memory.total,compute_cap"
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
-        return min(int(line) << 20 for line in done.stdout.splitlines())
+        found = [line.split(",") for line in done.stdout.splitlines()]
+        return Gpu(
+            min(int(memory) << 20 for memory, _ in found),
+            min(float(capability) for _, capability in found),
+        )
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
 

@@ -53,9 +53,9 @@ def test_each_wrong_fact_fails_its_check():
     assert problems(gpu="") == []
     assert problems(gpu="torch sees none") == [("gpu", True)]
     half_of_20 = ("flux has 20.0 GiB of weights in bf16", 0.5, 20 << 30)
-    assert problems(model=half_of_20, gpu="", gpu_memory=80 << 30) == []
-    assert problems(model=half_of_20, gpu="", gpu_memory=24 << 30) == [("gpu", True)]
-    assert problems(model=half_of_20, gpu="", gpu_memory=None) == []  # unknown
+    assert problems(model=half_of_20, gpu="", smallest_gpu=(80 << 30, 9.0)) == []
+    assert problems(model=half_of_20, gpu="", smallest_gpu=(24 << 30, 9.0)) == [("gpu", True)]
+    assert problems(model=half_of_20, gpu="", smallest_gpu=None) == []  # unknown
     assert problems(bytes_left=1 << 41) == [("room", False)]
     assert problems(store={**store, "free": 1 << 20}) == [("room", True)]
     for wrong in ({"error": "Disk quota exceeded", "answered": False}, {"answered": False}):
