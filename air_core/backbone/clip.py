@@ -5,7 +5,8 @@ This module depends neither on prompt classes nor on datasets.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +22,25 @@ from air_core.backbone.vision import check_vision, patch_tokens, prompted_featur
 # P learned ones, V their width.
 
 AT_ONCE = 256  # images per pass without gradient; reduced if a device has too little memory
+
+
+@contextmanager
+def tf32_products(allowed: bool = True) -> Iterator[None]:
+    """Let CUDA round the factors of matrix products and convolutions in float32 to TF32.
+
+    A setting of the process; afterwards it is as before. With `allowed` False nothing changes.
+    """
+    if not allowed:
+        yield
+        return
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 class Backbone:
@@ -43,6 +63,7 @@ class Backbone:
         self.tokenizer = tokenizer
         self.logit_scale = float(model.logit_scale.exp())
         self.at_once = AT_ONCE
+        self.precision = "fp32"  # set by `load_backbone`
         self._text = getattr(model, "text", model)  # some models have the text tower as a module
         self._context = context_encoder(self._text, tokenizer)
 
@@ -58,6 +79,14 @@ class Backbone:
     def dtype(self) -> torch.dtype:
         """The dtype of the weights of both towers; norms and embeddings can be wider."""
         return weights_dtype(self._text)
+
+    @property
+    def uses_tf32(self) -> bool:
+        """Whether its products, and those of its gradients, are computed by `tf32_products`.
+
+        Not on a CPU, where "high" may also stand for other kinds of rounding.
+        """
+        return self.precision == "tf32" and self.device.type == "cuda"
 
     @property
     def patch_width(self) -> int:
@@ -87,14 +116,18 @@ class Backbone:
         features = []
         for start in range(0, len(images), self.at_once):
             pixels = self._pixels(images[start : start + self.at_once])
-            features.append(_unit(self.model.encode_image(pixels)).cpu())
+            with tf32_products(self.uses_tf32):
+                encoded = self.model.encode_image(pixels)
+            features.append(_unit(encoded).cpu())
         return torch.cat(features)
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Text features (C, D), one per text."""
         tokens = self.tokenizer(list(texts)).to(self.device)
-        return _unit(self.model.encode_text(tokens))
+        with tf32_products(self.uses_tf32):
+            encoded = self.model.encode_text(tokens)
+        return _unit(encoded)
 
     def encode_context(self, context: Tensor, classnames: Sequence[str]) -> Tensor:
         """Text features of class names with learned vectors before them.
@@ -115,7 +148,8 @@ class Backbone:
         """
         lead, (length, width) = context.shape[:-2], context.shape[-2:]
         prompts = context.reshape(-1, length, width)
-        features = self._context.encode(prompts, tuple(classnames))  # (R, C, D)
+        with tf32_products(self.uses_tf32):
+            features = self._context.encode(prompts, tuple(classnames))  # (R, C, D)
         return _unit(features.view(*lead, len(classnames), -1))
 
     @torch.no_grad()
@@ -138,7 +172,9 @@ class Backbone:
         tokens = []
         for start in range(0, len(images), self.at_once):
             pixels = self._pixels(images[start : start + self.at_once])
-            tokens.append(patch_tokens(self._vision, pixels).to("cpu", dtype or self.dtype))
+            with tf32_products(self.uses_tf32):
+                found = patch_tokens(self._vision, pixels)
+            tokens.append(found.to("cpu", dtype or self.dtype))
         return torch.cat(tokens)
 
     def encode_tokens(self, tokens: Tensor, prompt: Tensor) -> Tensor:
@@ -164,7 +200,9 @@ class Backbone:
                 f"a visual prompt is {shallow} or {deep} here, but this one {tuple(prompt.shape)}"
             )
         tokens = tokens.to(prompt.device, self.dtype)
-        return _unit(prompted_features(tower, tokens, prompt.to(self.dtype)))
+        with tf32_products(self.uses_tf32):
+            features = prompted_features(tower, tokens, prompt.to(self.dtype))
+        return _unit(features)
 
     def _pixels(self, images: Sequence[Image | Tensor]) -> Tensor:  # (B, 3, H, W)
         pixels = torch.stack([i if isinstance(i, Tensor) else self.preprocess(i) for i in images])
