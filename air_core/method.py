@@ -262,6 +262,7 @@ class Trial:
             loss=spec.pseudo_labels.loss,
             settings=spec.train,
             seed=spec.seed * 1009 + t,
+            uses_tf32=data.backbone.uses_tf32,
             report=lambda step, steps: self.callback.on_step(*_steps_done(spec, t, step, steps)),
         )
         self.learner = training.learner

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
+from air_core.backbone.clip import tf32_products
 from air_core.components import LOSSES
 from air_core.prompts import PromptLearner, logits_together
 from air_core.specs import TrainSettings
@@ -47,6 +48,7 @@ class Training:
             must have images.
         loss: of `real`, a key of LOSSES.
         seed: of the batch order.
+        uses_tf32: of the backbone; gradients use TF32 if all trainings do.
         report: called after each step with (steps done, steps).
 
     Raises:
@@ -61,6 +63,7 @@ class Training:
     loss: str
     settings: TrainSettings
     seed: int
+    uses_tf32: bool = False
     report: Callable[[int, int], None] = lambda step, steps: None
 
     def __post_init__(self) -> None:
@@ -107,7 +110,8 @@ def fit(trainings: Sequence[Training]) -> list[float | FloatingPointError]:
         )
         totals = [run.total(z, at) for run, z, (_, at) in zip(active, logits, drawn, strict=True)]
         optimiser.zero_grad()  # without a gradient, the prompt of a finished run does not change
-        torch.autograd.backward(totals)
+        with tf32_products(all(run.training.uses_tf32 for run in active)):
+            torch.autograd.backward(totals)
         for run in active:
             training = run.training
             torch.nn.utils.clip_grad_norm_(training.learner.prompt, training.settings.clip)

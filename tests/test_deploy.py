@@ -36,7 +36,7 @@ ROUNDING = 1e-4
 def location(tmp_path_factory, tiny_clip, resolver) -> SweepLocation:
     """A finished sweep in a store; zero_shot_real has a fused classifier."""
     store = ArtifactStore(tmp_path_factory.mktemp("done") / "runs")
-    encode(resolver.trial({"images_per_class": 0}).features, store)
+    encode(resolver.trial({"precision": "fp32", "images_per_class": 0}).features, store)
     return record_sweep(store.root, "small", SWEEP, trained)
 
 

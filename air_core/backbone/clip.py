@@ -6,17 +6,17 @@ This module depends neither on prompt classes nor on datasets.
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from air_core.ahead import computed_ahead
 from air_core.backbone.blocks import weights_dtype
 from air_core.backbone.text import context_encoder
 from air_core.backbone.vision import check_vision, patch_tokens, prompted_features
@@ -29,8 +29,25 @@ MAX_THREADS = 16  # that open images; each can need 0.5 GB for the largest allow
 
 # Images, or tensors (3, H, W) after `preprocess`; threads prepare those of a sequence.
 Images = Sequence[Image | Tensor] | Iterator[Tensor]
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+
+
+@contextmanager
+def tf32_products(allowed: bool = True) -> Iterator[None]:
+    """Let CUDA round the factors of matrix products and convolutions in float32 to TF32.
+
+    A setting of the process; afterwards it is as before. With `allowed` False nothing changes.
+    """
+    if not allowed:
+        yield
+        return
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 class Backbone:
@@ -58,6 +75,7 @@ class Backbone:
         self.logit_scale = float(model.logit_scale.exp())
         self.at_once, self.threads = AT_ONCE, 0
         self._decoding = threading.Lock()
+        self.precision = "fp32"  # set by `load_backbone`
         self._text = getattr(model, "text", model)  # some models have the text tower as a module
         self._context = context_encoder(self._text, tokenizer)
 
@@ -73,6 +91,14 @@ class Backbone:
     def dtype(self) -> torch.dtype:
         """The dtype of the weights of both towers; norms and embeddings can be wider."""
         return weights_dtype(self._text)
+
+    @property
+    def uses_tf32(self) -> bool:
+        """Whether its products, and those of its gradients, are computed by `tf32_products`.
+
+        Not on a CPU, where "high" may also stand for other kinds of rounding.
+        """
+        return self.precision == "tf32" and self.device.type == "cuda"
 
     @property
     def patch_width(self) -> int:
@@ -96,14 +122,15 @@ class Backbone:
     @torch.no_grad()
     def encode_images(self, images: Images) -> Tensor:
         """Image features (B, D) on the CPU, in the order of `images`."""
-        batches = self._batches(images)
-        return torch.cat([_unit(self.model.encode_image(pixels)).cpu() for pixels in batches])
+        return torch.cat([_unit(self._encoded(pixels)).cpu() for pixels in self._batches(images)])
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Text features (C, D), one per text."""
         tokens = self.tokenizer(list(texts)).to(self.device)
-        return _unit(self.model.encode_text(tokens))
+        with tf32_products(self.uses_tf32):
+            encoded = self.model.encode_text(tokens)
+        return _unit(encoded)
 
     def encode_context(self, context: Tensor, classnames: Sequence[str]) -> Tensor:
         """Text features of class names with learned vectors before them.
@@ -124,7 +151,8 @@ class Backbone:
         """
         lead, (length, width) = context.shape[:-2], context.shape[-2:]
         prompts = context.reshape(-1, length, width)
-        features = self._context.encode(prompts, tuple(classnames))  # (R, C, D)
+        with tf32_products(self.uses_tf32):
+            features = self._context.encode(prompts, tuple(classnames))  # (R, C, D)
         return _unit(features.view(*lead, len(classnames), -1))
 
     @torch.no_grad()
@@ -142,9 +170,9 @@ class Backbone:
         Raises:
             ValueError: the vision tower does not accept learned tokens.
         """
-        tower, wanted = self._vision, dtype or self.dtype
-        batches = self._batches(images)
-        return torch.cat([patch_tokens(tower, pixels).to("cpu", wanted) for pixels in batches])
+        wanted = dtype or self.dtype
+        found = [self._tokens(pixels).to("cpu", wanted) for pixels in self._batches(images)]
+        return torch.cat(found)
 
     def encode_tokens(self, tokens: Tensor, prompt: Tensor) -> Tensor:
         """Image features with learned tokens beside the patches.
@@ -169,7 +197,9 @@ class Backbone:
                 f"a visual prompt is {shallow} or {deep} here, but this one {tuple(prompt.shape)}"
             )
         tokens = tokens.to(prompt.device, self.dtype)
-        return _unit(prompted_features(tower, tokens, prompt.to(self.dtype)))
+        with tf32_products(self.uses_tf32):
+            features = prompted_features(tower, tokens, prompt.to(self.dtype))
+        return _unit(features)
 
     def prepared(self, images: Sequence[Image | Tensor]) -> Iterator[Tensor]:
         """Images (3, H, W) after `preprocess`, in order. Threads prepare up to `at_once` of them
@@ -189,34 +219,21 @@ class Backbone:
         pixels: Tensor = self.preprocess(image)
         return pixels
 
+    def _encoded(self, pixels: Tensor) -> Tensor:
+        with tf32_products(self.uses_tf32):
+            features: Tensor = self.model.encode_image(pixels)
+        return features
+
+    def _tokens(self, pixels: Tensor) -> Tensor:
+        with tf32_products(self.uses_tf32):
+            return patch_tokens(self._vision, pixels)
+
     def _batches(self, images: Images) -> Iterator[Tensor]:
         """(B, 3, H, W) each, with `at_once` images, on the device."""
         prepared = self.prepared(images) if isinstance(images, Sequence) else images
         for first in prepared:
             pixels = torch.stack([first, *islice(prepared, self.at_once - 1)])
             yield pixels.to(self.device, self.dtype)
-
-
-def computed_ahead(
-    function: Callable[[Item], Result], items: Iterable[Item], threads: int, ahead: int
-) -> Iterator[Result]:
-    """Results of a function in the order of the items. Threads compute up to `ahead` of them
-    before they are needed.
-
-    Raises:
-        Exception: the function raised it for the next item.
-    """
-    pool = ThreadPoolExecutor(threads)
-    results: deque[Future[Result]] = deque()
-    try:
-        for item in items:
-            results.append(pool.submit(function, item))
-            if len(results) > ahead:
-                yield results.popleft().result()
-        while results:
-            yield results.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)  # if the caller stops early
 
 
 def _unit(features: Tensor) -> Tensor:

@@ -28,7 +28,8 @@ def load_backbone(
     Args:
         name: of a backbone, also of a plugin, its folder, or a result of `find_backbone`.
         device: on which the backbone runs.
-        precision: of the weights: fp32, fp16 or bf16. Norms are always computed in fp32.
+        precision: of the weights: fp32, fp16 or bf16, or tf32: weights in fp32, products in TF32
+            on a GPU. Norms are always computed in fp32.
 
     Raises:
         ValueError: the backbone does not exist, its configuration has settings that are not
@@ -36,6 +37,12 @@ def load_backbone(
     """
     sums_in_one_order()
     stay_offline()
+    backbone = _loaded(name, device, "fp32" if precision == "tf32" else precision)
+    backbone.precision = precision
+    return backbone
+
+
+def _loaded(name: str | Path | ClipFolder | ClipFile, device: str, precision: str) -> Backbone:
     if isinstance(name, str) and name in BACKBONES:
         plugin: Backbone = BACKBONES.load(name)(device, precision)
         return plugin

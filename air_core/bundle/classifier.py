@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from air_core.ahead import computed_ahead
 from air_core.backbone import Backbone
-from air_core.backbone.clip import MAX_THREADS, computed_ahead
+from air_core.backbone.clip import MAX_THREADS
 from air_core.bundle.arrays import fused_classifier
 from air_core.bundle.checks import FUSED
 from air_core.bundle.files import UNSURE, image_files

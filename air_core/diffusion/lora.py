@@ -13,9 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
@@ -31,6 +29,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from air_core.ahead import computed_ahead
 from air_core.diffusion.pipeline import ADAPTER, DTYPES, load_pipeline
 from air_core.models.weights import check_lora_fits
 from air_core.seal import BLANK, intact, sealed
@@ -366,18 +365,14 @@ class TrainingLatents:
         """Each step with the latents of its B views."""
         seen = set(self._encoded)
 
-        def read(step: _RandomStep) -> dict[int, Tensor]:
-            """The pixels of the views whose latents will not be in memory."""
+        def read(step: _RandomStep) -> tuple[_RandomStep, dict[int, Tensor]]:
+            """The step, and the pixels of its views whose latents will not be in memory."""
             lacking = [view for view in dict.fromkeys(step.views.tolist()) if view not in seen]
             seen.update(lacking[: max(0, KEPT - len(seen))])
-            return {view: self._pixels(view) for view in lacking}
+            return step, {view: self._pixels(view) for view in lacking}
 
-        with ThreadPoolExecutor(1) as thread:
-            waiting = deque((step, thread.submit(read, step)) for step in islice(steps, AHEAD))
-            while waiting:
-                step, pixels = waiting.popleft()
-                waiting.extend((later, thread.submit(read, later)) for later in islice(steps, 1))
-                yield step, self._latents(step.views.tolist(), pixels.result())
+        for step, pixels in computed_ahead(read, steps, threads=1, ahead=AHEAD):
+            yield step, self._latents(step.views.tolist(), pixels)
 
     def _pixels(self, view: int) -> Tensor:
         image = torch.tensor(np.asarray(self.images[view % len(self.images)]))

@@ -108,7 +108,7 @@ class Ref:
 Precision = Literal["fp32", "bf16"]
 UNKNOWN = -1  # label of an image without a label
 
-ClipPrecision = Literal["fp32", "fp16", "bf16"]
+ClipPrecision = Literal["fp32", "tf32", "fp16", "bf16"]
 FusionSpace = Literal["probability", "logit"]
 Level = Literal["features", "tokens"]
 Paradigm = Literal["ul", "ssl", "trzsl"]
@@ -508,6 +508,7 @@ IMAGES_FROM = (
 
 # Modules of air_core that several stages use. Their code is part of keys: see StageSpec.modules.
 _CLIP = (
+    "air_core.ahead",
     "air_core.arithmetic",
     "air_core.backbone",
     "air_core.backbone.blocks",
@@ -785,7 +786,7 @@ class LoraSpec(StageSpec):
     """
 
     stage, recipe, title, process, guess, counts = "lora", 2, "LoRA", "generator", 0.15, "steps"
-    modules = (*_DRAWING, "air_core.diffusion.lora")
+    modules = (*_DRAWING, "air_core.ahead", "air_core.diffusion.lora")
 
     labels: LabelsSpec
     model: Ref
@@ -1008,7 +1009,11 @@ class TrialSpec(StageSpec):
     generator: Ref = group(MISSING, used_if=uses_generator, unused=Ref(name="", digest=""))
     # None: `dataset` itself
     test_dataset: Ref | None = added(None, used_if=lambda s: s.test_dataset != s.dataset)
-    precision: ClipPrecision = knob("fp32", "of CLIP's weights; norms, logits and loss stay fp32")
+    precision: ClipPrecision = knob(
+        "tf32",
+        "of CLIP's weights; tf32: fp32, on a GPU with products in TF32; norms, logits and loss "
+        "stay fp32",
+    )
     paradigm: Paradigm = knob("ul", PARADIGMS)
     modality: str = choice(LEARNERS, "text")
     split_seed: int = knob(0, SPLIT_SEED, ge=0, le=2**32 - 1)

@@ -378,11 +378,11 @@ class TrialScheduler:
         name = failure.failure_class
         if CLASSES[name].stops_after:
             self.errors[failure] += 1
-        # Repeating a trial with a loss that is not finite gives the same loss. Below fp32 the sweep
-        # repeats it in fp32, which is another trial.
+        # Repeating a trial with a loss that is not finite gives the same loss. A sweep in half
+        # precision repeats it in fp32, which is another trial; TF32 has the range of fp32.
         allowed = 0 if name == "nan" else CLASSES[name].retries
         slots = [slot for _, _, slot in self.waiting[key, job.segments.stop_after]]
-        if name == "nan" and spec.precision != "fp32":
+        if name == "nan" and spec.precision in ("fp16", "bf16"):
             for slot in slots:
                 self.event_log.append("trial_moved", slot=slot.id, key=key, precision="fp32")
             self.fp32_slots += slots

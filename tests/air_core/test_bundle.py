@@ -320,7 +320,7 @@ def with_value(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("backbone.files", {"a": 3}, "SHA-256 digests"),
         ("backbone.settings", None, "backbone.settings is None; allowed: a dict"),
         ("backbone.open_clip", "x", "backbone.open_clip is 'x'; allowed: a dict"),
-        ("backbone.precision", "int3", "allowed: fp32, fp16, bf16"),
+        ("backbone.precision", "int3", "allowed: fp32, tf32, fp16, bf16"),
         ("metrics", {}, "metric test/accuracy_text is missing"),
         ("metrics.test/accuracy", "0.5", "allowed: finite numbers by name"),
         ("metrics.test/accuracy", True, "allowed: finite numbers by name"),

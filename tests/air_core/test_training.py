@@ -237,6 +237,43 @@ def test_a_loss_that_is_not_finite_ends_the_training_and_names_the_step():
         trained(real=broken)
 
 
+class Watched(Linear):
+    """Records the precision of products in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def logits(self, batch: Batch) -> Tensor:
+        logits = super().logits(batch)
+        logits.register_hook(lambda _: self.seen.add(torch.get_float32_matmul_precision()))
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("uses_tf32", "precision"),
+    [((True, True), "high"), ((True, False), "highest"), ((False,), "highest")],
+)
+def test_gradients_use_tf32_if_all_trainings_do(uses_tf32, precision):
+    learners = [Watched() for _ in uses_tf32]
+    given = {"real": None, "labelled": images(), "synthetic": None, "synthetic_weight": 0.0}
+    fit(
+        [
+            Training(
+                learner=learner,
+                settings=replace(PLAIN, steps=2),
+                loss="cc",
+                seed=0,
+                uses_tf32=flag,
+                **given,
+            )
+            for learner, flag in zip(learners, uses_tf32, strict=True)
+        ]
+    )
+    assert [learner.seen for learner in learners] == [{precision}] * len(learners)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 # ---------------------------------------------------------------- devices
 
 

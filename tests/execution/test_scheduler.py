@@ -37,7 +37,7 @@ LENGTHS = (Dimension(key="prompt.length", values=(1, 2, 3, 4)),)
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory, tiny_clip, resolver) -> Path:
     """A store with the features of some digits."""
-    spec = resolver.trial({"images_per_class": 0}).features
+    spec = resolver.trial({"precision": "fp32", "images_per_class": 0}).features
     arrays = digit_features(tiny_clip.encode_images, IMAGES)
     return store_with(tmp_path_factory.mktemp("prepared") / "runs", spec, arrays).root
 
@@ -319,6 +319,13 @@ def test_each_class_has_its_own_limit_and_then_the_last_failure_counts(world):
     jobs = fail(world, world.scheduler(sweep("fpl", seeds=(1,))), *classes)
     assert len(jobs) == len(classes)
     assert [(o.state, o.failure_class) for o in world.outcomes] == [("failed", "infra")]
+
+
+def test_a_loss_that_is_not_finite_in_tf32_is_not_repeated_in_fp32(world):
+    scheduler = world.scheduler(sweep("fpl", seeds=(1,), fixed={"precision": "tf32"}))
+    job = scheduler.next()
+    scheduler.complete(job.number, dict.fromkeys(job.keys, Failure("nan", "the loss became nan")))
+    assert scheduler.fp32_slots == []
 
 
 def test_a_trial_whose_loss_is_not_finite_is_repeated_in_fp32(world):

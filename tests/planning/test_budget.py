@@ -76,7 +76,7 @@ def test_a_refusal_states_spent_and_needed_time_and_a_remedy():
 
 
 def test_preparation_needs_budget_too(tmp_path, resolver):
-    requirement = Requirement(resolver.trial({"images_per_class": 0}).features)
+    requirement = Requirement(resolver.trial({"precision": "fp32", "images_per_class": 0}).features)
     assert isinstance(requirement.spec, FeaturesSpec)
     store = ArtifactStore(tmp_path)
     hour = {"features": 3600.0}

@@ -44,7 +44,7 @@ seeds: [1, 2]
 def location(tmp_path_factory, tiny_clip, resolver) -> SweepLocation:
     """A finished sweep in a store."""
     store = ArtifactStore(tmp_path_factory.mktemp("done") / "runs")
-    features = resolver.trial({"images_per_class": 0}).features
+    features = resolver.trial({"precision": "fp32", "images_per_class": 0}).features
     for level in ("features", "tokens"):
         encode(replace(features, level=level), store)
     return record_sweep(store.root, "small", SWEEP, trained)
@@ -176,7 +176,13 @@ def test_every_kind_of_prompt_reproduces_the_recorded_predictions(
     if kind == "trzsl":
         spec = slots_of(location, "cpl", "trzsl")[0].spec
     else:
-        flat = {"images_per_class": 0, "iterations": 1, "train.steps": 4, "prompt.length": 2}
+        flat = {
+            "precision": "fp32",
+            "images_per_class": 0,
+            "iterations": 1,
+            "train.steps": 4,
+            "prompt.length": 2,
+        }
         flat |= {"modality": "visual"} if kind == "visual" else {}
         flat |= {"test_dataset": f"folder:{drawn_digits}"} if "elsewhere" in kind else {}
         flat |= {"iterations": 0} if "zero_shot" in kind else {}
@@ -213,7 +219,13 @@ def test_a_bundle_with_weights_of_a_folder_has_no_path_and_needs_one(
     tensors = load_file(file)
     tensors["visual.proj"] *= 0.5  # so that the weights differ from those of other trials
     save_file(tensors, file)
-    flat = {"images_per_class": 0, "iterations": 0, "pool": "train", "backbone": str(clip)}
+    flat = {
+        "precision": "fp32",
+        "images_per_class": 0,
+        "iterations": 0,
+        "pool": "train",
+        "backbone": str(clip),
+    }
     spec = resolver.trial({**flat, "seed": 1})
     encode(spec.features, location.store)
     folder = export(run_trial(spec, location.store).key)
@@ -241,7 +253,13 @@ FUSED_TRIALS = {
 def test_each_classifier_of_a_bundle_gives_the_recorded_predictions(
     kind, location, resolver, export, command, tmp_path
 ):
-    base = {"images_per_class": 0, "iterations": 1, "train.steps": 4, "prompt.length": 2}
+    base = {
+        "precision": "fp32",
+        "images_per_class": 0,
+        "iterations": 1,
+        "train.steps": 4,
+        "prompt.length": 2,
+    }
     base |= {"auxiliary.source": "real", "fusion_weight": 0.6, "pool": "train", "seed": 3}
     record = run_trial(resolver.trial(base | FUSED_TRIALS[kind]), location.store)
     names = {"trzsl": ("text", "fused"), "transductive": ("text", "fused")}.get(

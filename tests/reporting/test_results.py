@@ -42,7 +42,7 @@ def arrays(tiny_clip) -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def features(resolver) -> FeaturesSpec:
-    spec: FeaturesSpec = resolver.trial({"images_per_class": 0}).features
+    spec: FeaturesSpec = resolver.trial({"precision": "fp32", "images_per_class": 0}).features
     return spec
 
 
@@ -166,7 +166,7 @@ def changed(one: TrialRecord, other: TrialRecord) -> set[str]:
 
 
 def test_a_trial_has_equal_bytes_in_another_store(tmp_path, resolver, store, features, arrays):
-    spec = resolver.trial({"images_per_class": 0, **QUICK, "seed": 3})
+    spec = resolver.trial({"precision": "fp32", "images_per_class": 0, **QUICK, "seed": 3})
     copy = ArtifactStore(Path(shutil.copytree(store.root, tmp_path / "copy")))
     one, other = run_trial(spec, store), run_trial(spec, copy)
     assert changed(one, other) == set()

@@ -19,6 +19,11 @@ def test_the_defaults_of_every_method_are_a_trial_with_its_pins(method, names):
     assert METHODS[method].pins.items() <= to_flat(spec).items()
 
 
+@pytest.mark.parametrize(("names", "precision"), [({}, "fp32"), (OTHER_WORLD, "tf32")])
+def test_real_models_use_tf32_and_the_embedded_one_fp32(names, precision):
+    assert from_flat(presets.defaults("cpl", names), REFS, ("a", "b")).precision == precision
+
+
 @pytest.mark.parametrize("name", [*METHODS])
 def test_every_host_and_control_is_a_method(name):
     method = METHODS[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from air_core.ahead import computed_ahead
 from air_core.backbone import Backbone
-from air_core.backbone.clip import computed_ahead
+from air_core.backbone.clip import tf32_products
 from air_core.backbone.loading import load_backbone
 from air_core.datasets.images import ImageFiles, open_image
 from air_core.models.weights import tiny_folder
@@ -237,3 +239,32 @@ def test_half_precision_is_close_and_keeps_prompts_and_features_in_float32(
     errors = [error(*pair) for pair in zip(found, expected, strict=True)]
     assert max(errors[:4]) < close
     assert max(errors[4:]) < 20 * close  # gradients, through all blocks
+
+
+def test_tf32_on_a_cpu_is_fp32(tiny_clip):
+    other, images = load_backbone("tiny", precision="tf32"), some_images(3)
+    assert (other.precision, other.dtype, other.uses_tf32) == ("tf32", torch.float32, False)
+    assert torch.equal(other.encode_images(images), tiny_clip.encode_images(images))
+    assert torch.equal(other.encode_texts(NAMES), tiny_clip.encode_texts(NAMES))
+
+
+def test_tf32_is_allowed_within_a_block_only():
+    def state():
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+    before = state()
+    with tf32_products(allowed=False):
+        assert state() == before
+    with suppress(ValueError), tf32_products():
+        assert state() == ("high", True)
+        raise ValueError
+    assert state() == before
+
+
+@pytest.mark.gpu
+def test_tf32_on_a_gpu_is_close_to_fp32_and_changes_no_other_backbone():
+    exact, rounded = (load_backbone("tiny", "cuda", kind) for kind in ("fp32", "tf32"))
+    images = some_images(64)
+    first, other, again = (clip.encode_images(images) for clip in (exact, rounded, exact))
+    assert torch.equal(first, again)
+    assert 0 < error(other, first) < 1e-2
