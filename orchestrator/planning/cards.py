@@ -22,7 +22,7 @@ from orchestrator.planning.agreement_card import (
 from orchestrator.planning.audit_card import AuditCard, AuditRow, audit_rows, audit_screen
 from orchestrator.planning.plan import possible_trials
 from orchestrator.planning.requests import results_command, run_command
-from orchestrator.planning.resolve import Resolver, resolver_of, with_generator_defaults
+from orchestrator.planning.resolve import Resolver, resolver_of, with_model_defaults
 from orchestrator.spec import Cell, SweepSpec, cells_of
 from orchestrator.store import ArtifactStore, SweepLocation
 
@@ -45,7 +45,7 @@ def rows_of_sweep(sweep: SweepSpec, location: SweepLocation) -> list[Row]:
         ValueError: no trial uses a diffusion model, or weights or data are missing.
     """
     resolver = resolver_of(location, sweep.folders)
-    cells = cells_of(with_generator_defaults(sweep, resolver))
+    cells = cells_of(with_model_defaults(sweep, resolver))
     rows = rows_of(cells, sweep.seeds.assignments(), resolver)
     resolver.save()
     if not rows:

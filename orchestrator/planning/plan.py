@@ -21,7 +21,7 @@ from air_core.specs.flat import trial_keys
 from air_core.specs.normal import normalised, used_components
 from orchestrator.keys import ArtifactKey, artifact_key
 from orchestrator.planning.estimate import Estimate, Work, estimate, stage_work, trial_work
-from orchestrator.planning.resolve import InvalidSetting, Resolver, with_generator_defaults
+from orchestrator.planning.resolve import InvalidSetting, Resolver, with_model_defaults
 from orchestrator.planning.resources import trial_memory
 from orchestrator.planning.studies import (
     Edit,
@@ -243,7 +243,7 @@ def plan_sweep(
 def _plan_sweep(
     sweep: SweepSpec, store: ArtifactStore, resolver: Resolver, event_log: EventLog
 ) -> Plan:
-    sweep = with_generator_defaults(sweep, resolver)
+    sweep = with_model_defaults(sweep, resolver)
     cells, assignments = cells_of(sweep), sweep.seeds.assignments()
     state = read_searches(event_log)
     starts = _study_starts(sweep, cells, state, resolver, store)

@@ -23,7 +23,7 @@ from orchestrator.planning.resolve import (
     NotRecorded,
     Resolver,
     resolver_of,
-    with_generator_defaults,
+    with_model_defaults,
 )
 from orchestrator.planning.studies import Searches, read_searches
 from orchestrator.plugins import Plugin, recorded_plugin, use_plugins, with_code
@@ -125,7 +125,7 @@ def _needed_by_sweep(sweep: SweepSpec, location: SweepLocation) -> dict[str, Sha
     artifacts cannot be listed; this is an error unless it is certain that none were built.
     """
     resolver, event_log = resolver_of(location, sweep.folders), location.event_log()
-    sweep = with_generator_defaults(sweep, resolver)
+    sweep = with_model_defaults(sweep, resolver)
     events = list(event_log.events())
     done = [event for event in events if event["event"] in ("trial_done", "trial_reused")]
     last_cells = cells_of(sweep)

@@ -376,8 +376,10 @@ class Resolver:
             "drawing": self._drawing,
         }
 
-    def generator_defaults(self, name: str) -> dict[str, Any]:
-        """Defaults of settings that the files of a generator determine, by trial key."""
+    def model_defaults(self, role: str, name: str) -> dict[str, Any]:
+        """Defaults of settings that the files of a model determine, by trial key."""
+        if role != "generator":
+            return {}
         if name not in self._drawing and not name.startswith("folder:"):
             with suppress(ValueError):  # `trial` explains what is wrong with the folder
                 folder = generator_folder(located_weights(name, self.folders))
@@ -474,6 +476,13 @@ def _check_labels_unneeded(trial: TrialSpec) -> None:
         )
 
 
+# Defaults of models, without the embedded ones, in versions that recorded none.
+EARLIER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "backbone": {"precision": "fp32"},
+    "generator": {"evidence.block": 8},
+}
+
+
 class RecordedResolver(Resolver):
     """Resolves names to the digests and class names of a sweep's last run, and reads no files.
 
@@ -491,6 +500,7 @@ class RecordedResolver(Resolver):
         self.versions, self.folders = recorded_versions(inputs), folders
         self._pool_sizes = inputs.get("pools", {})  # earlier versions recorded none
         self._drawing = inputs.get("drawing", {})  # earlier versions read none
+        self._earlier = {} if "recipes" in inputs else EARLIER_DEFAULTS
 
     def dataset_by_name(self, name: str) -> DatasetInput:
         """Look up a dataset.
@@ -514,9 +524,10 @@ class RecordedResolver(Resolver):
         path = self._paths.get(f"{role} {name}") or located_weights(name, self.folders)
         return Ref(name=path, digest=digest)
 
-    def generator_defaults(self, name: str) -> dict[str, Any]:
+    def model_defaults(self, role: str, name: str) -> dict[str, Any]:
         """Defaults as of the last run."""
-        return self._drawing.get(name, {})
+        drawing = self._drawing.get(name, {}) if role == "generator" else {}
+        return {**self._earlier.get(role, {}), **drawing}
 
     def check(self, trial: TrialSpec, datasets: Mapping[str, DatasetInput]) -> None:
         """Do nothing: the last run checked its trials."""
@@ -542,15 +553,15 @@ class NotRecorded(ValueError):
     """A dataset or weights that no run of a sweep has used."""
 
 
-def with_generator_defaults(sweep: SweepSpec, resolver: Resolver) -> SweepSpec:
-    """The sweep with the defaults that the files of its generators determine."""
+def with_model_defaults(sweep: SweepSpec, resolver: Resolver) -> SweepSpec:
+    """The sweep with the defaults of its models, without the embedded ones."""
     choices = (sweep.fixed, *(override.set for override in sweep.overrides))
-    names = {str(each["generator"]) for each in choices if "generator" in each}
-    names |= {str(name) for name in (sweep.axes or sweep.grid).get("generator", ())}
-    worlds = {
-        ("generator", name): resolver.generator_defaults(name)
-        for name in sorted(names - {EMBEDDED["generator"]})
-    }
+    worlds = {}
+    for role in ("backbone", "generator"):
+        names = {str(each[role]) for each in choices if role in each}
+        names |= {str(name) for name in (sweep.axes or sweep.grid).get(role, ())}
+        for name in sorted(names - {EMBEDDED[role]}):
+            worlds[role, name] = resolver.model_defaults(role, name)
     return replace(sweep, worlds={**presets.WORLDS, **worlds}) if any(worlds.values()) else sweep
 
 

@@ -27,7 +27,7 @@ from orchestrator.planning.estimate import Estimate
 from orchestrator.planning.plan import RESULT_STATES, STAGE_TITLES
 from orchestrator.planning.recorded import read_sweep
 from orchestrator.planning.requests import results_command, run_command
-from orchestrator.planning.resolve import resolver_of, with_generator_defaults
+from orchestrator.planning.resolve import resolver_of, with_model_defaults
 from orchestrator.reporting.results import (
     SweepStatus,
     holes_text,
@@ -181,7 +181,7 @@ def _unused(location: SweepLocation) -> dict[str, UnusedImages]:
     try:
         sweep, location = read_sweep(location, location.data_root)
         resolver = resolver_of(location, sweep.folders)
-        sweep = with_generator_defaults(sweep, resolver)
+        sweep = with_model_defaults(sweep, resolver)
         seeds = sweep.seeds.assignments()[0]
         trials = [
             resolver.trial({**cell.flat, **default_params(cell), **seeds})

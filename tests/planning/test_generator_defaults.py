@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from air_core.models.weights import generator_folder
+from air_core.models.weights import generator_folder, tiny_folder
 from air_core.specs import GenerationSettings
 from orchestrator.planning import plan_of, read_request
 from orchestrator.planning.recorded import read_sweep
@@ -79,13 +79,16 @@ def test_plan_explains_where_the_size_comes_from(turbo, tmp_path):
 def test_results_are_read_without_the_folder_and_those_of_earlier_versions_keep_their_keys(
     turbo, tmp_path
 ):
-    request = read_request(write_sweep(tmp_path, "mine", SWEEP.format(folder=turbo)))
+    clip = tmp_path / "clip"
+    shutil.copytree(tiny_folder(), clip)
+    body = SWEEP.format(folder=turbo).replace("fixed: {", f"fixed: {{backbone: {clip}, ")
+    request = read_request(write_sweep(tmp_path, "mine", body))
     location = location_for(request, tmp_path / "runs", None)
     resolver = resolver_of(location, request.spec.folders)
     plan = plan_of(request.spec, location)
     for slot in plan.slots:
         resolver.trial({**slot.cell.flat, **slot.seeds})
-    resolver.generator_defaults(str(turbo))
+    resolver.model_defaults("generator", str(turbo))
     inputs = resolver.inputs()
     shutil.rmtree(turbo)
 
@@ -95,5 +98,8 @@ def test_results_are_read_without_the_folder_and_those_of_earlier_versions_keep_
         return plan_of(*read_sweep(location, None))
 
     assert [slot.key for slot in recorded(inputs).slots] == [slot.key for slot in plan.slots]
-    del inputs["drawing"]  # earlier versions did not read the files
-    assert drawing(recorded(inputs)) == (512, 25, 7.5)
+    assert {slot.spec.precision for slot in plan.slots} == {"tf32"}
+    del inputs["drawing"], inputs["recipes"]  # as earlier versions, which read no files
+    earlier = recorded(inputs)
+    assert drawing(earlier) == (512, 25, 7.5)
+    assert {slot.spec.precision for slot in earlier.slots} == {"fp32"}
