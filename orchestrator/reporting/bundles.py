@@ -116,7 +116,10 @@ def export(
             "trial_key": record.key,
             "sweep": trial.sweep,
             "slot": trial.slot,
-            "inputs": {name: asdict(ref) for name, ref in refs_of(named).items()},
+            "inputs": {
+                name: {"name": ref.name, "digest": ref.digest}
+                for name, ref in refs_of(named).items()
+            },
             "spec": json.loads(spec_json(named, str(artifact_key(spec)))),
             **{name: record.provenance.get(name) for name in PROVENANCE_FIELDS},
         },

@@ -190,7 +190,7 @@ def _settings_and_digests(resolved: dict[str, Any]) -> tuple[dict[str, Any], dic
 def _flattened(spec: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     """The items of a record's nested spec, by dotted name."""
     for name, value in spec.items():
-        if isinstance(value, Mapping) and value.keys() == {"name", "digest"}:
+        if isinstance(value, Mapping) and value.keys() >= {"name", "digest"}:
             yield prefix + name, value["name"]
             yield f"{prefix}{name}.digest", value["digest"]
         elif isinstance(value, Mapping):

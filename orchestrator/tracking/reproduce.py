@@ -317,7 +317,7 @@ def _rebuild(
     stage = stage_module(spec)
     if requirement.rows:
         for index, block in requirement.shards():
-            stage.build(spec, index, block, worker, lambda: stage.open_model(spec, worker, 0))
+            stage.build(spec, index, block, worker, lambda: stage.open_model(spec, worker))
     else:
         stage.build(spec, worker)
 

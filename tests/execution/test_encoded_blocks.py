@@ -124,9 +124,7 @@ def test_features_are_put_together_from_the_blocks_of_the_store(
     assert isinstance(encoded.spec, EncodedSpec)
     assert isinstance(features.spec, FeaturesSpec)
     for block, images in ((2, BLOCK), (0, BLOCK), (0, 0)):
-        made = build_block(
-            encoded.spec, 0, block, worker, lambda: open_model(encoded.spec, worker, 0)
-        )
+        made = build_block(encoded.spec, 0, block, worker, lambda: open_model(encoded.spec, worker))
         assert made["encoded"] == images
     assert encoded.missing(store) == [(0, 1), *((0, block) for block in range(3, BLOCKS))]
     before = {file.name: file.stat().st_mtime_ns for file in store.root.rglob("0000-*")}
