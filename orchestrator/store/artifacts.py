@@ -273,7 +273,7 @@ class ArtifactStore:
             record = {
                 "key": str(key),
                 "digest": key.digest,
-                "spec": asdict(spec),
+                "spec": _recorded(spec),
                 "info": work.info,
                 "started": started,
                 "seconds": round((time.time() - started) * share + work.earlier_seconds, 3),
@@ -312,7 +312,7 @@ class ArtifactStore:
         if not file.exists():
             record = {
                 "digest": row.key.digest,
-                "spec": asdict(spec),
+                "spec": _recorded(spec),
                 "started": time.time(),
                 **provenance(),
                 "code": code_version.part_version(row.key.stage),
@@ -350,6 +350,18 @@ def store_of_smoke(name: str) -> str:
     """
     address, mark, query = name.partition("?")
     return address.removesuffix("smoke")[:-1] + mark + query
+
+
+def _recorded(spec: StageSpec) -> dict[str, Any]:
+    """A spec as plain data; of an input its name and digest only."""
+
+    def fields(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(items)
+        if values.keys() == {"name", "digest", "images"}:
+            del values["images"]
+        return values
+
+    return asdict(spec, dict_factory=fields)
 
 
 def provenance() -> dict[str, str]:

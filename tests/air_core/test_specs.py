@@ -86,7 +86,9 @@ def test_every_key_of_a_trial_has_help_and_a_default_that_is_allowed():
 
 
 def test_the_flat_keys_are_all_trial_keys_but_lora():
-    assert to_flat(trial()).keys() == trial_keys().keys() - {"lora"}
+    # A plugin of another test may have added settings, whose keys have three parts.
+    own = {key for key in trial_keys() if key.count(".") < 2}
+    assert to_flat(trial()).keys() == own - {"lora"}
 
 
 LIMITS: dict[str, Any] = {

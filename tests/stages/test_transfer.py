@@ -21,7 +21,13 @@ from orchestrator.stages.features import read_target
 from orchestrator.stages.trial import run_trial
 from orchestrator.store import ArtifactStore, EventLog
 
-QUICK = {"train.steps": 5, "prompt.length": 2, "iterations": 1, "images_per_class": 0}
+QUICK = {
+    "precision": "fp32",
+    "train.steps": 5,
+    "prompt.length": 2,
+    "iterations": 1,
+    "images_per_class": 0,
+}
 
 
 @pytest.fixture(scope="module")
