@@ -1,4 +1,4 @@
-"""Work that each stage gives to a device: kernel calls, casts of weights, copies to the host.
+"""Work of each stage on a device: kernel calls, casts of weights, copies to the host, memory.
 
 The models are of the real classes with few channels and random weights, since counts do not depend
 on channels: a pipeline of the shape of Stable Diffusion 1.5 with a LoRA, and the tiny CLIP.
@@ -7,7 +7,8 @@ on channels: a pipeline of the shape of Stable Diffusion 1.5 with a LoRA, and th
 - *encode*: one batch of CLIP's image tower; *prompt*: one step of learning a text prompt.
 
 A kernel call is an operation that is no view. `host` counts values and tensors that are copied from
-the device; on a CPU only values that Python reads. `weights_mb` is the size of all loaded weights.
+the device; on a CPU only values that Python reads. `peak_mb` is the most memory of results that are
+alive at a time, `weights_mb` the size of all loaded weights.
 
     python benchmarks/device.py [--device cpu] [--precision bf16]
 
@@ -20,13 +21,15 @@ from __future__ import annotations
 
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -42,7 +45,8 @@ class Counts(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.kernels = self.casts = self.host = 0
+        self.kernels = self.casts = self.host = self.peak = 0
+        self.live: dict[int, int] = {}  # bytes of storages, by address
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -57,11 +61,22 @@ class Counts(TorchDispatchMode):
             source = args[0]
             self.casts += isinstance(source, nn.Parameter) and result.dtype != source.dtype
             self.host += result.device.type == "cpu" != source.device.type
-        self.kernels += not (name == "_unsafe_view" or _is_view(func))
+        if not (name == "_unsafe_view" or _is_view(func)):
+            self.kernels += 1
+            self._allocate(result)
         return result
 
+    def _allocate(self, result: Any) -> None:
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.live:
+                storage = tensor.untyped_storage()
+                self.live[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.live.pop, storage._cdata, None)
+        self.peak = max(self.peak, sum(self.live.values()))
+
     def figures(self) -> Figures:
-        return {"kernels": self.kernels, "casts": self.casts, "host": self.host}
+        counts = {"kernels": self.kernels, "casts": self.casts, "host": self.host}
+        return {**counts, "peak_mb": self.peak / 1e6}
 
 
 def _is_view(func: Any) -> bool:
