@@ -47,7 +47,7 @@ TRIALS = 2 * POINTS
 
 def shards(store: Path) -> dict[str, int]:
     """When each shard was last written."""
-    row = next((store / "artifacts" / "images" / "v1").glob("*"), store)
+    row = next((store / "artifacts" / "images").glob("v*/*"), store)
     return {file.name: file.stat().st_mtime_ns for file in row.glob("*.parquet")}
 
 
