@@ -21,8 +21,8 @@ from air_core.types import Batch
 
 ROUNDS = 10
 NEIGHBOURS = 3
-CHUNK = 2048  # at most so many images have their cosines to the pool in memory at a time
-COSINES = 2**27  # and so many cosines, 512 MiB
+CHUNK = 2048  # most images whose cosines to the pool are in memory at a time
+COSINES = 2**27  # most of these cosines, 512 MiB
 
 
 @dataclass(frozen=True)

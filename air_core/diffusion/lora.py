@@ -220,7 +220,7 @@ def _random_steps(
     latents: TrainingLatents,
     levels: int,
 ) -> Iterator[_RandomStep]:
-    """Draw steps without end, for `count` images and a model of so many noise levels."""
+    """Draw steps without end, for `count` images and a model with `levels` noise levels."""
     like = latents.first()
     shape = (training.batch, *like.mean.shape[1:])
     while True:

@@ -696,10 +696,8 @@ class EncodedSpec(RowSpec):
     Encoders make them side by side. Complete features replace them.
     """
 
-    stage, title, process, guess, shard = (
-        *("encoded", "CLIP feature blocks", "encoder"),
-        *(0.005, ".safetensors"),
-    )
+    stage, title, process = "encoded", "CLIP feature blocks", "encoder"
+    guess, shard = 0.005, ".safetensors"
     modules = FeaturesSpec.modules
     # Images of a block. A multiple of the images between two batches that start anew
     # (`orchestrator.stages.encoded.CHUNK`), so that blocks do not change the batches.

@@ -37,7 +37,7 @@ def reference(scores: np.ndarray) -> float:
 @pytest.mark.parametrize("elements", [1, 70, 2**22])
 @pytest.mark.parametrize("sharpness", [0.1, 1.0, 10.0, 1000.0])
 def test_mutual_information_equals_a_plain_reference(sharpness, elements, monkeypatch):
-    monkeypatch.setattr(chunks, "ELEMENTS", elements)  # so many numbers at a time
+    monkeypatch.setattr(chunks, "ELEMENTS", elements)  # numbers of a chunk
     scores = some_scores(50, 6, sharpness)
     expected = reference(scores.double().numpy())
     assert mutual_information(scores) == pytest.approx(expected, abs=1e-7)
