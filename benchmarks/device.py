@@ -177,7 +177,8 @@ def evidence(model: Path, adapter: Path, size: int, arguments: Any) -> Figures:
     )
     latents = scorer.latents(torch.randint(256, (2, size, size, 3), dtype=torch.uint8))
     every = torch.ones(2, len(CLASSES), dtype=torch.bool)
-    return counted(scorer.pipeline.unet, lambda: scorer.errors(latents, [0, 1], 0, every))
+    network = scorer.denoiser.network
+    return counted(network, lambda: scorer.errors(latents, [0, 1], 0, every))
 
 
 def encode(arguments: Any) -> Figures:

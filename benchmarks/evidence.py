@@ -66,16 +66,16 @@ def evidence(scorer: BlockScorer, blocks: int, draws: int, store: ArtifactStore)
 
 def bare(scorer: BlockScorer, calls: int) -> Times:
     """Time of U-Net calls on one batch of PAIRS."""
-    unet = scorer.scorer.pipeline.unet
+    denoiser = scorer.scorer.denoiser
     assert scorer.latents is not None
-    latents = scorer.latents[1].repeat(PAIRS, 1, 1, 1)[:PAIRS].to(unet.dtype)
+    latents = scorer.latents[1].repeat(PAIRS, 1, 1, 1)[:PAIRS].to(denoiser.network.dtype)
     steps = torch.full((PAIRS,), 500, device=latents.device)
     conditions = scorer.scorer.texts.of(torch.arange(PAIRS, device=latents.device) % 10)
 
     @torch.inference_mode()
     def call() -> None:
         for _ in range(calls):
-            unet(latents, steps, **conditions)
+            denoiser.predict(latents, steps, conditions)
 
     return measure_time(call)
 

@@ -23,11 +23,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from orchestrator.planning import resolver_of
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.harness import airsweep, options, report
+from orchestrator.planning import resolver_of
 
 SWEEP = """
 version: 1

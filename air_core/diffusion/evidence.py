@@ -11,25 +11,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from air_core.diffusion import hashed_seed, text_of
-from air_core.diffusion.lora import NoiseSchedule, encode_captions, encode_images
+from air_core.diffusion.denoiser import Denoiser, denoiser_class
 from air_core.diffusion.pipeline import shared_pipeline
-from air_core.models.weights import check_lora_fits
+from air_core.models.families import check_denoiser
 from air_core.specs import EvidenceScoring
 
 # B images, C classes, M pairs of an image and a class; latents are (c, h, w).
 
-PAIRS = 64  # in a pass of the U-Net; a GPU needs many to be busy
+PAIRS = 64  # in a pass of the network; a GPU needs many to be busy
 
 
 class DenoisingScorer:
-    """Computes denoising errors with a Stable Diffusion pipeline in a diffusers folder."""
+    """Computes denoising errors with a pipeline in a diffusers folder."""
 
     def __init__(
         self,
@@ -55,26 +54,26 @@ class DenoisingScorer:
         Raises:
             ValueError: a folder contains no pipeline or no LoRA, or one that is not supported.
         """
-        check_lora_fits(model)
-        self.settings, self.size = settings, size
+        check_denoiser(model)
+        self.settings = settings
         self.pairs = max(1, PAIRS >> thrift)
         self.shared = shared_pipeline(model, settings.precision, device)
         self.lora = adapter, scale
-        self.schedule = NoiseSchedule.of(self.pipeline.scheduler.config, torch.device(device))
+        self._denoiser = denoiser_class(self.shared.pipeline)(self.shared.pipeline, size)
         captions = [text_of(settings.template, name) for name in classnames]
-        self.texts = encode_captions(self.pipeline, captions, size)
+        self.texts = self.denoiser.encode_captions(captions)
 
     @property
-    def pipeline(self) -> Any:
-        """The pipeline with the LoRA of this scorer."""
-        return self.shared.use(*self.lora)
+    def denoiser(self) -> Denoiser:
+        """The denoiser with the LoRA of this scorer."""
+        self.shared.use(*self.lora)
+        return self._denoiser
 
     @torch.inference_mode()
     def latents(self, images: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 -> (B, c, h, w), the mean of the autoencoder's distribution."""
-        vae = self.pipeline.vae
-        vae.disable_slicing()
-        return encode_images(vae, images, self.size).mean
+        self.shared.pipeline.vae.disable_slicing()
+        return self.denoiser.encode_images(images).mean
 
     @torch.inference_mode()
     def errors(
@@ -83,7 +82,7 @@ class DenoisingScorer:
         """Mean squared error of the prediction of one draw, for each pair of image and class.
 
         All classes of an image share the time step and the noise of the draw. The number of pairs
-        in a pass of the U-Net changes no error beyond rounding.
+        in a pass of the network changes no error beyond rounding.
 
         Args:
             latents: (B, c, h, w) from `latents`.
@@ -95,18 +94,18 @@ class DenoisingScorer:
             (B, C) float32 on the CPU; NaN where not computed.
         """
         device = latents.device
-        t = time_step(draw, self.settings.low, self.settings.high, len(self.schedule.alphas))
+        denoiser = self.denoiser
+        t = time_step(draw, self.settings.low, self.settings.high, len(denoiser.noise))
         noise = torch.stack(
             [_noise(self.settings.seed, p, draw, latents.shape[1:]) for p in positions]
         ).to(device)
         steps = torch.full((len(latents),), t, device=device)
-        target = self.schedule.target(latents, noise, steps)
-        unet = self.pipeline.unet
-        noisy = self.schedule.noisy(latents, noise, steps).to(unet.dtype)
+        target = denoiser.noise.target(latents, noise, steps)
+        noisy = denoiser.noise.noisy(latents, noise, steps).to(denoiser.network.dtype)
         rows, classes = candidates.to(device).nonzero(as_tuple=True)  # (M,), (M,)
         found = [torch.empty(0, device=device)]
         for image, c in zip(rows.split(self.pairs), classes.split(self.pairs), strict=True):
-            predicted = unet(noisy[image], steps[image], **self.texts.of(c)).sample
+            predicted = denoiser.predict(noisy[image], steps[image], self.texts.of(c))
             found.append((predicted.float() - target[image]).square().mean(dim=(1, 2, 3)))
         errors = torch.full(candidates.shape, torch.nan)
         errors[candidates] = torch.cat(found).cpu()  # one copy for all pairs

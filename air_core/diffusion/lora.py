@@ -1,15 +1,16 @@
 """Fine-tunes a diffusion model to a domain: LoRA (arXiv:2106.09685) on pseudo-labelled images.
 
-Supports Stable Diffusion 1, 2 and XL (arXiv:2307.01952), with noise or v prediction. The attention
-projections of the U-Net get adapters; everything else is frozen. The loss is the prediction error
-with min-SNR weights (arXiv:2303.09556). AiR (arXiv:2504.11930) trains one LoRA for all classes,
-with the class in the caption.
+Supports the families of `air_core.models.families`. The attention projections of the network get
+adapters; everything else is frozen. The loss is the prediction error, weighted as
+`air_core.diffusion.noise` says. AiR (arXiv:2504.11930) trains one LoRA for all classes, with the
+class in the caption.
 """
 
 # mypy: allow-untyped-calls
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -22,32 +23,36 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from air_core.ahead import computed_ahead
-from air_core.diffusion.pipeline import ADAPTER, DTYPES, load_pipeline
-from air_core.models.weights import check_lora_fits
+from air_core.diffusion.denoiser import (
+    Denoiser,
+    Latents,
+    Texts,
+    denoiser_class,
+    network,
+    network_name,
+)
+from air_core.diffusion.noise import Noise
+from air_core.diffusion.pipeline import ADAPTER, DTYPES, LORA_FILE, load_pipeline
+from air_core.models.families import check_denoiser
 from air_core.seal import BLANK, intact, sealed
 from air_core.specs import LoraTraining, Precision
 
-# N training images, B images per step, H height, W width, L tokens, D text width, E width of a
-# pooled text; latents are (c, h, w).
+# N training images, B images per step, H height, W width; latents are (c, h, w).
 
 log = logging.getLogger(__name__)
 
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 CAPTION_DROPOUT = 0.1  # share of images without caption, which guidance needs
-GAMMA = 5.0  # min-SNR
 WARMUP = 0.1  # share of steps
 WEIGHT_DECAY = 1e-2
 CLIP = 1.0  # largest norm of the gradient
 KEEP_EVERY = 120.0  # seconds between checkpoints
-CHUNK = 16  # images per pass of the autoencoder
 KEPT = 8192  # training images whose latents stay in memory; at 512 pixels, 1 GB
 AHEAD = 4  # steps whose images are read before they are needed
 
@@ -88,7 +93,7 @@ def train_lora(
     Args:
         images: N images, read on a thread when a step needs them.
         captions: N texts that contain the class.
-        model: diffusers folder of a Stable Diffusion pipeline.
+        model: diffusers folder.
         training: rank, steps and other settings, except for `caption`.
         size: side of the square to which images are scaled and cropped, in pixels.
         out: folder; created if necessary.
@@ -111,18 +116,19 @@ def train_lora(
     if not len(images) or len(images) != len(captions):
         raise ValueError(f"LoRA needs images with a caption each: {len(images)}, {len(captions)}")
     start = time.perf_counter()
-    check_lora_fits(model)
+    check_denoiser(model)
     pipeline = load_pipeline(model, DTYPES[training.precision])
-    parameters = add_adapters(pipeline.unet, training.rank, seed)
-    if thrift:
-        pipeline.unet.enable_gradient_checkpointing()
+    parameters = add_adapters(pipeline, training.rank, seed)
     pipeline.to(device)
-    latents = TrainingLatents(pipeline.vae, images, size)
-    texts = encode_captions(pipeline, captions, size)
+    denoiser = denoiser_class(pipeline)(pipeline, size)
+    if thrift:
+        denoiser.network.enable_gradient_checkpointing()
+    latents = TrainingLatents(denoiser, images)
+    texts = denoiser.encode_captions(captions)
     losses: list[float] = []
     parts = 2 ** max(0, thrift - 1)
     steps = fit(
-        pipeline, parameters, latents, texts, training, seed, losses, parts, kept, keep_every
+        denoiser, parameters, latents, texts, training, seed, losses, parts, kept, keep_every
     )
     for loss in steps:
         if not math.isfinite(loss):
@@ -141,7 +147,7 @@ def train_lora(
 
 
 def fit(
-    pipeline: Any,
+    denoiser: Denoiser,
     parameters: list[Parameter],
     latents: TrainingLatents,
     texts: Texts,
@@ -159,20 +165,19 @@ def fit(
         parts: passes into which the images of a step are split.
         kept: see `train_lora`.
     """
-    unet, device = pipeline.unet, pipeline.unet.device
+    noise_levels, device = denoiser.noise, denoiser.network.device
     draws = torch.Generator("cpu").manual_seed(seed)  # on the CPU, so equal on all devices
     optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=WEIGHT_DECAY)
     steps = training.steps_on(len(texts.rows))
     factor = _warmup_cosine(steps)
-    noise_schedule = NoiseSchedule.of(pipeline.scheduler.config, device)
-    unet.train()
+    denoiser.network.train()
     if kept is not None and kept.exists():
         if intact(kept.read_bytes()):
             losses += _go_on(kept, parameters, optimizer, draws)
         else:
             log.warning("%s is damaged: the LoRA is trained from its first step", kept)
     written = time.monotonic()
-    orders = _random_steps(training, draws, len(texts.rows), latents, len(noise_schedule.alphas))
+    orders = _random_steps(training, draws, len(texts.rows), latents, noise_levels)
     for drawn, encoded in latents.read(islice(orders, steps - len(losses))):
         optimizer.param_groups[0]["lr"] = training.learning_rate * factor(len(losses))
         clean = encoded.sample(drawn.spread).to(device)  # (B, c, h, w)
@@ -185,9 +190,9 @@ def fit(
             conditions = texts.conditions(drawn.batch[part], drawn.dropped[part])
             with _attention(device.type):
                 with _autocast(device.type, training.precision):
-                    predicted = unet(noise_schedule.noisy(x, e, at), at, **conditions).sample
-                error = predicted.float() - noise_schedule.target(x, e, at)
-                weighted = error.square().mean(dim=(1, 2, 3)) * noise_schedule.weight(at)
+                    predicted = denoiser.predict(noise_levels.noisy(x, e, at), at, conditions)
+                error = predicted.float() - noise_levels.target(x, e, at)
+                weighted = error.square().mean(dim=(1, 2, 3)) * noise_levels.weight(at)
                 share = weighted.sum() / training.batch
                 share.backward()
             loss += share.detach()
@@ -206,7 +211,7 @@ class _RandomStep:
 
     batch: Tensor  # (B,) positions of images
     views: Tensor  # (B,) the same, or N more for a mirrored image
-    t: Tensor  # (B,) time steps
+    t: Tensor  # (B,) noise levels
     dropped: Tensor  # (B,) bool, whether the caption is left out
     spread: Tensor | None  # (B, c, h, w) noise of the autoencoder's distribution
     noise: Tensor  # (B, c, h, w)
@@ -218,14 +223,14 @@ def _random_steps(
     draws: torch.Generator,
     count: int,
     latents: TrainingLatents,
-    levels: int,
+    noise_levels: Noise,
 ) -> Iterator[_RandomStep]:
-    """Draw steps without end, for `count` images and a model with `levels` noise levels."""
+    """Draw steps without end, for `count` images."""
     like = latents.first()
     shape = (training.batch, *like.mean.shape[1:])
     while True:
         batch = torch.randint(count, (training.batch,), generator=draws)
-        t = torch.randint(levels, (training.batch,), generator=draws)
+        t = noise_levels.draw(training.batch, draws)
         dropped = torch.rand(training.batch, generator=draws) < CAPTION_DROPOUT
         views = batch
         if training.flip:
@@ -295,54 +300,46 @@ def _autocast(device: str, precision: Precision) -> torch.autocast:
 # ---------------------------------------------------------------- adapters
 
 
-def add_adapters(unet: Any, rank: int, seed: int) -> list[Parameter]:
-    """Freeze a U-Net and add adapters without effect; return the parameters to train."""
+def add_adapters(pipeline: Any, rank: int, seed: int) -> list[Parameter]:
+    """Freeze a network and add adapters without effect; return the parameters to train."""
     from peft import LoraConfig
 
-    unet.requires_grad_(False)
+    adapted = network(pipeline)
+    adapted.requires_grad_(False)
     # Alpha equals the rank, so the scale is 1 even for a reader that ignores alpha.
     config = LoraConfig(
-        r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(TARGETS)
+        r=rank,
+        lora_alpha=rank,
+        init_lora_weights="gaussian",
+        target_modules=list(denoiser_class(pipeline).targets),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet.add_adapter(config, adapter_name=ADAPTER)
-    parameters = [p for p in unet.parameters() if p.requires_grad]
+        adapted.add_adapter(config, adapter_name=ADAPTER)
+    parameters = [p for p in adapted.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.data = parameter.data.float()  # small steps vanish in half precision
     return parameters
 
 
 def save_adapters(pipeline: Any, out: Path) -> None:
-    """Write the adapters with their configuration, which contains alpha."""
+    """Write the adapters with their configuration, which contains alpha, as diffusers does."""
     from peft import get_peft_model_state_dict
 
-    config = pipeline.unet.peft_config[ADAPTER].to_dict()
+    part, adapted = network_name(pipeline), network(pipeline)
+    config = adapted.peft_config[ADAPTER].to_dict()
     config["target_modules"] = sorted(config["target_modules"])  # a set has no stable order
+    metadata = {f"{part}.{name}": value for name, value in config.items()}
+    layers = get_peft_model_state_dict(adapted, adapter_name=ADAPTER)
     out.mkdir(parents=True, exist_ok=True)
-    type(pipeline).save_lora_weights(
-        str(out),
-        unet_lora_layers=get_peft_model_state_dict(pipeline.unet, adapter_name=ADAPTER),
-        unet_lora_adapter_metadata=config,
+    save_file(
+        {f"{part}.{name}": layer.cpu().contiguous() for name, layer in layers.items()},
+        out / LORA_FILE,
+        {"format": "pt", "lora_adapter_metadata": json.dumps(metadata, indent=2, sort_keys=True)},
     )
 
 
 # ---------------------------------------------------------------- inputs of a step
-
-
-@dataclass(frozen=True)
-class Latents:
-    """Scaled latents of images."""
-
-    mean: Tensor  # (N, c, h, w) float32
-    std: Tensor | None  # same shape, if the autoencoder returns a distribution
-
-    def sample(self, noise: Tensor | None) -> Tensor:
-        """(N, c, h, w) a sample of the distribution of each image."""
-        return self.mean if self.std is None or noise is None else self.mean + self.std * noise
-
-    def cpu(self) -> Latents:
-        return Latents(self.mean.cpu(), None if self.std is None else self.std.cpu())
 
 
 @dataclass
@@ -352,9 +349,8 @@ class TrainingLatents:
     Those of KEPT images stay in memory. A thread reads images while the device computes.
     """
 
-    vae: Any
+    denoiser: Denoiser
     images: Images
-    size: int
     _encoded: dict[int, Latents] = field(default_factory=dict)  # by view
 
     def first(self) -> Latents:
@@ -381,133 +377,9 @@ class TrainingLatents:
     def _latents(self, views: Sequence[int], pixels: dict[int, Tensor]) -> Latents:
         # One by one, so that latents do not depend on what is in memory.
         new = {
-            view: encode_images(self.vae, image[None], self.size).cpu()
-            for view, image in pixels.items()
+            view: self.denoiser.encode_images(image[None]).cpu() for view, image in pixels.items()
         }
         self._encoded |= dict(islice(new.items(), max(0, KEPT - len(self._encoded))))
         found = [new.get(view) or self._encoded[view] for view in views]
         stds = [each.std for each in found if each.std is not None]
         return Latents(torch.cat([each.mean for each in found]), torch.cat(stds) if stds else None)
-
-
-@torch.no_grad()
-def encode_images(vae: Any, images: Tensor, size: int) -> Latents:
-    """(N, H, W, 3) uint8 -> latents on the autoencoder's device, in float32.
-
-    Supports autoencoders with `latent_dist` (AutoencoderKL) and `latents` (AutoencoderTiny).
-    """
-    means, stds = [], []
-    for chunk in images.split(CHUNK):
-        encoded = vae.encode(_square(chunk, size).to(vae.device, vae.dtype))
-        if hasattr(encoded, "latent_dist"):
-            means.append(encoded.latent_dist.mean.float())
-            stds.append(encoded.latent_dist.std.float())
-        else:
-            means.append(encoded.latents.float())
-    scale = vae.config.scaling_factor
-    shift = vae.config.get("shift_factor") or 0.0
-    mean = (torch.cat(means) - shift) * scale
-    return Latents(mean, torch.cat(stds) * scale if stds else None)
-
-
-def _square(images: Tensor, size: int) -> Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, size, size) in [-1, 1]: the central square, resized."""
-    _, height, width, _ = images.shape
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = images[:, top : top + side, left : left + side].permute(0, 3, 1, 2).float()
-    if side != size:
-        square = F.interpolate(square, (size, size), mode="bicubic", antialias=True)
-    return square.clamp(0, 255) / 127.5 - 1
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Encoded captions. Each distinct caption is encoded once."""
-
-    table: Tensor  # (captions + 1, L, D); the last row is the empty caption
-    rows: Tensor  # (N,) row of each image
-    pooled: Tensor | None = None  # (captions + 1, E), for Stable Diffusion XL
-    sizes: Tensor | None = None  # (1, 6), for Stable Diffusion XL
-
-    def conditions(self, batch: Tensor, dropped: Tensor) -> dict[str, Any]:
-        """Inputs of the U-Net for the images at positions `batch`; no caption where dropped."""
-        rows = torch.where(dropped, len(self.table) - 1, self.rows[batch])
-        return self.of(rows.to(self.table.device))
-
-    def of(self, rows: Tensor) -> dict[str, Any]:
-        """Inputs of the U-Net for rows of the table, (B,) on its device."""
-        conditions: dict[str, Any] = {"encoder_hidden_states": self.table[rows]}  # (B, L, D)
-        if self.pooled is not None and self.sizes is not None:
-            sizes = self.sizes.expand(len(rows), -1)
-            conditions["added_cond_kwargs"] = {"text_embeds": self.pooled[rows], "time_ids": sizes}
-        return conditions
-
-
-@torch.no_grad()
-def encode_captions(pipeline: Any, captions: Sequence[str], size: int) -> Texts:
-    """Encode captions as the pipeline does when it draws images of this size."""
-    distinct = list(dict.fromkeys(captions))
-    table, _, *pooled = pipeline.encode_prompt(
-        prompt=[*distinct, ""],
-        device=pipeline.device,
-        num_images_per_prompt=1,
-        do_classifier_free_guidance=False,
-    )
-    where = {caption: row for row, caption in enumerate(distinct)}
-    rows = torch.tensor([where[caption] for caption in captions])
-    if not pooled:
-        return Texts(table, rows)
-    if pipeline.config.force_zeros_for_empty_prompt:
-        # These pipelines use zeros instead of the encoded empty text for guidance.
-        table[-1], pooled[0][-1] = 0, 0
-    # Original size, crop corner and target size: the pipeline's defaults when it draws, so that
-    # training and drawing use the same values.
-    sizes = torch.tensor([[size, size, 0, 0, size, size]], dtype=table.dtype, device=table.device)
-    return Texts(table, rows, pooled[0], sizes)
-
-
-@dataclass(frozen=True)
-class NoiseSchedule:
-    """The noise levels with which a model was trained, and the kind of its prediction."""
-
-    alphas: Tensor  # (T,) share of the signal in the variance
-    prediction: str
-
-    @staticmethod
-    def of(config: Any, device: torch.device) -> NoiseSchedule:
-        """Read the schedule from the configuration of a pipeline's scheduler, whatever its sampler.
-
-        Raises:
-            ValueError: the model predicts neither noise nor v.
-        """
-        from diffusers import DDPMScheduler
-
-        scheduler = DDPMScheduler.from_config(config)
-        prediction = scheduler.config.prediction_type
-        if prediction not in ("epsilon", "v_prediction"):
-            raise ValueError(
-                f"the model predicts {prediction!r}; LoRA knows epsilon and v_prediction"
-            )
-        return NoiseSchedule(scheduler.alphas_cumprod.to(device), prediction)
-
-    def noisy(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        signal, spread = self._mix(t)
-        return signal * clean + spread * noise
-
-    def target(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The correct prediction."""
-        if self.prediction == "epsilon":
-            return noise
-        signal, spread = self._mix(t)
-        return signal * noise - spread * clean
-
-    def weight(self, t: Tensor) -> Tensor:
-        """Min-SNR weights (B,) for this kind of prediction."""
-        snr = self.alphas[t] / (1 - self.alphas[t])
-        divisor = snr if self.prediction == "epsilon" else snr + 1
-        return snr.clamp(max=GAMMA) / divisor
-
-    def _mix(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        alpha = self.alphas[t].view(-1, 1, 1, 1)
-        return alpha.sqrt(), (1 - alpha).sqrt()

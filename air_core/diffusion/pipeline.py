@@ -16,7 +16,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -24,10 +24,11 @@ from torch import Tensor
 
 from air_core.arithmetic import sums_in_one_order
 from air_core.diffusion import image_seed, text_of
+from air_core.diffusion.denoiser import denoiser_class, network, network_name
 from air_core.models.configs import check_part_configs, pipeline_index, pipeline_parts
+from air_core.models.families import check_denoiser
 from air_core.models.weights import (
     PIPELINE_CONFIG,
-    check_lora_fits,
     generator_parts,
     is_distilled,
     stay_offline,
@@ -70,10 +71,9 @@ class PipelineGenerator:
             ValueError: a folder contains no pipeline or no LoRA, or one that is not supported.
         """
         if adapter is not None:
-            check_lora_fits(model)
+            check_denoiser(model)
         self.settings, self.lora = settings, (adapter, scale)
         self.shared = shared_pipeline(model, settings.precision, device, thrift)
-        _check_draws_from_text(self.pipeline, model)
 
     @property
     def pipeline(self) -> Any:
@@ -99,10 +99,7 @@ class PipelineGenerator:
         with torch.inference_mode():
             drawn = pipeline(
                 [text_of(settings.template, classname, i) for i in indices],
-                height=settings.size,
-                width=settings.size,
-                num_inference_steps=settings.num_inference_steps,
-                guidance_scale=settings.guidance_scale,
+                **denoiser_class(pipeline).arguments(settings, len(indices)),
                 generator=generators,
                 output_type="pt",
             ).images  # (B, 3, H, W) in [0, 1]
@@ -144,19 +141,20 @@ class SharedPipeline:
         lora = None if adapter is None else (adapter, scale)
         if lora == self.lora:
             return self.pipeline
+        denoiser = network(self.pipeline)
         for name, weight in self.originals.items():
-            self.pipeline.unet.get_parameter(name).data.copy_(weight)
+            denoiser.get_parameter(name).data.copy_(weight)
         self.originals, self.lora = {}, None
         if adapter is None:
             return self.pipeline
         load_adapter(self.pipeline, adapter, scale)
         self.originals = {
             f"{name}.weight": layer.get_base_layer().weight.detach().to("cpu", copy=True)
-            for name, layer in self.pipeline.unet.named_modules()
+            for name, layer in denoiser.named_modules()
             if hasattr(layer, "get_base_layer")
         }
-        self.pipeline.fuse_lora()
-        self.pipeline.unload_lora_weights()
+        denoiser.fuse_lora()
+        denoiser.unload_lora()
         self.lora = lora
         return self.pipeline
 
@@ -240,7 +238,7 @@ def load_pipeline(model: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def check_classes(model: Path) -> None:
-    """Check that the classes of a pipeline and its parts contain only settings and tensors.
+    """Check that a pipeline draws from text, and that its parts contain only settings and tensors.
 
     diffusers can also load pipelines inside pipelines, whose settings would not be checked.
 
@@ -263,6 +261,7 @@ def check_classes(model: Path) -> None:
             f"{index}: a {name} loads a second model that its README names; give a folder that "
             "holds all parts of its pipeline"
         )
+    _check_draws_from_text(kind, model)
     for part, (library, name) in generator_parts(model).items():
         kind = getattr(diffusers, name, None)
         plain = (diffusers.ModelMixin, diffusers.SchedulerMixin)
@@ -282,8 +281,9 @@ def load_adapter(pipeline: Any, adapter: Path, scale: float) -> None:
     if not (adapter / LORA_FILE).is_file():
         raise ValueError(f"{adapter} contains no LoRA: it has no {LORA_FILE}")
     try:
-        pipeline.load_lora_weights(
+        network(pipeline).load_lora_adapter(
             str(adapter),
+            prefix=network_name(pipeline),
             weight_name=LORA_FILE,
             adapter_name=ADAPTER,
             local_files_only=True,
@@ -291,17 +291,20 @@ def load_adapter(pipeline: Any, adapter: Path, scale: float) -> None:
         )
     except SafetensorError as error:
         raise ValueError(f"{adapter / LORA_FILE} cannot be read: {error}") from error
-    pipeline.set_adapters([ADAPTER], adapter_weights=[scale])
+    network(pipeline).set_adapters([ADAPTER], [scale])
 
 
-def _check_draws_from_text(pipeline: Any, model: Path) -> None:
-    takes = inspect.signature(type(pipeline).__call__).parameters
+def _check_draws_from_text(kind: type, model: Path) -> None:
+    takes = inspect.signature(kind.__call__).parameters  # type: ignore[operator]
     lacking = sorted(TEXT_TO_IMAGE - takes.keys())
-    if lacking or "image" in takes:
+    # Some pipelines can also edit an image; others need one although its default is None.
+    may_edit = "image" in takes and type(None) in get_args(takes["image"].annotation)
+    needs_image = "image" in takes and ("strength" in takes or not may_edit)
+    if lacking or needs_image:
         why = f"does not take {', '.join(lacking)}" if lacking else "starts from an image"
         raise ValueError(
-            f"{model} is a {type(pipeline).__name__}, which {why}; a generator is a pipeline from "
-            "text to image, such as StableDiffusionPipeline"
+            f"{model} is a {kind.__name__}, which {why}; a generator is a pipeline from text to "
+            "image, such as StableDiffusionPipeline"
         )
 
 
@@ -314,7 +317,8 @@ def _sampler(scheduler: Any) -> Any:
     from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 
     known = KarrasDiffusionSchedulers.__members__
-    if type(scheduler).__name__ not in known or is_distilled(scheduler.config):
+    has_betas = type(scheduler).__name__ in known and "beta_start" in scheduler.config
+    if not has_betas or is_distilled(scheduler.config):
         return scheduler
     return DPMSolverMultistepScheduler.from_config(
         scheduler.config, algorithm_type="dpmsolver++", solver_order=2

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from air_core.models.configs import json_object, pipeline_index
+from air_core.models.families import family_of
 from air_core.models.weights import PIPELINE_CONFIG, is_distilled, scheduler_config
 
 FEW_STEPS = {"num_inference_steps": 4, "guidance_scale": 0.0}  # of distilled models
-# FLUX.1: the configuration of its transformer has no size; diffusers' pipeline has these numbers.
-FLUX, FLUX_LATENT, FLUX_GUIDANCE = "FluxPipeline", 128, 3.5
+# FLUX.1: the configuration of its transformer has no size; diffusers' pipeline has this number.
+FLUX, FLUX_LATENT = "FluxPipeline", 128
 
 
 def drawing_defaults(folder: Path) -> dict[str, Any]:
     """Settings of generation that a diffusers folder determines, by their names in
-    `GenerationSettings`: size, and steps and guidance of distilled models.
+    `GenerationSettings`: size, and steps and guidance of distilled models and of some families.
 
     The size is that of the training images: the side of a latent times the scale of the VAE.
     FLUX.1-dev has the guidance as an input of its transformer; FLUX.1-schnell has not, and is
@@ -37,9 +38,9 @@ def drawing_defaults(folder: Path) -> dict[str, Any]:
         found["size"] = latent * 2 ** (len(levels) - 1)
     is_guided = bool(denoiser.get("guidance_embeds"))
     if is_distilled(scheduler_config(folder)) or (is_flux and not is_guided):
-        found |= FEW_STEPS
-    elif is_flux:
-        found["guidance_scale"] = FLUX_GUIDANCE
+        return found | FEW_STEPS
+    if (family := family_of(folder)) is not None and family.steps is not None:
+        found |= {"num_inference_steps": family.steps, "guidance_scale": family.guidance}
     return found
 
 

@@ -60,7 +60,13 @@ CONFIGS = tuple(
 TOKENIZERS = ("Tokenizer", "TokenizerFast")
 WEIGHTLESS = (*TOKENIZERS, "Scheduler", "Processor", "Extractor")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-LORA_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+TEXTS = (".json", ".txt", ".model", ".tiktoken", ".jinja")  # files of a tokenizer
+# What a pipeline reads of a repository: others hold the same weights in several formats.
+DOWNLOAD = (
+    "--include '*.json' --include '*.txt' --include '*.model' --include '*.jinja' "
+    "--include '*/*.safetensors' --exclude '*.fp16.*' --exclude '*non_ema*' "
+    "--exclude 'safety_checker/*'"
+)
 
 
 def is_distilled(scheduler: Mapping[str, Any]) -> bool:
@@ -375,7 +381,8 @@ def _tokenizer_files(
         where = "" if beside is None else f", or put its {main} beside the weights"
         raise ValueError(
             f"{architecture} needs the tokenizer of {repository}, which is not on this machine; "
-            f"run `hf download {repository} --include 'tokenizer*' 'special_tokens*'`{where}"
+            f"run `hf download {repository} --include 'tokenizer*' --include 'special_tokens*'`"
+            f"{where}"
         )
     return tuple(found)
 
@@ -431,7 +438,7 @@ def generator_folder(name: str) -> Path:
         raise ValueError(
             f"generator {name!r}: no such folder, and the cache of the Hugging Face hub lacks its "
             f"{', '.join(missing)}; airsweep downloads nothing, so get it with "
-            f"`hf download {name}`"
+            f"`hf download {name} {DOWNLOAD}`"
         )
     return index.parent
 
@@ -445,22 +452,8 @@ def generator_files(folder: Path) -> list[Path]:
     found = [folder / PIPELINE_CONFIG]
     for part, (library, kind) in generator_parts(folder).items():
         _check_part(folder, part, library, kind)
-        found += [path for path in (folder / part).rglob("*") if path.is_file()]
+        found += _read_files(folder / part, library, kind)
     return sorted(found)
-
-
-def check_lora_fits(folder: Path) -> None:
-    """Check that a LoRA can be trained for the pipeline in a diffusers folder.
-
-    Raises:
-        ValueError: the pipeline is not supported, or its index cannot be read.
-    """
-    kind = pipeline_index(folder / PIPELINE_CONFIG)["_class_name"]
-    if kind not in LORA_PIPELINES:
-        raise ValueError(
-            f"LoRA supports {' and '.join(LORA_PIPELINES)} (Stable Diffusion 1, 2 and XL), but "
-            f"{folder} is a {kind}; set lora: null to draw images without LoRA"
-        )
 
 
 def generator_parts(folder: Path) -> dict[str, tuple[str, str]]:
@@ -510,6 +503,15 @@ def parameter_count(folder: Path) -> int:
                 shapes = (tensors.get_slice(name).get_shape() for name in tensors.keys())  # noqa: SIM118
                 count += sum(map(math.prod, shapes))
     return count
+
+
+def _read_files(part: Path, library: str, kind: str) -> list[Path]:
+    """The files of a part that are read: configurations and weights, or a tokenizer."""
+    weights = _part_weights(part, library, kind)
+    if weights:
+        index = part.glob("*.safetensors.index.json") if "-of-" in weights[0].name else ()
+        return [*part.glob("*config.json"), *index, *weights]
+    return [path for path in part.rglob("*") if path.is_file() and path.suffix in TEXTS]
 
 
 def _part_weights(part: Path, library: str, kind: str) -> list[Path]:

@@ -103,6 +103,7 @@ class Ref:
     name: str
     digest: str
     images: int = field(default=0, compare=False)  # image files of a dataset; not in the key
+    kind: str = field(default="", compare=False)  # class of a generator's pipeline; not in the key
 
 
 Precision = Literal["fp32", "bf16"]
@@ -525,8 +526,10 @@ _DRAWING = (
     "air_core.arithmetic",
     "air_core.datasets.class_folders",
     "air_core.diffusion",
+    "air_core.diffusion.denoiser",
     "air_core.diffusion.folder",
     "air_core.diffusion.loading",
+    "air_core.diffusion.noise",
     "air_core.diffusion.pipeline",
 )
 _SCORING = (
@@ -1238,8 +1241,13 @@ def _images(spec: TrialSpec, rounds: int) -> GeneratedImages | FolderImages:
         lora=_lora(spec, spec.lora, rounds) if spec.lora and rounds else None,
         lora_scale=spec.lora.scale if spec.lora and rounds else 1.0,
         settings=spec.generation,
-        code=spec.code_of("images", GENERATORS.part(spec.generator.name)),
+        code=spec.code_of("images", GENERATORS.part(spec.generator.name), _family(spec)),
     )
+
+
+def _family(spec: TrialSpec) -> str:
+    """The part of the code that reads the generator's inputs; see `air_core.models.families`."""
+    return f"family:{spec.generator.kind}"
 
 
 def _lora(spec: TrialSpec, lora: LoraSettings, rounds: int) -> LoraSpec:
@@ -1254,7 +1262,7 @@ def _lora(spec: TrialSpec, lora: LoraSettings, rounds: int) -> LoraSpec:
         size=spec.generation.size,
         enough_kept=lora.enough_kept if rounds > 1 else 1.0,
         classes=len(spec.classnames),
-        code=spec.code_of("lora"),
+        code=spec.code_of("lora", _family(spec)),
     )
 
 
@@ -1289,7 +1297,7 @@ def _evidence(spec: TrialSpec, lora: LoraSpec | None) -> EvidenceSpec:
         lora_scale=spec.lora.scale if spec.lora else 1.0,
         scoring=spec.evidence.scoring(),
         size=spec.generation.size,
-        code=spec.code_of("evidence"),
+        code=spec.code_of("evidence", _family(spec)),
     )
 
 

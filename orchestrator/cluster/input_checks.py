@@ -30,9 +30,9 @@ from air_core.datasets.images import (
 )
 from air_core.datasets.published import PUBLISHED
 from air_core.models.configs import json_object
+from air_core.models.families import check_denoiser
 from air_core.models.weights import (
     CLIP_CONFIG,
-    LORA_PIPELINES,
     PIPELINE_CONFIG,
     SUFFIXES,
     find_backbone,
@@ -362,5 +362,9 @@ def _check_generator(name: str, folder: Path) -> dict[str, Any]:
                 "in that model"
             )
     pipeline = json_object(folder / PIPELINE_CONFIG).get("_class_name")
-    lora = pipeline in LORA_PIPELINES
-    return {"is": "generator", "pipeline": pipeline, "parts": sorted(parts), "lora": lora}
+    found = {"is": "generator", "pipeline": pipeline, "parts": sorted(parts), "lora": True}
+    try:
+        check_denoiser(folder)
+    except ValueError as problem:
+        found |= {"lora": False, "why_no_lora": str(problem)}
+    return found

@@ -6,6 +6,7 @@ only once.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -24,11 +25,13 @@ from air_core.datasets.image_folder import PREFIX, check_no_leak
 from air_core.datasets.images import BAD_SHARE, too_many_unreadable, visible_problem
 from air_core.datasets.unlabelled import LABELS
 from air_core.methods import EMBEDDED
+from air_core.models.configs import pipeline_index
 from air_core.models.drawing import drawing_defaults
+from air_core.models.families import FAMILIES, check_denoiser
 from air_core.models.tokens import check_room
 from air_core.models.weights import GENERATORS as PIPELINES
 from air_core.models.weights import (
-    check_lora_fits,
+    PIPELINE_CONFIG,
     generator_files,
     generator_folder,
     is_distilled,
@@ -225,9 +228,9 @@ class Resolver:
                     )
                 with _checking("generator"):
                     self._check_ready_images(trial.generator.name, trial)
-            elif trial.lora is not None or uses_evidence(trial):
+            else:
                 with _checking("generator"):
-                    check_lora_fits(generator_folder(trial.generator.name))
+                    self._check_generator(trial)
 
     def _pool_images(self, trial: TrialSpec) -> int:
         """Number of pool images of a trial.
@@ -289,6 +292,18 @@ class Resolver:
             return self._pool_images(trial)
         except ValueError:
             return None
+
+    def _check_generator(self, trial: TrialSpec) -> None:
+        """
+        Raises:
+            ValueError: the model does not draw from text, or LoRA and evidence cannot use it.
+        """
+        if trial.generator.kind and trial.generator.kind not in FAMILIES:
+            _check_draws(generator_folder(trial.generator.name))
+        remedies = {"lora: null": trial.lora, "evidence.draws: 0": uses_evidence(trial)}
+        if needed := " and ".join(setting for setting, used in remedies.items() if used):
+            folder = generator_folder(trial.generator.name)
+            check_denoiser(folder, f"set {needed} to draw images only")
 
     def _check_ready_images(self, name: str, trial: TrialSpec) -> None:
         """Check that a folder of ready images has as many per class as the trial reads.
@@ -370,6 +385,7 @@ class Resolver:
                 f"{role} {name}": ref.digest for (role, name), ref in self._weights.items()
             },
             "paths": {f"{role} {name}": ref.name for (role, name), ref in self._weights.items()},
+            "kinds": {f"{role} {name}": ref.kind for (role, name), ref in self._weights.items()},
             "code": self._code,
             "recipes": recipes(),
             "pools": self._pool_sizes,
@@ -410,13 +426,27 @@ class Resolver:
             settings = weights_settings(name) if is_open_clip else {}
         except ValueError as problem:
             raise MissingInput(str(problem)) from None
+        kind = ""
+        if role == "generator" and (folder / PIPELINE_CONFIG).is_file():
+            kind = pipeline_index(folder / PIPELINE_CONFIG)["_class_name"]
+            files = self._with_earlier(folder, files)
         paths = [str(file.relative_to(folder)) for file in files]
         content: dict[str, Any] = dict(zip(paths, self._file_digests(files), strict=True))
         if role == "generator" and is_distilled(scheduler_config(folder)):
             content = {"files": content, "sampler": "own"}  # earlier versions replaced it
         if settings:  # with another architecture, the same file is another model
             content = {"files": content, "settings": settings}
-        return Ref(name=name, digest=digest(content))
+        return Ref(name=name, digest=digest(content), kind=kind)
+
+    def _with_earlier(self, folder: Path, files: Sequence[Path]) -> list[Path]:
+        """The files of a pipeline, with those that earlier versions digested for this store. They
+        digested all files of the parts, and what was made then remains valid."""
+        parts = {
+            folder / file.relative_to(folder).parts[0] for file in files if file.parent != folder
+        }
+        every = {file for part in parts for file in part.rglob("*") if file.is_file()}
+        earlier = {file for file in every if self._known_digest(file, [*file_stamp(file)])}
+        return sorted(earlier.union(files))
 
     def save(self) -> None:
         """Write the digests of files to the cache, for the next process.
@@ -476,6 +506,18 @@ def _check_labels_unneeded(trial: TrialSpec) -> None:
         )
 
 
+@functools.cache
+def _check_draws(folder: Path) -> None:
+    """Check that a pipeline outside of the families draws from text.
+
+    Raises:
+        ValueError: it does not.
+    """
+    from air_core.diffusion.pipeline import check_classes  # diffusers takes seconds
+
+    check_classes(folder)
+
+
 # Defaults of models, without the embedded ones, in versions that recorded none.
 EARLIER_DEFAULTS: dict[str, dict[str, Any]] = {
     "backbone": {"precision": "fp32"},
@@ -496,7 +538,9 @@ class RecordedResolver(Resolver):
             for name, entry in inputs["datasets"].items()
         }
         self._weight_digests: Mapping[str, str] = inputs["weights"]
-        self._paths: Mapping[str, str] = inputs.get("paths", {})  # earlier versions recorded none
+        # Earlier versions recorded none.
+        self._paths: Mapping[str, str] = inputs.get("paths", {})
+        self._kinds: Mapping[str, str] = inputs.get("kinds", {})
         self.versions, self.folders = recorded_versions(inputs), folders
         self._pool_sizes = inputs.get("pools", {})  # earlier versions recorded none
         self._drawing = inputs.get("drawing", {})  # earlier versions read none
@@ -522,7 +566,7 @@ class RecordedResolver(Resolver):
         if digest is None:
             raise NotRecorded(f"no run of this sweep has used the {role} {name}")
         path = self._paths.get(f"{role} {name}") or located_weights(name, self.folders)
-        return Ref(name=path, digest=digest)
+        return Ref(name=path, digest=digest, kind=self._kinds.get(f"{role} {name}", ""))
 
     def model_defaults(self, role: str, name: str) -> dict[str, Any]:
         """Defaults as of the last run."""

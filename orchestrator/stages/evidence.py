@@ -18,8 +18,9 @@ from safetensors.numpy import load, save
 from torch import Tensor
 
 from air_core.classifiers import text_classifier
+from air_core.diffusion.denoiser import CHUNK
 from air_core.diffusion.evidence import DenoisingScorer, candidate_classes
-from air_core.diffusion.lora import CHUNK, square
+from air_core.diffusion.lora import square
 from air_core.lora_labels import pool_classifier
 from air_core.seal import BLANK, sealed
 from air_core.specs import EvidenceSpec

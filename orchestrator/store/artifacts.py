@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from air_core.seal import sealed_json
-from air_core.specs import StageSpec
+from air_core.specs import Ref, StageSpec
 from orchestrator.errors import DamagedArtifact, MissingArtifact
 from orchestrator.files import file_digest, make_folders, permission_message, sync, write_atomic
 from orchestrator.keys import ArtifactKey, artifact_key
@@ -357,9 +357,8 @@ def _recorded(spec: StageSpec) -> dict[str, Any]:
 
     def fields(items: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(items)
-        if values.keys() == {"name", "digest", "images"}:
-            del values["images"]
-        return values
+        is_input = values.keys() == Ref.__dataclass_fields__.keys()
+        return {"name": values["name"], "digest": values["digest"]} if is_input else values
 
     return asdict(spec, dict_factory=fields)
 

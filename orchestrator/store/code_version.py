@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from air_core.components import REGISTRIES
+from air_core.models.families import FAMILIES
 from air_core.specs import STAGES, CodeVersions
 from orchestrator.files import ROOT
 
@@ -36,7 +37,7 @@ COMPONENTS: dict[str, tuple[str, ...]] = {
     for registry in REGISTRIES.values()
     for name, component in registry.items()
     if component.modules
-}
+} | {f"family:{kind}": (family.module,) for kind, family in FAMILIES.items()}
 
 
 def modules_of(part: str) -> tuple[str, ...]:

@@ -39,7 +39,15 @@ def write(
         pytest.param({"unet": {"sample_size": 64}, "vae": KL}, {"size": 512}, id="SD 1.5"),
         pytest.param({"unet": {"sample_size": 96}, "vae": KL}, {"size": 768}, id="SD 2.1"),
         pytest.param({"unet": {"sample_size": 128}, "vae": KL}, {"size": 1024}, id="SDXL"),
-        pytest.param({"transformer": {"sample_size": 128}, "vae": KL}, {"size": 1024}, id="SD 3.5"),
+        pytest.param(
+            {
+                "kind": "StableDiffusion3Pipeline",
+                "transformer": {"sample_size": 128},
+                "vae": KL,
+            },
+            {"size": 1024, "num_inference_steps": 28, "guidance_scale": 7.0},
+            id="SD 3.5",
+        ),
         pytest.param(
             {"unet": {"sample_size": 64}, "vae": KL, "scheduler": TRAILING},
             {"size": 512, **FEW},
@@ -55,7 +63,7 @@ def write(
         ),
         pytest.param(
             {**FLUX, "transformer": {"guidance_embeds": True}},
-            {"size": 1024, "guidance_scale": 3.5},
+            {"size": 1024, "num_inference_steps": 28, "guidance_scale": 3.5},
             id="FLUX.1-dev",
         ),
         pytest.param(

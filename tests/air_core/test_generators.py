@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ from air_core.diffusion import FLAT, image_seed, rejected
 from air_core.diffusion.folder import FolderGenerator
 from air_core.diffusion.loading import load_generator
 from air_core.diffusion.lora import add_adapters, save_adapters
-from air_core.diffusion.pipeline import PipelineGenerator, load_pipeline
+from air_core.diffusion.pipeline import PipelineGenerator, check_classes, load_pipeline
 from air_core.models.weights import generator_files, generator_folder
 from air_core.specs import FolderImages, GeneratedImages, GenerationSettings, Ref
 from air_core.tiny import WEIGHTS
@@ -48,7 +48,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pipeline = load_pipeline(MODEL)
     noise = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in add_adapters(pipeline.unet, rank=2, seed=0):
+        for parameter in add_adapters(pipeline, rank=2, seed=0):
             parameter.copy_(0.2 * torch.randn(parameter.shape, generator=noise))
     save_adapters(pipeline, folder)
     return folder
@@ -202,17 +202,9 @@ def test_load_generator_needs_an_adapter_if_and_only_if_the_images_have_a_lora(a
 # ---------------------------------------------------------------- other pipelines
 
 
-def test_a_flow_matching_model_keeps_its_sampler_and_supports_no_lora(tmp_path, adapter):
-    model = pipelines.stable_diffusion_3(tmp_path)
-    settings = replace(QUICK, size=pipelines.SIZE, num_inference_steps=2)
-    generator = PipelineGenerator(model, settings)
-    assert type(generator.pipeline.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
-    images = draw(generator, range(2))
-    assert images.shape == (2, pipelines.SIZE, pipelines.SIZE, 3)
-    assert not rejected(images).any()
-    assert torch.equal(images, draw(generator, range(2)))
-    with pytest.raises(ValueError, match=r"LoRA supports .* is a StableDiffusion3Pipeline"):
-        PipelineGenerator(model, settings, adapter=adapter)
+def test_a_flow_matching_model_keeps_its_sampler(tmp_path):
+    pipeline = PipelineGenerator(pipelines.stable_diffusion_3(tmp_path), QUICK).pipeline
+    assert type(pipeline.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
 
 
 @pytest.mark.parametrize("sampler", ["EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"])
@@ -233,6 +225,13 @@ def test_a_pipeline_that_starts_from_an_image_is_rejected(tmp_path):
         PipelineGenerator(model, QUICK)
 
 
+def test_a_pipeline_that_can_also_edit_an_image_draws_from_text(tmp_path):
+    for kind, why in (("Flux2KleinPipeline", None), ("FluxFillPipeline", "starts from an image")):
+        (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+        with pytest.raises(ValueError, match=f"{kind}, which {why}") if why else nullcontext():
+            check_classes(tmp_path)
+
+
 def test_a_size_that_a_model_cannot_draw_is_an_error(tmp_path):
     settings = replace(QUICK, size=60, num_inference_steps=1)
     with pytest.raises(ValueError, match="60"):
@@ -248,7 +247,7 @@ def test_a_generator_is_tiny_a_folder_or_a_snapshot_of_the_hub(tmp_path, monkeyp
     assert generator_files(MODEL) == sorted(path for path in MODEL.rglob("*") if path.is_file())
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
-        ValueError, match=r"lacks its model_index\.json; .* `hf download some/model`"
+        ValueError, match=r"lacks its model_index\.json; .* `hf download some/model --incl"
     ):
         generator_folder("some/model")
     repo = tmp_path / "models--some--model"

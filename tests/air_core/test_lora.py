@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from air_core.diffusion import lora, rejected
-from air_core.diffusion.lora import add_adapters, encode_captions, save_adapters, train_lora
+from air_core.diffusion import lora
+from air_core.diffusion.denoiser import denoiser_class
+from air_core.diffusion.lora import add_adapters, save_adapters, train_lora
 from air_core.diffusion.pipeline import LORA_FILE, PipelineGenerator, load_pipeline
 from air_core.specs import GenerationSettings, LoraTraining
 from air_core.tiny import WEIGHTS
 from air_core.tiny.scores import DIGIT_NAMES, handwritten
-from tests.helpers import pipelines
 
 MODEL = WEIGHTS / "diffusion"
 TRAINING = LoraTraining(rank=4, steps=3, batch=4, learning_rate=2e-3, precision="fp32")
@@ -96,15 +96,16 @@ def test_passes_set_the_number_of_steps(tmp_path, digits):
 
 
 def test_a_flip_shows_the_mirrored_image_with_the_caption_of_the_image(digits, monkeypatch):
-    images, vae = digits[0][:3], load_pipeline(MODEL).vae
+    images, pipeline = digits[0][:3], load_pipeline(MODEL)
+    denoiser = denoiser_class(pipeline)(pipeline, 32)
     views = torch.cat([images, images.flip(2)])
-    expected = torch.cat([lora.encode_images(vae, view[None], 32).mean for view in views])
+    expected = torch.cat([denoiser.encode_images(view[None]).mean for view in views])
     training = replace(TRAINING, batch=8, flip=True)
     for kept in (lora.KEPT, 2):  # latents do not depend on how many stay in memory
         monkeypatch.setattr(lora, "KEPT", kept)
-        latents = lora.TrainingLatents(vae, images, 32)
+        latents = lora.TrainingLatents(denoiser, images)
         draws = torch.Generator().manual_seed(0)
-        steps = [*islice(lora._random_steps(training, draws, 3, latents, 1000), 6)]
+        steps = [*islice(lora._random_steps(training, draws, 3, latents, denoiser.noise), 6)]
         for step, encoded in latents.read(iter(steps)):
             assert torch.equal(step.views % 3, step.batch)
             assert torch.equal(encoded.mean, expected[step.views])
@@ -162,9 +163,10 @@ def test_a_killed_training_resumes_and_gives_the_same_lora(tmp_path, digits, tra
 
 
 def test_only_adapters_receive_gradients():
-    unet = load_pipeline(MODEL).unet
+    pipeline = load_pipeline(MODEL)
+    unet = pipeline.unet
     base = {name: p.detach().clone() for name, p in unet.named_parameters()}
-    parameters = add_adapters(unet, rank=4, seed=0)
+    parameters = add_adapters(pipeline, rank=4, seed=0)
     unet(torch.randn(2, 4, 8, 8), 10, torch.randn(2, 24, 128)).sample.sum().backward()
     with_gradient = {name for name, p in unet.named_parameters() if p.grad is not None}
     assert len(with_gradient) == len(parameters)
@@ -174,7 +176,7 @@ def test_only_adapters_receive_gradients():
 
 def test_an_untrained_lora_has_no_effect_and_its_file_has_rank_and_alpha(tmp_path):
     pipeline = load_pipeline(MODEL)
-    add_adapters(pipeline.unet, rank=4, seed=0)
+    add_adapters(pipeline, rank=4, seed=0)
     save_adapters(pipeline, tmp_path)
     assert torch.equal(draw(MODEL), draw(MODEL, adapter=tmp_path))
     with safe_open(tmp_path / LORA_FILE, "pt") as file:
@@ -207,72 +209,3 @@ def test_invalid_inputs_and_infinite_losses_are_errors(tmp_path, digits):
     with pytest.raises(FloatingPointError, match=r"lower lora\.learning_rate"):
         train_lora(*digits, MODEL, wild, 32, tmp_path)
     assert not (tmp_path / LORA_FILE).exists()
-
-
-# ---------------------------------------------------------------- published architectures, narrow
-
-
-LARGER = replace(QUICK, size=pipelines.SIZE, num_inference_steps=2)
-TWO_STEPS = replace(TRAINING, rank=2, steps=2, batch=2)
-SHAPES = [
-    pipelines.stable_diffusion_1,
-    pipelines.stable_diffusion_2,
-    pipelines.stable_diffusion_xl,
-]
-
-
-@pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: shape.__name__)
-def published(request, tmp_path_factory) -> Path:
-    return request.param(tmp_path_factory.mktemp("published"))
-
-
-def test_a_lora_of_a_published_architecture_is_trained_saved_and_used(published, tmp_path, digits):
-    images, captions = digits
-    wide = torch.cat([images, images], dim=2)  # neither square nor of the model's size
-    result = train_lora(wide, captions, published, TWO_STEPS, pipelines.SIZE, tmp_path)
-    assert math.isfinite(result["loss_last"])
-
-    def draw_two(**lora: Any) -> torch.Tensor:
-        generator = PipelineGenerator(published, LARGER, **lora)
-        return generator.generate("digit four", [0, 1], [0, 0])
-
-    base, adapted = draw_two(), draw_two(adapter=tmp_path)
-    assert adapted.shape == (2, pipelines.SIZE, pipelines.SIZE, 3)
-    assert not rejected(adapted).any()
-    assert not torch.equal(base, adapted)
-    assert torch.equal(base, draw_two(adapter=tmp_path, scale=0.0))
-
-
-def test_training_and_drawing_use_the_same_conditions(published):
-    caption = "a photo of a heart"
-    pipeline = load_pipeline(published)
-    texts = encode_captions(pipeline, [caption], pipelines.SIZE)
-    calls: list[dict[str, Any]] = []
-    pipeline.unet.register_forward_pre_hook(
-        lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True
-    )
-    pipeline(caption, height=pipelines.SIZE, width=pipelines.SIZE, num_inference_steps=1)
-    # Guidance: the first row is without the caption, the second with it.
-    trained = texts.conditions(torch.tensor([0, 0]), torch.tensor([True, False]))
-    drawn = {name: calls[0][name] for name in trained}
-    if "added_cond_kwargs" in trained:
-        assert trained["added_cond_kwargs"].keys() == drawn["added_cond_kwargs"].keys()
-        trained |= trained.pop("added_cond_kwargs")
-        drawn |= drawn.pop("added_cond_kwargs")
-    for name, expected in drawn.items():
-        torch.testing.assert_close(trained[name], expected)
-
-
-def test_a_model_with_another_prediction_type_is_rejected(tmp_path, digits):
-    model = pipelines.stable_diffusion_1(tmp_path / "model", "sample")
-    with pytest.raises(ValueError, match="predicts 'sample'; LoRA knows epsilon and v_prediction"):
-        train_lora(*digits, model, TRAINING, pipelines.SIZE, tmp_path / "lora")
-
-
-def test_an_unsupported_pipeline_is_rejected_by_name(tmp_path, digits):
-    model = pipelines.stable_diffusion_3(tmp_path / "model")
-    match = (
-        r"LoRA supports StableDiffusionPipeline and .* is a StableDiffusion3Pipeline; set lora: nu"
-    )
-    with pytest.raises(ValueError, match=match):
-        train_lora(*digits, model, TRAINING, pipelines.SIZE, tmp_path / "lora")

@@ -74,6 +74,32 @@ def test_a_changed_byte_or_file_name_changes_the_digest(fresh, clip):
     assert len(set(digests)) == 4
 
 
+def test_the_digest_of_a_generator_covers_the_files_that_are_read(fresh, tmp_path):
+    model = shutil.copytree(images_folder("tiny"), tmp_path / "model")
+    ref = fresh.weights("generator", str(model))
+    assert ref.kind == "StableDiffusionPipeline"
+    for unread in ("README.md", "unet/README.md", "unet/diffusion_pytorch_model.fp16.safetensors"):
+        (model / unread).write_text("nothing that a pipeline reads")
+    assert another(fresh).weights("generator", str(model)).digest == ref.digest
+    for read in ("scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"):
+        before = another(fresh).weights("generator", str(model)).digest
+        (model / read).write_text((model / read).read_text() + " ")
+        assert another(fresh).weights("generator", str(model)).digest != before
+
+
+def test_results_of_a_generator_that_an_earlier_version_digested_whole_stay_valid(fresh, tmp_path):
+    """Earlier versions digested every file of the parts."""
+    model = shutil.copytree(images_folder("tiny"), tmp_path / "model")
+    (model / "unet" / "diffusion_pytorch_model.bin").write_text("the same weights")
+    fresh._file_digests([file for file in model.rglob("*") if file.is_file()])
+    fresh.save()
+    whole = another(fresh).weights("generator", str(model))
+    elsewhere = Resolver(tmp_path / "new.json", None).weights("generator", str(model))
+    assert whole.digest != elsewhere.digest
+    (model / "unet" / "README.md").write_text("added later")
+    assert another(fresh).weights("generator", str(model)).digest == whole.digest
+
+
 def test_a_folder_of_ready_images_needs_no_model(fresh, pictures):
     ref = fresh.weights("generator", f"folder:{pictures}")
     assert ref.name == f"folder:{pictures}"

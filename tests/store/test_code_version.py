@@ -25,6 +25,7 @@ READERS = sorted({reader_of(name) for name in DATASETS} | {reader_of("folder:x")
 NOT_COUNTED = {
     "air_core.specs.flat",  # spelling of keys
     "air_core.models.configs",  # refuses models; their content is in the key
+    "air_core.models.families",  # the same, and the table of families
     "air_core.components",  # which modules belong to a component
     "air_core.specs.conditions",  # which settings and inputs are in the key
     "air_core.specs.normal",  # which settings are in the key
@@ -37,13 +38,20 @@ NOT_COUNTED = {
 }
 
 
+def read_with(part: str) -> str:
+    """The stage whose modules read a component or a dataset."""
+    if part not in COMPONENTS:
+        return "features"
+    return "lora" if part.startswith("family:") else "trials"
+
+
 def test_golden_every_version_is_listed_under_its_recipe():
     """Fails when the code of a stage has changed. If results may differ, increase
     `recipe` of its spec (for a dataset, that of features); `make golden` then starts a new list. If
     results are the same, `make golden` adds the version to the list."""
     recipes = {spec.stage: spec.recipe for spec in STAGES}
     now = {part: recipes.get(part, recipes["features"]) for part in (*PARTS, *READERS)}
-    now |= dict.fromkeys(COMPONENTS, recipes["trials"])
+    now |= {part: recipes[read_with(part)] for part in COMPONENTS}
     listed = json.loads(LISTED.read_text()) if LISTED.exists() else {}
     wanted = {}
     for part, recipe in now.items():
@@ -64,8 +72,8 @@ def test_the_labels_of_a_lora_are_chosen_by_components_of_their_parts():
 @pytest.mark.parametrize("part", [*PARTS, *COMPONENTS, *READERS])
 def test_modules_imported_by_a_part_belong_to_it_or_are_exempt(part):
     modules = modules_of(part)
-    read_with = () if part in PARTS else PARTS["trials" if part in COMPONENTS else "features"]
-    counted = {*modules, *read_with, *NOT_COUNTED}
+    others = () if part in PARTS else PARTS[read_with(part)]
+    counted = {*modules, *others, *NOT_COUNTED}
     for module in modules:
         path = ROOT.joinpath(*module.split("."))
         file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
@@ -83,6 +91,7 @@ def test_modules_imported_by_a_part_belong_to_it_or_are_exempt(part):
 EDITED = (
     *("features", "lora", "images", "labels", "trials", "datasets.digits"),
     *("pseudo_labels.kind:threshold", "auxiliary.kind:lda", "modality:visual"),
+    "family:FluxPipeline",
 )
 COMMAND = f"""
 from orchestrator.store.code_version import part_version
@@ -97,7 +106,8 @@ EDITS = [
     ("auxiliary/lda.py", "SHRINKAGE = 0.2", "SHRINKAGE = 0.3", {"auxiliary.kind:lda", "labels"}),
     ("classifiers.py", "blend the text", "mix the text", set()),
     ("datasets/digits.py", "16", "17", {"datasets.digits"}),
-    ("diffusion/lora.py", "GAMMA = 5.0", "GAMMA = 4.0", {"lora"}),
+    ("diffusion/lora.py", "WARMUP = 0.1", "WARMUP = 0.2", {"lora"}),
+    ("diffusion/families/flux.py", "GUIDANCE = 1.0", "GUIDANCE = 2.0", {"family:FluxPipeline"}),
     ("diffusion/pipeline.py", "thrift: int", "thrift: float", {"lora", "images"}),
     (
         "backbone/clip.py",

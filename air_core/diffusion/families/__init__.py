@@ -1,0 +1,1 @@
+"""Families of diffusion models: what each of their networks reads, one module per family."""

@@ -1,0 +1,194 @@
+"""Families of diffusion models: each draws, is fine-tuned and scores, on its real classes."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sentencepiece import SentencePieceTrainer
+
+from air_core.diffusion import rejected
+from air_core.diffusion.denoiser import denoiser_class, network, unpacked
+from air_core.diffusion.evidence import DenoisingScorer
+from air_core.diffusion.lora import train_lora
+from air_core.diffusion.pipeline import PipelineGenerator, load_pipeline
+from air_core.models.families import FAMILIES, check_denoiser
+from air_core.specs import EvidenceScoring, GenerationSettings, LoraTraining
+from tests.helpers import pipelines
+
+SETTINGS = GenerationSettings(
+    template="a photo of a {}", guidance_scale=4.0, num_inference_steps=2, size=pipelines.SIZE,
+    block=2, precision="fp32",
+)  # fmt: skip
+MODELS = [
+    pipelines.stable_diffusion_1,
+    pipelines.stable_diffusion_2,
+    pipelines.stable_diffusion_xl,
+    pipelines.stable_diffusion_3,
+    pipelines.stable_diffusion_35,
+    pipelines.flux_dev,
+    pipelines.flux_schnell,
+    pipelines.pixart_sigma,
+    pipelines.sana,
+    pipelines.qwen_image,
+]
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=lambda build: build.__name__)
+def model(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = request.param(tmp_path_factory.mktemp("model") / request.param.__name__)
+    return folder
+
+
+def draw(model: Path, settings: GenerationSettings = SETTINGS, **lora: Any) -> torch.Tensor:
+    return PipelineGenerator(model, settings, **lora).generate("heart", [0, 1], [0, 0])
+
+
+def test_every_family_has_a_model_here(tmp_path):
+    kinds = set()
+    for build in MODELS:
+        index = build(tmp_path / build.__name__) / "model_index.json"
+        kinds.add(json.loads(index.read_text())["_class_name"])
+    assert kinds == {*FAMILIES}
+
+
+def test_a_family_draws_the_same_images_again(model):
+    images = draw(model)
+    assert images.shape == (2, pipelines.SIZE, pipelines.SIZE, 3)
+    assert not rejected(images).any()
+    assert torch.equal(images, draw(model))
+    if "flux" not in model.name:  # which reads a guidance, or is trained to draw without
+        assert not torch.equal(images, draw(model, replace(SETTINGS, guidance_scale=1.0)))
+
+
+def test_lora_and_evidence_predict_what_the_pipeline_predicts(model):
+    """The same latents, noise level and caption give the same prediction as in drawing."""
+    guidance = 1.0 if "flux" in model.name else 4.0
+    settings = replace(SETTINGS, guidance_scale=guidance)
+    pipeline = PipelineGenerator(model, settings).pipeline
+    denoiser = denoiser_class(pipeline)(pipeline, pipelines.SIZE)
+    calls: list[tuple[Any, Any, Any]] = []
+    hook = network(pipeline).register_forward_hook(
+        lambda module, args, kwargs, found: calls.append((args, kwargs, found)), with_kwargs=True
+    )
+    with torch.no_grad():
+        arguments = denoiser.arguments(settings, 1)
+        pipeline(["a photo of a heart"], **arguments, output_type="latent")
+        hook.remove()
+        texts = denoiser.encode_captions(["a photo of a heart"])
+        captioned, empty = (
+            texts.conditions(torch.tensor([0]), torch.tensor([dropped]))
+            for dropped in (False, True)
+        )
+        rows = 0
+        for args, kwargs, found in calls[: 2 if "qwen" in model.name else 1]:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            drawn = getattr(found, "sample", found[0])
+            if hidden.ndim == 3:
+                side = pipelines.SIZE // 8
+                hidden, drawn = unpacked(hidden, side, side), unpacked(drawn, side, side)
+            time = args[1] if len(args) > 1 else kwargs["timestep"]
+            time = time.flatten()[0] * (1000 if "flux" in model.name or "qwen" in model.name else 1)
+            every = torch.arange(len(denoiser.noise))
+            level = (denoiser.noise.times(every) - time).abs().argmin()
+            for latents, expected in zip(hidden, drawn[:, : hidden.shape[1]], strict=True):
+                possible = [
+                    denoiser.predict(latents[None], level[None], conditions)[0]
+                    for conditions in (captioned, empty)
+                ]
+                # Guidance needs both; the caption comes last in a pass of two, else first.
+                is_empty = (rows == 0) if len(hidden) == 2 else (rows == 1)
+                torch.testing.assert_close(possible[is_empty], expected, atol=1e-4, rtol=1e-4)
+                rows += 1
+    assert rows == (1 if guidance == 1.0 else 2)
+
+
+def test_noise_of_the_right_prediction_removed_gives_the_image(model):
+    """The levels are those of the sampler: from any level, one step with the target leads back."""
+    pipeline = load_pipeline(model)
+    denoiser = denoiser_class(pipeline)(pipeline, pipelines.SIZE)
+    levels, generator = denoiser.noise, torch.Generator().manual_seed(0)
+    clean, noise = (torch.randn(4, 4, 2, 2, generator=generator) for _ in range(2))
+    t = levels.draw(4, generator)
+    assert 0 <= int(t.min()) <= int(t.max()) < len(levels)
+    noisy, target = levels.noisy(clean, noise, t), levels.target(clean, noise, t)
+    if pipeline.scheduler.config.get("prediction_type") == "v_prediction":
+        alpha = levels.alphas[t].view(-1, 1, 1, 1)
+        restored = alpha.sqrt() * noisy - (1 - alpha).sqrt() * target
+    elif "beta_start" in pipeline.scheduler.config and "sana" not in model.name:
+        alpha = levels.alphas[t].view(-1, 1, 1, 1)
+        restored = (noisy - (1 - alpha).sqrt() * target) / alpha.sqrt()
+    else:
+        restored = noisy - levels.times(t).view(-1, 1, 1, 1) / 1000 * target
+    torch.testing.assert_close(restored, clean, atol=1e-3, rtol=1e-3)
+
+
+def test_a_lora_learns_its_captions_and_moves_pixels_by_its_scale(model, tmp_path):
+    lines = torch.arange(pipelines.SIZE) // 16 % 2 * 255
+    rows = lines[:, None, None].expand(-1, pipelines.SIZE, 3).to(torch.uint8)
+    images, captions = torch.stack([rows, rows.transpose(0, 1)]), ["a b " * 6, "x z " * 6]
+    training = LoraTraining(rank=8, steps=60, batch=4, learning_rate=1e-2, precision="fp32")
+    result = train_lora(images, captions, model, training, pipelines.SIZE, tmp_path)
+    assert result["loss_last"] < result["loss_first"]
+    base, half, whole = (
+        draw(model, adapter=tmp_path, scale=scale).int() for scale in (0.0, 0.5, 1.0)
+    )
+    assert torch.equal(base, draw(model).int())
+    moved = [(images - base).abs().float().mean().item() for images in (half, whole)]
+    assert 0 < moved[0] < moved[1]
+    # Evidence: an image is denoised best under its caption.
+    scoring = EvidenceScoring(template="{}", precision="fp32", low=0.2, high=0.9)
+    both = torch.ones(2, 2, dtype=torch.bool)
+
+    def margin(**lora: Any) -> float:
+        scorer = DenoisingScorer(model, scoring, captions, pipelines.SIZE, **lora)
+        latents = scorer.latents(images)
+        errors = torch.stack([scorer.errors(latents, [0, 1], draw, both) for draw in range(8)])
+        mean = errors.mean(dim=0)
+        return float(mean[0, 1] - mean[0, 0] + mean[1, 0] - mean[1, 1])
+
+    assert margin(adapter=tmp_path) > max(0.0, margin())
+
+
+def test_a_tokenizer_that_is_a_sentencepiece_model_is_read(tmp_path):
+    """As published with PixArt-Sigma: `spiece.model` without `tokenizer.json`."""
+    pipelines.pixart_sigma(tmp_path)
+    words, model = ["a photo of a heart", "a photo of a spade"] * 20, io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(words), model_writer=model, vocab_size=15, pad_id=0, eos_id=1,
+        unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "tokenizer" / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer" / "spiece.model").write_bytes(model.getvalue())
+    tokenizer = load_pipeline(tmp_path).tokenizer
+    assert tokenizer.decode(tokenizer("a heart").input_ids, skip_special_tokens=True) == "a heart"
+
+
+# ---------------------------------------------------------------- other models
+
+
+def test_noise_levels_that_no_family_knows_are_refused_by_name(tmp_path):
+    model = pipelines.playground(tmp_path)
+    assert type(PipelineGenerator(model, SETTINGS).pipeline.scheduler).__name__.startswith("EDM")
+    match = "EDMDPMSolverMultistepScheduler, whose noise levels .* flow matching; set lora: null"
+    with pytest.raises(ValueError, match=match):
+        check_denoiser(model, "set lora: null")
+
+
+def test_a_model_with_another_prediction_is_refused(tmp_path):
+    model = pipelines.stable_diffusion_1(tmp_path, "sample")
+    with pytest.raises(ValueError, match="predicts 'sample'; LoRA and evidence know epsilon, v_p"):
+        check_denoiser(model)
+
+
+def test_a_pipeline_of_no_family_can_only_draw(tmp_path):
+    index = pipelines.stable_diffusion_1(tmp_path) / "model_index.json"
+    index.write_text(index.read_text().replace("StableDiffusionPipeline", "KolorsPipeline"))
+    match = r"is a KolorsPipeline, which can only draw; .* Stable Diffusion 1 and 2, .*Qwen-Image"
+    with pytest.raises(ValueError, match=match):
+        check_denoiser(tmp_path)
