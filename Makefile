@@ -6,7 +6,7 @@ PYTEST := $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-
 NOT_HERE := not gpu and not weights
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help quickstart test integration check pytest types format golden tiny-world
+.PHONY: help quickstart test integration check pytest types format golden gpu-day tiny-world
 
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -38,6 +38,9 @@ format:         ## format and fix what can be fixed
 
 golden:         ## rewrite the golden files; review the diff
 	AIRSWEEP_UPDATE_GOLDEN=1 $(BIN)/pytest -q -k golden
+
+gpu-day: .venv/done     ## a day on one GPU: checks, a sweep, measurements, one report (GPU_DAY=options)
+	$(BIN)/python benchmarks/gpu_day.py $(GPU_DAY)
 
 tiny-world: .venv/done  ## pretrain the embedded CLIP and diffusion again (1.5 hours on one core)
 	$(BIN)/python -m air_core.tiny --work build/tiny_world --out air_core/tiny/weights

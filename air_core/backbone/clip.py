@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 from air_core.ahead import computed_ahead
 from air_core.backbone.blocks import weights_dtype
 from air_core.backbone.text import context_encoder
-from air_core.backbone.vision import check_vision, patch_tokens, prompted_features
+from air_core.backbone.vision import VisionTower, vision_tower
 
 # B images, C classes, D feature width, W token width, L context length; T tokens of an image,
 # P learned ones, V their width.
@@ -103,21 +103,21 @@ class Backbone:
     @property
     def patch_width(self) -> int:
         """Width of an image token. Raises as `image_tokens` does, like the next two properties."""
-        return int(self._vision.class_embedding.shape[0])
+        return self.vision.width
 
     @property
     def patch_size(self) -> int:
         """Side of a patch, in pixels."""
-        return int(self._vision.conv1.kernel_size[0])
+        return self.vision.patch
 
     @property
     def vision_layers(self) -> int:
-        return len(self._vision.transformer.resblocks)
+        return self.vision.layers
 
     @property
-    def _vision(self) -> Any:
-        check_vision(self.model.visual)
-        return self.model.visual
+    def vision(self) -> VisionTower:
+        """The image tower, for learned tokens."""
+        return vision_tower(self.model.visual)
 
     @torch.no_grad()
     def encode_images(self, images: Images) -> Tensor:
@@ -165,7 +165,7 @@ class Backbone:
             dtype: of the result; half precision halves the storage. None: the dtype of the model.
 
         Returns:
-            (B, T, V) on the CPU: [CLS], then patches.
+            (B, T, V) on the CPU: patches, in most towers after a [CLS].
 
         Raises:
             ValueError: the vision tower does not accept learned tokens.
@@ -190,15 +190,15 @@ class Backbone:
 
         Source: VPT (arXiv:2203.12119), shallow and deep.
         """
-        tower = self._vision
-        shallow, deep = ("P", self.patch_width), (self.vision_layers, "P", self.patch_width)
+        tower = self.vision
+        shallow, deep = ("P", tower.width), (tower.layers, "P", tower.width)
         if (*prompt.shape[:-2], "P", prompt.shape[-1]) not in (shallow, deep):
             raise ValueError(
                 f"a visual prompt is {shallow} or {deep} here, but this one {tuple(prompt.shape)}"
             )
         tokens = tokens.to(prompt.device, self.dtype)
         with tf32_products(self.uses_tf32):
-            features = prompted_features(tower, tokens, prompt.to(self.dtype))
+            features = tower.features(tokens, prompt.to(self.dtype))
         return _unit(features)
 
     def prepared(self, images: Sequence[Image | Tensor]) -> Iterator[Tensor]:
@@ -226,7 +226,7 @@ class Backbone:
 
     def _tokens(self, pixels: Tensor) -> Tensor:
         with tf32_products(self.uses_tf32):
-            return patch_tokens(self._vision, pixels)
+            return self.vision.tokens(pixels)
 
     def _batches(self, images: Images) -> Iterator[Tensor]:
         """(B, 3, H, W) each, with `at_once` images, on the device."""

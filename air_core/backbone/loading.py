@@ -126,7 +126,7 @@ def _tokenizer(config: dict[str, Any], folder: Path | None) -> Any:
         assert folder is not None
         check_tokenizer_config(folder)
         try:
-            return HFTokenizer(
+            tokenizer = HFTokenizer(
                 str(folder),
                 tokenizer_mode=text.get("tokenizer_mode"),
                 trust_remote_code=False,
@@ -135,6 +135,13 @@ def _tokenizer(config: dict[str, Any], folder: Path | None) -> Any:
             )
         except Exception as error:  # transformers raises many types for invalid files
             raise ValueError(f"{folder} contains no readable tokenizer: {error}") from error
+        if tokenizer.tokenizer.padding_side != "right":
+            raise ValueError(
+                f"the tokenizer in {folder} pads texts on the left, but CLIP and SigLIP read texts that "
+                'are padded on the right; add "padding_side": "right" to its '
+                "tokenizer_config.json"
+            )
+        return tokenizer
     if folder is not None and (folder / MERGES).is_file():
         options = {"bpe_path": str(folder / MERGES), **options}
     return SimpleTokenizer(**options)

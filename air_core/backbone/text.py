@@ -13,12 +13,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from air_core.backbone.blocks import is_plain, run_blocks, weights_dtype
 
 # R prompts, C classes, D feature width, W token width, L context length, T tokens, N longest text.
 
-PACK = 128  # classes per pass of the text tower
+PACK = 128  # texts per pass of the text tower; with a shared context, classes
 
 
 class ContextEncoder(Protocol):
@@ -116,7 +117,8 @@ class SharedContext:
 class WholeTexts:
     """Encodes one complete padded sequence per class, with any text tower.
 
-    The context is before the name, after the start token if the tokenizer has one.
+    The context is before the name, after the start token if the tokenizer has one. Activations of
+    one pack of texts are in memory at a time: a text of SigLIP's ViT-B/16 takes 23 MB.
     """
 
     def __init__(self, tower: Any, tokenizer: Any) -> None:
@@ -126,21 +128,32 @@ class WholeTexts:
 
     def encode(self, prompts: Tensor, classnames: tuple[str, ...]) -> Tensor:
         """See ContextEncoder."""
+        ids, lead = self._ids(classnames, prompts.shape[1])  # (C, N), 0 at the context
+        packs = ids.split(max(1, PACK // len(prompts)))
+        if len(packs) == 1 or not torch.is_grad_enabled():
+            return torch.cat([self._encode_pack(prompts, pack, lead) for pack in packs], dim=1)
+        # Computed again for the gradient.
+        encoded: list[Tensor] = [
+            checkpoint(self._encode_pack, prompts, pack, lead, use_reentrant=False)
+            for pack in packs
+        ]
+        return torch.cat(encoded, dim=1)
+
+    def _encode_pack(self, prompts: Tensor, ids: Tensor, lead: int) -> Tensor:
         from open_clip.transformer import text_global_pool
 
         tower, (count, length, _) = self.tower, prompts.shape
-        ids, lead = self._ids(classnames, length)  # (C, N), 0 at the context
         with torch.no_grad():
             embedded = tower.token_embedding(ids)
         texts = embedded.expand(count, -1, -1, -1)  # (R, C, N, W)
-        context = prompts[:, None].expand(-1, len(classnames), -1, -1)
+        context = prompts[:, None].expand(-1, len(ids), -1, -1)
         before, behind = texts[:, :, :lead], texts[:, :, lead + length :]
         states = torch.cat([before, context, behind], dim=2).flatten(0, 1)
         states = (states + tower.positional_embedding).to(weights_dtype(tower))
         states = tower.ln_final(tower.transformer(states, attn_mask=tower.attn_mask))
         end = getattr(tower, "eos_id", getattr(tower, "text_eos_id", None))
         pooled = text_global_pool(states, ids.repeat(count, 1), _pool_type(tower), end)
-        return _projected(tower, pooled).view(count, len(classnames), -1)
+        return _projected(tower, pooled).view(count, len(ids), -1)
 
     def _name_ids(self, classnames: tuple[str, ...], length: int) -> tuple[Tensor, int]:
         """Token ids with a gap for the context, and the index of the gap."""

@@ -152,7 +152,7 @@ def _module(bundle: Bundle, classifier: str) -> Any:
     import torch
     from torch import Tensor, nn
 
-    from air_core.backbone.vision import patch_tokens
+    from air_core.backbone.vision import vision_tower
     from air_core.types import Batch
 
     class Classifier(nn.Module):
@@ -165,7 +165,7 @@ def _module(bundle: Bundle, classifier: str) -> Any:
             if bundle.manifest.visual_prompt is None:
                 return bundle.scores_of(Batch(features), classifier)
             # Rounded as the stored image tokens of trials.
-            tokens = patch_tokens(self.model.visual, pixels).to(torch.float16)
+            tokens = vision_tower(self.model.visual).tokens(pixels).to(torch.float16)
             return bundle.scores_of(Batch(features, tokens), classifier)
 
     return Classifier().eval()

@@ -1,7 +1,8 @@
 """Finds the files of models by name. Imports no torch, needs no network, reads no weights.
 
 A backbone is `tiny`, an open_clip folder, `<architecture>/<tag>` (downloaded weights that open_clip
-knows) or `<architecture>@<file>` (any other weights). A generator is `tiny`, a diffusers folder, or
+knows) or `<architecture>@<file>` (any other weights), with `<architecture>/<tag>@<file>` those that
+are preprocessed as the weights of a tag. A generator is `tiny`, a diffusers folder, or
 the `owner/name` of a downloaded repository of the Hugging Face hub.
 """
 
@@ -48,7 +49,7 @@ VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken")  # of a to
 HUB_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 BACKBONES = (
     f"tiny, a folder with {CLIP_CONFIG}, <architecture>/<tag> such as ViT-B-32/openai, or "
-    "<architecture>@<weights file>"
+    "<architecture>@<weights file>, also <architecture>/<tag>@<weights file>"
 )
 GENERATORS = f"tiny, a folder with {PIPELINE_CONFIG}, or owner/name of the Hugging Face hub"
 AGAIN = "download or copy it again"
@@ -59,6 +60,9 @@ CONFIGS = tuple(
 )
 TOKENIZERS = ("Tokenizer", "TokenizerFast")
 WEIGHTLESS = (*TOKENIZERS, "Scheduler", "Processor", "Extractor")
+VIT = ("vit_", "eva", "test_vit")  # beginnings of names of vision transformers in timm
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 TEXTS = (".json", ".txt", ".model", ".tiktoken", ".jinja")  # files of a tokenizer
 # What a pipeline reads of a repository: others hold the same weights in several formats.
@@ -184,9 +188,10 @@ def find_backbone(name: str | ClipFolder | ClipFile) -> ClipFolder | ClipFile:
         if not (folder / CLIP_CONFIG).is_file():
             raise ValueError(f"{folder} has no {CLIP_CONFIG}: not an open_clip folder")
         return _clip_folder(folder)
-    architecture, at, file = name.partition("@")
-    if at and "/" not in architecture:
-        return _own_weights(architecture, local_path(file))
+    known, at, file = name.partition("@")
+    architecture, slash, tag = known.partition("/")
+    if at and "/" not in tag and architecture.strip(".~"):
+        return _own_weights(architecture, tag, local_path(file))
     architecture, slash, tag = name.partition("/")
     if slash and "/" not in tag and architecture.strip(".~"):
         return _known_weights(architecture, tag)
@@ -233,6 +238,29 @@ def check_text_tower(model: dict[str, Any], name: str) -> None:
         )
 
 
+@cache
+def check_image_tower(name: str) -> None:
+    """Check that the image tower of a backbone is a vision transformer, which has tokens.
+
+    Raises:
+        ValueError: it is not, or the backbone does not exist.
+    """
+    if name in components.BACKBONES:  # `airsweep plugin check` tests it
+        return
+    vision = find_backbone(name).model["vision_cfg"]  # type: ignore[union-attr]
+    timm = vision.get("timm_model_name")
+    is_vit = isinstance(vision.get("layers", 0), int)  # a ResNet has a list
+    if timm:
+        is_vit = timm.startswith(VIT) and not timm.startswith("vit_relpos")
+    if is_vit:
+        return
+    raise ValueError(
+        f"modality: visual learns tokens of a vision transformer, but the image tower of {name} is "
+        f"{timm or 'a ResNet'}; set modality: text, or use a backbone such as ViT-B-32, SigLIP or "
+        "EVA"
+    )
+
+
 def _clip_folder(folder: Path) -> ClipFolder:
     file = folder / CLIP_CONFIG
     config = json_object(file)
@@ -276,21 +304,43 @@ def _check_merges(file: Path) -> None:
         raise ValueError(f"{file} holds no byte-pair merges: {problem}; {AGAIN}")
 
 
-def _own_weights(architecture: str, file: Path) -> ClipFile:
-    """`<architecture>@<file>`."""
-    model = _architecture(architecture, f"{architecture}@{file}")
+def _own_weights(architecture: str, tag: str, file: Path) -> ClipFile:
+    """`<architecture>@<file>`, or `<architecture>/<tag>@<file>` with the preprocessing of a tag."""
+    if tag:
+        model, known = _tagged(architecture, tag)
+        pixels = _pixels(known)
+    else:
+        model = _architecture(architecture, f"{architecture}@{file}")
+        pixels = _common_pixels(architecture, file)
     if not file.is_file():
         raise ValueError(f"backbone {architecture}@{file}: {file} does not exist")
     if file.suffix not in SUFFIXES:
         raise ValueError(f"{file} is not a weights file; allowed suffixes: {', '.join(SUFFIXES)}")
     check_whole(file, architecture)
-    # If all known weights of the architecture use the same preprocessing, assume it here too.
-    known = [_tag(architecture, tag) for tag in _tags(architecture)]
-    pixels = _pixels(known[0]) if known else {}
-    if any(_pixels(other) != pixels for other in known):
-        pixels = {}
     tokenizer = _tokenizer_files(architecture, model, beside=file.parent)
     return ClipFile(architecture, file, model, pixels, tokenizer)
+
+
+def _common_pixels(architecture: str, file: Path) -> dict[str, Any]:
+    """The preprocessing of all known weights of an architecture; empty if there are none.
+
+    Raises:
+        ValueError: they were trained with different pixel values.
+    """
+    known = {tag: _pixels(_tag(architecture, tag)) for tag in _tags(architecture)}
+    first = next(iter(known.values()), {})
+    if all(_values(each) == _values(first) for each in known.values()):
+        return first if all(each == first for each in known.values()) else {}
+    raise ValueError(
+        f"weights of {architecture} were trained with different pixel values; write "
+        f"{architecture}/<tag>@{file} with the tag that the file is of, or is fine-tuned from: "
+        f"{', '.join(known)}"
+    )
+
+
+def _values(pixels: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Mean and standard deviation of pixels; OpenAI's are the default."""
+    return pixels.get("mean", OPENAI_MEAN), pixels.get("std", OPENAI_STD)
 
 
 def _known_weights(architecture: str, tag: str) -> ClipFile:
@@ -355,15 +405,9 @@ def _fetched(architecture: str, tag: str, known: dict[str, Any]) -> Path:
             return found
     raise ValueError(
         f"backbone {architecture}/{tag}: its weights are not on this machine, and airsweep "
-        f"downloads nothing; get them with `{how}`, or write "
-        f"{architecture}{_activation(architecture, known)}@<file> for a copied file"
+        f"downloads nothing; get them with `{how}`, or write {architecture}/{tag}@<file> for a "
+        "copied file"
     )
-
-
-def _activation(architecture: str, known: dict[str, Any]) -> str:
-    """The suffix of an architecture's name that selects the activation function of a tag."""
-    quick = known.get("quick_gelu") and not architecture.endswith("-quickgelu")
-    return "-quickgelu" if quick else ""
 
 
 def _tokenizer_files(

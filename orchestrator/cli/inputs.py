@@ -128,4 +128,6 @@ def models_check(
         show(json.dumps({"place": model, **report, "use": {role: model}}, indent=1))
         return
     show(f"{model}: a complete {role}")
+    if why := report.get("why_no_lora"):
+        show(f"no LoRA, no evidence: {why}")
     show(f"in the sweep file, under fixed:  {role}: {model}")

@@ -32,6 +32,7 @@ from air_core.models.tokens import check_room
 from air_core.models.weights import GENERATORS as PIPELINES
 from air_core.models.weights import (
     PIPELINE_CONFIG,
+    check_image_tower,
     generator_files,
     generator_folder,
     is_distilled,
@@ -47,6 +48,7 @@ from air_core.specs.conditions import (
     can_transfer,
     has_context,
     labels_use_evidence,
+    reads_tokens,
     uses_evidence,
     uses_generator,
 )
@@ -188,6 +190,9 @@ class Resolver:
         for key, dataset in datasets.items():
             with _checking(key):
                 check_room(trial.backbone.name, dataset.classnames, dataset.template, learned)
+        if reads_tokens(trial):
+            with _checking("backbone"):
+                check_image_tower(trial.backbone.name)
         if datasets["dataset"].pool_labels == "unknown":
             _check_labels_unneeded(trial)
         if trial.test_dataset is not None and not self._test_images(trial.test_dataset.name):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import VisionTransformer
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -16,6 +19,7 @@ from air_core.ahead import computed_ahead
 from air_core.backbone import Backbone
 from air_core.backbone.clip import tf32_products
 from air_core.backbone.loading import load_backbone
+from air_core.backbone.vision import vision_tower
 from air_core.datasets.images import ImageFiles, open_image
 from air_core.models.weights import tiny_folder
 from benchmarks.harness import random_clip
@@ -199,9 +203,53 @@ def test_image_features_have_unit_length_and_equal_open_clip(tiny_clip):
     torch.testing.assert_close(features, theirs)
 
 
-def test_a_tower_without_a_class_token_supports_text_prompts_only():
+def timm(name: str, side: int, pool: str, proj: str = "linear") -> Any:
+    return TimmModel(name, 64, side, pool=pool, proj=proj)
+
+
+TOWERS: dict[str, Callable[[], tuple[Any, int]]] = {
+    "CLIP": lambda: (VisionTransformer(32, 8, 64, 2, 4, 4.0, output_dim=64), 32),
+    "CLIPA": lambda: (
+        VisionTransformer(
+            32, 8, 64, 2, 4, 4.0, output_dim=64, no_ln_pre=True, pool_type="avg",
+            final_ln_after_pool=True,
+        ),
+        32,
+    ),
+    "attention pool": lambda: (
+        VisionTransformer(32, 8, 64, 2, 4, 4.0, output_dim=64, attentional_pool=True), 32
+    ),
+    "SigLIP": lambda: (timm("vit_base_patch16_siglip_224", 224, "map", proj="none"), 224),
+    "EVA02": lambda: (timm("eva02_tiny_patch14_224", 224, "token"), 224),
+    "MobileCLIP-B": lambda: (timm("vit_base_mci_224", 224, "token"), 224),
+    "PE": lambda: (timm("vit_pe_core_tiny_patch16_384", 384, "map"), 384),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_any_vision_transformer_takes_learned_tokens(name):
+    torch.manual_seed(0)
+    visual, side = TOWERS[name]()
+    tower = vision_tower(visual.eval().requires_grad_(False))
+    pixels = torch.randn(2, 3, side, side)
+    tokens = tower.tokens(pixels)
+    assert tokens.shape[1] in ((side // tower.patch) ** 2, (side // tower.patch) ** 2 + 1)
+    plain = visual(pixels)
+    none = tower.features(tokens, torch.empty(0, tower.width))
+    assert error(none, plain) < 1e-5
+    for shape in ((3, tower.width), (tower.layers, 3, tower.width)):
+        prompt = torch.randn(shape)
+        found, slope = with_gradient(lambda p: tower.features(tokens, p), prompt)
+        assert error(found, plain) > 1e-3
+        assert slope.abs().amin(dim=-1).max() > 0  # every learned token counts
+        # They have no position.
+        turned = tower.features(tokens, prompt.flip(-2))
+        assert error(turned, found) < 1e-4
+
+
+def test_a_tower_without_tokens_supports_text_prompts_only():
     backbone = random_clip("RN50")
-    match = "visual prompts need a ViT .* this vision tower is a ModifiedResNet"
+    match = "visual prompts need a vision transformer.* this tower is a ModifiedResNet"
     with pytest.raises(ValueError, match=match):
         backbone.image_tokens(some_images(1))
     with pytest.raises(ValueError, match=match):

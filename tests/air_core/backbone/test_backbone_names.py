@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -23,6 +24,7 @@ from air_core.models.configs import check_clip_config
 from air_core.models.tokens import check_room
 from air_core.models.weights import (
     ClipFile,
+    check_image_tower,
     find_backbone,
     tiny_folder,
     weights_files,
@@ -184,7 +186,7 @@ def test_a_checkpoint_with_tensors_is_read_and_a_checkpoint_with_code_is_rejecte
     backbone = load_backbone(f"RN50@{tmp_path / 'tensors.pt'}")
     features = backbone.encode_context(torch.zeros(2, 512), NAMES)
     assert features.shape == (3, 1024)
-    with pytest.raises(ValueError, match="visual prompts need a ViT"):
+    with pytest.raises(ValueError, match="visual prompts need a vision transformer"):
         _ = backbone.patch_width
     torch.save({"state_dict": {"a path": Path("/")}}, tmp_path / "code.pt")
     with pytest.raises(ValueError, match=r"does not fit RN50: it cannot be read"):
@@ -206,7 +208,7 @@ def test_weights_of_another_architecture_are_rejected_with_the_first_wrong_tenso
 def test_the_error_for_missing_weights_has_the_download_command(tmp_path, hub):
     weights = (
         r"`hf download timm/vit_base_patch32_clip_224\.openai open_clip_model\.safetensors`, or "
-        r"write ViT-B-32-quickgelu@<file>"
+        r"write ViT-B-32/openai@<file>"
     )
     with pytest.raises(ValueError, match=weights):
         weights_files("ViT-B-32/openai")
@@ -224,6 +226,40 @@ def test_preprocessing_is_that_of_all_known_weights_of_the_architecture(tmp_path
     assert found.preprocess["mean"] == (0.5, 0.5, 0.5)
     assert found.preprocess["resize_mode"] == "squash"
     assert found.tokenizer == (tmp_path / "tokenizer.json",)
+
+
+def test_a_file_of_an_architecture_with_two_preprocessings_needs_a_tag(tmp_path):
+    file = tmp_path / "large.safetensors"
+    save_file({"one": torch.ones(1)}, file)
+    match = r"ViT-L-14 were trained .* ViT-L-14/<tag>@.*: openai, .*laion2b_s32b_b82k"
+    with pytest.raises(ValueError, match=match):
+        find_backbone(f"ViT-L-14@{file}")
+    means = {}
+    for tag in ("openai", "laion2b_s32b_b82k"):
+        found = find_backbone(f"ViT-L-14/{tag}@{file}")
+        assert isinstance(found, ClipFile)
+        assert found.weights == file
+        means[tag] = found.preprocess["mean"]
+    assert means["laion2b_s32b_b82k"] == (0.5, 0.5, 0.5) != means["openai"]
+    assert weights_settings(f"ViT-B-32/openai@{file}")["model_cfg"]["quick_gelu"]
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("RN50", "a ResNet"),
+        ("MobileCLIP-S1", "fastvit_mci1"),
+        ("ViTamin-B", "vitamin_base_224"),
+        ("ViT-B-32", None),
+        ("EVA02-B-16", None),
+        ("PE-Core-B-16", None),
+    ],
+)
+def test_an_image_tower_without_tokens_is_refused_before_it_is_loaded(tmp_path, name, what):
+    save_file({"one": torch.ones(1)}, tmp_path / "file.safetensors")
+    match = f"the image tower of {name}@.* is {what}; set modality: text"
+    with pytest.raises(ValueError, match=match) if what else nullcontext():
+        check_image_tower(f"{name}@{tmp_path / 'file.safetensors'}")
 
 
 # ---------------------------------------------------------------- SigLIP
@@ -285,8 +321,47 @@ def test_siglip_encodes_word_embeddings_as_context_like_the_text(siglip):
     assert context.grad.abs().sum() > 0
     image = Image.new("RGB", (90, 50))
     assert backbone.encode_images([image]).shape == (1, 64)
-    with pytest.raises(ValueError, match=r"visual prompts need a ViT .* is a TimmModel"):
-        backbone.image_tokens([image])
+    tokens = backbone.image_tokens([image])
+    features = backbone.encode_images([image])
+    none = backbone.encode_tokens(tokens, torch.empty(0, backbone.patch_width))
+    torch.testing.assert_close(none, features)
+    learned = backbone.encode_tokens(tokens, torch.randn(3, backbone.patch_width))
+    assert not torch.allclose(learned, features, atol=1e-3)
+    check_image_tower(str(siglip))
+
+
+def test_texts_of_siglip_in_packs_give_the_same_features_and_gradients(siglip, monkeypatch):
+    backbone = load_backbone(siglip)
+    contexts = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1))
+    found = []
+    for pack in (128, 2):
+        monkeypatch.setattr("air_core.backbone.text.PACK", pack)
+        context = contexts.clone().requires_grad_()
+        features = backbone.encode_context(context, NAMES)
+        (features * weight).sum().backward()
+        found.append((features.detach(), context.grad))
+    for whole, packed in zip(*found, strict=True):
+        torch.testing.assert_close(packed, whole)
+
+
+def test_a_tokenizer_that_pads_on_the_left_is_refused(siglip, tmp_path):
+    folder = shutil.copytree(siglip, tmp_path / "left")
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"padding_side": "left"}))
+    with pytest.raises(ValueError, match=r'pads texts on the left, .* add "padding_side": "right"'):
+        load_backbone(folder)
+
+
+def test_softmax_of_siglip_has_its_scale_and_the_order_of_its_sigmoid(siglip):
+    """The bias of the sigmoid is the same for all classes, so a softmax over classes has none."""
+    backbone = load_backbone(siglip)
+    model, image = backbone.model, Image.new("RGB", (90, 50), "red")
+    features, texts = backbone.encode_images([image]), backbone.encode_texts(NAMES)
+    sigmoid = (features @ texts.T * model.logit_scale.exp() + model.logit_bias).sigmoid()
+    logits = backbone.logit_scale * features @ texts.T
+    odds = (sigmoid / (1 - sigmoid)).log()
+    torch.testing.assert_close(logits.softmax(dim=1), odds.softmax(dim=1))
 
 
 def test_names_that_do_not_fit_siglip_are_rejected_with_and_without_the_model(siglip):
