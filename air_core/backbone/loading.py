@@ -137,8 +137,8 @@ def _tokenizer(config: dict[str, Any], folder: Path | None) -> Any:
             raise ValueError(f"{folder} contains no readable tokenizer: {error}") from error
         if tokenizer.tokenizer.padding_side != "right":
             raise ValueError(
-                f"the tokenizer in {folder} pads texts on the left, but CLIP and SigLIP read texts that "
-                'are padded on the right; add "padding_side": "right" to its '
+                f"the tokenizer in {folder} pads texts on the left, but CLIP and SigLIP read "
+                'texts that are padded on the right; add "padding_side": "right" to its '
                 "tokenizer_config.json"
             )
         return tokenizer

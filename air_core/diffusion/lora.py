@@ -302,38 +302,42 @@ def _autocast(device: str, precision: Precision) -> torch.autocast:
 
 def add_adapters(pipeline: Any, rank: int, seed: int) -> list[Parameter]:
     """Freeze a network and add adapters without effect; return the parameters to train."""
-    from peft import LoraConfig
+    from peft import inject_adapter_in_model
 
     adapted = network(pipeline)
     adapted.requires_grad_(False)
-    # Alpha equals the rank, so the scale is 1 even for a reader that ignores alpha.
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        init_lora_weights="gaussian",
-        target_modules=list(denoiser_class(pipeline).targets),
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        adapted.add_adapter(config, adapter_name=ADAPTER)
+        inject_adapter_in_model(_config(pipeline, rank), adapted, ADAPTER)
     parameters = [p for p in adapted.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.data = parameter.data.float()  # small steps vanish in half precision
     return parameters
 
 
+def _config(pipeline: Any, rank: int) -> Any:
+    from peft import LoraConfig
+
+    # Alpha equals the rank, so the scale is 1 even for a reader that ignores alpha.
+    targets = list(denoiser_class(pipeline).targets)
+    return LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets)
+
+
 def save_adapters(pipeline: Any, out: Path) -> None:
     """Write the adapters with their configuration, which contains alpha, as diffusers does."""
-    from peft import get_peft_model_state_dict
-
-    part, adapted = network_name(pipeline), network(pipeline)
-    config = adapted.peft_config[ADAPTER].to_dict()
+    part = network_name(pipeline)
+    layers = {
+        f"{part}.{name.replace(f'.{ADAPTER}.', '.')}": parameter.detach().cpu().contiguous()
+        for name, parameter in network(pipeline).named_parameters()
+        if f".{ADAPTER}." in name
+    }
+    rank = next(len(layer) for name, layer in layers.items() if "lora_A" in name)
+    config = _config(pipeline, rank).to_dict()
     config["target_modules"] = sorted(config["target_modules"])  # a set has no stable order
     metadata = {f"{part}.{name}": value for name, value in config.items()}
-    layers = get_peft_model_state_dict(adapted, adapter_name=ADAPTER)
     out.mkdir(parents=True, exist_ok=True)
     save_file(
-        {f"{part}.{name}": layer.cpu().contiguous() for name, layer in layers.items()},
+        layers,
         out / LORA_FILE,
         {"format": "pt", "lora_adapter_metadata": json.dumps(metadata, indent=2, sort_keys=True)},
     )

@@ -20,6 +20,7 @@ from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from air_core.arithmetic import sums_in_one_order
@@ -147,14 +148,12 @@ class SharedPipeline:
         self.originals, self.lora = {}, None
         if adapter is None:
             return self.pipeline
-        load_adapter(self.pipeline, adapter, scale)
-        self.originals = {
-            f"{name}.weight": layer.get_base_layer().weight.detach().to("cpu", copy=True)
-            for name, layer in denoiser.named_modules()
-            if hasattr(layer, "get_base_layer")
-        }
-        denoiser.fuse_lora()
-        denoiser.unload_lora()
+        for name, (down, up) in read_adapter(adapter, network_name(self.pipeline)).items():
+            weight = denoiser.get_parameter(name).data
+            self.originals[name] = weight.to("cpu", copy=True)
+            # Rounded as the weights, but multiplied in float32.
+            factors = [factor.to(weight.device, weight.dtype).float() for factor in (up, down)]
+            weight += (scale * (factors[0] @ factors[1])).to(weight.dtype)
         self.lora = lora
         return self.pipeline
 
@@ -272,26 +271,32 @@ def check_classes(model: Path) -> None:
             )
 
 
-def load_adapter(pipeline: Any, adapter: Path, scale: float) -> None:
-    """Load a LoRA into a pipeline.
+def read_adapter(adapter: Path, part: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """The factors (r, in) and (out, r) of a LoRA, by the name of the weight that they add to.
+
+    Args:
+        adapter: folder of the LoRA.
+        part: of the pipeline.
 
     Raises:
         ValueError: the folder contains no LoRA, or it is not a safetensors file.
     """
-    if not (adapter / LORA_FILE).is_file():
+    file = adapter / LORA_FILE
+    if not file.is_file():
         raise ValueError(f"{adapter} contains no LoRA: it has no {LORA_FILE}")
     try:
-        network(pipeline).load_lora_adapter(
-            str(adapter),
-            prefix=network_name(pipeline),
-            weight_name=LORA_FILE,
-            adapter_name=ADAPTER,
-            local_files_only=True,
-            use_safetensors=True,  # otherwise an unreadable file is read as a pickle
-        )
+        tensors = load_file(file)
     except SafetensorError as error:
-        raise ValueError(f"{adapter / LORA_FILE} cannot be read: {error}") from error
-    network(pipeline).set_adapters([ADAPTER], [scale])
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    down = ".lora_A.weight"
+    return {
+        f"{name.removeprefix(f'{part}.').removesuffix(down)}.weight": (
+            tensors[name],
+            tensors[name.replace(down, ".lora_B.weight")],
+        )
+        for name in tensors
+        if name.endswith(down)
+    }
 
 
 def _check_draws_from_text(kind: type, model: Path) -> None:
