@@ -75,6 +75,7 @@ class PipelineGenerator:
             check_denoiser(model)
         self.settings, self.lora = settings, (adapter, scale)
         self.shared = shared_pipeline(model, settings.precision, device, thrift)
+        self.shared.use(*self.lora)  # an unreadable LoRA fails now
 
     @property
     def pipeline(self) -> Any:
