@@ -1,4 +1,4 @@
-"""A day on one GPU: checks, the sweep `sweeps/gpu_day.yaml`, and the work of each stage on the device.
+"""A day on one GPU: checks, the sweep `sweeps/gpu_day.yaml`, and the work of stages on the device.
 
 The steps are `airsweep doctor`, a smoke run, a plan with measured hours, the run, its table and
 report, and `device.py`. The output of each goes to a file in --out, and all of it to
@@ -54,7 +54,7 @@ def steps_of(arguments: Any) -> dict[str, list[str]]:
         "smoke": [*airsweep, "run", *sweep, *data, "--smoke"],
         "plan": [*airsweep, "plan", *sweep, *data],
         "run": [*airsweep, "run", *sweep, *data],
-        "table": [*airsweep, "table", *sweep],
+        "table": [*airsweep, "table", "gpu_day", "--store", arguments.store],
         "device": [sys.executable, str(ROOT / "benchmarks" / "device.py"), "--device", device],
     }
 

@@ -129,7 +129,7 @@ class WholeTexts:
     def encode(self, prompts: Tensor, classnames: tuple[str, ...]) -> Tensor:
         """See ContextEncoder."""
         ids, lead = self._ids(classnames, prompts.shape[1])  # (C, N), 0 at the context
-        packs = ids.split(max(1, PACK // len(prompts)))
+        packs = torch.split(ids, max(1, PACK // len(prompts)))
         if len(packs) == 1 or not torch.is_grad_enabled():
             return torch.cat([self._encode_pack(prompts, pack, lead) for pack in packs], dim=1)
         # Computed again for the gradient.

@@ -301,7 +301,7 @@ def read_adapter(adapter: Path, part: str) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _check_draws_from_text(kind: type, model: Path) -> None:
-    takes = inspect.signature(kind.__call__).parameters  # type: ignore[operator]
+    takes = inspect.signature(kind.__call__).parameters
     lacking = sorted(TEXT_TO_IMAGE - takes.keys())
     # Some pipelines can also edit an image; others need one although its default is None.
     may_edit = "image" in takes and type(None) in get_args(takes["image"].annotation)

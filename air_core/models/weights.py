@@ -247,7 +247,7 @@ def check_image_tower(name: str) -> None:
     """
     if name in components.BACKBONES:  # `airsweep plugin check` tests it
         return
-    vision = find_backbone(name).model["vision_cfg"]  # type: ignore[union-attr]
+    vision = find_backbone(name).model["vision_cfg"]
     timm = vision.get("timm_model_name")
     is_vit = isinstance(vision.get("layers", 0), int)  # a ResNet has a list
     if timm:

@@ -481,6 +481,11 @@ def _synthetic(spec: TrialSpec, unseen: Tensor | None, reader: ArtifactStore) ->
     row, tokens = spec.synthetic_features, spec.synthetic_tokens
     assert row is not None
     images = read_synthetic(row, spec.images_per_class, reader, classes, tokens)
+    if not len(images):
+        raise ValueError(
+            f"every image that {row.images.model.name} has drawn is blank; check generation.size, "
+            "num_inference_steps, guidance_scale and precision"
+        )
     if spec.images_from != "shifted_labels":
         return images
     present = torch.tensor(sorted(set(images.labels.tolist())))

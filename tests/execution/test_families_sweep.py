@@ -20,8 +20,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.integration]
 QUICK = {
     "images_per_class": 2, "generation.size": pipelines.SIZE, "generation.block": 2,
     "generation.num_inference_steps": 1, "lora.steps": 2, "lora.batch": 2, "lora.rounds": 1,
-    "initial_labels.k": 1, "evidence.draws": 1, "evidence.images": 4, "evidence.top": 2,
-    "iterations": 1, "train.steps": 5,
+    "initial_labels.k": 1, "evidence.images": 4, "evidence.top": 2, "evidence.block": 8,
+    "iterations": 1,
+    "train.steps": 5, "fidelity.kind": "none",
 }  # fmt: skip
 
 
@@ -32,15 +33,20 @@ def test_air_runs_with_a_model_of_each_family(tmp_path):
         one_each[json.loads((folder / "model_index.json").read_text())["_class_name"]] = folder
     assert one_each.keys() == FAMILIES.keys()
     models = json.dumps([str(folder) for folder in one_each.values()])
-    fixed = json.dumps({"method": "air", "dataset": "digits", **QUICK})
-    body = f"grid: {{generator: {models}}}\nfixed: {fixed}\nseeds: [1]\n"
+    fixed = json.dumps({"dataset": "digits", **QUICK})
+    body = f"""
+grid: {{method: [air, air_evidence], generator: {models}}}
+fixed: {fixed}
+overrides: [{{when: method == "air_evidence", set: {{evidence.draws: 1}}}}]
+seeds: [1]
+"""
     sweep, store = write_sweep(tmp_path, "families", body), tmp_path / "runs"
     airsweep("run", sweep, "--store", store)
     rows = json.loads(airsweep("table", sweep, "--store", store, "--format", "json").stdout)["rows"]
     assert {row["generator"] for row in rows} == {str(folder) for folder in one_each.values()}
     assert all(row["n"] == 1 for row in rows)
     plan = json.loads(airsweep("plan", sweep, "--store", store, "--json").stdout)
-    assert plan["trials"]["done"] == len(FAMILIES)
+    assert plan["trials"]["done"] == 2 * len(FAMILIES)
 
 
 def photographs(folder: Path) -> Path:
