@@ -19,34 +19,10 @@ pytestmark = [pytest.mark.ray, pytest.mark.integration]
 
 QUICK = {
     "images_per_class": 2, "generation.size": pipelines.SIZE, "generation.block": 2,
-    "generation.num_inference_steps": 1, "lora.steps": 2, "lora.batch": 2, "lora.rounds": 1,
+    "generation.num_inference_steps": 2, "lora.steps": 2, "lora.batch": 2, "lora.rounds": 1,
     "initial_labels.k": 1, "evidence.images": 4, "evidence.top": 2, "evidence.block": 8,
-    "iterations": 1,
-    "train.steps": 5, "fidelity.kind": "none",
+    "iterations": 1, "train.steps": 5, "fidelity.kind": "none",
 }  # fmt: skip
-
-
-def test_air_runs_with_a_model_of_each_family(tmp_path):
-    one_each: dict[str, Path] = {}
-    for build in MODELS:
-        folder = build(tmp_path / build.__name__)
-        one_each[json.loads((folder / "model_index.json").read_text())["_class_name"]] = folder
-    assert one_each.keys() == FAMILIES.keys()
-    models = json.dumps([str(folder) for folder in one_each.values()])
-    fixed = json.dumps({"dataset": "digits", **QUICK})
-    body = f"""
-grid: {{method: [air, air_evidence], generator: {models}}}
-fixed: {fixed}
-overrides: [{{when: method == "air_evidence", set: {{evidence.draws: 1}}}}]
-seeds: [1]
-"""
-    sweep, store = write_sweep(tmp_path, "families", body), tmp_path / "runs"
-    airsweep("run", sweep, "--store", store)
-    rows = json.loads(airsweep("table", sweep, "--store", store, "--format", "json").stdout)["rows"]
-    assert {row["generator"] for row in rows} == {str(folder) for folder in one_each.values()}
-    assert all(row["n"] == 1 for row in rows)
-    plan = json.loads(airsweep("plan", sweep, "--store", store, "--json").stdout)
-    assert plan["trials"]["done"] == 2 * len(FAMILIES)
 
 
 def photographs(folder: Path) -> Path:
@@ -60,6 +36,30 @@ def photographs(folder: Path) -> Path:
             image = Image.fromarray(coarse).resize((160, 120), Image.Resampling.BICUBIC)
             image.save(folder / name / f"{number}.jpg")
     return folder
+
+
+def test_air_runs_with_a_model_of_each_family(tmp_path):
+    one_each: dict[str, Path] = {}
+    for build in MODELS:
+        folder = build(tmp_path / build.__name__)
+        one_each[json.loads((folder / "model_index.json").read_text())["_class_name"]] = folder
+    assert one_each.keys() == FAMILIES.keys()
+    models = json.dumps([str(folder) for folder in one_each.values()])
+    data = photographs(tmp_path / "photographs")
+    fixed = json.dumps({"dataset": f"folder:{data}", **QUICK})
+    body = f"""
+grid: {{method: [air, air_evidence], generator: {models}}}
+fixed: {fixed}
+overrides: [{{when: method == "air_evidence", set: {{evidence.draws: 1}}}}]
+seeds: [1]
+"""
+    sweep, store = write_sweep(tmp_path, "families", body), tmp_path / "runs"
+    airsweep("run", sweep, "--store", store)
+    rows = json.loads(airsweep("table", sweep, "--store", store, "--format", "json").stdout)["rows"]
+    assert {row["generator"] for row in rows} == {str(folder) for folder in one_each.values()}
+    assert all(row["n"] == 1 for row in rows)
+    plan = json.loads(airsweep("plan", sweep, "--store", store, "--json").stdout)
+    assert plan["trials"]["done"] == 2 * len(FAMILIES)
 
 
 def test_a_gpu_day_makes_one_report_and_continues(tmp_path):
