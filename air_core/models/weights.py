@@ -49,7 +49,7 @@ VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken")  # of a to
 HUB_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 BACKBONES = (
     f"tiny, a folder with {CLIP_CONFIG}, <architecture>/<tag> such as ViT-B-32/openai, or "
-    "<architecture>@<weights file>, also <architecture>/<tag>@<weights file>"
+    "<architecture>[/<tag>]@<weights file>"
 )
 GENERATORS = f"tiny, a folder with {PIPELINE_CONFIG}, or owner/name of the Hugging Face hub"
 AGAIN = "download or copy it again"

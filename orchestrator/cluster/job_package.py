@@ -26,6 +26,7 @@ from orchestrator.planning import SweepRequest
 from orchestrator.planning.requests import project_of, relative_store_error
 from orchestrator.redact import contains_secret, without_credentials
 from orchestrator.spec import cells_of
+from orchestrator.spec.sweep import split_name
 from orchestrator.store import is_bucket, store_folder, user_name
 from orchestrator.store.buckets import parse
 from orchestrator.tracking_uri import uri_kind
@@ -191,8 +192,8 @@ def path_in_name(key: str, name: str) -> str | None:
         return name.removeprefix("folder:")
     if key.endswith("dataset"):
         return None
-    before, at, file = name.partition("@")
-    if key == "backbone" and at and "/" not in before:
+    before, file = split_name(name)
+    if key == "backbone" and before:
         return file
     is_path = name.startswith((".", "~", "/")) or name.count("/") > 1 or os.path.isdir(name)
     return name if is_path and name != "tiny" else None

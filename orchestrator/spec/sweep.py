@@ -382,8 +382,10 @@ def split_name(name: str) -> tuple[str, str]:
 
     >>> split_name("folder:photos"), split_name("ViT-B-32@clip.pt"), split_name("models/clip")
     (('folder:', 'photos'), ('ViT-B-32@', 'clip.pt'), ('', 'models/clip'))
+    >>> split_name("ViT-L-14/openai@clip.pt")
+    ('ViT-L-14/openai@', 'clip.pt')
     """
-    match = re.match(r"folder:|[^/@]+@", name)
+    match = re.match(r"folder:|[^/@.~][^/@]*(/[^/@]+)?@", name)
     before = match[0] if match else ""
     return before, name.removeprefix(before)
 
