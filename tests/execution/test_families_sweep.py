@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,10 @@ seeds: [1]
 """
     sweep, store = write_sweep(tmp_path, "families", body), tmp_path / "runs"
     airsweep("run", sweep, "--store", store)
-    rows = json.loads(airsweep("table", sweep, "--store", store, "--format", "json").stdout)["rows"]
-    assert {row["generator"] for row in rows} == {str(folder) for folder in one_each.values()}
-    assert all(row["n"] == 1 for row in rows)
+    rows = json.loads(airsweep("table", sweep, "--store", store, "--format", "json").stdout)
+    done = {(row["method"], row["settings"]["generator"]) for row in rows if row["n"] == 1}
+    names = [str(folder) for folder in one_each.values()]
+    assert done == {*product(("air", "air_evidence"), names)}
     plan = json.loads(airsweep("plan", sweep, "--store", store, "--json").stdout)
     assert plan["trials"]["done"] == 2 * len(FAMILIES)
 
