@@ -1,7 +1,7 @@
 """A day on one GPU: checks, the sweep `sweeps/gpu_day.yaml`, and the work of stages on the device.
 
-The steps are `airsweep doctor`, a smoke run, a plan with measured hours, the run, its table and
-report, and `device.py`. The output of each goes to a file in --out, and all of it to
+The steps are `airsweep doctor`, a smoke run, a plan with measured hours, the run, its table, and
+`device.py`. The output of each goes to a file in --out, and all of it to
 `report.md`, one file to attach to an issue. A step that has succeeded is not repeated, so after an
 interruption the same command continues.
 
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def steps_of(arguments: Any) -> dict[str, list[str]]:
     }
 
 
+@cache
 def card() -> str:
     """Name and memory of the GPU."""
     return subprocess.check_output(
