@@ -21,10 +21,9 @@ def is_plain(transformer: Any) -> bool:
 
 
 def weights_dtype(tower: Any) -> torch.dtype:
-    """The dtype in which a tower's blocks compute."""
-    block = tower.transformer.resblocks[0]
-    weights: Tensor = block.mlp.c_fc.weight
-    return weights.dtype
+    """The dtype in which a tower's blocks compute; norms and embeddings can be wider."""
+    dtypes: set[torch.dtype] = {weights.dtype for weights in tower.parameters()}
+    return min(dtypes, key=lambda dtype: dtype.itemsize)
 
 
 def run_blocks(

@@ -1,120 +1,64 @@
-"""Plugins for tests: the strategy of docs/extending.md, a learner, a dataset and models."""
+"""Plugins for tests: those of docs/extending.md, a generator and a search."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
 
 from tests.helpers.documents import ROOT, blocks
 
 PAGE = ROOT / "docs" / "extending.md"
-MARGIN = next(block.text for block in blocks(PAGE) if block.file == "margin.py")
-
-TIP_ADAPTER = '''"""Tip-Adapter-F: a learned cache of image features (Zhang et al. 2022)."""
-
-from __future__ import annotations
-
-from dataclasses import dataclass
-
-import torch
-from torch.nn import Parameter
-
-from air_core.classifiers import class_texts
-from air_core.components import LEARNERS, setting
+EXAMPLES = {block.file: block.text for block in blocks(PAGE) if block.file}
+MARGIN, TIP_ADAPTER = EXAMPLES["margin.py"], EXAMPLES["tip_adapter.py"]
 
 
-@dataclass(frozen=True)
-class TipAdapter:
-    keys: int = setting(8, "images of each class in the cache", ge=1)
-    weight: float = setting(1.0, "of the cache, beside the text of the classes", ge=0)
-    sharpness: float = setting(5.5, "of the similarity to a key", gt=0)
+def saved_dataset(folder: Path, places: Sequence[tuple[int, int]]) -> str:
+    """The example of a dataset, which reads squares and discs at these places from a folder."""
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+    from PIL import Image as images
+    from PIL import ImageDraw
+
+    drawn = []
+    for left, top in places:
+        for label, shape in enumerate(("rectangle", "ellipse")):
+            image = images.new("RGB", (24, 24))
+            box = (left, top, left + 10, top + 10)
+            getattr(ImageDraw.Draw(image), shape)(box, fill="white")
+            drawn.append({"image": image, "label": label})
+    names = ClassLabel(names=["square", "disc"])
+    features = Features({"image": Image(), "label": names})
+    splits = {"train": drawn[:-12], "validation": drawn[-12:-8], "test": drawn[-8:]}
+    saved = {name: Dataset.from_list(rows, features) for name, rows in splits.items()}
+    DatasetDict(saved).save_to_disk(folder)
+    return EXAMPLES["saved_dataset.py"].replace("/shared/data/pets", str(folder))
 
 
-@LEARNERS.add("tip_adapter", settings=TipAdapter, summary="a learned cache of image features")
-class TipAdapterLearner:
-    def __init__(self, settings, backbone, classnames, template, seed):
-        self.settings, self.scale = settings, backbone.logit_scale
-        self.texts = class_texts(backbone, classnames, template).cpu()  # (C, D)
-        self.keys = Parameter(self.texts[:, None].repeat(1, settings.keys, 1))  # (C, K, D)
+def saved_clip(folder: Path) -> str:
+    """The example of a backbone, which reads a small random CLIP from a folder."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionConfig
 
-    def start_from(self, batch, targets):
-        for keys, target in zip(self.keys.data, targets.T):
-            best = target.topk(min(len(keys), int((target > 0).sum()))).indices
-            keys[: len(best)] = batch.features[best]
+    from tests.helpers.pipelines import text_config, tokenizer
 
-    def logits(self, batch):
-        similarity = torch.einsum("nd,ckd->nck", batch.features, self.keys)
-        cache = (self.settings.sharpness * (similarity - 1)).exp().mean(dim=-1)  # (N, C)
-        return self.scale * (batch.features @ self.texts.T + self.settings.weight * cache)
-
-    @property
-    def prompt(self):
-        return self.keys
-'''
-
-SHAPES = '''"""Squares and discs of 24 pixels, from a file with a line for each image."""
-
-from __future__ import annotations
-
-from pathlib import Path
-
-import numpy as np
-from PIL import Image, ImageDraw
-
-from air_core.components import DATASETS
-from air_core.datasets import Dataset, Examples
-
-NAMES = ("square", "disc")
-FILE = Path({file!r})
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        image_size=24, patch_size=8,
+    )  # fmt: skip
+    config = CLIPConfig(text_config=text_config(16), vision_config=vision, projection_dim=16)
+    CLIPModel(config).save_pretrained(folder)
+    size = {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}}
+    CLIPImageProcessor(**size).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return EXAMPLES["saved_clip.py"].replace("/shared/models/clip-vit-base-patch32", str(folder))
 
 
-def drawn(line):
-    shape, left, top = line.split()
-    image = Image.new("RGB", (24, 24))
-    box = (int(left), int(top), int(left) + 10, int(top) + 10)
-    draw = ImageDraw.Draw(image)
-    (draw.rectangle if shape == "square" else draw.ellipse)(box, fill="white")
-    return image
-
-
-def load(root):
-    lines = FILE.read_text().splitlines()
-    labels = np.array([NAMES.index(line.split()[0]) for line in lines])
-    return Examples([drawn(line) for line in lines], labels, np.full(len(lines), "free"))
-
-
-@DATASETS.add("shapes", summary="squares and discs")
-def shapes():
-    return Dataset(
-        name="shapes",
-        about="squares and discs",
-        classnames=NAMES,
-        template="a drawing of a {{}}",
-        recipe=1,
-        source="drawn",
-        licence="none",
-        files=lambda root: [FILE],
-        load=load,
-    )
-'''
-
-MODELS = '''"""A backbone and a generator: the tiny CLIP, and noise of one colour for each class."""
+NOISE = '''"""A generator of noise."""
 
 from __future__ import annotations
 
 import torch
 
-from air_core.backbone.loading import load_backbone
-from air_core.components import BACKBONES, GENERATORS
+from air_core.components import GENERATORS
 from air_core.diffusion import image_seed
-from air_core.models.weights import tiny_folder
-
-
-@BACKBONES.add("my_clip", summary="the tiny CLIP")
-class MyClip:
-    def __new__(cls, device, precision):
-        return load_backbone(tiny_folder(), device, precision)
-
-    @staticmethod
-    def files():
-        return [tiny_folder() / "open_clip_model.safetensors"]
 
 
 @GENERATORS.add("noise", summary="noise")

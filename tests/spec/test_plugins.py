@@ -197,8 +197,8 @@ def test_plugin_check_runs_the_contract_of_a_learner(command, tmp_path):
     file.write_text(TIP_ADAPTER)
     code, out, err = command("plugin", "check", file)
     assert code == 0, err
-    assert "prompt.tip_adapter.keys: 8  (a whole number >= 1)" in out
-    file.write_text(TIP_ADAPTER.replace("self.keys)", "self.keys.detach())"))
+    assert "prompt.tip_adapter.keys: 16  (a whole number >= 1)" in out
+    file.write_text(TIP_ADAPTER.replace("self.keys.to(", "self.keys.detach().to("))
     code, _, err = command("plugin", "check", file)
     assert code == 2
     assert "modality 'tip_adapter': `logits` must be differentiable in `prompt`" in err

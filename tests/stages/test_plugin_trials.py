@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.functional import normalize
+from transformers import CLIPModel
 
+from air_core.backbone.loading import load_backbone
+from air_core.datasets import get_dataset
 from air_core.specs import Ref, TrialSpec
 from orchestrator.keys import artifact_key
 from orchestrator.planning import Resolver, requirements_of
 from orchestrator.planning.plan import build_level
 from orchestrator.planning.resolve import InvalidSetting
-from orchestrator.plugins import use_plugins
+from orchestrator.plugins import read_plugin, use_plugins
 from orchestrator.reporting.bundles import export
 from orchestrator.reporting.selection import SelectedTrial
 from orchestrator.spec import cells_of, load_sweep
@@ -26,7 +31,7 @@ from orchestrator.stages.side_by_side import run_trials
 from orchestrator.stages.trial import run_trial
 from orchestrator.store import ArtifactStore, TrialRecord
 from orchestrator.store.checkpoints import Segments
-from tests.helpers.plugins import MODELS, SHAPES, TIP_ADAPTER
+from tests.helpers.plugins import NOISE, TIP_ADAPTER, saved_clip, saved_dataset
 from tests.helpers.sweeps import write_sweep
 from tests.stages.test_any_trial import build
 
@@ -52,10 +57,11 @@ def worker(features, tmp_path) -> WorkerContext:
     return WorkerContext(ArtifactStore(Path(shutil.copytree(features, tmp_path / "runs"))))
 
 
-def sweep(folder: Path, code: str, settings: str) -> dict[str, Any]:
-    """Flat settings of the only cell of a sweep with a plugin, for a seed."""
+def sweep(folder: Path, code: str, settings: str, *others: str) -> dict[str, Any]:
+    """Flat settings of the only cell of a sweep with plugins, for a seed."""
     (folder / "mine.py").write_text(code)
-    spec = write_sweep(folder, "mine", f"plugins: [mine.py]\nfixed: {{{settings}, {QUICK}}}\n")
+    plugins = ", ".join(["mine.py", *others])
+    spec = write_sweep(folder, "mine", f"plugins: [{plugins}]\nfixed: {{{settings}, {QUICK}}}\n")
     [cell] = cells_of(load_sweep(spec))
     return {**cell.flat, "seed": 1}
 
@@ -89,23 +95,21 @@ def test_a_stopped_trial_with_a_learner_of_a_plugin_resumes(worker, resolver, fe
     assert torch.equal(one, two)
 
 
-def test_a_dataset_of_a_plugin_is_encoded_under_the_digests_of_its_files_and_its_code(
-    tmp_path, command
-):
-    lines = [f"{shape} {x} {y}" for shape in ("square", "disc") for x in range(6) for y in range(6)]
-    file = tmp_path / "shapes.txt"
-    file.write_text("\n".join(lines))
-    code = SHAPES.format(file=str(file))
+def test_a_saved_dataset_is_encoded_under_the_digests_of_its_files_and_its_code(tmp_path, command):
+    places = [(x, y) for x in range(6) for y in range(6)]
+    code = saved_dataset(tmp_path / "saved", places)
     worker = WorkerContext(ArtifactStore(tmp_path / "runs"))
 
     def spec(code: str) -> TrialSpec:
         resolver = Resolver(tmp_path / "digests.json", None)
-        return resolver.trial(sweep(tmp_path, code, "dataset: shapes, method: pseudo"))
+        return resolver.trial(sweep(tmp_path, code, "dataset: pets, method: pseudo"))
 
     first = spec(code)
     build_features(first.features, worker)
     record = run_trial(first, worker.store)
     assert record.metrics["test/accuracy"] >= 0
+    parts = Counter(get_dataset("pets").load(None).parts.tolist())
+    assert parts == {"train": 60, "val": 4, "test": 8}
     other = Ref(name="digits", digest="digits")
     edited = spec(code + "# edited\n")
     transfers = [
@@ -114,32 +118,54 @@ def test_a_dataset_of_a_plugin_is_encoded_under_the_digests_of_its_files_and_its
     assert artifact_key(transfers[0]) != artifact_key(transfers[1])
     assert artifact_key(edited.features) != artifact_key(first.features)
     assert edited.dataset == first.dataset
-    file.write_text("\n".join(lines[:-1]))
-    assert spec(code).dataset.digest != first.dataset.digest
     assert command("plugin", "check", tmp_path / "mine.py")[0] == 0
+    shutil.rmtree(tmp_path / "saved")
+    saved_dataset(tmp_path / "saved", places[1:])
+    assert spec(code).dataset.digest != first.dataset.digest
 
 
-def test_a_backbone_and_a_generator_of_a_plugin_make_features_and_images(tmp_path, command):
-    file = tmp_path / "shapes.txt"
-    file.write_text("\n".join(f"{shape} {x} 3" for shape in ("square", "disc") for x in range(12)))
-    code, worker = SHAPES.format(file=str(file)), WorkerContext(ArtifactStore(tmp_path / "runs"))
-    settings = "dataset: shapes, method: air, backbone: my_clip, generator: noise, lora: null"
-    small = ", generation.size: 24, generation.block: 2, images_per_class: 4"
+def test_a_saved_clip_and_a_generator_of_a_plugin_make_features_and_images(tmp_path, command):
+    settings = "dataset: pets, method: air, backbone: saved_clip, generator: noise, lora: null"
+    small = ", prompt.length: 4, generation.size: 24, generation.block: 2, images_per_class: 4"
+    worker = WorkerContext(ArtifactStore(tmp_path / "runs"))
+    files = {
+        "pets.py": saved_dataset(tmp_path / "saved", [(x, 3) for x in range(12)]),
+        "clip.py": saved_clip(tmp_path / "clip"),
+    }
+    for name, code in files.items():
+        (tmp_path / name).write_text(code)
 
     def spec(models: str) -> TrialSpec:
-        both = code + models.replace("from __future__ import annotations", "")
-        flat = sweep(tmp_path, both, settings + small)
+        flat = sweep(tmp_path, models, settings + small, "pets.py", "clip.py")
         return Resolver(tmp_path / "digests.json", None).trial(flat)
 
-    first = spec(MODELS)
+    first = spec(NOISE)
     for requirement in sorted(requirements_of([first]), key=lambda one: build_level(one.spec)):
         build(requirement, worker)
     assert run_trial(first, worker.store).metrics["synthetic/images"] == 8
-    edited = spec(MODELS + "# edited\n")
-    for one, other in ((first.features, edited.features), (first.images, edited.images)):
-        assert artifact_key(one) != artifact_key(other)
+    edited = spec(NOISE + "# edited\n")
+    assert artifact_key(first.images) != artifact_key(edited.images)
+    assert artifact_key(first.features) == artifact_key(edited.features)
+    (tmp_path / "clip.py").write_text(files["clip.py"] + "# edited\n")
+    assert artifact_key(first.features) != artifact_key(spec(NOISE).features)
     settings = settings.replace("lora: null", "lora.rank: 2")
     with pytest.raises(InvalidSetting, match="generator 'noise' is of a plugin, so it has neither"):
-        spec(MODELS)
-    code, _, err = command("plugin", "check", tmp_path / "mine.py")
-    assert code == 0, err
+        spec(NOISE)
+    for file in ("mine.py", "clip.py"):
+        code, _, err = command("plugin", "check", tmp_path / file)
+        assert code == 0, err
+
+
+def test_a_saved_clip_encodes_texts_as_transformers_does(tmp_path):
+    (tmp_path / "clip.py").write_text(saved_clip(tmp_path / "saved"))
+    use_plugins([read_plugin("clip.py", tmp_path)])
+    backbone = load_backbone("saved_clip")
+    names, texts = ["square", "blue disc"], ["a red square", "a red blue disc"]
+    words = backbone.tokenizer.tokenizer("a red", add_special_tokens=False).input_ids
+    context = backbone.model.token_embedding(torch.tensor(words))
+    clip = CLIPModel.from_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        ids = backbone.tokenizer(texts)
+        expected = normalize(clip.get_text_features(ids).pooler_output, dim=-1)
+    torch.testing.assert_close(backbone.encode_texts(texts), expected)
+    torch.testing.assert_close(backbone.encode_context(context, names), expected)
