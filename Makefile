@@ -3,10 +3,10 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 RUFF_PATHS := air_core orchestrator tests benchmarks
 PYTEST := $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-NOT_HERE := not gpu and not weights
+NOT_HERE := not gpu and not weights and not exhaustive
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help quickstart test integration check pytest types format golden gpu-day tiny-world
+.PHONY: help quickstart test integration exhaustive check pytest types format golden gpu-day tiny-world
 
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -19,6 +19,9 @@ test: .venv/done        ## set up, then check all that one machine can show, in 
 
 integration: .venv/done ## set up, then test on several machines, real servers and browsers
 	$(PYTEST) -m "integration and $(NOT_HERE)"
+
+exhaustive: .venv/done  ## every case of tests of which CI runs some: each kill point, 2,000 edited sweeps
+	$(PYTEST) -m exhaustive
 
 check:          ## `make test` in an environment that exists: format, lint, types, imports, tests
 	$(BIN)/ruff format --check $(RUFF_PATHS)

@@ -70,10 +70,10 @@ def new_store(folder: Path, database: Path) -> Path:
     return folder
 
 
-FEW = 2
+FEW = 4
 
 
-@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.integration)])
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_a_sweep_killed_at_any_event_and_resumed_has_the_results_of_an_undisturbed_one(
     spec, calm, trivial, database, tmp_path, every
 ):
@@ -94,7 +94,7 @@ def test_a_sweep_killed_at_any_event_and_resumed_has_the_results_of_an_undisturb
         shutil.rmtree(store)
 
 
-@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.integration)])
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_a_sweep_on_a_full_disk_stops_and_resumes_to_the_results_of_an_undisturbed_one(
     spec, calm, trivial, tmp_path, every
 ):

@@ -169,7 +169,7 @@ def exit_code_and_error(file: Path, store: Path) -> tuple[int, str]:
     return 0, errors.getvalue()
 
 
-@pytest.mark.parametrize("edits", [150, pytest.param(2_000, marks=pytest.mark.integration)])
+@pytest.mark.parametrize("edits", [150, pytest.param(2_000, marks=pytest.mark.exhaustive)])
 def test_an_edited_sweep_file_is_planned_or_refused_with_a_position(edits, tmp_path):
     file, codes, slowest = tmp_path / "x.yaml", Counter[int](), 0.0
 
