@@ -58,7 +58,7 @@ def aligned_table(lines: Sequence[Mapping[str, str]], width: int) -> list[str]:
     return aligned([[*lines[0]], *([*line.values()] for line in lines)], width)
 
 
-_NUMBER = re.compile(r"[-+<\[ ]*\d[\d .,:±%\[\]+†‡↓e-]*")
+_NUMBER = re.compile(r"[-+<\[* ]*\d[\d .,:±%\[\]+†‡↓e-]*")
 
 
 def are_numbers(cells: Iterable[str]) -> bool:

@@ -230,10 +230,12 @@ def test_the_commands_that_a_smoke_run_prints_find_its_results(tmp_path, command
     def words(first: str, end: str) -> list[str]:
         return shlex.split(printed[printed.index(first) :].partition(end)[0])[1:]
 
-    code, out, _ = command(*words("airsweep table", " browse"))
+    code, out, _ = command(*words("airsweep table", " the table"))
     assert code == 0
     assert "zero_shot" in out
-    assert "nothing to do" in command(*words("airsweep run", ": nothing to do"))[2]
+    whole = words("airsweep run", " the whole sweep")
+    assert "nothing to do" in command(*whole, "--smoke")[2]
+    assert "3 trials" in command(*["plan", *whole[1:]])[1]
     assert not (tmp_path / "runs-smoke-smoke").exists()
     code, _, err = command("table", "two", "--store", tmp_path / "runs")
     assert code == 2

@@ -13,7 +13,6 @@ from orchestrator.cli.common import (
     STORE,
     DataOption,
     JsonOption,
-    NameArgument,
     StoreOption,
     SweepResults,
     fail,
@@ -21,7 +20,7 @@ from orchestrator.cli.common import (
     read_results,
 )
 from orchestrator.errors import DONE, GATE
-from orchestrator.formatting import show
+from orchestrator.formatting import aligned, show
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,7 +33,15 @@ app = typer.Typer()
 
 @app.command()
 def compare(
-    name: NameArgument,
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="NAME",
+            help="Recorded sweep: NAME, PROJECT/NAME or its sweep file. Without it, papers and "
+            "recorded sweeps are listed.",
+            show_default=False,
+        ),
+    ] = None,
     paper: Annotated[
         str | None,
         typer.Option(
@@ -75,8 +82,11 @@ def compare(
     from air_core.bundle.checks import CLASSIFIERS
     from orchestrator.reporting.published import compare_with_paper, compare_with_sweep, find_paper
 
+    if name is None:
+        show("\n".join(_choices(store)))
+        return
     if (paper is None) == (against is None):
-        fail("give either --paper NAME or --against OTHER")
+        fail("give either --paper NAME or --against OTHER; `airsweep compare` lists both")
     if fail_on not in (None, "regress"):
         fail(f"unknown --fail-on {fail_on!r}; allowed: regress")
     if metric not in (None, *CLASSIFIERS):
@@ -95,6 +105,18 @@ def compare(
     else:
         show("\n".join(_screen(name, ours, comparison)))
     sys.exit(GATE if fail_on and comparison.has_regression else DONE)
+
+
+def _choices(store: str) -> Iterator[str]:
+    """The papers with published numbers, and the sweeps of a store."""
+    from orchestrator.reporting.published import find_paper, paper_names
+    from orchestrator.store import open_store
+
+    yield "papers (--paper):"
+    papers = [(name, find_paper(name).title or "") for name in paper_names()]
+    yield from (f"  {line}" for line in aligned(papers))
+    yield f"sweeps of {store} (NAME, --against):"
+    yield from (f"  {'/'.join(pair)}" for pair in open_store(store).backend.sweeps())
 
 
 def _read_finished(

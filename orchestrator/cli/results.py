@@ -26,10 +26,17 @@ from orchestrator.cli.common import (
     recorded_sweep,
     results_store,
 )
-from orchestrator.formatting import aligned, format_interval, format_percent, format_time, show
+from orchestrator.formatting import (
+    aligned,
+    format_interval,
+    format_percent,
+    format_time,
+    format_value,
+    show,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 app = typer.Typer()
 
@@ -115,6 +122,9 @@ def logs(
             help="Only events of this trial (slot, or beginning of its key), cell or artifact.",
         ),
     ] = None,
+    blocks: Annotated[
+        bool, typer.Option("--blocks", help="A line for each block of images, features or errors.")
+    ] = False,
     store: StoreOption = STORE,
     as_json: JsonOption = False,
 ) -> None:
@@ -136,8 +146,26 @@ def logs(
                 "trial's key, a cell or an artifact, as "
                 f"`{results_command('logs', location)}` shows them"
             )
-    for event in events:
-        show(json.dumps(event) if as_json else _event_line(event))
+    if as_json:
+        for event in events:
+            show(json.dumps(event))
+        return
+    for event in events if blocks else _joined_blocks(events):
+        show(_event_line(event))
+
+
+def _joined_blocks(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The events, those of an artifact's blocks in one run as one event at the time of the last."""
+    run, joined = 0, dict[Any, dict[str, Any]]()
+    for number, event in enumerate(events):
+        run += event["event"] == "sweep_started"
+        if event["event"] != "artifact_prepared":
+            joined[number] = event
+            continue
+        before = joined.pop((run, event["key"]), {"seconds": 0.0, "blocks": 0})
+        seconds, count = before["seconds"] + event["seconds"], before["blocks"] + 1
+        joined[run, event["key"]] = {**event, "seconds": seconds, "blocks": count}
+    return [*joined.values()]
 
 
 def _is_of(event: dict[str, Any], name: str) -> bool:
@@ -160,7 +188,9 @@ def _event_line(event: dict[str, Any]) -> str:
         words += [", ".join(_names(event))]
     if "failure_class" in event:
         words.append(f"{event['failure_class']}: {event['message']}")
-    words += [f"{name} {event[name]}" for name in SHOWN_FIELDS if name in event]
+    if event.get("blocks", 1) > 1:
+        words.append(f"blocks {event['blocks']}")
+    words += [f"{name} {format_value(event[name])}" for name in SHOWN_FIELDS if name in event]
     return "  ".join(filter(None, words)).rstrip()
 
 
@@ -177,6 +207,14 @@ def table(
         str,
         typer.Option("--format", metavar="FORMAT", help="Output format: md, csv, json or latex."),
     ] = "md",
+    columns: Annotated[
+        str,
+        typer.Option(
+            metavar="COLUMNS",
+            help="Columns in Markdown: fit, those that fit 100 characters; or all. Other formats "
+            "have all.",
+        ),
+    ] = "fit",
     row_keys: Annotated[
         str | None,
         typer.Option(
@@ -214,13 +252,15 @@ def table(
 
     if form not in tables.FORMATS:
         fail(f"unknown --format {form!r}; allowed: {', '.join(tables.FORMATS)}")
+    if columns not in tables.COLUMN_SETS:
+        fail(f"unknown --columns {columns!r}; allowed: {', '.join(tables.COLUMN_SETS)}")
     recorded = read_results(name, results_store(store, smoke), data_root)
     note_options(recorded.location)
     if left := recorded.plan.to_run:
         have = results_text(recorded.plan.results)
         show(f"note: {left} of {recorded.plan.total} trials left to run; {have}", file=sys.stderr)
     if row_keys is None and column_keys is None and metric is None:
-        show(tables.table(recorded.results, form))
+        show(tables.table(recorded.results, form, columns))
         return
     if not recorded.results.rows:
         raise ValueError(no_results_message(name, recorded))
@@ -237,20 +277,25 @@ def _split(option: str | None) -> list[str] | None:
 def report(
     name: NameArgument,
     output: Annotated[
-        Path, typer.Option("-o", "--output", "--out", metavar="FILE", help="HTML file to write.")
-    ],
+        Path | None,
+        typer.Option(
+            "-o", "--output", "--out", metavar="FILE", help="HTML file to write [NAME.html]."
+        ),
+    ] = None,
     store: StoreOption = STORE,
     smoke: SmokeResultsOption = False,
     data_root: DataOption = None,
 ) -> None:
     """Write a report of a sweep, as one self-contained HTML file.
 
-    airsweep report quickstart -o report.html
+    airsweep report quickstart
 
     airsweep report vision/digits_main -o digits.html --store /shared/runs
     """
+    location = location_named(name, results_store(store, smoke))
+    output = output or Path(f"{location.name}.html")
     file = api.report(name, output, store=store, data_root=data_root, smoke=smoke)
-    note_options(location_named(name, results_store(store, smoke)))
+    note_options(location)
     show(f"{output}  {file.stat().st_size / 1e6:.1f} MB", file=sys.stderr)
 
 

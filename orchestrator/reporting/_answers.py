@@ -67,10 +67,10 @@ def _answers(comparisons: Sequence[Comparison]) -> Iterator[str]:
 
 
 def _single_answer(c: Comparison) -> str:
-    text = f"{ANSWERS[c.verdict].capitalize()}: {c.text} points, {c.significance}"
+    text = f"{ANSWERS[c.verdict].capitalize()}: {c.text} points"
     if c.verdict == "not significant":
-        text += f"; detectable from {format_percent(c.detectable)} points"
-    return text
+        return f"{text}; detectable from {format_percent(c.detectable)}"
+    return f"{text}, {c.significance}"
 
 
 def _joint_answer(comparisons: Sequence[Comparison]) -> str:

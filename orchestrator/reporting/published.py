@@ -146,6 +146,11 @@ class Paper:
 _FILE = TypeAdapter(Paper)
 
 
+def paper_names() -> list[str]:
+    """The papers that ship with airsweep."""
+    return sorted(file.stem for file in PAPERS.glob("*.yaml"))
+
+
 def find_paper(name_or_path: str) -> Paper:
     """Read a paper by the name of one that ships with airsweep, or by the path of a file.
 
@@ -156,10 +161,9 @@ def find_paper(name_or_path: str) -> Paper:
     if len(path.parts) == 1 and path.suffix not in (".yaml", ".yml"):
         path = PAPERS / f"{name_or_path}.yaml"
         if not path.is_file():
-            names = sorted(file.stem for file in PAPERS.glob("*.yaml"))
             raise SpecError(
                 f"--paper {name_or_path}: no such paper; "
-                f"{allowed_choices(name_or_path, names)}, or a file"
+                f"{allowed_choices(name_or_path, paper_names())}, or a file"
             )
     document = read(path)
     if document.value is None:

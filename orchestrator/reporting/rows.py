@@ -722,9 +722,15 @@ def significance_notes(comparisons: Sequence[Comparison], *, marks: bool = True)
         signs = ", ".join(f"{MARKS[role]} from {names[role]}" for role in MARKS if role in roles)
         worse = f" ({WORSE} below it)" if any(c.mark.endswith(WORSE) for c in comparisons) else ""
         notes = [f"Significantly different: {signs}{worse} (p < {ALPHA:g}{over})."]
-    if all("1 split" in c.difference.interval for c in comparisons):
-        notes.append("With one split, significance holds for that split and its images only.")
-    return notes
+    return [*notes, *one_split_notes(comparisons)]
+
+
+def one_split_notes(comparisons: Sequence[Comparison]) -> list[str]:
+    """A sentence if all tested differences are of one split."""
+    tested = [c for c in comparisons if c.is_tested]
+    if not tested or not all("1 split" in c.difference.interval for c in tested):
+        return []
+    return ["With one split, significance holds for that split and its images only."]
 
 
 def untested_notes(comparisons: Sequence[Comparison]) -> list[str]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
 
 from air_core.methods import METHODS
+from air_core.specs import STAGES
 from air_core.specs.flat import to_flat
 from orchestrator.failures import CLASSES
 from orchestrator.formatting import format_bytes, format_duration, format_value, plural
@@ -28,6 +29,7 @@ from orchestrator.planning.plan import RESULT_STATES, STAGE_TITLES
 from orchestrator.planning.recorded import read_sweep
 from orchestrator.planning.requests import results_command, run_command
 from orchestrator.planning.resolve import resolver_of, with_model_defaults
+from orchestrator.planning.studies import read_searches
 from orchestrator.reporting.results import (
     SweepStatus,
     holes_text,
@@ -35,16 +37,10 @@ from orchestrator.reporting.results import (
     results_of,
     sweep_status,
 )
-from orchestrator.reporting.summary import (
-    export_step,
-    next_steps,
-    run_facts,
-    summary,
-    sweep_title,
-)
+from orchestrator.reporting.summary import NEXT, next_steps, run_facts, summary, sweep_title
 from orchestrator.spec import SweepSpec, cells_of, notes_of, presets
 from orchestrator.spec.space import default_params
-from orchestrator.store import SweepLocation
+from orchestrator.store import SweepLocation, read_outcome
 
 # ---------------------------------------------------------------- plan
 
@@ -173,6 +169,8 @@ def status_report(location: SweepLocation) -> dict[str, Any]:
             {"artifact": key, "class": event["failure_class"], "message": event["message"]}
             for key, event in status.failed_artifacts.items()
         ],
+        "ended_searches": _ended_searches(location),
+        "last_run": _last_run(location, status),
     }
 
 
@@ -190,6 +188,41 @@ def _unused(location: SweepLocation) -> dict[str, UnusedImages]:
         return unused_by_dataset(trials, location.store)
     except (ValueError, OSError):
         return {}
+
+
+def _ended_searches(location: SweepLocation) -> list[dict[str, Any]]:
+    """The cells whose search ended early because of its `patience`, with its points."""
+    with suppress(ValueError, OSError):
+        sweep, _ = read_sweep(location, location.data_root)
+        search = sweep.search
+        if search is not None and search.patience is not None:
+            history = read_searches(location.event_log())
+            points_of = {c.id: history.points(c, search) for c in cells_of(sweep) if c.space}
+            return [
+                {"cell": cell, "points": points, "of": search.points, "patience": search.patience}
+                for cell, points in points_of.items()
+                if points < search.points
+            ]
+    return []
+
+
+def _last_run(location: SweepLocation, status: SweepStatus) -> dict[str, Any] | None:
+    """Work, time and memory of the last run, from its outcome; None: it has none."""
+    outcome = read_outcome(location)
+    run = outcome.get("run")
+    if not run:
+        return None
+    overheads = run.get("overheads") or [None]
+    return {
+        "seconds": outcome["seconds"],
+        "trials": status.last_run["done"],
+        "phases": run.get("walls", {}),  # seconds
+        "overhead": overheads[0] and sum(overheads) / len(overheads),  # seconds of a point
+        "memory": run.get("memory", 0),  # bytes; 0: unknown
+        "memory_of": run.get("memory_of", ""),
+        "images": {name: run[name] for name in ("drawn", "redrawn", "holes")},
+        "recognised": run.get("shares", {}),  # by CLIP, of the groups of the contact sheet
+    }
 
 
 def _waiting(status: SweepStatus, location: SweepLocation) -> dict[str, Any] | None:
@@ -241,7 +274,44 @@ def status_screen(content: dict[str, Any]) -> str:
     ).items():
         lines.append(f"  failed    {count} x {name}: {message}")
         lines.append(f"              {CLASSES[name].remedy}")
+    for ended in content["ended_searches"]:
+        lines.append(
+            f"  search    {ended['cell']}: ended after {ended['points']} of {ended['of']} points, "
+            f"no improvement in the last {ended['patience']} or more"
+        )
+    if content["last_run"]:
+        lines += _last_run_lines(content["last_run"])
     return "\n".join(lines)
+
+
+PHASES = {spec.stage: spec.stage for spec in STAGES} | {"lora": "LoRA"}
+
+
+def _last_run_lines(run: Mapping[str, Any]) -> Iterator[str]:
+    phases, images = run["phases"], run["images"]
+    if phases:
+        drawn = ""
+        if images["drawn"] + images["holes"]:
+            drawn = (
+                f", drew {images['drawn']} images in whole blocks "
+                f"({images['redrawn']} redrawn, {images['holes']} given up)"
+            )
+        yield f"  last run  computed {plural(run['trials'], 'trial')}{drawn}"
+        named = [f"{PHASES[of]} {format_duration(phases[of])}" for of in PHASES if of in phases]
+        rest = max(0.0, run["seconds"] - sum(phases.get(stage, 0.0) for stage in PHASES))
+        yield (
+            f"            {format_duration(run['seconds'])}: {'  '.join(named)}  "
+            f"rest {format_duration(rest)}"
+        )
+        overhead = run["overhead"]
+        each = "" if overhead is None else f"{overhead:.2f} s overhead per point on warm actors; "
+        of = f" of the {run['memory_of']}" if run["memory_of"] else ""
+        yield f"            {each}peak{of} {format_bytes(run['memory'])}"
+    if run["recognised"]:
+        groups = ", ".join(
+            f"{name} {share:.0%}" for name, share in sorted(run["recognised"].items())
+        )
+        yield f"  images    CLIP recognises {groups} of the contact sheet"
 
 
 # ---------------------------------------------------------------- the end of a run
@@ -255,7 +325,6 @@ def summary_screen(sweep: SweepSpec, location: SweepLocation) -> str:
     location = replace(location, recorded=True)
     plan = plan_of(sweep, location)
     results, table = results_of(plan, location.store), results_command("table", location)
-    steps = [*next_steps(plan, location), *export_step(results, location)]
-    facts = [*run_facts(plan, location), *steps]
     width = min(WIDEST, max(NARROWEST, shutil.get_terminal_size((WIDEST, 24)).columns))
+    facts = [*run_facts(plan, location), (NEXT, next_steps(plan, location, results, width))]
     return summary(sweep_title(plan), results, facts, width=width, table=table)

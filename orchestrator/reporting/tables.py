@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.formatting import format_interval, format_percent, format_value
-from orchestrator.reporting._layouts import Layout, csv_text, drop_empty_columns, render
+from orchestrator.reporting._layouts import Layout, csv_text, drop_empty_columns, markdown, render
 from orchestrator.reporting.rows import (
     EMPTY,
     FIELDS,
@@ -41,6 +41,10 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 FORMATS = ("md", "csv", "json", "latex")
+COLUMN_SETS = ("fit", "all")
+WIDTH = 100  # characters of a line
+# Columns in the order in which they are left out of a table that is wider.
+SPARE = ("n_test", "pseudo-labels", "auxiliary", "95 %", "fused", "n")
 TASK = ("dataset", "paradigm", "modality")  # columns; left out if all rows have the same value
 TESTED = ("text", "fused", "auxiliary")  # classifiers that a trial tests on the same images
 AGREEMENT = "objective/agreement_text"
@@ -144,8 +148,13 @@ def column_notes(header: Collection[str]) -> list[str]:
 # ---------------------------------------------------------------- one line per row
 
 
-def table(results: Results, format: str) -> str:
-    """The table in one of `FORMATS`, without a newline at the end."""
+def table(results: Results, format: str, columns: str = "all") -> str:
+    """The table in one of `FORMATS`, without a newline at the end.
+
+    Args:
+        columns: `all`, or `fit`: in Markdown, a table of rows with those columns that fit `WIDTH`
+            characters, and one of differences.
+    """
     match format:
         case "json":
             return json.dumps(as_json(results), indent=2, allow_nan=False)
@@ -153,6 +162,8 @@ def table(results: Results, format: str) -> str:
             return _csv(results)
         case _ if not results.rows:
             return f"% {EMPTY}" if format == "latex" else f"{EMPTY.capitalize()}."
+        case "md" if columns == "fit":
+            return "\n\n".join(map(markdown, _fitted(results)))
         case _:
             return render(table_layout(results), format)
 
@@ -244,10 +255,37 @@ def _csv_setting(value: Any) -> Any:
     return format_value(value) if value is None or isinstance(value, bool) else value
 
 
-def table_layout(results: Results) -> Layout:
+def _fitted(results: Results) -> Iterator[Layout]:
+    """The rows without the columns that do not fit, and the differences."""
+    gains = [f"gain over {role}" for role in MARKS]
+    for dropped in range(len(SPARE) + 1):
+        left_out = SPARE[:dropped]
+        layout = table_layout(results, [*gains, *left_out])
+        if max(map(len, markdown(replace(layout, caption=(), notes=())).splitlines())) <= WIDTH:
+            break
+    shown = table_lines(results)[0]
+    if absent := [name for name in left_out if name in shown and name != "n_test"]:  # in a sentence
+        note = f"Not shown: {', '.join(absent)}; --columns all shows them."
+        layout = replace(layout, notes=[*layout.notes, note])
+    yield layout
+    if lines := comparison_lines(results):
+        from pandas import DataFrame
+
+        frame = DataFrame(lines).drop(columns=["compared with", "n_test", "p"], errors="ignore")
+        yield Layout(
+            frame=frame,
+            notes=[
+                *significance_notes(results.comparisons, marks=False),
+                *untested_notes(results.comparisons),
+            ],
+        )
+
+
+def table_layout(results: Results, left_out: Sequence[str] = ()) -> Layout:
+    """The rows, with all columns but those that are left out."""
     from pandas import DataFrame
 
-    frame = DataFrame(table_lines(results))
+    frame = DataFrame(table_lines(results)).drop(columns=[*left_out], errors="ignore")
     highest = {task: results.best(task).mean for task in results.tasks}
     best = [i for i, row in enumerate(results.rows) if row.mean == highest[row.task]]
     return Layout(
@@ -255,8 +293,8 @@ def table_layout(results: Results) -> Layout:
         bold=frozenset((i, frame.columns.get_loc("accuracy")) for i in best),
         caption=[
             *_caption(results, list(frame.columns)),
-            *significance_notes(results.comparisons),
-            *untested_notes(results.comparisons),
+            *(significance_notes(results.comparisons) if not left_out else []),
+            *(untested_notes(results.comparisons) if not left_out else []),
         ],
         notes=[*choice_notes(results.rows), *collapse_notes(results)],
     )
@@ -335,8 +373,10 @@ def _caption(results: Results, header: Sequence[str]) -> Iterator[str]:
     else:
         yield f"Means over n runs ({tasks})."
     yield from protocol_notes(results)
-    if results.tested:
+    if "n_test" in header:
         yield "n_test: test images of one run."
+    elif results.tested:
+        yield f"{_range(_counts(row.n_test for row in results.tested))} test images per run."
     yield from column_notes(header)
     if any(name.startswith("gain") for name in header):
         yield "Gains in points, with 95 % interval if tested, paired by image and run."
@@ -484,8 +524,7 @@ def _pivot_caption(results: Results, metric: str) -> list[str]:
     in_percent = metric.startswith(FRACTIONS)
     description = DESCRIPTIONS.get(metric, f"{metric}{' in %' if in_percent else ''}")
     task = f" ({task_text(results.tasks[0])})" if len(results.tasks) == 1 else ""
-    ns = [f"{n:,}" for n in sorted({row.n for row in results.rows})]
-    tests = [f"{n:,}" for n in sorted({row.n_test for row in results.rows})]
+    ns, tests = (_counts(of) for of in zip(*((r.n, r.n_test) for r in results.rows), strict=True))
     caption = [
         f"{description}, mean ± standard deviation over runs{task}; n = {_range(ns)}, "
         f"{_range(tests)} test images per run."
@@ -505,6 +544,10 @@ def _pivot_caption(results: Results, metric: str) -> list[str]:
             "No difference is tested in a table of this metric.",
         ]
     return [*caption, *notes]
+
+
+def _counts(numbers: Iterable[int]) -> list[str]:
+    return [f"{number:,}" for number in sorted({*numbers})]
 
 
 def _range(numbers: Sequence[str]) -> str:

@@ -307,6 +307,13 @@ def run_compare(tmp_path, command):
     return run
 
 
+def test_without_a_sweep_papers_and_sweeps_are_listed(run_compare) -> None:
+    code, out, _ = run_compare()
+    assert code == 0
+    for line in ("  grip          GRIP, NeurIPS 2023", "  default/new"):
+        assert line in out.splitlines()
+
+
 def test_a_regression_against_another_sweep_ends_with_5(run_compare) -> None:
     code, out, _err = run_compare("new", "--against", "old", "--fail-on", "regress")
     assert code == 5

@@ -65,8 +65,9 @@ def test_an_entry_makes_a_column_of_every_output_of_the_table(monkeypatch) -> No
     found = results([replace(trial, metrics=trial.metrics | metrics) for trial in trials("air")])
     header, _, line = cells(table(found, "md"))
     assert line[header.index("pool")] == "12.3"
-    for shown in (table(found, "md"), table(found, "latex"), summary("s", found, [])):
+    for shown in (table(found, "md"), table(found, "latex")):
         assert "Pool: accuracy on the pool." in one_line(shown)
+    assert " 12.3\n" in summary("s", found, [])
     [from_csv] = csv.DictReader(io.StringIO(table(found, "csv")))
     [from_json] = json.loads(table(found, "json"))
     for row in (from_json, from_csv, gains_frame(found).iloc[0]):
@@ -271,6 +272,8 @@ def test_the_command_table_arranges_a_recorded_sweep(tmp_path, command) -> None:
     assert re.fullmatch(r"\*\*6\d\.\d ± \d\.\d†\*\*", lines[2][1])
     code, out, err = airsweep_table("--rows", "nothing")
     assert (code, out, err.count("\n")) == (2, "", 1)
-    code, out, err = airsweep_table()
+    code, out, err = airsweep_table("--columns", "all")
     assert code == 0
     assert "zero_shot†" in out
+    assert "cpl - zero_shot" in airsweep_table()[1]
+    assert airsweep_table("--columns", "some")[0] == 2

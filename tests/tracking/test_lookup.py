@@ -189,7 +189,7 @@ def test_a_sweep_run_has_a_note_with_the_result_the_closing_screen_and_charts(en
     parent = sweep_run(tracked)
     note = parent.data.tags["mlflow.note.content"]
     assert "has the highest mean test accuracy" in note.splitlines()[0]
-    assert "air_fpl - fpl" in note
+    assert "Does air_fpl beat fpl?" in note
     assert "6: 4 done, 1 shared between seeds, 1 failed" in note
     folder = ended.store.root / "mlartifacts" / "air" / "default" / parent.info.run_id
     picture = folder / "artifacts" / "accuracy.png"
