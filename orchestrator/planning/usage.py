@@ -109,7 +109,7 @@ def _hours(hours: float) -> str:
 
 
 def _lines(inventory: Inventory, store: ArtifactStore) -> Iterator[dict[str, Any]]:
-    """One line for each artifact and for each block of images or features.
+    """One line for each artifact and for each block of images, features or errors.
 
     The bytes of a row of images count for the user who started the row.
     """
@@ -120,7 +120,7 @@ def _lines(inventory: Inventory, store: ArtifactStore) -> Iterator[dict[str, Any
         digest, time, facts = event["key"].rpartition("-")[2][:12], event["time"], event["facts"]
         first[digest] = min(first.get(digest, (time, sweep)), (time, sweep))
         # The event of a block that another sweep made has no count.
-        counted = any(facts.get(name) for name in ("drawn", "holes", "encoded"))
+        counted = any(facts.get(name) for name in ("drawn", "holes", "encoded", "pairs"))
         # Blocks of features are removed when the features are complete.
         if counted and (event["stage"] == "encoded" or digest in holdings):
             blocks[digest] += 1
@@ -135,8 +135,10 @@ def _lines(inventory: Inventory, store: ArtifactStore) -> Iterator[dict[str, Any
         if holding.stage == "synthetic":  # features, computed while the images were drawn
             drawn = images.get(_identity((record.get("spec") or {}).get("images")), digest)
             made, seconds = 0, 0.0
-        elif holding.stage in ("images", "encoded"):  # blocks whose sweep was removed
+        elif holding.stage in ("images", "encoded", "evidence"):  # blocks whose sweep was removed
             made = max(0, len(holding.shards) - blocks[digest])
+            if holding.stage == "evidence" and blocks[digest]:
+                made = 0  # the event of a later draw also counts earlier ones
             seconds = None if made else 0.0
         elif cpu is None and gpu is None:  # earlier versions recorded the device of trials only
             device = str(record.get("info", {}).get("device"))

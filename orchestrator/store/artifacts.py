@@ -261,7 +261,7 @@ class ArtifactStore:
         folder = path.parent / f".{key.digest[:12]}-{uuid.uuid4().hex[:8]}"
         folder.mkdir()
         try:
-            started = time.time()
+            started, clock = time.time(), time.monotonic()
             work = Building(folder)
             yield work
             # safetensors makes files private to the user; the folder has the umask's permissions.
@@ -276,7 +276,7 @@ class ArtifactStore:
                 "spec": _recorded(spec),
                 "info": work.info,
                 "started": started,
-                "seconds": round((time.time() - started) * share + work.earlier_seconds, 3),
+                "seconds": round((time.monotonic() - clock) * share + work.earlier_seconds, 3),
                 "host": socket.gethostname(),
                 **provenance(),
                 **devices(),

@@ -127,6 +127,22 @@ def blocks(store: ArtifactStore, spec: SyntheticFeaturesSpec, name: str, user: s
     return location
 
 
+def test_a_block_of_errors_that_needed_earlier_draws_counts_once(store, usage, trial):
+    spec = trial("cpl_evidence").evidence_errors
+    location = SweepLocation(store, "team", "one", None)
+    log, key = location.event_log(), str(artifact_key(spec))
+    log.lock()
+    log.append("sweep_started", total=1, user="mina")
+    for draw, pairs in ((2, 30), (3, 10)):
+        facts = {"class": draw, "block": 0, "pairs": pairs, "cpu": 2.0, "gpu": 0.5}
+        log.append("artifact_prepared", stage="evidence", key=key, seconds=HOUR, facts=facts)
+    for draw in range(4):
+        store.open_row(spec).publish(draw, 0, b"x" * 1000)
+    assert rows(usage, "user")["mina"]["gpu_hours"] == 1
+    assert rows(usage, "stage")["evidence"]["made"] == 2
+    assert not json.loads(usage("--json")[1])["total"]["untimed"]
+
+
 def test_each_block_of_a_row_counts_for_the_user_who_drew_it(store, usage, trial, monkeypatch):
     of_user(monkeypatch, "mina")
     spec = trial("air", images_per_class=16).synthetic_features
