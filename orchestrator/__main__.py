@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -49,6 +50,12 @@ app.add_typer(cache.app, name="cache")
 app.add_typer(cluster.app, name="cluster")
 
 
+UNUSABLE = {  # paths
+    errno.ENAMETOOLONG: "the path is too long; choose a shorter one",
+    errno.EROFS: "its file system is read-only; choose another folder",
+}
+
+
 def _show_version(requested: bool) -> None:
     if requested:
         show(f"airsweep {version('airsweep')}")
@@ -72,6 +79,10 @@ def main() -> None:
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        fail("the working directory was deleted; change to one that exists")
     assert logging.lastResort is not None
     # The last resort prints records that no other handler takes; commands configure no handler.
     logging.lastResort.addFilter(Redacting())
@@ -92,8 +103,8 @@ def main() -> None:
             fail(
                 f"{problem.filename}: there is a file where a folder is needed; move it", BAD_INPUT
             )
-        if isinstance(problem, OSError) and problem.errno == errno.ENAMETOOLONG:
-            fail(f"{problem.filename}: the path is too long; choose a shorter one", BAD_INPUT)
+        if isinstance(problem, OSError) and problem.errno in UNUSABLE:
+            fail(f"{problem.filename}: {UNUSABLE[problem.errno]}", BAD_INPUT)
         if code == 1 and not isinstance(problem, StoreFull):
             fail(f"{type(problem).__name__}: {problem} (--debug shows the traceback)", code)
         fail(str(problem), code)

@@ -125,6 +125,8 @@ def content_digest(handle: BinaryIO) -> str:
 def permission_message(path: Path) -> str:
     """The message for a PermissionError: owner, group, mode, and how to get access."""
     existing = next(entry for entry in (path, *path.parents) if os.path.exists(entry))
+    if os.statvfs(existing).f_flag & os.ST_RDONLY:
+        return f"the file system of {path} is read-only; choose another folder"
     status = existing.stat()
     user = _account_name(pwd.getpwuid, os.geteuid())
     owner = _account_name(pwd.getpwuid, status.st_uid)

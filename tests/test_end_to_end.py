@@ -207,6 +207,28 @@ def test_a_run_with_an_unusable_store_exits_with_2_and_writes_nothing(
     assert list(tmp_path.iterdir()) == [spec]
 
 
+@pytest.mark.parametrize("address", ["nonsense", "127.0.0.1:1"])
+def test_a_run_whose_cluster_does_not_answer_leaves_no_store(
+    tmp_path, command, address, monkeypatch
+):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr("orchestrator.cluster.session.CONNECT_TIMEOUT", 0.1)
+    spec = write_sweep(tmp_path, "one", "fixed: {method: zero_shot}\n")
+    code, _, err = command("run", spec, "--store", tmp_path / "runs", "--tracking-uri", "none")
+    assert code == 3
+    assert f"RAY_ADDRESS={address}" in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_deleted_working_directory_is_named(tmp_path):
+    (tmp_path / "gone").mkdir()
+    leave = f"import os, sys; os.chdir({str(tmp_path / 'gone')!r}); os.rmdir(os.getcwd())"
+    run = "from orchestrator.__main__ import main; sys.argv = ['airsweep', 'list']; main()"
+    done = python("-c", f"{leave}; {run}", check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "the working directory was deleted" in done.stderr
+
+
 def test_a_plan_and_a_refused_run_do_not_create_the_store(tmp_path, command):
     spec = write_sweep(
         tmp_path, "two", "fixed: {method: zero_shot}\nresources: {trial: {cpu: 999}}\n"

@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -189,6 +190,23 @@ def _join(address: str, **options: Any) -> None:
                 "cluster's own Python: `ray job submit ... -- python -m orchestrator`"
             )
         raise Refused(f"{address} cannot be joined: {reason}") from problem
+
+
+def check_address() -> None:
+    """Check that a cluster answers at RAY_ADDRESS, if it is set.
+
+    Raises:
+        Refused: it is no address, or no connection within CONNECT_TIMEOUT.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    if not address or ("ray" in sys.modules and sys.modules["ray"].is_initialized()):
+        return
+    if ":" not in address and address not in ("auto", "local"):
+        raise Refused(
+            f"RAY_ADDRESS={address} is no address of a cluster; set it to host and port of the "
+            "head, such as 10.0.0.1:6379, or unset it"
+        )
+    _wait_for_connection(address)
 
 
 def _wait_for_connection(address: str) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import signal
+import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import FAILED, INTERRUPTED, TERMINATED
 from orchestrator.execution._state import RunState
+from orchestrator.formatting import plural
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +52,24 @@ def _on_sigterm(state: RunState, number: int, frame: Any) -> None:
 
 
 def _on_sigint(state: RunState, number: int, frame: Any) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
+    signal.signal(signal.SIGINT, functools.partial(_on_second_sigint, state))
     state.signal_exit_code = state.signal_exit_code or INTERRUPTED
+    _say("stopping; what is finished is kept; press Ctrl-C again to stop now")
     raise KeyboardInterrupt
+
+
+def _on_second_sigint(state: RunState, number: int, frame: Any) -> None:
+    screen = state.screen
+    left = screen.total - screen.ended_before - len(screen.ended)
+    _say(f"stopped; {left} of {plural(screen.total, 'trial')} left; the same command resumes")
+    if hasattr(sys, "ps1"):  # a Python session or a notebook, which must not end
+        signal.default_int_handler(number, frame)
+    os._exit(INTERRUPTED)  # Ray's processes of this driver end with it
+
+
+def _say(text: str) -> None:
+    with suppress(RuntimeError):  # the signal came while a line was printed
+        print(f"\n{text}", file=sys.stderr, flush=True)
 
 
 def _in_main_thread() -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,7 +42,7 @@ from orchestrator.execution._stall import StallMonitor
 from orchestrator.execution._state import RunState
 from orchestrator.execution.screen import Screen
 from orchestrator.failures import CLASSES, Failure, first_line, is_disk_full
-from orchestrator.formatting import format_duration
+from orchestrator.formatting import format_duration, format_time
 from orchestrator.git import commit, diff_digest, uncommitted_diff, uncommitted_digest
 from orchestrator.planning import (
     OutcomeTracker,
@@ -59,7 +60,7 @@ from orchestrator.planning.budget import BudgetTracker
 from orchestrator.planning.checks import full_disk_message
 from orchestrator.planning.estimate import mean_seconds, read_history, record_measurements
 from orchestrator.planning.plan import plan_sweep
-from orchestrator.planning.requests import complete_origin
+from orchestrator.planning.requests import complete_origin, results_command
 from orchestrator.planning.resolve import text_digest
 from orchestrator.plugins import described_plugin, plugin_file
 from orchestrator.reporting import plan_status, sweep_status
@@ -137,7 +138,7 @@ def run_sweep(
         _export_provenance(location, diff)
         with _explain_full_disk(plan, location):
             location.store.initialize()
-            event_log.lock()
+            _lock(event_log, location)
         resolver.save()  # a new store did not exist when the plan was made
         history = mean_seconds(read_history(location.store))
         budget = BudgetTracker(sweep.budget, sweep.resources, history)
@@ -215,8 +216,33 @@ def check_start(
     _refuse_unschedulable(plan, location)
     _check_services(plan, location, tracker, screen, prepare_only=False)
     if event_log.is_locked():
-        name = location.full_name
-        raise SweepBusy(f"another driver runs {name}; wait for it, or stop it")
+        raise _busy(location)
+
+
+def _lock(event_log: EventLog, location: SweepLocation) -> None:
+    try:
+        event_log.lock()
+    except SweepBusy as problem:
+        raise _busy(location) from problem
+
+
+def _busy(location: SweepLocation) -> SweepBusy:
+    """The error for a sweep that another driver runs, with what its log says about the driver."""
+    started: dict[str, Any] | None = None
+    for event in location.event_log().events():
+        if event["event"] in ("sweep_started", "sweep_ended"):
+            started = event if event["event"] == "sweep_started" else None
+    about = ""
+    if started is not None:
+        host = f" on {started['host']}" if "host" in started else ""
+        about = (
+            f", since {format_time(started['time'])}: process {started.get('pid')}{host} of "
+            f"{started['user']}"
+        )
+    return SweepBusy(
+        f"another driver runs {location.full_name}{about}; wait for it, or stop it; "
+        f"`{results_command('status', location)}` shows its progress"
+    )
 
 
 def _refuse_unschedulable(plan: Plan, location: SweepLocation) -> None:
@@ -260,12 +286,15 @@ def _check_services(
     screen: Screen,
     prepare_only: bool,
 ) -> None:
-    """Check MLflow and the database of studies before any work.
+    """Check Ray's address, MLflow and the database of studies before any work.
 
     Raises:
         ValueError: a server rejects the credentials.
-        TrackerUnreachable, StudiesUnreachable: a server does not answer.
+        Refused, TrackerUnreachable, StudiesUnreachable: a server does not answer.
     """
+    from orchestrator.cluster.session import check_address
+
+    check_address()
     tracker.check(reach=not prepare_only)
     search = plan.sweep.search
     if search is not None and search.storage != JOURNAL and any(cell.space for cell in plan.cells):
@@ -337,6 +366,7 @@ def _log_start(state: RunState, plan: Plan) -> None:
         to_run=plan.to_run,
         asks=plan.request_digest,
         pid=os.getpid(),
+        host=socket.gethostname(),
         **provenance(),
     )
     state.screen.show_start(plan)
@@ -607,7 +637,6 @@ def _recorded_end(state: RunState, plan: Plan) -> Iterator[None]:
             raise
         state.exit_code = state.signal_exit_code
     finally:
-        restore_interrupts()
         state.screen.close()
         try:
             unwritten = _record_end(state)
@@ -615,6 +644,7 @@ def _recorded_end(state: RunState, plan: Plan) -> Iterator[None]:
             raise StoreLost(f"{lost}; {RESUME_HINT}") from lost
         finally:
             state.event_log.unlock()
+            restore_interrupts()
     if unwritten is not None:
         raise StoreFull(full_disk_message(plan, state.location.store, first_line(unwritten)))
 

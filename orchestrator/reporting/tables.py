@@ -489,8 +489,8 @@ def _metric(name: str, results: Results) -> str:
     short = [key for key, column in METRICS.items() if column.metric in recorded]
     options = [*short, *(key for key in recorded if key not in DESCRIPTIONS)]
     raise ValueError(
-        f"--metric {name}: no trial of this sweep has it; available: {', '.join(options)}"
-        f"{suggestion(name, options)}"
+        f"--metric {name}: no trial of this sweep has it; {suggestion(name, options)}"
+        f"available: {', '.join(options)}"
     )
 
 

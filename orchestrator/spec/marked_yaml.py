@@ -306,20 +306,20 @@ class _Reader:
 
 
 def allowed_choices(word: Any, allowed: Iterable[Any]) -> str:
-    """The end of a message: the allowed values and the one that is closest to `word`.
+    """The end of a message: the allowed value that is closest to `word`, and all of them.
 
     >>> allowed_choices("tpo", ["tpe", "random"])
-    'allowed: tpe, random; did you mean tpe?'
+    'did you mean tpe? allowed: tpe, random'
     """
     options = [_plain(option) for option in allowed]
-    return f"allowed: {', '.join(options) or 'nothing'}{suggestion(_plain(word), options)}"
+    return f"{suggestion(_plain(word), options)}allowed: {', '.join(options) or 'nothing'}"
 
 
 def suggestion(word: str, options: Iterable[str]) -> str:
-    """`; did you mean ...?`, or an empty text if no option resembles the word."""
+    """`did you mean ...? `, or an empty text if no option resembles the word."""
     by_case = {option.lower(): option for option in options}
     close = difflib.get_close_matches(word.lower(), by_case, n=1)
-    return f"; did you mean {by_case[close[0]]}?" if close else ""
+    return f"did you mean {by_case[close[0]]}? " if close else ""
 
 
 def _plain(value: Any) -> str:

@@ -193,10 +193,11 @@ def _spec_error(document: Document, keys: Keys, error: ErrorDetails, schema: Sch
     if error["type"] == "value_error":  # the error of a section points at its key
         error_at = document.key_error if isinstance(value, dict) else document.error
         return error_at(keys, str(error["ctx"]["error"]))
-    allowed = allowed_values(part) + suggestion(str(value), map(str, _enum_values(part)))
+    allowed = f"allowed: {allowed_values(part)}"
     if keys[:1] == ("fixed",) and isinstance(value, list):
         allowed += "; a list of values is allowed under grid"
-    return document.error(keys, f"{short_value(value)} is not allowed; allowed: {allowed}")
+    meant = suggestion(str(value), map(str, _enum_values(part)))
+    return document.error(keys, f"{short_value(value)} is not allowed; {meant}{allowed}")
 
 
 def _section_message(document: Document, keys: Keys, schema: Schema) -> str:
@@ -351,4 +352,4 @@ def key_choices(word: str, names: Iterable[str]) -> str:
     if section:
         return allowed_choices(word, section) if word != head else f"allowed: {', '.join(section)}"
     short = dict.fromkeys(re.sub(r"\..*", ".*", name) for name in names)
-    return f"allowed: {', '.join(short)}{suggestion(word, names) or suggestion(head, names)}"
+    return f"{suggestion(word, names) or suggestion(head, names)}allowed: {', '.join(short)}"

@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -435,11 +436,16 @@ def test_a_checked_plan_exits_with_3_if_the_sweep_would_not_start(spec, tmp_path
     assert out.startswith("small: 2 cells")
     log = EventLog(tmp_path / "sweeps" / "default" / "small")
     log.lock()
+    log.append("sweep_started", pid=123, host="node1", user="mina")
     code, _, err = command(*check)
-    assert (code, err) == (
-        3,
-        "airsweep: another driver runs default/small; wait for it, or stop it\n",
+    time = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
+    message = (
+        rf"airsweep: another driver runs default/small, since {time}: process 123 on node1 of "
+        rf"mina; wait for it, or stop it; `airsweep status small --store {tmp_path}` shows its "
+        r"progress\n"
     )
+    assert code == 3
+    assert re.fullmatch(message, err), err
     log.unlock()
 
 

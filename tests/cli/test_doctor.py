@@ -79,6 +79,10 @@ def test_a_full_disk_and_a_read_only_disk_are_different_findings(tmp_path):
         (problem,) = report_on_disk(disk)["findings"]
         assert problem["check"] == "store"
         assert "Read-only file system" in problem["problem"]
+        run = ("-m", "orchestrator", "run", "quickstart", "--store", disk.place / "runs")
+        done = python(*run, inside=disk.inside, check=False)
+        assert done.returncode == 2
+        assert f"the file system of {disk.place / 'runs'} is read-only" in done.stderr
 
 
 def report_on_disk(disk: Any) -> dict[str, Any]:

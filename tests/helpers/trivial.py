@@ -211,6 +211,7 @@ MODULES = {
         "audit": lambda *arguments: returning({}),
     },
     "orchestrator.cluster.session": {
+        "check_address": lambda: None,
         "ray_session": ray_session,
         "machines": lambda: ({"CPU": 2.0},),
         "free_resources": lambda: {"CPU": (2.0, 2.0)},

@@ -390,7 +390,7 @@ search:
     assert points_to_prune(spec.search.pruning, {4: 0.1, 5: 0.3}, earlier=[0.2]) == (4,)
     wrong = write_sweep(tmp_path, "wrong", body.replace(": mine", ": mien"))
     with pytest.raises(
-        SpecError, match=r":6:12: .* allowed: tpe, random, grid, mine; did you mean"
+        SpecError, match=r":6:12: .* did you mean \w+\? allowed: tpe, random, grid, mine"
     ):
         load_sweep(wrong)
     use_plugins([])

@@ -93,4 +93,4 @@ def test_the_command_lists_components_with_what_they_read(command):
     assert [one["key"] for one in json.loads(out)] == ["fidelity.kind", "transduction"]
     code, _, err = command("components", "tresh")
     assert code == 2
-    assert err.endswith("did you mean threshold?\n")
+    assert "did you mean threshold? allowed: " in err

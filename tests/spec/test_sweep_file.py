@@ -627,5 +627,5 @@ def test_a_bare_name_is_looked_up_in_the_sweeps_folder(tmp_path, monkeypatch):
     assert find_sweep("yours") == Path("yours.yaml")
     assert find_sweep("other/file.yaml") == Path("other/file.yaml")
     for name in ("mien", "m" * 5000):
-        with pytest.raises(SpecError, match=r"no such file or sweep; allowed: .*mine"):
+        with pytest.raises(SpecError, match=r"no such file or sweep; .*allowed: .*mine"):
             find_sweep(name)
