@@ -181,6 +181,7 @@ def test_finished_results_do_not_change_with_the_folder_until_the_sweep_runs_aga
         assert numbers("own", copy) == before
         report = command("report", "own", "-o", tmp_path / "report.html", "--store", store)
         assert report[0] == 0, report[2]
+        assert f"note: folder:{folder} has changed since the last run; the results" in report[2]
         bundle = tmp_path / f"bundle {change.__name__}"
         words = ("export", "best", "--sweep", "own", "--only", "method=fpl", "-o", bundle)
         exported = command(*words, "--store", store)

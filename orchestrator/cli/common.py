@@ -135,7 +135,9 @@ def read_results(
 
 
 def note_options(location: SweepLocation) -> None:
-    """Note on stderr the options of the last run, to which the results belong."""
+    """Note on stderr the options of the last run, to which the results belong, and folders that
+    have changed since."""
+    from orchestrator.planning.recorded import changed_folders
     from orchestrator.planning.requests import last_origin
     from orchestrator.spec.sweep import option_words
 
@@ -144,6 +146,8 @@ def note_options(location: SweepLocation) -> None:
     if words := option_words(sets, only, smoke=False):
         left_out = "; the other cells of the file are left out" if only else ""
         show(f"note: the sweep as last run, with {shlex.join(words)}{left_out}", file=sys.stderr)
+    for sentence in changed_folders(location):
+        show(f"note: {sentence}", file=sys.stderr)
 
 
 def no_results_message(name: str, found: SweepResults) -> str:

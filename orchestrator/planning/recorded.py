@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,6 +54,29 @@ def read_sweep(location: SweepLocation, data_root: Path | None) -> tuple[SweepSp
     data = data_root or (local_path(sweep.data_root) if sweep.data_root else None)
     location = replace(location, data_root=data, recorded=True)
     return smoke_variant(sweep) if origin.get("smoke") else sweep, location
+
+
+def changed_folders(location: SweepLocation) -> Iterator[str]:
+    """Sentences on the folders of images that are not as in the last run of a sweep.
+
+    A folder is read only if an entry was added, removed or renamed after the run had begun.
+    """
+    starts = (e for e in location.event_log().events() if e["event"] == "sweep_started")
+    since = max((event["time"] for event in starts), default=0.0)
+    resolver = Resolver(location.store.root / "digests.json", location.data_root)
+    for entry in (read_resolved(location).get("inputs") or {}).get("datasets", {}).values():
+        name, digest = entry["ref"]["name"], entry["ref"]["digest"]
+        if not name.startswith("folder:"):
+            continue
+        folder = local_path(name.removeprefix("folder:"))
+        try:
+            folders = [folder, *(path for path in folder.iterdir() if path.is_dir())]
+            newest = max(path.stat().st_mtime for path in folders)
+            if newest <= since or resolver.dataset_by_name(name).ref.digest == digest:
+                continue
+        except (ValueError, OSError):  # the folder has no images any more
+            pass
+        yield f"{name} has changed since the last run; the results are of its earlier images"
 
 
 def with_plugins(sweep: SweepSpec, location: SweepLocation, allowed: bool) -> SweepSpec:

@@ -19,7 +19,7 @@ from orchestrator.planning.plan import Plan, plan_sweep
 from orchestrator.planning.resolve import resolver_of
 from orchestrator.spec import SweepSpec, cells_of, find_sweep, load_sweep
 from orchestrator.spec.marked_yaml import DICT, document_of
-from orchestrator.spec.sweep import option_words, smoke_variant
+from orchestrator.spec.sweep import option_words, refuse_unused_grid, smoke_variant
 from orchestrator.spec.sweep_file import sweep_from_document
 from orchestrator.store import (
     SweepLocation,
@@ -93,6 +93,7 @@ def read_request(
         sweep = sweep_from_document(document_of(spec), sets, only)
     else:
         sweep = load_sweep(find_sweep(str(spec)), sets=sets, only=only)
+    refuse_unused_grid(sweep)
     return SweepRequest(smoke_variant(sweep) if smoke else sweep, tuple(sets), tuple(only), smoke)
 
 

@@ -715,9 +715,62 @@ def _notes(spec: SweepSpec) -> Iterator[str]:
     cells, total = cells_of(spec), len(every) - len(skipped)
     if len(cells) < total:
         yield f"{total} combinations of the grid are {len(cells)} different cells"
+    for key, value in spec.fixed.items():
+        if ("fixed", key) in spec.document.positions and not _is_used(cells, key, value):
+            yield f"fixed.{key}: no cell uses it; {_users_text(spec, key, [value])}"
+    for key in _unused_axes(spec, cells):
+        if not all(key in METHODS[name].pins for name in spec.methods):  # else there is a note
+            yield f"grid.{key}: no cell uses it; {_users_text(spec, key, spec.grid[key])}"
     single_point = [cell.id for cell in cells if not cell.space]
     if spec.search and single_point:
         yield f"only one point, because no dimension applies: {_list_text(single_point)}"
+
+
+def refuse_unused_grid(spec: SweepSpec) -> None:
+    """Refuse a grid of which no key changes what a cell computes.
+
+    Raises:
+        SpecError: all combinations of the grid are one cell.
+    """
+    unused = _unused_axes(spec, cells_of(spec))
+    if unused and len(unused) == sum(len(values) > 1 for values in spec.grid.values()):
+        [key, *_] = unused
+        text = f"no cell uses this key; {_users_text(spec, key, spec.grid[key])}"
+        raise spec.document.key_error(("grid", key), text)
+
+
+def _unused_axes(spec: SweepSpec, cells: Sequence[Cell]) -> list[str]:
+    """Keys of the grid with several values that all give the same trials."""
+    if spec.axes and spec.axes != spec.grid:  # the cells are a selection
+        return []
+    used = {*_ID_KEYS}.union(*(cell.chosen for cell in cells))
+    return [key for key, values in spec.grid.items() if len(values) > 1 and key not in used]
+
+
+def _is_used(cells: Sequence[Cell], key: str, value: Any) -> bool:
+    """Whether a setting changes what a cell computes, or has its default."""
+    known = trial_keys().get(key)
+    if known is None or value == known.default:
+        return True
+    return any(
+        cell.space or computation_of({**cell.flat, key: known.default}) != computation_of(cell.flat)
+        for cell in cells
+        if key in cell.flat
+    )
+
+
+def _users_text(spec: SweepSpec, key: str, values: Sequence[Any]) -> str:
+    """The end of a message: the methods with which some of the values give different trials."""
+    several = [*values, trial_keys()[key].default]
+    users = []
+    for name, method in METHODS.items():
+        if key in method.pins:
+            continue
+        given = {**spec.fixed, "method": name}
+        found = {computation_of(_flat(spec, {**given, key: value})) for value in several}
+        users += [name] if len(found) > 1 else []
+    methods = f", or use a method that does: {', '.join(users)}" if users else ""
+    return f"allowed: remove it{methods}"
 
 
 def _pinned_notes(setting: str, key: str, methods: Sequence[str]) -> Iterator[str]:

@@ -11,6 +11,7 @@ from air_core.methods import EMBEDDED, METHODS
 from air_core.specs import Ref
 from air_core.specs.flat import from_flat, to_flat, trial_keys
 from orchestrator.keys import artifact_key
+from orchestrator.planning import read_request
 from orchestrator.spec import (
     Dimension,
     SpecError,
@@ -23,6 +24,7 @@ from orchestrator.spec import (
 from orchestrator.spec._trial_values import value_type
 from orchestrator.spec.sweep import Budget, Seeds, smoke_variant
 from tests.helpers.golden import check_golden_cases, golden_cases
+from tests.helpers.sweeps import write_sweep
 
 REFS = {key: Ref(name=name, digest=key) for key, name in EMBEDDED.items()}
 
@@ -629,3 +631,23 @@ def test_a_bare_name_is_looked_up_in_the_sweeps_folder(tmp_path, monkeypatch):
     for name in ("mien", "m" * 5000):
         with pytest.raises(SpecError, match=r"no such file or sweep; .*allowed: .*mine"):
             find_sweep(name)
+
+
+def test_a_key_that_no_cell_uses_is_noted_and_as_an_axis_refused(tmp_path):
+    fixed = write_sweep(tmp_path, "fixed", "fixed: {method: cpl, lora.steps: 10}\n")
+    (note,) = notes_of(load_sweep(fixed))
+    start = "fixed.lora.steps: no cell uses it; allowed: remove it, or use a method that does: "
+    assert note.startswith(start)
+    assert "air" in note.removeprefix(start).split(", ")
+    assert "cpl" not in note.removeprefix(start).split(", ")
+    axis = "grid: {lora.steps: [10, 20], method: [METHODS]}\n"
+    refused = write_sweep(tmp_path, "axis", axis.replace("METHODS", "cpl"))
+    with pytest.raises(SpecError, match=r"axis.yaml:3:8: grid.lora.steps: no cell uses this key; "):
+        read_request(refused)
+    assert load_sweep(refused).name == "axis"  # as it was recorded by an earlier version
+    noted = write_sweep(tmp_path, "noted", axis.replace("METHODS", "cpl, grip"))
+    assert any(
+        "grid.lora.steps: no cell uses it; " in n for n in notes_of(read_request(noted).spec)
+    )
+    used = write_sweep(tmp_path, "used", axis.replace("METHODS", "cpl, air"))
+    assert len(cells_of(read_request(used, only=["method=cpl"]).spec)) == 1
