@@ -635,6 +635,11 @@ class RowSpec(StageSpec):
         """Name of an index in messages."""
         raise NotImplementedError
 
+    @property
+    def needs_earlier(self) -> bool:
+        """Whether a shard can need earlier ones of its block, so that one process makes them."""
+        return False
+
 
 class Needed(NamedTuple):
     """An artifact that another one or a trial reads; of a row, some images of some indices."""
@@ -957,6 +962,11 @@ class EvidenceSpec(RowSpec):
     @property
     def block_size(self) -> int:
         return self.scoring.block
+
+    @property
+    def needs_earlier(self) -> bool:
+        """Images whose candidates are pruned need the errors of the first draws."""
+        return self.scoring.prune_after is not None
 
     def shards(self, images: int, indices: Classes) -> list[tuple[int, int]]:
         """The draws of one block come one after another, since they need the same images."""

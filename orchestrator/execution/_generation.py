@@ -9,6 +9,7 @@ generation resumes with the missing ones.
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -56,8 +57,13 @@ class GeneratorActor:
         self.loaded: tuple[int, Any] | None = None  # row, generator or scorer
         self.startup = 0.0  # seconds of loading models for the current block
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        row, c, block = (int(batch[name][0]) for name in ("row", "class", "block"))
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        """Make the shards of a batch, `_together`; a column for each field of `_result`."""
+        made = [self._result(*shard) for shard in json.loads(batch["shards"][0])]
+        return {name: [each[name] for each in made] for name in made[0]}
+
+    def _result(self, row: int, c: int, block: int) -> dict[str, Any]:
+        """Make a shard; returns what became of it."""
         started, self.startup = time.monotonic(), 0.0
         error = failure_class = ""
         counts: dict[str, Any] = dict(NO_COUNTS)
@@ -70,14 +76,11 @@ class GeneratorActor:
             error = redact(f"{type(problem).__name__}: {problem}")
             failure_class = classify(problem)
         return {
-            "row": [row],
-            "class": [c],
-            "block": [block],
-            "error": [error],
-            "failure_class": [failure_class],
-            "seconds": [time.monotonic() - started],
-            "startup": [self.startup],
-            **{name: [count] for name, count in (counts | devices()).items()},
+            **{"row": row, "class": c, "block": block},
+            **{"error": error, "failure_class": failure_class},
+            **{"seconds": time.monotonic() - started, "startup": self.startup},
+            **counts,
+            **devices(),
         }
 
     def _make(self, row: int, c: int, block: int) -> dict[str, Any]:
@@ -229,7 +232,8 @@ class _Generation:
     def _stream(self, shards: Sequence[dict[str, int]], actors: int) -> ray.data.Dataset:
         worker = replace(self.worker, device="cuda" if self.want.gpu else "cpu")
         with quiet_data_context():
-            return ray.data.from_items(list(shards), override_num_blocks=len(shards)).map_batches(
+            items = [{"shards": json.dumps(group)} for group in self._together(shards)]
+            return ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
                 GeneratorActor,
                 fn_constructor_args=(self.requirements, worker, self.progress_actor),
                 batch_size=1,
@@ -238,6 +242,16 @@ class _Generation:
                 num_gpus=self.want.gpu,
                 resources=dict(self.want.custom) or None,
             )
+
+    def _together(self, shards: Sequence[dict[str, int]]) -> Iterator[list[Shard]]:
+        """Shards that one actor makes: those of a block, where later ones need earlier ones."""
+
+        def group(shard: dict[str, int]) -> Shard:
+            (row, c, block), spec = _shard(shard), self.requirements[shard["row"]].spec
+            return (row, -1 if isinstance(spec, RowSpec) and spec.needs_earlier else c, block)
+
+        for _, same in itertools.groupby(shards, key=group):
+            yield [_shard(shard) for shard in same]
 
     def _take_unread(self) -> int:
         """Report unread shards that the store has; returns the number of their images."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -218,8 +219,7 @@ def test_a_generator_short_of_memory_saves_memory_and_keeps_its_block_size(
     monkeypatch.setattr("orchestrator.stages.images.open_generator", short)
     actor = GeneratorActor([requirement], WorkerContext(store), NO_PROGRESS)
     for c in (0, 1):
-        batch = {name: np.array([value]) for name, value in (("row", 0), ("class", c))}
-        result = actor({**batch, "block": np.array([0])})
+        result = actor(batch_of((0, c, 0)))
         assert (result["error"], result["drawn"]) == ([""], [8])
     assert tried == [0, 1]  # the second block starts with the level that the first one needed
 
@@ -230,13 +230,14 @@ def test_waiting_for_a_block_of_another_process_reports_that_process(
     monkeypatch.setattr("orchestrator.execution._progress.MIN_WAIT", 0.1)
     requirement = row_requirement(resolver, drawn_digits, 8)
     worker = WorkerContext(ArtifactStore(tmp_path))
-    block = {"row": np.array([0]), "class": np.array([3]), "block": np.array([0])}
     key = artifact_key(requirement.spec.images)
     wait = (f"image blocks {key.slug}", "waiting")
     progress, reports = ProgressMonitor(), {}
     with ThreadPoolExecutor() as pool:
         with ArtifactStore(tmp_path).locks.exclusive(f"{key.digest}-3-0"):
-            waiting = pool.submit(GeneratorActor([requirement], worker, progress.actor), block)
+            waiting = pool.submit(
+                GeneratorActor([requirement], worker, progress.actor), batch_of((0, 3, 0))
+            )
             wait_until(lambda: reports.update(progress.read()) or wait in reports)
         assert waiting.result()["drawn"] == [8]
     holder, seconds = reports[wait]
@@ -269,6 +270,22 @@ def test_an_artifact_that_cannot_be_made_is_reported_and_the_others_are_made(
     assert "on_retried" not in listener.events
 
 
+def test_draws_of_a_block_that_need_each_other_are_made_by_one_actor(trial, tmp_path):
+    settings = {"evidence__draws": 3, "evidence__block": 300}
+    for pruned, sizes in ((1, [3, 3, 3, 3]), (None, [1] * 12)):
+        spec = trial("cpl_evidence", evidence__prune_after=pruned, **settings)
+        (errors,) = (r for r in requirements_of([spec]) if r.stage == "evidence")
+        generation = _Generation([errors], context_of(ArtifactStore(tmp_path), Listener()))
+        groups = list(generation._together(generation.untried_shards()))
+        assert [len(group) for group in groups] == sizes
+        assert all(len({block for _, _, block in group}) == 1 for group in groups)
+
+
+def batch_of(*shards: tuple[int, int, int]) -> dict[str, np.ndarray]:
+    """The input of an actor for shards, each a row, class and block."""
+    return {"shards": np.array([json.dumps(shards)])}
+
+
 class Listener:
     """Records the arguments of each call by the name of the method."""
 
@@ -288,11 +305,8 @@ def test_a_blank_image_is_a_recorded_hole(resolver, drawn_digits, tmp_path):
     store = ArtifactStore(tmp_path / "store")
     requirement = row_requirement(resolver, folder, 8)
     actor = GeneratorActor([requirement], WorkerContext(store), NO_PROGRESS)
-    results = [
-        actor({"row": np.array([0]), "class": np.array([c]), "block": np.array([0])})
-        for c in range(10)
-    ]
-    assert sum(result["holes"][0] for result in results) == 1
+    made = actor(batch_of(*((0, c, 0) for c in range(10))))
+    assert sum(made["holes"]) == 1
     assert read_synthetic(requirement.spec, 8, store).labels.bincount().tolist() == [
         8,
         8,
