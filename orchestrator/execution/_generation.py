@@ -121,8 +121,9 @@ NO_COUNTS = {
     "hole_files": "[]",
 }
 
-# Seconds that a larger pool must save, because its actors need up to a minute to start.
-MIN_SAVING = 60.0
+# More actors start if the work left takes this many times as long as the first block took, with the
+# start of its actor.
+MIN_STARTS = 2.0
 # Blocks that one pool draws: Ray Data takes 8 kB of the driver's memory for each before it starts.
 MAX_POOL_BLOCKS = 20_000
 
@@ -134,8 +135,9 @@ def draw(
 
     A coroutine: it yields while it waits for the cluster.
 
-    The pool is closed and opened again with another size when trials start and need its resources,
-    or end and free some. Complete blocks stay, so this costs only the blocks that are being drawn.
+    The pool is closed and opened again with fewer actors when trials start and need its resources,
+    and gets more when trials end. Complete blocks stay, so closing costs only the blocks that are
+    being drawn.
 
     Returns:
         The rows that still lack blocks, with the reason.
@@ -195,9 +197,13 @@ class _Generation:
         return list(itertools.islice(missing, MAX_POOL_BLOCKS))
 
     def draw(self, shards: Sequence[dict[str, int]]) -> Iterator[None]:
-        """Draw with one pool until all shards are drawn, or a pool of another size is faster."""
-        began, count, work_seconds = time.monotonic(), 0, 0.0
-        taken: set[Shard] = set()
+        """Draw with one pool until all shards are drawn, or trials need its resources.
+
+        When trials end, more actors start from the other end of the shards. Where the two streams
+        meet, an actor finds the shards of the other one in the store.
+        """
+        began, work_seconds, startup = time.monotonic(), 0.0, 0.0
+        every, taken, must_close = set(map(_shard, shards)), set[Shard](), False
         beside_trials = self.allocation.trials_running
         pool = PoolStatistics(
             actors=min(self.pool_size(), len(shards)),
@@ -205,26 +211,40 @@ class _Generation:
             process=self.requirements[0].spec.maker.process,
         )
         self.allocation.pool_exceeds_reserve = not beside_trials
-        reader = _StreamReader(partial(self._stream, shards, pool.actors))
-        while (result := (yield from reader.next())) is not None:
+        readers = [_StreamReader(partial(self._stream, shards, pool.actors))]
+        while taken != every and (result := (yield from _next_row(readers))) is not None:
+            shard = _shard(result)
+            if shard in taken or (len(readers) > 1 and _is_found(result)):
+                continue  # of the other stream
             self._take_result(result)
-            taken.add(_shard(result))
-            count, work_seconds = count + 1, work_seconds + result["seconds"]
+            taken.add(shard)
+            work_seconds += result["seconds"] - result["startup"]
+            startup = startup or time.monotonic() - began
             pool.images += result["drawn"] + result["encoded"]
             pool.pairs += result["pairs"]
             pool.busy += result["on_device"]
-            remaining = (len(shards) - count) * work_seconds / count
-            if self.stopped or (
-                count < len(shards) and self._should_resize(pool, beside_trials, remaining)
-            ):
-                reader.close()
-        if reader.closed:
+            more = 0 if self.allocation.trials_running else self.pool_size() - pool.actors
+            seconds_left = len(every - taken) * work_seconds / len(taken) / pool.actors
+            must_close = self.stopped or (
+                taken != every and not beside_trials and self.pool_size() < pool.actors
+            )
+            if must_close:
+                break
+            if beside_trials and more > 0 and seconds_left > MIN_STARTS * startup:
+                left = [each for each in reversed(shards) if _shard(each) not in taken]
+                readers.append(_StreamReader(partial(self._stream, left, min(more, len(left)))))
+                pool.actors += more
+                beside_trials, self.allocation.pool_exceeds_reserve = False, True
+        for reader in readers:
+            reader.close()
+        if must_close or len(readers) > 1:
             self.worker.store.refresh_listings()
-            self.unread |= set(map(_shard, shards)) - taken
+            self.unread |= every - taken
             pool.images += self._take_unread()
+        if must_close:
             reset_crashes(self.requirements, self.worker.store)  # its actors were stopped
         else:  # shards that are missing now were lost, or have failed
-            self.tried.update(map(_shard, shards))
+            self.tried.update(every)
         self.allocation.pool_exceeds_reserve = False
         pool.seconds = time.monotonic() - began
         self.listener.on_pool_closed(pool)
@@ -277,7 +297,7 @@ class _Generation:
         if not result["error"]:
             if (shard := _shard(result)) in self.unread:
                 made = self._counts_of_unread(shard)
-                if not any(result[name] for name in ("drawn", "pairs", "encoded")):
+                if _is_found(result):
                     # By an actor of the last pool.
                     result |= made
             self.listener.on_prepared(requirement, result["seconds"], result)
@@ -290,20 +310,10 @@ class _Generation:
         # After a failure such as a full disk, further images could not be stored.
         self.stopped = CLASSES[result["failure_class"]].stops_after == 1
 
-    def _should_resize(self, pool: PoolStatistics, beside_trials: bool, remaining: float) -> bool:
-        """Whether a pool of another size would finish earlier, including its start.
 
-        A pool that takes resources from trials is closed in any case.
-
-        Args:
-            remaining: seconds of work for one actor.
-        """
-        if self.allocation.trials_running == beside_trials:
-            return False
-        size = self.pool_size()
-        if not beside_trials:
-            return size < pool.actors
-        return remaining * (1 / pool.actors - 1 / max(size, 1)) > MIN_SAVING
+def _is_found(result: Mapping[str, Any]) -> bool:
+    """Whether the store had the shard already."""
+    return not result["error"] and not any(result[name] for name in ("drawn", "pairs", "encoded"))
 
 
 class _StreamReader:
@@ -330,26 +340,42 @@ class _StreamReader:
         except BaseException as problem:
             self._problem = problem
 
-    def next(self) -> Generator[None, None, dict[str, Any] | None]:
-        """A coroutine that returns the next row; None at the end.
+    def row(self) -> dict[str, Any] | None:
+        """The next row that has arrived; None if there is none yet.
 
         Raises:
+            EOFError: the stream has ended.
             Exception: the stream raised it.
         """
-        while True:
-            ended = not self._thread.is_alive()
-            try:
-                return self._rows.get_nowait()
-            except Empty:
-                if ended and self._problem is not None:
-                    raise self._problem from None
-                if ended:
-                    return None
-                yield
+        ended = not self._thread.is_alive()
+        try:
+            return self._rows.get_nowait()
+        except Empty:
+            if ended:
+                raise self._problem or EOFError from None
+        return None
 
     def close(self) -> None:
         """Stop after the next row."""
         self.closed = True
+
+
+def _next_row(
+    readers: Sequence[_StreamReader],
+) -> Generator[None, None, dict[str, Any] | None]:
+    """A coroutine that returns the next row of some streams; None at the end of all."""
+    left = list(readers)
+    while left:
+        for reader in list(left):
+            try:
+                row = reader.row()
+            except EOFError:
+                left.remove(reader)
+                continue
+            if row is not None:
+                return row
+        yield
+    return None
 
 
 def _failure(errors: Sequence[tuple[str, str]], missing: int) -> Failure:

@@ -59,12 +59,14 @@ def waves(
 
     Training a LoRA takes one worker, drawing images takes all. So before the images of a group are
     drawn, its LoRAs are trained side by side with LoRAs of later groups, as many as there are
-    workers.
+    workers. Images without LoRA, which no trial reads, are drawn with those of the next group, and
+    after the last group in a wave of their own.
 
     Args:
         groups: requirements of each group, in the order in which trials need them.
         workers: returns the number of generators that fit the cluster now.
     """
+    compared: list[Requirement] = []
     for index, requirements in enumerate(groups):
         early = {
             requirement.key: requirement
@@ -80,7 +82,10 @@ def waves(
                 }
         if early:
             yield None, list(early.values())
-        yield index, list(requirements)
+        yield index, [*(each for each in requirements if not each.compared_with), *compared]
+        compared = [each for each in requirements if each.compared_with]
+    if compared:
+        yield None, compared
 
 
 def _lora_count(requirements: Iterable[Requirement]) -> int:
@@ -161,16 +166,26 @@ class Prefetch:
             worker, resources, state, state.allocation, state.progress.actor
         )
         max_workers = partial(state.allocation.max_tasks, resources.generator)
+        unpictured: list[Requirement] = []  # of a group whose images without LoRA follow
         for index, wave in waves(requirements, worker.store, max_workers):
             yield from prepare(self._buildable(wave), context)
+            if index is not None or all(each.compared_with for each in wave):
+                if unpictured:
+                    self._start_pictures(unpictured)
+                unpictured = []
             if index is not None:
-                state.allocation.preparing = index < last
+                compared = any(each.compared_with for each in requirements[index])
+                state.allocation.preparing = index < last or compared
                 state.event_log.append("cells_ready")
                 self.pending.popleft()
                 self.ready |= {cell.id for cell in groups[index]}
-                self._start_pictures(requirements[index])
+                if compared:
+                    unpictured = requirements[index]
+                else:
+                    self._start_pictures(requirements[index])
                 # Let trials start before the next pool is opened, which would take their resources.
                 yield
+        state.allocation.preparing = False
 
     def _buildable(self, requirements: Sequence[Requirement]) -> list[Requirement]:
         """Drop requirements that failed in this run or depend on one that failed."""
@@ -199,7 +214,8 @@ class Prefetch:
         missing = {
             str(requirement.key): count
             for requirement in self.requirements[group[0].id]
-            if (count := requirement.total() - requirement.have(store))
+            if not requirement.compared_with
+            and (count := requirement.total() - requirement.have(store))
         }
         state.event_log.append(
             "cells_waiting", cells=[cell.id for cell in group], artifacts=missing

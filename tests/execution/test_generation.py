@@ -149,6 +149,30 @@ def test_a_pool_shrinks_when_trials_start_and_no_block_counts_as_killed(
     assert list(tmp_path.rglob("*.tries")) == []
 
 
+def test_a_pool_grows_when_trials_end_and_each_block_counts_once(
+    ray_session, resolver, drawn_digits, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("orchestrator.execution._generation.MIN_STARTS", 0.0)
+    requirement, store = row_requirement(resolver, drawn_digits, 16), ArtifactStore(tmp_path)
+    resources = Resources(generator=GeneratorResources(actors=2, reserve=1))
+    allocation = Allocation(resources, machines)
+    allocation.trials_running = True
+
+    class TrialEnder(Listener):
+        def on_prepared(self, *arguments):
+            super().__getattr__("on_prepared")(*arguments)
+            allocation.trials_running = False
+
+    listener = TrialEnder()
+    assert result_of(draw([requirement], context_of(store, listener, resources, allocation))) == []
+    ((pool,),) = listener.events["on_pool_closed"]
+    assert (pool.actors, pool.images) == (2, 160)
+    facts = [facts for _, _, facts in listener.events["on_prepared"]]
+    assert sum(f["drawn"] for f in facts) == 160
+    assert len(facts) == requirement.total()
+    assert requirement.missing(store) == []
+
+
 def test_a_block_completed_after_its_pool_was_closed_is_counted(
     ray_session, resolver, drawn_digits, tmp_path
 ):

@@ -55,7 +55,7 @@ def test_as_many_loras_are_trained_together_as_there_are_workers(trial, tmp_path
         counts = []
         for number, wave in waves(groups, store, lambda: workers):
             new = {requirement.key for requirement in wave if requirement.stage == "lora"} - made
-            counts += [] if number is not None else [len(new)]
+            counts += [] if number is not None or not new else [len(new)]
             made |= new
             for requirement in wave:
                 if requirement.stage != "images":
@@ -68,8 +68,12 @@ def test_as_many_loras_are_trained_together_as_there_are_workers(trial, tmp_path
 def test_groups_come_in_order_each_with_all_its_inputs(trial, tmp_path):
     groups = [requirements_of([trial("fpl")]), requirements_of([trial("air")])]
     all_waves = list(waves(groups, ArtifactStore(tmp_path), lambda: 1))
-    assert [number for number, _ in all_waves] == [None, 0, None, 1]
-    assert [wave for number, wave in all_waves if number is not None] == [list(g) for g in groups]
+    assert [number for number, _ in all_waves] == [None, 0, None, 1, None]
+    *inputs, without_lora = groups[1]  # no trial reads images without LoRA
+    assert [wave for number, wave in all_waves if number is not None] == [groups[0], inputs]
+    assert all_waves[-1][1] == [without_lora]
+    order = [*groups, requirements_of([trial("air", split_seed=1)])]
+    assert list(waves(order, ArtifactStore(tmp_path), lambda: 1))[-2][1][-1] == without_lora
 
 
 def test_a_failed_artifact_stops_only_artifacts_that_contain_it(trial):
