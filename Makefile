@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE := 1
 help:           ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
-quickstart: .venv/done  ## set up, run sweeps/quickstart.yaml, print the table
+quickstart: .venv/run   ## set up, run sweeps/quickstart.yaml, print the table
 	@$(BIN)/airsweep run sweeps/quickstart.yaml
 
 test: .venv/done        ## set up, then check all that one machine can show, in ten minutes
@@ -48,7 +48,9 @@ gpu-day: .venv/done     ## a day on one GPU: checks, a sweep, measurements, one 
 tiny-world: .venv/done  ## pretrain the embedded CLIP and diffusion again (1.5 hours on one core)
 	$(BIN)/python -m air_core.tiny --work build/tiny_world --out air_core/tiny/weights
 
-.venv/done: pyproject.toml
+.venv/run: EXTRAS :=
+.venv/done: EXTRAS := [dev]
+.venv/run .venv/done: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.$(EXTRAS)'
 	@touch $@

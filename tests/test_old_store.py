@@ -29,13 +29,28 @@ DEFINITION = (
 MEANS = [0.48148148148148145, 0.5518518518518518, 0.5657407407407408]  # as that version printed
 
 
-@pytest.fixture
-def old(tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> Path:
+    """The older store, and its sweep file."""
+    folder = tmp_path_factory.mktemp("original")
     with tarfile.open(ROOT / "tests" / "fixtures" / "store_9fb42b3.tar.xz") as archive:
-        archive.extractall(tmp_path, filter="data")
-    file = tmp_path / "old.yaml"
+        archive.extractall(folder, filter="data")
+    file = folder / "old.yaml"
     file.write_text(file.read_text().replace("fixed:\n", f"fixed:\n{DEFINITION}"))
-    return tmp_path
+    return folder
+
+
+@pytest.fixture(scope="module")
+def continued(original, tmp_path_factory) -> Path:
+    """The same after a run of the sweep."""
+    folder = Path(shutil.copytree(original, tmp_path_factory.mktemp("continued") / "old"))
+    airsweep("run", folder / "old.yaml", "--store", folder / "store")
+    return folder
+
+
+@pytest.fixture
+def old(continued, tmp_path) -> Path:
+    return Path(shutil.copytree(continued, tmp_path / "old"))
 
 
 def runs(store: Path) -> list[tuple[str, str]]:
@@ -43,9 +58,9 @@ def runs(store: Path) -> list[tuple[str, str]]:
         return sorted(database.execute("select run_uuid, status from runs"))
 
 
-def test_results_are_reused_except_where_a_recipe_has_changed_since(old):
-    store, before = old / "store", runs(old / "store")
-    planned = api.plan(old / "old.yaml", store=store).json()
+def test_results_are_reused_except_where_a_recipe_has_changed_since(original, old):
+    store, before = old / "store", runs(original / "store")
+    planned = api.plan(original / "old.yaml", store=original / "store").json()
     counts = [planned["trials"][name] for name in ("done", "shared", "to_run")]
     assert counts == [3, 1, 2]
     lacking = {a["key"].partition("-")[0] for a in planned["artifacts"] if a["state"] != "present"}
@@ -54,7 +69,6 @@ def test_results_are_reused_except_where_a_recipe_has_changed_since(old):
         f"{stage}: the code changed since: 2 results are of the earlier code"
         for stage in ("images", "lora")
     ]
-    airsweep("run", old / "old.yaml", "--store", store)
     assert api.table("old", store=store)["mean"].tolist()[:2] == pytest.approx(MEANS[:2], abs=0)
     done = airsweep("run", old / "old.yaml", "--store", store)
     assert "nothing to do" in done.stderr
@@ -67,7 +81,6 @@ def test_results_of_an_earlier_recipe_stay_in_the_table_and_plan_says_why_it_mak
     old, monkeypatch
 ):
     store = old / "store"
-    airsweep("run", old / "old.yaml", "--store", store)
     means = api.table("old", store=store)["mean"].tolist()
     keys._key.cache_clear()
     monkeypatch.setattr(LoraSpec, "recipe", 3)
@@ -92,7 +105,6 @@ EDITS = {
 @pytest.mark.parametrize(("edit", "missing"), EDITS.items(), ids=["method", "lora"])
 def test_an_edit_of_a_stage_requires_it_and_later_stages_again(old, tmp_path, edit, missing):
     file, before, after = edit
-    airsweep("run", old / "old.yaml", "--store", old / "store")  # records the sweep file
     checkout = _copy(tmp_path)
     path = checkout / "air_core" / file
     text = path.read_text()

@@ -179,15 +179,16 @@ def test_finished_results_do_not_change_with_the_folder_until_the_sweep_runs_aga
         change(folder)
         assert numbers("own") == before
         assert numbers("own", copy) == before
-        report = command("report", "own", "-o", tmp_path / "report.html", "--store", store)
-        assert report[0] == 0, report[2]
-        assert f"note: folder:{folder} has changed since the last run; the results" in report[2]
-        bundle = tmp_path / f"bundle {change.__name__}"
-        words = ("export", "best", "--sweep", "own", "--only", "method=fpl", "-o", bundle)
-        exported = command(*words, "--store", store)
-        assert exported[0] == 0, exported[2]
-        audit = command("audit", "own", "--store", store)
-        assert audit[0] == 0, audit[2]
+        noted = command("table", "own", "--store", store)[2]
+        assert f"note: folder:{folder} has changed since the last run; the results" in noted
+        if change is move_away:  # these read no image
+            for words in (
+                ("report", "own", "-o", tmp_path / "report.html"),
+                ("export", "best", "--sweep", "own", "--only", "method=fpl", "-o", tmp_path / "b"),
+                ("audit", "own"),
+            ):
+                code, _, err = command(*words, "--store", store)
+                assert code == 0, err
         assert command("cache", "gc", "--yes", "--store", store)[0] == 0
         assert {file for file in (store / "artifacts").rglob("*") if file.is_file()} == files
         planned = command("plan", sweep, "--store", store)
