@@ -20,6 +20,7 @@ from orchestrator.reporting.rows import (
     Results,
     Row,
     Task,
+    is_bound,
     metric_text,
     row_text,
     rows,
@@ -286,14 +287,18 @@ def shorten(text: str, most: int = 34) -> str:
 
 
 def accuracy(results: Results, *, most: int = 150, width: float = WIDTH) -> Figure:
-    """Each row with its interval, by task from the highest mean; the best row is a diamond."""
+    """Each row with its interval, by task from the highest mean; the best row is a diamond.
+
+    Bounds, which are no methods, follow in a group of their own.
+    """
     groups: dict[str, list[Dot]] = {}
-    for row in sorted(results.tested, key=lambda row: -row.mean):
-        group = groups.setdefault(_heading(row.task), [])
+    for row in sorted(results.tested, key=lambda row: (is_bound(row.method), -row.mean)):
+        heading = _heading(row.task)
+        group = groups.setdefault("bounds, " * is_bound(row.method) + heading, [])
         label = shorten(row_text(row, results.varied_settings), 34 if width == WIDTH else 60)
         strong = row is results.best(row.task)
         group.append(Dot(label=label, value=row.mean, low=row.low, high=row.high, strong=strong))
-    headings = map(_heading, results.tasks)
+    headings = [kind + _heading(task) for task in results.tasks for kind in ("", "bounds, ")]
     groups = {heading: groups[heading] for heading in headings if heading in groups}
     xlabel = f"{metric_text(results.rows)}, mean and 95 % interval"
     return dots(groups, xlabel, most=most, width=width)

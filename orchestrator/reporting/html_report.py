@@ -33,9 +33,9 @@ from orchestrator.planning.dataset_text import tested_classes, unused_by_dataset
 from orchestrator.planning.plan import RESULT_STATES, STAGE_TITLES, results_text
 from orchestrator.planning.requests import run_command, store_command
 from orchestrator.reporting import charts
-from orchestrator.reporting._answers import answers
 from orchestrator.reporting._layouts import Layout, drop_empty_columns
 from orchestrator.reporting._statistics import Array
+from orchestrator.reporting.answers import answers, headlines
 from orchestrator.reporting.report_data import ReportData
 from orchestrator.reporting.rows import (
     UNTESTED,
@@ -46,18 +46,19 @@ from orchestrator.reporting.rows import (
     is_bound,
     row_text,
     significance_notes,
+    splits_and_seeds,
     task_text,
-    uses_diffusion,
 )
 from orchestrator.reporting.selection import best_candidate
-from orchestrator.reporting.summary import unused_lines
-from orchestrator.reporting.tables import TASK, comparison_lines, table_layout, table_lines
+from orchestrator.reporting.summary import data_text, unused_lines
+from orchestrator.reporting.tables import comparison_lines, table_layout
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TEMPLATE = Path(__file__).with_name("templates") / "report.html"
 MAX_TASKS = 12  # with pseudo-label curves and confusion matrices
+MAIN_WIDTH = 4.6  # of the first chart, in inches of 96 px
 MAX_CARDS = 2  # audit cards with a picture
 
 
@@ -79,12 +80,20 @@ def page(data: ReportData) -> str:
     ]
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=data.sweep.name,
+        description=_description(data),
         question=re.split(r"\n\s*\n", data.sweep.question.strip()),
         sections=sections,
         footer=f"airsweep {_version()}, sweep {data.location.full_name}, "
         f"{len(data.results.trials)} results.",
     )
     return text + "\n"
+
+
+def _description(data: ReportData) -> str:
+    """What was run, which can differ from what the comment of the sweep file says."""
+    methods = plural(len({row.method for row in data.results.rows}), "method")
+    runs = f", {splits_and_seeds(data.results.rows)}" if data.results.rows else "."
+    return f"{data_text(data.plan)}; {methods}, {plural(data.plan.total, 'trial')}{runs}"
 
 
 def _version() -> str:
@@ -110,14 +119,13 @@ class Group:
 
     heading: str = ""
     texts: Sequence[str] = ()
-    cards: Sequence[Mapping[str, str]] = ()  # text by label; the heading has the label ""
     figures: Sequence[Picture] = ()
     tables: Sequence[Layout] = ()
     details: Sequence[tuple[str, str]] = ()  # (title, text) of collapsible texts
 
 
-def _chart(figure: Figure, alt: str) -> Picture:
-    return Picture(src=_data("image/svg+xml", charts.svg(figure).encode()), alt=alt)
+def _chart(figure: Figure, alt: str, wide: bool = False) -> Picture:
+    return Picture(src=_data("image/svg+xml", charts.svg(figure).encode()), alt=alt, wide=wide)
 
 
 def _data(kind: str, content: bytes) -> str:
@@ -134,27 +142,16 @@ def _tables(lines: Sequence[Mapping[str, str]], note: str = "") -> list[Layout]:
 
 
 def answer(data: ReportData) -> Iterator[Group]:
-    """Answers; the best row of each task, and its best row with a diffusion model if another."""
-    results, lines = data.results, table_lines(data.results)
-    cards = []
-    for task in results.tasks:
-        best = results.best(task)
-        with_images = [
-            row for row in results.rows if row.task == task and uses_diffusion(row.method)
-        ]
-        shown = {"highest mean" if best.is_tested else "highest mutual information": best}
-        if with_images and best.is_tested and not uses_diffusion(best.method):
-            top = max(with_images, key=lambda row: row.mean)
-            shown["highest mean with a diffusion model"] = top
-        for title, row in shown.items():
-            [line] = [line for line, r in zip(lines, results.rows, strict=True) if r is row]
-            cells = {key: text for key, text in line.items() if text and key not in TASK}
-            chance = format_percent(results.chance(row)) if row.is_tested else ""
-            cells |= {"chance": chance} if chance else {}
-            cards.append({"": f"{task_text(task)}: {title}", **cells})
+    """The picture of all rows below its headline, answers, and the state of the sweep."""
+    results = data.results
+    figures = []
+    if results.tested:
+        alt = f"Accuracy of {len(results.rows)} rows with intervals"
+        figures = [_chart(charts.accuracy(results, width=MAIN_WIDTH), alt, wide=True)]
+    yield Group(texts=headlines(results), figures=figures)
     unused = unused_lines(data.plan, data.location, data.status)
     not_used = [f"Not used: {line}." for line in unused]
-    yield Group(texts=[*answers(results), _state(data), *not_used], cards=cards)
+    yield Group(texts=[*answers(results), _state(data), *not_used])
     files = _unused_files(data)
     if files:
         yield Group(details=[("Images that were not used", "\n".join(files))])
@@ -181,9 +178,7 @@ def _state(data: ReportData) -> str:
 def table(data: ReportData) -> Iterator[Group]:
     """All rows, as in `airsweep table`."""
     layout = table_layout(data.results)
-    alt = f"Accuracy of {len(data.results.rows)} rows with intervals"
-    figures = [_chart(charts.accuracy(data.results), alt)] if data.results.tested else []
-    yield Group(texts=[" ".join(layout.caption)], figures=figures, tables=[layout])
+    yield Group(tables=[layout], details=[("Notes on the table", "\n".join(layout.caption))])
 
 
 def by_setting(data: ReportData) -> Iterator[Group]:
@@ -209,10 +204,11 @@ def components(data: ReportData) -> Iterator[Group]:
     """Each row minus its host and its control."""
     if data.results.comparisons:
         figure = charts.differences(data.results)
+        notes = significance_notes(data.results.comparisons, marks=False)
         yield Group(
-            texts=[" ".join(significance_notes(data.results.comparisons, marks=False))],
             figures=[_chart(figure, "Differences with intervals and a line at 0")],
             tables=[Layout(frame=DataFrame(comparison_lines(data.results)))],
+            details=[("Notes on the tests", "\n".join(notes))] if notes else [],
         )
 
 

@@ -19,7 +19,7 @@ from orchestrator.planning.requests import (
     run_command,
     store_command,
 )
-from orchestrator.reporting._answers import answers
+from orchestrator.reporting.answers import answers
 from orchestrator.reporting.results import SweepStatus, holes_text, plan_status
 from orchestrator.reporting.rows import (
     EMPTY,
@@ -157,7 +157,12 @@ def _wrap(text: str, width: int, lead: str = "") -> list[str]:
 
 
 def sweep_title(plan: Plan) -> str:
-    """The name of a sweep and a description of its datasets."""
+    """The name of a sweep and a description of its data."""
+    return f"airsweep {plan.sweep.name}   {data_text(plan)}"
+
+
+def data_text(plan: Plan) -> str:
+    """The datasets of a sweep, and whether their labels are used."""
     datasets = sorted({slot.spec.dataset.name for slot in plan.slots})
     description = ", ".join(map(dataset_description, datasets))
     if all(slot.spec.paradigm == "ul" for slot in plan.slots):
@@ -165,7 +170,7 @@ def sweep_title(plan: Plan) -> str:
     tested = {slot.spec.test_dataset and slot.spec.test_dataset.name for slot in plan.slots}
     if len(tested) == 1 and (name := tested.pop()):  # of several, the table has a column
         description += f", tested on {dataset_description(name)}"
-    return f"airsweep {plan.sweep.name}   {description}"
+    return description
 
 
 def run_facts(plan: Plan, location: SweepLocation) -> list[tuple[str, str]]:

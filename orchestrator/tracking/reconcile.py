@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,18 +21,9 @@ from orchestrator.planning import Outcome, Plan, Slot, plan_of
 from orchestrator.planning.resolve import text_digest
 from orchestrator.planning.studies import PrunedPoint
 from orchestrator.reporting import Results, results_of, sweep_status
+from orchestrator.reporting.answers import best_and_gain, headlines
 from orchestrator.reporting.charts import pictures
 from orchestrator.reporting.results import finished_records
-from orchestrator.reporting.rows import (
-    UNTESTED,
-    Comparison,
-    Row,
-    Task,
-    is_bound,
-    mean_std,
-    settings_text,
-    uses_diffusion,
-)
 from orchestrator.reporting.summary import run_facts, summary, sweep_title
 from orchestrator.spec import SweepSpec
 from orchestrator.store import (
@@ -50,8 +41,6 @@ from orchestrator.tracking_uri import resolve_uri
 
 if TYPE_CHECKING:
     from orchestrator.tracking._mlflow import MlflowTracker, SweepTracker
-
-WORLDS_IN_NOTE = 3  # worlds whose best row a note names
 
 
 @dataclass(frozen=True)
@@ -254,7 +243,7 @@ def note_and_files(
     charts = pictures(results)
     screen = summary(sweep_title(plan), results, run_facts(plan, location))
     note = [
-        "\n".join(_answers(results)),  # first, since MLflow folds long notes
+        "\n\n".join(headlines(results)),  # first, since MLflow folds long notes
         *(_picture(name, run_id) for name in charts),
         plan.sweep.question,
         f"```\n{screen}\n```",
@@ -273,7 +262,7 @@ def headline_metrics(results: Results) -> dict[str, float]:
     """
     metrics: dict[str, float] = {}
     for task in results.tasks:
-        best, gain = _best(results, task)
+        best, gain = best_and_gain(results, task)
         shown = {f"best/test/{best.metric}": (best.mean, best.low, best.high)}
         if gain is not None:
             difference = gain.difference
@@ -296,37 +285,6 @@ def _cost_metrics(location: SweepLocation) -> dict[str, float]:
     costs = {f"time/{phase}_s": seconds for phase, seconds in run.get("walls", {}).items() if phase}
     memory = run.get("memory", 0)  # bytes; 0: unknown
     return costs | ({"system/memory_peak_gib": memory / 2**30} if memory else {})
-
-
-def _best(results: Results, task: Task) -> tuple[Row, Comparison | None]:
-    """The row of the highest mean, and the gain of a row over its control or else its host.
-
-    That is the highest row with a diffusion model; without any, the highest one with a baseline.
-    """
-    gains = [c for c in results.comparisons if c.row.task == task and not is_bound(c.row.method)]
-    gains = [c for c in gains if uses_diffusion(c.row.method)] or gains
-    gain = max(gains, key=lambda c: (c.row.mean, c.role == "control"), default=None)
-    return results.best(task), gain
-
-
-def _answers(results: Results) -> Iterator[str]:
-    """For each task, the row of the highest mean and a gain, as sentences."""
-    for task in results.tasks[:WORLDS_IN_NOTE]:
-        row, gain = _best(results, task)
-        settings = settings_text(row, row.settings)
-        with_settings = f" ({settings})" if settings else ""
-        if not row.is_tested:
-            yield f"{row.dataset}, {row.paradigm}/{row.modality}: {UNTESTED}\n"
-            continue
-        yield (
-            f"{row.dataset}, {row.paradigm}/{row.modality}: **{row.method}**{with_settings} has "
-            f"the highest mean test {row.metric.replace('_', ' ')}: {mean_std(row)} %\n"
-        )
-        if gain is not None:
-            yield (
-                f"Gain of {gain.row.method} over its {gain.role} {gain.baseline.method}: "
-                f"{gain.text} points, {gain.significance}\n"
-            )
 
 
 def _picture(name: str, run_id: str) -> str:

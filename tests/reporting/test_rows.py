@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from orchestrator.reporting import charts
-from orchestrator.reporting._answers import answers
+from orchestrator.reporting.answers import answers
 from orchestrator.reporting.rows import rows, signed_percent
 from orchestrator.reporting.summary import summary
 from orchestrator.reporting.tables import table

@@ -9,12 +9,17 @@ from air_core.methods import METHODS
 from orchestrator.formatting import format_percent
 from orchestrator.reporting._statistics import Interval, Verdict, gain_share, paired_difference
 from orchestrator.reporting.rows import (
+    UNTESTED,
     Comparison,
     Results,
     Row,
+    Task,
     compared,
     is_bound,
+    mean_std,
+    row_text,
     signed_percent,
+    task_text,
     uses_diffusion,
 )
 
@@ -30,6 +35,39 @@ CEILINGS = {
     for name, method in METHODS.items()
     if method.pins.get("images_from") == "true_labels"
 }
+
+
+MAX_HEADLINES = 3
+
+
+def headlines(results: Results) -> list[str]:
+    """For each of the first tasks a sentence on the row of the highest mean and on a gain."""
+    return [_headline(results, task) for task in results.tasks[:MAX_HEADLINES]]
+
+
+def _headline(results: Results, task: Task) -> str:
+    row, gain = best_and_gain(results, task)
+    if not row.is_tested:
+        return f"{task_text(task)}: {UNTESTED}"
+    text = (
+        f"{task_text(task)}: {row_text(row, [*row.settings])} has the highest mean test "
+        f"{row.metric.replace('_', ' ')}, {mean_std(row)} %"
+    )
+    if gain is not None:
+        whose = "its gain" if gain.row is row else f"the gain of {gain.row.method}"
+        text += f"; {whose} over {gain.baseline.method}: {gain.text} points, {gain.significance}"
+    return f"{text}."
+
+
+def best_and_gain(results: Results, task: Task) -> tuple[Row, Comparison | None]:
+    """The row of the highest mean, and the gain of a row over its control or else its host.
+
+    That is the highest row with a diffusion model; without any, the highest one with a baseline.
+    """
+    gains = [c for c in results.comparisons if c.row.task == task and not is_bound(c.row.method)]
+    gains = [c for c in gains if uses_diffusion(c.row.method)] or gains
+    gain = max(gains, key=lambda c: (c.row.mean, c.role == "control"), default=None)
+    return results.best(task), gain
 
 
 def answers(results: Results) -> list[str]:
