@@ -14,7 +14,7 @@ from typing import Any
 
 from orchestrator.errors import FAILED, INTERRUPTED, TERMINATED
 from orchestrator.execution._state import RunState
-from orchestrator.formatting import plural
+from orchestrator.formatting import plural, show
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def _on_second_sigint(state: RunState, number: int, frame: Any) -> None:
 
 def _say(text: str) -> None:
     with suppress(RuntimeError):  # the signal came while a line was printed
-        print(f"\n{text}", file=sys.stderr, flush=True)
+        show(f"\n{text}", file=sys.stderr, flush=True)
 
 
 def _in_main_thread() -> bool:
