@@ -123,7 +123,7 @@ def test_submit_runs_a_sweep_on_the_cluster_and_follows_its_log(head, store, tmp
     sweep = write_sweep(tmp_path / "a folder", "far", "fixed: {method: zero_shot}\nseeds: [1]\n")
     done = airsweep("submit", sweep, "--address", f"{head}/", "--store", store, **OPEN)
     assert "zero_shot" in done.stdout  # in the final screen
-    assert re.search(" again +submit it again", done.stdout)
+    assert re.search(" next +airsweep table far", done.stdout)
     assert "default-far-1: SUCCEEDED, exit code 0" in done.stderr
     assert f"airsweep table far --store {store}" in done.stderr
     assert "INFO" not in done.stderr
