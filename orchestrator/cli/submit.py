@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 # Beginnings of the lines of a driver's final screen that `stop` repeats.
-CLOSING = (" trials ", " again ")
+CLOSING = (" trials ", " next ")
 
 AddressOption = Annotated[
     str,
