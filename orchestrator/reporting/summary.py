@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from orchestrator.environment import in_ray_job
-from orchestrator.formatting import aligned, aligned_table, format_duration, format_percent, plural
+from orchestrator.formatting import aligned, aligned_table, format_duration, format_percent
 from orchestrator.planning import Plan, results_text
 from orchestrator.planning.dataset_text import dataset_description, unused_by_dataset
 from orchestrator.planning.requests import (
@@ -180,7 +180,8 @@ def run_facts(plan: Plan, location: SweepLocation) -> list[tuple[str, str]]:
     pruned = f"{counts['pruned']} pruned, " if counts["pruned"] else ""
     seconds = read_outcome(location).get("seconds")
     time = "" if seconds is None else f"; the last run took {format_duration(seconds)}"
-    trials = f"{plan.total}: {results_text(counts)}, {pruned}{counts['failed']} failed"
+    left = f", {plan.to_run} left to run" if plan.to_run else ""
+    trials = f"{plan.total}: {results_text(counts)}, {pruned}{counts['failed']} failed{left}"
     return [
         ("not used", "\n".join(unused_lines(plan, location, status))),
         ("trials", f"{trials}{time}"),
@@ -213,7 +214,7 @@ def _steps(plan: Plan, location: SweepLocation, results: Results) -> list[tuple[
     steps = []
     if plan.to_run:
         again = "submit it again" if in_ray_job() else run_command(location)
-        steps.append((again, f"{plural(plan.to_run, 'trial')} left to run"))
+        steps.append((again, "the rest of the sweep"))
     steps.append((results_command("table", location), "all columns, differences and notes"))
     steps.append((results_command("report", location), "curves, images and cost in one page"))
     if exported(results) is not None:
