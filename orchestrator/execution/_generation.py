@@ -224,7 +224,8 @@ class _Generation:
             pool.pairs += result["pairs"]
             pool.busy += result["on_device"]
             more = 0 if self.allocation.trials_running else self.pool_size() - pool.actors
-            seconds_left = len(every - taken) * work_seconds / len(taken) / pool.actors
+            count = len(taken)
+            seconds_left = (len(every) - count) * work_seconds / count / pool.actors
             must_close = self.stopped or (
                 taken != every and not beside_trials and self.pool_size() < pool.actors
             )

@@ -61,13 +61,15 @@ def changed_folders(location: SweepLocation) -> Iterator[str]:
 
     A folder is read only if an entry was added, removed or renamed after the run had begun.
     """
+    datasets = (read_resolved(location).get("inputs") or {}).get("datasets", {})
+    digests = {entry["ref"]["name"]: entry["ref"]["digest"] for entry in datasets.values()}
+    digests = {name: of for name, of in digests.items() if name.startswith("folder:")}
+    if not digests:  # the log and the digests of files can be long
+        return
     starts = (e for e in location.event_log().events() if e["event"] == "sweep_started")
     since = max((event["time"] for event in starts), default=0.0)
     resolver = Resolver(location.store.root / "digests.json", location.data_root)
-    for entry in (read_resolved(location).get("inputs") or {}).get("datasets", {}).values():
-        name, digest = entry["ref"]["name"], entry["ref"]["digest"]
-        if not name.startswith("folder:"):
-            continue
+    for name, digest in digests.items():
         folder = local_path(name.removeprefix("folder:"))
         try:
             folders = [folder, *(path for path in folder.iterdir() if path.is_dir())]

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
+from statistics import fmean
 from typing import Any
 
 from air_core.methods import METHODS
@@ -212,12 +213,12 @@ def _last_run(location: SweepLocation, status: SweepStatus) -> dict[str, Any] | 
     run = outcome.get("run")
     if not run:
         return None
-    overheads = run.get("overheads") or [None]
+    overheads = run.get("overheads")
     return {
         "seconds": outcome["seconds"],
         "trials": status.last_run["done"],
         "phases": run.get("walls", {}),  # seconds
-        "overhead": overheads[0] and sum(overheads) / len(overheads),  # seconds of a point
+        "overhead": fmean(overheads) if overheads else None,  # seconds of a point
         "memory": run.get("memory", 0),  # bytes; 0: unknown
         "memory_of": run.get("memory_of", ""),
         "images": {name: run[name] for name in ("drawn", "redrawn", "holes")},
