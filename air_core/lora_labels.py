@@ -42,6 +42,7 @@ def lora_images(
     synthetic: Labelled | None = None,
     drawn_by: int | None = None,
     errors: Tensor | None = None,
+    truth: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Select pool images and at most `k` labelled images of each class.
 
@@ -57,6 +58,7 @@ def lora_images(
         drawn_by: seed of the order of the labelled images, of which the first `k` of each class
             are selected; None: that of the dataset.
         errors: (draws, P, C) denoising errors of the LoRA round before.
+        truth: (P,) classes of the pool images, which only `settings.true_share` reads.
 
     Returns:
         (M,) positions in the dataset and (M,) classes.
@@ -67,7 +69,7 @@ def lora_images(
     parts = []
     if source != "labelled":
         classifier = pool_classifier(text, pool, split.unseen, synthetic, errors)
-        selected, classes = _pseudo_labelled(classifier, pool, settings)
+        selected, classes = _pseudo_labelled(classifier, pool, settings, truth)
         parts.append((split.pool[selected], classes))
     if source != "pseudo" and labelled is not None:
         order = _order(len(labelled), drawn_by)
@@ -120,16 +122,33 @@ def class_agreement(classifier: FusedClassifier, pool: Batch) -> Tensor:
 
 
 def _pseudo_labelled(
-    classifier: FusedClassifier, pool: Batch, settings: InitialLabelsSettings
+    classifier: FusedClassifier,
+    pool: Batch,
+    settings: InitialLabelsSettings,
+    truth: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Positions in the pool of the selected images, and their classes: one of each image."""
     scores = classifier.pool_scores(pool)
     classes = torch.arange(scores.shape[1]) if classifier.unseen is None else classifier.unseen
     if settings.kind == "pool":
         return torch.arange(len(scores)), classes[scores.argmax(dim=1)]
-    assignment = balanced_choice(scores, torch.full((len(classes),), settings.k))
+    if settings.true_share is None:
+        assignment = balanced_choice(scores, torch.full((len(classes),), settings.k))
+    else:
+        assert truth is not None
+        is_right = truth[:, None] == classes
+        assignment = _with_errors(scores, is_right, settings.k, settings.true_share)
     selected = (assignment >= 0).nonzero().flatten()
     return selected, classes[assignment[selected]]
+
+
+def _with_errors(scores: Tensor, is_right: Tensor, k: int, share: float) -> Tensor:
+    """(P,) classes, -1 for none: of each class `share` of k images that belong to it (P, C), and
+    other images for the rest. Of both it has those with the highest scores (P, C)."""
+    classes, right = scores.shape[1], round(share * k)
+    slots = torch.tensor([right, k - right]).repeat_interleave(classes)
+    chosen = balanced_choice(scores.repeat(1, 2), slots, torch.cat([is_right, ~is_right], dim=1))
+    return chosen.where(chosen < 0, chosen % classes)
 
 
 def first_of_each_class(labels: Tensor, k: int) -> Tensor:

@@ -71,7 +71,8 @@ def named_refs(flat: Mapping[str, Any]) -> dict[str, Ref]:
 
 
 _NO_EVIDENCE: dict[str, Any] = {"evidence.draws": 0}
-_GENERATOR: dict[str, Any] = {"images_from": "generator"}
+# No method reads a true label of a pool image.
+_GENERATOR: dict[str, Any] = {"images_from": "generator", "initial_labels.true_share": None}
 _PLAIN = {**_GENERATOR, **_NO_EVIDENCE}
 _TEXT_ONLY: dict[str, Any] = {
     **_GENERATOR,
@@ -128,6 +129,9 @@ _INSTEAD = {
     "ceiling": ("true_labels", "a bound: AiR with pool images under their true labels"),
     "floor": ("shifted_labels", "a bound: AiR with each synthetic image under the next class"),
 }
+# A LoRA that is trained on a given share of right labels, all by default; the control has its images.
+_LABELS_PINS = {k: v for k, v in {**_CPL, **_PLAIN}.items() if k != "initial_labels.true_share"}
+_LABELS_SETS = {**_AIR, "initial_labels.true_share": 1.0}
 
 _METHODS = {
     "zero_shot": Method(summary="CLIP without training", pins={"iterations": 0, **_NO_IMAGES}),
@@ -221,6 +225,21 @@ _METHODS = {
         )
         for role, (images, summary) in _INSTEAD.items()
     },
+    "air_labels": Method(
+        summary="a bound: AiR with a given share of right labels for the LoRA",
+        pins=_LABELS_PINS,
+        sets=_LABELS_SETS,
+        host="cpl",
+        control="air_labels_control",
+        is_bound=True,
+    ),
+    "air_labels_control": Method(
+        summary="a bound: air_labels with the images that the LoRA is trained on",
+        pins={**_LABELS_PINS, "images_from": "lora_images"},
+        sets=_LABELS_SETS,
+        host="cpl",
+        is_bound=True,
+    ),
     "air_both": Method(
         summary="ours: an auxiliary classifier that synthetic images leave and real ones join",
         pins={**_CPL, **_PLAIN},

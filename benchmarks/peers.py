@@ -1,6 +1,6 @@
 """Cost and benefit of airsweep, compared with scripts that run the same grid without it.
 
-The quickstart's grid (5 methods x 3 seeds on the digits, one LoRA, its images) runs four times on
+A grid (`peer_scripts/grid.yaml`: 5 methods x 3 seeds on the digits, one LoRA, its images) runs four times on
 two workers, each time in a new folder: with `airsweep run`, a joblib loop, an Optuna loop on
 sqlite, and Ray Tune with its MLflow callback. The scripts in `peer_scripts/` call the same method
 on the same inputs, which they build once with the stages of airsweep and store. The benchmark
@@ -34,10 +34,10 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.harness import ROOT, environment, options, progress, report
+from benchmarks.harness import environment, options, progress, report
 
 SCRIPTS = Path(__file__).parent / "peer_scripts"
-QUICKSTART = ROOT / "sweeps" / "quickstart.yaml"
+GRID = SCRIPTS / "grid.yaml"
 ADDED = "grip"  # the method that is added to the grid
 CUT = ("images_per_class=32", "lora.steps=60", "iterations=4", "auxiliary.k_step=24")
 PEERS = {
@@ -158,13 +158,13 @@ def code_lines(file: Path) -> int:
 def measure(peer: str, folder: Path, sets: Sequence[str], walls: Sequence[float]) -> dict[str, Any]:
     undisturbed, disturbed = folder / f"{peer}-0", folder / f"{peer}-killed"
     trials = len(count_completed(peer, undisturbed))
-    kill = killed_and_run_again(peer, QUICKSTART, disturbed, sets, after=trials // 2)
-    added = again_with_more(peer, QUICKSTART, undisturbed, sets)
+    kill = killed_and_run_again(peer, GRID, disturbed, sets, after=trials // 2)
+    added = again_with_more(peer, GRID, undisturbed, sets)
     script = PEERS[peer]
     found = {
         "wall_s": round(median(walls), 1),
         "walls_s": [round(wall, 1) for wall in walls],
-        "lines": code_lines(SCRIPTS / script if script else QUICKSTART),
+        "lines": code_lines(SCRIPTS / script if script else GRID),
         "trials": trials,
         "done_before_kill": kill["done_before"],
         "again_after_kill": kill["again"],
@@ -185,7 +185,7 @@ def main() -> None:
         turns = [(turn, peer) for turn in range(args.walls) for peer in peers]
         walls: dict[str, list[float]] = {peer: [] for peer in peers}
         for turn, peer in turns:
-            walls[peer].append(run(peer, QUICKSTART, folder / f"{peer}-{turn}", sets))
+            walls[peer].append(run(peer, GRID, folder / f"{peer}-{turn}", sets))
             progress(peer, f"{walls[peer][-1]:.1f} s")
         found = {peer: measure(peer, folder, sets, walls[peer]) for peer in peers}
     baseline = found.get("joblib", found[peers[-1]])
@@ -193,7 +193,7 @@ def main() -> None:
         "peers",
         found["airsweep"]["wall_s"] / baseline["wall_s"],
         "a joblib loop on two workers",
-        grid="the quickstart" if args.whole else f"the quickstart with {', '.join(CUT)}",
+        grid="peer_scripts/grid.yaml" if args.whole else f"peer_scripts/grid.yaml with {', '.join(CUT)}",
         shared_lines=code_lines(SCRIPTS / "work.py"),
         **found,
     )

@@ -177,6 +177,13 @@ class InitialLabelsSettings:
         le=1000,
         used_if=lambda s: later_rounds(s) and not labelled_lora(s),
     )
+    true_share: float | None = later(
+        None,
+        "bounds alone: share of the images of a class that belong to it; null: as CLIP labels them",
+        ge=0,
+        le=1,
+        used_if=lambda s: s.initial_labels.kind == "top_k" and not labelled_lora(s),
+    )
 
 
 LoraSource = Literal["all", "pseudo", "labelled"]

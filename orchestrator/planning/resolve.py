@@ -503,11 +503,11 @@ def _check_labels_unneeded(trial: TrialSpec) -> None:
     """
     if problem := label_problem(trial.split):
         raise InvalidSetting("dataset", problem)
-    if trial.images_from == "true_labels":
+    if trial.images_from == "true_labels" or trial.initial_labels.true_share is not None:
         raise InvalidSetting(
             "dataset",
-            "images_from: true_labels (method air_ceiling) reads the classes of the pool images, "
-            "but they have no labels; leave it out, or sort your images into class folders",
+            "methods air_ceiling and air_labels read the classes of the pool images, but they have "
+            "no labels; leave them out, or sort your images into class folders",
         )
 
 

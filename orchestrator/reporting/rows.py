@@ -178,11 +178,6 @@ class Choice:
 Role = Literal["host", "control"]
 MARKS: dict[Role, str] = {"host": "†", "control": "‡"}
 WORSE = "↓"
-# Images that a bound reads, by `images_from`.
-BOUNDS = {
-    "true_labels": "pool images under their true labels",
-    "shifted_labels": "synthetic images under wrong labels",
-}
 
 FIELDS = (
     *("dataset", "paradigm", "modality", "method", "settings", "metric", "n", "n_test"),
@@ -621,8 +616,7 @@ def protocol_notes(results: Results) -> list[str]:
     """Sentences for a caption: metric, chance, splits and seeds, interval."""
     rows, notes = results.rows, []
     for method in dict.fromkeys(row.method for row in rows if is_bound(row.method)):
-        images = BOUNDS[METHODS[method].pins["images_from"]]
-        notes.append(f"{method} is a bound and no method: it reads {images}.")
+        notes.append(f"{method} is {METHODS[method].summary}; it is no method.")
     notes += dict.fromkeys(_departure_note(row) for row in rows if row.departures)
     if any(row.metric == "harmonic_mean" for row in rows):
         notes.append("TRZSL: harmonic mean of the accuracies on seen and on unseen classes.")

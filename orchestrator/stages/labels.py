@@ -49,6 +49,7 @@ def build(
             synthetic,
             spec.split.split_seed if spec.drawn else None,
             errors,
+            target.labels[split.pool] if spec.settings.true_share is not None else None,
         )
         save_file({"index": index.numpy(), "labels": labels.numpy()}, folder / "labels.safetensors")
         # The record contains the accuracy; nothing else reads these true labels.

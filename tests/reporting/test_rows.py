@@ -480,7 +480,7 @@ def test_a_bound_is_never_the_best_row_and_the_caption_says_what_it_is() -> None
     assert found.best(task).method == "air"
     assert max(found.rows, key=lambda row: row.mean).method == "air_ceiling"
     text = table(found, "md")
-    assert "air_ceiling is a bound and no method: it reads pool images under" in one_line(text)
+    assert "air_ceiling is a bound: AiR with pool images under their true labels" in one_line(text)
     [bold] = [line for line in text.splitlines() if "**" in line]
     assert " air " in bold
 
