@@ -129,7 +129,7 @@ _INSTEAD = {
     "ceiling": ("true_labels", "a bound: AiR with pool images under their true labels"),
     "floor": ("shifted_labels", "a bound: AiR with each synthetic image under the next class"),
 }
-# A LoRA that is trained on a given share of right labels, all by default; the control has its images.
+# A LoRA that reads a given share of right labels, by default all; the control has its images.
 _LABELS_PINS = {k: v for k, v in {**_CPL, **_PLAIN}.items() if k != "initial_labels.true_share"}
 _LABELS_SETS = {**_AIR, "initial_labels.true_share": 1.0}
 

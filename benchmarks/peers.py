@@ -1,8 +1,8 @@
 """Cost and benefit of airsweep, compared with scripts that run the same grid without it.
 
-A grid (`peer_scripts/grid.yaml`: 5 methods x 3 seeds on the digits, one LoRA, its images) runs four times on
-two workers, each time in a new folder: with `airsweep run`, a joblib loop, an Optuna loop on
-sqlite, and Ray Tune with its MLflow callback. The scripts in `peer_scripts/` call the same method
+A grid (`peer_scripts/grid.yaml`: 5 methods x 3 seeds on the digits, one LoRA, its images) runs four
+times on two workers, each time in a new folder: with `airsweep run`, a joblib loop, an Optuna loop
+on sqlite, and Ray Tune with its MLflow callback. The scripts in `peer_scripts/` call the same method
 on the same inputs, which they build once with the stages of airsweep and store. The benchmark
 measures the wall time from an empty folder, the lines of user code, the trials that are computed
 again after a `kill -9` in the middle of the grid and a second start, and the trials that are
@@ -193,7 +193,9 @@ def main() -> None:
         "peers",
         found["airsweep"]["wall_s"] / baseline["wall_s"],
         "a joblib loop on two workers",
-        grid="peer_scripts/grid.yaml" if args.whole else f"peer_scripts/grid.yaml with {', '.join(CUT)}",
+        grid="peer_scripts/grid.yaml"
+        if args.whole
+        else f"peer_scripts/grid.yaml with {', '.join(CUT)}",
         shared_lines=code_lines(SCRIPTS / "work.py"),
         **found,
     )

@@ -26,7 +26,7 @@ from orchestrator.planning import (
 )
 from orchestrator.planning.budget import BudgetTracker
 from orchestrator.planning.dataset_text import unused_images
-from orchestrator.planning.estimate import Pace, Work, stage_work, trial_work
+from orchestrator.planning.estimate import START, Pace, Work, stage_work, trial_work
 from orchestrator.spec import Resources, SweepSpec
 from orchestrator.store import EventLog, SweepLocation
 from orchestrator.store.checkpoints import Curves
@@ -63,6 +63,9 @@ class RunStatistics:
         self.walls[phase] = self.walls.get(phase, 0.0) + seconds
 
     def add_work(self, work: Work, seconds: float, startup: float = 0.0) -> None:
+        if not self.work:
+            start = time.monotonic() - self.started - seconds - startup
+            self.work[START] = Pace(round(max(start, 0.0), 3), 1.0)
         pace = Pace(seconds, work.units, max(startup, 0.0), float(startup > 0))
         before = self.work.get((work.stage, work.kind), Pace(0.0, 0.0))
         self.work[work.stage, work.kind] = before + pace
@@ -240,7 +243,8 @@ class RunState:
             record = outcome.record
             spec = outcome.slot.spec
             pool = None if spec.train.steps else self.resolver.pool_size(spec)
-            work, startup = trial_work(spec, pool=pool), record.startup
+            seeds = len(self.sweep.seeds.values)
+            work, startup = trial_work(spec, seeds=seeds, pool=pool), record.startup
             if startup is None:  # its steps were not measured
                 work, startup = replace(work, units=0), record.seconds
             self.statistics.add_work(work, record.seconds - startup, startup)

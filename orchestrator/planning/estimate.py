@@ -12,14 +12,19 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from air_core.seal import sealed_json
 from air_core.specs import STAGES, StageSpec, TrialSpec
 from air_core.specs.conditions import trains_on_real, trains_on_synthetic, uses_auxiliary
-from orchestrator.planning.resources import Machine, process_capacity, this_machine
+from orchestrator.planning.resources import (
+    Machine,
+    process_capacity,
+    side_by_side,
+    this_machine,
+)
 from orchestrator.spec import Resources
 from orchestrator.store import ArtifactStore, smoke_store
 from orchestrator.store.verification import read_cache
@@ -34,6 +39,7 @@ class Work:
     Args:
         jobs: parts that can run in parallel.
         starts: parts with a start-up of their own.
+        alone: of trials whose seeds share each step, the kind of one seed alone.
     """
 
     stage: str
@@ -41,6 +47,7 @@ class Work:
     units: float
     jobs: float = 1
     starts: float = 1
+    alone: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,9 @@ class Pace:
 # Pace of a stage without measurements: tiny models and digits on one CPU core.
 GUESS = {spec.stage: Pace(spec.guess, 1.0) for spec in STAGES}
 GUESS["trials"] = Pace(0.0025, 1.0, startup=1.5, starts=1.0)
+# Until the first work of a run begins: Ray, then a process with its imports.
+START = ("start", "run")
+GUESS["start"] = Pace(15.0, 1.0)
 # Stages whose shards a pool of generators makes.
 _DRAWN = {spec.stage for spec in STAGES if spec.shard and spec.process == "generator"}
 Measured = Mapping[str, Mapping[str, Pace]]  # by stage and kind
@@ -83,11 +93,17 @@ class Estimate:
     gpu_hours: float
     reason: str  # why the estimate is not calibrated; empty if it is
     sources: Mapping[str, str]  # `history` or `guess`, by stage
-    wall: float | None  # lower bound in seconds with all workers; None: unknown
+    work_wall: float | None  # lower bound in seconds with all workers; None: unknown
+    start: float  # seconds until the first work begins
 
     @property
     def seconds(self) -> float:
-        return sum(self.stages.values())
+        return self.start + sum(self.stages.values())
+
+    @property
+    def wall(self) -> float | None:
+        """Lower bound of the run's seconds with all workers; None: unknown."""
+        return None if self.work_wall is None else self.start + self.work_wall
 
     @property
     def source(self) -> str:
@@ -101,6 +117,7 @@ class Estimate:
             "reason": self.reason,
             "source": self.source,
             "gpu_hours": round(self.gpu_hours, 3),
+            "start": round(self.start, 1),
             "stages": {stage: round(seconds, 1) for stage, seconds in self.stages.items()},
             "sources": dict(self.sources),
         }
@@ -117,13 +134,13 @@ def stage_work(spec: StageSpec, parts: float = 1) -> Work:
 
 
 def trial_work(
-    spec: TrialSpec, trials: float = 1, together: int = 1, pool: int | None = None
+    spec: TrialSpec, trials: float = 1, seeds: int = 1, pool: int | None = None
 ) -> Work:
     """The work of trials like `spec`. A unit is a training step, or an epoch of unknown length.
 
     Args:
         trials: number of trials.
-        together: trials of one point, which run in one job.
+        seeds: number of trials of a point, which share their steps where `side_by_side` says so.
         pool: number of pool images; None: unknown.
     """
     labels = spec.pseudo_labels.kind if spec.supervision == "pseudo" else spec.supervision
@@ -135,7 +152,10 @@ def trial_work(
     words += ["with auxiliary"] if uses_auxiliary(spec) else []
     words += ["on synthetic images"] if trains_on_synthetic(spec) else []
     units = rounds * spec.train.epochs if steps is None or not rounds else steps
-    return Work("trials", " ".join(words), trials * units, math.ceil(trials / together), trials)
+    alone = " ".join(words)
+    together = len(side_by_side([replace(spec, seed=seed) for seed in range(seeds)], "cpu")[0])
+    kind = f"{alone}, {together} seeds together" if together > 1 else alone
+    return Work("trials", kind, trials * units, math.ceil(trials / together), trials, alone)
 
 
 def _steps_of_epochs(spec: TrialSpec, pool: int | None) -> int | None:
@@ -190,11 +210,13 @@ def estimate(work: Iterable[Work], store: ArtifactStore, resources: Resources) -
     jobs: dict[str, float] = {}
     unmeasured: list[str] = []
     for part in work:
-        stage, kind = part.stage, part.kind
-        paces = [measured.get(stage, {}).get(kind) for measured in (history, smoke)]
-        pace = next((pace for pace in paces if pace and (pace.units or not part.units)), None)
+        stage = part.stage
+        pace = _pace_of(part, history, smoke)
+        if pace is None and part.alone:
+            part = replace(part, kind=part.alone, starts=part.jobs)
+            pace = _pace_of(part, history, smoke)
         if pace is None:  # use the mean over the other kinds of the stage
-            unmeasured.append(f"{stage} ({kind})")
+            unmeasured.append(f"{stage} ({part.kind})")
             sources[stage] = "guess"
             mean = _mean_pace(history.get(stage, {}))
             seconds = (mean if mean and mean.units else GUESS[stage]).seconds_for(part)
@@ -205,13 +227,21 @@ def estimate(work: Iterable[Work], store: ArtifactStore, resources: Resources) -
         sources.setdefault(stage, "history")
     machines = () if os.environ.get("RAY_ADDRESS") else (this_machine(),)
     gpu_seconds = (s * resources.process_resources(stage).gpu for stage, s in stages.items())
+    start = Work(*START, 1.0)
+    pace = _pace_of(start, history, smoke) or GUESS["start"]
     return Estimate(
         stages=stages,
         gpu_hours=sum(gpu_seconds) / 3600,
         reason=_reason(unmeasured, any_measured=bool(history or smoke)),
         sources=sources,
-        wall=_wall(stages, jobs, resources, machines),
+        work_wall=_wall(stages, jobs, resources, machines),
+        start=pace.seconds_for(start) if stages else 0.0,
     )
+
+
+def _pace_of(work: Work, history: Measured, smoke: Measured) -> Pace | None:
+    paces = [measured.get(work.stage, {}).get(work.kind) for measured in (history, smoke)]
+    return next((pace for pace in paces if pace and (pace.units or not work.units)), None)
 
 
 def _reason(unmeasured: Sequence[str], any_measured: bool) -> str:

@@ -303,6 +303,7 @@ def _numbers(done: Sequence[FinishedTrial]) -> Numbers:
     if row.std is not None:
         metrics[f"{headline}_std"] = row.std
     metrics["n"] = float(row.n)
+    metrics = {name: round(value, 4) for name, value in metrics.items()}
     for name, curve in curves.items():  # MLflow shows a curve's last value as the metric
         if name in metrics:
             curve[-1] = metrics[name]

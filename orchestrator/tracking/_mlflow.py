@@ -53,7 +53,7 @@ from orchestrator.environment import environment
 from orchestrator.files import lock_mode
 from orchestrator.redact import without_credentials
 from orchestrator.tracking.database import (
-    VIEW_TAG,
+    EXPERIMENT_TAGS,
     artifact_location,
     check_database,
     page_of,
@@ -156,9 +156,8 @@ class MlflowTracker:
         experiment: Experiment | None = client.get_experiment_by_name(name)
         if experiment is None:
             location = None if self.database is None else artifact_location(self.database, name)
-            kind = {"mlflow.experimentKind": "custom_model_development"}
             try:
-                return str(client.create_experiment(name, location, kind | VIEW_TAG))
+                return str(client.create_experiment(name, location, EXPERIMENT_TAGS))
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
@@ -166,6 +165,9 @@ class MlflowTracker:
         if experiment.lifecycle_stage == "deleted":
             log.warning("the experiment %s was deleted in MLflow; it is restored", name)
             client.restore_experiment(experiment.experiment_id)
+        for key, value in EXPERIMENT_TAGS.items():  # those of an earlier version
+            if experiment.tags.get(key) != value:
+                client.set_experiment_tag(experiment.experiment_id, key, value)
         return str(experiment.experiment_id)
 
 

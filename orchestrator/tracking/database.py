@@ -12,9 +12,22 @@ from orchestrator.tracking_uri import ARTIFACTS
 
 # A shared view of MLflow's table of runs. Without it, the table has no column of a metric.
 VIEW = "airsweep"
-METRICS = ("best/test/accuracy", "gain", *(f"test/accuracy{end}" for end in ("", "_low", "_high")))
-COLUMNS = ("params.`method`", *(f"metrics.`{name}`" for name in (*METRICS, "n")))
-VIEW_TAG = {f"mlflow.sharedViewState.{VIEW}": json.dumps({"selectedColumns": COLUMNS})}
+# It has the columns of `airsweep table`, and the runs of sweeps and settings without the trials.
+METRICS = (
+    *("best/test/accuracy", "gain", *(f"test/accuracy{end}" for end in ("", "_low", "_high"))),
+    *("n", "test/accuracy_fused", "test/accuracy_auxiliary", "pseudo/accuracy"),
+)
+COLUMNS = ("params.`method`", *(f"metrics.`{name}`" for name in METRICS))
+STATE = {
+    "selectedColumns": COLUMNS,
+    "columnOrder": COLUMNS,
+    "searchFilter": "tags.`air.kind` != 'trial'",
+    "runsExpanded": {},
+}
+EXPERIMENT_TAGS = {
+    f"mlflow.sharedViewState.{VIEW}": json.dumps(STATE),
+    "mlflow.experimentKind": "custom_model_development",  # MLflow opens it at its runs
+}
 
 
 def check_database(path: Path) -> None:

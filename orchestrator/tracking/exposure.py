@@ -36,6 +36,7 @@ def serve_command(
     return [
         *(sys.executable, "-m", "mlflow", "server"),
         *("--host", host, "--port", str(port), "--workers", "1"),
+        *("--uvicorn-opts", "--log-level warning"),  # no line for each request
         *("--backend-store-uri", f"sqlite:///{folder / DATABASE}"),
         *("--serve-artifacts", "--artifacts-destination", str(folder / ARTIFACTS)),
         *(("--app-name", "basic-auth") if auth else ()),

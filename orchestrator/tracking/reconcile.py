@@ -276,7 +276,7 @@ def headline_metrics(results: Results) -> dict[str, float]:
         for name, values in shown.items():
             names = (f"{prefix}{name}{end}" for end in ("", "_low", "_high"))
             metrics |= zip(names, values, strict=True)
-    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+    return {name: round(value, 4) for name, value in metrics.items() if math.isfinite(value)}
 
 
 def _cost_metrics(location: SweepLocation) -> dict[str, float]:

@@ -30,7 +30,7 @@ from orchestrator.failures import Failure
 from orchestrator.keys import artifact_key
 from orchestrator.planning import Plan, Requirement, Resolver, requirements_of
 from orchestrator.planning.checks import unschedulable_reason
-from orchestrator.planning.estimate import Pace, record_measurements, stage_work, trial_work
+from orchestrator.planning.estimate import START, Pace, record_measurements, stage_work, trial_work
 from orchestrator.planning.plan import BASE_PER_CLASS, build_level, plan_sweep
 from orchestrator.planning.search import CellSearch, open_searches
 from orchestrator.planning.study_copies import describe_points, open_storage
@@ -478,14 +478,25 @@ def test_an_estimate_is_a_guess_until_the_store_has_measurements_of_its_kind(wor
     part = world.plan(sweep).estimate
     assert "top_k" in part.reason  # the other kind of trial counts the same
     seven = Pace(0.0, 5.0, startup=14.0, starts=2.0)
-    record_measurements(world.store, {("trials", works[-1].kind): seven})
+    record_measurements(world.store, {("trials", works[-1].kind): seven, START: Pace(18.0, 2.0)})
     plan = world.plan(sweep).estimate
     assert plan.reason == ""
     drawn = 0.5 * 20 * 8  # blocks of eight
-    assert plan.seconds == pytest.approx(10 + drawn + 3 + 7)
+    assert plan.seconds == pytest.approx(9 + 10 + drawn + 3 + 7)
     assert plan.gpu_hours == pytest.approx((drawn + 0.5 * (10 + 3 + 7)) / 3600)
     world.run(sweep)
     assert world.plan(sweep).estimate.seconds == 0
+
+
+def test_seeds_that_share_a_step_start_once_and_are_measured_together(world):
+    sweep = world.sweep("cpl", seeds=seeds(1, 2, 3))
+    world.store.root.mkdir()
+    [work] = [work for work in world.plan(sweep).work if work.stage == "trials"]
+    alone = Pace(2.0, work.units / 3, startup=5.0, starts=1.0)  # a smoke run has one seed
+    record_measurements(world.store, {("trials", work.alone): alone})
+    assert world.plan(sweep).estimate.stages["trials"] == pytest.approx(5 + 3 * 2)
+    record_measurements(world.store, {("trials", work.kind): Pace(3.0, work.units, 6.0, 3.0)})
+    assert world.plan(sweep).estimate.stages["trials"] == pytest.approx(6 + 3)
 
 
 def test_the_work_of_a_lora_follows_its_passes_over_the_images(world):
@@ -566,7 +577,7 @@ def test_only_the_steps_of_a_smoke_trial_are_multiplied(world):
     [trials] = [work for work in plan.work if work.stage == "trials"]
     quick = world.plan(smoke_variant(plan.sweep))
     [smoke_trial] = [work for work in quick.work if work.stage == "trials"]
-    assert (smoke_trial.kind, smoke_trial.units, smoke_trial.starts) == (trials.kind, 10, 1)
+    assert (smoke_trial.kind, smoke_trial.units, smoke_trial.starts) == (trials.alone, 10, 1)
     smoke = ArtifactStore(world.store.root.with_name(world.store.root.name + "-smoke"))
     smoke.root.mkdir()
     measured = Pace(1.0, 10.0, startup=3.0, starts=1.0)  # of a trial of 10 steps in 4 seconds
