@@ -133,9 +133,7 @@ def stage_work(spec: StageSpec, parts: float = 1) -> Work:
     return Work(spec.maker.stage, kind, parts * units, parts)
 
 
-def trial_work(
-    spec: TrialSpec, trials: float = 1, seeds: int = 1, pool: int | None = None
-) -> Work:
+def trial_work(spec: TrialSpec, trials: float = 1, seeds: int = 1, pool: int | None = None) -> Work:
     """The work of trials like `spec`. A unit is a training step, or an epoch of unknown length.
 
     Args:

@@ -34,7 +34,8 @@ An interval does not include variation of inputs that all runs share: the pretra
 with one split, its LoRA and its synthetic images.
 
 The **p value** of a difference is the level at which its interval, at 1 - p, just touches 0. The p
-values of a table are **corrected** in two ways, and a significant difference passes both:
+values of a question (`orchestrator.reporting.rows.compared`), here called a table, are
+**corrected** in two ways, and a significant difference passes both:
 
 - Holm's procedure over all differences of the table (Holm 1979).
 - A common runs part. Three seeds often agree by chance, and the runs part is then 0 although seeds

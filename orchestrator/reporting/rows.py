@@ -193,7 +193,7 @@ class Comparison:
     baseline: Row
     role: Role  # of the baseline
     difference: Difference  # paired by image and run
-    p_corrected: float  # over all comparisons of the table
+    p_corrected: float  # over the comparisons of its question, see `compared`
     detectable: float  # the smallest difference that the test detects with 80 % power
 
     @property
@@ -444,19 +444,31 @@ def uses_diffusion(method: str) -> bool:
 
 
 def compared(pairs: Sequence[tuple[Row, Row, Role, Difference]]) -> list[Comparison]:
-    """Comparisons from rows, baselines, roles and differences, corrected over all of them."""
-    differences = [difference for *_, difference in pairs]
-    tests = zip(corrected_p_values(differences), detectable_differences(differences), strict=True)
+    """Comparisons from rows, baselines, roles and differences.
+
+    p values are corrected within a question: what methods gain over their hosts, or over their
+    controls, in one task.
+    """
+    questions: dict[tuple[Task, Role], list[int]] = {}
+    for position, (row, _, role, _) in enumerate(pairs):
+        questions.setdefault((row.task, role), []).append(position)
+    tests: dict[int, tuple[float, float]] = {}  # corrected p value and detectable difference
+    for positions in questions.values():
+        differences = [pairs[position][-1] for position in positions]
+        found = zip(
+            corrected_p_values(differences), detectable_differences(differences), strict=True
+        )
+        tests |= zip(positions, found, strict=True)
     return [
         Comparison(
             row=row,
             baseline=baseline,
             role=role,
             difference=difference,
-            p_corrected=p,
-            detectable=detectable,
+            p_corrected=tests[position][0],
+            detectable=tests[position][1],
         )
-        for (row, baseline, role, difference), (p, detectable) in zip(pairs, tests, strict=True)
+        for position, (row, baseline, role, difference) in enumerate(pairs)
     ]
 
 
@@ -510,7 +522,7 @@ class Results:
     def comparisons(self) -> list[Comparison]:
         """Each row minus the rows of its method's host and control, where the sweep has them.
 
-        p values are corrected over all comparisons of the table.
+        p values are corrected within a question, see `compared`.
         """
         pairs = []
         for row in self.rows:
@@ -694,6 +706,21 @@ def collapse_notes(results: Results, most: int = 4) -> list[str]:
     return notes
 
 
+def _corrected_over(comparisons: Sequence[Comparison]) -> str:
+    """The comparisons that p values are corrected over; empty if there is one of each question."""
+    sizes = Counter((c.row.task, c.role) for c in comparisons)
+    if max(sizes.values()) < 2:
+        return ""
+    largest: dict[str, int] = {}
+    for (_, role), size in sizes.items():
+        largest[role] = max(size, largest.get(role, 0))
+    several = len({task for task, _ in sizes}) > 1
+    tasks = " in each dataset, paradigm and modality" if several else ""
+    up_to = "up to " if several else ""
+    counts = (f"over {up_to}{plural(n, 'comparison')} with the {r}" for r, n in largest.items())
+    return f", Holm-corrected{tasks} {' and '.join(counts)}; intervals are not corrected"
+
+
 def significance_notes(comparisons: Sequence[Comparison], *, marks: bool = True) -> list[str]:
     """Sentences for a caption on the level of significance; empty if nothing is tested.
 
@@ -702,9 +729,7 @@ def significance_notes(comparisons: Sequence[Comparison], *, marks: bool = True)
     """
     if not any(c.is_tested for c in comparisons):
         return []
-    over = ""
-    if len(comparisons) > 1:
-        over = f", Holm-corrected over {len(comparisons)} comparisons; intervals are not corrected"
+    over = _corrected_over(comparisons)
     notes = [
         f"Significant: p < {ALPHA:g}{over}.",
         "Detectable: smallest difference, in points, that these images and runs would show as "

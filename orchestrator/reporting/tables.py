@@ -232,9 +232,9 @@ def gains_frame(results: Results) -> DataFrame:
     """`rows_frame` with the gains over host and control, for `airsweep.table`.
 
     For each role: the method of the baseline, as `host`; `host_gain`, `host_low` and `host_high`,
-    fractions; `host_p`, the p value corrected over the table. NaN without this baseline; interval
-    and p value also where the gain is not tested. `marks` has the marks of significant gains as in
-    printed tables.
+    fractions; `host_p`, the p value corrected within the question. NaN without this baseline;
+    interval and p value also where the gain is not tested. `marks` has the marks of significant
+    gains as in printed tables.
     """
     frame = rows_frame(results).infer_objects()
     by_row = [results.comparisons_of(row) for row in results.rows]

@@ -494,3 +494,12 @@ def test_a_caption_names_settings_that_depart_from_the_definition_of_a_method() 
     assert words not in one_line(table(results(trials("air")), "md"))
     varied = trials("air", settings={"auxiliary.kind": "lda"})
     assert words not in one_line(table(results(varied), "md"))  # a column shows it
+
+
+def test_a_second_dataset_changes_no_p_value() -> None:
+    one = quickstart()
+    both = [*one, *(t for method in QUICKSTART for t in trials(method, dataset="eurosat"))]
+    alone = {(c.row.method, c.role): c.p_corrected for c in results(one).comparisons}
+    beside = [c for c in results(both).comparisons if c.row.task[0] != "eurosat"]
+    assert {(c.row.method, c.role): c.p_corrected for c in beside} == alone
+    assert "in each dataset, paradigm and modality over up to 4" in one_line(table(results(both), "md"))
