@@ -84,6 +84,7 @@ fixed:
   evidence.block: 16
   iterations: 1
   train.steps: 2
+resources: {generator: {actors: 1}}
 """
 
 

@@ -100,11 +100,12 @@ class Screen:
             self.message(str(plan.edit))
 
     def show_prepared(self, requirement: Requirement) -> None:
-        count = self._count(requirement)
+        count, title = self._count(requirement), artifact_title(requirement.key)
         if not requirement.rows or count[0] == count[1]:
-            self.message(f"{artifact_title(requirement.key)}: ready")
+            self.paces.pop(title, None)  # another artifact can have the same title
+            self.message(f"{title}: ready")
         else:
-            self.show_progress(artifact_title(requirement.key), count[0], count[1])
+            self.show_progress(title, count[0], count[1])
 
     def show_progress(self, name: str, done: int, total: int, unit: str = "") -> None:
         now = time.monotonic()

@@ -85,7 +85,7 @@ class Run:
     The seed is None for a method that ignores it: one run then counts for every seed.
     """
 
-    split_seed: int
+    split_seed: int | str
     seed: int | None
     image_ids: Array  # (T,) index in the dataset, so that images can be paired
     correct: Array  # (T,) bool
@@ -275,7 +275,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 class Collapse:
     """A run far below the other runs of its setting."""
 
-    split_seed: int
+    split_seed: int | str
     seed: int | None
     score: float
     others: float  # median of the other runs
@@ -333,7 +333,7 @@ def images_needed(difference: float, discordance: float) -> int | None:
 class _Scores:
     """Results of one run per image, or of several runs of which a weighted sum is scored."""
 
-    split_seed: int
+    split_seed: int | str
     seed: int | None
     image_ids: Array  # (T,)
     correct: tuple[Array, ...]  # (T,) bool each: the runs

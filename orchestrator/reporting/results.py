@@ -66,7 +66,7 @@ def finished_trial(
         settings=varied_settings(slot),
         point=slot.point,
         seed=normalised(slot.spec).seed,
-        split_seed=slot.spec.split_seed,
+        split_seed=_split(slot),
         objective=objective,
         metrics=record.metrics,
         image_ids=arrays["index"],
@@ -84,6 +84,14 @@ def finished_trial(
         seconds=record.seconds,
         provenance=record.provenance,
     )
+
+
+def _split(slot: Slot) -> int | str:
+    """The split of a run; with its seen classes, where the runs of a point differ in them."""
+    spec = slot.spec
+    if spec.paradigm != "trzsl" or "class_seed" in slot.cell.flat:
+        return spec.split_seed
+    return f"{spec.split_seed}, class seed {spec.class_seed}"
 
 
 def results_of(

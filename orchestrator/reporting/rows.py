@@ -58,6 +58,7 @@ UNTESTED = "No image is labelled for test, so no accuracy is known."
 MUTUAL_INFORMATION = "objective/mutual_information"  # of the text classifier on the pool
 
 Task = tuple[str, str, str]  # dataset, paradigm, modality
+RunName = tuple[int | str, int | None]  # split and seed; see FinishedTrial
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,7 +71,7 @@ class FinishedTrial:
     settings: dict[str, Any]  # settings that the sweep varies, except `results.TABLE_COLUMNS`
     point: int
     seed: int
-    split_seed: int
+    split_seed: int | str  # with the class seed, if runs differ in it
     objective: float | None  # of the point, mean over its runs; None without a search
     metrics: dict[str, float]  # "test/accuracy_fused", "pseudo/accuracy", ...
     image_ids: Array  # (T,) test images, by their index in the dataset
@@ -147,7 +148,7 @@ class Protocol:
     splits: int
     seeds: int  # largest number in a split; 0: the method ignores the seed
     shots: int | None  # ssl
-    class_seed: int | None  # trzsl
+    class_seed: int | None  # trzsl; None if runs differ in it
     leaky_pool: bool
     whole_pool: bool  # the sweep neither shrinks nor unbalances the pool
     pool: Mapping[str, Any] = field(default_factory=dict)  # the settings that do
@@ -376,6 +377,8 @@ def _departures(trial: FinishedTrial) -> dict[str, Any]:
 
 def _protocol(point: Sequence[FinishedTrial]) -> Protocol:
     flat = point[0].flat
+    is_trzsl = flat["paradigm"] == "trzsl"
+    classes = {trial.flat.get("class_seed", 500) for trial in point} if is_trzsl else set()
     seeds = Counter(split for split, seed in _distinct(point) if seed is not None)
     whole = {"pool_size": None, "pool_ratio": 1.0, "pool_missing": 0.0}
     pool = {key: flat.get(key, value) for key, value in whole.items()}
@@ -384,7 +387,7 @@ def _protocol(point: Sequence[FinishedTrial]) -> Protocol:
         splits=len({trial.split_seed for trial in point}),
         seeds=max(seeds.values(), default=0),
         shots=flat.get("shots", 2) if flat["paradigm"] == "ssl" else None,
-        class_seed=flat.get("class_seed", 500) if flat["paradigm"] == "trzsl" else None,
+        class_seed=next(iter(classes)) if len(classes) == 1 else None,
         leaky_pool=bool(flat.get("leaky_pool", False)),
         whole_pool=pool == whole,
         pool=pool,
@@ -399,7 +402,7 @@ def dataset_text(flat: Mapping[str, Any]) -> str:
 
 
 def _runs(
-    distinct: Mapping[tuple[int, int | None], FinishedTrial],
+    distinct: Mapping[RunName, FinishedTrial],
     classifier: str | None = None,
 ) -> Runs:
     return tuple(
@@ -415,9 +418,9 @@ def _runs(
     )
 
 
-def _distinct(point: Sequence[FinishedTrial]) -> dict[tuple[int, int | None], FinishedTrial]:
+def _distinct(point: Sequence[FinishedTrial]) -> dict[RunName, FinishedTrial]:
     """One trial per run, by split and seed; the seed is None where the method ignores it."""
-    distinct: dict[tuple[int, int | None], FinishedTrial] = {}
+    distinct: dict[RunName, FinishedTrial] = {}
     for trial in point:
         seed = None if point[0].ignores_seed else trial.seed
         distinct.setdefault((trial.split_seed, seed), trial)
@@ -501,7 +504,7 @@ class Results:
         for trial in trials:
             self._points.setdefault((trial.cell, trial.point), []).append(trial)
             self._searched.setdefault(trial.cell, set()).update(trial.searched)
-        self._distinct: dict[tuple[str, int], dict[tuple[int, int | None], FinishedTrial]] = {}
+        self._distinct: dict[tuple[str, int], dict[RunName, FinishedTrial]] = {}
 
     @functools.cached_property
     def tasks(self) -> list[Task]:
@@ -565,7 +568,7 @@ class Results:
         """The rows with test images."""
         return [row for row in self.rows if row.is_tested]
 
-    def distinct_trials(self, row: Row) -> dict[tuple[int, int | None], FinishedTrial]:
+    def distinct_trials(self, row: Row) -> dict[RunName, FinishedTrial]:
         """One trial per run of a row, by split and seed; the seed is None where it is ignored."""
         point = (row.cell, row.point)
         if point not in self._distinct:

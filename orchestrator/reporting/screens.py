@@ -88,7 +88,7 @@ def plan_screen(
     lines += [f"  note: {note}" for note in notes_of(plan.sweep)]
     varied = plan.sweep.seeds.vary
     rows = sum(requirement.stage == "images" for requirement in plan.requirements)
-    if "split_seed" in varied and rows:
+    if {"split_seed", "class_seed"}.intersection(varied) and rows:
         lines.append(f"  note: seeds vary {', '.join(varied)}, so {rows} rows of images are needed")
     if explain:
         lines += ["", *_explain(plan)]

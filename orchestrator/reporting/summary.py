@@ -215,6 +215,8 @@ def _steps(plan: Plan, location: SweepLocation, results: Results) -> list[tuple[
     if plan.to_run:
         again = "submit it again" if in_ray_job() else run_command(location)
         steps.append((again, "the rest of the sweep"))
+    if not results.rows:
+        return steps
     steps.append((results_command("table", location), "all columns, differences and notes"))
     steps.append((results_command("report", location), "curves, images and cost in one page"))
     if exported(results) is not None:

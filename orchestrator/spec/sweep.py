@@ -131,7 +131,7 @@ class Seeds:
 
     values: SeedEntries
     vary: Annotated[
-        tuple[Literal["seed", "split_seed", "generation.seed"], ...],
+        tuple[Literal["seed", "split_seed", "class_seed", "generation.seed"], ...],
         Field(min_length=1, json_schema_extra={"uniqueItems": True}),
     ] = setting(("seed",), "the varied keys; a list in `values` has one number for each of them")
 
@@ -158,7 +158,7 @@ class Seeds:
             earlier.add(self._run(entry))
 
     def _run(self, entry: tuple[int, ...]) -> tuple[int, ...]:
-        """The numbers that tables distinguish runs by: seed and split_seed."""
+        """The numbers that tables distinguish runs by: seed, split_seed and class_seed."""
         named = zip(self.vary, entry, strict=True)
         return tuple(number for name, number in named if name != "generation.seed")
 

@@ -101,11 +101,17 @@ def _with_shared(settings: Mapping[str, Any]) -> str:
     names = [name for name, group in SHARED.items() if group.items() <= settings.items()]
     known = {key for name in names for key in SHARED[name]}
     own = {key: value for key, value in settings.items() if key not in known}
-    return ", ".join([*names, *([_several(own)] if own else [])])
+    return ", ".join(filter(None, [*names, _several(own)]))
 
 
 def _several(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"`{key}: {yaml_text(value)}`" for key, value in settings.items())
+    # All methods but the bounds that are named after it pin it to null.
+    shown = {
+        key: value
+        for key, value in settings.items()
+        if key != "initial_labels.true_share" or value is not None
+    }
+    return ", ".join(f"`{key}: {yaml_text(value)}`" for key, value in shown.items())
 
 
 def _text(text: str) -> str:

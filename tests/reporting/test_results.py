@@ -83,6 +83,19 @@ def test_every_trial_with_a_record_is_finished(store, resolver, event_log):
         assert trial.objective is None  # without a search
 
 
+def test_runs_can_differ_in_their_seen_classes(store, resolver, event_log):
+    seeds = Seeds(values=((1, 500), (1, 0), (1, 200)), vary=("seed", "class_seed"))
+    sweep = SweepSpec(
+        name="x", grid={"paradigm": ("ul", "trzsl")}, fixed={"method": "zero_shot"}, seeds=seeds
+    )
+    plan = plan_sweep(sweep, store, resolver, event_log)
+    for slot in plan.slots:
+        run_trial(slot.spec, store)
+    ul, trzsl = results_of(plan, store).rows
+    assert (ul.n, trzsl.n) == (1, 3)  # a trial without unseen classes ignores the seed
+    assert trzsl.protocol.class_seed is None
+
+
 def test_varied_settings_exclude_seeds_and_fixed_settings(store, resolver, event_log):
     sweep = SweepSpec(
         name="x",

@@ -502,4 +502,6 @@ def test_a_second_dataset_changes_no_p_value() -> None:
     alone = {(c.row.method, c.role): c.p_corrected for c in results(one).comparisons}
     beside = [c for c in results(both).comparisons if c.row.task[0] != "eurosat"]
     assert {(c.row.method, c.role): c.p_corrected for c in beside} == alone
-    assert "in each dataset, paradigm and modality over up to 4" in one_line(table(results(both), "md"))
+    assert "in each dataset, paradigm and modality over up to 4" in one_line(
+        table(results(both), "md")
+    )
