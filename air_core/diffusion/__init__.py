@@ -14,24 +14,12 @@ from typing import Protocol
 
 from torch import Tensor
 
-from air_core.specs import Templates
-
 # B images, H height, W width.
 
 # Largest standard deviation of a rejected image, in the 256 levels of a channel. Noise on an empty
 # background has more, and drawings and photographs have far more.
 FLAT = 4.0
 ATTEMPTS = 3  # draws of one image before it is marked as unusable
-
-
-def text_of(texts: Templates, classname: str, i: int = 0) -> str:
-    """The text of image `i` of a class. It does not depend on the number of images.
-
-    >>> text_of(("a {}", "a small {}"), "rose", 3)
-    'a small rose'
-    """
-    several = (texts,) if isinstance(texts, str) else texts
-    return several[i % len(several)].format(classname.replace("_", " "))
 
 
 class ImageGenerator(Protocol):

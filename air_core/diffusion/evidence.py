@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from air_core.diffusion import hashed_seed, text_of
+from air_core.captions import text_of
+from air_core.diffusion import hashed_seed
 from air_core.diffusion.denoiser import Denoiser, denoiser_class
 from air_core.diffusion.pipeline import shared_pipeline
 from air_core.models.families import check_denoiser

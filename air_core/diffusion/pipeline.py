@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from air_core.arithmetic import sums_in_one_order
-from air_core.diffusion import image_seed, text_of
+from air_core.captions import text_of
+from air_core.diffusion import image_seed
 from air_core.diffusion.denoiser import denoiser_class, network, network_name
 from air_core.models.configs import check_part_configs, pipeline_index, pipeline_parts
 from air_core.models.families import check_denoiser

@@ -191,7 +191,7 @@ LORA_SOURCE = "training images where some have labels: all, pseudo or labelled"
 
 
 Templates = str | tuple[str, ...]
-SEVERAL = "; of a list, image i has text i modulo their number"
+SEVERAL = "; of a list, image i has text i modulo their number; `class = text` is of one class"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -433,7 +433,10 @@ class EvidenceScoring:
     """Denoising errors of pool images; every setting is in the key of the errors."""
 
     seed: int = knob(0, "changes the noise of every draw", ge=0)
-    template: str = knob("a photo of a {}", "caption of a class, with one {} for its name")
+    template: Templates = knob(
+        "a photo of a {}",
+        "caption of a class, with one {} for its name; a list can have `class = text` for some",
+    )
     low: float = knob(0.4, "least noisy time step, as a share of the model's steps", ge=0, le=1)
     high: float = knob(0.9, "noisiest time step", ge=0, le=1)
     top: int | None = knob(
@@ -532,6 +535,7 @@ _DRAWING = (
     *_IMAGES,
     "air_core.arithmetic",
     "air_core.datasets.class_folders",
+    "air_core.captions",
     "air_core.diffusion",
     "air_core.diffusion.denoiser",
     "air_core.diffusion.folder",

@@ -22,7 +22,7 @@ from orchestrator.formatting import aligned
 from orchestrator.keys import artifact_key, digest
 from orchestrator.planning.plan import Requirement, requirements_of
 
-EDITION = 1  # increase it when the audit computes other numbers for the same images
+EDITION = 2  # increase it when the audit computes other numbers for the same images
 REASONS = ("blank", "near-constant", "not a number", "duplicate", "wrong class", "test copy")
 
 WIDTH = 80  # columns of the screen
@@ -107,6 +107,8 @@ class AuditCard:
     row: str  # key of the images
     images_per_class: int
     images: int
+    labels: int  # labels that the LoRA was trained on; 0: no LoRA
+    labels_right: float | None  # share of them that is right; None: unknown
     redrawn: int  # images of which the first draw was rejected
     counts: Mapping[str, int]  # images by reason
     recognised: float | None
@@ -177,6 +179,9 @@ def card_facts(card: AuditCard) -> list[tuple[str, str]]:
         ("images", images),
         ("recognised", f"{_percent(card.recognised)} by CLIP {card.clip}{before}"),
     ]
+    if card.labels:
+        right = f"{_percent(card.labels_right)} right of {card.labels:,} that the LoRA reads"
+        facts.insert(0, ("labels", right))
     if card.margins is not None:
         low, middle, high = (f"{value:+.2f}" for value in card.margins)
         facts.append(("margin", f"median {middle}, 5 % below {low}, 5 % above {high}"))

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from air_core.captions import caption_problem
 from air_core.components import BACKBONES, GENERATORS, REGISTRIES, is_component
 from air_core.datasets import Dataset, get_dataset
 from air_core.datasets.class_folders import SUFFIXES, check_utf8, class_files
@@ -43,7 +44,7 @@ from air_core.models.weights import (
 )
 from air_core.paradigms import TooFewImages, label_problem, split_positions
 from air_core.seal import sealed_json
-from air_core.specs import CodeVersions, Ref, TrialSpec, reader_of
+from air_core.specs import CodeVersions, Ref, Templates, TrialSpec, reader_of
 from air_core.specs.conditions import (
     can_transfer,
     has_context,
@@ -190,6 +191,9 @@ class Resolver:
         for key, dataset in datasets.items():
             with _checking(key):
                 check_room(trial.backbone.name, dataset.classnames, dataset.template, learned)
+        for key, texts in _captions(trial).items():
+            if problem := caption_problem(texts, trial.classnames):
+                raise InvalidSetting(key, problem)
         if reads_tokens(trial):
             with _checking("backbone"):
                 check_image_tower(trial.backbone.name)
@@ -493,6 +497,13 @@ class Resolver:
                     self._unreadable[path] = problem
             digests.append(known)
         return digests
+
+
+def _captions(trial: TrialSpec) -> dict[str, Templates]:
+    """The texts that the diffusion model reads, by key."""
+    lora = {} if trial.lora is None else {"lora.caption": trial.lora.caption}
+    drawn = {"generation.template": trial.generation.template}
+    return {**lora, **drawn, "evidence.template": trial.evidence.template}
 
 
 def _check_labels_unneeded(trial: TrialSpec) -> None:

@@ -24,6 +24,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticKnownError, core_schema
 
+from air_core.captions import OF
 from air_core.components import DATASETS, computed_from_registries
 from air_core.datasets.dataset import is_template
 from air_core.methods import EMBEDDED, METHODS
@@ -59,7 +60,9 @@ FOLDER = Annotated[
 
 
 def _check_template(text: str) -> str:
-    if not is_template(text):
+    name, _, caption = text.partition(OF)
+    is_of_one_class = bool(name and caption) and is_template(f"{text}{{}}")
+    if not is_of_one_class and not is_template(text):
         raise PydanticKnownError("string_pattern_mismatch", {"pattern": "{}"})
     return text
 
@@ -74,8 +77,8 @@ TEMPLATE = Annotated[
     str,
     AfterValidator(_check_template),
     text_schema(
-        "one line of text with {} once, for the class name, and no other brace",
-        r"^[^{}]*\{\}[^{}]*$",
+        "one line of text with {} once, for the class name, and no other brace, or `class = text`",
+        r"^([^{}]*\{\}[^{}]*|[^{}]+ = [^{}]+)$",
     ),
 ]
 
@@ -90,7 +93,8 @@ CAPTION = Annotated[
 ]
 
 
-TEXTS = {"generation.template": TEMPLATE, "lora.caption": CAPTION}  # one, or a list of them
+# One, or a list of them.
+TEXTS = {"generation.template": TEMPLATE, "lora.caption": CAPTION, "evidence.template": TEMPLATE}
 
 
 def _one_or_several(texts: Any) -> Any:
@@ -121,8 +125,6 @@ def _value_annotation(name: str) -> Any:
         several = Annotated[many, Field(min_length=1)]
         one_or_several = operator.getitem(Union, (TEXTS[name], several))
         return Annotated[one_or_several, AfterValidator(_one_or_several)]
-    if name == "evidence.template":
-        return TEMPLATE
     return _with_limits(trial_keys()[name].type, name)
 
 

@@ -102,6 +102,7 @@ def make_card(
     ]
     faulty = {finding.image for finding in result.findings}
     table["flagged"] = table.index.isin(faulty)
+    labels = _lora_labels(row, worker.store)
     card = AuditCard(
         inputs_digest=row.inputs_digest,
         name=row.name,
@@ -111,6 +112,8 @@ def make_card(
         row=str(artifact_key(row.row.images)),
         images_per_class=row.images_per_class,
         images=len(images),
+        labels=labels.get("images", 0),
+        labels_right=_rounded(labels.get("accuracy", math.nan)),
         redrawn=int(table.redrawn.sum()),
         counts={reason: sum(fault["reason"] == reason for fault in flagged) for reason in REASONS},
         recognised=_rounded(table.right[table.sound].mean()),
@@ -129,6 +132,16 @@ def make_card(
         flagged=flagged,
     )
     return card, _sheet(card, table, result, row, worker)
+
+
+def _lora_labels(row: AuditRow, store: ArtifactStore) -> Mapping[str, Any]:
+    """What is recorded of the labels that the row's LoRA was trained on; empty if nothing is."""
+    lora = getattr(row.row.images, "lora", None)
+    if lora is not None:
+        with suppress(MissingArtifact):
+            info: Mapping[str, Any] = store.record(lora.labels)["info"]
+            return info
+    return {}
 
 
 def _read(row: AuditRow, store: ArtifactStore, report: Report | None) -> tuple[ImageSet, DataFrame]:

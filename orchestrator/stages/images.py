@@ -24,11 +24,12 @@ from PIL import Image
 from safetensors.numpy import load, save
 from torch import Tensor
 
+from air_core.captions import text_of
 from air_core.classifiers import text_classifier
 from air_core.components import GENERATORS
 from air_core.datasets.class_folders import class_files
 from air_core.datasets.images import open_png
-from air_core.diffusion import ImageGenerator, draw, image_seed, text_of
+from air_core.diffusion import ImageGenerator, draw, image_seed
 from air_core.diffusion.folder import FolderGenerator
 from air_core.diffusion.loading import load_generator
 from air_core.seal import BLANK, sealed

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import load_file
 
-from air_core.diffusion import text_of
+from air_core.captions import text_of
 from air_core.diffusion.lora import square, train_lora
 from air_core.diffusion.pipeline import LORA_FILE
 from air_core.specs import LoraSpec

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -342,3 +343,18 @@ def test_evidence_without_time_steps_is_an_error(fresh):
     settings = presets.defaults("cpl_evidence", {}) | {"evidence.low": 0.9, "evidence.high": 0.4}
     with pytest.raises(ValueError, match=r"evidence\.low is 0\.9, but evidence\.high is 0\.4"):
         fresh.trial(settings)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ('["digit three = a 3"]', "no text for class 'digit zero'; add 'digit zero = ...', or a"),
+        ('["a {}", "three = a 3"]', "'three' before ' = ' is no class; allowed: digit zero, "),
+    ],
+)
+def test_captions_of_classes_name_each_class_or_have_a_text_for_all(tmp_path, texts, message):
+    file = tmp_path / "x.yaml"
+    file.write_text(f"version: 1\nname: x\nfixed: {{method: air, lora.caption: {texts}}}\n")
+    request = read_request(file)
+    with pytest.raises(SpecError, match=re.escape(f"x.yaml:3:36: fixed.lora.caption: {message}")):
+        plan_of(request.spec, location_for(request, tmp_path / "runs", None))
