@@ -14,18 +14,21 @@ from orchestrator.tracking_uri import ARTIFACTS
 VIEW = "airsweep"
 # It has the columns of `airsweep table`, and the runs of sweeps and settings without the trials.
 METRICS = (
-    *("best/test/accuracy", "gain", *(f"test/accuracy{end}" for end in ("", "_low", "_high"))),
-    *("n", "test/accuracy_fused", "test/accuracy_auxiliary", "pseudo/accuracy"),
+    *("test/accuracy", "test/accuracy_low", "test/accuracy_high", "n"),
+    *("test/accuracy_fused", "test/accuracy_auxiliary", "pseudo/accuracy"),
+    *("best/test/accuracy", "gain"),
 )
-COLUMNS = ("params.`method`", *(f"metrics.`{name}`" for name in METRICS))
-STATE = {
+COLUMNS = ("tags.`air.sweep`", *(f"metrics.`{name}`" for name in METRICS))
+VIEW_STATE = {
     "selectedColumns": COLUMNS,
     "columnOrder": COLUMNS,
+    "columnWidths": dict.fromkeys(COLUMNS, 140),  # pixels
     "searchFilter": "tags.`air.kind` != 'trial'",
-    "runsExpanded": {},
+    "orderByKey": "metrics.`test/accuracy`",
+    "orderByAsc": False,
 }
 EXPERIMENT_TAGS = {
-    f"mlflow.sharedViewState.{VIEW}": json.dumps(STATE),
+    f"mlflow.sharedViewState.{VIEW}": json.dumps(VIEW_STATE),
     "mlflow.experimentKind": "custom_model_development",  # MLflow opens it at its runs
 }
 
@@ -58,7 +61,7 @@ def artifact_location(database: Path, experiment: str) -> str:
 def run_tables(database: Path) -> list[str]:
     """The pages with the runs of each experiment of airsweep, that of the latest run first.
 
-    They show the columns of `VIEW_TAG`, which experiments of earlier versions lack.
+    They show the columns of `VIEW_STATE`, which experiments of earlier versions lack.
     """
     query = (
         "SELECT e.experiment_id, t.key FROM experiments e JOIN runs r USING (experiment_id)"

@@ -13,8 +13,11 @@ from orchestrator.tracking_uri import ARTIFACTS, DATABASE
 
 # Environment variables of MLflow.
 AUTH_CONFIG, AUTH_SECRET = "MLFLOW_AUTH_CONFIG_PATH", "MLFLOW_FLASK_SERVER_SECRET_KEY"
-# Environment of `serve_command`: no job runner beside the server, no telemetry.
+# Environment of `serve_command`: no job runner beside the server, no telemetry, no deprecation
+# warnings of MLflow's own code.
 SERVER_ENVIRONMENT = {
+    "PYTHONWARNINGS": "ignore",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
