@@ -148,17 +148,21 @@ def status_report(location: SweepLocation) -> dict[str, Any]:
     """The status of a sweep for `status --json`. New versions may add keys but never remove any."""
     status = sweep_status(location.event_log())
     alive = location.event_log().is_locked()
-    if len(status.requests) > 1 or (not alive and status.counts(alive)["waiting"]):
-        with suppress(ValueError, OSError):  # the sweep's file or records cannot be read
-            plan = plan_of(*read_sweep(location, location.data_root))
-            match_plan(status, plan, location.store, alive)
+    ended: list[dict[str, Any]] = []
+    unused: dict[str, UnusedImages] = {}
+    with suppress(ValueError, OSError):  # the sweep's file or records cannot be read
+        sweep, recorded = read_sweep(location, location.data_root)
+        ended = _ended_searches(sweep, location)
+        if len(status.requests) > 1 or (not alive and status.counts(alive)["waiting"]):
+            match_plan(status, plan_of(sweep, recorded), location.store, alive)
+        unused = _unused(sweep, recorded)
     return {
         "sweep": location.full_name,
         "running": alive,
         "exit_code": status.exit_code,
         "trials": status.counts(alive),
         "prepared": dict(status.prepared),
-        "unused": {name: asdict(images) for name, images in _unused(location).items()},
+        "unused": {name: asdict(images) for name, images in unused.items()},
         "holes": {**status.images, "files": status.hole_files} if status.images["holes"] else None,
         "waiting": _waiting(status, location) if alive else None,
         "retried": dict(status.retried),
@@ -170,41 +174,33 @@ def status_report(location: SweepLocation) -> dict[str, Any]:
             {"artifact": key, "class": event["failure_class"], "message": event["message"]}
             for key, event in status.failed_artifacts.items()
         ],
-        "ended_searches": _ended_searches(location),
+        "ended_searches": ended,
         "last_run": _last_run(location, status),
     }
 
 
-def _unused(location: SweepLocation) -> dict[str, UnusedImages]:
-    """Unused images by dataset; empty if the sweep's file or records cannot be read."""
-    try:
-        sweep, location = read_sweep(location, location.data_root)
-        resolver = resolver_of(location, sweep.folders)
-        sweep = with_model_defaults(sweep, resolver)
-        seeds = sweep.seeds.assignments()[0]
-        trials = [
-            resolver.trial({**cell.flat, **default_params(cell), **seeds})
-            for cell in cells_of(sweep)
-        ]
-        return unused_by_dataset(trials, location.store)
-    except (ValueError, OSError):
-        return {}
+def _unused(sweep: SweepSpec, location: SweepLocation) -> dict[str, UnusedImages]:
+    """Unused images by dataset."""
+    resolver = resolver_of(location, sweep.folders)
+    sweep = with_model_defaults(sweep, resolver)
+    seeds = sweep.seeds.assignments()[0]
+    cells = cells_of(sweep)
+    trials = [resolver.trial({**cell.flat, **default_params(cell), **seeds}) for cell in cells]
+    return unused_by_dataset(trials, location.store)
 
 
-def _ended_searches(location: SweepLocation) -> list[dict[str, Any]]:
+def _ended_searches(sweep: SweepSpec, location: SweepLocation) -> list[dict[str, Any]]:
     """The cells whose search ended early because of its `patience`, with its points."""
-    with suppress(ValueError, OSError):
-        sweep, _ = read_sweep(location, location.data_root)
-        search = sweep.search
-        if search is not None and search.patience is not None:
-            history = read_searches(location.event_log())
-            points_of = {c.id: history.points(c, search) for c in cells_of(sweep) if c.space}
-            return [
-                {"cell": cell, "points": points, "of": search.points, "patience": search.patience}
-                for cell, points in points_of.items()
-                if points < search.points
-            ]
-    return []
+    search = sweep.search
+    if search is None or search.patience is None:
+        return []
+    history = read_searches(location.event_log())
+    points_of = {cell.id: history.points(cell, search) for cell in cells_of(sweep) if cell.space}
+    return [
+        {"cell": cell, "points": points, "of": search.points, "patience": search.patience}
+        for cell, points in points_of.items()
+        if points < search.points
+    ]
 
 
 def _last_run(location: SweepLocation, status: SweepStatus) -> dict[str, Any] | None:
