@@ -139,3 +139,19 @@ def test_the_agreement_of_unseen_classes_counts_no_seen_one(tiny_clip):
     split = Split(torch.arange(30), *[torch.empty(0, dtype=torch.long)] * 3, unseen)
     _, labels = lora_images(text, pool, None, split, InitialLabelsSettings(k=2), errors=errors)
     assert set(labels.tolist()) <= set(unseen.tolist())
+
+
+def test_a_bound_has_a_share_of_right_labels_in_each_class(tiny_clip):
+    dataset = get_dataset("digits")
+    examples = dataset.load(None)
+    text = text_classifier(tiny_clip, dataset.classnames, dataset.template)
+    pool = Batch(tiny_clip.encode_images(examples.images[:200]))
+    truth = torch.tensor(examples.labels[:200])
+    split = Split(torch.arange(200), *[torch.empty(0, dtype=torch.long)] * 3, None)
+    for share, right in ((0.0, 0), (0.75, 3), (1.0, 4)):
+        settings = InitialLabelsSettings(k=4, true_share=share)
+        index, labels = lora_images(text, pool, None, split, settings, truth=truth)
+        is_right = labels == truth[index]
+        assert labels[is_right].bincount(minlength=10).tolist() == [right] * 10
+        assert labels[~is_right].bincount(minlength=10).tolist() == [4 - right] * 10
+        assert len(index.unique()) == len(index)
