@@ -172,7 +172,7 @@ CHANGES = {
     "labels": (
         *("paradigm", "shots", "split_seed", "class_seed", "pool", "leaky_pool"),
         *("pool_size", "pool_ratio", "pool_missing", "initial_labels.k", "lora.source"),
-        *("labelled_size", "initial_labels.kind"),
+        *("labelled_size", "initial_labels.kind", "initial_labels.true_share"),
     ),
     "lora": (
         *("lora.rank", "lora.steps", "lora.batch", "lora.learning_rate", "lora.caption"),
