@@ -180,8 +180,8 @@ def card_facts(card: AuditCard) -> list[tuple[str, str]]:
         ("recognised", f"{_percent(card.recognised)} by CLIP {card.clip}{before}"),
     ]
     if card.labels:
-        right = f"{_percent(card.labels_right)} right of {card.labels:,} that the LoRA reads"
-        facts.insert(0, ("labels", right))
+        right = _percent(card.labels_right)
+        facts.insert(0, ("labels", f"{card.labels:,} that the LoRA reads; share right: {right}"))
     if card.margins is not None:
         low, middle, high = (f"{value:+.2f}" for value in card.margins)
         facts.append(("margin", f"median {middle}, 5 % below {low}, 5 % above {high}"))

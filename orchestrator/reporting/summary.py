@@ -91,7 +91,10 @@ def exported(results: Results) -> Candidate | None:
 def _rows(results: Results, best: Candidate | None) -> list[dict[str, str]]:
     """Cells of the highest rows, in the order of the table."""
     pairs = zip(results.rows, table_lines(results), strict=True)
-    highest = sorted(results.rows, key=lambda row: -row.mean if row.is_tested else 0.0)
+    highest = sorted(
+        results.rows,
+        key=lambda row: (is_bound(row.method), -row.mean if row.is_tested else 0.0),
+    )
     kept = {id(row) for row in highest[:MAX_ROWS]}
     hidden = {*HIDDEN} - {best.classifier if best else ""}
     lines = []
