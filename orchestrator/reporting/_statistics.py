@@ -34,10 +34,10 @@ An interval does not include variation of inputs that all runs share: the pretra
 with one split, its LoRA and its synthetic images.
 
 The **p value** of a difference is the level at which its interval, at 1 - p, just touches 0. The p
-values of a question (`orchestrator.reporting.rows.compared`), here called a table, are
-**corrected** in two ways, and a significant difference passes both:
+values of a table are **corrected** in two ways, and a significant difference passes both. (A table
+is here the differences of one dataset, paradigm and modality: `orchestrator.reporting.rows`.)
 
-- Holm's procedure over all differences of the table (Holm 1979).
+- Holm's procedure over the differences with hosts, and over those with controls (Holm 1979).
 - A common runs part. Three seeds often agree by chance, and the runs part is then 0 although seeds
   matter: one time in five if seeds vary three times as much as images. That is tolerable for a
   single interval but not at the small levels of Holm's procedure: every third of such tables of
@@ -53,6 +53,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -204,16 +205,26 @@ def gain_share(a: Runs, host: Runs, ceiling: Runs) -> Interval | None:
     return replace(interval, mean=share, std=None, low=low, high=high)
 
 
-def corrected_p_values(differences: Sequence[Difference]) -> list[float]:
+def corrected_p_values(
+    differences: Sequence[Difference], questions: Sequence[str] = ()
+) -> list[float]:
     """Corrected p values of the differences of one table, in their order.
 
     Holm's adjustment of p values with a common runs part; never below the `p` of a difference.
+
+    Args:
+        questions: of each difference; the adjustment is within a question. Empty: one for all.
     """
     p_values = []
     for d, (runs, dof) in zip(differences, _runs_parts(differences), strict=True):
         distance = abs(d.mean) / d.skew if d.skew > 0 else math.inf
         p_values.append(_p_value(distance, d.image_variance, runs, dof))
-    return [max(d.p, p) for d, p in zip(differences, holm(p_values), strict=True)]
+    questions = questions or [""] * len(differences)
+    adjusted = dict.fromkeys(range(len(differences)), 1.0)
+    for question in set(questions):
+        same = [i for i, other in enumerate(questions) if other == question]
+        adjusted |= zip(same, holm([p_values[i] for i in same]), strict=True)
+    return [max(d.p, adjusted[i]) for i, d in enumerate(differences)]
 
 
 def verdict(difference: Difference, p_corrected: float) -> Verdict:
@@ -225,20 +236,25 @@ def verdict(difference: Difference, p_corrected: float) -> Verdict:
     return "higher" if difference.mean > 0 else "lower"
 
 
-def detectable_differences(differences: Sequence[Difference]) -> list[float]:
+def detectable_differences(
+    differences: Sequence[Difference], questions: Sequence[str] = ()
+) -> list[float]:
     """The smallest true difference that each test detects with 80 % power, as a fraction.
 
-    It is significant at `ALPHA` over the number of differences, the first level of Holm's
-    procedure, with the images, splits and seeds at hand.
+    It is significant at `ALPHA` over the number of differences of its question, the first level of
+    Holm's procedure, with the images, splits and seeds at hand. Arguments as above.
     """
-    alpha = ALPHA / max(1, len(differences))
+    questions = questions or [""] * len(differences)
+    sizes = Counter(questions)
     return [
         max(
-            _half_width(alpha, d.image_variance, runs, dof),
+            _half_width(ALPHA / sizes[question], d.image_variance, runs, dof),
             _half_width(ALPHA, d.image_variance, d.run_variance, d.units - 1),
         )
         + Z_POWER_80 * math.sqrt(d.image_variance + max(0.0, runs))
-        for d, (runs, dof) in zip(differences, _runs_parts(differences), strict=True)
+        for d, question, (runs, dof) in zip(
+            differences, questions, _runs_parts(differences), strict=True
+        )
     ]
 
 

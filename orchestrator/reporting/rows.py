@@ -450,18 +450,18 @@ def compared(pairs: Sequence[tuple[Row, Row, Role, Difference]]) -> list[Compari
     """Comparisons from rows, baselines, roles and differences.
 
     p values are corrected within a question: what methods gain over their hosts, or over their
-    controls, in one task.
+    controls, in one task. The runs of all comparisons of a task give the common runs part.
     """
-    questions: dict[tuple[Task, Role], list[int]] = {}
-    for position, (row, _, role, _) in enumerate(pairs):
-        questions.setdefault((row.task, role), []).append(position)
+    tasks: dict[Task, list[int]] = {}
+    for position, (row, *_) in enumerate(pairs):
+        tasks.setdefault(row.task, []).append(position)
     tests: dict[int, tuple[float, float]] = {}  # corrected p value and detectable difference
-    for positions in questions.values():
-        differences = [pairs[position][-1] for position in positions]
-        found = zip(
-            corrected_p_values(differences), detectable_differences(differences), strict=True
-        )
-        tests |= zip(positions, found, strict=True)
+    for positions in tasks.values():
+        differences = [pairs[position][3] for position in positions]
+        roles = [pairs[position][2] for position in positions]
+        p_values = corrected_p_values(differences, roles)
+        detectable = detectable_differences(differences, roles)
+        tests |= zip(positions, zip(p_values, detectable, strict=True), strict=True)
     return [
         Comparison(
             row=row,
