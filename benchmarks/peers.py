@@ -2,11 +2,11 @@
 
 A grid (`peer_scripts/grid.yaml`: 5 methods x 3 seeds on the digits, one LoRA, its images) runs four
 times on two workers, each time in a new folder: with `airsweep run`, a joblib loop, an Optuna loop
-on sqlite, and Ray Tune with its MLflow callback. The scripts in `peer_scripts/` call the same method
-on the same inputs, which they build once with the stages of airsweep and store. The benchmark
-measures the wall time from an empty folder, the lines of user code, the trials that are computed
-again after a `kill -9` in the middle of the grid and a second start, and the trials that are
-computed again after a method is added to the grid.
+on sqlite, and Ray Tune with its MLflow callback. The scripts in `peer_scripts/` call the same
+method on the same inputs, which they build once with the stages of airsweep and store. The
+benchmark measures the wall time from an empty folder, the lines of user code, the trials that are
+computed again after a `kill -9` in the middle of the grid and a second start, and the trials that
+are computed again after a method is added to the grid.
 
     python benchmarks/peers.py [--whole] [--walls 1] [--only joblib]
 
