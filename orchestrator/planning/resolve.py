@@ -517,8 +517,9 @@ def _check_labels_unneeded(trial: TrialSpec) -> None:
     if trial.images_from == "true_labels" or trial.initial_labels.true_share is not None:
         raise InvalidSetting(
             "dataset",
-            "methods air_ceiling and air_labels read the classes of the pool images, but they have "
-            "no labels; leave them out, or sort your images into class folders",
+            "images_from: true_labels (method air_ceiling) and initial_labels.true_share (method "
+            "air_labels) read the classes of the pool images, but they have no labels; leave the "
+            "method out, or sort your images into class folders",
         )
 
 

@@ -150,6 +150,7 @@ NEEDS_LABELS = {
     "paradigm: trzsl": {"paradigm": "trzsl"},
     "pool_ratio: 5": {"pool_ratio": 5.0},
     "images_from: true_labels": {"images_from": "true_labels", "images_per_class": 2},
+    "initial_labels.true_share": {"initial_labels.true_share": 0.8},
 }
 
 
