@@ -46,7 +46,7 @@ from orchestrator.store import ArtifactStore, EventLog, read_trial
 
 SWEEP = """version: 1
 name: search_grid
-fixed: {method: air_fpl, generator: tiny, lora.rounds: 1}
+fixed: {method: air_fpl, generator: tiny}
 search:
   sampler: grid
   points: 96

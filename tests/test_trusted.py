@@ -29,7 +29,6 @@ fixed:
   generation.block: 4
   train.steps: 5
   lora.steps: 2
-  lora.rounds: 1
   generation.num_inference_steps: 2
 seeds: [1]
 tracking: {{uri: none}}

@@ -128,6 +128,12 @@ def test_unlabelled_images_run_from_init_to_the_report(photos):
     ]
     assert 0 <= rows[1]["agreement"] <= 1
     assert set(rows[1]["mutual_information"]) == {"text", "auxiliary", "fused"}
+    # The history has the time per step and per block, and separately the start-up time.
+    history = json.loads(Path("runs-smoke/history.json").read_text())
+    for stage in ("lora", "images"):
+        [pace] = history[stage].values()
+        assert pace["starts"] >= 1
+        assert min(pace["startup"], pace["seconds"], pace["units"]) > 0
     airsweep("report", "mine", "--smoke", "-o", "report.html")
     airsweep("status", "mine", "--smoke")
     airsweep("list", "--store", "runs-smoke")

@@ -26,7 +26,6 @@ WORLDS: dict[tuple[str, str], dict[str, Any]] = {
         "lora.steps": 300,
         "lora.batch": 16,
         "lora.learning_rate": 2e-3,
-        "lora.rounds": 2,
         # Processors without bf16 instructions emulate them, ten times slower.
         "lora.precision": "fp32",
         "generation.precision": "fp32",

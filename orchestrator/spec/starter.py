@@ -63,7 +63,6 @@ fixed:
   # Real models need a download (docs/experiments.md) and a GPU, see `resources` below:
   # backbone: ViT-B-32/openai
   # generator: stable-diffusion-v1-5/stable-diffusion-v1-5
-  lora.rounds: 1
   images_per_class: 32  # synthetic images per class; 120 with real models
   evidence.draws: 4     # denoising errors per image and class, of cpl_real_evidence
   # iterations: 10      # rounds of pseudo-labels and prompt learning

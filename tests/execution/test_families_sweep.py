@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.integration]
 
 QUICK = {
     "images_per_class": 2, "generation.size": pipelines.SIZE, "generation.block": 2,
-    "generation.num_inference_steps": 2, "lora.steps": 2, "lora.batch": 2, "lora.rounds": 1,
+    "generation.num_inference_steps": 2, "lora.steps": 2, "lora.batch": 2,
     "initial_labels.k": 1, "evidence.images": 4, "evidence.top": 2, "evidence.block": 8,
     "iterations": 1, "train.steps": 5, "fidelity.kind": "none",
 }  # fmt: skip

@@ -500,7 +500,7 @@ def test_seeds_that_share_a_step_start_once_and_are_measured_together(world):
 
 
 def test_the_work_of_a_lora_follows_its_passes_over_the_images(world):
-    settings = {"generator": "tiny", "lora.rounds": 1, "lora.batch": 8, "lora.passes": 3}
+    settings = {"generator": "tiny", "lora.batch": 8, "lora.passes": 3}
     plan = world.plan(world.sweep("air", fixed={**settings, "initial_labels.k": 6}))
     [lora] = [work for work in plan.work if work.stage == "lora"]
     assert lora.units == math.ceil(3 * 6 * 10 / 8)  # ten classes

@@ -73,7 +73,7 @@ def digests(spec: TrialSpec) -> dict[str, str]:
 PUBLISHED = {
     **{f"{method}, tiny": trial(method) for method in METHODS},
     **{f"{method}, large": trial(method, LARGE) for method in METHODS},
-    "air, tiny, one LoRA round": trial(lora__rounds=1),
+    "air, tiny, two LoRA rounds": trial(lora__rounds=2),
     "air, tiny, no LoRA": trial(lora=None),
     "air, tiny, ready images": trial(refs=FOLDER),
     "air, tiny, both sources": trial(auxiliary__source="both", auxiliary__refresh=True),

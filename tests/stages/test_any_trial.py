@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from air_core.methods import METHODS
-from air_core.specs import FeaturesSpec, LabelsSpec
+from air_core.specs import FeaturesSpec, LabelsSpec, LoraSpec
 from orchestrator.planning import Requirement, Resolver, requirements_of
 from orchestrator.planning.plan import build_level
 from orchestrator.spec import cells_of, load_sweep
@@ -22,6 +22,7 @@ from orchestrator.stages.features import build as build_features
 from orchestrator.stages.images import build as build_image_block
 from orchestrator.stages.images import open_generator
 from orchestrator.stages.labels import build as build_labels
+from orchestrator.stages.lora import build as build_lora
 from orchestrator.stages.trial import run_trial
 from orchestrator.store import ArtifactStore
 
@@ -104,6 +105,8 @@ def build(requirement: Requirement, worker: WorkerContext) -> None:
         build_features(requirement.spec, worker)
     elif isinstance(requirement.spec, LabelsSpec):
         build_labels(requirement.spec, worker)
+    elif isinstance(requirement.spec, LoraSpec):
+        build_lora(requirement.spec, worker)
     else:
         images = requirement.spec.images
         for class_index in requirement.classes:

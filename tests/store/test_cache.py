@@ -26,7 +26,7 @@ from tests.helpers.sweeps import python
 
 AIR = """
 grid: {{method: [cpl, air]}}
-fixed: {{images_per_class: {count}, lora.rank: {rank}, lora.rounds: 1, generation.block: 8}}
+fixed: {{images_per_class: {count}, lora.rank: {rank}, generation.block: 8}}
 """
 BYTES = 1000  # about one shard here
 DAY = 24 * 3600.0
