@@ -150,15 +150,19 @@ ROOT = Path(__file__).parents[1]
 
 
 LONG = (
+    "test_families_sweep",
     "test_slurm",
     "test_preflight",
     "test_chaos",
+    "test_evidence_runs",
     "test_runs",
     "test_docs",
     "test_team",
     "test_submit",
     "test_nodes",
     "test_bucket",
+    "test_unlabelled_sweeps",
+    "test_encoded_blocks",
     "test_trusted",
     "test_generation",
     "test_tracking",

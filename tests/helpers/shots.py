@@ -1,4 +1,4 @@
-"""Take the screenshot of docs/tracking.md from a store with the finished quickstart.
+"""Take the screenshots of docs/tracking.md from a store with the finished quickstart.
 
 python -m tests.helpers.shots runs quickstart docs
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from orchestrator.tracking.database import run_tables
 from tests.helpers.browser import Browser
 from tests.helpers.servers import MlflowServer
 from tests.helpers.sweeps import all_runs
@@ -27,17 +28,29 @@ def main(store: Path, sweep: str, folder: Path) -> None:
         server, browser = MlflowServer(store, Path(scratch, "log")), Browser(Path(scratch, "home"))
         server.start()
         try:
+            browser.open(f"{server.url}/{run_tables(store / 'mlflow.db')[0]}", shows(sweep))
+            browser.wait(shows("test/accuracy_low"))
+            close_assistant(browser)
+            take(browser, folder / "mlflow_table.png", 1600, 760)
+
             page = f"{server.url}/#/experiments/{parent.experiment_id}/runs/{parent.run_id}{VIEW}"
             browser.open(page, shows("has the highest mean"))
-            if browser.evaluate(f"Boolean(document.querySelector({CLOSE!r}))".replace('"', "`")):
-                browser.evaluate(f"document.querySelector({CLOSE!r}).click()".replace('"', "`"))
+            close_assistant(browser)
             browser.wait(SHOW_MORE)
             browser.evaluate(f"{SHOW_MORE}.click()")
-            file = folder / "mlflow_parent.png"
-            browser.screenshot(file, 1280, 1300)
+            take(browser, folder / "mlflow_parent.png", 1280, 1300)
         finally:
             browser.close()
             server.stop()
+
+
+def close_assistant(browser: Browser) -> None:
+    if browser.evaluate(f"Boolean(document.querySelector({CLOSE!r}))".replace('"', "`")):
+        browser.evaluate(f"document.querySelector({CLOSE!r}).click()".replace('"', "`"))
+
+
+def take(browser: Browser, file: Path, width: int, height: int) -> None:
+    browser.screenshot(file, width, height)
     with Image.open(file) as screenshot:
         reduced = screenshot.convert("RGB").quantize(256, dither=Image.Dither.NONE)
     reduced.save(file, optimize=True)
