@@ -8,7 +8,7 @@ Towers without a causal mask (SigLIP) compute one complete sequence per class.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -64,7 +64,8 @@ class SharedContext:
     def __init__(self, tower: Any, tokenizer: Any) -> None:
         self.tower = tower
         self.tokenizer = tokenizer
-        self._fixed = lru_cache(maxsize=16)(self._fixed_parts)
+        # Of a function, since a method would keep this encoder alive.
+        self._fixed = lru_cache(maxsize=16)(partial(_fixed_parts, tower, tokenizer))
 
     def encode(self, prompts: Tensor, classnames: tuple[str, ...]) -> Tensor:
         """See ContextEncoder."""
@@ -78,41 +79,6 @@ class SharedContext:
         states = run_blocks(self.tower.transformer.resblocks, parts, ends, mask)  # (R, C, W)
         return _projected(self.tower, self.tower.ln_final(states))
 
-    @torch.no_grad()
-    def _fixed_parts(self, classnames: tuple[str, ...], length: int) -> tuple[Tensor, ...]:
-        """Embeddings of [SOS] and the names, positions of the context, mask, indices of [EOT]."""
-        encoded = [
-            [*self.tokenizer.encode(_words(name)), self.tokenizer.eot_token_id]
-            for name in classnames
-        ]
-        positions = self.tower.positional_embedding
-        prefix = 1 + length
-        room = len(positions) - prefix
-        longest = max(range(len(encoded)), key=lambda c: len(encoded[c]))
-        if len(encoded[longest]) > room:
-            raise _no_room(classnames[longest], f" takes {len(encoded[longest])} tokens", room)
-        # Tokens attend to the prefix (owner -1) and to earlier tokens of the same owner.
-        owner = torch.tensor([-1] * prefix + [c for c, ids in enumerate(encoded) for _ in ids])
-        place = torch.tensor(
-            list(range(prefix)) + [prefix + i for ids in encoded for i in range(len(ids))]
-        )
-        sees = (owner[None, :] == owner[:, None]) | (owner[None, :] == -1)
-        sees &= place[None, :] <= place[:, None]
-        mask = torch.zeros(len(owner), len(owner)).masked_fill(~sees, -math.inf)
-        ends = prefix - 1 + torch.tensor([len(ids) for ids in encoded]).cumsum(0)
-        ids = torch.tensor([self.tokenizer.sot_token_id, *(i for ids in encoded for i in ids)])
-        embedded = self.tower.token_embedding(ids.to(positions.device))
-        here = place.to(positions.device)
-        names = embedded[1:] + positions[here[prefix:]]
-        dtype = weights_dtype(self.tower)
-        return (
-            (embedded[:1] + positions[:1])[None].to(dtype),
-            positions[1:prefix],
-            names[None].to(dtype),
-            mask.to(positions.device, dtype),
-            ends.to(positions.device),
-        )
-
 
 class WholeTexts:
     """Encodes one complete padded sequence per class, with any text tower.
@@ -124,7 +90,7 @@ class WholeTexts:
     def __init__(self, tower: Any, tokenizer: Any) -> None:
         self.tower = tower
         self.tokenizer = tokenizer
-        self._ids = lru_cache(maxsize=16)(self._name_ids)
+        self._ids = lru_cache(maxsize=16)(partial(_name_ids, tower, tokenizer))
 
     def encode(self, prompts: Tensor, classnames: tuple[str, ...]) -> Tensor:
         """See ContextEncoder."""
@@ -155,20 +121,58 @@ class WholeTexts:
         pooled = text_global_pool(states, ids.repeat(count, 1), _pool_type(tower), end)
         return _projected(tower, pooled).view(count, len(ids), -1)
 
-    def _name_ids(self, classnames: tuple[str, ...], length: int) -> tuple[Tensor, int]:
-        """Token ids with a gap for the context, and the index of the gap."""
-        size = len(self.tower.positional_embedding)
-        room = size - length
-        words = [_words(name) for name in classnames]
-        ids = self.tokenizer(words, context_length=room)
-        # The last token of a text that was cut off differs from that of the complete text.
-        cut = (ids != self.tokenizer(words, context_length=2 * size)[:, :room]).any(dim=1)
-        if cut.any():
-            raise _no_room(classnames[int(cut.nonzero()[0])], "", room)
-        lead = int(int(ids[0, 0]) in _start_ids(self.tokenizer))
-        gap = torch.zeros(len(ids), length, dtype=ids.dtype)
-        ids = torch.cat([ids[:, :lead], gap, ids[:, lead:]], dim=1)
-        return ids.to(self.tower.positional_embedding.device), lead
+
+@torch.no_grad()
+def _fixed_parts(
+    tower: Any, tokenizer: Any, classnames: tuple[str, ...], length: int
+) -> tuple[Tensor, ...]:
+    """Embeddings of [SOS] and the names, positions of the context, mask, indices of [EOT]."""
+    encoded = [[*tokenizer.encode(_words(name)), tokenizer.eot_token_id] for name in classnames]
+    positions = tower.positional_embedding
+    prefix = 1 + length
+    room = len(positions) - prefix
+    longest = max(range(len(encoded)), key=lambda c: len(encoded[c]))
+    if len(encoded[longest]) > room:
+        raise _no_room(classnames[longest], f" takes {len(encoded[longest])} tokens", room)
+    # Tokens attend to the prefix (owner -1) and to earlier tokens of the same owner.
+    owner = torch.tensor([-1] * prefix + [c for c, ids in enumerate(encoded) for _ in ids])
+    place = torch.tensor(
+        list(range(prefix)) + [prefix + i for ids in encoded for i in range(len(ids))]
+    )
+    sees = (owner[None, :] == owner[:, None]) | (owner[None, :] == -1)
+    sees &= place[None, :] <= place[:, None]
+    mask = torch.zeros(len(owner), len(owner)).masked_fill(~sees, -math.inf)
+    ends = prefix - 1 + torch.tensor([len(ids) for ids in encoded]).cumsum(0)
+    ids = torch.tensor([tokenizer.sot_token_id, *(i for ids in encoded for i in ids)])
+    embedded = tower.token_embedding(ids.to(positions.device))
+    here = place.to(positions.device)
+    names = embedded[1:] + positions[here[prefix:]]
+    dtype = weights_dtype(tower)
+    return (
+        (embedded[:1] + positions[:1])[None].to(dtype),
+        positions[1:prefix],
+        names[None].to(dtype),
+        mask.to(positions.device, dtype),
+        ends.to(positions.device),
+    )
+
+
+def _name_ids(
+    tower: Any, tokenizer: Any, classnames: tuple[str, ...], length: int
+) -> tuple[Tensor, int]:
+    """Token ids with a gap for the context, and the index of the gap."""
+    size = len(tower.positional_embedding)
+    room = size - length
+    words = [_words(name) for name in classnames]
+    ids = tokenizer(words, context_length=room)
+    # The last token of a text that was cut off differs from that of the complete text.
+    cut = (ids != tokenizer(words, context_length=2 * size)[:, :room]).any(dim=1)
+    if cut.any():
+        raise _no_room(classnames[int(cut.nonzero()[0])], "", room)
+    lead = int(int(ids[0, 0]) in _start_ids(tokenizer))
+    gap = torch.zeros(len(ids), length, dtype=ids.dtype)
+    ids = torch.cat([ids[:, :lead], gap, ids[:, lead:]], dim=1)
+    return ids.to(tower.positional_embedding.device), lead
 
 
 def _no_room(classname: str, what: str, room: int) -> ValueError:

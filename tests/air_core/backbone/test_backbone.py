@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -53,6 +55,19 @@ def clip(request, vit_b_32) -> Any:
     backbone.model.to(dtype)
     yield Backbone(backbone.model, backbone.preprocess, backbone.tokenizer)
     backbone.model.float()
+
+
+def test_a_clip_that_nobody_uses_is_freed_at_once(tiny_clip):
+    """A process that loads another one would hold both until Python finds the cycle."""
+    gc.disable()
+    try:
+        backbone = load_backbone("tiny")
+        backbone.encode_context(torch.zeros(2, 128), tuple(NAMES))
+        model = weakref.ref(backbone.model)
+        del backbone
+        assert model() is None
+    finally:
+        gc.enable()
 
 
 def error(found: Tensor, expected: Tensor) -> float:
