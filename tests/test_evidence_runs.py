@@ -60,6 +60,7 @@ def test_evidence_that_is_killed_resumes_to_the_bits_of_a_single_actor_and_label
     assert 1 < len(before) < SHARDS
     plan = json.loads(airsweep("plan", spec, "--store", store, "--json").stdout)
     evidence = [artifact for artifact in plan["artifacts"] if artifact["stage"] == "evidence"]
+    assert [each["need"] for each in evidence] == [SHARDS, SHARDS]
     first, second = sorted((each["have"] for each in evidence), reverse=True)
     assert (len(before) <= first < SHARDS, second) == (True, 0)  # an actor may live longer
 
@@ -88,6 +89,8 @@ def test_evidence_that_is_killed_resumes_to_the_bits_of_a_single_actor_and_label
     low = [name for name, share in event["agreement"].items() if share < 0.25]
     assert low
     assert all(f"{name} (" in run.stderr for name in low)
+    plan = json.loads(airsweep("plan", spec, "--store", store, "--json").stdout)
+    assert {artifact["state"] for artifact in plan["artifacts"]} == {"present"}
 
 
 def errors(found: dict[str, Path]) -> dict[str, Any]:

@@ -63,7 +63,6 @@ class SharedContext:
 
     def __init__(self, tower: Any, tokenizer: Any) -> None:
         self.tower = tower
-        self.tokenizer = tokenizer
         # Of a function, since a method would keep this encoder alive.
         self._fixed = lru_cache(maxsize=16)(partial(_fixed_parts, tower, tokenizer))
 
@@ -89,7 +88,6 @@ class WholeTexts:
 
     def __init__(self, tower: Any, tokenizer: Any) -> None:
         self.tower = tower
-        self.tokenizer = tokenizer
         self._ids = lru_cache(maxsize=16)(partial(_name_ids, tower, tokenizer))
 
     def encode(self, prompts: Tensor, classnames: tuple[str, ...]) -> Tensor:

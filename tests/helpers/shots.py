@@ -45,8 +45,7 @@ def main(store: Path, sweep: str, folder: Path) -> None:
 
 
 def close_assistant(browser: Browser) -> None:
-    if browser.evaluate(f"Boolean(document.querySelector({CLOSE!r}))".replace('"', "`")):
-        browser.evaluate(f"document.querySelector({CLOSE!r}).click()".replace('"', "`"))
+    browser.evaluate(f"document.querySelector(`{CLOSE}`)?.click()")
 
 
 def take(browser: Browser, file: Path, width: int, height: int) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,13 @@ import pytest
 import yaml
 
 from air_core.methods import METHODS
-from air_core.specs import FeaturesSpec, LabelsSpec, LoraSpec
-from orchestrator.planning import Requirement, Resolver, requirements_of
+from air_core.specs import TrialSpec
+from orchestrator.planning import Resolver, requirements_of
 from orchestrator.planning.plan import build_level
 from orchestrator.spec import cells_of, load_sweep
+from orchestrator.stages import stage_module
 from orchestrator.stages.context import WorkerContext
-from orchestrator.stages.features import build as build_features
-from orchestrator.stages.images import build as build_image_block
 from orchestrator.stages.images import open_generator
-from orchestrator.stages.labels import build as build_labels
-from orchestrator.stages.lora import build as build_lora
 from orchestrator.stages.trial import run_trial
 from orchestrator.store import ArtifactStore
 
@@ -100,24 +98,17 @@ def random_settings(rng: random.Random) -> dict[str, Any]:
     return {"method": method} | free
 
 
-def build(requirement: Requirement, worker: WorkerContext) -> None:
-    if isinstance(requirement.spec, FeaturesSpec):
-        build_features(requirement.spec, worker)
-    elif isinstance(requirement.spec, LabelsSpec):
-        build_labels(requirement.spec, worker)
-    elif isinstance(requirement.spec, LoraSpec):
-        build_lora(requirement.spec, worker)
-    else:
-        images = requirement.spec.images
-        for class_index in requirement.classes:
-            for block in range(math.ceil(requirement.images / images.block_size)):
-                build_image_block(
-                    requirement.spec,
-                    class_index,
-                    block,
-                    worker,
-                    lambda: open_generator(images, worker),
-                )
+def build_inputs(trial: TrialSpec, worker: WorkerContext) -> None:
+    """Make what a trial reads, in this process."""
+    requirements = requirements_of([trial])
+    for requirement in sorted(requirements, key=lambda requirement: build_level(requirement.spec)):
+        spec, make = requirement.spec, stage_module(requirement.spec)
+        if not requirement.rows:
+            make.build(spec, worker)
+            continue
+        generator = partial(open_generator, spec.images, worker)
+        for class_index, block in requirement.missing(worker.store):
+            make.build(spec, class_index, block, worker, generator)
 
 
 def test_any_settings_are_learned_or_refused_with_a_sentence(drawn_digits, tmp_path):
@@ -134,10 +125,7 @@ def test_any_settings_are_learned_or_refused_with_a_sentence(drawn_digits, tmp_p
             refused += 1
             continue
         try:
-            for requirement in sorted(
-                requirements_of([trial]), key=lambda requirement: build_level(requirement.spec)
-            ):
-                build(requirement, worker)
+            build_inputs(trial, worker)
             metrics = run_trial(trial, worker.store).metrics
         except Exception as problem:
             message = f"{type(problem).__name__}: {problem}"

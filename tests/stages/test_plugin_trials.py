@@ -18,8 +18,7 @@ from air_core.backbone.loading import load_backbone
 from air_core.datasets import get_dataset
 from air_core.specs import Ref, TrialSpec
 from orchestrator.keys import artifact_key
-from orchestrator.planning import Resolver, requirements_of
-from orchestrator.planning.plan import build_level
+from orchestrator.planning import Resolver
 from orchestrator.planning.resolve import InvalidSetting
 from orchestrator.plugins import read_plugin, use_plugins
 from orchestrator.reporting.bundles import export
@@ -33,7 +32,7 @@ from orchestrator.store import ArtifactStore, TrialRecord
 from orchestrator.store.checkpoints import Segments
 from tests.helpers.plugins import NOISE, TIP_ADAPTER, saved_clip, saved_dataset
 from tests.helpers.sweeps import write_sweep
-from tests.stages.test_any_trial import build
+from tests.stages.test_any_trial import build_inputs
 
 QUICK = "train.steps: 4, iterations: 2"
 
@@ -140,8 +139,7 @@ def test_a_saved_clip_and_a_generator_of_a_plugin_make_features_and_images(tmp_p
         return Resolver(tmp_path / "digests.json", None).trial(flat)
 
     first = spec(NOISE)
-    for requirement in sorted(requirements_of([first]), key=lambda one: build_level(one.spec)):
-        build(requirement, worker)
+    build_inputs(first, worker)
     assert run_trial(first, worker.store).metrics["synthetic/images"] == 8
     edited = spec(NOISE + "# edited\n")
     assert artifact_key(first.images) != artifact_key(edited.images)
