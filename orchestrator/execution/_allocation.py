@@ -43,17 +43,16 @@ class PoolStatistics:
         640 images in 80 s, 8.0 a second; GPUs of 2 generators busy 94 % of the time
         >>> print(PoolStatistics(actors=1, gpu=False, pairs=800, busy=4.0, seconds=8.0))
         800 denoising errors in 8 s, 100.0 a second; 1 generator busy 50 % of the time
+        >>> print(PoolStatistics(actors=2, gpu=False, images=80, pairs=800, busy=4.0, seconds=8.0))
+        80 images and 800 denoising errors in 8 s; 2 generators busy 25 % of the time
         >>> print(PoolStatistics(2, gpu=True, process="encoder", images=9, busy=8.0, seconds=4.0))
         9 images in 4 s, 2.2 a second; 2 encoders busy 100 % of the time
         """
-        done = [(self.images, "images"), (self.pairs, "denoising errors")]
-        parts = [
-            f"{count:,} {noun} in {self.seconds:.0f} s, "
-            f"{count / max(self.seconds, 1e-9):.1f} a second"
-            for count, noun in done
-            if count
-        ]
-        work = "; ".join(parts) or f"nothing in {self.seconds:.0f} s"
+        counts = {"images": self.images, "denoising errors": self.pairs}
+        work = " and ".join(f"{count:,} {noun}" for noun, count in counts.items() if count)
+        work = f"{work or 'nothing'} in {self.seconds:.0f} s"
+        if sum(map(bool, counts.values())) == 1:
+            work += f", {sum(counts.values()) / max(self.seconds, 1e-9):.1f} a second"
         share = self.busy / (self.actors * self.seconds) if self.seconds else 0.0
         prefix = "GPUs of " if self.gpu and self.process == "generator" else ""
         plural = "s" if self.actors > 1 else ""

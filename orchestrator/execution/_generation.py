@@ -12,6 +12,7 @@ import itertools
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,7 +24,7 @@ import ray
 import torch
 from ray.data import ActorPoolStrategy
 
-from air_core.specs import RowSpec
+from air_core.specs import RowSpec, StageSpec
 from orchestrator.cluster.session import prepare_worker, quiet_data_context
 from orchestrator.execution._allocation import PoolStatistics
 from orchestrator.execution._progress import ProgressReporter, report_working
@@ -121,8 +122,8 @@ NO_COUNTS = {
     "hole_files": "[]",
 }
 
-# More actors start if the work left takes this many times as long as the first block took, with the
-# start of its actor.
+# A pool grows, or is closed for trials, if the work left takes this many times as long as the first
+# block took, with the start of its actor.
 MIN_STARTS = 2.0
 # Blocks that one pool draws: Ray Data takes 8 kB of the driver's memory for each before it starts.
 MAX_POOL_BLOCKS = 20_000
@@ -130,14 +131,14 @@ MAX_POOL_BLOCKS = 20_000
 
 def draw(
     requirements: Sequence[Requirement], context: PreparationContext
-) -> Generator[None, None, list[tuple[Requirement, Failure]]]:
+) -> Generator[Requirement | None, None, list[tuple[Requirement, Failure]]]:
     """Draw the missing blocks of some rows of the same process, each at least once.
 
-    A coroutine: it yields while it waits for the cluster.
+    A coroutine: it yields while it waits for the cluster; a row when the row is complete.
 
-    The pool is closed and opened again with fewer actors when trials start and need its resources,
-    and gets more when trials end. Complete blocks stay, so closing costs only the blocks that are
-    being drawn.
+    When trials start and need its resources, the pool is closed and opened again with fewer actors,
+    unless it is almost done; when trials end, it gets more. Complete blocks stay, so closing costs
+    only the blocks that are being drawn.
 
     Returns:
         The rows that still lack blocks, with the reason.
@@ -148,9 +149,9 @@ def draw(
             yield from generation.draw(shards)
             context.worker.store.refresh_listings()
         else:
-            yield
+            yield None
     return [
-        (requirement, _failure(generation.errors.get(requirement, []), missing))
+        (requirement, _failure(generation.errors.get(requirement.spec, []), missing))
         for requirement in requirements
         if (missing := len(requirement.missing(context.worker.store)))
     ]
@@ -178,7 +179,11 @@ class _Generation:
         self.progress_actor = context.progress_actor
         self.want = context.resources.process_resources(requirements[0].stage)
         self.pool_size = partial(self.allocation.pool_size, self.want)
-        self.errors: dict[Requirement, list[tuple[str, str]]] = {}
+        # By its spec, the first of the rows that differ in their number of images alone.
+        self.first_row = {
+            requirement.spec: row for row, requirement in reversed([*enumerate(requirements)])
+        }
+        self.errors: dict[StageSpec, list[tuple[str, str]]] = {}
         self.tried: set[Shard] = set()
         self.unread: set[Shard] = set()  # of closed pools, without a result
         self.stopped = False
@@ -189,14 +194,17 @@ class _Generation:
         if self.stopped:
             return []
         missing = (
-            {"row": row, "class": c, "block": block}
-            for row, requirement in enumerate(self.requirements)
+            (self.first_row[requirement.spec], c, block)
+            for requirement in self.requirements
             for c, block in requirement.missing(self.worker.store)
-            if (row, c, block) not in self.tried
         )
-        return list(itertools.islice(missing, MAX_POOL_BLOCKS))
+        untried = (shard for shard in dict.fromkeys(missing) if shard not in self.tried)
+        return [
+            {"row": row, "class": c, "block": block}
+            for row, c, block in itertools.islice(untried, MAX_POOL_BLOCKS)
+        ]
 
-    def draw(self, shards: Sequence[dict[str, int]]) -> Iterator[None]:
+    def draw(self, shards: Sequence[dict[str, int]]) -> Iterator[Requirement | None]:
         """Draw with one pool until all shards are drawn, or trials need its resources.
 
         When trials end, more actors start from the other end of the shards. Where the two streams
@@ -204,6 +212,7 @@ class _Generation:
         """
         began, work_seconds, startup = time.monotonic(), 0.0, 0.0
         every, taken, must_close = set(map(_shard, shards)), set[Shard](), False
+        left = Counter(shard["row"] for shard in shards)
         beside_trials = self.allocation.trials_running
         pool = PoolStatistics(
             actors=min(self.pool_size(), len(shards)),
@@ -218,6 +227,10 @@ class _Generation:
                 continue  # of the other stream
             self._take_result(result)
             taken.add(shard)
+            left[result["row"]] -= 1
+            if not left[result["row"]]:
+                self.worker.store.refresh_listings()
+                yield self.requirements[result["row"]]
             work_seconds += result["seconds"] - result["startup"]
             startup = startup or time.monotonic() - began
             pool.images += result["drawn"] + result["encoded"]
@@ -226,14 +239,17 @@ class _Generation:
             more = 0 if self.allocation.trials_running else self.pool_size() - pool.actors
             count = len(taken)
             seconds_left = (len(every) - count) * work_seconds / count / pool.actors
+            is_long = seconds_left > MIN_STARTS * startup
             must_close = self.stopped or (
-                taken != every and not beside_trials and self.pool_size() < pool.actors
+                is_long and not beside_trials and self.pool_size() < pool.actors
             )
             if must_close:
                 break
-            if beside_trials and more > 0 and seconds_left > MIN_STARTS * startup:
-                left = [each for each in reversed(shards) if _shard(each) not in taken]
-                readers.append(_StreamReader(partial(self._stream, left, min(more, len(left)))))
+            if beside_trials and more > 0 and is_long:
+                untaken = [each for each in reversed(shards) if _shard(each) not in taken]
+                readers.append(
+                    _StreamReader(partial(self._stream, untaken, min(more, len(untaken))))
+                )
                 pool.actors += more
                 beside_trials, self.allocation.pool_exceeds_reserve = False, True
         for reader in readers:
@@ -295,6 +311,7 @@ class _Generation:
 
     def _take_result(self, result: dict[str, Any]) -> None:
         requirement = self.requirements[result["row"]]
+        self.listener.stage = requirement.stage
         if not result["error"]:
             if (shard := _shard(result)) in self.unread:
                 made = self._counts_of_unread(shard)
@@ -307,7 +324,7 @@ class _Generation:
         assert isinstance(requirement.spec, RowSpec)
         name = requirement.spec.name_of(result["class"])
         message = f"{name}, block {result['block']}: {result['error']}"
-        self.errors.setdefault(requirement, []).append((result["failure_class"], message))
+        self.errors.setdefault(requirement.spec, []).append((result["failure_class"], message))
         # After a failure such as a full disk, further images could not be stored.
         self.stopped = CLASSES[result["failure_class"]].stops_after == 1
 

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
-from itertools import chain
+from itertools import chain, takewhile
 from typing import TYPE_CHECKING
 
 from air_core.specs import FeaturesSpec, LoraSpec, StageSpec, SyntheticFeaturesSpec
@@ -54,38 +54,41 @@ def _needs_images(spec: StageSpec) -> bool:
 
 def waves(
     groups: Sequence[Sequence[Requirement]], store: ArtifactStore, workers: Callable[[], int]
-) -> Iterator[tuple[int | None, list[Requirement]]]:
-    """Requirements to make together, in order; the last wave of a group has the group's index.
+) -> Iterator[tuple[int, list[Requirement]]]:
+    """Requirements to make together, in order, each time with the number of groups that need
+    nothing more afterwards.
 
     Training a LoRA takes one worker, drawing images takes all. So before the images of a group are
     drawn, its LoRAs are trained side by side with LoRAs of later groups, as many as there are
-    workers. Images without LoRA, which no trial reads, are drawn with those of the next group, and
-    after the last group in a wave of their own.
+    workers. Groups that then lack only images or denoising errors are drawn together, since each
+    pool of generators takes a while to start. The images without LoRA of a group, which no trial
+    reads, come after the images of the next group.
 
     Args:
         groups: requirements of each group, in the order in which trials need them.
         workers: returns the number of generators that fit the cluster now.
     """
-    compared: list[Requirement] = []
-    for index, requirements in enumerate(groups):
-        early = {
-            requirement.key: requirement
-            for requirement in missing_without_images(requirements, store)
-        }
-        if _lora_count(early.values()):
-            for later in groups[index + 1 :]:
-                if _lora_count(early.values()) >= workers():
+    done = 0
+    while done < len(groups):
+        early = dict.fromkeys(missing_without_images(groups[done], store))
+        if _lora_count(early):
+            for later in groups[done + 1 :]:
+                if _lora_count(early) >= workers():
                     break
-                early |= {
-                    requirement.key: requirement
-                    for requirement in missing_without_images(later, store)
-                }
+                early |= dict.fromkeys(missing_without_images(later, store))
         if early:
-            yield None, list(early.values())
-        yield index, [*(each for each in requirements if not each.compared_with), *compared]
-        compared = [each for each in requirements if each.compared_with]
-    if compared:
-        yield None, compared
+            yield done, list(early)
+        wave: list[Requirement] = []
+        compared: list[Requirement] = []
+        together = [groups[done]]
+        together += takewhile(
+            lambda group: not missing_without_images(group, store), groups[done + 1 :]
+        )
+        for group in together:
+            wave += [*(each for each in group if not each.compared_with), *compared]
+            compared = [each for each in group if each.compared_with]
+        done += len(together)
+        yield done, list(dict.fromkeys([*wave, *compared]))
 
 
 def _lora_count(requirements: Iterable[Requirement]) -> int:
@@ -110,6 +113,7 @@ class Prefetch:
         state.location.store.refresh_listings()  # of artifacts that another driver added
         self.requirements = {group[0].id: cell_requirements(state, plan, group) for group in groups}
         self.pending = deque(group for group in groups if self._is_pending(group))
+        self.unpictured = deque(self.pending)  # groups whose pictures have not started
         pending_cells = {cell.id for group in self.pending for cell in group}
         self.ready = {cell.id for group in groups for cell in group} - pending_cells
         self.coroutines: list[Iterator[None]] = []  # that have not ended
@@ -155,37 +159,42 @@ class Prefetch:
         """Make the inputs of the groups, in order."""
         from orchestrator.execution._prepare import prepare
 
-        state, groups = self.state, list(self.pending)
+        state = self.state
         assert state.allocation is not None
         assert state.progress is not None
-        last = len(groups) - 1
-        requirements = [self._buildable(self.requirements[group[0].id]) for group in groups]
+        groups = [self._buildable(self.requirements[group[0].id]) for group in self.pending]
         state.allocation.preparing = True
         worker, resources = worker_context(state), state.sweep.resources
         context = PreparationContext(
             worker, resources, state, state.allocation, state.progress.actor
         )
         max_workers = partial(state.allocation.max_tasks, resources.generator)
-        unpictured: list[Requirement] = []  # of a group whose images without LoRA follow
-        for index, wave in waves(requirements, worker.store, max_workers):
-            yield from prepare(self._buildable(wave), context)
-            if index is not None or all(each.compared_with for each in wave):
-                if unpictured:
-                    self._start_pictures(unpictured)
-                unpictured = []
-            if index is not None:
-                compared = any(each.compared_with for each in requirements[index])
-                state.allocation.preparing = index < last or compared
-                state.event_log.append("cells_ready")
-                self.pending.popleft()
-                self.ready |= {cell.id for cell in groups[index]}
-                if compared:
-                    unpictured = requirements[index]
-                else:
-                    self._start_pictures(requirements[index])
-                # Let trials start before the next pool is opened, which would take their resources.
+        for done, wave in waves(groups, worker.store, max_workers):
+            for row in prepare(self._buildable(wave), context):
+                if row is not None:
+                    self._take_complete(max_left=len(groups))
                 yield
+            self._take_complete(max_left=len(groups) - done)
+            # Let trials start before the next pool is opened, which would take their resources.
+            yield
         state.allocation.preparing = False
+
+    def _take_complete(self, max_left: int) -> None:
+        """Mark groups as ready whose inputs exist; start the pictures of those that also have
+        their images without LoRA. Inputs of groups before the last `max_left` have failed."""
+
+        def is_over(groups: Sequence[Sequence[Cell]], with_compared: bool) -> bool:
+            return len(groups) > max_left or all(
+                requirement.is_complete(self.state.location.store)
+                for requirement in self.requirements[groups[0][0].id]
+                if with_compared or not requirement.compared_with
+            )
+
+        while self.pending and is_over(self.pending, with_compared=False):
+            self.ready |= {cell.id for cell in self.pending.popleft()}
+            self.state.event_log.append("cells_ready")
+        while len(self.unpictured) > len(self.pending) and is_over(self.unpictured, True):
+            self._start_pictures(self.requirements[self.unpictured.popleft()[0].id])
 
     def _buildable(self, requirements: Sequence[Requirement]) -> list[Requirement]:
         """Drop requirements that failed in this run or depend on one that failed."""

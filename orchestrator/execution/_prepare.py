@@ -30,10 +30,12 @@ from orchestrator.stages.context import WorkerContext, limit_gpu_memory
 T = TypeVar("T")
 
 
-def prepare(requirements: Sequence[Requirement], context: PreparationContext) -> Iterator[None]:
+def prepare(
+    requirements: Sequence[Requirement], context: PreparationContext
+) -> Iterator[Requirement | None]:
     """Make missing artifacts, stage after stage; within a stage side by side.
 
-    A coroutine: it yields while it waits for the cluster.
+    A coroutine: it yields while it waits for the cluster; a row when the row is complete.
 
     Failures are retried as their class allows. The listener receives each final failure, and
     artifacts that depend on a failed one are left out.
@@ -55,7 +57,7 @@ def prepare(requirements: Sequence[Requirement], context: PreparationContext) ->
             listener.stage = others[-1].stage
             failures = yield from _build_side_by_side(others, context)
         for same in _by_process(rows):
-            listener.stage = same[-1].stage
+            listener.stage = same[0].stage
             failures += yield from draw(same, context)
         for requirement, failure in failures:
             failed.append(requirement)

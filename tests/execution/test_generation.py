@@ -124,9 +124,11 @@ def test_a_block_is_the_same_from_actors_and_in_this_process(
     assert abs(features[0]["features"] - features[1]["features"]).max() < 1e-5
 
 
-def test_a_pool_shrinks_when_trials_start_and_no_block_counts_as_killed(
-    ray_session, resolver, drawn_digits, tmp_path
+@pytest.mark.parametrize(("min_starts", "sizes"), [(0.0, [2, 1]), (1e6, [2])])
+def test_a_pool_with_much_left_shrinks_when_trials_start_and_no_block_counts_as_killed(
+    ray_session, resolver, drawn_digits, tmp_path, monkeypatch, min_starts, sizes
 ):
+    monkeypatch.setattr("orchestrator.execution._generation.MIN_STARTS", min_starts)
     requirement, store = row_requirement(resolver, drawn_digits, 16), ArtifactStore(tmp_path)
     resources = Resources(generator=GeneratorResources(actors=2, reserve=1))
     allocation = Allocation(resources, machines)
@@ -140,7 +142,7 @@ def test_a_pool_shrinks_when_trials_start_and_no_block_counts_as_killed(
     context = context_of(store, listener, resources, allocation)
     assert result_of(draw([requirement], context)) == []
     pools = [pool for (pool,) in listener.events["on_pool_closed"]]
-    assert [pool.actors for pool in pools] == [2, 1]  # the second has the reserve
+    assert [pool.actors for pool in pools] == sizes  # the second has the reserve
     # Also blocks whose results were lost with the first pool are counted, once.
     facts = [facts for _, _, facts in listener.events["on_prepared"]]
     assert sum(f["drawn"] for f in facts) == 160 == len(requirement.classes) * 16

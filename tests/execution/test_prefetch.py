@@ -53,9 +53,9 @@ def test_as_many_loras_are_trained_together_as_there_are_workers(trial, tmp_path
     def loras(workers: int) -> list[int]:
         made: set[Any] = set()
         counts = []
-        for number, wave in waves(groups, store, lambda: workers):
+        for _, wave in waves(groups, store, lambda: workers):
             new = {requirement.key for requirement in wave if requirement.stage == "lora"} - made
-            counts += [] if number is not None or not new else [len(new)]
+            counts += [len(new)] if new else []
             made |= new
             for requirement in wave:
                 if requirement.stage != "images":
@@ -65,15 +65,28 @@ def test_as_many_loras_are_trained_together_as_there_are_workers(trial, tmp_path
     assert loras(2) == [2, 2, 1]
 
 
-def test_groups_come_in_order_each_with_all_its_inputs(trial, tmp_path):
-    groups = [requirements_of([trial("fpl")]), requirements_of([trial("air")])]
-    all_waves = list(waves(groups, ArtifactStore(tmp_path), lambda: 1))
-    assert [number for number, _ in all_waves] == [None, 0, None, 1, None]
-    *inputs, without_lora = groups[1]  # no trial reads images without LoRA
-    assert [wave for number, wave in all_waves if number is not None] == [groups[0], inputs]
-    assert all_waves[-1][1] == [without_lora]
-    order = [*groups, requirements_of([trial("air", split_seed=1)])]
-    assert list(waves(order, ArtifactStore(tmp_path), lambda: 1))[-2][1][-1] == without_lora
+def test_groups_come_in_order_and_those_that_lack_images_alone_are_drawn_together(trial, tmp_path):
+    store = ArtifactStore(tmp_path)
+    seeds = (0, 1)
+    cpl, *air = [
+        requirements_of([trial("fpl")]),
+        *(requirements_of([trial("air", split_seed=seed)]) for seed in seeds),
+    ]
+    all_waves = waves([cpl, *air], store, lambda: 1)
+    assert next(all_waves) == (0, cpl)
+    assert next(all_waves) == (1, cpl)
+    done, loras = next(all_waves)
+    assert (done, [each.stage for each in loras].count("lora")) == (1, 1)
+    *images, without_lora = air[0]  # no trial reads images without LoRA
+    assert next(all_waves) == (2, [*images, without_lora])
+    for requirements in air:
+        for requirement in missing_without_images(requirements, store):
+            store.get_or_build(requirement.spec, lambda folder: {})
+    *later_images, same = air[1]
+    assert same == without_lora
+    ((done, wave),) = waves(air, store, lambda: 1)
+    assert done == 2
+    assert wave == [*dict.fromkeys([*images, *later_images]), without_lora]
 
 
 def test_a_failed_artifact_stops_only_artifacts_that_contain_it(trial):
