@@ -17,12 +17,9 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from dataclasses import replace
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import ray
-import torch
-from ray.data import ActorPoolStrategy
 
 from air_core.specs import RowSpec, StageSpec
 from orchestrator.cluster.session import prepare_worker, quiet_data_context
@@ -37,6 +34,9 @@ from orchestrator.stages.context import WorkerContext, limit_gpu_memory
 from orchestrator.store import ArtifactStore
 from orchestrator.store.artifacts import devices
 
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
 MAX_THRIFT = 2  # lacks of memory after which a shard fails
 
 
@@ -46,6 +46,8 @@ class GeneratorActor:
     def __init__(
         self, requirements: Sequence[Requirement], worker: WorkerContext, progress_actor: Any
     ) -> None:
+        import torch  # not in the driver, which does not compute
+
         torch.set_num_threads(1)  # one actor a core; more threads would compete for it
         prepare_worker(worker.variables, worker.plugins)
         limit_gpu_memory(devices().get("gpu", 0.0))
@@ -266,11 +268,16 @@ class _Generation:
         pool.seconds = time.monotonic() - began
         self.listener.on_pool_closed(pool)
 
-    def _stream(self, shards: Sequence[dict[str, int]], actors: int) -> ray.data.Dataset:
+    def _stream(self, shards: Sequence[dict[str, int]], actors: int) -> Dataset:
+        from ray.data import (
+            ActorPoolStrategy,
+            from_items,
+        )  # not in a worker that makes one artifact
+
         worker = replace(self.worker, device="cuda" if self.want.gpu else "cpu")
         with quiet_data_context():
             items = [{"shards": json.dumps(group)} for group in self._together(shards)]
-            return ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+            return from_items(items, override_num_blocks=len(items)).map_batches(
                 GeneratorActor,
                 fn_constructor_args=(self.requirements, worker, self.progress_actor),
                 batch_size=1,
@@ -340,14 +347,14 @@ class _StreamReader:
     The thread is a daemon, so that it does not keep the process of a stopped driver alive.
     """
 
-    def __init__(self, stream: Callable[[], ray.data.Dataset]) -> None:
+    def __init__(self, stream: Callable[[], Dataset]) -> None:
         self.closed = False
         self._rows: SimpleQueue[dict[str, Any]] = SimpleQueue()
         self._problem: BaseException | None = None
         self._thread = threading.Thread(target=self._read, args=(stream,), daemon=True)
         self._thread.start()
 
-    def _read(self, stream: Callable[[], ray.data.Dataset]) -> None:
+    def _read(self, stream: Callable[[], Dataset]) -> None:
         try:
             rows = iter(stream().iter_rows())
             for row in rows:

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from itertools import chain, takewhile
-from typing import TYPE_CHECKING
 
 from air_core.specs import FeaturesSpec, LoraSpec, StageSpec, SyntheticFeaturesSpec
 from orchestrator.execution._state import PreparationContext, RunState
@@ -25,11 +24,9 @@ from orchestrator.planning import (
 from orchestrator.planning.cards import Row, is_complete, rows_of, stored_card
 from orchestrator.planning.plan import fp32_slots, independent_of
 from orchestrator.spec import Cell
+from orchestrator.stages.context import WorkerContext
 from orchestrator.store import ArtifactStore
 from orchestrator.store.artifacts import PROVENANCE
-
-if TYPE_CHECKING:
-    from orchestrator.stages.context import WorkerContext
 
 log = logging.getLogger(__name__)
 
@@ -280,8 +277,6 @@ def cell_requirements(state: RunState, plan: Plan, cells: Sequence[Cell]) -> lis
 
 
 def worker_context(state: RunState) -> WorkerContext:
-    from orchestrator.stages.context import WorkerContext
-
     gpu = state.sweep.resources.trial.gpu
     batch = state.sweep.resources.encoder.batch
     location = state.location

@@ -10,9 +10,7 @@ from itertools import groupby
 from typing import Any, TypeVar
 
 import ray
-import torch
 
-from air_core.backbone.loading import import_open_clip_alone
 from air_core.specs import StageSpec
 from orchestrator.cluster.session import prepare_worker
 from orchestrator.execution._generation import draw, reset_crashes
@@ -87,6 +85,10 @@ def _build_artifact(
     spec: StageSpec, worker: WorkerContext, gpu: float, progress_actor: Any
 ) -> tuple[float, dict[str, Any]]:
     """Task on a worker: make one artifact; returns its seconds and facts."""
+    import torch  # not in the driver, which does not compute
+
+    from air_core.backbone.loading import import_open_clip_alone
+
     import_open_clip_alone()
     torch.set_num_threads(1)
     limit_gpu_memory(gpu)

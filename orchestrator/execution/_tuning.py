@@ -18,7 +18,6 @@ from typing import Any
 from ray import tune
 from ray.tune.search import Searcher
 
-from air_core.backbone.loading import import_open_clip_alone
 from orchestrator.cluster.session import prepare_worker
 from orchestrator.errors import OutOfTime
 from orchestrator.execution._progress import ProgressReporter, report_working
@@ -27,7 +26,6 @@ from orchestrator.failures import Failure, classify, classify_death
 from orchestrator.planning import ray_resources
 from orchestrator.spec import Resources
 from orchestrator.stages.context import WorkerContext, limit_gpu_memory
-from orchestrator.stages.side_by_side import run_trials
 from orchestrator.store.checkpoints import Curves, is_finished
 
 # At a time, for Tune; `_JobSearcher` limits the jobs to those that fit the cluster.
@@ -45,6 +43,9 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]
         limit: float | None,
         gpu: float,
     ) -> None:
+        # Not in the driver, which does not compute: torch.
+        from air_core.backbone.loading import import_open_clip_alone
+
         self.worker, self.progress_actor, self.limit = worker, progress_actor, limit
         self.job: Job = config["job"]
         import_open_clip_alone()
@@ -82,6 +83,8 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]
     ) -> Mapping[str, Failure]:
         """Run the trials of the job; the failures by key. Together, the trials may use the sum of
         their time limits."""
+        from orchestrator.stages.side_by_side import run_trials
+
         started, job, limit = time.monotonic(), self.job, self.limit
 
         # Called after each step, so that a trial over its limit ends without killing its process.

@@ -22,13 +22,13 @@ from orchestrator.planning.cards import (
 )
 from orchestrator.planning.requests import run_command
 from orchestrator.spec import SweepSpec
+from orchestrator.stages.context import WorkerContext
 from orchestrator.store import SweepLocation
 
 log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from orchestrator.stages.auditor import Report
-    from orchestrator.stages.context import WorkerContext
 
 
 def audit_cards(
@@ -56,8 +56,6 @@ def audit_cards(
     for row in complete:
         card = stored_card(row, location)
         if card is None:
-            from orchestrator.stages.context import WorkerContext  # it needs torch
-
             worker = WorkerContext(location.store, location.data_root)
             card, png = make_card(row, worker, report(row.name) if report else None)
             for name, content in card_files(card, png).items():

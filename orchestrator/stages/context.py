@@ -1,4 +1,7 @@
-"""Context of a worker process: store, data, device, and the CLIP that encodes images."""
+"""Context of a worker process: store, data, device, and the CLIP that encodes images.
+
+The driver makes it too, so this module imports torch only where a worker needs it.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image
 
-from air_core.backbone import Backbone
-from air_core.backbone.clip import Images
-from air_core.backbone.loading import load_backbone
 from air_core.datasets import Examples, get_dataset
 from air_core.datasets.images import ImageFiles
 from air_core.specs import FeaturesSpec, Ref, SyntheticFeaturesSpec
@@ -24,6 +24,10 @@ from orchestrator.plugins import Plugin
 from orchestrator.spec.sweep import ENCODER_BATCH
 from orchestrator.store import ArtifactStore
 from orchestrator.store.artifacts import devices
+
+if TYPE_CHECKING:
+    from air_core.backbone import Backbone
+    from air_core.backbone.clip import Images
 
 CHANGED = (
     "has changed since the run was planned: its files no longer match the planned digest. Wait "
@@ -112,6 +116,8 @@ class WorkerContext:
         """(N, D) features, or (N, T, V) tokens, which are in half precision to save space."""
         backbone = self.backbone(spec.backbone, spec.precision)
         if spec.level == "tokens":
+            import torch
+
             return np.asarray(backbone.image_tokens(images, torch.float16))
         return np.asarray(backbone.encode_images(images))
 
@@ -122,6 +128,8 @@ def limit_gpu_memory(gpu: float) -> None:
     A process that needs more then fails by itself with an out-of-memory error, and the other
     processes on the device keep theirs.
     """
+    import torch
+
     if not gpu or not torch.cuda.is_available():
         return
     total = torch.cuda.get_device_properties(0).total_memory
@@ -131,6 +139,8 @@ def limit_gpu_memory(gpu: float) -> None:
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Compute on one thread, as trials do: sums have one order, so results are reproducible."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -168,4 +178,6 @@ def _resolver(digests: Path, data_root: Path | None) -> Resolver:
 
 @cache
 def _backbone(name: str, device: str, precision: str) -> Backbone:
+    from air_core.backbone.loading import load_backbone
+
     return load_backbone(name, device, precision)
