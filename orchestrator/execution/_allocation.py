@@ -114,14 +114,21 @@ class Allocation:
             reserve -= 1
         return reserve
 
+    def reserved(self, want: ProcessResources) -> int:
+        """Generators, or encoders in their place, that may work while trials run."""
+        generator = self._resources.generator
+        per_generator = (
+            1 if want == generator else process_capacity(want, [ray_resources(generator)])
+        )
+        return self.reserve() * per_generator
+
     def pool_size(self, want: ProcessResources) -> int:
         """Generators or encoders that may work now; 0 if they have to wait for the end of the
         trials."""
-        generator = self._resources.generator
-        if want == generator:
-            return self.reserve() if self.trials_running else self.max_generators()
-        if self.trials_running:  # in the place of the generators
-            return self.reserve() * process_capacity(want, [ray_resources(generator)])
+        if self.trials_running:
+            return self.reserved(want)
+        if want == self._resources.generator:
+            return self.max_generators()
         return process_capacity(want, self.machines())
 
     def max_trials(self) -> int:
@@ -136,9 +143,6 @@ class Allocation:
 
     def max_tasks(self, want: ProcessResources) -> int:
         """Tasks that prepare features, labels or LoRA and may run now; at least one."""
-        reserve = self.reserve() if self.trials_running else 0
-        if reserve:
-            return max(
-                1, reserve * process_capacity(want, [ray_resources(self._resources.generator)])
-            )
+        if self.trials_running and self.reserve():
+            return max(1, self.reserved(want))
         return max(1, process_capacity(want, self.machines()))

@@ -28,6 +28,7 @@ from orchestrator.execution._progress import ProgressReporter, report_working
 from orchestrator.execution._state import PreparationContext
 from orchestrator.failures import CLASSES, Failure, classify
 from orchestrator.planning import Requirement, artifact_title
+from orchestrator.planning.estimate import estimate, stage_work
 from orchestrator.redact import redact
 from orchestrator.stages import stage_module
 from orchestrator.stages.context import WorkerContext, limit_gpu_memory
@@ -139,8 +140,8 @@ def draw(
     A coroutine: it yields while it waits for the cluster; a row when the row is complete.
 
     When trials start and need its resources, the pool is closed and opened again with fewer actors,
-    unless it is almost done; when trials end, it gets more. Complete blocks stay, so closing costs
-    only the blocks that are being drawn.
+    unless it is almost done; when trials end, or the work takes longer than estimated, it gets
+    more. Complete blocks stay, so closing costs only the blocks that are being drawn.
 
     Returns:
         The rows that still lack blocks, with the reason.
@@ -181,6 +182,7 @@ class _Generation:
         self.progress_actor = context.progress_actor
         self.want = context.resources.process_resources(requirements[0].stage)
         self.pool_size = partial(self.allocation.pool_size, self.want)
+        self.resources = context.resources
         # By its spec, the first of the rows that differ in their number of images alone.
         self.first_row = {
             requirement.spec: row for row, requirement in reversed([*enumerate(requirements)])
@@ -209,19 +211,21 @@ class _Generation:
     def draw(self, shards: Sequence[dict[str, int]]) -> Iterator[Requirement | None]:
         """Draw with one pool until all shards are drawn, or trials need its resources.
 
-        When trials end, more actors start from the other end of the shards. Where the two streams
-        meet, an actor finds the shards of the other one in the store.
+        More actors start from the other end of the shards. Where the two streams meet, an actor
+        finds the shards of the other one in the store.
         """
         began, work_seconds, startup = time.monotonic(), 0.0, 0.0
         every, taken, must_close = set(map(_shard, shards)), set[Shard](), False
         left = Counter(shard["row"] for shard in shards)
-        beside_trials = self.allocation.trials_running
+        work = [stage_work(self.requirements[row].spec, count) for row, count in left.items()]
+        expected = estimate(work, self.worker.store, self.resources)
         pool = PoolStatistics(
-            actors=min(self.pool_size(), len(shards)),
+            actors=min(self.pool_size(), len(shards), expected.worthwhile_processes),
             gpu=bool(self.want.gpu),
             process=self.requirements[0].spec.maker.process,
         )
-        self.allocation.pool_exceeds_reserve = not beside_trials
+        reserved = self.allocation.reserved(self.want)
+        self.allocation.pool_exceeds_reserve = pool.actors > reserved
         readers = [_StreamReader(partial(self._stream, shards, pool.actors))]
         while taken != every and (result := (yield from _next_row(readers))) is not None:
             shard = _shard(result)
@@ -242,18 +246,16 @@ class _Generation:
             count = len(taken)
             seconds_left = (len(every) - count) * work_seconds / count / pool.actors
             is_long = seconds_left > MIN_STARTS * startup
-            must_close = self.stopped or (
-                is_long and not beside_trials and self.pool_size() < pool.actors
-            )
+            must_close = self.stopped or (is_long and self.pool_size() < pool.actors)
             if must_close:
                 break
-            if beside_trials and more > 0 and is_long:
+            if len(readers) == 1 and more > 0 and is_long:
                 untaken = [each for each in reversed(shards) if _shard(each) not in taken]
                 readers.append(
                     _StreamReader(partial(self._stream, untaken, min(more, len(untaken))))
                 )
                 pool.actors += more
-                beside_trials, self.allocation.pool_exceeds_reserve = False, True
+                self.allocation.pool_exceeds_reserve = pool.actors > reserved
         for reader in readers:
             reader.close()
         if must_close or len(readers) > 1:
@@ -269,10 +271,8 @@ class _Generation:
         self.listener.on_pool_closed(pool)
 
     def _stream(self, shards: Sequence[dict[str, int]], actors: int) -> Dataset:
-        from ray.data import (
-            ActorPoolStrategy,
-            from_items,
-        )  # not in a worker that makes one artifact
+        # Not in a worker that makes one artifact.
+        from ray.data import ActorPoolStrategy, from_items
 
         worker = replace(self.worker, device="cuda" if self.want.gpu else "cpu")
         with quiet_data_context():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -80,6 +81,8 @@ GUESS["trials"] = Pace(0.0025, 1.0, startup=1.5, starts=1.0)
 # Until the first work of a run begins: Ray, then a process with its imports.
 START = ("start", "run")
 GUESS["start"] = Pace(15.0, 1.0)
+# Seconds that another process of a pool takes to start, at least: it imports torch and diffusers.
+PROCESS_START = 10.0
 # Stages whose shards a pool of generators makes.
 _DRAWN = {spec.stage for spec in STAGES if spec.shard and spec.process == "generator"}
 Measured = Mapping[str, Mapping[str, Pace]]  # by stage and kind
@@ -108,6 +111,14 @@ class Estimate:
     @property
     def source(self) -> str:
         return "guess" if self.reason else "history"
+
+    @property
+    def worthwhile_processes(self) -> int:
+        """Processes whose share of the work takes longer than their start. A guess leaves no GPU
+        idle."""
+        if self.reason and self.gpu_hours:
+            return sys.maxsize
+        return max(1, math.ceil(sum(self.stages.values()) / PROCESS_START))
 
     def json(self) -> dict[str, Any]:
         return {

@@ -39,6 +39,12 @@ from tests.helpers.sweeps import wait_until
 pytestmark = pytest.mark.ray
 
 
+@pytest.fixture(autouse=True)
+def pools_of_two(monkeypatch):
+    """A second actor starts although it takes longer than the images."""
+    monkeypatch.setattr("orchestrator.planning.estimate.PROCESS_START", 1e-3)
+
+
 def row_requirement(resolver, folder, count: int) -> Requirement:
     flat = {"generator": f"folder:{folder}", "generation.size": 32, "images_per_class": count}
     trial = resolver.trial(flat)

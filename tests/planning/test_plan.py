@@ -30,7 +30,15 @@ from orchestrator.failures import Failure
 from orchestrator.keys import artifact_key
 from orchestrator.planning import Plan, Requirement, Resolver, requirements_of
 from orchestrator.planning.checks import unschedulable_reason
-from orchestrator.planning.estimate import START, Pace, record_measurements, stage_work, trial_work
+from orchestrator.planning.estimate import (
+    START,
+    Pace,
+    Work,
+    estimate,
+    record_measurements,
+    stage_work,
+    trial_work,
+)
 from orchestrator.planning.plan import BASE_PER_CLASS, build_level, plan_sweep
 from orchestrator.planning.search import CellSearch, open_searches
 from orchestrator.planning.study_copies import describe_points, open_storage
@@ -569,6 +577,18 @@ def test_measurements_of_a_smoke_run_are_scaled_without_start_up(world):
     world.store.root.mkdir(exist_ok=True)
     record_measurements(world.store, {key: Pace(images.units, images.units)})  # this store wins
     assert world.plan(sweep).estimate.stages["images"] == pytest.approx(images.units)
+
+
+def test_work_is_worth_a_process_that_takes_less_time_to_start_than_it_saves(world):
+    def processes(units: float, gpu: float = 0.0) -> int:
+        resources = Resources(generator=GeneratorResources(gpu=gpu))
+        return estimate([Work("images", "x", units)], world.store, resources).worthwhile_processes
+
+    assert (processes(0), processes(300), processes(3000)) == (1, 1, 9)  # 0.03 s each, a guess
+    assert processes(300, gpu=1.0) > 1000  # a guess leaves no GPU idle
+    world.store.root.mkdir(exist_ok=True)
+    record_measurements(world.store, {("images", "x"): Pace(100.0, 100.0)})
+    assert processes(300) == processes(300, gpu=1.0) == 30
 
 
 def test_only_the_steps_of_a_smoke_trial_are_multiplied(world):
