@@ -73,17 +73,6 @@ def wait_for_end(slurm: Slurm, job: str, folder: Path, state: str, code: str) ->
     return log
 
 
-def test_a_sweep_on_two_nodes_stores_its_results_and_leaves_nothing_of_ray(slurm, folder):
-    write_sweep(folder, "small", "fixed: {method: fpl, train.steps: 5}\nseeds: [1, 2]\n")
-    store = folder / "runs"
-    arguments = ("--nodes=2", "--cpus-per-task=1", SCRIPT, "small.yaml", "runs")
-    job = slurm.submit(folder, *arguments, "--set", "seeds=[1]")
-    log = wait_for_end(slurm, job, folder, "COMPLETED", "0:0")
-    assert [row["method"] for row in table(store, "small")] == ["fpl"], log
-    assert outcome(store, "small")["exit_code"] == 0
-    assert not leftovers(slurm, job, folder)
-
-
 def stopped_job(
     slurm: Slurm, folder: Path, arguments: Sequence[str | Path]
 ) -> tuple[str, psutil.Process]:
@@ -125,12 +114,13 @@ def ray_folders(slurm: Slurm, job: str) -> list[Path]:
     ]
 
 
-def test_a_cancelled_job_resumes_when_it_is_submitted_again(slurm, folder):
+def test_a_cancelled_job_on_two_nodes_resumes_when_it_is_submitted_again(slurm, folder):
     """`scancel` signals all processes at once, including Ray's. While the job runs, other users of
-    the nodes cannot read Ray's files."""
+    the nodes cannot read Ray's files. Options behind the store are those of `airsweep run`."""
     write_sweep(folder, "long", TRIALS)
     store = folder / "runs"
-    arguments = ("--nodes=2", "--cpus-per-task=1", SCRIPT, "long.yaml", "runs")
+    options = ("--set", "seeds=[2]")
+    arguments = ("--nodes=2", "--cpus-per-task=1", SCRIPT, "long.yaml", "runs", *options)
     job, driver = stopped_job(slurm, folder, arguments)
     modes = [oct(path.stat().st_mode & 0o777) for path in ray_folders(slurm, job)]
     assert modes == ["0o700", "0o700"]
@@ -139,10 +129,12 @@ def test_a_cancelled_job_resumes_when_it_is_submitted_again(slurm, folder):
     assert slurm.ended(job)[0] == "CANCELLED"
 
     again = slurm.submit(folder, *arguments)
-    wait_for_end(slurm, again, folder, "COMPLETED", "0:0")
-    assert len(table(store, "long")) == COUNT
-    recorded = events(store, "long")
-    assert len(result_slots(recorded)) == COUNT
+    log = wait_for_end(slurm, again, folder, "COMPLETED", "0:0")
+    assert [row["method"] for row in table(store, "long")] == ["fpl"] * COUNT, log
+    assert outcome(store, "long")["exit_code"] == 0
+    slots = result_slots(events(store, "long"))
+    assert len(slots) == COUNT
+    assert all(slot.endswith("seed=2") for slot in slots)
     assert {run.info.status for run in all_runs(store)} == {"FINISHED"}
     assert not leftovers(slurm, again, folder)
 
