@@ -109,7 +109,9 @@ class Screen:
 
     def show_progress(self, name: str, done: int, total: int, unit: str = "") -> None:
         now = time.monotonic()
-        pace = self.paces.setdefault(name, WorkPace(now, done))
+        pace = self.paces.get(name)
+        if pace is None or done < pace.first:  # that was a late report of another artifact
+            pace = self.paces[name] = WorkPace(now, done)
         interval = max(LINE_INTERVAL, LINE_SHARE * (now - pace.started))
         if done < total and now - pace.last_line > interval:
             pace.last_line = now

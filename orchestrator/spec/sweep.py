@@ -297,7 +297,7 @@ class GeneratorResources:
     cpu: CPUS = setting(1.0, "CPU cores of one actor that trains a LoRA or generates images")
     gpu: GPUS = setting(0.0, "GPUs of one actor, or a share of one GPU")
     custom: Custom = Field(default_factory=dict, description=CUSTOM)
-    actors: Whole | None = setting(None, "number of actors; null: as many as fit", ge=1)
+    actors: Whole | None = setting(None, "actors at most; null: as many as fit", ge=1)
     reserve: Whole | None = setting(
         None,
         "actors that generate images of later cells while trials run; null: one in eight",

@@ -52,7 +52,6 @@ def test_air_runs_with_a_model_of_each_family(tmp_path):
 grid: {{generator: {models}}}
 fixed: {fixed}
 seeds: [1]
-resources: {{generator: {{actors: 1}}}}
 """
     sweep, store = write_sweep(tmp_path, "families", body), tmp_path / "runs"
     airsweep("run", sweep, "--store", store)

@@ -47,6 +47,10 @@ def test_progress_of_long_work_has_the_remaining_time(clock, capsys):
         "00:16:40 LoRA a: 10/110 steps",
         "00:17:00 LoRA a: 30/110 steps, about 1:20 left",
     ]
+    lines.show_progress("LoRA a", 5, 3000)  # another one with the same title
+    clock.now += 20
+    lines.show_progress("LoRA a", 105, 3000)
+    assert capsys.readouterr().err.splitlines()[-1].endswith("105/3000, about 9:39 left")
 
 
 def test_the_row_of_a_point_has_the_number_of_ended_trials(clock, capsys):
