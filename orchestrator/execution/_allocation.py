@@ -21,7 +21,7 @@ from orchestrator.spec import ProcessResources, Resources
 # time for any share between a quarter and a sixteenth (benchmarks/README.md).
 RESERVE_DIVISOR = 8
 REFRESH_INTERVAL = 5.0  # seconds for which the list of machines is kept
-# Seconds that trials wait for a pool to shrink to the reserve; a block takes less.
+# Seconds that trials wait for a pool to shrink to the reserve, or to end if little is left.
 MAX_SHRINK_WAIT = 120.0
 
 
