@@ -21,8 +21,8 @@ from orchestrator.spec import ProcessResources, Resources
 # time for any share between a quarter and a sixteenth (benchmarks/README.md).
 RESERVE_DIVISOR = 8
 REFRESH_INTERVAL = 5.0  # seconds for which the list of machines is kept
-# Seconds that trials wait for a pool to shrink to the reserve, or to end if little is left.
-MAX_SHRINK_WAIT = 120.0
+# Seconds that trials wait for a pool to end, or to shrink to the reserve if it would take longer.
+MAX_POOL_WAIT = 120.0
 
 
 @dataclass
@@ -134,7 +134,7 @@ class Allocation:
     def max_trials(self) -> int:
         """Trials that may run now; 0 while an open pool has to shrink first."""
         waited = time.monotonic() - (self._trials_since or 0.0)
-        if self.pool_exceeds_reserve and waited < MAX_SHRINK_WAIT:
+        if self.pool_exceeds_reserve and waited < MAX_POOL_WAIT:
             return 0
         machines = self.machines()
         if self.preparing:

@@ -23,7 +23,7 @@ import numpy as np
 
 from air_core.specs import RowSpec, StageSpec
 from orchestrator.cluster.session import prepare_worker, quiet_data_context
-from orchestrator.execution._allocation import PoolStatistics
+from orchestrator.execution._allocation import MAX_POOL_WAIT, PoolStatistics
 from orchestrator.execution._progress import ProgressReporter, report_working
 from orchestrator.execution._state import PreparationContext
 from orchestrator.failures import CLASSES, Failure, classify
@@ -125,8 +125,8 @@ NO_COUNTS = {
     "hole_files": "[]",
 }
 
-# A pool grows, or is closed for trials, if the work left takes this many times as long as the first
-# block took, with the start of its actor.
+# A pool grows if the work left takes this many times as long as the first block took, with the
+# start of its actor.
 MIN_STARTS = 2.0
 # Blocks that one pool draws: Ray Data takes 8 kB of the driver's memory for each before it starts.
 MAX_POOL_BLOCKS = 20_000
@@ -139,9 +139,9 @@ def draw(
 
     A coroutine: it yields while it waits for the cluster; a row when the row is complete.
 
-    When trials start and need its resources, the pool is closed and opened again with fewer actors,
-    unless it is almost done; when trials end, or the work takes longer than estimated, it gets
-    more. Complete blocks stay, so closing costs only the blocks that are being drawn.
+    When trials need its resources and it would hold them for long, the pool is closed and opened
+    again with fewer actors; when trials end, or the work takes longer than estimated, it gets more.
+    Complete blocks stay, so closing costs only the blocks that are being drawn.
 
     Returns:
         The rows that still lack blocks, with the reason.
@@ -245,11 +245,12 @@ class _Generation:
             more = 0 if self.allocation.trials_running else self.pool_size() - pool.actors
             count = len(taken)
             seconds_left = (len(every) - count) * work_seconds / count / pool.actors
-            is_long = seconds_left > MIN_STARTS * startup
-            must_close = self.stopped or (is_long and self.pool_size() < pool.actors)
+            must_close = self.stopped or (
+                seconds_left > MAX_POOL_WAIT and self.pool_size() < pool.actors
+            )
             if must_close:
                 break
-            if len(readers) == 1 and more > 0 and is_long:
+            if len(readers) == 1 and more > 0 and seconds_left > MIN_STARTS * startup:
                 untaken = [each for each in reversed(shards) if _shard(each) not in taken]
                 readers.append(
                     _StreamReader(partial(self._stream, untaken, min(more, len(untaken))))

@@ -122,10 +122,12 @@ class _Stateless:
 class _JobSearcher(_Stateless, Searcher):  # type: ignore[misc]
     """Gives Tune the scheduler's next job."""
 
-    def __init__(self, scheduler: TrialScheduler, max_jobs: Callable[[], int]) -> None:
+    def __init__(
+        self, scheduler: TrialScheduler, max_jobs: Callable[[], int], tick: Callable[[], None]
+    ) -> None:
         # With a metric, one failed trial would end the whole sweep.
         super().__init__(metric=None, mode=None)
-        self.scheduler, self.max_jobs = scheduler, max_jobs
+        self.scheduler, self.max_jobs, self.tick = scheduler, max_jobs, tick
         self.jobs: dict[str, int] = {}
         self.suggested_at: dict[int, float] = {}  # by job
 
@@ -136,6 +138,8 @@ class _JobSearcher(_Stateless, Searcher):  # type: ignore[misc]
             # can prepare the next cells.
             return None if running else Searcher.FINISHED
         if running >= self.max_jobs():
+            if not running:  # until a job runs, Tune calls nothing else
+                self.tick()
             return None  # Tune tries again later
         job = self.scheduler.next()
         assert job is not None
@@ -217,7 +221,7 @@ def run_points(
         Median seconds that a job takes beyond its trials on an actor that is up; None: unknown.
     """
     overheads: list[float] = []
-    searcher = _JobSearcher(scheduler, max_jobs)
+    searcher = _JobSearcher(scheduler, max_jobs, tick)
     trainable = tune.with_resources(
         tune.with_parameters(
             TrialRunner,

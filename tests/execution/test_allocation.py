@@ -55,7 +55,7 @@ def test_trials_start_when_the_pool_has_shrunk_to_its_reserve(monkeypatch):
     assert limits.max_trials() == 16
     limits.pool_exceeds_reserve = True
     # A block takes too long.
-    monkeypatch.setattr("orchestrator.execution._allocation.MAX_SHRINK_WAIT", 0.0)
+    monkeypatch.setattr("orchestrator.execution._allocation.MAX_POOL_WAIT", 0.0)
     assert limits.max_trials() == 16
 
 

@@ -130,11 +130,11 @@ def test_a_block_is_the_same_from_actors_and_in_this_process(
     assert abs(features[0]["features"] - features[1]["features"]).max() < 1e-5
 
 
-@pytest.mark.parametrize(("min_starts", "sizes"), [(0.0, [2, 1]), (1e6, [2])])
+@pytest.mark.parametrize(("max_wait", "sizes"), [(0.0, [2, 1]), (1e6, [2])])
 def test_a_pool_with_much_left_shrinks_when_trials_start_and_no_block_counts_as_killed(
-    ray_session, resolver, drawn_digits, tmp_path, monkeypatch, min_starts, sizes
+    ray_session, resolver, drawn_digits, tmp_path, monkeypatch, max_wait, sizes
 ):
-    monkeypatch.setattr("orchestrator.execution._generation.MIN_STARTS", min_starts)
+    monkeypatch.setattr("orchestrator.execution._generation.MAX_POOL_WAIT", max_wait)
     requirement, store = row_requirement(resolver, drawn_digits, 16), ArtifactStore(tmp_path)
     resources = Resources(generator=GeneratorResources(actors=2, reserve=1))
     allocation = Allocation(resources, machines)
