@@ -183,7 +183,7 @@ class _Generation:
         self.want = context.resources.process_resources(requirements[0].stage)
         self.pool_size = partial(self.allocation.pool_size, self.want)
         self.resources = context.resources
-        # By its spec, the first of the rows that differ in their number of images alone.
+        # By spec, the first of the rows that differ in nothing but their images and classes.
         self.first_row = {
             requirement.spec: row for row, requirement in reversed([*enumerate(requirements)])
         }
