@@ -14,7 +14,7 @@ help:           ## this list
 quickstart: .venv/run   ## set up, run sweeps/quickstart.yaml, print the table
 	@$(BIN)/airsweep run sweeps/quickstart.yaml
 
-test: .venv/done        ## set up, then check all that one machine can show, in ten minutes
+test: .venv/done        ## set up, then check all that one machine can show, in a quarter of an hour
 	@$(MAKE) --no-print-directory check
 
 integration: .venv/done ## set up, then test on several machines, real servers and browsers
