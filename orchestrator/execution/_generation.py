@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from air_core.specs import RowSpec, StageSpec
+from air_core.specs import RowSpec
 from orchestrator.cluster.session import prepare_worker, quiet_data_context
 from orchestrator.execution._allocation import MAX_POOL_WAIT, PoolStatistics
 from orchestrator.execution._progress import ProgressReporter, report_working
@@ -154,7 +154,7 @@ def draw(
         else:
             yield None
     return [
-        (requirement, _failure(generation.errors.get(requirement.spec, []), missing))
+        (requirement, _failure(generation.errors.get(requirement, []), missing))
         for requirement in requirements
         if (missing := len(requirement.missing(context.worker.store)))
     ]
@@ -183,11 +183,7 @@ class _Generation:
         self.want = context.resources.process_resources(requirements[0].stage)
         self.pool_size = partial(self.allocation.pool_size, self.want)
         self.resources = context.resources
-        # By spec, the first of the rows that differ in nothing but their images and classes.
-        self.first_row = {
-            requirement.spec: row for row, requirement in reversed([*enumerate(requirements)])
-        }
-        self.errors: dict[StageSpec, list[tuple[str, str]]] = {}
+        self.errors: dict[Requirement, list[tuple[str, str]]] = {}
         self.tried: set[Shard] = set()
         self.unread: set[Shard] = set()  # of closed pools, without a result
         self.stopped = False
@@ -198,15 +194,12 @@ class _Generation:
         if self.stopped:
             return []
         missing = (
-            (self.first_row[requirement.spec], c, block)
-            for requirement in self.requirements
-            for c, block in requirement.missing(self.worker.store)
-        )
-        untried = (shard for shard in dict.fromkeys(missing) if shard not in self.tried)
-        return [
             {"row": row, "class": c, "block": block}
-            for row, c, block in itertools.islice(untried, MAX_POOL_BLOCKS)
-        ]
+            for row, requirement in enumerate(self.requirements)
+            for c, block in requirement.missing(self.worker.store)
+            if (row, c, block) not in self.tried
+        )
+        return list(itertools.islice(missing, MAX_POOL_BLOCKS))
 
     def draw(self, shards: Sequence[dict[str, int]]) -> Iterator[Requirement | None]:
         """Draw with one pool until all shards are drawn, or trials need its resources.
@@ -332,7 +325,7 @@ class _Generation:
         assert isinstance(requirement.spec, RowSpec)
         name = requirement.spec.name_of(result["class"])
         message = f"{name}, block {result['block']}: {result['error']}"
-        self.errors.setdefault(requirement.spec, []).append((result["failure_class"], message))
+        self.errors.setdefault(requirement, []).append((result["failure_class"], message))
         # After a failure such as a full disk, further images could not be stored.
         self.stopped = CLASSES[result["failure_class"]].stops_after == 1
 

@@ -22,7 +22,7 @@ from orchestrator.planning import (
     requirements_of,
 )
 from orchestrator.planning.cards import Row, is_complete, rows_of, stored_card
-from orchestrator.planning.plan import fp32_slots, independent_of
+from orchestrator.planning.plan import fp32_slots, independent_of, merge
 from orchestrator.spec import Cell
 from orchestrator.stages.context import WorkerContext
 from orchestrator.store import ArtifactStore
@@ -85,7 +85,7 @@ def waves(
             wave += [*(each for each in group if not each.compared_with), *compared]
             compared = [each for each in group if each.compared_with]
         done += len(together)
-        yield done, list(dict.fromkeys([*wave, *compared]))
+        yield done, merge([*wave, *compared])
 
 
 def _lora_count(requirements: Iterable[Requirement]) -> int:

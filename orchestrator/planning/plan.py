@@ -500,21 +500,26 @@ def requirements_of(trials: Iterable[TrialSpec]) -> list[Requirement]:
 
     A row of images is required up to the largest count and all classes that any trial reads.
     """
+    distinct = dict.fromkeys(replace(normalised(trial), seed=0) for trial in trials)
+    return merge(requirement for trial in distinct for requirement in _requirements(trial))
+
+
+def merge(requirements: Iterable[Requirement]) -> list[Requirement]:
+    """The distinct artifacts of some requirements, of a row the largest count and all classes."""
     merged: dict[str, Requirement] = {}
-    for trial in dict.fromkeys(replace(normalised(trial), seed=0) for trial in trials):
-        for requirement in _requirements(trial):
-            identity = f"{requirement.key}/{artifact_key(requirement.spec).digest}"
-            earlier = merged.get(identity, requirement)
-            merged[identity] = replace(
-                requirement,
-                images=max(requirement.images, earlier.images),
-                classes=tuple(sorted({*requirement.classes, *earlier.classes})),
-                compared_with=(
-                    (*earlier.compared_with, *requirement.compared_with)
-                    if earlier.compared_with and requirement.compared_with
-                    else ()
-                ),
-            )
+    for requirement in requirements:
+        identity = f"{requirement.key}/{artifact_key(requirement.spec).digest}"
+        earlier = merged.get(identity, requirement)
+        merged[identity] = replace(
+            requirement,
+            images=max(requirement.images, earlier.images),
+            classes=tuple(sorted({*requirement.classes, *earlier.classes})),
+            compared_with=(
+                (*earlier.compared_with, *requirement.compared_with)
+                if earlier.compared_with and requirement.compared_with
+                else ()
+            ),
+        )
     return list(merged.values())
 
 
