@@ -85,7 +85,7 @@ class MissingArgument(InvalidCommand):
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory) -> Iterator[Path]:
+def checkout(tmp_path_factory, ray_session) -> Iterator[Path]:
     """A folder with the files that pages name, in which the sweeps of two pages have run."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("sweeps", "tests", "Makefile"):
@@ -271,7 +271,6 @@ def execute(words: list[str]) -> str:
 
 
 def run_sweep(words: list[str]) -> str:
-    """Run a sweep in another process, since it redirects file descriptors and starts Ray."""
     done = airsweep(*words, *RUN[Path(words[1]).stem], check=False)
     if done.returncode:
         raise InvalidCommand(done.stderr)

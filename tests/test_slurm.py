@@ -77,8 +77,9 @@ def stopped_job(
     slurm: Slurm, folder: Path, arguments: Sequence[str | Path]
 ) -> tuple[str, psutil.Process]:
     """Submit the long sweep; returns the job and its driver, which has stopped itself (SIGSTOP)
-    after the first trial."""
-    interpreter, script = stopping_python(folder / "bin", "trial_done")
+    after its first trial."""
+    count = len([*folder.glob("stopping-*")])
+    interpreter, script = stopping_python(folder / f"stopping-{count}", "trial_done")
     job = slurm.submit(folder, *arguments, AIRSWEEP_PYTHON=str(interpreter))
 
     def log() -> str:
@@ -90,53 +91,12 @@ def stopped_job(
     return job, wait_for_stopped(script, log)
 
 
-def test_sigterm_to_the_script_closes_the_sweep(slurm, folder):
-    """Slurm sends it two minutes before the time limit: `--signal=B:TERM@120`."""
-    write_sweep(folder, "long", TRIALS)
-    store = folder / "runs"
-    arguments = ("--cpus-per-task=2", SCRIPT, "long.yaml", store)
-    job, driver = stopped_job(slurm, folder, arguments)
-    slurm.command("scancel", "--batch", "--signal=TERM", job)
-    continue_with(driver, signal.SIGTERM)
-    wait_for_end(slurm, job, folder, "FAILED", "143:0")
-    assert outcome(store, "long")["state"] == "terminated"
-    recorded = events(store, "long")
-    assert recorded[-1]["event"] == "sweep_ended"
-    assert len(result_slots(recorded)) < COUNT
-    assert not leftovers(slurm, job, folder)
-
-
 def ray_folders(slurm: Slurm, job: str) -> list[Path]:
     return [
         folder
         for machine in slurm.nodes.values()
         for folder in (machine.disk / "tmp").glob(f"ray-{job}*")
     ]
-
-
-def test_a_cancelled_job_on_two_nodes_resumes_when_it_is_submitted_again(slurm, folder):
-    """`scancel` signals all processes at once, including Ray's. While the job runs, other users of
-    the nodes cannot read Ray's files. Options behind the store are those of `airsweep run`."""
-    write_sweep(folder, "long", TRIALS)
-    store = folder / "runs"
-    options = ("--set", "seeds=[2]")
-    arguments = ("--nodes=2", "--cpus-per-task=1", SCRIPT, "long.yaml", "runs", *options)
-    job, driver = stopped_job(slurm, folder, arguments)
-    modes = [oct(path.stat().st_mode & 0o777) for path in ray_folders(slurm, job)]
-    assert modes == ["0o700", "0o700"]
-    slurm.command("scancel", job)
-    continue_with(driver, signal.SIGTERM)
-    assert slurm.ended(job)[0] == "CANCELLED"
-
-    again = slurm.submit(folder, *arguments)
-    log = wait_for_end(slurm, again, folder, "COMPLETED", "0:0")
-    assert [row["method"] for row in table(store, "long")] == ["fpl"] * COUNT, log
-    assert outcome(store, "long")["exit_code"] == 0
-    slots = result_slots(events(store, "long"))
-    assert len(slots) == COUNT
-    assert all(slot.endswith("seed=2") for slot in slots)
-    assert {run.info.status for run in all_runs(store)} == {"FINISHED"}
-    assert not leftovers(slurm, again, folder)
 
 
 def daemons(job: str, name: str) -> list[psutil.Process]:
@@ -149,35 +109,61 @@ def daemons(job: str, name: str) -> list[psutil.Process]:
     ]
 
 
-def test_after_ray_dies_the_script_starts_ray_again_and_the_sweep_resumes(slurm, folder):
+def test_a_cancelled_job_on_two_nodes_resumes_and_starts_a_ray_that_dies_again(slurm, folder):
+    """`scancel` signals all processes at once, including Ray's. While the job runs, other users of
+    the nodes cannot read Ray's files. Options behind the store are those of `airsweep run`."""
     write_sweep(folder, "long", TRIALS)
     store = folder / "runs"
     timeout = "--export=ALL,RAY_gcs_rpc_server_reconnect_timeout_s=5"  # a minute by default
-    arguments = (timeout, "--nodes=2", "--cpus-per-task=1", SCRIPT, "long.yaml", store)
+    options = ("--set", "seeds=[2]")
+    arguments = (timeout, "--nodes=2", "--cpus-per-task=1", SCRIPT, "long.yaml", "runs", *options)
     job, driver = stopped_job(slurm, folder, arguments)
-    [gcs] = daemons(job, "gcs_server")
+    modes = [oct(path.stat().st_mode & 0o777) for path in ray_folders(slurm, job)]
+    assert modes == ["0o700", "0o700"]
+    slurm.command("scancel", job)
+    continue_with(driver, signal.SIGTERM)
+    assert slurm.ended(job)[0] == "CANCELLED"
+
+    again, driver = stopped_job(slurm, folder, arguments)
+    [gcs] = daemons(again, "gcs_server")
     gcs.kill()
-    wait_until(lambda: not daemons(job, "raylet"))  # until then trials could go on
+    wait_until(lambda: not daemons(again, "raylet"))  # until then trials could go on
     driver.send_signal(signal.SIGCONT)
-    log = wait_for_end(slurm, job, folder, "COMPLETED", "0:0")
+    log = wait_for_end(slurm, again, folder, "COMPLETED", "0:0")
     assert "gcs_server [exit code=-9]" in log
     assert log.count("Ray ended unexpectedly; starting Ray again to resume the sweep") == 1
-    recorded = events(store, "long")
-    assert len(result_slots(recorded)) == COUNT
+    assert [row["method"] for row in table(store, "long")] == ["fpl"] * COUNT, log
+    assert outcome(store, "long")["exit_code"] == 0
+    slots = result_slots(events(store, "long"))
+    assert len(slots) == COUNT
+    assert all(slot.endswith("seed=2") for slot in slots)
     assert {run.info.status for run in all_runs(store)} == {"FINISHED"}
-    assert not leftovers(slurm, job, folder)
+    assert not leftovers(slurm, again, folder)
 
 
-def test_after_a_node_is_lost_the_sweep_resumes_on_the_other_node(slurm, folder):
-    """Slurm requeues the job. Trials that the lost node finished are kept, logged or not."""
+def test_a_terminated_job_resumes_and_continues_on_another_node_if_its_node_is_lost(slurm, folder):
+    """Slurm sends SIGTERM to the script two minutes before the time limit: `--signal=B:TERM@120`.
+    It requeues the job of a lost node, whose finished trials are kept, logged or not."""
     write_sweep(folder, "long", TRIALS)
     store = folder / "runs"
-    job, _ = stopped_job(slurm, folder, ("--cpus-per-task=2", SCRIPT, "long.yaml", store))
+    arguments = ("--cpus-per-task=2", SCRIPT, "long.yaml", store)
+    job, driver = stopped_job(slurm, folder, arguments)
+    slurm.command("scancel", "--batch", "--signal=TERM", job)
+    continue_with(driver, signal.SIGTERM)
+    wait_for_end(slurm, job, folder, "FAILED", "143:0")
+    assert outcome(store, "long")["state"] == "terminated"
+    recorded = events(store, "long")
+    assert recorded[-1]["event"] == "sweep_ended"
+    closed = len(result_slots(recorded))
+    assert closed < COUNT
+    assert not leftovers(slurm, job, folder)
+
+    job, _ = stopped_job(slurm, folder, arguments)
     node = slurm.command("squeue", "--noheader", f"--jobs={job}", "--format=%N")
     slurm.lose(node)
     kept = len(result_slots(events(store, "long")))
     slurm.wait_for_requeue(job)
     wait_for_end(slurm, job, folder, "COMPLETED", "0:0")
     assert len(table(store, "long")) == COUNT
-    assert len(result_slots(events(store, "long"))) == COUNT > kept >= 1
+    assert len(result_slots(events(store, "long"))) == COUNT > kept > closed
     assert {run.info.status for run in all_runs(store)} == {"FINISHED"}

@@ -89,8 +89,10 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": root, "NO_COLOR": "1", "OMP_NUM_THREADS": "1", **more}
 
 
-# Commands that start no process. They run in this process, because starting Python takes seconds.
+# Commands that run in this process, because starting Python takes seconds: those that start no
+# process, and with the fixture `ray_session` those that start only Ray.
 READ_ONLY = ("cache", "init", "plan", "report", "status", "table", "usage", "validate")
+WITH_RAY = (*READ_ONLY, "prepare", "run")
 
 
 def airsweep(
@@ -103,7 +105,9 @@ def airsweep(
         more: environment variables.
     """
     words = [*map(str, arguments)]
-    if words[0] in READ_ONLY and module == "orchestrator" and not more:
+    has_ray = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    here = words[0] in (WITH_RAY if has_ray else READ_ONLY)
+    if here and module == "orchestrator" and not more:
         done = in_this_process(words)
     else:
         done = python("-m", module, *words, check=False, **more)

@@ -228,14 +228,16 @@ def test_equal_names_in_two_projects_share_artifacts_but_not_events_or_experimen
 
 @pytest.mark.integration
 @pytest.mark.ray
-def test_a_real_run_records_the_devices_of_each_worker(tmp_path, drawn_digits):
+def test_a_real_run_records_the_devices_of_each_worker(
+    tmp_path, drawn_digits, ray_session, monkeypatch
+):
     text = "grid: {{method: [fpl, air_fpl]}}\nfixed: {{generator: 'folder:{folder}', "
     text += "images_per_class: {count}, generation.block: 8, train.steps: 2}}\nseeds: [1]\n"
-    text += "resources: {{generator: {{actors: 1}}}}\n"
     runs = tmp_path / "runs"
     for user, name, count in (("mina", "few", 8), ("tom", "more", 16)):
         spec = write_sweep(tmp_path, name, text.format(folder=drawn_digits, count=count))
-        airsweep("run", spec, "--store", runs, "--quiet", AIRSWEEP_USER=user)
+        monkeypatch.setenv("AIRSWEEP_USER", user)
+        airsweep("run", spec, "--store", runs, "--quiet")
     for holding in take_inventory(open_store(runs)).holdings:
         if holding.stage not in ("images", "synthetic"):
             assert (holding.record["cpu"], holding.record["gpu"]) == (1.0, 0.0), holding.name
