@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 from safetensors.numpy import load_file
 
 from air_core.specs import EncodedSpec, FeaturesSpec
@@ -41,6 +40,18 @@ EncodedSpec.size, EncodedSpec.few = {BLOCK}, 1
 @LOSSES.add("none", summary="so that the file adds a component")
 def none(logits, targets):
     return logits.sum() * 0
+"""
+SLOW_BLOCKS = """
+import time
+from orchestrator.stages.context import WorkerContext
+
+
+def check_slowly(worker, dataset, positions):
+    time.sleep(1)
+    check(worker, dataset, positions)
+
+
+check, WorkerContext.check_images = WorkerContext.check_images, check_slowly
 """
 
 
@@ -165,13 +176,10 @@ def test_features_are_not_tried_after_their_blocks_failed(
 def test_features_that_are_killed_resume_with_the_missing_blocks(
     drawn_digits, tmp_path, small_blocks
 ):
-    for file in drawn_digits.rglob("*.png"):  # a block takes a second
-        large = tmp_path / "large" / file.relative_to(drawn_digits)
-        large.parent.mkdir(parents=True, exist_ok=True)
-        Image.open(file).resize((1600, 1600)).save(large)
+    small_blocks.write_text(SMALL_BLOCKS + SLOW_BLOCKS)  # so that a block takes a second
     body = f"""
 plugins: [{small_blocks.name}]
-grid: {{dataset: ["folder:{tmp_path / "large"}"], method: [zero_shot]}}
+grid: {{dataset: ["folder:{drawn_digits}"], method: [zero_shot]}}
 seeds: [1]
 """
     spec, store = write_sweep(tmp_path, "f", body), tmp_path / "runs"
