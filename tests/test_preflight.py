@@ -6,6 +6,7 @@ machine only.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from orchestrator.store.buckets import parse
 from tests.helpers.clusters import OneNode, head, one_node
 from tests.helpers.disks import SmallDisk, small_disk
 from tests.helpers.servers import free_port, full_bucket
-from tests.helpers.sweeps import environment, run_command, table, write_sweep
+from tests.helpers.sweeps import environment, run_command, write_sweep
 
 pytestmark = [pytest.mark.integration, pytest.mark.ray]
 
@@ -115,83 +116,73 @@ def assert_refused(done: subprocess.CompletedProcess[str], store: Path, *words: 
 def test_healthy_machines_are_checked_once_and_no_token_is_left(cluster, spec, tmp_path):
     store = tmp_path / "runs"
     with cluster.joined():
-        done = run(cluster, spec, store)
+        done = run(cluster, spec, store, do="prepare")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("checked 2 machines of the cluster: ok") == 1
-    assert [row["method"] for row in table(store, "small")] == ["fpl"]
+    assert [*store.glob("artifacts/features/*/*/record.json")]
     assert not list(store.glob(f"{TOKENS}*"))
 
 
-def test_a_store_that_is_local_missing_or_read_only_on_one_machine_is_refused(
-    cluster, disk, spec, tmp_path
-):
+def test_each_fault_of_a_machine_is_refused_with_its_remedy(cluster, disk, tmp_path):
+    """The second machine has another airsweep, a GPU that torch does not see, and other files."""
+    if importlib.import_module("torch").cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    old = tmp_path / "old"
+    for package in ("air_core", "orchestrator"):
+        leave = shutil.ignore_patterns("__pycache__", "papers")
+        shutil.copytree(ROOT / package, old / package, ignore=leave)
+    with (old / "air_core" / "training.py").open("a") as changed:
+        changed.write("\nEARLIER = True\n")
+    (old / "orchestrator" / "cluster" / "node_facts.py").unlink()
+    clip, other = (tmp_path / name for name in ("clip", "other"))
+    for folder in (clip, other):
+        shutil.copytree(ROOT / "air_core" / "tiny" / "weights" / "clip", folder)
+    weights = other / "open_clip_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
     missing, read_only = tmp_path / "hidden", tmp_path / "kept"
     for folder in (missing, read_only):
         folder.mkdir()
     mounted(disk, "-t", "tmpfs", "none", str(missing))
     mounted(disk, "--bind", str(read_only), str(read_only))
     mounted(disk, "-o", "remount,bind,ro", str(read_only))
-    messages = {
-        disk.place: "is not the store that the driver uses; give --store a folder that every",
-        missing / "runs": "does not exist; give --store a folder that every machine mounts",
-        read_only: "cannot be used (Read-only file system); let the user of that machine's Ray",
-    }
-    with cluster.joined(inside=disk.inside):
-        for store, message in messages.items():
-            done = run(cluster, spec, store)
-            assert_refused(done, store, f"store: {store} {message}")
-
-
-def test_weights_that_are_missing_or_different_on_one_machine_are_refused(cluster, disk, tmp_path):
-    clip = tmp_path / "clip"
-    shutil.copytree(ROOT / "air_core" / "tiny" / "weights" / "clip", clip)
-    spec = write_sweep(tmp_path, "own", SWEEP.replace("{", f"{{backbone: {clip}, "))
     mounted(disk, "-t", "tmpfs", "none", str(clip))
-    store = tmp_path / "shared"
-    with cluster.joined(inside=disk.inside):
-        done = run(cluster, spec, store)
-        assert_refused(done, store, f"files: backbone {clip} is missing", "copy it to that machine")
-        changed = shutil.copytree(ROOT / "air_core" / "tiny" / "weights" / "clip", tmp_path / "new")
-        weights = changed / "open_clip_model.safetensors"
-        data = bytearray(weights.read_bytes())
-        data[-1] ^= 1
-        weights.write_bytes(data)
-        mounted(disk, "--bind", str(changed), str(clip))
-        done = run(cluster, spec, store)
-    assert_refused(done, store, f"files: backbone {clip} has other content than on the driver")
 
-
-def test_a_machine_with_another_airsweep_is_refused(cluster, spec, tmp_path):
-    for package in ("air_core", "orchestrator"):
-        leave = shutil.ignore_patterns("__pycache__", "papers")
-        shutil.copytree(ROOT / package, tmp_path / "old" / package, ignore=leave)
-    with (tmp_path / "old" / "air_core" / "training.py").open("a") as changed:
-        changed.write("\nEARLIER = True\n")
-    (tmp_path / "old" / "orchestrator" / "cluster" / "node_facts.py").unlink()
-    store = tmp_path / "runs"
-    with cluster.joined(PYTHONPATH=str(tmp_path / "old")):
-        done = run(cluster, spec, store)
-    assert_refused(
-        done,
-        store,
-        "its airsweep differs from the driver's: "
-        "air_core/training.py, orchestrator/cluster/node_facts.py",
-    )
-
-
-def test_a_gpu_that_ray_counts_but_torch_does_not_see_is_refused(
-    cluster, spec, tmp_path, monkeypatch
-):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    torch = pytest.importorskip("torch")
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    options = ("--set", "resources.trial.gpu=0.5", "--set", "resources.generator.gpu=1")
-    store = tmp_path / "runs"
-    with cluster.joined("--num-gpus=1"):
-        done = run(cluster, spec, store, *options)
-    assert_refused(done, store, "Ray counts a GPU, but torch", "--num-gpus=0")
-    done = run(cluster, spec, store, *options)
+    spec = write_sweep(tmp_path, "own", SWEEP.replace("{", f"{{backbone: {clip}, "))
+    gpus = ("--set", "resources.trial.gpu=0.5", "--set", "resources.generator.gpu=1")
+    with cluster.joined("--num-gpus=1", inside=disk.inside, PYTHONPATH=str(old)):
+        assert_refused(
+            run(cluster, spec, disk.place, *gpus),
+            disk.place,
+            f"store: {disk.place} is not the store that the driver uses; give --store a folder",
+            "its airsweep differs from the driver's: "
+            "air_core/training.py, orchestrator/cluster/node_facts.py",
+            f"files: backbone {clip} is missing",
+            "copy it to that machine",
+            "Ray counts a GPU, but torch",
+            "--num-gpus=0",
+        )
+        mounted(disk, "--bind", str(other), str(clip))
+        assert_refused(
+            run(cluster, spec, missing / "runs", *gpus),
+            missing / "runs",
+            f"store: {missing / 'runs'} does not exist; give --store a folder that every machine",
+            f"files: backbone {clip} has other content than on the driver",
+        )
+        done = run(cluster, spec, read_only, "--cluster", "--json", *gpus, do="doctor")
+    assert done.returncode == 3, done.stderr
+    result = json.loads(done.stdout)
+    states = sorted(checks["store"] for checks in result["machines"].values())
+    assert states == ["failed", "ok"]
+    assert {checks["answers"] for checks in result["machines"].values()} == {"ok"}
+    found = {finding["check"]: finding for finding in result["findings"]}
+    assert found["store"]["problem"] == f"{read_only} cannot be used (Read-only file system)"
+    assert found["store"]["remedy"].startswith("let the user of that machine's Ray")
+    assert result["machines"][found["store"]["node"]]["store"] == "failed"
+    assert result["checks"]["cluster"]["said"] == "2 machines, 2 CPU, 1 GPU"
+    assert not (read_only / "sweeps").exists()
+    done = run(cluster, spec, tmp_path / "runs", *gpus)
     assert done.returncode == 3
     assert "no machine has both" in done.stderr
 
@@ -303,27 +294,11 @@ def test_a_cluster_that_requires_a_token_is_refused_with_the_variables_to_set(sp
         assert "rejected the connection" in done.stderr
         assert "export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE" in done.stderr
         assert "0" * 64 not in done.stderr
-        done = run_at(address, spec, tmp_path / "runs", do="prepare", **auth)
-        assert done.returncode == 0, done.stderr
+        done = run_at(address, spec, tmp_path / "runs", "--cluster", do="doctor", **auth)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 # ---------------------------------------------------------------- doctor
-
-
-def test_doctor_checks_each_machine_of_a_cluster_and_runs_no_sweep(cluster, disk, spec):
-    with cluster.joined(inside=disk.inside):
-        words = ("--cluster", "--json")
-        done = run(cluster, spec, disk.place, *words, do="doctor")
-    assert done.returncode == 3, done.stderr
-    result = json.loads(done.stdout)
-    states = sorted(checks["store"] for checks in result["machines"].values())
-    assert states == ["failed", "ok"]
-    assert {checks["answers"] for checks in result["machines"].values()} == {"ok"}
-    (problem,) = result["findings"]
-    assert problem["check"] == "store"
-    assert result["machines"][problem["node"]]["store"] == "failed"
-    assert result["checks"]["cluster"]["said"] == "2 machines, 2 CPU, 0 GPU"
-    assert not (disk.place / "sweeps").exists()
 
 
 def test_doctor_with_the_address_of_a_dashboard_runs_as_a_job(spec, tmp_path):
