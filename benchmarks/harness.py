@@ -66,8 +66,14 @@ def airsweep(*arguments: object, **more: str) -> str:
     return done.stdout
 
 
-def random_clip(architecture: str = "ViT-B-32-quickgelu", device: str = "cpu") -> Backbone:
-    """A CLIP with random weights, on which its speed does not depend."""
+def random_clip(
+    architecture: str = "ViT-B-32-quickgelu", device: str = "cpu", **config: Any
+) -> Backbone:
+    """A CLIP with random weights, on which its speed does not depend.
+
+    Args:
+        config: parts of open_clip's configuration of the architecture to replace.
+    """
     import logging
 
     import open_clip
@@ -76,7 +82,7 @@ def random_clip(architecture: str = "ViT-B-32-quickgelu", device: str = "cpu") -
 
     logging.disable(logging.WARNING)  # hide the warning about random weights
     model, _, preprocess = open_clip.create_model_and_transforms(
-        architecture, pretrained=None, device=device
+        architecture, pretrained=None, device=device, **config
     )
     logging.disable(logging.NOTSET)
     return Backbone(model, preprocess, open_clip.get_tokenizer(architecture))

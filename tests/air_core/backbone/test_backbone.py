@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
+from unittest import mock
 
 import numpy as np
+import open_clip
 import pytest
 import torch
-from open_clip.timm_model import TimmModel
+from open_clip import timm_model
 from open_clip.transformer import VisionTransformer
 from PIL import Image
 from torch import Tensor
@@ -32,10 +35,19 @@ NAMES = ["digit zero", "digit seven", "heart", "ankle_boot", "letter q"]
 CLOSE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
+def shallow_clip(architecture: str, layers: Any) -> Backbone:
+    """A published architecture with random weights and fewer layers, which take less memory."""
+    torch.manual_seed(0)
+    config = open_clip.get_model_config(architecture)
+    vision = {**config["vision_cfg"], "layers": layers}
+    return random_clip(
+        architecture, vision_cfg=vision, text_cfg={**config["text_cfg"], "layers": 2}
+    )
+
+
 @pytest.fixture(scope="module")
 def vit_b_32() -> Backbone:
-    torch.manual_seed(0)
-    return random_clip("ViT-B-32-quickgelu")
+    return shallow_clip("ViT-B-32-quickgelu", 2)
 
 
 def plain_images(backbone: Backbone, images: list[Image.Image], prompt: Tensor) -> Tensor:
@@ -219,7 +231,10 @@ def test_image_features_have_unit_length_and_equal_open_clip(tiny_clip):
 
 
 def timm(name: str, side: int, pool: str, proj: str = "linear") -> Any:
-    return TimmModel(name, 64, side, pool=pool, proj=proj)
+    """A tower with two layers."""
+    shallow = functools.partial(timm_model.timm.create_model, depth=2)
+    with mock.patch.object(timm_model.timm, "create_model", shallow):
+        return timm_model.TimmModel(name, 64, side, pool=pool, proj=proj)
 
 
 TOWERS: dict[str, Callable[[], tuple[Any, int]]] = {
@@ -263,7 +278,7 @@ def test_any_vision_transformer_takes_learned_tokens(name):
 
 
 def test_a_tower_without_tokens_supports_text_prompts_only():
-    backbone = random_clip("RN50")
+    backbone = shallow_clip("RN50", [1, 1, 1, 1])
     match = "visual prompts need a vision transformer.* this tower is a ModifiedResNet"
     with pytest.raises(ValueError, match=match):
         backbone.image_tokens(some_images(1))
