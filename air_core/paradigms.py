@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from air_core.datasets.stratified import stratified
 from air_core.specs import UNKNOWN, SplitSettings
 
 if TYPE_CHECKING:
@@ -196,17 +197,10 @@ def seen_unseen(num_classes: int, seed: int) -> tuple[tuple[int, ...], tuple[int
 
 def _fixed(labels: np.ndarray, parts: np.ndarray, split_seed: int) -> np.ndarray:
     """Assign free images to train or test, stratified by class, depending on the seed."""
-    from sklearn.model_selection import train_test_split
-
     parts = parts.astype("<U5")
     free = np.flatnonzero(parts == "free")
     if len(free):
-        train, test = train_test_split(
-            free,
-            test_size=math.ceil(TEST_SHARE * (parts != "bad").sum()),
-            stratify=labels[free],
-            random_state=split_seed,
-        )
-        parts[train] = "train"
-        parts[test] = "test"
+        size = math.ceil(TEST_SHARE * (parts != "bad").sum())
+        parts[free] = "train"
+        parts[free[stratified(labels[free], size, split_seed)]] = "test"
     return parts

@@ -36,21 +36,19 @@ def load() -> tuple[list[Image], np.ndarray, np.ndarray]:
     """Images (32x32 RGB), labels (N,) and parts (N,): val or free."""
     import numpy as np
     from PIL import Image
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
 
-    data = load_digits()
-    grey = (data.images * (255 / 16)).round().astype(np.uint8)  # (N, 8, 8)
+    from air_core.datasets.stratified import stratified
+
+    [file] = files(None)
+    data = np.loadtxt(file, delimiter=",")  # (N, 65): an image of 8x8, and its label
+    grey = (data[:, :-1].reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
     images = [
         Image.fromarray(one).resize((SIZE_PX, SIZE_PX), Image.Resampling.BICUBIC).convert("RGB")
         for one in grey
     ]
-    labels = data.target.astype(np.int64)
-    _, validation = train_test_split(
-        np.arange(len(labels)), test_size=VALIDATION, stratify=labels, random_state=0
-    )
+    labels = data[:, -1].astype(np.int64)
     parts = np.full(len(labels), "free")
-    parts[validation] = "val"
+    parts[stratified(labels, VALIDATION, seed=0)] = "val"
     return images, labels, parts
 
 

@@ -548,6 +548,7 @@ _SCORING = (
     "air_core.auxiliary.bank",
     "air_core.chunks",
     "air_core.classifiers",
+    "air_core.datasets.stratified",
     "air_core.paradigms",
     "air_core.pseudo_labels.top_k",
 )
@@ -676,6 +677,7 @@ class FeaturesSpec(StageSpec):
         "air_core.datasets.dataset",
         "air_core.datasets.places",
         "air_core.datasets.split_files",
+        "air_core.datasets.stratified",
         "air_core.datasets.unlabelled",
     )
 

@@ -358,7 +358,7 @@ def request_autoscaling(resources: Resources) -> None:
 
 
 class MemoryPeak:
-    """Largest proportional memory of this process and its children, sampled every second.
+    """Largest proportional memory of this process and its children, sampled every two seconds.
 
     Reading proportional memory is slow (the kernel visits every page), so it is read only after the
     resident memory has grown.
@@ -376,10 +376,10 @@ class MemoryPeak:
 
     def _watch(self) -> None:
         most = 0
-        while not self._stop.wait(1.0):
+        while not self._stop.wait(2.0):
             processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
             resident = _total(processes, lambda process: process.memory_info().rss)
-            if resident > most * 1.01:
+            if resident > most * 1.02:
                 most = resident
                 self.bytes = max(self.bytes, _total(processes, _proportional))
 

@@ -304,12 +304,11 @@ def _contact_sheet(state: RunState, requirements: Sequence[Requirement]) -> Iter
     )
 
     def write() -> Iterator[None]:
-        from orchestrator.execution._prepare import run_beside_trials
-        from orchestrator.stages.pictures import contact_sheet
+        from orchestrator.execution._prepare import draw_contact_sheet, run_beside_trials
 
         try:
             png, state.statistics.shares = yield from run_beside_trials(
-                contact_sheet, drawn, base, features, worker_context(state)
+                draw_contact_sheet, drawn, base, features, worker_context(state)
             )
         except Exception as problem:  # a missing sheet does not fail the sweep
             log.warning("no contact sheet: %s", first_line(problem))

@@ -172,6 +172,13 @@ def audit(
     return card_files(card, png)
 
 
+def draw_contact_sheet(*arguments: Any) -> tuple[bytes, dict[str, float]]:
+    """Task on a worker: `pictures.contact_sheet`, which imports torch."""
+    from orchestrator.stages.pictures import contact_sheet
+
+    return contact_sheet(*arguments)
+
+
 def run_beside_trials(function: Callable[..., T], *arguments: Any) -> Generator[None, None, T]:
     """A coroutine that runs a task on no core, since trials hold all of them while they run."""
     task = ray.remote(function).options(num_cpus=0).remote(*arguments)

@@ -8,8 +8,10 @@ from functools import cache
 
 import numpy as np
 import pytest
+from sklearn.model_selection import train_test_split
 
 from air_core.datasets import get_dataset
+from air_core.datasets.stratified import stratified
 from air_core.paradigms import PARADIGMS as FUNCTIONS
 from air_core.paradigms import labelled_positions, make_split, seen_unseen
 from air_core.specs import SplitSettings
@@ -157,6 +159,25 @@ def test_pool_and_test_have_the_same_share_of_every_class(seed):
 
 LABELS = np.arange(12) % 2
 FIXED = np.array(["train", "val", "test"] * 4)
+
+
+def test_a_stratified_split_is_that_of_scikit_learn():
+    rng, refused = np.random.default_rng(0), 0
+    for seed in range(200):
+        classes = int(rng.integers(2, 40))
+        labels = rng.integers(0, classes, rng.integers(2 * classes, 60 * classes))
+        size = int(rng.integers(1, len(labels)))
+        try:
+            _, expected = train_test_split(
+                np.arange(len(labels)), test_size=size, stratify=labels, random_state=seed
+            )
+        except ValueError:
+            refused += 1
+            with pytest.raises(ValueError, match=r"has one image|are too few"):
+                stratified(labels, size, seed)
+        else:
+            assert sorted(stratified(labels, size, seed)) == sorted(expected)
+    assert 0 < refused < 100
 
 
 def test_fixed_parts_are_the_same_for_every_seed():

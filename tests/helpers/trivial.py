@@ -207,6 +207,7 @@ MODULES = {
     "orchestrator.execution._tune_folder": {"write_tune_folder": lambda *arguments: None},
     "orchestrator.execution._prepare": {
         "prepare": prepare,
+        "draw_contact_sheet": None,
         "run_beside_trials": lambda *arguments: returning((pixel_png(), {})),
         "audit": lambda *arguments: returning({}),
     },
@@ -228,7 +229,6 @@ MODULES = {
     "orchestrator.stages.context": {
         "WorkerContext": lambda store, *arguments: types.SimpleNamespace(store=store),
     },
-    "orchestrator.stages.pictures": {"contact_sheet": None},
 }
 
 
