@@ -4,6 +4,7 @@ BIN := .venv/bin
 RUFF_PATHS := air_core orchestrator tests benchmarks
 PYTEST := $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 NOT_HERE := not gpu and not weights and not exhaustive
+LARGE := (integration or ray)
 export HF_HUB_OFFLINE := 1
 
 .PHONY: help quickstart test integration exhaustive check pytest types format golden gpu-day tiny-world
@@ -14,11 +15,11 @@ help:           ## this list
 quickstart: .venv/run   ## set up, run sweeps/quickstart.yaml, print the table
 	@$(BIN)/airsweep run sweeps/quickstart.yaml
 
-test: .venv/done        ## set up, then check all that one machine can show, in a quarter of an hour
+test: .venv/done        ## set up, then check all that needs no Ray, in ten minutes
 	@$(MAKE) --no-print-directory check
 
-integration: .venv/done ## set up, then test on several machines, real servers and browsers
-	$(PYTEST) -m "integration and $(NOT_HERE)"
+integration: .venv/done ## set up, then test with Ray, on several machines, with real servers and browsers
+	$(PYTEST) -m "$(LARGE) and $(NOT_HERE)" $$(grep -rlE 'mark.(integration|ray)' tests --include='test_*.py')
 
 exhaustive: .venv/done  ## every case of tests of which CI runs some: each kill point, 2,000 edited sweeps
 	$(PYTEST) -m exhaustive
@@ -29,7 +30,7 @@ check:          ## `make test` in an environment that exists: format, lint, type
 	@$(MAKE) --no-print-directory --jobs=2 pytest types
 
 pytest:
-	$(PYTEST) -m "not integration and $(NOT_HERE)"
+	$(PYTEST) -m "not $(LARGE) and $(NOT_HERE)"
 
 types:
 	$(BIN)/mypy

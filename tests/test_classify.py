@@ -289,6 +289,7 @@ main()
 
 
 @pytest.mark.ray
+@pytest.mark.integration
 def test_the_same_command_after_a_kill_classifies_what_is_missing(
     ray_session, blocks_of_eight, folder, damaged, command, tmp_path
 ):

@@ -31,8 +31,6 @@ from orchestrator.spec.sweep_file import sweep_from_document
 from tests.helpers.documents import PAGES, ROOT, blocks, inline_commands, links
 from tests.helpers.sweeps import airsweep, events, in_this_process
 
-pytestmark = pytest.mark.ray
-
 # Sweeps that are run, with options that shorten them. Other sweeps are planned.
 RUN = {
     "context": (),
@@ -104,6 +102,7 @@ def write_files(page: Path) -> None:
             Path(block.file).write_text(block.text)
 
 
+@pytest.mark.ray
 @EACH
 def test_every_command_of_a_page_runs(page, checkout):
     write_files(page)
@@ -150,6 +149,7 @@ def test_complete_yaml_files_on_a_page_are_valid(page, tmp_path, monkeypatch):
                 sweep_from_document(parse(block.text, f"{page.name}:{block.line}"))
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize(
     "command",
     [

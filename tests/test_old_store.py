@@ -22,6 +22,8 @@ from air_core.specs import LoraSpec
 from orchestrator import api, keys
 from tests.helpers.sweeps import airsweep, environment
 
+pytestmark = [pytest.mark.ray, pytest.mark.integration]
+
 ROOT = Path(__file__).parents[1]
 DEFINITION = (
     "  fusion_weight: 0.5\n  auxiliary.kind: lda\n  fidelity.kind: none\n  synthetic_weight: 0.0\n"

@@ -19,8 +19,6 @@ from orchestrator.stages.images import open_generator
 from orchestrator.store import ArtifactStore
 from tests.helpers.sweeps import write_sweep
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
-
 AIR = """
 grid: {{method: [zero_shot, air_fpl]}}
 fixed:
@@ -69,6 +67,9 @@ def numbers(command: Command, tmp_path) -> Callable[..., str]:
     return read
 
 
+@pytest.mark.ray
+@pytest.mark.integration
+@pytest.mark.usefixtures("ray_session")
 def test_a_damaged_artifact_is_reported_and_the_next_run_recomputes_it(
     command, numbers, folder, tmp_path
 ):
@@ -164,6 +165,9 @@ def move_away(folder: Path) -> None:
     folder.rename(folder.with_name("elsewhere"))
 
 
+@pytest.mark.ray
+@pytest.mark.integration
+@pytest.mark.usefixtures("ray_session")
 def test_finished_results_do_not_change_with_the_folder_until_the_sweep_runs_again(
     command, numbers, folder, tmp_path, caplog
 ):
