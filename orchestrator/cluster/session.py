@@ -310,12 +310,14 @@ def quiet_data_context() -> Iterator[None]:
 
 
 def prepare_worker(variables: Mapping[str, str], plugins: Sequence[Plugin]) -> None:
-    """Prepare a worker for a sweep: its plugins, and what the records of its artifacts have: the
-    assigned CPUs and GPUs, and the user and commit of the driver (`variables`)."""
+    """Prepare a worker for a sweep: open_clip, its plugins, and what the records of its artifacts
+    have: the assigned CPUs and GPUs, and the user and commit of the driver (`variables`)."""
     import ray
 
-    use_plugins(plugins)
+    from air_core.backbone.loading import import_open_clip_alone
 
+    import_open_clip_alone()
+    use_plugins(plugins)
     if not ray.is_initialized() or ray.get_runtime_context().worker.mode != ray.WORKER_MODE:
         return
     assigned = ray.get_runtime_context().get_assigned_resources()

@@ -49,9 +49,6 @@ class GeneratorActor:
     ) -> None:
         import torch  # not in the driver, which does not compute
 
-        from air_core.backbone.loading import import_open_clip_alone
-
-        import_open_clip_alone()
         torch.set_num_threads(1)  # one actor a core; more threads would compete for it
         prepare_worker(worker.variables, worker.plugins)
         limit_gpu_memory(devices().get("gpu", 0.0))

@@ -87,9 +87,6 @@ def _build_artifact(
     """Task on a worker: make one artifact; returns its seconds and facts."""
     import torch  # not in the driver, which does not compute
 
-    from air_core.backbone.loading import import_open_clip_alone
-
-    import_open_clip_alone()
     torch.set_num_threads(1)
     limit_gpu_memory(gpu)
     prepare_worker(worker.variables, worker.plugins)

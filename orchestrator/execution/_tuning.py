@@ -43,12 +43,8 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]
         limit: float | None,
         gpu: float,
     ) -> None:
-        # Not in the driver, which does not compute: torch.
-        from air_core.backbone.loading import import_open_clip_alone
-
         self.worker, self.progress_actor, self.limit = worker, progress_actor, limit
         self.job: Job = config["job"]
-        import_open_clip_alone()
         limit_gpu_memory(gpu)
         prepare_worker(worker.variables, worker.plugins)
 

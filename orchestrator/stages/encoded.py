@@ -18,7 +18,6 @@ from PIL import Image
 from safetensors.numpy import load, save
 
 from air_core.backbone import Backbone
-from air_core.backbone.loading import import_open_clip_alone
 from air_core.datasets import Examples
 from air_core.datasets.images import Unreadable
 from air_core.seal import BLANK, sealed
@@ -81,7 +80,6 @@ class _Readable(Sequence[Image.Image]):
 
 def open_model(spec: EncodedSpec, worker: WorkerContext) -> Backbone:
     """The CLIP that encodes the images."""
-    import_open_clip_alone()
     return worker.backbone(spec.features.backbone, spec.features.precision)
 
 
