@@ -357,6 +357,25 @@ def test_a_local_cluster_leaves_no_files_behind(tmp_path):
     assert stderr == ""
 
 
+KILLED = """
+import os
+import psutil
+from orchestrator.cluster import session
+
+with session.ray_session():
+    children = [child for daemon in session._daemons() for child in daemon.children(recursive=True)]
+    session.kill_local_ray()
+    ended, running = psutil.wait_procs(children, timeout=60)
+    print(len(ended) > 1, running, flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.mark.ray
+def test_no_process_of_a_killed_local_cluster_stays():
+    assert python("-c", KILLED).stdout == "True []\n"
+
+
 @pytest.mark.ray
 def test_logs_of_a_local_cluster_are_kept_if_a_process_died():
     session, stderr = run_local_ray(keep=True)

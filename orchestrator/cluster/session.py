@@ -280,6 +280,17 @@ def _daemons() -> list[psutil.Process]:
     return found
 
 
+def kill_local_ray() -> None:
+    """Kill a local cluster that this process has started, before the process exits at once.
+
+    Without it, Ray's agents, which are children of the raylet, would run for another minute.
+    """
+    for daemon in _daemons():
+        with suppress(psutil.NoSuchProcess):
+            for process in (*daemon.children(recursive=True), daemon):
+                process.kill()
+
+
 def _watch(
     daemons: Sequence[psutil.Process], closing: threading.Event, on_death: Callable[[], None]
 ) -> None:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from orchestrator.cluster.session import kill_local_ray
 from orchestrator.errors import FAILED, INTERRUPTED, TERMINATED
 from orchestrator.execution._state import RunState
 from orchestrator.formatting import plural, show
@@ -64,7 +65,8 @@ def _on_second_sigint(state: RunState, number: int, frame: Any) -> None:
     _say(f"stopped; {left} of {plural(screen.total, 'trial')} left; the same command resumes")
     if hasattr(sys, "ps1"):  # a Python session or a notebook, which must not end
         signal.default_int_handler(number, frame)
-    os._exit(INTERRUPTED)  # Ray's processes of this driver end with it
+    kill_local_ray()
+    os._exit(INTERRUPTED)
 
 
 def _say(text: str) -> None:
