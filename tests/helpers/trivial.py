@@ -213,6 +213,7 @@ MODULES = {
     },
     "orchestrator.cluster.session": {
         "check_address": lambda: None,
+        "kill_local_ray": lambda: None,
         "ray_session": ray_session,
         "machines": lambda: ({"CPU": 2.0},),
         "free_resources": lambda: {"CPU": (2.0, 2.0)},
