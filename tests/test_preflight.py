@@ -26,7 +26,7 @@ from orchestrator.store.buckets import parse
 from tests.helpers.clusters import OneNode, head, one_node
 from tests.helpers.disks import SmallDisk, small_disk
 from tests.helpers.servers import free_port, full_bucket
-from tests.helpers.sweeps import environment, run_command, write_sweep
+from tests.helpers.sweeps import environment, run_command, table, write_sweep
 
 pytestmark = [pytest.mark.integration, pytest.mark.ray]
 
@@ -116,10 +116,10 @@ def assert_refused(done: subprocess.CompletedProcess[str], store: Path, *words: 
 def test_healthy_machines_are_checked_once_and_no_token_is_left(cluster, spec, tmp_path):
     store = tmp_path / "runs"
     with cluster.joined():
-        done = run(cluster, spec, store, do="prepare")
+        done = run(cluster, spec, store)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("checked 2 machines of the cluster: ok") == 1
-    assert [*store.glob("artifacts/features/*/*/record.json")]
+    assert [row["method"] for row in table(store, "small")] == ["fpl"]
     assert not list(store.glob(f"{TOKENS}*"))
 
 
@@ -177,6 +177,7 @@ def test_each_fault_of_a_machine_is_refused_with_its_remedy(cluster, disk, tmp_p
     assert states == ["failed", "ok"]
     assert {checks["answers"] for checks in result["machines"].values()} == {"ok"}
     found = {finding["check"]: finding for finding in result["findings"]}
+    assert (sorted(found), len(result["findings"])) == (["code", "files", "gpu", "store"], 4)
     assert found["store"]["problem"] == f"{read_only} cannot be used (Read-only file system)"
     assert found["store"]["remedy"].startswith("let the user of that machine's Ray")
     assert result["machines"][found["store"]["node"]]["store"] == "failed"
@@ -294,8 +295,8 @@ def test_a_cluster_that_requires_a_token_is_refused_with_the_variables_to_set(sp
         assert "rejected the connection" in done.stderr
         assert "export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE" in done.stderr
         assert "0" * 64 not in done.stderr
-        done = run_at(address, spec, tmp_path / "runs", "--cluster", do="doctor", **auth)
-        assert done.returncode == 0, done.stdout + done.stderr
+        done = run_at(address, spec, tmp_path / "runs", do="prepare", **auth)
+        assert done.returncode == 0, done.stderr
 
 
 # ---------------------------------------------------------------- doctor

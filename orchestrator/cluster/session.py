@@ -287,8 +287,10 @@ def kill_local_ray() -> None:
     """
     for daemon in _daemons():
         with suppress(psutil.NoSuchProcess):
-            for process in (*daemon.children(recursive=True), daemon):
-                process.kill()
+            for process in daemon.children(recursive=True):
+                with suppress(psutil.NoSuchProcess):  # the others are still to be killed
+                    process.kill()
+            daemon.kill()
 
 
 def _watch(
