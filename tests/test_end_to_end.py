@@ -91,7 +91,6 @@ COMMANDS = (
     "table",
     "ui",
     "cache ls",
-    "cache verify",
     "cache gc",
 )
 

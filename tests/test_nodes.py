@@ -5,7 +5,6 @@ The results always equal those of a run on one machine.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections import Counter
@@ -22,6 +21,7 @@ from tests.helpers.sweeps import (
     airsweep,
     all_runs,
     children,
+    damaged_files,
     events,
     result_slots,
     table,
@@ -82,8 +82,7 @@ def assert_equal_results(store: Path, alone: Path) -> None:
     assert {run.info.status for run in all_runs(store)} == {"FINISHED"}
     slots = Counter(run.data.tags["air.slot"] for run in children(store, NAME))
     assert (len(slots), set(slots.values())) == (TRIALS, {1})
-    verified = json.loads(airsweep("cache", "verify", "--store", store, "--json").stdout)
-    assert verified["damaged"] == []
+    assert damaged_files(store) == []
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from typing import Any
 from air_core.specs import STAGES
 from orchestrator.formatting import aligned, format_bytes, relative_path
 from orchestrator.store.gc import GcPlan, Removal, StoreRequirements, merge_shards
-from orchestrator.store.integrity import VerificationReport
 from orchestrator.store.inventory import Inventory
 
 LARGEST, SHOWN = 10, 20  # lines of a long list that are shown
@@ -122,28 +121,6 @@ def _needed_text(by: Sequence[str]) -> str:
     names = [name.removeprefix("default/") for name in by]
     more = f" and {len(names) - 2} more" if len(names) > 2 else ""
     return f"needed by {', '.join(names[:2])}{more}"
-
-
-# ---------------------------------------------------------------- verify
-
-
-def verdict_screen(verdict: VerificationReport) -> str:
-    """Damaged files with their remedies, leftovers, and a summary."""
-    label = verdict.inventory.store.backend.label
-    lines = []
-    for damage in verdict.damaged:
-        remedy = textwrap.fill(damage.remedy, 78, break_long_words=False, break_on_hyphens=False)
-        remedy = textwrap.indent(remedy or f"remove {label(damage.remove)}", "  ")
-        lines += [f"damaged: {label(damage.file)}", f"  {damage.reason}", remedy]
-    for leftover in verdict.inventory.leftovers[:SHOWN]:
-        lines += [f"leftover: {label(leftover.path)}", f"  {leftover.reason}; nothing uses it"]
-    lines += _more(len(verdict.inventory.leftovers))
-    count = len(verdict.damaged)
-    summary = f"{count} damaged: follow the remedies and run again" if count else "none is damaged"
-    lines.append(f"{verdict.files:,} files, {format_bytes(verdict.bytes)}: {summary}")
-    if verdict.unsealed:
-        lines.append(f"{verdict.unsealed:,} of them have no checksum but can be opened")
-    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- gc

@@ -1,9 +1,8 @@
-"""Commands that list, verify and clean up a store."""
+"""Commands that list and clean up a store."""
 
 from __future__ import annotations
 
 import json
-import sys
 from typing import Annotated
 
 import typer
@@ -15,11 +14,10 @@ from orchestrator.cli.common import (
     StoreOption,
     fail,
     location_named,
-    with_progress_bar,
 )
 from orchestrator.formatting import show
 
-app = typer.Typer(no_args_is_help=True, help="List, verify and clean up a store.")
+app = typer.Typer(no_args_is_help=True, help="List and clean up a store.")
 
 
 @app.command("ls")
@@ -40,27 +38,6 @@ def cache_ls(
     opened = open_store(store)
     contents = listing(take_inventory(opened), all_requirements(opened, data_root))
     show(json.dumps(contents, indent=1) if as_json else listing_screen(contents))
-
-
-@app.command("verify")
-def cache_verify(store: StoreOption = STORE, as_json: JsonOption = False) -> None:
-    """Read every file of a store and compare it with its checksum.
-
-    Exits with 1 if a file is damaged, else with 0.
-
-    airsweep cache verify
-
-    airsweep cache verify --store /shared/runs --json
-    """
-    from orchestrator.cli._cache_screen import verdict_screen
-    from orchestrator.store import open_store
-    from orchestrator.store.integrity import verify
-    from orchestrator.store.inventory import take_inventory
-
-    inventory = take_inventory(open_store(store))
-    verdict = verify(inventory, lambda files, n: with_progress_bar("reading files", files, n))
-    show(json.dumps(verdict.json(), indent=1) if as_json else verdict_screen(verdict))
-    sys.exit(1 if verdict.damaged else 0)
 
 
 @app.command("gc")

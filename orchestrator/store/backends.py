@@ -178,10 +178,6 @@ class FolderBackend:
                         found.append(Entry(path, stat.st_size, None, stat.st_mtime))
         return found
 
-    def other_files(self, pattern: str) -> Iterable[Path]:
-        """Matching files outside the artifacts; none if the local files are copies."""
-        return sorted(self.root.glob(pattern))
-
     def open(self, file: Path) -> BinaryIO:
         """Open the version of a file that all machines share.
 
@@ -439,9 +435,6 @@ class BucketBackend(FolderBackend):
             replace(entry, name=f"{top}/{entry.name}") for entry in self.client.list_objects(top)
         )
         return [entry for entry in found if entry.name.count("/") == depth]
-
-    def other_files(self, pattern: str) -> Iterable[Path]:
-        return ()
 
     def open(self, file: Path) -> BinaryIO:
         handle = TemporaryFile()  # noqa: SIM115

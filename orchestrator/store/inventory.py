@@ -144,7 +144,7 @@ def take_inventory(store: ArtifactStore) -> Inventory:
                 records[folder] = parse_record(handle.read(), file)
         except BucketUnreachable:
             raise
-        except (OSError, DamagedArtifact):  # `verify` reports it
+        except (OSError, DamagedArtifact):
             records[folder] = {}
 
     run_concurrently(read, [f for f, files in folders.items() if record_names[f] in files])

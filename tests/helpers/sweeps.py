@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from air_core.seal import sealed_json
+from air_core.seal import intact, sealed_json
 from orchestrator.files import file_digest
 
 TIMEOUT = 900  # seconds; long enough for a busy machine, short enough to end a hanging test
@@ -368,6 +368,20 @@ def all_runs(store: Path, query: str = "") -> list[Any]:
     client = MlflowClient(f"sqlite:///{store / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("air/default")
     return list(client.search_runs([experiment.experiment_id], query, max_results=1000))
+
+
+def damaged_files(store: Path) -> list[Path]:
+    """Artifact files that match neither their own checksum nor their digest in the record."""
+    damaged = []
+    for file in (store / "artifacts").glob("*/*/[!.]*/[!.]*"):
+        record = file.with_name("record.json")
+        if file != record and record.is_file():
+            digest = json.loads(record.read_text())["files"].get(file.name)
+            if file_digest(file) != digest:
+                damaged.append(file)
+        elif not intact(file.read_bytes()):
+            damaged.append(file)
+    return damaged
 
 
 def record_again(folder: Path) -> None:
