@@ -1,6 +1,6 @@
 """Simulated utilization of 64 GPUs by a sweep.
 
-Simulates `sweeps/paper_main.yaml` on a cluster of equal GPUs under several policies. A group of
+Simulates the sweep `paper_main` on a cluster of equal GPUs under several policies. A group of
 cells has a LoRA, blocks of images and trials; the driver is a server that handles one event at a
 time. The costs of LoRA, images and trials are the unmeasured estimates of `docs/experiments.md`.
 The costs of the driver and of actors were measured with actors that sleep (benchmarks/README.md).

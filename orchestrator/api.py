@@ -82,7 +82,7 @@ def load(
     """Read and check a sweep. The functions below accept the file or the returned request.
 
     Args:
-        spec: sweep file, the bare name of a sweep in ./sweeps, in . or shipped with airsweep, or
+        spec: sweep file, the bare name of one below ./sweeps, in . or shipped with airsweep, or
             the content of a sweep file as a dict: {"name": "mine", "fixed": {"method": "cpl"}}.
         sets: replacements for values of the file, like `--set`: {"train.steps": 100}.
         only: values of grid axes to keep, like `--only`: {"method": ["air", "cpl"]}.

@@ -322,7 +322,9 @@ def valid_job(text: str) -> dict[str, Any]:
     return job
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "sweeps").glob("*.yaml")), ids=lambda one: one.stem)
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "sweeps").rglob("*.yaml")), ids=lambda one: one.stem
+)
 def test_every_shipped_sweep_can_be_rendered_as_a_job(file):
     sweep = load_sweep(file)
     text = rayjob(sweep, RenderOptions())

@@ -63,7 +63,7 @@ PARSED = {
     "data check cub": "needs its images",
     "data check eurosat": "needs its images",
 }
-SHIPPED = {file.stem for file in (ROOT / "sweeps").glob("*.yaml")} - RUN.keys()
+SHIPPED = {file.stem for file in (ROOT / "sweeps").rglob("*.yaml")} - RUN.keys()
 # Placeholders in commands, with an example of each.
 PLACEHOLDERS = {"COMMAND": "run", "SPEC": "quickstart", "NAME": "quickstart", "STAGE": "images"}
 
@@ -260,9 +260,7 @@ def execute(words: list[str]) -> str:
             return run_sweep(words)
         words[0] = "plan"  # a long sweep
         words = [word for word in words if word != "--quiet"]
-    elif (
-        words[0] in ("status", "table") and name not in RUN and Path(f"sweeps/{name}.yaml").exists()
-    ):
+    elif words[0] in ("status", "table") and name in SHIPPED:
         words[1] = "quickstart"  # a sweep that was run
     done = in_this_process(words)
     if done.returncode:

@@ -18,7 +18,7 @@ import pytest
 from tests.helpers.sweeps import environment
 
 ROOT = Path(__file__).parents[1]
-SWEEP = "sweeps/paper_main.yaml"
+SWEEP = "sweeps/paper/paper_main.yaml"
 PUBLISHED = 63.67  # zero-shot CLIP ViT-B/32 on Flowers102, in CPL's table (arXiv:2406.10502)
 TOLERANCE = 1.5  # points: other code resizes images with other filters
 HOUR = 3600  # features of 8,189 images on one slow core

@@ -10,11 +10,11 @@ from air_core.datasets import get_dataset
 from air_core.models.weights import find_backbone, generator_folder
 from orchestrator.planning import Resolver
 from orchestrator.planning.plan import plan_sweep
-from orchestrator.spec import SweepSpec, cells_of, load_sweep
+from orchestrator.spec import SweepSpec, cells_of, find_sweep, load_sweep
 from orchestrator.spec.sweep import smoke_variant
 from orchestrator.store import ArtifactStore, EventLog
 
-FILES = sorted((Path(__file__).parents[1] / "sweeps").glob("*.yaml"))
+FILES = sorted((Path(__file__).parents[1] / "sweeps").rglob("*.yaml"))
 EACH = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 
 
@@ -54,6 +54,10 @@ def test_a_sweep_whose_inputs_exist_is_planned_with_and_without_smoke(file, tmp_
     assert 0 < quick.total <= plan.total
 
 
+def test_sweeps_of_different_folders_have_different_names():
+    assert len({file.name for file in FILES}) == len(FILES)
+
+
 def test_the_quickstart_has_its_seeds_on_one_line_for_scripts():
-    lines = (FILES[0].parent / "quickstart.yaml").read_text().splitlines()
+    lines = find_sweep("quickstart").read_text().splitlines()
     assert [line for line in lines if line.startswith("seeds: [")]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-SPEC_HELP = "Sweep file, or the bare name of a sweep in ./sweeps, in . or shipped with airsweep."
+SPEC_HELP = "Sweep file, or the bare name of one below ./sweeps, in . or shipped with airsweep."
 SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help=SPEC_HELP)]
 
 

@@ -87,7 +87,7 @@ def submit(
 
     airsweep submit quickstart --address http://head:8265 --store /shared/runs
 
-    airsweep submit sweeps/paper_main.yaml --address http://head:8265 --store s3://bucket/runs
+    airsweep submit sweeps/paper/paper_main.yaml --address http://head:8265 --store s3://bucket/runs
     --detach
     """
     from orchestrator.cluster import Cluster, job_package

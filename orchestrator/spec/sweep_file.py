@@ -6,6 +6,7 @@ resolved. This module is independent of Ray, Optuna and the store.
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 import re
@@ -248,22 +249,35 @@ def _plugins_of(document: Document) -> list[Plugin]:
 def find_sweep(name_or_path: str) -> Path:
     """The path of a sweep file.
 
-    A bare name is looked up in ./sweeps, in the working directory and among the sweeps that ship
-    with airsweep.
+    A bare name is looked up in ./sweeps and its folders, in the working directory and among the
+    sweeps that ship with airsweep.
 
     Raises:
-        SpecError: no sweep of this name exists.
+        SpecError: no sweep has this name, or several have.
     """
     path = Path(name_or_path)
     if os.path.isfile(path) or len(path.parts) != 1:
         return path
-    folders = (Path("sweeps"), Path(), SHIPPED / "sweeps", ROOT / "sweeps")
-    for folder in folders:
-        file = folder / f"{path.name.removesuffix('.yaml')}.yaml"
-        if os.path.isfile(file):
-            return file
-    names = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
-    raise SpecError(f"{name_or_path}: no such file or sweep; {allowed_choices(path.stem, names)}")
+    name = f"{path.name.removesuffix('.yaml')}.yaml"
+    known: list[str] = []
+    for files in (
+        [*Path("sweeps").glob("*.yaml")],
+        [*Path("sweeps").rglob("*.yaml")],
+        [*Path().glob("*.yaml")],
+        [*(SHIPPED / "sweeps").rglob("*.yaml"), *(ROOT / "sweeps").rglob("*.yaml")],
+    ):
+        found = sorted(str(file) for file in files if file.name == name and file.is_file())
+        if len(found) > 1:
+            raise SpecError(
+                f"{name_or_path}: {len(found)} sweep files have this name; give the path of one: "
+                f"{', '.join(found)}"
+            )
+        if found:
+            return Path(found[0])
+        known += [file.stem for file in files]
+    close = difflib.get_close_matches(path.stem, sorted(set(known)), n=3)
+    hint = f"did you mean {' or '.join(close)}?" if close else "give the path of a sweep file"
+    raise SpecError(f"{name_or_path}: no such file or sweep; {hint}")
 
 
 def _refuse_passwords(document: Document, sets: Sequence[str]) -> None:

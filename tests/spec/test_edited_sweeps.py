@@ -24,7 +24,7 @@ from orchestrator.spec._trial_values import trial_names
 from orchestrator.spec.marked_yaml import dump_documents, parse
 
 SHIPPED = [
-    file.read_text() for file in sorted((Path(__file__).parents[2] / "sweeps").glob("*.yaml"))
+    file.read_text() for file in sorted((Path(__file__).parents[2] / "sweeps").rglob("*.yaml"))
 ]
 WITH_DATA = [text for text in SHIPPED if "digits" in text]
 SECONDS, MEMORY = 5, 2**30

@@ -32,7 +32,7 @@ def errors_of(text: str) -> list[str]:
     return [error.message for error in VALIDATOR.iter_errors(value)]
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "sweeps").glob("*.yaml")), ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", sorted((ROOT / "sweeps").rglob("*.yaml")), ids=lambda f: f.stem)
 def test_the_schema_accepts_every_shipped_sweep(file):
     assert list(VALIDATOR.iter_errors(read(file).value)) == []
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from air_core.methods import EMBEDDED, METHODS
 from air_core.specs import Ref
 from air_core.specs.flat import from_flat, to_flat, trial_keys
+from orchestrator.files import ROOT
 from orchestrator.keys import artifact_key
 from orchestrator.planning import read_request
 from orchestrator.spec import (
@@ -629,8 +630,31 @@ def test_a_bare_name_is_looked_up_in_the_sweeps_folder(tmp_path, monkeypatch):
     assert find_sweep("mine") == Path("sweeps/mine.yaml")
     assert find_sweep("yours") == Path("yours.yaml")
     assert find_sweep("other/file.yaml") == Path("other/file.yaml")
-    for name in ("mien", "m" * 5000):
-        with pytest.raises(SpecError, match=r"no such file or sweep; .*allowed: .*mine"):
+
+
+def test_a_bare_name_is_also_looked_up_in_the_folders_of_sweeps(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_sweep("paper_main") == ROOT / "sweeps" / "paper" / "paper_main.yaml"
+    for folder in ("one", "two"):
+        (tmp_path / "sweeps" / folder).mkdir(parents=True)
+        (tmp_path / "sweeps" / folder / "same.yaml").write_text(AIR)
+        (tmp_path / "sweeps" / folder / f"{folder}.yaml").write_text(AIR)
+    assert find_sweep("one.yaml") == Path("sweeps/one/one.yaml")
+    with pytest.raises(SpecError, match=r"2 sweep files .*: sweeps/one/same.yaml, sweeps/two/same"):
+        find_sweep("same")
+    (tmp_path / "sweeps" / "same.yaml").write_text(AIR)
+    assert find_sweep("same") == Path("sweeps/same.yaml")
+
+
+def test_a_mistyped_name_lists_three_similar_names_at_most(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SpecError, match=r"no such file or sweep; did you mean quickstart\?$"):
+        find_sweep("quikstart")
+    with pytest.raises(SpecError) as refused:
+        find_sweep("digits_tunin")
+    assert str(refused.value).count(" or ") == 3  # "file or sweep", and between three names
+    for name in ("[*]", "m" * 5000):
+        with pytest.raises(SpecError, match=r"no such file or sweep; give the path of a sweep"):
             find_sweep(name)
 
 
