@@ -60,7 +60,6 @@ __all__ = [
     "sweeps",
     "table",
     "usage",
-    "validate",
 ]
 
 STORE = "runs"  # default store
@@ -107,26 +106,6 @@ def load(
             f"{spec.spec.name} is already loaded; pass sets, only and smoke to `load` instead"
         )
     return spec
-
-
-def validate(
-    spec: str | Path | SweepRequest, *, sets: Options = (), only: Options = ()
-) -> tuple[str, ...]:
-    """Check a sweep file and the folders that it names.
-
-    Returns:
-        Notes on settings that are valid but may surprise.
-
-    Raises:
-        ValueError: as for `load`, or a folder of images or weights is missing or incomplete.
-    """
-    from orchestrator.cluster.input_checks import path_problems
-    from orchestrator.spec import SpecError, notes_of
-
-    sweep = load(spec, sets=sets, only=only).spec
-    if problems := path_problems(sweep):
-        raise SpecError("\n".join(problems))
-    return notes_of(sweep)
 
 
 @dataclass(frozen=True, repr=False)

@@ -32,7 +32,7 @@ from orchestrator.cli.common import (
     recorded_sweep,
 )
 from orchestrator.environment import redirect_descriptor
-from orchestrator.formatting import plural, show
+from orchestrator.formatting import show
 
 if TYPE_CHECKING:
     from orchestrator.spec import SweepSpec
@@ -81,17 +81,6 @@ def init(
     starter = write_starter(name, images, Path(), classes, this_machine()["GPU"] > 0)
     show(starter.summary)
     show(f"wrote {starter.file}; next: airsweep plan {starter.file}")
-
-
-@app.command()
-def schema() -> None:
-    """Print the JSON schema of sweep files, for completion in an editor.
-
-    airsweep schema > airsweep.schema.json
-    """
-    from orchestrator.spec import sweep_schema
-
-    show(json.dumps(sweep_schema(), indent=1))
 
 
 @app.command()
@@ -157,22 +146,6 @@ def check_plugin(
         found = [one for one in described(component.name) if one.key == registry.key]
         _show_components(found, component.name)
     show(f"{name}: its components keep their contracts; digest {plugin.digest}")
-
-
-@app.command()
-def validate(spec: SpecArgument, sets: SetOption = None, only: OnlyOption = None) -> None:
-    """Check a sweep file and the folders that it names, without running anything.
-
-    airsweep validate sweeps/quickstart.yaml
-
-    airsweep validate quickstart --set iterations=5
-    """
-    from orchestrator.spec import cells_of
-
-    request = load(spec, sets, only)
-    for note in api.validate(request):
-        show(f"note: {note}", file=sys.stderr)
-    show(f"{request.spec.source}: {plural(len(cells_of(request.spec)), 'cell')}, valid")
 
 
 @app.command()

@@ -8,7 +8,7 @@ part's configuration and the header of each weights file are read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -44,13 +44,8 @@ from air_core.models.weights import (
 )
 from air_core.printable import printable
 from air_core.specs import UNKNOWN
-from air_core.specs.conditions import uses_generator
-from orchestrator.cluster.job_package import path_in_name
 from orchestrator.formatting import plural
 from orchestrator.planning.dataset_text import skipped_text
-from orchestrator.planning.resolve import input_files
-from orchestrator.spec import SweepSpec, cells_of
-from orchestrator.spec.sweep import computation_of
 
 SHOWN = 3  # unreadable files and duplicates to list
 # Memory: this many threads, each with an image of up to LARGE pixels, and one larger image.
@@ -68,42 +63,6 @@ U_NETS = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": STABLE_DIFFUSION_1,
     "stable-diffusion-v1-5": STABLE_DIFFUSION_1,
 }
-
-
-# ---------------------------------------------------------------- the folders of a sweep file
-
-
-def path_problems(sweep: SweepSpec) -> list[str]:
-    """What is wrong with the folders and files that a sweep names, for `airsweep validate`.
-
-    Lists folders but reads no image and no weights. Registered datasets and models that the hub or
-    open_clip names are left to `airsweep plan`: the file may be for another machine.
-    """
-    names: dict[tuple[str, str], None] = {}
-    for cell in cells_of(sweep):
-        keys = ["dataset", "test_dataset", "backbone"]
-        keys += ["generator"] if uses_generator(computation_of(cell.flat)) else []
-        names |= {(key, cell.flat[key]): None for key in keys if cell.flat.get(key) is not None}
-    return [
-        str(sweep.error(key, name, problem))
-        for key, name in names
-        if (problem := _path_problem(key, name, sweep.folders))
-    ]
-
-
-def _path_problem(key: str, name: str, folders: Mapping[str, str]) -> str | None:
-    is_dataset = key.endswith("dataset")
-    located = folders.get(name, name)
-    if path_in_name(key, located) is None and (is_dataset or "/" in name):
-        return None
-    try:
-        if is_dataset:
-            get_dataset(located).files(None)
-        else:
-            input_files(key, located)
-    except ValueError as problem:
-        return str(problem)
-    return None
 
 
 # ---------------------------------------------------------------- datasets

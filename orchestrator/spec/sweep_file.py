@@ -164,7 +164,7 @@ def file_type() -> TypeAdapter[SweepFile]:
 def sweep_schema() -> Schema:
     """The JSON schema of a sweep file, for editors: draft 7, which most editors support.
 
-    It covers keys, types, limits and choices. `airsweep validate` also finds settings that
+    It covers keys, types, limits and choices. `airsweep plan` also finds settings that
     contradict each other, such as a pinned key or a repeated value.
     """
     with_method = [

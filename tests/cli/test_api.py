@@ -95,7 +95,7 @@ ONLY_COMMAND_LINE = {"as_json", "explain", "form", "watch", "check", "tracking_u
 @pytest.mark.parametrize(
     "name",
     [
-        *("validate", "plan", "prepare", "run", "retry", "status", "init", "schema"),
+        *("plan", "prepare", "run", "retry", "status", "init"),
         *("audit", "compare", "errors", "export", "report", "sample"),
     ],
 )

@@ -40,25 +40,6 @@ def test_a_dataset_as_published_has_no_difference(name, monkeypatch):
     assert result["unreadable"]["count"] == 0
 
 
-def test_validate_reports_all_folders_that_are_missing_or_incomplete(tmp_path, command):
-    (tmp_path / "empty" / "cat").mkdir(parents=True)
-    body = (
-        "grid:\n  dataset: ['folder:gone', 'folder:empty', flowers102]\n  method: [cpl{air}]\n"
-        "fixed: {{backbone: ./clip, generator: 'folder:drawn'}}\n"
-    )
-    spec = write_sweep(tmp_path, "small", body.format(air=", air"))
-    code, out, err = command("validate", spec)
-    assert (code, out) == (2, "")
-    lines = [line.split(": ", 1)[1].partition(": ") for line in err.splitlines()]
-    keys = ["grid.dataset[0]", "fixed.backbone", "fixed.generator", "grid.dataset[1]"]
-    assert [key for key, _, _ in lines] == keys
-    assert err.startswith(f"{spec}:4:")
-    assert lines[0][2].startswith(f"folder:{tmp_path}/gone does not exist")
-    assert lines[2][2].startswith(f"generator 'folder:{tmp_path}/drawn'")
-    spec = write_sweep(tmp_path, "small", body.format(air=""))
-    assert "generator" not in command("validate", spec)[2]  # cpl does not use it
-
-
 def test_missing_images_are_reported_for_their_class():
     difference = "resisc45: class 'airplane' has 10 images, published 700"
     assert check_dataset("resisc45", small_root("resisc45"))["difference"] == difference
