@@ -1,7 +1,7 @@
 # Everything that people and CI run. `make help` lists it.
 PYTHON ?= python3.11
 BIN := .venv/bin
-RUFF_PATHS := air_core orchestrator tests benchmarks
+RUFF_PATHS := air_core orchestrator tests benchmarks tools
 PYTEST := $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 NOT_HERE := not gpu and not weights and not exhaustive
 LARGE := (integration or ray)
@@ -47,7 +47,7 @@ gpu-day: .venv/done     ## a day on one GPU: checks, a sweep, measurements, one 
 	$(BIN)/python benchmarks/gpu_day.py $(GPU_DAY)
 
 tiny-world: .venv/done  ## pretrain the embedded CLIP and diffusion again (1.5 hours on one core)
-	$(BIN)/python -m air_core.tiny --work build/tiny_world --out air_core/tiny/weights
+	$(BIN)/python -m tools.tiny_world --work build/tiny_world --out air_core/tiny/weights
 
 .venv/run: EXTRAS :=
 .venv/done: EXTRAS := [dev]

@@ -23,13 +23,12 @@ from air_core.diffusion.lora import add_adapters, save_adapters
 from air_core.diffusion.pipeline import PipelineGenerator, check_classes, load_pipeline
 from air_core.models.weights import generator_files, generator_folder
 from air_core.specs import FolderImages, GeneratedImages, GenerationSettings, Ref
-from air_core.tiny import WEIGHTS
 from benchmarks import device
 from benchmarks.sd_images import random_pipeline
 from tests.helpers import pipelines
 from tests.helpers.dataset_trees import EPS
 
-MODEL = WEIGHTS / "diffusion"
+MODEL = generator_folder("tiny")
 QUICK = GenerationSettings(
     guidance_scale=4.0, num_inference_steps=4, size=32, block=4, precision="fp32"
 )

@@ -17,11 +17,11 @@ from air_core.diffusion import lora
 from air_core.diffusion.denoiser import denoiser_class
 from air_core.diffusion.lora import add_adapters, save_adapters, train_lora
 from air_core.diffusion.pipeline import LORA_FILE, PipelineGenerator, load_pipeline
+from air_core.models.weights import generator_folder
 from air_core.specs import GenerationSettings, LoraTraining
-from air_core.tiny import WEIGHTS
-from air_core.tiny.scores import DIGIT_NAMES, handwritten
+from tools.tiny_world.scores import DIGIT_NAMES, handwritten
 
-MODEL = WEIGHTS / "diffusion"
+MODEL = generator_folder("tiny")
 TRAINING = LoraTraining(rank=4, steps=3, batch=4, learning_rate=2e-3, precision="fp32")
 QUICK = GenerationSettings(
     guidance_scale=4.0, num_inference_steps=3, size=32, block=2, precision="fp32"

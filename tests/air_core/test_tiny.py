@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import string
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +14,15 @@ from open_clip.tokenizer import SimpleTokenizer
 
 from air_core.diffusion.pipeline import PipelineGenerator, load_pipeline
 from air_core.specs import GenerationSettings
-from air_core.tiny import CHECKSUMS, WEIGHTS, checksums, scores
-from air_core.tiny.pretrain_clip import ClipTraining, load_tokenizer, pretrain
-from air_core.tiny.pretrain_diffusion import (
+from tools.tiny_world import CHECKSUMS, WEIGHTS, checksums, scores
+from tools.tiny_world.pretrain_clip import ClipTraining, load_tokenizer, pretrain
+from tools.tiny_world.pretrain_diffusion import (
     UnetTraining,
     VaeTraining,
     pretrain_unet,
     pretrain_vae,
 )
-from air_core.tiny.render import CONCEPTS, HELD_OUT, caption, chunk, render
+from tools.tiny_world.render import CONCEPTS, caption, chunk
 
 SHORT = 600  # source images of a short run
 
@@ -95,34 +94,6 @@ def test_clip_classifies_generated_digits_as_their_prompt(tokenizer):
 # ---------------------------------------------------------------- training
 
 
-def test_rendered_images_do_not_depend_on_the_number_of_workers():
-    once, twice = render(2010), render(2010, workers=2)
-    assert np.array_equal(once.images, twice.images)
-    assert np.array_equal(once.attributes, twice.attributes)
-    assert np.array_equal(
-        chunk(3, 5).images, chunk(3, 9).images[:5]
-    )  # nor on the size of the chunk
-    seen, held_out = (source := chunk(0, 2 * HELD_OUT)).split()
-    assert (len(seen), len(held_out)) == (118, 2)
-    assert np.array_equal(held_out.images, source.images[-2:])
-
-
-def test_strokes_are_lighter_than_the_background():
-    brightness = chunk(0, 300).images.astype(float).mean(axis=-1)
-    corners = brightness[:, [0, 0, -1, -1], [0, -1, 0, -1]]
-    assert (brightness.max(axis=(1, 2)) > np.median(corners, axis=1)).all()
-    assert brightness.mean() < 128
-
-
-def test_every_concept_is_drawn_and_named_in_its_caption():
-    source = chunk(0, 2000)
-    assert set(source.concepts) == set(range(58))
-    rng = np.random.default_rng(0)
-    for attributes in source.attributes[:200]:
-        assert CONCEPTS[attributes[0]] in caption(attributes, rng)
-    assert {f"letter {a}" for a in string.ascii_lowercase} < set(CONCEPTS)
-
-
 def test_the_complete_training_gives_models_with_scores(tmp_path, monkeypatch):
     images, labels = scores.handwritten()
     monkeypatch.setattr(scores, "handwritten", lambda: (images[:100], labels[:100]))
@@ -134,10 +105,3 @@ def test_the_complete_training_gives_models_with_scores(tmp_path, monkeypatch):
     assert not [f for f in out.rglob("*.json") if str(tmp_path) in f.read_text()]
     found = scores.all_scores(out, per_class=1, held_out=chunk(0, 40))
     assert all(np.isfinite(value) for value in found.values())
-
-
-def test_pretraining_again_gives_the_same_weights(tmp_path):
-    training = ClipTraining(steps=2, shipped=2, batch=8, warmup=1)
-    for name in ("one", "two"):
-        pretrain(tmp_path / "work", tmp_path / name, SHORT, training)
-    assert checksums(tmp_path / "one") == checksums(tmp_path / "two")

@@ -23,7 +23,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from air_core.tiny import WEIGHTS
+from air_core.models.weights import generator_folder
 
 SIZE = 64  # pixels; 8 of them are one latent
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -259,7 +259,9 @@ def image_to_image(folder: Path) -> Path:
 
 
 def tokenizer() -> Any:
-    return CLIPTokenizer.from_pretrained(WEIGHTS / "diffusion" / "tokenizer", local_files_only=True)
+    return CLIPTokenizer.from_pretrained(
+        generator_folder("tiny") / "tokenizer", local_files_only=True
+    )
 
 
 def t5(width: int) -> T5EncoderModel:

@@ -1,8 +1,7 @@
 """Renders the images and captions on which the tiny models are trained.
 
 The images show 58 concepts (digits, letters, shapes, garments) as light strokes on dark
-backgrounds, 32x32 pixels. The fonts come with matplotlib, a development dependency that only the
-training of the weights needs.
+backgrounds, 32x32 pixels. The fonts come with matplotlib.
 """
 
 from __future__ import annotations
@@ -93,25 +92,22 @@ class Source:
         )
 
 
-def source(work: Path, n: int, workers: int = 2) -> Source:
+def source(work: Path, n: int) -> Source:
     """The first n source images, stored in `work` for later scripts."""
     images, attributes = work / f"images-{n}.npy", work / f"attributes-{n}.npy"
     if not (images.exists() and attributes.exists()):
         work.mkdir(parents=True, exist_ok=True)
-        drawn = render(n, workers)
+        drawn = render(n)
         np.save(images, drawn.images)
         np.save(attributes, drawn.attributes)
     return Source(np.load(images), np.load(attributes))
 
 
-def render(n: int, workers: int = 1) -> Source:
-    """Render the first n images. Each chunk has a separate random stream, whatever the workers."""
+def render(n: int) -> Source:
+    """Render the first n images. Each chunk has a separate random stream."""
     sizes = [min(CHUNK, n - start) for start in range(0, n, CHUNK)]
-    if workers == 1:
-        parts = [chunk(c, size) for c, size in enumerate(sizes)]
-    else:
-        with Pool(workers) as pool:
-            parts = pool.starmap(chunk, enumerate(sizes), chunksize=1)
+    with Pool(2) as pool:
+        parts = pool.starmap(chunk, enumerate(sizes), chunksize=1)
     return Source(
         np.concatenate([part.images for part in parts]),
         np.concatenate([part.attributes for part in parts]),

@@ -1,8 +1,7 @@
-"""A tiny pretrained CLIP and a tiny pretrained text-to-image pipeline, shipped with the package.
+"""Training of the two embedded models, a tiny CLIP and a tiny text-to-image pipeline.
 
-`weights/` contains both models. `python -m air_core.tiny --work DIR --out DIR` trains them again
-from fonts and random numbers; MODEL_CARD.md lists their scores. No module of air_core imports this
-package: importlib.resources locates the weights.
+`python -m tools.tiny_world --work DIR --out DIR` trains them from fonts and random numbers. The
+package contains the weights, in `air_core/tiny/weights`; MODEL_CARD.md there lists their scores.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 from hashlib import blake2b
 from pathlib import Path
 
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS = Path(__file__).parents[2] / "air_core" / "tiny" / "weights"
 CHECKSUMS = "checksums.json"
 
 

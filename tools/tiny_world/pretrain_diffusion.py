@@ -1,4 +1,4 @@
-"""Pretrain the tiny text-to-image pipeline: `python -m air_core.tiny.pretrain_diffusion`.
+"""Pretrain the tiny text-to-image pipeline.
 
 Trains a latent diffusion model (arXiv:2112.10752) in three steps: an autoencoder from 32x32 pixels
 to 8x8 latents, the latents of all source images, and a U-Net that predicts noise for a caption,
@@ -11,7 +11,6 @@ encoder starts from the text tower of the final CLIP (`work/clip-final.safetenso
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from collections.abc import Iterator
@@ -35,15 +34,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from air_core.tiny import scores
-from air_core.tiny.pretrain_clip import (
+from tools.tiny_world import scores
+from tools.tiny_world.pretrain_clip import (
     CONTEXT,
     TEXT,
     exact_attention,
     load_tokenizer,
     write_merges,
 )
-from air_core.tiny.render import DIGITS, Source, caption, source
+from tools.tiny_world.render import DIGITS, Source, caption, source
 
 # B images in a batch, N images, S side in pixels, L tokens, W text width.
 
@@ -79,32 +78,6 @@ class UnetTraining:
     gamma: float = 5.0  # min-SNR
     ema: float = 0.998
     seed: int = 2
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, required=True, help="rendered images, checkpoints")
-    parser.add_argument("--out", type=Path, required=True, help="receives the folder diffusion/")
-    parser.add_argument("--images", type=int, default=120_000, help="source images")
-    parser.add_argument("--vae-steps", type=int, default=VaeTraining.steps)
-    parser.add_argument("--unet-steps", type=int, default=UnetTraining.steps)
-    parser.add_argument(
-        "--part",
-        choices=["all", "vae", "unet"],
-        default="all",
-        help="vae can run in parallel to CLIP",
-    )
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)  # sums, and so the weights, depend on the number of threads
-    if arguments.part in ("all", "vae"):
-        pretrain_vae(arguments.work, arguments.images, VaeTraining(steps=arguments.vae_steps))
-    if arguments.part in ("all", "unet"):
-        pretrain_unet(
-            arguments.work,
-            arguments.out,
-            arguments.images,
-            UnetTraining(steps=arguments.unet_steps),
-        )
 
 
 # ---------------------------------------------------------------- autoencoder
@@ -387,7 +360,3 @@ def diffusers_tokenizer(tokenizer: SimpleTokenizer) -> CLIPTokenizer:
         pad_token="!",
         model_max_length=CONTEXT,
     )
-
-
-if __name__ == "__main__":
-    main()

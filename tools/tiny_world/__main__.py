@@ -1,4 +1,4 @@
-"""Train the tiny models again: `python -m air_core.tiny --work DIR --out DIR`.
+"""Train the tiny models again: `python -m tools.tiny_world --work DIR --out DIR`.
 
 Takes a little more than an hour on one CPU core. The weights are reproducible on the same processor
 with the same library versions; otherwise rounding differs and scores vary by about one point.
@@ -12,15 +12,15 @@ from pathlib import Path
 
 import torch
 
-from air_core.tiny import CHECKSUMS, checksums
-from air_core.tiny.pretrain_clip import ClipTraining, pretrain
-from air_core.tiny.pretrain_diffusion import (
+from tools.tiny_world import CHECKSUMS, checksums
+from tools.tiny_world.pretrain_clip import ClipTraining, pretrain
+from tools.tiny_world.pretrain_diffusion import (
     UnetTraining,
     VaeTraining,
     pretrain_unet,
     pretrain_vae,
 )
-from air_core.tiny.scores import all_scores
+from tools.tiny_world.scores import all_scores
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
-"""Scores of the tiny models on held-out source images and on real handwritten digits.
+"""Scores of the tiny models on held-out source images and on the dataset `digits`.
 
-The digits are those of scikit-learn. The models were not trained on them, and their labels are used
-for scores only. `python -m air_core.tiny.scores --out DIR` prints the numbers of the model card.
+The models were not trained on them, and their labels are used for scores only. `python -m
+tools.tiny_world.scores --out DIR` prints the numbers of the model card.
 """
 
 # mypy: allow-untyped-calls
@@ -21,17 +21,18 @@ import torch
 from numpy.typing import NDArray
 from open_clip.model import CLIP
 from open_clip.tokenizer import SimpleTokenizer
-from PIL import Image
-from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
+from air_core.datasets import digits
+from air_core.datasets.dataset import TEMPLATE
 from air_core.diffusion import ImageGenerator, rejected
-from air_core.tiny.render import CONCEPTS, DIGITS, SIDE, Source, chunk
+from air_core.diffusion.pipeline import PipelineGenerator
+from air_core.specs import GenerationSettings
+from tools.tiny_world.render import CONCEPTS, DIGITS, SIDE, Source, chunk
 
 # N images, C classes, D feature width, S side in pixels.
 
-TEMPLATE = "a photo of a {}"
 DIGIT_NAMES = CONCEPTS[: len(DIGITS)]
 HELD_OUT = 59  # the last chunk of the 120,000 source images
 MEAN, STD = 0.15, 0.28  # of the source pixels in [0, 1], the same for the three channels
@@ -47,9 +48,6 @@ def main() -> None:
 
 def all_scores(out: Path, per_class: int = 20, held_out: Source | None = None) -> dict[str, Any]:
     """All scores of the two models in a folder."""
-    from air_core.diffusion.pipeline import PipelineGenerator
-    from air_core.specs import GenerationSettings
-
     clip: CLIP = open_clip.create_model(f"local-dir:{out / 'clip'}", require_pretrained=True)
     tokenizer = SimpleTokenizer(str(out / "clip" / "merges.txt.gz"), context_length=24)
     unseen = held_out or chunk(HELD_OUT)
@@ -69,11 +67,11 @@ def all_scores(out: Path, per_class: int = 20, held_out: Source | None = None) -
 
 def clip_scores(clip: CLIP, tokenizer: SimpleTokenizer, held_out: Source) -> dict[str, float]:
     """Zero-shot accuracies, by set."""
-    digits = held_out.concepts < len(DIGIT_NAMES)
+    shown = held_out.concepts < len(DIGIT_NAMES)
     return {
         "held_out_58": zero_shot(clip, tokenizer, held_out.images, held_out.concepts, CONCEPTS),
         "held_out_digits": zero_shot(
-            clip, tokenizer, held_out.images[digits], held_out.concepts[digits]
+            clip, tokenizer, held_out.images[shown], held_out.concepts[shown]
         ),
         "handwritten": zero_shot(clip, tokenizer, *handwritten()),
     }
@@ -96,13 +94,9 @@ def sample_scores(
 
 
 def handwritten() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """scikit-learn's 1,797 digits as (N, S, S, 3) images, and their classes (N,)."""
-    digits = load_digits()
-    images = [
-        np.asarray(Image.fromarray(small).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
-        for small in (digits.images * (255 / 16)).round().astype(np.uint8)
-    ]
-    return np.stack(images)[..., None].repeat(3, axis=-1), digits.target.astype(np.int64)
+    """The 1,797 handwritten digits as (N, S, S, 3) images, and their classes (N,)."""
+    images, labels, _ = digits.load()
+    return np.stack([np.asarray(image) for image in images]), labels
 
 
 def clip_input(images: NDArray[np.uint8]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Pretrain the tiny CLIP on rendered, captioned images: `python -m air_core.tiny.pretrain_clip`.
+"""Pretrain the tiny CLIP on rendered, captioned images.
 
 The loss is symmetric InfoNCE as in CLIP (arXiv:2103.00020) plus a classification term over the 58
 concepts. A batch of 256 contains each concept several times, and InfoNCE alone would treat images
@@ -11,7 +11,6 @@ improve. The final text tower initialises the generator's text encoder.
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import math
@@ -31,8 +30,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from air_core.tiny import scores
-from air_core.tiny.render import CONCEPTS, Source, caption, framed, source
+from tools.tiny_world import scores
+from tools.tiny_world.render import CONCEPTS, Source, caption, framed, source
 
 # B images in a batch, C concepts, L tokens, D feature width.
 
@@ -59,20 +58,6 @@ class ClipTraining:
     learning_rate: float = 1e-3
     weight_decay: float = 0.1
     seed: int = 0
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, required=True, help="rendered images, checkpoints")
-    parser.add_argument("--out", type=Path, required=True, help="receives the folder clip/")
-    parser.add_argument("--images", type=int, default=120_000, help="source images")
-    parser.add_argument("--steps", type=int, default=ClipTraining.steps)
-    parser.add_argument("--shipped", type=int, default=ClipTraining.shipped)
-    parser.add_argument("--batch", type=int, default=ClipTraining.batch)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)  # sums, and so the weights, depend on the number of threads
-    training = ClipTraining(steps=arguments.steps, shipped=arguments.shipped, batch=arguments.batch)
-    pretrain(arguments.work, arguments.out, arguments.images, training)
 
 
 def pretrain(work: Path, out: Path, images: int, training: ClipTraining) -> None:
@@ -225,7 +210,3 @@ def _warmup_cosine(step: int, training: ClipTraining) -> float:
         return (step + 1) / training.warmup
     share = (step - training.warmup) / max(1, training.steps - training.warmup)
     return 0.5 * (1 + math.cos(math.pi * share))
-
-
-if __name__ == "__main__":
-    main()
