@@ -26,6 +26,7 @@ from orchestrator.errors import INTERRUPTED, TERMINATED
 from orchestrator.files import write_atomic
 
 if TYPE_CHECKING:
+    from optuna import Study
     from pandas import DataFrame
 
     from air_core.bundle.classifier import Bundle
@@ -57,6 +58,7 @@ __all__ = [
     "sample",
     "schema",
     "status",
+    "study",
     "sweeps",
     "table",
     "usage",
@@ -479,6 +481,32 @@ def table(
 
     sweep, location = recorded_sweep(name, results_store(store, smoke), data_root)
     return gains_frame(results_of(plan_of(sweep, location), location.store))
+
+
+def study(
+    name: str | Outcome,
+    cell: str | None = None,
+    *,
+    store: str | Path | None = None,
+    data_root: str | Path | None = None,
+) -> Study:
+    """Return the search of one cell as an Optuna study in memory: trial i is point i.
+
+    A point is COMPLETE with the objective that the search maximizes, FAIL if a trial of it failed,
+    RUNNING if it has started, else WAITING. The search itself does not read this copy.
+
+    Args:
+        name, store, data_root: as for `results`.
+        cell: the value of `cell` in `results`. Default: the only cell that is searched.
+
+    Raises:
+        ValueError: the store has no such sweep, or `cell` names no searched cell of it.
+    """
+    from orchestrator.planning import plan_of
+    from orchestrator.planning.search import study_of
+
+    sweep, location = recorded_sweep(name, store, data_root)
+    return study_of(plan_of(sweep, location), location.store, location.event_log(), cell)
 
 
 def predictions(

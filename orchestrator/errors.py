@@ -48,7 +48,7 @@ class StoreRefused(RuntimeError):
 
 
 class StoreLost(RuntimeError):
-    """The bucket or the study database became unreachable, or another driver took over."""
+    """The bucket became unreachable, or another driver took over."""
 
 
 class BucketUnreachable(OSError):
@@ -57,10 +57,6 @@ class BucketUnreachable(OSError):
 
 class SweepBusy(RuntimeError):
     """Another driver is running this sweep."""
-
-
-class StudiesUnreachable(RuntimeError):
-    """The study database is unreachable. Exit code 3 if nothing was started."""
 
 
 class TrackerUnreachable(RuntimeError):

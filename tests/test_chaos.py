@@ -12,11 +12,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
 
+from orchestrator import api
 from orchestrator.planning.plan import RESULT_STATES
-from orchestrator.planning.study_copies import open_storage
 from orchestrator.store.event_log import CRASH_AT
 from orchestrator.tracking._runs import create_database
 from tests.helpers.disks import PAGE, small_disk
@@ -167,14 +166,13 @@ def in_mlflow(store: Path) -> list[Any]:
 
 
 def studies(store: Path) -> dict[str, list[tuple[Any, ...]]]:
-    storage = open_storage(store / "sweeps" / "default" / "chaos" / "studies.journal")
-    by_name = {}
-    for name in optuna.get_all_study_names(storage):
-        trials = optuna.load_study(study_name=name, storage=storage).get_trials(deepcopy=False)
-        by_name[name] = [
-            (t.state.name, t.params, t.value) for t in trials if t.state.name != "FAIL"
-        ]
-    return by_name
+    """State, settings and objective of each point, by cell."""
+    cells = {e["cell"] for e in events(store, "chaos") if e["event"] == "point_asked"}
+    of_cells = {cell: api.study("chaos", cell, store=store) for cell in sorted(cells)}
+    return {
+        cell: [(t.state.name, t.params, t.value) for t in study.trials]
+        for cell, study in of_cells.items()
+    }
 
 
 def outcomes(store: Path) -> dict[str, str]:

@@ -53,7 +53,6 @@ PARSED = {
     "airsweep verify": "ten seconds of torch (test_bundles)",
     "s3://": "needs a bucket",
     "http://": "needs a server",
-    "postgresql://": "needs a server (test_team)",
     ".gpu=": "needs a GPU",
     "paper_": "needs the paper's images and weights",
     "fashion_": "needs Fashion-MNIST",

@@ -1,4 +1,4 @@
-"""Services of a team: studies in Postgres, MLflow with users and artifacts on S3."""
+"""MLflow of a team: with users, in Postgres and S3."""
 
 from __future__ import annotations
 
@@ -11,20 +11,16 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers.servers import free_port
 from tests.helpers.sweeps import (
     TIMEOUT,
     environment,
-    events,
     search_sweep,
-    stopped_at,
     wait_until,
     write_sweep,
 )
@@ -76,117 +72,6 @@ def run_ok(spec: Path, store: Path | str, *options: str, **more: str) -> str:
     return done.stdout + done.stderr
 
 
-def on_postgres(services: Team, uri: str | None = None) -> tuple[str, str]:
-    return "--set", f"search.storage={uri or services.studies}"
-
-
-def password(services: Team) -> dict[str, str]:
-    return {"PGPASSWORD": services.passwords["airsweep_studies"]}
-
-
-def outcomes(store: Path) -> dict[str, tuple[str, str]]:
-    """Final event and key of each slot."""
-    return {e["slot"]: (e["event"], e["key"]) for e in events(store, NAME) if e["event"] in ENDED}
-
-
-def round_objectives(store: Path) -> list[Any]:
-    """Objectives of each round, as reported to the studies."""
-    recorded = [e for e in events(store, NAME) if e["event"] == "round_told"]
-    return [(event["cell"], event["values"]) for event in recorded]
-
-
-def suggested_points(store: Path) -> list[Any]:
-    recorded = [e for e in events(store, NAME) if e["event"] == "point_asked"]
-    return [(event["study"], event["point"], event["params"]) for event in recorded]
-
-
-@pytest.fixture(scope="module")
-def calm(spec) -> Path:
-    """The store of a run without disturbance, with studies in the journal."""
-    store = spec.parent / "calm"
-    run_ok(spec, store)
-    assert len(suggested_points(store)) == 12
-    return store
-
-
-# ---------------------------------------------------------------- studies
-
-
-def test_a_search_in_postgres_suggests_the_same_points_as_in_the_journal(
-    spec, calm, services, tmp_path
-):
-    run_ok(spec, tmp_path, *on_postgres(services), **password(services))
-    assert suggested_points(tmp_path) == suggested_points(calm)
-    assert round_objectives(tmp_path) == round_objectives(calm)
-    assert outcomes(tmp_path) == outcomes(calm)
-    assert not (tmp_path / "sweeps" / "default" / NAME / "studies.journal").exists()
-    # Postgres counts a connection until its process has noticed the end.
-    wait_until(lambda: services.postgres.connections_of("airsweep_studies") == 0)
-    query = "SELECT count(*) FROM studies WHERE study_name LIKE 'default/shared/%'"
-    assert services.postgres.query(query, "airsweep_studies") == [(1,)]
-
-
-def test_sweeps_with_the_same_name_in_two_stores_have_separate_studies(spec, services, tmp_path):
-    for store in ("ours", "theirs"):
-        run_ok(spec, tmp_path / store, *on_postgres(services), **password(services))
-    assert suggested_points(tmp_path / "ours") == suggested_points(tmp_path / "theirs")
-    names = {e["name"] for s in ("ours", "theirs") for e in studies_named(tmp_path / s)}
-    assert len(names) == 2
-
-
-def studies_named(store: Path) -> list[dict[str, Any]]:
-    return [e for e in events(store, NAME) if e["event"] == "studies_named"]
-
-
-def test_drivers_that_start_at_the_same_time_can_create_the_tables(services, monkeypatch):
-    from orchestrator.planning.study_copies import open_database
-
-    monkeypatch.setenv("PGPASSWORD", services.postgres.make_database("fresh_studies"))
-    uri = services.postgres.uri("fresh_studies")
-    with ThreadPoolExecutor(8) as pool:
-        opened = list(pool.map(open_database, [uri] * 8))
-    assert len(opened) == 8
-
-
-def test_a_wrong_password_for_the_studies_is_bad_input_and_a_dead_server_is_refused(
-    spec, services, tmp_path
-):
-    wrong = run(spec, tmp_path, *on_postgres(services), PGPASSWORD="not-this-one")
-    assert wrong.returncode == 2
-    assert "rejects the login" in wrong.stderr
-    assert "PGPASSWORD" in wrong.stderr
-    assert "not-this-one" not in wrong.stderr
-    dead = f"postgresql://ada@127.0.0.1:{free_port()}/studies"
-    refused = run(spec, tmp_path, *on_postgres(services, dead))
-    assert refused.returncode == 3
-    assert "is unreachable" in refused.stderr
-    assert {len(done.stderr.splitlines()) for done in (wrong, refused)} == {1}
-    assert not (tmp_path / "sweeps").exists()
-
-
-def test_a_search_continues_without_its_database_and_the_next_run_adds_the_missing_trials(
-    spec, calm, services, tmp_path
-):
-    options = (*on_postgres(services), "--tracking-uri", "none")
-    words = ("run", spec, "--store", tmp_path, *options)
-    outputs = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    variables = environment(**password(services))
-    with stopped_at("round_told", *words, module=TRIVIAL, env=variables, **outputs) as process:
-        services.postgres.kill()
-    try:
-        _, stderr = process.communicate(timeout=TIMEOUT)
-    finally:
-        services.postgres.start()
-    assert process.returncode == 0, stderr
-    assert "is unreachable" in stderr
-    assert suggested_points(tmp_path) == suggested_points(calm)
-    run_ok(spec, tmp_path, *options, "--set", "search.points=13", **password(services))
-    [name] = [event["name"] for event in studies_named(tmp_path)]
-    trials = "SELECT count(*) FROM trials JOIN studies USING (study_id)"
-    query = f"{trials} WHERE study_name LIKE '{name}/%'"
-    assert services.postgres.query(query, "airsweep_studies") == [(13,)]
-
-
 # ---------------------------------------------------------------- MLflow with users
 
 
@@ -199,8 +84,7 @@ def ada(services) -> dict[str, str]:
 def recorded(spec, services, ada) -> Path:
     """The store of a sweep that the user ada ran with the team's services."""
     store = spec.parent / "recorded"
-    options = (*on_postgres(services), "--set", "project=digits", *SHORT)
-    output = run_ok(spec, store, *options, **password(services), **ada)
+    output = run_ok(spec, store, "--set", "project=digits", *SHORT, **ada)
     (spec.parent / "output.txt").write_text(output)
     return store
 
@@ -244,9 +128,8 @@ def test_no_file_database_or_output_contains_a_password(recorded, spec, services
     for path in [*files, services.mlflow.log]:
         content = path.read_bytes()
         assert not [secret for secret in passwords if secret.encode() in content], path
-    for database in ("mlflow", "airsweep_studies"):
-        for table, text in services.postgres.dump(database).items():
-            assert not [secret for secret in passwords if secret in text], (database, table)
+    for table, text in services.postgres.dump("mlflow").items():
+        assert not [secret for secret in passwords if secret in text], table
     for name, content in services.s3.objects("mlflow").items():
         assert not [secret for secret in passwords if secret.encode() in content], name
 
@@ -319,7 +202,6 @@ fixed: {{generator: "folder:{folder}", generation.block: 8, train.steps: 20}}
 search:
   points: 3
   width: 2
-  storage: {studies}
   space:
     images_per_class: {{values: [4, 8, 16]}}
     fusion_weight: {{min: 0.1, max: 0.9}}
@@ -334,7 +216,6 @@ def test_six_drivers_at_the_same_time_track_every_trial_once(services, drawn_dig
     gate.mkdir()
     experiments = {name: services.mlflow.make_experiment(f"air/{name}") for name in PROJECTS}
     variables = {
-        **password(services),
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",  # as in docs/tracking.md
         "AIRSWEEP_GATE": str(gate),
         "AIRSWEEP_TRIAL_SECONDS": "0.1",
@@ -345,7 +226,7 @@ def test_six_drivers_at_the_same_time_track_every_trial_once(services, drawn_dig
             project = PROJECTS[number % 2]
             user = services.mlflow.make_user(f"user{number}")
             services.mlflow.grant(f"user{number}", experiments[project], "EDIT")
-            body = MANY.format(folder=drawn_digits, studies=services.studies, seed=number + 1)
+            body = MANY.format(folder=drawn_digits, seed=number + 1)
             spec = write_sweep(tmp_path, f"sweep{number}", f"project: {project}\n{body}")
             log = stack.enter_context((tmp_path / f"driver{number}.log").open("wb"))
             process = subprocess.Popen(

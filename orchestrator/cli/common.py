@@ -178,7 +178,6 @@ REFUSALS = (
     errors.StoreRefused,
     errors.TrackerUnreachable,
     errors.BucketUnreachable,
-    errors.StudiesUnreachable,
 )
 
 

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from orchestrator.cluster.session import MemoryPeak
     from orchestrator.execution._allocation import Allocation, PoolStatistics
     from orchestrator.execution._progress import ProgressMonitor
-    from orchestrator.planning.search import CellSearch
     from orchestrator.stages.context import WorkerContext
 
 LOW_AGREEMENT = 0.25  # of evidence and other classifiers on a class, below which it is reported
@@ -108,7 +107,6 @@ class RunState:
     fp32_trials: list[TrialSpec] = field(default_factory=list)  # repeated in fp32 by this run
     slot_states: dict[str, str] = field(default_factory=dict)
     running_slots: Callable[[], Mapping[str, Slot]] = dict
-    searches: Mapping[str, CellSearch] = field(default_factory=dict)  # by cell
     process_died: bool = False  # a worker died, so that Ray's logs may explain a failure
 
     def check(self) -> None:

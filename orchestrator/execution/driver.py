@@ -31,7 +31,6 @@ from orchestrator.errors import (
     Refused,
     StoreFull,
     StoreLost,
-    StudiesUnreachable,
     SweepBusy,
 )
 from orchestrator.execution._prefetch import Prefetch, worker_context
@@ -66,7 +65,7 @@ from orchestrator.plugins import described_plugin, plugin_file
 from orchestrator.reporting import plan_status, sweep_status
 from orchestrator.spec import Cell, SweepSpec, notes_of
 from orchestrator.spec.marked_yaml import SpecError, allowed_choices
-from orchestrator.spec.sweep import JOURNAL, Budget
+from orchestrator.spec.sweep import Budget
 from orchestrator.store import (
     EventLog,
     SweepLocation,
@@ -84,7 +83,7 @@ if TYPE_CHECKING:
     from orchestrator.planning.search import CellSearch
 
 # During a run; before it they refuse the run.
-LOST = (BucketUnreachable, SweepBusy, StudiesUnreachable)
+LOST = (BucketUnreachable, SweepBusy)
 RESUME_HINT = "finished work is kept, and the same command resumes the sweep"
 
 
@@ -112,7 +111,7 @@ def run_sweep(
     Raises:
         ValueError: before anything has started: this user may not write to the store, or the sweep
             does not say whether to use the GPUs.
-        Refused, SweepBusy, StoreRefused, BucketUnreachable, StudiesUnreachable: before anything has
+        Refused, SweepBusy, StoreRefused, BucketUnreachable: before anything has
             started.
         StoreLost: one of the same reasons, during the run.
         StoreFull: the disk is full.
@@ -131,7 +130,7 @@ def run_sweep(
         return DONE
     location.store.check_writable()
     _refuse_unschedulable(plan, location)
-    _check_services(plan, location, tracker, screen, prepare_only)
+    _check_services(location, tracker, screen, prepare_only)
     # Shut Ray down last: after SIGTERM only seconds remain before SIGKILL, so record the end first.
     with ExitStack() as ray_session, location.store.locks.shared_store():
         diff = uncommitted_diff()
@@ -207,14 +206,14 @@ def check_start(
     Raises:
         ValueError: this user may not write to the store, or the sweep does not say whether to use
             the GPUs.
-        Refused, SweepBusy, StudiesUnreachable, TrackerUnreachable: it would not.
+        Refused, SweepBusy, TrackerUnreachable: it would not.
     """
     event_log = location.event_log()
     if _is_complete(plan, event_log):
         return
     location.store.check_writable()
     _refuse_unschedulable(plan, location)
-    _check_services(plan, location, tracker, screen, prepare_only=False)
+    _check_services(location, tracker, screen, prepare_only=False)
     if event_log.is_locked():
         raise _busy(location)
 
@@ -280,27 +279,21 @@ def _export_provenance(location: SweepLocation, diff: bytes) -> None:
 
 
 def _check_services(
-    plan: Plan,
     location: SweepLocation,
     tracker: OutcomeTracker,
     screen: Screen,
     prepare_only: bool,
 ) -> None:
-    """Check Ray's address, MLflow and the database of studies before any work.
+    """Check Ray's address and MLflow before any work.
 
     Raises:
         ValueError: a server rejects the credentials.
-        Refused, TrackerUnreachable, StudiesUnreachable: a server does not answer.
+        Refused, TrackerUnreachable: a server does not answer.
     """
     from orchestrator.cluster.session import check_address
 
     check_address()
     tracker.check(reach=not prepare_only)
-    search = plan.sweep.search
-    if search is not None and search.storage != JOURNAL and any(cell.space for cell in plan.cells):
-        from orchestrator.planning.study_copies import open_database
-
-        open_database(search.storage)
     if is_bucket(location.store.name) and tracker.in_store and not prepare_only:
         screen.message(
             f"MLflow writes to a file in {location.store.root}, which only this machine can read; "
@@ -503,16 +496,8 @@ def _open_searches(state: RunState, plan: Plan) -> Mapping[str, CellSearch]:
     if state.sweep.search is None or not any(cell.space for cell in plan.cells):
         return {}
     from orchestrator.planning.search import open_searches
-    from orchestrator.planning.study_copies import describe_points
 
-    location, event_log = state.location, state.event_log
-    owner = (location.store.name, location.project, location.name)
-    describe = describe_points(
-        plan, location.store, state.resolver, event_log, state.tracker.run_id
-    )
-    journal = location.folder / "studies.journal"
-    state.searches = open_searches(plan, event_log, journal, owner, describe)
-    return state.searches
+    return open_searches(plan, state.event_log)
 
 
 def _trial_scheduler(
@@ -615,7 +600,7 @@ def _recorded_end(state: RunState, plan: Plan) -> Iterator[None]:
 
     Raises:
         StoreFull: the disk is full, for an artifact or for the record of the end.
-        StoreLost: the bucket or the studies stopped answering, or another driver took over.
+        StoreLost: the bucket stopped answering, or another driver took over.
     """
     try:
         with _explain_full_disk(plan, state.location):
@@ -682,15 +667,11 @@ def _record_end(state: RunState) -> OSError | None:
     if code != DONE:
         state.tracker.finish(code)
     if code != TERMINATED:  # after SIGTERM only seconds remain
-        _full_disk_error(lambda: _write_copies(state))  # the next run writes them
+        _full_disk_error(lambda: _write_tune_folder(state))  # the next run writes it
     return unwritten
 
 
-def _write_copies(state: RunState) -> None:
-    """Write what Optuna and Ray Tune read: the studies, with the runs that the tracker has by now,
-    and the Tune folder."""
-    for search in state.searches.values():
-        search.renew_copy()
+def _write_tune_folder(state: RunState) -> None:
     if state.slot_states:
         from orchestrator.execution._tune_folder import write_tune_folder
 

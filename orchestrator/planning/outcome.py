@@ -61,8 +61,5 @@ class OutcomeTracker(Protocol):
     def catch_up(self) -> None:
         """Wait until all outcomes are sent."""
 
-    def run_id(self, setting: str) -> str | None:
-        """The run of a setting, CELL/POINT; None if the tracker has none, or not yet."""
-
     def finish(self, code: int) -> None:
         """Send the end of the run with its exit code."""

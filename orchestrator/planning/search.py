@@ -6,17 +6,15 @@ objectives are recorded in the order of the points. So a sweep that is killed at
 with the points that it would have had without the kill. A study of a changed space starts with the
 points that are carried into it (`orchestrator.planning.studies`).
 
-A study is kept in memory and rebuilt from the event log when a run starts. `study_copies` copies it
-for `optuna-dashboard`; searches never read the copy.
+A study is kept in memory and rebuilt from the event log when a run starts.
 """
 
 from __future__ import annotations
 
-import uuid
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
+from statistics import fmean
 from types import MappingProxyType
 from typing import Any, get_args
 
@@ -28,20 +26,13 @@ from optuna.distributions import (
     IntDistribution,
 )
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
-from optuna.storages import BaseStorage
-from optuna.trial import TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from air_core.specs.flat import trial_keys
 from orchestrator.components import SAMPLERS
-from orchestrator.planning.plan import Plan
+from orchestrator.planning.plan import Plan, Slot
 from orchestrator.planning.studies import Searches, read_searches
-from orchestrator.planning.study_copies import (
-    DescribePoints,
-    StudyCopy,
-    open_database,
-    open_storage,
-)
-from orchestrator.spec import Cell, Dimension
+from orchestrator.spec import Cell, Dimension, SweepSpec
 from orchestrator.spec.space import (
     Point,
     default_params,
@@ -50,8 +41,8 @@ from orchestrator.spec.space import (
     point_count,
     study_name,
 )
-from orchestrator.spec.sweep import JOURNAL, Search
-from orchestrator.store import EventLog
+from orchestrator.spec.sweep import Search
+from orchestrator.store import ArtifactStore, EventLog, read_trial
 
 ATTEMPTS = 8  # to sample a point that is new
 STARTUP_POINTS = 4  # random points of TPE in searches below 30 points; Optuna's default is 10
@@ -59,22 +50,11 @@ STARTUP_POINTS = 4  # random points of TPE in searches below 30 points; Optuna's
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
-def open_searches(
-    plan: Plan,
-    event_log: EventLog,
-    journal: Path,
-    owner: tuple[str, str, str],
-    describe: DescribePoints,
-) -> dict[str, CellSearch]:
+def open_searches(plan: Plan, event_log: EventLog) -> dict[str, CellSearch]:
     """Open a search for each cell that has a search space.
 
     Only the driver that holds the lock of the sweep may call this function: it writes to the event
     log. The carried points of a study are logged before the study uses them.
-
-    Args:
-        journal: file that studies are copied to unless `search.storage` names a database.
-        owner: store, project and sweep; distinguishes the studies in a database.
-        describe: from `describe_points`.
     """
     search = plan.sweep.search
     assert search is not None
@@ -96,34 +76,8 @@ def open_searches(
             )
         elif state.current.get(cell.id, study := study_name(cell, search)) != study:
             event_log.append("study_resumed", cell=cell.id, study=study)
-    state, prefix = read_searches(event_log), ""
-    if search.storage == JOURNAL:
-        for old_file in (journal, Path(f"{journal}.lock")):
-            old_file.unlink(missing_ok=True)
-        storage: BaseStorage = open_storage(journal)
-    else:
-        storage = open_database(search.storage)
-        prefix = f"{_study_prefix(event_log, owner)}/"
-    searches = {}
-    for cell in searched:
-        name = prefix + study_name(cell, search)
-        study_copy = StudyCopy(cell, search, storage, name, "/".join(owner[1:]), describe)
-        searches[cell.id] = CellSearch(cell, search, state, study_copy)
-    return searches
-
-
-def _study_prefix(event_log: EventLog, owner: tuple[str, str, str]) -> str:
-    """Prefix of the names of this sweep's studies in a shared database.
-
-    The event log records a new prefix for each owner. So a copy of a store, or a sweep that was
-    removed and started again, does not overwrite the studies of the original.
-    """
-    for event in event_log.events():
-        if event["event"] == "studies_named" and event["owner"] == list(owner):
-            return str(event["name"])
-    name = "/".join([*owner[1:], uuid.uuid4().hex[:8]])
-    event_log.append("studies_named", owner=list(owner), name=name)
-    return name
+    state = read_searches(event_log)
+    return {cell.id: CellSearch(cell, search, state) for cell in searched}
 
 
 class CellSearch:
@@ -131,7 +85,6 @@ class CellSearch:
 
     Args:
         state: searches of the sweep so far, from the event log.
-        study_copy: receives the points that have ended.
         sampler: returns the sampler of one point, given its seed.
     """
 
@@ -140,12 +93,10 @@ class CellSearch:
         cell: Cell,
         search: Search,
         state: Searches,
-        study_copy: StudyCopy | None = None,
         sampler: Callable[[Search, int], BaseSampler] | None = None,
     ) -> None:
         self.cell, self.search = cell, search
         self._sampler = sampler or SAMPLERS.load(search.sampler)
-        self._copy = study_copy
         self.study = optuna.create_study(direction="maximize")  # only has points that ended
         self._params: dict[int, dict[str, Any]] = {}  # settings of all suggested points
         self._open: list[int] = []  # points that have not ended
@@ -155,7 +106,6 @@ class CellSearch:
         # points run for seeds that were added since. The store has all their other trials.
         self._earlier: list[Point] = []
         self._restore(state)
-        self._update_copy()
 
     def next_round(self) -> list[Point]:
         """Suggest the points of the next round.
@@ -193,12 +143,6 @@ class CellSearch:
             elif number in values:
                 self._end(number, values[number])
         self._earlier = []
-        self._update_copy()
-
-    def renew_copy(self) -> None:
-        """Copy the study again, with what is known at the end of the run."""
-        if self._copy is not None:
-            self._copy.renew(self.study)
 
     def _restore(self, state: Searches) -> None:
         """Rebuild the study from the event log, in the order in which points ended."""
@@ -241,16 +185,8 @@ class CellSearch:
         """Add a point that ended to the study."""
         self._open.remove(number)
         params = self._params[number]
-        distributions = {d.key: _distribution(d) for d in self.cell.space if d.key in params}
         attributes = {"point": number} | ({"carried": True} if number in self._carried else {})
-        trial = create_trial(
-            params=params, distributions=distributions, user_attrs=attributes, **outcome
-        )
-        self.study.add_trial(trial)
-
-    def _update_copy(self) -> None:
-        if self._copy is not None:
-            self._copy.update(self.study)
+        self.study.add_trial(_frozen_trial(self.cell, params, user_attrs=attributes, **outcome))
 
     def _patience_exhausted(self) -> bool:
         """Whether none of the last `patience` points of this study improved the best objective."""
@@ -296,6 +232,67 @@ class CellSearch:
 
     def _total(self) -> int:
         return point_count(self.cell, self.search)
+
+
+def study_of(
+    plan: Plan, store: ArtifactStore, event_log: EventLog, cell: str | None
+) -> optuna.Study:
+    """The points of one cell as a study in memory; trial i is point i.
+
+    A point is COMPLETE with the objective that its search sees, FAIL if one of its trials failed,
+    RUNNING from its start to its end, else WAITING.
+
+    Args:
+        cell: id of the cell; None: the only one that is searched.
+
+    Raises:
+        ValueError: the sweep does not search this cell, or several and `cell` is None.
+    """
+    searched = {each.id: each for each in plan.cells if each.space}
+    if not searched:
+        raise ValueError(f"{plan.sweep.name} has no search: its file has no `search.space`")
+    names = [*searched] if cell is None else [cell]
+    if len(names) > 1 or names[0] not in searched:
+        found = f"no searched cell {cell!r}" if cell else f"{len(searched)} searched cells"
+        raise ValueError(
+            f"{plan.sweep.name} has {found}; give `cell`; allowed: {', '.join(searched)}"
+        )
+    points: dict[int, list[Slot]] = {}
+    for slot in plan.slots:
+        if slot.cell.id == names[0]:
+            points.setdefault(slot.point, []).append(slot)
+    events = list(event_log.events())
+    failed = {event["slot"] for event in events if event["event"] == "trial_failed"}
+    started = {
+        slot for event in events if event["event"] == "trials_started" for slot in event["slots"]
+    }
+    study = optuna.create_study(study_name=names[0], direction="maximize")
+    for _, slots in sorted(points.items()):
+        value, ids = _stored_objective(slots, plan.sweep, store), {s.id for s in slots}
+        if value is not None:
+            state = TrialState.COMPLETE
+        elif ids & failed:
+            state = TrialState.FAIL
+        else:
+            state = TrialState.RUNNING if ids & started else TrialState.WAITING
+        study.add_trial(_frozen_trial(slots[0].cell, slots[0].params, state=state, value=value))
+    return study
+
+
+def _stored_objective(
+    slots: Sequence[Slot], sweep: SweepSpec, store: ArtifactStore
+) -> float | None:
+    """Mean objective of the trials of a point; None if a trial or its objective is missing."""
+    assert sweep.search is not None
+    if not all(store.has(slot.spec) for slot in slots):
+        return None
+    values = [read_trial(slot.spec, store).objectives[sweep.search.objective] for slot in slots]
+    return fmean(values) if None not in values else None
+
+
+def _frozen_trial(cell: Cell, params: Mapping[str, Any], **outcome: Any) -> FrozenTrial:
+    distributions = {d.key: _distribution(d) for d in cell.space if d.key in params}
+    return create_trial(params=dict(params), distributions=distributions, **outcome)
 
 
 def at_random(search: Search, seed: int) -> BaseSampler:

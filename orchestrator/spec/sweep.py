@@ -34,7 +34,6 @@ from orchestrator.spec._trial_values import Dimension as Dimension
 from orchestrator.spec.marked_yaml import Document, Keys, SpecError
 from orchestrator.spec.validation import (
     CONFIG,
-    LINE,
     NameOf,
     Number,
     Whole,
@@ -42,19 +41,6 @@ from orchestrator.spec.validation import (
     setting,
     validation_error,
 )
-
-JOURNAL = "journal"
-POSTGRES = "postgresql://"
-
-
-def _storage(storage: str) -> str:
-    if storage != JOURNAL and not storage.startswith(POSTGRES):
-        raise ValueError(
-            f"this storage is not supported; allowed: {JOURNAL}, {POSTGRES}user@host/database"
-        )
-    if re.search(r"[?&]password=", storage):
-        raise ValueError("the address contains a password; set PGPASSWORD or write ~/.pgpass")
-    return storage
 
 
 def _increasing(rungs: tuple[int, ...]) -> tuple[int, ...]:
@@ -94,15 +80,6 @@ class Search:
         None, "points without improvement after which a cell ends; null: no limit", ge=1
     )
     pruning: Pruning | None = setting(None, "stops weak points early; null: no pruning")
-    storage: Annotated[
-        LINE,
-        AfterValidator(_storage),
-        WithJsonSchema({"type": "string", "pattern": f"^({JOURNAL}|{POSTGRES}.+)$"}),
-    ] = setting(
-        JOURNAL,
-        "storage of the studies: a journal file of the sweep, or postgresql://user@host/database "
-        "(docs/tracking.md)",
-    )
     # Ordered: each dimension follows those that its `when` depends on.
     space: Space = Field(description="the searched keys, each with values or a range")
 

@@ -105,11 +105,6 @@ class Publisher:
         """
         wait(self._pending)
 
-    def run_id(self, setting: str) -> str | None:
-        tracker = self._tracker
-        run = tracker.children.get(("point", setting)) if tracker is not None else None
-        return run.run_id if run is not None else None
-
     def finish(self, code: int) -> None:
         """End the sweep run, and send everything that MLflow lacks.
 

@@ -61,11 +61,9 @@ class PostgresServer(ServerProcess):
         self.folder = Path(tempfile.mkdtemp(prefix="airsweep-pg-"))
         super().__init__(self.folder / "log")
         self.password = secrets.token_hex(12)  # of the superuser
-        self._is_initialized = False
 
     def start(self) -> None:
-        if not self._is_initialized:
-            self._initialize()
+        self._initialize()
         paths = ["-D", str(self.folder / "data"), "-p", str(self.port), "-k", str(self.folder)]
         settings = ["-c", "listen_addresses=127.0.0.1", "-F"]  # -F: no fsync
         command = [*_as_owner(), str(PROGRAMS / "postgres"), *paths, *settings]
@@ -85,7 +83,6 @@ class PostgresServer(ServerProcess):
         command = [*_as_owner(), str(PROGRAMS / "initdb"), *arguments, "--locale=C"]
         run_command(command, cwd=self.folder)
         secret.unlink()
-        self._is_initialized = True
 
     def connect(self, database: str) -> Any:
         import psycopg
@@ -105,21 +102,6 @@ class PostgresServer(ServerProcess):
             cursor = connection.cursor()
             cursor.execute(query)
             return list(cursor.fetchall()) if cursor.description else []
-
-    def make_database(self, name: str) -> str:
-        """A database with an owner of the same name; return the owner's password."""
-        password = secrets.token_hex(12)
-        self.query(f"CREATE ROLE {name} LOGIN PASSWORD '{password}'")
-        self.query(f"CREATE DATABASE {name} OWNER {name}")
-        return password
-
-    def uri(self, database: str) -> str:
-        """A URI without a password; libpq reads the password from the environment."""
-        return f"postgresql://{database}@127.0.0.1:{self.port}/{database}"
-
-    def connections_of(self, user: str) -> int:
-        query = f"SELECT count(*) FROM pg_stat_activity WHERE usename = '{user}'"
-        return int(self.query(query)[0][0])
 
     def dump(self, database: str) -> dict[str, str]:
         """All rows as text, by table."""
@@ -266,11 +248,6 @@ class Team:
     mlflow: TeamServer
     s3: S3Server
     passwords: Mapping[str, str]
-
-    @property
-    def studies(self) -> str:
-        """URI of the database of Optuna's studies."""
-        return self.postgres.uri("airsweep_studies")
 
     @property
     def secrets(self) -> list[str]:

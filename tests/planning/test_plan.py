@@ -6,13 +6,12 @@ import hashlib
 import json
 import math
 import tempfile
-import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import optuna
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -40,8 +39,7 @@ from orchestrator.planning.estimate import (
     trial_work,
 )
 from orchestrator.planning.plan import BASE_PER_CLASS, build_level, plan_sweep
-from orchestrator.planning.search import CellSearch, open_searches
-from orchestrator.planning.study_copies import describe_points, open_storage
+from orchestrator.planning.search import CellSearch, open_searches, study_of
 from orchestrator.reporting.results import match_plan, sweep_status
 from orchestrator.spec import Dimension, Resources, SweepSpec, cells_of, presets
 from orchestrator.spec.space import grid_points
@@ -133,12 +131,7 @@ class World:
     def scheduler(self, sweep: SweepSpec) -> TrialScheduler:
         self.searches = {}
         if sweep.search is not None:
-            plan, journal = self.plan(sweep), self.event_log.folder / "j"
-            describe = describe_points(
-                plan, self.store, self.resolver, self.event_log, {"digits-ul-text-air/1": "r1"}.get
-            )
-            owner = ("store", "default", sweep.name)
-            self.searches = open_searches(plan, self.event_log, journal, owner, describe)
+            self.searches = open_searches(self.plan(sweep), self.event_log)
         parts = self.store, self.resolver, self.event_log
         return TrialScheduler(sweep, cells_of(sweep), self.searches, *parts, self.log)
 
@@ -516,37 +509,38 @@ def test_the_work_of_a_lora_follows_its_passes_over_the_images(world):
     assert [work.units for work in quick.work if work.stage == "lora"] == [2]
 
 
-def test_the_copy_of_a_study_shows_what_the_search_must_not_see(world):
-    """Keys, times and test metric of each point, and its run in MLflow."""
+def test_a_study_has_the_points_of_one_cell_with_values_and_states(world):
     space = (Dimension(key="fusion_weight", values=(0.2, 0.4, 0.8)),)
-    search = Search(sampler="grid", points=3, width=3, space=space)
-    sweep = world.sweep("air", search=search, seeds=seeds(1, 2))
-    scheduler, before = world.scheduler(sweep), time.time()
-    points: dict[int, list[str]] = {}
-    while (job := scheduler.next()) is not None:
-        points.setdefault(job.point, []).extend(job.keys)
-        if failures := {key: Failure("data", "") for key in job.keys if job.point == 2}:
-            time.sleep(0.05)
-        else:
-            world.finish(job.trials)
-        scheduler.complete(job.number, failures)
-    [searching] = world.searches.values()
-    searching.renew_copy()
-    storage = open_storage(world.event_log.folder / "j")
-    copied = optuna.load_study(study_name=None, storage=storage).trials
-    test_metric = {"test/accuracy (not an objective)": 0.5}
-    names = ("trial_key seed=1", "trial_key seed=2")
-    keys = [dict(zip(names, points[number], strict=True)) for number in range(3)]
-    assert [trial.user_attrs for trial in copied] == [
-        {"point": 0, **keys[0], **test_metric},
-        {"point": 1, **keys[1], **test_metric, "mlflow_run_id": "r1"},
-        {"point": 2, **keys[2]},
-    ]
-    assert all(set(trial.user_attrs) == {"point"} for trial in searching.study.trials)
-    records = [world.store.record(slot.spec) for slot in world.plan(sweep).slots[:2]]
-    started = min(each["started"] for each in records)
-    assert copied[0].datetime_start.timestamp() == pytest.approx(started, abs=1e-4)
-    assert before <= copied[2].datetime_start.timestamp() < copied[2].datetime_complete.timestamp()
+    search = Search(sampler="grid", points=3, width=1, space=space)
+    sweep = world.sweep("air", "air_grip", search=search, seeds=seeds(1, 2))
+    scheduler = world.scheduler(sweep)
+    world.measured = lambda spec: world.objectives(spec, rung=0)  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="x has 2 searched cells; give `cell`; allowed: digits-"):
+        study_of(world.plan(sweep), world.store, world.event_log, None)
+    values: dict[str, list[float]] = {}
+    while (job := scheduler.next()) is not None and job.point < 2:
+        if failures := {key: Failure("data", "") for key in job.keys if job.point == 1}:
+            scheduler.complete(job.number, failures)
+            continue
+        world.finish(job.trials)
+        values[job.cell] = [world.measured(spec)[search.objective] for spec in job.trials]
+        scheduler.complete(job.number, {})
+    for name, of_cell in values.items():
+        study = study_of(world.plan(sweep), world.store, world.event_log, name)
+        assert study.direction.name == "MAXIMIZE"
+        assert [(t.params["fusion_weight"], t.value) for t in study.trials] == [
+            (0.8, fmean(of_cell)),  # the default
+            (0.2, None),
+            (0.4, None),
+        ]
+        states = [trial.state.name for trial in study.trials]
+        assert states == ["COMPLETE", "FAIL", "RUNNING" if name == job.cell else "WAITING"]
+        assert study.trials[2].distributions == study.best_trial.distributions
+    assert len(values) == 2
+    with pytest.raises(ValueError, match="x has no searched cell 'b'; give `cell`; allowed: digi"):
+        study_of(world.plan(sweep), world.store, world.event_log, "b")
+    with pytest.raises(ValueError, match="x has no search"):
+        study_of(world.plan(world.sweep("air")), world.store, world.event_log, None)
 
 
 def test_a_smoke_run_of_a_search_tries_two_points_of_its_space(world):

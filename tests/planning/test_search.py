@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
 from optuna.trial import TrialState
 
 from orchestrator.planning.pruning import points_to_prune
 from orchestrator.planning.search import CellSearch
 from orchestrator.planning.studies import Searches, read_searches
-from orchestrator.planning.study_copies import PointDetails, StudyCopy, open_storage
 from orchestrator.plugins import use_plugins
-from orchestrator.spec import Cell, Dimension, SpecError, cells_of, load_sweep
+from orchestrator.spec import Dimension, SpecError, cells_of, load_sweep
 from orchestrator.spec import SweepSpec as Sweep
 from orchestrator.spec.space import Point, study_name
 from orchestrator.spec.sweep import Search
@@ -236,32 +234,6 @@ def test_a_resumed_search_keeps_logged_points_that_its_sampler_would_not_suggest
         study = study_name(cell, spec.search)
         log.event_log.append("point_asked", cell=cell.id, study=study, point=number, params=point)
     assert [point["train.steps"] for point in params(log.play(spec))[:3]] == [7, 8, 9]
-
-
-def test_ended_points_are_copied_to_the_storage(tmp_path, log):
-    spec = sweep("tpe")
-    (cell,) = cells_of(spec)
-    log.play(spec)
-    for _ in range(2):  # every run starts a new copy
-        storage = open_storage(tmp_path / "j")
-        copy = StudyCopy(cell, spec.search, storage, "team/x", "default/x", without_details)
-        searching = CellSearch(cell, spec.search, read_searches(log.event_log), copy)
-        [name] = optuna.get_all_study_names(open_storage(tmp_path / "j"))
-        copied = optuna.load_study(study_name=name, storage=open_storage(tmp_path / "j"))
-        assert name == "team/x"
-        assert [(t.params, t.value) for t in copied.trials] == [
-            (point, objective) for _, point, objective in ended_points(searching)
-        ]
-        assert copied.metric_names == ["mutual_information"]
-        assert copied.user_attrs == {
-            "sweep": "default/x",
-            "cell": "digits-ul-text-air",
-            "objective": "mutual_information",
-        }
-
-
-def without_details(cell: Cell, points: Sequence[Point]) -> list[PointDetails]:
-    return [PointDetails({}, None) for _ in points]
 
 
 # ---------------------------------------------------------------- edited and failed

@@ -54,7 +54,6 @@ TEXTS = st.one_of(
                 "\U0010ffff",
                 "1e999",
                 "12h",
-                "postgresql://a",
             ),
         ]
     ),

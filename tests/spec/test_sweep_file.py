@@ -44,7 +44,6 @@ fixed: {lora.learning_rate: 1e-4}
 search:
   sampler: random
   points: 12
-  storage: postgresql://ada@db.example:5432/studies?sslmode=require
   space:
     fusion_weight: {min: 0, max: 1, when: "images_per_class > 0"}
     images_per_class: {values: [0, 25, 50]}
@@ -85,7 +84,6 @@ def test_every_part_of_a_file_is_read(tmp_path):
     assert spec.grid == {"backbone": ("tiny", "ViT-B-32/openai"), "method": ("cpl", "air")}
     assert spec.fixed == {"lora.learning_rate": 1e-4}
     assert spec.search.sampler == "random"
-    assert spec.search.storage.startswith("postgresql://ada@db.example")
     assert (spec.search.points, spec.search.width, spec.search.seed) == (12, 4, 0)
     assert spec.budget == Budget(gpu_hours=40, wall=12 * 3600)
     assert (spec.resources.trial.cpu, spec.resources.trial.gpu) == (1, 0.25)
