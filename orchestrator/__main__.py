@@ -16,7 +16,6 @@ from orchestrator.cli import (
     bundle,
     cache,
     cluster,
-    compare,
     doctor,
     inputs,
     results,
@@ -40,7 +39,7 @@ app = typer.Typer(
     "  airsweep run quickstart\n\n  airsweep table quickstart",
 )
 
-for commands in (sweeps, submit, doctor, results, compare, inputs, tracked, bundle):
+for commands in (sweeps, submit, doctor, results, inputs, tracked, bundle):
     app.add_typer(commands.app)
 app.add_typer(tracked.mlflow_app, name="mlflow")
 app.add_typer(sweeps.plugin_app, name="plugin")

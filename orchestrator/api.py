@@ -40,7 +40,6 @@ __all__ = [
     "Planned",
     "audit",
     "classify",
-    "compare",
     "curves",
     "errors",
     "export",
@@ -578,47 +577,6 @@ def report(
     store = results_store(store, smoke)
     write_atomic(file, page(report_data_of(*recorded_sweep(name, store, data_root))))
     return file
-
-
-def compare(
-    name: str | Outcome,
-    *,
-    paper: str | Path | None = None,
-    against: str | Outcome | None = None,
-    metric: str | None = None,
-    store: str | Path | None = None,
-    data_root: str | Path | None = None,
-) -> dict[str, Any]:
-    """Compare the results with published numbers, or with another sweep of the same store.
-
-    Args:
-        name, store, data_root: as for `results`.
-        paper: name or file of published numbers, as for `airsweep compare --paper`.
-        against: the other sweep. Give either `paper` or `against`.
-        metric: text, auxiliary or fused, for the accuracy of this classifier. Default: that of the
-            classifier that each trial tests.
-
-    Returns:
-        The verdict on each row (`cells`) and gain, as `airsweep compare --json` prints them.
-
-    Raises:
-        ValueError: the store has no such sweep, or there are no such published numbers.
-    """
-    from orchestrator.planning import plan_of
-    from orchestrator.reporting import Results, results_of
-    from orchestrator.reporting.published import compare_with_paper, compare_with_sweep, find_paper
-
-    def results_named(name: str | Outcome) -> Results:
-        sweep, location = recorded_sweep(name, store, data_root)
-        return results_of(plan_of(sweep, location), location.store, classifier=metric)
-
-    if (paper is None) == (against is None):
-        raise ValueError("give either `paper` or `against`")
-    ours = results_named(name)
-    if against is None:
-        return compare_with_paper(ours, find_paper(str(paper))).as_json()
-    other = against.name if isinstance(against, Outcome) else against
-    return compare_with_sweep(ours, results_named(against), other).as_json()
 
 
 def audit(

@@ -25,7 +25,6 @@ import pytest
 import typer
 
 from orchestrator.__main__ import app
-from orchestrator.reporting.published import find_paper
 from orchestrator.spec.marked_yaml import parse
 from orchestrator.spec.sweep_file import sweep_from_document
 from tests.helpers.documents import PAGES, ROOT, blocks, inline_commands, links
@@ -33,6 +32,7 @@ from tests.helpers.sweeps import airsweep, events, in_this_process
 
 # Sweeps that are run, with options that shorten them. Other sweeps are planned.
 RUN = {
+    "both": (),
     "context": (),
     "quickstart": (
         *("--only", "method=zero_shot,cpl"),
@@ -48,7 +48,6 @@ PARSED = {
     "airsweep retry": "nothing has failed here",
     "airsweep audit": "no synthetic images here (test_audits)",
     "airsweep classify": "needs images of the user (test_bundles)",
-    "airsweep compare": "needs another sweep or the paper's datasets (test_published)",
     "airsweep export": "ten seconds of torch (test_bundles)",
     "airsweep verify": "ten seconds of torch (test_bundles)",
     "s3://": "needs a bucket",
@@ -85,7 +84,7 @@ class MissingArgument(InvalidCommand):
 def checkout(tmp_path_factory, ray_session) -> Iterator[Path]:
     """A folder with the files that pages name, in which the sweeps of two pages have run."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in ("sweeps", "tests", "Makefile"):
+    for name in ("docs", "sweeps", "tests", "Makefile"):
         (folder / name).symlink_to(ROOT / name)
     with contextlib.chdir(folder):
         for page in PAGES[:2]:
@@ -140,12 +139,7 @@ def test_complete_yaml_files_on_a_page_are_valid(page, tmp_path, monkeypatch):
     write_files(page)  # those that a sweep names
     for block in blocks(page):
         if block.language == "yaml" and "version: 1\n" in block.text:
-            if "\nprotocol:\n" in block.text:  # published numbers
-                file = tmp_path / "paper.yaml"
-                file.write_text(block.text)
-                assert find_paper(str(file)).cells
-            else:
-                sweep_from_document(parse(block.text, f"{page.name}:{block.line}"))
+            sweep_from_document(parse(block.text, f"{page.name}:{block.line}"))
 
 
 @pytest.mark.ray

@@ -23,9 +23,7 @@ UNUSED = {
     "orchestrator.api": "torch ray mlflow numpy pandas pydantic yaml typer",
     "orchestrator.execution.driver": "torch obstore pyarrow",
     "orchestrator.tracking.types, orchestrator.tracking_uri": "mlflow",
-    "orchestrator.reporting.html_report, orchestrator.reporting.published": (
-        "torch ray mlflow optuna sklearn"
-    ),
+    "orchestrator.reporting.html_report": "torch ray mlflow optuna sklearn",
     "air_core.bundle": "torch PIL open_clip",
 }
 

@@ -114,13 +114,8 @@ class SweepResults:
     results: Results
 
 
-def read_results(
-    name: str, store: str | Path, data_root: Path | None, classifier: str | None = None
-) -> SweepResults:
+def read_results(name: str, store: str | Path, data_root: Path | None) -> SweepResults:
     """Read the results of a recorded sweep.
-
-    Args:
-        classifier: see `results_of`.
 
     Raises:
         ValueError: the store has no such sweep.
@@ -130,8 +125,7 @@ def read_results(
 
     sweep, location = recorded_sweep(name, store, data_root)
     plan = plan_of(sweep, location)
-    found = results.results_of(plan, location.store, classifier=classifier)
-    return SweepResults(location, plan, found)
+    return SweepResults(location, plan, results.results_of(plan, location.store))
 
 
 def note_options(location: SweepLocation) -> None:

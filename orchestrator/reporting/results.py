@@ -47,16 +47,12 @@ def finished_records(plan: Plan, store: ArtifactStore) -> list[tuple[Slot, Trial
 
 
 def finished_trial(
-    slot: Slot,
-    record: TrialRecord,
-    objective: float | None = None,
-    predictions: str = "predictions",
+    slot: Slot, record: TrialRecord, objective: float | None = None
 ) -> FinishedTrial:
     """Combine a slot of the plan with its record.
 
     Args:
         objective: of the slot's point, mean over its runs.
-        predictions: those that count: of the tested classifier, or text, auxiliary or fused.
     """
     arrays = record.test_arrays()
     return FinishedTrial(
@@ -70,14 +66,13 @@ def finished_trial(
         objective=objective,
         metrics=record.metrics,
         image_ids=arrays["index"],
-        predictions=arrays[predictions],
+        predictions=arrays["predictions"],
         by_classifier={name: arrays[name] for name in CLASSIFIERS if name in arrays},
         probabilities={
             name: arrays[key] for name in CLASSIFIERS if (key := f"probability_{name}") in arrays
         },
         labels=arrays["labels"],
         unseen=_unseen(slot, arrays["labels"]),
-        digests=_digests(slot),
         searched=frozenset(slot.params),
         key=record.key,
         curves=record.curves,
@@ -98,23 +93,18 @@ def results_of(
     plan: Plan,
     store: ArtifactStore,
     records: Sequence[tuple[Slot, TrialRecord]] | None = None,
-    classifier: str | None = None,
 ) -> Results:
     """The rows of a sweep's table and the trials behind them, in the order of the plan.
 
     Args:
         records: the result of `finished_records`, if the caller has it already.
-        classifier: text, auxiliary or fused, for rows of this one; trials without it are left out.
-            Default: the classifier that each trial tests.
     """
     search_objective = plan.sweep.search.objective if plan.sweep.search else None
     records = finished_records(plan, store) if records is None else records
     objectives = _objectives(records, search_objective, len(plan.sweep.seeds.values))
-    predictions = classifier or "predictions"
     trials = [
-        finished_trial(slot, record, objectives.get((slot.cell.id, slot.point)), predictions)
+        finished_trial(slot, record, objectives.get((slot.cell.id, slot.point)))
         for slot, record in records
-        if classifier is None or classifier in record.test_arrays()
     ]
     tested = {dataset_text(slot.cell.flat): slot.spec for slot, _ in records}
     pruned = {(slot.cell.id, slot.point) for slot in plan.slots if slot.id in plan.pruned}
@@ -123,14 +113,6 @@ def results_of(
         trials,
         {name: len(tested_classes(spec, store)) for name, spec in tested.items()},
     )
-
-
-def _digests(slot: Slot) -> dict[str, str]:
-    spec = slot.spec
-    digests = {"dataset": spec.dataset.digest, "backbone": spec.backbone.digest}
-    if spec.test_dataset is not None:
-        digests["test_dataset"] = spec.test_dataset.digest
-    return digests
 
 
 def _unseen(slot: Slot, labels: np.ndarray) -> np.ndarray | None:

@@ -81,7 +81,6 @@ class FinishedTrial:
     by_classifier: Mapping[str, Array] = field(default_factory=dict)
     probabilities: Mapping[str, Array] = field(default_factory=dict)  # (T,) of these predictions
     unseen: Array | None = None  # (T,) bool: TRZSL, images of classes without labels
-    digests: Mapping[str, str] = field(default_factory=dict)  # content of dataset and backbone
     searched: frozenset[str] = frozenset()  # keys of `settings` that a search chose
     key: str = ""
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict)  # a value per iteration
@@ -151,8 +150,6 @@ class Protocol:
     class_seed: int | None  # trzsl; None if runs differ in it
     leaky_pool: bool
     whole_pool: bool  # the sweep neither shrinks nor unbalances the pool
-    pool: Mapping[str, Any] = field(default_factory=dict)  # the settings that do
-    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -381,7 +378,6 @@ def _protocol(point: Sequence[FinishedTrial]) -> Protocol:
     classes = {trial.flat.get("class_seed", 500) for trial in point} if is_trzsl else set()
     seeds = Counter(split for split, seed in _distinct(point) if seed is not None)
     whole = {"pool_size": None, "pool_ratio": 1.0, "pool_missing": 0.0}
-    pool = {key: flat.get(key, value) for key, value in whole.items()}
     return Protocol(
         backbone=str(flat.get("backbone", "")),
         splits=len({trial.split_seed for trial in point}),
@@ -389,9 +385,7 @@ def _protocol(point: Sequence[FinishedTrial]) -> Protocol:
         shots=flat.get("shots", 2) if flat["paradigm"] == "ssl" else None,
         class_seed=next(iter(classes)) if len(classes) == 1 else None,
         leaky_pool=bool(flat.get("leaky_pool", False)),
-        whole_pool=pool == whole,
-        pool=pool,
-        digests=dict(point[0].digests),
+        whole_pool=all(flat.get(key, value) == value for key, value in whole.items()),
     )
 
 

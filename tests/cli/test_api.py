@@ -89,14 +89,14 @@ def test_the_installed_module_airsweep_exports_the_whole_api():
 
 
 # Options without a counterpart in the API, and those of `Planned.check`.
-ONLY_COMMAND_LINE = {"as_json", "explain", "form", "watch", "check", "tracking_uri", "fail_on"}
+ONLY_COMMAND_LINE = {"as_json", "explain", "form", "watch", "check", "tracking_uri"}
 
 
 @pytest.mark.parametrize(
     "name",
     [
         *("plan", "prepare", "run", "retry", "status", "init"),
-        *("audit", "compare", "errors", "export", "report", "sample"),
+        *("audit", "errors", "export", "report", "sample"),
     ],
 )
 def test_a_function_has_the_parameters_of_its_command(name):
@@ -229,12 +229,6 @@ def test_results_are_read_further_from_python(finished, tmp_path):
     assert page.read_text().startswith("<!")
     with pytest.raises(ValueError, match="existing folder"):
         api.report(done, tmp_path / "none" / "report.html")
-    compared = api.compare(done, against=done)
-    words = ("small", "--against", "default/small", "--store", store, "--json")
-    printed = json.loads(airsweep("compare", *words).stdout)
-    assert json.loads(json.dumps(compared)) == {key: printed[key] for key in compared}
-    with pytest.raises(ValueError, match="either `paper` or `against`"):
-        api.compare(done)
     with pytest.raises(ValueError, match="nothing to audit"):
         api.audit(done)
     assert [sweep["sweep"] for sweep in api.sweeps(store=store)] == ["default/small"]

@@ -338,19 +338,6 @@ def test_errors_draws_the_wrong_images_from_the_surest_on(location, command, tmp
     assert "has no probabilities of a fused classifier" in err
 
 
-def test_compare_reads_the_accuracy_of_a_classifier(location, command):
-    words = ("compare", "small", "--against", "small", *store_option(location))
-    code, out, err = command(*words, "--metric", "auxiliary", "--json")
-    assert code == 0, err
-    [cell] = json.loads(out)["cells"]
-    assert (cell["method"], cell["paradigm"]) == ("zero_shot_real", "ul")
-    record = read_trial(slots_of(location, "zero_shot_real")[0].spec, location.store)
-    assert cell["ours"][0] == record.metrics["test/accuracy_auxiliary"]
-    code, _, err = command(*words, "--metric", "best")
-    assert code == 2
-    assert "unknown --metric 'best'; allowed: text, auxiliary, fused" in err
-
-
 # ---------------------------------------------------------------- export best
 
 
