@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 
@@ -20,8 +19,7 @@ from orchestrator.api import results_store as results_store
 from orchestrator.formatting import show
 
 if TYPE_CHECKING:
-    from orchestrator.planning import Plan, SweepRequest
-    from orchestrator.reporting import Results
+    from orchestrator.planning import SweepRequest
     from orchestrator.store import SweepLocation
 
 T = TypeVar("T")
@@ -105,29 +103,6 @@ def load(
     return read_request(spec, sets or (), only or (), smoke)
 
 
-@dataclass(frozen=True)
-class SweepResults:
-    """A recorded sweep and its results so far."""
-
-    location: SweepLocation
-    plan: Plan
-    results: Results
-
-
-def read_results(name: str, store: str | Path, data_root: Path | None) -> SweepResults:
-    """Read the results of a recorded sweep.
-
-    Raises:
-        ValueError: the store has no such sweep.
-    """
-    from orchestrator.planning import plan_of
-    from orchestrator.reporting import results
-
-    sweep, location = recorded_sweep(name, store, data_root)
-    plan = plan_of(sweep, location)
-    return SweepResults(location, plan, results.results_of(plan, location.store))
-
-
 def note_options(location: SweepLocation) -> None:
     """Note on stderr the options of the last run, to which the results belong, and folders that
     have changed since."""
@@ -142,15 +117,6 @@ def note_options(location: SweepLocation) -> None:
         show(f"note: the sweep as last run, with {shlex.join(words)}{left_out}", file=sys.stderr)
     for sentence in changed_folders(location):
         show(f"note: {sentence}", file=sys.stderr)
-
-
-def no_results_message(name: str, found: SweepResults) -> str:
-    from orchestrator.planning.requests import run_command
-
-    return (
-        f"none of the {found.plan.total} trials of {name} has finished; "
-        f"`{run_command(found.location)}` resumes the sweep"
-    )
 
 
 def fail(message: str, code: int = 2) -> NoReturn:

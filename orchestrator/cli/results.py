@@ -20,9 +20,7 @@ from orchestrator.cli.common import (
     StoreOption,
     fail,
     location_named,
-    no_results_message,
     note_options,
-    read_results,
     recorded_sweep,
     results_store,
 )
@@ -205,7 +203,7 @@ def table(
     data_root: DataOption = None,
     form: Annotated[
         str,
-        typer.Option("--format", metavar="FORMAT", help="Output format: md, csv, json or latex."),
+        typer.Option("--format", metavar="FORMAT", help="Output format: md, csv or json."),
     ] = "md",
     columns: Annotated[
         str,
@@ -215,62 +213,28 @@ def table(
             "have all.",
         ),
     ] = "fit",
-    row_keys: Annotated[
-        str | None,
-        typer.Option(
-            "--rows",
-            metavar="KEY[,KEY]",
-            help="Rows of a pivot table: dataset, paradigm, modality, method, or a setting that "
-            "the sweep varies.",
-        ),
-    ] = None,
-    column_keys: Annotated[
-        str | None,
-        typer.Option(
-            "--cols", metavar="KEY[,KEY]", help="Columns of the pivot table; same keys as --rows."
-        ),
-    ] = None,
-    metric: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Metric of the pivot table: accuracy, fused, pseudo-labels, seen, unseen, ... "
-            "Default: accuracy.",
-        ),
-    ] = None,
 ) -> None:
     """Print results: mean, spread, confidence interval and significance.
 
     airsweep table quickstart
 
     airsweep table quickstart --format json
-
-    airsweep table quickstart --format latex --rows method --cols dataset
     """
-    from orchestrator.planning import results_text
-    from orchestrator.reporting import tables
+    from orchestrator.planning import plan_of, results_text
+    from orchestrator.reporting import results_of, tables
 
     if form not in tables.FORMATS:
         fail(f"unknown --format {form!r}; allowed: {', '.join(tables.FORMATS)}")
     if columns not in tables.COLUMN_SETS:
         fail(f"unknown --columns {columns!r}; allowed: {', '.join(tables.COLUMN_SETS)}")
-    recorded = read_results(name, results_store(store, smoke), data_root)
-    note_options(recorded.location)
-    if left := recorded.plan.to_run:
-        have = results_text(recorded.plan.results)
-        show(f"note: {left} of {recorded.plan.total} trials left to run; {have}", file=sys.stderr)
-    if row_keys is None and column_keys is None and metric is None:
-        show(tables.table(recorded.results, form, columns))
-        return
-    if not recorded.results.rows:
-        raise ValueError(no_results_message(name, recorded))
-    keys = {"down": _split(row_keys), "across": _split(column_keys)}
-    pivot = tables.pivot(recorded.results, **keys, metric=metric or tables.ACCURACY)
-    show(tables.pivot_text(pivot, form))
-
-
-def _split(option: str | None) -> list[str] | None:
-    return None if option is None else [word.strip() for word in option.split(",") if word.strip()]
+    sweep, location = recorded_sweep(name, results_store(store, smoke), data_root)
+    plan = plan_of(sweep, location)
+    found = results_of(plan, location.store)
+    note_options(location)
+    if left := plan.to_run:
+        have = results_text(plan.results)
+        show(f"note: {left} of {plan.total} trials left to run; {have}", file=sys.stderr)
+    show(tables.table(found, form, columns))
 
 
 @app.command()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
 from dataclasses import replace
 
 import numpy as np
@@ -251,7 +250,7 @@ def test_a_collapsed_run_is_reported_in_table_json_and_screen() -> None:
     found = results(finished)
     note = "Collapsed run: air, split 0, seed 2 has accuracy 0.0, the other runs 68."
     *_, below = table(found, "md").split("\n\n")
-    for text in (below, summary("s", found, []), table(found, "latex")):
+    for text in (below, summary("s", found, [])):
         assert note in " ".join(text.split())
     by_method = {row["method"]: row["collapsed"] for row in json.loads(table(found, "json"))}
     assert [one["seed"] for one in by_method.pop("air")] == [2]
@@ -285,8 +284,6 @@ def test_notes_of_a_searched_table_explain_how_well_its_objective_ranked_points(
     figures = str(found.rows[1].choice.pooled)  # type: ignore[union-attr]
     assert figures in " ".join(below.split())
     assert "correlation" not in table(results(quickstart()), "md")
-    latex = table(found, "latex")
-    assert start in latex[latex.index("caption") : latex.index("tabular")]
 
 
 def test_json_of_a_search_contains_the_chosen_point_and_why() -> None:
@@ -340,17 +337,9 @@ def test_csv_has_the_numbers_of_json_in_flat_columns() -> None:
     assert len(lines) == len(found.rows)
 
 
-def test_latex_is_escaped_and_the_best_is_bold() -> None:
-    finished = quickstart()
-    text = table(results(finished), "latex")
-    assert "zero\\_shot" in text
-    body = text.partition("\\caption")[2].replace(" & ", " ")
-    assert not re.search(r"(?<!\\)[_%&#]", body)
-    (bold,) = [line for line in text.splitlines() if "\\textbf" in line]
-    assert bold.startswith("air & \\textbf{")
-    assert "cpl$^\\dagger$" in bold
-    for rule in ("\\toprule", "\\midrule", "\\bottomrule"):
-        assert rule in text
+def test_the_best_row_of_a_table_is_bold() -> None:
+    (bold,) = [line for line in table(results(quickstart()), "md").splitlines() if "**" in line]
+    assert bold.startswith("| air ")
 
 
 def test_an_empty_table_states_that_no_trial_is_finished() -> None:
@@ -358,7 +347,6 @@ def test_an_empty_table_states_that_no_trial_is_finished() -> None:
     assert table(nothing, "json") == "[]"
     assert table(nothing, "csv").startswith("dataset,paradigm,modality,method,metric")
     assert "no finished trial" in table(nothing, "md").lower()
-    assert table(nothing, "latex").startswith("%")
     assert "no finished trial" in summary("airsweep quickstart", nothing, [])
 
 
