@@ -306,31 +306,6 @@ def tpe(search: Search, seed: int) -> BaseSampler:
     return TPESampler(seed=seed, n_startup_trials=startup)
 
 
-def importances(
-    space: Sequence[Dimension], points: Sequence[tuple[Mapping[str, Any], float]]
-) -> dict[str, float]:
-    """Importance of each dimension for the objective, by functional ANOVA (Hutter et al. 2014).
-
-    Args:
-        points: settings and objective of each point.
-
-    Returns:
-        Fractions that sum to 1, the largest first. Empty if importance is undefined: with fewer
-        than four points, equal objectives, or no dimension that all points have.
-    """
-    values = {value for _, value in points}
-    shared = [d for d in space if all(d.key in settings for settings, _ in points)]
-    if len(points) < 4 or len(values) < 2 or not shared:
-        return {}
-    study = optuna.create_study(direction="maximize")
-    for settings, value in points:
-        params = {d.key: settings[d.key] for d in shared}
-        distributions = {d.key: _distribution(d) for d in shared}
-        study.add_trial(create_trial(params=params, distributions=distributions, value=value))
-    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-    return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
-
-
 def _suggest_value(trial: optuna.Trial, dimension: Dimension) -> Any:
     key = dimension.key
     match _distribution(dimension):

@@ -50,7 +50,6 @@ VERDICT_COLORS: dict[Verdict | None, str] = {
 }
 
 MIN_SPAN = 5.0  # smallest range of an axis in percent, in points
-FEWEST = 20  # test images of the first point of a curve over coverage
 MAX_CURVES = len(COLORS)  # per chart; more cannot be distinguished
 MAX_HEADING = 40  # characters
 MAX_DOTS = 24  # per chart in a note; a report shows more
@@ -146,37 +145,33 @@ def curves(
     *,
     title: str = "",
     level: Mapping[str, float] | None = None,
-    percent: bool = True,
     joined: bool = True,
     width: float = WIDTH,
 ) -> Figure:
-    """A line per series, over its band if it has one.
+    """A line in percent per series of fractions, over its band if it has one.
 
     Args:
         level: horizontal reference lines, by name.
-        percent: whether the values are fractions to be shown in percent.
         joined: whether points are joined by a line; else only dots are drawn.
     """
-    factor = 100 if percent else 1
     with _drawing(width, 2.6 if width == WIDTH else 3.6) as (figure, axes):
         for curve in series:
             x = np.asarray(curve.x, dtype=float)
-            [line] = axes.plot(x, factor * np.asarray(curve.y), label=curve.label)
+            [line] = axes.plot(x, 100 * np.asarray(curve.y), label=curve.label)
             if not joined:
                 line.set_linestyle("none")
             if curve.low is not None and curve.high is not None:
-                low, high = (factor * np.asarray(side) for side in (curve.low, curve.high))
+                low, high = (100 * np.asarray(side) for side in (curve.low, curve.high))
                 axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         for name, value in (level or {}).items():
-            axes.axhline(factor * value, color=FAINT, linewidth=1, linestyle=(0, (2, 2)), marker="")
+            axes.axhline(100 * value, color=FAINT, linewidth=1, linestyle=(0, (2, 2)), marker="")
             right = axes.get_yaxis_transform()
             style = {"ha": "right", "va": "bottom", "fontsize": 7, "color": FAINT}
-            axes.text(1, factor * value, name, style, transform=right)
+            axes.text(1, 100 * value, name, style, transform=right)
         ticks = sorted({float(x) for curve in series for x in curve.x})
         if joined and 1 < len(ticks) <= 7:
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        if percent:
-            _limit_axis(axes)
+        _limit_axis(axes)
         axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
         if len(series) > 1 or series[0].label:
             longest = max(len(curve.label) for curve in series)
@@ -410,24 +405,6 @@ def over_iterations(
         for label, runs in curves
         if runs is not None and runs.shape[1] > 1
     ]
-
-
-def coverage(results: Results, row: Row) -> list[Series]:
-    """Accuracy of each classifier of a row on its surest test images, by their share of all.
-
-    Test images of all runs are sorted together; the leftmost point has `FEWEST` of them.
-    """
-    trials, series = [*results.distinct_trials(row).values()], []
-    for name in trials[0].probabilities:
-        sure = np.concatenate([trial.probabilities[name] for trial in trials])
-        right = np.concatenate([t.by_classifier[name] == t.labels for t in trials])
-        order = np.argsort(-sure, kind="stable")
-        counts = np.unique(np.linspace(min(FEWEST, len(order)), len(order), 21).astype(int))
-        accuracy = np.cumsum(right[order])[counts - 1] / counts
-        series.append(
-            Series(label=name, x=(100 * counts / len(order)).tolist(), y=accuracy.tolist())
-        )
-    return series
 
 
 def confusion(labels: Array, predictions: Array, classes: int) -> Array:

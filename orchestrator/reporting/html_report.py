@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,8 +19,7 @@ from pandas import DataFrame
 
 from air_core.methods import METHODS
 from air_core.specs import EvidenceSettings
-from orchestrator.failures import CLASSES
-from orchestrator.formatting import format_duration, format_percent, format_value, plural
+from orchestrator.formatting import format_percent, format_value, plural
 from orchestrator.planning.agreement_card import (
     agreement_caption,
     agreement_lines,
@@ -30,8 +27,7 @@ from orchestrator.planning.agreement_card import (
     fusion_lines,
 )
 from orchestrator.planning.dataset_text import tested_classes, unused_by_dataset
-from orchestrator.planning.plan import RESULT_STATES, STAGE_TITLES, results_text
-from orchestrator.planning.requests import run_command, store_command
+from orchestrator.planning.plan import RESULT_STATES, results_text
 from orchestrator.reporting import charts
 from orchestrator.reporting._layouts import Layout, drop_empty_columns
 from orchestrator.reporting._statistics import Array
@@ -42,14 +38,11 @@ from orchestrator.reporting.rows import (
     Results,
     Row,
     Task,
-    choice_notes,
-    is_bound,
     row_text,
     significance_notes,
     splits_and_seeds,
     task_text,
 )
-from orchestrator.reporting.selection import best_candidate
 from orchestrator.reporting.summary import data_text, unused_lines
 from orchestrator.reporting.tables import comparison_lines, table_layout
 
@@ -287,52 +280,6 @@ def evidence_text(flat: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {format_value(value)}" for name, value in (first | others).items())
 
 
-CONFIDENCE_NOTE = (
-    "Calibration error: mean distance of probability and accuracy over 15 bins (ECE), in points, "
-    "mean over runs; before: at temperature 1. Without validation images the temperature is 1."
-)
-
-
-def confidence(data: ReportData) -> Iterator[Group]:
-    """Accuracy against coverage, and calibration, of the classifiers of one row of each task."""
-    results = data.results
-    for task in results.tasks[:MAX_TASKS]:
-        rows = [row for row in results.tested if row.task == task and not is_bound(row.method)]
-        with suppress(ValueError):  # an older version recorded no probabilities
-            row = best_candidate(results, rows).row
-            series = charts.coverage(results, row)
-            if not series:
-                continue
-            title = row_text(row, results.varied_settings)
-            figure = charts.curves(
-                series, "surest test images, % of all", "accuracy on these, %", title=title
-            )
-            lines = [
-                {
-                    "classifier": each.label,
-                    "accuracy": format_percent(results.mean(row, f"test/accuracy_{each.label}")),
-                    "temperature": _number(results.mean(row, f"temperature/{each.label}")),
-                    "calibration error": format_percent(
-                        results.mean(row, f"test/calibration_error_{each.label}")
-                    ),
-                    "before": format_percent(
-                        results.mean(row, f"test/calibration_error_uncalibrated_{each.label}")
-                    ),
-                }
-                for each in series
-            ]
-            alt = "Accuracy on the surest test images by their share"
-            yield Group(
-                heading=task_text(task),
-                figures=[_chart(figure, alt)],
-                tables=_tables(lines, CONFIDENCE_NOTE),
-            )
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
-
-
 def confusions(data: ReportData) -> Iterator[Group]:
     """Confusion matrices of the best row of each task and of its host."""
     results = data.results
@@ -444,129 +391,6 @@ def _plus_minus(pair: Sequence[float] | None) -> str:
     return "" if pair is None else f"{pair[0]:.3f} ± {pair[1]:.3f}"
 
 
-# ---------------------------------------------------------------- search
-
-
-def searches(data: ReportData) -> Iterator[Group]:
-    """Per cell: history of the search, importance of settings, objective against test accuracy."""
-    search = data.sweep.search
-    if search is None:
-        return
-    from orchestrator.planning.search import importances  # imports Optuna: half a second
-
-    if notes := choice_notes(data.results.rows):
-        yield Group(texts=notes)
-    objectives = {(t.cell, t.point): t.objective for t in data.results.trials}
-    chosen = {row.cell: row.point for row in data.results.rows}
-    for cell in data.plan.cells:
-        rows = sorted((r for r in data.points if r.cell == cell.id), key=lambda row: row.point)
-        valued = [(row, objectives.get((cell.id, row.point))) for row in rows]
-        pairs = [(row, value) for row, value in valued if value is not None]
-        if len(pairs) < 2:
-            continue
-        values, numbers = [value for _, value in pairs], [row.point for row, _ in pairs]
-        best = np.maximum.accumulate(values).tolist()
-        by_point = [
-            charts.Series(label="point", x=numbers, y=values),
-            charts.Series(label="best so far", x=numbers, y=best),
-        ]
-        history = charts.curves(by_point, "point", search.objective, percent=False, title="History")
-        figures = [_chart(history, "Objective by point")]
-        every = charts.Series(label="point", x=values, y=[row.mean for row, _ in pairs])
-        marked = [
-            charts.Series(label=name, x=[value], y=[row.mean])
-            for name, point in (("chosen", chosen.get(cell.id)), ("default", 0))
-            for row, value in pairs
-            if row.point == point
-        ]
-        labels = (search.objective, "test accuracy, %")
-        title = "Objective against test"
-        if rows[0].is_tested:
-            against_test = charts.curves([every, *marked], *labels, title=title, joined=False)
-            figures.append(_chart(against_test, title))
-        weights = importances(cell.space, [(row.settings, value) for row, value in pairs])
-        lines = [{"setting": key, "importance": f"{share:.0%}"} for key, share in weights.items()]
-        note = "Importance: share of the variance of the objective (functional ANOVA)."
-        yield Group(
-            heading=cell.id,
-            figures=figures,
-            tables=_tables(lines, note),
-        )
-
-
-# ---------------------------------------------------------------- time, failures, lineage
-
-
-def costs(data: ReportData) -> Iterator[Group]:
-    """Worker time and GPU-hours by stage."""
-    lines = []
-    for stage, (count, seconds) in data.costs().items():
-        hours = seconds * data.sweep.resources.process_resources(stage).gpu / 3600
-        lines.append(
-            {
-                "stage": STAGE_TITLES.get(stage, stage),
-                "results": f"{count:,}",
-                "time of one worker": format_duration(seconds),
-                "seconds each": f"{seconds / count:.2f}" if count else "",
-                "GPU-hours": f"{hours:.2f}" if hours else "",
-            }
-        )
-    wall = data.outcome.get("seconds")
-    text = (
-        "Work of this sweep, summed over workers and runs, without results that other sweeps "
-        f"computed. Trials: {results_text(data.counts)}."
-    )
-    text += f" The last run took {format_duration(wall)}." if wall else ""
-    yield Group(texts=[text], tables=_tables(lines))
-
-
-def failures(data: ReportData) -> Iterator[Group]:
-    """Failures and retries by class, with remedies."""
-    status = data.status
-    failed = Counter(
-        (event["failure_class"], event["message"], kind)
-        for kind, events in (("trial", status.failures), ("artifact", status.failed_artifacts))
-        for event in events.values()
-    )
-    rows = [(name, plural(n, kind), text) for (name, text, kind), n in sorted(failed.items())]
-    rows += [(name, f"{count} retried", "") for name, count in sorted(status.retried.items())]
-    lines = [
-        {"class": name, "count": count, "message": message, "remedy": CLASSES[name].remedy}
-        for name, count, message in rows
-    ]
-    if lines:
-        yield Group(tables=_tables(lines))
-
-
-def lineage(data: ReportData) -> Iterator[Group]:
-    """Inputs, code and seeds, and the commands that reproduce the results."""
-    facts = [
-        (name, ", ".join(map(str, data.provenance(name))))
-        for name in ("commit", "dirty", "user", "host", "device")
-    ]
-    for versions in data.provenance("versions"):
-        facts.append(("versions", ", ".join(f"{k} {v}" for k, v in sorted(versions.items()))))
-    seeds = [
-        ", ".join(f"{k} {v}" for k, v in seed.items()) for seed in data.sweep.seeds.assignments()
-    ]
-    facts += [*data.inputs().items(), ("seeds", "; ".join(seeds))]
-    last = data.status.last
-    keys = [
-        f"{slot.key.digest[:12]}  {last.get(slot.id, 'waiting'):<9}  {slot.id}"
-        for slot in data.plan.slots
-    ]
-    yield Group(
-        texts=[
-            f"Sweep {data.location.full_name}. Run it again: "
-            f"{run_command(data.location)}. Reproduce one trial from its record: "
-            f"{store_command('repro KEY', data.location)}. Compare two trials: "
-            f"{store_command('diff A B', data.location)}."
-        ],
-        tables=_tables([{"name": name, "value": value} for name, value in facts if value]),
-        details=[("The sweep file", data.sweep.text), ("Trial keys", "\n".join(keys))],
-    )
-
-
 # Anchor, title, introduction, and the function that yields the groups.
 SECTIONS: tuple[tuple[str, str, str, Callable[[ReportData], Iterator[Group]]], ...] = (
     ("answer", "Answer", "", answer),
@@ -598,21 +422,5 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[ReportData], Iterator[Group]]], .
         "1 (bright).",
         confusions,
     ),
-    (
-        "confidence",
-        "Confidence",
-        "For an application that leaves out unsure images: accuracy on the surest test images of "
-        "each classifier of the row that airsweep export best selects.",
-        confidence,
-    ),
     ("images", "Images", "", images),
-    ("search", "Search", "", searches),
-    ("cost", "Time and cost", "", costs),
-    (
-        "failures",
-        "Failures",
-        "Trials and artifacts that failed. The next run retries them.",
-        failures,
-    ),
-    ("lineage", "Lineage", "", lineage),
 )

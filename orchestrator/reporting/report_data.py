@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.planning import Plan, plan_of, refs_of
+from orchestrator.planning import Plan, plan_of
 from orchestrator.planning.agreement_card import AgreementCard
 from orchestrator.planning.audit_card import AuditCard
 from orchestrator.planning.cards import Card, complete_rows, rows_of_sweep, stored_card
@@ -32,40 +32,6 @@ class ReportData:
     outcome: Mapping[str, Any]  # of the last run
     cards: Sequence[tuple[AuditCard, Path]]  # audit cards of images and their pictures
     agreements: Sequence[AgreementCard]  # of the classifiers on each pool
-
-    def costs(self) -> dict[str, tuple[int, float]]:
-        """Number of results and worker seconds by stage, without results that other sweeps made."""
-        from pandas import DataFrame
-
-        events = self.location.event_log().events()
-        seconds = [
-            (event["stage"], event["seconds"])
-            for event in events
-            if event["event"] == "artifact_prepared"
-        ]
-        states = self.status.last
-        own = {s.key.digest for s in self.plan.slots if states.get(s.id) in ("done", "recovered")}
-        trials = {trial.key: trial.seconds for trial in self.results.trials if trial.key in own}
-        seconds += [("trials", value) for value in trials.values()]
-        groups = DataFrame(seconds, columns=["stage", "seconds"]).groupby("stage", sort=False)
-        return {stage: (len(group), group["seconds"].sum()) for stage, group in groups}
-
-    def inputs(self) -> dict[str, str]:
-        """Digests of all inputs, by kind and name."""
-        digests = {}
-        for slot in self.plan.slots:
-            for kind, ref in refs_of(slot.spec).items():
-                digests[f"{kind.replace('_', ' ')} {ref.name}"] = ref.digest
-        return dict(sorted(digests.items()))
-
-    def provenance(self, name: str) -> list[Any]:
-        """Distinct values of a provenance field of the records, in order of appearance."""
-        values: list[Any] = []
-        for trial in self.results.trials:
-            value = trial.provenance.get(name)
-            if value and value not in values:
-                values.append(value)
-        return values
 
 
 def report_data_of(sweep: SweepSpec, location: SweepLocation) -> ReportData:

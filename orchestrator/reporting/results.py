@@ -68,16 +68,11 @@ def finished_trial(
         image_ids=arrays["index"],
         predictions=arrays["predictions"],
         by_classifier={name: arrays[name] for name in CLASSIFIERS if name in arrays},
-        probabilities={
-            name: arrays[key] for name in CLASSIFIERS if (key := f"probability_{name}") in arrays
-        },
         labels=arrays["labels"],
         unseen=_unseen(slot, arrays["labels"]),
         searched=frozenset(slot.params),
         key=record.key,
         curves=record.curves,
-        seconds=record.seconds,
-        provenance=record.provenance,
     )
 
 

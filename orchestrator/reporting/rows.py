@@ -79,13 +79,10 @@ class FinishedTrial:
     labels: Array  # (T,)
     # (T,) predictions by text, auxiliary and fused classifier, as far as recorded
     by_classifier: Mapping[str, Array] = field(default_factory=dict)
-    probabilities: Mapping[str, Array] = field(default_factory=dict)  # (T,) of these predictions
     unseen: Array | None = None  # (T,) bool: TRZSL, images of classes without labels
     searched: frozenset[str] = frozenset()  # keys of `settings` that a search chose
     key: str = ""
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict)  # a value per iteration
-    seconds: float = 0.0
-    provenance: Mapping[str, Any] = field(default_factory=dict)  # commit, versions, device, ...
 
     @functools.cached_property
     def ignores_seed(self) -> bool:

@@ -221,7 +221,7 @@ def _steps(plan: Plan, location: SweepLocation, results: Results) -> list[tuple[
     if not results.rows:
         return steps
     steps.append((results_command("table", location), "all columns, differences and notes"))
-    steps.append((results_command("report", location), "curves, images and cost in one page"))
+    steps.append((results_command("report", location), "curves and images in one page"))
     if exported(results) is not None:
         command = results_command("export best --sweep", location, "-o", "bundle")
         steps.append((command, "the classifier marked *"))

@@ -22,11 +22,9 @@ from PIL import Image
 from air_core.datasets import get_dataset
 from orchestrator.planning import plan_of
 from orchestrator.planning.recorded import read_sweep
-from orchestrator.planning.search import importances
 from orchestrator.reporting.html_report import frequent_confusions, page
 from orchestrator.reporting.report_data import report_data_of
 from orchestrator.reporting.screens import status_report, status_screen, summary_screen
-from orchestrator.spec import Dimension
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.features import build as build_features
 from orchestrator.store import open_store
@@ -35,7 +33,7 @@ from tests.helpers.browser import CHROMIUM, MISSING, Browser
 from tests.helpers.golden import check_refusals
 from tests.helpers.outcomes import by_method, record_sweep
 from tests.helpers.servers import serve
-from tests.helpers.sweeps import airsweep, search_sweep, write_sweep
+from tests.helpers.sweeps import airsweep, write_sweep
 from tests.helpers.trials import one_line
 
 GRID = """
@@ -60,12 +58,6 @@ def run_sweep(spec: Path) -> Path:
 def grid(tmp_path_factory, drawn_digits) -> Path:
     text = GRID.format(folder=drawn_digits)
     return run_sweep(write_sweep(tmp_path_factory.mktemp("grid"), "grid", text))
-
-
-@pytest.fixture(scope="module")
-def searched(tmp_path_factory, drawn_digits) -> Path:
-    text = search_sweep(drawn_digits).replace("points: 4", "points: 6")
-    return run_sweep(write_sweep(tmp_path_factory.mktemp("searched"), "searched", text))
 
 
 def report(store: Path, name: str) -> str:
@@ -113,7 +105,7 @@ def test_the_report_of_a_grid_has_all_sections_in_order(grid):
     outline = Outline(report(grid, "grid"))
     assert outline.sections == [
         *("answer", "table", "settings", "components", "pseudo-labels", "confusion"),
-        *("images", "cost", "lineage"),
+        "images",
     ]
     assert all(picture["alt"] for picture in outline.pictures)
     titles = [text for chart in charts_of(outline) for text in labels_of(chart)]
@@ -199,15 +191,6 @@ def test_a_report_is_self_contained_and_reproducible(grid):
     assert len(text) < 5_000_000
     assert not re.findall(r'(?:src|href)="(?!data:|#)', text)
     assert "<script" not in text
-
-
-def test_the_report_of_a_search_has_history_importance_and_objective_against_test(searched):
-    outline = Outline(report(searched, "searched"))
-    assert "search" in outline.sections
-    alts = [picture["alt"] for picture in outline.pictures]
-    assert "Objective by point" in alts
-    assert "Objective against test" in alts
-    assert "importance" in outline.cells
 
 
 def test_text_of_a_sweep_file_is_escaped(tmp_path):
@@ -324,21 +307,3 @@ def test_the_most_confused_pairs_come_first():
         ("b", "a", 0.1),
     ]
     assert list(frequent_confusions(np.diag([3, 3]), ["a", "b"])) == []
-
-
-def test_importance_finds_the_dimension_that_matters():
-    space = (
-        Dimension(key="fusion_weight", min=0.0, max=1.0),
-        Dimension(key="images_per_class", values=(4, 8, 16)),
-    )
-    rng = np.random.default_rng(0)
-    points = [
-        ({"fusion_weight": float(w), "images_per_class": int(c)}, float(w**2))
-        for w, c in zip(rng.random(30), rng.choice([4, 8, 16], 30), strict=True)
-    ]
-    found = importances(space, points)
-    assert next(iter(found)) == "fusion_weight"
-    assert found["fusion_weight"] > 0.9
-    assert sum(found.values()) == pytest.approx(1)
-    assert importances(space, points) == found
-    assert importances(space, points[:3]) == {}

@@ -391,7 +391,7 @@ FACTS = [
     ),
     (
         "next",
-        "airsweep report quickstart                         curves, images and cost in one page\n"
+        "airsweep report quickstart                         curves and images in one page\n"
         "airsweep export best --sweep quickstart -o bundle  the classifier marked *",
     ),
 ]
