@@ -43,8 +43,6 @@ for commands in (sweeps, submit, doctor, results, inputs, tracked, bundle):
     app.add_typer(commands.app)
 app.add_typer(tracked.mlflow_app, name="mlflow")
 app.add_typer(sweeps.plugin_app, name="plugin")
-app.add_typer(inputs.data_app, name="data")
-app.add_typer(inputs.models_app, name="models")
 app.add_typer(cache.app, name="cache")
 app.add_typer(cluster.app, name="cluster")
 

@@ -55,11 +55,11 @@ PARSED = {
     ".gpu=": "needs a GPU",
     "paper_": "needs the paper's images and weights",
     "fashion_": "needs Fashion-MNIST",
-    "data check flowers102": "needs its images",
-    "data check resisc45": "needs its images",
-    "data check dtd": "needs its images",
-    "data check cub": "needs its images",
-    "data check eurosat": "needs its images",
+    "check flowers102": "needs its images",
+    "check resisc45": "needs its images",
+    "check dtd": "needs its images",
+    "check cub": "needs its images",
+    "check eurosat": "needs its images",
 }
 SHIPPED = {file.stem for file in (ROOT / "sweeps").rglob("*.yaml")} - RUN.keys()
 # Placeholders in commands, with an example of each.

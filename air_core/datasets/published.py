@@ -1,4 +1,4 @@
-"""Published sizes of the datasets by part, which `airsweep data check` compares with the files.
+"""Published sizes of the datasets by part, which `airsweep check` compares with the files.
 
 Sizes of training pools follow GRIP and CPL, which use train and val together.
 """

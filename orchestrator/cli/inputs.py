@@ -1,8 +1,7 @@
-"""Commands that check datasets and models."""
+"""Commands for datasets and models: check them, and draw images to label."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +11,6 @@ from orchestrator import api
 from orchestrator.cli.common import (
     STORE,
     DataOption,
-    JsonOption,
     StoreOption,
     fail,
     with_progress_bar,
@@ -20,10 +18,6 @@ from orchestrator.cli.common import (
 from orchestrator.formatting import plural, show
 
 app = typer.Typer()
-data_app = typer.Typer(no_args_is_help=True, help="Check datasets.")
-models_app = typer.Typer(
-    no_args_is_help=True, help="Check the weights of backbones and generators."
-)
 
 
 @app.command()
@@ -60,74 +54,49 @@ def sample(
     show(f"{drawn.target}; a line without a class stays unlabelled")
 
 
-@data_app.command("check")
-def data_check(
+@app.command()
+def check(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="Dataset, or folder:PATH for your own images.")
-    ],
-    root: Annotated[
-        Path | None,
-        typer.Option(
-            "--root",
-            "--data-root",
-            envvar="AIRSWEEP_DATA",
-            metavar="DIR",
-            help="Folder of real datasets.",
-        ),
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Open every image of a dataset and compare the dataset with its published counts.
-
-    Exits with 0 if everything matches, else with 2 and the first difference.
-
-    airsweep data check flowers102 --root /data
-
-    airsweep data check folder:/data/leaves --json
-    """
-    from orchestrator.cluster.input_checks import check_dataset, dataset_lines
-
-    report = check_dataset(name, root, lambda each, n: with_progress_bar("opening images", each, n))
-    for line in [json.dumps(report, indent=1)] if as_json else dataset_lines(report):
-        show(line)
-    if report["difference"] is not None:
-        fail(report["difference"])
-
-
-@models_app.command("check")
-def models_check(
-    model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="Backbone or generator, written as in a sweep file."),
+        typer.Argument(
+            metavar="DATASET|MODEL",
+            help="Dataset, folder:PATH for your own images, or a backbone or generator, written as "
+            "in a sweep file.",
+        ),
     ],
-    name: Annotated[
+    data_root: DataOption = None,
+    weights: Annotated[
         str,
         typer.Option(
             "--name",
             metavar="NAME",
-            help="Expected model, such as ViT-B-32/openai. Default: any.",
+            help="Expected weights of a backbone, such as ViT-B-32/openai. Default: any.",
             show_default=False,
         ),
     ] = "",
-    as_json: JsonOption = False,
 ) -> None:
-    """Check that a backbone or generator can be read, without network or code of the model.
+    """Check that the files of a dataset or a model are complete and can be read.
 
-    Loads CLIP weights; checks every part of a diffusers folder. Exits with 0 and prints the line
-    for the sweep file, or exits with 2 and prints the problem.
+    Opens every image of a dataset, searches duplicates, and compares the published counts. Loads
+    the weights of a CLIP; reads every part of a diffusers folder. Uses neither the network nor code
+    of the model. Exits with 0, or with 2 and the first problem.
 
-    airsweep models check /shared/models/stable-diffusion-v1-5 --name stable-diffusion-v1-5
+    airsweep check flowers102 --data-root /data
 
-    airsweep models check ViT-B-32-quickgelu@/shared/models/open_clip_model.safetensors
+    airsweep check folder:photos
+
+    airsweep check /shared/models/clip --name ViT-B-32/openai
     """
-    from orchestrator.cluster.input_checks import check_model
+    from orchestrator.cluster.input_checks import check_dataset, check_model, is_dataset
 
-    report = check_model(model, name)
-    role = report["is"]
-    if as_json:
-        show(json.dumps({"place": model, **report, "use": {role: model}}, indent=1))
+    if not is_dataset(name):
+        show("\n".join(check_model(name, weights)))
         return
-    show(f"{model}: a complete {role}")
-    if why := report.get("why_no_lora"):
-        show(f"no LoRA, no evidence: {why}")
-    show(f"in the sweep file, under fixed:  {role}: {model}")
+    if weights:
+        raise ValueError(f"--name is of the weights of a backbone, but {name} is a dataset")
+    lines, difference = check_dataset(
+        name, data_root, lambda each, n: with_progress_bar("opening images", each, n)
+    )
+    show("\n".join(lines))
+    if difference:
+        fail(difference)

@@ -1,4 +1,4 @@
-"""Checks of datasets and models on this machine, for `airsweep data check` and `models check`.
+"""Checks of a dataset or a model on this machine, for `airsweep check`.
 
 Every image of a dataset is opened, duplicates are searched, and the dataset is compared with the
 published counts (`air_core.datasets.published`); image folders of the user have no such counts.
@@ -10,24 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
 
+from air_core import components
 from air_core.datasets import Dataset, Examples, get_dataset
 from air_core.datasets.duplicates import difference_hash, exact_pairs, near_pairs, pixel_digest
 from air_core.datasets.image_folder import PREFIX, leak_message, permits_duplicates
-from air_core.datasets.images import (
-    BAD_SHARE,
-    ImageFiles,
-    Unreadable,
-    pixel_count,
-    too_many_unreadable,
-)
+from air_core.datasets.images import BAD_SHARE, ImageFiles, Unreadable, too_many_unreadable
 from air_core.datasets.published import PUBLISHED
 from air_core.models.configs import json_object
 from air_core.models.families import check_denoiser
@@ -38,7 +31,6 @@ from air_core.models.weights import (
     find_backbone,
     generator_files,
     generator_folder,
-    generator_parts,
     local_path,
     named_model,
 )
@@ -48,21 +40,15 @@ from orchestrator.formatting import plural
 from orchestrator.planning.dataset_text import skipped_text
 
 SHOWN = 3  # unreadable files and duplicates to list
-# Memory: this many threads, each with an image of up to LARGE pixels, and one larger image.
+CLASSES_SHOWN = 5
 THREADS = 4
-LARGE = 2**24
 DETAILED_PX = 48  # smaller images of a class look alike, so near duplicates mean nothing
 CHUNK = 1024  # images given to the threads at once
 ProgressWrapper = Callable[[Iterable[Any], int], Iterable[Any]]
-# Settings of the U-Net by which a model is recognized.
-STABLE_DIFFUSION_1: dict[str, Any] = {
-    "cross_attention_dim": 768,
-    "block_out_channels": [320, 640, 1280, 1280],
-}
-U_NETS = {
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": STABLE_DIFFUSION_1,
-    "stable-diffusion-v1-5": STABLE_DIFFUSION_1,
-}
+
+
+def is_dataset(name: str) -> bool:
+    return name in components.DATASETS or name.startswith(PREFIX)
 
 
 # ---------------------------------------------------------------- datasets
@@ -70,7 +56,7 @@ U_NETS = {
 
 def check_dataset(
     name: str, root: Path | None, with_progress: ProgressWrapper = lambda results, total: results
-) -> dict[str, Any]:
+) -> tuple[list[str], str | None]:
     """Open every image of a dataset, search duplicates, and compare with the published counts.
 
     Args:
@@ -79,69 +65,39 @@ def check_dataset(
         with_progress: wraps the iterable of results and may show its progress.
 
     Returns:
-        The report; `difference` describes the first difference, None if everything matches.
+        Lines that describe the dataset; the first difference, None if everything matches.
+
+    Raises:
+        ValueError: the dataset cannot be read.
     """
-    report: dict[str, Any] = {
-        "name": name,
-        "classnames": [],
-        "images": 0,
-        "parts": {},
-        "unreadable": {"count": 0, "first": []},
-        "skipped": {},
-        "duplicates": {},
-    }
-    try:
-        dataset = get_dataset(name)
-        examples = dataset.load(root)
-        skipped = dataset.skipped()
-    except ValueError as problem:
-        return report | {"difference": str(problem)}
+    dataset = get_dataset(name)
+    examples = dataset.load(root)
+    skipped = dataset.skipped()
     names, counts = np.unique(examples.parts, return_counts=True)
     parts = dict(zip(names.tolist(), counts.tolist(), strict=True))
     looks = list(with_progress(_looks(examples), len(examples.images)))
-    unreadable = [look.problem for look in looks if look.problem]
-    duplicates = _duplicates(examples, looks)
-    return report | {
-        "name": dataset.name,
-        "classnames": list(dataset.classnames),
-        "images": len(examples.parts),
-        "parts": {part: parts[part] for part in ("train", "val", "test", "free") if part in parts},
-        "unreadable": {"count": len(unreadable), "first": unreadable[:SHOWN]},
-        "skipped": skipped,
-        "duplicates": duplicates,
-        "difference": next(_differences(dataset, examples, parts, unreadable, duplicates), None),
-    }
-
-
-def dataset_lines(report: dict[str, Any]) -> list[str]:
-    """A report as text; empty if the dataset could not be loaded."""
-    if not report["parts"]:
-        return []
-    parts = "   ".join(f"{part} {count:,}" for part, count in report["parts"].items())
+    unreadable = [printable(look.problem) for look in looks if look.problem]
+    exact, near = _duplicates(examples, looks)
+    each_part = (f"{part} {parts[part]:,}" for part in PARTS if part in parts)
+    classnames = ", ".join(dataset.classnames[:CLASSES_SHOWN])
+    more = len(dataset.classnames) - CLASSES_SHOWN
     lines = [
-        f"{report['name']}: {report['images']:,} images of {len(report['classnames'])} classes",
-        f"parts       {parts}",
-        f"unreadable  {report['unreadable']['count']:,}",
-        *(f"            {printable(problem)}" for problem in report["unreadable"]["first"]),
+        f"{dataset.name}: {len(examples.parts):,} images of {len(dataset.classnames)} classes",
+        f"classes     {printable(classnames)}{f' and {more} more' if more > 0 else ''}",
+        f"template    {printable(dataset.template)}",
+        f"parts       {'   '.join(each_part)}",
+        f"unreadable  {len(unreadable):,}",
+        *(f"            {problem}" for problem in unreadable[:SHOWN]),
+        *([f"skipped     {skipped_text(skipped)}"] if skipped else []),
+        *_pair_lines("exact", "images with equal pixels", exact),
+        *_pair_lines("near", "images that look alike", near),
     ]
-    if report["skipped"]:
-        lines.append(f"skipped     {skipped_text(report['skipped'])}")
-    for kind, found in report["duplicates"].items():
-        if not found["pairs"]:
-            continue
-        lines.append(
-            f"{kind:<11} {plural(found['pairs'], 'pair')} of {DUPLICATES[kind]}: "
-            f"{found['two_classes']:,} in two classes, {found['train_and_test']:,} in train and "
-            "test"
-        )
-        lines += [f"            {printable(' = '.join(pair))}" for pair in found["first"]]
-    exact = report["duplicates"]["exact"]["pairs"]
-    if exact and "free" in report["parts"]:
+    if exact and "free" in parts:
         lines.append("            split_seed can put one image of a pair into train, one into test")
-    return lines
+    return lines, next(_differences(dataset, examples, parts, unreadable, exact), None)
 
 
-DUPLICATES = {"exact": "images with equal pixels", "near": "images that look alike"}
+PARTS = ("train", "val", "test", "free")
 
 
 @dataclass(frozen=True)
@@ -154,19 +110,13 @@ class _Look:
 
 
 def _looks(examples: Examples) -> Iterator[_Look]:
-    """Open each image, in order. Threads decode; the memory does not depend on their number."""
-    large = Lock()
-    files = examples.images.files if isinstance(examples.images, ImageFiles) else None
-
-    def look(index: int) -> _Look:
-        is_large = files is not None and pixel_count(files[index]) > LARGE
-        with large if is_large else nullcontext():
-            return _look(examples, index)  # on return, the image is freed
-
+    """Open each image, in order."""
     with ThreadPoolExecutor(THREADS) as threads:
         positions = range(len(examples.images))
         for start in positions[::CHUNK]:
-            yield from threads.map(look, positions[start : start + CHUNK])
+            yield from threads.map(
+                lambda index: _look(examples, index), positions[start : start + CHUNK]
+            )
 
 
 def _look(examples: Examples, index: int) -> _Look:
@@ -182,28 +132,37 @@ def _look(examples: Examples, index: int) -> _Look:
     return _Look(None, digest, np.packbits(difference_hash(image)).tobytes())
 
 
-def _duplicates(examples: Examples, looks: Sequence[_Look]) -> dict[str, Any]:
-    """Numbers of pairs of readable images that are exact or near duplicates, and the worst ones."""
+@dataclass(frozen=True)
+class _Pair:
+    """Two images that are equal or look alike."""
+
+    names: tuple[str, str]
+    in_test: bool  # one is a test image, the other is not
+    two_classes: bool
+
+
+def _duplicates(examples: Examples, looks: Sequence[_Look]) -> tuple[list[_Pair], list[_Pair]]:
+    """Exact and near duplicates among the readable images, the worst pairs first."""
     seen = [i for i, look in enumerate(looks) if look.problem is None]
     exact = [(seen[i], seen[j]) for i, j in exact_pairs([looks[i].digest for i in seen])]
     repeated = {j for _, j in exact}
     firsts = [i for i in seen if i not in repeated]
     hashes = np.frombuffer(b"".join(looks[i].bits for i in firsts), np.uint8).reshape(-1, 32)
     near = [(firsts[i], firsts[j]) for i, j in near_pairs(hashes)]
-    return {"exact": _pairs_report(examples, exact), "near": _pairs_report(examples, near)}
+    return _pairs(examples, exact), _pairs(examples, near)
 
 
-def _pairs_report(examples: Examples, pairs: Sequence[tuple[int, int]]) -> dict[str, Any]:
+def _pairs(examples: Examples, positions: Sequence[tuple[int, int]]) -> list[_Pair]:
     labels, tests = examples.labels, examples.parts == "test"
-    leaks = [bool(tests[i] != tests[j]) for i, j in pairs]
-    mixed = [bool(labels[i] != labels[j] and UNKNOWN not in labels[[i, j]]) for i, j in pairs]
-    worst = sorted(range(len(pairs)), key=lambda k: (not leaks[k], not mixed[k], k))
-    return {
-        "pairs": len(pairs),
-        "two_classes": sum(mixed),
-        "train_and_test": sum(leaks),
-        "first": [[_image_name(examples, i) for i in pairs[k]] for k in worst[:SHOWN]],
-    }
+    found = [
+        _Pair(
+            (_image_name(examples, i), _image_name(examples, j)),
+            bool(tests[i] != tests[j]),
+            bool(labels[i] != labels[j] and UNKNOWN not in labels[[i, j]]),
+        )
+        for i, j in positions
+    ]
+    return sorted(found, key=lambda pair: (not pair.in_test, not pair.two_classes))
 
 
 def _image_name(examples: Examples, index: int) -> str:
@@ -212,12 +171,24 @@ def _image_name(examples: Examples, index: int) -> str:
     return f"image {index}"
 
 
+def _pair_lines(kind: str, described: str, pairs: Sequence[_Pair]) -> list[str]:
+    if not pairs:
+        return []
+    two_classes = sum(pair.two_classes for pair in pairs)
+    in_test = sum(pair.in_test for pair in pairs)
+    return [
+        f"{kind:<11} {plural(len(pairs), 'pair')} of {described}: {two_classes:,} in two classes, "
+        f"{in_test:,} in train and test",
+        *(f"            {printable(' = '.join(pair.names))}" for pair in pairs[:SHOWN]),
+    ]
+
+
 def _differences(
     dataset: Dataset,
     examples: Examples,
     parts: dict[str, int],
     unreadable: Sequence[str],
-    duplicates: dict[str, Any],
+    exact: Sequence[_Pair],
 ) -> Iterator[str]:
     """Differences from the published dataset; too many unreadable images; test images in train."""
     name, published = dataset.name, PUBLISHED.get(dataset.name)
@@ -236,59 +207,67 @@ def _differences(
                 source = published.source
                 yield f"{name}: {part} has {count:,} images, published {wanted:,} ({source})"
     # A published dataset must be complete; in a user's folder a few images may be unreadable.
-    problems, share = [*map(printable, unreadable)], 0 if published else BAD_SHARE
-    if problem := too_many_unreadable(name, problems, len(examples.parts), share):
+    share = 0 if published else BAD_SHARE
+    if problem := too_many_unreadable(name, unreadable, len(examples.parts), share):
         yield problem
-    leaks = duplicates["exact"]["train_and_test"]
+    leaks = sum(pair.in_test for pair in exact)
     if leaks and name.startswith(PREFIX) and not permits_duplicates(Path(dataset.source)):
-        yield leak_message(Path(dataset.source), leaks, duplicates["exact"]["first"][0])
+        yield leak_message(Path(dataset.source), leaks, exact[0].names)
 
 
 # ---------------------------------------------------------------- models
 
 
-def check_model(model: str, name: str = "") -> dict[str, Any]:
-    """Check that a job can read a model, and describe the model.
+def check_model(model: str, name: str = "") -> list[str]:
+    """Check that a trial can read a model.
 
     Args:
         model: a backbone or generator, written as in a sweep file.
-        name: expected model, one of open_clip's or Stable Diffusion 1.5; empty: any.
+        name: expected weights of open_clip, such as ViT-B-32/openai; empty: any.
+
+    Returns:
+        Lines that describe the model.
 
     Raises:
-        ValueError: the model is incomplete, cannot be read, or is not the expected one.
+        ValueError: the model is unknown, incomplete, cannot be read, or is not the expected one.
     """
     folder = local_path(model)
     if not folder.exists():
-        if "@" in model or named_model(model) is not None or model == "tiny":
+        if "@" in model or model == "tiny" or named_model(model) is not None:
             return _check_backbone(name, model)
-        return _check_generator(name, generator_folder(model))
+        if "/" not in model:
+            raise ValueError(
+                f"unknown dataset or model {model!r}; datasets: "
+                f"{', '.join(sorted(components.DATASETS))}, or folder:PATH; a model is written as "
+                "in a sweep file"
+            )
+        return _check_generator(name, model)
     if (folder / PIPELINE_CONFIG).is_file():
-        if name and named_model(name):
-            raise ValueError(f"{name} is a CLIP of open_clip, but {folder} is a diffusers folder")
-        return _check_generator(name, folder)
+        return _check_generator(name, model)
     if (folder / CLIP_CONFIG).is_file():
-        return _check_backbone(name, str(folder))
+        return _check_backbone(name, model)
     files = [folder] if folder.is_file() else sorted(folder.iterdir())
     weights = [file for file in files if file.suffix in SUFFIXES]
-    hint = f"; for a file of CLIP weights, write <architecture>@{weights[0]}" if weights else ""
+    hint = f"for a folder of images, write folder:{model}"
+    if weights:
+        hint = f"for a file of CLIP weights, write <architecture>@{weights[0]}"
     raise ValueError(
         f"{folder} is not a model: it has neither {PIPELINE_CONFIG} (a diffusers folder) nor "
-        f"{CLIP_CONFIG} (an open_clip folder){hint}"
+        f"{CLIP_CONFIG} (an open_clip folder); {hint}"
     )
 
 
-def _check_backbone(name: str, model: str) -> dict[str, Any]:
+def _check_backbone(name: str, model: str) -> list[str]:
     backbone = find_backbone(model)
-    config = backbone.model
     expected = (named_model(name) if name else None) or {}
     for key in ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu"):
-        difference = _difference(expected.get(key), config.get(key), key) if expected else None
-        if difference:
+        difference = _difference(expected.get(key), backbone.model.get(key), key)
+        if expected and difference:
             raise ValueError(f"{model} is not {name}: {difference}")
     from air_core.backbone.loading import load_backbone  # torch
 
     load_backbone(backbone)
-    return {"is": "backbone", "width": config.get("embed_dim")}
+    return _model_lines("backbone", model)
 
 
 def _difference(expected: Any, actual: Any, key: str) -> str | None:
@@ -304,26 +283,25 @@ def _difference(expected: Any, actual: Any, key: str) -> str | None:
     return f"its {key} is {actual}, but {expected} in open_clip's configuration of that name"
 
 
-# ---------------------------------------------------------------- generators
-
-
-def _check_generator(name: str, folder: Path) -> dict[str, Any]:
+def _check_generator(name: str, model: str) -> list[str]:
     from air_core.diffusion.pipeline import check_classes  # diffusers takes seconds
 
+    folder = generator_folder(model)
+    if name:
+        raise ValueError(f"--name is of CLIP weights, but {folder} is a diffusers folder")
     generator_files(folder)
     check_classes(folder)
-    parts = generator_parts(folder)
-    unet = json_object(folder / "unet" / "config.json") if "unet" in parts else {}
-    for key, value in U_NETS.get(name, {}).items():
-        if unet.get(key) != value:
-            raise ValueError(
-                f"{folder} is not {name}: the {key} of its U-Net is {unet.get(key)}, but {value} "
-                "in that model"
-            )
-    pipeline = json_object(folder / PIPELINE_CONFIG).get("_class_name")
-    found = {"is": "generator", "pipeline": pipeline, "parts": sorted(parts), "lora": True}
+    lines = [f"pipeline: {json_object(folder / PIPELINE_CONFIG).get('_class_name')}"]
     try:
         check_denoiser(folder)
     except ValueError as problem:
-        found |= {"lora": False, "why_no_lora": str(problem)}
-    return found
+        lines.append(f"no LoRA, no evidence: {problem}")
+    return _model_lines("generator", model, lines)
+
+
+def _model_lines(role: str, model: str, details: Sequence[str] = ()) -> list[str]:
+    return [
+        f"{model}: a complete {role}",
+        *details,
+        f"in the sweep file, under fixed:  {role}: {model}",
+    ]

@@ -379,7 +379,7 @@ class Resolver:
         """
         problems = [self._unreadable[file] for file in files if file in self._unreadable]
         if problem := too_many_unreadable(name, problems, _count_images(files), BAD_SHARE):
-            raise ValueError(f"{problem}; `airsweep data check {name}` opens all")
+            raise ValueError(f"{problem}; `airsweep check {name}` opens all")
 
     def dataset_content(self, dataset: Dataset) -> Ref:
         """Resolve a dataset without a check of its images."""

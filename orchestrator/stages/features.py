@@ -58,7 +58,7 @@ def build(
         parts[list(bad)] = PARTS.index("bad")
         name, problems = spec.dataset.name, list(bad.values())
         if problem := too_many_unreadable(name, problems, len(parts), BAD_SHARE):
-            raise ValueError(f"{problem}; `airsweep data check {name}` opens all")
+            raise ValueError(f"{problem}; `airsweep check {name}` opens all")
         arrays = {"features": features, "labels": examples.labels, "parts": parts}
         save_file(arrays, folder / "features.safetensors")
         counts = {"images": len(parts) - len(bad), "unreadable": len(bad), "batch": worker.batch}
