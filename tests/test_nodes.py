@@ -37,7 +37,7 @@ SWEEP = """
 plugins: [margin.py]
 grid: {{method: [pseudo, air_fpl], generator: ["folder:{folder}", "folder:{other}"]}}
 fixed: {{generation.block: {block}, images_per_class: 16, train.steps: 120}}
-overrides: [{{when: "method == 'pseudo'", set: {{pseudo_labels.kind: margin, iterations: 1}}}}]
+overrides: [{{when: {{method: pseudo}}, set: {{pseudo_labels.kind: margin, iterations: 1}}}}]
 seeds: [1, 2]
 resources: {{generator: {{reserve: 1}}}}
 """

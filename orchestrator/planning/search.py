@@ -28,6 +28,7 @@ from optuna.distributions import (
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from air_core.specs import TrialSpec
 from air_core.specs.flat import trial_keys
 from orchestrator.components import SAMPLERS
 from orchestrator.planning.plan import Plan, Slot
@@ -37,11 +38,10 @@ from orchestrator.spec.space import (
     Point,
     default_params,
     grid_points,
-    is_active,
     point_count,
     study_name,
 )
-from orchestrator.spec.sweep import Search
+from orchestrator.spec.sweep import Search, computation_of
 from orchestrator.store import ArtifactStore, EventLog, read_trial
 
 ATTEMPTS = 8  # to sample a point that is new
@@ -212,6 +212,7 @@ class CellSearch:
         round_index, index = divmod(number, self.search.width)
         words = f"{self.search.seed}/{self.cell.id}/{round_index}/{index}"
         params: dict[str, Any] = {}
+        known = {self._computation(other) for other in self._params.values()}
         for attempt in range(ATTEMPTS):
             # Samplers keep no state between points, so the seed depends on the point's position.
             seed = zlib.crc32((f"{words}/{attempt}" if attempt else words).encode())
@@ -219,16 +220,17 @@ class CellSearch:
             stuck = attempt >= ATTEMPTS // 2
             sampler = RandomSampler(seed=seed) if stuck else self._sampler(self.search, seed)
             self.study.sampler = sampler
-            trial, params = self.study.ask(), {}
-            for dimension in self.cell.space:
-                if is_active(dimension, self.cell.flat | params):
-                    params[dimension.key] = _suggest_value(trial, dimension)
+            trial = self.study.ask()
+            params = {each.key: _suggest_value(trial, each) for each in self.cell.space}
             self.study.tell(
                 trial.number, state=TrialState.FAIL
             )  # `_add` adds the point when it ends
-            if params not in self._params.values():
+            if self._computation(params) not in known:
                 break
         return params
+
+    def _computation(self, params: Mapping[str, Any]) -> TrialSpec:
+        return computation_of({**self.cell.flat, **params})
 
     def _total(self) -> int:
         return point_count(self.cell, self.search)

@@ -22,7 +22,6 @@ from orchestrator.spec import Cell, SweepSpec
 from orchestrator.spec.space import (
     contains_value,
     default_params,
-    is_active,
     point_count,
     study_name,
 )
@@ -239,8 +238,6 @@ def _as_point(cell: Cell, settings: Mapping[str, Any], computation: TrialSpec) -
     """Express settings as a point of a cell's space; None if the space does not hold them."""
     params: dict[str, Any] = {}
     for dimension in cell.space:
-        if not is_active(dimension, cell.flat | params):
-            continue
         value = settings.get(dimension.key, trial_keys()[dimension.key].default)
         if not contains_value(dimension, value):
             return None

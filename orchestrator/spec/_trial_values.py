@@ -8,11 +8,12 @@ import types
 import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Annotated, Any, Literal, Union
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
@@ -30,13 +31,10 @@ from air_core.datasets.dataset import is_template
 from air_core.methods import EMBEDDED, METHODS
 from air_core.specs import EvidenceScoring
 from air_core.specs.flat import trial_keys
-from orchestrator.spec._expressions import compile_when, constants_of, names_of
 from orchestrator.spec.marked_yaml import Keys, short_value
 from orchestrator.spec.validation import (
     LINE,
     Schema,
-    error_message,
-    key_choices,
     schema_of,
     setting,
     text_schema,
@@ -202,10 +200,33 @@ def _axes_type() -> Any:
     return _mapping_type("Axes", fields)
 
 
+def _condition_type() -> Any:
+    """The type of `when`: for each key the values with which it holds, one or a list of them."""
+    fields = {}
+    for name in trial_names():
+        listed: Any = _list_type(name)
+        either = operator.getitem(Union, (_value_annotation(name), listed))
+        values = Annotated[listed, BeforeValidator(_as_list, json_schema_input_type=either)]
+        fields[name] = (values, setting(None, _description(name)))
+    condition = _mapping_type("Condition", fields, minProperties=1)
+    return Annotated[condition, AfterValidator(_not_empty)]
+
+
+def _as_list(value: Any) -> Any:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _not_empty(condition: dict[str, Any]) -> dict[str, Any]:
+    if not condition:
+        raise ValueError("the condition is empty; allowed: one setting or more")
+    return condition
+
+
 Settings = Annotated[dict[str, Any], _SchemaOf(lambda: _settings_type(trial_names()))]
 # Without the method
 SettingsOfCells = Annotated[dict[str, Any], _SchemaOf(lambda: _settings_type(trial_keys()))]
 Axes = Annotated[dict[str, Any], _SchemaOf(_axes_type)]
+Condition = Annotated[dict[str, Any], _SchemaOf(_condition_type)]
 
 
 # ---------------------------------------------------------------- search space
@@ -243,31 +264,6 @@ def reason_not_searchable(name: str) -> str | None:
     return None
 
 
-def _examples() -> dict[str, Any]:
-    """A value of each key, to test that a condition compares comparable types."""
-    values = {n: 1 if key.default is None else key.default for n, key in trial_keys().items()}
-    return {**values, **EMBEDDED, "method": "air"}
-
-
-def _check_condition(text: str, method: bool = False) -> str:
-    for name in names_of(text):
-        if name not in trial_keys() and not (method and name == "method"):
-            raise ValueError(f"unknown key {name!r}; {key_choices(name, trial_names())}")
-    for name, constant in constants_of(text):
-        problem = error_message(value_type(name), constant)
-        if problem:
-            raise ValueError(f"{name}: {problem}")
-    try:
-        compile_when(text)(_examples())
-    except TypeError as error:
-        raise ValueError(f"the condition compares values that have no order: {error}") from None
-    return text
-
-
-# A condition on a cell, which has a method too.
-CellCondition = Annotated[str, AfterValidator(partial(_check_condition, method=True))]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Dimension:
     """A searched key: a list of values or a range that includes both ends."""
@@ -277,7 +273,6 @@ class Dimension:
     min: float | None = None  # int if the key takes whole numbers
     max: float | None = None
     log: bool = False
-    when: str | None = None  # the key is sampled only if this condition holds (see _expressions)
 
 
 def _dimension_type(name: str) -> Any:
@@ -292,8 +287,6 @@ def _dimension_type(name: str) -> Any:
         fields["min"] = (end, setting(None, "lower end of the range, inclusive"))
         fields["max"] = (end, setting(None, "upper end of the range, inclusive"))
         fields["log"] = (bool, setting(False, "sample uniformly on a logarithmic scale"))
-    when = "the key is sampled only if this condition holds, such as `images_per_class > 0`"
-    fields["when"] = (Annotated[str, AfterValidator(_check_condition)], setting(None, when))
 
     def dimension(given: dict[str, Any]) -> Dimension:
         ends = {"min", "max"} & given.keys()
@@ -331,15 +324,15 @@ def space_type() -> TypeAdapter[dict[str, Dimension]]:
 
 
 class _Space:
-    """Orders the dimensions: each follows those that its condition depends on."""
+    """Reads the dimensions, in the order of the file."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        return core_schema.no_info_before_validator_function(self.ordered, handler(source))
+        return core_schema.no_info_before_validator_function(self.dimensions, handler(source))
 
     def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> Schema:
         return schema_of(space_type())
 
-    def ordered(self, space: Any) -> Any:
+    def dimensions(self, space: Any) -> Any:
         if isinstance(space, tuple):
             return space
         names = space if isinstance(space, dict) else ()
@@ -348,19 +341,10 @@ class _Space:
         }
         if reasons:
             raise validation_errors(reasons)
-        rest = list(space_type().validate_python(space).values())
-        if not rest:
+        dimensions = tuple(space_type().validate_python(space).values())
+        if not dimensions:
             raise ValueError("the search space is empty; allowed: one trial key or more")
-        ordered: list[Dimension] = []
-        while rest:
-            waiting = {dimension.key for dimension in rest}
-            ready = [d for d in rest if not d.when or not waiting.intersection(names_of(d.when))]
-            if not ready:
-                message = "the conditions depend on each other; allowed: conditions without a cycle"
-                raise validation_error(message, rest[0].key, "when")
-            ordered.append(ready[0])
-            rest.remove(ready[0])
-        return tuple(ordered)
+        return dimensions
 
 
 Space = Annotated[tuple[Dimension, ...], _Space()]

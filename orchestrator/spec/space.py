@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from typing import Any
 
+from air_core.specs import TrialSpec
 from air_core.specs.flat import trial_keys
 from orchestrator.keys import digest
-from orchestrator.spec._expressions import compile_when, names_of, numbers_of
-from orchestrator.spec.sweep import Cell, Dimension, Search
-
-MAX_TESTED = 1_000  # points at which a condition is tested
+from orchestrator.spec.sweep import Cell, Dimension, Search, computation_of
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ def point_count(cell: Cell, search: Search | None) -> int:
 
 def study_name(cell: Cell, search: Search) -> str:
     """Name of a cell's study; another space, other settings or other pruning give another name."""
-    space = [[d.key, d.values, d.min, d.max, d.log, d.when] for d in cell.space]
+    space = [[d.key, d.values, d.min, d.max, d.log] for d in cell.space]
     identity = [space, search.sampler, search.seed, search.objective]
     if search.pruning is not None:  # without pruning the name equals that of older versions
         identity.append(list(astuple(search.pruning)))
@@ -51,8 +48,6 @@ def default_params(cell: Cell) -> dict[str, Any]:
     """
     params: dict[str, Any] = {}
     for dimension in cell.space:
-        if not is_active(dimension, cell.flat | params):
-            continue
         value = cell.flat.get(dimension.key, trial_keys()[dimension.key].default)
         nearest = _nearest(value, dimension)
         if not nearest:
@@ -62,55 +57,16 @@ def default_params(cell: Cell) -> dict[str, Any]:
 
 
 def grid_points(cell: Cell) -> list[dict[str, Any]]:
-    """Every combination of values whose conditions hold, the default first."""
-    points: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for combination in itertools.product(*[d.values or () for d in cell.space]):
-        params: dict[str, Any] = {}
-        for dimension, value in zip(cell.space, combination, strict=True):
-            if is_active(dimension, cell.flat | params):
-                params[dimension.key] = value
-        points.setdefault(tuple(params.items()), params)
-    first = default_params(cell)
-    return sorted(points.values(), key=lambda params: params != first)
-
-
-def is_active(dimension: Dimension, flat: Mapping[str, Any]) -> bool:
-    """Whether the condition of a dimension holds."""
-    return dimension.when is None or compile_when(dimension.when)(dict(flat))
-
-
-def can_hold(when: str, cell: Cell) -> bool:
-    """Whether a condition holds at a point of a cell's space.
-
-    Tests every value of a list; of a range, its ends, the numbers that the condition compares and
-    numbers between these. The result is True if more than `MAX_TESTED` points are to be tested.
-    """
-    searched = [dimension for dimension in cell.space if dimension.key in names_of(when)]
-    numbers = {*numbers_of(when)}
-    for d in searched:
-        numbers |= {*filter(_is_number, d.values or (d.min, d.max))}
-    tested = [_tested_values(d, sorted(numbers), cell.flat) for d in searched]
-    if math.prod(map(len, tested)) > MAX_TESTED:
-        return True
-    holds = compile_when(when)
-    keys = [dimension.key for dimension in searched]
-    points = itertools.product(*tested)
-    return any(holds(cell.flat | dict(zip(keys, point, strict=True))) for point in points)
-
-
-def _tested_values(
-    dimension: Dimension, numbers: list[Any], flat: Mapping[str, Any]
-) -> Sequence[Any]:
-    inactive = [flat.get(dimension.key)] if dimension.when else []
-    if dimension.values is not None:
-        return [*dimension.values, *inactive]
-    assert dimension.min is not None
-    assert dimension.max is not None
-    between = [(low + high) / 2 for low, high in itertools.pairwise(numbers)]
-    inside = {n for n in (*numbers, *between) if dimension.min <= n <= dimension.max}
-    if isinstance(dimension.min, int):
-        inside = {n for number in inside for n in (math.floor(number), math.ceil(number))}
-    return [*inside, *inactive]
+    """Every combination of values, the default first; of those that compute the same, the first."""
+    keys = [dimension.key for dimension in cell.space]
+    combinations = itertools.product(*[d.values or () for d in cell.space])
+    points = [dict(zip(keys, values, strict=True)) for values in combinations]
+    default = default_params(cell)
+    points.sort(key=lambda params: params != default)
+    distinct: dict[TrialSpec, dict[str, Any]] = {}
+    for params in points:
+        distinct.setdefault(computation_of({**cell.flat, **params}), params)
+    return list(distinct.values())
 
 
 def contains_value(dimension: Dimension, value: Any) -> bool:

@@ -28,8 +28,7 @@ from orchestrator.components import PRUNING_RULES, SAMPLERS
 from orchestrator.keys import digest
 from orchestrator.plugins import Plugin
 from orchestrator.spec import presets
-from orchestrator.spec._expressions import compile_when, names_of
-from orchestrator.spec._trial_values import CellCondition, SettingsOfCells, Space, value_type
+from orchestrator.spec._trial_values import Condition, SettingsOfCells, Space, value_type
 from orchestrator.spec._trial_values import Dimension as Dimension
 from orchestrator.spec.marked_yaml import Document, Keys, SpecError
 from orchestrator.spec.validation import (
@@ -80,7 +79,6 @@ class Search:
         None, "points without improvement after which a cell ends; null: no limit", ge=1
     )
     pruning: Pruning | None = setting(None, "stops weak points early; null: no pruning")
-    # Ordered: each dimension follows those that its `when` depends on.
     space: Space = Field(description="the searched keys, each with values or a range")
 
     @property
@@ -345,9 +343,9 @@ def gpu_lines(processes: Sequence[str] = tuple(USUAL_GPUS)) -> str:
 class Override:
     """Settings of the cells in which a condition holds."""
 
-    when: CellCondition = Field(
-        description="a condition on settings of a cell without overrides, such as "
-        "`dataset == 'dtd' and modality == 'visual'`"
+    when: Condition = Field(
+        description="settings that a cell has without overrides, such as `{dataset: dtd}`; of a "
+        "list such as `{dataset: [dtd, cub]}` one value"
     )
     set: SettingsOfCells = Field(
         description="settings of these cells; they do not override keys that a method pins"
@@ -520,8 +518,12 @@ def matching_overrides(spec: SweepSpec, combination: dict[str, Any]) -> list[int
     if not spec.overrides:
         return []
     given = {**spec.fixed, **combination}
-    values = _flat(spec, given) | {"method": given["method"]}
-    return [i for i, entry in enumerate(spec.overrides) if compile_when(entry.when)(values)]
+    values = {"lora": True, **_flat(spec, given), "method": given["method"]}
+    return [
+        i
+        for i, entry in enumerate(spec.overrides)
+        if all(values.get(key) in wanted for key, wanted in entry.when.items())
+    ]
 
 
 _DEFAULTS = {name: key.default for name, key in trial_keys().items() if name != "lora"}
@@ -558,7 +560,7 @@ def _cell(spec: SweepSpec, combination: dict[str, Any]) -> Cell:
         method=method,
         flat=flat,
         chosen=chosen,
-        space=_searched_dimensions(spec, method, flat),
+        space=_searched_dimensions(spec, method),
         overridden=overridden,
     )
 
@@ -601,23 +603,11 @@ def computation_of(settings: dict[str, Any]) -> TrialSpec:
     return normalised(from_flat(settings, named_refs(settings), ()))
 
 
-def _searched_dimensions(
-    spec: SweepSpec, method: str, flat: dict[str, Any]
-) -> tuple[Dimension, ...]:
-    """The dimensions that a cell searches.
-
-    A dimension is left out if its condition depends only on fixed settings and does not hold.
-    """
-    free: list[Dimension] = []
-    for dimension in spec.space:
-        if dimension.key in METHODS[method].pins or METHODS[method].is_bound:
-            continue
-        if dimension.when:
-            depends_on = {other.key for other in free}.intersection(names_of(dimension.when))
-            if not depends_on and not compile_when(dimension.when)(flat):
-                continue
-        free.append(dimension)
-    return tuple(free)
+def _searched_dimensions(spec: SweepSpec, method: str) -> tuple[Dimension, ...]:
+    """The dimensions that a cell searches: those that its method does not pin."""
+    if METHODS[method].is_bound:
+        return ()
+    return tuple(each for each in spec.space if each.key not in METHODS[method].pins)
 
 
 _ID_KEYS = ("dataset", "paradigm", "modality", "method")

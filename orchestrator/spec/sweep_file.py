@@ -13,7 +13,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
-from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +25,6 @@ from air_core.specs.flat import trial_keys
 from orchestrator.files import ROOT, SHIPPED
 from orchestrator.plugins import Plugin, components_of, read_plugin, use_plugins
 from orchestrator.redact import find_password
-from orchestrator.spec._expressions import lookup, names_of
 from orchestrator.spec._trial_values import (
     TEXTS,
     Axes,
@@ -45,12 +43,11 @@ from orchestrator.spec.marked_yaml import (
     read,
     short_value,
 )
-from orchestrator.spec.space import can_hold, point_count
+from orchestrator.spec.space import point_count
 from orchestrator.spec.sweep import (
     THREE_SEEDS,
     Budget,
     Cell,
-    Dimension,
     Override,
     Pruning,
     Resources,
@@ -550,15 +547,15 @@ def _override_errors(spec: SweepSpec) -> Iterator[SpecError]:
         unmatched -= {i for entry in entries for i in matching_overrides(spec, entry)}
     for i, entry in enumerate(spec.overrides):
         when: Keys = ("overrides", i, "when")
-        for name in names_of(entry.when):
+        for name in entry.when:
             if name in unknown:
-                yield spec.document.error(
-                    when,
+                yield spec.document.key_error(
+                    (*when, name),
                     f"the condition depends on {name}, {unknown[name]}; "
                     "allowed: keys with one value in a cell",
                 )
-        if i in unmatched:
-            yield spec.document.error(
+        if i in unmatched and unknown.keys().isdisjoint(entry.when):
+            yield spec.document.key_error(
                 when,
                 "the condition holds in no cell; allowed: values that the grid or fixed has",
             )
@@ -625,8 +622,6 @@ def _search_errors(spec: SweepSpec, search: Search, cells: tuple[Cell, ...]) -> 
                 "sampler grid cannot enumerate a range; "
                 "allowed: `values`, or sampler tpe or random",
             )
-        if error := next(_condition_errors(spec, dimension, cells), None):
-            yield error
     if search.sampler == "grid":
         sizes = (math.prod(len(d.values or ()) for d in cell.space) for cell in cells)
         if (size := max(sizes)) > MAX_POINTS:
@@ -645,49 +640,6 @@ def _search_errors(spec: SweepSpec, search: Search, cells: tuple[Cell, ...]) -> 
                 f"(pool: {cell.flat['pool']}); "
                 "allowed: mutual_information, or `pool: train` under fixed",
             )
-
-
-def _condition_errors(
-    spec: SweepSpec, dimension: Dimension, cells: tuple[Cell, ...]
-) -> Iterator[SpecError]:
-    """Reasons why a dimension is never searched; the later ones can follow from the first."""
-    path: Keys = ("search", "space", dimension.key)
-    when, document = (*path, "when"), spec.document
-    searched = {dimension.key for dimension in spec.space}
-    names = names_of(dimension.when) if dimension.when else ()
-    for name in names:
-        if name in spec.seeds.vary:
-            yield document.error(
-                when,
-                f"the condition depends on {name}, which differs between the runs of a point; "
-                "allowed: keys that `seeds` does not vary",
-            )
-        first = lookup(cells[0].flat, name)
-        if name not in searched and not any(
-            lookup(cell.flat, name) != first for cell in chain(cells, possible_cells(spec))
-        ):
-            yield document.error(
-                when,
-                f"the condition has no effect: {name} is {short_value(first)} in "
-                "every cell and is not searched; "
-                "allowed: keys of search.space and keys that differ between cells",
-            )
-    if not any(dimension in cell.space for cell in chain(cells, possible_cells(spec))):
-        yield document.key_error(
-            path, "the key is never searched: `when` does not hold in any cell"
-        )
-    searching = [cell for cell in cells if dimension in cell.space]
-    different = {repr([lookup(cell.flat, name) for name in names]): cell for cell in searching}
-    if (
-        dimension.when
-        and searching
-        and not any(can_hold(dimension.when, cell) for cell in different.values())
-    ):
-        yield document.error(
-            when,
-            "the condition holds at no point of the search space; "
-            "allowed: values that search.space, grid or fixed has",
-        )
 
 
 def _pruning_errors(spec: SweepSpec, search: Search, pruning: Pruning) -> Iterator[SpecError]:

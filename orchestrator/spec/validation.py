@@ -319,6 +319,9 @@ _TYPES = {
 }
 
 
+LISTED = "a non-empty list of: "
+
+
 def allowed_values(schema: Schema) -> str:
     """The values that a schema allows, as text.
 
@@ -330,9 +333,13 @@ def allowed_values(schema: Schema) -> str:
     if "const" in schema or "enum" in schema:
         return ", ".join(map(yaml_text, schema.get("enum") or [schema["const"]]))
     if "anyOf" in schema:
-        return " or ".join(dict.fromkeys(allowed_values(option) for option in schema["anyOf"]))
+        texts = dict.fromkeys(allowed_values(option) for option in schema["anyOf"])
+        return " or ".join(
+            "a non-empty list of these" if text.endswith(f"{LISTED}{next(iter(texts))}") else text
+            for text in texts
+        )
     if schema.get("type") == "array":
-        return f"a non-empty list of: {allowed_values(schema['items'])}"
+        return LISTED + allowed_values(schema["items"])
     bounds = " and ".join(f"{_SIGNS[name]} {schema[name]}" for name in _SIGNS if name in schema)
     return f"{_TYPES[schema['type']]} {bounds}".strip()
 

@@ -289,7 +289,7 @@ def test_a_failure_after_success_is_to_run_again_once_its_record_is_gone(world):
 
 
 def searched(world: World, sampler: Any, points: int = 6, **parts: Any) -> SweepSpec:
-    weights = Dimension(key="fusion_weight", min=0.0, max=1.0, when="images_per_class > 0")
+    weights = Dimension(key="fusion_weight", min=0.0, max=1.0)
     if sampler == "grid":
         weights = replace(weights, min=None, max=None, values=(0.25, 0.75))
     search = Search(sampler=sampler, points=points, width=2, space=(COUNTS, weights))
@@ -546,7 +546,7 @@ def test_a_study_has_the_points_of_one_cell_with_values_and_states(world):
 def test_a_smoke_run_of_a_search_tries_two_points_of_its_space(world):
     space = (
         Dimension(key="images_per_class", values=(4, 8, 16)),
-        Dimension(key="fusion_weight", min=0.1, max=0.9, when="images_per_class > 0"),
+        Dimension(key="fusion_weight", min=0.1, max=0.9),
     )
     sweep = world.sweep("air", search=Search(points=12, width=4, space=space), seeds=seeds(1, 2))
     world.run(smoke_variant(sweep))

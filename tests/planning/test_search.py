@@ -17,13 +17,13 @@ from orchestrator.plugins import use_plugins
 from orchestrator.spec import Dimension, SpecError, cells_of, load_sweep
 from orchestrator.spec import SweepSpec as Sweep
 from orchestrator.spec.space import Point, study_name
-from orchestrator.spec.sweep import Search
+from orchestrator.spec.sweep import Search, computation_of
 from orchestrator.store import EventLog
 from tests.helpers.plugins import SEARCH
 from tests.helpers.sweeps import write_sweep
 
 COUNTS = Dimension(key="images_per_class", values=(0, 20, 40))
-WEIGHTS = Dimension(key="fusion_weight", min=0.0, max=1.0, when="images_per_class > 0")
+WEIGHTS = Dimension(key="fusion_weight", min=0.0, max=1.0)
 STEPS = Dimension(key="train.steps", min=1, max=1000, log=True)
 SPACE = (COUNTS, WEIGHTS)
 
@@ -171,6 +171,16 @@ def test_no_point_is_suggested_twice_while_new_points_exist(log, sampler):
     spec = sweep(sampler, (COUNTS, kinds), points=6, width=3)
     points = params(log.play(spec))
     assert all(points.count(point) == 1 for point in points)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_points_that_compute_the_same_are_not_both_suggested(log, sampler):
+    """Without images the weight has no effect: the space has four different computations."""
+    weights = Dimension(key="fusion_weight", values=(0.25, 0.5, 0.75))
+    space = (Dimension(key="images_per_class", values=(0, 20)), weights)
+    searching = log.play(sweep(sampler, space, points=4))
+    found = {computation_of({**searching.cell.flat, **point}) for point in params(searching)}
+    assert len(found) == 4
 
 
 def test_a_search_repeats_points_when_its_space_has_no_new_points(log):

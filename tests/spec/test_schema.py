@@ -47,7 +47,7 @@ def test_the_schema_accepts_every_shipped_sweep(file):
         "budget: {wall: 5400}\n",
         "seeds: {values: [[1, 301], 2], vary: [seed, split_seed]}\n",
         "resources: {generator: {actors: null}}\n",
-        "overrides: [{when: lora and method == 'air', set: {lora.rank: 2}}]\n",
+        "overrides: [{when: {lora: true, method: [air, air_fpl]}, set: {lora.rank: 2}}]\n",
         "project: team\ntracking: {uri: none}\ndata_root: /data\n",
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -12,14 +13,13 @@ from orchestrator.spec import Cell, Dimension, SweepSpec, cells_of
 from orchestrator.spec.space import (
     default_params,
     grid_points,
-    is_active,
     point_count,
     study_name,
 )
-from orchestrator.spec.sweep import Search
+from orchestrator.spec.sweep import Search, computation_of
 
 COUNTS = Dimension(key="images_per_class", values=(0, 20, 40))
-WEIGHTS = Dimension(key="fusion_weight", values=(0.5, 0.25), when="images_per_class > 0")
+WEIGHTS = Dimension(key="fusion_weight", values=(0.5, 0.25))
 KINDS = Dimension(key="auxiliary.kind", values=("prototype", "lda"))
 
 
@@ -44,7 +44,7 @@ def test_a_grid_starts_with_the_default_point():
     points = grid_points(cell(COUNTS, WEIGHTS, images_per_class=20))
     assert points[0] == {"images_per_class": 20, "fusion_weight": 0.5}
     assert points[1:] == [
-        {"images_per_class": 0},
+        {"images_per_class": 0, "fusion_weight": 0.5},  # without images the weight has no effect
         {"images_per_class": 20, "fusion_weight": 0.25},
         {"images_per_class": 40, "fusion_weight": 0.5},
         {"images_per_class": 40, "fusion_weight": 0.25},
@@ -80,11 +80,6 @@ def test_no_default_point_exists_if_a_setting_is_not_in_the_space():
     assert default_params(cell(only, COUNTS, sampler="tpe")) == {}
 
 
-def test_the_default_point_obeys_conditions():
-    params = default_params(cell(COUNTS, WEIGHTS, sampler="tpe", images_per_class=0))
-    assert params == {"images_per_class": 0}
-
-
 # ---------------------------------------------------------------- number of points
 
 
@@ -108,34 +103,29 @@ VALUES = {
     "auxiliary.refresh": [False, True],
     "auxiliary.source": ["synthetic", "real", "both"],
 }
-CONDITIONS = [None, "images_per_class > 0", "fusion_weight > 0.25", "auxiliary.refresh"]
 
 
 @st.composite
 def spaces(draw: Any) -> tuple[Dimension, ...]:
-    """Dimensions that may depend on those before them."""
     names = draw(st.permutations(sorted(VALUES)))[: draw(st.integers(1, 4))]
     space: list[Dimension] = []
     for name in names:
         values = tuple(draw(st.lists(st.sampled_from(VALUES[name]), min_size=1, unique=True)))
-        when = draw(st.sampled_from(CONDITIONS))
-        space.append(Dimension(key=name, values=values, when=when))
+        space.append(Dimension(key=name, values=values))
     return tuple(space)
 
 
 @given(spaces())
-def test_a_grid_lists_each_point_that_its_conditions_allow_once(space):
+def test_a_grid_has_one_point_for_each_computation(space):
     searched = cell(*space)
     points = grid_points(searched)
-    assert all(points.count(point) == 1 for point in points)
     assert point_count(searched, search("grid", 1000)) == len(points)
-    for point in points:
-        settings = dict(searched.flat)
-        for dimension in searched.space:
-            assert (dimension.key in point) == is_active(dimension, settings)
-            if dimension.key in point:
-                settings[dimension.key] = point[dimension.key]
-                assert point[dimension.key] in dimension.values
+    computed = [computation_of({**searched.flat, **point}) for point in points]
+    assert len(set(computed)) == len(points)
+    names = [dimension.key for dimension in searched.space]
+    for values in itertools.product(*[dimension.values for dimension in searched.space]):
+        point = dict(zip(names, values, strict=True))
+        assert computation_of({**searched.flat, **point}) in computed
 
 
 # ---------------------------------------------------------------- studies
