@@ -1,7 +1,7 @@
 """A day on one GPU: checks, the sweep `sweeps/gpu_day.yaml`, and the work of stages on the device.
 
-The steps are `airsweep doctor`, a smoke run, a plan with measured hours, the run, its table, and
-`device.py`. The output of each goes to a file in --out, and all of it to
+The steps are a check of the machine, a smoke run, a plan with measured hours, the run, its table,
+and `device.py`. The output of each goes to a file in --out, and all of it to
 `report.md`, one file to attach to an issue. A step that has succeeded is not repeated, so after an
 interruption the same command continues.
 
@@ -51,7 +51,7 @@ def steps_of(arguments: Any) -> dict[str, list[str]]:
     airsweep = [sys.executable, "-m", "orchestrator"]
     device = "cuda" if card() != "no GPU" else "cpu"
     return {
-        "doctor": [*airsweep, "doctor", *sweep, *data],
+        "check": [*airsweep, "plan", *sweep, *data, "--check"],
         "smoke": [*airsweep, "run", *sweep, *data, "--smoke"],
         "plan": [*airsweep, "plan", *sweep, *data],
         "run": [*airsweep, "run", *sweep, *data],

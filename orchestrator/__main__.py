@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +18,6 @@ from orchestrator.cli import (
     bundle,
     cache,
     cluster,
-    doctor,
     inputs,
     results,
     submit,
@@ -39,7 +40,7 @@ app = typer.Typer(
     "  airsweep run quickstart\n\n  airsweep table quickstart",
 )
 
-for commands in (sweeps, submit, doctor, results, inputs, tracked, bundle):
+for commands in (sweeps, submit, results, inputs, tracked, bundle):
     app.add_typer(commands.app)
 app.add_typer(tracked.mlflow_app, name="mlflow")
 app.add_typer(sweeps.plugin_app, name="plugin")
@@ -53,17 +54,32 @@ UNUSABLE = {  # paths
 }
 
 
-def _show_version(requested: bool) -> None:
+def _show_versions(requested: bool) -> None:
     if requested:
-        show(f"airsweep {version('airsweep')}")
+        for library in ("airsweep", "ray", "torch", "diffusers", "open_clip_torch"):
+            try:
+                show(f"{library} {version(library)}")
+            except PackageNotFoundError:
+                show(f"{library} is not installed")
+        show(f"CUDA {_cuda()}")
         raise typer.Exit
+
+
+def _cuda() -> str:
+    """The CUDA that torch was built for, from its file of versions: its import takes seconds."""
+    torch = find_spec("torch")
+    if torch is None or torch.origin is None:
+        return "none"
+    text = Path(torch.origin).with_name("version.py").read_text()
+    found = re.search(r"^cuda.* = '(.+)'", text, re.MULTILINE)
+    return found[1] if found else "none"
 
 
 @app.callback()
 def _options(
     version: Annotated[
         bool,
-        typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version."),
+        typer.Option("--version", is_eager=True, callback=_show_versions, help="Show versions."),
     ] = False,
 ) -> None: ...
 

@@ -145,7 +145,7 @@ class Planned:
         return plan_screen(self.plan, self.location, self.origin, explain, self._sources())
 
     def check(self, tracking_uri: str | None = None) -> None:
-        """Check that `run` would start now; nothing is started.
+        """Check that `run` would start now on this machine, or on the cluster at RAY_ADDRESS.
 
         Args:
             tracking_uri: as for `run`.
@@ -157,7 +157,8 @@ class Planned:
         from orchestrator.tracking import Publisher
 
         publisher = Publisher(self.plan.sweep, self.location, tracking_uri)
-        check_start(self.plan, self.location, publisher, make_screen(quiet=True))
+        with _restored_process():
+            check_start(self.plan, self.location, publisher, make_screen(quiet=False))
 
     def _sources(self) -> dict[str, int]:
         """Number of reused trials, by the sweep that computed them."""

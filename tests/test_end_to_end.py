@@ -49,9 +49,9 @@ finally: print(*sorted({*libraries} & {*sys.modules}), file=sys.stderr)
         (
             ("--help",),
             "torch ray mlflow numpy pydantic yaml",
-            "validate plan prepare run retry status table ui cache mlflow repro diff",
+            "plan prepare run retry status table ui cache mlflow repro diff",
         ),
-        (("data", "check", "--help"), "numpy PIL torch ray", "NAME"),
+        (("check", "--help"), "numpy PIL torch ray", "DATASET"),
     ],
 )
 def test_help_imports_no_heavy_library(command, libraries, shown):

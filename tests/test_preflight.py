@@ -7,7 +7,6 @@ machine only.
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import re
 import shutil
@@ -116,6 +115,10 @@ def assert_refused(done: subprocess.CompletedProcess[str], store: Path, *words: 
 def test_healthy_machines_are_checked_once_and_no_token_is_left(cluster, spec, tmp_path):
     store = tmp_path / "runs"
     with cluster.joined():
+        checked = run(cluster, spec, store, "--check", do="plan")
+        assert checked.returncode == 0, checked.stderr
+        assert "checked 2 machines of the cluster: ok" in checked.stderr
+        assert not store.exists()
         done = run(cluster, spec, store)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("checked 2 machines of the cluster: ok") == 1
@@ -170,19 +173,13 @@ def test_each_fault_of_a_machine_is_refused_with_its_remedy(cluster, disk, tmp_p
             f"store: {missing / 'runs'} does not exist; give --store a folder that every machine",
             f"files: backbone {clip} has other content than on the driver",
         )
-        done = run(cluster, spec, read_only, "--cluster", "--json", *gpus, do="doctor")
-    assert done.returncode == 3, done.stderr
-    result = json.loads(done.stdout)
-    states = sorted(checks["store"] for checks in result["machines"].values())
-    assert states == ["failed", "ok"]
-    assert {checks["answers"] for checks in result["machines"].values()} == {"ok"}
-    found = {finding["check"]: finding for finding in result["findings"]}
-    assert (sorted(found), len(result["findings"])) == (["code", "files", "gpu", "store"], 4)
-    assert found["store"]["problem"] == f"{read_only} cannot be used (Read-only file system)"
-    assert found["store"]["remedy"].startswith("let the user of that machine's Ray")
-    assert result["machines"][found["store"]["node"]]["store"] == "failed"
-    assert result["checks"]["cluster"]["said"] == "2 machines, 2 CPU, 1 GPU"
-    assert not (read_only / "sweeps").exists()
+        assert_refused(
+            run(cluster, spec, read_only, "--check", *gpus, do="plan"),
+            read_only,
+            f"store: {read_only} cannot be used (Read-only file system); let the user of that",
+            f"files: backbone {clip}",
+            "gpu: Ray counts a GPU",
+        )
     done = run(cluster, spec, tmp_path / "runs", *gpus)
     assert done.returncode == 3
     assert "no machine has both" in done.stderr
@@ -297,25 +294,3 @@ def test_a_cluster_that_requires_a_token_is_refused_with_the_variables_to_set(sp
         assert "0" * 64 not in done.stderr
         done = run_at(address, spec, tmp_path / "runs", do="prepare", **auth)
         assert done.returncode == 0, done.stderr
-
-
-# ---------------------------------------------------------------- doctor
-
-
-def test_doctor_with_the_address_of_a_dashboard_runs_as_a_job(spec, tmp_path):
-    with head(jobs=True) as address:
-        to = {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"}
-        done = run_at(address, spec, tmp_path / "runs", "--cluster", do="doctor", **to)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "cluster    ok  1 machine, 1 CPU, 0 GPU" in done.stdout
-        assert "versions   ok  Python" in done.stdout  # versions of the cluster
-        assert not (tmp_path / "runs" / "sweeps").exists()
-        words = ("--cluster", "--json", "--set", "backbone=/nowhere")
-        done = run_at(address, spec, "runs", *words, do="doctor", **to)
-    assert done.returncode == 3, done.stdout + done.stderr
-    (problem,) = json.loads(done.stdout)["findings"]
-    assert "the store 'runs' is relative, and this is a Ray job" in problem["problem"]
-    assert problem["remedy"].startswith("set --store")
-    done = run_at(address, spec, tmp_path / "runs", "--cluster", do="doctor", **to)
-    assert done.returncode == 3
-    assert f"no Ray cluster answers at {address}" in done.stderr

@@ -257,7 +257,7 @@ def interrupted(command: tuple[Any, ...], word: str) -> tuple[int, str]:
 def test_jobs_lists_sweeps_that_ray_job_submit_has_sent(head, monkeypatch):
     command = "echo python -m orchestrator run sweeps/by_hand.yaml --store /none"
     other_job(head, "plain", monkeypatch, command, metadata={})
-    other_job(head, "no-sweep", monkeypatch, "echo python -m orchestrator doctor", metadata={})
+    other_job(head, "no-sweep", monkeypatch, "echo python -m orchestrator status", metadata={})
     listed = jobs_of(head)
     assert "no-sweep" not in listed
     job = listed["plain"]

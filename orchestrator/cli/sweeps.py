@@ -161,7 +161,8 @@ def plan(
         bool, typer.Option("--explain", help="Show every setting and its origin.")
     ] = False,
     check: Annotated[
-        bool, typer.Option("--check", help="Exit with 2 or 3 if the sweep would not start now.")
+        bool,
+        typer.Option("--check", help="Check the machines; exit with 2 or 3 if it would not start."),
     ] = False,
     tracking_uri: TrackingOption = None,
 ) -> None:

@@ -1,13 +1,13 @@
 """Ray clusters: join or start a cluster, check nodes, submit jobs, render deployment files."""
 
 from orchestrator.cluster.jobs import Cluster, Job
-from orchestrator.cluster.node_checks import check_nodes, refuse_unfit_nodes
+from orchestrator.cluster.node_checks import refuse_unfit_machine, refuse_unfit_nodes
 from orchestrator.cluster.session import ray_session
 
 __all__ = [
     "Cluster",
     "Job",
-    "check_nodes",
     "ray_session",
+    "refuse_unfit_machine",
     "refuse_unfit_nodes",
 ]

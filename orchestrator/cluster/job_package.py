@@ -102,7 +102,6 @@ def pack(request: SweepRequest | None, folder: Path, code: bool) -> str:
 
 
 def _code_files() -> Iterator[Path]:
-    yield ROOT / "pyproject.toml"  # `doctor` reads the version ranges of the dependencies
     for package in PACKAGES:
         for path in (ROOT / package).rglob("*"):
             parts = path.relative_to(ROOT).parts

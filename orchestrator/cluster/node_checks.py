@@ -1,7 +1,7 @@
 """Node checks: compare every node of a cluster with the driver before a sweep starts.
 
 One task per node returns facts (`node_facts.py`), which pure functions compare with the facts of
-the driver. `airsweep doctor` applies the same functions to this machine.
+the driver. `airsweep plan --check` applies the same functions to this machine.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from air_core.specs import Ref
@@ -31,8 +31,8 @@ from orchestrator.planning.checks import bytes_left, gpu_requirements, unfit_gpu
 from orchestrator.planning.resources import Gpu
 from orchestrator.store import ArtifactStore, SweepLocation
 
-CHECKS = ("answers", "versions", "code", "store", "room", "files", "gpu")
 MIN_FREE = 100 * 2**20  # bytes; a sweep does not start with less
+FULL_DISK = 0.95  # used share of a disk above which Ray starts no task that needs the disk
 ANSWER_TIMEOUT = 90.0  # seconds; on a slow disk a new process that imports torch takes a minute
 RETRY_DELAY = 1.0  # seconds
 
@@ -81,27 +81,6 @@ class Finding:
     remedy: str
     fatal: bool = True
 
-    def json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class NodeReport:
-    """Findings of one machine."""
-
-    name: str
-    findings: tuple[Finding, ...]
-    skipped: frozenset[str] = frozenset()  # names of checks
-
-    def states(self) -> dict[str, str]:
-        """State of each check: ok, warning, failed, or - if it was skipped."""
-        states = {finding.check: "warning" for finding in self.findings}
-        states |= {finding.check: "failed" for finding in self.findings if finding.fatal}
-        other = "-" if "answers" in states else "ok"
-        return {
-            check: states.get(check, "-" if check in self.skipped else other) for check in CHECKS
-        }
-
 
 def compare_facts(
     node: str, facts: Facts, driver: Facts, store: str, needs: NodeRequirements
@@ -121,7 +100,8 @@ def compare_facts(
             *_code_problems(facts["code"], driver["code"]),
             *_store_problems(facts["store"], store),
             *_space_problems(facts["store"], needs.bytes_left),
-            *_input_problems(facts["files"], driver["files"], needs.inputs),
+            *_temporary_problems(*facts["temporary"]),
+            *_input_problems(facts, driver, needs.inputs),
             *_gpu_problems(facts["gpu"], facts.get("smallest_gpu"), needs),
         )
     ]
@@ -184,13 +164,20 @@ def _space_problems(node: Facts, bytes_left: int) -> Problems:
         yield "room", problem, remedy, free < MIN_FREE
 
 
-def _input_problems(
-    node: Sequence[Facts], driver: Sequence[Facts], inputs: Sequence[Input]
-) -> Problems:
+def _temporary_problems(folder: str, used: float) -> Problems:
+    if used > FULL_DISK:
+        problem = f"the disk of Ray's folder {folder} is {used:.0%} full"
+        yield "room", problem, "free some space, or set RAY_TMPDIR", False
+
+
+def _input_problems(node: Facts, driver: Facts, inputs: Sequence[Input]) -> Problems:
     """Weights and images that differ from the driver's."""
-    for actual, expected, (role, name) in zip(node, driver, inputs, strict=True):
+    hub = ", ".join(f"{name}={value}" for name, value in node["hub"].items()) or "unset"
+    for actual, expected, (role, name) in zip(node["files"], driver["files"], inputs, strict=True):
         if "problem" in actual:
             problem = f"is missing ({actual['problem']})"
+            if role != "dataset" and node["hub"] != driver["hub"]:
+                problem += f"; HF_HOME and HF_HUB_CACHE differ from the driver's: {hub}"
         elif "problem" in expected or actual == expected:
             continue
         elif actual["count"] != expected["count"]:
@@ -229,41 +216,48 @@ def finding_lines(findings: Iterable[Finding]) -> list[str]:
 # ---------------------------------------------------------------- checking machines
 
 
-def refuse_unfit_nodes(plan: Plan, location: SweepLocation, report: Callable[[str], None]) -> None:
-    """Check the nodes of the joined cluster before a sweep starts.
+Report = Callable[[str], None]  # receives warnings and a summary
 
-    Args:
-        report: receives warnings and a summary.
+
+def refuse_unfit_nodes(plan: Plan, location: SweepLocation, report: Report) -> None:
+    """Check the nodes of the joined cluster before a sweep starts.
 
     Raises:
         Refused: a node cannot run the sweep. The message lists nodes, problems and remedies.
     """
     started = time.monotonic()
     nodes = check_nodes(location.store, node_requirements(plan, location))
-    findings = [finding for node in nodes for finding in node.findings]
-    fatal = [finding for finding in findings if finding.fatal]
-    if fatal:
-        unfit = len({finding.node for finding in fatal})
-        raise Refused(
-            f"{unfit} of {plural(len(nodes), 'machine')} of the cluster cannot run this sweep:\n  "
-            + "\n  ".join(finding_lines(fatal))
-        )
-    for line in finding_lines(findings):
-        report(line)
+    findings = [finding for found in nodes.values() for finding in found]
+    unfit = len({finding.node for finding in findings if finding.fatal})
+    _refuse_fatal(
+        findings, f"{unfit} of {plural(len(nodes), 'machine')} of the cluster cannot", report
+    )
     seconds = time.monotonic() - started
     # A node without an answer that is not fatal has left the cluster.
     checked = len(nodes) - sum(finding.check == "answers" for finding in findings)
     report(f"checked {plural(checked, 'machine')} of the cluster: ok, {seconds:.1f} s")
 
 
-def check_this_machine(
-    name: str, store: ArtifactStore, needs: NodeRequirements
-) -> tuple[Facts, list[Finding]]:
-    """Return facts and findings of this machine. Raises what `store_token` raises."""
+def refuse_unfit_machine(plan: Plan, location: SweepLocation, report: Report) -> None:
+    """Check this machine like a node of a cluster.
+
+    Raises:
+        Refused: it cannot run the sweep.
+    """
+    store, needs = location.store, node_requirements(plan, location)
     with store_token(store) as token:
         facts = node_facts.node_facts(store.name, token, DRIVER_ANSWER, needs, needs.gpus)
         _read_answer(facts["store"], store.name, token, DRIVER_ANSWER)
-    return facts, compare_facts(name, facts, facts, store.name, needs)
+    findings = compare_facts("this machine", facts, facts, store.name, needs)
+    _refuse_fatal(findings, "this machine cannot", report)
+    report("checked this machine: ok")
+
+
+def _refuse_fatal(findings: Sequence[Finding], subject: str, report: Report) -> None:
+    if fatal := [finding for finding in findings if finding.fatal]:
+        raise Refused("\n  ".join([f"{subject} run this sweep:", *finding_lines(fatal)]))
+    for line in finding_lines(findings):
+        report(line)
 
 
 def _read_answer(facts: Facts, store: str, token: str, node: str) -> None:
@@ -273,8 +267,8 @@ def _read_answer(facts: Facts, store: str, token: str, node: str) -> None:
         facts["answered"] = facts["token"] and has_token(store, token, node)
 
 
-def check_nodes(store: ArtifactStore, needs: NodeRequirements) -> list[NodeReport]:
-    """Check each node of the joined cluster by a task that reserves no core and no GPU.
+def check_nodes(store: ArtifactStore, needs: NodeRequirements) -> dict[str, list[Finding]]:
+    """Findings of each node of the joined cluster, from a task that reserves no core and no GPU.
 
     Raises what `store_token` raises.
     """
@@ -302,20 +296,17 @@ def check_nodes(store: ArtifactStore, needs: NodeRequirements) -> list[NodeRepor
                     _read_answer(answer["store"], store.name, token, key)
     finally:
         cloudpickle.unregister_pickle_by_value(node_facts)
-    alive, reports = _alive_nodes(), []
+    alive, found = _alive_nodes(), {}
     for name, key in zip(_node_names(list(nodes.values())), nodes, strict=True):
         answer = answers[key]
         if isinstance(answer, str):
             remedy = "restart its Ray, or remove the machine from the cluster, and try again"
             problem = f"the machine could not be checked ({answer})"
             # Not fatal if the node has left the cluster meanwhile: an autoscaler may remove it.
-            findings = [Finding(name, "answers", problem, remedy, fatal=key in alive)]
+            found[name] = [Finding(name, "answers", problem, remedy, fatal=key in alive)]
         else:
-            findings = compare_facts(name, answer, driver, store.name, needs)
-        done = {"files": bool(needs.inputs), "gpu": key in with_gpu}
-        skipped = frozenset(check for check, was_done in done.items() if not was_done)
-        reports.append(NodeReport(name, tuple(findings), skipped))
-    return sorted(reports, key=lambda report: report.name)
+            found[name] = compare_facts(name, answer, driver, store.name, needs)
+    return dict(sorted(found.items()))
 
 
 def _gather(pending: dict[Any, str], start: Callable[[str], Any]) -> dict[str, Facts | str]:

@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import os
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -35,6 +36,7 @@ DRIVER, DRIVER_ANSWER = "driver", "here"  # files in it: the driver's token and 
 TOKEN_BYTES = 1 << 16  # size of such a file; a full quota may still accept a few bytes
 STALE = 3600.0  # seconds; older tokens were left by killed drivers
 VISIBLE = 2.0  # seconds until a network disk shows a file of another machine
+HUB_VARIABLES = ("HF_HOME", "HF_HUB_CACHE")  # folders of models that have no path in a sweep
 SAMPLE, ENDS = 200, 1 << 16  # files of an input to read; bytes to read at both ends of a file
 
 Facts = dict[str, Any]
@@ -69,6 +71,8 @@ def node_facts(store: str, token: str, node: str, needs: NodeRequirements, use_g
         "versions": {"python": python_version(), **{name: _version(name) for name in LIBRARIES}},
         "code": _code_digests(),
         "store": _answer(store, token, node),
+        "temporary": _used_share(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()),
+        "hub": {name: os.environ[name] for name in HUB_VARIABLES if name in os.environ},
         "files": [_input_facts(role, name, needs) for role, name in needs.inputs],
         "gpu": _gpu_problem() if use_gpu else None,
         "smallest_gpu": _smallest_gpu() if use_gpu else None,
@@ -117,6 +121,14 @@ def _answer(store: str, token: str, node: str) -> Facts:
     except Exception as problem:  # the airsweep of this node may differ from the driver's
         facts["error"] = str(problem)
     return facts
+
+
+def _used_share(folder: str) -> tuple[str, float]:
+    """The folder, and the used share of its disk; 0 if unknown."""
+    with suppress(OSError):
+        disk = shutil.disk_usage(folder)
+        return folder, disk.used / disk.total
+    return folder, 0.0
 
 
 def has_token(store: str, token: str, name: str) -> bool:

@@ -203,6 +203,8 @@ def check_start(
 ) -> None:
     """Check that `run_sweep` would start now, for `airsweep plan --check`.
 
+    Checks this machine, or with RAY_ADDRESS the machines of that cluster.
+
     Raises:
         ValueError: this user may not write to the store, or the sweep does not say whether to use
             the GPUs.
@@ -216,6 +218,22 @@ def check_start(
     _check_services(location, tracker, screen, prepare_only=False)
     if event_log.is_locked():
         raise _busy(location)
+    _check_machines(plan, location, screen)
+
+
+def _check_machines(plan: Plan, location: SweepLocation, screen: Screen) -> None:
+    from orchestrator.cluster import ray_session, refuse_unfit_machine, refuse_unfit_nodes
+
+    if not joins_existing_cluster():
+        refuse_unfit_machine(plan, location, screen.message)
+        return
+    with ray_session() as machines:
+        if problem := unschedulable_reason(plan, location.store, machines):
+            if not plan.sweep.resources.wait:
+                raise Refused(problem)
+            screen.message(f"a run would wait for machines: {problem}")
+        _refuse_unused_gpus(plan, location, machines)
+        refuse_unfit_nodes(plan, location, screen.message)
 
 
 def _lock(event_log: EventLog, location: SweepLocation) -> None:

@@ -64,7 +64,7 @@ def test_a_checkout_sends_its_code_and_the_sweep_but_no_other_file(tmp_path, spe
     files, _ = packed(checkout, spec, tmp_path / "sent")
     listing = ["git", "ls-files", "-co", "--exclude-standard", "--", "air_core", "orchestrator"]
     tracked = run_command(listing, cwd=ROOT)
-    assert files == {*tracked.stdout.split(), "pyproject.toml", "sweeps/small.yaml"}
+    assert files == {*tracked.stdout.split(), "sweeps/small.yaml"}
     assert (tmp_path / "sent" / "sweeps" / "small.yaml").read_text() == spec.read_text()
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
-from orchestrator.cluster.node_checks import Finding, NodeReport, compare_facts, finding_lines
+import pytest
+
+from orchestrator.cluster.node_checks import Finding, compare_facts, finding_lines
 from orchestrator.cluster.node_facts import (
     DRIVER,
     STALE,
@@ -18,6 +22,9 @@ from orchestrator.cluster.node_facts import (
     store_token,
 )
 from orchestrator.store import open_store
+from tests.helpers.disks import small_disk
+from tests.helpers.servers import free_port
+from tests.helpers.sweeps import python, write_sweep
 
 HEALTHY: dict[str, Any] = {
     "versions": {"python": "3.11.7", "ray": "2.60.0", "torch": "2.13.0+cpu", "numpy": "2.1.0"},
@@ -26,6 +33,8 @@ HEALTHY: dict[str, Any] = {
         **{"exists": True, "token": True, "answered": True, "error": ""},
         **{"where": "/runs", "free": 1 << 40},
     },
+    "temporary": ("/tmp", 0.5),
+    "hub": {},
     "files": [{"count": 3, "digest": "x"}],
     "gpu": None,
 }
@@ -63,17 +72,21 @@ def test_each_wrong_fact_fails_its_check():
     assert problems(files=[{"count": 3, "digest": "y"}]) == [("files", True)]
     assert problems(files=[{"problem": "gone"}]) == [("files", True)]
     assert problems(code={}) == [("code", True)]
+    assert problems(temporary=("/tmp", 0.97)) == [("room", False)]
+
+
+def test_missing_weights_are_reported_with_the_folders_of_the_hub():
+    facts = HEALTHY | {"files": [{"problem": "gone"}], "hub": {"HF_HOME": "/elsewhere"}}
+    (finding,) = compare_facts("b", facts, HEALTHY, "/runs", NodeRequirements(INPUTS))
+    assert finding.problem == (
+        "backbone tiny is missing (gone); HF_HOME and HF_HUB_CACHE differ from the driver's: "
+        "HF_HOME=/elsewhere"
+    )
 
 
 def test_a_problem_of_several_machines_is_one_line():
     findings = [Finding(name, "store", "/runs does not exist", "mount it") for name in "abcd"]
     assert finding_lines(findings) == ["a, b and 2 more: store: /runs does not exist; mount it"]
-
-
-def test_checks_of_a_machine_without_an_answer_have_no_state():
-    states = NodeReport("a", (Finding("a", "answers", "gone", "start it"),)).states()
-    assert states.pop("answers") == "failed"
-    assert set(states.values()) == {"-"}
 
 
 def store_facts(store: Any, token: str, node: str) -> dict[str, Any]:
@@ -114,3 +127,45 @@ def test_the_next_driver_removes_the_token_of_a_killed_driver(tmp_path):
     with store_token(open_store(tmp_path)):
         pass
     assert [folder.name for folder in tmp_path.iterdir()] == [f"{TOKENS}running"]
+
+
+# ---------------------------------------------------------------- this machine
+
+
+@pytest.fixture
+def spec(tmp_path) -> Path:
+    return write_sweep(tmp_path, "small", "fixed: {method: fpl, train.steps: 3}\nseeds: [1]\n")
+
+
+def test_a_check_of_a_healthy_machine_passes_and_leaves_no_file(spec, tmp_path, command):
+    before = {*tmp_path.rglob("*")}
+    code, out, err = command("plan", spec, "--store", tmp_path / "deep" / "runs", "--check")
+    assert (code, err.partition(" ")[2]) == (0, "checked this machine: ok\n")
+    assert out.startswith("small: 1 cell")
+    assert {*tmp_path.rglob("*")} == before
+
+
+def test_an_unreachable_tracker_is_refused(spec, tmp_path, command):
+    uri = f"http://127.0.0.1:{free_port()}"
+    words = ("--store", tmp_path / "runs", "--tracking-uri", uri, "--check")
+    code, _, err = command("plan", spec, *words)
+    assert code == 3
+    assert f"MLflow at {uri} does not answer" in err
+    assert "--tracking-uri none" in err
+
+
+def test_a_full_disk_and_a_read_only_disk_are_refused(spec, tmp_path):
+    with small_disk(tmp_path / "disk", 1 << 20) as disk:
+
+        def check() -> subprocess.CompletedProcess[str]:
+            words = ("plan", spec, "--store", disk.place / "runs", "--check")
+            return python("-m", "orchestrator", *words, inside=disk.inside, check=False)
+
+        done = check()
+        assert done.returncode == 3
+        assert "this machine cannot run this sweep:\n  this machine: room: " in done.stderr
+        assert "airsweep cache gc" in done.stderr
+        subprocess.run([*disk.inside, "mount", "-o", "remount,ro", str(disk.place)], check=True)
+        done = check()
+        assert done.returncode == 2
+        assert f"the file system of {disk.place / 'runs'} is read-only" in done.stderr

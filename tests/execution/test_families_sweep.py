@@ -76,7 +76,7 @@ def test_a_gpu_day_makes_one_report_and_continues(tmp_path):
     assert figures["name"] == "gpu_day"
     assert figures["ratio"] > 1
     report = (tmp_path / "day" / "report.md").read_text()
-    for step in ("doctor", "smoke", "plan", "run", "table", "device"):
+    for step in ("check", "smoke", "plan", "run", "table", "device"):
         assert f"## {step}\n" in report
     assert "cpl_real_evidence" in report
     (tmp_path / "day" / "table.txt").write_text("interrupted")
