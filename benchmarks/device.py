@@ -121,6 +121,59 @@ def megabytes(pipeline: Any) -> float:
     return sum(w.numel() * w.element_size() for part in parts for w in part.parameters()) / 1e6
 
 
+def random_pipeline(folder: Path) -> int:
+    """Write the pipeline of the shape of Stable Diffusion 1.5; returns the image size in pixels."""
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from air_core.diffusion.pipeline import load_pipeline
+    from air_core.models.weights import generator_folder
+
+    width = size = 64
+    text = CLIPTextConfig(
+        vocab_size=49408,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        max_position_embeddings=77,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=size // 8,
+        cross_attention_dim=width,
+        block_out_channels=(32, 64, 128, 128),
+        attention_head_dim=8,
+        norm_num_groups=4,
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(32, 64, 128, 128),
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=size,
+    )
+    noise = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
+    )
+    StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text),
+        tokenizer=load_pipeline(generator_folder("tiny")).tokenizer,
+        unet=unet,
+        scheduler=noise,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return size
+
+
 # ---------------------------------------------------------------- stages
 
 
@@ -214,13 +267,11 @@ def prompt(arguments: Any) -> Figures:
 
 
 def main() -> None:
-    from benchmarks.sd_images import random_pipeline
-
     arguments = options(__doc__, device="cpu", precision="bf16")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         model, adapter = Path(folder) / "model", Path(folder) / "lora"
-        size = random_pipeline(model, small=True)
+        size = random_pipeline(model)
         stages = {"LoRA": lora(model, adapter, size, arguments)}
         for name, stage in (("plain", plain), ("draw", draw), ("evidence", evidence)):
             stages[name] = stage(model, adapter, size, arguments)

@@ -57,13 +57,10 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
 
 
-def airsweep(*arguments: object, **more: str) -> str:
-    """Run an airsweep command in a new process and return its stdout."""
+def airsweep(*arguments: object) -> None:
+    """Run an airsweep command in a new process."""
     command = [sys.executable, "-m", "orchestrator", *map(str, arguments)]
-    done = subprocess.run(
-        command, check=True, env=environment(**more), capture_output=True, text=True
-    )
-    return done.stdout
+    subprocess.run(command, check=True, env=environment(), capture_output=True)
 
 
 def random_clip(
@@ -93,7 +90,7 @@ def progress(*words: object) -> None:
     print(*words, file=sys.stderr, flush=True)
 
 
-def report(name: str, ratio: float | None, baseline: str, **figures: Any) -> None:
+def report(name: str, ratio: float, baseline: str, **figures: Any) -> None:
     """Print the result as the last line of a benchmark."""
     print(json.dumps(rounded({"name": name, "ratio": ratio, "baseline": baseline, **figures})))
 

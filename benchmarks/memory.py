@@ -4,16 +4,16 @@ Baseline: one more matrix of images x classes in float32, which a step would nee
 scores once. Each step runs in a process of its own:
 
     logits                       CLIP's text classifier
-    prototype, knn, cache        auxiliary classifiers of --per-class images of each class
+    prototype, knn, cache        auxiliary classifiers of 16 images of each class
     fuse                         search of the temperature that matches two confidences
     pool_scores                  text, prototype and evidence together
-    evidence, sinkhorn           probabilities by --draws denoising errors, and their balance
+    evidence, sinkhorn           probabilities by two draws of errors, and their balance
     objectives, transductive     mutual information of the pool, Gaussian mixture
     candidate_sets, balanced_choice, predicted    parts of pseudo-labelling
     round                        pseudo-labels of the last round of CPL
 
     python benchmarks/memory.py [NAME...] [--images 128000] [--classes 1000] [--width 512]
-        [--per-class 16] [--draws 2] [--threads 1]
+        [--threads 1]
 
 Without a name it runs all of them, half an hour. The last line is JSON: `ratio` is the size of the
 matrix divided by the largest `extra_gib` of a step, its peak without inputs and result. `peak_gib`
@@ -51,6 +51,7 @@ from benchmarks.harness import environment, measure_time, options, progress, rep
 
 GIB = 2**30
 ALPHA, BETA = 0.75, 0.99
+PER_CLASS, DRAWS = 16, 2
 PART = 4096  # images that are drawn at a time
 SHARPNESS = 30.0
 
@@ -60,8 +61,7 @@ class Pool:
 
     def __init__(self, arguments: Any) -> None:
         self.images, self.classes = arguments.images, arguments.classes
-        self.width, self.per_class = arguments.width, arguments.per_class
-        self.draws = arguments.draws
+        self.width = arguments.width
         self.generator = torch.Generator().manual_seed(0)
         self.centers = self._unit_noise(self.classes)
 
@@ -81,7 +81,7 @@ class Pool:
 
     @cached_property
     def errors(self) -> Tensor:
-        return torch.empty(self.draws, self.images, self.classes).uniform_(generator=self.generator)
+        return torch.empty(DRAWS, self.images, self.classes).uniform_(generator=self.generator)
 
     @cached_property
     def text(self) -> LinearClassifier:
@@ -114,7 +114,7 @@ class Pool:
         )
 
     def _auxiliary(self, kind: str) -> AuxiliaryClassifier:
-        labels = torch.arange(self.classes).repeat_interleave(self.per_class)
+        labels = torch.arange(self.classes).repeat_interleave(PER_CLASS)
         features = normalize(0.5 * self.centers[labels] + self._unit_noise(len(labels)), dim=1)
         bank, settings = Labelled(Batch(features), labels), AuxiliarySettings(kind=kind)
         return auxiliary_classifier(settings, bank, None, self.batch, self.classes, SHARPNESS)
@@ -188,9 +188,7 @@ def main() -> None:
     names = []
     while sys.argv[1:] and sys.argv[1] in STEPS:
         names.append(sys.argv.pop(1))
-    arguments = options(
-        __doc__, images=128_000, classes=1000, width=512, per_class=16, draws=2, threads=1
-    )
+    arguments = options(__doc__, images=128_000, classes=1000, width=512, threads=1)
     torch.set_num_threads(arguments.threads)
     figures = {}
     for name in names or STEPS:

@@ -2,7 +2,7 @@
 
     python benchmarks/method.py text_step [--threads 2] [--repeats 5] [--device cpu]
     python benchmarks/method.py visual_step [--batch 16] [--steps 3] [--threads 2] [--device cpu]
-    python benchmarks/method.py trial [--steps 20] [--pool 3760] [--threads 2] [--device cpu]
+    python benchmarks/method.py trial [--steps 20] [--threads 2] [--device cpu]
     python benchmarks/method.py replicas [--steps 20] [--repeats 3] [--threads 1] [--device cpu]
 
 *text_step*: a training step of a text prompt. Baseline: the step of CoOp and CPL, which encodes one
@@ -274,8 +274,8 @@ def trial(args: argparse.Namespace) -> None:
     backbone = random_clip(device=args.device)
     names = get_dataset("dtd").classnames
     classes, width = len(names), backbone.model.text_projection.shape[1]
-    pool = Batch(normalize(torch.randn(args.pool, width), dim=-1))
-    capacities = [capacity(SELECTION, args.pool, classes, t, ROUNDS) for t in range(ROUNDS)]
+    pool = Batch(normalize(torch.randn(POOL, width), dim=-1))
+    capacities = [capacity(SELECTION, POOL, classes, t, ROUNDS) for t in range(ROUNDS)]
     chosen = torch.arange(classes * capacities[4])
     targets = (torch.rand(len(chosen), classes) < 3 / classes).float()
     targets[chosen, chosen % classes] = 1.0
@@ -283,7 +283,7 @@ def trial(args: argparse.Namespace) -> None:
 
     def parts(kind: type[TextPrompt], steps: int) -> tuple[Tensor, Times, Times]:
         """The prompt after `steps` steps, and the times of a step and of labelling the pool."""
-        learner = kind(PromptSettings(), backbone, names, seed=1)
+        learner = kind(PromptSettings(), backbone, names, "{}", 1)
         settings = TrainSettings(batch=BATCH, steps=steps, warmup=0.0)
         wall, cpu = measure_time(lambda: fit([plain_training(learner, real, settings, 0)]))
 
@@ -316,7 +316,6 @@ def trial(args: argparse.Namespace) -> None:
         timed_steps=args.steps,
         trial_steps=steps,
         labelling_passes=passes,
-        pool=args.pool,
         apart=apart,
         **figures,
     )
@@ -369,7 +368,7 @@ def together(
 
 def replicas(args: argparse.Namespace) -> None:
     found: dict[str, dict[str, dict[str, float]]] = {}
-    for world in args.worlds:
+    for world in WORLDS:
         tiny = world == "tiny"
         backbone = load_backbone("tiny", args.device) if tiny else random_clip(device=args.device)
         steps = 10 * args.steps if tiny else args.steps
@@ -381,7 +380,7 @@ def replicas(args: argparse.Namespace) -> None:
             progress(world, count, one)
     report(
         "replicas",
-        found["tiny"]["8"]["ratio_cpu"] if "tiny" in found else None,
+        found["tiny"]["8"]["ratio_cpu"],
         f"8 prompts one after another, tiny CLIP, digits, batches of {BATCH}, "
         f"{args.threads} thread, {args.device}",
         steps=args.steps,
@@ -392,8 +391,8 @@ def replicas(args: argparse.Namespace) -> None:
 BENCHMARKS: dict[str, tuple[Callable[[argparse.Namespace], None], dict[str, Any]]] = {
     "text_step": (text_step, {"threads": 2, "repeats": 5}),
     "visual_step": (visual_step, {"threads": 2, "batch": 16, "steps": 3}),
-    "trial": (trial, {"threads": 2, "steps": 20, "pool": POOL}),
-    "replicas": (replicas, {"threads": 1, "steps": 20, "repeats": 3, "worlds": [*WORLDS]}),
+    "trial": (trial, {"threads": 2, "steps": 20}),
+    "replicas": (replicas, {"threads": 1, "steps": 20, "repeats": 3}),
 }
 
 

@@ -18,10 +18,10 @@ from PIL import Image
 from air_core.bundle import load_bundle
 from air_core.bundle.manifest import write_bundle
 from air_core.datasets.images import ImageFiles, Unreadable
-from benchmarks.classify import zero_shot
 from orchestrator.environment import RAY_JOB
 from orchestrator.execution import classify
 from orchestrator.execution.classify import MANIFEST, ClassifierActor, ClassifyJob
+from tests.helpers.bundles import zero_shot
 from tests.helpers.sweeps import python
 
 

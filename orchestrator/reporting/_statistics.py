@@ -45,7 +45,7 @@ is here the differences of one dataset, paradigm and modality: `orchestrator.rep
   least the mean runs part of all differences, with half of their summed degrees of freedom
   (methods share a host, so differences are not independent).
 
-`benchmarks/calibration.py` measures the error rates of both.
+`benchmarks/README.md` has the error rates of both, by simulation.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ SEED_OF_IMAGES, SEED_OF_RUNS = [0, 0], [0, 1]  # of the random numbers of the tw
 
 Verdict = Literal["higher", "lower", "not significant", "not tested"]
 
-# Minimum for a test, determined by simulation (benchmarks/calibration.py).
+# Minimum for a test, determined by simulation (benchmarks/README.md).
 FEWEST_SEEDS = 3  # with one split, unless neither method uses the seed
 FEWEST_SPLITS = 4  # with more than one split
 FEWEST_IMAGES = 20  # on which the two methods differ

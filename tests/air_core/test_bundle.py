@@ -32,7 +32,7 @@ from air_core.models.weights import tiny_folder
 from air_core.prompts import restored_learner
 from air_core.specs import PromptSettings
 from air_core.types import Batch
-from benchmarks.classify import zero_shot
+from tests.helpers.bundles import zero_shot
 
 ROOT = Path(__file__).parents[2]
 UNIT = np.eye(10, 128, dtype=np.float32)

@@ -24,7 +24,6 @@ from air_core.diffusion.pipeline import PipelineGenerator, check_classes, load_p
 from air_core.models.weights import generator_files, generator_folder
 from air_core.specs import FolderImages, GeneratedImages, GenerationSettings, Ref
 from benchmarks import device
-from benchmarks.sd_images import random_pipeline
 from tests.helpers import pipelines
 from tests.helpers.dataset_trees import EPS
 
@@ -144,7 +143,7 @@ def test_a_lora_is_exchanged_without_a_trace_of_the_one_before(adapter, monkeypa
 def test_a_pass_of_the_unet_casts_no_weight_and_calls_few_kernels(tmp_path):
     arguments = SimpleNamespace(device="cpu", precision="bf16")
     model, adapter = tmp_path / "model", tmp_path / "lora"
-    size = random_pipeline(model, small=True)
+    size = device.random_pipeline(model)
     device.lora(model, adapter, size, arguments)
     for stage in (device.draw, device.evidence):
         found = stage(model, adapter, size, arguments)

@@ -28,7 +28,7 @@ from air_core.datasets import get_dataset
 from air_core.specs import AuxiliarySettings, PromptSettings
 from air_core.transduction import transductive
 from air_core.types import Batch, Labelled
-from benchmarks.classify import zero_shot
+from tests.helpers.bundles import zero_shot
 
 ROUNDING = 1e-4  # of probabilities: half-precision tokens can round to the other neighbour
 

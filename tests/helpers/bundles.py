@@ -1,0 +1,38 @@
+"""A small bundle for tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from air_core.backbone.loading import load_backbone
+from air_core.bundle.checks import TEST, TEXT
+from air_core.bundle.manifest import weights_description
+from air_core.classifiers import class_texts
+from air_core.datasets import get_dataset
+
+
+def zero_shot() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of `write_bundle` for the zero-shot classifier of the tiny CLIP on the digits."""
+    digits, backbone = get_dataset("digits"), load_backbone("tiny")
+    about = {
+        "classnames": list(digits.classnames),
+        "template": digits.template,
+        "modality": "text",
+        "prompt": None,
+        "classifier": "text",
+        "space": "probability",
+        "temperatures": {},
+        "backbone": {**weights_description("tiny"), "precision": "fp32"},
+        "metrics": {"test/accuracy": 0.5},
+        "test": {"dataset": digits.name, "digest": "d", "images": 2, "unseen": None},
+        "lineage": {},
+    }
+    texts = class_texts(backbone, digits.classnames, digits.template).numpy()
+    scale = np.array(backbone.logit_scale, dtype=np.float32)
+    arrays = {
+        TEXT: {"text_features": texts, "logit_scale": scale},
+        TEST: {name: np.zeros(2, dtype=np.int32) for name in ("index", "text", "labels")},
+    }
+    return about, arrays
