@@ -26,6 +26,7 @@ from orchestrator.errors import INTERRUPTED, TERMINATED
 from orchestrator.files import write_atomic
 
 if TYPE_CHECKING:
+    import pyarrow
     from optuna import Study
     from pandas import DataFrame
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from orchestrator.store import SweepLocation
 
 __all__ = [
+    "Classifier",
     "Outcome",
     "Planned",
     "audit",
@@ -786,14 +788,39 @@ def classify(
     """
     from pandas import DataFrame
 
-    from air_core.bundle.files import image_files, true_classes
-    from orchestrator.reporting.classified import classified_rows, columns
+    from air_core.bundle.files import image_files
+    from orchestrator.reporting.classified import classified_rows
 
     bundle = load_bundle(folder, **options)
-    files = image_files(images)
-    true = true_classes(files, bundle.classnames)
-    names = columns(min(topk, len(bundle.classnames)), bool(true))
-    return DataFrame(classified_rows(bundle, files, true, names), columns=[*names])
+    return DataFrame(classified_rows(bundle, image_files(images), topk))
+
+
+class Classifier:
+    """Classifies batches of image files with a bundle, on the workers of Ray Data:
+
+        ray.data.from_items([{"path": path} for path in paths]).map_batches(
+            airsweep.Classifier, fn_constructor_args=(bundle,), concurrency=4
+        )
+
+    Args:
+        folder: the bundle.
+        topk: number of classes per image, at most all.
+        options: of `load_bundle`.
+    """
+
+    def __init__(self, folder: str | Path, topk: int = 1, **options: Any) -> None:
+        self._bundle, self._topk = load_bundle(folder, **options), topk
+
+    def __call__(self, batch: Mapping[str, Iterable[str]]) -> pyarrow.Table:
+        """Classify the files of the column `path`.
+
+        Returns:
+            Table with the columns `path`, `class` and `probability`, then `class_2` and so on, and
+            `error`, the reason why a file cannot be read.
+        """
+        from orchestrator.reporting.classified import arrow_table
+
+        return arrow_table([*self._bundle.rows([*map(Path, batch["path"])], self._topk)])
 
 
 def recorded_sweep(

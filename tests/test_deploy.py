@@ -75,9 +75,10 @@ def classified(command, bundle: Path, photos: Path, *more: str) -> dict[str, dic
     words = ("classify", bundle, photos, "--json", "--topk", "10", *more)
     code, stdout, stderr = command(*words)
     assert code == 0, stderr
+    ranks = ["", *(f"_{rank}" for rank in range(2, 11))]
     return {
-        Path(each["image"]).name: {top["class"]: top["probability"] for top in each["top"]}
-        for each in json.loads(stdout)
+        Path(row["path"]).name: {row[f"class{rank}"]: row[f"probability{rank}"] for rank in ranks}
+        for row in json.loads(stdout)
     }
 
 

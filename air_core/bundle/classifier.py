@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ STEP = 64  # images per batch; larger batches delay the output of large models
 BLANK = Image.new("RGB", (8, 8))
 
 Source = Path | Image.Image | np.ndarray
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,6 @@ class ClassifiedImage:
     def probability(self) -> float:
         """Over the bundle's classes, so images of other classes can also have high values."""
         return self.top[0][1]
-
-    def json(self) -> dict[str, Any]:
-        return {
-            "image": self.image,
-            "class": self.classname,
-            "probability": self.probability,
-            "top": [{"class": name, "probability": share} for name, share in self.top],
-        }
 
 
 @dataclass(frozen=True)
@@ -135,7 +128,7 @@ class Bundle:
         Raises:
             ValueError: a path does not exist or contains no image, or an array has another shape
                 or dtype.
-            Unreadable: a file is not an image; `stream` can skip such files.
+            Unreadable: an image cannot be read; `rows` has the reason instead.
         """
         sources: dict[Path | str, Source] = {}  # each file once
         for position, image in enumerate(images):
@@ -145,31 +138,42 @@ class Bundle:
                 sources[f"#{position}"] = image
         if not sources:
             raise ValueError("no images given; give paths, PIL images or numpy arrays")
-        return list(self._stream([*sources.items()], topk, None))
+        results = []
+        for result in self._results(sources.items(), topk):
+            if isinstance(result, Unreadable):
+                raise result
+            results.append(result)
+        return results
 
-    def stream(
-        self,
-        files: Sequence[Path],
-        topk: int = TOP,
-        unreadable: Callable[[Path, str], None] | None = None,
-    ) -> Iterator[ClassifiedImage]:
-        """Classify image files in batches and yield the results in order. Memory use is constant.
+    def columns(self, topk: int) -> list[str]:
+        """Names of the values of `rows`."""
+        ranks = ["", *(f"_{rank}" for rank in range(2, min(topk, len(self.classnames)) + 1))]
+        pairs = [f"{name}{rank}" for rank in ranks for name in ("class", "probability")]
+        return ["path", *pairs, "error"]
 
-        Threads, as many as torch uses, open the next batch while the model computes.
+    def rows(self, files: Sequence[Path], topk: int) -> Iterator[Row]:
+        """Classify image files in batches and yield a row per file, in order.
 
-        Args:
-            topk: number of classes per image, at most all.
-            unreadable: called with the path of an unreadable file and the reason, in the order of
-                the files. Default: raise Unreadable.
+        Threads, as many as torch uses, open the next batch while the model computes. Memory use is
+        constant.
+
+        Returns:
+            `path`; `class` and `probability` of the best class, then `class_2`, `probability_2` and
+            so on; `error`, the reason why a file cannot be read. None where there is no value.
         """
-        return self._stream([(file, file) for file in files], topk, unreadable)
+        names = self.columns(topk)
+        results = self._results(((file, file) for file in files), topk)
+        for file, result in zip(files, results, strict=True):
+            values: list[Any] = [None] * (len(names) - 2)
+            error = str(result) if isinstance(result, Unreadable) else None
+            if isinstance(result, ClassifiedImage):
+                values = [value for pair in result.top for value in pair]
+                values[0] = result.classname  # may be `unsure`
+            yield dict(zip(names, [str(file), *values, error], strict=True))
 
-    def _stream(
-        self,
-        sources: Sequence[tuple[Any, Source]],
-        topk: int,
-        unreadable: Callable[[Any, str], None] | None,
-    ) -> Iterator[ClassifiedImage]:
+    def _results(
+        self, sources: Iterable[tuple[Any, Source]], topk: int
+    ) -> Iterator[ClassifiedImage | Unreadable]:
         for batch in self._prepared(sources):
             pixels = [image for _, image in batch if isinstance(image, Tensor)]
             if pixels:
@@ -177,20 +181,18 @@ class Bundle:
                 found = shares.topk(min(topk, len(self.classnames)), dim=-1)
                 tops = iter(zip(*map(Tensor.tolist, found), strict=True))
             for name, image in batch:
-                if isinstance(image, Tensor):
-                    values, classes = next(tops)
-                    names = (self.classnames[c] for c in classes)
-                    top = tuple(zip(names, values, strict=True))
-                    yield ClassifiedImage(str(name), top, values[0] < self.min_probability)
-                elif unreadable is None:
-                    raise Unreadable(image)
-                else:
-                    unreadable(name, image)
+                if isinstance(image, Unreadable):
+                    yield image
+                    continue
+                values, classes = next(tops)
+                names = (self.classnames[c] for c in classes)
+                top = tuple(zip(names, values, strict=True))
+                yield ClassifiedImage(str(name), top, values[0] < self.min_probability)
 
     def _prepared(
-        self, sources: Sequence[tuple[Any, Source]]
-    ) -> Iterator[list[tuple[Any, Tensor | str]]]:
-        """Batches of names with preprocessed images, or with the reason why one is unreadable.
+        self, sources: Iterable[tuple[Any, Source]]
+    ) -> Iterator[list[tuple[Any, Tensor | Unreadable]]]:
+        """Batches of names with preprocessed images.
 
         While the caller works on a batch, threads prepare the next one.
         """
@@ -203,13 +205,13 @@ class Bundle:
         )
         return iter(lambda: [*itertools.islice(prepared, step)], [])
 
-    def _pixels(self, source: Path | Image.Image) -> Tensor | str:
+    def _pixels(self, source: Path | Image.Image) -> Tensor | Unreadable:
         try:
             image = open_image(source) if isinstance(source, Path) else source
         except Unreadable as problem:
-            return str(problem)
+            return problem
         except OSError as problem:
-            return f"{source} cannot be read: {problem.strerror}"
+            return Unreadable(f"{source} cannot be read: {problem.strerror}")
         pixels: Tensor = self.backbone.preprocess(image)  # (3, H, W)
         return pixels
 

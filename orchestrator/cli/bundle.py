@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,17 +25,12 @@ from orchestrator.cli.common import (
     fail,
     with_progress_bar,
 )
-from orchestrator.environment import environment, in_ray_job, redirect_descriptor
 from orchestrator.errors import DONE, GATE
 from orchestrator.files import make_folders
-from orchestrator.formatting import csv_cell, show
+from orchestrator.formatting import show
 
 if TYPE_CHECKING:
-    from air_core.bundle.classifier import ClassifiedImage
-    from orchestrator.execution.classify import ClassifyJob
-    from orchestrator.reporting.classified import Tally
-
-    Results = Iterable[tuple[ClassifiedImage, dict[str, str | None]]]
+    from orchestrator.reporting.classified import Row
 
 app = typer.Typer()
 
@@ -165,16 +158,7 @@ def classify(
             "--output",
             "--out",
             metavar="FILE",
-            help="Table to write, by its suffix: .parquet, .csv or .jsonl.",
-        ),
-    ] = None,
-    address: Annotated[
-        str | None,
-        typer.Option(
-            "--address",
-            metavar="ADDRESS",
-            help="Ray cluster that classifies, such as head:6379, or local; -o is then a folder of "
-            "Parquet files. Default with -o: RAY_ADDRESS, which a Ray job has.",
+            help="Table to write, by its suffix: .parquet or .csv.",
         ),
     ] = None,
     weights: WeightsOption = None,
@@ -192,72 +176,52 @@ def classify(
 
     If the images are in folders that are named like classes, the accuracy and a confusion matrix
     follow: on stdout, with --json, --csv or -o on stderr. Exits with 1 if some files cannot be
-    read, with 2 if no file can be read. With -o prints FILE, which has one row per image; `error`
-    is the reason why an image is unreadable.
-
-    On a Ray cluster, the same command after a kill classifies only what is missing.
+    read, with 2 if no file can be read. With --json, --csv and -o there is one row per image;
+    `error` is the reason why an image is unreadable. With -o prints FILE.
 
     airsweep classify bundle new/*.png
 
     airsweep classify bundle photos/ 'more/**/*.jpg' --topk 1 --csv > classes.csv
 
-    airsweep classify bundle photos -o classes.parquet --address local
+    airsweep classify bundle photos -o classes.parquet
     """
+    from air_core.backbone.loading import import_open_clip_alone
+    from air_core.bundle import image_files, load_bundle
+    from air_core.bundle.files import skipped_files
+    from orchestrator.planning.dataset_text import skipped_text
+    from orchestrator.reporting import classified
+
     if as_json + as_csv + (output is not None) > 1:
         fail("--json, --csv and -o exclude each other; give only one")
-    cluster = address or (os.environ.get("RAY_ADDRESS", "") if output else "")
-    _check_output(output, cluster)
-    from air_core.bundle import image_files, read_bundle
-    from air_core.bundle.files import skipped_files, true_classes
-    from orchestrator.reporting.classified import Tally, classified_rows, columns, write_table
-
-    files, manifest = image_files(images), read_bundle(folder)
-    true, tally = true_classes(files, manifest.classnames), Tally()
-    names = columns(min(topk, len(manifest.classnames)), bool(true))
-    if output is not None and cluster:
-        from orchestrator.execution.classify import ClassifyJob
-        from orchestrator.planning.resolve import located_weights
-
-        weights = weights and located_weights(weights)
-        if runtime == "torch":
-            manifest.backbone(weights)  # before Ray starts, an error about the weights
-        paths = {file.absolute(): name for file, name in true.items()}
-        every = [file.absolute() for file in files]
-        where = folder.absolute(), weights, device, classifier, min_probability, runtime
-        job = ClassifyJob(*where, names, every, paths, output.absolute())
-        _classify_on_ray(job, cluster, tally)
-    else:
-        from air_core.backbone.loading import import_open_clip_alone
-        from air_core.bundle import load_bundle
-
-        import_open_clip_alone()
-        bundle = load_bundle(folder, weights, device, classifier, min_probability, runtime)
-        if output is not None:
-            rows = classified_rows(bundle, files, true, names)
-            make_folders(output.absolute().parent)
-            write_table(
-                output, names, tally.counted(with_progress_bar("classifying", rows, len(files)))
-            )
-        else:
-            results = bundle.stream(files, topk, lambda file, why: tally.unreadable.append(why))
-            write = _json if as_json else _csv if as_csv else _table(files, bundle.classnames)
-            # Where the results are printed on a terminal, they show the progress.
-            quiet = sys.stdout.isatty()
-            shown = with_progress_bar("classifying", results, len(files), quiet)
-            write(_labelled(shown, true, tally))
     if output is not None:
+        classified.check_table(output)
+    files = image_files(images)
+    import_open_clip_alone()
+    bundle = load_bundle(folder, weights, device, classifier, min_probability, runtime)
+    rows = classified.classified_rows(bundle, files, topk)
+    # Where the results are printed on a terminal, they show the progress.
+    quiet = output is None and sys.stdout.isatty()
+    tally = classified.Tally()
+    counted = tally.counted(with_progress_bar("classifying", rows, len(files), quiet))
+    if output is not None:
+        make_folders(output.absolute().parent)
+        classified.write_table(output, counted)
         show(output)
+    elif as_json:
+        classified.show_json(counted)
+    elif as_csv:
+        classified.write_csv(sys.stdout, counted)
+    else:
+        _show_table(counted, files, bundle.classnames)
     if tally.pairs:
-        others = len(files) - len(tally.unreadable) - tally.unsure - tally.pairs.total()
         data = as_json or as_csv or output is not None  # on stdout
-        for line in _confusion_lines(tally.pairs, manifest.classnames, others):
+        others = tally.images - len(tally.unreadable) - tally.unsure - tally.pairs.total()
+        for line in _confusion_lines(tally.pairs, bundle.classnames, others):
             show(line, file=sys.stderr if data else sys.stdout)
     if min_probability:
         unsure = f"unsure: {tally.unsure:,} of {len(files):,} images, below {min_probability:g}"
         show(unsure, file=sys.stderr)
     if skipped := skipped_files(images):
-        from orchestrator.planning.dataset_text import skipped_text
-
         show(f"skipped: {skipped_text(dict(sorted(skipped.items())))}", file=sys.stderr)
     if tally.unreadable:
         show(f"{len(tally.unreadable):,} of {len(files):,} files could not be read:", sys.stderr)
@@ -268,61 +232,20 @@ def classify(
         sys.exit(1)
 
 
-def _check_output(output: Path | None, cluster: str) -> None:
-    """Check -o and --address before anything is read.
-
-    Raises:
-        ValueError: they do not fit each other, or cannot be used.
-    """
-    if "://" in cluster:
-        raise ValueError(
-            f"{cluster} is not the head of a Ray cluster, such as head:6379 (--address or "
-            "RAY_ADDRESS); where only a dashboard is reachable, send the command as a job: ray job "
-            "submit --address http://head:8265 -- airsweep classify ..."
-        )
-    if output is None:
-        if cluster:
-            raise ValueError("--address needs -o: on Ray the results go to FILE.parquet")
-        return
-    from orchestrator.reporting.classified import check_suffix
-
-    check_suffix(output)
-    if cluster and output.suffix != ".parquet":
-        raise ValueError(
-            f"{output}: on Ray -o is a folder of Parquet files, whose name must end in .parquet; "
-            "without --address and RAY_ADDRESS one process classifies"
-        )
-    if not cluster and output.is_dir():
-        raise ValueError(f"{output} is a folder; remove it, or give another -o")
-    if in_ray_job() and not output.is_absolute():
-        raise ValueError(
-            f"{output}: the working folder of a Ray job is removed at its end; give an absolute "
-            "path that all machines of the cluster share"
-        )
-
-
-def _classify_on_ray(job: ClassifyJob, cluster: str, tally: Tally) -> None:
-    from orchestrator.execution.classify import classify_on_ray, rows_of
-
-    # Parts of Ray write to file descriptor 1; stdout is for data.
-    with (
-        environment({"RAY_ADDRESS": "" if cluster == "local" else cluster}),
-        redirect_descriptor(1, 2),
-    ):
-        for _ in with_progress_bar("classifying", classify_on_ray(job), job.blocks):
-            pass
-    for _ in tally.counted(rows_of(job)):
-        pass
-
-
-def _labelled(
-    results: Iterable[ClassifiedImage], true: Mapping[Path, str], tally: Tally
-) -> Iterator[tuple[ClassifiedImage, dict[str, str | None]]]:
-    """Each result with its true class under "true", empty if no image has one; counts them."""
-    for result in results:
-        name = true.get(Path(result.image))
-        tally.count(name, result.classname)
-        yield result, {"true": name} if true else {}
+def _show_table(rows: Iterable[Row], files: Iterable[Path], classnames: Iterable[str]) -> None:
+    """Print a line for each readable image: its path, best class and other classes."""
+    width = min(PATH_WIDTH, max(len(printable(str(file))) for file in files))
+    name_width = max(map(len, classnames))
+    for row in rows:
+        if row["error"] is None:
+            names, shares = (
+                [row[name] for name in row if name.startswith(word)]
+                for word in ("class", "probability")
+            )
+            first = f"{names[0]:<{name_width}} {shares[0]:>6.1%}"
+            pairs = zip(names[1:], shares[1:], strict=True)
+            others = "   ".join(f"{name} {share:.1%}" for name, share in pairs)
+            show(f"{printable(row['path']):<{width}}  {first}   {others}".rstrip())
 
 
 def _confusion_lines(
@@ -347,45 +270,6 @@ def _confusion_lines(
     for c, true in enumerate(shown, start=1):
         row = "".join(f"{counts[true, predicted]:>6,}" for predicted in shown)
         yield f"  {c:>2}  {printable(true):<{width}} {row}"
-
-
-def _json(results: Results) -> None:
-    """Stream a JSON list with one image per line."""
-    separator = "[\n "
-    for result, label in results:
-        show(separator + json.dumps(result.json() | label), end="")
-        separator = ",\n "
-    if separator != "[\n ":
-        show("\n]")
-
-
-def _csv(results: Results) -> None:
-    """Columns image, class, probability; then class_2, probability_2, ...; then true, if known."""
-    from orchestrator.reporting.classified import values_of
-
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    for index, (result, label) in enumerate(results):
-        row = values_of(result) | label
-        if index == 0:
-            writer.writerow(row)
-        writer.writerow(map(csv_cell, row.values()))
-
-
-def _table(files: Iterable[Path], classnames: Iterable[str]) -> Callable[[Results], None]:
-    width = min(PATH_WIDTH, max(len(printable(str(file))) for file in files))
-    name_width = max(len(name) for name in classnames)
-
-    def write(results: Results) -> None:
-        for result, _ in results:
-            first, *rest = result.top
-            best, *others = (
-                f"{name:<{name_width}} {probability:>6.1%}"
-                for name, probability in [(result.classname, first[1]), *rest]
-            )
-            after = "   ".join(" ".join(other.split()) for other in others)
-            show(f"{printable(result.image):<{width}}  {best}   {after}".rstrip())
-
-    return write
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Tables of classified images: their rows, and Parquet, CSV and JSON Lines files of them."""
+"""Rows of classified images, and Parquet, CSV and JSON tables of them."""
 
 from __future__ import annotations
 
@@ -6,74 +6,36 @@ import csv
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
-from air_core.bundle.files import UNSURE
+from air_core.bundle.files import UNSURE, true_classes
 from orchestrator.files import sync, temporary_for
-from orchestrator.formatting import csv_cell
+from orchestrator.formatting import csv_cell, show
 
 if TYPE_CHECKING:
-    from air_core.bundle.classifier import Bundle, ClassifiedImage
+    import pyarrow
+
+    from air_core.bundle.classifier import Bundle
 
 Row = dict[str, Any]  # by column; None where an image has no value
-PAIR = ("class", "probability")
 GROUP = 8192  # rows of a row group, which a reader of Parquet holds in memory
 
 
-def columns(classes: int, labelled: bool) -> tuple[str, ...]:
-    """Columns of a table of classified images.
-
-    Args:
-        classes: number of classes of each image.
-        labelled: whether folders name classes, so that there is a column `true`.
-    """
-    pairs = [f"{name}_{rank}" for rank in range(2, classes + 1) for name in PAIR]
-    return ("image", *PAIR, *pairs, *(("true",) if labelled else ()), "error")
-
-
-def values_of(result: ClassifiedImage) -> Row:
-    """The columns image, class, probability, class_2, probability_2, ... of an image."""
-    row: Row = {"image": result.image}
-    for rank, (name, probability) in enumerate(result.top, start=1):
-        suffix = "" if rank == 1 else f"_{rank}"
-        row |= {f"class{suffix}": name, f"probability{suffix}": probability}
-    return row | {"class": result.classname}  # may be `unsure`
-
-
-def classified_rows(
-    bundle: Bundle, files: Sequence[Path], true: Mapping[Path, str], names: Sequence[str]
-) -> Iterator[Row]:
-    """One row per file, in order; an unreadable file has the reason as `error`.
-
-    Args:
-        true: classes of files, for the column `true`.
-        names: from `columns`.
-    """
-    unreadable: list[Row] = []  # before the next result
-    empty: Row = dict.fromkeys(names)
-    topk = sum(name.startswith("class") for name in names)
-
-    def row(file: Path, **values: Any) -> Row:
-        label = {"true": true.get(file)} if "true" in names else {}
-        return empty | {"image": str(file)} | values | label
-
-    def report(file: Path, reason: str) -> None:
-        unreadable.append(row(file, error=reason))
-
-    for result in bundle.stream(files, topk, report):
-        yield from unreadable
-        unreadable.clear()
-        yield row(Path(result.image), **values_of(result))
-    yield from unreadable
+def classified_rows(bundle: Bundle, files: Sequence[Path], topk: int) -> Iterator[Row]:
+    """`Bundle.rows`, with the true class as `true` if folders are named like classes."""
+    true = true_classes(files, bundle.classnames)
+    for row in bundle.rows(files, topk):
+        yield row | {"true": true.get(Path(row["path"]))} if true else row
 
 
 @dataclass
 class Tally:
-    """Counts of the rows of a table."""
+    """Counts of rows."""
 
+    images: int = 0
     pairs: Counter[tuple[str, str]] = field(default_factory=Counter)  # true and predicted class
     unsure: int = 0
     unreadable: list[str] = field(default_factory=list)  # reasons
@@ -81,52 +43,63 @@ class Tally:
     def counted(self, rows: Iterable[Row]) -> Iterator[Row]:
         """The rows, which are counted when they are read."""
         for row in rows:
+            self.images += 1
             if row["error"] is not None:
                 self.unreadable.append(row["error"])
-            else:
-                self.count(row.get("true"), row["class"])
+            elif row["class"] == UNSURE:
+                self.unsure += 1
+            elif row.get("true") is not None:
+                self.pairs[row["true"], row["class"]] += 1
             yield row
 
-    def count(self, true: str | None, predicted: str) -> None:
-        if predicted == UNSURE:
-            self.unsure += 1
-        elif true is not None:
-            self.pairs[true, predicted] += 1
+
+# ---------------------------------------------------------------- tables
 
 
-# ---------------------------------------------------------------- files
-
-
-def check_suffix(file: Path) -> None:
-    """Raises: ValueError, if the suffix is not that of a table."""
+def check_table(file: Path) -> None:
+    """Raises: ValueError, if `write_table` cannot write the file."""
     if file.suffix not in WRITERS:
-        raise ValueError(f"{file}: the name must end in one of {', '.join(WRITERS)}")
+        raise ValueError(f"{file}: the name must end in {' or '.join(WRITERS)}")
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder; remove it, or give another -o")
 
 
-def write_table(file: Path, names: Sequence[str], rows: Iterable[Row]) -> None:
+def write_table(file: Path, rows: Iterable[Row]) -> None:
     """Write rows to a file, in the format of its suffix. Memory use is constant.
 
     A rename publishes the complete file; a process that is killed leaves none.
     """
     with temporary_for(file) as temporary:
-        WRITERS[file.suffix](temporary, names, rows)
+        WRITERS[file.suffix](temporary, iter(rows))
         sync(temporary)
     sync(file.parent)
 
 
-def _write_parquet(file: Path, names: Sequence[str], rows: Iterable[Row]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def write_csv(handle: TextIO, rows: Iterable[Row]) -> None:
+    writer = csv.writer(handle, lineterminator="\n")
+    for index, row in enumerate(rows):
+        if index == 0:
+            writer.writerow(row)
+        writer.writerow(map(csv_cell, row.values()))
 
-    number = pa.float64()
-    schema = pa.schema(
-        (name, number if name.startswith("probability") else pa.string()) for name in names
-    )
-    every = iter(rows)
-    with pq.ParquetWriter(file, schema) as writer:
-        while group := [*itertools.islice(every, GROUP)]:
-            texts = [{name: _valid_text(value) for name, value in row.items()} for row in group]
-            writer.write_table(pa.Table.from_pylist(texts, schema))
+
+def show_json(rows: Iterable[Row]) -> None:
+    """Print a JSON list with one row per line."""
+    for index, row in enumerate(rows):
+        show(",\n " if index else "[\n ", end="")
+        show(json.dumps(row), end="")
+    show("\n]")
+
+
+def arrow_table(rows: Sequence[Row]) -> pyarrow.Table:
+    """At least one row as a table, whose columns always have the same types."""
+    import pyarrow as pa
+
+    types = {
+        name: pa.float64() if name.startswith("probability") else pa.string() for name in rows[0]
+    }
+    texts = [{name: _valid_text(value) for name, value in row.items()} for row in rows]
+    return pa.Table.from_pylist(texts, pa.schema(types))
 
 
 def _valid_text(value: Any) -> Any:
@@ -134,20 +107,23 @@ def _valid_text(value: Any) -> Any:
     return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
 
 
-def _write_csv(file: Path, names: Sequence[str], rows: Iterable[Row]) -> None:
+def _write_parquet(file: Path, rows: Iterator[Row]) -> None:
+    import pyarrow.parquet as pq
+
+    groups = iter(lambda: [*itertools.islice(rows, GROUP)], [])
+    first = arrow_table(next(groups))
+    with pq.ParquetWriter(file, first.schema) as writer:
+        writer.write_table(first)
+        for group in groups:
+            writer.write_table(arrow_table(group))
+
+
+def _write_csv(file: Path, rows: Iterator[Row]) -> None:
     with open(file, "w", encoding="utf-8", newline="") as handle:
-        writer = csv.writer(handle, lineterminator="\n")
-        writer.writerow(names)
-        writer.writerows([csv_cell(row[name]) for name in names] for row in rows)
+        write_csv(handle, rows)
 
 
-def _write_jsonl(file: Path, names: Sequence[str], rows: Iterable[Row]) -> None:
-    with open(file, "w", encoding="utf-8") as handle:
-        handle.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-WRITERS: dict[str, Callable[[Path, Sequence[str], Iterable[Row]], None]] = {
+WRITERS: dict[str, Callable[[Path, Iterator[Row]], None]] = {
     ".parquet": _write_parquet,
     ".csv": _write_csv,
-    ".jsonl": _write_jsonl,
 }

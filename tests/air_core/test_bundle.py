@@ -125,11 +125,12 @@ def test_unreadable_files_are_reported_and_the_rest_is_classified(bundle, digits
     files[1].write_bytes(b"no image")
     files[3].write_bytes(files[3].read_bytes()[:60])
     missing = tmp_path / "missing.png"
-    errors: dict[Path, str] = {}
-    stream = bundle.stream([*files, missing], unreadable=lambda f, why: errors.update({f: why}))
-    assert [result.image for result in stream] == [str(files[i]) for i in (0, 2, 4)]
-    assert list(errors) == [files[1], files[3], missing]
-    assert all(str(file) in why for file, why in errors.items())
+    rows = list(bundle.rows([*files, missing], topk=1))
+    assert [row["path"] for row in rows] == [str(file) for file in (*files, missing)]
+    errors = [row["error"] for row in rows]
+    assert [row["class"] is None for row in rows] == [error is not None for error in errors]
+    assert [index for index, error in enumerate(errors) if error] == [1, 3, 5]
+    assert all(row["path"] in row["error"] for row in rows if row["error"])
     with pytest.raises(Unreadable, match=r"001\.png"):
         bundle.classify([tmp_path])
 

@@ -122,12 +122,12 @@ def test_a_process_without_ray_or_mlflow_gives_the_logits_of_the_trial(
     found = json.loads(listed)
     names = get_dataset("digits").classnames
     assert [one["class"] for one in found] == [names[c] for c in predictions]
-    assert all(one.keys() == {"image", "class", "probability", "top"} for one in found)
     temperature = read_bundle(tmp_path / "bundle").temperature("text")
     assert temperature != 1
     shares = (seen[-1] / temperature).softmax(dim=-1)
+    ranks = ["", *(f"_{rank}" for rank in range(2, 11))]
     for one, row in zip(found, shares, strict=True):
-        by_name = {each["class"]: each["probability"] for each in one["top"]}
+        by_name = {one[f"class{rank}"]: one[f"probability{rank}"] for rank in ranks}
         assert np.allclose([by_name[name] for name in names], row, rtol=0, atol=1e-5)
 
 
@@ -415,22 +415,23 @@ def test_classify_prints_results_to_stdout_and_unreadable_files_to_stderr(
     assert code == 1  # some files are unreadable
     assert "1 of 5 files could not be read:" in err
     assert str(new / "0004.png") in err
-    assert [Path(one["image"]).name for one in found] == [f"{i:04}.png" for i in range(4)]
-    assert all(one["class"] == one["top"][0]["class"] for one in found)
-    assert all(len(one["top"]) == 2 for one in found)
+    assert [Path(one["path"]).name for one in found] == [f"{i:04}.png" for i in range(5)]
+    assert [one["error"] is None for one in found] == [True] * 4 + [False]
 
     (new / "0004.png").unlink()
     code, out, err = command("classify", bundle, f"{new}/*.png", "--csv", "--topk", "2")
     lines = out.splitlines()
     assert (code, err, len(lines)) == (0, "", 5)
-    assert lines[0] == "image,class,probability,class_2,probability_2"
-    assert [line.split(",")[1] for line in lines[1:]] == [one["class"] for one in found]
+    assert lines[0] == "path,class,probability,class_2,probability_2,error"
+    assert [line.split(",")[1] for line in lines[1:]] == [one["class"] for one in found[:4]]
 
     code, out, err = command("classify", bundle, new / "0000.png")
     assert (code, err) == (0, "")
-    assert out.startswith(f"{new / '0000.png'}")
-    assert found[0]["class"] in out
-    assert f"{found[0]['probability']:.1%}" in out
+    shown = (
+        f"{found[0]['probability']:>6.1%}   {found[0]['class_2']} {found[0]['probability_2']:.1%}"
+    )
+    assert out.startswith(f"{new / '0000.png'}  {found[0]['class']}")
+    assert shown in out
 
 
 def test_classify_of_class_folders_ends_with_accuracy_and_confusion_matrix(
@@ -453,6 +454,7 @@ def test_classify_of_class_folders_ends_with_accuracy_and_confusion_matrix(
     code, out, err = command("classify", bundle, new, "--json")
     found = json.loads(out)
     assert code == 1
+    found = [one for one in found if one["error"] is None]
     assert [one["true"] for one in found].count(None) == 1
     right = sum(one["class"] == one["true"] for one in found)
     accuracy = (
@@ -474,8 +476,10 @@ def test_classify_of_class_folders_ends_with_accuracy_and_confusion_matrix(
     ]
 
     header, *lines = command("classify", bundle, new, "--csv", "--topk", "1")[1].splitlines()
-    assert header == "image,class,probability,true"
-    assert [line.rsplit(",")[-1] or None for line in lines] == [one["true"] for one in found]
+    assert header == "path,class,probability,error,true"
+    assert sorted(line.split(",")[-1] for line in lines if "bad.png" not in line) == sorted(
+        one["true"] or "" for one in found
+    )
     assert "accuracy" not in command("classify", bundle, new / "test" / "zwei" / "*.png")[1]
 
 
@@ -493,9 +497,9 @@ def test_an_image_with_a_small_probability_is_unsure(bundle, command, tmp_path):
     assert code == 0
     assert [line.split(",")[1] for line in out.splitlines()[1:]].count("unsure") == 10
     assert f"unsure: 10 of 30 images, below {limit:g}" in err
-    command(*words, "-o", tmp_path / "out.jsonl")
-    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [row["class"] for row in rows] == [one.classname for one in found]
+    assert [row["class"] for row in json.loads(command(*words, "--json")[1])] == [
+        one.classname for one in found
+    ]
 
 
 def test_classify_without_images_or_bundle_prints_the_golden_messages(bundle, command, tmp_path):
