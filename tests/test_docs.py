@@ -49,7 +49,6 @@ PARSED = {
     "airsweep audit": "no synthetic images here (test_audits)",
     "airsweep classify": "needs images of the user (test_bundles)",
     "airsweep export": "ten seconds of torch (test_bundles)",
-    "airsweep verify": "ten seconds of torch (test_bundles)",
     "s3://": "needs a bucket",
     "http://": "needs a server",
     ".gpu=": "needs a GPU",

@@ -18,8 +18,7 @@ from air_core.datasets.dataset import is_template
 from air_core.printable import UNPRINTABLE, printable
 from air_core.specs import ClipPrecision, FusionSpace
 
-TEXT, PROMPT, TEST = "text_features.safetensors", "prompt.safetensors", "test.safetensors"
-FUSED = "fused.safetensors"
+TEXT, PROMPT, FUSED = (f"{name}.safetensors" for name in ("text_features", "prompt", "fused"))
 CLASSIFIERS = ("text", "auxiliary", "fused")
 MODALITIES = ("text", "visual")
 PRECISIONS = get_args(ClipPrecision)
@@ -47,7 +46,7 @@ def check_contents(content: Mapping[str, Any], arrays: Arrays) -> None:
         if not fits(value):
             shown = printable(repr(value))
             raise ValueError(f"its {path} is {shown[:SHOWN]}; allowed: {allowed}")
-    _check_unseen(content["test"].get("unseen", ""), len(content["classnames"]))
+    _check_unseen(content.get("unseen", ""), len(content["classnames"]))
     _check_files(content, arrays)
     _check_arrays(content, arrays)
     _check_classifiers(content, arrays)
@@ -61,11 +60,6 @@ def check_digests(digests: Any, where: str) -> None:
     """
     if not _is_digests(digests):
         raise ValueError(f"its {where} is not a dict of file names and SHA-256 digests")
-
-
-def test_metric(test: Mapping[str, Any]) -> str:
-    """The test metric of a bundle: the harmonic mean for TRZSL, otherwise the accuracy."""
-    return "test/accuracy" if test["unseen"] is None else "test/harmonic_mean"
 
 
 # ---------------------------------------------------------------- bundle.json
@@ -137,10 +131,6 @@ SETTINGS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("backbone.precision", *_is_one_of(PRECISIONS)),
     ("backbone.name", "a text or null", _is(str, NONE)),
     ("metrics", "finite numbers by name", _is_numbers),
-    ("test", "a dict", _is(dict)),
-    ("test.dataset", "a text", _is(str)),
-    ("test.digest", "a text", _is(str)),
-    ("test.images", "a whole number >= 0", lambda value: _is(int)(value) and value >= 0),
     ("lineage", "a dict", _is(dict)),
 )
 
@@ -150,7 +140,7 @@ def _check_unseen(unseen: Any, classes: int) -> None:
         return
     fits = isinstance(unseen, list) and all(type(c) is int and 0 <= c < classes for c in unseen)
     if not fits or not 0 < len(set(unseen)) == len(unseen) < classes:
-        raise ValueError("its test.unseen is neither null nor a list of some of its classes")
+        raise ValueError("its unseen is neither null nor a list of some of its classes")
 
 
 # ---------------------------------------------------------------- arrays
@@ -161,8 +151,8 @@ class Allowed:
     """What an array may contain."""
 
     dtype: str
-    # One letter a dimension: C classes, U those of pool images, D feature width, T test images; any
-    # number, the same within a file: N, L, P, W. Several texts: several numbers of dimensions.
+    # One letter a dimension: C classes, U those of pool images, D feature width; any number, the
+    # same within a file: N, L, P, W. Several texts: several numbers of dimensions.
     shapes: tuple[str, ...]
     low: float = -math.inf
     high: float = math.inf
@@ -175,14 +165,12 @@ class Allowed:
 
 
 TINY = 1e-30
-_ROWS = {name: Allowed("integers", ("T",), 0, below="C") for name in ("labels", *CLASSIFIERS)}
 ARRAYS: dict[str, dict[str, Allowed]] = {
     TEXT: {
         "text_features": Allowed("float32", ("CD",)),
         "logit_scale": Allowed("float32", ("",), TINY),
     },
     PROMPT: {"prompt": Allowed("floats", ("LW", "PLW"))},
-    TEST: {"index": Allowed("integers", ("T",), 0), **_ROWS},
     FUSED: {
         "weight": Allowed("float64", ("",), 0, 1),
         "auxiliary.weight": Allowed("float32", ("UD",)),
@@ -203,9 +191,6 @@ _OF_ALL = ("auxiliary.center", "auxiliary.sharpness")
 COMPLETE: dict[str, tuple[set[str], ...]] = {
     TEXT: ({"text_features", "logit_scale"},),
     PROMPT: ({"prompt"},),
-    TEST: tuple(
-        {"index", "labels", *names} for names in (("text",), ("text", "fused"), CLASSIFIERS)
-    ),
     FUSED: (
         {"weight", *_OF_ALL, "auxiliary.weight", "auxiliary.bias", "auxiliary.unit"},
         {"weight", *_OF_ALL, "auxiliary.bank", "auxiliary.labels", "auxiliary.nearest"},
@@ -218,7 +203,7 @@ def _check_files(content: Mapping[str, Any], arrays: Arrays) -> None:
     prompt = content.get("prompt") is not None
     if PROMPT in arrays and not prompt:
         raise ValueError(f"it has no prompt, but contains {PROMPT}")
-    for name in (TEXT, TEST, *([PROMPT] if prompt else [])):
+    for name in (TEXT, *([PROMPT] if prompt else [])):
         if name not in arrays:
             raise ValueError(f"{name} is missing")
     for name, of in arrays.items():
@@ -228,8 +213,8 @@ def _check_files(content: Mapping[str, Any], arrays: Arrays) -> None:
 
 
 def _check_arrays(content: Mapping[str, Any], arrays: Arrays) -> None:
-    classes, unseen = len(content["classnames"]), content["test"]["unseen"]
-    sizes = {"C": classes, "U": len(unseen or range(classes)), "T": content["test"]["images"]}
+    classes, unseen = len(content["classnames"]), content["unseen"]
+    sizes = {"C": classes, "U": len(unseen or range(classes))}
     for file, of in arrays.items():
         for letter in "LNPW":
             sizes.pop(letter, None)
@@ -242,7 +227,7 @@ def _check_arrays(content: Mapping[str, Any], arrays: Arrays) -> None:
                     f"{name} of {file} is {found} or has values out of range; allowed: finite "
                     f"{allowed}, with {where}"
                 )
-            if not array.size and "T" not in ARRAYS[file][name].shapes:
+            if not array.size:
                 raise ValueError(f"{name} of {file} is empty")
     lengths = np.linalg.norm(arrays[TEXT]["text_features"].astype(np.float64), axis=1)  # (C,)
     if (np.abs(lengths - 1) > UNIT).any():
@@ -265,27 +250,20 @@ def _fits(array: np.ndarray, allowed: Allowed, sizes: dict[str, int]) -> bool:
     return bool(fits.all())
 
 
+def classifiers(content: Mapping[str, Any], arrays: Arrays) -> tuple[str, ...]:
+    """The classifiers of a bundle, as `FusedClassifier.each` has them."""
+    fused = arrays.get(FUSED, {})
+    auxiliary = content["unseen"] is None and "auxiliary.center" in fused
+    return ("text", *(["auxiliary"] if auxiliary else []), *(["fused"] if fused else []))
+
+
 def _check_classifiers(content: Mapping[str, Any], arrays: Arrays) -> None:
-    recorded = [name for name in CLASSIFIERS if name in arrays[TEST]]
-    if ("fused" in recorded) != (FUSED in arrays):
-        raise ValueError(f"{TEST} and {FUSED} have different classifiers")
-    if content["classifier"] not in recorded:
-        raise ValueError(
-            f"its classifier is {content['classifier']}, but {TEST} has no predictions of it"
-        )
+    found = classifiers(content, arrays)
+    if content["classifier"] not in found:
+        raise ValueError(f"its classifier is {content['classifier']}; it has {', '.join(found)}")
     auxiliary = arrays.get(FUSED, {})
     if "auxiliary.bank" in auxiliary:
-        classes = len(content["test"]["unseen"] or content["classnames"])
+        classes = len(content["unseen"] or content["classnames"])
         counts = np.bincount(auxiliary["auxiliary.labels"], minlength=classes)
         if counts.min() < max(1, int(auxiliary["auxiliary.nearest"])):
             raise ValueError("auxiliary.labels have fewer images of a class than are compared")
-    for name in recorded if content["test"]["images"] else ():
-        if recorded_metric(content, name) is None:
-            raise ValueError(f"its metric test/accuracy_{name} is missing")
-
-
-def recorded_metric(content: Mapping[str, Any], classifier: str) -> float | None:
-    """The recorded test metric of a classifier; the harmonic mean for TRZSL."""
-    metrics = content["metrics"]
-    found: float | None = metrics.get(f"test/accuracy_{classifier}")
-    return metrics.get(test_metric(content["test"])) if found is None else found

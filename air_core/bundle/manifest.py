@@ -5,8 +5,6 @@
     prompt.safetensors           prompt: the learned vectors; missing if nothing was learned
     fused.safetensors            auxiliary classifier and fusion, see `arrays`; missing without them
     model.onnx                   image tower and a classifier in one file; missing without --onnx
-    test.safetensors             index, labels (T,) of the test images, and the predictions (T,) of
-                                 each classifier: text, auxiliary, fused
 
 Digests are SHA-256, as for published weights. `bundle.json` also contains the digest of its content
 without that digest. Matching digests do not make a bundle trustworthy, so its contents are checked
@@ -30,15 +28,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from air_core.bundle.checks import (
-    CLASSIFIERS,
     FUSED,
     PROMPT,
-    TEST,
     TEXT,
     Arrays,
     check_contents,
     check_digests,
-    recorded_metric,
+    classifiers,
 )
 from air_core.models.weights import (
     ClipFile,
@@ -49,11 +45,10 @@ from air_core.models.weights import (
     weights_settings,
 )
 
-FORMAT = 2
-FIRST_FORMAT = 1  # has the text classifier alone
+FORMAT = 1
 MANIFEST = "bundle.json"
 ONNX = "model.onnx"  # optional; see `onnx`
-FILES = (TEXT, PROMPT, FUSED, TEST)  # no other file is opened
+FILES = (TEXT, PROMPT, FUSED)  # no other file is opened
 LICENCE = (
     "The backbone's weights are not in this folder and have a separate licence. The learned "
     "vectors were trained on images under the licences below."
@@ -77,7 +72,7 @@ class Manifest:
     @property
     def classifiers(self) -> tuple[str, ...]:
         """The classifiers that the bundle contains, of text, auxiliary and fused."""
-        return tuple(name for name in CLASSIFIERS if name in self.arrays[TEST])
+        return classifiers(self.content, self.arrays)
 
     def selected(self, classifier: str | None = None) -> str:
         """A classifier of the bundle; None: the one that was selected at the export.
@@ -96,10 +91,6 @@ class Manifest:
 
     def temperature(self, classifier: str) -> float:
         return float(self.content["temperatures"].get(classifier, 1.0))
-
-    def recorded_metric(self, classifier: str) -> float | None:
-        """Test accuracy (TRZSL: harmonic mean) in the trial; None: no test images had labels."""
-        return recorded_metric(self.content, classifier)
 
     @property
     def precision(self) -> str:
@@ -343,26 +334,12 @@ def read_bundle(folder: str | Path) -> Manifest:
         for name, digest in content["files"].items():
             _check_digest(folder / name, digest)
         arrays = {name: _read_arrays(folder / name) for name in content["files"] if name != ONNX}
-        if content["format"] == FIRST_FORMAT:
-            content, arrays = _upgraded(content, arrays)
         check_contents(content, arrays)
     except _Changed:
         raise
     except ValueError as problem:
         raise ValueError(f"{folder} is not a bundle: {problem}; export it again") from None
     return Manifest(folder, content, arrays)
-
-
-def _upgraded(
-    content: dict[str, Any], arrays: dict[str, dict[str, np.ndarray]]
-) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
-    """A bundle of the first format in the current one."""
-    added = {"classifier": "text", "space": "probability", "temperatures": {}}
-    test = {
-        "text" if name == "predictions" else name: array
-        for name, array in arrays.get(TEST, {}).items()
-    }
-    return {**content, **added}, {**arrays, **({TEST: test} if test else {})}
 
 
 class _Changed(ValueError):
@@ -386,10 +363,10 @@ def _read_manifest(file: Path) -> dict[str, Any]:
         raise _Changed(file) from None
     if known != data:
         raise _Changed(file)
-    if content.get("format") not in (FIRST_FORMAT, FORMAT):
+    if content.get("format") != FORMAT:
         raise ValueError(
-            f"{file} has format {content.get('format')!r}, but this version supports "
-            f"{FIRST_FORMAT} and {FORMAT}; use the airsweep version that wrote it, or export again"
+            f"{file} has format {content.get('format')!r}, but this version supports {FORMAT}; use "
+            "the airsweep version that wrote it, or export again"
         )
     return dict(content)
 

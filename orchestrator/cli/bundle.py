@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -25,7 +22,7 @@ from orchestrator.cli.common import (
     fail,
     with_progress_bar,
 )
-from orchestrator.errors import DONE, GATE
+from orchestrator.errors import GATE
 from orchestrator.files import make_folders
 from orchestrator.formatting import show
 
@@ -294,39 +291,3 @@ def errors(
     options: dict[str, Any] = {"store": store, "data_root": data_root}
     options |= {"classifier": classifier, "tracking_uri": tracking_uri}
     show(api.errors(trial, output, **options))
-
-
-@app.command()
-def verify(
-    folder: FolderArgument,
-    data_root: DataOption = None,
-    weights: WeightsOption = None,
-    dataset: Annotated[
-        str | None,
-        typer.Option(
-            metavar="folder:PATH",
-            help="Folder of the test images, if the trial used images of your own.",
-        ),
-    ] = None,
-    classifier: ClassifierOption = None,
-    device: DeviceOption = "cpu",
-    as_json: JsonOption = False,
-) -> None:
-    """Check that a bundle reproduces the recorded predictions.
-
-    Scores the bundle on the trial's test images. Exits with 0 if the accuracy and every prediction
-    are equal, else with 5.
-
-    airsweep verify bundle
-
-    airsweep verify bundle --data-root /data --json
-    """
-    from orchestrator.planning import Resolver
-    from orchestrator.reporting.bundles import verify as verify_bundle
-
-    with TemporaryDirectory(prefix="airsweep-") as cache:
-        resolver = Resolver(Path(cache) / "digests.json", data_root)
-        watch = partial(with_progress_bar, "scoring")
-        result = verify_bundle(folder, resolver, weights, device, watch, dataset, classifier)
-    show(json.dumps(result.json(), indent=1) if as_json else "\n".join(result.lines()))
-    sys.exit(DONE if result.same else GATE)

@@ -1,4 +1,4 @@
-"""Export a trial of a store as a bundle, and verify a bundle against its test images.
+"""Export a trial of a store as a bundle.
 
 A bundle contains all classifiers of the trial. Before it is written, their predictions on the
 stored test features are compared with those in the trial's record.
@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from air_core.bundle import load_bundle
-from air_core.bundle.checks import CLASSIFIERS, FUSED, MODALITIES, PROMPT, TEST, TEXT, test_metric
+from air_core.bundle.checks import CLASSIFIERS, FUSED, MODALITIES, PROMPT, TEXT
 from air_core.bundle.manifest import (
     LICENCE,
     Manifest,
@@ -25,18 +24,20 @@ from air_core.bundle.manifest import (
     weights_description,
     write_bundle,
 )
-from air_core.datasets import DATASETS, get_dataset
+from air_core.datasets import get_dataset
 from air_core.paradigms import seen_unseen
 from air_core.specs import FeaturesSpec, Ref, TrialSpec
-from air_core.specs.conditions import has_context, uses_auxiliary
+from air_core.specs.conditions import has_context
 from orchestrator.errors import MissingArtifact
-from orchestrator.formatting import format_percent, plural
 from orchestrator.keys import artifact_key
 from orchestrator.planning import Resolver, refs_of
 from orchestrator.planning.dataset_text import DatasetText, dataset_licence, recorded_text
 from orchestrator.planning.resolve import spec_json
 from orchestrator.reporting.selection import SelectedTrial, report_line
 from orchestrator.store import ArtifactStore, TrialRecord, read_trial
+
+if TYPE_CHECKING:
+    from air_core.bundle.classifier import Bundle
 
 # Provenance fields of a record that a bundle contains.
 PROVENANCE_FIELDS = ("commit", "dirty", "code", "device", "versions")
@@ -66,6 +67,8 @@ def export(
             an input has changed, or the folder is not empty.
         PredictionsDifferError: a classifier does not reproduce the recorded predictions.
     """
+    from air_core.bundle.classifier import Bundle
+
     check_free(folder, replace_bundle)
     if onnx:
         from air_core.bundle.onnx import check_packages
@@ -83,8 +86,7 @@ def export(
     backbone, arrays = _text_classifier(spec, record, store, tested)
     if "fused" in recorded:
         arrays[FUSED] = record.fused_arrays()
-    index, _, labels = record.predictions()
-    arrays[TEST] = {"index": index, "labels": labels, **recorded}
+    index = record.test_arrays()["index"]
     weights = weights_description(spec.backbone.name)
     model = weights["open_clip"]["model_name"]
     # The bundle does not contain the path of the backbone on this machine.
@@ -111,7 +113,7 @@ def export(
         },
         # JSON has no NaN, which is the accuracy over zero images.
         "metrics": {name: v for name, v in record.metrics.items() if math.isfinite(v)},
-        "test": _test(spec, tested, len(index)),
+        "unseen": _unseen(spec, tested),
         "lineage": {
             "trial_key": record.key,
             "sweep": trial.sweep,
@@ -132,13 +134,13 @@ def export(
     }
 
     def check(manifest: Manifest) -> None:
-        _check_predictions(manifest, backbone, trial, store)
+        bundle = Bundle(manifest, backbone)
+        _check_predictions(bundle, recorded, index, trial, store)
         if onnx:
-            _compare_onnx(manifest, backbone, spec, resolver)
+            _compare_onnx(bundle, recorded[bundle.classifier], index, spec, resolver)
 
     model_onnx = None
     if onnx:
-        from air_core.bundle.classifier import Bundle
         from air_core.bundle.onnx import onnx_bytes
 
         bundle = Bundle(Manifest(folder, content, arrays), backbone)
@@ -150,20 +152,14 @@ def _recorded_predictions(trial: SelectedTrial) -> dict[str, np.ndarray]:
     """Recorded predictions (T,) of each classifier of a trial.
 
     Raises:
-        ValueError: an older version ran the trial, which did not keep the selected classifier.
+        ValueError: the trial does not have the selected classifier.
     """
-    spec, record = trial.spec, trial.record
-    arrays = record.test_arrays()
+    arrays = trial.record.test_arrays()
     recorded = {name: arrays[name] for name in CLASSIFIERS if name in arrays}
-    if "text" not in recorded:  # of an older version
-        fuses = uses_auxiliary(spec) or spec.transduction != "none"
-        by_text = spec.iterations > 0 or spec.test_dataset is not None or not fuses
-        recorded = {"text": arrays["predictions"]} if by_text else {}
-    if not recorded or (trial.classifier or "text") not in recorded:
+    if trial.classifier not in (None, *recorded):
         raise ValueError(
-            f"{trial.slot or record.path.name} has no {trial.classifier or 'text'} classifier to "
-            f"export; it has: {', '.join(recorded) or 'none'}. If an older version ran it, remove "
-            f"{record.path} and run the sweep again"
+            f"{trial.slot or trial.record.path.name} has no {trial.classifier} classifier to "
+            f"export; it has: {', '.join(recorded)}"
         )
     return recorded
 
@@ -229,29 +225,30 @@ def _text_classifier(
     return backbone, arrays
 
 
-def _test(spec: TrialSpec, tested: DatasetText, images: int) -> dict[str, Any]:
-    ref = spec.test_dataset or spec.dataset
-    unseen = None
-    if spec.paradigm == "trzsl":
-        unseen = list(seen_unseen(len(tested.classnames), spec.class_seed)[1])
-    return {"dataset": ref.name, "digest": ref.digest, "images": images, "unseen": unseen}
+def _unseen(spec: TrialSpec, tested: DatasetText) -> list[int] | None:
+    """The unseen classes in TRZSL, else None."""
+    if spec.paradigm != "trzsl":
+        return None
+    return list(seen_unseen(len(tested.classnames), spec.class_seed)[1])
 
 
 def _check_predictions(
-    manifest: Manifest, backbone: Any, trial: SelectedTrial, store: ArtifactStore
+    bundle: Bundle,
+    recorded: Mapping[str, np.ndarray],
+    index: np.ndarray,
+    trial: SelectedTrial,
+    store: ArtifactStore,
 ) -> None:
     """Compare the bundle's predictions on the trial's test features with the recorded ones."""
     import torch
     from safetensors.torch import load_file
 
-    from air_core.bundle.classifier import Bundle
     from air_core.types import Batch
 
-    spec, test = trial.spec, manifest.arrays[TEST]
-    index = torch.from_numpy(test["index"])
+    spec, rows = trial.spec, torch.from_numpy(index)
 
     def encoded(features: FeaturesSpec) -> Any:
-        return load_file(store.get(features).path / "features.safetensors")["features"][index]
+        return load_file(store.get(features).path / "features.safetensors")["features"][rows]
 
     tokens = spec.test_tokens if spec.test_dataset else spec.tokens
     try:
@@ -260,14 +257,12 @@ def _check_predictions(
         )
     except MissingArtifact as missing:
         report_line(
-            f"note:     predictions not compared with the record, because {missing}; run "
-            "`airsweep verify` to compare them on the images"
+            f"note:     predictions not compared with the record of the trial, because {missing}"
         )
         return
-    bundle = Bundle(manifest, backbone)
-    for name in manifest.classifiers:
-        different = int((bundle.logits_of(batch, name).argmax(dim=-1).numpy() != test[name]).sum())
-        if different:
+    for name, predictions in recorded.items():
+        found = bundle.logits_of(batch, name).argmax(dim=-1).numpy()
+        if different := int((found != predictions).sum()):
             made = trial.record.provenance
             raise PredictionsDifferError(
                 f"the {name} classifier of {trial.record.path.name} predicts other classes than "
@@ -275,14 +270,19 @@ def _check_predictions(
                 f"The trial ran on {made.get('device')} with commit {made.get('commit')}: export "
                 "it with these, or run the sweep again"
             )
+    report_line(
+        f"compared: {', '.join(recorded)}: all predictions on {len(index):,} test images are those "
+        "of the trial"
+    )
 
 
-def _compare_onnx(manifest: Manifest, backbone: Any, spec: TrialSpec, resolver: Resolver) -> None:
+def _compare_onnx(
+    bundle: Bundle, recorded: np.ndarray, index: np.ndarray, spec: TrialSpec, resolver: Resolver
+) -> None:
     """Print how much `model.onnx` differs from torch and the record on the test images."""
-    from air_core.bundle.classifier import Bundle
     from air_core.bundle.onnx import OnnxModel
 
-    ref, index = spec.test_dataset or spec.dataset, manifest.arrays[TEST]["index"]
+    ref, file = spec.test_dataset or spec.dataset, bundle.manifest.onnx_file()
     dataset = get_dataset(ref.name)
     try:
         if not len(index):
@@ -292,147 +292,17 @@ def _compare_onnx(manifest: Manifest, backbone: Any, spec: TrialSpec, resolver: 
         report_line(f"note:     model.onnx not compared with torch, because {problem}")
         return
     images = dataset.load(resolver.data_root).images
-    bundle = Bundle(manifest, backbone)
-    model = OnnxModel(manifest.onnx_file().read_bytes(), manifest.onnx_file())
+    model = OnnxModel(file.read_bytes(), file)
     largest, predicted = 0.0, []
     for start in range(0, len(index), CHUNK):
         chunk = [images[int(i)] for i in index[start : start + CHUNK]]
         found = model.probabilities(chunk)  # (N, C)
         largest = max(largest, float(np.abs(found - bundle.scores(chunk).numpy()).max()))
         predicted.append(found.argmax(axis=1))
-    recorded = manifest.arrays[TEST][bundle.classifier]
     different = int((np.concatenate(predicted) != recorded).sum())
     equal = f"{different:,} of" if different else "all"
     report_line(
         f"onnx:     {bundle.classifier} classifier; probabilities differ from torch by at most "
         f"{largest:.1g}, {equal} {len(index):,} predictions on test images "
         f"{'differ from' if different else 'are'} those of the trial"
-    )
-
-
-# ---------------------------------------------------------------- verify
-
-
-@dataclass(frozen=True)
-class Verification:
-    """A bundle scored again on the images that its trial was tested on."""
-
-    folder: str
-    classifier: str
-    dataset: str
-    metric: str
-    images: int
-    recorded_metric: float  # the metric as recorded
-    current_metric: float
-    different: int  # images whose prediction differs from the recorded one
-    margin: float  # largest logit difference between both predictions of such an image
-
-    @property
-    def same(self) -> bool:
-        return self.recorded_metric == self.current_metric and not self.different
-
-    def json(self) -> dict[str, Any]:
-        # Names in the output, where they differ from the attributes.
-        names = {
-            "recorded_metric": "then",
-            "current_metric": "now",
-            "different": "told_otherwise",
-        }
-        return {"same": self.same, **{names.get(k, k): v for k, v in asdict(self).items()}}
-
-    def lines(self) -> list[str]:
-        images = f"{self.images:,} test images of {self.dataset}, {self.classifier} classifier"
-        if self.same:
-            return [
-                f"{self.folder}: all predictions are equal; {self.metric} "
-                f"{format_percent(self.current_metric)} % on {images}"
-            ]
-        change = f"{100 * (self.current_metric - self.recorded_metric):+.2f} points"
-        return [
-            f"{self.folder}: different; {self.metric} {format_percent(self.current_metric)} % now, "
-            f"{format_percent(self.recorded_metric)} % recorded ({change}), on {images}",
-            f"  {plural(self.different, 'prediction')} differ, by up to "
-            f"{self.margin:.2g} in logits" + (": rounding" if self.margin < 1e-3 else ""),
-        ]
-
-
-Watch = Callable[[Iterable[int], int], Iterable[int]]
-
-
-def verify(
-    folder: Path,
-    resolver: Resolver,
-    weights: str | None = None,
-    device: str = "cpu",
-    watch: Watch = lambda starts, batches: starts,
-    dataset_name: str | None = None,
-    classifier: str | None = None,
-) -> Verification:
-    """Score a bundle on the test images of its trial instead of their stored features.
-
-    Args:
-        watch: wraps the batches, to show progress.
-        dataset_name: the dataset on this machine; None: the one that the bundle names. A bundle
-            cannot name a folder, for security.
-        classifier: text, auxiliary or fused. Default: the one that was selected at the export.
-
-    Raises:
-        ValueError: the folder has no valid bundle, the backbone is another one, or the dataset is
-            missing or has changed.
-    """
-    import torch
-
-    from air_core.evaluation import measured
-
-    bundle = load_bundle(folder, weights, device, classifier)
-    manifest = bundle.manifest
-    test = manifest.content["test"]
-    recorded_metric = manifest.recorded_metric(bundle.classifier)
-    if recorded_metric is None:
-        raise ValueError(f"{folder} has no test images, so it cannot be verified on images")
-    name = dataset_name or test["dataset"]
-    if dataset_name is None and name not in DATASETS:
-        raise ValueError(
-            f"{folder} was tested on {name!r}. A folder that a bundle names is never opened; give "
-            "--dataset folder:PATH, the folder with these images on this machine"
-        )
-    dataset = get_dataset(name)
-    digest = resolver.dataset(dataset).digest
-    if digest != test["digest"]:
-        raise ValueError(
-            f"{dataset.name} differs from the dataset that {folder} was tested on: its digest is "
-            f"{digest[:12]}, not {test['digest'][:12]}; give the folder of the datasets with "
-            "--data-root"
-        )
-    examples = dataset.load(resolver.data_root)
-    index = manifest.arrays[TEST]["index"]
-    if index.max() >= len(examples.images) or examples.labels.max() >= len(manifest.classnames):
-        raise ValueError(
-            f"{folder} is not a valid bundle: {dataset.name} does not have the images or classes "
-            "that it was tested on; export it again"
-        )
-    starts = range(0, len(index), CHUNK)
-    parts = []
-    for start in watch(starts, len(starts)):
-        chunk = index[start : start + CHUNK]
-        parts.append(bundle.logits([examples.images[int(i)] for i in chunk]))
-    logits = torch.cat(parts)
-    predictions = logits.argmax(dim=-1)
-    recorded = torch.from_numpy(manifest.arrays[TEST][bundle.classifier]).long()
-    different = predictions != recorded
-    margins = (logits.amax(dim=-1) - logits.gather(1, recorded[:, None])[:, 0])[different]
-    unseen = None if test["unseen"] is None else torch.tensor(test["unseen"])
-    labels = torch.from_numpy(examples.labels[index])
-    scores = measured(predictions, labels, len(manifest.classnames), unseen)
-    metric = test_metric(test)
-    return Verification(
-        folder=str(folder),
-        classifier=bundle.classifier,
-        dataset=dataset.name,
-        metric=metric.removeprefix("test/").replace("_", " "),
-        images=len(index),
-        recorded_metric=recorded_metric,
-        current_metric=scores.headline,
-        different=int(different.sum()),
-        margin=float(margins.max()) if len(margins) else 0.0,
     )

@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from air_core.bundle import image_files, load_bundle, read_bundle
-from air_core.bundle.checks import FUSED, PROMPT, TEST, TEXT
+from air_core.bundle.checks import FUSED, PROMPT, TEXT
 from air_core.bundle.manifest import FILES, MANIFEST, weights_description, write_bundle
 from air_core.classifiers import class_texts
 from air_core.datasets import get_dataset
@@ -169,7 +169,7 @@ def test_folders_are_searched_recursively_and_patterns_expanded(tmp_path, digits
 # ---------------------------------------------------------------- rejected bundles
 
 
-@pytest.mark.parametrize("name", [MANIFEST, TEXT, TEST])
+@pytest.mark.parametrize("name", [MANIFEST, TEXT])
 def test_any_changed_byte_is_detected(folder, name):
     file = folder / name
     data = file.read_bytes()
@@ -199,7 +199,7 @@ def test_files_outside_the_folder_and_later_formats_are_rejected(folder):
         ({"files": {"../secret.safetensors": "0" * 64}}, "names the file '../secret.safetensors'"),
         ({"files": {"/etc/passwd": "0" * 64}}, f"allowed: {', '.join(FILES)}"),
         ({"files": {}}, f"{TEXT} is missing"),
-        ({"format": 3}, "has format 3, but this version supports 1 and 2"),
+        ({"format": 2}, "has format 2, but this version supports 1"),
     ):
         before = (folder / MANIFEST).read_bytes()
         rewritten(folder, **changes)
@@ -258,7 +258,7 @@ def sealed(folder: Path, content: dict[str, Any], files: dict[str, bytes]) -> No
         (folder / name).write_bytes(data)
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     (folder / MANIFEST).write_text(json.dumps(content))
-    rewritten(folder, format=2, files=digests)
+    rewritten(folder, format=1, files=digests)
 
 
 @pytest.fixture(scope="module")
@@ -274,13 +274,7 @@ def valid(tmp_path_factory, contents) -> tuple[Path, dict[str, Any], dict[str, A
         "auxiliary.nearest": np.array(1),
         "auxiliary.sharpness": np.array(5.0),
     }
-    test = arrays[TEST]
-    arrays = {
-        **arrays,
-        PROMPT: {"prompt": np.ones((2, 8), np.float32)},
-        FUSED: bank,
-        TEST: {**test, "auxiliary": test["text"], "fused": test["text"]},
-    }
+    arrays = {**arrays, PROMPT: {"prompt": np.ones((2, 8), np.float32)}, FUSED: bank}
     folder = tmp_path_factory.mktemp("made") / "b"
     write_bundle(folder, content, arrays, replace=False)
     return folder, content, arrays
@@ -322,15 +316,11 @@ def with_value(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("backbone.settings", None, "backbone.settings is None; allowed: a dict"),
         ("backbone.open_clip", "x", "backbone.open_clip is 'x'; allowed: a dict"),
         ("backbone.precision", "int3", "allowed: fp32, tf32, fp16, bf16"),
-        ("metrics", {}, "metric test/accuracy_text is missing"),
-        ("metrics.test/accuracy", "0.5", "allowed: finite numbers by name"),
-        ("metrics.test/accuracy", True, "allowed: finite numbers by name"),
-        ("test.dataset", 3, "test.dataset is 3; allowed: a text"),
-        ("test.images", True, "test.images is True; allowed: a whole number"),
-        ("test.images", 3, "is int32 (2,) or has values out of range"),
-        ("test.unseen", [10], "test.unseen is neither"),
-        ("test.unseen", [1, 1], "test.unseen is neither"),
-        ("test.unseen", [1], "U 1"),  # classes of the auxiliary classifier
+        ("metrics", {"test/accuracy": "0.5"}, "allowed: finite numbers by name"),
+        ("metrics", {"test/accuracy": True}, "allowed: finite numbers by name"),
+        ("unseen", [10], "unseen is neither"),
+        ("unseen", [1, 1], "unseen is neither"),
+        ("unseen", [1], "U 1"),  # classes of the auxiliary classifier
         ("lineage", None, "lineage is None; allowed: a dict"),
         ("classnames", ["one"], "with C 1, "),
         ("classnames", "digits", "classnames is 'digits'"),
@@ -367,11 +357,7 @@ SHORT = np.where(np.arange(10)[:, None] == 3, 0.5 * UNIT, UNIT)
         (PROMPT, "prompt", np.ones((2, 8), np.int32), "finite floats (L, W) or (P, L, W)"),
         (PROMPT, "prompt", np.ones(8, np.float32), "is float32 (8,)"),
         (PROMPT, "prompt", np.full((2, 8), np.inf, np.float32), "values out of range"),
-        (TEST, "index", np.int32([0, -1]), "values out of range"),
-        (TEST, "labels", np.int32([0, 10]), "values out of range"),
-        (TEST, "text", np.int32([0]), "is int32 (1,)"),
-        (TEST, "text", np.float32([0, 1]), "allowed: finite integers (T)"),
-        (TEST, "labels", np.zeros((2, 1), np.int32), "is int32 (2, 1)"),
+        (FUSED, "auxiliary.labels", np.ones(10, np.float32), "allowed: finite integers (N)"),
         (FUSED, "weight", np.array(1.5), "from 0 to 1"),
         (FUSED, "auxiliary.bank", UNIT[:, :9], "of fused.safetensors is float32"),
         (FUSED, "auxiliary.labels", np.int64([0] * 10), "fewer images of a class"),

@@ -19,7 +19,7 @@ from air_core.auxiliary import auxiliary_classifier
 from air_core.backbone.loading import load_backbone
 from air_core.bundle import load_bundle
 from air_core.bundle.arrays import fused_arrays
-from air_core.bundle.checks import FUSED, PROMPT, TEST
+from air_core.bundle.checks import FUSED, PROMPT
 from air_core.bundle.manifest import write_bundle
 from air_core.bundle.onnx import OnnxModel, onnx_bytes
 from air_core.bundle.preprocessing import checked_preprocessing, image_pixels
@@ -111,16 +111,8 @@ def fused_bundle(
         auxiliary = auxiliary_classifier(settings, None, real, pool, 10, scale)
     fused = FusedClassifier(text, auxiliary, 0.4, "probability", of)
     about, arrays = zero_shot()
-    names = ["text", "fused"] if auxiliary is None else ["text", "auxiliary", "fused"]
-    metric = "accuracy" if unseen is None else "harmonic_mean"
-    about |= {
-        "classifier": classifier,
-        "temperatures": {classifier: 1.7},
-        "metrics": {f"test/{metric}{end}": 0.5 for end in ("", *(f"_{name}" for name in names))},
-        "test": {**about["test"], "unseen": unseen},
-    }
+    about |= {"classifier": classifier, "temperatures": {classifier: 1.7}, "unseen": unseen}
     arrays[FUSED] = {name: array.numpy() for name, array in fused_arrays(fused).items()}
-    arrays[TEST] |= dict.fromkeys(names, arrays[TEST]["text"])
     write_bundle(folder, about, arrays, replace=False)
     return load_bundle(folder)
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from air_core.backbone.loading import load_backbone
-from air_core.bundle.checks import TEST, TEXT
+from air_core.bundle.checks import TEXT
 from air_core.bundle.manifest import weights_description
 from air_core.classifiers import class_texts
 from air_core.datasets import get_dataset
@@ -25,14 +25,10 @@ def zero_shot() -> tuple[dict[str, Any], dict[str, Any]]:
         "space": "probability",
         "temperatures": {},
         "backbone": {**weights_description("tiny"), "precision": "fp32"},
-        "metrics": {"test/accuracy": 0.5},
-        "test": {"dataset": digits.name, "digest": "d", "images": 2, "unseen": None},
+        "unseen": None,
+        "metrics": {},
         "lineage": {},
     }
     texts = class_texts(backbone, digits.classnames, digits.template).numpy()
     scale = np.array(backbone.logit_scale, dtype=np.float32)
-    arrays = {
-        TEXT: {"text_features": texts, "logit_scale": scale},
-        TEST: {name: np.zeros(2, dtype=np.int32) for name in ("index", "text", "labels")},
-    }
-    return about, arrays
+    return about, {TEXT: {"text_features": texts, "logit_scale": scale}}
