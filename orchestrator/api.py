@@ -54,7 +54,6 @@ __all__ = [
     "prepare",
     "report",
     "results",
-    "retry",
     "run",
     "sample",
     "schema",
@@ -309,33 +308,6 @@ def run(
     request = load(spec, sets=sets, only=only, smoke=smoke)
     location = location_for(request, store, data_root)
     return _run(request.spec, location, request.origin, quiet, tracking_uri=tracking_uri)
-
-
-def retry(
-    name: str | Outcome,
-    failure_class: str,
-    *,
-    store: str | Path | None = None,
-    data_root: str | Path | None = None,
-    tracking_uri: str | None = None,
-    quiet: bool = False,
-    allow_plugins: bool = False,
-) -> Outcome:
-    """Resume a sweep, retrying only one class of failures.
-
-    Args:
-        name: name of a recorded sweep, PROJECT/NAME, or an Outcome.
-        failure_class: oom, nan, timeout, infra, data, disk or user.
-        store, data_root, tracking_uri, quiet: as for `run`.
-        allow_plugins: run the code of plugins also if another user recorded the sweep.
-    """
-    from orchestrator.planning.recorded import with_plugins
-    from orchestrator.store import read_resolved
-
-    sweep, location = recorded_sweep(name, store, data_root)
-    sweep = with_plugins(sweep, location, allow_plugins)
-    options: dict[str, Any] = {"tracking_uri": tracking_uri, "retry": failure_class}
-    return _run(sweep, location, read_resolved(location), quiet, **options)
 
 
 def _run(

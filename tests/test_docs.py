@@ -45,7 +45,6 @@ RUN = {
 PARSED = {
     "airsweep ui": "serves until Ctrl-C",
     "airsweep repro": "ten seconds of torch (test_tracked)",
-    "airsweep retry": "nothing has failed here",
     "airsweep audit": "no synthetic images here (test_audits)",
     "airsweep classify": "needs images of the user (test_bundles)",
     "airsweep export": "ten seconds of torch (test_bundles)",

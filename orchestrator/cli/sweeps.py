@@ -15,10 +15,8 @@ import typer
 from orchestrator import api
 from orchestrator.cli.common import (
     STORE,
-    AllowPluginsOption,
     DataOption,
     JsonOption,
-    NameArgument,
     OnlyOption,
     QuietOption,
     SetOption,
@@ -29,7 +27,6 @@ from orchestrator.cli.common import (
     fail,
     load,
     location_for,
-    recorded_sweep,
 )
 from orchestrator.environment import redirect_descriptor
 from orchestrator.formatting import show
@@ -221,38 +218,6 @@ def run(
     request = load(spec, sets, only, smoke)
     location = location_for(request, store, data_root)
     _execute(request.spec, location, request.origin, quiet, tracking_uri=tracking_uri)
-
-
-@app.command()
-def retry(
-    name: NameArgument,
-    failure_class: Annotated[
-        str,
-        typer.Option(
-            "--class",
-            metavar="CLASS",
-            help="Class of failures to retry: oom, nan, timeout, infra, data, disk or user.",
-        ),
-    ],
-    store: StoreOption = STORE,
-    data_root: DataOption = None,
-    tracking_uri: TrackingOption = None,
-    quiet: QuietOption = False,
-    allow_plugins: AllowPluginsOption = False,
-) -> None:
-    """Resume a sweep, retrying only one class of failures.
-
-    airsweep retry quickstart --class oom
-
-    airsweep retry team/paper_main --class infra --store /shared/runs
-    """
-    from orchestrator.planning.recorded import with_plugins
-    from orchestrator.store import read_resolved
-
-    sweep, location = recorded_sweep(name, store, data_root)
-    sweep = with_plugins(sweep, location, allow_plugins)
-    options: dict[str, Any] = {"tracking_uri": tracking_uri, "retry": failure_class}
-    _execute(sweep, location, read_resolved(location), quiet, **options)
 
 
 def _execute(

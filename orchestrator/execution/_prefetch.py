@@ -126,7 +126,6 @@ class Prefetch:
         cells = {cell.id for cell in group}
         slots = [slot for slot in self.plan.slots if slot.cell.id in cells]
         trials = sum(self.plan.left[cell] for cell in cells)
-        trials -= sum(slot.id in self.state.skipped_failures for slot in slots)
         return trials > 0 or self.prepare_only or any(map(self._needs_result, slots))
 
     def _needs_result(self, slot: Slot) -> bool:
@@ -134,8 +133,7 @@ class Prefetch:
 
         Two folders of the same images lead to this. The cell that comes first runs the trial.
         """
-        is_over = slot.id in self.plan.pruned or slot.id in self.state.skipped_failures
-        return not is_over and not self.state.location.store.has(slot.spec)
+        return slot.id not in self.plan.pruned and not self.state.location.store.has(slot.spec)
 
     def is_ready(self, cell: Cell) -> bool:
         """Whether the inputs of a cell exist, or failed and are not retried in this run."""

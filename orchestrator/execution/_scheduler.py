@@ -135,7 +135,6 @@ class TrialScheduler:
         within_budget: called before each job with the (cell, trials) of all jobs that would run
             together, the new one last. Once it returns False, no further job starts.
         failed_dependency: returns the failure of an input because of which a trial cannot run.
-        skipped_failures: earlier failures, by slot, that are not tried again.
         is_ready: returns whether all inputs of a cell exist.
         rank: of each cell, by id; cells of a lower rank run first.
     """
@@ -151,7 +150,6 @@ class TrialScheduler:
         on_outcome: Callable[[Outcome], None],
         within_budget: Callable[[Sequence[tuple[str, float]]], bool] = lambda jobs: True,
         failed_dependency: Callable[[TrialSpec], Failure | None] = lambda spec: None,
-        skipped_failures: Mapping[str, Failure] = MappingProxyType({}),
         is_ready: Callable[[Cell], bool] = lambda cell: True,
         rank: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
@@ -165,7 +163,7 @@ class TrialScheduler:
         self.finished_before = ended_slots(event_log)
         self.job_count = 0
         self.within_budget, self.stopped = within_budget, False
-        self.failed_dependency, self.skipped_failures = failed_dependency, skipped_failures
+        self.failed_dependency = failed_dependency
         self.is_ready, self.rank = is_ready, rank
         self.device = "cuda" if sweep.resources.trial.gpu else "cpu"
         self.memory_share = sweep.resources.encoder.batch / ENCODER_BATCH
@@ -287,9 +285,7 @@ class TrialScheduler:
                 self.waiting[key, stop_after].append((queue, number, slot))
             elif is_finished(slot.spec, self.store, stop_after):
                 self._reuse(queue, number, slot)
-            elif (
-                failure := self.skipped_failures.get(slot.id) or self.failed_dependency(slot.spec)
-            ) is not None:
+            elif (failure := self.failed_dependency(slot.spec)) is not None:
                 self._fail(queue, number, slot, failure)
             else:
                 to_run[key] = slot
@@ -402,10 +398,8 @@ class TrialScheduler:
         return True
 
     def _fail(self, queue: _CellQueue, point: int, slot: Slot, failure: Failure) -> None:
-        known = slot.id in self.skipped_failures
         name, message = failure.failure_class, failure.message
-        outcome = Outcome(slot, "failed", failure_class=name, message=message, already_logged=known)
-        self._finish(queue, point, outcome)
+        self._finish(queue, point, Outcome(slot, "failed", failure_class=name, message=message))
 
     def _reach_rung(self, queue: _CellQueue, point: int, slot: Slot) -> None:
         """Record the objective of a trial at a rung, where its point waits for the others."""

@@ -103,7 +103,6 @@ class RunState:
     signal_exit_code: int | None = None  # after a signal
     ray_died: bool = False  # the local Ray died
     failed_requirements: list[tuple[Requirement, Failure]] = field(default_factory=list)
-    skipped_failures: dict[str, Failure] = field(default_factory=dict)  # by slot: not tried again
     fp32_trials: list[TrialSpec] = field(default_factory=list)  # repeated in fp32 by this run
     slot_states: dict[str, str] = field(default_factory=dict)
     running_slots: Callable[[], Mapping[str, Slot]] = dict
@@ -214,9 +213,10 @@ class RunState:
         # A slot that is repeated in fp32 has two outcomes; the last one counts.
         self.slot_states[outcome.slot.id] = outcome.state
         self.statistics.states = dict(Counter(self.slot_states.values()))
-        self.process_died |= outcome.failure_class == "infra" and not outcome.already_logged
-        logged_at = None if outcome.already_logged else self._log_outcome(outcome)
+        self.process_died |= outcome.failure_class == "infra"
+        logged_at = None
         if not outcome.already_logged:
+            logged_at = self._log_outcome(outcome)
             self._charge(outcome)
         self.tracker.trial(outcome, logged_at)
         self.screen.show_outcome(outcome)

@@ -10,7 +10,7 @@ import functools
 import os
 import socket
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -40,7 +40,7 @@ from orchestrator.execution._signals import handle_signals, on_ray_death, restor
 from orchestrator.execution._stall import StallMonitor
 from orchestrator.execution._state import RunState
 from orchestrator.execution.screen import Screen
-from orchestrator.failures import CLASSES, Failure, first_line, is_disk_full
+from orchestrator.failures import CLASSES, first_line, is_disk_full
 from orchestrator.formatting import format_duration, format_time
 from orchestrator.git import commit, diff_digest, uncommitted_diff, uncommitted_digest
 from orchestrator.planning import (
@@ -62,9 +62,9 @@ from orchestrator.planning.plan import plan_sweep
 from orchestrator.planning.requests import complete_origin, results_command
 from orchestrator.planning.resolve import text_digest
 from orchestrator.plugins import described_plugin, plugin_file
-from orchestrator.reporting import plan_status, sweep_status
+from orchestrator.reporting import sweep_status
 from orchestrator.spec import Cell, SweepSpec, notes_of
-from orchestrator.spec.marked_yaml import SpecError, allowed_choices
+from orchestrator.spec.marked_yaml import SpecError
 from orchestrator.spec.sweep import Budget
 from orchestrator.store import (
     EventLog,
@@ -95,7 +95,6 @@ def run_sweep(
     *,
     prepare_only: bool = False,
     origin: dict[str, Any] | None = None,
-    retry: str | None = None,
 ) -> int:
     """Run the missing trials of a sweep. Running it again resumes it.
 
@@ -103,7 +102,6 @@ def run_sweep(
         tracker: receives each outcome and the end of the run.
         origin: the options that changed the sweep (`sets`, `only`), recorded so that other commands
             can read the sweep again.
-        retry: the only class of failures to try again; None: all classes.
 
     Returns:
         The exit code, which `outcome.json` has too.
@@ -122,7 +120,6 @@ def run_sweep(
     sweep = plan.sweep  # with memory of its trials and defaults of its generators
     for line in changed_inputs(earlier_results(plan, location)):
         screen.message(line)
-    skipped_failures = _failures_to_skip(plan, location, retry)
     if _is_complete(plan, event_log):
         if event_log.path.exists():  # record the current file, which may have fewer cells
             _write_sweep_files(location, sweep, origin, resolver)
@@ -142,7 +139,6 @@ def run_sweep(
         history = mean_seconds(read_history(location.store))
         budget = BudgetTracker(sweep.budget, sweep.resources, history)
         state = RunState(sweep, location, screen, tracker, event_log, resolver, budget)
-        state.skipped_failures |= skipped_failures
         with _recorded_end(state, plan):
             handle_signals(state)
             _write_sweep_files(location, sweep, origin, resolver, diff)
@@ -171,27 +167,6 @@ def _plan_and_repair(
             )
         if not damaged:
             return plan
-
-
-def _failures_to_skip(plan: Plan, location: SweepLocation, retry: str | None) -> dict[str, Failure]:
-    """Earlier failures of other classes than `retry`, by slot.
-
-    Raises:
-        ValueError: no failure is of the class `retry`.
-    """
-    if retry is None:
-        return {}
-    failures: Mapping[str, Mapping[str, Any]] = plan_status(plan, location).failures
-    counts = Counter(event["failure_class"] for event in failures.values())
-    if not counts[retry]:
-        failed = ", ".join(f"{count} x {name}" for name, count in counts.items()) or "none"
-        unknown = "" if retry in CLASSES else f"; {allowed_choices(retry, CLASSES)}"
-        raise ValueError(f"no trial failed with class {retry!r}; failed trials: {failed}{unknown}")
-    return {
-        slot: Failure(event["failure_class"], event["message"])
-        for slot, event in failures.items()
-        if event["failure_class"] != retry
-    }
 
 
 def _is_complete(plan: Plan, event_log: EventLog) -> bool:
@@ -534,7 +509,6 @@ def _trial_scheduler(
         on_outcome=state.on_outcome,
         within_budget=state.budget_tracker.can_start,
         failed_dependency=state.failed_dependency,
-        skipped_failures=state.skipped_failures,
         is_ready=prefetch.is_ready,
         rank={cell.id: index for index, cells in enumerate(groups) for cell in cells},
     )

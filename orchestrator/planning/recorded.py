@@ -26,7 +26,7 @@ from orchestrator.planning.resolve import (
     with_model_defaults,
 )
 from orchestrator.planning.studies import Searches, read_searches
-from orchestrator.plugins import Plugin, recorded_plugin, use_plugins, with_code
+from orchestrator.plugins import Plugin, recorded_plugin, with_code
 from orchestrator.spec import Cell, SweepSpec, cells_of, load_sweep
 from orchestrator.spec.sweep import smoke_variant
 from orchestrator.store import ArtifactStore, SweepLocation, read_resolved, recorded_locations
@@ -79,13 +79,6 @@ def changed_folders(location: SweepLocation) -> Iterator[str]:
         except (ValueError, OSError):  # the folder has no images any more
             pass
         yield f"{name} has changed since the last run; the results are of its earlier images"
-
-
-def with_plugins(sweep: SweepSpec, location: SweepLocation, allowed: bool) -> SweepSpec:
-    """A recorded sweep that can run: with the code of its plugins. Raises as `code_of`."""
-    plugins = code_of(sweep.plugins, location, allowed)
-    use_plugins(plugins)
-    return replace(sweep, plugins=plugins)
 
 
 def code_of(

@@ -95,7 +95,7 @@ ONLY_COMMAND_LINE = {"as_json", "explain", "form", "watch", "check", "tracking_u
 @pytest.mark.parametrize(
     "name",
     [
-        *("plan", "prepare", "run", "retry", "status", "init"),
+        *("plan", "prepare", "run", "status", "init"),
         *("audit", "errors", "export", "report", "sample"),
     ],
 )

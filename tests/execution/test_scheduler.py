@@ -389,18 +389,6 @@ def test_a_trial_with_a_failed_dependency_fails_without_starting(world):
     ]
 
 
-def test_a_retry_of_one_class_leaves_the_other_failures_as_they_are(world):
-    spec = sweep("fpl", "cpl", seeds=(1,))
-    fail(world, world.scheduler(spec), "user", "data")
-    left = {"digits-ul-text-cpl/0/seed=1": Failure("data", "a case of data")}
-    again = world.scheduler(spec, lambda jobs: True, lambda trial: None, left)
-    assert [job.cell for job in world.run_all(again)] == ["digits-ul-text-fpl"]
-    assert [(o.state, o.already_logged) for o in world.outcomes] == [
-        ("done", False),
-        ("failed", True),
-    ]
-
-
 def test_a_failed_seed_makes_a_failed_point_which_the_next_run_repeats(world):
     failing = sweep("fpl", search=searching(points=2, sampler="grid"))
     world.run_all(world.scheduler(failing), lambda spec: spec.seed == 2 and spec.prompt.length == 1)
@@ -520,7 +508,7 @@ def test_a_job_has_at_most_the_class_texts_of_one_pass(world):
 def test_a_cell_without_its_images_waits_and_the_other_cells_run(world):
     cells, ready = cells_of(sweep("cpl", "fpl", seeds=(1,))), {"digits-ul-text-fpl"}
     rank = {cell.id: index for index, cell in enumerate(cells)}
-    more = (lambda jobs: True, lambda spec: None, {}, lambda cell: cell.id in ready, rank)
+    more = (lambda jobs: True, lambda spec: None, lambda cell: cell.id in ready, rank)
     scheduler = world.scheduler(sweep("cpl", "fpl", seeds=(1,)), *more)
     first = scheduler.next()
     assert first.cell == "digits-ul-text-fpl"
