@@ -527,7 +527,7 @@ def test_a_cell_without_its_images_waits_and_the_other_cells_run(world):
 def test_ready_cells_run_in_the_order_of_their_rank(world):
     cells = cells_of(sweep("cpl", "fpl", seeds=(1,)))
     rank = {cell.id: -index for index, cell in enumerate(cells)}
-    more = (lambda jobs: True, lambda spec: None, {}, lambda cell: True, rank)
+    more = (lambda jobs: True, lambda spec: None, lambda cell: True, rank)
     scheduler = world.scheduler(sweep("cpl", "fpl", seeds=(1,)), *more)
     assert [scheduler.next().cell for _ in cells] == [cell.id for cell in reversed(cells)]
 
