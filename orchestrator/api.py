@@ -488,7 +488,6 @@ def predictions(
     *,
     store: str | Path | None = None,
     data_root: str | Path | None = None,
-    tracking_uri: str | None = None,
 ) -> DataFrame:
     """Return one row per test image of a trial: `image`, its index in the dataset; `label` and
     `prediction`, class names; `text`, `auxiliary` and `fused`, predictions of the classifiers that
@@ -496,9 +495,8 @@ def predictions(
     if the dataset has files and is on this machine.
 
     Args:
-        trial: value of `key` or `trial` in `results`, or MLflow run id.
+        trial: value of `key` or `trial` in `results`.
         store, data_root: as for `results`.
-        tracking_uri: as for `run`.
 
     Raises:
         ValueError: no trial or several trials match.
@@ -507,11 +505,11 @@ def predictions(
 
     from air_core.bundle.checks import CLASSIFIERS
     from orchestrator.planning.dataset_text import image_files, tested_classes
+    from orchestrator.reporting.lookup import named_trial
     from orchestrator.store import open_store
-    from orchestrator.tracking import named_trial
 
     opened = open_store(_store(store)).read_only()
-    found = named_trial(trial, opened, None, tracking_uri)
+    found = named_trial(trial, opened)
     arrays, classes = found.record.test_arrays(), tested_classes(found.spec, opened)
     named = {"label": arrays["labels"], "prediction": arrays["predictions"]}
     named |= {name: arrays[name] for name in CLASSIFIERS if name in arrays}
@@ -611,29 +609,27 @@ def errors(
     classifier: str | None = None,
     store: str | Path | None = None,
     data_root: str | Path | None = None,
-    tracking_uri: str | None = None,
 ) -> Path:
     """Write a PNG with the wrongly predicted test images of which a trial is surest.
 
     Args:
-        trial: value of `key` or `trial` in `results`, or MLflow run id.
+        trial: value of `key` or `trial` in `results`.
         output: the file to write.
         classifier: text, auxiliary or fused. Default: the one that `export` would select.
         store, data_root: as for `results`.
-        tracking_uri: as for `run`.
 
     Raises:
         ValueError: no trial or several trials match, it has no such classifier or no wrong image,
             or its dataset is missing or has changed.
     """
     from orchestrator.files import write_atomic
+    from orchestrator.reporting.lookup import named_trial
     from orchestrator.stages.context import WorkerContext
     from orchestrator.stages.errors_sheet import errors_sheet
     from orchestrator.store import open_store
-    from orchestrator.tracking import named_trial
 
     opened = open_store(_store(store)).read_only()
-    found = named_trial(trial, opened, None, tracking_uri)
+    found = named_trial(trial, opened)
     worker = WorkerContext(opened, _folder(data_root))
     write_atomic(Path(output), errors_sheet(found.spec, found.record, classifier, worker))
     return Path(output)
@@ -668,7 +664,7 @@ def export(
     """Export the classifiers of a trial as a bundle, a folder that works without the store.
 
     Args:
-        trial: trial key, slot, MLflow run id, or `best`: row, run and classifier of a sweep with
+        trial: trial key, slot, or `best`: row, run and classifier of a sweep with
             the highest score, by default without test labels.
         output: folder to create.
         sweep: sweep of the trial; `best` needs it.
@@ -695,8 +691,8 @@ def export(
     from orchestrator.planning import Resolver
     from orchestrator.planning.requests import only_options
     from orchestrator.reporting import bundles, selection
+    from orchestrator.reporting.lookup import named_trial
     from orchestrator.store import open_store
-    from orchestrator.tracking import named_trial
 
     limits = only_options(only)
     data = _folder(data_root)
@@ -714,7 +710,7 @@ def export(
                 "--only and --by are allowed with `best` only: they select rows, and you named a "
                 "trial"
             )
-        selected = replace(named_trial(trial, source, place, tracking_uri), classifier=classifier)
+        selected = replace(named_trial(trial, source, place), classifier=classifier)
     resolver = Resolver(source.root / "digests.json", data)
     if register is None:
         bundles.export(selected, source, resolver, Path(output), force, onnx)

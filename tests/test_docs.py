@@ -28,7 +28,7 @@ from orchestrator.__main__ import app
 from orchestrator.spec.marked_yaml import parse
 from orchestrator.spec.sweep_file import sweep_from_document
 from tests.helpers.documents import PAGES, ROOT, blocks, inline_commands, links
-from tests.helpers.sweeps import airsweep, events, in_this_process
+from tests.helpers.sweeps import airsweep, in_this_process
 
 # Sweeps that are run, with options that shorten them. Other sweeps are planned.
 RUN = {
@@ -44,7 +44,6 @@ RUN = {
 # Commands that are only parsed, by a part of the command, with the reason.
 PARSED = {
     "airsweep ui": "serves until Ctrl-C",
-    "airsweep repro": "ten seconds of torch (test_tracked)",
     "airsweep audit": "no synthetic images here (test_audits)",
     "airsweep classify": "needs images of the user (test_bundles)",
     "airsweep export": "ten seconds of torch (test_bundles)",
@@ -244,7 +243,6 @@ def make_context(command: Any, words: list[str]) -> None:
 
 def execute(words: list[str]) -> str:
     """Run a command that must succeed; returns its output."""
-    words = [_existing_id(word) for word in words]
     name = Path(words[1]).stem if len(words) > 1 else ""
     if words[0] in ("run", "prepare"):
         if name in RUN and "--smoke" not in words:
@@ -264,14 +262,6 @@ def run_sweep(words: list[str]) -> str:
     if done.returncode:
         raise InvalidCommand(done.stderr)
     return done.stdout
-
-
-def _existing_id(word: str) -> str:
-    """Replace the trial ids of the pages by ids of trials in the store."""
-    if word not in ("3f2a9c1d", "8b01e7aa"):
-        return word
-    done = [e["key"][:12] for e in events(Path("runs"), "context") if e["event"] == "trial_done"]
-    return str(done[word == "8b01e7aa"])
 
 
 # ---------------------------------------------------------------- other programs

@@ -577,11 +577,6 @@ class StageSpec:
     shard: ClassVar[str] = ""  # suffix of the shards of a row; empty: its artifact is no row
 
     @property
-    def is_quick(self) -> bool:
-        """Whether it takes little time, so that `repro` makes it again."""
-        return False
-
-    @property
     def slug(self) -> str:
         """A short description of the artifact; not part of its identity."""
         return re.sub(r"[^A-Za-z0-9]+", "-", "-".join(self._words())).strip("-")[:60]
@@ -688,10 +683,6 @@ class FeaturesSpec(StageSpec):
     code: str = added("")
 
     @property
-    def is_quick(self) -> bool:
-        return True
-
-    @property
     def encoded(self) -> EncodedSpec | None:
         """The blocks that the features of many image files are put together from."""
         row = EncodedSpec(features=self, block=EncodedSpec.size)
@@ -734,10 +725,6 @@ class EncodedSpec(RowSpec):
     @property
     def block_size(self) -> int:
         return self.block
-
-    @property
-    def is_quick(self) -> bool:
-        return True
 
     @property
     def whole(self) -> StageSpec:
@@ -886,10 +873,6 @@ class FolderImages(ImagesSpec):
     def block_size(self) -> int:
         return self.block
 
-    @property
-    def is_quick(self) -> bool:
-        return True
-
     def work(self) -> tuple[str, float]:
         return "ready images", self.block_size
 
@@ -914,10 +897,6 @@ class SyntheticFeaturesSpec(RowSpec):
     @property
     def block_size(self) -> int:
         return self.images.block_size
-
-    @property
-    def is_quick(self) -> bool:
-        return self.images.is_quick
 
     @property
     def rows(self) -> tuple[StageSpec, ...]:

@@ -59,9 +59,7 @@ MATRIX = 12  # classes of a confusion matrix that fits a screen
 
 @app.command()
 def export(
-    trial: Annotated[
-        str, typer.Argument(metavar="TRIAL|best", help="Trial key, slot, MLflow run id, or best.")
-    ],
+    trial: Annotated[str, typer.Argument(metavar="TRIAL|best", help="Trial key, slot, or best.")],
     output: Annotated[
         Path, typer.Option("-o", "--output", "--out", metavar="DIR", help="Folder to create.")
     ],
@@ -271,16 +269,13 @@ def _confusion_lines(
 
 @app.command()
 def errors(
-    trial: Annotated[
-        str, typer.Argument(metavar="TRIAL", help="Trial key, slot or MLflow run id.")
-    ],
+    trial: Annotated[str, typer.Argument(metavar="TRIAL", help="Trial key or slot.")],
     output: Annotated[
         Path, typer.Option("-o", "--output", "--out", metavar="FILE", help="PNG to write.")
     ] = Path("errors.png"),
     classifier: ClassifierOption = None,
     store: StoreOption = STORE,
     data_root: DataOption = None,
-    tracking_uri: TrackingOption = None,
 ) -> None:
     """Draw the wrong test images of which a classifier of a trial is surest.
 
@@ -289,5 +284,4 @@ def errors(
     airsweep errors 3f2a9c1d --classifier text -o text.png
     """
     options: dict[str, Any] = {"store": store, "data_root": data_root}
-    options |= {"classifier": classifier, "tracking_uri": tracking_uri}
-    show(api.errors(trial, output, **options))
+    show(api.errors(trial, output, classifier=classifier, **options))

@@ -1,4 +1,4 @@
-"""Commands that use MLflow: its web page, reproducing and comparing trials, reconciling."""
+"""Commands that use MLflow: its web page, and reconciling it with the store."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import typer
 
 from orchestrator.cli.common import (
     STORE,
-    AllowPluginsOption,
     DataOption,
     JsonOption,
     StoreOption,
@@ -23,7 +22,6 @@ from orchestrator.cli.common import (
     fail,
     recorded_sweep,
 )
-from orchestrator.errors import DONE, GATE
 from orchestrator.formatting import show
 from orchestrator.tracking_uri import DATABASE
 
@@ -105,70 +103,6 @@ def _open_when_served(server: str, page: str) -> None:
             webbrowser.open(page)
             break
     os._exit(0)
-
-
-@app.command()
-def repro(
-    trial: Annotated[
-        str, typer.Argument(metavar="TRIAL", help="Trial: MLflow run id, trial key or slot.")
-    ],
-    store: StoreOption = STORE,
-    data_root: DataOption = None,
-    tracking_uri: TrackingOption = None,
-    as_json: JsonOption = False,
-    allow_plugins: AllowPluginsOption = False,
-) -> None:
-    """Repeat a trial and compare the results.
-
-    Compares metrics, and predictions image by image. Settings come from the record in the store, or
-    from MLflow if the store has none.
-
-    Exits with 0 if the results are the same or within tolerance, with 5 if they differ.
-
-    airsweep repro 3f2a9c1d
-
-    airsweep repro 3f2a9c1d --tracking-uri http://mlflow:5000 --json
-    """
-    from orchestrator.planning import Resolver
-    from orchestrator.store import open_store
-    from orchestrator.tracking.reproduce import repro as repeat_trial
-
-    opened = open_store(store).read_only()
-    result = repeat_trial(
-        trial,
-        opened,
-        Resolver(opened.root / "digests.json", data_root),
-        tracking_uri,
-        lambda line: show(line, file=sys.stderr),
-        allow_plugins,
-    )
-    show(json.dumps(result.json(), indent=1) if as_json else "\n".join(result.lines()))
-    sys.exit(DONE if result.same else GATE)
-
-
-@app.command()
-def diff(
-    a: Annotated[
-        str, typer.Argument(metavar="A", help="First trial: MLflow run id, trial key or slot.")
-    ],
-    b: Annotated[str, typer.Argument(metavar="B", help="Second trial.")],
-    store: StoreOption = STORE,
-    tracking_uri: TrackingOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Show how two trials differ: settings, inputs, code and metrics.
-
-    airsweep diff 3f2a9c1d 8b01e7aa
-
-    airsweep diff 3f2a9c1d 8b01e7aa --json
-    """
-    from orchestrator.store import open_store
-    from orchestrator.tracking import find_trial
-    from orchestrator.tracking.reproduce import differences
-
-    opened = open_store(store).read_only()
-    result = differences(*(find_trial(trial, opened, tracking_uri) for trial in (a, b)))
-    show(json.dumps(result.json(), indent=1) if as_json else "\n".join(result.lines()))
 
 
 mlflow_app = typer.Typer(no_args_is_help=True, help="Keep MLflow consistent with the store.")

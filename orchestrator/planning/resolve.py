@@ -708,10 +708,7 @@ def refs_of(spec: TrialSpec) -> dict[str, Ref]:
 
 
 def spec_json(spec: TrialSpec, key: str) -> str:
-    """Write a trial as JSON: every setting as computed, and the digest of every input.
-
-    `orchestrator.tracking.lookup` reads this JSON.
-    """
+    """Write a trial as JSON: every setting as computed, and the digest of every input."""
     spec = normalised(spec)
     resolved: dict[str, Any] = to_flat(spec)
     for name in REFS:

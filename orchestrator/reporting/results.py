@@ -152,7 +152,7 @@ CURVES = ("trial", "metric", "iteration", "value")
 def trials_frame(plan: Plan, store: ArtifactStore, event_log: EventLog) -> DataFrame:
     """One line per trial of the plan. Points that a search has not proposed yet have no trials.
 
-    Columns: `trial` (the slot) and `key` (12 digits), both accepted by `airsweep diff`; `cell`,
+    Columns: `trial` (the slot) and `key` (12 digits), which `predictions` accepts; `cell`,
     `point`; `TABLE_COLUMNS`; every setting that the sweep varies; the seeds; `state` (done, reused,
     shared, recovered, pruned, failed, running, waiting); `failure` and `message` of failed trials;
     `seconds` and every metric, NaN where a trial has no value.

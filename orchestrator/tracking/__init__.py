@@ -1,13 +1,10 @@
 """MLflow tracking: publishes the results of a store, while a sweep runs or afterwards."""
 
-from orchestrator.tracking.lookup import find_trial, named_trial
 from orchestrator.tracking.publish import Publisher
 from orchestrator.tracking.reconcile import make_tracker, reconcile
 
 __all__ = [
     "Publisher",
-    "find_trial",
     "make_tracker",
-    "named_trial",
     "reconcile",
 ]

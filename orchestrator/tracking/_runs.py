@@ -26,7 +26,6 @@ import json
 import logging
 import math
 import shutil
-import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -52,7 +51,6 @@ logging.getLogger("mlflow").setLevel(logging.WARNING)  # Ray may have imported M
 
 MAX_TAG, MAX_DIGEST = 8000, 36  # characters
 BATCH, PARAMS = 800, 100  # metrics and params per request, which may have 1000 in all
-RUN_ID = 32  # hex digits of a run id
 UNAUTHORIZED, FORBIDDEN = 401, 403  # HTTP status codes
 DATABASE_BYTES = 2 * 2**20  # an empty MLflow database with its journal
 MLFLOW_ERRORS = (MlflowException, OSError)  # requests' exceptions are OSErrors
@@ -304,54 +302,3 @@ def opened_client(uri: str | None, store: Path, resource: str) -> Iterator[Mlflo
         if database is not None:
             check_database(database)
         yield MlflowClient(address)
-
-
-def find_runs(client: MlflowClient, query: str, **options: Any) -> list[Run]:
-    """Runs that match a query, of all experiments of airsweep."""
-    experiments = client.search_experiments(filter_string="name LIKE 'air/%'")
-    ids = [experiment.experiment_id for experiment in experiments]
-    return list(client.search_runs(ids, query, **options)) if ids else []
-
-
-def read_run(uri: str | None, store: Path, run_id: str, file: str) -> tuple[Run, str | None]:
-    """Read a run and one of its text artifacts.
-
-    Args:
-        uri: a tracking URI, as for `make_tracker`.
-        run_id: the id or its first digits.
-
-    Returns:
-        The run and the text, or None if the run has no such artifact.
-
-    Raises:
-        ValueError: no run or several runs match, or tracking is off.
-        TrackerUnreachable: the server does not answer.
-    """
-    with opened_client(uri, store, f"the run {run_id}") as client:
-        run = _find(client, run_id)
-        return run, _text(client, run, file)
-
-
-def _find(client: MlflowClient, run_id: str) -> Run:
-    if len(run_id) == RUN_ID:
-        try:
-            return client.get_run(run_id)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            matches = []
-    else:
-        matches = find_runs(client, f"attributes.run_id LIKE '{run_id}%'", max_results=2)
-    if len(matches) != 1:
-        count = "several run ids start" if matches else "no run id starts"
-        raise ValueError(f"{count} with {run_id!r} in MLflow; copy the id from the run's page")
-    return matches[0]
-
-
-def _text(client: MlflowClient, run: Run, name: str) -> str | None:
-    files = artifact_repository(run.info.artifact_uri, client.tracking_uri)
-    if name not in {file.path for file in files.list_artifacts()}:
-        return None
-    with tempfile.TemporaryDirectory() as scratch:
-        path = files.download_artifacts(name, scratch)  # type: ignore[no-untyped-call]
-        return Path(path).read_text()

@@ -76,7 +76,6 @@ def _registered(manifest: Manifest, name: str, uri: str | None, store: Path) -> 
     """URI of the registered version, such as `models:/digits/1`; see `register_bundle`."""
     from orchestrator.tracking._runs import (  # first: it configures MLflow
         artifact_repository,
-        find_runs,
         opened_client,
         short_reason,
     )
@@ -89,7 +88,9 @@ def _registered(manifest: Manifest, name: str, uri: str | None, store: Path) -> 
         shown = without_credentials(client.tracking_uri)
         query = f"tags.`air.kind` = 'trial' and tags.`air.trial_key` = '{key}'"
         latest = ["attributes.start_time DESC"]
-        if not (found := find_runs(client, query, max_results=1, order_by=latest)):
+        experiments = client.search_experiments(filter_string="name LIKE 'air/%'")
+        ids = [experiment.experiment_id for experiment in experiments]
+        if not ids or not (found := client.search_runs(ids, query, order_by=latest, max_results=1)):
             raise ValueError(
                 f"MLflow at {shown} has no run of the trial {key[:12]}; send its sweep with "
                 "`airsweep mlflow reconcile`, then register again"

@@ -1,9 +1,8 @@
-"""After a sweep: reconcile with MLflow, compute a trial again, compare trials. No cluster."""
+"""After a sweep: reconcile with MLflow. No cluster."""
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import socket
 import time
@@ -13,13 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from orchestrator.environment import environment
 from orchestrator.errors import FAILED, TERMINATED, SweepBusy, TrackerUnreachable
-from orchestrator.keys import ArtifactKey
 from orchestrator.planning import Outcome, plan_of, requirements_of, resolver_of
 from orchestrator.planning.plan import plan_sweep
 from orchestrator.reporting.results import results_of
@@ -30,12 +26,10 @@ from orchestrator.stages.images import build as build_image_block
 from orchestrator.stages.images import open_generator
 from orchestrator.stages.trial import run_trial
 from orchestrator.store import ArtifactStore, EventLog, SweepLocation, read_trial
-from orchestrator.tracking import Publisher, find_trial, reconcile
-from orchestrator.tracking.reproduce import differences, repro
+from orchestrator.tracking import Publisher, reconcile
 from orchestrator.tracking.types import Counts
 from tests.helpers.features import digit_features, store_with
 from tests.helpers.servers import MlflowServer, failing_server, free_port
-from tests.helpers.sweeps import record_again
 
 IMAGES = 240  # of the dataset digits: every class is among them
 SWEEP = """version: 1
@@ -252,7 +246,7 @@ def test_reconcile_sends_an_untracked_sweep_completely_and_once(ended, sweep, tr
         parent.info.run_id
     }
 
-    # Lineage tags come from the record, and suffice to compute the trial again.
+    # Lineage tags come from the record.
     tags = trial_run_of(uri, "fpl").data.tags
     assert (tags["air.user"], tags["air.commit"], tags["air.dirty"]) == ("ada", "0123abc", "feed")
     assert tags["mlflow.source.git.commit"] == "0123abc"
@@ -393,125 +387,3 @@ def test_training_does_not_wait_for_a_server_that_never_replies(
     assert len(caplog.records) == 1
     driver.finish(TERMINATED)
     assert "the next run sends the rest" in caplog.records[-1].getMessage()
-
-
-# ---------------------------------------------------------------- reproduce, compare
-
-
-def test_a_trial_computed_again_from_its_mlflow_run_is_bit_equal(ended, tracked, tmp_path):
-    run = trial_run_of(tracked, "air_fpl")
-    again = repro(run.info.run_id[:12], ended.store, resolver_of(ended), tracked)
-    assert (again.verdict, again.metrics, again.files) == ("bit-equal", {}, {})
-    assert again.predictions[0] == 0
-    assert again.code["commit"][0] == "0123abc"  # from AIRSWEEP_COMMIT, unlike the current commit
-
-    # Another store has neither the trial nor its row of images, and nothing is written to it.
-    other = ArtifactStore(tmp_path / "other")
-    shutil.copytree(ended.store.root / "artifacts" / "features", other.artifacts / "features")
-    before = sorted(other.root.rglob("*"))
-    again = repro(run.info.run_id, other, resolver_of(ended), tracked)
-    assert (again.verdict, again.predictions) == ("bit-equal", None)
-    assert sorted(other.root.rglob("*")) == before
-
-    # The store finds a trial by its key or slot, without MLflow.
-    for name in (run.data.tags["air.trial_key"][:12], run.data.tags["air.slot"]):
-        assert repro(name, ended.store, resolver_of(ended), "none").verdict == "bit-equal"
-
-
-def test_a_trial_of_other_code_is_not_computed_and_both_code_versions_are_reported(ended, tracked):
-    run = trial_run_of(tracked, "air_fpl")
-    client, now = mlflow_client(tracked), run.data.tags
-    for tag, value in {"air.trial_key": "f" * 40, "air.code": "0123456789ab"}.items():
-        client.set_tag(run.info.run_id, tag, value)
-    again = repro(run.info.run_id, ended.store, resolver_of(ended), tracked)
-    for tag in ("air.trial_key", "air.code"):
-        client.set_tag(run.info.run_id, tag, now[tag])
-    assert again.verdict == "inputs differ"
-    assert again.code["trials"] == ("0123456789ab", now["air.code"])
-    assert (
-        f"0123456789ab then, {now['air.code']} now; to repeat it, check out commit 0123abc"
-        in (again.notes[0])
-    )
-
-
-def test_different_results_and_changed_inputs_are_reported(ended, tracked, drawn, tmp_path):
-    run = trial_run_of(tracked, "air_fpl")
-    store = copy_of(ended, tmp_path).store
-    record = store.path(ArtifactKey("trials", 2, run.data.tags["air.trial_key"], "x"))
-    (features,) = (store.artifacts / "features").glob("*/*/features.safetensors")
-    arrays = load_file(features)
-    save_file({**arrays, "features": np.roll(arrays["features"], 1, axis=1)}, features)
-    record_again(features.parent)
-    again = repro(run.info.run_id, store, resolver_of(ended), tracked)
-    assert again.verdict == "different"
-    assert not again.same
-    assert "test/accuracy" in again.metrics
-    assert again.predictions[0] > 0
-    assert record.exists()
-
-    image = next(drawn.rglob("*.png"))
-    content = image.read_bytes()
-    image.write_bytes(content + b" ")
-    again = repro(run.info.run_id, ended.store, resolver_of(ended), tracked)
-    image.write_bytes(content)
-    assert again.verdict == "inputs differ"
-    assert list(again.inputs) == [f"generator folder:{drawn}"]
-
-
-@pytest.mark.parametrize(
-    ("run", "message"),
-    [
-        ("setting", "is a setting run over 1 of 2 trials"),
-        ("sweep", "give the id of a trial run"),
-        ("failed", "has no result: failed (oom)"),
-        ("0" * 32, "no run id starts with"),
-        ("not-hex", "is not a run id"),
-    ],
-)
-def test_runs_that_cannot_be_computed_again_are_bad_input(ended, tracked, run, message):
-    kinds = {
-        "setting": lambda: setting_run_of(tracked, "fpl"),
-        "sweep": lambda: sweep_run(tracked),
-        "failed": lambda: trial_run_of(tracked, "fpl", "FAILED"),
-    }
-    run_id = kinds[run]().info.run_id if run in kinds else run
-    with pytest.raises(ValueError, match=re.escape(message)):
-        repro(run_id, ended.store, resolver_of(ended), tracked)
-
-
-def test_a_slot_with_other_trials_in_two_sweeps_needs_a_key(ended, sweep, tmp_path):
-    fpl, air = (plan_of(sweep, ended).slots[i] for i in (2, 4))
-    store = copy_of(ended, tmp_path).store
-    event_log = SweepLocation(store, "default", "other", None).event_log()
-    event_log.lock()
-    event_log.append("trial_done", slot=fpl.id, cell=fpl.cell.id, key=air.key.digest)
-    event_log.unlock()
-    with pytest.raises(ValueError, match=f"give a key: .*{fpl.key.digest[:12]} of default/small"):
-        find_trial(fpl.id, store, "none")
-
-
-def test_two_trials_are_compared_by_key_slot_or_run(ended, sweep, tracked):
-    slots = plan_of(sweep, ended).slots
-    fpl, air = slots[2], slots[4]
-    sides = {
-        "key": (fpl.key.digest[:10], air.key.digest),
-        "slot": (fpl.id, air.id),
-        "run": (
-            trial_run_of(tracked, "fpl").info.run_id,
-            trial_run_of(tracked, "air_fpl").info.run_id[:10],
-        ),
-    }
-    results = {
-        kind: differences(*(find_trial(name, ended.store, tracked) for name in pair))
-        for kind, pair in sides.items()
-    }
-    for kind in ("slot", "run"):
-        assert results[kind].settings == results["key"].settings
-        assert results[kind].inputs == results["key"].inputs
-        assert results[kind].metrics == results["key"].metrics
-    settings = results["key"].settings
-    assert settings["images_per_class"] == (0, 4)
-    assert "train.steps" not in settings
-    assert list(results["key"].inputs) == ["generator"]
-    assert results["key"].code == {}
-    assert all(len(line) <= 100 for line in results["key"].lines()[3:])

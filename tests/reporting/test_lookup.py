@@ -1,0 +1,60 @@
+"""A trial is found in a store by its slot, its key, or the first digits of the key."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from air_core.seal import sealed_json
+from orchestrator.planning import Slot, plan_of
+from orchestrator.planning.recorded import read_sweep
+from orchestrator.reporting.lookup import named_trial
+from orchestrator.store import SweepLocation
+from tests.helpers.outcomes import ACCURACIES, SWEEP, by_method, record_sweep
+
+
+@pytest.fixture
+def location(tmp_path: Path) -> SweepLocation:
+    return record_sweep(tmp_path, "small", SWEEP, by_method(ACCURACIES))
+
+
+def slots_of(location: SweepLocation) -> list[Slot]:
+    return list(plan_of(*read_sweep(location, None)).slots)
+
+
+def test_slot_key_and_first_digits_name_the_same_trial(location) -> None:
+    slot, store = slots_of(location)[-1], location.store
+    for name in (slot.id, slot.key.digest, slot.key.digest[:6]):
+        found = named_trial(name, store, location)
+        assert (found.record.key, found.slot, found.sweep) == (
+            slot.key.digest,
+            slot.id,
+            "default/small",
+        )
+    assert named_trial(slot.id, store).spec == found.spec
+    with pytest.raises(ValueError, match=f"starts with '{slot.key.digest[:5]}'; give at least 6"):
+        named_trial(slot.key.digest[:5], store)
+
+
+def test_a_slot_with_other_trials_in_two_sweeps_needs_a_key_or_the_sweep(location) -> None:
+    longer = SWEEP.replace("train.steps: 2", "train.steps: 3")
+    other = record_sweep(location.store.root, "other", longer, by_method(ACCURACIES))
+    slot, later = slots_of(location)[-1], slots_of(other)[-1]
+    assert slot.id == later.id
+    with pytest.raises(ValueError, match=f"give a key: .*{later.key.digest[:12]} of default/other"):
+        named_trial(slot.id, location.store)
+    assert named_trial(slot.id, location.store, other).record.key == later.key.digest
+    with pytest.raises(ValueError, match="is not a finished trial of the sweep default/small"):
+        named_trial(later.key.digest, location.store, location)
+
+
+def test_a_record_with_a_setting_of_another_version_names_its_commit(location) -> None:
+    slot = slots_of(location)[-1]
+    file = location.store.path(slot.key) / "record.json"
+    record = json.loads(file.read_text())
+    record["spec"]["train"]["warmth"] = 1
+    file.write_bytes(sealed_json({**record, "commit": "0123abc"}))
+    with pytest.raises(ValueError, match=r"another version of the code.*commit 0123abc"):
+        named_trial(slot.id, location.store)
