@@ -170,22 +170,6 @@ def plugin_file(plugin: Plugin) -> str:
     return f"plugin-{plugin.digest}.py"
 
 
-def with_code(plugin: Plugin, folder: Path) -> Plugin:
-    """A recorded plugin with its code, from the folder of its sweep.
-
-    Raises:
-        ValueError: the code is missing or has changed.
-    """
-    file = folder / plugin_file(plugin)
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    if _digest(plugin.version + text) != plugin.digest:
-        raise ValueError(
-            f"{file}, the code of the plugin {plugin.name}, is missing or has changed; run the "
-            "sweep file again"
-        )
-    return dataclasses.replace(plugin, text=text, described=())
-
-
 def described_plugin(plugin: Plugin) -> dict[str, Any]:
     """A plugin as data, to read the results of a sweep without its code."""
     components = [

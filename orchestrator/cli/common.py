@@ -78,10 +78,6 @@ SmokeOption = Annotated[
 SmokeResultsOption = Annotated[
     bool, typer.Option("--smoke", help="Read the smoke run, in <store>-smoke.")
 ]
-AllowPluginsOption = Annotated[
-    bool,
-    typer.Option("--allow-plugins", help="Run the code of plugins of a sweep of another user."),
-]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 TrackingOption = Annotated[

@@ -120,9 +120,6 @@ def logs(
             help="Only events of this trial (slot, or beginning of its key), cell or artifact.",
         ),
     ] = None,
-    blocks: Annotated[
-        bool, typer.Option("--blocks", help="A line for each block of images, features or errors.")
-    ] = False,
     store: StoreOption = STORE,
     as_json: JsonOption = False,
 ) -> None:
@@ -148,7 +145,7 @@ def logs(
         for event in events:
             show(json.dumps(event))
         return
-    for event in events if blocks else _joined_blocks(events):
+    for event in _joined_blocks(events):
         show(_event_line(event))
 
 
@@ -242,9 +239,7 @@ def report(
     name: NameArgument,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "-o", "--output", "--out", metavar="FILE", help="HTML file to write [NAME.html]."
-        ),
+        typer.Option("-o", "--output", metavar="FILE", help="HTML file to write [NAME.html]."),
     ] = None,
     store: StoreOption = STORE,
     smoke: SmokeResultsOption = False,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from air_core.models.weights import local_path
 from air_core.specs import StageSpec, TrialSpec
-from orchestrator.errors import Refused, StoreRefused
+from orchestrator.errors import StoreRefused
 from orchestrator.keys import artifact_key
 from orchestrator.planning.plan import (
     fp32_slots,
@@ -26,12 +26,11 @@ from orchestrator.planning.resolve import (
     with_model_defaults,
 )
 from orchestrator.planning.studies import Searches, read_searches
-from orchestrator.plugins import Plugin, recorded_plugin, with_code
+from orchestrator.plugins import recorded_plugin
 from orchestrator.spec import Cell, SweepSpec, cells_of, load_sweep
 from orchestrator.spec.sweep import smoke_variant
 from orchestrator.store import ArtifactStore, SweepLocation, read_resolved, recorded_locations
 from orchestrator.store.gc import Shards, StoreRequirements, merge_shards
-from orchestrator.store.location import user_name
 
 
 def read_sweep(location: SweepLocation, data_root: Path | None) -> tuple[SweepSpec, SweepLocation]:
@@ -79,31 +78,6 @@ def changed_folders(location: SweepLocation) -> Iterator[str]:
         except (ValueError, OSError):  # the folder has no images any more
             pass
         yield f"{name} has changed since the last run; the results are of its earlier images"
-
-
-def code_of(
-    plugins: Iterable[Plugin], location: SweepLocation, allowed: bool
-) -> tuple[Plugin, ...]:
-    """The plugins of a recorded sweep with their code.
-
-    Args:
-        allowed: return also code that another user recorded.
-
-    Raises:
-        Refused: another user recorded the sweep.
-        ValueError: the code is missing or has changed.
-    """
-    plugins = tuple(plugins)
-    recorded = [plugin for plugin in plugins if not plugin.text]
-    user = read_resolved(location).get("user", "unknown")
-    if recorded and not allowed and user != user_name():
-        named = ", ".join(f"{plugin.name} ({plugin.digest})" for plugin in recorded)
-        raise Refused(
-            f"{user} recorded {location.full_name} with plugins, whose code would run as "
-            f"{user_name()}: {named}; read it in {location.folder}, then give "
-            "--allow-plugins"
-        )
-    return tuple(one if one.text else with_code(one, location.folder) for one in plugins)
 
 
 def refuse_running(store: ArtifactStore) -> None:

@@ -120,7 +120,6 @@ class Difference(Interval):
     run_noise: float  # of the mean, between top units from image noise; not in `run_variance`
     units: int  # number of splits; of seeds if there is one split
     differing: int  # images that the two methods score differently in at least one run
-    images_needed: int | None  # test images to detect this difference; None: it is 0
     reason_not_tested: str  # why there is too little data for a test; empty: it is tested
 
 
@@ -160,7 +159,6 @@ def paired_difference(a: Runs, b: Runs, *, samples: int = SAMPLES) -> Difference
     images = len(
         np.unique(np.concatenate([s.image_ids[d] for s, d in zip(scores, differing, strict=True)]))
     )
-    discordance = float(np.mean([d.mean() for d in differing]))
     return Difference(
         **vars(interval),
         p=_p_value(
@@ -175,7 +173,6 @@ def paired_difference(a: Runs, b: Runs, *, samples: int = SAMPLES) -> Difference
         run_noise=parts.run_noise,
         units=parts.units,
         differing=images,
-        images_needed=images_needed(mean, discordance),
         reason_not_tested=_reason_not_tested(scores, images),
     )
 
@@ -319,30 +316,6 @@ def collapsed_runs(runs: Runs) -> list[Collapse]:
                 Collapse(split_seed=run.split_seed, seed=run.seed, score=score, others=median)
             )
     return result
-
-
-def images_needed(difference: float, discordance: float) -> int | None:
-    """Number of test images with which one pair of runs detects such a difference.
-
-    For McNemar's test, two-sided 5 %, power 80 %, with discordance p and difference d:
-    n = (1.96 sqrt(p) + 0.84 sqrt(p - d^2))^2 / d^2 (Connor 1987, Biometrics 43:207-211).
-    The formula takes the observed difference as the true one and ignores variation over splits and
-    seeds. The mean of several runs needs fewer images.
-
-    Args:
-        discordance: share of the test images on which exactly one of the two methods is right.
-
-    Returns:
-        The number of images; None if the difference is 0.
-
-    >>> images_needed(0.02, 0.20)
-    3923
-    """
-    if difference == 0:
-        return None
-    p = max(discordance, abs(difference))  # the share of discordant images is at least that
-    root = Z_95 * math.sqrt(p) + Z_POWER_80 * math.sqrt(p - difference**2)
-    return math.ceil(root**2 / difference**2)
 
 
 @dataclass(frozen=True, eq=False)

@@ -251,7 +251,6 @@ class Comparison:
             "p_corrected": self.p_corrected,
             "marked": self.is_significant,
             "untold": difference.reason_not_tested,
-            "images_needed": difference.images_needed,
             "detectable": None if difference.reason_not_tested else self.detectable,
         }
 

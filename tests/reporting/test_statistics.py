@@ -20,7 +20,6 @@ from orchestrator.reporting._statistics import (
     detectable_differences,
     gain_share,
     holm,
-    images_needed,
     mean_interval,
     mean_score,
     paired_difference,
@@ -193,7 +192,6 @@ def test_the_interval_of_a_paired_difference_has_the_width_of_mcnemars() -> None
     assert interval.mean == pytest.approx(0.04)
     assert interval.low == pytest.approx(0.04 - half, abs=0.003)
     assert interval.high == pytest.approx(0.04 + half, abs=0.003)
-    assert interval.images_needed == images_needed(0.04, 0.2)
 
 
 def test_pairing_is_by_image_and_not_by_position() -> None:
@@ -264,15 +262,6 @@ def test_a_perfect_accuracy_has_an_interval_of_width_0() -> None:
 def test_the_same_runs_give_the_same_interval() -> None:
     a, b = simulated(np.random.default_rng(6), splits=2, seeds=2, seed_spread=0.03)
     assert paired_difference(a, b) == paired_difference(a, b)
-
-
-def test_images_needed_detect_the_difference_in_four_of_five_experiments() -> None:
-    rng = np.random.default_rng(8)
-    n = images_needed(0.05, 0.25)
-    only_a = rng.binomial(n, 0.15, size=4000)
-    only_b = rng.binomial(n - only_a, 0.10 / 0.85)
-    mcnemar = np.abs(only_a - only_b) / np.sqrt(only_a + only_b)
-    assert np.mean(mcnemar > 1.96) == pytest.approx(0.8, abs=0.02)
 
 
 # ---------------------------------------------------------------- p values and marks

@@ -18,7 +18,6 @@ from orchestrator.plugins import (
     read_plugin,
     recorded_plugin,
     use_plugins,
-    with_code,
 )
 from orchestrator.spec import SpecError, cells_of, load_sweep, sweep_schema
 from tests.helpers.plugins import MARGIN, TIP_ADAPTER
@@ -177,8 +176,6 @@ def test_a_recorded_plugin_names_its_components_and_runs_no_code(spec, tmp_path)
     assert trial_keys()["pseudo_labels.margin.tau"].limits == {"ge": 0, "le": 1}
     with pytest.raises(ValueError, match=r"plugin .*margin\.py, whose code was not loaded"):
         STRATEGIES.load("margin")
-    with pytest.raises(ValueError, match=r"the code of the plugin margin\.py, is missing"):
-        with_code(recorded, tmp_path)
 
 
 def test_a_recorded_learner_keeps_its_facts(tmp_path):
