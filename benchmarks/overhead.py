@@ -139,7 +139,7 @@ def main() -> None:
         spec.write_text(SWEEP.format(folder=folder / "images", trials=args.trials))
         stores = {kind: folder / kind for kind in ("ours", "optuna", "ray")}
         for store in stores.values():
-            airsweep("prepare", spec, "--store", store)
+            airsweep("run", spec, "--prepare", "--store", store)
         found = ours(spec, stores["ours"], args.trials)
         loop = optuna_loop(specs(spec, stores["optuna"], args.trials), stores["optuna"])
         tuned = ray_tune(specs(spec, stores["ray"], args.ray_trials), stores["ray"], folder)

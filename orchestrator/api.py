@@ -51,7 +51,6 @@ __all__ = [
     "logs",
     "plan",
     "predictions",
-    "prepare",
     "report",
     "results",
     "run",
@@ -258,25 +257,6 @@ class Outcome:
         return summary_screen(self.sweep, self.location)
 
 
-def prepare(
-    spec: str | Path | SweepRequest,
-    *,
-    store: str | Path | None = None,
-    data_root: str | Path | None = None,
-    sets: Options = (),
-    only: Options = (),
-    smoke: bool = False,
-    quiet: bool = False,
-) -> Outcome:
-    """Compute the features, LoRA weights and images that a sweep needs, but run no trial.
-
-    Arguments and exceptions are those of `run`.
-    """
-    request = load(spec, sets=sets, only=only, smoke=smoke)
-    location = location_for(request, store, data_root)
-    return _run(request.spec, location, request.origin, quiet, prepare_only=True)
-
-
 def run(
     spec: str | Path | SweepRequest,
     *,
@@ -286,6 +266,7 @@ def run(
     sets: Options = (),
     only: Options = (),
     smoke: bool = False,
+    prepare: bool = False,
     quiet: bool = False,
 ) -> Outcome:
     """Run a sweep, or resume it: finished trials are skipped.
@@ -299,6 +280,7 @@ def run(
         tracking_uri: MLflow server, or "none". Default: MLFLOW_TRACKING_URI, else a file in the
             store.
         sets, only, smoke: as for `load`.
+        prepare: make the features, LoRA weights and images of the sweep, but run no trial.
         quiet: print errors only; by default stderr shows the progress.
 
     Raises:
@@ -307,18 +289,11 @@ def run(
     """
     request = load(spec, sets=sets, only=only, smoke=smoke)
     location = location_for(request, store, data_root)
-    return _run(request.spec, location, request.origin, quiet, tracking_uri=tracking_uri)
-
-
-def _run(
-    sweep: SweepSpec, location: SweepLocation, origin: dict[str, Any], quiet: bool, **options: Any
-) -> Outcome:
-    """Call `execute`; raise KeyboardInterrupt or SystemExit if a signal stopped the run.
-
-    `run_sweep` returns after a signal because it closes the event log and the tracker first.
-    """
     with _restored_process():
-        outcome = execute(sweep, location, origin, quiet, **options)
+        outcome = execute(
+            request.spec, location, request.origin, quiet, tracking_uri, prepare=prepare
+        )
+        # `run_sweep` returns after a signal, because it closes the event log and the tracker first.
         if outcome.exit_code == INTERRUPTED:
             raise KeyboardInterrupt
         if outcome.exit_code == TERMINATED:
@@ -332,14 +307,15 @@ def execute(
     origin: dict[str, Any],
     quiet: bool,
     tracking_uri: str | None = None,
-    **options: Any,
+    prepare: bool = False,
 ) -> Outcome:
     """Call `run_sweep` with a screen and an MLflow publisher; the commands use this as well."""
     from orchestrator.execution import make_screen, run_sweep
     from orchestrator.tracking import Publisher
 
     publisher = Publisher(sweep, location, tracking_uri)
-    code = run_sweep(sweep, location, make_screen(quiet), publisher, origin=origin, **options)
+    screen = make_screen(quiet)
+    code = run_sweep(sweep, location, screen, publisher, origin=origin, prepare_only=prepare)
     return Outcome(code, sweep, location)
 
 

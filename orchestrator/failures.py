@@ -45,7 +45,7 @@ CLASSES: dict[str, FailureClass] = {
         1, "retried; increase resources.trial.timeout if a trial needs more time"
     ),
     "infra": FailureClass(2, "retried; see Ray's logs"),
-    "data": FailureClass(0, "an input is missing or unreadable; run `airsweep prepare SPEC`"),
+    "data": FailureClass(0, "an input is missing or unreadable; run `airsweep run SPEC --prepare`"),
     # Other trials would fail as well, possibly after GPU-hours of work.
     "disk": FailureClass(0, "free disk space for the store and run again", stops_after=1),
     "user": FailureClass(0, "fix the error in the message and run again", EQUAL_ERRORS),

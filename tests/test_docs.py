@@ -244,11 +244,11 @@ def make_context(command: Any, words: list[str]) -> None:
 def execute(words: list[str]) -> str:
     """Run a command that must succeed; returns its output."""
     name = Path(words[1]).stem if len(words) > 1 else ""
-    if words[0] in ("run", "prepare"):
+    if words[0] == "run":
         if name in RUN and "--smoke" not in words:
             return run_sweep(words)
         words[0] = "plan"  # a long sweep
-        words = [word for word in words if word != "--quiet"]
+        words = [word for word in words if word not in ("--quiet", "--prepare")]
     elif words[0] in ("status", "table") and name in SHIPPED:
         words[1] = "quickstart"  # a sweep that was run
     done = in_this_process(words)

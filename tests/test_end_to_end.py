@@ -49,7 +49,7 @@ finally: print(*sorted({*libraries} & {*sys.modules}), file=sys.stderr)
         (
             ("--help",),
             "torch ray mlflow numpy pydantic yaml",
-            "plan prepare run status table ui cache mlflow",
+            "plan run status table ui cache mlflow",
         ),
         (("check", "--help"), "numpy PIL torch ray", "DATASET"),
     ],
@@ -83,7 +83,6 @@ def test_bad_input_is_one_message_and_exit_code_2(command, tmp_path, body, posit
 
 COMMANDS = (
     "run",
-    "prepare",
     "plan",
     "status",
     "table",
@@ -99,7 +98,7 @@ def test_a_store_of_another_version_is_refused_with_exit_code_3(tmp_path, comman
     store.mkdir()
     (store / "VERSION").write_text("99\n")
     spec = str(write_sweep(tmp_path, "x", "fixed: {method: fpl}\n"))
-    named = {"run": spec, "prepare": spec, "plan": spec, "status": "x", "table": "x"}
+    named = {"run": spec, "plan": spec, "status": "x", "table": "x"}
     words = [*name.split(), *([named[name]] if name in named else [])]
     code, out, err = command(*words, "--store", store)
     assert (code, out) == (3, "")

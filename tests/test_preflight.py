@@ -71,7 +71,7 @@ def run_at(
     """Run a command with a sweep on the cluster at an address.
 
     Args:
-        do: the command; `prepare` takes half the time of `run`.
+        do: the command.
         program: arguments of Python that start airsweep.
         inside: a prefix, such as `nsenter` into other mounts.
         more: environment variables.
@@ -229,7 +229,7 @@ def test_a_machine_that_leaves_during_the_check_is_only_a_warning(cluster, spec,
     check starts, and the head declares it dead during the check."""
     with cluster.joined() as machine:
         program = ("-c", LEAVING.format(group=machine.pid))
-        done = run(cluster, spec, tmp_path / "runs", do="prepare", program=program)
+        done = run(cluster, spec, tmp_path / "runs", "--prepare", program=program)
     assert done.returncode == 0, done.stderr
     assert "answers: the machine could not be checked" in done.stderr
     assert "checked 1 machine of the cluster: ok" in done.stderr
@@ -251,7 +251,7 @@ def test_a_machine_that_cannot_reach_the_bucket_is_refused(cluster, spec, bucket
 def test_a_full_bucket_is_refused_before_the_cluster_is_joined(cluster, spec, bucket, s3_server):
     parse(bucket).put("VERSION", b"1\n")
     with full_bucket(s3_server) as address:
-        done = run(cluster, spec, bucket, do="prepare", AWS_ENDPOINT_URL=address)
+        done = run(cluster, spec, bucket, "--prepare", AWS_ENDPOINT_URL=address)
     assert done.returncode == 3, done.stderr
     assert f"airsweep: {bucket} is full (XMinioStorageFull" in done.stderr
     assert "choose another --store" in done.stderr
@@ -292,5 +292,5 @@ def test_a_cluster_that_requires_a_token_is_refused_with_the_variables_to_set(sp
         assert "rejected the connection" in done.stderr
         assert "export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE" in done.stderr
         assert "0" * 64 not in done.stderr
-        done = run_at(address, spec, tmp_path / "runs", do="prepare", **auth)
+        done = run_at(address, spec, tmp_path / "runs", "--prepare", **auth)
         assert done.returncode == 0, done.stderr

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -32,9 +32,7 @@ from orchestrator.environment import redirect_descriptor
 from orchestrator.formatting import show
 
 if TYPE_CHECKING:
-    from orchestrator.spec import SweepSpec
     from orchestrator.spec.components import Described
-    from orchestrator.store import SweepLocation
 
 app = typer.Typer()
 plugin_app = typer.Typer(no_args_is_help=True, help="Check plugins.")
@@ -178,27 +176,6 @@ def plan(
 
 
 @app.command()
-def prepare(
-    spec: SpecArgument,
-    store: StoreOption = STORE,
-    data_root: DataOption = None,
-    sets: SetOption = None,
-    only: OnlyOption = None,
-    smoke: SmokeOption = False,
-    quiet: QuietOption = False,
-) -> None:
-    """Compute the features, LoRA weights and images of a sweep, but no trial.
-
-    airsweep prepare quickstart
-
-    airsweep prepare sweeps/quickstart.yaml --only method=air
-    """
-    request = load(spec, sets, only, smoke)
-    location = location_for(request, store, data_root)
-    _execute(request.spec, location, request.origin, quiet, prepare_only=True)
-
-
-@app.command()
 def run(
     spec: SpecArgument,
     store: StoreOption = STORE,
@@ -207,6 +184,10 @@ def run(
     sets: SetOption = None,
     only: OnlyOption = None,
     smoke: SmokeOption = False,
+    prepare: Annotated[
+        bool,
+        typer.Option("--prepare", help="Make features, LoRA weights and images; run no trial."),
+    ] = False,
     quiet: QuietOption = False,
 ) -> None:
     """Run a sweep, or resume it: finished trials are skipped.
@@ -217,19 +198,10 @@ def run(
     """
     request = load(spec, sets, only, smoke)
     location = location_for(request, store, data_root)
-    _execute(request.spec, location, request.origin, quiet, tracking_uri=tracking_uri)
-
-
-def _execute(
-    sweep: SweepSpec,
-    location: SweepLocation,
-    origin: dict[str, Any],
-    quiet: bool,
-    prepare_only: bool = False,
-    **options: Any,
-) -> NoReturn:
     with redirect_descriptor(1, 2):  # stdout is for data
-        outcome = api.execute(sweep, location, origin, quiet, prepare_only=prepare_only, **options)
-    if not quiet and not prepare_only:
+        outcome = api.execute(
+            request.spec, location, request.origin, quiet, tracking_uri, prepare=prepare
+        )
+    if not quiet and not prepare:
         show(outcome)
     sys.exit(outcome.exit_code)

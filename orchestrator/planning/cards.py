@@ -82,7 +82,7 @@ def complete_rows(rows: Sequence[Row], location: SweepLocation) -> list[Row]:
         raise ValueError(
             f"the images and denoising errors of sweep {location.full_name} are not "
             f"made yet: {have} of {total} blocks are in {location.store.name}; run the sweep, or "
-            f"`{run_command(location, command='prepare')}`, first"
+            f"`{run_command(location)} --prepare`, first"
         )
     return complete
 

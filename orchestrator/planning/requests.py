@@ -181,14 +181,11 @@ def project_of(sweep: SweepSpec) -> str:
 # ---------------------------------------------------------------- commands in messages
 
 
-def run_command(
-    location: SweepLocation, origin: Mapping[str, Any] | None = None, command: str = "run"
-) -> str:
+def run_command(location: SweepLocation, origin: Mapping[str, Any] | None = None) -> str:
     """The command that runs a sweep again, with all options that select it.
 
     Args:
         origin: see `complete_origin`. Default: that of the last run.
-        command: `run`, or another one with the same options.
     """
     origin = last_origin(location) if origin is None else origin
     store = location.store.name
@@ -197,7 +194,7 @@ def run_command(
     root, usual = origin.get("data_root"), os.environ.get("AIRSWEEP_DATA")
     if root and not (usual and Path(root) == Path(usual).absolute()):
         words += ["--data-root", relative_path(Path(root))]
-    return shlex.join(["airsweep", command, *words])
+    return shlex.join(["airsweep", "run", *words])
 
 
 def results_command(command: str, location: SweepLocation, *options: str) -> str:

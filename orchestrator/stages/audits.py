@@ -50,8 +50,8 @@ def audit_cards(
     if complete != rows:
         log.warning(
             "some images or denoising errors are not made yet, and the audit leaves them out; "
-            "`%s` makes them",
-            run_command(location, command="prepare"),
+            "`%s --prepare` makes them",
+            run_command(location),
         )
     for row in complete:
         card = stored_card(row, location)

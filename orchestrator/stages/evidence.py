@@ -200,8 +200,8 @@ def read_evidence(
             means[positions] = mean[: len(positions)]
     except FileNotFoundError:
         raise MissingArtifact(
-            f"draws of {row.key} are not complete under {store.name}; run `airsweep prepare SPEC` "
-            "first"
+            f"draws of {row.key} are not complete under {store.name}; run "
+            "`airsweep run SPEC --prepare` first"
         ) from None
     return means[None]
 

@@ -340,7 +340,7 @@ def _read_row(
             except FileNotFoundError:
                 raise MissingArtifact(
                     f"image {block * size} of {classname!r} is not in {row.key} under "
-                    f"{store.name}; run `airsweep prepare SPEC` first"
+                    f"{store.name}; run `airsweep run SPEC --prepare` first"
                 ) from None
             ok = arrays["ok"][: count - block * size]
             images = torch.from_numpy(arrays["features"][: len(ok)][ok])

@@ -184,7 +184,9 @@ class ArtifactStore:
     def _record(self, key: ArtifactKey, path: Path) -> dict[str, Any]:
         record = self.backend.record(path)
         if record is None:
-            raise MissingArtifact(f"{key} is not in {self.name}; run `airsweep prepare SPEC` first")
+            raise MissingArtifact(
+                f"{key} is not in {self.name}; run `airsweep run SPEC --prepare` first"
+            )
         return record
 
     def check(self, spec: StageSpec) -> None:

@@ -95,7 +95,7 @@ ONLY_COMMAND_LINE = {"as_json", "explain", "form", "watch", "check", "tracking_u
 @pytest.mark.parametrize(
     "name",
     [
-        *("plan", "prepare", "run", "status", "init"),
+        *("plan", "run", "status", "init"),
         *("audit", "errors", "export", "report", "sample"),
     ],
 )
@@ -267,7 +267,7 @@ def test_a_ray_that_the_caller_has_started_keeps_running(spec, tmp_path):
         "import ray\n"
         "from orchestrator import api\n"
         "ray.init('local', num_cpus=2, include_dashboard=False, log_to_driver=False)\n"
-        f"outcome = api.prepare({str(spec)!r}, store={str(tmp_path / 'runs')!r})\n"
+        f"outcome = api.run({str(spec)!r}, prepare=True, store={str(tmp_path / 'runs')!r})\n"
         "print(outcome.exit_code, ray.is_initialized())\n"
     )
     process = python("-c", code, RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")

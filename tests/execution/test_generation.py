@@ -352,7 +352,7 @@ def test_a_blank_image_is_a_recorded_hole(resolver, drawn_digits, tmp_path):
 
 def test_reading_missing_images_names_the_command_to_run(resolver, drawn_digits, tmp_path):
     requirement = row_requirement(resolver, drawn_digits, 8)
-    with pytest.raises(MissingArtifact, match="airsweep prepare"):
+    with pytest.raises(MissingArtifact, match="airsweep run SPEC --prepare"):
         read_synthetic(requirement.spec, 8, ArtifactStore(tmp_path))
 
 

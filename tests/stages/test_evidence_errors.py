@@ -95,7 +95,7 @@ def test_more_draws_and_more_images_keep_the_first(spec, worker):
     sample = read_evidence(spec, 1, 2 * BLOCK, worker.store)
     scored = sample.isfinite().all(dim=2)[0]
     assert scored.sum() == 2 * BLOCK
-    with pytest.raises(MissingArtifact, match="airsweep prepare"):
+    with pytest.raises(MissingArtifact, match="airsweep run SPEC --prepare"):
         read_evidence(spec, 1, None, worker.store)
     build(spec, everything(3), worker)
     assert torch.equal(read_evidence(spec, 1, None, worker.store)[0][scored], sample[0][scored])

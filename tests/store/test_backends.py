@@ -71,7 +71,7 @@ def test_without_its_record_an_artifact_does_not_exist(machine, address):
     machine("one").backend.remove(built.path / RECORD)
     other = machine("two")
     assert not other.has(SPEC)
-    with pytest.raises(MissingArtifact, match=f"{address}; run `airsweep prepare"):
+    with pytest.raises(MissingArtifact, match=f"{address}; run `airsweep run SPEC --prepare"):
         other.get(SPEC)
     rebuilt = other.get_or_build(SPEC, numbers("rebuilt"))
     assert (rebuilt.path / "numbers").read_text() == "rebuilt"

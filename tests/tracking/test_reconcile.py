@@ -331,7 +331,7 @@ def test_a_dead_server_fails_the_check_before_any_work_and_a_folder_is_bad_input
     assert "secret" not in str(caught.value)
     with pytest.raises(TrackerUnreachable):
         reconcile(sweep, location, dead)
-    Publisher(sweep, location, dead).check(reach=False)  # as for `airsweep prepare`
+    Publisher(sweep, location, dead).check(reach=False)  # as for `airsweep run --prepare`
     with pytest.raises(ValueError, match="allowed: "):
         Publisher(sweep, location, "mlruns").check(reach=False)
 
