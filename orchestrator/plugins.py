@@ -164,12 +164,6 @@ def plugin_versions() -> tuple[tuple[str, str], ...]:
 # ---------------------------------------------------------------- recorded plugins
 
 
-def plugin_file(plugin: Plugin) -> str:
-    """Path of the code in the folder of a sweep that uses it."""
-    # Not in a subfolder: folders are downloaded from buckets without theirs.
-    return f"plugin-{plugin.digest}.py"
-
-
 def described_plugin(plugin: Plugin) -> dict[str, Any]:
     """A plugin as data, to read the results of a sweep without its code."""
     components = [

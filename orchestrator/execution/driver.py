@@ -61,7 +61,7 @@ from orchestrator.planning.estimate import mean_seconds, read_history, record_me
 from orchestrator.planning.plan import plan_sweep
 from orchestrator.planning.requests import complete_origin, results_command
 from orchestrator.planning.resolve import text_digest
-from orchestrator.plugins import described_plugin, plugin_file
+from orchestrator.plugins import described_plugin
 from orchestrator.reporting import sweep_status
 from orchestrator.spec import Cell, SweepSpec, notes_of
 from orchestrator.spec.marked_yaml import SpecError
@@ -322,9 +322,10 @@ def _write_sweep_files(
     location.folder.mkdir(parents=True, exist_ok=True)
     complete = complete_origin(origin or {}, sweep, location)
     if sweep.plugins:
-        complete |= {"user": user_name(), "plugins": [*map(described_plugin, sweep.plugins)]}
+        complete["plugins"] = [*map(described_plugin, sweep.plugins)]
     for plugin in sweep.plugins:
-        location.write(plugin_file(plugin), plugin.text)
+        # Not in a subfolder: folders are downloaded from buckets without theirs.
+        location.write(f"plugin-{plugin.digest}.py", plugin.text)
     resolved = sealed_json({**complete, "inputs": _merged_inputs(location, resolver)})
     for name, data in {"spec.yaml": sweep.text.encode(), RESOLVED: resolved}.items():
         path = location.folder / name
