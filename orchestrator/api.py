@@ -60,7 +60,6 @@ __all__ = [
     "study",
     "sweeps",
     "table",
-    "usage",
 ]
 
 STORE = "runs"  # default store
@@ -361,22 +360,6 @@ def logs(name: str | Outcome, *, store: str | Path | None = None) -> list[dict[s
     Arguments and exceptions are those of `results`.
     """
     return list(location_named(name, store).event_log().events())
-
-
-def usage(
-    *, by: str = "user", since: str | None = None, store: str | Path | None = None
-) -> dict[str, Any]:
-    """Return the device hours and bytes behind the artifacts of a store.
-
-    Args:
-        by: user, project, sweep or stage.
-        since: oldest date of the artifacts to count, such as 2026-03-01.
-        store: as for `plan`.
-    """
-    from orchestrator.planning.usage import usage as used
-    from orchestrator.store import open_store
-
-    return used(open_store(_store(store)), by, since)
 
 
 def results(

@@ -1,4 +1,4 @@
-"""Commands that show the status, results and audits of a recorded sweep, and a store's usage."""
+"""Commands that show the status, results and audits of a recorded sweep."""
 
 from __future__ import annotations
 
@@ -297,30 +297,3 @@ def _audit_progress(row: str) -> Callable[[int, int], None]:
             screen.show_progress(f"auditing {row}", done, total, "images")
 
     return report_progress
-
-
-@app.command("usage")
-def show_usage(
-    store: StoreOption = STORE,
-    by: Annotated[
-        str,
-        typer.Option("--by", metavar="KEY", help="Grouping: user, project, sweep or stage."),
-    ] = "user",
-    since: Annotated[
-        str | None,
-        typer.Option("--since", metavar="DATE", help="Oldest date of the artifacts to count."),
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Show the device hours and bytes behind the artifacts of a store.
-
-    airsweep usage
-
-    airsweep usage --by project --since 2026-03-01 --json
-
-    Each artifact counts once, for the user who made it. Work without an artifact does not count.
-    """
-    from orchestrator.planning.usage import usage_screen
-
-    totals = api.usage(by=by, since=since, store=store)
-    show(json.dumps(totals, indent=1) if as_json else usage_screen(totals))

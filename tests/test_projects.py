@@ -1,0 +1,75 @@
+"""Users and projects: records name who computed what, and on which devices."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from orchestrator.store import open_store
+from orchestrator.store.inventory import take_inventory
+from tests.helpers.sweeps import airsweep, events, write_sweep
+
+TWO_CELLS = "grid: {method: [zero_shot, cpl]}\nseeds: [1, 2]\n"
+
+
+def trivial(spec: Path, store: Path | str, user: str, project: str, **more: str) -> None:
+    variables = {"AIRSWEEP_USER": user, "AIRSWEEP_PROJECT": project, **more}
+    airsweep("run", spec, "--store", store, module="tests.helpers.trivial", **variables)
+
+
+def test_equal_names_in_two_projects_share_artifacts_but_not_events_or_experiments(
+    tmp_path, monkeypatch
+):
+    from mlflow import MlflowClient
+
+    spec, store = write_sweep(tmp_path, "same", TWO_CELLS), tmp_path / "runs"
+    monkeypatch.chdir(tmp_path)
+    for user, project in (("mina", "birds"), ("tom", "cars")):
+        trivial(spec, store, user, project)
+    built = (store / "built.log").read_text().splitlines()
+    assert len(built) == len(set(built)) == 4  # features and three trials, each once
+    logs = {
+        project: [
+            json.loads(line) for line in (store / "sweeps" / project / "same/events.jsonl").open()
+        ]
+        for project in ("birds", "cars")
+    }
+    assert {e["user"] for e in logs["birds"] if "user" in e} == {"mina"}
+    assert {e["user"] for e in logs["cars"] if "user" in e} == {"tom"}
+    assert sum(e["event"] == "trial_done" for e in logs["birds"]) == 3
+    assert sum(e["event"] == "trial_reused" for e in logs["cars"]) == 4
+    client = MlflowClient(f"sqlite:///{store / 'mlflow.db'}")
+    for project, user in (("birds", "mina"), ("cars", "tom")):
+        experiment = client.get_experiment_by_name(f"air/{project}")
+        runs = client.search_runs([experiment.experiment_id])
+        tags = {(run.data.tags["air.kind"], run.data.tags["air.user"]) for run in runs}
+        # Both projects show the trials with the user who computed them.
+        assert tags == {("sweep", user), ("trial", "mina"), ("point", "mina")}
+    assert {holding.user for holding in take_inventory(open_store(store)).holdings} == {"mina"}
+
+
+@pytest.mark.integration
+@pytest.mark.ray
+def test_a_real_run_records_the_devices_of_each_worker(
+    tmp_path, drawn_digits, ray_session, monkeypatch
+):
+    text = "grid: {{method: [fpl, air_fpl]}}\nfixed: {{generator: 'folder:{folder}', "
+    text += "images_per_class: {count}, generation.block: 8, train.steps: 2}}\nseeds: [1]\n"
+    runs = tmp_path / "runs"
+    for user, name, count in (("mina", "few", 8), ("tom", "more", 16)):
+        spec = write_sweep(tmp_path, name, text.format(folder=drawn_digits, count=count))
+        monkeypatch.setenv("AIRSWEEP_USER", user)
+        airsweep("run", spec, "--store", runs, "--quiet")
+    for holding in take_inventory(open_store(runs)).holdings:
+        if holding.stage not in ("images", "synthetic"):
+            assert (holding.record["cpu"], holding.record["gpu"]) == (1.0, 0.0), holding.name
+    drawn = [
+        event["facts"]
+        for name in ("few", "more")
+        for event in events(runs, name)
+        if event["event"] == "artifact_prepared" and event["stage"] == "images"
+    ]
+    assert len({(facts["class"], facts["block"]) for facts in drawn}) == 20
+    assert all((facts["cpu"], facts["gpu"]) == (1.0, 0.0) for facts in drawn)
