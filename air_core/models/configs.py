@@ -1,7 +1,8 @@
 """Checks configuration files of model folders before a library reads them. Imports no torch.
 
 In open_clip, transformers and diffusers some settings import Python files of the folder, load
-another model, or access the network. Therefore only settings that are listed here are allowed.
+another model, or access the network. All of them are paths, names with a source, or code, so a rule
+by the kind of values refuses them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any
@@ -21,130 +21,11 @@ PLAIN_ATTENTION = (None, "eager", "sdpa")  # transformers downloads compiled cod
 TOKENIZER_CONFIGS = ("tokenizer_config.json", "config.json")
 
 
-@dataclass(frozen=True)
-class Kind:
-    """The allowed values of a setting."""
-
-    words: str
-    fits: Callable[[Any], bool]
-
-    def or_null(self) -> Kind:
-        return Kind(f"{self.words}, or null", lambda value: value is None or self.fits(value))
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
-
-
-def _is_list(value: Any, fits: Callable[[Any], bool]) -> bool:
-    return isinstance(value, list) and all(map(fits, value))
-
-
-def _choice(*words: str) -> Kind:
-    return Kind(f"one of {', '.join(words)}", lambda value: value in words)
-
-
-FLAG = Kind("true or false", lambda value: isinstance(value, bool))
-WORD = Kind("a string", lambda value: isinstance(value, str))
-WHOLE = Kind("a whole number", _is_whole)
-WHOLES = Kind(
-    "a whole number or a list of them", lambda value: _is_whole(value) or _is_list(value, _is_whole)
-)
-NUMBER = Kind("a number", _is_number)
-CHANNELS = Kind(
-    "a number or a list of 3 numbers",
-    lambda value: _is_number(value) or (_is_list(value, _is_number) and len(value) == 3),
-)
-TIMM_NAME = Kind(
-    "the plain name of an architecture of timm (no colon, no slash), since nothing is downloaded",
-    lambda value: isinstance(value, str) and bool(re.fullmatch(r"[\w.-]*", value)),
-)
-
-Table = Mapping[str, "Kind | Table"]
-
-BLOCKS: Table = {  # of both towers
-    "layers": WHOLES,
-    "width": WHOLE,
-    "mlp_ratio": NUMBER,
-    "ls_init_value": NUMBER.or_null(),
-    "pool_type": WORD,
-    "final_ln_after_pool": FLAG,
-    "output_tokens": FLAG,
-    "act_kwargs": {"approximate": _choice("none", "tanh")},
-    "norm_kwargs": {"eps": NUMBER, "elementwise_affine": FLAG, "bias": FLAG},
-    "block_type": WORD.or_null(),
-    "qk_norm": FLAG,
-    "scaled_cosine_attn": FLAG,
-    "scale_heads": FLAG,
-    "scale_attn_inner": FLAG,
-    "scale_attn": FLAG,
-    "scale_fc": FLAG,
-}
-VISION: Table = {
-    **BLOCKS,
-    "head_width": WHOLE,
-    "patch_size": WHOLES.or_null(),
-    "image_size": WHOLES,
-    "patch_dropout": NUMBER,
-    "attentional_pool": Kind("true, false or a string", lambda v: isinstance(v, bool | str)),
-    "attn_pooler_queries": WHOLE,
-    "attn_pooler_heads": WHOLE,
-    "no_ln_pre": FLAG,
-    "pos_embed_type": WORD,
-    "timm_model_name": TIMM_NAME.or_null(),
-    "timm_model_pretrained": FLAG,
-    "timm_pool": WORD,
-    "timm_proj": WORD.or_null(),
-    "timm_proj_bias": FLAG,
-    "timm_drop": NUMBER,
-    "timm_drop_path": NUMBER.or_null(),
-}
-TOKENIZER: Table = {
-    "clean": _choice("canonicalize", "lower", "whitespace"),
-    "strip_sep_token": FLAG,
-    "language": WORD.or_null(),
-}
-TEXT: Table = {
-    **BLOCKS,
-    "context_length": WHOLE,
-    "vocab_size": WHOLE,
-    "hf_tokenizer_name": WORD.or_null(),  # the folder contains such a tokenizer
-    "tokenizer_mode": Kind("clips or null", lambda value: value in (None, "", "clips")),
-    "tokenizer_kwargs": TOKENIZER,
-    "heads": WHOLE,
-    "embed_cls": FLAG,
-    "pad_id": WHOLE,
-    "eos_id": WHOLE,
-    "no_causal_mask": FLAG,
-    "proj_bias": FLAG,
-    "proj_type": WORD.or_null(),
-}
-CLIP: Table = {
-    "model_cfg": {
-        "embed_dim": WHOLE,
-        "vision_cfg": VISION,
-        "text_cfg": TEXT,
-        "custom_text": FLAG,
-        "quick_gelu": FLAG,
-        "init_logit_scale": NUMBER,
-        "init_logit_bias": NUMBER.or_null(),
-        "nonscalar_logit_scale": FLAG,
-        "output_dict": FLAG,
-    },
-    "preprocess_cfg": {
-        "size": WHOLES.or_null(),
-        "mode": _choice("RGB").or_null(),
-        "mean": CHANNELS.or_null(),
-        "std": CHANNELS.or_null(),
-        "interpolation": _choice("bicubic", "bilinear", "random").or_null(),
-        "resize_mode": _choice("shortest", "longest", "squash").or_null(),
-        "fill_color": WHOLE.or_null(),
-    },
-}
+# Objects of an open_clip configuration; of others the values are not plain.
+OBJECTS = ("model_cfg", "vision_cfg", "text_cfg", "preprocess_cfg")
+OBJECTS += ("act_kwargs", "norm_kwargs", "tokenizer_kwargs")
+TOKENIZER = ("clean", "strip_sep_token", "language")  # the constructor also accepts paths
+CLEAN = ("canonicalize", "lower", "whitespace")
 
 
 def json_object(file: Path) -> dict[str, Any]:
@@ -170,40 +51,53 @@ def json_object(file: Path) -> dict[str, Any]:
 
 
 def check_clip_config(file: Path, config: Mapping[str, Any]) -> None:
-    """Check that an open_clip configuration contains only settings of CLIP and SigLIP.
+    """Check that an open_clip configuration names no file, module or other model.
 
     Args:
         file: of the configuration, for the message.
         config: with `model_cfg`, optionally with `preprocess_cfg`.
 
     Raises:
-        ValueError: an unknown key, or a value of another type.
+        ValueError: a value that could, or an option of the tokenizer that is not supported.
     """
-    _check_table(file, "", config, CLIP)
+    _check_plain(file, "", config)
     text = config["model_cfg"]["text_cfg"]
-    alone = (text.get("tokenizer_kwargs") or {}).keys() - {"clean"}
-    if alone and not text.get("hf_tokenizer_name"):
+    options = text.get("tokenizer_kwargs") or {}
+    allowed = TOKENIZER if text.get("hf_tokenizer_name") else TOKENIZER[:1]
+    if not isinstance(options, dict) or not {*options} <= {*allowed}:
         raise ValueError(
-            f"{file}: model_cfg.text_cfg.tokenizer_kwargs has {', '.join(sorted(alone))}, which "
-            "CLIP's tokenizer does not support; allowed: clean, or all with hf_tokenizer_name"
+            f"{file}: model_cfg.text_cfg.tokenizer_kwargs is {shortened(options)}; allowed: "
+            f"{', '.join(allowed)}"
+        )
+    if options.get("clean", "lower") not in CLEAN:
+        raise ValueError(
+            f"{file}: model_cfg.text_cfg.tokenizer_kwargs.clean is {shortened(options['clean'])}; "
+            f"allowed: {', '.join(CLEAN)}"
         )
 
 
-def _check_table(file: Path, where: str, found: Mapping[str, Any], table: Table) -> None:
+def _check_plain(file: Path, where: str, found: Mapping[str, Any]) -> None:
     for key, value in found.items():
-        place, kind = f"{where}{key}", table.get(key)
-        if kind is None:
+        if isinstance(value, dict) and key in OBJECTS:
+            _check_plain(file, f"{where}{key}.", value)
+            continue
+        # The name of a tokenizer is not read: the folder contains it.
+        word = isinstance(value, str) and (
+            key == "hf_tokenizer_name" or re.fullmatch(r"[\w.-]*", value)
+        )
+        if not (value is None or word or _is_number(value) or _is_list(value, _is_number)):
             raise ValueError(
-                f"{file}: the setting {where}{key[:99]} is not allowed in a model folder; "
-                f"allowed: {', '.join(table)}"
+                f"{file}: {where}{key[:99]} is {shortened(value)}; allowed in a model folder: "
+                "numbers, lists of numbers, true, false, null, and words without : and /"
             )
-        if isinstance(kind, Kind):
-            if not kind.fits(value):
-                raise ValueError(f"{file}: {place} is {shortened(value)}; allowed: {kind.words}")
-        elif isinstance(value, dict):
-            _check_table(file, f"{place}.", value, kind)
-        elif value is not None:
-            raise ValueError(f"{file}: {place} is {shortened(value)}; allowed: an object or null")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _is_list(value: Any, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(fits, value))
 
 
 def check_tokenizer_config(folder: Path) -> None:
