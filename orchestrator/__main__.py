@@ -24,7 +24,13 @@ from orchestrator.cli import (
     sweeps,
     tracked,
 )
-from orchestrator.cli.common import exit_code_of, fail, refuse_bare_settings
+from orchestrator.cli.common import (
+    LOOK_AFTER,
+    START,
+    exit_code_of,
+    fail,
+    refuse_bare_settings,
+)
 from orchestrator.errors import BAD_INPUT, StoreFull
 from orchestrator.files import permission_message
 from orchestrator.formatting import Printable, show
@@ -40,11 +46,11 @@ app = typer.Typer(
     "  airsweep run quickstart\n\n  airsweep table quickstart",
 )
 
-for commands in (sweeps, submit, results, inputs, tracked, bundle):
+for commands in (sweeps, inputs, submit, results, tracked, bundle):
     app.add_typer(commands.app)
-app.add_typer(tracked.mlflow_app, name="mlflow")
-app.add_typer(sweeps.plugin_app, name="plugin")
-app.add_typer(cache.app, name="cache")
+app.add_typer(sweeps.plugin_app, name="plugin", rich_help_panel=START)
+app.add_typer(tracked.mlflow_app, name="mlflow", rich_help_panel=LOOK_AFTER)
+app.add_typer(cache.app, name="cache", rich_help_panel=LOOK_AFTER)
 app.add_typer(cluster.app, name="cluster")
 
 

@@ -14,6 +14,7 @@ from air_core.printable import printable
 from orchestrator import api
 from orchestrator.cli.common import (
     STORE,
+    USE,
     DataOption,
     JsonOption,
     OnlyOption,
@@ -57,7 +58,7 @@ PATH_WIDTH = 44  # largest width of the table's first column
 MATRIX = 12  # classes of a confusion matrix that fits a screen
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def export(
     trial: Annotated[str, typer.Argument(metavar="TRIAL|best", help="Trial key, slot, or best.")],
     output: Annotated[
@@ -124,7 +125,7 @@ def export(
         fail(str(problem), GATE)
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def classify(
     folder: FolderArgument,
     images: Annotated[

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# Groups of commands in `airsweep --help`.
+START, RUN, LOOK, USE, LOOK_AFTER = "Start", "Run", "Look", "Use", "Look after"
+
 SPEC_HELP = "Sweep file, or the bare name of one below ./sweeps, in . or shipped with airsweep."
 SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help=SPEC_HELP)]
 

@@ -9,6 +9,7 @@ import typer
 
 from orchestrator import api
 from orchestrator.cli.common import (
+    START,
     STORE,
     DataOption,
     StoreOption,
@@ -20,7 +21,7 @@ from orchestrator.formatting import plural, show
 app = typer.Typer()
 
 
-@app.command()
+@app.command(rich_help_panel=START)
 def sample(
     name: Annotated[
         str, typer.Argument(metavar="NAME", help="Recorded sweep, or the file of a new one.")
@@ -54,7 +55,7 @@ def sample(
     show(f"{drawn.target}; a line without a class stays unlabelled")
 
 
-@app.command()
+@app.command(rich_help_panel=START)
 def check(
     name: Annotated[
         str,
@@ -75,7 +76,7 @@ def check(
         ),
     ] = "",
 ) -> None:
-    """Check that the files of a dataset or a model are complete and can be read.
+    """Check that the files of a dataset or a model are complete.
 
     Opens every image of a dataset, searches duplicates, and compares the published counts. Loads
     the weights of a CLIP; reads every part of a diffusers folder. Uses neither the network nor code

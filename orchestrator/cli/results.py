@@ -12,6 +12,7 @@ import typer
 
 from orchestrator import api
 from orchestrator.cli.common import (
+    LOOK,
     STORE,
     DataOption,
     JsonOption,
@@ -41,7 +42,7 @@ app = typer.Typer()
 WATCH_SECONDS = 2.0
 
 
-@app.command("list")
+@app.command("list", rich_help_panel=LOOK)
 def list_sweeps(store: StoreOption = STORE, as_json: JsonOption = False) -> None:
     """List the sweeps of a store: state, finished trials and best row.
 
@@ -75,7 +76,7 @@ def _listed(sweep: dict[str, Any]) -> tuple[str, ...]:
     return (sweep["sweep"], sweep["state"], trials, last, *numbers)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def status(
     name: NameArgument,
     store: StoreOption = STORE,
@@ -110,7 +111,7 @@ def status(
         location.refresh()
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def logs(
     name: NameArgument,
     of: Annotated[
@@ -192,7 +193,7 @@ def _event_line(event: dict[str, Any]) -> str:
 SHOWN_FIELDS = ("to_run", "total", "user", "commit", "seconds", "exit_code")
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def table(
     name: NameArgument,
     store: StoreOption = STORE,
@@ -234,7 +235,7 @@ def table(
     show(tables.table(found, form, columns))
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def report(
     name: NameArgument,
     output: Annotated[

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from orchestrator.cli.common import (
+    RUN,
     STORE,
     DataOption,
     JsonOption,
@@ -47,7 +48,7 @@ AddressOption = Annotated[
 ]
 
 
-@app.command()
+@app.command(rich_help_panel=RUN)
 def submit(
     spec: SpecArgument,
     address: AddressOption = "",

@@ -14,6 +14,8 @@ import typer
 
 from orchestrator import api
 from orchestrator.cli.common import (
+    RUN,
+    START,
     STORE,
     DataOption,
     JsonOption,
@@ -38,7 +40,7 @@ app = typer.Typer()
 plugin_app = typer.Typer(no_args_is_help=True, help="Check plugins.")
 
 
-@app.command()
+@app.command(rich_help_panel=START)
 def init(
     name: Annotated[
         str, typer.Argument(metavar="NAME", help="Name of the new sweep; the file is NAME.yaml.")
@@ -78,7 +80,7 @@ def init(
     show(f"wrote {starter.file}; next: airsweep plan {starter.file}")
 
 
-@app.command()
+@app.command(rich_help_panel=START)
 def components(
     name: Annotated[
         str | None, typer.Argument(metavar="NAME", help="A component, or a key of a sweep file.")
@@ -143,7 +145,7 @@ def check_plugin(
     show(f"{name}: its components keep their contracts; digest {plugin.digest}")
 
 
-@app.command()
+@app.command(rich_help_panel=RUN)
 def plan(
     spec: SpecArgument,
     store: StoreOption = STORE,
@@ -175,7 +177,7 @@ def plan(
         planned.check(tracking_uri)
 
 
-@app.command()
+@app.command(rich_help_panel=RUN)
 def run(
     spec: SpecArgument,
     store: StoreOption = STORE,

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.cli.common import (
+    LOOK,
     STORE,
     DataOption,
     JsonOption,
@@ -28,7 +29,7 @@ from orchestrator.tracking_uri import DATABASE
 app = typer.Typer()
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def ui(
     store: StoreOption = STORE,
     host: Annotated[str, typer.Option(metavar="HOST", help="Address to listen on.")] = "127.0.0.1",
