@@ -106,6 +106,16 @@ def test_a_store_of_another_version_is_refused_with_exit_code_3(tmp_path, comman
     assert list(store.iterdir()) == [store / "VERSION"]
 
 
+def test_a_mistyped_name_of_a_sweep_is_an_error_with_the_three_most_similar_ones(tmp_path, command):
+    for name in ("air", "colours", "context", "contexts", "texture"):
+        (tmp_path / "sweeps" / "default" / name).mkdir(parents=True)
+        (tmp_path / "sweeps" / "default" / name / "events.jsonl").touch()
+    code, _, err = command("status", "contxt", "--store", tmp_path)
+    assert code == 2
+    assert "recorded sweeps: default/context, default/contexts, default/" in err
+    assert "and 2 more, see `airsweep list`" in err
+
+
 def test_cells_of_equal_images_are_one_computation(tmp_path, drawn_digits):
     other = shutil.copytree(drawn_digits, tmp_path / "copied")
     body = f"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import shlex
@@ -31,6 +32,8 @@ from orchestrator.store import (
     store_of_smoke,
 )
 from orchestrator.store.location import recorded_location
+
+SHOWN = 3  # recorded sweeps in a message, those with the most similar names
 
 
 @dataclass(frozen=True, repr=False)
@@ -142,7 +145,7 @@ def location_named(name: str, store: str | Path) -> SweepLocation:
         store: folder or bucket URI of the store that recorded the sweep.
 
     Raises:
-        ValueError: the store has no sweep of this name; the message lists the sweeps it has.
+        ValueError: the store has no sweep of this name; the message names similar ones.
     """
     project, _, short = name.rpartition("/")
     project = project or os.environ.get("AIRSWEEP_PROJECT") or "default"
@@ -152,14 +155,17 @@ def location_named(name: str, store: str | Path) -> SweepLocation:
     opened = open_store(store)
     names = opened.backend.sweeps()
     if (project, short) not in names:
-        recorded = ", ".join("/".join(pair) for pair in names)
+        wanted, known = f"{project}/{short}", ["/".join(pair) for pair in names]
+        recorded = ", ".join(difflib.get_close_matches(wanted, known, n=SHOWN, cutoff=0.0))
+        if len(known) > SHOWN:
+            recorded += f" and {len(known) - SHOWN} more, see `airsweep list`"
         smoke = smoke_store(store)
         in_smoke = (project, short) in open_store(smoke).backend.sweeps()
         hint = "if it ran with --store, give the same"
         if in_smoke:
             hint = f"its smoke run is in another store: --store {shlex.quote(str(smoke))}"
         raise ValueError(
-            f"no sweep {project}/{short} in {store}; recorded sweeps: {recorded or 'none'}; {hint}"
+            f"no sweep {wanted} in {store}; recorded sweeps: {recorded or 'none'}; {hint}"
         )
     return recorded_location(opened, project, short)
 
