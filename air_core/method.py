@@ -31,7 +31,6 @@ from air_core import evaluation
 from air_core.auxiliary import (
     AuxiliaryClassifier,
     auxiliary_classifier,
-    credible,
     high_fidelity,
 )
 from air_core.backbone import Backbone
@@ -208,7 +207,7 @@ class Trial:
         self.started = time.monotonic()
         self.spec, self.callback = spec, callback
         self.text = text_classifier(data.backbone, data.classnames, data.template)
-        self.data = replace(data, synthetic=usable_synthetic(spec, data, self.text))
+        self.data = data
         self.teacher: Classifier = CachedClassifier(self.text)  # p_c
         self.evidence = pool_evidence(spec, data)  # q_c
         self.auxiliary = build_auxiliary(
@@ -311,7 +310,6 @@ class Trial:
             classifiers=classifiers,
             fused=classifier,
             pool_predictions=self._of_all_classes(predictions),
-            synthetic=0 if data.synthetic is None else len(data.synthetic),
             prompt=None if self.learner is None else self.learner.prompt.detach().cpu(),
             seconds=time.monotonic() - self.started,
         )
@@ -386,24 +384,6 @@ def _steps_done(spec: TrialSpec, t: int, step: int, steps: int) -> tuple[int, in
 
 
 # ---------------------------------------------------------------- images of the loss
-
-
-@torch.no_grad()
-def usable_synthetic(spec: TrialSpec, data: TrialData, text: LinearClassifier) -> Labelled | None:
-    """Synthetic images that pass `fidelity.min_margin` and `fidelity.duplicates`.
-
-    No test image is read.
-    """
-    settings = spec.fidelity
-    if data.synthetic is None or (settings.min_margin is None and settings.duplicates == "keep"):
-        return data.synthetic
-    images = data.synthetic.of(data.unseen)
-    logits = text.logits(images.batch)
-    if data.unseen is not None:  # only images of unseen classes were drawn
-        seen = torch.ones(logits.shape[1], dtype=torch.bool)
-        seen[data.unseen] = False
-        logits = logits.masked_fill(seen, -torch.inf)
-    return credible(images, settings, logits)
 
 
 def pseudo_labelled_batch(

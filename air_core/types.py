@@ -226,7 +226,6 @@ class TrialResult:
     classifiers: dict[str, ClassifierResult]  # by name: text, auxiliary, fused
     fused: Any  # air_core.classifiers.FusedClassifier
     pool_predictions: Tensor  # (P,) of the fused classifier, after the last round
-    synthetic: int  # number of synthetic images used
     prompt: Tensor | None  # the learned vectors; None: the trial has no rounds
     seconds: float
 

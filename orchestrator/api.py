@@ -40,10 +40,8 @@ __all__ = [
     "Classifier",
     "Outcome",
     "Planned",
-    "audit",
     "classify",
     "curves",
-    "errors",
     "export",
     "init",
     "load",
@@ -511,20 +509,6 @@ def report(
     return file
 
 
-def audit(
-    name: str | Outcome, *, store: str | Path | None = None, data_root: str | Path | None = None
-) -> list[dict[str, Any]]:
-    """Check what synthetic images and denoising evidence know: the JSON of `airsweep audit`.
-
-    Arguments and exceptions are those of `results`; a ValueError as well if the sweep uses no
-    diffusion model, or if its images are not made yet.
-    """
-    from orchestrator.planning.cards import card_as_dict
-    from orchestrator.stages.audits import audit_cards
-
-    return [card_as_dict(card) for card in audit_cards(*recorded_sweep(name, store, data_root))]
-
-
 def sample(
     name: str | Outcome,
     count: int = 100,
@@ -559,39 +543,6 @@ def sample(
         sweep, location = request.spec, location_for(request, store, data_root)
     output = Path(sweep.name if output is None else output)
     return write_sample(plan_of(sweep, location), location, count, output)
-
-
-def errors(
-    trial: str,
-    output: str | Path,
-    *,
-    classifier: str | None = None,
-    store: str | Path | None = None,
-    data_root: str | Path | None = None,
-) -> Path:
-    """Write a PNG with the wrongly predicted test images of which a trial is surest.
-
-    Args:
-        trial: value of `key` or `trial` in `results`.
-        output: the file to write.
-        classifier: text, auxiliary or fused. Default: the one that `export` would select.
-        store, data_root: as for `results`.
-
-    Raises:
-        ValueError: no trial or several trials match, it has no such classifier or no wrong image,
-            or its dataset is missing or has changed.
-    """
-    from orchestrator.files import write_atomic
-    from orchestrator.reporting.lookup import named_trial
-    from orchestrator.stages.context import WorkerContext
-    from orchestrator.stages.errors_sheet import errors_sheet
-    from orchestrator.store import open_store
-
-    opened = open_store(_store(store)).read_only()
-    found = named_trial(trial, opened)
-    worker = WorkerContext(opened, _folder(data_root))
-    write_atomic(Path(output), errors_sheet(found.spec, found.record, classifier, worker))
-    return Path(output)
 
 
 def sweeps(*, store: str | Path | None = None) -> list[dict[str, Any]]:

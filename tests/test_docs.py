@@ -44,7 +44,6 @@ RUN = {
 # Commands that are only parsed, by a part of the command, with the reason.
 PARSED = {
     "airsweep ui": "serves until Ctrl-C",
-    "airsweep audit": "no synthetic images here (test_audits)",
     "airsweep classify": "needs images of the user (test_bundles)",
     "airsweep export": "ten seconds of torch (test_bundles)",
     "s3://": "needs a bucket",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from air_core.datasets import get_dataset
 from orchestrator.execution._allocation import RESERVE_DIVISOR
 from orchestrator.store.event_log import CRASH_AT
 from tests.helpers.sweeps import (
@@ -57,12 +58,24 @@ def points(store: Path) -> list[tuple]:
 
 
 @pytest.fixture(scope="module")
-def spec(tmp_path_factory, drawn_digits) -> Path:
-    return write_sweep(tmp_path_factory.mktemp("runs"), "search", search_sweep(drawn_digits, BLOCK))
+def leak(tmp_path_factory, drawn_digits) -> tuple[Path, int]:
+    """A folder of drawn digits; the first image is a copy of a test image."""
+    folder = tmp_path_factory.mktemp("leak") / "images"
+    shutil.copytree(drawn_digits, folder)
+    digits = get_dataset("digits")
+    examples = digits.load(None)
+    test = int((examples.parts == "test").argmax())
+    examples.images[test].save(folder / digits.classnames[0] / "000.png")
+    return folder, test
 
 
 @pytest.fixture(scope="module")
-def whole(spec) -> Path:
+def spec(tmp_path_factory, leak) -> Path:
+    return write_sweep(tmp_path_factory.mktemp("runs"), "search", search_sweep(leak[0], BLOCK))
+
+
+@pytest.fixture(scope="module")
+def whole(spec, leak) -> Path:
     """The store of an undisturbed run."""
     store = spec.parent / "whole"
     plan = json.loads(airsweep("plan", spec, "--store", store, "--json").stdout)
@@ -80,6 +93,9 @@ def whole(spec) -> Path:
     assert not (store / "sweeps").exists()
     done = airsweep("run", spec, "--store", store)
     assert "zero_shot" in done.stdout
+    folder, test = leak
+    copied = f"folder:{folder} has copies of 1 test image of digits, so the accuracy is too high: "
+    assert f"{copied}digit zero/000.png (test image {test})" in " ".join(done.stderr.split())
     return store
 
 

@@ -187,7 +187,6 @@ def test_finished_results_do_not_change_with_the_folder_until_the_sweep_runs_aga
             for words in (
                 ("report", "own", "-o", tmp_path / "report.html"),
                 ("export", "best", "--sweep", "own", "--only", "method=fpl", "-o", tmp_path / "b"),
-                ("audit", "own"),
             ):
                 code, _, err = command(*words, "--store", store)
                 assert code == 0, err

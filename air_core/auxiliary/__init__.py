@@ -18,67 +18,10 @@ __all__ = [
     "AuxiliaryClassifier",
     "BankClassifier",
     "auxiliary_classifier",
-    "copies",
-    "credible",
     "high_fidelity",
-    "margins",
 ]
 
 # N images, C classes, D feature width.
-
-# Least CLIP cosine of two images of a class that are copies: measured, see docs/results_guide.md.
-COPY = 0.997
-
-# ---------------------------------------------------------------- selection of images
-
-
-def credible(synthetic: Labelled, settings: FidelitySettings, logits: Tensor) -> Labelled:
-    """Drop copies, and images that the text classifier takes for another class.
-
-    Each class keeps at least its image with the largest margin.
-
-    Args:
-        synthetic: images with the class that each was drawn for.
-        logits: (N, C) of the text classifier for the same images, over the drawn classes.
-    """
-    labels, kept = synthetic.labels, torch.ones(len(synthetic), dtype=torch.bool)
-    margin = margins(logits, labels)
-    if settings.duplicates == "drop":
-        kept &= ~copies(synthetic.batch.features, labels)
-    if settings.min_margin is not None:
-        kept &= margin >= settings.min_margin
-    for c in sorted(set(labels.tolist()) - set(labels[kept].tolist())):
-        members = (labels == c).nonzero().flatten()
-        kept[members[margin[members].argmax()]] = True
-    return synthetic[kept.nonzero().flatten()]
-
-
-def margins(logits: Tensor, labels: Tensor) -> Tensor:
-    """(N,) score of an image's own class minus the largest score of another class.
-
-    >>> margins(torch.tensor([[0.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 1]))
-    tensor([ 0.0000, -0.4621], dtype=torch.float64)
-    """
-    scores = logits.double().softmax(dim=-1)
-    own = scores.gather(1, labels[:, None]).squeeze(1)
-    return own - scores.scatter(1, labels[:, None], -1.0).amax(dim=-1)
-
-
-def copies(features: Tensor, labels: Tensor, cosine: float = COPY) -> Tensor:
-    """(N,) bool: images whose cosine to an earlier image of their class is that of a copy.
-
-    Args:
-        features: (N, D) of unit length.
-    """
-    is_copy = torch.zeros(len(labels), dtype=torch.bool)
-    for c in sorted(set(labels.tolist())):
-        members = (labels == c).nonzero().flatten()
-        near = features[members] @ features[members].T >= cosine
-        first = torch.ones(len(members), dtype=torch.bool)
-        for i in near.tril(-1).any(dim=1).nonzero().flatten().tolist():
-            first[i] = not bool((near[i, :i] & first[:i]).any())
-        is_copy[members] = ~first
-    return is_copy
 
 
 def high_fidelity(

@@ -264,23 +264,10 @@ class GenerationSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class FidelitySettings:
-    """Selection of synthetic images.
+    """Selection of the synthetic images of the auxiliary classifier."""
 
-    `min_margin` and `duplicates` filter all uses, `kind` and `keep` select the images of the
-    auxiliary classifier.
-    """
-
-    kind: str = choice(FIDELITIES, "class_mean", used_if=selects_images)
-    keep: int = knob(16, "images per class that are kept", ge=1, used_if=selects_images)
-    min_margin: float | None = later(
-        None,
-        "smallest zero-shot score of the class minus that of the best other; null: all",
-        ge=-1,
-        le=1,
-    )
-    duplicates: Literal["keep", "drop"] = later(
-        "keep", "drop: leave out copies of an earlier image of the class, by CLIP"
-    )
+    kind: str = choice(FIDELITIES, "class_mean")
+    keep: int = knob(16, "images per class that are kept", ge=1)
     own: Own = added(())  # of components from plugins
 
 
@@ -1055,7 +1042,7 @@ class TrialSpec(StageSpec):
         unused=0,
     )
     images_from: ImagesFrom = later("generator", IMAGES_FROM, used_if=fills_bank)
-    fidelity: FidelitySettings = group(FidelitySettings(), used_if=fills_bank)
+    fidelity: FidelitySettings = group(FidelitySettings(), used_if=selects_images)
     auxiliary: AuxiliarySettings = group(AuxiliarySettings(), used_if=uses_auxiliary)
     fusion_weight: float = knob(
         0.5,

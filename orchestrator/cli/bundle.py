@@ -266,23 +266,3 @@ def _confusion_lines(
     for c, true in enumerate(shown, start=1):
         row = "".join(f"{counts[true, predicted]:>6,}" for predicted in shown)
         yield f"  {c:>2}  {printable(true):<{width}} {row}"
-
-
-@app.command()
-def errors(
-    trial: Annotated[str, typer.Argument(metavar="TRIAL", help="Trial key or slot.")],
-    output: Annotated[
-        Path, typer.Option("-o", "--output", "--out", metavar="FILE", help="PNG to write.")
-    ] = Path("errors.png"),
-    classifier: ClassifierOption = None,
-    store: StoreOption = STORE,
-    data_root: DataOption = None,
-) -> None:
-    """Draw the wrong test images of which a classifier of a trial is surest.
-
-    airsweep errors 3f2a9c1d
-
-    airsweep errors 3f2a9c1d --classifier text -o text.png
-    """
-    options: dict[str, Any] = {"store": store, "data_root": data_root}
-    show(api.errors(trial, output, classifier=classifier, **options))

@@ -1,4 +1,4 @@
-"""Commands that show the status, results and audits of a recorded sweep."""
+"""Commands that show the status and results of a recorded sweep."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from orchestrator.formatting import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
 app = typer.Typer()
 
@@ -257,44 +257,3 @@ def report(
     file = api.report(name, output, store=store, data_root=data_root, smoke=smoke)
     note_options(location)
     show(f"{output}  {file.stat().st_size / 1e6:.1f} MB", file=sys.stderr)
-
-
-@app.command()
-def audit(
-    name: NameArgument,
-    store: StoreOption = STORE,
-    data_root: DataOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Check what synthetic images and denoising evidence know, before or after the trials.
-
-    Compares the classifiers of text, images and evidence on the pool, without its labels. Counts
-    blank images, duplicates, images of a wrong class and copies of test images, and measures the
-    distance to real images.
-
-    airsweep audit quickstart
-
-    airsweep audit quickstart --json
-    """
-    from orchestrator.planning.cards import card_as_dict, card_screen
-    from orchestrator.stages.audits import audit_cards
-
-    sweep, location = recorded_sweep(name, store, data_root)
-    cards = audit_cards(sweep, location, _audit_progress)
-    if as_json:
-        show(json.dumps([card_as_dict(card) for card in cards], indent=1))
-        return
-    show("\n\n".join(card_screen(card, location) for card in cards))
-
-
-def _audit_progress(row: str) -> Callable[[int, int], None]:
-    """A callback that reports the progress of an audit, unless the audit is over within 3 s."""
-    from orchestrator.execution import Screen
-
-    screen, started = Screen(), time.monotonic()
-
-    def report_progress(done: int, total: int) -> None:
-        if time.monotonic() - started > 3:
-            screen.show_progress(f"auditing {row}", done, total, "images")
-
-    return report_progress

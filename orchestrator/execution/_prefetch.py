@@ -1,5 +1,5 @@
-"""Prefetch: prepares the inputs of cells before their trials, group after group, and then the
-contact sheet and the audit cards."""
+"""Prefetch: prepares the inputs of cells before their trials, group after group, then draws the
+contact sheet and searches ready images for copies of test images."""
 
 from __future__ import annotations
 
@@ -7,13 +7,21 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property, partial
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain, takewhile
 
-from air_core.specs import FeaturesSpec, LoraSpec, StageSpec, SyntheticFeaturesSpec
+from air_core.specs import (
+    FeaturesSpec,
+    FolderImages,
+    LoraSpec,
+    SplitSettings,
+    StageSpec,
+    SyntheticFeaturesSpec,
+)
 from orchestrator.execution._state import PreparationContext, RunState
 from orchestrator.failures import first_line
+from orchestrator.formatting import plural
 from orchestrator.planning import (
     Plan,
     Requirement,
@@ -21,7 +29,6 @@ from orchestrator.planning import (
     possible_trials,
     requirements_of,
 )
-from orchestrator.planning.cards import Row, is_complete, rows_of, stored_card
 from orchestrator.planning.plan import fp32_slots, independent_of, merge
 from orchestrator.spec import Cell
 from orchestrator.stages.context import WorkerContext
@@ -31,6 +38,7 @@ from orchestrator.store.artifacts import PROVENANCE
 log = logging.getLogger(__name__)
 
 POLL_INTERVAL = 0.05  # seconds between checks of the cluster while no trials run
+MAX_COPIES = 3  # copies of test images that a message names
 
 
 def missing_without_images(
@@ -115,7 +123,7 @@ class Prefetch:
         self.ready = {cell.id for group in groups for cell in group} - pending_cells
         self.coroutines: list[Iterator[None]] = []  # that have not ended
         self.has_contact_sheet = False
-        self.audited_rows: set[str] = set()  # rows that have an audit card, or will get one
+        self.searched_rows: set[StageSpec] = set()  # for copies of test images
         self.started = False
 
     def _is_pending(self, group: Sequence[Cell]) -> bool:
@@ -228,7 +236,7 @@ class Prefetch:
             self._advance_and_sleep()
 
     def finish(self) -> None:
-        """Wait for the contact sheet and the audit cards."""
+        """Wait for the contact sheet and the search for copies."""
         while self.coroutines:
             self._advance_and_sleep()
 
@@ -238,30 +246,24 @@ class Prefetch:
         time.sleep(POLL_INTERVAL)
         self.state.statistics.add_wall(self.state.stage, time.monotonic() - began)
 
-    @cached_property
-    def _rows(self) -> Sequence[Row]:
-        assignments = self.state.sweep.seeds.assignments()
-        return rows_of(self.plan.cells, assignments, self.state.resolver)
-
     def _start_pictures(self, requirements: Sequence[Requirement]) -> None:
-        """Start the contact sheet and the audit cards, which no trial needs. They are made one
-        after the other, so that one worker imports torch for all of them."""
+        """Start the contact sheet and the search for copies, which no trial needs: one after the
+        other, so that one worker imports torch for all of them."""
         work = []
         if not self.has_contact_sheet:
             sheet = _contact_sheet(self.state, requirements)
             if sheet is not None:
                 self.has_contact_sheet = True
                 work.append(sheet)
-        location = self.state.location
-        rows = [
-            row
-            for row in self._rows
-            if row.name not in self.audited_rows
-            and is_complete(row, location.store)
-            and stored_card(row, location) is None
-        ]
-        self.audited_rows |= {row.name for row in rows}
-        work += [_audit_card(self.state, row) for row in rows]
+        rows = {
+            requirement.spec
+            for requirement in requirements
+            if isinstance(getattr(requirement.spec, "images", None), FolderImages)
+            and requirement.is_complete(self.state.location.store)
+        } - self.searched_rows
+        self.searched_rows |= rows
+        if rows:
+            work += _searches_for_copies(self.state, self.plan, rows)
         if work:
             self.coroutines.append(chain.from_iterable(work))
 
@@ -316,18 +318,38 @@ def _contact_sheet(state: RunState, requirements: Sequence[Requirement]) -> Iter
     return write()
 
 
-def _audit_card(state: RunState, row: Row) -> Iterator[None]:
-    """A coroutine that writes the audit card of a row."""
-    from orchestrator.execution._prepare import audit
+def _searches_for_copies(
+    state: RunState, plan: Plan, rows: Collection[StageSpec]
+) -> list[Iterator[None]]:
+    """Coroutines that report ready images which copy a test image, one for each row and dataset."""
+    splits: dict[tuple[SyntheticFeaturesSpec, FeaturesSpec], dict[SplitSettings, None]] = {}
+    for trial in possible_trials(plan.cells, state.sweep.seeds.assignments(), state.resolver):
+        row = trial.synthetic_features
+        if row is not None and row in rows:
+            splits.setdefault((row, trial.features), {})[trial.split] = None
 
-    assert state.progress is not None
-    try:
-        files = yield from audit(row, worker_context(state), state.progress.actor)
-    except Exception as problem:  # a missing card does not fail the sweep
-        log.warning("%s: no audit card: %s", row.name, first_line(problem))
-        return
-    for name, content in files.items():
-        state.location.write(name, content)
+    def search(
+        row: SyntheticFeaturesSpec, features: FeaturesSpec, of_row: Iterable[SplitSettings]
+    ) -> Iterator[None]:
+        from orchestrator.execution._prepare import find_copies, run_beside_trials
+
+        folder, dataset = row.images.model.name, features.dataset.name
+        try:
+            found = yield from run_beside_trials(
+                find_copies, row, features, [*of_row], worker_context(state)
+            )
+        except Exception as problem:  # an unfinished search does not fail the sweep
+            log.warning("%s: no search for copies: %s", folder, first_line(problem))
+            return
+        if found:
+            named = ", ".join(f"{file} (test image {i})" for file, i in found[:MAX_COPIES])
+            more = ", ..." if len(found) > MAX_COPIES else ""
+            state.screen.message(
+                f"{folder} has copies of {plural(len(found), 'test image')} of {dataset}, so the "
+                f"accuracy is too high: {named}{more}; remove these files and run again"
+            )
+
+    return [search(row, features, of_row) for (row, features), of_row in splits.items()]
 
 
 def _rows_of_sheet(

@@ -19,10 +19,9 @@ from orchestrator.execution._state import PreparationContext
 from orchestrator.failures import CLASSES, Failure, classify, classify_death
 from orchestrator.keys import artifact_key
 from orchestrator.planning import Requirement, artifact_title
-from orchestrator.planning.cards import Row, card_files
 from orchestrator.planning.estimate import startup_seconds
 from orchestrator.planning.plan import build_level, independent_of
-from orchestrator.stages import audits, stage_module
+from orchestrator.stages import stage_module
 from orchestrator.stages.context import WorkerContext, limit_gpu_memory
 
 T = TypeVar("T")
@@ -160,20 +159,18 @@ def _failure(problem: Exception) -> Failure:
     return Failure(classify_death(message), message.partition("\n")[0])
 
 
-def audit(
-    row: Row, worker: WorkerContext, progress_actor: Any
-) -> Generator[None, None, dict[str, bytes]]:
-    """A coroutine that returns the audit card of a row, as files for the sweep's folder."""
-    reporter = ProgressReporter(progress_actor, "audit", "images")
-    card, png = yield from run_beside_trials(audits.make_card, row, worker, reporter)
-    return card_files(card, png)
-
-
 def draw_contact_sheet(*arguments: Any) -> tuple[bytes, dict[str, float]]:
     """Task on a worker: `pictures.contact_sheet`, which imports torch."""
     from orchestrator.stages.pictures import contact_sheet
 
     return contact_sheet(*arguments)
+
+
+def find_copies(*arguments: Any) -> list[tuple[str, int]]:
+    """Task on a worker: `copies.copies_of_test_images`, which imports torch."""
+    from orchestrator.stages.copies import copies_of_test_images
+
+    return copies_of_test_images(*arguments)
 
 
 def run_beside_trials(function: Callable[..., T], *arguments: Any) -> Generator[None, None, T]:

@@ -20,12 +20,6 @@ from pandas import DataFrame
 from air_core.methods import METHODS
 from air_core.specs import EvidenceSettings
 from orchestrator.formatting import format_percent, format_value, plural
-from orchestrator.planning.agreement_card import (
-    agreement_caption,
-    agreement_lines,
-    agreement_notes,
-    fusion_lines,
-)
 from orchestrator.planning.dataset_text import tested_classes, unused_by_dataset
 from orchestrator.planning.plan import RESULT_STATES, results_text
 from orchestrator.reporting import charts
@@ -52,7 +46,6 @@ if TYPE_CHECKING:
 TEMPLATE = Path(__file__).with_name("templates") / "report.html"
 MAX_TASKS = 12  # with pseudo-label curves and confusion matrices
 MAIN_WIDTH = 4.6  # of the first chart, in inches of 96 px
-MAX_CARDS = 2  # audit cards with a picture
 
 
 def page(data: ReportData) -> str:
@@ -245,12 +238,6 @@ def pseudo_labels(data: ReportData) -> Iterator[Group]:
         tables = _tables([*_pool_lines(task, data.results)], POOL_NOTE)
         if figures or tables:
             yield Group(heading=task_text(task), figures=figures, tables=tables)
-    for card in data.agreements[:MAX_TASKS]:
-        tables = [Layout(frame=DataFrame(of(card))) for of in (agreement_lines, fusion_lines)]
-        texts = [agreement_caption(card), *agreement_notes(card)]
-        yield Group(
-            heading=f"Before training: {card.title}", texts=[" ".join(texts)], tables=tables
-        )
 
 
 def _pool_lines(task: Task, results: Results) -> Iterator[dict[str, str]]:
@@ -330,7 +317,7 @@ def frequent_confusions(
 
 
 def images(data: ReportData) -> Iterator[Group]:
-    """The contact sheet and the audit of the synthetic images."""
+    """The contact sheet."""
     sheet = data.location.folder / "contact_sheet.png"
     if sheet.exists() and sheet.stat().st_size:
         shares = data.outcome.get("run", {}).get("shares", {})
@@ -340,55 +327,10 @@ def images(data: ReportData) -> Iterator[Group]:
             caption += f" Zero-shot CLIP recognises {by_group}."
         alt = "Real images, images of the base model and images with LoRA, one class per row"
         yield Group(figures=[_photo(sheet, alt, caption)])
-    yield from _audits(data)
 
 
 def _photo(file: Path, alt: str, caption: str = "") -> Picture:
     return Picture(src=_data("image/png", file.read_bytes()), alt=alt, caption=caption, wide=True)
-
-
-def _audits(data: ReportData) -> Iterator[Group]:
-    """The results of `airsweep audit` for all rows of images, and pictures of the worst rows."""
-    if not data.cards:
-        return
-    lines = [
-        {
-            "images of": card.title,
-            "images": f"{card.images:,}",
-            "recognised": _percent(card.recognised),
-            "recognised before LoRA": _percent(card.base_recognised),
-            "KID to the pool": _plus_minus(card.kid),
-            "KID before LoRA": _plus_minus(card.base_kid),
-            "nearest test image": "" if card.test_cosine is None else f"{card.test_cosine:.3f}",
-            "copies": f"{card.counts['test copy']}",
-            "flagged": f"{card.flagged_images}",
-        }
-        for card, _ in data.cards
-    ]
-    worst = sorted(data.cards, key=lambda pair: -pair[0].flagged_images / pair[0].images)
-    figures = [
-        _photo(picture, f"The best, worst and flagged images of {card.title}")
-        for card, picture in worst[:MAX_CARDS]
-    ]
-    note = (
-        "Recognised: images whose class zero-shot CLIP predicts. Nearest test image: largest "
-        "cosine similarity to a test image."
-    )
-    if len(data.cards) > len(figures):
-        note += (
-            f" The pictures show the {len(figures)} of {len(data.cards)} rows with the largest "
-            "share of flagged images."
-        )
-    yield Group(heading="Audit", tables=_tables(lines, note))
-    yield Group(figures=figures)
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.0f} %"
-
-
-def _plus_minus(pair: Sequence[float] | None) -> str:
-    return "" if pair is None else f"{pair[0]:.3f} ± {pair[1]:.3f}"
 
 
 # Anchor, title, introduction, and the function that yields the groups.

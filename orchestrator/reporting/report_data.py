@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from orchestrator.planning import Plan, plan_of
-from orchestrator.planning.agreement_card import AgreementCard
-from orchestrator.planning.audit_card import AuditCard
-from orchestrator.planning.cards import Card, complete_rows, rows_of_sweep, stored_card
 from orchestrator.planning.requests import results_command, run_command
 from orchestrator.reporting.results import SweepStatus, plan_status, results_of
 from orchestrator.reporting.rows import Results, Row, rows
@@ -20,7 +16,7 @@ from orchestrator.store import SweepLocation, read_outcome
 
 @dataclass(frozen=True)
 class ReportData:
-    """A sweep with its plan, results, status and audit cards."""
+    """A sweep with its plan, results and status."""
 
     sweep: SweepSpec
     location: SweepLocation
@@ -30,8 +26,6 @@ class ReportData:
     status: SweepStatus
     counts: Mapping[str, int]  # trials of the plan by state
     outcome: Mapping[str, Any]  # of the last run
-    cards: Sequence[tuple[AuditCard, Path]]  # audit cards of images and their pictures
-    agreements: Sequence[AgreementCard]  # of the classifiers on each pool
 
 
 def report_data_of(sweep: SweepSpec, location: SweepLocation) -> ReportData:
@@ -49,12 +43,6 @@ def report_data_of(sweep: SweepSpec, location: SweepLocation) -> ReportData:
             f"`{results_command('status', location)}`"
         )
     status = plan_status(plan, location)
-    cards = _cards(sweep, location)
-    pictures = [
-        (card, location.folder / f"{card.name}.png")
-        for card in cards
-        if isinstance(card, AuditCard)
-    ]
     return ReportData(
         sweep,
         location,
@@ -64,14 +52,4 @@ def report_data_of(sweep: SweepSpec, location: SweepLocation) -> ReportData:
         status=status,
         counts=status.counts(alive=False),
         outcome=read_outcome(location),
-        cards=[(card, picture) for card, picture in pictures if picture.exists()],
-        agreements=[card for card in cards if isinstance(card, AgreementCard)],
     )
-
-
-def _cards(sweep: SweepSpec, location: SweepLocation) -> list[Card]:
-    try:
-        rows = complete_rows(rows_of_sweep(sweep, location), location)
-    except ValueError:  # the sweep uses no diffusion model, or some inputs are still missing
-        return []
-    return [card for row in rows if (card := stored_card(row, location)) is not None]

@@ -218,7 +218,7 @@ def _last_run(location: SweepLocation, status: SweepStatus) -> dict[str, Any] | 
         "memory": run.get("memory", 0),  # bytes; 0: unknown
         "memory_of": run.get("memory_of", ""),
         "images": {name: run[name] for name in ("drawn", "redrawn", "holes")},
-        "recognised": run.get("shares", {}),  # by CLIP, of the groups of the contact sheet
+        "recognised": run.get("shares", {}),  # by CLIP, of the images with and without LoRA
     }
 
 
@@ -308,7 +308,7 @@ def _last_run_lines(run: Mapping[str, Any]) -> Iterator[str]:
         groups = ", ".join(
             f"{name} {share:.0%}" for name, share in sorted(run["recognised"].items())
         )
-        yield f"  images    CLIP recognises {groups} of the contact sheet"
+        yield f"  images    CLIP recognises {groups} of the drawn images"
 
 
 # ---------------------------------------------------------------- the end of a run

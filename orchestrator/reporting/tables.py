@@ -102,6 +102,7 @@ COLUMNS = (
         "Pseudo-labels: accuracy of the last pseudo-labels.",
         on=("table",),
     ),
+    Column("lora_labels", "pseudo/accuracy_lora", on=("data",)),
 )
 
 

@@ -1,4 +1,4 @@
-"""Work inside one worker process: artifacts, blocks of images, trials, audits.
+"""Work inside one worker process: artifacts, blocks of images, trials.
 
 A module named after a stage makes its artifacts. `build(spec, worker, report)` makes one; of a row,
 `open_model(spec, worker)` loads what makes its shards, `build(spec, index, block, worker,

@@ -365,49 +365,29 @@ def drawn_per_class(spec: SyntheticFeaturesSpec, limit: int, store: ArtifactStor
     return min(limit, min(first_gaps) * spec.images.block_size)
 
 
-def recognised_share(
-    spec: SyntheticFeaturesSpec, count: int, worker: WorkerContext, template: str
-) -> float:
-    """Share of the first images that zero-shot CLIP assigns to the class they were drawn for."""
-    bank = read_synthetic(spec, count, worker.store, drawn_classes(spec, worker.store))
+def drawn_blocks(
+    spec: SyntheticFeaturesSpec, store: ArtifactStore
+) -> Iterator[tuple[int, list[int], Tensor]]:
+    """Read class, indices (B,) and features (B, D) of each block in the store, without holes."""
+    row = store.row(spec)
+    shards = sorted(row.existing_shards())
+    row.pull(shards)
+    for c, block in shards:
+        arrays = load(row.read(c, block))
+        ok = np.flatnonzero(arrays["ok"])
+        indices = block * spec.images.block_size + ok
+        yield c, indices.tolist(), torch.from_numpy(arrays["features"][ok])
+
+
+def recognised_share(spec: SyntheticFeaturesSpec, worker: WorkerContext, template: str) -> float:
+    """Share of all drawn images that zero-shot CLIP assigns to the class they were drawn for."""
     backbone = worker.backbone(spec.backbone, spec.precision)
     text = text_classifier(backbone, spec.images.classnames, template)
-    return float((text.logits(bank.batch).argmax(dim=-1) == bank.labels).double().mean())
-
-
-@dataclass(frozen=True)
-class DrawnImage:
-    """One image of a row, with its features and the attempt that drew it."""
-
-    class_index: int
-    index: int
-    attempt: int  # the attempt that was kept, from 0
-    ok: bool  # False: a hole, which no trial reads
-    png: bytes
-    features: np.ndarray  # (D,)
-
-
-def read_drawn_images(
-    spec: SyntheticFeaturesSpec, classes: Sequence[int], count: int, store: ArtifactStore
-) -> Iterator[DrawnImage]:
-    """Read the first `count` images of each class with the holes, one after the other.
-
-    Raises:
-        DamagedArtifact: a shard is damaged.
-    """
-    pictures, features = store.row(spec.images), store.row(spec)
-    shards = [(c, block) for c in classes for block in range(spec.blocks(count))]
-    pictures.pull(shards)
-    features.pull(shards)
-    size = spec.images.block_size
-    for c, block in shards:
-        data = pictures.read(c, block)
-        table = pq.read_table(io.BytesIO(data), columns=["index", "attempt", "ok", "image"])
-        arrays = load(features.read(c, block))
-        for i, row in enumerate(table.to_pylist()[: count - block * size]):
-            yield DrawnImage(
-                c, row["index"], row["attempt"], row["ok"], row["image"], arrays["features"][i]
-            )
+    right = total = 0
+    for c, indices, features in drawn_blocks(spec, worker.store):
+        right += int((text.logits(Batch(features)).argmax(dim=-1) == c).sum())
+        total += len(indices)
+    return right / max(total, 1)
 
 
 def read_pictures(

@@ -1,10 +1,10 @@
-"""Contact sheets and audit sheets, as PNG bytes."""
+"""Contact sheets, as PNG bytes."""
 
 from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,6 @@ MAX_ROWS = 20  # classes on a sheet
 PER_GROUP = 6
 TILE_PX, GAP_PX, LABEL_PX, HEAD_PX = 56, 2, 112, 26
 INK, PAPER, FAINT = "#1b1f24", "#ffffff", "#6a737d"
-ALARM = "#d55e00"  # distinct for colour-blind readers too
 
 # A sheet of captioned tiles.
 PER_LINE = 10
@@ -47,7 +46,8 @@ def contact_sheet(
     their true class; only this picture uses these labels. Without labels it has no real images.
 
     Returns:
-        The PNG, and the share of each group that zero-shot CLIP assigns to its class.
+        The PNG, and the share of all drawn images of each row that zero-shot CLIP assigns to their
+        class.
     """
     dataset = read_dataset_text(features, worker.store)
     examples = worker.examples(features.dataset)
@@ -59,7 +59,7 @@ def contact_sheet(
         count = drawn_per_class(row, PER_GROUP, worker.store)
         pictures = read_pictures(row, itertools.product(shown, range(count)), worker.store)
         groups[name] = [[pictures[c, index] for index in range(count)] for c in shown]
-        shares[name] = recognised_share(row, count, worker, dataset.template)
+        shares[name] = recognised_share(row, worker, dataset.template)
     sheet = tile_sheet([dataset.classnames[c] for c in shown], groups)
     return sheet, dict(reversed(shares.items()))  # the images that trials read come first
 
@@ -99,57 +99,37 @@ def tile_sheet(rows: list[str], groups: dict[str, list[list[Image.Image]]]) -> b
 class Tile:
     """A picture with two lines under it."""
 
-    picture: Image.Image | None
+    picture: Image.Image
     name: str
     caption: str
-    framed: bool = False
 
 
-def numbered_lines(tiles: Sequence[Tile]) -> dict[str, Sequence[Tile]]:
-    """Lines for `captioned_sheet`, named after the numbers of their pictures: `1 to 10`, ..."""
-    starts = range(0, len(tiles), PER_LINE)
-    return {
-        f"{start + 1} to {min(start + PER_LINE, len(tiles))}": tiles[start : start + PER_LINE]
-        for start in starts
-    }
-
-
-def captioned_sheet(
-    title: str,
-    facts: Sequence[tuple[str, str]],
-    lines: Mapping[str, Sequence[Tile]],
-    foot: str,
-) -> bytes:
-    """Labelled facts, then lines of captioned pictures. Lines without pictures are left out."""
-    lines = {name: tiles for name, tiles in lines.items() if tiles}
+def captioned_sheet(title: str, classnames: str, tiles: Sequence[Tile], foot: str) -> bytes:
+    """Title and class names, then lines of captioned pictures, numbered `1 to 10`, ..."""
     step = THUMB_PX + CAPTION_PX + 10
-    top = 2 * MARGIN_PX + 22 + 18 * len(facts)
-    width = 2 * MARGIN_PX + NAME_PX + PER_LINE * STEP_PX
-    sheet = Image.new("RGB", (width, top + step * len(lines) + 24), PAPER)
+    top = 2 * MARGIN_PX + 40
+    left = MARGIN_PX + NAME_PX
+    starts = range(0, len(tiles), PER_LINE)
+    width = MARGIN_PX + left + PER_LINE * STEP_PX
+    sheet = Image.new("RGB", (width, top + step * len(starts) + 24), PAPER)
     pen = ImageDraw.Draw(sheet)
     small, middle, large = (ImageFont.load_default(size=size) for size in (11, 13, 16))
     pen.text((MARGIN_PX, MARGIN_PX), title, fill=INK, font=large)
-    for row, (label, text) in enumerate(facts):
-        y = MARGIN_PX + 28 + 18 * row
-        pen.text((MARGIN_PX, y), label, fill=FAINT, font=middle)
-        pen.text((MARGIN_PX + NAME_PX, y), text, fill=INK, font=middle)
-    for row, (name, tiles) in enumerate(lines.items()):
+    pen.text((MARGIN_PX, MARGIN_PX + 28), "classes", fill=FAINT, font=middle)
+    pen.text((left, MARGIN_PX + 28), classnames, fill=INK, font=middle)
+    for row, start in enumerate(starts):
         y = top + step * row
-        label, _, detail = name.partition("\n")
-        pen.text((MARGIN_PX, y + 18), label, fill=INK, font=middle)
-        pen.text((MARGIN_PX, y + 34), detail, fill=FAINT, font=small)
-        for k, tile in enumerate(tiles):
-            x, ink = MARGIN_PX + NAME_PX + k * STEP_PX, ALARM if tile.framed else INK
-            if tile.picture is not None:
-                sheet.paste(_thumbnail(tile.picture, THUMB_PX), (x, y))
-            if tile.framed:
-                corners = (x - 3, y - 3, x + THUMB_PX + 2, y + THUMB_PX + 2)
-                pen.rectangle(corners, outline=ALARM, width=2)
+        line = tiles[start : start + PER_LINE]
+        numbers = f"{start + 1} to {start + len(line)}"
+        pen.text((MARGIN_PX, y + 18), numbers, fill=INK, font=middle)
+        for k, tile in enumerate(line):
+            x = left + k * STEP_PX
+            sheet.paste(_thumbnail(tile.picture, THUMB_PX), (x, y))
             for down, text in ((3, tile.name), (15, tile.caption)):
                 pen.text(
-                    (x, y + THUMB_PX + down), _cut(text, STEP_PX - 6, small), fill=ink, font=small
+                    (x, y + THUMB_PX + down), _cut(text, STEP_PX - 6, small), fill=INK, font=small
                 )
-    pen.text((MARGIN_PX, top + step * len(lines)), foot, fill=FAINT, font=small)
+    pen.text((MARGIN_PX, top + step * len(starts)), foot, fill=FAINT, font=small)
     png = _png(sheet)
     return png if len(png) < SHEET_BYTES else _png(sheet.quantize(256))
 

@@ -28,7 +28,7 @@ from orchestrator.files import write_atomic, write_new
 from orchestrator.planning import Plan
 from orchestrator.stages.context import WorkerContext, one_thread
 from orchestrator.stages.features import read_target
-from orchestrator.stages.pictures import Tile, captioned_sheet, numbered_lines
+from orchestrator.stages.pictures import Tile, captioned_sheet
 from orchestrator.store import ArtifactStore, SweepLocation, read_trial
 
 SEED = 0
@@ -93,8 +93,7 @@ def write_sample(plan: Plan, location: SweepLocation, count: int, output: Path) 
             paths.append(file.relative_to(home).as_posix())
     foot = f"line n + 1 of {labels.name} is image n; write its class there"
     title = f"{plan.sweep.name}: {len(tiles)} of {len(pool.index):,} unlabelled images"
-    facts = [("classes", ", ".join(dataset.classnames))]
-    write_atomic(sheet, captioned_sheet(title, facts, numbered_lines(tiles), foot))
+    write_atomic(sheet, captioned_sheet(title, ", ".join(dataset.classnames), tiles, foot))
     try:
         write_new(labels, _csv(paths))
     except OSError:

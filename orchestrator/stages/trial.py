@@ -244,8 +244,10 @@ class TrialRun:
                 metrics[f"test/calibration_error_uncalibrated_{classifier}"] = before
             for name, value in found.objectives.items():
                 metrics[f"objective/{name}_{classifier}"] = value
+        if (right := self._lora_label_accuracy()) is not None:
+            metrics["pseudo/accuracy_lora"] = right
         if data.synthetic is not None:
-            metrics["synthetic/images"] = float(result.synthetic)
+            metrics["synthetic/images"] = float(len(data.synthetic))
         metrics["time/train_s"] = round(self._seconds(), 3)
         info: dict[str, Any] = {
             "device": self.worker.device,
@@ -261,6 +263,16 @@ class TrialRun:
         if self._max_replicas() > 1:
             info["replicas"] = self._max_replicas()
         return info
+
+    def _lora_label_accuracy(self) -> float | None:
+        """Share of right labels of the images that the LoRA, or its control, reads; None: there are
+        none, or true labels are unknown."""
+        adapter, store = self.spec.lora_adapter, self.worker.store
+        labels = self.spec.lora_labels if adapter is None else adapter.labels
+        if labels is None or not store.has(labels):
+            return None
+        accuracy: float | None = store.record(labels)["info"].get("accuracy")
+        return accuracy
 
     def _evidence_accuracy(self, errors: Tensor) -> dict[str, float]:
         """Share of the scored pool images whose smallest mean error is that of the true class."""

@@ -248,8 +248,8 @@ def note_and_files(
         plan.sweep.question,
         f"```\n{screen}\n```",
     ]
-    # From the sweep's folder: contact sheet, audit cards, uncommitted changes.
-    patterns = ("contact_sheet.png", "audit-*", "uncommitted-*.diff")
+    # From the sweep's folder: contact sheet, uncommitted changes.
+    patterns = ("contact_sheet.png", "uncommitted-*.diff")
     extra = [file for pattern in patterns for file in location.folder.glob(pattern)]
     files = charts | {file.name: file.read_bytes() for file in extra}
     return "\n\n".join(filter(None, note)), files

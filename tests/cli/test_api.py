@@ -96,7 +96,7 @@ ONLY_COMMAND_LINE = {"as_json", "explain", "form", "watch", "check", "tracking_u
     "name",
     [
         *("plan", "run", "status", "init"),
-        *("audit", "errors", "export", "report", "sample"),
+        *("export", "report", "sample"),
     ],
 )
 def test_a_function_has_the_parameters_of_its_command(name):
@@ -228,8 +228,6 @@ def test_results_are_read_further_from_python(finished, tmp_path):
     assert page.read_text().startswith("<!")
     with pytest.raises(ValueError, match="existing folder"):
         api.report(done, tmp_path / "none" / "report.html")
-    with pytest.raises(ValueError, match="nothing to audit"):
-        api.audit(done)
     assert [sweep["sweep"] for sweep in api.sweeps(store=store)] == ["default/small"]
 
     image = tmp_path / "zero.png"

@@ -207,9 +207,9 @@ MODULES = {
     "orchestrator.execution._tune_folder": {"write_tune_folder": lambda *arguments: None},
     "orchestrator.execution._prepare": {
         "prepare": prepare,
-        "draw_contact_sheet": None,
-        "run_beside_trials": lambda *arguments: returning((pixel_png(), {})),
-        "audit": lambda *arguments: returning({}),
+        "draw_contact_sheet": lambda *arguments: (pixel_png(), {}),
+        "find_copies": lambda *arguments: [],
+        "run_beside_trials": lambda task, *arguments: returning(task(*arguments)),
     },
     "orchestrator.cluster.session": {
         "check_address": lambda: None,

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from air_core.bundle import load_bundle, read_bundle
@@ -23,7 +22,6 @@ from air_core.models.weights import tiny_folder
 from orchestrator.planning import Slot, plan_of
 from orchestrator.spec import load_sweep
 from orchestrator.stages.features import read_target
-from orchestrator.stages.pictures import MARGIN_PX, NAME_PX, THUMB_PX
 from orchestrator.stages.trial import run_trial, trial_data
 from orchestrator.store import ArtifactStore, SweepLocation, read_trial
 from tests.helpers.features import encode
@@ -289,30 +287,6 @@ def test_a_prompt_with_other_predictions_is_not_exported(location, command, tmp_
     assert (code, out) == (5, "")
     assert "predicts other classes than the trial for" in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
-
-
-def test_errors_draws_the_wrong_images_from_the_surest_on(location, command, tmp_path):
-    slot = slots_of(location, "cpl")[0]
-    sheet = tmp_path / "errors.png"
-    words = ("errors", slot.key.digest, "-o", sheet, *store_option(location))
-    assert command(*words) == (0, f"{sheet}\n", "")
-    record = read_trial(slot.spec, location.store)
-    index, predicted, labels = record.predictions()
-    wrong = np.flatnonzero(predicted != labels)
-    surest = wrong[np.argmax(record.test_arrays()["probability_text"][wrong])]
-    expected = get_dataset("digits").load(None).images[int(index[surest])]
-    with Image.open(sheet) as opened:
-        picture = opened.convert("RGB")
-    left, top = MARGIN_PX + NAME_PX, 2 * MARGIN_PX + 22 + 18 * 2
-    tile = picture.crop((left, top, left + THUMB_PX, top + THUMB_PX))
-    scaled = expected.resize(tile.size, Image.Resampling.NEAREST)
-    assert np.abs(np.asarray(tile, int) - np.asarray(scaled, int)).mean() < 4
-    code, _, err = command(*words, "--classifier", "fused")
-    assert code == 2
-    assert "has no probabilities of a fused classifier" in err
-
-
-# ---------------------------------------------------------------- export best
 
 
 @pytest.mark.parametrize("by", [None, "test_accuracy"])

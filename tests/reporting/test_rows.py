@@ -23,7 +23,7 @@ ROW_KEYS = [
     *("mean", "std", "low", "high", "interval", "protocol"),
 ]
 ADDED_KEYS = [
-    *("text", "fused", "auxiliary", "mutual_information", "agreement"),
+    *("text", "fused", "auxiliary", "lora_labels", "mutual_information", "agreement"),
     *("chance", "comparisons", "collapsed"),
 ]
 
@@ -328,7 +328,8 @@ def test_csv_has_the_numbers_of_json_in_flat_columns() -> None:
         *("dataset", "paradigm", "modality", "method"),
         *("settings.images_per_class", "settings.fusion_weight"),
         *("metric", "n", "n_test", "mean", "std", "low", "high", "interval"),
-        *("text", "fused", "auxiliary", "point", "chosen_by", "chance", "told_from", "collapsed"),
+        *("text", "fused", "auxiliary", "lora_labels"),
+        *("point", "chosen_by", "chance", "told_from", "collapsed"),
     ]
     assert float(lines[1]["mean"]) == found.rows[1].mean
     assert float(lines[1]["settings.fusion_weight"]) == 0.348192

@@ -44,8 +44,6 @@ VALUES: dict[str, list[Any]] = {
     "iterations": [0, 1, 3],
     "fidelity.kind": ["text", "argmax", "real_mean", "random", "none"],
     "fidelity.keep": [1, 2],
-    "fidelity.min_margin": [-1, 0.05, 1],
-    "fidelity.duplicates": ["drop"],
     "auxiliary.kind": ["prototype", "knn", "cache", "linear_probe"],
     "auxiliary.source": ["synthetic", "real", "both"],
     "auxiliary.center": [False],

@@ -114,3 +114,19 @@ def test_the_bounds_contain_the_method(worker, resolver, drawn_digits):
         fused = (arrays["fused"] == arrays["labels"]).mean()
         assert fused == pytest.approx(record.metrics["test/accuracy_fused"])
     assert accuracy["air_floor"] < accuracy["air"] < accuracy["air_ceiling"]
+
+
+def test_a_record_has_the_share_of_right_labels_among_those_of_the_lora(
+    worker, resolver, drawn_digits
+):
+    spec = spec_of("air_control", resolver, drawn_digits)
+    bank(spec, worker)
+    selected = load_file(worker.store.get(spec.lora_labels).path / "labels.safetensors")
+    target = read_target(spec.features, spec.split, worker.store)
+    right = (target.labels[selected["index"]] == selected["labels"]).double().mean()
+    assert 0.3 < right < 1
+    record = run_trial(spec, worker.store)
+    assert record.metrics["pseudo/accuracy_lora"] == pytest.approx(float(right))
+    ready = spec_of("air", resolver, drawn_digits)  # no LoRA draws these images
+    bank(ready, worker)
+    assert "pseudo/accuracy_lora" not in run_trial(ready, worker.store).metrics

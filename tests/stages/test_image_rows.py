@@ -10,11 +10,15 @@ from threading import Event, Semaphore
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from air_core.classifiers import text_classifier
+from air_core.datasets import get_dataset
 from air_core.diffusion.loading import load_generator
 from air_core.seal import intact
 from air_core.specs import FolderImages, Ref, SyntheticFeaturesSpec
+from air_core.types import Batch
 from orchestrator.errors import DamagedArtifact
 from orchestrator.planning import Resolver
 from orchestrator.planning.dataset_text import UnusedImages, unused_images
@@ -105,7 +109,9 @@ def test_a_damaged_shard_is_an_error_that_names_it(store, drawn_digits, suffix, 
         store.row(of).read(0, 0)
 
 
-def test_a_contact_sheet_of_few_images_shows_those_that_exist(store, drawn_digits, trial):
+def test_a_contact_sheet_shows_the_images_that_exist_and_counts_all_that_clip_recognises(
+    store, drawn_digits, trial, tiny_clip
+):
     spec, worker = row_of(str(drawn_digits)), WorkerContext(store)
     for shard in ((0, 0), (1, 0), (1, 1)):
         build_image_block(spec, *shard, worker, lambda: generator_of(spec))
@@ -119,7 +125,14 @@ def test_a_contact_sheet_of_few_images_shows_those_that_exist(store, drawn_digit
             for left in range(drawn, drawn + 3 * (TILE_PX + GAP_PX), TILE_PX + GAP_PX)
         ]
         assert [bool(darkest < 128) for darkest in tiles] == [True, True, False]
-    assert 0 <= shares["synthetic"] <= 1
+    names = spec.images.classnames
+    files = [*sorted((drawn_digits / names[0]).iterdir())[:2]]
+    files += sorted((drawn_digits / names[1]).iterdir())[:4]
+    logits = text_classifier(tiny_clip, names, get_dataset("digits").template).logits(
+        Batch(tiny_clip.encode_images([Image.open(file).convert("RGB") for file in files]))
+    )
+    right = (logits.argmax(dim=-1) == torch.tensor([0, 0, 1, 1, 1, 1])).double().mean()
+    assert shares == {"synthetic": pytest.approx(float(right))}
 
 
 def test_a_block_that_killed_its_processes_fails_and_exceptions_do_not_count_as_deaths(

@@ -1,0 +1,79 @@
+"""Ready images that copy test images of the digits."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from air_core.datasets import get_dataset
+from air_core.specs import UNKNOWN, SyntheticFeaturesSpec
+from orchestrator.stages.context import WorkerContext
+from orchestrator.stages.copies import copies_of_test_images
+from orchestrator.stages.features import read_target
+from orchestrator.stages.images import build, open_generator
+from orchestrator.store import ArtifactStore
+from tests.helpers.features import digit_features, encode, store_with
+
+DIGITS = get_dataset("digits")
+
+
+def saved_again(picture: Image.Image) -> Image.Image:
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=90)
+    return Image.open(buffer).convert("RGB")
+
+
+@pytest.fixture
+def images(drawn_digits, tmp_path) -> Path:
+    folder = tmp_path / "images"
+    shutil.copytree(drawn_digits, folder)
+    return folder
+
+
+def drawn(
+    folder: Path, trial: Any, worker: WorkerContext, shards: Sequence[tuple[int, int]]
+) -> SyntheticFeaturesSpec:
+    """The row of ready images in a folder, with some shards in the store."""
+    settings = {"generator": f"folder:{folder}", "images_per_class": 16, "generation.block": 8}
+    spec = trial("air", **settings).synthetic_features
+    generator = open_generator(spec.images, worker)
+    for shard in shards:
+        build(spec, *shard, worker, lambda: generator)
+    return spec
+
+
+def test_copies_of_test_images_are_found_and_no_other_image(images, tmp_path, trial):
+    features = trial("fpl").features
+    worker = WorkerContext(ArtifactStore(tmp_path / "runs"))
+    encode(features, worker.store)
+    splits = [trial("fpl", split_seed=seed).split for seed in (0, 1)]
+    split = read_target(features, splits[0], worker.store).split
+    pictures = DIGITS.load(None).images
+    test, other, pool = (int(i) for i in (*split.test[[3, 7]], split.pool[5]))
+    zero, four = (images / DIGITS.classnames[c] for c in (0, 4))
+    pictures[test].save(zero / "003.png")
+    saved_again(pictures[other]).save(four / "014.png")
+    pictures[pool].save(four / "002.png")  # of the pool, so it leaks nothing
+    moved = np.roll(np.asarray(pictures[test]), 3, axis=1)
+    Image.fromarray(moved).save(zero / "005.png")
+
+    spec = drawn(images, trial, worker, ((0, 0), (4, 0), (4, 1), (7, 0)))
+    found = copies_of_test_images(spec, features, splits, worker)
+    assert found == [(f"{zero.name}/003.png", test), (f"{four.name}/014.png", other)]
+
+
+def test_in_a_dataset_without_test_images_nothing_is_a_copy(images, tmp_path, trial, tiny_clip):
+    features, split = trial("fpl").features, trial("fpl").split
+    arrays = digit_features(tiny_clip.encode_images, 40, ("train",))
+    arrays["labels"][:] = UNKNOWN
+    worker = WorkerContext(store_with(tmp_path / "runs", features, arrays))
+    DIGITS.load(None).images[3].save(images / DIGITS.classnames[0] / "003.png")
+    spec = drawn(images, trial, worker, ((0, 0),))
+    assert copies_of_test_images(spec, features, [split], worker) == []
