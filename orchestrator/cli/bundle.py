@@ -62,7 +62,7 @@ MATRIX = 12  # classes of a confusion matrix that fits a screen
 def export(
     trial: Annotated[str, typer.Argument(metavar="TRIAL|best", help="Trial key, slot, or best.")],
     output: Annotated[
-        Path, typer.Option("-o", "--output", "--out", metavar="DIR", help="Folder to create.")
+        Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to create.")
     ],
     sweep: Annotated[
         str | None,
@@ -152,7 +152,6 @@ def classify(
         typer.Option(
             "-o",
             "--output",
-            "--out",
             metavar="FILE",
             help="Table to write, by its suffix: .parquet or .csv.",
         ),

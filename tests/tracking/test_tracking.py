@@ -23,7 +23,7 @@ from unittest.mock import ANY
 import pytest
 
 from orchestrator.errors import TrackerUnreachable
-from orchestrator.tracking import make_tracker
+from orchestrator.tracking.reconcile import make_tracker
 from orchestrator.tracking.types import ChildRun, Counts, Numbers, SweepRun
 from tests.helpers.servers import MlflowServer, failing_server
 from tests.helpers.sweeps import TIMEOUT, python
