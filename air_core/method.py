@@ -134,12 +134,7 @@ class Round:
     labels: PseudoLabels | None  # None: the prompt was learned from labelled images alone
     loss: float
     learner: PromptLearner
-    teacher: Classifier  # the same prompt; computes the logits of a batch once
     state: TrialState
-
-
-class TrialStopped(Exception):
-    """Raised by a callback to stop a trial after a round, for example to prune it."""
 
 
 class Callback(Protocol):
@@ -150,7 +145,7 @@ class Callback(Protocol):
         return
 
     def on_round(self, result: Round) -> None:
-        """After each round; raise `TrialStopped` to stop."""
+        """After each round; an exception stops the trial."""
         return
 
 
@@ -179,7 +174,6 @@ def learn(
     Raises:
         ValueError: the data do not fit the spec, such as no label for a method that needs some.
         FloatingPointError: the loss is not finite.
-        TrialStopped: by the callback.
     """
     trial = Trial(spec, data, callback, resume_from)  # p_c of zero-shot CLIP, and p̂_c
     for t in range(trial.rounds_done, spec.iterations):  # T rounds
@@ -281,9 +275,7 @@ class Trial:
         self.teacher = CachedClassifier(self.learner)
         prompt = self.learner.prompt.detach().cpu().clone()
         self.state = replace(self.state, prompts=(*self.state.prompts, prompt))
-        self.callback.on_round(
-            Round(t, self._selected(), loss, self.learner, self.teacher, self.state)
-        )
+        self.callback.on_round(Round(t, self._selected(), loss, self.learner, self.state))
 
     @torch.no_grad()
     def evaluate(self) -> TrialResult:

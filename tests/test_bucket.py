@@ -31,7 +31,6 @@ pytestmark = pytest.mark.integration
 
 TRIVIAL = "tests.helpers.trivial"
 KILLS = 3  # sampled events
-PRUNING = "{rule: halving, rungs: [1, 2]}"
 
 
 class World:
@@ -75,8 +74,7 @@ def ended(process: subprocess.Popen[str], *codes: int) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory, drawn_digits) -> Path:
-    body = search_sweep(drawn_digits, host="grip", pruning=PRUNING)
-    return write_sweep(tmp_path_factory.mktemp("bucket"), "chaos", body)
+    return write_sweep(tmp_path_factory.mktemp("bucket"), "chaos", search_sweep(drawn_digits))
 
 
 @pytest.fixture(scope="module")

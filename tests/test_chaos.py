@@ -5,7 +5,6 @@ then completes the sweep as if nothing had happened. Trials take no time (`helpe
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import closing
@@ -15,12 +14,10 @@ from typing import Any
 import pytest
 
 from orchestrator import api
-from orchestrator.planning.plan import RESULT_STATES
 from orchestrator.store.event_log import CRASH_AT
 from orchestrator.tracking._runs import create_database
 from tests.helpers.disks import PAGE, small_disk
 from tests.helpers.sweeps import (
-    airsweep,
     all_runs,
     begun_twice,
     events,
@@ -35,9 +32,7 @@ UNTRACKED = ("--tracking-uri", "none")
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory, drawn_digits) -> Path:
-    pruning = "{rule: halving, rungs: [1, 2]}"
-    text = search_sweep(drawn_digits, host="grip", pruning=pruning)  # fpl has one round
-    return write_sweep(tmp_path_factory.mktemp("chaos"), "chaos", text)
+    return write_sweep(tmp_path_factory.mktemp("chaos"), "chaos", search_sweep(drawn_digits))
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +74,7 @@ def test_a_sweep_killed_at_any_event_and_resumed_has_the_results_of_an_undisturb
     count = len(events(calm, "chaos"))
     assert count > 40
     expected, expected_runs = results(calm), in_mlflow(calm)
-    assert {"trial_done", "trial_reused", "trial_pruned"} == {*outcomes(calm).values()}
+    assert {"trial_done", "trial_reused"} == {*outcomes(calm).values()}
     for number in range(1, count + 1) if every else [*range(1, count, count // FEW), count]:
         store = new_store(tmp_path / str(number), database)
         when = f"killed at event {number}"
@@ -129,25 +124,6 @@ def test_a_sweep_on_a_full_disk_stops_and_resumes_to_the_results_of_an_undisturb
             disk.clear()
 
 
-def test_plan_status_table_and_tracker_show_pruned_trials(spec, calm):
-    stopped = [slot for slot, end in outcomes(calm).items() if end == "trial_pruned"]
-    count = len(stopped)
-    plan = json.loads(airsweep("plan", spec, "--store", calm, "--json").stdout)["trials"]
-    assert (plan["pruned"], plan["to_run"]) == (count, 0)
-    assert plan["total"] == sum(plan[state] for state in RESULT_STATES) + count
-    shown = json.loads(airsweep("status", "chaos", "--store", calm, "--json").stdout)["trials"]
-    assert (shown["pruned"], shown["waiting"]) == (count, 0)
-    text = airsweep("table", "chaos", "--store", calm).stdout
-    assert f"{count // 2} points pruned early" in text
-    pruned = {e["slot"]: e for e in events(calm, "chaos") if e["event"] == "trial_pruned"}
-    runs = [run for run in all_runs(calm) if run.data.tags.get("air.state") == "pruned"]
-    assert sorted(run.data.tags["air.slot"] for run in runs) == sorted(stopped)
-    for run in runs:
-        rung = pruned[run.data.tags["air.slot"]]["rung"]
-        assert run.data.tags["air.pruned_after"] == str(rung)
-        assert list(run.data.metrics) == ["rung/mutual_information"]
-
-
 COSTS = ("time/", "system/")
 
 
@@ -176,26 +152,22 @@ def studies(store: Path) -> dict[str, list[tuple[Any, ...]]]:
 
 
 def outcomes(store: Path) -> dict[str, str]:
-    ended = ("trial_done", "trial_reused", "trial_failed", "trial_pruned")
+    ended = ("trial_done", "trial_reused", "trial_failed")
     return {e["slot"]: e["event"] for e in events(store, "chaos") if e["event"] in ended}
 
 
 def results(store: Path) -> tuple[Any, ...]:
     """The results of a sweep, which do not depend on how often it was resumed."""
     ended = outcomes(store)
-    pruned = sorted(slot for slot, end in ended.items() if end == "trial_pruned")
     failed = sorted(slot for slot, end in ended.items() if end == "trial_failed")
-    return table(store, "chaos"), studies(store), sorted(ended), pruned, failed
+    return table(store, "chaos"), studies(store), sorted(ended), failed
 
 
 def assert_worked_once(store: Path, calm: Path, when: str, redone: int = 0) -> None:
     """
     Args:
-        redone: how many pieces of work may have been started twice. A job has two seeds of ten
-            iterations.
+        redone: how many pieces of work may have been started twice.
     """
     trials, prepared = begun_twice(store / "built.log", calm / "built.log")
     assert trials.total() <= redone, (when, trials)
     assert prepared.total() <= redone, (when, prepared)
-    iterations, _ = begun_twice(store / "iterations.log", calm / "iterations.log")
-    assert iterations.total() <= 20 * redone, when

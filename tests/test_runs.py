@@ -86,7 +86,6 @@ def whole(spec, leak) -> Path:
         "reused": 0,
         "shared": 1,
         "recovered": 0,
-        "pruned": 0,
         "to_run": TRIALS - 1,
     }
     assert [a["state"] for a in plan["artifacts"]] == ["missing", "missing"]
@@ -161,7 +160,6 @@ def test_plan_and_status_agree_with_the_run(spec, whole):
         "reused": 0,
         "shared": 1,
         "recovered": 0,
-        "pruned": 0,
         "to_run": 0,
     }
     assert {a["stage"]: (a["state"], a["have"], a["need"]) for a in plan["artifacts"]} == {
@@ -176,7 +174,6 @@ def test_plan_and_status_agree_with_the_run(spec, whole):
         "reused": 0,
         "shared": 1,
         "recovered": 0,
-        "pruned": 0,
         "failed": 0,
         "running": 0,
         "waiting": 0,
@@ -239,5 +236,5 @@ def test_another_sweep_reuses_the_trials_of_this_one(spec, whole, drawn_digits):
     more = write_sweep(spec.parent, "more", body)
     plan = json.loads(airsweep("plan", more, "--store", whole, "--json").stdout)
     results = {"done": 0, "reused": 3, "shared": 2, "recovered": 0}
-    assert plan["trials"] == {"total": 18, **results, "pruned": 0, "to_run": 13}
+    assert plan["trials"] == {"total": 18, **results, "to_run": 13}
     assert plan["reused_from"] == {"default/search": 3}  # zero_shot once, fpl twice

@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.skipif(not IS_INSTALLED, reas
 NAME = "shared"
 TRIVIAL = "tests.helpers.trivial"
 SHORT = ("--set", "search.points=2")
-ENDED = ("trial_done", "trial_reused", "trial_failed", "trial_pruned")
+ENDED = ("trial_done", "trial_reused", "trial_failed")
 
 
 @pytest.fixture(scope="module")

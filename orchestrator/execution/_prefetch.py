@@ -141,7 +141,7 @@ class Prefetch:
 
         Two folders of the same images lead to this. The cell that comes first runs the trial.
         """
-        return slot.id not in self.plan.pruned and not self.state.location.store.has(slot.spec)
+        return not self.state.location.store.has(slot.spec)
 
     def is_ready(self, cell: Cell) -> bool:
         """Whether the inputs of a cell exist, or failed and are not retried in this run."""

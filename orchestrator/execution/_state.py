@@ -227,16 +227,12 @@ class RunState:
             "cell": outcome.slot.cell.id,
             "key": outcome.slot.key.digest,
         }
-        if outcome.pruned is not None:
-            fields |= {"rung": outcome.pruned.rung, "value": outcome.pruned.value}
         if outcome.state == "failed":
             fields |= {"failure_class": outcome.failure_class, "message": outcome.message}
         return self.event_log.append(f"trial_{outcome.state}", **fields)
 
     def _charge(self, outcome: Outcome) -> None:
         """Add the cost of a trial to the budget and the statistics."""
-        if outcome.pruned is not None:
-            self.budget_tracker.record_pruned_trial(outcome.seconds)
         if outcome.state == "done" and outcome.record is not None:
             record = outcome.record
             spec = outcome.slot.spec

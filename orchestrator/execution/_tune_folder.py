@@ -23,8 +23,7 @@ from orchestrator.planning.plan import RESULT_STATES
 from orchestrator.reporting import plan_status
 from orchestrator.reporting.results import ENDED, all_settings, finished_records
 from orchestrator.spec import SweepSpec
-from orchestrator.store import ArtifactStore, SweepLocation, TrialRecord
-from orchestrator.store.checkpoints import recorded_rungs
+from orchestrator.store import SweepLocation, TrialRecord
 
 FOLDER = "tune"
 STATE = "experiment_state-airsweep.json"  # the part after `-` is a time in Tune's own files
@@ -53,7 +52,7 @@ def write_tune_folder(sweep: SweepSpec, location: SweepLocation) -> None:
         if state == "failed":
             event = status.failures[slot.id]
             facts |= {name: event[name] for name in ("failure_class", "message")}
-        reported = _pruned(slot, location.store) if state == "pruned" else [{}]
+        reported: list[dict[str, Any]] = [{}]
         if state in RESULT_STATES and slot.id in records:
             reported = _finished(records[slot.id])
         rows = [{"training_iteration": i, **row, **facts} for i, row in enumerate(reported, 1)]
@@ -71,12 +70,6 @@ def _finished(record: TrialRecord) -> list[dict[str, Any]]:
     *earlier, last = [dict(zip(record.curves, row, strict=True)) for row in values] or [{}]
     end = {"time_total_s": record.seconds, "timestamp": record.started + record.seconds}
     return [*earlier, last | record.metrics | _named(record.objectives) | end]
-
-
-def _pruned(slot: Slot, store: ArtifactStore) -> list[dict[str, Any]]:
-    """A row per rung."""
-    rungs, _ = recorded_rungs(slot.spec, store)
-    return [{"training_iteration": rung} | _named(rungs[rung]) for rung in sorted(rungs)] or [{}]
 
 
 def _named(objectives: Mapping[str, float]) -> dict[str, float]:

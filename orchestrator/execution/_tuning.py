@@ -26,7 +26,7 @@ from orchestrator.failures import Failure, classify, classify_death
 from orchestrator.planning import ray_resources
 from orchestrator.spec import Resources
 from orchestrator.stages.context import WorkerContext, limit_gpu_memory
-from orchestrator.store.checkpoints import Curves, is_finished
+from orchestrator.store.checkpoints import Curves
 
 # At a time, for Tune; `_JobSearcher` limits the jobs to those that fit the cluster.
 MAX_JOBS = 10_000
@@ -94,7 +94,7 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]
 
         results: Sequence[object]
         try:
-            results = run_trials(job.trials, worker, report, job.segments, report_curves)
+            results = run_trials(job.trials, worker, report, report_curves)
         except Exception as problem:
             results = [problem] * len(job.trials)
         found = zip(job.keys, results, strict=True)
@@ -193,7 +193,7 @@ class _JobCallback(_Stateless, tune.Callback):  # type: ignore[misc]
         lost = [
             key
             for key, spec in zip(job.keys, job.trials, strict=True)
-            if not is_finished(spec, self.scheduler.store, job.segments.stop_after)
+            if not self.scheduler.store.has(spec)
         ]
         self.scheduler.complete(number, dict.fromkeys(lost, failure))
 

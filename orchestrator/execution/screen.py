@@ -45,8 +45,6 @@ class PointRows:
             distinct = len({o.slot.key for o in point if o.record})
             spread = f" ± {stdev(scores):.1f}" if distinct > 1 else ""
             text += f" test {fmean(scores):5.1f} %{spread}"
-        if point[0].pruned is not None:
-            text += f"  pruned after iteration {point[0].pruned.rung}"
         if failed:
             text += f"  {len(failed)} failed ({failed[0].failure_class}): {failed[0].message}"
         if all(o.state == "reused" for o in point):
@@ -94,7 +92,6 @@ class Screen:
             f"{plan.sweep.name}: {plural(plan.total, 'trial')} in "
             f"{plural(len(plan.cells), 'cell')}, "
             f"{plan.to_run} to run, {results_text(plan.results)}"
-            + (f", {len(plan.pruned)} pruned" if plan.pruned else "")
         )
         if plan.edit is not None:
             self.message(str(plan.edit))

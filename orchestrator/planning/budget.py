@@ -40,17 +40,12 @@ class BudgetTracker:
     def record_preparation(self, stage: str, seconds: float) -> None:
         self.gpu_seconds += seconds * self.resources.process_resources(stage).gpu
 
-    def record_pruned_trial(self, seconds: float) -> None:
-        """Add the cost of a pruned trial, which says nothing about the length of a full trial."""
-        self.gpu_seconds += seconds * self.resources.trial.gpu
-
-    def can_start(self, under_way: Sequence[tuple[str, float]]) -> bool:
+    def can_start(self, under_way: Sequence[tuple[str, int]]) -> bool:
         """Whether another job fits into the budget.
 
         Args:
             under_way: (cell, number of trials) of the jobs that would run, the new job last. Jobs
-                run in parallel, the trials of a job one after another. A segment that ends at a
-                rung counts as the fraction of its iterations.
+                run in parallel, the trials of a job one after another.
         """
         *_, (cell, count) = under_way
         together = sum(self.expected_seconds(each) * trials for each, trials in under_way)

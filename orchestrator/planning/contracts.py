@@ -5,9 +5,9 @@ from __future__ import annotations
 import optuna
 
 from air_core.contracts import CONTRACTS, check_contract, need
-from orchestrator.components import PRUNING_RULES, SAMPLERS
+from orchestrator.components import SAMPLERS
 from orchestrator.spec import Dimension
-from orchestrator.spec.sweep import Pruning, Search
+from orchestrator.spec.sweep import Search
 
 __all__ = ["check_contract"]
 
@@ -30,12 +30,4 @@ def _sampler(name: str) -> None:
     need(suggested(1) == suggested(1), "an equal seed must give equal points")
 
 
-def _rule(name: str) -> None:
-    pruning, values = Pruning(rule=name, rungs=(1,)), {4: 0.1, 5: 0.4, 6: 0.2, 7: 0.3}
-    continuing = PRUNING_RULES.load(name)(pruning, values, [0.2])
-    need(set(continuing) <= set(values), "points that continue must be numbers of `values`")
-    need(5 in continuing, "the best point must continue")
-    need(not [*PRUNING_RULES.load(name)(pruning, {}, [])], "of no point, none must continue")
-
-
-CONTRACTS |= {SAMPLERS.key: _sampler, PRUNING_RULES.key: _rule}
+CONTRACTS |= {SAMPLERS.key: _sampler}

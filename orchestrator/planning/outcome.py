@@ -7,19 +7,16 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from orchestrator.planning.plan import Slot
-from orchestrator.planning.studies import PrunedPoint
 from orchestrator.store import TrialRecord
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a slot: its trial's record, rung or failure."""
+    """The result of a slot: its trial's record or failure."""
 
     slot: Slot
-    state: Literal["done", "reused", "failed", "pruned"]
+    state: Literal["done", "reused", "failed"]
     record: TrialRecord | None = None
-    pruned: PrunedPoint | None = None
-    seconds: float = 0.0  # duration of a pruned trial
     failure_class: str | None = None
     message: str = ""
     already_logged: bool = False  # the event log has this outcome already

@@ -25,7 +25,6 @@ from orchestrator.planning.resolve import InvalidSetting, Resolver, with_model_d
 from orchestrator.planning.resources import trial_memory
 from orchestrator.planning.studies import (
     Edit,
-    PrunedPoint,
     Searches,
     StudyStart,
     edit_since_last_run,
@@ -37,7 +36,6 @@ from orchestrator.plugins import use_plugins
 from orchestrator.spec import Cell, Dimension, SweepSpec, cells_of
 from orchestrator.spec.space import default_params, grid_points, study_name
 from orchestrator.store import ArtifactStore, EventLog, SweepLocation, read_resolved
-from orchestrator.store.checkpoints import recorded_rungs, training_spec
 from orchestrator.store.code_version import recorded_versions
 
 BASE_PER_CLASS = 8  # images without LoRA, drawn to measure what LoRA changes
@@ -177,8 +175,7 @@ class Plan:
     total: int
     left: Mapping[str, int]  # number of trials to run, by cell
     results: Mapping[ResultState, int]  # number of trials that need not run, by state
-    unlogged: int  # results and pruned trials that the event log does not have yet
-    pruned: Mapping[str, PrunedPoint]  # slots of points that the search pruned
+    unlogged: int  # results that the event log does not have yet
     requirements: tuple[Requirement, ...]
     work: tuple[Work, ...]  # that is left
     estimate: Estimate
@@ -188,7 +185,7 @@ class Plan:
 
     @property
     def to_run(self) -> int:
-        return self.total - sum(self.results.values()) - len(self.pruned)
+        return self.total - sum(self.results.values())
 
     @property
     def ended(self) -> int:
@@ -200,12 +197,7 @@ class Plan:
         return {
             "cells": len(self.cells),
             "points": self.points,
-            "trials": {
-                "total": self.total,
-                **self.results,
-                "pruned": len(self.pruned),
-                "to_run": self.to_run,
-            },
+            "trials": {"total": self.total, **self.results, "to_run": self.to_run},
             "artifacts": [_artifact(requirement, store) for requirement in self.requirements],
             "estimate": self.estimate.json(),
             "edit": self.edit and asdict(self.edit),
@@ -250,10 +242,7 @@ def _plan_sweep(
     moved = fp32_slots(event_log)
     slots: list[Slot] = []
     left: dict[str, int] = {}  # trials by cell
-    stopped: dict[str, PrunedPoint] = {}  # by slot
     points = 0
-    # Rungs at which the point of a slot is not compared yet, by slot.
-    pending_rungs: dict[str, list[int]] = {}
     if sweep.search is not None and sweep.search.objective == "validation_accuracy":
         for name in dict.fromkeys(str(cell.flat["dataset"]) for cell in cells):
             resolver.check_validation(name)
@@ -261,38 +250,24 @@ def _plan_sweep(
         count = state.points(cell, sweep.search)
         points += count
         left[cell.id] = count * len(assignments)
-        pruned_points = state.pruned_points(cell, sweep.search)
-        carried = state.carried_points(cell, sweep.search, starts.get(cell.id))
         params_by_number = known_points(sweep, cell, state, starts.get(cell.id))
         for number, params in sorted(params_by_number.items())[:count]:
-            point_slots = slots_of(cell, number, params, assignments, resolver, moved)
-            slots += point_slots
-            if number in pruned_points:
-                stopped |= {slot.id: pruned_points[number] for slot in point_slots}
-            elif sweep.search is not None and sweep.search.rungs and params not in carried:
-                last = iterations_of(point_slots)
-                rungs = state.rungs_left(cell, sweep.search, number, last)
-                pending_rungs |= {slot.id: rungs for slot in point_slots}
+            slots += slots_of(cell, number, params, assignments, resolver, moved)
     store.survey(slot.spec for slot in slots)
-    present = [_is_complete(slot.spec, pending_rungs.get(slot.id, ()), store) for slot in slots]
+    present = [store.has(slot.spec) for slot in slots]
     logged = logged_results(event_log)
     logged.assign({slot.id: slot.key.digest for slot in slots})
-    ended = ended_slots(event_log) if stopped else {}
     results: dict[ResultState, int] = dict.fromkeys(RESULT_STATES, 0)
     unlogged = 0
     to_run: set[str] = set()  # keys
     for slot, is_present in zip(slots, present, strict=True):
-        if slot.id in stopped:
-            left[slot.cell.id] -= 1
-            unlogged += ended.get(slot.id, ("",))[0] != slot.key.digest
-        elif is_present or slot.key.digest in to_run:
+        if is_present or slot.key.digest in to_run:
             result = logged.state(slot.id, slot.key.digest) if is_present else "shared"
             results[result] += 1
             is_logged = is_present and logged.keys.get(slot.id) == slot.key.digest
             unlogged += not is_logged
             left[slot.cell.id] -= 1
         else:
-            # The record may exist all the same: another cell can have it without these rungs.
             to_run.add(slot.key.digest)
     total = points * len(assignments)
     present_keys = [
@@ -300,12 +275,7 @@ def _plan_sweep(
     ]
     request = request_digest(sweep, cells)
     edit = edit_since_last_run(
-        request,
-        present_keys,
-        sum(results.values()),
-        total - len(stopped),
-        starts.values(),
-        event_log,
+        request, present_keys, sum(results.values()), total, starts.values(), event_log
     )
     # The file of a sweep does not list the trials that are repeated in fp32.
     repeated = [slot.spec for slot in slots if slot.id in moved]
@@ -328,7 +298,6 @@ def _plan_sweep(
         left=left,
         results=results,
         unlogged=unlogged,
-        pruned=stopped,
         requirements=requirements,
         work=work,
         estimate=estimate(work, store, sweep.resources),
@@ -336,17 +305,6 @@ def _plan_sweep(
         request_digest=request,
         edit=edit,
     )
-
-
-def _is_complete(spec: TrialSpec, rungs: Iterable[int], store: ArtifactStore) -> bool:
-    """Whether the store has a trial and its objectives at all of `rungs`.
-
-    Another sweep may have run the same trial without these rungs.
-    """
-    if not store.has(spec):
-        return False
-    passed = recorded_rungs(spec, store)[0] if rungs else {}
-    return all(rung in passed for rung in rungs)
 
 
 def _remaining_work(
@@ -456,11 +414,6 @@ def slots_of(
             key = artifact_key(spec)
         slots.append(Slot(slot_id, cell, point, params, seeds, spec, key))
     return slots
-
-
-def iterations_of(slots: Iterable[Slot]) -> int:
-    """The smallest number of iterations among the trials of a point."""
-    return min(training_spec(slot.spec).iterations for slot in slots)
 
 
 # ---------------------------------------------------------------- requirements
@@ -596,7 +549,7 @@ class LoggedResults:
         match event["event"]:
             case "trials_started":
                 self.started.update(event["slots"])
-            case "trial_failed" | "trial_pruned":
+            case "trial_failed":
                 self.started.discard(event["slot"])
                 self.keys.pop(event["slot"], None)
             case "trial_done" | "trial_reused" as name:
@@ -635,10 +588,10 @@ def logged_results(event_log: EventLog) -> LoggedResults:
 
 
 def ended_slots(event_log: EventLog) -> dict[str, tuple[str, str]]:
-    """Trial key and state (done, reused or pruned) by slot, without failed slots."""
+    """Trial key and state (done or reused) by slot, without failed slots."""
     ended: dict[str, tuple[str, str]] = {}
     for event in event_log.events():
-        if event["event"] in ("trial_done", "trial_reused", "trial_pruned"):
+        if event["event"] in ("trial_done", "trial_reused"):
             ended[event["slot"]] = (event["key"], event["event"].removeprefix("trial_"))
         elif event["event"] == "trial_failed":
             ended.pop(event["slot"], None)

@@ -15,7 +15,6 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from statistics import fmean
-from types import MappingProxyType
 from typing import Any, get_args
 
 import optuna
@@ -126,28 +125,21 @@ class CellSearch:
         end = min((first // self.search.width + 1) * self.search.width, total)
         return points + [self._suggest(number) for number in range(len(self._params), end)]
 
-    def record_round(
-        self,
-        values: Mapping[int, float | None],
-        stopped: Mapping[int, tuple[int, float]] = MappingProxyType({}),
-    ) -> None:
+    def record_round(self, values: Mapping[int, float | None]) -> None:
         """Record the end of the points of a round; a recorded objective never changes.
 
         Args:
             values: objectives by point number; None: the point failed.
-            stopped: (iteration, objective at it) of the pruned points, by number.
         """
         for number in list(self._open):
-            if number in stopped:
-                self._prune(number, *stopped[number])
-            elif number in values:
+            if number in values:
                 self._end(number, values[number])
         self._earlier = []
 
     def _restore(self, state: Searches) -> None:
         """Rebuild the study from the event log, in the order in which points ended."""
         study = study_name(self.cell, self.search)
-        values, pruned = state.values.get(study, {}), state.pruned.get(study, {})
+        values = state.values.get(study, {})
         known = state.known_points(self.cell, self.search, None)
         for number in range(max(known, default=-1) + 1):
             if number in known:
@@ -163,30 +155,23 @@ class CellSearch:
         for number, value in values.items():
             if value is not None and number in self._open:
                 self._end(number, value)
-            elif number in pruned and number in self._open:
-                self._prune(number, pruned[number].rung, pruned[number].value)
         self._earlier = [
-            Point(number, params, round_is_over=True)
+            Point(number, params)
             for number, params in self._params.items()
             if number < self._total() and (number in values or number in self._carried)
         ]
 
     def _end(self, number: int, value: float | None) -> None:
+        """Add a point that ended to the study."""
         if value is not None:
             self._values[number] = value
-        state = TrialState.FAIL if value is None else TrialState.COMPLETE
-        self._add(number, state=state, value=value)
-
-    def _prune(self, number: int, rung: int, value: float) -> None:
-        rungs = {rung: value}
-        self._add(number, state=TrialState.PRUNED, value=value, intermediate_values=rungs)
-
-    def _add(self, number: int, **outcome: Any) -> None:
-        """Add a point that ended to the study."""
         self._open.remove(number)
         params = self._params[number]
         attributes = {"point": number} | ({"carried": True} if number in self._carried else {})
-        self.study.add_trial(_frozen_trial(self.cell, params, user_attrs=attributes, **outcome))
+        state = TrialState.FAIL if value is None else TrialState.COMPLETE
+        self.study.add_trial(
+            _frozen_trial(self.cell, params, state=state, value=value, user_attrs=attributes)
+        )
 
     def _patience_exhausted(self) -> bool:
         """Whether none of the last `patience` points of this study improved the best objective."""
@@ -222,9 +207,7 @@ class CellSearch:
             self.study.sampler = sampler
             trial = self.study.ask()
             params = {each.key: _suggest_value(trial, each) for each in self.cell.space}
-            self.study.tell(
-                trial.number, state=TrialState.FAIL
-            )  # `_add` adds the point when it ends
+            self.study.tell(trial.number, state=TrialState.FAIL)  # `_end` adds the point
             if self._computation(params) not in known:
                 break
         return params

@@ -46,14 +46,6 @@ class StudyStart:
     left_out: int  # earlier points that are outside the new space or have no objective
 
 
-@dataclass(frozen=True)
-class PrunedPoint:
-    """The end of a pruned point: the iteration after which it stopped, and its objective there."""
-
-    rung: int
-    value: float
-
-
 @dataclass
 class Searches:
     """State of all searches of a sweep."""
@@ -62,13 +54,10 @@ class Searches:
     current: dict[str, str] = field(default_factory=dict)  # study by cell
     # Settings by study and point.
     suggested: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
-    # Objectives by study and point, in the order of their end; None: the point failed, was pruned.
+    # Objectives by study and point, in the order of their end; None: the point failed.
     values: dict[str, dict[int, float | None]] = field(default_factory=dict)
     carried: dict[str, list[CarriedPoint]] = field(default_factory=dict)  # by study
     ended: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # by patience; event by study
-    # Objectives of the compared points by study, rung and point.
-    rungs: dict[str, dict[int, dict[int, float]]] = field(default_factory=dict)
-    pruned: dict[str, dict[int, PrunedPoint]] = field(default_factory=dict)  # by study and point
 
     def points(self, cell: Cell, search: Search | None) -> int:
         """Number of points of a cell over all runs; fewer than configured if patience ended it."""
@@ -77,45 +66,13 @@ class Searches:
             return count
         return min(count, int(end["points"]))
 
-    def record_round(
-        self, study: str, values: Mapping[int, float | None], pruned: Iterable[int]
-    ) -> None:
-        """Record the objectives of a round; None: failed or pruned. None is replaced by a value."""
+    def record_round(self, study: str, values: Mapping[int, float | None]) -> None:
+        """Record the objectives of a round; None: failed. None is replaced by a value."""
         recorded = self.values.setdefault(study, {})
-        for number in sorted({*values, *pruned}):
-            value = values.get(number)
+        for number, value in sorted(values.items()):
             if number not in recorded or (recorded[number] is None and value is not None):
                 recorded.pop(number, None)  # move it to the end of the order
                 recorded[number] = value
-
-    def record_rung(
-        self, study: str, rung: int, values: Mapping[str, float], pruned: Iterable[int]
-    ) -> None:
-        """Record a comparison at a rung.
-
-        Args:
-            values: objectives of all compared points; the numbers are texts, as in JSON.
-            pruned: numbers of the points that stopped here.
-        """
-        numbered = {int(number): value for number, value in values.items()}
-        self.rungs.setdefault(study, {}).setdefault(rung, {}).update(numbered)
-        stopped = {number: PrunedPoint(rung, numbered[number]) for number in pruned}
-        self.pruned.setdefault(study, {}).update(stopped)
-
-    def pruned_points(self, cell: Cell, search: Search | None) -> Mapping[int, PrunedPoint]:
-        """The pruned points of a cell by number."""
-        return self.pruned.get(_study(cell, search), {})
-
-    def rungs_left(
-        self, cell: Cell, search: Search | None, number: int, iterations: int
-    ) -> list[int]:
-        """The rungs at which a point has not been compared yet.
-
-        Args:
-            iterations: of its trials. There is no comparison after the last iteration.
-        """
-        decided, rungs = self.rungs.get(_study(cell, search), {}), search.rungs if search else ()
-        return [r for r in rungs if r < iterations and number not in decided.get(r, {})]
 
     def carried_points(
         self, cell: Cell, search: Search | None, start: StudyStart | None
@@ -163,9 +120,7 @@ def read_searches(event_log: EventLog) -> Searches:
             case "round_told":
                 values = {int(number): value for number, value in event["values"].items()}
                 study = state.current.get(event["cell"], "")
-                state.record_round(study, values, event.get("pruned", ()))
-            case "rung_decided":
-                state.record_rung(event["study"], event["rung"], event["values"], event["pruned"])
+                state.record_round(study, values)
             case "search_ended":
                 state.ended[event["study"]] = event
     return state

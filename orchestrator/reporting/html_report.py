@@ -152,7 +152,7 @@ def _unused_files(data: ReportData) -> list[str]:
 
 def _state(data: ReportData) -> str:
     counts = data.counts
-    left = {state: counts[state] for state in ("waiting", "failed", "pruned") if counts[state]}
+    left = {state: counts[state] for state in ("waiting", "failed") if counts[state]}
     done = sum(counts[state] for state in RESULT_STATES)
     text = f"{plural(done, 'trial')} of {data.plan.total} have a result: {results_text(counts)}"
     if left:

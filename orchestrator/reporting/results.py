@@ -40,8 +40,8 @@ TABLE_COLUMNS = ("dataset", "test_dataset", "paradigm", "modality", "method")
 
 
 def finished_records(plan: Plan, store: ArtifactStore) -> list[tuple[Slot, TrialRecord]]:
-    """The slots with a record in the store, and the records, except those of pruned points."""
-    slots = [slot for slot in plan.slots if slot.id not in plan.pruned and store.has(slot.spec)]
+    """The slots with a record in the store, and the records."""
+    slots = [slot for slot in plan.slots if store.has(slot.spec)]
     store.fetch(slot.spec for slot in slots)
     return [(slot, read_trial(slot.spec, store)) for slot in slots]
 
@@ -102,9 +102,8 @@ def results_of(
         for slot, record in records
     ]
     tested = {dataset_text(slot.cell.flat): slot.spec for slot, _ in records}
-    pruned = {(slot.cell.id, slot.point) for slot in plan.slots if slot.id in plan.pruned}
     return Results(
-        rows(trials, search_objective, Counter(cell for cell, _ in pruned)),
+        rows(trials, search_objective),
         trials,
         {name: len(tested_classes(spec, store)) for name, spec in tested.items()},
     )
@@ -154,7 +153,7 @@ def trials_frame(plan: Plan, store: ArtifactStore, event_log: EventLog) -> DataF
 
     Columns: `trial` (the slot) and `key` (12 digits), which `predictions` accepts; `cell`,
     `point`; `TABLE_COLUMNS`; every setting that the sweep varies; the seeds; `state` (done, reused,
-    shared, recovered, pruned, failed, running, waiting); `failure` and `message` of failed trials;
+    shared, recovered, failed, running, waiting); `failure` and `message` of failed trials;
     `seconds` and every metric, NaN where a trial has no value.
     """
     from pandas import DataFrame
@@ -244,7 +243,7 @@ def _overview(location: SweepLocation) -> dict[str, Any]:
     return {
         "sweep": location.full_name,
         "state": "running" if alive else state,
-        "finished": sum(counts[state] for state in (*RESULT_STATES, "pruned")),
+        "finished": sum(counts[state] for state in RESULT_STATES),
         "failed": counts["failed"],
         "total": sum(counts.values()),
         "last_event": last,
@@ -255,7 +254,7 @@ def _overview(location: SweepLocation) -> dict[str, Any]:
 # ---------------------------------------------------------------- status
 
 
-ENDED = (*RESULT_STATES, "pruned", "failed")
+ENDED = (*RESULT_STATES, "failed")
 
 
 @dataclass
@@ -306,8 +305,8 @@ def match_plan(status: SweepStatus, plan: Plan, store: ArtifactStore, alive: boo
 
     The event log also has trials of earlier versions of the sweep file, some in the slots of other
     trials; they are left out. Unless a driver is `alive`, results are added that the store has and
-    the event log does not: those of a killed run, and those of other sweeps; so are pruned trials
-    without an event. The next run logs them in the same states.
+    the event log does not: those of a killed run, and those of other sweeps. The next run logs them
+    in the same states.
     """
     planned = {slot.id: slot.key.digest for slot in plan.slots}
     status.results.assign(planned)
@@ -322,9 +321,7 @@ def match_plan(status: SweepStatus, plan: Plan, store: ArtifactStore, alive: boo
     for slot in () if alive else plan.slots:
         if status.last.get(slot.id) in ENDED:
             continue
-        if slot.id in plan.pruned:
-            status.last[slot.id] = "pruned"
-        elif store.has(slot.spec):
+        if store.has(slot.spec):
             status.last[slot.id] = status.results.state(slot.id, slot.key.digest)
             status.failures.pop(slot.id, None)
 
@@ -368,9 +365,7 @@ def sweep_status(event_log: EventLog) -> SweepStatus:
                 status.retried[event["failure_class"]] += 1
             case "trials_started":
                 status.last |= dict.fromkeys(event["slots"], "running")
-            case "rung_reached":
-                status.last[event["slot"]] = "waiting"  # for the other points of its round
-            case "trial_done" | "trial_reused" | "trial_failed" | "trial_pruned" as name:
+            case "trial_done" | "trial_reused" | "trial_failed" as name:
                 status.last[event["slot"]] = result or name.removeprefix("trial_")
                 status.last_run[status.last[event["slot"]]] += 1
                 status.keys[event["slot"]] = event["key"]

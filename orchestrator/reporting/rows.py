@@ -24,7 +24,7 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -113,17 +113,15 @@ class Row(Interval):
     point: int
     protocol: Protocol
     choice: Choice | None = None  # None: the cell has a single point
-    pruned: int = 0  # points of the cell that were stopped early
     # Settings of the method's definition that the sweep changed, where `settings` lacks them.
     departures: Mapping[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         choice = {} if self.choice is None else self.choice.as_json(self.point)
-        pruned = {"pruned": self.pruned} if self.pruned else {}
         columns = {name: getattr(self, name) for name in FIELDS}
         if not self.is_tested:  # JSON has no NaN
             columns |= dict.fromkeys(("metric", "mean", "low", "high"))
-        return columns | {"protocol": asdict(self.protocol)} | choice | pruned
+        return columns | {"protocol": asdict(self.protocol)} | choice
 
     @property
     def is_tested(self) -> bool:
@@ -258,18 +256,13 @@ class Comparison:
 # ---------------------------------------------------------------- rows
 
 
-def rows(
-    trials: Sequence[FinishedTrial],
-    search_objective: str | None,
-    pruned: Mapping[str, int] = MappingProxyType({}),
-) -> list[Row]:
+def rows(trials: Sequence[FinishedTrial], search_objective: str | None) -> list[Row]:
     """Group trials into rows: one per setting or, with a search, one per cell.
 
     Rows stand in the order in which their settings first appear.
 
     Args:
         search_objective: the objective of the search; None: one row per setting.
-        pruned: number of points without finished trials that the search stopped early, by cell.
     """
     points: dict[tuple[str, int], list[FinishedTrial]] = {}
     for trial in trials:
@@ -284,8 +277,7 @@ def rows(
     result = []
     for cell, group in cells.items():
         cell_ranking = ranking([scores[cell]]) if cell in scores else None
-        row = _searched_row(group, search_objective, cell_ranking, pooled)
-        result.append(replace(row, pruned=pruned.get(cell, 0)))
+        result.append(_searched_row(group, search_objective, cell_ranking, pooled))
     return result
 
 
@@ -318,14 +310,12 @@ def _scores(points: Iterable[Sequence[FinishedTrial]]) -> tuple[Array, Array]:
 
 def choice_notes(rows: Sequence[Row]) -> list[str]:
     """Sentences on why searched rows show their settings; empty without a search."""
-    pruned = sum(row.pruned for row in rows)
-    notes = [f"{plural(pruned, 'point')} pruned early and not tested."] if pruned else []
     choices = {row.cell: row.choice for row in rows if row.choice is not None}
     if not choices:
-        return notes
+        return []
     first = next(iter(choices.values()))
     by_cell = {cell: choice.ranking for cell, choice in choices.items()}
-    return [*ranking_sentences(first.objective, first.pooled, by_cell), *notes]
+    return [*ranking_sentences(first.objective, first.pooled, by_cell)]
 
 
 def _search_order(point: Sequence[FinishedTrial]) -> tuple[float, int]:

@@ -66,8 +66,7 @@ def plan_screen(
         f"{plan.sweep.name}: {plural(len(plan.cells), 'cell')}, "
         f"{plural(plan.points, 'point')}, "
         f"{plural(trials['total'], 'trial')}: {results_text(trials)}, "
-        + (f"{trials['pruned']} pruned, " if trials["pruned"] else "")
-        + f"{trials['to_run']} to run",
+        f"{trials['to_run']} to run",
         *([str(plan.edit)] if plan.edit is not None else []),
         *changed_inputs(earlier_results(plan, location)),
         "",

@@ -180,11 +180,10 @@ def run_facts(plan: Plan, location: SweepLocation) -> list[tuple[str, str]]:
     """Counts of trials and images, and the time of the last run, as (label, text)."""
     status = plan_status(plan, location)
     counts = status.counts(alive=False)
-    pruned = f"{counts['pruned']} pruned, " if counts["pruned"] else ""
     seconds = read_outcome(location).get("seconds")
     time = "" if seconds is None else f"; the last run took {format_duration(seconds)}"
     left = f", {plan.to_run} left to run" if plan.to_run else ""
-    trials = f"{plan.total}: {results_text(counts)}, {pruned}{counts['failed']} failed{left}"
+    trials = f"{plan.total}: {results_text(counts)}, {counts['failed']} failed{left}"
     return [
         ("not used", "\n".join(unused_lines(plan, location, status))),
         ("trials", f"{trials}{time}"),

@@ -199,7 +199,7 @@ def rows_frame(
         for row in results.rows
     ]
     at = FIELDS.index("settings")
-    of_search = [key for key in ("point", "chosen_by", "pruned") if any(key in o for o in lines)]
+    of_search = [key for key in ("point", "chosen_by") if any(key in o for o in lines)]
     measured = [column.key for column in COLUMNS if "data" in column.on]
     columns = [*FIELDS[:at], *keys, *FIELDS[at + 1 :], *measured, *of_search]
     return DataFrame(lines, columns=columns, dtype=object)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from air_core.specs import TrialSpec
@@ -19,7 +19,6 @@ class Point:
 
     number: int
     params: Mapping[str, Any]
-    round_is_over: bool = False  # its round is over, so pruning no longer compares it
 
 
 def point_count(cell: Cell, search: Search | None) -> int:
@@ -32,11 +31,9 @@ def point_count(cell: Cell, search: Search | None) -> int:
 
 
 def study_name(cell: Cell, search: Search) -> str:
-    """Name of a cell's study; another space, other settings or other pruning give another name."""
+    """Name of a cell's study; another space or other settings give another name."""
     space = [[d.key, d.values, d.min, d.max, d.log] for d in cell.space]
     identity = [space, search.sampler, search.seed, search.objective]
-    if search.pruning is not None:  # without pruning the name equals that of older versions
-        identity.append(list(astuple(search.pruning)))
     return f"{cell.id}/{digest([identity, cell.flat])[:8]}"
 
 

@@ -24,7 +24,7 @@ from air_core.methods import METHODS, named_refs
 from air_core.specs import STAGES, TrialSpec
 from air_core.specs.flat import from_flat, trial_keys
 from air_core.specs.normal import normalised
-from orchestrator.components import PRUNING_RULES, SAMPLERS
+from orchestrator.components import SAMPLERS
 from orchestrator.keys import digest
 from orchestrator.plugins import Plugin
 from orchestrator.spec import presets
@@ -42,28 +42,6 @@ from orchestrator.spec.validation import (
 )
 
 
-def _increasing(rungs: tuple[int, ...]) -> tuple[int, ...]:
-    for i, (before, rung) in enumerate(itertools.pairwise(rungs), 1):
-        if rung <= before:
-            raise validation_error(f"{rung} is not greater than {before}; allowed: > {before}", i)
-    return rungs
-
-
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
-class Pruning:
-    """Rules that stop the weaker points of a round early (`execution/_scheduler.py`)."""
-
-    rule: Annotated[str, NameOf(PRUNING_RULES)] = Field(
-        description=f"points that continue; {PRUNING_RULES.summary()}"
-    )
-    rungs: Annotated[
-        tuple[Annotated[Whole, Field(ge=1)], ...], Field(min_length=1), AfterValidator(_increasing)
-    ] = Field(description="iterations after which points are compared, in increasing order")
-    keep: Number = setting(
-        0.5, "halving: share of the points of a round that continues", gt=0, lt=1
-    )
-
-
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Search:
     """The hyperparameter search of each cell."""
@@ -78,12 +56,7 @@ class Search:
     patience: Whole | None = setting(
         None, "points without improvement after which a cell ends; null: no limit", ge=1
     )
-    pruning: Pruning | None = setting(None, "stops weak points early; null: no pruning")
     space: Space = Field(description="the searched keys, each with values or a range")
-
-    @property
-    def rungs(self) -> tuple[int, ...]:
-        return self.pruning.rungs if self.pruning else ()
 
 
 def _entry(entry: Any) -> Any:
@@ -773,9 +746,7 @@ def smoke_variant(spec: SweepSpec) -> SweepSpec:
     class, evidence of 32 pool images."""
     grid = {key: values for key, values in spec.grid.items() if key not in SMOKE}
     space = tuple(dimension for dimension in spec.space if dimension.key not in SMOKE)
-    search = spec.search and replace(
-        spec.search, points=min(2, spec.search.points), pruning=None, space=space
-    )
+    search = spec.search and replace(spec.search, points=min(2, spec.search.points), space=space)
     seeds = replace(spec.seeds, values=spec.seeds.values[:1])
     exclude = tuple(entry for entry in spec.exclude if not entry.keys() & SMOKE.keys())
     overrides = tuple(

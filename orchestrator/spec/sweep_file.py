@@ -49,7 +49,6 @@ from orchestrator.spec.sweep import (
     Budget,
     Cell,
     Override,
-    Pruning,
     Resources,
     Search,
     SeedEntries,
@@ -60,7 +59,6 @@ from orchestrator.spec.sweep import (
     has_fitting_cell,
     matching_overrides,
     needs_labels_message,
-    possible_cells,
     split_name,
     with_every_method,
 )
@@ -630,8 +628,6 @@ def _search_errors(spec: SweepSpec, search: Search, cells: tuple[Cell, ...]) -> 
                 f"sampler grid enumerates {size:,} combinations of values; allowed: up to "
                 f"{MAX_POINTS:,} in a cell, or sampler tpe or random",
             )
-    if search.pruning:
-        yield from _pruning_errors(spec, search, search.pruning)
     for cell in cells:
         if search.objective == "validation_accuracy" and cell.flat["pool"] != "train":
             yield document.error(
@@ -639,35 +635,4 @@ def _search_errors(spec: SweepSpec, search: Search, cells: tuple[Cell, ...]) -> 
                 f"the pool of {cell.id} contains the validation images "
                 f"(pool: {cell.flat['pool']}); "
                 "allowed: mutual_information, or `pool: train` under fixed",
-            )
-
-
-def _pruning_errors(spec: SweepSpec, search: Search, pruning: Pruning) -> Iterator[SpecError]:
-    document, path = spec.document, ("search", "pruning")
-    if pruning.rule != "halving" and "keep" in document.value_at(path):
-        yield document.key_error(
-            (*path, "keep"),
-            f"rule {pruning.rule} does not use `keep`; allowed: rule halving",
-        )
-    if search.width == 1 and pruning.rule == "halving":
-        yield document.key_error(
-            path,
-            "rule halving compares the points of a round, but `width` is 1; "
-            "allowed: `width: 2` or more",
-        )
-    if any(dimension.key == "iterations" for dimension in search.space):
-        yield document.key_error(
-            ("search", "space", "iterations"),
-            "pruning compares points with the same number of iterations, so `iterations` cannot be "
-            "searched; allowed with search.pruning: `iterations` under grid or fixed",
-        )
-        return
-    searching = [cell for cell in possible_cells(spec) if cell.space]
-    longest = max((cell.flat["iterations"] for cell in searching), default=None)
-    for i, rung in enumerate(pruning.rungs):
-        if longest is not None and rung >= longest:
-            yield document.error(
-                (*path, "rungs", i),
-                f"pruning after {rung} iterations has no effect, because no searched cell has more "
-                f"than {longest} iterations; allowed: < {longest}",
             )

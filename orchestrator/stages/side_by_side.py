@@ -22,22 +22,15 @@ from orchestrator.spec.sweep import ENCODER_BATCH
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.trial import TrialRun, open_trial, run_trial
 from orchestrator.store import TrialRecord, read_trial
-from orchestrator.store.checkpoints import (
-    WHOLE_TRIAL,
-    Curves,
-    Segments,
-    is_finished,
-    training_spec,
-)
+from orchestrator.store.checkpoints import Curves
 
 
 def run_trials(
     specs: Sequence[TrialSpec],
     worker: WorkerContext,
     report: Callable[[int, int, int], None] = lambda index, done, total: None,
-    segments: Segments = WHOLE_TRIAL,
     report_curves: Callable[[int, Curves], None] = lambda index, curves: None,
-) -> list[TrialRecord | Exception | None]:
+) -> list[TrialRecord | Exception]:
     """Run the trials that have no record yet; returns the record or the exception of each.
 
     A record is published as soon as its trial is finished.
@@ -45,16 +38,11 @@ def run_trials(
     Args:
         worker: a smaller batch also means fewer trials side by side.
         report: called with the index of a trial in `specs`, and its finished and all steps.
-        segments: where trials stop, if they do. The result of a stopped trial is None.
         report_curves: called after each round with the index of a trial and its curves so far.
     """
     store = worker.store
-    specs = [
-        normalised(spec) if segments.stop_after is None else training_spec(spec) for spec in specs
-    ]
-    missing = [
-        spec for spec in dict.fromkeys(specs) if not is_finished(spec, store, segments.stop_after)
-    ]
+    specs = [normalised(spec) for spec in specs]
+    missing = [spec for spec in dict.fromkeys(specs) if not store.has(spec)]
     reports = {
         spec: (partial(report, specs.index(spec)), partial(report_curves, specs.index(spec)))
         for spec in missing
@@ -63,16 +51,14 @@ def run_trials(
     # All processes take locks in the same order, or two could wait for each other.
     missing.sort(key=lambda spec: artifact_key(spec).digest)
     for group in side_by_side(missing, worker.device, worker.batch / ENCODER_BATCH):
-        problems = _run_group(group, worker, reports, segments)
+        problems = _run_group(group, worker, reports)
         counts = Counter(map(id, problems.values()))
         # An exception that several trials share is no trial's own, such as a lack of memory.
         shared = [spec for spec, problem in problems.items() if counts[id(problem)] > 1]
         failed |= {spec: problem for spec, problem in problems.items() if spec not in shared}
         del problems  # their tracebacks hold the tensors
         for spec in shared:
-            failed |= _run_group([spec], worker, reports, segments)
-    if segments.stop_after is not None:
-        return [failed.get(spec) for spec in specs]
+            failed |= _run_group([spec], worker, reports)
     return [failed.get(spec) or read_trial(spec, store) for spec in specs]
 
 
@@ -80,7 +66,6 @@ def _run_group(
     group: Sequence[TrialSpec],
     worker: WorkerContext,
     reports: Mapping[TrialSpec, tuple[Callable[[int, int], None], Callable[[Curves], None]]],
-    segments: Segments,
 ) -> dict[TrialSpec, Exception]:
     """Run and record trials side by side; the exception of each trial that fails."""
     problems: dict[TrialSpec, Exception] = {}
@@ -94,7 +79,7 @@ def _run_group(
                 if spec.test_dataset is not None:
                     run_trial(spec, worker.store, worker.device, report)
                     continue
-                opened = stack.enter_context(open_trial(spec, worker, report, len(group), segments))
+                opened = stack.enter_context(open_trial(spec, worker, report, len(group)))
             except Exception as problem:
                 problems[spec] = problem
             else:

@@ -23,10 +23,10 @@ from torch import Tensor
 from air_core.backbone import Backbone
 from air_core.bundle.arrays import fused_arrays
 from air_core.classifiers import Classifier, text_classifier
-from air_core.evaluation import measured, objectives
+from air_core.evaluation import measured
 from air_core.evidence import mean_scores
 from air_core.lora_labels import first_of_each_class
-from air_core.method import Round, Trial, TrialData, TrialState, TrialStopped
+from air_core.method import Round, Trial, TrialData, TrialState
 from air_core.prompts import restored_learner
 from air_core.side_by_side import learn_side_by_side
 from air_core.specs import SplitSettings, TrialSpec
@@ -43,17 +43,15 @@ from orchestrator.store import ArtifactStore, TrialRecord, read_trial
 from orchestrator.store.artifacts import Building
 from orchestrator.store.checkpoints import (
     START,
-    WHOLE_TRIAL,
     Checkpoint,
     Curves,
-    Segments,
     delete_checkpoint,
-    is_finished,
     read_checkpoint,
-    training_spec,
     write_checkpoint,
 )
 from orchestrator.store.records import FUSED, POOL, PREDICTIONS, PROMPT
+
+CHECKPOINT_INTERVAL = 10.0  # seconds between two checkpoints of a trial, at least
 
 
 def run_trial(
@@ -89,7 +87,6 @@ def open_trial(
     worker: WorkerContext,
     report: Callable[[int, int], None],
     replicas: int = 1,
-    segments: Segments = WHOLE_TRIAL,
 ) -> Iterator[tuple[TrialRun, Trial] | None]:
     """Lock a trial, and read its inputs and its checkpoint.
 
@@ -98,23 +95,19 @@ def open_trial(
     Args:
         replicas: number of trials that run side by side, this one included. The record contains
             it where it is above one, since the last digits may depend on it.
-        segments: where the trial is measured, and where it stops before it has a record.
     """
     # A CPU trial is reproducible bit by bit on one thread only.
     torch.set_num_threads(1)
-    spec = normalised(spec) if segments.stop_after is None else training_spec(spec)
+    spec = normalised(spec)
     store = worker.store
     with store.locks.exclusive(artifact_key(spec).digest):
-        if is_finished(spec, store, segments.stop_after):
+        if store.has(spec):
             yield None
-        elif segments.stop_after is not None:
-            run = TrialRun(spec, worker, report, segments, replicas)
+            return
+        with store.building(spec, share=1 / replicas) as building:
+            run = TrialRun(spec, worker, report, replicas, building)
             yield run, run.trial()
-        else:
-            with store.building(spec, share=1 / replicas) as building:
-                run = TrialRun(spec, worker, report, segments, replicas, building)
-                yield run, run.trial()
-            delete_checkpoint(spec, store)
+        delete_checkpoint(spec, store)
 
 
 class TrialRun:
@@ -125,34 +118,31 @@ class TrialRun:
         spec: TrialSpec,
         worker: WorkerContext,
         report: Callable[[int, int], None],
-        segments: Segments,
         replicas: int,
-        building: Building | None = None,
+        building: Building,
     ) -> None:
-        self.started = time.monotonic()
+        self.started = self.saved = time.monotonic()  # `saved`: the last checkpoint
         self.steps: list[tuple[int, float]] = []  # the first and the last one; seconds until then
         self.spec, self.worker, self.report = spec, worker, report
-        self.segments, self.replicas, self.building = segments, replicas, building
+        self.replicas, self.building = replicas, building
         self.resumed_from = begun = read_checkpoint(spec, worker.store)
         target = read_target(spec.features, spec.split, worker.store, spec.tokens)
         self.data = read_data(spec, target, worker)
         self.true_labels = target.labels[target.split.pool]
         self.test_index, self.pool_index = target.split.test, target.split.pool
         self.curves = {name: list(values) for name, values in begun.curves.items()}
-        self.rung_objectives: dict[int, Mapping[str, float]] = dict(begun.rungs)
-        self.state = _state(begun)
         self.report_curves: Callable[[Curves], None] = lambda curves: None  # called after a round
 
     def trial(self) -> Trial:
         # Not an attribute: the trial refers to this object, and a cycle would keep its tensors.
-        return Trial(self.spec, self.data, self, self.state)
+        return Trial(self.spec, self.data, self, _state(self.resumed_from))
 
     def on_step(self, done: int, total: int) -> None:
         self.steps[1:] = [(done, self._seconds())]
         self.report(done, total)
 
     def on_round(self, result: Round) -> None:
-        """Measure a round; stop the trial at the end of its segment."""
+        """Measure a round, and write a checkpoint if the last one is old."""
         data, values = self.data, {"train/loss": result.loss}
         # With image tokens, testing needs a pass of the vision tower.
         if not reads_tokens(self.spec):
@@ -169,41 +159,27 @@ class TrialRun:
         for name, value in values.items():
             self.curves.setdefault(name, []).append(value)
         self.report_curves(self.curves)
-        if result.iteration + 1 in self.segments.rungs:
-            found = objectives(result.teacher, data.pool, data.validation, data.unseen)
-            self.rung_objectives[result.iteration + 1] = found
-        self.state = result.state
-        if result.iteration + 1 == self.segments.stop_after:
-            raise TrialStopped
+        if time.monotonic() - self.saved >= CHECKPOINT_INTERVAL:
+            write_checkpoint(self.spec, self.worker.store, self._checkpoint(result.state))
+            self.saved = time.monotonic()
 
     def end(self, outcome: TrialResult | Exception) -> None:
-        """Write the record of a finished trial, or the checkpoint of a stopped one.
+        """Write the record of a finished trial.
 
         Raises:
             Exception: that of a failed trial.
         """
-        if isinstance(outcome, TrialStopped):
-            write_checkpoint(self.spec, self.worker.store, self.checkpoint())
-        elif isinstance(outcome, Exception):
+        if isinstance(outcome, Exception):
             raise outcome
-        else:
-            assert self.building is not None, f"{self.segments.stop_after} is before the end"
-            self.building.info = self._write(outcome, self.building.folder)
-            self.building.earlier_seconds = self.resumed_from.seconds
+        self.building.info = self._write(outcome, self.building.folder)
+        self.building.earlier_seconds = self.resumed_from.seconds
 
-    def checkpoint(self) -> Checkpoint:
-        """State of the trial after its last round."""
-        labels = self.state.labels
-        arrays = {"prompts": np.stack([prompt.numpy() for prompt in self.state.prompts])}
-        if labels is not None:
-            arrays |= _label_arrays(labels)
+    def _checkpoint(self, state: TrialState) -> Checkpoint:
+        arrays = {"prompts": np.stack([prompt.numpy() for prompt in state.prompts])}
+        if state.labels is not None:
+            arrays |= _label_arrays(state.labels)
         return Checkpoint(
-            iterations=len(self.state.prompts),
-            arrays=arrays,
-            curves=self.curves,
-            rungs=self.rung_objectives,
-            seconds=round(self._seconds(), 3),
-            replicas=self._max_replicas(),
+            arrays, self.curves, round(self._seconds(), 3), replicas=self._max_replicas()
         )
 
     def _seconds(self) -> float:
@@ -258,8 +234,6 @@ class TrialRun:
         }
         if (startup := startup_seconds(self.steps, self._seconds())) is not None:
             info["startup"] = round(max(0.0, startup), 3)
-        if self.rung_objectives:
-            info["rungs"] = {str(rung): values for rung, values in self.rung_objectives.items()}
         if self._max_replicas() > 1:
             info["replicas"] = self._max_replicas()
         return info
@@ -309,17 +283,12 @@ def _state(begun: Checkpoint) -> TrialState:
     arrays = {name: torch.from_numpy(array) for name, array in begun.arrays.items()}
     labels = None
     if "labels" in arrays:
-        # Checkpoints of earlier versions have all targets (M, C).
-        targets = arrays["targets"] if "targets" in arrays else _sparse_targets(arrays)
+        num_classes, longest = arrays["sizes"].tolist()
+        targets = SparseTargets(
+            **{name: arrays[name] for name in TARGETS}, num_classes=num_classes, longest=longest
+        )
         labels = PseudoLabels(targets=targets, **{name: arrays[name] for name in LABELS})
     return TrialState(tuple(arrays["prompts"]), labels)
-
-
-def _sparse_targets(arrays: Mapping[str, Tensor]) -> SparseTargets:
-    num_classes, longest = arrays["sizes"].tolist()
-    return SparseTargets(
-        **{name: arrays[name] for name in TARGETS}, num_classes=num_classes, longest=longest
-    )
 
 
 def read_data(spec: TrialSpec, target: Target, worker: WorkerContext) -> TrialData:

@@ -64,12 +64,7 @@ class ChildRuns:
         seed = slot.seeds.get("seed", slot.spec.seed)
         logged = int((at or 0.0) * 1000)
         started, ended = _times(record) if record else (logged, logged)
-        if record is not None:
-            numbers = Numbers(metrics=record.metrics, curves=record.curves)
-        elif outcome.pruned is not None:
-            numbers = Numbers(metrics={f"rung/{self._objective}": outcome.pruned.value})
-        else:
-            numbers = Numbers()
+        numbers = Numbers(metrics=record.metrics, curves=record.curves) if record else Numbers()
         return ChildRun(
             kind="trial",
             id=slot.id,
@@ -85,7 +80,6 @@ class ChildRuns:
                 "air.trial_key": slot.key.digest,
                 "air.point": point_id(slot),
                 "air.message": outcome.message,
-                "air.pruned_after": str(outcome.pruned.rung) if outcome.pruned else "",
                 **self._lineage(spec, record.provenance if record else driver),
             },
             params=self._params(slot),
@@ -127,8 +121,7 @@ class ChildRuns:
         outcomes = self._outcomes.setdefault(point_id(outcome.slot), {})
         outcomes[outcome.slot.id] = outcome
         done = [(each.slot, each.record) for each in outcomes.values() if each.record is not None]
-        pruned = any(each.state == "pruned" for each in outcomes.values())
-        if len(outcomes) < self._planned or pruned or not done:
+        if len(outcomes) < self._planned or not done:
             return None
         return self.setting(done)
 

@@ -275,8 +275,7 @@ class SweepTracker:
     def _states(self) -> dict[str, str]:
         trials = [child for (kind, _), child in self.children.items() if kind == "trial"]
         states = Counter(child.tags.get("air.state") for child in trials)
-        shown = ["done", "reused", "failed", *(["pruned"] if states["pruned"] else [])]
-        return {f"air.{state}": str(states[state]) for state in shown}
+        return {f"air.{state}": str(states[state]) for state in ("done", "reused", "failed")}
 
     def _tag_sweep(self, tags: Mapping[str, str], metrics: Mapping[str, float] = {}) -> None:
         changed = {k: v for k, v in valid_tags(tags).items() if self.run.tags.get(k) != v}

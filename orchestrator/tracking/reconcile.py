@@ -19,7 +19,6 @@ from orchestrator.formatting import plural
 from orchestrator.git import UNKNOWN
 from orchestrator.planning import Outcome, Plan, Slot, plan_of
 from orchestrator.planning.resolve import text_digest
-from orchestrator.planning.studies import PrunedPoint
 from orchestrator.reporting import Results, results_of, sweep_status
 from orchestrator.reporting.answers import best_and_gain, headlines
 from orchestrator.reporting.charts import pictures
@@ -176,7 +175,7 @@ def _history(event_log: EventLog) -> _History:
         match event["event"]:
             case "sweep_started":
                 made = {name: event.get(name, value) for name, value in made.items()}
-            case "trial_done" | "trial_reused" | "trial_failed" | "trial_pruned":
+            case "trial_done" | "trial_reused" | "trial_failed":
                 outcomes[event["slot"]] = {**event, "maker": made}
     return _History(outcomes, made)
 
@@ -196,9 +195,6 @@ def _outcome_of(
                 message=event["message"],
                 already_logged=True,
             )
-        case "trial_pruned":
-            stop = PrunedPoint(event["rung"], event["value"])
-            return Outcome(slot, "pruned", pruned=stop, already_logged=True)
         case "trial_done" | "trial_reused" if store.has(slot.spec):
             state: Literal["done", "reused"] = (
                 "done" if event["event"] == "trial_done" else "reused"

@@ -25,7 +25,6 @@ from air_core.method import (
     Round,
     Trial,
     TrialData,
-    TrialStopped,
     build_auxiliary,
     faded,
     fused,
@@ -110,6 +109,10 @@ def spec(trial, drawn_digits) -> Any:
     return make
 
 
+class Stopped(Exception):
+    """A trial was stopped after a round."""
+
+
 class Rounds(Callback):
     """Records the rounds of a trial, and stops it after `stop_after` rounds."""
 
@@ -120,7 +123,7 @@ class Rounds(Callback):
     def on_round(self, result: Round) -> None:
         self.rounds.append(result)
         if result.iteration + 1 == self.stop_after:
-            raise TrialStopped
+            raise Stopped
 
 
 def watched(spec: TrialSpec, data: TrialData) -> tuple[TrialResult, list[Round]]:
@@ -216,7 +219,7 @@ def test_a_trial_that_stopped_between_rounds_resumes_with_the_same_bits(spec, wo
     stops = [1, made.iterations] if made.iterations == 2 else [1, 3, made.iterations]
     for stop_after in stops[:-1]:
         part = Rounds(stop_after)
-        with pytest.raises(TrialStopped):
+        with pytest.raises(Stopped):
             learn(made, data, part, resume_from=state)
         rounds += part.rounds
         state = rounds[-1].state

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from optuna.trial import TrialState
 
-from air_core import side_by_side
 from orchestrator.execution._scheduler import Job, TrialScheduler
 from orchestrator.failures import Failure
 from orchestrator.planning import Outcome, Resolver
 from orchestrator.planning.plan import plan_sweep
 from orchestrator.planning.search import CellSearch
 from orchestrator.planning.studies import read_searches
-from orchestrator.reporting.results import match_plan, results_of, sweep_status
 from orchestrator.spec import Dimension, SweepSpec, cells_of
-from orchestrator.spec.sweep import Pruning, Search, Seeds
+from orchestrator.spec.sweep import Search, Seeds
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.images import build as build_image_block
 from orchestrator.stages.images import open_generator
@@ -69,8 +65,6 @@ class World:
         self.outcomes.append(outcome)
         if not outcome.already_logged:
             slot: dict[str, Any] = {"slot": outcome.slot.id, "key": outcome.slot.key.digest}
-            if outcome.pruned is not None:
-                slot |= {"rung": outcome.pruned.rung, "value": outcome.pruned.value}
             self.event_log.append(f"trial_{outcome.state}", **slot)
 
     def run(self, job: Job, failing: Callable[[Any], bool] = lambda spec: False) -> dict[str, Any]:
@@ -81,7 +75,7 @@ class World:
                 failures[key] = Failure("nan", "the loss became nan")
             else:
                 runs.append(spec)
-        results = run_trials(runs, WorkerContext(self.store), segments=job.segments)
+        results = run_trials(runs, WorkerContext(self.store))
         assert not [result for result in results if isinstance(result, Exception)], results
         return failures
 
@@ -546,170 +540,6 @@ def test_a_trial_that_fails_beside_others_is_retried_alone(world):
     scheduler.complete(again.number, world.run(again))
     assert world.states() == ["done"] * 3
     assert scheduler.next() is None
-
-
-# ---------------------------------------------------------------- pruning
-
-
-def pruning(rule: Any = "halving", points: int = 8, width: int = 4, **more: Any) -> SweepSpec:
-    """A sweep with rounds of four lengths; points are compared after iterations 1 and 2 of 3."""
-    lengths = (Dimension(key="prompt.length", values=(1, 2, 3, 4, 5, 6, 7, 8)),)
-    search = Search(
-        sampler="grid",
-        points=points,
-        width=width,
-        space=lengths,
-        pruning=Pruning(rule=rule, rungs=(1, 2)),
-    )
-    return sweep("grip", search=search, fixed={"iterations": 3}, **more)
-
-
-def pruned_at(world: World) -> dict[int, int]:
-    """The rung of each point that was pruned."""
-    rungs = {o.slot.point: o.pruned.rung for o in world.outcomes if o.pruned is not None}
-    return dict(sorted(rungs.items()))
-
-
-def decisions(world: World) -> list[tuple[int, dict[str, float], list[int]]]:
-    events = [e for e in world.event_log.events() if e["event"] == "rung_decided"]
-    return [(e["rung"], e["values"], e["pruned"]) for e in events]
-
-
-def run_in_order(
-    world: World, scheduler: TrialScheduler, pick: Callable[[list[Job]], int]
-) -> list[Job]:
-    """Run all jobs, as many at a time as possible; `pick` chooses the job that ends next."""
-    running: list[Job] = []
-    jobs: list[Job] = []
-    while not scheduler.is_complete:
-        while (job := scheduler.next()) is not None:
-            running.append(job)
-            jobs.append(job)
-        if running:
-            job = running.pop(pick(running))
-            scheduler.complete(job.number, world.run(job))
-    return jobs
-
-
-@pytest.fixture
-def fits(monkeypatch) -> list[int]:
-    """A list that grows by one with each iteration of a trial."""
-    fit, calls = side_by_side.fit, []
-    monkeypatch.setattr(
-        side_by_side, "fit", lambda trainings: calls.extend([1] * len(trainings)) or fit(trainings)
-    )
-    return calls
-
-
-@pytest.mark.parametrize("rule", ["halving", "median"])
-def test_the_same_points_are_pruned_in_whatever_order_trials_end(
-    world, tmp_path, prepared, resolver, rule
-):
-    spec = pruning(rule, seeds=(1, 2))
-    run_in_order(world, world.scheduler(spec), lambda running: 0)
-    assert pruned_at(world)
-    other = World(tmp_path / "other", prepared, resolver)
-    run_in_order(other, other.scheduler(spec), lambda running: len(running) - 1)
-    assert decisions(other) == decisions(world)
-    assert pruned_at(other) == pruned_at(world)
-    assert other.points() == world.points()
-
-
-def test_half_of_a_round_stops_at_each_rung_and_the_default_continues(world, fits):
-    jobs = world.run_all(world.scheduler(pruning(seeds=(1,))))
-    (first, of_first, gone), (second, of_second, _), *_ = decisions(world)
-    assert (first, second) == (1, 2)
-    assert of_first.keys() == {"0", "1", "2", "3"}
-    best = sorted(of_first, key=lambda number: (-of_first[number], int(number)))[:2]
-    assert sorted(gone) == sorted(set(range(4)) - {0, *map(int, best)})
-    assert of_second.keys() == {str(n) for n in range(4) if n not in gone}
-    # No iteration is computed twice.
-    stopped = pruned_at(world)
-    assert 0 not in stopped
-    assert len(fits) == sum(stopped.get(number, 3) for number in range(8)) < 8 * 3
-    assert [job.segments.stop_after for job in jobs if job.point == 0] == [1, 2, None]
-    assert sum(job.share for job in jobs if job.point == 0) == pytest.approx(1)
-
-
-def test_the_study_has_pruned_points_with_their_objectives(world):
-    world.run_all(world.scheduler(pruning(seeds=(1,))))
-    stopped = pruned_at(world)
-    values = {(rung, n): v for rung, of, _ in decisions(world) for n, v in of.items()}
-    for trial in study_trials(world):
-        number = trial.user_attrs["point"]
-        if number in stopped:
-            assert trial.state == TrialState.PRUNED
-            rung = stopped[number]
-            assert trial.intermediate_values == {rung: values[rung, str(number)]}
-        else:
-            assert trial.state == TrialState.COMPLETE
-            assert trial.value == mean_objective(world, number)
-    rounds = [e for e in world.event_log.events() if e["event"] == "round_told"]
-    assert sorted(n for event in rounds for n in event["pruned"]) == list(stopped)
-
-
-def test_pruned_points_are_counted_by_the_plan_and_are_not_run_again(world):
-    spec = pruning(seeds=(1, 2))
-    world.run_all(world.scheduler(spec))
-    plan = plan_sweep(spec, world.store, world.resolver, world.event_log)
-    assert plan.total == 16
-    assert len(plan.pruned) == 2 * len(pruned_at(world)) > 0
-    assert plan.ended == plan.total
-    assert plan.to_run == 0
-    points = {trial.point for trial in results_of(plan, world.store).trials}
-    assert points == set(range(8)) - pruned_at(world).keys()
-    # An added seed runs for the points that were not pruned.
-    more = pruning(seeds=(1, 2, 3))
-    plan = plan_sweep(more, world.store, world.resolver, world.event_log)
-    assert plan.to_run == 8 - len(pruned_at(world))
-    assert plan.ended == 16  # the other trials of this seed are pruned, but not logged yet
-    status = sweep_status(world.event_log)
-    match_plan(status, plan, world.store)
-    assert status.counts(alive=False)["pruned"] == len(plan.pruned)
-    jobs = world.run_all(world.scheduler(more))
-    assert len(jobs) == plan.to_run
-    assert {job.segments.stop_after for job in jobs} == {None}
-
-
-def test_a_point_with_a_failed_trial_is_not_compared_at_rungs(world):
-    spec = pruning(seeds=(1, 2), points=4)
-    scheduler = world.scheduler(spec)
-    jobs = world.run_all(scheduler, lambda s: s.seed == 2 and s.prompt.length == 2)
-    (_, values, _), *_ = decisions(world)
-    lost = {j.point for j in jobs for s in j.trials if s.prompt.length == 2}
-    assert len(lost) == 1
-    assert not {str(n) for n in lost} & values.keys()
-    assert [o.state for o in world.outcomes if o.slot.point in lost] == ["failed", "done"]
-    assert [value for number, _, value in world.points() if number in lost] == [None]
-
-
-def test_whole_trials_of_another_sweep_are_pruned_like_new_ones(
-    world, tmp_path, prepared, resolver, fits
-):
-    """Otherwise a store that is not empty would change which points are pruned."""
-    world.run_all(world.scheduler(pruning(seeds=(1,), points=4)))
-    other = World(tmp_path / "whole", prepared, resolver)
-    spec = pruning(seeds=(1,), points=4)
-    whole = replace(spec, search=replace(spec.search, pruning=None))
-    other.run_all(other.scheduler(whole))
-    other.event_log = EventLog(tmp_path / "another")
-    other.event_log.folder.mkdir()
-    before = len(fits)
-    other.run_all(other.scheduler(spec))
-    assert decisions(other) == decisions(world)
-    assert len(fits) - before == 4 + 2  # up to each rung, and no further
-
-
-def test_a_search_without_its_pruning_reuses_whole_trials_and_completes_pruned_ones(world, fits):
-    spec = pruning(seeds=(1,), points=4)
-    world.run_all(world.scheduler(spec))
-    paid = len(fits)
-    whole = replace(spec, search=replace(spec.search, pruning=None))
-    assert plan_sweep(whole, world.store, world.resolver, world.event_log).pruned == {}
-    world.run_all(world.scheduler(whole))
-    assert world.states().count("pruned") == 0
-    assert len(fits) == 4 * 3  # pruned trials resumed from their checkpoints
-    assert paid < len(fits)
 
 
 # ---------------------------------------------------------------- images

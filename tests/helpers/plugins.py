@@ -79,11 +79,11 @@ class Noise:
         return torch.stack(images)
 '''
 
-SEARCH = '''"""A sampler and a pruning rule."""
+SEARCH = '''"""A sampler."""
 
 import optuna
 
-from orchestrator.components import PRUNING_RULES, SAMPLERS
+from orchestrator.components import SAMPLERS
 
 
 class Mine(optuna.samplers.RandomSampler):
@@ -93,9 +93,4 @@ class Mine(optuna.samplers.RandomSampler):
 @SAMPLERS.add("mine", summary="random values")
 def mine(search, seed):
     return Mine(seed=seed)
-
-
-@PRUNING_RULES.add("above_earlier", summary="points better than all earlier ones")
-def above_earlier(pruning, values, earlier):
-    return [number for number, value in values.items() if value > max(earlier, default=0)]
 '''

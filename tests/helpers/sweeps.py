@@ -26,12 +26,11 @@ TIMEOUT = 900  # seconds; long enough for a busy machine, short enough to end a 
 
 # One cell without training, one that trains a prompt, and one that searches the number of images.
 SEARCH = """
-grid: {{method: [zero_shot, {host}, air_{host}]}}
+grid: {{method: [zero_shot, fpl, air_fpl]}}
 fixed: {{generator: "folder:{folder}", generation.block: {block}, train.steps: 20}}
 search:
   points: 4
   width: 2
-  pruning: {pruning}
   space:
     images_per_class: {{values: [4, 8, 16]}}
     fusion_weight: {{min: 0.1, max: 0.9}}
@@ -40,16 +39,14 @@ resources: {{generator: {{actors: 1}}}}
 """
 
 
-def search_sweep(folder: Path, block: int = 8, host: str = "fpl", pruning: str = "") -> str:
+def search_sweep(folder: Path, block: int = 8) -> str:
     """A small search over existing images.
 
     Args:
         folder: folder of the images.
         block: images to encode at a time.
-        pruning: settings of the pruning; empty: no pruning.
     """
-    text = SEARCH if pruning else SEARCH.replace("  pruning: {pruning}\n", "")
-    return text.format(folder=folder, block=block, host=host, pruning=pruning)
+    return SEARCH.format(folder=folder, block=block)
 
 
 def many_trials(count: int) -> str:

@@ -20,7 +20,6 @@ import io
 import json
 import os
 import pkgutil
-import random
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,6 @@ import time
 import types
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +37,10 @@ from safetensors.numpy import save_file
 
 from air_core.seal import BLANK, sealed
 from air_core.specs import SyntheticFeaturesSpec, TrialSpec
-from air_core.specs.normal import normalised
 from orchestrator.failures import Failure
 from orchestrator.keys import artifact_key
 from orchestrator.planning import requirements_of
 from orchestrator.store import ArtifactStore
-from orchestrator.store.checkpoints import (
-    WHOLE_TRIAL,
-    Segments,
-    delete_checkpoint,
-    is_finished,
-    read_checkpoint,
-    training_spec,
-    write_checkpoint,
-)
 from orchestrator.store.records import PREDICTIONS
 
 TESTED = 40  # images
@@ -66,13 +54,7 @@ def count_build(store: ArtifactStore, spec: Any, *block: int) -> None:
         handle.write(f"{'/'.join(map(str, (artifact_key(spec), *block)))}\n")
 
 
-def objective(spec: TrialSpec, iterations: int) -> dict[str, float]:
-    """Objectives of a trial after some iterations; later iterations do not change them."""
-    seed = f"{artifact_key(training_spec(spec)).digest} after {iterations}"
-    return {"mutual_information": random.Random(seed).random()}
-
-
-def run_trial(spec: TrialSpec, store: ArtifactStore, segments: Segments = WHOLE_TRIAL) -> None:
+def run_trial(spec: TrialSpec, store: ArtifactStore) -> None:
     missing = [
         str(requirement.key)
         for requirement in requirements_of([spec])
@@ -80,16 +62,6 @@ def run_trial(spec: TrialSpec, store: ArtifactStore, segments: Segments = WHOLE_
     ]
     assert not missing, f"{artifact_key(spec)} was started without {missing}"
     time.sleep(float(os.environ.get("AIRSWEEP_TRIAL_SECONDS", "0")))
-    checkpoint = read_checkpoint(spec, store)
-    end = normalised(spec).iterations if segments.stop_after is None else segments.stop_after
-    with open(store.root / "iterations.log", "a") as handle:
-        if not is_finished(spec, store, segments.stop_after):
-            for iteration in range(checkpoint.iterations, end):
-                handle.write(f"{artifact_key(spec)} {iteration}\n")
-    passed = {rung: objective(spec, rung) for rung in segments.rungs if rung <= end}
-    if segments.stop_after is not None:
-        write_checkpoint(spec, store, replace(checkpoint, iterations=end, rungs=passed))
-        return
 
     def build(folder: Path) -> dict[str, Any]:
         count_build(store, spec)
@@ -104,11 +76,9 @@ def run_trial(spec: TrialSpec, store: ArtifactStore, segments: Segments = WHOLE_
             "curves": {"train/loss": [2.0, 1.0], "pseudo/accuracy": [0.4, 0.5]},
             "objectives": {"mutual_information": float(rng.random())},
             "per_class": [1.0] * 10,
-            "rungs": {str(rung): objectives for rung, objectives in passed.items()},
         }
 
     store.get_or_build(spec, build)
-    delete_checkpoint(spec, store)
 
 
 def run_points(
@@ -136,7 +106,7 @@ def run_points(
             failures = dict.fromkeys(job.keys, Failure(name, message))
         else:
             for spec in job.trials:
-                run_trial(spec, worker.store, job.segments)
+                run_trial(spec, worker.store)
         scheduler.complete(job.number, failures)
 
 

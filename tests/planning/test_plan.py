@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
+import random
 import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
@@ -45,19 +45,12 @@ from orchestrator.spec import Dimension, Resources, SweepSpec, cells_of, presets
 from orchestrator.spec.space import grid_points
 from orchestrator.spec.sweep import (
     GeneratorResources,
-    Pruning,
     Search,
     Seeds,
     TrialResources,
     smoke_variant,
 )
 from orchestrator.store import ArtifactStore, EventLog
-from orchestrator.store.checkpoints import (
-    WHOLE_TRIAL,
-    Checkpoint,
-    Segments,
-    write_checkpoint,
-)
 from tests.helpers.dataset_trees import draw as draw_picture
 from tests.helpers.sweeps import python
 
@@ -101,32 +94,15 @@ class World:
     def plan(self, sweep: SweepSpec) -> Plan:
         return plan_sweep(sweep, self.store, self.resolver, self.event_log)
 
-    def finish(self, trials: Iterable[TrialSpec], segments: Segments = WHOLE_TRIAL) -> None:
-        """Write the record of trials or, if they stop at a rung, their checkpoint."""
+    def finish(self, trials: Iterable[TrialSpec]) -> None:
+        """Write the record of trials."""
         for spec in map(normalised, trials):
-            rungs = {rung: self.objectives(spec, rung) for rung in segments.rungs}
-            if segments.stop_after is not None:
-                passed = {
-                    rung: found for rung, found in rungs.items() if rung <= segments.stop_after
-                }
-                write_checkpoint(spec, self.store, Checkpoint(segments.stop_after, rungs=passed))
-                continue
-            info = {
-                "metrics": {"test/accuracy": 0.5},
-                "curves": {},
-                "per_class": [],
-                "rungs": rungs,
-            }
+            info = {"metrics": {"test/accuracy": 0.5}, "curves": {}, "per_class": []}
             info["objectives"] = self.measured(spec)
             self.store.get_or_build(spec, lambda folder, info=info: info)
 
     def measured(self, spec: TrialSpec) -> dict[str, float]:
         return dict.fromkeys(OBJECTIVES, 1.0)
-
-    def objectives(self, spec: TrialSpec, rung: int) -> dict[str, float]:
-        """Arbitrary but deterministic objectives at a rung."""
-        digest = hashlib.sha256(f"{artifact_key(spec).digest} {rung}".encode()).digest()
-        return dict.fromkeys(OBJECTIVES, digest[0] / 256)
 
     def scheduler(self, sweep: SweepSpec) -> TrialScheduler:
         self.searches = {}
@@ -138,17 +114,15 @@ class World:
     def log(self, outcome: Any) -> None:
         if not outcome.already_logged:
             event: dict[str, Any] = {"slot": outcome.slot.id, "key": outcome.slot.key.digest}
-            if outcome.pruned is not None:
-                event |= {"rung": outcome.pruned.rung, "value": outcome.pruned.value}
             self.event_log.append(f"trial_{outcome.state}", cell=outcome.slot.cell.id, **event)
 
     def run(self, sweep: SweepSpec) -> int:
-        """Run a sweep to its end and count its trials, whole or in segments."""
+        """Run a sweep to its end and count its trials."""
         scheduler = self.scheduler(sweep)
         handed: set[str] = set()
         while (job := scheduler.next()) is not None:
             handed |= set(job.keys)
-            self.finish(job.trials, job.segments)
+            self.finish(job.trials)
             scheduler.complete(job.number, {})
         assert scheduler.is_complete
         return len(handed)
@@ -509,12 +483,17 @@ def test_the_work_of_a_lora_follows_its_passes_over_the_images(world):
     assert [work.units for work in quick.work if work.stage == "lora"] == [2]
 
 
+def arbitrary(spec: TrialSpec) -> dict[str, float]:
+    """Objectives that differ between trials."""
+    return dict.fromkeys(OBJECTIVES, random.Random(artifact_key(spec).digest).random())
+
+
 def test_a_study_has_the_points_of_one_cell_with_values_and_states(world):
     space = (Dimension(key="fusion_weight", values=(0.2, 0.4, 0.8)),)
     search = Search(sampler="grid", points=3, width=1, space=space)
     sweep = world.sweep("air", "air_grip", search=search, seeds=seeds(1, 2))
     scheduler = world.scheduler(sweep)
-    world.measured = lambda spec: world.objectives(spec, rung=0)  # type: ignore[method-assign]
+    world.measured = arbitrary  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="x has 2 searched cells; give `cell`; allowed: digits-"):
         study_of(world.plan(sweep), world.store, world.event_log, None)
     values: dict[str, list[float]] = {}
@@ -647,7 +626,7 @@ def test_the_json_of_a_plan_has_counts_artifacts_and_estimate(world):
     found = world.plan(world.sweep("zero_shot", seeds=seeds(1, 2))).json(world.store)
     assert (found["cells"], found["points"]) == (1, 1)
     results = {"done": 0, "reused": 0, "shared": 1, "recovered": 0}
-    assert found["trials"] == {"total": 2, **results, "pruned": 0, "to_run": 1}
+    assert found["trials"] == {"total": 2, **results, "to_run": 1}
     (features,) = found["artifacts"]
     assert features["stage"] == "features"
     assert features["key"].startswith("features/v1/digits-tiny-")
@@ -705,9 +684,7 @@ def sweeps(draw: Any, pictures: str) -> SweepSpec:
     if searched_:
         space = tuple(Dimension(key=key, values=AXES[key]) for key in searched_)
         points, width = draw(st.integers(1, 6)), draw(st.integers(1, 3))
-        rules = st.sampled_from(("halving", "median"))
-        pruning = draw(st.none() | rules.map(lambda rule: Pruning(rule=rule, rungs=(1,))))
-        search = Search(sampler="grid", points=points, width=width, space=space, pruning=pruning)
+        search = Search(sampler="grid", points=points, width=width, space=space)
     return SweepSpec(
         name="x",
         grid={"method": methods, **{key: AXES[key] for key in gridded}},

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from optuna.trial import TrialState
 
-from orchestrator.planning.pruning import points_to_prune
 from orchestrator.planning.search import CellSearch
 from orchestrator.planning.studies import Searches, read_searches
 from orchestrator.plugins import use_plugins
@@ -187,39 +185,6 @@ def test_a_search_repeats_points_when_its_space_has_no_new_points(log):
     assert len(params(log.play(sweep("tpe", (COUNTS,), points=5)))) == 5
 
 
-# ---------------------------------------------------------------- pruned
-
-
-def test_a_pruned_point_is_never_the_best_and_counts_for_patience(log):
-    spec = sweep("tpe", points=9, width=3)
-    spec = replace(spec, search=replace(spec.search, patience=4))
-    searching = log.open(spec)
-    study = study_name(searching.cell, searching.search)
-    for point in searching.next_round():
-        facts = {"study": study, "point": point.number, "params": dict(point.params)}
-        log.event_log.append("point_asked", cell=searching.cell.id, **facts)
-    reached = {"0": 0.0, "1": 9.0, "2": 8.0}  # the pruned points looked best at this rung
-    log.event_log.append("rung_decided", study=study, rung=2, values=reached, pruned=[1, 2])
-    searching.record_round({0: 1.0}, {1: (2, 9.0), 2: (2, 8.0)})
-    log.event_log.append("round_told", cell=searching.cell.id, values={"0": 1.0}, pruned=[1, 2])
-    again = log.open(spec)
-    for one in (searching, again):
-        trials = [t for t in one.study.get_trials(deepcopy=False) if "point" in t.user_attrs]
-        assert [trial.state.name for trial in trials] == ["COMPLETE", "PRUNED", "PRUNED"]
-        assert [trial.value for trial in trials] == [1.0, 9.0, 8.0]
-        assert [trial.intermediate_values for trial in trials] == [{}, {2: 9.0}, {2: 8.0}]
-    assert [(p.number, p.round_is_over) for p in again.next_round()] == [
-        (0, True),
-        (1, True),
-        (2, True),
-    ]
-    again.record_round({0: 1.0}, {1: (2, 9.0), 2: (2, 8.0)})
-    more = again.next_round()
-    assert [(p.number, p.round_is_over) for p in more] == [(3, False), (4, False), (5, False)]
-    again.record_round({3: 0.5, 4: 0.5, 5: 0.5})
-    assert again.next_round() == []  # five points after the best, two of them pruned
-
-
 # ---------------------------------------------------------------- kills
 
 
@@ -343,17 +308,14 @@ def test_carried_points_count_and_come_after_the_default(log):
         carried=[{"params": point, "value": 0.5} for point in carried],
     )
     first, second = log.open(spec).next_round()
-    assert [(first.number, second.number), (first.round_is_over, second.round_is_over)] == [
-        (1, 2),
-        (True, True),
-    ]
+    assert (first.number, second.number) == (1, 2)
     points = ended_points(log.play(spec))
     assert points[:2] == [(1, carried[0], 0.5), (2, carried[1], 0.5)]
     assert sorted(number for number, _, _ in points) == [*range(8)]
     assert ended_points(log.open(spec)) == points
 
 
-def test_a_plugin_adds_a_sampler_and_a_pruning_rule(command, tmp_path):
+def test_a_plugin_adds_a_sampler(command, tmp_path):
     (tmp_path / "mine.py").write_text(SEARCH)
     code, out, err = command("plugin", "check", tmp_path / "mine.py")
     assert (code, "search.sampler" in out) == (0, True), err
@@ -363,13 +325,11 @@ search:
   sampler: mine
   points: 4
   width: 2
-  pruning: {rule: above_earlier, rungs: [2]}
   space: {fusion_weight: {min: 0, max: 1}}
 """
     spec = load_sweep(write_sweep(tmp_path, "mine", body))
     searching = Log(tmp_path / "log").play(spec)
     assert type(searching.study.sampler).__name__ == "Mine"
-    assert points_to_prune(spec.search.pruning, {4: 0.1, 5: 0.3}, earlier=[0.2]) == (4,)
     wrong = write_sweep(tmp_path, "wrong", body.replace(": mine", ": mien"))
     with pytest.raises(
         SpecError, match=r":6:12: .* did you mean \w+\? allowed: tpe, random, grid, mine"

@@ -290,7 +290,7 @@ def started(event_log) -> EventLog:
 
 def test_trials_are_counted_by_state(started):
     status = sweep_status(started)
-    states = {"done": 1, "reused": 0, "shared": 1, "recovered": 0, "pruned": 0, "failed": 1}
+    states = {"done": 1, "reused": 0, "shared": 1, "recovered": 0, "failed": 1}
     assert status.counts(alive=True) == {**states, "running": 1, "waiting": 1}
     assert status.exit_code is None
     assert dict(status.prepared) == {"features": 1}

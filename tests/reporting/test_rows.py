@@ -163,7 +163,7 @@ def test_searched_methods_are_compared_at_their_own_best_points() -> None:
     assert [c.methods for c in found.comparisons] == [("air", "cpl")]
 
 
-def test_searched_methods_are_compared_if_pruning_leaves_one_point_of_each() -> None:
+def test_searched_methods_are_compared_if_each_has_one_finished_point() -> None:
     finished = []
     for method, length in (("cpl", 4), ("air", 8)):
         finished += trials(method, settings={"prompt.length": length}, objective=0.5)

@@ -41,7 +41,6 @@ def test_the_schema_accepts_every_shipped_sweep(file):
     "more",
     [
         "",
-        "search: {points: 1, space: {fusion_weight: {min: 0, max: 1}}, pruning: null}\n",
         "search: {points: 3, space: {iterations: {values: [1, 2]}}}\n",
         "budget: {wall: 90s}\n",
         "budget: {wall: 5400}\n",

@@ -565,7 +565,7 @@ EVERY_PART = HEAD + (
     "fixed: {evidence.draws: 0}\n"
     "overrides: [{when: {method: air}, set: {lora.rank: 3}},\n"
     "  {when: {iterations: 10}, set: {fidelity.keep: 4}}]\n"
-    "search:\n  points: 2\n  pruning: {rule: median, rungs: [2]}\n  space:\n"
+    "search:\n  points: 2\n  space:\n"
     "    fusion_weight: {min: 0, max: 1}\n"
     "    train.labelled_weight: {values: [1, 2]}\n"
 )

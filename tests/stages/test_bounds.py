@@ -19,9 +19,8 @@ from orchestrator.stages.features import read_target
 from orchestrator.stages.images import build as build_image_block
 from orchestrator.stages.images import open_generator
 from orchestrator.stages.labels import build as build_labels
-from orchestrator.stages.trial import TrialRun, run_trial
+from orchestrator.stages.trial import read_data, run_trial
 from orchestrator.store import ArtifactStore
-from orchestrator.store.checkpoints import WHOLE_TRIAL
 
 COUNT = 3  # images per class
 SMALL: dict[str, Any] = {
@@ -61,8 +60,8 @@ def bank(spec: TrialSpec, worker: WorkerContext) -> Any:
         generator = open_generator(row.images, worker)
         for c in range(10):
             build_image_block(row, c, 0, worker, lambda: generator)
-    run = TrialRun(spec, worker, lambda share: None, WHOLE_TRIAL, 1)
-    return run.data.synthetic
+    target = read_target(spec.features, spec.split, worker.store)
+    return read_data(spec, target, worker).synthetic
 
 
 @pytest.mark.parametrize("paradigm", ["ul", "ssl", "trzsl"])

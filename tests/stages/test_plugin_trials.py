@@ -17,6 +17,7 @@ from transformers import CLIPModel
 from air_core.backbone.loading import load_backbone
 from air_core.datasets import get_dataset
 from air_core.specs import Ref, TrialSpec
+from orchestrator.errors import OutOfTime
 from orchestrator.keys import artifact_key
 from orchestrator.planning import Resolver
 from orchestrator.planning.resolve import InvalidSetting
@@ -24,12 +25,12 @@ from orchestrator.plugins import read_plugin, use_plugins
 from orchestrator.reporting.bundles import export
 from orchestrator.reporting.selection import SelectedTrial
 from orchestrator.spec import cells_of, load_sweep
+from orchestrator.stages import trial as trial_stage
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.features import build as build_features
 from orchestrator.stages.side_by_side import run_trials
 from orchestrator.stages.trial import run_trial
 from orchestrator.store import ArtifactStore, TrialRecord
-from orchestrator.store.checkpoints import Segments
 from tests.helpers.plugins import NOISE, TIP_ADAPTER, saved_clip, saved_dataset
 from tests.helpers.sweeps import write_sweep
 from tests.stages.test_any_trial import build_inputs
@@ -84,10 +85,18 @@ def test_a_learner_of_a_plugin_starts_from_the_images_and_is_trained(worker, res
         resolver.trial({**sweep(tmp_path, TIP_ADAPTER, TIP), "test_dataset": "digits"})
 
 
-def test_a_stopped_trial_with_a_learner_of_a_plugin_resumes(worker, resolver, features, tmp_path):
+def test_a_stopped_trial_with_a_learner_of_a_plugin_resumes(
+    worker, resolver, features, tmp_path, monkeypatch
+):
+    def stop(index: int, done: int, total: int) -> None:
+        if done > total / 2:  # in the second round
+            raise OutOfTime
+
+    monkeypatch.setattr(trial_stage, "CHECKPOINT_INTERVAL", 0.0)
     spec = resolver.trial(sweep(tmp_path, TIP_ADAPTER, TIP.replace("pseudo", "cpl_real", 1)))
     other = ArtifactStore(Path(shutil.copytree(features, tmp_path / "other")))
-    run_trials([spec], worker, segments=Segments(rungs=(1,), stop_after=1))
+    run_trials([spec], worker, stop)
+    assert worker.store.checkpoint_path(spec).exists()
     resumed = run_trial(spec, worker.store)
     whole = run_trial(spec, other)
     one, two = (load_file(r.path / "prompt.safetensors")["prompt"] for r in (resumed, whole))

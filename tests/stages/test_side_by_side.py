@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import time
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +21,15 @@ import pytest
 from air_core import side_by_side as core
 from air_core.specs import TrialSpec
 from air_core.specs.normal import normalised
-from orchestrator.errors import MissingArtifact
+from orchestrator.errors import MissingArtifact, OutOfTime
 from orchestrator.planning.resources import side_by_side
+from orchestrator.stages import trial as trial_stage
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.features import build as build_features
 from orchestrator.stages.side_by_side import run_trials
 from orchestrator.stages.trial import run_trial
 from orchestrator.store import ArtifactStore, TrialRecord
-from orchestrator.store.checkpoints import (
-    START,
-    Segments,
-    read_checkpoint,
-    recorded_rungs,
-    write_checkpoint,
-)
+from tests.helpers.features import encode
 
 QUICK = {"train__steps": 4, "prompt__length": 2}
 
@@ -148,111 +148,99 @@ def test_prompts_before_the_same_class_names_are_grouped_up_to_the_memory(trial)
     assert [len(group) for group in side_by_side(many, "cpu")] == [1, 1, 1]
 
 
-# ---------------------------------------------------------------- segments
+# ---------------------------------------------------------------- checkpoints
 
 CLOCK = ("time/train_s",)
+LONG = {**QUICK, "iterations": 4}
 
 
-def without_clock(info: Any) -> Any:
-    metrics = {name: value for name, value in info["metrics"].items() if name not in CLOCK}
-    return {**info, "metrics": metrics, "rungs": None, "startup": None}
+def numbers(record: TrialRecord) -> Any:
+    """What a record says of a trial, without times."""
+    found = info(record)
+    metrics = {name: value for name, value in found["metrics"].items() if name not in CLOCK}
+    files = {file.name: file.read_bytes() for file in record.path.glob("*.safetensors")}
+    return {**found, "metrics": metrics, "startup": None}, files
 
 
-def test_a_trial_in_segments_has_the_same_record_as_one_without_stops(
-    trial, store, features, tmp_path, monkeypatch
+def in_third_round(act: Callable[[], None]) -> Callable[[int, int, int], None]:
+    """A `report` of `run_trials` that acts in the third of four rounds."""
+    return lambda index, done, total: act() if done > 2 / 4 * total else None
+
+
+def kill_in_third_round(root: Path, specs: list[TrialSpec]) -> None:
+    """Run trials side by side until SIGKILL ends this process."""
+    trial_stage.CHECKPOINT_INTERVAL = 0.0
+    kill = partial(os.kill, os.getpid(), signal.SIGKILL)
+    run_trials(specs, WorkerContext(ArtifactStore(root)), in_third_round(kill))
+
+
+def run_out_of_time(store: ArtifactStore, specs: list[TrialSpec]) -> None:
+    """Run trials until the third round, in which each of them exceeds its limit."""
+
+    def end() -> None:
+        raise OutOfTime
+
+    problems = run_trials(specs, WorkerContext(store), in_third_round(end))
+    assert [type(problem) for problem in problems] == [OutOfTime] * len(specs)
+    assert staged(store) == []
+
+
+def checkpoints(store: ArtifactStore) -> list[Path]:
+    return [*store.root.glob("unfinished/*")]
+
+
+@pytest.fixture
+def fits(monkeypatch) -> list[int]:
+    """The number of trials in each round that is trained."""
+    fit, sizes = core.fit, []
+    monkeypatch.setattr(core, "fit", lambda some: sizes.append(len(some)) or fit(some))
+    return sizes
+
+
+@pytest.mark.parametrize("modality", ["visual", "text"])
+def test_trials_killed_in_their_third_round_go_on_from_there(
+    trial, store, features, tmp_path, fits, modality
 ):
-    fit, fits = core.fit, []
-    monkeypatch.setattr(
-        core, "fit", lambda trainings: fits.append(len(trainings)) or fit(trainings)
-    )
-    spec = trial("cpl", seed=1, **{**QUICK, "iterations": 4})
-    rungs = (1, 3)
-    assert run_trials([spec], WorkerContext(store), segments=Segments(rungs, stop_after=1)) == [
-        None
-    ]
-    assert not store.has(spec)
-    assert len(fits) == 1
-    assert run_trials([spec], WorkerContext(store), segments=Segments(rungs, stop_after=1)) == [
-        None
-    ]  # it has a checkpoint
-    assert len(fits) == 1
-    assert run_trials([spec], WorkerContext(store), segments=Segments(rungs, stop_after=3)) == [
-        None
-    ]
-    passed, seconds = recorded_rungs(spec, store)
-    assert passed.keys() == {1, 3}
-    assert seconds > 0
-    assert len(fits) == 3
-    [ours] = run_trials([spec], WorkerContext(store), segments=Segments(rungs))
-    assert isinstance(ours, TrialRecord)
-    assert len(fits) == 4  # as many as iterations
-    assert ours.seconds > seconds
-    assert 0 <= ours.startup < ours.seconds
-    assert read_checkpoint(spec, store) is START
-    assert recorded_rungs(spec, store)[0] == passed
-
-    other = ArtifactStore(Path(shutil.copytree(features, tmp_path / "alone")))
-    [theirs] = run_trials([spec], WorkerContext(other))
-    assert isinstance(theirs, TrialRecord)
-    assert "rungs" not in info(theirs)
-    assert without_clock(info(ours)) == without_clock({**info(theirs), "rungs": None})
-    for name in ("predictions.safetensors", "prompt.safetensors"):
-        assert (ours.path / name).read_bytes() == (theirs.path / name).read_bytes()
+    """Prompts before images train alone, those of three seeds before class names together."""
+    seeds = (1,) if modality == "visual" else (1, 2, 3)
+    specs = [trial("cpl", seed=seed, modality=modality, **LONG) for seed in seeds]
+    if modality == "visual":  # a pass of the image tower is slow: fewer images
+        store = ArtifactStore(tmp_path / "visual")
+        encode(specs[0].features, store)
+        encode(specs[0].tokens, store)
+    other = ArtifactStore(Path(shutil.copytree(store.root, tmp_path / "calm")))
+    calm = run_trials(specs, WorkerContext(other))
+    assert fits == [len(seeds)] * 4
+    killed = get_context("spawn").Process(target=kill_in_third_round, args=(store.root, specs))
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    assert not any(map(store.has, specs))
+    assert len(checkpoints(store)) == len(seeds)
+    records = run_trials(specs, WorkerContext(store))
+    assert fits == [len(seeds)] * (4 + 2)  # the third and the fourth round
+    for record, expected in zip(records, calm, strict=True):
+        assert numbers(record) == numbers(expected)
+        assert record.seconds > 0
+        assert 0 <= record.startup < record.seconds
+    assert checkpoints(store) == []
 
 
-def test_a_checkpoint_of_an_earlier_version_with_dense_targets_is_read(trial, store, monkeypatch):
-    spec = trial("cpl", seed=1, **{**QUICK, "iterations": 3})
-    run_trials([spec], WorkerContext(store), segments=Segments((2,), stop_after=2))
-    begun = read_checkpoint(spec, store)
-    arrays = dict(begun.arrays)
-    starts, classes, values = (arrays.pop(name) for name in ("starts", "classes", "values"))
-    sizes = arrays.pop("sizes")
-    arrays["targets"] = np.zeros((len(starts) - 1, sizes[0]), values.dtype)
-    rows = np.arange(len(starts) - 1).repeat(np.diff(starts))
-    arrays["targets"][rows, classes[:-1]] = values[:-1]
-    assert arrays.keys() == {"prompts", "indices", "targets", "labels"}
-    write_checkpoint(spec, store, replace(begun, arrays=arrays))
-    fit, fits = core.fit, []
-    monkeypatch.setattr(
-        core, "fit", lambda trainings: fits.append(len(trainings)) or fit(trainings)
-    )
-    [record] = run_trials([spec], WorkerContext(store), segments=Segments((2,)))
-    assert isinstance(record, TrialRecord)
-    assert len(fits) == 1
+def test_rounds_of_a_moment_write_no_checkpoint(trial, store, fits):
+    specs = [trial("cpl", seed=1, **LONG)]
+    run_out_of_time(store, specs)
+    assert checkpoints(store) == []
+    run_trials(specs, WorkerContext(store))
+    assert len(fits) == 3 + 4
 
 
-def test_a_finished_trial_without_objectives_at_a_rung_runs_again_up_to_the_rung(
-    trial, store, monkeypatch
-):
-    """Another sweep, without pruning, ran the trial."""
-    spec = trial("cpl", seed=1, **{**QUICK, "iterations": 3})
-    [record] = run_trials([spec], WorkerContext(store))
-    fit, fits = core.fit, []
-    monkeypatch.setattr(
-        core, "fit", lambda trainings: fits.append(len(trainings)) or fit(trainings)
-    )
-    assert recorded_rungs(spec, store)[0] == {}
-    run_trials([spec], WorkerContext(store), segments=Segments((1,), stop_after=1))
-    assert recorded_rungs(spec, store)[0].keys() == {1}
-    assert run_trials([spec], WorkerContext(store), segments=Segments((1,))) == [record]
-    assert len(fits) == 1
-
-
-def test_the_objective_at_a_rung_is_that_of_a_trial_that_ends_there(trial, store):
-    """Pseudo-labels of fixed growth do not depend on the number of later iterations."""
-    settings = {**QUICK, "pseudo_labels__growth": "fixed"}
-    spec = trial("cpl", seed=1, **{**settings, "iterations": 3})
-    run_trials([spec], WorkerContext(store), segments=Segments((2,), stop_after=2))
-    short = run_trial(trial("cpl", seed=1, **{**settings, "iterations": 2}), store)
-    assert recorded_rungs(spec, store)[0][2] == short.objectives
-
-
-def test_seeds_resume_side_by_side_each_from_its_checkpoint(seeds, store):
-    trials = [replace(spec, iterations=3) for spec in seeds]
-    run_trials(trials[:2], WorkerContext(store), segments=Segments((2,), stop_after=2))
-    run_trials(trials, WorkerContext(store), segments=Segments((2,), stop_after=2))
-    records = run_trials(trials, WorkerContext(store), segments=Segments((2,)))
-    for record in records:
-        assert isinstance(record, TrialRecord)
-        assert len(record.curves["train/loss"]) == 3
-        assert info(record)["replicas"] == 3
+@pytest.mark.parametrize("damage", ["cut", "of another trial"])
+def test_a_damaged_checkpoint_is_not_used(trial, store, fits, monkeypatch, damage):
+    monkeypatch.setattr(trial_stage, "CHECKPOINT_INTERVAL", 0.0)
+    specs = [trial("cpl", seed=seed, **LONG) for seed in (1, 2)]
+    run_out_of_time(store, specs)
+    first, second = (store.checkpoint_path(spec) for spec in specs)
+    first.write_bytes(first.read_bytes()[:-9] if damage == "cut" else second.read_bytes())
+    fits.clear()
+    run_trials(specs, WorkerContext(store))
+    assert fits == [2, 2, 1, 1]  # the first trial starts again, the second one continues
