@@ -52,6 +52,11 @@ finally: print(*sorted({*libraries} & {*sys.modules}), file=sys.stderr)
             "Start Run Look Use after plan run status table ui cache mlflow",
         ),
         (("check", "--help"), "numpy PIL torch ray", "DATASET"),
+        (
+            ("--version",),
+            "torch ray diffusers open_clip",
+            "airsweep ray torch open_clip_torch CUDA",
+        ),
     ],
 )
 def test_help_imports_no_heavy_library(command, libraries, shown):
