@@ -177,7 +177,7 @@ def best_candidate(
         (i, name): trials
         for i, trials in enumerate(of_rows)
         for name in names
-        if all(_can_export(trial, name) for trial in trials)
+        if all(name in trial.by_classifier for trial in trials)
     }
     if not runs:
         raise ValueError(f"no finished row has a {classifier or 'recorded'} classifier")
@@ -208,18 +208,9 @@ def _rank(method: str) -> int:
     return PREFERENCE.index(method) if method in PREFERENCE else len(PREFERENCE)
 
 
-def _can_export(trial: FinishedTrial, classifier: str) -> bool:
-    if f"objective/mutual_information_{CLASSIFIERS[0]}" in trial.metrics:
-        return classifier in trial.by_classifier
-    # An older version kept the tested classifier alone, by which a prompt or zero-shot CLIP tests.
-    tested = trial.metrics.get("test/harmonic_mean", trial.metrics["test/accuracy"])
-    return classifier == "text" and trial.metrics.get("test/accuracy_text", tested) == tested
-
-
 def _value(trial: FinishedTrial, metric: str, classifier: str) -> float:
     """A metric of a classifier; NaN without it."""
-    older = metric if classifier == "text" else ""  # without the name of the classifier
-    return trial.metrics.get(f"{metric}_{classifier}", trial.metrics.get(older, math.nan))
+    return trial.metrics.get(f"{metric}_{classifier}", math.nan)
 
 
 def report_line(line: str) -> None:

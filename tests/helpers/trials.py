@@ -72,6 +72,7 @@ def trials(
                     metrics=metrics,
                     image_ids=ids,
                     predictions=predictions,
+                    by_classifier={"text": predictions},
                     labels=labels[ids],
                 )
             )
