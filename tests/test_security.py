@@ -22,7 +22,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.errors import Refused
 from orchestrator.formatting import show
 from orchestrator.redact import HIDDEN, redact
 from orchestrator.spec import SpecError, load_sweep
@@ -393,32 +392,3 @@ def test_a_run_keeps_the_logs_of_ray_if_a_process_died(failure_class, kept, tmp_
     done = airsweep(*words, module="tests.helpers.trivial", check=False, **variables)
     assert done.returncode == 1, done.stderr
     assert ("Ray's logs are kept" in done.stderr) == kept
-
-
-def ui(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return airsweep("ui", *arguments, "--store", "nowhere", check=False)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "remedy"),
-    [
-        (["--host", "0.0.0.0"], "ssh -L 5000:127.0.0.1:5000"),
-        (["--host", "::"], "--auth"),
-        (["--host", "box.example.org"], "--auth"),
-        (["--host", "0.0.0.0", "--auth"], "--allowed-hosts NAME:PORT"),
-    ],
-)
-def test_the_ui_refuses_addresses_that_expose_runs_without_authentication(arguments, remedy):
-    done = ui(*arguments)
-    assert done.returncode == 3
-    assert remedy in done.stderr
-
-
-def test_authentication_requires_the_settings_of_mlflow(monkeypatch):
-    from orchestrator.tracking import exposure
-
-    monkeypatch.delenv(exposure.AUTH_SECRET, raising=False)
-    monkeypatch.delenv(exposure.AUTH_CONFIG, raising=False)
-    exposure.check_exposure("127.0.0.1", auth=False, allowed_hosts=None)
-    with pytest.raises((ValueError, Refused), match="--auth needs"):
-        exposure.check_exposure("0.0.0.0", auth=True, allowed_hosts="box:5000")

@@ -32,37 +32,30 @@ app = typer.Typer()
 @app.command(rich_help_panel=LOOK)
 def ui(
     store: StoreOption = STORE,
-    host: Annotated[str, typer.Option(metavar="HOST", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[
         int, typer.Option(metavar="PORT", min=1, max=65535, help="Port to listen on.")
     ] = 5000,
-    auth: Annotated[
-        bool,
-        typer.Option("--auth", help="Require a login, as MLFLOW_AUTH_CONFIG_PATH configures."),
-    ] = False,
-    allowed_hosts: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME[,NAME]", help="Host names under which browsers may open the page."
-        ),
-    ] = None,
     browser: Annotated[
         bool, typer.Option(help="Open the page in a browser, if this machine has a desktop.")
     ] = True,
 ) -> None:
     """Serve the store's MLflow runs as a web page, and open the table of runs.
 
-    Only this machine can open the page, unless --auth is given.
+    Only this machine can open the page; from another, use `ssh -L 5000:127.0.0.1:5000 MACHINE`.
 
     airsweep ui
 
     airsweep ui --port 5001
     """
     from orchestrator.store import open_store
-    from orchestrator.tracking.database import check_database, run_tables
-    from orchestrator.tracking.exposure import SERVER_ENVIRONMENT, check_exposure, serve_command
+    from orchestrator.tracking.database import (
+        LOOPBACK,
+        SERVER_ENVIRONMENT,
+        check_database,
+        run_tables,
+        serve_command,
+    )
 
-    check_exposure(host, auth, allowed_hosts)
     root = open_store(store).root
     database = root / DATABASE
     if not database.exists():
@@ -75,19 +68,18 @@ def ui(
             "sweep again"
         )
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        socket.create_server((host, port), family=family).close()
+        socket.create_server((LOOPBACK, port)).close()
     except OSError as problem:
         reason = str(problem.strerror).partition(" (")[0]
-        fail(f"the server cannot listen on {host}, port {port}: {reason}; choose another --port")
-    server = f"http://{host}:{port}"
+        fail(f"the server cannot listen on port {port}: {reason}; choose another --port")
+    server = f"http://{LOOPBACK}:{port}"
     pages = [f"{server}/{page}" for page in run_tables(database)] or [server]
     for page in pages:
         show(page, file=sys.stderr)
     show("Ctrl-C stops the server", file=sys.stderr)
     if browser and any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY"))):
         _open_when_served(server, pages[0])
-    argv = serve_command(root, host, port, auth, allowed_hosts)
+    argv = serve_command(root, port)
     os.execvpe(argv[0], argv, {**os.environ, **SERVER_ENVIRONMENT})
 
 

@@ -166,7 +166,7 @@ class MlflowTracker:
             log.warning("the experiment %s was deleted in MLflow; it is restored", name)
             client.restore_experiment(experiment.experiment_id)
         for key, value in EXPERIMENT_TAGS.items():
-            if experiment.tags.get(key) != value:  # an earlier version made the experiment
+            if experiment.tags.get(key) != value:  # another client made the experiment
                 client.set_experiment_tag(experiment.experiment_id, key, value)
         return str(experiment.experiment_id)
 

@@ -1,4 +1,4 @@
-"""MLflow's database file in a store. Reads and corrects it without importing MLflow."""
+"""MLflow's database file in a store: reads, corrects and serves it without importing MLflow."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import contextlib
 import json
 import re
 import sqlite3
+import sys
 from pathlib import Path
 
-from orchestrator.tracking_uri import ARTIFACTS
+from orchestrator.tracking_uri import ARTIFACTS, DATABASE
 
+LOOPBACK = "127.0.0.1"
 # A shared view of MLflow's table of runs. Without it, the table has no column of a metric.
 VIEW = "airsweep"
 # It has the columns of `airsweep table`, and the runs of sweeps and settings without the trials.
@@ -31,6 +33,30 @@ EXPERIMENT_TAGS = {
     f"mlflow.sharedViewState.{VIEW}": json.dumps(VIEW_STATE),
     "mlflow.experimentKind": "custom_model_development",  # MLflow opens it at its runs
 }
+# Environment of `serve_command`: no job runner beside the server, no telemetry, no deprecation
+# warnings of MLflow's own code.
+SERVER_ENVIRONMENT = {
+    "PYTHONWARNINGS": "ignore",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+
+def serve_command(store: Path, port: int) -> list[str]:
+    """The command that serves a store's database and artifacts to this machine alone: every client
+    could change and delete all runs.
+
+    Run it with SERVER_ENVIRONMENT and in a new process group: MLflow's worker process keeps the
+    port if only the main process is killed.
+    """
+    folder = store.resolve()
+    return [
+        *(sys.executable, "-m", "mlflow", "server"),
+        *("--host", LOOPBACK, "--port", str(port), "--workers", "1"),
+        *("--uvicorn-opts", "--log-level warning"),  # no line for each request
+        *("--backend-store-uri", f"sqlite:///{folder / DATABASE}"),
+        *("--serve-artifacts", "--artifacts-destination", str(folder / ARTIFACTS)),
+    ]
 
 
 def check_database(path: Path) -> None:
@@ -61,20 +87,16 @@ def artifact_location(database: Path, experiment: str) -> str:
 def run_tables(database: Path) -> list[str]:
     """The pages with the runs of each experiment of airsweep, that of the latest run first.
 
-    They show the columns of `VIEW_STATE`, which experiments of earlier versions lack.
+    They show the columns of `VIEW_STATE`.
     """
     query = (
-        "SELECT e.experiment_id, t.key FROM experiments e JOIN runs r USING (experiment_id)"
-        " LEFT JOIN experiment_tags t ON t.experiment_id = e.experiment_id AND t.key = ?"
+        "SELECT e.experiment_id FROM experiments e JOIN runs r USING (experiment_id)"
         " WHERE e.name LIKE 'air/%' AND e.lifecycle_stage = 'active'"
         " GROUP BY e.experiment_id ORDER BY max(r.start_time) DESC"
     )
     with contextlib.closing(sqlite3.connect(database)) as connection:
-        found = connection.execute(query, (f"mlflow.sharedViewState.{VIEW}",)).fetchall()
-    return [
-        page_of(experiment) + (f"&viewStateShareKey={VIEW}" if view else "")
-        for experiment, view in found
-    ]
+        found = connection.execute(query).fetchall()
+    return [f"{page_of(experiment)}&viewStateShareKey={VIEW}" for (experiment,) in found]
 
 
 def page_of(experiment: str, run: str = "") -> str:
@@ -89,17 +111,13 @@ def slug(name: str) -> str:
 
 def _correct_artifact_paths(connection: sqlite3.Connection, database: Path) -> None:
     """Correct the paths of artifacts after a move: MLflow keeps absolute paths and has no call to
-    change them.
-
-    Earlier versions wrote `mlflow-artifacts:` addresses, which need a server.
-    """
+    change them."""
     query = "SELECT experiment_id, name, artifact_location FROM experiments WHERE name LIKE 'air/%'"
     if not connection.execute("PRAGMA table_info(experiments)").fetchall():
         return  # MLflow has not created its tables
     for experiment, name, stored in connection.execute(query).fetchall():
         current = artifact_location(database, name)
-        own = (f"/{ARTIFACTS}/{slug(name)}", f"mlflow-artifacts:/{slug(name)}")
-        if stored == current or not stored.endswith(own):
+        if stored == current or not stored.endswith(f"/{ARTIFACTS}/{slug(name)}"):
             continue
         with connection:  # one transaction
             connection.execute(

@@ -18,8 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from orchestrator.tracking.database import check_database
-from orchestrator.tracking.exposure import SERVER_ENVIRONMENT, serve_command
+from orchestrator.tracking.database import SERVER_ENVIRONMENT, check_database, serve_command
 from orchestrator.tracking_uri import DATABASE
 from tests.helpers.sweeps import wait_until
 
@@ -93,7 +92,7 @@ class MlflowServer(ServerProcess):
         self.store.mkdir(parents=True, exist_ok=True)
         if (database := self.store / DATABASE).exists():
             check_database(database)
-        command = serve_command(self.store, "127.0.0.1", self.port)
+        command = serve_command(self.store, self.port)
         self._launch(command, os.environ | SERVER_ENVIRONMENT | {"OMP_NUM_THREADS": "1"}, None)
 
 
