@@ -22,8 +22,10 @@ TOKENIZER_CONFIGS = ("tokenizer_config.json", "config.json")
 
 
 # Objects of an open_clip configuration; of others the values are not plain.
-OBJECTS = ("model_cfg", "vision_cfg", "text_cfg", "preprocess_cfg")
-OBJECTS += ("act_kwargs", "norm_kwargs", "tokenizer_kwargs")
+OBJECTS = (
+    *("model_cfg", "vision_cfg", "text_cfg", "preprocess_cfg"),
+    *("act_kwargs", "norm_kwargs", "tokenizer_kwargs"),
+)
 TOKENIZER = ("clean", "strip_sep_token", "language")  # the constructor also accepts paths
 CLEAN = ("canonicalize", "lower", "whitespace")
 
