@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from air_core.bundle.manifest import MANIFEST, ONNX
+from air_core.bundle.content import ONNX
+from air_core.bundle.manifest import MANIFEST
 from air_core.datasets import get_dataset
 from orchestrator.store import ArtifactStore, SweepLocation
 from tests.helpers.documents import ROOT, blocks

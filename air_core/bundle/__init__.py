@@ -4,7 +4,7 @@
     bundle = load_bundle("bundle")
     results = bundle.classify(["new/*.png"])
 
-`manifest` reads and writes the folder, `checks` validates its contents, `files` finds the images
+`manifest` reads and writes the folder, `content` and `checks` validate it, `files` finds the images
 to classify, and `classifier` classifies them. Importing this package is cheap: only `load_bundle`
 imports torch.
 """
@@ -60,5 +60,5 @@ def load_bundle(
     from air_core.bundle.classifier import Bundle, check_device
 
     check_device(device)
-    backbone = load_backbone(found, device, manifest.precision)
+    backbone = load_backbone(found, device, manifest.content.backbone.precision)
     return Bundle(manifest, backbone, classifier, min_probability)

@@ -110,9 +110,9 @@ class Bundle:
         self._of: dict[str, Classifier] = {"text": text}
         if FUSED in manifest.arrays:
             arrays = {name: torch.from_numpy(a) for name, a in manifest.arrays[FUSED].items()}
-            unseen = manifest.content["unseen"]
-            unseen = None if unseen is None else torch.tensor(unseen)
-            fused = fused_classifier(arrays, text, manifest.content["space"], unseen)
+            classes = manifest.content.unseen
+            unseen = None if classes is None else torch.tensor(classes)
+            fused = fused_classifier(arrays, text, manifest.content.space, unseen)
             self._of = fused.each(text)
 
     def classify(

@@ -6,9 +6,9 @@
     fused.safetensors            auxiliary classifier and fusion, see `arrays`; missing without them
     model.onnx                   image tower and a classifier in one file; missing without --onnx
 
-Digests are SHA-256, as for published weights. `bundle.json` also contains the digest of its content
-without that digest. Matching digests do not make a bundle trustworthy, so its contents are checked
-as well, and paths in it are never used. Imports no torch and opens no image.
+Digests are SHA-256, as for published weights; `bundle.json` has a seal (`air_core.seal`). Both do
+not make a bundle trustworthy, so its contents are checked as well, and paths in it are never used.
+Imports no torch and opens no image.
 """
 
 from __future__ import annotations
@@ -27,15 +27,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from air_core.bundle.checks import (
-    FUSED,
-    PROMPT,
-    TEXT,
-    Arrays,
-    check_contents,
-    check_digests,
-    classifiers,
-)
+from air_core.bundle.checks import FUSED, PROMPT, TEXT, Arrays, check_arrays, classifiers
+from air_core.bundle.content import ONNX, BackboneContent, Content, checked_content
 from air_core.models.weights import (
     ClipFile,
     ClipFolder,
@@ -44,10 +37,9 @@ from air_core.models.weights import (
     weights_files,
     weights_settings,
 )
+from air_core.seal import intact, sealed_json
 
-FORMAT = 1
 MANIFEST = "bundle.json"
-ONNX = "model.onnx"  # optional; see `onnx`
 FILES = (TEXT, PROMPT, FUSED)  # no other file is opened
 LICENCE = (
     "The backbone's weights are not in this folder and have a separate licence. The learned "
@@ -62,12 +54,12 @@ class Manifest:
     """The checked contents of a bundle, unchanged since the export."""
 
     folder: Path
-    content: Mapping[str, Any]  # bundle.json
+    content: Content  # bundle.json
     arrays: Arrays
 
     @property
     def classnames(self) -> tuple[str, ...]:
-        return tuple(self.content["classnames"])
+        return tuple(self.content.classnames)
 
     @property
     def classifiers(self) -> tuple[str, ...]:
@@ -81,7 +73,7 @@ class Manifest:
             ValueError: the bundle does not contain it.
         """
         if classifier is None:
-            return str(self.content["classifier"])
+            return self.content.classifier
         if classifier not in self.classifiers:
             raise ValueError(
                 f"{self.folder} has no classifier {classifier!r}; it has: "
@@ -90,11 +82,7 @@ class Manifest:
         return classifier
 
     def temperature(self, classifier: str) -> float:
-        return float(self.content["temperatures"].get(classifier, 1.0))
-
-    @property
-    def precision(self) -> str:
-        return str(self.content["backbone"]["precision"])
+        return self.content.temperatures.get(classifier, 1.0)
 
     @property
     def text_features(self) -> np.ndarray:
@@ -108,7 +96,7 @@ class Manifest:
     @property
     def visual_prompt(self) -> np.ndarray | None:
         """(P, V) or (layers, P, V), tokens beside the patches; None without a visual prompt."""
-        if self.content["modality"] != "visual" or PROMPT not in self.arrays:
+        if self.content.modality != "visual" or PROMPT not in self.arrays:
             return None
         return self.arrays[PROMPT]["prompt"]
 
@@ -118,7 +106,7 @@ class Manifest:
         Raises:
             ValueError: the bundle has none.
         """
-        if ONNX not in self.content["files"]:
+        if ONNX not in self.content.files:
             raise ValueError(
                 f"{self.folder} has no {ONNX}; export it again with --onnx, or use --runtime torch"
             )
@@ -135,10 +123,10 @@ class Manifest:
             ValueError: the backbone differs or is not on this machine, or the bundle names no
                 published weights.
         """
-        wanted = self.content["backbone"]
+        wanted = self.content.backbone
         learned = f"{self.folder} was trained with {_in_words(wanted)}"
         try:
-            found = find_backbone(weights) if weights else public_backbone(wanted.get("name") or "")
+            found = find_backbone(weights) if weights else public_backbone(wanted.name or "")
         except ValueError as problem:
             raise ValueError(f"{problem}; {learned}: give its path with --weights") from None
         if found is None:
@@ -150,7 +138,7 @@ class Manifest:
         if difference:
             raise ValueError(
                 f"{self.folder} was trained with another backbone than "
-                f"{weights or wanted['name']!r}: {difference}; its prompt does not work with other "
+                f"{weights or wanted.name!r}: {difference}; its prompt does not work with other "
                 "weights, so give the path of the right ones with --weights"
             )
         return found
@@ -211,24 +199,24 @@ def _arguments(name: str, found: ClipFolder | ClipFile) -> dict[str, Any]:
     }
 
 
-def _in_words(backbone: Mapping[str, Any]) -> str:
+def _in_words(backbone: BackboneContent) -> str:
     """Architecture and digests of a backbone in bundle.json, for a message."""
-    architecture = str(backbone["open_clip"].get("model_name", ""))
+    architecture = str(backbone.open_clip.get("model_name", ""))
     if not architecture or architecture.startswith("local-dir:"):
         architecture = "an open_clip folder"
-    files = [f"{name} {_short(digest)}" for name, digest in sorted(backbone["files"].items())]
+    files = [f"{name} {_short(digest)}" for name, digest in sorted(backbone.files.items())]
     more = f" and {len(files) - SHOWN} more" if len(files) > SHOWN else ""
     return f"{architecture} ({', '.join(files[:SHOWN])}{more})"
 
 
-def _difference(wanted: Mapping[str, Any], found: ClipFolder | ClipFile) -> str:
+def _difference(wanted: BackboneContent, found: ClipFolder | ClipFile) -> str:
     """The first difference between two backbones; empty if they are the same."""
-    then, now = wanted["files"], _digests(found)
+    then, now = wanted.files, _digests(found)
     for name in sorted({*then, *now}):
         one, other = then.get(name), now.get(name)
         if one != other:
             return f"{name} is {_short(other)} instead of {_short(one)}"
-    if wanted["settings"] != _settings(found):
+    if wanted.settings != _settings(found):
         return "the file is the same, but architecture or preprocessing differ"
     return ""
 
@@ -246,25 +234,21 @@ def write_bundle(
     arrays: Arrays,
     replace: bool,
     check: Callable[[Manifest], None] = lambda manifest: None,
-    onnx: bytes | None = None,
+    onnx: Callable[[Manifest], bytes] | None = None,
 ) -> None:
     """Write a bundle atomically. The same content gives the same bytes.
 
     Args:
-        content: that of bundle.json without format and digests.
-        arrays: see `checks.check_contents`.
+        content: that of bundle.json without format, digests and seal.
+        arrays: by file, then by name; see `checks.ARRAYS`.
         replace: whether to replace an existing bundle.
         check: called with the written bundle before it is published; raises to prevent that.
-        onnx: content of `model.onnx`.
+        onnx: makes the content of `model.onnx`.
 
     Raises:
         ValueError: the folder is in use, or the contents are not valid.
     """
     check_free(folder, replace)
-    try:
-        check_contents(content, arrays)
-    except ValueError as problem:
-        raise ValueError(f"{folder} would not be a valid bundle: {problem}") from None
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
@@ -275,13 +259,11 @@ def write_bundle(
             (work / name).write_bytes(
                 save({key: np.asarray(a, order="C") for key, a in of.items()})
             )
+        written = _described(work, content)
         if onnx is not None:
-            (work / ONNX).write_bytes(onnx)
-        digests = {file.name: _file_digest(file) for file in sorted(work.iterdir())}
-        (work / MANIFEST).write_bytes(
-            _json_with_checksum({**content, "format": FORMAT, "files": digests})
-        )
-        check(read_bundle(work))
+            (work / ONNX).write_bytes(onnx(written))
+            written = _described(work, content)
+        check(written)
         if folder.exists() and any(folder.iterdir()):
             old = work.with_name(f"{work.name}-old")
             os.rename(folder, old)
@@ -307,11 +289,12 @@ def check_free(folder: Path, replace: bool) -> None:
         raise ValueError(f"{folder} is already a bundle; give another folder, or --force")
 
 
-def _json_with_checksum(content: Mapping[str, Any]) -> bytes:
-    """Indented JSON that contains the digest of the same JSON without the digest."""
-    bare = json.dumps(content, indent=1, sort_keys=True, allow_nan=False).encode()
-    digest = hashlib.sha256(bare).hexdigest()
-    return json.dumps({**content, "digest": digest}, indent=1, sort_keys=True).encode() + b"\n"
+def _described(folder: Path, content: Mapping[str, Any]) -> Manifest:
+    """Write `bundle.json` beside the other files, and read the bundle."""
+    digests = {file.name: _file_digest(file) for file in folder.iterdir() if file.name != MANIFEST}
+    described = {**content, "format": 1, "files": digests}
+    (folder / MANIFEST).write_bytes(sealed_json(described))
+    return read_bundle(folder)
 
 
 # ---------------------------------------------------------------- reading
@@ -328,13 +311,14 @@ def read_bundle(folder: str | Path) -> Manifest:
     if not (folder / MANIFEST).is_file():
         what = f"has no {MANIFEST}" if folder.is_dir() else "does not exist or is not a folder"
         raise ValueError(f"{folder} {what}: not a bundle; {MAKE}")
-    content = _read_manifest(folder / MANIFEST)
+    found = _read_json(folder / MANIFEST)
     try:
-        _check_files(content.get("files"))
-        for name, digest in content["files"].items():
+        content = checked_content(found)
+        for name, digest in content.files.items():
             _check_digest(folder / name, digest)
-        arrays = {name: _read_arrays(folder / name) for name in content["files"] if name != ONNX}
-        check_contents(content, arrays)
+        names = [name for name in content.files if name != ONNX]
+        arrays: Arrays = {name: _read_arrays(folder / name) for name in names}
+        check_arrays(content, arrays)
     except _Changed:
         raise
     except ValueError as problem:
@@ -352,30 +336,18 @@ class _Changed(ValueError):
         )
 
 
-def _read_manifest(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> object:
+    """The values of a `bundle.json` whose bytes are those that were written."""
     data = file.read_bytes()
     try:
-        content = json.loads(data)
-        known = isinstance(content, dict) and _json_with_checksum(
-            {k: content[k] for k in content if k != "digest"}
-        )
+        found = json.loads(data)
+        # Another text of the same values, such as one with a key twice, has other bytes.
+        same = json.dumps(found, indent=1, sort_keys=True, allow_nan=False).encode() == data
     except (ValueError, RecursionError):  # not JSON, or nested too deeply
         raise _Changed(file) from None
-    if known != data:
+    if not same or not intact(data):
         raise _Changed(file)
-    if content.get("format") != FORMAT:
-        raise ValueError(
-            f"{file} has format {content.get('format')!r}, but this version supports {FORMAT}; use "
-            "the airsweep version that wrote it, or export again"
-        )
-    return dict(content)
-
-
-def _check_files(files: Any) -> None:
-    check_digests(files, "files")
-    for name in files:
-        if name not in (*FILES, ONNX):
-            raise ValueError(f"it names the file {name!r}; allowed: {', '.join((*FILES, ONNX))}")
+    return found
 
 
 def _check_digest(file: Path, digest: str) -> None:

@@ -103,8 +103,8 @@ def onnx_bytes(bundle: Bundle, classifier: str) -> bytes:
         "preprocess": json.dumps(preprocess),
         "classifier": classifier,
         "temperature": str(bundle.manifest.temperature(classifier)),
-        "lineage": json.dumps(content["lineage"]),
-        "made_by": str(content.get("made_by", "")),
+        "lineage": json.dumps(content.lineage),
+        "made_by": content.made_by,
     }
     return _bare(program.model_proto, metadata)
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from air_core.bundle.checks import CLASSIFIERS, FUSED, MODALITIES, PROMPT, TEXT
+from air_core.bundle.checks import CLASSIFIERS, FUSED, PROMPT, TEXT
+from air_core.bundle.content import MODALITIES
 from air_core.bundle.manifest import (
     LICENCE,
     Manifest,
@@ -139,13 +140,12 @@ def export(
         if onnx:
             _compare_onnx(bundle, recorded[bundle.classifier], index, spec, resolver)
 
-    model_onnx = None
-    if onnx:
+    def model_onnx(manifest: Manifest) -> bytes:
         from air_core.bundle.onnx import onnx_bytes
 
-        bundle = Bundle(Manifest(folder, content, arrays), backbone)
-        model_onnx = onnx_bytes(bundle, bundle.classifier)
-    write_bundle(folder, content, arrays, replace_bundle, check, model_onnx)
+        return onnx_bytes(Bundle(manifest, backbone), manifest.selected())
+
+    write_bundle(folder, content, arrays, replace_bundle, check, model_onnx if onnx else None)
 
 
 def _recorded_predictions(trial: SelectedTrial) -> dict[str, np.ndarray]:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import air_core.bundle.preprocessing
 import air_core.datasets.images
-from air_core.bundle.manifest import ONNX, Manifest, read_bundle
+from air_core.bundle.content import ONNX
+from air_core.bundle.manifest import Manifest, read_bundle
 from air_core.bundle.onnx import OnnxModel
 from orchestrator.environment import environment
 from orchestrator.errors import TrackerUnreachable
@@ -83,7 +84,7 @@ def _registered(manifest: Manifest, name: str, uri: str | None, store: Path) -> 
     # isort: split
     from mlflow.exceptions import MlflowException
 
-    key = str(manifest.content["lineage"]["trial_key"])
+    key = str(manifest.content.lineage["trial_key"])
     with opened_client(uri, store, f"the model {name}") as client, TemporaryDirectory() as scratch:
         shown = without_credentials(client.tracking_uri)
         query = f"tags.`air.kind` = 'trial' and tags.`air.trial_key` = '{key}'"
@@ -99,7 +100,7 @@ def _registered(manifest: Manifest, name: str, uri: str | None, store: Path) -> 
         model = OnnxModel(manifest.onnx_file().read_bytes(), manifest.onnx_file())
         _save(manifest, model, Path(scratch, "model"))
         # Versions of other classifiers of this trial are in other folders.
-        path = f"model-{manifest.content['files'][ONNX][:12]}"
+        path = f"model-{manifest.content.files[ONNX][:12]}"
         artifacts = artifact_repository(run.artifact_uri, client.tracking_uri)
         artifacts.log_artifacts(str(Path(scratch, "model")), path)  # type: ignore[no-untyped-call]
         try:

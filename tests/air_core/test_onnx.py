@@ -129,7 +129,7 @@ def test_the_metadata_suffice_to_classify_and_have_no_path_of_this_machine(bundl
     metadata = {each.key: each.value for each in model.metadata_props}
     assert tuple(json.loads(metadata["classnames"])) == bundle.classnames
     assert json.loads(metadata["preprocess"])["size"] == [32, 32]
-    assert json.loads(metadata["lineage"]) == bundle.manifest.content["lineage"]
+    assert json.loads(metadata["lineage"]) == bundle.manifest.content.lineage
     assert metadata["classifier"] == "text"
     for path in (os.getcwd(), str(Path.home()), "site-packages", "air_core"):
         assert path.encode() not in content

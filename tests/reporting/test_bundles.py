@@ -137,22 +137,22 @@ def test_a_trial_is_exported_by_key_or_slot_to_the_same_bytes(location, export, 
     assert all(file.read_bytes() == (other / file.name).read_bytes() for file in one.iterdir())
     record = read_trial(slot.spec, location.store)
     content = read_bundle(one).content
-    assert content["metrics"] == record.metrics
-    assert content["lineage"]["trial_key"] == slot.key.digest
-    assert content["lineage"]["slot"] == slot.id
-    assert content["lineage"]["inputs"]["dataset"]["digest"] == slot.spec.dataset.digest
-    assert content["lineage"]["spec"]["train.steps"] == 8
-    assert content["backbone"]["digest"] == slot.spec.backbone.digest
-    assert content["backbone"]["preprocess"]["mean"] == [0.15, 0.15, 0.15]
-    assert content["prompt"]["length"] == 2
-    assert content["chosen"] is None
+    assert content.metrics == record.metrics
+    assert content.lineage["trial_key"] == slot.key.digest
+    assert content.lineage["slot"] == slot.id
+    assert content.lineage["inputs"]["dataset"]["digest"] == slot.spec.dataset.digest
+    assert content.lineage["spec"]["train.steps"] == 8
+    assert content.backbone.digest == slot.spec.backbone.digest
+    assert content.backbone.preprocess["mean"] == [0.15, 0.15, 0.15]
+    assert content.prompt["length"] == 2
+    assert content.chosen is None
     arrays = load_file(one / PROMPT)
     assert np.array_equal(arrays["prompt"], record.prompt())
     texts = load_file(one / "text_features.safetensors")
     assert np.allclose(np.linalg.norm(texts["text_features"], axis=1), 1, atol=1e-6)
 
     plain = export(slot.key.digest[:6], out="plain")
-    assert read_bundle(plain).content["lineage"]["sweep"] is None
+    assert read_bundle(plain).content.lineage["sweep"] is None
     code, out, err = command("export", slot.key.digest[:8], "-o", one, *store_option(location))
     assert (code, out) == (2, "")
     assert "is already a bundle" in err
@@ -213,7 +213,7 @@ def test_a_bundle_with_weights_of_a_folder_has_no_path_and_needs_one(
     encode(spec.features, location.store)
     folder = export(run_trial(spec, location.store).key)
     assert all(b"secret" not in file.read_bytes() for file in folder.iterdir())
-    assert read_bundle(folder).content["backbone"]["digest"] == spec.backbone.digest
+    assert read_bundle(folder).content.backbone.digest == spec.backbone.digest
     image = next(pictures_of(np.arange(1), tmp_path / "new").iterdir())
     code, out, err = command("classify", folder, image)
     assert (code, out) == (2, "")
@@ -251,7 +251,7 @@ def test_each_classifier_of_a_bundle_gives_the_recorded_predictions(
     manifest = read_bundle(folder)
     assert (manifest.classifiers, manifest.selected()) == (names, "fused")
     compares = kind in ("knn", "cache")  # these contain features of images
-    assert (manifest.content["bank_images"] > 0) == compares
+    assert (manifest.content.bank_images > 0) == compares
     recorded = record.test_arrays()
     images = get_dataset("digits").load(None).images
     opened = [images[int(i)] for i in recorded["index"]]
@@ -310,9 +310,9 @@ def test_best_is_the_classifier_with_the_highest_score_of_all_rows(by, location,
     assert f"selected: {name} classifier of {method}: of 6 classifiers the highest" in err
     assert ("The test images selected the classifier" in err) == (by is not None)
     manifest = read_bundle(tmp_path / "b").content
-    assert manifest["classifier"] == name
-    assert manifest["lineage"]["trial_key"] == max(scores[best], key=lambda key: scores[best][key])
-    chosen = manifest["chosen"]
+    assert manifest.classifier == name
+    assert manifest.lineage["trial_key"] == max(scores[best], key=lambda key: scores[best][key])
+    chosen = manifest.chosen
     assert (chosen["row"]["method"], chosen["by"]) == (method, by or "validation_accuracy")
     assert (chosen["candidates"], chosen["trials_left"]) == (6, 0)
 
@@ -479,7 +479,7 @@ def test_class_vectors_of_the_wrong_width_are_refused(bundle, command, tmp_path)
     manifest = read_bundle(bundle)
     arrays = {file: dict(of) for file, of in manifest.arrays.items()}
     arrays[TEXT]["text_features"] = np.eye(10, 30, dtype=np.float32)
-    content = {key: value for key, value in manifest.content.items() if key != "digest"}
+    content = manifest.content.model_dump(exclude={"format", "files", "seal"})
     write_bundle(bundle, content, arrays, replace=True)
     code, out, err = command("classify", bundle, pictures_of(np.arange(1), tmp_path / "new"))
     assert (code, out) == (2, "")
