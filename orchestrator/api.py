@@ -499,13 +499,12 @@ def report(
         ValueError: the store has no such sweep, or the folder of `output` does not exist.
     """
     from orchestrator.reporting.html_report import page
-    from orchestrator.reporting.report_data import report_data_of
 
     file = Path(output)
     if file.is_dir() or not file.absolute().parent.is_dir():
         raise ValueError(f"{file}: give a file name in an existing folder, such as report.html")
     store = results_store(store, smoke)
-    write_atomic(file, page(report_data_of(*recorded_sweep(name, store, data_root))))
+    write_atomic(file, page(*recorded_sweep(name, store, data_root)))
     return file
 
 

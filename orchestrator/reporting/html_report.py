@@ -20,25 +20,30 @@ from pandas import DataFrame
 from air_core.methods import METHODS
 from air_core.specs import EvidenceSettings
 from orchestrator.formatting import format_percent, format_value, plural
+from orchestrator.planning import Plan, plan_of
 from orchestrator.planning.dataset_text import tested_classes, unused_by_dataset
 from orchestrator.planning.plan import RESULT_STATES, results_text
+from orchestrator.planning.requests import results_command, run_command
 from orchestrator.reporting import charts
 from orchestrator.reporting._layouts import Layout, drop_empty_columns
 from orchestrator.reporting._statistics import Array
 from orchestrator.reporting.answers import answers, headlines
-from orchestrator.reporting.report_data import ReportData
+from orchestrator.reporting.results import SweepStatus, plan_status, results_of
 from orchestrator.reporting.rows import (
     UNTESTED,
     Results,
     Row,
     Task,
     row_text,
+    rows,
     significance_notes,
     splits_and_seeds,
     task_text,
 )
 from orchestrator.reporting.summary import data_text, unused_lines
 from orchestrator.reporting.tables import comparison_lines, table_layout
+from orchestrator.spec import SweepSpec
+from orchestrator.store import SweepLocation, read_outcome
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,14 +53,37 @@ MAX_TASKS = 12  # with pseudo-label curves and confusion matrices
 MAIN_WIDTH = 4.6  # of the first chart, in inches of 96 px
 
 
-def page(data: ReportData) -> str:
-    """The report as HTML.
+@dataclass(frozen=True)
+class ReportData:
+    """A sweep with its plan, results and status."""
+
+    sweep: SweepSpec
+    location: SweepLocation
+    plan: Plan
+    results: Results
+    status: SweepStatus
+
+
+def page(sweep: SweepSpec, location: SweepLocation) -> str:
+    """The report of a sweep as HTML.
 
     It depends only on the sweep's event log, records and pictures, and contains no time of its
     creation.
+
+    Raises:
+        ValueError: the sweep has no finished trial.
     """
     from jinja2 import Environment, StrictUndefined
 
+    plan = plan_of(sweep, location)
+    results = results_of(plan, location.store)
+    if not results.trials:
+        raise ValueError(
+            f"sweep {location.full_name} has no finished trial to report "
+            f"({plan.total} are planned); run `{run_command(location)}`, or see its status with "
+            f"`{results_command('status', location)}`"
+        )
+    data = ReportData(sweep, location, plan, results, plan_status(plan, location))
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -65,12 +93,11 @@ def page(data: ReportData) -> str:
         if (groups := list(section(data)))
     ]
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        title=data.sweep.name,
+        title=sweep.name,
         description=_description(data),
-        question=re.split(r"\n\s*\n", data.sweep.question.strip()),
+        question=re.split(r"\n\s*\n", sweep.question.strip()),
         sections=sections,
-        footer=f"airsweep {_version()}, sweep {data.location.full_name}, "
-        f"{len(data.results.trials)} results.",
+        footer=f"airsweep {_version()}, sweep {location.full_name}, {len(results.trials)} results.",
     )
     return text + "\n"
 
@@ -151,7 +178,7 @@ def _unused_files(data: ReportData) -> list[str]:
 
 
 def _state(data: ReportData) -> str:
-    counts = data.counts
+    counts = data.status.counts(alive=False)
     left = {state: counts[state] for state in ("waiting", "failed") if counts[state]}
     done = sum(counts[state] for state in RESULT_STATES)
     text = f"{plural(done, 'trial')} of {data.plan.total} have a result: {results_text(counts)}"
@@ -171,10 +198,11 @@ def by_setting(data: ReportData) -> Iterator[Group]:
     """Accuracy against each numeric setting that the sweep varies."""
     if not data.results.tested:
         return
+    points = rows(data.results.trials, None)  # also those of a search that no row shows
     figures = [
         _chart(figure, f"Accuracy against {key}")
-        for key in charts.numeric_settings(data.points)
-        for figure in charts.by_setting(data.results, data.points, key)
+        for key in charts.numeric_settings(points)
+        for figure in charts.by_setting(data.results, points, key)
     ]
     text = (
         "Mean over runs against the setting, with the 95 % interval as a band. Dashed lines are "
@@ -320,17 +348,14 @@ def images(data: ReportData) -> Iterator[Group]:
     """The contact sheet."""
     sheet = data.location.folder / "contact_sheet.png"
     if sheet.exists() and sheet.stat().st_size:
-        shares = data.outcome.get("run", {}).get("shares", {})
+        shares = read_outcome(data.location).get("run", {}).get("shares", {})
         by_group = ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items()))
         caption = "Real images, images without LoRA, and images with LoRA from the same noise."
         if by_group:
             caption += f" Zero-shot CLIP recognises {by_group}."
         alt = "Real images, images of the base model and images with LoRA, one class per row"
-        yield Group(figures=[_photo(sheet, alt, caption)])
-
-
-def _photo(file: Path, alt: str, caption: str = "") -> Picture:
-    return Picture(src=_data("image/png", file.read_bytes()), alt=alt, caption=caption, wide=True)
+        src = _data("image/png", sheet.read_bytes())
+        yield Group(figures=[Picture(src=src, alt=alt, caption=caption, wide=True)])
 
 
 # Anchor, title, introduction, and the function that yields the groups.

@@ -23,7 +23,6 @@ from air_core.datasets import get_dataset
 from orchestrator.planning import plan_of
 from orchestrator.planning.recorded import read_sweep
 from orchestrator.reporting.html_report import frequent_confusions, page
-from orchestrator.reporting.report_data import report_data_of
 from orchestrator.reporting.screens import status_report, status_screen, summary_screen
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.features import build as build_features
@@ -61,8 +60,7 @@ def grid(tmp_path_factory, drawn_digits) -> Path:
 
 
 def report(store: Path, name: str) -> str:
-    sweep, location = read_sweep(recorded_location(open_store(store), "default", name), None)
-    return page(report_data_of(sweep, location))
+    return page(*read_sweep(recorded_location(open_store(store), "default", name), None))
 
 
 class Outline(HTMLParser):
