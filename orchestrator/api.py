@@ -205,7 +205,7 @@ class Outcome:
     """Result of a run. Its repr is the final screen of `airsweep run`.
 
     Attributes:
-        exit_code: 0 if all trials are done, 1 if some failed, 4 if the budget is spent
+        exit_code: 0 if all trials are done, 1 if some failed
             (docs/troubleshooting.md).
         sweep: the sweep that was run.
         location: location of its results.

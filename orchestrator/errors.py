@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 # Exit codes of commands.
-DONE, FAILED, BAD_INPUT, REFUSED, BUDGET, GATE = range(6)
+DONE, FAILED, BAD_INPUT, REFUSED, GATE = range(5)
 INTERRUPTED, TERMINATED = 130, 143
 
 

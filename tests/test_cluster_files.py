@@ -44,7 +44,6 @@ project: Team.A
 grid: {method: [cpl, air]}
 fixed: {dataset: digits}
 seeds: [1]
-budget: {wall: 12h}
 resources:
   trial: {cpu: 3, gpu: 0.25}
   generator: {cpu: 2, gpu: 1, actors: 4}
@@ -365,7 +364,7 @@ OPTIONS = {
     ),
     "cpu": RenderOptions(name="small", cpu_workers=2),
 }
-CPU_ONLY = ("resources.trial.gpu=0", "resources.generator.gpu=0", "budget={}")
+CPU_ONLY = ("resources.trial.gpu=0", "resources.generator.gpu=0")
 
 
 @pytest.mark.parametrize("name", OPTIONS)

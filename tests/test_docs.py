@@ -310,6 +310,11 @@ def _pytest(words: list[str]) -> None:
         raise InvalidCommand(f"{words[1]} does not exist")
 
 
+def _timeout(words: list[str]) -> None:
+    """Parse the command that has a time limit."""
+    parse_command(words[words.index("airsweep") + 1 :])
+
+
 def _ignore(words: list[str]) -> None:
     """Commands of other programs are not checked."""
 
@@ -323,6 +328,7 @@ PROGRAMS: dict[str, Callable[[list[str]], None]] = {
     "python": _python,
     "ray": _ray,
     "source": _ignore,
+    "timeout": _timeout,
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from typing import Annotated
 
 import typer
@@ -101,11 +100,7 @@ def render_rayjob(
         env=variables | parse_variables(env or ()),
         run_options=request.options,
     )
-    text = rayjob(request.spec, options)
-    if request.spec.budget.wall is None:
-        note = "the sweep sets no budget.wall: Kubernetes ends the job after three days"
-        show(f"note: {note} (activeDeadlineSeconds)", file=sys.stderr)
-    show(text, end="")
+    show(rayjob(request.spec, options), end="")
 
 
 @render_app.command("raycluster")

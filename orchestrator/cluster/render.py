@@ -22,7 +22,6 @@ from orchestrator.spec import Resources, SweepSpec
 from orchestrator.spec.marked_yaml import all_documents, dump_documents, short_value
 
 SWEEP_FOLDER = "/home/ray/sweep"  # mount point of the ConfigMap on the head
-SLACK = 3600  # seconds added to `budget.wall` for pods to start and trials to end
 GPU = "nvidia.com/gpu"
 QUEUE, PRIORITY = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
 MAX_NAME_LENGTH = 47  # KubeRay's limit: it derives names of pods
@@ -68,8 +67,6 @@ def rayjob(sweep: SweepSpec, options: RenderOptions) -> str:
     # Without a data root in the sweep, AIRSWEEP_DATA of the pods applies.
     env = {"AIRSWEEP_DATA": sweep.data_root} if sweep.data_root else {}
     spec["runtimeEnvYAML"] = json.dumps({"env_vars": env | dict(options.env)}) + "\n"
-    if sweep.budget.wall:
-        spec["activeDeadlineSeconds"] = math.ceil(sweep.budget.wall) + SLACK
     cluster = spec["rayClusterSpec"]
     for volume in cluster["headGroupSpec"]["template"]["spec"]["volumes"]:
         if volume["name"] == "sweep":

@@ -204,15 +204,6 @@ class Prefetch:
         failed = (requirement for requirement, _ in self.state.failed_requirements)
         return independent_of(failed, requirements)
 
-    def fits_budget(self) -> bool:
-        """Whether the budget allows the inputs of the next group."""
-        requirements = self.requirements[self.pending[0][0].id]
-        assert self.state.allocation is not None
-        workers = max(1, self.state.allocation.max_generators())
-        return self.state.budget_tracker.can_prepare(
-            requirements, self.state.location.store, workers
-        )
-
     def advance(self) -> None:
         """Process finished work and start new work, without waiting."""
         self.state.check()

@@ -80,8 +80,6 @@ class TrialScheduler:
         cells: in the order in which they should run.
         searches: a CellSearch for each cell that has a search space.
         on_outcome: called once for each slot, as soon as its outcome is known.
-        within_budget: called before each job with the (cell, trials) of all jobs that would run
-            together, the new one last. Once it returns False, no further job starts.
         failed_dependency: returns the failure of an input because of which a trial cannot run.
         is_ready: returns whether all inputs of a cell exist.
         rank: of each cell, by id; cells of a lower rank run first.
@@ -96,7 +94,6 @@ class TrialScheduler:
         resolver: Resolver,
         event_log: EventLog,
         on_outcome: Callable[[Outcome], None],
-        within_budget: Callable[[Sequence[tuple[str, int]]], bool] = lambda jobs: True,
         failed_dependency: Callable[[TrialSpec], Failure | None] = lambda spec: None,
         is_ready: Callable[[Cell], bool] = lambda cell: True,
         rank: Mapping[str, int] = MappingProxyType({}),
@@ -109,7 +106,6 @@ class TrialScheduler:
         self.logged_searches = read_searches(event_log)
         self.finished_before = ended_slots(event_log)
         self.job_count = 0
-        self.within_budget, self.stopped = within_budget, False
         self.failed_dependency = failed_dependency
         self.is_ready, self.rank = is_ready, rank
         self.device = "cuda" if sweep.resources.trial.gpu else "cpu"
@@ -125,13 +121,9 @@ class TrialScheduler:
 
     @property
     def is_complete(self) -> bool:
-        if self.stopped:
+        if self.stopping_failure():
             return not self.running
         return all(queue.ended for queue in self.queues)
-
-    def out_of_budget(self) -> bool:
-        """Whether a point did not start because the budget is spent."""
-        return self.stopped and not self.stopping_failure()
 
     def stopping_failure(self) -> Failure | None:
         """The failure that stops the sweep because it occurred too often, if any."""
@@ -144,8 +136,8 @@ class TrialScheduler:
         """The job that `next` would return. None: no job can start until a running job ends, or
         the scheduler `is_complete`."""
         if self.stopping_failure():
-            self.stopped = True
-        while not self.queued and not self.stopped:
+            return None
+        while not self.queued:
             ready = [queue for queue in self.queues if self.is_ready(queue.cell)]
             for queue in ready:
                 if not (queue.ended or queue.new or queue.running):
@@ -158,7 +150,7 @@ class TrialScheduler:
             self._start_point(
                 min(able, key=lambda queue: (self.rank.get(queue.cell.id, 0), queue.started))
             )
-        return self.queued[0] if self.queued and not self.stopped else None
+        return self.queued[0] if self.queued else None
 
     def next(self) -> Job | None:
         """Return the next job and count it as running; None as for `peek`."""
@@ -197,16 +189,12 @@ class TrialScheduler:
 
     def _start_point(self, queue: _CellQueue) -> None:
         """Start a cell's next point: reuse stored trials, wait for trials that another job runs,
-        and queue the others. A point that exceeds the budget stays queued."""
-        point = queue.new[0]
+        and queue the others."""
+        point = queue.new.popleft()
         slots = slots_of(
             queue.cell, point.number, point.params, self.assignments, self.resolver,
             self.moved_before,
         )  # fmt: skip
-        if not self._fits_budget(queue.cell, slots):
-            self.stopped = True
-            return
-        queue.new.popleft()
         queue.started += 1
         if queue.search is not None:
             self._log_point(queue.cell, point)
@@ -225,15 +213,6 @@ class TrialScheduler:
                 self.waiting[key] = [(queue, point.number, slot)]
         for group in side_by_side(list(to_run), self.device, self.memory_share):
             self._queue_job(queue.cell.id, point.number, [to_run[spec] for spec in group])
-
-    def _fits_budget(self, cell: Cell, slots: Sequence[Slot]) -> bool:
-        """Whether the budget allows the missing trials of a point beside the running ones."""
-        trials = {slot.key.digest: slot.spec for slot in slots}
-        missing = sum(
-            key not in self.waiting and not self.store.has(spec) for key, spec in trials.items()
-        )
-        running = [(job.cell, len(job.trials)) for job in self.running.values()]
-        return not missing or self.within_budget([*running, (cell.id, missing)])
 
     def _log_point(self, cell: Cell, point: Point) -> None:
         assert self.sweep.search is not None
@@ -283,7 +262,7 @@ class TrialScheduler:
             for slot in slots:
                 self.event_log.append("trial_moved", slot=slot.id, key=key, precision="fp32")
             self.fp32_slots += slots
-        if self.stopped or self.tries[key, name] >= allowed:
+        if self.stopping_failure() or self.tries[key, name] >= allowed:
             return False
         self.tries[key, name] += 1
         self.event_log.append(

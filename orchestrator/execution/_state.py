@@ -24,7 +24,6 @@ from orchestrator.planning import (
     contains_spec,
     requirements_of,
 )
-from orchestrator.planning.budget import BudgetTracker
 from orchestrator.planning.dataset_text import unused_images
 from orchestrator.planning.estimate import START, Pace, Work, stage_work, trial_work
 from orchestrator.spec import Resources, SweepSpec
@@ -81,7 +80,7 @@ class RunState:
     """State of one `run_sweep` call.
 
     Listens to preparation, to workers and to the trial scheduler, and passes each event to the
-    event log, the budget, the tracker and the screen.
+    event log, the statistics, the tracker and the screen.
     """
 
     sweep: SweepSpec
@@ -90,7 +89,6 @@ class RunState:
     tracker: OutcomeTracker
     event_log: EventLog
     resolver: Resolver
-    budget_tracker: BudgetTracker
     exit_code: int = FAILED  # of an unexpected exception
     statistics: RunStatistics = field(default_factory=RunStatistics)
     joined_cluster: bool = False  # the cluster existed before this run
@@ -159,7 +157,6 @@ class RunState:
         startup = facts.get("startup", 0.0)
         if startup is not None:
             self.statistics.add_work(stage_work(requirement.spec), seconds - startup, startup)
-        self.budget_tracker.record_preparation(requirement.stage, seconds)
         if requirement.stage == "images":
             self.statistics.drawn += facts["drawn"]
             self.statistics.redrawn += facts["redrawn"]
@@ -217,7 +214,7 @@ class RunState:
         logged_at = None
         if not outcome.already_logged:
             logged_at = self._log_outcome(outcome)
-            self._charge(outcome)
+            self._add_work(outcome)
         self.tracker.trial(outcome, logged_at)
         self.screen.show_outcome(outcome)
 
@@ -231,8 +228,8 @@ class RunState:
             fields |= {"failure_class": outcome.failure_class, "message": outcome.message}
         return self.event_log.append(f"trial_{outcome.state}", **fields)
 
-    def _charge(self, outcome: Outcome) -> None:
-        """Add the cost of a trial to the budget and the statistics."""
+    def _add_work(self, outcome: Outcome) -> None:
+        """Add the work of a trial to the statistics."""
         if outcome.state == "done" and outcome.record is not None:
             record = outcome.record
             spec = outcome.slot.spec
@@ -242,7 +239,6 @@ class RunState:
             if startup is None:  # its steps were not measured
                 work, startup = replace(work, units=0), record.seconds
             self.statistics.add_work(work, record.seconds - startup, startup)
-            self.budget_tracker.record_trial(outcome.slot.cell.id, record.seconds)
 
     def _reset_stall(self) -> None:
         if self.stall is not None:

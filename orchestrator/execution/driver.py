@@ -10,7 +10,6 @@ import functools
 import os
 import socket
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -20,7 +19,6 @@ from air_core.seal import sealed_json
 from orchestrator.environment import joins_existing_cluster
 from orchestrator.errors import (
     BAD_INPUT,
-    BUDGET,
     DONE,
     FAILED,
     INTERRUPTED,
@@ -55,9 +53,8 @@ from orchestrator.planning import (
     unschedulable_reason,
     unused_gpus_reason,
 )
-from orchestrator.planning.budget import BudgetTracker
 from orchestrator.planning.checks import full_disk_message
-from orchestrator.planning.estimate import mean_seconds, read_history, record_measurements
+from orchestrator.planning.estimate import record_measurements
 from orchestrator.planning.plan import plan_sweep
 from orchestrator.planning.requests import complete_origin, results_command
 from orchestrator.planning.resolve import text_digest
@@ -65,7 +62,6 @@ from orchestrator.plugins import described_plugin
 from orchestrator.reporting import sweep_status
 from orchestrator.spec import Cell, SweepSpec, notes_of
 from orchestrator.spec.marked_yaml import SpecError
-from orchestrator.spec.sweep import Budget
 from orchestrator.store import (
     EventLog,
     SweepLocation,
@@ -136,14 +132,12 @@ def run_sweep(
             location.store.initialize()
             _lock(event_log, location)
         resolver.save()  # a new store did not exist when the plan was made
-        history = mean_seconds(read_history(location.store))
-        budget = BudgetTracker(sweep.budget, sweep.resources, history)
-        state = RunState(sweep, location, screen, tracker, event_log, resolver, budget)
+        state = RunState(sweep, location, screen, tracker, event_log, resolver)
         with _recorded_end(state, plan):
             handle_signals(state)
             _write_sweep_files(location, sweep, origin, resolver, diff)
             _log_start(state, plan)
-            state.exit_code = _run_batches(state, plan, prepare_only, ray_session)
+            state.exit_code = _run_cells(state, plan, prepare_only, ray_session)
     return state.exit_code
 
 
@@ -364,40 +358,30 @@ def _log_start(state: RunState, plan: Plan) -> None:
 # ---------------------------------------------------------------- the work
 
 
-def _run_batches(state: RunState, plan: Plan, prepare_only: bool, ray_session: ExitStack) -> int:
-    """Run all groups of cells; returns the exit code.
-
-    Without a budget all groups are one batch, and a trial starts as soon as its inputs exist. With
-    a budget each group is a batch, so that trials do not spend what the images of a group need.
+def _run_cells(state: RunState, plan: Plan, prepare_only: bool, ray_session: ExitStack) -> int:
+    """Prepare inputs and run the trials of all cells; returns the exit code.
 
     Args:
         ray_session: receives the end of Ray, if Ray has to be started.
     """
-    searches = _open_searches(state, plan)
     groups = _cell_groups(state, plan)
-    batches = deque([groups] if state.sweep.budget == Budget() else [[cells] for cells in groups])
-    while batches:
-        groups = batches.popleft()
+    while groups:
+        searches = _open_searches(state, plan)
         prefetch = Prefetch(state, plan, groups, prepare_only)
         scheduler = _trial_scheduler(state, groups, searches, prefetch)
-        code = _run_batch(state, plan, scheduler, prefetch, prepare_only, ray_session)
+        code = _run_groups(state, plan, scheduler, prefetch, prepare_only, ray_session)
         if code is not None:
             return code
         prefetch.finish()
-        if scheduler.fp32_slots:  # the same cells again, whose inputs are prepared in fp32 first
-            state.fp32_trials += [
-                replace(slot.spec, precision="fp32") for slot in scheduler.fp32_slots
-            ]
-            moved = {slot.cell.id for slot in scheduler.fp32_slots}
-            batches.appendleft(
-                [cells for cells in groups if any(cell.id in moved for cell in cells)]
-            )
-            searches = _open_searches(state, plan)
+        # Trials that are repeated in fp32 need inputs in fp32: the same cells again.
+        state.fp32_trials += [replace(slot.spec, precision="fp32") for slot in scheduler.fp32_slots]
+        moved = {slot.cell.id for slot in scheduler.fp32_slots}
+        groups = [cells for cells in groups if any(cell.id in moved for cell in cells)]
     failed = state.statistics.states.get("failed", 0) or state.failed_requirements
     return FAILED if failed else DONE
 
 
-def _run_batch(
+def _run_groups(
     state: RunState,
     plan: Plan,
     scheduler: TrialScheduler,
@@ -405,11 +389,10 @@ def _run_batch(
     prepare_only: bool,
     ray_session: ExitStack,
 ) -> int | None:
-    """Prepare inputs and run trials until none is left; returns an exit code if the run ends."""
+    """Run trials as soon as their inputs exist, until none is left; returns an exit code if the
+    run ends."""
     while True:
         job = None if prepare_only else scheduler.peek()
-        if scheduler.out_of_budget():
-            return _report_spent_budget(state)
         if job is None and not prefetch.pending:
             return None
         if state.allocation is None:
@@ -417,10 +400,8 @@ def _run_batch(
         prefetch.start()
         if job is not None:
             _run_trials(state, scheduler, prefetch)
-        elif prefetch.fits_budget():
-            prefetch.wait()
         else:
-            return _report_spent_budget(state)
+            prefetch.wait()
         code = _report_stopping_failure(state, scheduler)
         if code is not None:
             return code
@@ -446,11 +427,6 @@ def _run_trials(state: RunState, scheduler: TrialScheduler, prefetch: Prefetch) 
     state.statistics.add_wall("trials", time.monotonic() - started)
     if overhead is not None:
         state.statistics.overheads.append(overhead)
-
-
-def _report_spent_budget(state: RunState) -> int:
-    state.screen.message(state.budget_tracker.refusal)
-    return BUDGET
 
 
 def _report_stopping_failure(state: RunState, scheduler: TrialScheduler) -> int | None:
@@ -508,7 +484,6 @@ def _trial_scheduler(
         state.resolver,
         state.event_log,
         on_outcome=state.on_outcome,
-        within_budget=state.budget_tracker.can_start,
         failed_dependency=state.failed_dependency,
         is_ready=prefetch.is_ready,
         rank={cell.id: index for index, cells in enumerate(groups) for cell in cells},
@@ -688,7 +663,6 @@ STATES = {
     FAILED: "failed",
     BAD_INPUT: "refused",
     REFUSED: "refused",
-    BUDGET: "budget",
     INTERRUPTED: "interrupted",
     TERMINATED: "terminated",
 }

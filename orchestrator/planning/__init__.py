@@ -1,6 +1,6 @@
 """Planning: which trials and artifacts a sweep needs, which exist, and which are left to compute.
 
-Also searches (one Optuna study per cell), budgets, and estimates of time and disk space.
+Also searches (one Optuna study per cell), and estimates of time and disk space.
 """
 
 from orchestrator.planning.checks import unschedulable_reason, unused_gpus_reason

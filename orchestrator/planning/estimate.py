@@ -318,14 +318,3 @@ def record_measurements(store: ArtifactStore, measured: Mapping[tuple[str, str],
 
 def _mean_pace(kinds: Mapping[str, Pace]) -> Pace | None:
     return sum(kinds.values(), Pace(0.0, 0.0)) if kinds else None
-
-
-def mean_seconds(history: Measured) -> dict[str, float]:
-    """Mean seconds of a trial, and of one unit of each other stage, over all kinds."""
-    means = {stage: pace for stage, kinds in history.items() if (pace := _mean_pace(kinds))}
-    return {
-        stage: (pace.startup + pace.seconds) / pace.starts
-        if stage == "trials"
-        else pace.seconds / pace.units
-        for stage, pace in means.items()
-    }

@@ -244,7 +244,7 @@ class Edit:
 
 
 def request_digest(sweep: SweepSpec, cells: Sequence[Cell]) -> str:
-    """Digest of the trials of a sweep; comments and budgets in its file do not change it."""
+    """Digest of the trials of a sweep; comments and resources in its file do not change it."""
     search = sweep.search
     studies = [study_name(c, search) if search and c.space else [c.id, c.flat] for c in cells]
     points = search.points if search else 1

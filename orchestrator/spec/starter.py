@@ -71,7 +71,6 @@ fixed:
 seeds: [1, 2, 3]
 
 {resources}
-# budget: {{gpu_hours: 10}}
 """
 METHODS = """\
 CLIP without training; CPL, which learns from pseudo-labels; CPL with an auxiliary classifier of

@@ -144,16 +144,6 @@ Seconds = Annotated[
 ]
 
 
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
-class Budget:
-    """The limits of one run; the next run continues."""
-
-    gpu_hours: Number | None = setting(
-        None, "limit of one run, summed over all GPUs; null: none", gt=0
-    )
-    wall: Seconds | None = setting(None, "wall-clock limit of one run; null: none")
-
-
 SMALLEST = 0.0001  # Ray's unit of an amount
 
 
@@ -351,7 +341,6 @@ class SweepSpec:
     overrides: tuple[Override, ...] = ()
     search: Search | None = None
     seeds: Seeds = THREE_SEEDS
-    budget: Budget = field(default_factory=Budget)
     resources: Resources = field(default_factory=Resources)
     project: str | None = None
     tracking_uri: str | None = None

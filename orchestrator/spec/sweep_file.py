@@ -46,7 +46,6 @@ from orchestrator.spec.marked_yaml import (
 from orchestrator.spec.space import point_count
 from orchestrator.spec.sweep import (
     THREE_SEEDS,
-    Budget,
     Cell,
     Override,
     Resources,
@@ -125,9 +124,6 @@ class SweepFile:
         BeforeValidator(_seeds, json_schema_input_type=SeedEntries | Seeds),
         Field(json_schema_extra={"title": "a list such as [1, 2, 3], or `values` and `vary`"}),
     ] = setting(THREE_SEEDS, "each point runs once per seed; default: [1, 2, 3]")
-    budget: Budget = setting(
-        Budget(), "limits of one run; it stops before the next step would exceed them"
-    )
     resources: Resources = setting(
         Resources(), "resources on the cluster; they do not change results"
     )

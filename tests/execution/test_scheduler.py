@@ -193,50 +193,6 @@ def test_cells_of_the_same_rank_take_turns(world):
     assert [job.cell.rpartition("-")[2] for job in jobs] == ["fpl", "cpl", "fpl", "cpl"]
 
 
-def test_once_the_budget_is_spent_no_job_starts_and_running_jobs_finish(world):
-    money = iter([True, True, False])
-    scheduler = world.scheduler(sweep("fpl", "cpl", "grip"), lambda jobs: next(money))
-    jobs = [scheduler.next(), scheduler.next()]
-    assert scheduler.next() is None
-    assert scheduler.out_of_budget()
-    assert not scheduler.is_complete
-    for job in jobs:
-        scheduler.complete(job.number, world.run(job))
-    assert scheduler.next() is None
-    assert scheduler.is_complete
-    assert len(world.run_all(world.scheduler(sweep("fpl", "cpl", "grip")))) == 1  # the next run
-
-
-def test_the_budget_is_checked_for_all_jobs_together_without_reused_trials(world):
-    run_trial(next(iter(world.scheduler(sweep("fpl")).next().trials)), world.store)
-    checked: list[Any] = []
-    scheduler = world.scheduler(sweep("fpl", "cpl"), lambda jobs: checked.append(jobs) or True)
-    scheduler.next()
-    scheduler.next()
-    fpl, cpl = "digits-ul-text-fpl", "digits-ul-text-cpl"
-    assert checked == [[(fpl, 1)], [(fpl, 1), (cpl, 2)]]
-
-
-def test_a_point_over_the_budget_comes_first_in_the_next_run(world):
-    spec = sweep("fpl", search=searching(points=4, sampler="grid"), seeds=(1,))
-    jobs = []
-    scheduler = world.scheduler(spec, lambda running: len(jobs) < 2)
-    while (job := scheduler.next()) is not None:
-        jobs.append(job)
-        scheduler.complete(job.number, world.run(job))
-    assert scheduler.out_of_budget()
-    assert [job.point for job in jobs] == [0, 1]
-    assert [job.point for job in world.run_all(world.scheduler(spec))] == [2, 3]
-
-
-def test_reused_trials_need_no_budget(world):
-    world.run_all(world.scheduler(sweep("fpl")))
-    scheduler = world.scheduler(sweep("fpl"), lambda jobs: False)
-    assert scheduler.next() is None
-    assert not scheduler.out_of_budget()
-    assert scheduler.is_complete
-
-
 # ---------------------------------------------------------------- failures
 
 
@@ -355,7 +311,6 @@ def test_three_equal_errors_of_the_user_stop_the_sweep_with_one_message(world):
     fail(world, scheduler, "user", "infra", "user", "user")
     assert world.states() == ["failed"] * 3  # the fourth method never started
     assert scheduler.stopping_failure() == Failure("user", "a case of user")
-    assert not scheduler.out_of_budget()
     assert scheduler.is_complete
 
 
@@ -371,9 +326,7 @@ def test_a_trial_with_a_failed_dependency_fails_without_starting(world):
     def failed_dependency(spec: Any) -> Failure | None:
         return Failure("oom", "its LoRA failed") if spec.pseudo_labels.kind == "top_k" else None
 
-    scheduler = world.scheduler(
-        sweep("fpl", "cpl", seeds=(1,)), lambda jobs: True, failed_dependency
-    )
+    scheduler = world.scheduler(sweep("fpl", "cpl", seeds=(1,)), failed_dependency)
     assert [spec.pseudo_labels.kind for job in world.run_all(scheduler) for spec in job.trials] == [
         "candidates"
     ]
@@ -502,7 +455,7 @@ def test_a_job_has_at_most_the_class_texts_of_one_pass(world):
 def test_a_cell_without_its_images_waits_and_the_other_cells_run(world):
     cells, ready = cells_of(sweep("cpl", "fpl", seeds=(1,))), {"digits-ul-text-fpl"}
     rank = {cell.id: index for index, cell in enumerate(cells)}
-    more = (lambda jobs: True, lambda spec: None, lambda cell: cell.id in ready, rank)
+    more = (lambda spec: None, lambda cell: cell.id in ready, rank)
     scheduler = world.scheduler(sweep("cpl", "fpl", seeds=(1,)), *more)
     first = scheduler.next()
     assert first.cell == "digits-ul-text-fpl"
@@ -521,7 +474,7 @@ def test_a_cell_without_its_images_waits_and_the_other_cells_run(world):
 def test_ready_cells_run_in_the_order_of_their_rank(world):
     cells = cells_of(sweep("cpl", "fpl", seeds=(1,)))
     rank = {cell.id: -index for index, cell in enumerate(cells)}
-    more = (lambda jobs: True, lambda spec: None, lambda cell: True, rank)
+    more = (lambda spec: None, lambda cell: True, rank)
     scheduler = world.scheduler(sweep("cpl", "fpl", seeds=(1,)), *more)
     assert [scheduler.next().cell for _ in cells] == [cell.id for cell in reversed(cells)]
 

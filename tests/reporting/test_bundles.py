@@ -284,7 +284,7 @@ def test_a_prompt_with_other_predictions_is_not_exported(location, command, tmp_
     code, out, err = command(
         "export", slot.key.digest, "-o", tmp_path / "b", "--store", str(store.root)
     )
-    assert (code, out) == (5, "")
+    assert (code, out) == (4, "")
     assert "predicts other classes than the trial for" in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
 

@@ -42,8 +42,8 @@ def test_the_schema_accepts_every_shipped_sweep(file):
     [
         "",
         "search: {points: 3, space: {iterations: {values: [1, 2]}}}\n",
-        "budget: {wall: 90s}\n",
-        "budget: {wall: 5400}\n",
+        "resources: {wait: 90s}\n",
+        "resources: {wait: 5400}\n",
         "seeds: {values: [[1, 301], 2], vary: [seed, split_seed]}\n",
         "resources: {generator: {actors: null}}\n",
         "overrides: [{when: {lora: true, method: [air, air_fpl]}, set: {lora.rank: 2}}]\n",
@@ -63,7 +63,7 @@ def test_the_schema_accepts_files_that_the_reader_accepts(more):
         *("unknown key", "unknown word", "over the limit", "grid without a list"),
         *("seeds that are not a list", "seeds without values", "empty space", "half a range"),
         *("images in space", "method in space", "range of words"),
-        *("all kept", "wall without unit", "unknown resource"),
+        *("duration without unit", "unknown resource"),
         *("override of an unknown key", "override of the method"),
     ],
 )

@@ -23,7 +23,7 @@ from orchestrator.spec import (
     validation,
 )
 from orchestrator.spec._trial_values import value_type
-from orchestrator.spec.sweep import Budget, Seeds, smoke_variant
+from orchestrator.spec.sweep import Seeds, smoke_variant
 from tests.helpers.golden import check_golden_cases, golden_cases
 from tests.helpers.sweeps import write_sweep
 
@@ -48,7 +48,6 @@ search:
     fusion_weight: {min: 0, max: 1}
     images_per_class: {values: [0, 25, 50]}
 seeds: {values: [1, [2, 100]], vary: [seed, split_seed]}
-budget: {gpu_hours: 40, wall: 12h}
 resources: {trial: {gpu: 0.25}, generator: {gpu: 1, actors: 4}}
 project: default
 tracking: {uri: "sqlite:///mlflow.db"}
@@ -85,7 +84,6 @@ def test_every_part_of_a_file_is_read(tmp_path):
     assert spec.fixed == {"lora.learning_rate": 1e-4}
     assert spec.search.sampler == "random"
     assert (spec.search.points, spec.search.width, spec.search.seed) == (12, 4, 0)
-    assert spec.budget == Budget(gpu_hours=40, wall=12 * 3600)
     assert (spec.resources.trial.cpu, spec.resources.trial.gpu) == (1, 0.25)
     assert (spec.resources.generator.gpu, spec.resources.generator.actors) == (1, 4)
     assert (spec.project, spec.data_root) == ("default", "/data")
@@ -115,8 +113,8 @@ def test_memory_is_read_in_units(tmp_path, text, size):
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("1.5m", 90), ("12h", 43200), (9, 9)])
-def test_wall_time_is_read_in_units(tmp_path, text, seconds):
-    assert load(tmp_path, f"{AIR}budget: {{wall: {text}}}").budget.wall == seconds
+def test_a_duration_is_read_in_units(tmp_path, text, seconds):
+    assert load(tmp_path, f"{AIR}resources: {{wait: {text}}}").resources.wait == seconds
 
 
 def test_the_space_has_its_dimensions_in_the_order_of_the_file(tmp_path):
@@ -496,12 +494,12 @@ def some_values(key):
 
 
 def test_an_option_sets_a_trial_key_or_a_part_of_the_file(tmp_path):
-    sets = ["lora.steps=20", "search.points=2", "seeds=[5]", "budget.wall=30m", "project=mine"]
+    sets = ["lora.steps=20", "search.points=2", "seeds=[5]", "resources.wait=30m", "project=mine"]
     spec = load(tmp_path, FULL, sets=sets)
     assert spec.fixed == {"lora.learning_rate": 1e-4, "lora.steps": 20}
     assert spec.search.points == 2
     assert spec.seeds.assignments() == ({"seed": 5},)
-    assert (spec.budget.wall, spec.budget.gpu_hours) == (1800, 40)
+    assert (spec.resources.wait, spec.resources.trial.gpu) == (1800, 0.25)
     assert spec.project == "mine"
 
 
