@@ -199,8 +199,7 @@ def test_a_registered_model_classifies_images_over_http(
     assert command(*reconcile)[0] == 0
     stderr = export("--register", "digits", "--force", *uri)
     assert "`mlflow models serve -m models:/digits/1 --env-manager local`" in stderr
-    [after] = json.loads(command(*reconcile, "--json")[1])
-    assert (after["told"], after["points"]) == (0, 0)  # the run of the trial is as it was
+    assert "nothing to send" in command(*reconcile)[1]  # the run of the trial is as it was
 
     server = ModelServer(tmp_path / "log")
     server.start("models:/digits/1", mlflow_server.url)

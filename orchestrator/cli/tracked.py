@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import sys
@@ -16,7 +15,6 @@ from orchestrator.cli.common import (
     LOOK,
     STORE,
     DataOption,
-    JsonOption,
     StoreOption,
     TrackingOption,
     exit_code_of,
@@ -110,7 +108,6 @@ def mlflow_reconcile(
     store: StoreOption = STORE,
     data_root: DataOption = None,
     tracking_uri: TrackingOption = None,
-    as_json: JsonOption = False,
 ) -> None:
     """Upload to MLflow what it lacks of recorded sweeps, for instance after an outage.
 
@@ -125,20 +122,17 @@ def mlflow_reconcile(
     names = [name] if name else recorded
     if not names:
         fail(f"{store} has no recorded sweep; run a sweep first, or give another --store")
-    results, problems = [], []
+    problems = []
     for sweep_name in names:
         try:
-            results.append(reconcile(*recorded_sweep(sweep_name, store, data_root), tracking_uri))
+            result = reconcile(*recorded_sweep(sweep_name, store, data_root), tracking_uri)
         except Exception as problem:
             if name:
                 raise
             problems.append(problem)  # continue with the other sweeps
             show(f"airsweep: {sweep_name}: {problem}", file=sys.stderr)
-    if as_json:
-        show(json.dumps([result.json() for result in results], indent=1))
-    else:
-        for result in results:
-            show(result.line())
-            show(f"  {result.url}", file=sys.stderr)
+            continue
+        show(result.line())
+        show(f"  {result.url}", file=sys.stderr)
     if problems:
         sys.exit(max(exit_code_of(problem) for problem in problems))

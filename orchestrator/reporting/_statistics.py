@@ -119,7 +119,6 @@ class Difference(Interval):
     run_variance: float  # of the mean, between top units without image noise; below 0 by chance
     run_noise: float  # of the mean, between top units from image noise; not in `run_variance`
     units: int  # number of splits; of seeds if there is one split
-    differing: int  # images that the two methods score differently in at least one run
     reason_not_tested: str  # why there is too little data for a test; empty: it is tested
 
 
@@ -172,7 +171,6 @@ def paired_difference(a: Runs, b: Runs, *, samples: int = SAMPLES) -> Difference
         run_variance=parts.run_variance,
         run_noise=parts.run_noise,
         units=parts.units,
-        differing=images,
         reason_not_tested=_reason_not_tested(scores, images),
     )
 

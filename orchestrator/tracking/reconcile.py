@@ -51,17 +51,6 @@ class ReconcileResult:
     missing: int  # outcomes in the event log whose records are no longer in the store
     url: str
 
-    def json(self) -> dict[str, Any]:
-        return {
-            "sweep": self.name,
-            "told": self.counts.sent,
-            "already_there": self.counts.present,
-            "points": self.counts.settings,
-            "gone": self.missing,
-            "parent": "told" if self.counts.sweep else "there",
-            "url": self.url,
-        }
-
     def line(self) -> str:
         """A summary for the screen."""
         sent, present, settings = self.counts.sent, self.counts.present, self.counts.settings

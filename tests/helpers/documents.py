@@ -26,7 +26,6 @@ PROGRAMS = ("airsweep", "export", "hf", "make", "pip", "pytest", "python", "ray"
 class Block:
     """A fenced block."""
 
-    page: Path
     line: int
     language: str
     text: str
@@ -65,7 +64,7 @@ def blocks(page: Path) -> Iterator[Block]:
             opened, text = (number, fence[1], above), []
         elif opened is not None and fence:
             start, language, before = opened
-            yield Block(page, start, language, "\n".join(text) + "\n", before)
+            yield Block(start, language, "\n".join(text) + "\n", before)
             opened = None
         elif opened is not None:
             text.append(line)
