@@ -228,7 +228,7 @@ def run_points(
         ),
         ray_resources(resources.trial),
     )
-    # Nothing reads Tune's own files: see `_tune_folder`.
+    # Nothing reads Tune's own files, which describe this call and its jobs of several trials.
     with TemporaryDirectory(prefix="airsweep-tune-", ignore_cleanup_errors=True) as folder:
         tuner = tune.Tuner(
             trainable,

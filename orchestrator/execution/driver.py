@@ -634,16 +634,7 @@ def _record_end(state: RunState) -> OSError | None:
     _full_disk_error(lambda: record_measurements(location.store, statistics.work))
     if code != DONE:
         state.tracker.finish(code)
-    if code != TERMINATED:  # after SIGTERM only seconds remain
-        _full_disk_error(lambda: _write_tune_folder(state))  # the next run writes it
     return unwritten
-
-
-def _write_tune_folder(state: RunState) -> None:
-    if state.slot_states:
-        from orchestrator.execution._tune_folder import write_tune_folder
-
-        write_tune_folder(state.sweep, state.location)
 
 
 def _full_disk_error(write: Callable[[], object]) -> OSError | None:

@@ -173,8 +173,6 @@ class MemoryPeak:
 
 MODULES = {
     "orchestrator.execution._tuning": {"run_points": run_points},
-    # The real module imports Ray Tune, which takes seconds.
-    "orchestrator.execution._tune_folder": {"write_tune_folder": lambda *arguments: None},
     "orchestrator.execution._prepare": {
         "prepare": prepare,
         "draw_contact_sheet": lambda *arguments: (pixel_png(), {}),
