@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 RUFF_PATHS := air_core orchestrator tests benchmarks tools
 PYTEST := $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-NOT_HERE := not gpu and not weights and not exhaustive
+NOT_HERE := not gpu and not exhaustive
 LARGE := (integration or ray)
 export HF_HUB_OFFLINE := 1
 

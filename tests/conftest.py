@@ -102,8 +102,7 @@ def seeds() -> None:
 @pytest.fixture(autouse=True)
 def no_gpus(request, monkeypatch) -> None:
     """Hide the GPUs of this machine from the sweeps of tests that are not marked for them."""
-    marked = any(map(request.node.get_closest_marker, ("gpu", "weights")))
-    if this_machine()["GPU"] and not marked:
+    if this_machine()["GPU"] and not request.node.get_closest_marker("gpu"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 

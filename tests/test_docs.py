@@ -149,7 +149,6 @@ def test_complete_yaml_files_on_a_page_are_valid(page, tmp_path, monkeypatch):
         "airsweep plan sweeps/gone.yaml",
         "make nonsense",
         "pip install 'airsweep[nothing]'",
-        "pytest tests/test_gone.py",
         "ray job submit --addres $ADDR -- python -m orchestrator run sweeps/quickstart.yaml",
         "ray job submit --address $ADDR -- python -m orchestrator run",
     ],
@@ -305,11 +304,6 @@ def _pip(words: list[str]) -> None:
         raise InvalidCommand(f"no extra {extra!r}")
 
 
-def _pytest(words: list[str]) -> None:
-    if not (ROOT / words[1]).is_file():
-        raise InvalidCommand(f"{words[1]} does not exist")
-
-
 def _timeout(words: list[str]) -> None:
     """Parse the command that has a time limit."""
     parse_command(words[words.index("airsweep") + 1 :])
@@ -324,7 +318,6 @@ PROGRAMS: dict[str, Callable[[list[str]], None]] = {
     "hf": _ignore,
     "make": _make,
     "pip": _pip,
-    "pytest": _pytest,
     "python": _python,
     "ray": _ray,
     "source": _ignore,

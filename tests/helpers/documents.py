@@ -19,7 +19,7 @@ FILE = re.compile(r"<!-- file: (\S+) -->$")
 NOT_RUN = re.compile(r"<!-- not run: (.+) -->$")
 # A line of a block without a language is a command if it begins with one of these. Other lines are
 # output or folder trees.
-PROGRAMS = ("airsweep", "export", "hf", "make", "pip", "pytest", "python", "ray", "source")
+PROGRAMS = ("airsweep", "export", "hf", "make", "pip", "python", "ray", "source")
 
 
 @dataclass(frozen=True)
