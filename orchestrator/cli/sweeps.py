@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -85,7 +84,6 @@ def components(
     name: Annotated[
         str | None, typer.Argument(metavar="NAME", help="A component, or a key of a sweep file.")
     ] = None,
-    as_json: JsonOption = False,
 ) -> None:
     """List the components: what the keys of a sweep file can name, such as pseudo_labels.kind.
 
@@ -97,11 +95,7 @@ def components(
     """
     from orchestrator.spec.components import described
 
-    found = described(name)
-    if as_json:
-        show(json.dumps([asdict(one) for one in found], indent=1))
-    else:
-        _show_components(found, name)
+    _show_components(described(name), name)
 
 
 def _show_components(found: Iterable[Described], detailed: str | None) -> None:
