@@ -1,6 +1,6 @@
 """Keys of artifacts: stage, recipe number and hash of the resolved, normalised spec.
 
-A spec contains a code version if no recipe number covers its code; see `store.code_version`.
+A spec contains a code version if its code is not that of its recipe; see `store.code_version`.
 A key never depends on the machines: their number, their hardware and their names.
 """
 
@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -42,18 +41,14 @@ def artifact_key(spec: StageSpec) -> ArtifactKey:
 
 @cache
 def _key(spec: StageSpec) -> ArtifactKey:
-    return ArtifactKey(spec.stage, _recipe(spec)[0], digest(_identity(spec)), spec.slug)
+    return ArtifactKey(spec.stage, spec.recipe, digest(_identity(spec)), spec.slug)
 
 
-def _recipe(spec: StageSpec) -> tuple[int, str]:
-    """Recipe number and code version. A code version that begins with `v<number>` is that of an
-    earlier run, see `store.code_version.recorded_versions`."""
-    code: str = (
-        spec.code_of(*_parts(spec)) if isinstance(spec, TrialSpec) else getattr(spec, "code", "")
-    )
-    first, _, others = code.partition("+")
-    earlier = re.fullmatch(r"v(\d+)", first)
-    return (int(earlier[1]), others) if earlier else (spec.recipe, code)
+def _code(spec: StageSpec) -> str:
+    """The code version in a key; empty if it is that of the recipe."""
+    if isinstance(spec, TrialSpec):
+        return spec.code_of(*_parts(spec))
+    return getattr(spec, "code", "")
 
 
 def _parts(spec: TrialSpec) -> list[str]:
@@ -73,10 +68,8 @@ def _identity(spec: StageSpec) -> Any:
     settings.pop("classnames")  # the dataset determines them
     settings.pop("scored_images")
     settings.pop("pool_images")
-    recipe, settings["code"] = _recipe(spec)
-    if not settings["code"]:
-        settings.pop("code")
-    return {"recipe": f"{spec.stage}/{recipe}", "inputs": inputs, **plain(settings)}
+    settings["code"] = _code(spec)
+    return {"recipe": f"{spec.stage}/{spec.recipe}", "inputs": inputs, **plain(settings)}
 
 
 SCALARS = (bool, int, str, type(None))  # JSON has them as they are
@@ -91,9 +84,7 @@ def plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         found = {name: plain(setting) for name, setting in _settings(value).items()}
         if isinstance(value, StageSpec):
-            recipe, code = _recipe(value)
-            found.pop("code", None)
-            found |= {"recipe": f"{value.stage}/{recipe}"} | ({"code": code} if code else {})
+            found |= {"recipe": f"{value.stage}/{value.recipe}", "code": _code(value)}
         return found
     if isinstance(value, Mapping):
         return {name: plain(item) for name, item in value.items()}
@@ -103,20 +94,15 @@ def plain(value: Any) -> Any:
 
 
 def _settings(owner: Any) -> dict[str, Any]:
-    """The fields of a dataclass that are part of the key, with their values.
-
-    A field with `absent_means` was added later; with that value the key equals the older key.
-    """
+    """The fields of a dataclass that are part of the key, with their values."""
     kind: type = type(owner)
-    settings = ((name, getattr(owner, name), absent) for name, absent in _fields(kind))
-    return {name: value for name, value, absent in settings if value != absent}
+    return {name: getattr(owner, name) for name in _fields(kind)}
 
 
 @cache
-def _fields(owner: type) -> tuple[tuple[str, Any], ...]:
-    """The fields of a dataclass that equality compares, each with its `absent_means`."""
-    compared = (f for f in dataclasses.fields(owner) if f.compare)
-    return tuple((f.name, f.metadata.get("absent_means", dataclasses.MISSING)) for f in compared)
+def _fields(owner: type) -> tuple[str, ...]:
+    """The fields of a dataclass that equality compares."""
+    return tuple(f.name for f in dataclasses.fields(owner) if f.compare)
 
 
 def digest(value: Any) -> str:

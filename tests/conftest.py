@@ -164,7 +164,6 @@ LONG = (
     "test_chaos",
     "test_docs",
     "test_bucket",
-    "test_old_store",
     "test_unlabelled_sweeps",
     "test_tracking",
     "test_browsing",

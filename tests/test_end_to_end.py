@@ -98,17 +98,17 @@ COMMANDS = (
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_store_of_another_version_is_refused_with_exit_code_3(tmp_path, command, name):
+def test_a_store_of_another_format_is_refused_with_exit_code_3(tmp_path, command, name):
     store = tmp_path / "runs"
     store.mkdir()
-    (store / "VERSION").write_text("99\n")
+    (store / "store.json").write_text('{"format": 99}')
     spec = str(write_sweep(tmp_path, "x", "fixed: {method: fpl}\n"))
     named = {"run": spec, "plan": spec, "status": "x", "table": "x"}
     words = [*name.split(), *([named[name]] if name in named else [])]
     code, out, err = command(*words, "--store", store)
     assert (code, out) == (3, "")
-    assert "is a store of version '99', but this airsweep reads version 1" in err
-    assert list(store.iterdir()) == [store / "VERSION"]
+    assert "has format 99, but this airsweep reads format 1: choose another" in err
+    assert list(store.iterdir()) == [store / "store.json"]
 
 
 def test_a_mistyped_name_of_a_sweep_is_an_error_with_the_three_most_similar_ones(tmp_path, command):

@@ -249,7 +249,7 @@ def test_a_machine_that_cannot_reach_the_bucket_is_refused(cluster, spec, bucket
 
 
 def test_a_full_bucket_is_refused_before_the_cluster_is_joined(cluster, spec, bucket, s3_server):
-    parse(bucket).put("VERSION", b"1\n")
+    parse(bucket).put("store.json", b'{"format": 1}')
     with full_bucket(s3_server) as address:
         done = run(cluster, spec, bucket, "--prepare", AWS_ENDPOINT_URL=address)
     assert done.returncode == 3, done.stderr

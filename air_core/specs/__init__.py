@@ -63,14 +63,6 @@ def knob(default: Any, help: str, **facts: Any) -> Any:
     return field(default=default, metadata={"help": help, "limits": limits, **facts})
 
 
-def later(default: Any, help: str, **facts: Any) -> Any:
-    """A knob that was added after results existed; its default is the earlier behaviour.
-
-    With its default it is left out of keys (orchestrator.keys), so that old results stay valid.
-    """
-    return knob(default, help, absent_means=default, **facts)
-
-
 def choice(registry: Registry, default: str, **facts: Any) -> Any:
     """A knob that names a component of a registry."""
     return knob(default, "", registry=registry, **facts)
@@ -81,17 +73,12 @@ def group(default: Any, **facts: Any) -> Any:
     return field(default=default, metadata=facts)
 
 
-def added(default: Any, **facts: Any) -> Any:
-    """A field without help that was added after results existed; see `later`."""
-    return field(default=default, metadata={"absent_means": default, **facts})
-
-
 def _only(kind: Any, settings: Any) -> Any:
     """The part of settings that their base class `kind` declares."""
     return kind(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(kind)})
 
 
-# Parts of the code with their versions, where no recipe number covers them: see
+# Parts of the code with their versions, where these are not those of the recipes: see
 # orchestrator.store.code_version. The spec of a single stage has the versions without the parts.
 CodeVersions = tuple[tuple[str, str], ...]
 
@@ -140,13 +127,13 @@ class SplitSettings:
     paradigm: Paradigm = knob("ul", PARADIGMS)
     split_seed: int = knob(0, SPLIT_SEED, ge=0, le=2**32 - 1)
     pool: Literal["train", "train+val"] = knob("train+val", POOL)
-    shots: int = later(2, SHOTS, ge=1)
-    class_seed: int = later(500, CLASS_SEED, ge=0, le=2**32 - 1)
-    leaky_pool: bool = later(False, LEAKY)
-    pool_size: int | None = later(None, POOL_SIZE, ge=1)
-    pool_ratio: float = later(1.0, POOL_RATIO, ge=1)
-    pool_missing: float = later(0.0, POOL_MISSING, ge=0, lt=1)
-    labelled_size: int | None = later(None, LABELLED_SIZE, ge=1)
+    shots: int = knob(2, SHOTS, ge=1)
+    class_seed: int = knob(500, CLASS_SEED, ge=0, le=2**32 - 1)
+    leaky_pool: bool = knob(False, LEAKY)
+    pool_size: int | None = knob(None, POOL_SIZE, ge=1)
+    pool_ratio: float = knob(1.0, POOL_RATIO, ge=1)
+    pool_missing: float = knob(0.0, POOL_MISSING, ge=0, lt=1)
+    labelled_size: int | None = knob(None, LABELLED_SIZE, ge=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,14 +157,14 @@ class InitialLabelsSettings:
         le=MAX_IMAGES,
         used_if=later_rounds,
     )
-    evidence_draws: int = later(
+    evidence_draws: int = knob(
         0,
         "draws of evidence of the previous LoRA round that also choose labels; 0: none",
         ge=0,
         le=1000,
         used_if=lambda s: later_rounds(s) and not labelled_lora(s),
     )
-    true_share: float | None = later(
+    true_share: float | None = knob(
         None,
         "bounds alone: share of the images of a class that belong to it; null: as CLIP labels them",
         ge=0,
@@ -209,8 +196,8 @@ class LoraTraining:
         "of a training image; {} is its class, a caption without it is of the domain" + SEVERAL,
     )
     precision: Precision = knob("bf16", "of frozen weights and the computation; adapters are fp32")
-    passes: int | None = later(None, "passes over the training images, instead of steps", ge=1)
-    flip: bool = later(False, "mirror each training image with probability 0.5")
+    passes: int | None = knob(None, "passes over the training images, instead of steps", ge=1)
+    flip: bool = knob(False, "mirror each training image with probability 0.5")
 
     def steps_on(self, images: int) -> int:
         """Optimiser steps on this many training images."""
@@ -225,8 +212,8 @@ class LoraSettings(LoraTraining):
     rounds: int = knob(
         1, "2: a second LoRA on labels chosen with the images of the first", ge=1, le=3
     )
-    source: LoraSource = later("all", LORA_SOURCE, used_if=lambda s: s.paradigm != "ul")
-    enough_kept: float = later(
+    source: LoraSource = knob("all", LORA_SOURCE, used_if=lambda s: s.paradigm != "ul")
+    enough_kept: float = knob(
         1.0,
         "share of labels that stay from round to round at which no further round is trained",
         gt=0,
@@ -268,7 +255,7 @@ class FidelitySettings:
 
     kind: str = choice(FIDELITIES, "class_mean")
     keep: int = knob(16, "images per class that are kept", ge=1)
-    own: Own = added(())  # of components from plugins
+    own: Own = ()  # of components from plugins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,14 +270,14 @@ class AuxiliarySettings:
     temperature: Literal["match_entropy", "logit_scale", "kappa"] = knob(
         "match_entropy", "match_entropy: same confidence on the pool as the text classifier"
     )
-    kappa: float = later(
+    kappa: float = knob(
         100.0,
         "with temperature: kappa, the factor on cosines",
         gt=0,
         used_if=lambda s: s.auxiliary.temperature == "kappa",
     )
-    neighbours: int = later(16, "knn: nearest images per class that are averaged", ge=1)
-    rounds: int = later(
+    neighbours: int = knob(16, "knn: nearest images per class that are averaged", ge=1)
+    rounds: int = knob(
         1,
         "selections of real images in each iteration",
         ge=1,
@@ -318,18 +305,18 @@ class AuxiliarySettings:
         "with refresh: fewer synthetic images in each iteration",
         used_if=lambda s: s.auxiliary.refresh and s.auxiliary.source == "both",
     )
-    own: Own = added(())  # of components from plugins
+    own: Own = ()  # of components from plugins
 
 
 @dataclass(frozen=True, kw_only=True)
 class FusionSettings:
     """Fusion of text, auxiliary and evidence, beside `fusion_weight` and `evidence.weight`."""
 
-    weights: Literal["fixed", "agreement"] = later(
+    weights: Literal["fixed", "agreement"] = knob(
         "fixed", "agreement: by Dawid-Skene EM on the pool, without labels"
     )
-    space: FusionSpace = later("probability", "space of the average")
-    schedule: Literal["fixed", "annealed"] = later(
+    space: FusionSpace = knob("probability", "space of the average")
+    schedule: Literal["fixed", "annealed"] = knob(
         "fixed",
         "annealed: the weight falls linearly to 0 over the iterations",
         used_if=lambda s: s.iterations > 1,
@@ -353,9 +340,9 @@ class PseudoLabelSettings:
     )
     alpha: float = knob(0.75, "candidates: quantile of confidence over images", ge=0, le=1)
     beta: float = knob(0.95, "candidates: quantile of a class's scores over images", ge=0, le=1)
-    threshold: float = later(0.7, "threshold: smallest confidence of an image", ge=0, le=1)
-    loss: str = choice(LOSSES, "cc", absent_means="cc")
-    own: Own = added(())  # of components from plugins
+    threshold: float = knob(0.7, "threshold: smallest confidence of an image", ge=0, le=1)
+    loss: str = choice(LOSSES, "cc")
+    own: Own = ()  # of components from plugins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,14 +350,14 @@ class PromptSettings:
     """The learned prompt."""
 
     length: int = knob(16, "context vectors, or tokens beside the patches", ge=1, le=64)
-    depth: Literal["shallow", "deep"] = later("shallow", "visual; deep: new tokens in every block")
-    init: Literal["normal", "uniform"] = later(
+    depth: Literal["shallow", "deep"] = knob("shallow", "visual; deep: new tokens in every block")
+    init: Literal["normal", "uniform"] = knob(
         "normal", "visual: initial distribution of the tokens"
     )
-    restart: bool = later(
+    restart: bool = knob(
         True, "each iteration starts from the same prompt", used_if=lambda s: s.iterations > 1
     )
-    own: Own = added(())  # of components from plugins
+    own: Own = ()  # of components from plugins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -392,23 +379,23 @@ class TrainSettings:
     weight_decay: float = knob(0.05, "on the prompt", ge=0)
     warmup: float = knob(0.04, "share of the steps; then cosine to 0", ge=0, lt=1)
     clip: float = knob(0.8, "largest norm of the prompt's gradient", gt=0)
-    mix: Literal["both", "real", "synthetic"] = later(
+    mix: Literal["both", "real", "synthetic"] = knob(
         "both",
         "training images: real pseudo-labelled, synthetic, or both",
         used_if=trains_on_synthetic,
     )
-    labelled_weight: float = later(
+    labelled_weight: float = knob(
         1.0,
         "weight of the loss on labelled images",
         ge=0,
         used_if=lambda s: s.supervision == "pseudo" and s.paradigm != "ul",
     )
-    labelled_among: Literal["all", "seen"] = later(
+    labelled_among: Literal["all", "seen"] = knob(
         "all",
         "trzsl: classes in the softmax of labelled images; seen: without unseen ones",
         used_if=lambda s: s.paradigm == "trzsl",
     )
-    synthetic_schedule: Literal["fixed", "fade"] = later(
+    synthetic_schedule: Literal["fixed", "fade"] = knob(
         "fixed",
         "fade: synthetic_weight falls linearly to 0 over the iterations",
         used_if=lambda s: trains_on_synthetic(s) and s.iterations > 1,
@@ -456,7 +443,7 @@ class EvidenceSettings(EvidenceScoring):
         ge=1,
         used_if=uses_evidence,
     )
-    disputed: int | None = later(
+    disputed: int | None = knob(
         None,
         "of these, score only images to which text and this many synthetic images per class "
         "assign different classes; null: all",
@@ -666,8 +653,8 @@ class FeaturesSpec(StageSpec):
     dataset: Ref
     backbone: Ref
     precision: ClipPrecision = "fp32"
-    level: Level = later("features", "features or tokens")
-    code: str = added("")
+    level: Level = knob("features", "features or tokens")
+    code: str = ""
 
     @property
     def encoded(self) -> EncodedSpec | None:
@@ -748,10 +735,10 @@ class LabelsSpec(StageSpec):
     split: SplitSettings
     settings: InitialLabelsSettings
     images: SyntheticFeaturesSpec | None = None
-    evidence: EvidenceSpec | None = added(None)
-    source: LoraSource = later("all", LORA_SOURCE)
-    drawn: bool = added(False)  # labelled images in random order, not in that of the files
-    code: str = added("")
+    evidence: EvidenceSpec | None = None
+    source: LoraSource = knob("all", LORA_SOURCE)
+    drawn: bool = False  # labelled images in random order, not in that of the files
+    code: str = ""
 
     def _words(self) -> list[str]:
         paradigm = [] if self.split.paradigm == "ul" else [self.split.paradigm]
@@ -778,16 +765,16 @@ class LoraSpec(StageSpec):
     labels is equal. With equal labels the training would give the same adapters.
     """
 
-    stage, recipe, title, process, guess, counts = "lora", 2, "LoRA", "generator", 0.15, "steps"
+    stage, title, process, guess, counts = "lora", "LoRA", "generator", 0.15, "steps"
     modules = (*_DRAWING, "air_core.ahead", "air_core.diffusion.lora")
 
     labels: LabelsSpec
     model: Ref
     training: LoraTraining
     size: int
-    enough_kept: float = added(1.0)
+    enough_kept: float = 1.0
     classes: int = field(default=0, compare=False)  # of the dataset; not in the key
-    code: str = added("")
+    code: str = ""
 
     def _words(self) -> list[str]:
         return [self.labels.slug, f"r{self.training.rank}"]
@@ -808,7 +795,7 @@ class LoraSpec(StageSpec):
 class ImagesSpec(RowSpec):
     """Base of both kinds of rows of images, which are one stage."""
 
-    stage, recipe, title, guess, shard = "images", 2, "image blocks", 0.03, ".parquet"
+    stage, title, guess, shard = "images", "image blocks", 0.03, ".parquet"
     modules = _DRAWING
 
 
@@ -822,7 +809,7 @@ class GeneratedImages(ImagesSpec):
     lora: LoraSpec | None
     lora_scale: float
     settings: GenerationSettings
-    code: str = added("")
+    code: str = ""
 
     def _words(self) -> list[str]:
         return [self.model.name, self.lora.slug if self.lora else "base"]
@@ -851,7 +838,7 @@ class FolderImages(ImagesSpec):
     classnames: tuple[str, ...]
     size: int
     block: int
-    code: str = added("")
+    code: str = ""
 
     def _words(self) -> list[str]:
         return [self.model.name]
@@ -874,8 +861,8 @@ class SyntheticFeaturesSpec(RowSpec):
     images: GeneratedImages | FolderImages
     backbone: Ref
     precision: ClipPrecision = "fp32"
-    level: Level = later("features", "features or tokens")
-    code: str = added("")
+    level: Level = knob("features", "features or tokens")
+    code: str = ""
 
     def _words(self) -> list[str]:
         tokens = ["tokens"] if self.level == "tokens" else []
@@ -911,7 +898,7 @@ class EvidenceSpec(RowSpec):
     draws nor that of images. The images are in a random order, so the first ones are a sample.
     """
 
-    stage, recipe, title, guess, shard = "evidence", 2, "denoising errors", 0.004, ".safetensors"
+    stage, title, guess, shard = "evidence", "denoising errors", 0.004, ".safetensors"
     modules = (
         *_LOADED_CLIP,
         *_DRAWING,
@@ -931,9 +918,9 @@ class EvidenceSpec(RowSpec):
     scoring: EvidenceScoring
     size: int
     # Score only images to which text and an auxiliary classifier on these images disagree.
-    images: SyntheticFeaturesSpec | None = added(None)
-    images_per_class: int = added(0)
-    code: str = added("")
+    images: SyntheticFeaturesSpec | None = None
+    images_per_class: int = 0
+    code: str = ""
 
     def _words(self) -> list[str]:
         return [(self.lora or self.features).slug, self.model.name]
@@ -975,7 +962,7 @@ class EvidenceSpec(RowSpec):
 class TrialSpec(StageSpec):
     """One trial. `air_core.specs.flat` converts it to flat keys such as `lora.rank`."""
 
-    stage, recipe, title, process = "trials", 2, "trials", "trial"
+    stage, title, process = "trials", "trials", "trial"
     modules = (
         *_CLIP,
         *_SCORING,
@@ -998,7 +985,7 @@ class TrialSpec(StageSpec):
     backbone: Ref
     generator: Ref = group(MISSING, used_if=uses_generator, unused=Ref(name="", digest=""))
     # None: `dataset` itself
-    test_dataset: Ref | None = added(None, used_if=lambda s: s.test_dataset != s.dataset)
+    test_dataset: Ref | None = group(None, used_if=lambda s: s.test_dataset != s.dataset)
     precision: ClipPrecision = knob(
         "tf32",
         "of CLIP's weights; tf32: fp32, on a GPU with products in TF32; norms, logits and loss "
@@ -1008,25 +995,23 @@ class TrialSpec(StageSpec):
     modality: str = choice(LEARNERS, "text")
     split_seed: int = knob(0, SPLIT_SEED, ge=0, le=2**32 - 1)
     pool: Literal["train", "train+val"] = knob("train+val", POOL)
-    shots: int = later(2, SHOTS, ge=1, used_if=lambda s: s.paradigm == "ssl")
-    class_seed: int = later(
+    shots: int = knob(2, SHOTS, ge=1, used_if=lambda s: s.paradigm == "ssl")
+    class_seed: int = knob(
         500, CLASS_SEED, ge=0, le=2**32 - 1, used_if=lambda s: s.paradigm == "trzsl"
     )
-    leaky_pool: bool = later(False, LEAKY)
-    pool_size: int | None = later(None, POOL_SIZE, ge=1)
-    pool_ratio: float = later(1.0, POOL_RATIO, ge=1)
-    pool_missing: float = later(0.0, POOL_MISSING, ge=0, lt=1)
-    labelled_size: int | None = later(
+    leaky_pool: bool = knob(False, LEAKY)
+    pool_size: int | None = knob(None, POOL_SIZE, ge=1)
+    pool_ratio: float = knob(1.0, POOL_RATIO, ge=1)
+    pool_missing: float = knob(0.0, POOL_MISSING, ge=0, lt=1)
+    labelled_size: int | None = knob(
         None, LABELLED_SIZE, ge=1, used_if=lambda s: s.paradigm == "trzsl"
     )
-    supervision: Literal["pseudo", "labelled"] = later(
+    supervision: Literal["pseudo", "labelled"] = knob(
         "pseudo",
         "labelled: the few labelled images alone, no pseudo-labels (CoOp, VPT)",
         used_if=lambda s: s.iterations > 0,
     )
-    transduction: str = choice(
-        TRANSDUCTIONS, "none", absent_means="none", used_if=lambda s: not labelled_only(s)
-    )
+    transduction: str = choice(TRANSDUCTIONS, "none", used_if=lambda s: not labelled_only(s))
     initial_labels: InitialLabelsSettings = group(
         InitialLabelsSettings(),
         used_if=lambda s: s.lora is not None or s.images_from == "lora_images",
@@ -1041,7 +1026,7 @@ class TrialSpec(StageSpec):
         used_if=fills_bank,
         unused=0,
     )
-    images_from: ImagesFrom = later("generator", IMAGES_FROM, used_if=fills_bank)
+    images_from: ImagesFrom = knob("generator", IMAGES_FROM, used_if=fills_bank)
     fidelity: FidelitySettings = group(FidelitySettings(), used_if=selects_images)
     auxiliary: AuxiliarySettings = group(AuxiliarySettings(), used_if=uses_auxiliary)
     fusion_weight: float = knob(
@@ -1052,8 +1037,8 @@ class TrialSpec(StageSpec):
         used_if=uses_auxiliary,
         unused=0.0,
     )
-    fusion: FusionSettings = added(FusionSettings(), used_if=uses_auxiliary)
-    evidence: EvidenceSettings = added(
+    fusion: FusionSettings = group(FusionSettings(), used_if=uses_auxiliary)
+    evidence: EvidenceSettings = group(
         EvidenceSettings(), used_if=lambda s: uses_evidence(s) or labels_use_evidence(s)
     )
     pseudo_labels: PseudoLabelSettings = group(
@@ -1125,7 +1110,7 @@ class TrialSpec(StageSpec):
         )
 
     def code_of(self, *parts: str) -> str:
-        """Versions of these parts of the code; empty where recipe numbers cover them."""
+        """Versions of these parts of the code; empty where they are those of the recipes."""
         versions = dict(self.code)
         return "+".join(versions[part] for part in parts if part in versions)
 

@@ -33,7 +33,7 @@ class DatasetText:
 def read_dataset_text(features: FeaturesSpec, store: ArtifactStore) -> DatasetText:
     """Read the text from the record of the features, else from the dataset.
 
-    The dataset is read if the features are missing, or if an earlier version wrote their record.
+    The dataset is read if the features are missing.
 
     Raises:
         ValueError: neither the record nor the dataset has the text.
@@ -46,11 +46,10 @@ def read_dataset_text(features: FeaturesSpec, store: ArtifactStore) -> DatasetTe
 
 
 def recorded_text(features: FeaturesSpec, store: ArtifactStore) -> DatasetText | None:
-    """Read the text from the record of the features; None if it has none."""
+    """Read the text from the record of the features; None if they are missing."""
     with suppress(MissingArtifact):
         info = store.record(features)["info"]
-        if "template" in info:
-            return DatasetText(tuple(info["classnames"]), info["template"])
+        return DatasetText(tuple(info["classnames"]), info["template"])
     return None
 
 

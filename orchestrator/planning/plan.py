@@ -36,7 +36,6 @@ from orchestrator.plugins import use_plugins
 from orchestrator.spec import Cell, Dimension, SweepSpec, cells_of
 from orchestrator.spec.space import default_params, grid_points, study_name
 from orchestrator.store import ArtifactStore, EventLog, SweepLocation, read_resolved
-from orchestrator.store.code_version import recorded_versions
 
 BASE_PER_CLASS = 8  # images without LoRA, drawn to measure what LoRA changes
 # Settings that determine whether a trial reads synthetic images, and how many.
@@ -629,7 +628,7 @@ def earlier_results(plan: Plan, location: SweepLocation) -> dict[tuple[str, str]
         return {}
     before = {name: entry["ref"]["digest"] for name, entry in inputs["datasets"].items()}
     before |= inputs["weights"]
-    versions = recorded_versions(inputs)
+    versions = inputs.get("code", {})
     finished = logged_results(location.event_log()).keys
     earlier: dict[tuple[str, str], int] = {}
     for slot in plan.slots:

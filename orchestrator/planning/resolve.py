@@ -61,7 +61,7 @@ from orchestrator.plugins import plugin_versions
 from orchestrator.spec import SweepSpec, presets
 from orchestrator.spec.sweep import split_name
 from orchestrator.store import SweepLocation, read_resolved
-from orchestrator.store.code_version import recipes, recorded_versions, unlisted_versions
+from orchestrator.store.code_version import changed_versions
 from orchestrator.store.verification import read_cache
 
 
@@ -130,7 +130,7 @@ class Resolver:
     folders: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # Stamp and digest by path. Entries of earlier versions have another shape and never match.
+        # Stamp and digest by path.
         self._digests: dict[str, list[Any]] = read_cache(self.cache, _entries, {})
         self._saved = dict(self._digests)
         self._unreadable: dict[Path, str] = {}  # images, with the reason
@@ -334,11 +334,11 @@ class Resolver:
             )
 
     def code_versions(self, datasets: Sequence[str]) -> CodeVersions:
-        """Code versions, by part, that no recipe number covers, for trials on these datasets."""
+        """Code versions that are not those of the recipes, by part, for trials on datasets."""
         if self.versions is not None:
             return tuple(self.versions.items())
         readers = [part for part in map(reader_of, datasets) if not is_component(part)]
-        versions = (*unlisted_versions(*readers), *plugin_versions())
+        versions = (*changed_versions(*readers), *plugin_versions())
         self._code |= versions
         return versions
 
@@ -396,7 +396,6 @@ class Resolver:
             "paths": {f"{role} {name}": ref.name for (role, name), ref in self._weights.items()},
             "kinds": {f"{role} {name}": ref.kind for (role, name), ref in self._weights.items()},
             "code": self._code,
-            "recipes": recipes(),
             "pools": self._pool_sizes,
             "drawing": self._drawing,
         }
@@ -438,24 +437,13 @@ class Resolver:
         kind = ""
         if role == "generator" and (folder / PIPELINE_CONFIG).is_file():
             kind = pipeline_index(folder / PIPELINE_CONFIG)["_class_name"]
-            files = self._with_earlier(folder, files)
         paths = [str(file.relative_to(folder)) for file in files]
         content: dict[str, Any] = dict(zip(paths, self._file_digests(files), strict=True))
         if role == "generator" and is_distilled(scheduler_config(folder)):
-            content = {"files": content, "sampler": "own"}  # earlier versions replaced it
+            content = {"files": content, "sampler": "own"}
         if settings:  # with another architecture, the same file is another model
             content = {"files": content, "settings": settings}
         return Ref(name=name, digest=digest(content), kind=kind)
-
-    def _with_earlier(self, folder: Path, files: Sequence[Path]) -> list[Path]:
-        """The files of a pipeline, with those that earlier versions digested for this store. They
-        digested all files of the parts, and what was made then remains valid."""
-        parts = {
-            folder / file.relative_to(folder).parts[0] for file in files if file.parent != folder
-        }
-        every = {file for part in parts for file in part.rglob("*") if file.is_file()}
-        earlier = {file for file in every if self._known_digest(file, [*file_stamp(file)])}
-        return sorted(earlier.union(files))
 
     def save(self) -> None:
         """Write the digests of files to the cache, for the next process.
@@ -535,13 +523,6 @@ def _check_draws(folder: Path) -> None:
     check_classes(folder)
 
 
-# Defaults of models, without the embedded ones, in versions that recorded none.
-EARLIER_DEFAULTS: dict[str, dict[str, Any]] = {
-    "backbone": {"precision": "fp32"},
-    "generator": {"evidence.block": 8},
-}
-
-
 class RecordedResolver(Resolver):
     """Resolves names to the digests and class names of a sweep's last run, and reads no files.
 
@@ -555,13 +536,11 @@ class RecordedResolver(Resolver):
             for name, entry in inputs["datasets"].items()
         }
         self._weight_digests: Mapping[str, str] = inputs["weights"]
-        # Earlier versions recorded none.
-        self._paths: Mapping[str, str] = inputs.get("paths", {})
-        self._kinds: Mapping[str, str] = inputs.get("kinds", {})
-        self.versions, self.folders = recorded_versions(inputs), folders
-        self._pool_sizes = inputs.get("pools", {})  # earlier versions recorded none
-        self._drawing = inputs.get("drawing", {})  # earlier versions read none
-        self._earlier = {} if "recipes" in inputs else EARLIER_DEFAULTS
+        self._paths: Mapping[str, str] = inputs["paths"]
+        self._kinds: Mapping[str, str] = inputs["kinds"]
+        self.versions, self.folders = inputs["code"], folders
+        self._pool_sizes = inputs["pools"]
+        self._drawing = inputs["drawing"]
 
     def dataset_by_name(self, name: str) -> DatasetInput:
         """Look up a dataset.
@@ -582,13 +561,13 @@ class RecordedResolver(Resolver):
         digest = self._weight_digests.get(f"{role} {name}")
         if digest is None:
             raise NotRecorded(f"no run of this sweep has used the {role} {name}")
-        path = self._paths.get(f"{role} {name}") or located_weights(name, self.folders)
-        return Ref(name=path, digest=digest, kind=self._kinds.get(f"{role} {name}", ""))
+        return Ref(
+            name=self._paths[f"{role} {name}"], digest=digest, kind=self._kinds[f"{role} {name}"]
+        )
 
     def model_defaults(self, role: str, name: str) -> dict[str, Any]:
         """Defaults as of the last run."""
-        drawing = self._drawing.get(name, {}) if role == "generator" else {}
-        return {**self._earlier.get(role, {}), **drawing}
+        return self._drawing.get(name, {}) if role == "generator" else {}
 
     def check(self, trial: TrialSpec, datasets: Mapping[str, DatasetInput]) -> None:
         """Do nothing: the last run checked its trials."""

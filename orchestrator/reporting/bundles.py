@@ -167,7 +167,7 @@ def _recorded_predictions(trial: SelectedTrial) -> dict[str, np.ndarray]:
 def _tested_text(spec: TrialSpec, store: ArtifactStore, resolver: Resolver) -> DatasetText:
     """The class names and template that the trial was tested with.
 
-    They come from the record of the features or, if it has none, from the unchanged dataset.
+    They come from the record of the features or, if they are missing, from the unchanged dataset.
     """
     recorded = recorded_text(spec.test_features or spec.features, store)
     if recorded is not None:

@@ -209,8 +209,6 @@ def read_evidence(
 def _read(row: Row, draw: int, block: int) -> np.ndarray:
     """(B, C) errors of a shard; NaN where not computed."""
     shard = load(row.read(draw, block))
-    if "errors" in shard:  # of recipe 1
-        return np.asarray(shard["errors"])
     errors = np.full(shard["shape"], np.nan, dtype=np.float32)
     errors[shard["image"], shard["class"]] = shard["error"]
     return errors

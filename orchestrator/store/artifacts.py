@@ -35,7 +35,7 @@ from orchestrator.files import file_digest, make_folders, permission_message, sy
 from orchestrator.keys import ArtifactKey, artifact_key
 from orchestrator.store import code_version
 from orchestrator.store._locks import Locks
-from orchestrator.store.backends import RECORD, FolderBackend, open_backend
+from orchestrator.store.backends import ABOUT, RECORD, FolderBackend, open_backend
 from orchestrator.store.buckets import is_bucket, store_folder
 from orchestrator.store.rows import Row
 from orchestrator.store.verification import read_record, verify_files
@@ -124,13 +124,13 @@ class ArtifactStore:
                 raise ValueError(f"{permission_message(denied)} with --store")
 
     def initialize(self) -> None:
-        """Write the VERSION file of the store if it is missing.
+        """Write `store.json` if it is missing.
 
         Raises:
             ValueError: the folder cannot be created.
             StoreRefused: the server overwrites objects that were to be created only once.
         """
-        if not (self.root / "VERSION").exists():
+        if not (self.root / ABOUT).exists():
             self.backend.initialize()
 
     # ---------------------------------------------------------------- small files

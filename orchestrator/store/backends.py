@@ -53,7 +53,8 @@ from orchestrator.store.verification import parse_record, read_record
 
 CACHE = "AIRSWEEP_CACHE"
 RECORD = "record.json"
-VERSION = "1"
+FORMAT = 1  # of the files and folders of a store
+ABOUT = "store.json"  # contains the format
 LOCKS = "locks"  # folder
 LISTING_LIFETIME = 5.0  # seconds for which a cached listing may report that an object is missing
 OnWait = Callable[[str, str, float], None]  # called with lock name, holder and seconds waited
@@ -75,7 +76,7 @@ class FolderBackend:
         return str(path)
 
     def initialize(self) -> None:
-        """Record the version of the store.
+        """Record the format of the store.
 
         Raises:
             ValueError: the folder cannot be created.
@@ -90,7 +91,7 @@ class FolderBackend:
                 f"the store {self.root} cannot be created ({problem.strerror}); choose a folder "
                 "that you may write to with --store"
             ) from problem
-        write_atomic(self.root / "VERSION", VERSION + "\n")
+        write_atomic(self.root / ABOUT, _about())
 
     def refuse_removal(self) -> None:
         """
@@ -272,15 +273,15 @@ class BucketBackend(FolderBackend):
 
     def initialize(self) -> None:
         client = self.client
-        client.put_once("VERSION", f"{VERSION} {uuid.uuid4().hex}\n".encode())
-        if client.put_once("VERSION", f"{VERSION} another\n".encode()):
-            client.delete("VERSION")
+        client.put_once(ABOUT, _about(id=uuid.uuid4().hex).encode())
+        if client.put_once(ABOUT, _about(id="another").encode()):
+            client.delete(ABOUT)
             raise StoreRefused(
                 f"the server of {client} ignores If-None-Match and overwrites existing objects, so "
                 "two machines could destroy each other's results; use a server that supports "
                 "conditional writes, such as Amazon S3 or a recent MinIO, or a folder, with --store"
             )
-        self.pull([self.root / "VERSION"])
+        self.pull([self.root / ABOUT])
 
     def refuse_removal(self) -> None:
         raise StoreRefused(
@@ -556,7 +557,7 @@ def open_backend(address: Path | str) -> FolderBackend:
         address: a path, `file:///...`, or the URI of a bucket such as `s3://bucket/prefix`.
 
     Raises:
-        StoreRefused: another version wrote the store, or the cache folder copies another store.
+        StoreRefused: the store has another format, or the cache folder copies another store.
         BucketUnreachable: the bucket cannot be read.
         ValueError: the path is a file or below one, this user may not read the folder, or the URI
             cannot be the address of a store.
@@ -568,40 +569,56 @@ def open_backend(address: Path | str) -> FolderBackend:
     if not existing.is_dir():
         raise ValueError(f"{existing} is a file; a store is a folder: choose another with --store")
     try:
-        _check_version(_version_in(root), root)
+        backend = FolderBackend(root)
+        _check_format(_about_in(root), backend)
     except PermissionError:
         raise ValueError(f"{permission_message(root)} with --store") from None
-    return FolderBackend(root)
+    return backend
 
 
 def _open_bucket(client: BucketClient) -> BucketBackend:
-    stored = (client.get("VERSION") or b"").decode().strip()
-    _check_version(stored.partition(" ")[0] or VERSION, client)
-    backend = BucketBackend(client)
-    root, cached = backend.root, _version_in(backend.root)
-    if cached and cached != stored:
+    backend, stored = BucketBackend(client), client.get(ABOUT)
+    _check_format(stored, backend)
+    root, cached = backend.root, _about_in(backend.root)
+    if cached is not None and cached != stored:
         raise StoreRefused(
             f"{root} caches an earlier store at {client} that no longer exists; remove that "
             f"folder, or set {CACHE} to another cache folder"
         )
-    if stored and not cached:
-        write_atomic_unsynced(root / "VERSION", f"{stored}\n".encode())
+    if stored is not None and cached is None:
+        write_atomic_unsynced(root / ABOUT, stored)
     return backend
 
 
-def _version_in(root: Path) -> str | None:
+def _about(**facts: str) -> str:
+    """The content of `store.json`."""
+    return json.dumps({"format": FORMAT, **facts}) + "\n"
+
+
+def _about_in(root: Path) -> bytes | None:
+    """The content of `store.json`; None: the store is new, and the first run writes the file."""
     try:
-        return (root / "VERSION").read_text(errors="replace").strip()
+        return (root / ABOUT).read_bytes()
     except FileNotFoundError:
-        return None  # a new store: the first run writes the file
+        return None
     except IsADirectoryError:
-        return "a folder"
+        return b""
 
 
-def _check_version(found: str | None, store: object) -> None:
-    if found is not None and found != VERSION:
-        raise StoreRefused(
-            f"{store} is a store of version {found[:20]!r}, but this airsweep reads version "
-            f"{VERSION}: use the airsweep that wrote it, or choose another folder with --store; if "
-            f"its file VERSION was damaged, replace it by a file that contains {VERSION}"
-        )
+def _check_format(about: bytes | None, backend: FolderBackend) -> None:
+    if about is None:
+        if not backend.sweeps():
+            return
+        found = f"has results but no {ABOUT}"
+    else:
+        try:
+            found = f"has format {json.loads(about)['format']!r:.20}"
+        except (ValueError, TypeError, KeyError, RecursionError):
+            found = f"has a damaged {ABOUT}"
+        if found == f"has format {FORMAT}":
+            return
+    raise StoreRefused(
+        f"the store {backend.name} {found}, but this airsweep reads format {FORMAT}: choose "
+        f"another store or an empty folder with --store; if the {ABOUT} of a store of format "
+        f"{FORMAT} was lost or damaged, write into it: {_about().strip()}"
+    )

@@ -1,8 +1,9 @@
 """Code version of each stage: a hash of the code that computes it, as part of artifact keys.
 
-`code_versions.json` lists, for each recipe number, the code versions that give the same results.
-A listed version does not appear in keys. Any other version, for example after an edit, is written
-into the spec, so that its artifacts get new keys.
+`code_versions.json` has the version of each part whose results the recipe numbers stand for. That
+version does not appear in keys. Any other version, for example after an edit, is written into the
+spec, so that its artifacts get new keys. If the edit changes no result, `make golden` records its
+version, and the artifacts keep their keys.
 
 The version of a part is a hash of the definitions in its modules, without docstrings, comments,
 layout and imports. Names and order of the modules do not count.
@@ -14,7 +15,7 @@ import ast
 import hashlib
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,7 @@ from air_core.models.families import FAMILIES
 from air_core.specs import STAGES, CodeVersions
 from orchestrator.files import ROOT
 
-LISTED = Path(__file__).with_name("code_versions.json")
-FIRST_RECIPES = {"trials": 2}  # of runs that recorded none; of other stages 1
+RECORDED = Path(__file__).with_name("code_versions.json")
 # Python 3.11 fails with "AST constructor recursion depth mismatch" if two threads parse at once.
 _parsing = threading.Lock()
 
@@ -63,41 +63,19 @@ def part_version(part: str) -> str:
 
 
 @cache
-def listed_versions() -> dict[str, dict[str, Any]]:
-    """Recipe number and its code versions, by part."""
-    found: dict[str, dict[str, Any]] = json.loads(LISTED.read_text())
+def recorded_versions() -> dict[str, str]:
+    """The version of each part that is that of its recipe."""
+    found: dict[str, str] = json.loads(RECORDED.read_text())
     return found
 
 
 @cache
-def unlisted_versions(*readers: str) -> CodeVersions:
-    """Stages, components and dataset readers whose code version is not listed, with it."""
+def changed_versions(*readers: str) -> CodeVersions:
+    """Stages, components and dataset readers whose code is not that of the recipe, with its
+    version."""
     versions = {part: part_version(part) for part in (*PARTS, *COMPONENTS, *readers)}
-    return tuple(
-        (part, found)
-        for part, found in versions.items()
-        if found not in listed_versions().get(part, {}).get("versions", ())
-    )
-
-
-def recipes() -> dict[str, int]:
-    """Recipe number of each stage."""
-    return {spec.stage: spec.recipe for spec in STAGES}
-
-
-def recorded_versions(inputs: Mapping[str, Any]) -> dict[str, str]:
-    """Code versions of a recorded run, by part; `v<number>` where its recipe number is another one
-    than now.
-
-    Args:
-        inputs: `Resolver.inputs` of that run.
-    """
-    versions = dict(inputs.get("code", {}))
-    recorded = inputs.get("recipes", FIRST_RECIPES)
-    for stage, number in recipes().items():
-        if (then := recorded.get(stage, 1)) != number:
-            versions[stage] = "+".join(filter(None, (f"v{then}", versions.get(stage))))
-    return versions
+    recorded = recorded_versions()
+    return tuple((part, found) for part, found in versions.items() if found != recorded.get(part))
 
 
 @cache

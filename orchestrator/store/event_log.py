@@ -120,17 +120,18 @@ def _line(event: dict[str, Any]) -> str:
 
 
 def parse_event(line: bytes) -> dict[str, Any]:
-    """Parse a line of the log. Lines of earlier versions have no checksum.
+    """Parse a line of the log.
 
     Raises:
         ValueError: the line is damaged.
     """
     line = line.strip()
     checksum = CHECKSUM.search(line)
-    if checksum is not None:
-        line = line[: checksum.start()] + b"}"
-        if checksum[1] != b"%08x" % zlib.crc32(line):
-            raise ValueError("its checksum does not match")
+    if checksum is None:
+        raise ValueError("it has no checksum")
+    line = line[: checksum.start()] + b"}"
+    if checksum[1] != b"%08x" % zlib.crc32(line):
+        raise ValueError("its checksum does not match")
     try:
         event = json.loads(line)
     except (ValueError, RecursionError):

@@ -52,23 +52,20 @@ class TrialRecord:
     def test_arrays(self) -> dict[str, np.ndarray]:
         """`index`, `predictions` and `labels` of `predictions()`; for each classifier that the
         trial has, its predictions as `text`, `auxiliary` or `fused`, and the probabilities of these
-        as `probability_text`, ...; each (T,). An older version recorded `fused` alone.
+        as `probability_text`, ...; each (T,).
         """
         return load_file(self.path / PREDICTIONS)
 
     def pool_arrays(self) -> dict[str, np.ndarray]:
         """`index`, `predictions` of pool images after the last round, with denoising errors where
         the trial reads them; predictions and probabilities of each classifier as in `test_arrays`;
-        each (P,). Empty: an older version ran the trial, or it tests the prompt of another one.
+        each (P,). Empty: the trial tests the prompt of another one.
         """
         file = self.path / POOL
         return load_file(file) if file.exists() else {}
 
     def fused_arrays(self) -> dict[str, np.ndarray]:
-        """Arrays of the fused classifier, see `air_core.bundle.arrays`.
-
-        Empty: the trial has none, or an older version ran it.
-        """
+        """Arrays of the fused classifier, see `air_core.bundle.arrays`; empty: it has none."""
         file = self.path / FUSED
         return load_file(file) if file.exists() else {}
 
@@ -88,7 +85,7 @@ class TrialRecord:
         """The learned prompt vectors.
 
         Raises:
-            ValueError: the method learns no prompt, or an older version ran the trial.
+            ValueError: the method learns no prompt.
         """
         file = self.path / PROMPT
         if not file.exists():

@@ -40,15 +40,12 @@ def _content(file: Path) -> bytes:
         raise DamagedArtifact(file.parent, f"{file.name} is a folder") from None
 
 
-def parse_record(
-    data: bytes, file: Path, name: str = "", needs_checksum: bool = True
-) -> dict[str, Any]:
+def parse_record(data: bytes, file: Path, name: str = "") -> dict[str, Any]:
     """Parse the content of a record and verify its checksum.
 
     Args:
         file: path of the record.
         name: its name in messages; default: the path of its folder.
-        needs_checksum: refuse content without a checksum, which a cut-off file may be.
 
     Raises:
         DamagedArtifact: the content cannot be parsed, was changed or has no checksum.
@@ -62,7 +59,7 @@ def parse_record(
     checked = intact(data)
     if checked is False:
         raise DamagedArtifact(file.parent, f"the checksum of {file.name} does not match", name)
-    if checked is None and needs_checksum:
+    if checked is None:
         raise DamagedArtifact(file.parent, f"{file.name} has no checksum", name)
     return record
 
@@ -96,15 +93,14 @@ def verify_files(folder: Path, record: dict[str, Any]) -> None:
 
 
 def read_sealed(file: Path) -> dict[str, Any]:
-    """Read a JSON object written by `sealed_json`. Files of older versions have no checksum and
-    are accepted.
+    """Read a JSON object written by `sealed_json`.
 
     Raises:
         ValueError: the file is damaged.
         FileNotFoundError: it does not exist.
     """
     try:
-        content = parse_record(_content(file), file, needs_checksum=False)
+        content = parse_record(_content(file), file)
     except DamagedArtifact as damaged:
         raise ValueError(damaged.reason) from None
     content.pop("seal", None)

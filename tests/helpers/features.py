@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.numpy import save_file
 
 from air_core.datasets import get_dataset
 from air_core.specs import FeaturesSpec
+from orchestrator.planning.dataset_text import read_dataset_text
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.features import PARTS
 from orchestrator.store import ArtifactStore
@@ -53,7 +55,7 @@ def store_with(root: Path, spec: FeaturesSpec, arrays: Arrays) -> ArtifactStore:
 
     def build(folder: Path) -> dict[str, Any]:
         save_file(arrays, folder / "features.safetensors")
-        return {}
+        return asdict(read_dataset_text(spec, store))
 
     store.get_or_build(spec, build)
     return store

@@ -88,19 +88,6 @@ def test_the_digest_of_a_generator_covers_the_files_that_are_read(fresh, tmp_pat
         assert another(fresh).weights("generator", str(model)).digest != before
 
 
-def test_results_of_a_generator_that_an_earlier_version_digested_whole_stay_valid(fresh, tmp_path):
-    """Earlier versions digested every file of the parts."""
-    model = shutil.copytree(images_folder("tiny"), tmp_path / "model")
-    (model / "unet" / "diffusion_pytorch_model.bin").write_text("the same weights")
-    fresh._file_digests([file for file in model.rglob("*") if file.is_file()])
-    fresh.save()
-    whole = another(fresh).weights("generator", str(model))
-    elsewhere = Resolver(tmp_path / "new.json", None).weights("generator", str(model))
-    assert whole.digest != elsewhere.digest
-    (model / "unet" / "README.md").write_text("added later")
-    assert another(fresh).weights("generator", str(model)).digest == whole.digest
-
-
 def test_a_folder_of_ready_images_needs_no_model(fresh, pictures):
     ref = fresh.weights("generator", f"folder:{pictures}")
     assert ref.name == f"folder:{pictures}"
@@ -330,13 +317,6 @@ def test_visual_prompts_do_not_shorten_class_names(resolver):
     assert resolver.trial(visual).prompt.length == 64
     with pytest.raises(ValueError, match=r"of which prompt\.length takes 64"):
         resolver.trial({**visual, "modality": "text"})
-
-
-def test_recorded_pool_sizes_leave_out_settings_that_were_added_later(fresh):
-    """So a release with more settings reads them."""
-    fresh.trial(presets.defaults("cpl_evidence", {}))
-    split = '{"paradigm":"ul","pool":"train","split_seed":0}'
-    assert list(fresh.inputs()["pools"]) == [f"digits {split}"]
 
 
 def test_evidence_without_time_steps_is_an_error(fresh):

@@ -8,7 +8,7 @@ import math
 import os
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 from air_core.methods import EMBEDDED, METHODS
 from air_core.specs import (
-    AuxiliarySettings,
     EvidenceScoring,
     FeaturesSpec,
     FolderImages,
@@ -85,7 +84,7 @@ PUBLISHED = {
 def test_keys_of_published_specs_equal_the_golden_ones():
     """A changed key invalidates the artifacts in existing stores.
 
-    Raise a recipe number if the results change; give a new setting `absent_means`.
+    Raise a recipe number if the results change.
     """
     keys = {
         name: {
@@ -113,7 +112,7 @@ def test_a_key_depends_on_the_content_of_an_input_and_not_on_its_name(name):
 
 def test_a_key_contains_stage_recipe_and_a_short_description():
     key = artifact_key(trial(seed=3))
-    assert str(key) == f"trials/v2/tiny-ul-text-s3-{key.digest[:12]}"
+    assert str(key) == f"trials/v1/tiny-ul-text-s3-{key.digest[:12]}"
     assert len(key.digest) == 40
 
 
@@ -307,20 +306,3 @@ def test_recipes_of_images_do_not_change_a_trial_without_images(recipes):
     for stage in (LabelsSpec, LoraSpec, GeneratedImages, FolderImages, SyntheticFeaturesSpec):
         recipes(stage)
     assert digests(trial("cpl")) == before
-
-
-# ---------------------------------------------------------------- settings added later
-
-
-@dataclass(frozen=True, kw_only=True)
-class LaterAuxiliary(AuxiliarySettings):
-    shrinkage: float = field(default=0.2, metadata={"absent_means": 0.2})
-
-
-def test_a_setting_with_absent_means_does_not_change_old_keys():
-    spec = trial()
-    settings = {name: getattr(spec.auxiliary, name) for name in vars(spec.auxiliary)}
-    same = replace(spec, auxiliary=LaterAuxiliary(**settings))
-    other = replace(spec, auxiliary=LaterAuxiliary(**settings, shrinkage=0.5))
-    assert digests(same) == digests(spec)
-    assert digests(other)["trials"] != digests(spec)["trials"]

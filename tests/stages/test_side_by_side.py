@@ -57,7 +57,7 @@ def info(record: TrialRecord) -> Any:
 
 
 def staged(store: ArtifactStore) -> list[Path]:
-    return [path for path in (store.artifacts / "trials" / "v2").iterdir() if path.name[0] == "."]
+    return [path for path in (store.artifacts / "trials" / "v1").iterdir() if path.name[0] == "."]
 
 
 def test_seeds_side_by_side_have_the_same_records_as_seeds_alone(seeds, store, features, tmp_path):

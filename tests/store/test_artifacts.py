@@ -174,15 +174,15 @@ def test_an_invalid_record_is_reported_as_damage(store, content):
         store.get(SPEC)
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe1", None])
-def test_a_damaged_version_file_is_refused_with_a_remedy(tmp_path, content):
-    version = tmp_path / "VERSION"
-    version.mkdir() if content is None else version.write_bytes(content)
-    with pytest.raises(StoreRefused, match="replace it by a file that contains 1"):
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe1", b"[1]", None])
+def test_a_damaged_format_file_is_refused_with_a_remedy(tmp_path, content):
+    about = tmp_path / "store.json"
+    about.mkdir() if content is None else about.write_bytes(content)
+    with pytest.raises(StoreRefused, match=r'damaged store.json.* write into it: {"format": 1}'):
         open_store(tmp_path)
     if content is not None:
         with pytest.raises(ValueError, match="is a file; a store is a folder"):
-            open_store(version)
+            open_store(about)
 
 
 def test_an_artifact_is_found_by_digest_under_another_slug(store):

@@ -236,6 +236,7 @@ def test_a_reset_forgets_the_crashes_of_all_shards_of_a_row(machine):
 
 
 def event_log_of(store: ArtifactStore) -> EventLog:
+    store.initialize()
     return recorded_location(store, "default", "x").event_log()
 
 
@@ -279,10 +280,20 @@ def test_a_second_driver_is_refused_while_the_first_runs(machine, monkeypatch):
     second.unlock()
 
 
-def test_a_store_of_another_version_is_refused(machine):
+def test_a_store_of_another_format_is_refused(machine):
     store = machine("one")
     store.initialize()
     assert machine("two").name == store.name
-    store.write(store.root / "VERSION", "2\n")
-    with pytest.raises(StoreRefused, match=r"version '2'.*reads version 1.*--store"):
+    store.write(store.root / "store.json", '{"format": 2}')
+    with pytest.raises(StoreRefused, match=r"has format 2, but .* reads format 1: .* --store"):
         machine("three")
+
+
+def test_a_store_with_results_and_without_a_format_is_refused(machine):
+    store = machine("one")
+    event_log = recorded_location(store, "default", "x").event_log()
+    event_log.lock()
+    event_log.append("counted", number=0)
+    event_log.unlock()
+    with pytest.raises(StoreRefused, match=r"has results but no store\.json.*empty folder"):
+        machine("two")

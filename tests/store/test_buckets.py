@@ -294,9 +294,9 @@ def test_missing_permission_is_reported(bucket, s3_server):
         ):
             open_store(bucket)
         with pytest.raises(BucketUnreachable, match="no permission"):
-            parse(bucket).has("VERSION")
+            parse(bucket).has("store.json")
         with pytest.raises(BucketUnreachable, match="no permission"):
-            parse(bucket).put_once("VERSION", b"1")
+            parse(bucket).put_once("store.json", b"1")
     finally:
         check_permissions_after("inf")
 

@@ -96,7 +96,9 @@ class World:
 @pytest.fixture
 def world(tmp_path, monkeypatch) -> World:
     monkeypatch.setenv("AIRSWEEP_USER", "me")
-    return World(ArtifactStore(tmp_path / "runs"))
+    store = ArtifactStore(tmp_path / "runs")
+    store.initialize()
+    return World(store)
 
 
 @pytest.fixture

@@ -98,6 +98,7 @@ def test_an_error_for_a_damaged_line_has_file_and_line_number(event_log):
         assert f"{event_log.path}:2: " in str(damaged.value)
 
 
-def test_lines_without_a_checksum_of_earlier_versions_are_read(event_log):
+def test_a_line_without_a_checksum_is_reported_as_damage(event_log):
     event_log.path.write_text('{"event": "point_asked", "point": 7, "time": 1.5}\n')
-    assert points(event_log) == [7]
+    with pytest.raises(ValueError, match=r"events.jsonl:1: it has no checksum; remove this line"):
+        points(event_log)
