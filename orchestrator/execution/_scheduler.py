@@ -12,7 +12,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from types import MappingProxyType
 from typing import Any, Literal
 
 from air_core.specs import TrialSpec
@@ -46,8 +45,8 @@ class Job:
 class _CellQueue:
     """Points of one cell, round after round."""
 
-    def __init__(self, cell: Cell, search: Any) -> None:
-        self.cell, self.search = cell, search
+    def __init__(self, cell: Cell, group: int, search: Any) -> None:
+        self.cell, self.group, self.search = cell, group, search
         self.new: deque[Point] = deque()  # points of the round that have not started
         # Objectives of the trials of a running point that have ended; None: it has none.
         self.running: dict[int, list[float | None]] = {}
@@ -77,18 +76,17 @@ class TrialScheduler:
     """Selects jobs and processes their results.
 
     Args:
-        cells: in the order in which they should run.
+        groups: cells that read the same images; cells of earlier groups run first.
         searches: a CellSearch for each cell that has a search space.
         on_outcome: called once for each slot, as soon as its outcome is known.
         failed_dependency: returns the failure of an input because of which a trial cannot run.
         is_ready: returns whether all inputs of a cell exist.
-        rank: of each cell, by id; cells of a lower rank run first.
     """
 
     def __init__(
         self,
         sweep: SweepSpec,
-        cells: Sequence[Cell],
+        groups: Sequence[Sequence[Cell]],
         searches: Mapping[str, Any],
         store: ArtifactStore,
         resolver: Resolver,
@@ -96,18 +94,21 @@ class TrialScheduler:
         on_outcome: Callable[[Outcome], None],
         failed_dependency: Callable[[TrialSpec], Failure | None] = lambda spec: None,
         is_ready: Callable[[Cell], bool] = lambda cell: True,
-        rank: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self.sweep, self.store, self.resolver = sweep, store, resolver
         self.event_log, self.on_outcome = event_log, on_outcome
         self.assignments = sweep.seeds.assignments()
         self.objective = sweep.search.objective if sweep.search else None
-        self.queues = [_CellQueue(cell, searches.get(cell.id)) for cell in cells]
+        self.queues = [
+            _CellQueue(cell, index, searches.get(cell.id))
+            for index, cells in enumerate(groups)
+            for cell in cells
+        ]
         self.logged_searches = read_searches(event_log)
         self.finished_before = ended_slots(event_log)
         self.job_count = 0
         self.failed_dependency = failed_dependency
-        self.is_ready, self.rank = is_ready, rank
+        self.is_ready = is_ready
         self.device = "cuda" if sweep.resources.trial.gpu else "cpu"
         self.memory_share = sweep.resources.encoder.batch / ENCODER_BATCH
         self.moved_before = fp32_slots(event_log)
@@ -146,10 +147,8 @@ class TrialScheduler:
             able = [queue for queue in ready if queue.new]
             if not able:
                 break
-            # Among the cells of the lowest rank, the one with the fewest started points.
-            self._start_point(
-                min(able, key=lambda queue: (self.rank.get(queue.cell.id, 0), queue.started))
-            )
+            # Among the cells of the first group, the one with the fewest started points.
+            self._start_point(min(able, key=lambda queue: (queue.group, queue.started)))
         return self.queued[0] if self.queued else None
 
     def next(self) -> Job | None:

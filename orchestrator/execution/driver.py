@@ -478,7 +478,7 @@ def _trial_scheduler(
 ) -> TrialScheduler:
     scheduler = TrialScheduler(
         state.sweep,
-        [cell for cells in groups for cell in cells],
+        groups,
         searches,
         state.location.store,
         state.resolver,
@@ -486,7 +486,6 @@ def _trial_scheduler(
         on_outcome=state.on_outcome,
         failed_dependency=state.failed_dependency,
         is_ready=prefetch.is_ready,
-        rank={cell.id: index for index, cells in enumerate(groups) for cell in cells},
     )
     state.running_slots = scheduler.running_slots
     return scheduler

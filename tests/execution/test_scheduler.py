@@ -49,7 +49,7 @@ class World:
         self.outcomes: list[Outcome] = []
         self.searches: dict[str, CellSearch] = {}
 
-    def scheduler(self, sweep: SweepSpec, *more: Any) -> TrialScheduler:
+    def scheduler(self, sweep: SweepSpec, groups: Any = None, **more: Any) -> TrialScheduler:
         """A new scheduler that resumes the sweep of the earlier schedulers."""
         self.outcomes, self.searches = [], {}
         cells = cells_of(sweep)
@@ -59,7 +59,9 @@ class World:
                 if cell.space:
                     self.searches[cell.id] = CellSearch(cell, sweep.search, logged)
         inputs = self.store, self.resolver, self.event_log
-        return TrialScheduler(sweep, cells, self.searches, *inputs, self.on_outcome, *more)
+        return TrialScheduler(
+            sweep, groups or [cells], self.searches, *inputs, self.on_outcome, **more
+        )
 
     def on_outcome(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
@@ -187,7 +189,7 @@ def test_a_finished_sweep_has_no_jobs_and_repeats_its_outcomes(world):
     assert all(outcome.already_logged and outcome.record is not None for outcome in world.outcomes)
 
 
-def test_cells_of_the_same_rank_take_turns(world):
+def test_cells_of_the_same_group_take_turns(world):
     scheduler = world.scheduler(sweep("fpl", "cpl", search=searching(sampler="grid"), seeds=(1,)))
     jobs = [scheduler.next() for _ in range(4)]
     assert [job.cell.rpartition("-")[2] for job in jobs] == ["fpl", "cpl", "fpl", "cpl"]
@@ -326,7 +328,9 @@ def test_a_trial_with_a_failed_dependency_fails_without_starting(world):
     def failed_dependency(spec: Any) -> Failure | None:
         return Failure("oom", "its LoRA failed") if spec.pseudo_labels.kind == "top_k" else None
 
-    scheduler = world.scheduler(sweep("fpl", "cpl", seeds=(1,)), failed_dependency)
+    scheduler = world.scheduler(
+        sweep("fpl", "cpl", seeds=(1,)), failed_dependency=failed_dependency
+    )
     assert [spec.pseudo_labels.kind for job in world.run_all(scheduler) for spec in job.trials] == [
         "candidates"
     ]
@@ -453,10 +457,9 @@ def test_a_job_has_at_most_the_class_texts_of_one_pass(world):
 
 
 def test_a_cell_without_its_images_waits_and_the_other_cells_run(world):
-    cells, ready = cells_of(sweep("cpl", "fpl", seeds=(1,))), {"digits-ul-text-fpl"}
-    rank = {cell.id: index for index, cell in enumerate(cells)}
-    more = (lambda spec: None, lambda cell: cell.id in ready, rank)
-    scheduler = world.scheduler(sweep("cpl", "fpl", seeds=(1,)), *more)
+    ready = {"digits-ul-text-fpl"}
+    spec = sweep("cpl", "fpl", seeds=(1,))
+    scheduler = world.scheduler(spec, is_ready=lambda cell: cell.id in ready)
     first = scheduler.next()
     assert first.cell == "digits-ul-text-fpl"
     assert scheduler.next() is None
@@ -471,12 +474,12 @@ def test_a_cell_without_its_images_waits_and_the_other_cells_run(world):
     assert scheduler.is_complete
 
 
-def test_ready_cells_run_in_the_order_of_their_rank(world):
-    cells = cells_of(sweep("cpl", "fpl", seeds=(1,)))
-    rank = {cell.id: -index for index, cell in enumerate(cells)}
-    more = (lambda spec: None, lambda cell: True, rank)
-    scheduler = world.scheduler(sweep("cpl", "fpl", seeds=(1,)), *more)
-    assert [scheduler.next().cell for _ in cells] == [cell.id for cell in reversed(cells)]
+def test_ready_cells_run_in_the_order_of_their_groups(world):
+    spec = sweep("cpl", "fpl", search=searching(sampler="grid"), seeds=(1,))
+    first, second = cells_of(spec)
+    scheduler = world.scheduler(spec, groups=[[second], [first]])
+    jobs = [scheduler.next().cell for _ in range(4)]
+    assert jobs == [second.id, second.id, first.id, first.id]
 
 
 def test_a_trial_that_fails_beside_others_is_retried_alone(world):

@@ -109,7 +109,7 @@ class World:
         if sweep.search is not None:
             self.searches = open_searches(self.plan(sweep), self.event_log)
         parts = self.store, self.resolver, self.event_log
-        return TrialScheduler(sweep, cells_of(sweep), self.searches, *parts, self.log)
+        return TrialScheduler(sweep, [cells_of(sweep)], self.searches, *parts, self.log)
 
     def log(self, outcome: Any) -> None:
         if not outcome.already_logged:
