@@ -10,7 +10,7 @@ from typing import Any
 from air_core.components import REGISTRIES
 from air_core.methods import EMBEDDED
 from air_core.specs import Ref, TrialSpec
-from air_core.specs.flat import DERIVED, OWN, REFS, from_flat, trial_keys
+from air_core.specs.flat import OWN, REFS, from_flat, trial_keys
 from air_core.specs.normal import normalised
 from orchestrator.keys import artifact_key
 from orchestrator.plugins import recorded_plugin, use_plugins
@@ -90,14 +90,13 @@ def _recorded_spec(folder: Path, store: ArtifactStore) -> TrialSpec:
         if f"{name}.digest" in flat
     }
     _use_plugins(flat | {name: ref.name for name, ref in refs.items()}, store)
-    left_out = {*DERIVED, *REFS}
-    settings = {key: value for key, value in flat.items() if key not in left_out}
-    if settings.keys() <= trial_keys().keys():
-        spec = from_flat(settings, refs, tuple(flat["classnames"]))
-        code = tuple((part, version) for part, version in flat.get("code", ()))
-        spec = normalised(replace(spec, code=code))
-        if artifact_key(spec).digest == record["digest"]:
-            return spec
+    known = trial_keys().keys() - {*REFS}  # a setting of another version may be without effect
+    settings = {key: value for key, value in flat.items() if key in known}
+    spec = from_flat(settings, refs, tuple(flat["classnames"]))
+    code = tuple((part, version) for part, version in flat.get("code", ()))
+    spec = normalised(replace(spec, code=code))
+    if artifact_key(spec).digest == record["digest"]:
+        return spec
     raise ValueError(
         f"{folder.name} was computed by another version of the code, with which its prompt may "
         f"not be compatible; check out commit {record.get('commit')}"

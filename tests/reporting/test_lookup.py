@@ -50,11 +50,14 @@ def test_a_slot_with_other_trials_in_two_sweeps_needs_a_key_or_the_sweep(locatio
         named_trial(later.key.digest, location.store, location)
 
 
-def test_a_record_with_a_setting_of_another_version_names_its_commit(location) -> None:
+def test_a_setting_of_another_version_matters_only_if_it_changes_the_key(location) -> None:
     slot = slots_of(location)[-1]
     file = location.store.path(slot.key) / "record.json"
     record = json.loads(file.read_text())
     record["spec"]["train"]["warmth"] = 1
+    file.write_bytes(sealed_json(record))
+    assert named_trial(slot.id, location.store).record.key == slot.key.digest
+    record["spec"]["train"]["strides"] = record["spec"]["train"].pop("steps")
     file.write_bytes(sealed_json({**record, "commit": "0123abc"}))
     with pytest.raises(ValueError, match=r"another version of the code.*commit 0123abc"):
         named_trial(slot.id, location.store)
