@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,8 +37,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 app = typer.Typer()
-
-WATCH_SECONDS = 2.0
 
 
 @app.command("list", rich_help_panel=LOOK)
@@ -82,33 +79,17 @@ def status(
     store: StoreOption = STORE,
     smoke: SmokeResultsOption = False,
     as_json: JsonOption = False,
-    watch: Annotated[
-        bool, typer.Option("--watch", help="Show changes until the sweep ends or Ctrl-C.")
-    ] = False,
 ) -> None:
     """Show the progress of a sweep: trials by state, failures, and time.
 
     airsweep status quickstart
 
-    airsweep status quickstart --watch
+    airsweep status quickstart --smoke --json
     """
-    from rich.console import Console
-
     from orchestrator.reporting import screens
 
-    location, shown = location_named(name, results_store(store, smoke)), ""
-    while True:
-        status = screens.status_report(location)
-        text = json.dumps(status, indent=1) if as_json else screens.status_screen(status)
-        if text != shown:
-            if watch:
-                Console().clear()  # nothing, unless stdout is a terminal
-            show(text, flush=True)
-        if not watch or not status["running"]:
-            return
-        shown = text
-        time.sleep(WATCH_SECONDS)
-        location.refresh()
+    status = screens.status_report(location_named(name, results_store(store, smoke)))
+    show(json.dumps(status, indent=1) if as_json else screens.status_screen(status))
 
 
 @app.command(rich_help_panel=LOOK)

@@ -89,7 +89,7 @@ def test_the_installed_module_airsweep_exports_the_whole_api():
 
 
 # Options without a counterpart in the API, and those of `Planned.check`.
-ONLY_COMMAND_LINE = {"as_json", "explain", "form", "watch", "check", "tracking_uri"}
+ONLY_COMMAND_LINE = {"as_json", "explain", "form", "check", "tracking_uri"}
 
 
 @pytest.mark.parametrize(
@@ -393,26 +393,6 @@ def test_the_log_of_a_sweep_has_its_errors_and_can_be_limited_to_a_trial(tmp_pat
         file.write("{\n")
     assert "default/small  damaged  " in command("list", "--store", store)[1]
     assert command("status", "small", "--store", store)[0] == 2  # names the line
-
-
-def test_a_watched_status_shows_changes_until_the_sweep_ends(tmp_path):
-    log = EventLog(tmp_path / "sweeps" / "default" / "small")
-    log.lock()
-    log.append("sweep_started", total=2)
-    log.append("trials_started", slots=["a/0/seed=1"])
-    words = [sys.executable, "-m", "orchestrator", "status", "small", "--store", str(tmp_path)]
-    process = subprocess.Popen(
-        [*words, "--watch"], env=environment(), stdout=subprocess.PIPE, text=True
-    )
-    assert "small: running" in process.stdout.readline()
-    assert "1 running, 1 waiting" in process.stdout.readline()
-    log.append("trial_done", slot="a/0/seed=1", key="0" * 40, cell="a")
-    log.append("sweep_ended", exit_code=4, seconds=1.0)
-    log.unlock()
-    out, _ = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 0
-    assert "1 done" in out
-    assert "not running, last exit code 4" in out
 
 
 def test_a_checked_plan_exits_with_3_if_the_sweep_would_not_start(spec, tmp_path, command):

@@ -1,4 +1,4 @@
-"""Headless chromium, driven through a pipe: text, screenshots and JavaScript of a page.
+"""Headless chromium, driven through a pipe: text and JavaScript of a page.
 
 The DevTools protocol is JSON with terminating zero bytes on file descriptors 3 and 4 of the
 browser, so no port and no package is needed.
@@ -6,7 +6,6 @@ browser, so no port and no package is needed.
 
 from __future__ import annotations
 
-import base64
 import fcntl
 import json
 import os
@@ -97,12 +96,6 @@ class Browser:
         answer = self.send("Runtime.evaluate", **parameters)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
-
-    def screenshot(self, file: Path, width: int = 1280, height: int = 900) -> None:
-        self._resize(width, height)
-        time.sleep(1.0)  # until charts are drawn
-        shot = self.send("Page.captureScreenshot", format="png")
-        file.write_bytes(base64.b64decode(shot["data"]))
 
     def close(self) -> None:
         os.killpg(self._pid, signal.SIGKILL)
