@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from air_core.seal import BLANK, sealed
@@ -21,6 +22,13 @@ from orchestrator.keys import artifact_key
 from orchestrator.store import ArtifactStore, EventLog
 from orchestrator.store._leases import LOCK_SECONDS
 from orchestrator.store.backends import RECORD
+from orchestrator.store.checkpoints import (
+    START,
+    Checkpoint,
+    delete_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
 from orchestrator.store.inventory import take_inventory
 from orchestrator.store.location import recorded_location
 from tests.helpers.sweeps import TIMEOUT
@@ -192,6 +200,20 @@ def test_another_machine_continues_from_a_checkpoint(machine):
     assert one.refresh(file).read_text() == "nearly all"
     two.backend.remove(copy)
     assert not three.refresh(three.checkpoint_path(SPEC)).exists()
+
+
+def test_another_machine_continues_a_trial_from_its_last_round(machine):
+    spec: Any = SPEC  # any spec has a key
+    assert read_checkpoint(spec, machine("one")) is START
+    for rounds in (1, 2):
+        prompts = {"prompts": np.full((rounds, 3), 0.5, np.float32)}
+        checkpoint = Checkpoint(prompts, {"train/loss": [2.0, 1.0][:rounds]}, 5.0 * rounds)
+        write_checkpoint(spec, machine("one"), checkpoint)
+    found = read_checkpoint(spec, machine("two"))
+    assert np.array_equal(found.arrays["prompts"], prompts["prompts"])
+    assert (found.curves, found.seconds, found.replicas) == ({"train/loss": [2.0, 1.0]}, 10.0, 1)
+    delete_checkpoint(spec, machine("two"))
+    assert read_checkpoint(spec, machine("three")) is START
 
 
 def test_a_row_has_its_published_shards_on_all_machines(machine):
