@@ -202,17 +202,6 @@ def test_a_second_run_does_no_work_and_imports_neither_torch_nor_ray(spec, whole
     assert len(events(whole, "search")) == before
 
 
-def test_an_edited_file_reports_the_points_it_keeps(spec, whole, tmp_path):
-    store = shutil.copytree(whole, tmp_path / "runs")
-    text = spec.read_text().replace("max: 0.9", "max: 0.95").replace("points: 4", "points: 6")
-    spec = tmp_path / spec.name
-    spec.write_text(text)
-    words = "4 fit the new space and count, 0 do not"
-    assert words in airsweep("plan", spec, "--store", store).stdout
-    assert words in airsweep("run", spec, "--store", store).stderr
-    assert json.loads(airsweep("plan", spec, "--store", store, "--json").stdout)["edit"] is None
-
-
 def test_a_moved_store_keeps_its_results(spec, whole, tmp_path):
     moved = tmp_path / "elsewhere"
     shutil.copytree(whole, moved)

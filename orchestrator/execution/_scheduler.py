@@ -17,9 +17,8 @@ from typing import Any, Literal
 from air_core.specs import TrialSpec
 from orchestrator.failures import CLASSES, Failure
 from orchestrator.planning import Outcome, Resolver, Slot
-from orchestrator.planning.plan import ended_slots, fp32_slots, slots_of
+from orchestrator.planning.plan import ended_slots, fp32_slots, slots_of, suggested_points
 from orchestrator.planning.resources import side_by_side
-from orchestrator.planning.studies import read_searches
 from orchestrator.spec import Cell, SweepSpec
 from orchestrator.spec.space import Point, study_name
 from orchestrator.spec.sweep import ENCODER_BATCH
@@ -54,7 +53,7 @@ class _CellQueue:
         self.started = 0  # points, over all rounds
         self.ended = False
 
-    def next_round(self, event_log: EventLog) -> None:
+    def next_round(self) -> None:
         """Pass the results of the finished round to the search, and get the next round."""
         if self.search is None:
             if self.started:
@@ -63,10 +62,7 @@ class _CellQueue:
                 self.new.append(Point(0, {}))
             return
         if self.finished:
-            finished = dict(sorted(self.finished.items()))
-            self.search.record_round(finished)
-            values = {str(point): value for point, value in finished.items()}
-            event_log.append("round_told", cell=self.cell.id, values=values)
+            self.search.record_round(self.finished)
             self.finished = {}
         self.new.extend(self.search.next_round())
         self.ended = not self.new
@@ -104,7 +100,7 @@ class TrialScheduler:
             for index, cells in enumerate(groups)
             for cell in cells
         ]
-        self.logged_searches = read_searches(event_log)
+        self.suggested = suggested_points(event_log)
         self.finished_before = ended_slots(event_log)
         self.job_count = 0
         self.failed_dependency = failed_dependency
@@ -142,8 +138,7 @@ class TrialScheduler:
             ready = [queue for queue in self.queues if self.is_ready(queue.cell)]
             for queue in ready:
                 if not (queue.ended or queue.new or queue.running):
-                    queue.next_round(self.event_log)
-                    self._log_early_end(queue)
+                    queue.next_round()
             able = [queue for queue in ready if queue.new]
             if not able:
                 break
@@ -216,7 +211,7 @@ class TrialScheduler:
     def _log_point(self, cell: Cell, point: Point) -> None:
         assert self.sweep.search is not None
         study = study_name(cell, self.sweep.search)
-        logged = self.logged_searches.suggested.setdefault(study, {})
+        logged = self.suggested.setdefault(study, {})
         if point.number not in logged:
             params = logged[point.number] = dict(point.params)
             self.event_log.append(
@@ -289,17 +284,3 @@ class TrialScheduler:
             del queue.running[point]
             values = [value for value in ended if value is not None]
             queue.finished[point] = fmean(values) if len(values) == len(ended) else None
-
-    def _log_early_end(self, queue: _CellQueue) -> None:
-        """Log that `patience` ended a search before all its planned points ran."""
-        search = self.sweep.search
-        planned = self.logged_searches.points(queue.cell, search)
-        if search is not None and queue.ended and queue.started < planned:
-            self.event_log.append(
-                "search_ended",
-                cell=queue.cell.id,
-                study=study_name(queue.cell, search),
-                points=queue.started,
-                patience=search.patience,
-                trials_left=(planned - queue.started) * len(self.assignments),
-            )

@@ -93,8 +93,6 @@ class Screen:
             f"{plural(len(plan.cells), 'cell')}, "
             f"{plan.to_run} to run, {results_text(plan.results)}"
         )
-        if plan.edit is not None:
-            self.message(str(plan.edit))
 
     def show_prepared(self, requirement: Requirement) -> None:
         count, title = self._count(requirement), artifact_title(requirement.key)

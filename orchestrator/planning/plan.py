@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -23,18 +23,9 @@ from orchestrator.keys import ArtifactKey, artifact_key
 from orchestrator.planning.estimate import Estimate, Work, estimate, stage_work, trial_work
 from orchestrator.planning.resolve import InvalidSetting, Resolver, with_model_defaults
 from orchestrator.planning.resources import trial_memory
-from orchestrator.planning.studies import (
-    Edit,
-    Searches,
-    StudyStart,
-    edit_since_last_run,
-    read_searches,
-    request_digest,
-    study_start,
-)
 from orchestrator.plugins import use_plugins
 from orchestrator.spec import Cell, Dimension, SweepSpec, cells_of
-from orchestrator.spec.space import default_params, grid_points, study_name
+from orchestrator.spec.space import default_params, grid_points, point_count, study_name
 from orchestrator.store import ArtifactStore, EventLog, SweepLocation, read_resolved
 
 BASE_PER_CLASS = 8  # images without LoRA, drawn to measure what LoRA changes
@@ -178,9 +169,6 @@ class Plan:
     requirements: tuple[Requirement, ...]
     work: tuple[Work, ...]  # that is left
     estimate: Estimate
-    study_starts: Mapping[str, StudyStart]  # studies that the next run starts, by cell
-    request_digest: str  # identifies the requested trials; in the event log as `asks`
-    edit: Edit | None  # None: the requested trials are those of the last run
 
     @property
     def to_run(self) -> int:
@@ -199,7 +187,6 @@ class Plan:
             "trials": {"total": self.total, **self.results, "to_run": self.to_run},
             "artifacts": [_artifact(requirement, store) for requirement in self.requirements],
             "estimate": self.estimate.json(),
-            "edit": self.edit and asdict(self.edit),
         }
 
 
@@ -236,8 +223,7 @@ def _plan_sweep(
 ) -> Plan:
     sweep = with_model_defaults(sweep, resolver)
     cells, assignments = cells_of(sweep), sweep.seeds.assignments()
-    state = read_searches(event_log)
-    starts = _study_starts(sweep, cells, state, resolver, store)
+    suggested = suggested_points(event_log)
     moved = fp32_slots(event_log)
     slots: list[Slot] = []
     left: dict[str, int] = {}  # trials by cell
@@ -246,11 +232,10 @@ def _plan_sweep(
         for name in dict.fromkeys(str(cell.flat["dataset"]) for cell in cells):
             resolver.check_validation(name)
     for cell in cells:
-        count = state.points(cell, sweep.search)
+        count = point_count(cell, sweep.search)
         points += count
         left[cell.id] = count * len(assignments)
-        params_by_number = known_points(sweep, cell, state, starts.get(cell.id))
-        for number, params in sorted(params_by_number.items())[:count]:
+        for number, params in sorted(known_points(sweep, cell, suggested).items())[:count]:
             slots += slots_of(cell, number, params, assignments, resolver, moved)
     store.survey(slot.spec for slot in slots)
     present = [store.has(slot.spec) for slot in slots]
@@ -269,13 +254,6 @@ def _plan_sweep(
         else:
             to_run.add(slot.key.digest)
     total = points * len(assignments)
-    present_keys = [
-        slot.key.digest for slot, is_present in zip(slots, present, strict=True) if is_present
-    ]
-    request = request_digest(sweep, cells)
-    edit = edit_since_last_run(
-        request, present_keys, sum(results.values()), total, starts.values(), event_log
-    )
     # The file of a sweep does not list the trials that are repeated in fp32.
     repeated = [slot.spec for slot in slots if slot.id in moved]
     trials = [*possible_trials(cells, assignments, resolver)]
@@ -300,9 +278,6 @@ def _plan_sweep(
         requirements=requirements,
         work=work,
         estimate=estimate(work, store, sweep.resources),
-        study_starts=starts,
-        request_digest=request,
-        edit=edit,
     )
 
 
@@ -355,38 +330,20 @@ def _with_trial_memory(
     return replace(sweep, resources=replace(resources, trial=trial))
 
 
-def _study_starts(
-    sweep: SweepSpec,
-    cells: Sequence[Cell],
-    state: Searches,
-    resolver: Resolver,
-    store: ArtifactStore,
-) -> dict[str, StudyStart]:
-    """The studies that the next run starts, by cell. A grid carries no points, so it has none."""
-    search, assignments = sweep.search, sweep.seeds.assignments()
-    if search is None or search.sampler == "grid":
-        return {}
-    searched = [cell for cell in cells if cell.space]
-    current = {study_name(cell, search) for cell in searched}
-    starts = {
-        cell.id: study_start(cell, search, current, state, assignments, resolver, store)
-        for cell in searched
-    }
-    return {cell: start for cell, start in starts.items() if start is not None}
-
-
 def known_points(
-    sweep: SweepSpec, cell: Cell, state: Searches, start: StudyStart | None
+    sweep: SweepSpec, cell: Cell, suggested: Mapping[str, Mapping[int, dict[str, Any]]]
 ) -> Mapping[int, dict[str, Any]]:
-    """The points of a cell whose settings are known, by number.
+    """The points of a cell whose settings are known, by number: all of a grid, and those that a
+    search has suggested.
 
-    These are all points of a grid, and the suggested and carried points of a search.
+    Args:
+        suggested: from `suggested_points`.
     """
     if sweep.search is None or not cell.space:
         return {0: {}}
     if sweep.search.sampler == "grid":
         return dict(enumerate(grid_points(cell)))
-    return state.known_points(cell, sweep.search, start)
+    return suggested.get(study_name(cell, sweep.search), {})
 
 
 def slots_of(
@@ -595,6 +552,15 @@ def ended_slots(event_log: EventLog) -> dict[str, tuple[str, str]]:
         elif event["event"] == "trial_failed":
             ended.pop(event["slot"], None)
     return ended
+
+
+def suggested_points(event_log: EventLog) -> dict[str, dict[int, dict[str, Any]]]:
+    """Settings of the points that searches have suggested, by study and number."""
+    suggested: dict[str, dict[int, dict[str, Any]]] = {}
+    for event in event_log.events():
+        if event["event"] == "point_asked":
+            suggested.setdefault(event["study"], {})[event["point"]] = event["params"]
+    return suggested
 
 
 def fp32_slots(event_log: EventLog) -> dict[str, str]:

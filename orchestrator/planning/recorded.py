@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from air_core.models.weights import local_path
 from air_core.specs import StageSpec, TrialSpec
@@ -18,6 +19,7 @@ from orchestrator.planning.plan import (
     possible_trials,
     requirements_of,
     slots_of,
+    suggested_points,
 )
 from orchestrator.planning.resolve import (
     NotRecorded,
@@ -25,7 +27,6 @@ from orchestrator.planning.resolve import (
     resolver_of,
     with_model_defaults,
 )
-from orchestrator.planning.studies import Searches, read_searches
 from orchestrator.plugins import recorded_plugin
 from orchestrator.spec import Cell, SweepSpec, cells_of, load_sweep
 from orchestrator.spec.sweep import smoke_variant
@@ -122,13 +123,13 @@ def _needed_by_sweep(sweep: SweepSpec, location: SweepLocation) -> dict[str, Sha
     done = [event for event in events if event["event"] in ("trial_done", "trial_reused")]
     last_cells = cells_of(sweep)
     cells_run = {cell.id for cell in last_cells} | {event["cell"] for event in done}
-    state, moved = read_searches(event_log), fp32_slots(event_log)
+    suggested, moved = suggested_points(event_log), fp32_slots(event_log)
     needed = [(event["key"][:12], frozenset[tuple[int, int]]()) for event in done]
     unlisted = None  # the error of a cell that was not run and whose data is missing
     every_cell = cells_of(replace(sweep, grid=sweep.axes)) if sweep.axes else ()
     for cell in (*last_cells, *(cell for cell in every_cell if cell not in last_cells)):
         try:
-            needed += _needed_by_cell(cell, sweep, state, moved, resolver, location.store)
+            needed += _needed_by_cell(cell, sweep, suggested, moved, resolver, location.store)
         except NotRecorded:  # no run had this cell, so nothing was built for it
             continue
         except ValueError as problem:
@@ -146,7 +147,7 @@ def _needed_by_sweep(sweep: SweepSpec, location: SweepLocation) -> dict[str, Sha
 def _needed_by_cell(
     cell: Cell,
     sweep: SweepSpec,
-    state: Searches,
+    suggested: Mapping[str, Mapping[int, dict[str, Any]]],
     moved: Mapping[str, str],
     resolver: Resolver,
     store: ArtifactStore,
@@ -154,7 +155,7 @@ def _needed_by_cell(
     assignments = sweep.seeds.assignments()
     needed: list[tuple[str, Shards]] = []
     repeated: list[TrialSpec] = []
-    for number, params in known_points(sweep, cell, state, None).items():
+    for number, params in known_points(sweep, cell, suggested).items():
         slots = slots_of(cell, number, params, assignments, resolver, moved)
         repeated += [slot.spec for slot in slots if slot.id in moved]
         for slot in slots:

@@ -1,19 +1,14 @@
-"""Search: one Optuna study per cell, which suggests points in rounds. Uses no Ray.
+"""Search: suggests the points of a cell in rounds. Uses no Ray.
 
-All points of a round are suggested before any objective of the round is recorded. The sampler of
-each point is seeded with the search seed, the cell, the round and the index in the round, and
-objectives are recorded in the order of the points. So a sweep that is killed at any time resumes
-with the points that it would have had without the kill. A study of a changed space starts with the
-points that are carried into it (`orchestrator.planning.studies`).
-
-A study is kept in memory and rebuilt from the event log when a run starts.
+The state of a search is its points in the event log and their objectives in the store. A point
+depends on the search seed, the cell, its position and the objectives of earlier rounds. So a sweep
+that is killed at any time resumes with the points that it would have had without the kill.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any, get_args
 
@@ -30,16 +25,9 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from air_core.specs import TrialSpec
 from air_core.specs.flat import trial_keys
 from orchestrator.components import SAMPLERS
-from orchestrator.planning.plan import Plan, Slot
-from orchestrator.planning.studies import Searches, read_searches
+from orchestrator.planning.plan import Plan, Slot, suggested_points
 from orchestrator.spec import Cell, Dimension, SweepSpec
-from orchestrator.spec.space import (
-    Point,
-    default_params,
-    grid_points,
-    point_count,
-    study_name,
-)
+from orchestrator.spec.space import Point, default_params, grid_points, point_count, study_name
 from orchestrator.spec.sweep import Search, computation_of
 from orchestrator.store import ArtifactStore, EventLog, read_trial
 
@@ -50,173 +38,86 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
 def open_searches(plan: Plan, event_log: EventLog) -> dict[str, CellSearch]:
-    """Open a search for each cell that has a search space.
-
-    Only the driver that holds the lock of the sweep may call this function: it writes to the event
-    log. The carried points of a study are logged before the study uses them.
-    """
+    """Open a search for each cell that has a search space."""
     search = plan.sweep.search
     assert search is not None
-    searched = [cell for cell in plan.cells if cell.space]
-    state = read_searches(event_log)
-    for cell in searched:
-        start = plan.study_starts.get(cell.id)
-        if start is not None:
-            event_log.append(
-                "study_opened",
-                cell=cell.id,
-                study=start.study,
-                method=cell.method,
-                sampler=search.sampler,
-                seed=search.seed,
-                settings=cell.flat,
-                carried=[asdict(point) for point in start.carried],
-                left_out=start.left_out,
-            )
-        elif state.current.get(cell.id, study := study_name(cell, search)) != study:
-            event_log.append("study_resumed", cell=cell.id, study=study)
-    state = read_searches(event_log)
-    return {cell.id: CellSearch(cell, search, state) for cell in searched}
+    suggested = suggested_points(event_log)
+    return {
+        cell.id: CellSearch(cell, search, suggested.get(study_name(cell, search), {}))
+        for cell in plan.cells
+        if cell.space
+    }
 
 
 class CellSearch:
-    """The search of one cell: suggests points in rounds and records their objectives.
+    """The search of one cell.
 
     Args:
-        state: searches of the sweep so far, from the event log.
-        sampler: returns the sampler of one point, given its seed.
+        suggested: settings of the points that the event log has, by number.
     """
 
-    def __init__(
-        self,
-        cell: Cell,
-        search: Search,
-        state: Searches,
-        sampler: Callable[[Search, int], BaseSampler] | None = None,
-    ) -> None:
+    def __init__(self, cell: Cell, search: Search, suggested: Mapping[int, dict[str, Any]]) -> None:
         self.cell, self.search = cell, search
-        self._sampler = sampler or SAMPLERS.load(search.sampler)
-        self.study = optuna.create_study(direction="maximize")  # only has points that ended
-        self._params: dict[int, dict[str, Any]] = {}  # settings of all suggested points
-        self._open: list[int] = []  # points that have not ended
-        self._values: dict[int, float] = {}  # objectives of points that ran to their end
-        self._carried: set[int] = set()
-        # The first round repeats all points of earlier runs: failed points run once more, and
-        # points run for seeds that were added since. The store has all their other trials.
-        self._earlier: list[Point] = []
-        self._restore(state)
+        self._sampler = SAMPLERS.load(search.sampler)
+        self._grid = grid_points(cell) if search.sampler == "grid" else []
+        self._total = point_count(cell, search)
+        self._suggested = dict(suggested)
+        self._computations: set[TrialSpec] = set()  # of the points of the rounds so far
+        self._values: dict[int, float] = {}  # their objectives, without failed points
+        self._next = 0  # number of the first point of the next round
 
     def next_round(self) -> list[Point]:
-        """Suggest the points of the next round.
+        """The points of the next round; none after the last one.
 
-        The round includes points that a killed driver had suggested.
-
-        Returns:
-            No points once the cell has had all its points, or `patience` has run out.
+        The first round also has all later rounds of which the event log has every point. The store
+        has most of their trials; those that failed, and those of added seeds, run side by side.
         """
-        if self._earlier:
-            return list(self._earlier)
-        total = self._total()
-        points = [Point(number, self._params[number]) for number in self._open if number < total]
-        if not points and self._patience_exhausted():
-            return []
-        # A killed driver may have recorded a part of a round; the rest belongs to the same round.
-        first = points[0].number if points else len(self._params)
-        end = min((first // self.search.width + 1) * self.search.width, total)
-        return points + [self._suggest(number) for number in range(len(self._params), end)]
+        first, width = self._next, self.search.width
+        end = first - first % width + width
+        if first == 0:
+            end = max(end, len(self._suggested) // width * width)
+        self._next = min(end, self._total)
+        return [self._point(number) for number in range(first, self._next)]
 
     def record_round(self, values: Mapping[int, float | None]) -> None:
-        """Record the end of the points of a round; a recorded objective never changes.
+        """Record the objectives of the points of a round by number; None: the point failed."""
+        self._values |= {number: value for number, value in values.items() if value is not None}
 
-        Args:
-            values: objectives by point number; None: the point failed.
-        """
-        for number in list(self._open):
-            if number in values:
-                self._end(number, values[number])
-        self._earlier = []
-
-    def _restore(self, state: Searches) -> None:
-        """Rebuild the study from the event log, in the order in which points ended."""
-        study = study_name(self.cell, self.search)
-        values = state.values.get(study, {})
-        known = state.known_points(self.cell, self.search, None)
-        for number in range(max(known, default=-1) + 1):
-            if number in known:
-                self._params[number] = known[number]
-                self._open.append(number)
-            else:  # number 0: the carried points do not include the default
-                self._suggest(number)
-        for point in state.carried.get(study, ()):
-            number = next(n for n, params in known.items() if params == point.params)
-            self._carried.add(number)
-            if number in self._open:
-                self._end(number, point.value)
-        for number, value in values.items():
-            if value is not None and number in self._open:
-                self._end(number, value)
-        self._earlier = [
-            Point(number, params)
-            for number, params in self._params.items()
-            if number < self._total() and (number in values or number in self._carried)
-        ]
-
-    def _end(self, number: int, value: float | None) -> None:
-        """Add a point that ended to the study."""
-        if value is not None:
-            self._values[number] = value
-        self._open.remove(number)
-        params = self._params[number]
-        attributes = {"point": number} | ({"carried": True} if number in self._carried else {})
-        state = TrialState.FAIL if value is None else TrialState.COMPLETE
-        self.study.add_trial(
-            _frozen_trial(self.cell, params, state=state, value=value, user_attrs=attributes)
-        )
-
-    def _patience_exhausted(self) -> bool:
-        """Whether none of the last `patience` points of this study improved the best objective."""
-        if self.search.patience is None:
-            return False
-        values = {number: v for number, v in self._values.items() if number < self._total()}
-        best = max(values, key=lambda number: (values[number], -number), default=-1)
-        after = [number for number in self._params if number > best]
-        return len(set(after) - self._carried) >= self.search.patience
-
-    def _suggest(self, number: int) -> Point:
-        """Suggest a point: of the grid, the default as number 0, or from the sampler."""
-        if self.search.sampler == "grid":
-            params = grid_points(self.cell)[number]
-        else:
-            params = {} if number else default_params(self.cell)
-        self._params[number] = params or self._sample(number)
-        self._open.append(number)
-        return Point(number, self._params[number])
+    def _point(self, number: int) -> Point:
+        """The point of the event log or of the grid, the default as number 0, or a sampled one."""
+        params = self._suggested.get(number) or (self._grid[number] if self._grid else {})
+        if not params and number == 0:
+            params = default_params(self.cell)
+        params = self._suggested[number] = params or self._sample(number)
+        self._computations.add(self._computation(params))
+        return Point(number, params)
 
     def _sample(self, number: int) -> dict[str, Any]:
-        """Sample a new point; it may repeat an earlier point after ATTEMPTS attempts."""
+        """Sample a point that computes something new; after ATTEMPTS attempts it may repeat."""
         round_index, index = divmod(number, self.search.width)
         words = f"{self.search.seed}/{self.cell.id}/{round_index}/{index}"
+        earlier = [
+            _frozen_trial(self.cell, self._suggested[other], value=value)
+            for other, value in sorted(self._values.items())
+            if other < round_index * self.search.width
+        ]
         params: dict[str, Any] = {}
-        known = {self._computation(other) for other in self._params.values()}
         for attempt in range(ATTEMPTS):
-            # Samplers keep no state between points, so the seed depends on the point's position.
+            # A study and a sampler for each attempt: no state but the objectives has an effect.
             seed = zlib.crc32((f"{words}/{attempt}" if attempt else words).encode())
             # A sampler that keeps suggesting the same point is replaced by a random one.
             stuck = attempt >= ATTEMPTS // 2
             sampler = RandomSampler(seed=seed) if stuck else self._sampler(self.search, seed)
-            self.study.sampler = sampler
-            trial = self.study.ask()
+            study = optuna.create_study(direction="maximize", sampler=sampler)
+            study.add_trials(earlier)
+            trial = study.ask()
             params = {each.key: _suggest_value(trial, each) for each in self.cell.space}
-            self.study.tell(trial.number, state=TrialState.FAIL)  # `_end` adds the point
-            if self._computation(params) not in known:
+            if self._computation(params) not in self._computations:
                 break
         return params
 
     def _computation(self, params: Mapping[str, Any]) -> TrialSpec:
         return computation_of({**self.cell.flat, **params})
-
-    def _total(self) -> int:
-        return point_count(self.cell, self.search)
 
 
 def study_of(

@@ -264,7 +264,7 @@ class SweepStatus:
     total: int = 0  # trials
     last: dict[str, str] = field(default_factory=dict)  # state of each slot
     keys: dict[str, str] = field(default_factory=dict)  # of the trials that ended, by slot
-    requests: set[str | None] = field(default_factory=set)  # digests; two if the file was edited
+    planned: set[str] = field(default_factory=set)  # digests of the slots; two if they changed
     results: LoggedResults = field(default_factory=LoggedResults)
     last_run: Counter[str] = field(default_factory=Counter)  # ends of trials in it, by state
     failures: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # last event, by slot
@@ -350,7 +350,7 @@ def sweep_status(event_log: EventLog) -> SweepStatus:
         match event["event"]:
             case "sweep_started":
                 status.total, status.exit_code = event["total"], None
-                status.requests.add(event.get("asks"))
+                status.planned.add(event.get("planned", ""))
                 status.last_run = Counter()
                 status.retried, status.failed_artifacts = Counter(), {}
                 status.pending_artifacts, status.waiting_cells = {}, ()
@@ -372,8 +372,6 @@ def sweep_status(event_log: EventLog) -> SweepStatus:
                 status.failures.pop(event["slot"], None)
                 if name == "trial_failed":
                     status.failures[event["slot"]] = event
-            case "search_ended":
-                status.total -= event["trials_left"]
             case "artifact_prepared":
                 status.prepared[event["stage"]] += 1
                 if event["stage"] == "images":

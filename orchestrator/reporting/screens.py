@@ -30,7 +30,6 @@ from orchestrator.planning.plan import RESULT_STATES, STAGE_TITLES
 from orchestrator.planning.recorded import read_sweep
 from orchestrator.planning.requests import results_command, run_command
 from orchestrator.planning.resolve import resolver_of, with_model_defaults
-from orchestrator.planning.studies import read_searches
 from orchestrator.reporting.results import (
     SweepStatus,
     holes_text,
@@ -67,7 +66,6 @@ def plan_screen(
         f"{plural(plan.points, 'point')}, "
         f"{plural(trials['total'], 'trial')}: {results_text(trials)}, "
         f"{trials['to_run']} to run",
-        *([str(plan.edit)] if plan.edit is not None else []),
         *changed_inputs(earlier_results(plan, location)),
         "",
     ]
@@ -147,12 +145,10 @@ def status_report(location: SweepLocation) -> dict[str, Any]:
     """The status of a sweep for `status --json`. New versions may add keys but never remove any."""
     status = sweep_status(location.event_log())
     alive = location.event_log().is_locked()
-    ended: list[dict[str, Any]] = []
     unused: dict[str, UnusedImages] = {}
     with suppress(ValueError, OSError):  # the sweep's file or records cannot be read
         sweep, recorded = read_sweep(location, location.data_root)
-        ended = _ended_searches(sweep, location)
-        if len(status.requests) > 1 or (not alive and status.counts(alive)["waiting"]):
+        if len(status.planned) > 1 or (not alive and status.counts(alive)["waiting"]):
             match_plan(status, plan_of(sweep, recorded), location.store, alive)
         unused = _unused(sweep, recorded)
     return {
@@ -173,7 +169,6 @@ def status_report(location: SweepLocation) -> dict[str, Any]:
             {"artifact": key, "class": event["failure_class"], "message": event["message"]}
             for key, event in status.failed_artifacts.items()
         ],
-        "ended_searches": ended,
         "last_run": _last_run(location, status),
     }
 
@@ -186,20 +181,6 @@ def _unused(sweep: SweepSpec, location: SweepLocation) -> dict[str, UnusedImages
     cells = cells_of(sweep)
     trials = [resolver.trial({**cell.flat, **default_params(cell), **seeds}) for cell in cells]
     return unused_by_dataset(trials, location.store)
-
-
-def _ended_searches(sweep: SweepSpec, location: SweepLocation) -> list[dict[str, Any]]:
-    """The cells whose search ended early because of its `patience`, with its points."""
-    search = sweep.search
-    if search is None or search.patience is None:
-        return []
-    history = read_searches(location.event_log())
-    points_of = {cell.id: history.points(cell, search) for cell in cells_of(sweep) if cell.space}
-    return [
-        {"cell": cell, "points": points, "of": search.points, "patience": search.patience}
-        for cell, points in points_of.items()
-        if points < search.points
-    ]
 
 
 def _last_run(location: SweepLocation, status: SweepStatus) -> dict[str, Any] | None:
@@ -270,11 +251,6 @@ def status_screen(content: dict[str, Any]) -> str:
     ).items():
         lines.append(f"  failed    {count} x {name}: {message}")
         lines.append(f"              {CLASSES[name].remedy}")
-    for ended in content["ended_searches"]:
-        lines.append(
-            f"  search    {ended['cell']}: ended after {ended['points']} of {ended['of']} points, "
-            f"no improvement in the last {ended['patience']} or more"
-        )
     if content["last_run"]:
         lines += _last_run_lines(content["last_run"])
     return "\n".join(lines)

@@ -66,15 +66,6 @@ def grid_points(cell: Cell) -> list[dict[str, Any]]:
     return list(distinct.values())
 
 
-def contains_value(dimension: Dimension, value: Any) -> bool:
-    """Whether a dimension contains this value."""
-    if dimension.values is not None:  # compare types too, since True == 1
-        return any(type(v) is type(value) and v == value for v in dimension.values)
-    assert dimension.min is not None
-    assert dimension.max is not None
-    return _is_number(value) and bool(dimension.min <= value <= dimension.max)
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 

@@ -53,9 +53,6 @@ class Search:
     )
     points: Whole = Field(description="number of points per cell, over all runs of the sweep", ge=1)
     width: Whole = setting(4, "points per round", ge=1)
-    patience: Whole | None = setting(
-        None, "points without improvement after which a cell ends; null: no limit", ge=1
-    )
     space: Space = Field(description="the searched keys, each with values or a range")
 
 
@@ -468,11 +465,6 @@ def with_every_method(spec: SweepSpec) -> SweepSpec:
     """
     every = {"method": tuple(METHODS)} if "method" in spec.grid else {}
     return replace(spec, grid=spec.grid | every)
-
-
-def possible_cells(spec: SweepSpec) -> Iterator[Cell]:
-    """The cells of `with_every_method`, one by one."""
-    return (_cell(spec, entry) for entry in combinations(with_every_method(spec)))
 
 
 def matching_overrides(spec: SweepSpec, combination: dict[str, Any]) -> list[int]:

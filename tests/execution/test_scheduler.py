@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ import pytest
 from orchestrator.execution._scheduler import Job, TrialScheduler
 from orchestrator.failures import Failure
 from orchestrator.planning import Outcome, Resolver
-from orchestrator.planning.plan import plan_sweep
+from orchestrator.planning.plan import plan_sweep, suggested_points
 from orchestrator.planning.search import CellSearch
-from orchestrator.planning.studies import read_searches
 from orchestrator.spec import Dimension, SweepSpec, cells_of
+from orchestrator.spec.space import study_name
 from orchestrator.spec.sweep import Search, Seeds
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.images import build as build_image_block
@@ -38,6 +38,18 @@ def prepared(tmp_path_factory, tiny_clip, resolver) -> Path:
     return store_with(tmp_path_factory.mktemp("prepared") / "runs", spec, arrays).root
 
 
+class RecordedSearch(CellSearch):
+    """A search that keeps the objectives of its rounds."""
+
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts)
+        self.rounds: list[dict[int, float | None]] = []
+
+    def record_round(self, values: Mapping[int, float | None]) -> None:
+        self.rounds.append(dict(values))
+        super().record_round(values)
+
+
 class World:
     """The store and the event log of one sweep, which several schedulers use in turn."""
 
@@ -47,17 +59,18 @@ class World:
         self.event_log.folder.mkdir()
         self.resolver = resolver
         self.outcomes: list[Outcome] = []
-        self.searches: dict[str, CellSearch] = {}
+        self.searches: dict[str, RecordedSearch] = {}
 
     def scheduler(self, sweep: SweepSpec, groups: Any = None, **more: Any) -> TrialScheduler:
         """A new scheduler that resumes the sweep of the earlier schedulers."""
         self.outcomes, self.searches = [], {}
         cells = cells_of(sweep)
         if sweep.search is not None:
-            logged = read_searches(self.event_log)
+            logged = suggested_points(self.event_log)
             for cell in cells:
                 if cell.space:
-                    self.searches[cell.id] = CellSearch(cell, sweep.search, logged)
+                    points = logged.get(study_name(cell, sweep.search), {})
+                    self.searches[cell.id] = RecordedSearch(cell, sweep.search, points)
         inputs = self.store, self.resolver, self.event_log
         return TrialScheduler(
             sweep, groups or [cells], self.searches, *inputs, self.on_outcome, **more
@@ -96,8 +109,10 @@ class World:
 
     def points(self) -> list[tuple[int, dict[str, Any], float | None]]:
         """(number, parameters, value) of the points of the only search."""
-        trials = [trial for trial in study_trials(self) if "point" in trial.user_attrs]
-        return [(t.user_attrs["point"], dict(t.params), t.value) for t in trials]
+        (search,) = self.searches.values()
+        (points,) = suggested_points(self.event_log).values()
+        values = {number: value for of in search.rounds for number, value in of.items()}
+        return [(number, points[number], values[number]) for number in sorted(values)]
 
 
 @pytest.fixture
@@ -353,11 +368,6 @@ def test_a_failed_seed_makes_a_failed_point_which_the_next_run_repeats(world):
     assert repeated[2] is not None
 
 
-def study_trials(world: World) -> list[Any]:
-    (search,) = world.searches.values()
-    return search.study.get_trials(deepcopy=False)
-
-
 # ---------------------------------------------------------------- rounds
 
 
@@ -385,11 +395,8 @@ def test_a_search_ends_with_values_for_all_its_points(world):
     assert [number for number, _, _ in world.points()] == [0, 1, 2, 3, 4]
     assert all(value is not None for _, _, value in world.points())
     assert len(world.outcomes) == 5
-    logged = [e["values"] for e in world.event_log.events() if e["event"] == "round_told"]
-    assert [len(values) for values in logged] == [2, 2, 1]
-    assert {int(n): v for values in logged for n, v in values.items()} == {
-        number: value for number, _, value in world.points()
-    }
+    (search,) = world.searches.values()
+    assert [len(values) for values in search.rounds] == [2, 2, 1]
 
 
 def test_a_point_that_equals_an_earlier_point_is_reused(world):

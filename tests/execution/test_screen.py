@@ -58,7 +58,7 @@ def test_the_row_of_a_point_has_the_number_of_ended_trials(clock, capsys):
     cell = SimpleNamespace(id="digits-cpl")
     plan = SimpleNamespace(
         sweep=SimpleNamespace(name="a", seeds=SimpleNamespace(values=(1, 2))),
-        cells=[cell], requirements=[], edit=None, total=15, ended=10, to_run=5,
+        cells=[cell], requirements=[], total=15, ended=10, to_run=5,
         results=Counter(done=10),
     )  # fmt: skip
     lines.show_start(plan)

@@ -53,9 +53,7 @@ def record_sweep(
     location.write("spec.yaml", sweep.text)
     location.write("resolved.json", json.dumps({"sets": [], "only": [], "source": sweep.source}))
     plan = plan_of(sweep, location)
-    event_log.append(
-        "sweep_started", total=plan.total, spec="", to_run=plan.to_run, asks=plan.request_digest
-    )
+    event_log.append("sweep_started", total=plan.total, spec="", to_run=plan.to_run, planned="")
     for index, slot in enumerate(plan.slots):
         if done(index):
             write(slot, location.store)

@@ -44,7 +44,7 @@ def test_events_are_read_in_order(tmp_path):
 
 def test_an_event_that_is_not_valid_json_is_refused(event_log):
     with pytest.raises(ValueError, match="float values"):
-        event_log.append("round_told", value=float("nan"))
+        event_log.append("artifact_prepared", value=float("nan"))
     assert points(event_log) == [0, 1]
 
 
