@@ -237,9 +237,9 @@ class TrialScheduler:
     def _reuse(self, queue: _CellQueue, point: int, slot: Slot) -> None:
         """Reuse a stored trial."""
         digest, state = self.finished_before.get(slot.id, ("", ""))
-        known = digest == slot.key.digest and state in ("done", "reused")
-        record = read_trial(slot.spec, self.store)
+        known = digest == slot.key.digest
         done = known and state == "done"
+        record = read_trial(slot.spec, self.store)
         outcome = Outcome(slot, "done" if done else "reused", record, already_logged=known)
         self._finish(queue, point, outcome)
 
