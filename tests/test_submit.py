@@ -1,39 +1,40 @@
-"""`airsweep submit`, `jobs` and `stop` on clusters started by `ray start --head`."""
+"""`airsweep submit` on clusters started by `ray start --head`."""
 
 from __future__ import annotations
 
 import functools
-import json
 import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-import ray
 
-from orchestrator.cluster import Cluster
+from orchestrator.cluster import jobs
 from orchestrator.git import commit
+from tests.helpers.clusters import RAY
 from tests.helpers.clusters import head as ray_head
 from tests.helpers.golden import check_golden_cases
 from tests.helpers.plugins import MARGIN
-from tests.helpers.servers import free_port, serve
+from tests.helpers.servers import serve
 from tests.helpers.sweeps import (
     TIMEOUT,
     airsweep,
     continue_with,
     environment,
     events,
+    in_this_process,
     many_trials,
     result_slots,
+    run_command,
     stopping_python,
     table,
     wait_for_stopped,
@@ -45,31 +46,62 @@ pytestmark = [pytest.mark.integration, pytest.mark.ray]
 
 OPEN = {"RAY_AUTH_MODE": "disabled"}
 COUNT = 12
-TRIALS = many_trials(COUNT)
-# Prints sixty lines in six seconds; submitted with the metadata of a sweep.
-COUNTING = "for n in $(seq 60); do echo line $n; sleep 0.1; done; exit 4"
-METADATA = {"airsweep.sweep": "default/counting", "airsweep.user": "me", "airsweep.store": "/none"}
+SMALL = "fixed: {method: zero_shot}\nseeds: [1]\n"
 
 
-def jobs_of(address: str, **env: str) -> dict[str, Any]:
-    """The output of `airsweep jobs --json`, by id."""
-    done = airsweep("jobs", "--address", address, "--json", **{**OPEN, **env})
-    return {job["id"]: job for job in json.loads(done.stdout)}
+class Submission:
+    """A running `airsweep submit`."""
 
+    def __init__(self, *words: Any) -> None:
+        self.output = ""
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "orchestrator", "submit", *map(str, words)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment(**OPEN),
+            # Background jobs of a shell ignore SIGINT, and subprocesses inherit that.
+            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        )
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
 
-def log_of(address: str, name: str) -> str:
-    """The log of a job that has not ended."""
-    cluster = Cluster(address)
-    log = cluster.log_of(name)
-    assert not cluster.job(name).is_over, log
-    return log
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.output += line
 
+    def wait_for(self, pattern: str) -> str:
+        """Wait until a line of the output matches; returns the first group."""
 
-def wait_for_end(address: str, name: str, code: int) -> None:
-    """Wait for the end of a job, and assert its exit code."""
-    cluster = Cluster(address)
-    wait_until(lambda: cluster.job(name).is_over, lambda: cluster.log_of(name), every=0.5)
-    assert cluster.job(name).exit_code == code, cluster.log_of(name)
+        def is_printed() -> bool:
+            assert self.process.poll() is None, self.output
+            return re.search(pattern, self.output) is not None
+
+        wait_until(is_printed, lambda: self.output)
+        found = re.search(pattern, self.output)
+        assert found is not None
+        return found[1]
+
+    def driver(self, script: Path) -> psutil.Process:
+        """The driver, once it has stopped itself."""
+
+        def log() -> str:
+            assert self.process.poll() is None, self.output
+            return self.output
+
+        return wait_for_stopped(script, log)
+
+    def exit_code(self) -> int:
+        code = self.process.wait(TIMEOUT)
+        self._reader.join()
+        return code
+
+    def kill_stream(self) -> None:
+        """Kill `ray job submit`."""
+        [stream] = psutil.Process(self.process.pid).children()
+        assert "ray.scripts.scripts" in stream.cmdline()
+        stream.kill()
 
 
 # ---------------------------------------------------------------- a cluster with a token
@@ -82,7 +114,7 @@ def test_a_cluster_with_a_token_accepts_only_this_token_and_no_output_shows_it(t
     for file in (token, wrong):
         file.chmod(0o600)
     right = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    sweep = write_sweep(tmp_path, "small", "fixed: {method: zero_shot}\nseeds: [1]\n")
+    sweep = write_sweep(tmp_path, "small", SMALL)
     with ray_head(jobs=True, cpus=2, **right) as address:
         command = ("submit", sweep, "--address", address, "--store", tmp_path / "runs")
         none = airsweep(*command, check=False, **OPEN)
@@ -116,24 +148,36 @@ def store(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("shared") / "runs"
 
 
-def test_submit_runs_a_sweep_on_the_cluster_and_follows_its_log(head, store, tmp_path, monkeypatch):
+def test_submit_runs_a_sweep_on_the_cluster_and_prints_its_log(head, store, tmp_path, monkeypatch):
     from ray.job_submission import JobSubmissionClient
 
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    sweep = write_sweep(tmp_path / "a folder", "far", "fixed: {method: zero_shot}\nseeds: [1]\n")
+    sweep = write_sweep(tmp_path / "a folder", "far", SMALL)
     done = airsweep("submit", sweep, "--address", f"{head}/", "--store", store, **OPEN)
     assert "zero_shot" in done.stdout  # in the final screen
     assert re.search(" next +airsweep table far", done.stdout)
-    assert "default-far-1: SUCCEEDED, exit code 0" in done.stderr
-    assert f"airsweep table far --store {store}" in done.stderr
-    assert "INFO" not in done.stderr
+    [job] = re.findall(r"airsweep: (default-far-[-0-9]+): SUCCEEDED, exit code 0\n", done.stderr)
+    assert f"ray job logs --address {head} --follow {job}; to stop it: " in done.stderr
     assert [row["method"] for row in table(store, "far")] == ["zero_shot"]
     first = events(store, "far")[0]
     assert (first["event"], first["commit"]) == ("sweep_started", commit())
-    details = JobSubmissionClient(head).get_job_info("default-far-1")
+    details = JobSubmissionClient(head).get_job_info(job)
     assert details.metadata["job_name"] == "default/far"  # in Ray's dashboard
-    job = jobs_of(head)["default-far-1"]
-    assert (job["state"], job["exit_code"], job["store"]) == ("SUCCEEDED", 0, str(store))
+
+
+def test_no_wait_prints_only_the_id_to_stdout(head, store, tmp_path):
+    sweep = write_sweep(tmp_path, "later", SMALL)
+    command = ("submit", sweep, "--address", head, "--store", store, "--no-wait")
+    # The option precedes the variables.
+    elsewhere = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1", "RAY_ADDRESS": "127.0.0.1:2"}
+    done = airsweep(*command, **OPEN, **elsewhere)
+    assert re.fullmatch(r"default-later-\d{8}-\d{6}\n", done.stdout)
+    log = run_command(
+        [RAY, "job", "logs", "--address", head, "--follow", done.stdout.strip()],
+        env=environment(**OPEN),
+    )
+    assert "zero_shot" in log.stdout
+    assert [row["method"] for row in table(store, "later")] == ["zero_shot"]
 
 
 def test_a_plugin_travels_with_a_job(head, store, tmp_path):
@@ -162,129 +206,91 @@ def test_submit_exits_with_the_code_of_a_refused_run(head, store, tmp_path):
     done = airsweep(*command, "--set", "resources.trial.cpu=99", check=False, **OPEN)
     assert done.returncode == 3
     assert "a trial requires 99 CPU" in done.stdout  # the log of a job is one
-    assert "default-wide-1: FAILED, exit code 3" in done.stderr
+    assert re.search(r"default-wide-\S+: FAILED, exit code 3", done.stderr)
 
 
-def test_a_missing_python_on_the_cluster_is_reported_with_the_remedy(head, store, tmp_path):
-    sweep = write_sweep(tmp_path, "snake", "fixed: {method: zero_shot}\nseeds: [1]\n")
+def test_a_missing_python_on_the_cluster_fails_with_127_and_is_named(head, store, tmp_path):
+    sweep = write_sweep(tmp_path, "snake", SMALL)
     command = ("submit", sweep, "--address", head, "--store", store, "--python", "/gone/python")
     done = airsweep(*command, check=False, **OPEN)
     assert done.returncode == 127
-    assert "give --python PATH" in done.stderr
+    assert "/gone/python" in done.stdout
 
 
-def test_a_job_that_is_stopped_and_submitted_again_completes_the_sweep(
-    head, store, tmp_path, monkeypatch
+def test_a_job_that_is_stopped_ends_with_143_and_one_whose_stream_is_lost_with_its_own_code(
+    head, store, tmp_path
 ):
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    sweep = write_sweep(tmp_path, "long", TRIALS)
-    command = ("submit", sweep, "--address", head, "--store", store)
+    sweep = write_sweep(tmp_path, "long", many_trials(COUNT))
+    command = (sweep, "--address", head, "--store", store)
     python, script = stopping_python(tmp_path / "first", "trial_done")
-    first = airsweep(*command, "--python", python, "--detach", "--json", **OPEN)
-    submitted = json.loads(first.stdout)
-    assert (submitted["id"], submitted["sweep"], submitted["store"]) == (
-        "default-long-1",
-        "default/long",
-        str(store),
-    )
-    assert submitted["commands"]["stop"] == f"airsweep stop default-long-1 --address {head}"
-
-    second = airsweep(*command, check=False, **OPEN)
+    stopped = Submission(*command, "--python", python)
+    driver = stopped.driver(script)
+    job = stopped.wait_for("--follow (default-long-[-0-9]+);")
+    second = airsweep("submit", *command, check=False, **OPEN)
     assert second.returncode == 3
-    assert "ING as default-long-1" in second.stderr
-    assert submitted["commands"]["stop"] in second.stderr
-
-    driver = wait_for_stopped(script, lambda: log_of(head, "default-long-1"))
-    with ThreadPoolExecutor() as threads:
-        stopping = threads.submit(airsweep, "stop", "long", "--address", head, **OPEN)
-        continue_with(driver, signal.SIGTERM)
-        stopped = stopping.result()
-    assert "default-long-1: STOPPED, exit code 143" in stopped.stderr
-    assert "left to run" in stopped.stderr  # the driver had time to close
+    assert "stop it; `airsweep status long" in second.stdout  # the store is locked
+    stopping = subprocess.Popen(
+        [RAY, "job", "stop", "--address", head, job],
+        env=environment(**OPEN),
+        stdout=subprocess.DEVNULL,
+    )
+    continue_with(driver, signal.SIGTERM)
+    assert stopped.exit_code() == 143
+    assert stopping.wait(TIMEOUT) == 0
+    assert f"{job}: STOPPED, exit code 143" in stopped.output
+    assert "left to run" in stopped.output  # the driver had time to close
     recorded = events(store, "long")
     assert len(result_slots(recorded)) < COUNT
     assert (recorded[-1]["event"], recorded[-1]["exit_code"]) == ("sweep_ended", 143)
-    again = airsweep("stop", "default-long-1", "--address", head, **OPEN)
-    assert "already ended" in again.stderr
-    nothing = airsweep("stop", "long", "--address", head, check=False, **OPEN)
-    assert (nothing.returncode, "running: none" in nothing.stderr) == (2, True)
 
     python, script = stopping_python(tmp_path / "second", "trials_started")
-    code, stderr = interrupted((*command, "--python", python), "to run")
-    assert code == 130, stderr
-    assert "default-long-2 keeps running" in stderr
-    assert f"ray job logs --address {head} --follow default-long-2" in stderr
-    driver = wait_for_stopped(script, lambda: log_of(head, "default-long-2"))
+    lost = Submission(*command, "--python", python)
+    driver = lost.driver(script)
+    lost.wait_for("submitted; (Ctrl-C)")
+    lost.kill_stream()
+    lost.wait_for("(the log is no longer followed)")
     driver.send_signal(signal.SIGCONT)
-    wait_for_end(head, "default-long-2", 0)
+    assert lost.exit_code() == 0, lost.output
+    assert ": SUCCEEDED, exit code 0" in lost.output
     recorded = events(store, "long")
     assert len(result_slots(recorded)) == len(set(result_slots(recorded))) == COUNT
     assert len(table(store, "long")) == COUNT
 
 
-def interrupted(command: tuple[Any, ...], word: str) -> tuple[int, str]:
-    """Submit, and send Ctrl-C once the log contains `word`; returns exit code and stderr."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "orchestrator", *map(str, command)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(**OPEN),
-        # Background jobs of a shell ignore SIGINT, and subprocesses inherit that.
-        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-    )
-    for line in process.stdout:
-        if word in line:
-            break
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=TIMEOUT)
-    return process.returncode, stderr
+def test_a_failed_job_whose_stream_is_lost_ends_with_its_own_code(head, store, tmp_path):
+    sweep = write_sweep(tmp_path, "lost", SMALL)
+    go, python = tmp_path / "go", tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nwhile [ ! -e {go} ]; do sleep 0.1; done\nexit 4\n")
+    python.chmod(0o755)
+    lost = Submission(sweep, "--address", head, "--store", store, "--python", python)
+    lost.wait_for("submitted; (Ctrl-C)")
+    lost.kill_stream()
+    lost.wait_for("(the log is no longer followed)")
+    go.touch()
+    assert lost.exit_code() == 4, lost.output
 
 
-def test_jobs_lists_sweeps_that_ray_job_submit_has_sent(head, monkeypatch):
-    command = "echo python -m orchestrator run sweeps/by_hand.yaml --store /none"
-    other_job(head, "plain", monkeypatch, command, metadata={})
-    other_job(head, "no-sweep", monkeypatch, "echo python -m orchestrator status", metadata={})
-    listed = jobs_of(head)
-    assert "no-sweep" not in listed
-    job = listed["plain"]
-    assert (job["sweep"], job["store"], job["user"]) == ("default/by_hand", "/none", "")
-
-
-def test_stop_by_sweep_name_does_not_stop_a_job_of_another_user(head, monkeypatch):
-    other_job(head, "counting-0", monkeypatch, "sleep 600")
-    theirs = airsweep("stop", "counting", "--address", head, check=False, **OPEN)
-    assert theirs.returncode == 2
-    assert "no job of yours runs default/counting" in theirs.stderr
-    assert "counting-0 of me" in theirs.stderr
-    by_id = airsweep("stop", "counting-0", "--address", head, **OPEN)
-    assert "counting-0: STOPPED, exit code 143" in by_id.stderr
-    assert "the driver was killed before it could close" in by_id.stderr
+def test_ctrl_c_leaves_the_job_running(head, store, tmp_path):
+    sweep = write_sweep(tmp_path, "left", SMALL)
+    python, script = stopping_python(tmp_path / "first", "sweep_started")
+    left = Submission(sweep, "--address", head, "--store", store, "--python", python)
+    driver = left.driver(script)
+    job = left.wait_for("--follow (default-left-[-0-9]+);")
+    left.process.send_signal(signal.SIGINT)
+    assert left.exit_code() == 130, left.output
+    assert f"{job}: keeps running" in left.output
+    driver.send_signal(signal.SIGCONT)
+    wait_until(lambda: events(store, "left")[-1]["event"] == "sweep_ended")
+    assert len(table(store, "left")) == 1
 
 
 # ---------------------------------------------------------------- a bad connection
 
 
-def other_job(
-    address: str,
-    name: str,
-    monkeypatch: pytest.MonkeyPatch,
-    entrypoint: str = COUNTING,
-    metadata: dict[str, str] = METADATA,
-) -> None:
-    from ray.job_submission import JobSubmissionClient
-
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    JobSubmissionClient(address).submit_job(
-        entrypoint=entrypoint, submission_id=name, metadata=metadata
-    )
-
-
 @contextmanager
-def relay(port: int, to: str) -> Iterator[str]:
-    """Forward a port to a server; all connections break when the block ends."""
-    server_port = int(to.rpartition(":")[2])
-    listener = socket.create_server(("127.0.0.1", port))
+def relay(to: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Forward a port to a server; yields its URL and a function that breaks all connections."""
+    listener = socket.create_server(("127.0.0.1", 0))
     sockets: list[socket.socket] = [listener]
 
     def pump(source: socket.socket, sink: socket.socket) -> None:
@@ -298,52 +304,45 @@ def relay(port: int, to: str) -> Iterator[str]:
         with suppress(OSError):
             while True:
                 near, _ = listener.accept()
-                far = socket.create_connection(("127.0.0.1", server_port))
+                far = socket.create_connection(("127.0.0.1", int(to.rpartition(":")[2])))
                 sockets.extend((near, far))
                 for pair in ((near, far), (far, near)):
                     threading.Thread(target=pump, args=pair, daemon=True).start()
 
-    threading.Thread(target=accept, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
+    def close() -> None:
         for connection in sockets:
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
             connection.close()
 
-
-def test_after_a_broken_connection_the_log_continues_without_gap_or_repetition(
-    head, monkeypatch, tmp_path
-):
-    go = tmp_path / "go"
-    first, rest = ("seq -f 'line %g' 30", "seq -f 'line %g' 31 60")
-    pause = f"while [ ! -e {go} ]; do sleep 0.1; done"
-    other_job(head, "counting-1", monkeypatch, f"{first}; {pause}; {rest}; exit 4")
-    log: list[str] = []
-    messages: list[str] = []
-    with ThreadPoolExecutor() as threads:
-        with relay(free_port(), head) as address:
-            cluster = Cluster(address)
-            ended = threads.submit(cluster.follow, "counting-1", log.append, messages.append)
-            wait_until(lambda: "line 30\n" in "".join(log), lambda: (ended, log, messages))
-        wait_until(lambda: any("trying again" in message for message in messages), messages.copy)
-        go.touch()
-        with relay(int(address.rpartition(":")[2]), head):
-            assert ended.result(TIMEOUT).exit_code == 4
-    lines = [line for line in "".join(log).splitlines() if line.startswith("line ")]
-    assert lines == [f"line {n}" for n in range(1, 61)]
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", close
+    finally:
+        close()
 
 
-def test_a_closed_output_ends_following_but_not_the_job(head, monkeypatch):
-    other_job(head, "counting-3", monkeypatch)
+def test_a_cluster_that_stops_answering_ends_submit_with_1(head, store, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setattr(jobs, "LOST_AFTER", 2.0)
+    sweep = write_sweep(tmp_path, "cut", SMALL)
+    go, python = tmp_path / "go", tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nwhile [ ! -e {go} ]; do touch {tmp_path}/started; done\n")
+    python.chmod(0o755)
+    with relay(head) as (address, close):
 
-    def closed(text: str) -> None:
-        raise BrokenPipeError
+        def cut() -> None:
+            wait_until((tmp_path / "started").exists)
+            close()
 
-    with pytest.raises(BrokenPipeError):
-        Cluster(head).follow("counting-3", closed, lambda text: None)
-    wait_for_end(head, "counting-3", 4)
+        cutting = threading.Thread(target=cut)
+        cutting.start()
+        command = ("submit", sweep, "--address", address, "--store", store, "--python", python)
+        done = in_this_process([*map(str, command)])
+        cutting.join()
+    go.touch()
+    assert done.returncode == 1
+    assert f"{address} has not answered for 2 s; the job keeps running if" in done.stderr
 
 
 # ---------------------------------------------------------------- wrong addresses
@@ -365,25 +364,25 @@ def server(status: int, body: str) -> Iterator[str]:
         yield url
 
 
-def refused(address: str) -> str:
+def refused(spec: Path, address: str) -> str:
     """The one-line message about an address that is refused."""
-    done = airsweep("jobs", "--address", address, check=False, **OPEN)
+    command = ("submit", spec, "--store", "/shared/runs", "--address", address)
+    done = airsweep(*command, check=False, **OPEN)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (3, "", 1)
-    shown = re.sub(r"\[Errno .*?(?=;)", "<reason of the system>", done.stderr.rstrip())
-    return shown.replace(address, "<address>")
+    return done.stderr.rstrip().replace(address, "<address>")
 
 
-def test_messages_about_wrong_addresses_equal_the_golden_ones():
+def test_messages_about_wrong_addresses_equal_the_golden_ones(tmp_path):
     """No password is shown."""
-    found = {}
+    spec, found = write_sweep(tmp_path, "small", SMALL), {}
     for status, body in (
         (404, "not found"),
         (200, "<html>"),
         (200, "[]"),
-        (200, '{"version": "4", "ray_version": "2.9.3"}'),
+        (200, '{"version": "4", "ray_version": "1.8.0"}'),
     ):
         with server(status, body) as address:
-            found[f"a server with {body}"] = refused(address).replace(ray.__version__, "<Ray>")
+            found[f"a server with {body}"] = refused(spec, address)
 
     def answer() -> None:
         near, _ = listener.accept()
@@ -394,16 +393,11 @@ def test_messages_about_wrong_addresses_equal_the_golden_ones():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=answer, daemon=True).start()
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        found["a server that does not speak HTTP"] = refused(address)
+        found["a server that does not speak HTTP"] = refused(spec, address)
     for address in (
         *("ray://head:10001", "head:6379", "auto", "http://127.0.0.1:1"),
         *("http://no-such-host.invalid:8265", "http://me:hunter2@head:8265"),
     ):
-        found[address] = refused(address)
+        found[address] = refused(spec, address)
         assert "hunter2" not in found[address]
-    check_golden_cases("messages/jobs.txt", found)
-
-
-def test_the_option_address_overrides_the_environment(head):
-    elsewhere = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1", "RAY_ADDRESS": "127.0.0.1:2"}
-    assert jobs_of(head, **elsewhere) == jobs_of(head)
+    check_golden_cases("messages/submit.txt", found)

@@ -1,12 +1,9 @@
-"""Ray clusters: join or start a cluster, check nodes, submit jobs, render deployment files."""
+"""Ray clusters: join or start a cluster, check nodes, submit jobs."""
 
-from orchestrator.cluster.jobs import Cluster, Job
 from orchestrator.cluster.node_checks import refuse_unfit_machine, refuse_unfit_nodes
 from orchestrator.cluster.session import ray_session
 
 __all__ = [
-    "Cluster",
-    "Job",
     "ray_session",
     "refuse_unfit_machine",
     "refuse_unfit_nodes",

@@ -54,16 +54,15 @@ def sends_code(option: str | None) -> bool:
     return is_checkout() and option != "installed"
 
 
-def pack(request: SweepRequest | None, folder: Path, code: bool) -> str:
+def pack(request: SweepRequest, folder: Path, code: bool) -> str:
     """Write a job package into an empty folder.
 
     Args:
-        request: the sweep of the job, if it has one.
         folder: the empty folder.
         code: include the code of this checkout.
 
     Returns:
-        Path of the sweep file in the package; empty without a sweep.
+        Path of the sweep file in the package.
 
     Raises:
         Refused: the package is larger than a cluster accepts.
@@ -83,8 +82,6 @@ def pack(request: SweepRequest | None, folder: Path, code: bool) -> str:
         shutil.copyfile(file, folder / name)
     if code and (diff := uncommitted_diff()):
         (folder / SENT_DIFF).write_bytes(diff)
-    if request is None:
-        return ""
     spec = f"sweeps/{Path(request.spec.source).name}"
     (folder / "sweeps").mkdir()
     (folder / spec).write_bytes(request.spec.text.encode())
