@@ -17,7 +17,6 @@ import typer
 from orchestrator.cli import (
     bundle,
     cache,
-    cluster,
     inputs,
     results,
     submit,
@@ -51,7 +50,6 @@ for commands in (sweeps, inputs, submit, results, tracked, bundle):
 app.add_typer(sweeps.plugin_app, name="plugin", rich_help_panel=START)
 app.add_typer(tracked.mlflow_app, name="mlflow", rich_help_panel=LOOK_AFTER)
 app.add_typer(cache.app, name="cache", rich_help_panel=LOOK_AFTER)
-app.add_typer(cluster.app, name="cluster")
 
 
 UNUSABLE = {  # paths

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 Stamp = tuple[int, int, int]  # size, modification time in ns, inode
 
 ROOT = Path(__file__).resolve().parents[1]  # the folder of air_core and orchestrator
-SHIPPED = ROOT / "orchestrator" / "shipped"  # sweeps/ and cluster/ of an installed package
+SHIPPED = ROOT / "orchestrator" / "shipped"  # sweeps/ of an installed package
 
 
 def file_stamp(path: Path) -> Stamp:

@@ -1,4 +1,4 @@
-"""Deployment files of `cluster/`: valid by the schemas of KubeRay and Ray, rendered for sweeps."""
+"""Deployment files of `cluster/`: valid by the schemas of KubeRay and Ray, of equal versions."""
 
 from __future__ import annotations
 
@@ -16,42 +16,16 @@ from typing import Any
 import jsonschema
 import pytest
 import ray
+import typer
 import yaml
 
-from orchestrator.cluster.render import (
-    RenderOptions,
-    job_name,
-    parse_variables,
-    raycluster,
-    rayjob,
-)
-from orchestrator.spec import SweepSpec, load_sweep
-from orchestrator.spec.marked_yaml import all_documents, dump_documents, parse
-from orchestrator.spec.sweep_file import sweep_from_document
-from tests.helpers.plugins import MARGIN
-from tests.helpers.sweeps import airsweep, write_sweep
+from orchestrator.__main__ import app
+from orchestrator.redact import contains_secret
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "cluster"
-GOLDEN = Path(__file__).parent / "golden" / "cluster"
 KUBERAY = json.loads((ROOT / "tests" / "fixtures" / "kuberay.json").read_text())
-KINDS = ("RayJob", "RayCluster")
 SBATCH = CLUSTER / "slurm" / "airsweep.sbatch"
-SPEC = """# Does it help?
-version: 1
-name: on_gpus
-project: Team.A
-grid: {method: [cpl, air]}
-fixed: {dataset: digits}
-seeds: [1]
-resources:
-  trial: {cpu: 3, gpu: 0.25}
-  generator: {cpu: 2, gpu: 1, actors: 4}
-"""
-
-
-def a_sweep(text: str = SPEC, *sets: str) -> SweepSpec:
-    return sweep_from_document(parse(text, "on_gpus.yaml"), sets)
 
 
 def validate_for_kuberay(document: dict[str, Any]) -> None:
@@ -60,7 +34,7 @@ def validate_for_kuberay(document: dict[str, Any]) -> None:
 
 
 def documents_of(name: str) -> list[dict[str, Any]]:
-    return all_documents((CLUSTER / "kuberay" / f"{name}.yaml").read_text())
+    return list(yaml.safe_load_all((CLUSTER / "kuberay" / f"{name}.yaml").read_text()))
 
 
 VOLUMES = {
@@ -173,19 +147,31 @@ def test_the_image_contains_the_package_and_no_weights_but_the_tiny_ones():
     assert all(name.startswith("air_core/tiny/weights/") for name in weights)
 
 
-# ---------------------------------------------------------------- templates
+# ---------------------------------------------------------------- files for KubeRay
 
 
 @pytest.mark.parametrize("name", ["rayjob", "raycluster"])
-def test_a_template_is_valid_by_the_schema_of_kuberay(name):
-    documents = [document for document in documents_of(name) if document["kind"] in KINDS]
-    assert documents
-    for document in documents:
-        validate_for_kuberay(document)
+def test_a_file_is_valid_by_the_schema_of_kuberay(name):
+    [document] = documents_of(name)
+    validate_for_kuberay(document)
+
+
+def test_the_entrypoint_of_the_job_is_a_command_that_runs_the_mounted_sweep():
+    [job] = documents_of("rayjob")
+    [*python, command, spec] = shlex.split(job["spec"]["entrypoint"])[:5]
+    assert (python, command) == (["python", "-m", "orchestrator"], "run")
+    typer.main.get_command(app).commands[command].make_context(
+        "run", shlex.split(job["spec"]["entrypoint"])[4:]
+    )
+    pod = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    [volume] = (one for one in pod["volumes"] if "configMap" in one)
+    [mount] = (one for one in pod["containers"][0]["volumeMounts"] if one["name"] == volume["name"])
+    assert spec == f"{mount['mountPath']}/{volume['configMap']['name']}.yaml"
+    assert (ROOT / "sweeps" / Path(spec).name).is_file()
 
 
 def test_the_schema_of_kuberay_refuses_a_misspelled_field_or_quantity():
-    [_, job] = documents_of("rayjob")
+    [job] = documents_of("rayjob")
     job["spec"]["activeDeadlineSecond"] = 1
     with pytest.raises(jsonschema.ValidationError, match="activeDeadlineSecond"):
         validate_for_kuberay(job)
@@ -198,11 +184,8 @@ def test_the_schema_of_kuberay_refuses_a_misspelled_field_or_quantity():
 
 @pytest.mark.parametrize("name", ["rayjob", "raycluster"])
 def test_the_head_requires_a_token_from_a_secret(name):
-    [cluster] = (
-        document["spec"].get("rayClusterSpec", document["spec"])
-        for document in documents_of(name)
-        if document["kind"] in KINDS
-    )
+    [document] = documents_of(name)
+    cluster = document["spec"].get("rayClusterSpec", document["spec"])
     assert cluster["authOptions"] == {"mode": "token", "secretName": "airsweep-ray"}
     head = cluster["headGroupSpec"]
     memory = {"object-store-memory": "1000000000"}
@@ -222,7 +205,7 @@ def test_all_pods_pass_the_restricted_profile_of_kubernetes(name, count):
 
 
 def test_a_pod_without_a_security_context_does_not_pass():
-    [job] = (document for document in documents_of("rayjob") if document["kind"] == "RayJob")
+    [job] = documents_of("rayjob")
     pod = job["spec"]["submitterPodTemplate"]["spec"]
     del pod["securityContext"], pod["containers"][0]["securityContext"]
     pod["volumes"] = [{"name": "disk", "hostPath": {"path": "/"}}]
@@ -231,14 +214,15 @@ def test_a_pod_without_a_security_context_does_not_pass():
 
 
 @pytest.mark.parametrize("name", ["rayjob", "raycluster", "mlflow"])
-def test_no_template_contains_a_secret(name):
+def test_no_file_contains_a_secret(name):
     for container in (one for pod in pods(documents_of(name)) for one in pod["containers"]):
-        parse_variables([f"{one['name']}={one['value']}" for one in container.get("env", [])])
+        for variable in container.get("env", []):
+            assert not contains_secret(variable["name"], variable["value"])
     text = (CLUSTER / "kuberay" / f"{name}.yaml").read_text()
     assert not re.search(r"://[^\s/@:]+:[^\s/@]+@", text)
 
 
-def test_python_code_in_the_templates_compiles():
+def test_python_code_in_the_files_compiles():
     for name in ("rayjob", "raycluster"):
         for container in (one for pod in pods(documents_of(name)) for one in pod["containers"]):
             for hook in container.get("lifecycle", {}).values():
@@ -309,213 +293,3 @@ def test_the_slurm_script_explains_wrong_calls(tmp_path):
         )
         assert (done.returncode, done.stdout) == (2, "")
         assert message in done.stderr
-
-
-# ---------------------------------------------------------------- rendered files
-
-
-def valid_job(text: str) -> dict[str, Any]:
-    [_, job] = yaml.safe_load_all(text)
-    validate_for_kuberay(job)
-    assert [forbidden for pod in pods(job) for forbidden in forbidden_in(pod)] == []
-    return job
-
-
-@pytest.mark.parametrize(
-    "file", sorted((ROOT / "sweeps").rglob("*.yaml")), ids=lambda one: one.stem
-)
-def test_every_shipped_sweep_can_be_rendered_as_a_job(file):
-    sweep = load_sweep(file)
-    text = rayjob(sweep, RenderOptions())
-    job = valid_job(text)
-    [configmap, _] = yaml.safe_load_all(text)
-    assert configmap["data"] == {f"{sweep.name}.yaml": file.read_text()}
-    [volume] = (
-        one
-        for one in job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["volumes"]
-        if "configMap" in one
-    )
-    assert volume["configMap"]["name"] == configmap["metadata"]["name"] == job["metadata"]["name"]
-    [cluster] = yaml.safe_load_all(raycluster(sweep, RenderOptions()))
-    validate_for_kuberay(cluster)
-
-
-def test_a_rendered_job_contains_its_plugins(tmp_path):
-    (tmp_path / "margin.py").write_text(MARGIN)
-    body = "plugins: [margin.py]\nfixed: {method: pseudo, pseudo_labels.kind: margin}\n"
-    spec = write_sweep(tmp_path, "plugged", body)
-    [configmap, _] = yaml.safe_load_all(rayjob(load_sweep(spec), RenderOptions()))
-    assert configmap["data"] == {"plugged.yaml": spec.read_text(), "margin.py": MARGIN}
-    (tmp_path / "own").mkdir()
-    (tmp_path / "margin.py").rename(tmp_path / "own" / "margin.py")
-    spec.write_text(spec.read_text().replace("margin.py", "own/margin.py"))
-    with pytest.raises(ValueError, match=r"put it beside the sweep file"):
-        rayjob(load_sweep(spec), RenderOptions())
-
-
-OPTIONS = {
-    "queued": RenderOptions(
-        image="registry.example.org/airsweep:1",
-        queue="team-queue",
-        priority="high",
-        store="s3://air/runs",
-        env={"AIRSWEEP_USER": "ada", "MLFLOW_TRACKING_URI": "http://mlflow:5000"},
-        run_options=["--only", "method=air", "--set", "seeds=[1, 2]"],
-    ),
-    "cpu": RenderOptions(name="small", cpu_workers=2),
-}
-CPU_ONLY = ("resources.trial.gpu=0", "resources.generator.gpu=0")
-
-
-@pytest.mark.parametrize("name", OPTIONS)
-def test_rendered_jobs_equal_the_golden_files(name):
-    sweep = a_sweep(SPEC, *(CPU_ONLY if name == "cpu" else ()))
-    text = rayjob(sweep, OPTIONS[name])
-    valid_job(text)
-    golden = GOLDEN / f"rayjob_{name}.yaml"
-    if os.environ.get("AIRSWEEP_UPDATE_GOLDEN"):
-        golden.write_text(text)
-    assert text == golden.read_text()
-
-
-@pytest.mark.parametrize(
-    ("sets", "options", "expected"),
-    [
-        # A worker has the cores of all trials that share its GPU. Each actor has a worker.
-        ((), {}, {"gpu": ("12", "1", 4)}),
-        (["resources.generator.gpu=2"], {"gpu_workers": 3}, {"gpu": ("24", "2", 3)}),
-        (CPU_ONLY, {"cpu_workers": 2}, {"cpu": ("8", None, 2)}),
-        (
-            ["resources.trial.gpu=0"],
-            {"gpu_workers": 1, "cpu_workers": 5},
-            {"gpu": ("8", "1", 1), "cpu": ("8", None, 5)},
-        ),
-    ],
-)
-def test_workers_fit_the_trials_and_generators_of_the_sweep(sets, options, expected):
-    """`expected` has cores, GPUs and number of workers of each group."""
-    job = valid_job(rayjob(a_sweep(SPEC, *sets), RenderOptions(**options)))
-    result = {}
-    for group in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]:
-        [container] = group["template"]["spec"]["containers"]
-        limits = container["resources"]["limits"]
-        gpus = limits.get("nvidia.com/gpu")
-        result[group["groupName"]] = (limits["cpu"], gpus, group["replicas"])
-        assert ("tolerations" in group["template"]["spec"]) == (gpus is not None)
-    assert result == expected
-
-
-def test_a_standing_cluster_starts_without_gpu_workers():
-    options = RenderOptions(gpu_workers=16, cpu_workers=3)
-    [cluster] = yaml.safe_load_all(raycluster(a_sweep(), options))
-    validate_for_kuberay(cluster)
-    result = {
-        group["groupName"]: (group["minReplicas"], group["maxReplicas"])
-        for group in cluster["spec"]["workerGroupSpecs"]
-    }
-    assert result == {"gpu": (0, 16), "cpu": (1, 3)}
-    assert cluster["spec"]["enableInTreeAutoscaling"] is True
-
-
-def test_the_data_root_of_the_sweep_overrides_that_of_the_pods():
-    sweep = a_sweep(SPEC + "data_root: /shared/more\n")
-    spec = valid_job(rayjob(sweep, RenderOptions()))["spec"]
-    assert yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"] == {"AIRSWEEP_DATA": "/shared/more"}
-
-
-NASTY = ["--set", "a='$HOME'", "--only", "x=a>b", "--set", 'q=`id` \\ "!" ; & *']
-
-
-def test_options_with_special_characters_survive_two_shells():
-    """KubeRay's submitter writes the entrypoint to a script, `ray job submit` to a command."""
-    job = valid_job(rayjob(a_sweep(), RenderOptions(run_options=NASTY)))
-    words = shlex.split(job["spec"]["entrypoint"])
-    for _ in range(2):
-        script = f"printf '%s\\0' {shlex.join(words)}"
-        done = subprocess.run(["bash", "-ce", script], capture_output=True, text=True, check=True)
-        assert done.stdout.split("\0")[:-1] == words
-    assert words[-len(NASTY) :] == NASTY
-
-
-def test_any_sweep_name_becomes_a_valid_name_for_kubernetes():
-    long = job_name("Some.Project", "x" * 70)
-    assert len(long) == 47
-    assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", job_name("default", "9_Lives__"))
-
-
-@pytest.mark.parametrize(
-    ("options", "sets", "message"),
-    [
-        ({"name": "Ümlaut"}, (), "--name"),
-        ({"name": "a" * 48}, (), "at most 47"),
-        ({"name": "ends-"}, (), "no dash at the end"),
-        ({"gpu_workers": -1}, (), "allowed: 0 or more"),
-        ({"cpu_workers": -2}, (), "allowed: 0 or more"),
-        ({"gpu_workers": 0}, (), "the sweep needs GPUs"),
-        ({"gpu_workers": 2}, CPU_ONLY, "the sweep uses no GPU"),
-        ({"cpu_workers": 0}, CPU_ONLY, "would have no worker"),
-        ({"store": "runs"}, (), "an absolute folder"),
-        ({"store": "s3://key:word@air/runs"}, (), "contains a password"),
-        ({"image": "not an image"}, (), "--image"),
-        ({"priority": "high"}, (), "--queue"),
-        ({"queue": "a b"}, (), "--queue"),
-        (
-            {"run_options": ["--set", "tracking.uri=http://me:word@mlflow"]},
-            (),
-            "contains a password",
-        ),
-    ],
-)
-def test_invalid_options_are_refused_without_showing_a_password(options, sets, message):
-    with pytest.raises(ValueError, match=re.escape(message)) as problem:
-        rayjob(a_sweep(SPEC, *sets), RenderOptions(**options))
-    assert "word@" not in str(problem.value)
-
-
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ("AWS_SECRET_ACCESS_KEY=abc", "into the Secret"),
-        ("some_api_key=abc", "into the Secret"),
-        ("MLFLOW_TRACKING_URI=https://me:abc@mlflow", "into the Secret"),
-        *((option, "--env") for option in ("A", "9=1", "A B=1", "A=$HOME", "A=`id`", "A=1\nB=2")),
-    ],
-)
-def test_a_variable_that_is_secret_or_needs_quoting_is_refused(option, message):
-    with pytest.raises(ValueError, match=message) as problem:
-        parse_variables([option])
-    assert "abc" not in str(problem.value)
-
-
-@pytest.mark.parametrize(
-    "text", ["1e3", "yes", "0x1F", "12:30", "null", "~", "2.60", "", " a\n b ", "a\x85b"]
-)
-def test_written_strings_are_strings_for_every_yaml_parser(text):
-    out = dump_documents([{"value": text}])
-    assert yaml.safe_load(out) == parse(out, "here").value == {"value": text}
-
-
-def test_render_prints_only_the_job_and_exits_with_2_on_an_invalid_option(tmp_path):
-    file = tmp_path / "on_gpus.yaml"
-    file.write_text(SPEC)
-    command = ("cluster", "render", "rayjob", file)
-    variables = {"AIRSWEEP_USER": "ada", "AIRSWEEP_PROJECT": "theirs"}
-    done = airsweep(*command, "--queue", "q", "--only", "method=air", "--env", "A=b c", **variables)
-    job = valid_job(done.stdout)
-    assert job["metadata"] == {
-        "name": "air-team-a-on-gpus",
-        "labels": {"kueue.x-k8s.io/queue-name": "q"},
-    }
-    assert yaml.safe_load(job["spec"]["runtimeEnvYAML"]) == {
-        "env_vars": {"AIRSWEEP_USER": "ada", "A": "b c"}
-    }
-    assert job["spec"]["entrypoint"].endswith("--store /shared/runs --only method=air")
-    for wrong in (("--gpu-workers", "0"), ("--name", "No"), ("--env", "MY_SECRET=x")):
-        done = airsweep(*command, *wrong, check=False)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert wrong[0] in done.stderr
-
-
-def test_an_installed_airsweep_contains_the_templates():
-    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
-    assert wheel["targets"]["wheel"]["force-include"]["cluster"] == "orchestrator/shipped/cluster"

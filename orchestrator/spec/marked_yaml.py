@@ -324,39 +324,3 @@ def suggestion(word: str, options: Iterable[str]) -> str:
 
 def _plain(value: Any) -> str:
     return value if isinstance(value, str) and value.isprintable() else short_value(value)
-
-
-# ---------------------------------------------------------------- cluster files
-
-
-def all_documents(text: str) -> list[Any]:
-    """All documents of a trusted file, without size limits and without positions."""
-    return list(yaml.safe_load_all(text))
-
-
-def dump_documents(documents: Iterable[Any]) -> str:
-    """Documents as YAML without aliases, keys in their order; YAML 1.1 and 1.2 agree on it."""
-    text: str = yaml.dump_all(
-        documents, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000
-    )
-    return text
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes multi-line text as a block and quotes text that YAML 1.2 reads as a number."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
-    # A block would split at U+0085, which PyYAML treats as a line break.
-    unprintable = not value.replace("\n", "").isprintable()
-    style = '"' if unprintable else "|" if "\n" in value else None
-    return dumper.represent_scalar(_TAG + "str", value, style=style)
-
-
-_Dumper.add_representer(str, _text)
-_Dumper.add_implicit_resolver(
-    _TAG + "float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)

@@ -15,13 +15,14 @@ from copy import deepcopy
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.__main__ import main
 from orchestrator.spec import SpecError
 from orchestrator.spec._trial_values import trial_names
-from orchestrator.spec.marked_yaml import dump_documents, parse
+from orchestrator.spec.marked_yaml import parse
 
 SHIPPED = [
     file.read_text() for file in sorted((Path(__file__).parents[2] / "sweeps").rglob("*.yaml"))
@@ -93,7 +94,12 @@ def edit_value(draw: st.DrawFn, text: str) -> str:
         del parent[last]
         if kind != "delete" and isinstance(parent, dict):
             parent[draw(TEXTS)] = value
-    return dump_documents([document.value])
+    return yaml.dump(document.value, Dumper=Dumper, sort_keys=False, allow_unicode=True)
+
+
+class Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: object) -> bool:
+        return True
 
 
 def edit_line(draw: st.DrawFn, text: str) -> str:
