@@ -159,7 +159,7 @@ LONG = (
     "test_evidence_runs",
     "test_generation",
     "test_api",
-    "test_team",
+    "test_users",
     "test_encoded_blocks",
     "test_chaos",
     "test_docs",

@@ -1,4 +1,4 @@
-"""Deployment files of `cluster/`: valid by the schemas of KubeRay and Ray, of equal versions."""
+"""Deployment files of `cluster/`: valid by the schema of KubeRay, of equal versions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from typing import Any
 
 import jsonschema
 import pytest
-import ray
 import typer
 import yaml
 
@@ -33,8 +32,8 @@ def validate_for_kuberay(document: dict[str, Any]) -> None:
     jsonschema.validate(document, schema)
 
 
-def documents_of(name: str) -> list[dict[str, Any]]:
-    return list(yaml.safe_load_all((CLUSTER / "kuberay" / f"{name}.yaml").read_text()))
+def read(name: str) -> dict[str, Any]:
+    return yaml.safe_load((CLUSTER / "kuberay" / f"{name}.yaml").read_text())
 
 
 VOLUMES = {
@@ -152,12 +151,12 @@ def test_the_image_contains_the_package_and_no_weights_but_the_tiny_ones():
 
 @pytest.mark.parametrize("name", ["rayjob", "raycluster"])
 def test_a_file_is_valid_by_the_schema_of_kuberay(name):
-    [document] = documents_of(name)
+    document = read(name)
     validate_for_kuberay(document)
 
 
 def test_the_entrypoint_of_the_job_is_a_command_that_runs_the_mounted_sweep():
-    [job] = documents_of("rayjob")
+    job = read("rayjob")
     [*python, command, spec] = shlex.split(job["spec"]["entrypoint"])[:5]
     assert (python, command) == (["python", "-m", "orchestrator"], "run")
     typer.main.get_command(app).commands[command].make_context(
@@ -171,7 +170,7 @@ def test_the_entrypoint_of_the_job_is_a_command_that_runs_the_mounted_sweep():
 
 
 def test_the_schema_of_kuberay_refuses_a_misspelled_field_or_quantity():
-    [job] = documents_of("rayjob")
+    job = read("rayjob")
     job["spec"]["activeDeadlineSecond"] = 1
     with pytest.raises(jsonschema.ValidationError, match="activeDeadlineSecond"):
         validate_for_kuberay(job)
@@ -184,7 +183,7 @@ def test_the_schema_of_kuberay_refuses_a_misspelled_field_or_quantity():
 
 @pytest.mark.parametrize("name", ["rayjob", "raycluster"])
 def test_the_head_requires_a_token_from_a_secret(name):
-    [document] = documents_of(name)
+    document = read(name)
     cluster = document["spec"].get("rayClusterSpec", document["spec"])
     assert cluster["authOptions"] == {"mode": "token", "secretName": "airsweep-ray"}
     head = cluster["headGroupSpec"]
@@ -196,16 +195,16 @@ def test_the_head_requires_a_token_from_a_secret(name):
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("rayjob", 3), ("raycluster", 4), ("mlflow", 1)],  # with submitter and autoscaler
+    [("rayjob", 3), ("raycluster", 4)],  # with submitter and autoscaler
 )
 def test_all_pods_pass_the_restricted_profile_of_kubernetes(name, count):
-    found = pods(documents_of(name))
+    found = pods(read(name))
     assert len(found) == count
     assert [forbidden_in(pod) for pod in found] == [[]] * count
 
 
 def test_a_pod_without_a_security_context_does_not_pass():
-    [job] = documents_of("rayjob")
+    job = read("rayjob")
     pod = job["spec"]["submitterPodTemplate"]["spec"]
     del pod["securityContext"], pod["containers"][0]["securityContext"]
     pod["volumes"] = [{"name": "disk", "hostPath": {"path": "/"}}]
@@ -213,9 +212,9 @@ def test_a_pod_without_a_security_context_does_not_pass():
     assert forbidden_in(pod) == ["volume hostPath", *(f"ray-job-submitter: {key}" for key in wrong)]
 
 
-@pytest.mark.parametrize("name", ["rayjob", "raycluster", "mlflow"])
+@pytest.mark.parametrize("name", ["rayjob", "raycluster"])
 def test_no_file_contains_a_secret(name):
-    for container in (one for pod in pods(documents_of(name)) for one in pod["containers"]):
+    for container in (one for pod in pods(read(name)) for one in pod["containers"]):
         for variable in container.get("env", []):
             assert not contains_secret(variable["name"], variable["value"])
     text = (CLUSTER / "kuberay" / f"{name}.yaml").read_text()
@@ -224,44 +223,11 @@ def test_no_file_contains_a_secret(name):
 
 def test_python_code_in_the_files_compiles():
     for name in ("rayjob", "raycluster"):
-        for container in (one for pod in pods(documents_of(name)) for one in pod["containers"]):
+        for container in (one for pod in pods(read(name)) for one in pod["containers"]):
             for hook in container.get("lifecycle", {}).values():
                 [*interpreter, code] = hook["exec"]["command"]
                 if interpreter[0] == "python":
                     compile(code, name, "exec")
-
-
-def test_the_shared_mlflow_takes_its_passwords_from_a_secret():
-    _, service, deployment = documents_of("mlflow")
-    pod = deployment["spec"]["template"]
-    assert pod["metadata"]["labels"] == service["spec"]["selector"]
-    [container] = pod["spec"]["containers"]
-    assert container["envFrom"] == [{"secretRef": {"name": "mlflow"}}]
-    command = container["command"]
-    assert "--app-name=basic-auth" in command
-    assert "--serve-artifacts" in command
-    assert any(word.startswith("--allowed-hosts=mlflow:5000,") for word in command)
-    [port] = container["ports"]
-    assert service["spec"]["ports"][0]["targetPort"] == port["containerPort"] == 5000
-    assert "type" not in service["spec"]
-    template = {"metadata": pod["metadata"], "spec": pod["spec"]}
-    jsonschema.validate(template, {"$defs": KUBERAY["$defs"], "$ref": "#/$defs/pod"})
-
-
-def test_the_file_for_ray_up_is_valid_by_ray_s_schema():
-    from ray.autoscaler._private.util import prepare_config, validate_config
-
-    config = yaml.safe_load((CLUSTER / "ray" / "on_prem.yaml").read_text())
-    schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
-    jsonschema.validate(config, schema)
-    prepared = prepare_config(config)  # as `ray up` does
-    validate_config(prepared)
-    [machines] = prepared["available_node_types"].values()
-    assert machines["max_workers"] == len(config["provider"]["worker_ips"])
-    for command in (*config["head_start_ray_commands"], *config["worker_start_ray_commands"]):
-        if command != "ray stop":
-            assert "RAY_AUTH_MODE=token" in command
-            assert "--object-store-memory=1000000000" in command
 
 
 # ---------------------------------------------------------------- Slurm, without Slurm

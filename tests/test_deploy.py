@@ -162,7 +162,7 @@ class ModelServer(ServerProcess):
         command += ["--env-manager", "local", "--port", str(self.port)]
         programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # uvicorn
         env = os.environ | {"MLFLOW_TRACKING_URI": uri, "PATH": programs}
-        self._launch(command, env, self.log.parent)
+        self._launch(command, env)
 
     def answer(self, images: list[str], **params: int) -> tuple[int, Any]:
         """Status and JSON of a request with base64 images."""

@@ -30,20 +30,18 @@ class ServerProcess:
         log: file for its output.
     """
 
-    stops_at = signal.SIGTERM
-
     def __init__(self, log: Path) -> None:
         self.log, self.port = log, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
 
-    def _launch(self, command: Sequence[str], env: Mapping[str, str], folder: Path | None) -> None:
+    def _launch(self, command: Sequence[str], env: Mapping[str, str]) -> None:
         """Start the process, and wait until the server responds."""
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 command,
                 env=env,
-                cwd=folder,
+                cwd=self.log.parent,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # so that `kill` ends its workers too
@@ -53,13 +51,9 @@ class ServerProcess:
     def _answers(self) -> bool:
         assert self._process.poll() is None, self.log.read_text()
         with contextlib.suppress(Exception):
-            self._connect()
+            urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
             return True
         return False
-
-    def _connect(self) -> None:
-        """Raise an error if the server does not respond."""
-        urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
 
     def kill(self) -> None:
         """Kill the server and its workers with SIGKILL."""
@@ -71,7 +65,7 @@ class ServerProcess:
         if self._process is None:
             return
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            os.killpg(self._process.pid, self.stops_at)
+            os.killpg(self._process.pid, signal.SIGTERM)
             self._process.wait(timeout=20)
         self.kill()
 
@@ -93,7 +87,7 @@ class MlflowServer(ServerProcess):
         if (database := self.store / DATABASE).exists():
             check_database(database)
         command = serve_command(self.store, self.port)
-        self._launch(command, os.environ | SERVER_ENVIRONMENT | {"OMP_NUM_THREADS": "1"}, None)
+        self._launch(command, os.environ | SERVER_ENVIRONMENT | {"OMP_NUM_THREADS": "1"})
 
 
 class S3Server:
@@ -136,13 +130,6 @@ class S3Server:
     def make_folder(self, bucket: str, name: str) -> None:
         """Create a folder marker: the empty object that some tools create for a folder."""
         self._client().put_object(Bucket=bucket, Key=name)
-
-    def objects(self, bucket: str) -> dict[str, bytes]:
-        """Content of all objects of a bucket, by name."""
-        client = self._client()
-        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket)
-        keys = [found["Key"] for page in pages for found in page.get("Contents", [])]
-        return {key: client.get_object(Bucket=bucket, Key=key)["Body"].read() for key in keys}
 
     def _client(self) -> Any:
         import boto3

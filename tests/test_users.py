@@ -1,13 +1,13 @@
-"""MLflow of a team: with users, in Postgres and S3."""
+"""Drivers as users of an MLflow server with logins."""
 
 from __future__ import annotations
 
+import base64
 import json
+import os
 import secrets
-import shutil
 import subprocess
 import sys
-import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from orchestrator.tracking.database import SERVER_ENVIRONMENT
+from tests.helpers.servers import ServerProcess
 from tests.helpers.sweeps import (
     TIMEOUT,
     environment,
@@ -24,27 +26,106 @@ from tests.helpers.sweeps import (
     wait_until,
     write_sweep,
 )
-from tests.helpers.team import IS_INSTALLED, MISSING, Team, basic, shell_environment, team
 from tests.helpers.trivial import Trivial
 
-pytestmark = [pytest.mark.integration, pytest.mark.skipif(not IS_INSTALLED, reason=MISSING)]
+pytestmark = pytest.mark.integration
 
 NAME = "shared"
 TRIVIAL = "tests.helpers.trivial"
-SHORT = ("--set", "search.points=2")
 ENDED = ("trial_done", "trial_reused", "trial_failed")
+USERS = """
+[mlflow]
+default_permission = READ
+database_uri = sqlite:///{folder}/users.db
+admin_username = admin
+admin_password = {password}
+authorization_function = mlflow.server.auth:authenticate_request_basic_auth
+"""
+
+
+class UsersServer(ServerProcess):
+    """An MLflow server that requires a login.
+
+    Args:
+        folder: folder for its databases, artifacts and log.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder / "mlflow.log")
+        self.folder, self.admin = folder, secrets.token_hex(12)
+
+    def start(self) -> None:
+        settings = self.folder / "users.ini"
+        settings.write_text(USERS.format(folder=self.folder, password=self.admin))
+        words = [
+            *("--host", "127.0.0.1", "--port", f"{self.port}", "--workers", "1"),
+            *("--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"),
+            *("--serve-artifacts", "--artifacts-destination", f"{self.folder}/artifacts"),
+            *("--app-name", "basic-auth", "--allowed-hosts", f"127.0.0.1:{self.port}"),
+        ]
+        variables = {
+            "OMP_NUM_THREADS": "1",
+            "MLFLOW_AUTH_CONFIG_PATH": str(settings),
+            "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(16),
+        }
+        command = [sys.executable, "-m", "mlflow", "server", *words]
+        self._launch(command, os.environ | SERVER_ENVIRONMENT | variables)
+
+    def post(self, path: str, body: Any) -> Any:
+        """Post JSON as the administrator and return the JSON of the answer."""
+        request = urllib.request.Request(
+            f"{self.url}/{path}",
+            json.dumps(body).encode(),
+            {
+                "Content-Type": "application/json",
+                "Authorization": basic("admin", self.admin),
+            },
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.loads(answer.read() or b"{}")
+
+    def make_user(self, name: str) -> dict[str, str]:
+        """Create a user; returns the environment variables of its clients."""
+        password = secrets.token_hex(12)
+        self.post("api/2.0/mlflow/users/create", {"username": name, "password": password})
+        return {
+            "MLFLOW_TRACKING_URI": self.url,
+            "MLFLOW_TRACKING_USERNAME": name,
+            "MLFLOW_TRACKING_PASSWORD": password,
+        }
+
+    def make_experiment(self, name: str) -> str:
+        answer = self.post("api/2.0/mlflow/experiments/create", {"name": name})
+        return str(answer["experiment_id"])
+
+    def grant(self, user: str, experiment: str, permission: str) -> None:
+        self.post(
+            "api/3.0/mlflow/users/permissions/grant",
+            {
+                "username": user,
+                "resource_type": "experiment",
+                "resource_id": experiment,
+                "permission": permission,
+            },
+        )
+
+
+def basic(user: str, password: str) -> str:
+    return f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}"
 
 
 @pytest.fixture(scope="module")
-def services(tmp_path_factory) -> Iterator[Team]:
-    with team(tmp_path_factory.mktemp("team")) as running:
-        yield running
+def server(tmp_path_factory) -> Iterator[UsersServer]:
+    server = UsersServer(tmp_path_factory.mktemp("server"))
+    server.start()
+    yield server
+    server.stop()
 
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory, drawn_digits) -> Path:
-    """A search with twelve points in six rounds."""
-    body = search_sweep(drawn_digits).replace("points: 4", "points: 12")
+    """A search with two points."""
+    body = search_sweep(drawn_digits).replace("points: 4", "points: 2")
     return write_sweep(tmp_path_factory.mktemp("spec"), NAME, body)
 
 
@@ -59,10 +140,8 @@ def trivial() -> Iterator[None]:
 def run(
     spec: Path, store: Path | str, *options: str, **more: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a sweep with trivial trials, without tracking unless an option or variable sets it."""
-    tracked = {"--tracking-uri", "reconcile"} & {*options} or "MLFLOW_TRACKING_URI" in more
-    untracked = () if tracked else ("--tracking-uri", "none")
-    return _trivial.run("run", spec, "--store", store, *options, *untracked, **more)
+    """Run a sweep with trivial trials."""
+    return _trivial.run("run", spec, "--store", store, *options, **more)
 
 
 def run_ok(spec: Path, store: Path | str, *options: str, **more: str) -> str:
@@ -72,36 +151,33 @@ def run_ok(spec: Path, store: Path | str, *options: str, **more: str) -> str:
     return done.stdout + done.stderr
 
 
-# ---------------------------------------------------------------- MLflow with users
+@pytest.fixture(scope="module")
+def ada(server) -> dict[str, str]:
+    return server.make_user("ada")
 
 
 @pytest.fixture(scope="module")
-def ada(services) -> dict[str, str]:
-    return services.mlflow.make_user("ada")
-
-
-@pytest.fixture(scope="module")
-def recorded(spec, services, ada) -> Path:
-    """The store of a sweep that the user ada ran with the team's services."""
+def recorded(spec, server, ada) -> Path:
+    """The store of a sweep that the user ada ran on the server."""
     store = spec.parent / "recorded"
-    output = run_ok(spec, store, "--set", "project=digits", *SHORT, **ada)
+    output = run_ok(spec, store, "--set", "project=digits", **ada)
     (spec.parent / "output.txt").write_text(output)
     return store
 
 
-def runs(services: Team, project: str) -> list[Any]:
-    answer = services.mlflow.post("api/2.0/mlflow/experiments/search", {"max_results": 100})
+def runs(server: UsersServer, project: str) -> list[Any]:
+    answer = server.post("api/2.0/mlflow/experiments/search", {"max_results": 100})
     experiment = next(e for e in answer["experiments"] if e["name"] == f"air/{project}")
     query = {"experiment_ids": [experiment["experiment_id"]], "max_results": 1000}
-    return list(services.mlflow.post("api/2.0/mlflow/runs/search", query)["runs"])
+    return list(server.post("api/2.0/mlflow/runs/search", query)["runs"])
 
 
 def tags(run: Any) -> dict[str, str]:
     return {tag["key"]: tag["value"] for tag in run["data"]["tags"]}
 
 
-def test_a_user_s_sweep_is_tracked_and_the_server_stores_its_files(recorded, services, ada):
-    tracked = runs(services, "digits")
+def test_a_user_s_sweep_is_tracked_and_the_server_stores_its_files(recorded, server, ada):
+    tracked = runs(server, "digits")
     kinds = [tags(run)["air.kind"] for run in tracked]
     assert kinds.count("sweep") == 1
     slots = [tags(run)["air.slot"] for run in tracked if tags(run)["air.kind"] == "trial"]
@@ -113,25 +189,22 @@ def test_a_user_s_sweep_is_tracked_and_the_server_stores_its_files(recorded, ser
     trial = next(run for run in tracked if tags(run)["air.kind"] == "trial")
     assert trial["info"]["artifact_uri"].startswith("mlflow-artifacts:/")
     request = urllib.request.Request(
-        f"{services.mlflow.url}/get-artifact?path=spec.json&run_uuid={trial['info']['run_id']}",
+        f"{server.url}/get-artifact?path=spec.json&run_uuid={trial['info']['run_id']}",
         headers={"Authorization": basic("ada", ada["MLFLOW_TRACKING_PASSWORD"])},
     )
     with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
         assert json.loads(answer.read())["dataset"]
 
 
-def test_no_file_database_or_output_contains_a_password(recorded, spec, services, ada):
-    passwords = [*services.secrets, ada["MLFLOW_TRACKING_PASSWORD"]]
-    paths = [*recorded.rglob("*"), spec.parent / "output.txt"]
-    files = [path for path in paths if path.is_file()]
+def test_no_file_or_output_contains_a_password(recorded, spec, server, ada):
+    passwords = [server.admin, ada["MLFLOW_TRACKING_PASSWORD"]]
+    paths = [*recorded.rglob("*"), *server.folder.rglob("*"), spec.parent / "output.txt"]
+    settings = server.folder / "users.ini"  # the test's own file
+    files = [path for path in paths if path.is_file() and path != settings]
     assert len(files) > 20
-    for path in [*files, services.mlflow.log]:
+    for path in files:
         content = path.read_bytes()
         assert not [secret for secret in passwords if secret.encode() in content], path
-    for table, text in services.postgres.dump("mlflow").items():
-        assert not [secret for secret in passwords if secret in text], table
-    for name, content in services.s3.objects("mlflow").items():
-        assert not [secret for secret in passwords if secret.encode() in content], name
 
 
 @pytest.mark.parametrize(
@@ -143,9 +216,9 @@ def test_no_file_database_or_output_contains_a_password(recorded, spec, services
     ],
 )
 def test_a_run_that_mlflow_rejects_is_refused_before_it_starts(
-    spec, services, ada, tmp_path, change, message
+    spec, server, ada, tmp_path, change, message
 ):
-    port = services.mlflow.port
+    port = server.port
     changed = {name: value.format(port=port) for name, value in change.items()}
     done = run(spec, tmp_path, **{**ada, **changed})
     assert done.returncode == 2
@@ -156,41 +229,20 @@ def test_a_run_that_mlflow_rejects_is_refused_before_it_starts(
 
 
 def test_a_user_needs_edit_permission_for_the_project_of_another_user(
-    spec, services, recorded, tmp_path
+    spec, server, recorded, tmp_path
 ):
-    bob = services.mlflow.make_user("bob")
-    mine = ("--set", "project=digits", "--set", "name=of_bob", *SHORT)
+    bob = server.make_user("bob")
+    mine = ("--set", "project=digits", "--set", "name=of_bob")
     refused = run(spec, tmp_path, *mine, **bob)
     assert refused.returncode == 2
     assert "denies bob access to the experiment air/digits" in refused.stderr
     assert "EDIT" in refused.stderr
     assert not (tmp_path / "sweeps").exists()
-    run_ok(spec, tmp_path, "--set", "project=bobs", *SHORT, **bob)  # a new project belongs to bob
-    services.mlflow.grant("bob", runs(services, "digits")[0]["info"]["experiment_id"], "EDIT")
+    run_ok(spec, tmp_path, "--set", "project=bobs", **bob)  # a new project belongs to bob
+    server.grant("bob", runs(server, "digits")[0]["info"]["experiment_id"], "EDIT")
     run_ok(spec, tmp_path, *mine, **bob)
-    sweeps = [tags(run) for run in runs(services, "digits") if tags(run)["air.kind"] == "sweep"]
+    sweeps = [tags(run) for run in runs(server, "digits") if tags(run)["air.kind"] == "sweep"]
     assert {sweep["air.sweep"] for sweep in sweeps} == {NAME, "of_bob"}
-
-
-@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is missing")
-def test_the_documented_script_makes_users_and_changes_the_first_password(spec, services, tmp_path):
-    mlflow = services.mlflow
-    first, grace = mlflow.admin, secrets.token_hex(12)
-    mlflow.admin = secrets.token_hex(12)
-    netrc = mlflow.folder / "netrc"
-    netrc.write_text(f"machine 127.0.0.1 login admin password {first}\n")
-    words = {"NAME": "grace", "PASSWORD": grace, "PROJECT": "flowers"}
-    words |= {"FIRST": first, "NEXT": mlflow.admin, "MLFLOW_TRACKING_URI": mlflow.url}
-    made = subprocess.run(
-        ["bash", "users.sh"], cwd=mlflow.folder, env={**shell_environment(), **words}, check=False
-    )
-    assert made.returncode == 0
-    login = {"MLFLOW_TRACKING_USERNAME": "grace", "MLFLOW_TRACKING_PASSWORD": grace}
-    target = {"MLFLOW_TRACKING_URI": mlflow.url, "AIRSWEEP_PROJECT": "flowers"}
-    run_ok(spec, tmp_path, *SHORT, **login, **target)
-    assert runs(services, "flowers")
-    with pytest.raises(urllib.error.HTTPError, match="401"):
-        mlflow.post("api/2.0/mlflow/experiments/search", {"max_results": 1}, "admin", first)
 
 
 # ---------------------------------------------------------------- many drivers
@@ -207,16 +259,16 @@ search:
     fusion_weight: {{min: 0.1, max: 0.9}}
 seeds: [{seed}]
 """
-DRIVERS, PROJECTS = 6, ("north", "south")
+DRIVERS, PROJECTS = 4, ("north", "south")
 
 
-def test_six_drivers_at_the_same_time_track_every_trial_once(services, drawn_digits, tmp_path):
-    """Each driver runs a different sweep; all use one store and the team's services."""
+def test_four_drivers_at_the_same_time_track_every_trial_once(server, drawn_digits, tmp_path):
+    """Each driver runs a different sweep; all use one store and one server."""
     gate, store = tmp_path / "gate", tmp_path / "runs"
     gate.mkdir()
-    experiments = {name: services.mlflow.make_experiment(f"air/{name}") for name in PROJECTS}
+    experiments = {name: server.make_experiment(f"air/{name}") for name in PROJECTS}
     variables = {
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",  # as in docs/tracking.md
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
         "AIRSWEEP_GATE": str(gate),
         "AIRSWEEP_TRIAL_SECONDS": "0.1",
     }
@@ -224,8 +276,8 @@ def test_six_drivers_at_the_same_time_track_every_trial_once(services, drawn_dig
     with ExitStack() as stack:
         for number in range(DRIVERS):
             project = PROJECTS[number % 2]
-            user = services.mlflow.make_user(f"user{number}")
-            services.mlflow.grant(f"user{number}", experiments[project], "EDIT")
+            user = server.make_user(f"user{number}")
+            server.grant(f"user{number}", experiments[project], "EDIT")
             body = MANY.format(folder=drawn_digits, seed=number + 1)
             spec = write_sweep(tmp_path, f"sweep{number}", f"project: {project}\n{body}")
             log = stack.enter_context((tmp_path / f"driver{number}.log").open("wb"))
@@ -251,7 +303,7 @@ def test_six_drivers_at_the_same_time_track_every_trial_once(services, drawn_dig
     assert [process.returncode for process in running] == [0] * DRIVERS, logs()
 
     tracked: Counter[tuple[str, str]] = Counter()
-    for tracked_run in (run for project in PROJECTS for run in runs(services, project)):
+    for tracked_run in (run for project in PROJECTS for run in runs(server, project)):
         run_tags = tags(tracked_run)
         assert tracked_run["info"]["status"] == "FINISHED"
         if run_tags["air.kind"] in ("sweep", "trial"):
