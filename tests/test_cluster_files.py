@@ -146,6 +146,13 @@ def test_the_image_contains_the_package_and_no_weights_but_the_tiny_ones():
     assert all(name.startswith("air_core/tiny/weights/") for name in weights)
 
 
+def test_git_ignores_files_with_secrets_but_not_the_versions():
+    secrets = [".env", "secrets.env", "cluster/mlflow.env", "ray_token", "cluster/auth_token"]
+    command = ["git", "check-ignore", "--no-index", *secrets, "cluster/versions.env"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == secrets
+
+
 # ---------------------------------------------------------------- files for KubeRay
 
 
