@@ -200,6 +200,17 @@ seeds: [1]
     assert "pseudo_labels.kind:margin: the code changed since: 1 result is" in edited
 
 
+def test_check_checks_the_machines_as_a_job_and_runs_nothing(head, store, tmp_path):
+    sweep = write_sweep(tmp_path, "checked", "fixed: {method: fpl}\nseeds: [1]\n")
+    command = ("submit", sweep, "--address", head, "--store", store, "--check")
+    done = airsweep(*command, **OPEN)
+    assert "checked 1 machine of the cluster: ok" in done.stdout
+    assert not (store / "sweeps" / "default" / "checked").exists()
+    refused = airsweep(*command, "--set", "resources.trial.cpu=99", check=False, **OPEN)
+    assert refused.returncode == 3
+    assert "a trial requires 99 CPU" in refused.stdout
+
+
 def test_submit_exits_with_the_code_of_a_refused_run(head, store, tmp_path):
     sweep = write_sweep(tmp_path, "wide", "fixed: {method: fpl}\nseeds: [1]\n")
     command = ("submit", sweep, "--address", head, "--store", store)

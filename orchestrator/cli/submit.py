@@ -67,6 +67,9 @@ def submit(
         str,
         typer.Option("--python", metavar="PATH", help="Python interpreter on the cluster."),
     ] = "python",
+    check: Annotated[
+        bool, typer.Option("--check", help="Check the machines with `plan --check`, run nothing.")
+    ] = False,
     no_wait: Annotated[
         bool, typer.Option("--no-wait", help="Print the id of the job and do not wait for its end.")
     ] = False,
@@ -93,7 +96,7 @@ def submit(
 
     with TemporaryDirectory(prefix="airsweep-job-") as folder:
         packed_spec = job_package.pack(request, Path(folder), with_code)
-        command = jobs.entrypoint(request, paths, packed_spec, python)
+        command = jobs.entrypoint(request, paths, packed_spec, python, check)
         submission = jobs.start_submission(job, Path(folder), variables, command, no_wait)
         try:
             if not no_wait:

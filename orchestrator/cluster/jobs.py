@@ -52,9 +52,12 @@ class Job:
         return f"to follow its log: {shlex.join(follow)}; to stop it: {shlex.join(stop)}"
 
 
-def entrypoint(request: SweepRequest, paths: JobPaths, spec: str, python: str) -> list[str]:
-    """The command that a job runs."""
-    words = [python, "-m", "orchestrator", "run", spec, "--store", paths.store]
+def entrypoint(
+    request: SweepRequest, paths: JobPaths, spec: str, python: str, check: bool
+) -> list[str]:
+    """The command that a job runs; with `check` it checks the machines and runs no sweep."""
+    command = ["plan", "--check"] if check else ["run"]
+    words = [python, "-m", "orchestrator", *command, spec, "--store", paths.store]
     for option, value in (("--data-root", paths.data_root), ("--tracking-uri", paths.tracking_uri)):
         words += [option, value] if value else []
     return [*words, *request.options]
