@@ -64,7 +64,7 @@ def photos(tmp_path_factory) -> list[Path]:
 def test_threads_change_neither_results_nor_order(bundle, photos):
     step = 64
     batches = [ImageFiles(tuple(photos[i : i + step])) for i in range(0, len(photos), step)]
-    shares = torch.cat([bundle.logits(batch).softmax(dim=-1) for batch in batches])  # no threads
+    shares = torch.cat([bundle.scores(batch) for batch in batches])  # no threads
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     results = list(bundle.rows(photos, topk=10))
@@ -223,6 +223,7 @@ def test_the_recipe_for_ten_million_images_gives_the_rows_of_one_process(
     page = (ROOT / "docs" / "recipes.md").read_text()
     [recipe] = re.findall(r"## Ten million images\n.*?```python\n(.*?)```", page, re.DOTALL)
     recipe = recipe.replace("50_000", "64")
+    recipe = recipe.replace('"num_cpus": 4, "concurrency": 8', '"num_cpus": 1, "concurrency": 1')
     unfinished = Path("classes/00000064.partial")
     unfinished.mkdir(parents=True)
     (unfinished / "old.parquet").write_bytes(b"half a file")

@@ -223,10 +223,6 @@ class Bundle:
         """
         return self.scores_of(self.encode(images), self.classifier)
 
-    def logits(self, images: Sequence[Image.Image | Tensor]) -> Tensor:
-        """Logits (N, C) on the CPU, by the selected classifier, before its temperature."""
-        return self.logits_of(self.encode(images), self.classifier)
-
     def encode(self, images: Sequence[Image.Image | Tensor]) -> Batch:
         """Images as the classifiers of the bundle read them."""
         if not self._reads_tokens:

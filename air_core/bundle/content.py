@@ -63,7 +63,6 @@ class BackboneContent(_Strict):
     name: str | None  # of published weights
     files: dict[str, Sha256]  # by path in the common folder
     settings: Values
-    architecture: Values
     open_clip: Values  # arguments
     precision: ClipPrecision
     digest: str = ""

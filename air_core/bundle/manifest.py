@@ -160,7 +160,6 @@ def weights_description(name: str) -> dict[str, Any]:
     return {
         "name": name if public else None,
         "open_clip": _arguments(name, found),
-        "architecture": _architecture(found),
         "files": _digests(found),
         "settings": _settings(found),
     }
@@ -176,14 +175,6 @@ def _digests(found: ClipFolder | ClipFile) -> dict[str, str]:
 def _settings(found: ClipFolder | ClipFile) -> dict[str, Any]:
     settings = weights_settings(found)
     return dict(json.loads(json.dumps(settings)))  # turns tuples into lists, as JSON does
-
-
-def _architecture(found: ClipFolder | ClipFile) -> dict[str, Any]:
-    """open_clip's configuration of both towers."""
-    if isinstance(found, ClipFile):
-        return found.model
-    config = json.loads((found.path / "open_clip_config.json").read_text())
-    return dict(config.get("model_cfg", {}))
 
 
 def _arguments(name: str, found: ClipFolder | ClipFile) -> dict[str, Any]:

@@ -228,12 +228,11 @@ class OnnxModel:
 
     def _read_metadata(self) -> None:
         metadata = self._session.get_modelmeta().custom_metadata_map
-        for name in ("classnames", "classifier", "preprocess", "lineage"):
+        for name in ("classnames", "classifier", "preprocess"):
             if name not in metadata:
                 raise ValueError(f"it has no {name}")
         self.classnames = tuple(json.loads(metadata["classnames"]))
         self.classifier: str = metadata["classifier"]
-        self.lineage: dict[str, Any] = json.loads(metadata["lineage"])
         self.preprocess = checked_preprocessing(json.loads(metadata["preprocess"]))
         shapes = [each.shape[1:] for each in self._session.get_inputs()]
         if shapes != [[3, *self.preprocess["size"]]]:

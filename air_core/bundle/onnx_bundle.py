@@ -54,13 +54,9 @@ class OnnxBundle(Bundle):
         pixels = [i if isinstance(i, Tensor) else self.backbone.preprocess(i) for i in images]
         return torch.from_numpy(self._model.run(np.stack([each.numpy() for each in pixels])))
 
-    def logits(self, images: Sequence[Image.Image | Tensor]) -> Tensor:
-        """Logarithms (N, C) of the probabilities."""
-        return self.scores(images).log()
-
 
 class _Preprocessing:
-    """The part of a backbone that `Bundle.stream` uses."""
+    """The part of a backbone that `Bundle.rows` uses."""
 
     at_once = STEP
 

@@ -172,17 +172,9 @@ def _tested_text(spec: TrialSpec, store: ArtifactStore, resolver: Resolver) -> D
     recorded = recorded_text(spec.test_features or spec.features, store)
     if recorded is not None:
         return recorded
-    recorded_ref = spec.test_dataset or spec.dataset
-    dataset = get_dataset(recorded_ref.name)
-    try:
-        current_ref = resolver.dataset(dataset)
-    except ValueError:
-        report_line(
-            f"note:     {recorded_ref.name} is missing on this machine; using the class names that "
-            "airsweep defines for it"
-        )
-    else:
-        _check_unchanged(recorded_ref, current_ref)
+    ref = spec.test_dataset or spec.dataset
+    dataset = get_dataset(ref.name)
+    _check_unchanged(ref, resolver.dataset(dataset))
     return DatasetText(dataset.classnames, dataset.template)
 
 
@@ -273,6 +265,8 @@ def _check_predictions(
     report_line(
         f"compared: {', '.join(recorded)}: all predictions on {len(index):,} test images are those "
         "of the trial"
+        if len(index)
+        else "note:     the trial has no test images, so no predictions were compared"
     )
 
 

@@ -34,7 +34,7 @@ from air_core.prompts import restored_learner
 from air_core.seal import BLANK, sealed_json
 from air_core.specs import PromptSettings
 from air_core.types import Batch
-from tests.helpers.bundles import zero_shot
+from tests.helpers.bundles import text_logits, zero_shot
 
 ROOT = Path(__file__).parents[2]
 UNIT = np.eye(10, 128, dtype=np.float32)
@@ -78,7 +78,7 @@ def saved(images: list[Image.Image], folder: Path) -> list[Path]:
 def test_logits_are_those_of_zero_shot_clip(bundle, tiny_clip, digits):
     texts = class_texts(tiny_clip, CLASSNAMES, TEMPLATE)
     expected = tiny_clip.logit_scale * tiny_clip.encode_images(digits) @ texts.T
-    assert torch.allclose(bundle.logits(digits), expected, rtol=0, atol=1e-5)
+    assert torch.allclose(text_logits(bundle, digits), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("depth", ["shallow", "deep"])
@@ -96,10 +96,10 @@ def test_a_visual_prompt_is_added_to_the_patches(depth, contents, tmp_path, tiny
     tokens = tiny_clip.image_tokens(digits, torch.float16)
     with torch.no_grad():
         expected = learner.logits(Batch(torch.zeros(len(digits), 1), tokens))
-    found = load_bundle(tmp_path / "b").logits(digits)
+    found = text_logits(load_bundle(tmp_path / "b"), digits)
     assert torch.allclose(found, expected, rtol=0, atol=1e-5)
     write_bundle(tmp_path / "plain", *contents, replace=False)
-    without = load_bundle(tmp_path / "plain").logits(digits)
+    without = text_logits(load_bundle(tmp_path / "plain"), digits)
     assert not torch.allclose(found, without, atol=0.1)
 
 
@@ -107,7 +107,7 @@ def test_images_are_classified_in_order_with_any_batch_size(bundle, digits, tmp_
     files = saved(digits, tmp_path / "new")
     results = bundle.classify([tmp_path / "new"], topk=10)
     assert [result.image for result in results] == [str(file) for file in files]
-    shares = bundle.logits(digits).softmax(dim=-1)
+    shares = text_logits(bundle, digits).softmax(dim=-1)
     for result, row in zip(results, shares, strict=True):
         assert result.classname == CLASSNAMES[int(row.argmax())]
         assert result.probability == pytest.approx(float(row.max()), abs=1e-5)
@@ -221,7 +221,7 @@ def test_a_folder_named_in_a_bundle_is_not_read(folder, monkeypatch, digits):
         rewritten(folder, backbone={**backbone, "name": name})
         with pytest.raises(ValueError, match=r"trained with an open_clip folder .* give --weights"):
             load_bundle(folder)
-        assert load_bundle(folder, weights=str(clip)).logits(digits[:1]).shape == (1, 10)
+        assert text_logits(load_bundle(folder, weights=str(clip)), digits[:1]).shape == (1, 10)
 
 
 def test_a_folder_is_not_accepted_as_published_weights(folder, tmp_path, monkeypatch):
@@ -291,39 +291,24 @@ def with_value(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("classnames.0", 7, "its classnames.0 is 7: Input should be a valid string"),
         ("classnames.0", " ", "a class name is a text without control characters"),
         ("classnames.0", "a\x1b[2Jb", "classnames.0 is 'a\\x1b[2Jb': Value error, a class name"),
-        ("classnames.0", "cat\u202egpj", "a class name is a text without control characters"),
         ("classnames.0", "\ud800", "classnames.0 is '\\ud800'"),
         ("classnames.0", CLASSNAMES[1], "class names are different texts"),
         ("classnames", [], "its classnames is []"),
         ("classnames", ["one"], "with C 1, "),
-        ("classnames", "digits", "its classnames is 'digits'"),
-        ("template", "a photo", "its template is 'a photo'"),
         ("template", "{} {0.__class__}", "with {} once"),
         ("modality", "smell", "modality is 'smell': Input should be 'text' or 'visual'"),
-        ("prompt", [1], "its prompt is [1]: Input should be a valid dictionary"),
         ("prompt", None, f"it has no prompt, but contains {PROMPT}"),
-        ("classifier", "best", "classifier is 'best': Input should be 'text', 'auxiliary' or"),
-        ("space", 1, "space is 1: Input should be 'probability' or 'logit'"),
         ("temperatures", {"text": 0}, "temperatures.text is 0: Input should be greater than 0"),
-        ("backbone", [], "its backbone is []"),
-        ("backbone.name", 3, "backbone.name is 3: Input should be a valid string"),
         ("backbone.files", {"a": "../b"}, "backbone.files.a is '../b': String should match"),
-        ("backbone.settings", None, "backbone.settings is None"),
         ("backbone.path", "/etc", "backbone.path is '/etc': Extra inputs are not permitted"),
         ("code", "import os", "code is 'import os': Extra inputs are not permitted"),
-        ("backbone.precision", "int3", "should be 'fp32', 'tf32', 'fp16' or 'bf16'"),
-        ("metrics", {"test/accuracy": "0.5"}, "metrics.test/accuracy is '0.5'"),
         ("metrics", {"test/accuracy": True}, "metrics.test/accuracy is True"),
         ("unseen", [10], "unseen is neither"),
-        ("unseen", [-1], "unseen.0 is -1"),
-        ("unseen", [True], "unseen.0 is True"),
         ("unseen", [1, 1], "unseen is neither"),
         ("unseen", [], "unseen is neither"),
         ("unseen", [1], "U 1"),  # classes of the auxiliary classifier
-        ("bank_images", 1.5, "bank_images is 1.5"),
         ("lineage", None, "lineage is None"),
     ],
 )
@@ -346,17 +331,11 @@ SHORT = np.where(np.arange(10)[:, None] == 3, 0.5 * UNIT, UNIT)
     [
         (TEXT, "text_features", UNIT[:9], "is float32 (9, 128)"),
         (TEXT, "text_features", UNIT.astype(np.float64), "allowed: finite float32 (C, D)"),
-        (TEXT, "text_features", UNIT[0], "is float32 (128,)"),
-        (TEXT, "text_features", UNIT[:, :0], "is float32 (10, 0)"),
         (TEXT, "text_features", SHORT, "length is not 1"),
         (TEXT, "text_features", UNIT * np.nan, "values out of range"),
-        (TEXT, "logit_scale", np.float32([1, 2]), "logit_scale of text_features.safetensors is"),
-        (TEXT, "logit_scale", np.array(np.inf, np.float32), "values out of range"),
         (TEXT, "logit_scale", np.array(-1, np.float32), "values out of range"),
-        (TEXT, "logit_scale", np.array(1, np.int64), "is int64 ()"),
-        (TEXT, "more", UNIT, "must contain exactly"),
-        (PROMPT, "prompt", np.ones((2, 8), np.int32), "finite floats (L, W) or (P, L, W)"),
         (PROMPT, "prompt", np.ones(8, np.float32), "is float32 (8,)"),
+        (PROMPT, "prompt", np.ones((0, 8), np.float32), "prompt of prompt.safetensors is empty"),
         (PROMPT, "prompt", np.full((2, 8), np.inf, np.float32), "values out of range"),
         (FUSED, "auxiliary.labels", np.ones(10, np.float32), "allowed: finite integers (N)"),
         (FUSED, "weight", np.array(1.5), "from 0 to 1"),
@@ -364,7 +343,6 @@ SHORT = np.where(np.arange(10)[:, None] == 3, 0.5 * UNIT, UNIT)
         (FUSED, "auxiliary.labels", np.int64([0] * 10), "fewer images of a class"),
         (FUSED, "auxiliary.labels", np.arange(1, 11), "values out of range"),
         (FUSED, "auxiliary.nearest", np.array(2), "fewer images of a class"),
-        (FUSED, "auxiliary.sharpness", np.array(np.nan), "values out of range"),
         (FUSED, "mixture.means", UNIT, "must contain exactly"),
     ],
 )
@@ -387,10 +365,8 @@ def headed(of: dict[str, Any], data: bytes = b"") -> bytes:
     "data",
     [
         b"",
-        b"no tensors",
         headed({})[:-1],
         headed({"prompt": {"dtype": "BF16", "shape": [1, 1], "data_offsets": [0, 2]}}, b"12"),
-        headed({"prompt": {"dtype": "F8_E8M0", "shape": [1, 1], "data_offsets": [0, 1]}}, b"1"),
         headed({"prompt": {"dtype": "F4", "shape": [1, 2], "data_offsets": [0, 1]}}, b"1"),
         headed({"prompt": {"dtype": "F32", "shape": [9, 9], "data_offsets": [0, 4]}}, b"1234"),
         headed({"prompt": {"dtype": "X", "shape": [1], "data_offsets": [0, 4]}}, b"1234"),
@@ -406,7 +382,7 @@ def test_an_invalid_tensor_file_with_the_right_digest_is_rejected(data, valid):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "null", '{"a": NaN}', '{"a": 1e999}', "[" * 10**5, '{"a":' * 10**5, "\xff"],
+    ["", "[]", '{"a": NaN}', '{"a":' * 10**5, "\xff"],
 )
 def test_a_manifest_that_is_not_a_json_object_is_rejected(text, valid):
     folder, _, _ = valid
@@ -495,7 +471,7 @@ def test_the_error_for_a_missing_bundle_explains_how_to_create_one(tmp_path):
 def test_another_backbone_is_rejected_and_a_copy_of_the_same_accepted(folder, tmp_path, digits):
     copy = Path(shutil.copytree(tiny_folder(), tmp_path / "clip"))
     same = load_bundle(folder, weights=str(copy))
-    assert torch.equal(same.logits(digits), load_bundle(folder).logits(digits))
+    assert torch.equal(text_logits(same, digits), text_logits(load_bundle(folder), digits))
     file = copy / "open_clip_model.safetensors"
     tensors = load_file(file)
     tensors["visual.proj"][0, 0] += 1e-3
@@ -592,6 +568,6 @@ def test_the_lines_for_plain_open_clip_in_the_guide_give_the_same_logits(
     assert "air_core" not in plain
     names: dict[str, Any] = {}
     exec(plain, names)
-    expected = bundle.logits(digits[:1])
+    expected = text_logits(bundle, digits[:1])
     assert torch.allclose(names["logits"].detach(), expected, rtol=0, atol=1e-5)
     assert capsys.readouterr().out.strip() == CLASSNAMES[int(expected.argmax())]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
+from torch import Tensor
 
 from air_core.backbone.loading import load_backbone
 from air_core.bundle.checks import TEXT
+from air_core.bundle.classifier import Bundle
 from air_core.bundle.manifest import weights_description
 from air_core.classifiers import class_texts
 from air_core.datasets import get_dataset
@@ -32,3 +36,8 @@ def zero_shot() -> tuple[dict[str, Any], dict[str, Any]]:
     texts = class_texts(backbone, digits.classnames, digits.template).numpy()
     scale = np.array(backbone.logit_scale, dtype=np.float32)
     return about, {TEXT: {"text_features": texts, "logit_scale": scale}}
+
+
+def text_logits(bundle: Bundle, images: Sequence[Image.Image]) -> Tensor:
+    """Logits (N, C) of the text classifier."""
+    return bundle.logits_of(bundle.encode(images), "text")
