@@ -25,7 +25,6 @@ from orchestrator.formatting import plural
 from orchestrator.planning import (
     Plan,
     Requirement,
-    Slot,
     possible_trials,
     requirements_of,
 )
@@ -132,16 +131,11 @@ class Prefetch:
         if all(requirement.is_complete(store) for requirement in self.requirements[group[0].id]):
             return False
         cells = {cell.id for cell in group}
-        slots = [slot for slot in self.plan.slots if slot.cell.id in cells]
-        trials = sum(self.plan.left[cell] for cell in cells)
-        return trials > 0 or self.prepare_only or any(map(self._needs_result, slots))
-
-    def _needs_result(self, slot: Slot) -> bool:
-        """Whether a slot shares its trial with another cell and the trial has no record yet.
-
-        Two folders of the same images lead to this. The cell that comes first runs the trial.
-        """
-        return not self.state.location.store.has(slot.spec)
+        if self.prepare_only or any(self.plan.left[cell] for cell in cells):
+            return True
+        # A slot may share its trial with a cell that the plan counts it for, where two folders
+        # have the same images. The cell that comes first runs the trial.
+        return any(not store.has(slot.spec) for slot in self.plan.slots if slot.cell.id in cells)
 
     def is_ready(self, cell: Cell) -> bool:
         """Whether the inputs of a cell exist, or failed and are not retried in this run."""

@@ -91,7 +91,6 @@ class RunState:
     resolver: Resolver
     exit_code: int = FAILED  # of an unexpected exception
     statistics: RunStatistics = field(default_factory=RunStatistics)
-    joined_cluster: bool = False  # the cluster existed before this run
     # None until Ray has started.
     allocation: Allocation | None = None
     progress: ProgressMonitor | None = None

@@ -510,8 +510,8 @@ def _start_ray(state: RunState, plan: Plan, session: ExitStack) -> None:
         waits_for_resources,
     )
 
-    state.joined_cluster = joins_existing_cluster()
-    state.screen.message("joining Ray" if state.joined_cluster else "starting Ray")
+    joins = joins_existing_cluster()
+    state.screen.message("joining Ray" if joins else "starting Ray")
     session.enter_context(
         ray_session(functools.partial(on_ray_death, state), lambda: state.process_died)
     )
@@ -520,7 +520,7 @@ def _start_ray(state: RunState, plan: Plan, session: ExitStack) -> None:
     from orchestrator.execution._progress import ProgressMonitor
 
     state.memory_peak = MemoryPeak()
-    if state.joined_cluster:  # the workers are no children of this process
+    if joins:  # the workers are no children of this process
         state.statistics.memory_of = "driver"
     handle_signals(state)  # again, since ray.init has replaced the handlers
     state.progress = ProgressMonitor()
@@ -530,7 +530,7 @@ def _start_ray(state: RunState, plan: Plan, session: ExitStack) -> None:
     state.allocation = Allocation(state.sweep.resources, machines)
     _wait_for_machines(state, state.allocation, plan)
     _refuse_unused_gpus(plan, state.location, state.allocation.machines())
-    if state.joined_cluster:
+    if joins:
         refuse_unfit_nodes(plan, state.location, state.screen.message)
 
 
