@@ -26,7 +26,7 @@ from orchestrator.__main__ import app
 from orchestrator.errors import Refused
 from orchestrator.git import commit
 from orchestrator.planning import requests
-from orchestrator.store import EventLog
+from orchestrator.store import EventLog, open_store
 from orchestrator.store.location import user_name
 from tests.helpers.outcomes import by_method, record_sweep
 from tests.helpers.plugins import MARGIN
@@ -402,6 +402,7 @@ def test_a_checked_plan_exits_with_3_if_the_sweep_would_not_start(spec, tmp_path
     code, out, err = command(*check, "--set", "resources.trial.cpu=99")
     assert (code, "requires 99 CPU" in err) == (3, True)
     assert out.startswith("small: 2 cells")
+    open_store(tmp_path).initialize()
     log = EventLog(tmp_path / "sweeps" / "default" / "small")
     log.lock()
     log.append("sweep_started", pid=123, host="node1", user="mina")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from air_core.seal import sealed_json
 from air_core.specs.conditions import uses_evidence
 from air_core.specs.normal import normalised
 from orchestrator.planning import Slot, plan_of
@@ -48,10 +48,11 @@ def record_sweep(
     """
     sweep = load_sweep(write_sweep(store / "files", name, body))
     location = location_for(SweepRequest(sweep), str(store), None)
+    location.store.initialize()
     event_log = location.event_log()
     event_log.lock()
     location.write("spec.yaml", sweep.text)
-    location.write("resolved.json", json.dumps({"sets": [], "only": [], "source": sweep.source}))
+    location.write("resolved.json", sealed_json({"sets": [], "only": [], "source": sweep.source}))
     plan = plan_of(sweep, location)
     event_log.append("sweep_started", total=plan.total, spec="", to_run=plan.to_run, planned="")
     for index, slot in enumerate(plan.slots):
