@@ -1,33 +1,19 @@
 """Images and class names that a LoRA of the diffusion model is trained on.
 
 AiR (arXiv:2504.11930) trains it on target images with pseudo-labels of CLIP. Labelled images join
-where the paradigm has some. With `lora.rounds` above 1, a fresh LoRA is trained on labels that the
-images and the denoising evidence of the round before help to choose.
+where the paradigm has some.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
-from air_core.auxiliary import auxiliary_classifier
-from air_core.classifiers import FusedClassifier, LinearClassifier, fuse
-from air_core.evidence import evidence_probabilities
+from air_core.chunks import by_rows
+from air_core.classifiers import LinearClassifier
 from air_core.pseudo_labels.top_k import balanced_choice
-from air_core.specs import (
-    AuxiliarySettings,
-    EvidenceSettings,
-    InitialLabelsSettings,
-    LoraSource,
-)
+from air_core.specs import InitialLabelsSettings, LoraSource
 from air_core.types import Batch, Labelled, Split
-
-# How a later round scores the pool, in every dataset (inferred).
-AUXILIARY = AuxiliarySettings(kind="lda")
-FUSION_WEIGHT = 0.5
-EVIDENCE = EvidenceSettings(weight=0.7)
 
 # P pool images, C classes of the pool (in TRZSL the unseen ones), M selected images.
 
@@ -39,9 +25,7 @@ def lora_images(
     split: Split,
     settings: InitialLabelsSettings,
     source: LoraSource = "all",
-    synthetic: Labelled | None = None,
     drawn_by: int | None = None,
-    errors: Tensor | None = None,
     truth: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Select pool images and at most `k` labelled images of each class.
@@ -54,10 +38,8 @@ def lora_images(
         pool: images at `split.pool`.
         labelled: images at `split.labelled`; None: the paradigm has none.
         source: `pseudo` leaves labelled images out, `labelled` leaves pool images out.
-        synthetic: images of the LoRA round before.
         drawn_by: seed of the order of the labelled images, of which the first `k` of each class
             are selected; None: that of the dataset.
-        errors: (draws, P, C) denoising errors of the LoRA round before.
         truth: (P,) classes of the pool images, which only `settings.true_share` reads.
 
     Returns:
@@ -68,8 +50,7 @@ def lora_images(
     """
     parts = []
     if source != "labelled":
-        classifier = pool_classifier(text, pool, split.unseen, synthetic, errors)
-        selected, classes = _pseudo_labelled(classifier, pool, settings, truth)
+        selected, classes = _pseudo_labelled(text, pool, split.unseen, settings, truth)
         parts.append((split.pool[selected], classes))
     if source != "pseudo" and labelled is not None:
         order = _order(len(labelled), drawn_by)
@@ -86,50 +67,19 @@ def _order(images: int, seed: int | None) -> Tensor:
     return torch.randperm(images, generator=torch.Generator().manual_seed(seed))
 
 
-def pool_classifier(
+def _pseudo_labelled(
     text: LinearClassifier,
     pool: Batch,
     unseen: Tensor | None,
-    synthetic: Labelled | None = None,
-    errors: Tensor | None = None,
-) -> FusedClassifier:
-    """CLIP; in a later round fused with an LDA on synthetic images, and with evidence."""
-    auxiliary = evidence = None
-    if synthetic is not None:
-        classes = torch.arange(len(text.weight)) if unseen is None else unseen
-        bank = synthetic.among(classes)
-        auxiliary = auxiliary_classifier(AUXILIARY, bank, None, pool, len(classes), text.sharpness)
-    if errors is not None:
-        evidence = evidence_probabilities(errors, EVIDENCE.confidence, EVIDENCE.balance)
-    fused = fuse(text, auxiliary, pool, FUSION_WEIGHT, AUXILIARY.temperature, "probability", unseen)
-    return replace(fused, evidence=evidence, evidence_weight=EVIDENCE.weight)
-
-
-def class_agreement(classifier: FusedClassifier, pool: Batch) -> Tensor:
-    """(C,) agreement of the evidence with the other classifiers on each class; no label is read.
-
-    Number of pool images that both assign to the class, divided by that of images that at least one
-    of them assigns to it; 0 if there are none. Text and synthetic images count as one classifier,
-    since CLIP labelled the images that the LoRA behind the synthetic ones is trained on.
-    """
-    assert classifier.evidence is not None
-    others = replace(classifier, evidence=None).pool_scores(pool)
-    one, two = others.argmax(dim=1), classifier.evidence.argmax(dim=1)
-    classes = others.shape[1]
-    both = one[one == two].bincount(minlength=classes)
-    either = one.bincount(minlength=classes) + two.bincount(minlength=classes) - both
-    return both / either.clamp(min=1)
-
-
-def _pseudo_labelled(
-    classifier: FusedClassifier,
-    pool: Batch,
     settings: InitialLabelsSettings,
     truth: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Positions in the pool of the selected images, and their classes: one of each image."""
-    scores = classifier.pool_scores(pool)
-    classes = torch.arange(scores.shape[1]) if classifier.unseen is None else classifier.unseen
+    logits = text.logits(pool)
+    classes = torch.arange(logits.shape[1]) if unseen is None else unseen
+    scores = by_rows(
+        lambda rows: logits[rows][:, classes].softmax(dim=-1), logits, logits.shape[1]
+    )  # (P, C)
     if settings.kind == "pool":
         return torch.arange(len(scores)), classes[scores.argmax(dim=1)]
     if settings.true_share is None:

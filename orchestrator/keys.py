@@ -60,14 +60,13 @@ def _identity(spec: StageSpec) -> Any:
     if not isinstance(spec, TrialSpec):
         return plain(spec)
     # The inputs contain the recipe numbers of earlier stages.
-    read = [needed.spec for needed in spec.inputs((), 0)]
+    read = [needed.spec for needed in spec.inputs(())]
     added = [each for each in read if each.stage not in ("features", "synthetic")]
     stages = [spec.features, spec.synthetic_features, *sorted(added, key=lambda each: each.stage)]
     inputs = [plain(stage) for stage in stages]
     settings = _settings(spec)
     settings.pop("classnames")  # the dataset determines them
     settings.pop("scored_images")
-    settings.pop("pool_images")
     settings["code"] = _code(spec)
     return {"recipe": f"{spec.stage}/{spec.recipe}", "inputs": inputs, **plain(settings)}
 

@@ -35,10 +35,7 @@ from air_core.specs.conditions import (
     is_folder,
     labelled_lora,
     labelled_only,
-    labels_use_evidence,
-    later_rounds,
     reads_lora,
-    reads_rows,
     reads_tokens,
     selects_images,
     selects_real_images,
@@ -150,20 +147,6 @@ class InitialLabelsSettings:
         ge=1,
         used_if=lambda s: s.initial_labels.kind != "pool" or s.paradigm != "ul",
     )
-    images_per_class: int = knob(
-        120,
-        "synthetic images per class of the previous LoRA round, for lora.rounds > 1",
-        ge=1,
-        le=MAX_IMAGES,
-        used_if=later_rounds,
-    )
-    evidence_draws: int = knob(
-        0,
-        "draws of evidence of the previous LoRA round that also choose labels; 0: none",
-        ge=0,
-        le=1000,
-        used_if=lambda s: later_rounds(s) and not labelled_lora(s),
-    )
     true_share: float | None = knob(
         None,
         "bounds alone: share of the images of a class that belong to it; null: as CLIP labels them",
@@ -209,17 +192,7 @@ class LoraSettings(LoraTraining):
     """`lora: null` turns LoRA off."""
 
     scale: float = knob(1.0, "weight of the adapters when images are generated", ge=0, le=2)
-    rounds: int = knob(
-        1, "2: a second LoRA on labels chosen with the images of the first", ge=1, le=3
-    )
     source: LoraSource = knob("all", LORA_SOURCE, used_if=lambda s: s.paradigm != "ul")
-    enough_kept: float = knob(
-        1.0,
-        "share of labels that stay from round to round at which no further round is trained",
-        gt=0,
-        le=1,
-        used_if=later_rounds,
-    )
 
     def training(self) -> LoraTraining:
         part: LoraTraining = _only(LoraTraining, self)
@@ -244,7 +217,7 @@ class GenerationSettings:
         8,
         "images of one class that are generated together",
         ge=1,
-        used_if=reads_rows,
+        used_if=uses_images,
     )
     precision: Precision = knob("bf16", "of the weights and the computation", used_if=draws_images)
 
@@ -435,44 +408,32 @@ class EvidenceSettings(EvidenceScoring):
         "draws of noise per image and class; 0: no evidence",
         ge=0,
         le=1000,
-        used_if=lambda s: not labelled_only(s),
     )
     images: int | None = knob(
         None,
         "pool images that are scored, a random sample; null: all of the pool",
         ge=1,
-        used_if=uses_evidence,
-    )
-    disputed: int | None = knob(
-        None,
-        "of these, score only images to which text and this many synthetic images per class "
-        "assign different classes; null: all",
-        ge=1,
-        used_if=uses_evidence,
     )
     weight: float = knob(
         0.3,
         "share of the evidence in the scores of the pool",
         ge=0,
         le=1,
-        used_if=uses_evidence,
     )
     schedule: Literal["fixed", "annealed"] = knob(
         "fixed",
         "annealed: the weight falls linearly to 0 over the iterations",
-        used_if=lambda s: uses_evidence(s) and s.iterations > 1,
+        used_if=lambda s: s.iterations > 1,
     )
     confidence: float = knob(
         0.8,
         "mean largest probability of the evidence",
         gt=0,
         lt=1,
-        used_if=uses_evidence,
     )
     balance: Literal["none", "sinkhorn"] = knob(
         "none",
         "sinkhorn: all classes get the same share of the pool",
-        used_if=uses_evidence,
     )
 
     def scoring(self) -> EvidenceScoring:
@@ -518,13 +479,10 @@ _DRAWING = (
     "air_core.diffusion.pipeline",
 )
 _SCORING = (
-    "air_core.auxiliary",
-    "air_core.auxiliary.bank",
     "air_core.chunks",
     "air_core.classifiers",
     "air_core.datasets.stratified",
     "air_core.paradigms",
-    "air_core.pseudo_labels.top_k",
 )
 
 Classes = tuple[int, ...]  # indices
@@ -578,12 +536,11 @@ class StageSpec:
         """The artifact that replaces a row of shards once it is complete; None: there is none."""
         return None
 
-    def inputs(self, classes: Classes, pool: int) -> Iterator[Needed]:
+    def inputs(self, classes: Classes) -> Iterator[Needed]:
         """The artifacts that this one is made from.
 
         Args:
             classes: those of which trials read synthetic images.
-            pool: number of pool images.
         """
         yield from ()
 
@@ -666,7 +623,7 @@ class FeaturesSpec(StageSpec):
         tokens = ["tokens"] if self.level == "tokens" else []
         return [self.dataset.name, self.backbone.name, *tokens]
 
-    def inputs(self, classes: Classes, pool: int) -> Iterator[Needed]:
+    def inputs(self, classes: Classes) -> Iterator[Needed]:
         if (row := self.encoded) is not None:
             yield Needed(row, self.dataset.images, (0,))
 
@@ -714,44 +671,29 @@ class EncodedSpec(RowSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class LabelsSpec(StageSpec):
-    """Images that a LoRA is trained on, with their labels.
-
-    Without `images` zero-shot CLIP labels the pool. In a later LoRA round `images` are those of the
-    round before: CLIP is fused with an auxiliary classifier on the first
-    `settings.images_per_class` images of each class, and with the first `settings.evidence_draws`
-    draws of `evidence`, denoising errors of the round before.
-    """
+    """Images that a LoRA is trained on, with their labels: zero-shot CLIP labels the pool."""
 
     stage, title = "labels", "pseudo-labels"
     modules = (
         *_LOADED_CLIP,
         *_SCORING,
-        "air_core.auxiliary.lda",
-        "air_core.evidence",
         "air_core.lora_labels",
+        "air_core.pseudo_labels.top_k",
     )
 
     features: FeaturesSpec
     split: SplitSettings
     settings: InitialLabelsSettings
-    images: SyntheticFeaturesSpec | None = None
-    evidence: EvidenceSpec | None = None
     source: LoraSource = knob("all", LORA_SOURCE)
     drawn: bool = False  # labelled images in random order, not in that of the files
     code: str = ""
 
     def _words(self) -> list[str]:
         paradigm = [] if self.split.paradigm == "ul" else [self.split.paradigm]
-        later_round = ["round2"] if self.images else []
-        words = [self.features.dataset.name, f"split{self.split.split_seed}"]
-        return [*words, *paradigm, *later_round]
+        return [self.features.dataset.name, f"split{self.split.split_seed}", *paradigm]
 
-    def inputs(self, classes: Classes, pool: int) -> Iterator[Needed]:
+    def inputs(self, classes: Classes) -> Iterator[Needed]:
         yield Needed(self.features)
-        if self.images is not None:
-            yield Needed(self.images, self.settings.images_per_class, classes)
-        if self.evidence is not None:
-            yield Needed(self.evidence, pool, tuple(range(self.settings.evidence_draws)))
 
     def work(self) -> tuple[str, float]:
         return self.features.backbone.name, 1
@@ -759,11 +701,7 @@ class LabelsSpec(StageSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSpec(StageSpec):
-    """A LoRA of a diffusion model.
-
-    In a later round it is a copy of that of the round before if the share `enough_kept` of its
-    labels is equal. With equal labels the training would give the same adapters.
-    """
+    """A LoRA of a diffusion model."""
 
     stage, title, process, guess, counts = "lora", "LoRA", "generator", 0.15, "steps"
     modules = (*_DRAWING, "air_core.ahead", "air_core.diffusion.lora")
@@ -772,14 +710,13 @@ class LoraSpec(StageSpec):
     model: Ref
     training: LoraTraining
     size: int
-    enough_kept: float = 1.0
     classes: int = field(default=0, compare=False)  # of the dataset; not in the key
     code: str = ""
 
     def _words(self) -> list[str]:
         return [self.labels.slug, f"r{self.training.rank}"]
 
-    def inputs(self, classes: Classes, pool: int) -> Iterator[Needed]:
+    def inputs(self, classes: Classes) -> Iterator[Needed]:
         yield Needed(self.labels)
 
     def work(self) -> tuple[str, float]:
@@ -818,7 +755,7 @@ class GeneratedImages(ImagesSpec):
     def block_size(self) -> int:
         return self.settings.block
 
-    def inputs(self, classes: Classes, pool: int) -> Iterator[Needed]:
+    def inputs(self, classes: Classes) -> Iterator[Needed]:
         if self.lora is not None:
             yield Needed(self.lora)
 
@@ -880,8 +817,8 @@ class SyntheticFeaturesSpec(RowSpec):
     def maker(self) -> StageSpec:
         return self.images
 
-    def inputs(self, classes: Classes, pool: int) -> Iterator[Needed]:
-        yield from self.images.inputs(classes, pool)
+    def inputs(self, classes: Classes) -> Iterator[Needed]:
+        yield from self.images.inputs(classes)
 
     def name_of(self, index: int) -> str:
         return self.images.classnames[index]
@@ -903,11 +840,8 @@ class EvidenceSpec(RowSpec):
         *_LOADED_CLIP,
         *_DRAWING,
         *_SCORING,
-        "air_core.auxiliary.lda",
         "air_core.diffusion.evidence",
         "air_core.diffusion.lora",
-        "air_core.evidence",
-        "air_core.lora_labels",
     )
 
     features: FeaturesSpec
@@ -917,9 +851,6 @@ class EvidenceSpec(RowSpec):
     lora_scale: float
     scoring: EvidenceScoring
     size: int
-    # Score only images to which text and an auxiliary classifier on these images disagree.
-    images: SyntheticFeaturesSpec | None = None
-    images_per_class: int = 0
     code: str = ""
 
     def _words(self) -> list[str]:
@@ -941,12 +872,10 @@ class EvidenceSpec(RowSpec):
     def name_of(self, index: int) -> str:
         return f"draw {index}"
 
-    def inputs(self, classes: Classes, pool: int) -> Iterator[Needed]:
+    def inputs(self, classes: Classes) -> Iterator[Needed]:
         yield Needed(self.features)
         if self.lora is not None:
             yield Needed(self.lora)
-        if self.images is not None:
-            yield Needed(self.images, self.images_per_class, classes)
 
     def work(self) -> tuple[str, float]:
         """A unit is an image."""
@@ -966,6 +895,8 @@ class TrialSpec(StageSpec):
     modules = (
         *_CLIP,
         *_SCORING,
+        "air_core.auxiliary",
+        "air_core.auxiliary.bank",
         "air_core.evaluation",
         "air_core.evidence",
         "air_core.fusion",
@@ -973,6 +904,7 @@ class TrialSpec(StageSpec):
         "air_core.prompts",
         "air_core.prompts.text",
         "air_core.pseudo_labels",
+        "air_core.pseudo_labels.top_k",
         "air_core.side_by_side",
         "air_core.training",
     )
@@ -981,7 +913,6 @@ class TrialSpec(StageSpec):
     classnames: tuple[str, ...] = ()  # of the dataset; not in the key
     code: CodeVersions = ()  # the key contains the version of the part `trials`
     scored_images: int = 0  # pool images that the evidence scores; not in the key
-    pool_images: int = 0  # set where evidence is used; not in the key
     backbone: Ref
     generator: Ref = group(MISSING, used_if=uses_generator, unused=Ref(name="", digest=""))
     # None: `dataset` itself
@@ -1038,9 +969,7 @@ class TrialSpec(StageSpec):
         unused=0.0,
     )
     fusion: FusionSettings = group(FusionSettings(), used_if=uses_auxiliary)
-    evidence: EvidenceSettings = group(
-        EvidenceSettings(), used_if=lambda s: uses_evidence(s) or labels_use_evidence(s)
-    )
+    evidence: EvidenceSettings = group(EvidenceSettings(), used_if=uses_evidence)
     pseudo_labels: PseudoLabelSettings = group(
         PseudoLabelSettings(), used_if=lambda s: s.iterations > 0 and not labelled_only(s)
     )
@@ -1066,7 +995,7 @@ class TrialSpec(StageSpec):
         other = ["on", self.test_dataset.name] if self.test_dataset else []
         return [self.dataset.name, self.paradigm, self.modality, f"s{self.seed}", *other]
 
-    def inputs(self, classes: Classes, pool: int) -> Iterator[Needed]:
+    def inputs(self, classes: Classes) -> Iterator[Needed]:
         read = (self.features, self.tokens, self.test_features, self.test_tokens)
         yield from (Needed(spec) for spec in read if spec is not None)
         if (row := self.synthetic_features) is not None:
@@ -1138,21 +1067,21 @@ class TrialSpec(StageSpec):
         """None: LoRA is off, or no diffusion model is used."""
         if self.lora is None or is_folder(self.generator) or not uses_generator(self):
             return None
-        return _lora(self, self.lora, self.lora.rounds)
+        return _lora(self, self.lora)
 
     @property
     def images(self) -> GeneratedImages | FolderImages | None:
         """The row of synthetic images that the trial reads; None: it reads none."""
         if not uses_images(self):
             return None
-        return _images(self, self.lora.rounds if self.lora else 0)
+        return _images(self, self.lora)
 
     @property
     def base_images(self) -> GeneratedImages | None:
         """The same row without LoRA, for comparison; None: there is no LoRA."""
         if self.lora_adapter is None or self.images is None:
             return None
-        row = _images(self, 0)
+        row = _images(self, None)
         return row if isinstance(row, GeneratedImages) else None
 
     @property
@@ -1173,18 +1102,23 @@ class TrialSpec(StageSpec):
         """Images that a LoRA is trained on, if the trial reads them in place of synthetic ones."""
         if self.images_from != "lora_images" or not fills_bank(self):
             return None
-        return _labels(self, self.lora or LoraSettings(), None)
+        return _labels(self, self.lora or LoraSettings())
 
     @property
     def evidence_errors(self) -> EvidenceSpec | None:
         """None: the trial uses no evidence."""
         if not uses_evidence(self):
             return None
-        errors = _evidence(self, self.lora_adapter)
-        if self.evidence.disputed is None:
-            return errors
-        row = _synthetic(self, _images(self, self.lora.rounds if self.lora else 0))
-        return replace(errors, images=row, images_per_class=self.evidence.disputed)
+        return EvidenceSpec(
+            features=self.features,
+            split=self.split,
+            model=self.generator,
+            lora=self.lora_adapter,
+            lora_scale=self.lora.scale if self.lora else 1.0,
+            scoring=self.evidence.scoring(),
+            size=self.generation.size,
+            code=self.code_of("evidence", _family(self)),
+        )
 
 
 def reader_of(dataset: str) -> str:
@@ -1199,8 +1133,8 @@ def reader_of(dataset: str) -> str:
     return "datasets.image_folder" if ":" in dataset else f"datasets.{dataset}"
 
 
-def _images(spec: TrialSpec, rounds: int) -> GeneratedImages | FolderImages:
-    """The row of images after this many LoRA rounds."""
+def _images(spec: TrialSpec, lora: LoraSettings | None) -> GeneratedImages | FolderImages:
+    """The row of images with or without a LoRA."""
     if is_folder(spec.generator):
         return FolderImages(
             model=spec.generator,
@@ -1212,8 +1146,8 @@ def _images(spec: TrialSpec, rounds: int) -> GeneratedImages | FolderImages:
     return GeneratedImages(
         model=spec.generator,
         classnames=spec.classnames,
-        lora=_lora(spec, spec.lora, rounds) if spec.lora and rounds else None,
-        lora_scale=spec.lora.scale if spec.lora and rounds else 1.0,
+        lora=_lora(spec, lora) if lora else None,
+        lora_scale=lora.scale if lora else 1.0,
         settings=spec.generation,
         code=spec.code_of("images", GENERATORS.part(spec.generator.name), _family(spec)),
     )
@@ -1224,54 +1158,29 @@ def _family(spec: TrialSpec) -> str:
     return f"family:{spec.generator.kind}"
 
 
-def _lora(spec: TrialSpec, lora: LoraSettings, rounds: int) -> LoraSpec:
-    images = _synthetic(spec, _images(spec, rounds - 1)) if rounds > 1 else None
-    labels = _labels(spec, lora, images)
-    if labels.settings.evidence_draws:
-        labels = replace(labels, evidence=_evidence(spec, _lora(spec, lora, rounds - 1)))
+def _lora(spec: TrialSpec, lora: LoraSettings) -> LoraSpec:
     return LoraSpec(
-        labels=labels,
+        labels=_labels(spec, lora),
         model=spec.generator,
         training=lora.training(),
         size=spec.generation.size,
-        enough_kept=lora.enough_kept if rounds > 1 else 1.0,
         classes=len(spec.classnames),
         code=spec.code_of("lora", _family(spec)),
     )
 
 
-def _labels(
-    spec: TrialSpec, lora: LoraSettings, images: SyntheticFeaturesSpec | None
-) -> LabelsSpec:
+def _labels(spec: TrialSpec, lora: LoraSettings) -> LabelsSpec:
     settings = spec.initial_labels
-    if images is None:
-        settings = replace(settings, images_per_class=InitialLabelsSettings.images_per_class)
     if settings.kind == "pool" and spec.paradigm == "ul":
         settings = replace(settings, k=InitialLabelsSettings.k)
-    if images is None or labelled_lora(spec):
-        settings = replace(settings, evidence_draws=0)
     return LabelsSpec(
         features=spec.features,
         split=spec.split,
         settings=settings,
-        images=images,
         source="all" if spec.paradigm == "ul" else lora.source,
         drawn=lora.source != "pseudo"
         and (spec.paradigm == "trzsl" or (spec.paradigm == "ssl" and spec.shots > settings.k)),
         code=spec.code_of("labels"),
-    )
-
-
-def _evidence(spec: TrialSpec, lora: LoraSpec | None) -> EvidenceSpec:
-    return EvidenceSpec(
-        features=spec.features,
-        split=spec.split,
-        model=spec.generator,
-        lora=lora,
-        lora_scale=spec.lora.scale if spec.lora else 1.0,
-        scoring=spec.evidence.scoring(),
-        size=spec.generation.size,
-        code=spec.code_of("evidence", _family(spec)),
     )
 
 

@@ -71,12 +71,6 @@ def uses_evidence(spec: TrialSpec) -> bool:
     return spec.evidence.draws > 0 and not labelled_only(spec)
 
 
-def labels_use_evidence(spec: TrialSpec) -> bool:
-    """Whether denoising errors choose the labels of a later LoRA round."""
-    adapter = spec.lora_adapter
-    return adapter is not None and adapter.labels.evidence is not None
-
-
 def uses_generator(spec: TrialSpec) -> bool:
     """Whether the trial depends on a generator: its images or its denoising errors."""
     return uses_images(spec) or uses_evidence(spec)
@@ -90,11 +84,6 @@ def selects_images(spec: TrialSpec) -> bool:
 def selects_real_images(spec: TrialSpec) -> bool:
     """Whether the auxiliary classifier, or the selection of its images, reads real images."""
     return spec.auxiliary.source != "synthetic" or spec.fidelity.kind == "real_mean"
-
-
-def later_rounds(spec: TrialSpec) -> bool:
-    """Whether a LoRA is trained on labels chosen with the images of an earlier one."""
-    return spec.lora is not None and spec.lora.rounds > 1
 
 
 def labelled_lora(spec: TrialSpec) -> bool:
@@ -114,14 +103,9 @@ def reads_lora(spec: TrialSpec) -> bool:
     return uses_generator(spec) or spec.images_from == "lora_images"
 
 
-def reads_rows(spec: TrialSpec) -> bool:
-    """Whether synthetic images are read by the trial, by its evidence or by a later LoRA round."""
-    return uses_images(spec) or spec.evidence.disputed is not None or later_rounds(spec)
-
-
 def draws_images(spec: TrialSpec) -> bool:
     """Whether a generator draws the synthetic images that are read."""
-    return reads_rows(spec) and not is_folder(spec.generator)
+    return uses_images(spec) and not is_folder(spec.generator)
 
 
 def is_folder(generator: Ref) -> bool:

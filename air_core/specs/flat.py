@@ -32,7 +32,7 @@ class Key:
 
 
 OWN = "own"  # field of a group with the settings of plugins
-DERIVED = ("classnames", "code", "scored_images", "pool_images")  # computed, not set in sweep files
+DERIVED = ("classnames", "code", "scored_images")  # computed, not set in sweep files
 
 
 @computed_from_registries

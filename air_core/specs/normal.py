@@ -126,7 +126,7 @@ def _with_equal_results(spec: TrialSpec) -> TrialSpec:
     if spec.images_per_class == 0 and spec.auxiliary.source == "both":
         spec = replace(spec, auxiliary=replace(spec.auxiliary, source="real"))
     if reads_lora_images(spec):
-        # The control reads the images of a first round, chosen without a diffusion model.
+        # The control reads the training images of the LoRA, but no diffusion model.
         source = spec.lora.source if spec.lora else LoraSettings.source
         spec = replace(spec, lora=LoraSettings(source=source))
     for name in _groups_of_plugins():

@@ -47,13 +47,8 @@ def missing_without_images(
     return [
         requirement
         for requirement in requirements
-        if not _needs_images(requirement.spec) and not requirement.is_complete(store)
+        if not requirement.spec.is_drawn and not requirement.is_complete(store)
     ]
-
-
-def _needs_images(spec: StageSpec) -> bool:
-    """Whether an artifact is a row that generators draw, or made from one."""
-    return spec.is_drawn or any(_needs_images(needed.spec) for needed in spec.inputs((), 0))
 
 
 def waves(

@@ -69,7 +69,7 @@ def _checks(
         yield partial(store.check, trial), digest
     unfinished = [cell for cell in plan.cells if plan.left[cell.id]]
     possible = list(possible_trials(unfinished, plan.sweep.seeds.assignments(), resolver))
-    read = {needed.spec for trial in map(normalised, possible) for needed in trial.inputs((), 0)}
+    read = {needed.spec for trial in map(normalised, possible) for needed in trial.inputs(())}
     requirements = requirements_of(possible)
     for requirement in requirements:
         if requirement.rows:

@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from orchestrator.execution._progress import ProgressMonitor
     from orchestrator.stages.context import WorkerContext
 
-LOW_AGREEMENT = 0.25  # of evidence and other classifiers on a class, below which it is reported
-
 
 @dataclass
 class RunStatistics:
@@ -67,12 +65,6 @@ class RunStatistics:
         pace = Pace(seconds, work.units, max(startup, 0.0), float(startup > 0))
         before = self.work.get((work.stage, work.kind), Pace(0.0, 0.0))
         self.work[work.stage, work.kind] = before + pace
-
-
-def _disputed_classes(agreement: Mapping[str, float]) -> str:
-    """Classes of low agreement with its value, the lowest first; empty if there are none."""
-    low = sorted((share, name) for name, share in agreement.items() if share < LOW_AGREEMENT)
-    return ", ".join(f"{name} ({share:.0%})" for share, name in low)
 
 
 @dataclass
@@ -139,20 +131,12 @@ class RunState:
             key=str(requirement.key),
             seconds=round(seconds, 3),
             facts=numbers,
-            **({"agreement": facts["agreement"]} if "agreement" in facts else {}),
             **({"hole_files": holes} if holes else {}),
         )
         if isinstance(requirement.spec, FeaturesSpec) and (
             unused := unused_images(requirement.spec, self.location.store)
         ):
             self.screen.message(f"{artifact_title(requirement.key)}: not used: {unused}")
-        if disputed := _disputed_classes(facts.get("agreement", {})):
-            self.screen.message(
-                f"{artifact_title(requirement.key)}: the evidence and CLIP with the synthetic "
-                f"images agree on less than {LOW_AGREEMENT:.0%} of the images of {disputed}; the "
-                "next LoRA round may learn to confuse these classes. Compare with a sweep of fewer "
-                "lora.rounds"
-            )
         startup = facts.get("startup", 0.0)
         if startup is not None:
             self.statistics.add_work(stage_work(requirement.spec), seconds - startup, startup)

@@ -16,7 +16,7 @@ from air_core.components import is_component
 from air_core.methods import EMBEDDED
 from air_core.paradigms import seen_unseen
 from air_core.specs import STAGES, RowSpec, StageSpec, SyntheticFeaturesSpec, TrialSpec
-from air_core.specs.conditions import labels_use_evidence, uses_evidence
+from air_core.specs.conditions import uses_evidence
 from air_core.specs.flat import trial_keys
 from air_core.specs.normal import normalised, used_components
 from orchestrator.keys import ArtifactKey, artifact_key
@@ -436,7 +436,7 @@ def _requirements(trial: TrialSpec) -> Iterator[Requirement]:
     classes = tuple(range(len(trial.classnames)))
     if trial.paradigm == "trzsl" and len(classes) > 1:
         _, classes = seen_unseen(len(classes), trial.class_seed)  # images of unseen classes only
-    yield from _inputs(trial, classes, trial.pool_images)
+    yield from _inputs(trial, classes)
     base, row = trial.base_images, trial.synthetic_features
     if base is not None and row is not None:
         spec = SyntheticFeaturesSpec(
@@ -445,10 +445,10 @@ def _requirements(trial: TrialSpec) -> Iterator[Requirement]:
         yield Requirement(spec, BASE_PER_CLASS, classes, (row,))
 
 
-def _inputs(spec: StageSpec, classes: tuple[int, ...], pool: int) -> Iterator[Requirement]:
+def _inputs(spec: StageSpec, classes: tuple[int, ...]) -> Iterator[Requirement]:
     """The artifacts that a spec is made from, each after its own inputs."""
-    for needed in spec.inputs(classes, pool):
-        yield from _inputs(needed.spec, classes, pool)
+    for needed in spec.inputs(classes):
+        yield from _inputs(needed.spec, classes)
         yield Requirement(*needed)
 
 
@@ -486,7 +486,7 @@ def build_level(spec: StageSpec) -> int:
     if isinstance(spec, SyntheticFeaturesSpec) and spec.level == "tokens":
         # After the images, which would otherwise be drawn twice.
         return 1 + build_level(replace(spec, level="features"))
-    return 1 + max((build_level(needed.spec) for needed in spec.inputs((), 0)), default=0)
+    return 1 + max((build_level(needed.spec) for needed in spec.inputs(())), default=0)
 
 
 # ---------------------------------------------------------------- state in the event log
@@ -614,12 +614,13 @@ def earlier_results(plan: Plan, location: SweepLocation) -> dict[tuple[str, str]
 def _changed_parts(spec: TrialSpec, before: Mapping[str, str]) -> list[str]:
     versions = dict(spec.code)
     components = {registry.part(name) for registry, name in used_components(normalised(spec))}
-    errors = uses_evidence(spec) or labels_use_evidence(spec)
     return sorted(
         part
         for part in {*versions, *before}
         if versions.get(part) != before.get(part)
-        and (part in components if is_component(part) else errors or part != "evidence")
+        and (
+            part in components if is_component(part) else uses_evidence(spec) or part != "evidence"
+        )
     )
 
 

@@ -48,7 +48,6 @@ from air_core.specs import CodeVersions, Ref, Templates, TrialSpec, reader_of
 from air_core.specs.conditions import (
     can_transfer,
     has_context,
-    labels_use_evidence,
     reads_tokens,
     uses_evidence,
     uses_generator,
@@ -219,13 +218,6 @@ class Resolver:
                 "evidence.low",
                 f"evidence.low is {low}, but evidence.high is {high}; allowed: low <= high",
             )
-        if uses_evidence(trial) and trial.evidence.disputed and trial.fusion.weights == "agreement":
-            raise InvalidSetting(
-                "evidence.disputed",
-                "fusion.weights: agreement counts how often classifiers agree, but with "
-                "evidence.disputed only images on which they disagree have evidence; set "
-                "evidence.disputed: null or fusion.weights: fixed",
-            )
         if uses_generator(trial):
             if trial.generator.name.startswith("folder:"):
                 if uses_evidence(trial):
@@ -288,12 +280,12 @@ class Resolver:
             raise problem
 
     def with_scored_images(self, trial: TrialSpec) -> TrialSpec:
-        """Set the number of images of the pool, and of those that the evidence scores, if any."""
-        if not uses_evidence(trial) and not labels_use_evidence(trial):
+        """Set the number of pool images that the evidence scores, if it is used."""
+        if not uses_evidence(trial):
             return trial
         size = self._pool_images(trial)
         scored = min(size, trial.evidence.images or size)
-        return replace(trial, scored_images=scored, pool_images=size)
+        return replace(trial, scored_images=scored)
 
     def pool_size(self, trial: TrialSpec) -> int | None:
         """Number of pool images of a trial; None if it cannot be known."""

@@ -241,7 +241,6 @@ IMAGES_DEPEND_ON = (
 # These change the denoising errors of the pool.
 ERRORS_DEPEND_ON = (
     "evidence.images",
-    "evidence.disputed",
     *(f"evidence.{field.name}" for field in dataclasses.fields(EvidenceScoring)),
 )
 

@@ -713,7 +713,6 @@ def _list_text(names: list[str], most: int = 8) -> str:
 SMOKE: dict[str, Any] = {
     "iterations": 1,
     "images_per_class": 8,
-    "initial_labels.images_per_class": 8,
     "evidence.images": 32,  # the errors of a whole pool may take hours
     "evidence.block": 32,  # whole blocks are scored
     "lora.steps": 2,

@@ -21,7 +21,6 @@ from air_core.classifiers import text_classifier
 from air_core.diffusion.denoiser import CHUNK
 from air_core.diffusion.evidence import DenoisingScorer, candidate_classes
 from air_core.diffusion.lora import square
-from air_core.lora_labels import pool_classifier
 from air_core.seal import BLANK, sealed
 from air_core.specs import EvidenceSpec
 from orchestrator.errors import DamagedArtifact, MissingArtifact
@@ -31,8 +30,6 @@ from orchestrator.stages.features import read_target
 from orchestrator.stages.images import (
     exclusive_shard,
     has_intact_shard,
-    read_synthetic,
-    shard_before,
 )
 from orchestrator.store import ArtifactStore
 from orchestrator.store.rows import Row
@@ -47,7 +44,6 @@ class BlockScorer:
     scorer: DenoisingScorer
     positions: Tensor  # (P,) in the dataset, in the order of the blocks
     logits: Tensor  # (P, C) of zero-shot CLIP
-    chosen: Tensor  # (P,) bool, whether an image is scored
     latents: tuple[int, Tensor] | None = None  # block and its latents
 
     @staticmethod
@@ -62,14 +58,8 @@ class BlockScorer:
         text = text_classifier(backbone, target.text.classnames, target.text.template)
         pool, unseen = target.split.pool, target.split.unseen
         order = pool_order(spec, len(pool))
-        batch = target.batch(pool[order])
-        logits = text.logits(batch)
+        logits = text.logits(target.batch(pool[order]))
         classes = range(logits.shape[1]) if unseen is None else unseen.tolist()
-        chosen = torch.ones(len(pool), dtype=torch.bool)
-        if spec.images is not None:
-            bank = read_synthetic(spec.images, spec.images_per_class, worker.store, list(classes))
-            votes = pool_classifier(text, batch, unseen, bank).votes(text, batch)
-            chosen = votes["text"] != votes["auxiliary"]
         scorer = DenoisingScorer(
             images_folder(spec.model.name),
             spec.scoring,
@@ -80,11 +70,10 @@ class BlockScorer:
             device=worker.device,
             thrift=worker.thrift,
         )
-        return BlockScorer(spec, worker, scorer, pool[order], logits[:, list(classes)], chosen)
+        return BlockScorer(spec, worker, scorer, pool[order], logits[:, list(classes)])
 
     def errors(self, block: int, draw: int, earlier: np.ndarray | None) -> np.ndarray:
-        """(B, C) errors of one draw of a block; NaN for images that are not scored and classes that
-        are no candidates."""
+        """(B, C) errors of one draw of a block; NaN for classes that are no candidates."""
         images = slice(block * self.spec.block_size, (block + 1) * self.spec.block_size)
         positions = self.positions[images]
         if self.latents is None or self.latents[0] != block:
@@ -94,7 +83,6 @@ class BlockScorer:
             )
         scoring = self.spec.scoring
         candidates = candidate_classes(self.logits[images], scoring.top, earlier, scoring.prune_to)
-        candidates &= self.chosen[images, None]
         found = self.scorer.errors(self.latents[1], positions.tolist(), draw, candidates)
         return np.asarray(found.numpy())
 
@@ -157,15 +145,12 @@ def build(
     with exclusive_shard(row, draw, block, worker.store):
         if has_intact_shard(row, draw, block, worker.store):
             return counts
-        data = shard_before(spec, draw, block, worker.store)
-        if data is None:
-            loaded = scorer()
-            started = time.monotonic()
-            errors = loaded.errors(block, draw, earlier)
-            counts["on_device"] += time.monotonic() - started
-            counts["pairs"] += int(np.isfinite(errors).sum())
-            data = sealed(save(_sparse(errors), {"seal": BLANK}))
-        row.publish(draw, block, data)
+        loaded = scorer()
+        started = time.monotonic()
+        errors = loaded.errors(block, draw, earlier)
+        counts["on_device"] += time.monotonic() - started
+        counts["pairs"] += int(np.isfinite(errors).sum())
+        row.publish(draw, block, sealed(save(_sparse(errors), {"seal": BLANK})))
     return counts
 
 

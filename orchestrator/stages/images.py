@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,8 @@ from air_core.diffusion.folder import FolderGenerator
 from air_core.diffusion.loading import load_generator
 from air_core.seal import BLANK, sealed
 from air_core.specs import (
-    EvidenceSpec,
     FolderImages,
     GeneratedImages,
-    LabelsSpec,
-    LoraSpec,
     SyntheticFeaturesSpec,
 )
 from air_core.types import Batch, Labelled
@@ -112,12 +109,8 @@ def build(
         with ThreadPoolExecutor(1) as writer:  # while CLIP encodes the images, they are written
             writing: list[Future[None]] = []
             if not has_images:
-                data = shard_before(spec.images, *shard, worker.store)
-                if data is None:
-                    drawn, counts = _draw(spec.images, *shard, generator())
-                    writing.append(writer.submit(_publish, row, spec.images, *shard, drawn))
-                else:
-                    row.publish(*shard, data)
+                drawn, counts = _draw(spec.images, *shard, generator())
+                writing.append(writer.submit(_publish, row, spec.images, *shard, drawn))
             if not encoded_before:
                 images, ok = (
                     _stored(row.read(*shard)) if drawn is None else (drawn.images, drawn.ok)
@@ -159,31 +152,6 @@ def has_intact_shard(row: Row, index: int, block: int, store: ArtifactStore) -> 
         store.set_aside(damaged)
         return False
     return True
-
-
-def lora_before(labels: LabelsSpec) -> LoraSpec:
-    """The LoRA of the round before, whose images choose these labels."""
-    assert labels.images is not None
-    assert isinstance(labels.images.images, GeneratedImages)
-    assert labels.images.images.lora is not None
-    return labels.images.images.lora
-
-
-def shard_before(
-    spec: GeneratedImages | FolderImages | EvidenceSpec,
-    index: int,
-    block: int,
-    store: ArtifactStore,
-) -> bytes | None:
-    """A shard of the LoRA round before if the LoRA is a copy of that round's, so it is equal."""
-    if isinstance(spec, FolderImages) or spec.lora is None:
-        return None
-    if not store.record(spec.lora)["info"].get("copied"):
-        return None
-    row = store.row(replace(spec, lora=lora_before(spec.lora.labels)))
-    if not has_intact_shard(row, index, block, store):
-        return None
-    return row.read(index, block)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,11 @@ from safetensors.numpy import load_file
 
 from air_core.captions import text_of
 from air_core.diffusion.lora import square, train_lora
-from air_core.diffusion.pipeline import LORA_FILE
 from air_core.specs import LoraSpec
 from orchestrator.planning.dataset_text import read_dataset_text
 from orchestrator.planning.resolve import images_folder
 from orchestrator.stages import ignore
 from orchestrator.stages.context import WorkerContext
-from orchestrator.stages.images import lora_before
 from orchestrator.store.artifacts import Artifact
 
 
@@ -29,18 +26,12 @@ def build(
 ) -> Artifact:
     """Train the LoRA adapters of a diffusion model on pseudo-labelled pool images.
 
-    If too few labels changed since the round before, its adapters are copied.
-
     Args:
         report: called with the step and the number of all steps.
     """
 
     def write(folder: Path) -> dict[str, Any]:
         labels = worker.store.get(spec.labels)
-        if labels.record["info"].get("kept", 0.0) >= spec.enough_kept:
-            before = worker.store.get(lora_before(spec.labels)).path / LORA_FILE
-            shutil.copy(before, folder / LORA_FILE)
-            return {"copied": True}
         selected = load_file(labels.path / "labels.safetensors")
         index = selected["index"].tolist()
         classnames = read_dataset_text(spec.labels.features, worker.store).classnames

@@ -27,6 +27,4 @@ def test_a_trial_with_an_unknown_or_pinned_key_is_an_error():
 def test_a_trial_with_generated_images_has_a_lora_and_the_class_names():
     images = METHODS["air"].trial(classnames=("cat", "dog")).images
     assert images.classnames == ("cat", "dog")
-    assert images.lora.labels.images is None
-    again = METHODS["air"].trial({"lora.rounds": 2}).images.lora
-    assert again.labels.images.images.lora.labels.images is None
+    assert images.lora.labels.settings.kind == "top_k"

@@ -40,8 +40,7 @@ GROWING = {"pseudo_labels.growth": "growing"}
 EVIDENCE = {"evidence.draws": 4}
 AGREEMENT = {"fusion.weights": "agreement"}
 LABELLED = {"paradigm": "ssl", "supervision": "labelled"}
-ERRORS_ALONE = {**NO_IMAGES, **EVIDENCE, "lora.rounds": 1}
-LABELS_BY_EVIDENCE = {"lora.rounds": 2, "initial_labels.evidence_draws": 4}
+ERRORS_ALONE = {**NO_IMAGES, **EVIDENCE}
 
 
 def trial(refs: dict[str, Ref] = REFS, **flat: Any) -> TrialSpec:
@@ -138,20 +137,9 @@ WITHOUT_EFFECT = [
     (NO_IMAGES, "initial_labels.k", 8, 16),
     ({**NOT_FUSED, "synthetic_weight": 0.0}, "images_per_class", 25, 50),
     (NO_LORA, "initial_labels.k", 8, 16),
-    ({"lora.rounds": 1}, "initial_labels.images_per_class", 8, 16),
     ({"initial_labels.kind": "pool"}, "initial_labels.k", 8, 16),
     ({"initial_labels.kind": "pool"}, "initial_labels.true_share", None, 0.5),
-    ({"lora.rounds": 1}, "initial_labels.evidence_draws", 0, 4),
-    ({"lora.rounds": 1}, "lora.enough_kept", 0.9, 1.0),
-    ({}, "evidence.disputed", None, 8),
-    (
-        {"paradigm": "ssl", "lora.source": "labelled", "lora.rounds": 2},
-        "initial_labels.evidence_draws",
-        0,
-        4,
-    ),
-    (LABELS_BY_EVIDENCE, "evidence.weight", 0.3, 0.7),
-    ({"lora.rounds": 2}, "evidence.low", 0.2, 0.4),
+    ({}, "evidence.low", 0.2, 0.4),
     (GROWING, "pseudo_labels.k", 8, 16),
     ({"pseudo_labels.kind": "top_k"}, "pseudo_labels.alpha", 0.5, 0.9),
     ({"pseudo_labels.kind": "top_k"}, "pseudo_labels.beta", 0.5, 0.9),
@@ -204,11 +192,7 @@ WITHOUT_EFFECT = [
     (ERRORS_ALONE, "generation.num_inference_steps", 10, 25),
     (ERRORS_ALONE, "generation.block", 4, 8),
     (ERRORS_ALONE, "generation.precision", "fp32", "bf16"),
-    (LABELS_BY_EVIDENCE, "evidence.images", None, 20),
-    (LABELS_BY_EVIDENCE, "evidence.disputed", None, 8),
-    (LABELS_BY_EVIDENCE, "evidence.confidence", 0.7, 0.8),
-    (LABELS_BY_EVIDENCE, "evidence.balance", "none", "sinkhorn"),
-    ({**LABELLED, **LABELS_BY_EVIDENCE}, "evidence.draws", 0, 4),
+    (LABELLED, "evidence.draws", 0, 4),
     (LABELLED, "transduction", "none", "gmm"),
 ]
 
@@ -273,12 +257,7 @@ WITH_EFFECT = [
     ({}, "generation.template", ("a {}", "a small {}"), ("a small {}", "a {}")),
     ({}, "initial_labels.k", 8, 16),
     ({}, "initial_labels.true_share", None, 0.5),
-    ({"lora.rounds": 2}, "initial_labels.images_per_class", 8, 16),
-    ({"lora.rounds": 2}, "initial_labels.evidence_draws", 0, 4),
-    ({"lora.rounds": 2}, "lora.enough_kept", 0.9, 1.0),
-    (EVIDENCE, "evidence.disputed", None, 8),
-    ({**EVIDENCE, **NO_IMAGES, "evidence.disputed": 8}, "generation.seed", 0, 1),
-    (LABELS_BY_EVIDENCE, "evidence.low", 0.2, 0.4),
+    (EVIDENCE, "evidence.low", 0.2, 0.4),
     ({}, "train.synthetic_batch", 8, 64),
     ({}, "train.epochs", 5, 50),
     ({}, "split_seed", 0, 1),
@@ -394,12 +373,12 @@ def test_settings_that_normalising_resets_can_have_any_value(flat, refs, data):
 
 # Keys whose values decide whether other keys have an effect.
 SWITCHES = {
-    *("iterations", "images_per_class", "fusion_weight", "synthetic_weight", "lora.rounds"),
+    *("iterations", "images_per_class", "fusion_weight", "synthetic_weight"),
     *("auxiliary.source", "auxiliary.refresh", "fidelity.kind", "pseudo_labels.growth"),
     *("pseudo_labels.kind", "train.steps", "supervision", "paradigm", "train.mix"),
     *("auxiliary.kind", "auxiliary.temperature", "modality", "images_from"),
-    *("evidence.draws", "evidence.prune_after", "evidence.disputed", "fusion.weights"),
-    *("initial_labels.evidence_draws", "lora.source"),
+    *("evidence.draws", "evidence.prune_after", "fusion.weights"),
+    "lora.source",
 }
 
 
@@ -417,38 +396,6 @@ def test_the_row_of_images_does_not_depend_on_its_use(flat, name, data):
 
 def test_without_lora_the_row_does_not_depend_on_the_split():
     assert trial(lora=None).images == trial(lora=None, split_seed=1, pool="train").images
-
-
-def test_a_second_lora_round_nests_the_images_of_the_first():
-    first, second = trial(lora__rounds=1), trial(lora__rounds=2)
-    assert first.lora_adapter.labels.images is None
-    labels = second.lora_adapter.labels
-    assert labels.images == first.synthetic_features
-    assert labels.settings.images_per_class == second.initial_labels.images_per_class
-
-
-def test_the_first_lora_round_does_not_depend_on_the_images_of_a_second_one():
-    few, many = (trial(lora__rounds=2, initial_labels__images_per_class=n) for n in (8, 120))
-    assert few.lora_adapter != many.lora_adapter
-    assert inner(few).lora == inner(many).lora
-    assert inner(few).lora == trial(lora__rounds=1).lora_adapter
-
-
-def test_labels_by_evidence_nest_the_errors_of_the_lora_of_the_round_before():
-    first, second = (trial(lora__rounds=n, initial_labels__evidence_draws=4) for n in (1, 2))
-    assert first.lora_adapter.labels.evidence is None
-    nested = second.lora_adapter.labels.evidence
-    assert nested.lora == first.lora_adapter == trial(lora__rounds=1).lora_adapter
-    assert nested == trial(lora__rounds=1, evidence__draws=1).evidence_errors
-    third = trial(lora__rounds=3, initial_labels__evidence_draws=4)
-    assert third.lora_adapter.labels.evidence.lora == second.lora_adapter
-
-
-def inner(spec: TrialSpec) -> GeneratedImages:
-    """The images of the round before the last."""
-    images = spec.lora_adapter.labels.images.images
-    assert isinstance(images, GeneratedImages)
-    return images
 
 
 def test_base_images_are_the_same_row_without_lora():

@@ -5,35 +5,29 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from air_core.specs import Ref
+from air_core.specs import Ref, TrialSpec
 from orchestrator.execution._prefetch import missing_without_images, waves
 from orchestrator.planning import Requirement, requirements_of
 from orchestrator.planning.plan import build_level, independent_of
 from orchestrator.store import ArtifactStore
 
 
-def test_a_lora_of_the_first_round_can_be_made_early_and_images_cannot(trial, tmp_path):
+def test_a_lora_can_be_made_early_and_images_cannot(trial, tmp_path):
     store = ArtifactStore(tmp_path)
 
-    def stages(rounds: int) -> list[str]:
-        requirements = requirements_of([trial("air", **{"lora.rounds": rounds})])
+    def stages(spec: TrialSpec) -> list[str]:
+        requirements = requirements_of([spec])
         assert "images" in {requirement.stage for requirement in requirements}
-        return sorted(
-            requirement.stage for requirement in missing_without_images(requirements, store)
-        )
-
-    def of_many_images(rounds: int) -> list[str]:
-        spec = trial("air", **{"lora.rounds": rounds})
-        spec = replace(spec, dataset=Ref(name="many", digest="many", images=10_000))
-        missing = missing_without_images(requirements_of([spec]), store)
+        missing = missing_without_images(requirements, store)
         return [requirement.stage for requirement in sorted(missing, key=level)]
 
     def level(requirement: Requirement) -> int:
         return build_level(requirement.spec)
 
-    assert of_many_images(1) == of_many_images(2) == ["encoded", "features", "labels", "lora"]
-    assert stages(1) == ["features", "labels", "lora"]
-    assert stages(2) == ["features", "labels", "lora"]  # only the LoRA of the first round
+    spec = trial("air")
+    many = replace(spec, dataset=Ref(name="many", digest="many", images=10_000))
+    assert stages(many) == ["encoded", "features", "labels", "lora"]
+    assert stages(spec) == ["features", "labels", "lora"]
     (features,) = [
         requirement.spec
         for requirement in requirements_of([trial("fpl")])

@@ -38,7 +38,7 @@ from orchestrator.planning.estimate import (
     stage_work,
     trial_work,
 )
-from orchestrator.planning.plan import BASE_PER_CLASS, build_level, plan_sweep
+from orchestrator.planning.plan import BASE_PER_CLASS, plan_sweep
 from orchestrator.planning.search import CellSearch, open_searches, study_of
 from orchestrator.reporting.results import match_plan, sweep_status
 from orchestrator.spec import Dimension, Resources, SweepSpec, cells_of, presets
@@ -321,44 +321,13 @@ def test_methods_without_images_need_features_only(world):
 
 
 def test_a_trial_with_images_needs_their_inputs_in_build_order():
-    requirements = requirements_of([trial(lora__rounds=1)])
+    requirements = requirements_of([trial()])
     assert stages(requirements) == ["features", "labels", "lora", "images", "images"]
     assert [requirement.images for requirement in requirements[-2:]] == [
         120,
         BASE_PER_CLASS,
     ]
     assert requirements[-1].spec.images.lora is None  # to measure what LoRA changes
-
-
-def test_a_second_lora_round_needs_the_images_of_the_first():
-    requirements = requirements_of([trial(lora__rounds=2, initial_labels__images_per_class=40)])
-    first = ["features", "labels", "lora", "images"]
-    assert stages(requirements) == [*first, "labels", "lora", "images", "images"]
-    assert requirements[3].images == 40
-    assert requirements[4].spec.images == requirements[3].spec
-    assert [build_level(requirement.spec) for requirement in requirements] == [
-        1,
-        2,
-        3,
-        4,
-        5,
-        6,
-        7,
-        1,
-    ]
-
-
-def test_labels_by_evidence_need_the_errors_of_the_round_before_on_the_whole_pool(world):
-    settings = {"generator": "tiny", "pool_size": 40, "evidence.block": 16, "evidence.images": 16}
-    settings |= {"images_per_class": 16, "lora.rounds": 2, "initial_labels.evidence_draws": 3}
-    plan = world.plan(world.sweep("air", fixed=settings))
-    first = ["features", "labels", "lora", "images", "evidence"]
-    assert stages(plan.requirements) == [*first, "labels", "lora", "images", "images"]
-    errors, labels = plan.requirements[4:6]
-    assert labels.spec.evidence == errors.spec
-    assert errors.shards() == [(draw, block) for block in range(3) for draw in range(3)]
-    assert build_level(errors.spec) < build_level(labels.spec)
-    assert {work.stage for work in plan.work} == {*first, "trials"}
 
 
 def test_seeds_methods_and_fusion_weights_share_one_row():

@@ -72,7 +72,6 @@ def digests(spec: TrialSpec) -> dict[str, str]:
 PUBLISHED = {
     **{f"{method}, tiny": trial(method) for method in METHODS},
     **{f"{method}, large": trial(method, LARGE) for method in METHODS},
-    "air, tiny, two LoRA rounds": trial(lora__rounds=2),
     "air, tiny, no LoRA": trial(lora=None),
     "air, tiny, ready images": trial(refs=FOLDER),
     "air, tiny, both sources": trial(auxiliary__source="both", auxiliary__refresh=True),
@@ -194,11 +193,6 @@ CONTEXT: dict[str, dict[str, Any]] = {  # the settings with which a setting has 
     "class_seed": {"paradigm": "trzsl"},
     "labelled_size": {"paradigm": "trzsl"},
 }
-# Settings with an effect only in a second LoRA round.
-UNTESTED = (
-    *("initial_labels.images_per_class", "initial_labels.evidence_draws"),
-    *("lora.rounds", "lora.enough_kept"),
-)
 
 
 def other_value(name: str, value: Any) -> Any:
@@ -219,12 +213,12 @@ def other_value(name: str, value: Any) -> Any:
 
 @pytest.mark.parametrize(
     "name",
-    [n for n in trial_keys() if n not in (*EMBEDDED, "test_dataset", "lora", *UNTESTED)],
+    [n for n in trial_keys() if n not in (*EMBEDDED, "test_dataset", "lora")],
 )
 def test_a_setting_changes_its_stage_and_later_stages_only(name):
     key = name.replace(".", "__")
     # The large models train and generate in bf16, the tiny ones in fp32.
-    context = {"refs": LARGE, "lora__rounds": 1, **CONTEXT.get(key, {})}
+    context = {"refs": LARGE, **CONTEXT.get(key, {})}
     base = trial(**context)
     changed = trial(**context, **{key: other_value(name, to_flat(base)[name])})
     before, after = digests(base), digests(changed)
@@ -242,7 +236,7 @@ def test_a_setting_changes_its_stage_and_later_stages_only(name):
 
 def test_errors_depend_on_scoring_and_lora_and_neither_on_draws_nor_on_their_use():
     base = trial(evidence__draws=2)
-    scoring = {f.name for f in dataclasses.fields(EvidenceScoring)} | {"disputed"}
+    scoring = {f.name for f in dataclasses.fields(EvidenceScoring)}
     for name in trial_keys():
         head, _, setting = name.partition(".")
         if head == "evidence":
@@ -287,18 +281,10 @@ def recipes(monkeypatch) -> Iterator[Any]:
     ],
 )
 def test_a_raised_recipe_changes_its_stage_and_later_stages_only(recipes, stage, changed):
-    before = digests(trial(lora__rounds=1))
+    before = digests(trial())
     recipes(stage)
-    after = digests(trial(lora__rounds=1))
+    after = digests(trial())
     assert {name for name in before if before[name] != after[name]} == changed
-
-
-def test_with_two_lora_rounds_a_recipe_of_the_images_changes_the_labels_of_the_second(recipes):
-    before = digests(trial(lora__rounds=2))
-    recipes(SyntheticFeaturesSpec)
-    after = digests(trial(lora__rounds=2))
-    changed = {name for name in before if before[name] != after[name]}
-    assert changed == {"labels", "lora", "images", "synthetic", "trials"}
 
 
 def test_recipes_of_images_do_not_change_a_trial_without_images(recipes):

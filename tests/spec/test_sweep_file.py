@@ -463,8 +463,7 @@ def test_a_key_is_not_searchable_exactly_if_it_changes_the_preparation(tmp_path,
     # The paradigms in which settings of labelled images have an effect.
     fixed = {"shots": "ssl", "class_seed": "trzsl", "lora.source": "ssl", "labelled_size": "trzsl"}
     paradigm = fixed.get(name, "ul")
-    two = f"{{paradigm: {paradigm}, lora.rounds: 2, "  # its settings have an effect then
-    (cell,) = cells_of(load(tmp_path, AIR.replace("{", two, 1)))
+    (cell,) = cells_of(load(tmp_path, AIR.replace("{", f"{{paradigm: {paradigm}, ", 1)))
     values = some_values(trial_keys()[name])
 
     def prepared(value):

@@ -11,17 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from air_core.auxiliary import auxiliary_classifier
-from air_core.classifiers import text_classifier
-from air_core.lora_labels import AUXILIARY
 from air_core.specs import EvidenceSpec
 from orchestrator.errors import DamagedArtifact, MissingArtifact
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.evidence import BlockScorer, read_evidence
 from orchestrator.stages.evidence import build as build_evidence_block
-from orchestrator.stages.features import read_target
-from orchestrator.stages.images import build as build_image_block
-from orchestrator.stages.images import open_generator, read_synthetic
 from tests.helpers.features import Arrays, digit_features, relabelled, store_with
 
 IMAGES, POOL, BLOCK = 60, 20, 8  # of the digits
@@ -118,26 +112,6 @@ def test_pruning_computes_the_first_draws_and_then_few_classes(spec, worker):
         .le(torch.where(kept, torch.inf, means).amin(dim=1))
         .all()
     )
-
-
-def test_only_images_are_scored_on_which_text_and_synthetic_images_disagree(
-    spec, worker, resolver, tiny_clip
-):
-    disputed = resolver.trial({**FLAT, "evidence.disputed": 2}).evidence_errors
-    generator = open_generator(disputed.images.images, worker)
-    for c in range(10):
-        build_image_block(disputed.images, c, 0, worker, lambda: generator)
-    pairs = build(disputed, everything(1), worker)
-    scored = read_evidence(disputed, 1, None, worker.store)[0].isfinite()
-    target = read_target(spec.features, spec.split, worker.store)
-    pool = target.batch(target.split.pool)
-    text = text_classifier(tiny_clip, target.text.classnames, target.text.template)
-    bank = read_synthetic(disputed.images, 2, worker.store)
-    auxiliary = auxiliary_classifier(AUXILIARY, bank, None, pool, 10, text.sharpness)
-    disagree = text.logits(pool).argmax(dim=1) != auxiliary.logits(pool).argmax(dim=1)
-    assert scored.tolist() == [[each] * 10 for each in disagree.tolist()]
-    assert pairs == 10 * disagree.sum()
-    assert 0 < pairs < 10 * POOL
 
 
 def test_a_damaged_shard_is_found_and_computed_again(spec, worker):

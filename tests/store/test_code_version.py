@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from air_core.datasets import DATASETS
-from air_core.lora_labels import AUXILIARY
 from air_core.specs import reader_of
 from orchestrator.keys import artifact_key
 from orchestrator.store.code_version import COMPONENTS, PARTS, RECORDED, modules_of, part_version
@@ -55,11 +54,6 @@ def test_golden_every_version_is_that_of_its_recipe():
     assert json.loads(RECORDED.read_text()) == now
 
 
-def test_the_labels_of_a_lora_are_chosen_by_components_of_their_parts():
-    for part in ("labels", "evidence"):
-        assert {*COMPONENTS[f"auxiliary.kind:{AUXILIARY.kind}"]} <= {*PARTS[part]}
-
-
 @pytest.mark.parametrize("part", [*PARTS, *COMPONENTS, *READERS])
 def test_modules_imported_by_a_part_belong_to_it_or_are_exempt(part):
     modules = modules_of(part)
@@ -94,7 +88,7 @@ EDITS = [
     ("training.py", "MOMENTUM = 0.9", "MOMENTUM  =  0.9  # a comment", set()),
     ("pseudo_labels/threshold.py", ">=", ">", {"pseudo_labels.kind:threshold"}),
     ("prompts/visual.py", "-0.5", "-0.4", {"modality:visual"}),
-    ("auxiliary/lda.py", "SHRINKAGE = 0.2", "SHRINKAGE = 0.3", {"auxiliary.kind:lda", "labels"}),
+    ("auxiliary/lda.py", "SHRINKAGE = 0.2", "SHRINKAGE = 0.3", {"auxiliary.kind:lda"}),
     ("classifiers.py", "blend the text", "mix the text", set()),
     ("datasets/digits.py", "16", "17", {"datasets.digits"}),
     ("diffusion/lora.py", "WARMUP = 0.1", "WARMUP = 0.2", {"lora"}),
