@@ -46,7 +46,6 @@ class ChildRuns:
 
     def __init__(self, sweep: SweepSpec, parent: SweepRun, store: ArtifactStore) -> None:
         self.parent, self._store = parent, store
-        self._objective = sweep.search.objective if sweep.search else ""
         self._seeds = sweep.seeds.vary
         self._planned = len(sweep.seeds.values)  # trials of a setting
         self._varied = {*sweep.grid, *(axis.key for axis in sweep.space), *sweep.seeds.vary}
