@@ -40,7 +40,7 @@ def read_sweep(location: SweepLocation, data_root: Path | None) -> tuple[SweepSp
     The returned location has `recorded` set: its inputs are those that the last run resolved.
 
     Raises:
-        ValueError: the recorded sweep file is invalid for this version of airsweep.
+        ValueError: the recorded sweep file is invalid.
         FileNotFoundError: the sweep has no recorded file.
     """
     origin = read_resolved(location)

@@ -112,7 +112,7 @@ def location_for(sweep: SweepRequest, store: str | Path, data_root: Path | None)
 
     Raises:
         Refused: the store is a relative path inside a Ray job.
-        StoreRefused: an incompatible version of airsweep wrote the store.
+        StoreRefused: the store has another format.
         BucketUnreachable: the bucket of the store is unreachable.
     """
     spec, store = sweep.spec, smoke_store(store) if sweep.smoke else store

@@ -665,7 +665,7 @@ def test_a_key_that_no_cell_uses_is_noted_and_as_an_axis_refused(tmp_path):
     refused = write_sweep(tmp_path, "axis", axis.replace("METHODS", "cpl"))
     with pytest.raises(SpecError, match=r"axis.yaml:3:8: grid.lora.steps: no cell uses this key; "):
         read_request(refused)
-    assert load_sweep(refused).name == "axis"  # as it was recorded by an earlier version
+    assert load_sweep(refused).name == "axis"  # recorded sweeps stay readable
     noted = write_sweep(tmp_path, "noted", axis.replace("METHODS", "cpl, grip"))
     assert any(
         "grid.lora.steps: no cell uses it; " in n for n in notes_of(read_request(noted).spec)
