@@ -201,6 +201,7 @@ def test_files_outside_the_folder_and_later_formats_are_rejected(folder):
         ),
         ({"files": {"/etc/passwd": "0" * 64}}, f"Input should be '{FILES[0]}', '{FILES[1]}'"),
         ({"files": {}}, f"{TEXT} is missing"),
+        ({"classifier": "fused"}, "its classifier is fused; it has text"),
         ({"format": 2}, "its format is 2: Input should be 1"),
     ):
         before = (folder / MANIFEST).read_bytes()
