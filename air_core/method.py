@@ -45,7 +45,6 @@ from air_core.classifiers import (
 from air_core.components import TRANSDUCTIONS
 from air_core.datasets import Dataset
 from air_core.evidence import evidence_probabilities
-from air_core.fusion import fusion_weights
 from air_core.paradigms import make_split
 from air_core.prompts import PromptLearner, StartsFromImages, build_learner
 from air_core.pseudo_labels import assign, spread
@@ -251,7 +250,7 @@ class Trial:
             real=pseudo_labelled_batch(spec, data, self._selected()),
             labelled=data.labelled if spec.train.mix != "synthetic" else None,
             synthetic=synthetic_batch(spec, data),
-            synthetic_weight=spec.synthetic_weight * remaining_weight(spec, t),  # β
+            synthetic_weight=spec.synthetic_weight,  # β
             loss=spec.pseudo_labels.loss,
             settings=spec.train,
             seed=spec.seed * 1009 + t,
@@ -394,11 +393,6 @@ def synthetic_batch(spec: TrialSpec, data: TrialData) -> Labelled | None:
     return data.synthetic.of(data.unseen)
 
 
-def remaining_weight(spec: TrialSpec, t: int) -> float:
-    """Factor on β in round t."""
-    return 1.0 if spec.train.synthetic_schedule == "fixed" else 1 - progress(spec, t)
-
-
 def progress(spec: TrialSpec, t: int) -> float:
     """0 in the first round, 1 in the last."""
     return t / max(1, spec.iterations - 1)
@@ -417,21 +411,24 @@ def fused(
 ) -> FusedClassifier:
     """p* = (p + λ p̂) / (1 + λ): the teacher fused with the auxiliary classifier.
 
-    With evidence the pool's p* becomes (1 - v) p* + v q. `air_core.fusion` gives both weights.
+    With evidence the pool's p* becomes (1 - v) p* + v q.
     """
+    w, v = spec.fusion_weight, spec.evidence.weight
+    if spec.fusion.schedule == "annealed":
+        w *= 1 - progress(spec, t)
+    if spec.evidence.schedule == "annealed":
+        v *= 1 - progress(spec, t)
     teacher = TRANSDUCTIONS.load(spec.transduction)(teacher, data.pool, data.unseen)
     classifier = fuse(
         teacher,
         auxiliary,
         data.pool,
-        spec.fusion_weight,
+        w,
         spec.auxiliary.temperature,
         spec.fusion.space,
         data.unseen,
     )
-    classifier = replace(classifier, evidence=evidence)
-    w, v = fusion_weights(spec, classifier, data.pool, progress(spec, t))
-    return replace(classifier, weight=w, evidence_weight=v)
+    return replace(classifier, evidence=evidence, evidence_weight=v)
 
 
 def pool_evidence(spec: TrialSpec, data: TrialData) -> Tensor | None:

@@ -97,9 +97,7 @@ class DenoisingScorer:
         device = latents.device
         denoiser = self.denoiser
         t = time_step(draw, self.settings.low, self.settings.high, len(denoiser.noise))
-        noise = torch.stack(
-            [_noise(self.settings.seed, p, draw, latents.shape[1:]) for p in positions]
-        ).to(device)
+        noise = torch.stack([_noise(p, draw, latents.shape[1:]) for p in positions]).to(device)
         steps = torch.full((len(latents),), t, device=device)
         target = denoiser.noise.target(latents, noise, steps)
         noisy = denoiser.noise.noisy(latents, noise, steps).to(denoiser.network.dtype)
@@ -133,9 +131,9 @@ def time_step(draw: int, low: float, high: float, steps: int) -> int:
     return min(steps - 1, int((low + (high - low) * share) * steps))
 
 
-def _noise(seed: int, position: int, draw: int, shape: Sequence[int]) -> Tensor:
+def _noise(position: int, draw: int, shape: Sequence[int]) -> Tensor:
     """Noise of one draw of an image; equal on all devices."""
-    generator = torch.Generator("cpu").manual_seed(hashed_seed("evidence", seed, position, draw))
+    generator = torch.Generator("cpu").manual_seed(hashed_seed("evidence", 0, position, draw))
     return torch.randn(*shape, generator=generator)
 
 

@@ -285,9 +285,6 @@ class AuxiliarySettings:
 class FusionSettings:
     """Fusion of text, auxiliary and evidence, beside `fusion_weight` and `evidence.weight`."""
 
-    weights: Literal["fixed", "agreement"] = knob(
-        "fixed", "agreement: by Dawid-Skene EM on the pool, without labels"
-    )
     space: FusionSpace = knob("probability", "space of the average")
     schedule: Literal["fixed", "annealed"] = knob(
         "fixed",
@@ -368,18 +365,12 @@ class TrainSettings:
         "trzsl: classes in the softmax of labelled images; seen: without unseen ones",
         used_if=lambda s: s.paradigm == "trzsl",
     )
-    synthetic_schedule: Literal["fixed", "fade"] = knob(
-        "fixed",
-        "fade: synthetic_weight falls linearly to 0 over the iterations",
-        used_if=lambda s: trains_on_synthetic(s) and s.iterations > 1,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvidenceScoring:
     """Denoising errors of pool images; every setting is in the key of the errors."""
 
-    seed: int = knob(0, "changes the noise of every draw", ge=0)
     template: Templates = knob(
         "a photo of a {}",
         "caption of a class, with one {} for its name; a list can have `class = text` for some",
@@ -899,7 +890,6 @@ class TrialSpec(StageSpec):
         "air_core.auxiliary.bank",
         "air_core.evaluation",
         "air_core.evidence",
-        "air_core.fusion",
         "air_core.method",
         "air_core.prompts",
         "air_core.prompts.text",

@@ -13,8 +13,8 @@ from operator import attrgetter
 from typing import Any
 
 from air_core.components import DATASETS, REGISTRIES, Own, Registry, computed_from_registries
-from air_core.specs import EvidenceSettings, LoraSettings, Ref, TrialSpec
-from air_core.specs.conditions import reads_lora_images, uses_auxiliary, uses_evidence
+from air_core.specs import LoraSettings, Ref, TrialSpec
+from air_core.specs.conditions import reads_lora_images
 from air_core.specs.flat import trial_keys
 
 Condition = Callable[[TrialSpec], bool]
@@ -121,8 +121,6 @@ def _conditions() -> tuple[tuple[Registry, list[Condition]], ...]:
 
 def _with_equal_results(spec: TrialSpec) -> TrialSpec:
     """Replace settings by others with the same results."""
-    if spec.fusion.weights == "agreement":
-        spec = replace(spec, **_weighed_by_agreement(spec))
     if spec.images_per_class == 0 and spec.auxiliary.source == "both":
         spec = replace(spec, auxiliary=replace(spec.auxiliary, source="real"))
     if reads_lora_images(spec):
@@ -152,15 +150,3 @@ def _complete(spec: TrialSpec, group: str, given: dict[str, Any]) -> Own:
             for f in dataclasses.fields(settings):
                 own[f"{name}.{f.name}"] = given.get(f"{name}.{f.name}", f.default)
     return tuple(sorted(own.items()))
-
-
-def _weighed_by_agreement(spec: TrialSpec) -> dict[str, Any]:
-    """Without fixed weights; with equal ones where two classifiers are fused (air_core.fusion)."""
-    both = uses_auxiliary(spec) and uses_evidence(spec)
-    v = EvidenceSettings.weight if both else 0.5
-    evidence = replace(spec.evidence, weight=v, schedule="fixed")
-    return {
-        "fusion_weight": TrialSpec.fusion_weight if spec.fusion_weight else 0.0,
-        "fusion": replace(spec.fusion, weights="agreement" if both else "fixed", schedule="fixed"),
-        "evidence": evidence if uses_evidence(spec) else spec.evidence,
-    }

@@ -17,7 +17,6 @@ from PIL import Image
 from air_core.classifiers import LinearClassifier, text_classifier
 from air_core.datasets import get_dataset
 from air_core.evidence import mean_scores
-from air_core.fusion import agreement_weights
 from air_core.method import (
     MIN_FADED,
     START,
@@ -32,7 +31,7 @@ from air_core.method import (
 )
 from air_core.methods import METHODS
 from air_core.paradigms import PARADIGMS, make_split
-from air_core.specs import FusionSettings, SplitSettings, TrialSpec
+from air_core.specs import SplitSettings, TrialSpec
 from air_core.specs.normal import normalised
 from air_core.types import Batch, Labelled, TrialResult, sparse
 
@@ -199,7 +198,7 @@ CARRIES_OVER: dict[str, dict[str, Any]] = {
         **{"pseudo_labels__growth": "fixed", "pseudo_labels__k": 63, "pseudo_labels__alpha": 0.05},
         **{"train__learning_rate": 0.5, "train__steps": 6},
     },
-    "weights fall": {"fusion__schedule": "annealed", "train__synthetic_schedule": "fade"},
+    "weights fall": {"fusion__schedule": "annealed"},
     "candidates are weighed": {"pseudo_labels__loss": "rc"},
     "unseen classes": {"paradigm": "trzsl"},
     "visual": {"modality": "visual", "train__steps": 1, "iterations": 2},
@@ -415,7 +414,6 @@ def test_refreshed_real_prototypes_are_better_than_the_text_alone(spec, digits):
         {"fusion__schedule": "annealed"},
         {"train__mix": "synthetic"},
         {"train__mix": "real"},
-        {"train__synthetic_schedule": "fade"},
         {"pseudo_labels__kind": "threshold"},
         {"pseudo_labels__loss": "ce"},
         {"pseudo_labels__loss": "rc"},
@@ -551,32 +549,6 @@ def test_evidence_of_an_annealed_weight_has_none_in_the_last_round(spec, worlds)
         annealed.spec.evidence.weight,
         0.0,
     ]
-
-
-@pytest.mark.parametrize("paradigm", ["ul", "trzsl"])
-def test_weights_by_agreement_read_the_predictions_of_the_round(spec, worlds, paradigm):
-    agreement = {"paradigm": paradigm, "fusion__weights": "agreement"}
-    trial = Trial(spec("cpl_real_evidence", **agreement), worlds[paradigm])
-    data = trial.data
-    classifier = fused(trial.spec, data, trial.teacher, trial.auxiliary, trial.evidence, 0)
-    scored = mean_scores(data.evidence).isfinite().any(dim=1)
-    text = trial.teacher.logits(data.pool)
-    text = text if data.unseen is None else text[:, data.unseen]
-    logits = [text, trial.auxiliary.logits(data.pool), trial.evidence]
-    votes = [each[scored].argmax(dim=1) for each in logits]
-    shares = agreement_weights(votes, text.shape[1])
-    assert classifier.weight == pytest.approx(shares[1] / (shares[0] + shares[1]))
-    assert classifier.evidence_weight == pytest.approx(shares[2])
-    assert shares[2] > shares[0]  # these errors know most labels
-
-
-def test_weights_by_agreement_of_two_are_equal(spec, worlds):
-    text_and_evidence = spec("cpl_evidence", iterations=1, fusion__weights="agreement")
-    half = spec("cpl_evidence", iterations=1, evidence__weight=0.5)
-    assert text_and_evidence == half
-    trial = Trial(replace(half, fusion=FusionSettings(weights="agreement")), worlds["ul"])
-    classifier = fused(trial.spec, trial.data, trial.teacher, None, trial.evidence, 0)
-    assert (classifier.weight, classifier.evidence_weight) == (0.0, 0.5)
 
 
 def test_evidence_that_is_missing_is_an_error(spec, worlds):

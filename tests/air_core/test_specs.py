@@ -38,7 +38,6 @@ BOTH_BUT_NO_IMAGES = {"auxiliary.source": "both", "images_per_class": 0}
 NO_LORA = {"lora": None}
 GROWING = {"pseudo_labels.growth": "growing"}
 EVIDENCE = {"evidence.draws": 4}
-AGREEMENT = {"fusion.weights": "agreement"}
 LABELLED = {"paradigm": "ssl", "supervision": "labelled"}
 ERRORS_ALONE = {**NO_IMAGES, **EVIDENCE}
 
@@ -155,15 +154,8 @@ WITHOUT_EFFECT = [
     (LABELLED, "iterations", 1, 5),
     (ONE_ROUND, "fusion.schedule", "fixed", "annealed"),
     (ONE_ROUND, "prompt.restart", True, False),
-    (ONE_ROUND, "train.synthetic_schedule", "fixed", "fade"),
     (NO_ROUND, "fusion.schedule", "fixed", "annealed"),
     (NOT_FUSED, "fusion.space", "probability", "logit"),
-    ({**EVIDENCE, **AGREEMENT}, "fusion_weight", 0.5, 0.9),
-    ({**EVIDENCE, **AGREEMENT}, "fusion.schedule", "fixed", "annealed"),
-    ({**EVIDENCE, **AGREEMENT}, "evidence.weight", 0.3, 0.8),
-    ({**EVIDENCE, **AGREEMENT}, "evidence.schedule", "fixed", "annealed"),
-    ({}, "fusion.weights", "fixed", "agreement"),
-    ({**EVIDENCE, **NOT_FUSED, "evidence.weight": 0.5}, "fusion.weights", "fixed", "agreement"),
     (SYNTHETIC_ONLY, "auxiliary.rounds", 1, 3),
     ({}, "auxiliary.neighbours", 4, 16),
     ({}, "auxiliary.kappa", 10.0, 100.0),
@@ -286,13 +278,11 @@ WITH_EFFECT = [
     ({}, "prompt.restart", True, False),
     ({}, "fusion.space", "probability", "logit"),
     ({}, "fusion.schedule", "fixed", "annealed"),
-    (EVIDENCE, "fusion.weights", "fixed", "agreement"),
     ({"auxiliary.kind": "knn"}, "auxiliary.neighbours", 4, 16),
     ({"auxiliary.temperature": "kappa"}, "auxiliary.kappa", 10.0, 100.0),
     (REAL_ONLY, "auxiliary.rounds", 1, 3),
     ({"fidelity.kind": "real_mean"}, "auxiliary.k", 8, 16),
     ({}, "train.mix", "both", "synthetic"),
-    ({}, "train.synthetic_schedule", "fixed", "fade"),
     ({}, "pseudo_labels.loss", "cc", "rc"),
     ({"pseudo_labels.kind": "threshold"}, "pseudo_labels.threshold", 0.5, 0.9),
     ({}, "leaky_pool", False, True),
@@ -377,7 +367,7 @@ SWITCHES = {
     *("auxiliary.source", "auxiliary.refresh", "fidelity.kind", "pseudo_labels.growth"),
     *("pseudo_labels.kind", "train.steps", "supervision", "paradigm", "train.mix"),
     *("auxiliary.kind", "auxiliary.temperature", "modality", "images_from"),
-    *("evidence.draws", "evidence.prune_after", "fusion.weights"),
+    *("evidence.draws", "evidence.prune_after"),
     "lora.source",
 }
 

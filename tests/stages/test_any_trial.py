@@ -57,7 +57,6 @@ VALUES: dict[str, list[Any]] = {
     "auxiliary.fade": [True],
     "fusion.space": ["logit"],
     "fusion.schedule": ["annealed"],
-    "fusion.weights": ["agreement"],
     "pseudo_labels.kind": ["top_k", "predicted", "threshold"],
     "pseudo_labels.growth": ["fixed", "growing"],
     "pseudo_labels.k": [1, 5000],
@@ -78,7 +77,6 @@ VALUES: dict[str, list[Any]] = {
     "train.mix": ["real", "synthetic"],
     "train.labelled_weight": [0, 10.0],
     "train.labelled_among": ["all", "seen"],
-    "train.synthetic_schedule": ["fade"],
     "generation.block": [1, 4],
 }
 EXPECTED_ERRORS = (  # that depend on the images or the class names
