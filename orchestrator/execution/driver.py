@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -581,8 +582,10 @@ def _recorded_end(state: RunState, plan: Plan) -> Iterator[None]:
     except KeyboardInterrupt:
         state.exit_code = INTERRUPTED
     except SystemExit as stop:
-        # Ray's waiting calls replace the code of a SystemExit by 1: the signal's code counts.
+        # Ray's waiting calls replace the code of a SystemExit by 1: the signal's code counts. During
+        # ray.init the handler is Ray's, which exits with the number of the signal.
         code = stop.code if isinstance(stop.code, int) else FAILED
+        code = TERMINATED if code == signal.SIGTERM else code
         state.exit_code = state.signal_exit_code or code
     except Exception:
         # Ray Tune turns a SystemExit that reaches it while it creates a trial into an error.

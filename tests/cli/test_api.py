@@ -282,6 +282,8 @@ def test_a_ray_that_the_caller_has_started_keeps_running(spec, tmp_path):
         (signal.SIGINT, "KeyboardInterrupt", ""),
         # The signal arrives while Ray Tune makes a trial, where it turns SystemExit into an error.
         (0, 143, "config_parser._to_argv = lambda spec: os.kill(os.getpid(), signal.SIGTERM)\n"),
+        # It arrives in `ray.init`, which has a handler of its own.
+        (0, 143, "worker.connect = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)\n"),
     ],
 )
 def test_a_signal_stops_a_run_after_the_event_log_is_closed(tmp_path, number, code, before):
@@ -290,6 +292,7 @@ def test_a_signal_stops_a_run_after_the_event_log_is_closed(tmp_path, number, co
     script = (
         "import os, signal\n"
         "from orchestrator import api\n"
+        "from ray._private import worker\n"
         "from ray.tune.experiment import config_parser\n"
         f"{before}"
         # Background jobs of a shell ignore SIGINT.
