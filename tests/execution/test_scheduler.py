@@ -18,8 +18,6 @@ from orchestrator.spec import Dimension, SweepSpec, cells_of
 from orchestrator.spec.space import study_name
 from orchestrator.spec.sweep import Search, Seeds
 from orchestrator.stages.context import WorkerContext
-from orchestrator.stages.images import build as build_image_block
-from orchestrator.stages.images import open_generator
 from orchestrator.stages.side_by_side import run_trials
 from orchestrator.stages.trial import run_trial
 from orchestrator.store import ArtifactStore, EventLog, read_trial
@@ -152,17 +150,6 @@ def test_a_job_is_a_point_with_the_seeds_that_are_trained_together(world):
         assert not outcome.already_logged
 
 
-def test_peek_does_not_start_the_next_job(world):
-    scheduler = world.scheduler(sweep("fpl", "cpl"))
-    job = scheduler.peek()
-    assert scheduler.peek() is job
-    assert not [event for event in world.event_log.events() if event["event"] == "trials_started"]
-    assert scheduler.next() is job
-    (started,) = [event for event in world.event_log.events() if event["event"] == "trials_started"]
-    assert started["slots"] == list(job.slots)
-    assert scheduler.next().cell != job.cell
-
-
 def test_runs_of_a_point_that_are_one_computation_are_one_trial(world):
     jobs = world.run_all(world.scheduler(sweep("zero_shot", seeds=(1, 2, 3))))
     assert [len(job.trials) for job in jobs] == [1]
@@ -234,16 +221,6 @@ def test_all_slots_of_a_failed_trial_fail(world):
     assert world.states() == ["failed", "failed"]
     assert scheduler.next() is None
     assert scheduler.is_complete
-
-
-def test_a_failed_trial_is_tried_again_by_the_next_run(world):
-    world.run_all(world.scheduler(sweep("fpl")), second_seed)
-    jobs = world.run_all(world.scheduler(sweep("fpl")))
-    assert [[spec.seed for spec in job.trials] for job in jobs] == [[2]]
-    assert [(o.state, o.already_logged) for o in world.outcomes] == [
-        ("done", True),
-        ("done", False),
-    ]
 
 
 def fail(world: World, scheduler: TrialScheduler, *classes: str) -> list[Job]:
@@ -390,15 +367,6 @@ def test_a_round_ends_when_all_its_points_have_ended_in_any_order(world):
     assert [value for _, _, value in world.points()[:2]] == expected
 
 
-def test_a_search_ends_with_values_for_all_its_points(world):
-    world.run_all(world.scheduler(sweep("fpl", search=searching(points=5, width=2), seeds=(1,))))
-    assert [number for number, _, _ in world.points()] == [0, 1, 2, 3, 4]
-    assert all(value is not None for _, _, value in world.points())
-    assert len(world.outcomes) == 5
-    (search,) = world.searches.values()
-    assert [len(values) for values in search.rounds] == [2, 2, 1]
-
-
 def test_a_point_that_equals_an_earlier_point_is_reused(world):
     """Five points of four lengths: at least one length comes twice."""
     jobs = world.run_all(world.scheduler(sweep("fpl", search=searching(points=5), seeds=(1,))))
@@ -419,14 +387,6 @@ def test_the_validation_images_can_be_the_objective(world):
 
 
 # ---------------------------------------------------------------- resume
-
-
-def test_a_trial_that_was_recorded_but_not_logged_is_not_run_again(world):
-    """The driver died between the record and the event."""
-    scheduler = world.scheduler(sweep("fpl"))
-    world.run(scheduler.next())
-    assert world.run_all(world.scheduler(sweep("fpl"))) == []
-    assert world.states() == ["reused", "reused"]
 
 
 def test_the_event_log_has_each_point_once_however_often_the_sweep_resumes(world):
@@ -453,7 +413,7 @@ def test_seeds_that_share_no_computation_are_separate_jobs(world):
     for job in jobs:
         scheduler.complete(job.number, dict.fromkeys(job.keys, Failure("data", "lost")))
     assert world.states() == ["failed"] * 3
-    assert scheduler.peek() is None
+    assert scheduler.next() is None
     assert scheduler.is_complete
 
 
@@ -477,7 +437,7 @@ def test_a_cell_without_its_images_waits_and_the_other_cells_run(world):
     second = scheduler.next()
     assert second.cell == "digits-ul-text-cpl"
     scheduler.complete(second.number, dict.fromkeys(second.keys, Failure("data", "lost")))
-    assert scheduler.peek() is None
+    assert scheduler.next() is None
     assert scheduler.is_complete
 
 
@@ -503,24 +463,3 @@ def test_a_trial_that_fails_beside_others_is_retried_alone(world):
     scheduler.complete(again.number, world.run(again))
     assert world.states() == ["done"] * 3
     assert scheduler.next() is None
-
-
-# ---------------------------------------------------------------- images
-
-
-def test_trials_read_images_that_were_drawn_before_them(world, drawn_digits):
-    fixed = {"generator": f"folder:{drawn_digits}", "images_per_class": 8, "iterations": 1}
-    scheduler = world.scheduler(sweep("zero_shot_aux", "air", seeds=(1,), fixed=fixed))
-    worker = WorkerContext(world.store)
-    jobs = [scheduler.next(), scheduler.next()]
-    row = jobs[0].trials[0].synthetic_features
-    assert row == jobs[1].trials[0].synthetic_features
-    generator = open_generator(row.images, worker)
-    for c in range(10):
-        build_image_block(row, c, 0, worker, lambda: generator)
-    for job in jobs:
-        scheduler.complete(job.number, world.run(job))
-    assert world.states() == ["done", "done"]
-    for outcome in world.outcomes:
-        assert outcome.record.metrics["synthetic/images"] == 80
-        assert outcome.record.metrics["test/accuracy_auxiliary"] > 0.3  # chance is 0.1

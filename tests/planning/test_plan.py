@@ -42,7 +42,6 @@ from orchestrator.planning.plan import BASE_PER_CLASS, plan_sweep
 from orchestrator.planning.search import CellSearch, open_searches, study_of
 from orchestrator.reporting.results import match_plan, sweep_status
 from orchestrator.spec import Dimension, Resources, SweepSpec, cells_of, presets
-from orchestrator.spec.space import grid_points
 from orchestrator.spec.sweep import (
     GeneratorResources,
     Search,
@@ -151,12 +150,6 @@ def counts(plan: Plan) -> tuple[int, ...]:
 
 
 # ---------------------------------------------------------------- trials
-
-
-def test_all_trials_of_a_new_sweep_are_to_run(world):
-    plan = world.plan(world.sweep("fpl", "cpl", seeds=seeds(1, 2, 3)))
-    assert counts(plan) == (6, 0, 0, 0, 0, 6)
-    assert (len(plan.cells), plan.points, len(plan.slots)) == (2, 2, 6)
 
 
 def test_trials_that_differ_only_in_irrelevant_settings_are_shared(world):
@@ -278,34 +271,6 @@ def test_suggested_points_are_known(world):
     world.finish(job.trials)
     scheduler.complete(job.number, {})
     assert counts(world.plan(sweep)) == (12, 2, 0, 0, 0, 10)
-
-
-def test_a_finished_search_has_nothing_to_run_until_it_gets_more_points(world):
-    sweep = searched(world, "random")
-    world.run(sweep)
-    assert world.plan(sweep).to_run == 0
-    more = world.plan(searched(world, "random", points=8))
-    assert more.to_run == 2 * 2
-    assert world.run(searched(world, "random", points=8)) <= 4
-    assert world.plan(searched(world, "random", points=8)).to_run == 0
-
-
-def test_points_of_a_grid_are_known_before_the_first_run(world):
-    sweep = searched(world, "grid", points=100)
-    plan = world.plan(sweep)
-    assert plan.points == 5
-    assert [slot.params for slot in plan.slots[::2]] == grid_points(plan.cells[0])
-    assert plan.to_run == world.run(sweep)
-
-
-def test_an_added_seed_runs_for_all_earlier_points(world):
-    world.run(searched(world, "random", seeds=seeds(1)))
-    sweep = searched(world, "random", seeds=seeds(1, 2))
-    plan = world.plan(sweep)
-    assert plan.ended == 6
-    assert plan.to_run > 0
-    assert world.run(sweep) == plan.to_run
-    assert world.plan(sweep).to_run == 0
 
 
 # ---------------------------------------------------------------- artifacts
@@ -576,16 +541,6 @@ def test_a_smoke_run_scores_a_few_images_of_the_same_kind(world):
     assert whole.units > 800
     assert smoke.units == 4 * 32  # draws x images
     assert whole.kind == smoke.kind != cheaper.kind
-
-
-def test_the_estimate_includes_trials_of_a_search_that_has_not_started(world):
-    search = Search(points=5, space=(Dimension(key="fusion_weight", min=0.0, max=1.0),))
-    sweep = world.sweep("air", search=search, seeds=seeds(1, 2), fixed={"images_per_class": 16})
-    plan = world.plan(sweep)
-    assert not plan.slots
-    [trials] = [work for work in plan.work if work.stage == "trials"]
-    assert (trials.starts, trials.jobs) == (10, 5)
-    assert plan.estimate.stages["trials"] > 0
 
 
 def test_the_json_of_a_plan_has_counts_artifacts_and_estimate(world):

@@ -103,12 +103,6 @@ SWEEPS = {
 # ---------------------------------------------------------------- points
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_search_has_the_configured_number_of_points(log, sampler):
-    played = log.play(SWEEPS[sampler])
-    assert [number for number, _, _ in played] == [0, 1, 2, 3, 4]
-
-
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
 def test_the_default_point_comes_first(log, sampler):
     searching = log.open(sweep(sampler))
@@ -223,19 +217,6 @@ def test_the_first_round_of_another_run_has_all_complete_rounds(log):
     assert searching.next_round() == []
 
 
-def test_more_points_continue_the_search(tmp_path, log):
-    few = log.play(sweep(points=4))
-    more = log.play(sweep(points=6))
-    assert more[:4] == few
-    assert more == Log(tmp_path / "uninterrupted").play(sweep(points=6))
-
-
-def test_another_width_keeps_the_points(log):
-    narrow = log.play(sweep(points=6, width=2))
-    assert log.play(sweep(points=6, width=4)) == narrow
-    assert log.play(sweep(points=9, width=4))[:6] == narrow
-
-
 def test_fewer_points_are_the_first_points(log):
     log.play(sweep(points=6))
     fewer = log.open(sweep(points=3))
@@ -259,14 +240,6 @@ def test_a_failed_point_counts_and_runs_again_in_the_next_run(log):
     assert again == [0, 1, 2, 3, 4]
     assert params(complete) == params(failed)
     assert None not in [objective for _, _, objective in complete]
-
-
-def test_another_space_starts_a_new_search(log):
-    first = log.play(sweep())
-    wider = Dimension(key="images_per_class", values=(0, 20, 40, 80))
-    other = log.open(sweep(space=(wider, WEIGHTS)))
-    assert other.next_round()[0] == Point(0, {"images_per_class": 80, "fusion_weight": 0.8})
-    assert log.play(sweep()) == first
 
 
 # ---------------------------------------------------------------- plugins
