@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +20,7 @@ from orchestrator.stages.encoded import build as build_block
 from orchestrator.stages.encoded import open_model
 from orchestrator.stages.features import build as build_features
 from orchestrator.store import ArtifactStore
-from orchestrator.store.event_log import CRASH_AT
 from tests.execution.test_generation import Listener, context_of, result_of
-from tests.helpers.sweeps import airsweep, count, events, run_and_kill, write_sweep
 
 pytestmark = pytest.mark.ray
 
@@ -40,18 +36,6 @@ EncodedSpec.size, EncodedSpec.few = {BLOCK}, 1
 @LOSSES.add("none", summary="so that the file adds a component")
 def none(logits, targets):
     return logits.sum() * 0
-"""
-SLOW_BLOCKS = """
-import time
-from orchestrator.stages.context import WorkerContext
-
-
-def check_slowly(worker, dataset, positions):
-    time.sleep(1)
-    check(worker, dataset, positions)
-
-
-check, WorkerContext.check_images = WorkerContext.check_images, check_slowly
 """
 
 
@@ -170,31 +154,3 @@ def test_features_are_not_tried_after_their_blocks_failed(
     assert failure.message.startswith(f"{BLOCKS} blocks are missing; folder:{folder}, block ")
     assert "has changed since the run was planned" in failure.message
     assert artifact_title(failed.key).startswith("CLIP feature blocks ")
-
-
-@pytest.mark.integration
-def test_features_that_are_killed_resume_with_the_missing_blocks(
-    drawn_digits, tmp_path, small_blocks
-):
-    small_blocks.write_text(SMALL_BLOCKS + SLOW_BLOCKS)  # so that a block takes a second
-    body = f"""
-plugins: [{small_blocks.name}]
-grid: {{dataset: ["folder:{drawn_digits}"], method: [zero_shot]}}
-seeds: [1]
-"""
-    spec, store = write_sweep(tmp_path, "f", body), tmp_path / "runs"
-    crash_at = {CRASH_AT: "artifact_prepared:2"}
-    killed = run_and_kill(spec, store, "ray::MapWorker", "encoded", **crash_at)
-    assert killed.returncode == -9, killed.stderr
-    screen = airsweep("plan", spec, "--store", store, NO_COLOR="1").stdout
-    words = rf"partial  encoded/v1/folder-\S+  (\d+)/{BLOCKS} blocks.*missing  features/v1/folder-"
-    [have] = re.findall(words, screen, re.DOTALL)
-    log = events(store, "f")
-    airsweep("run", spec, "--store", store)
-    new = events(store, "f")[len(log) :]
-    made = [one["facts"]["encoded"] for one in new if one.get("stage") == "encoded"]
-    assert 0 < len(made) <= BLOCKS - int(have)
-    assert count(new, "artifact_failed") == count(new, "trial_failed") == 0
-    assert 0 < count(log + new, "artifact_prepared", stage="encoded") <= BLOCKS
-    removable = airsweep("cache", "gc", "--store", store, "--all-users", "--json", NO_COLOR="1")
-    assert json.loads(removable.stdout)["removals"] == []

@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
-from safetensors.numpy import load_file
 
 from air_core.specs import SyntheticFeaturesSpec
 from orchestrator.cluster.session import machines, waits_for_resources
@@ -31,7 +30,6 @@ from orchestrator.planning import Requirement, requirements_of
 from orchestrator.spec import Resources
 from orchestrator.spec.sweep import GeneratorResources
 from orchestrator.stages.context import WorkerContext
-from orchestrator.stages.images import build as build_image_block
 from orchestrator.stages.images import open_generator, read_synthetic
 from orchestrator.store import ArtifactStore
 from tests.helpers.sweeps import wait_until
@@ -114,22 +112,6 @@ def test_only_missing_blocks_are_drawn(eight, copied, resolver, drawn_digits):
     assert read_synthetic(many.spec, 16, copied).labels.bincount().tolist() == [16] * 10
 
 
-def test_a_block_is_the_same_from_actors_and_in_this_process(
-    eight, resolver, drawn_digits, tmp_path
-):
-    requirement = row_requirement(resolver, drawn_digits, 8)
-    spread, alone = eight[0], ArtifactStore(tmp_path)
-    worker = WorkerContext(alone)
-    build_image_block(
-        requirement.spec, 3, 0, worker, lambda: open_generator(requirement.spec.images, worker)
-    )
-    names = [store.row(requirement.spec.images).shard(3, 0) for store in (spread, alone)]
-    tables = [pq.read_table(name).to_pydict() for name in names]
-    assert tables[0] == tables[1]
-    features = [load_file(store.row(requirement.spec).shard(3, 0)) for store in (spread, alone)]
-    assert abs(features[0]["features"] - features[1]["features"]).max() < 1e-5
-
-
 @pytest.mark.parametrize(("max_wait", "sizes"), [(0.0, [2, 1]), (1e6, [2])])
 def test_a_pool_with_much_left_shrinks_when_trials_start_and_no_block_counts_as_killed(
     ray_session, resolver, drawn_digits, tmp_path, monkeypatch, max_wait, sizes
@@ -179,26 +161,6 @@ def test_a_pool_grows_when_trials_end_and_each_block_counts_once(
     assert sum(f["drawn"] for f in facts) == 160
     assert len(facts) == requirement.total()
     assert requirement.missing(store) == []
-
-
-def test_a_block_completed_after_its_pool_was_closed_is_counted(
-    ray_session, resolver, drawn_digits, tmp_path
-):
-    shutil.copytree(drawn_digits, tmp_path / "ready")
-    (tmp_path / "ready" / "digit three" / "02.png").write_bytes(b"")
-    requirement, listener = row_requirement(resolver, tmp_path / "ready", 8), Listener()
-    context = context_of(ArtifactStore(tmp_path / "store"), listener)
-    worker, generation = context.worker, _Generation([requirement], context)
-    generation.unread = {(0, 3, 0), (0, 4, 0)}
-    build_image_block(
-        requirement.spec, 3, 0, worker, lambda: open_generator(requirement.spec.images, worker)
-    )
-    assert len(generation.untried_shards()) == 9
-    assert len(generation.untried_shards()) == 9
-    ((_, _, facts),) = listener.events["on_prepared"]
-    assert (facts["drawn"], facts["holes"]) == (7, 1)
-    assert facts["hole_files"] == '["digit three/02.png"]'
-    assert generation.unread == {(0, 4, 0)}
 
 
 def test_a_block_that_cannot_be_drawn_is_named_and_the_others_are_drawn(
