@@ -181,34 +181,6 @@ def test_functions_return_what_commands_print(spec, finished):
 
 
 @pytest.mark.ray
-def test_results_and_curves_belong_to_the_sweep_as_it_was_run(finished):
-    trials = api.results(finished.outcome)
-    assert trials["state"].tolist() == ["done", "shared", "done", "done"]
-    assert trials["test/accuracy"].between(0, 1).all()
-    curves = api.curves(finished.outcome)
-    assert set(curves["trial"]) == set(trials["trial"][2:])
-    assert (curves["iteration"] == 0).all()  # FPL has one iteration
-
-
-@pytest.mark.ray
-def test_a_table_has_gains_with_intervals_and_marks(finished):
-    frame = api.table(finished.outcome).set_index("method")
-    (row,) = [r for r in table(finished.outcome.store, "small") if r["method"] == "fpl"]
-    (gain,) = row["comparisons"]
-    fpl = frame.loc["fpl"]
-    assert (fpl["host"], gain["role"], gain["method"]) == ("zero_shot", "host", "zero_shot")
-    assert fpl["host_gain"] == gain["difference"]
-    assert gain["untold"]  # two seeds are too few
-    assert fpl[["host_low", "host_high", "host_p"]].isna().all()
-    assert frame["marks"].tolist() == [
-        "",
-        ("†" if gain["difference"] > 0 else "†↓") * gain["marked"],
-    ]
-    assert frame.loc["zero_shot", ["host", "control"]].isna().all()
-    assert frame.loc["zero_shot"].filter(like="host_").isna().all()
-
-
-@pytest.mark.ray
 def test_results_are_read_further_from_python(finished, tmp_path):
     done, store = finished.outcome, finished.outcome.store
     trials = api.results(done).set_index("trial")

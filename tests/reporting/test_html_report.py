@@ -6,7 +6,6 @@ The sweeps run with a trivial trainable; `test_runs.py` reports a real sweep.
 from __future__ import annotations
 
 import base64
-import html
 import re
 import xml.etree.ElementTree as xml
 from collections.abc import Iterator
@@ -138,17 +137,6 @@ seeds: [1, 2, 3]
     assert "top 5" in settings
     assert cells[cells.index(settings) - 1] == "71.0"
     assert "<p>Does cpl_evidence beat cpl? Yes: +" in text
-
-
-def test_differences_without_a_test_are_explained_once(tmp_path):
-    body = "grid: {method: [zero_shot, cpl]}\nseeds: [1, 2]\n"
-    record_sweep(tmp_path, "two", body, by_method({"zero_shot": 0.5, "cpl": 0.6}))
-    text = html.unescape(report(tmp_path, "two"))
-    assert text.count("2 seeds are too few") == 1
-    assert "<p>Does cpl beat zero_shot? Cannot be told: +" in text
-    assert "Chance: 10.0 (10 classes)." in text
-    assert "p < 0.05" not in text
-    assert "p corrected" not in text
 
 
 @pytest.mark.filterwarnings("error:constrained_layout")  # the long path of the folder in a chart

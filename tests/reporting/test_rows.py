@@ -337,11 +337,6 @@ def test_csv_has_the_numbers_of_json_in_flat_columns() -> None:
     assert len(lines) == len(found.rows)
 
 
-def test_the_best_row_of_a_table_is_bold() -> None:
-    (bold,) = [line for line in table(results(quickstart()), "md").splitlines() if "**" in line]
-    assert bold.startswith("| air ")
-
-
 def test_an_empty_table_states_that_no_trial_is_finished() -> None:
     nothing = results([])
     assert table(nothing, "json") == "[]"

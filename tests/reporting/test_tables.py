@@ -16,11 +16,20 @@ from tests.helpers.outcomes import ACCURACIES, SWEEP, by_method, record_sweep
 from tests.helpers.trials import cells, one_line, quickstart, results, trials
 
 
-def test_the_frame_of_gains_has_intervals_of_tested_gains_only() -> None:
-    tested = gains_frame(results(quickstart())).set_index("method")["host_low"]
-    assert tested.drop("zero_shot").notna().all()
+def test_the_frame_of_gains_has_those_of_the_table_and_intervals_of_tested_ones_only() -> None:
+    found = results(quickstart())
+    frame = gains_frame(found).set_index("method")
+    for c in found.comparisons:
+        row, role = frame.loc[c.row.method], c.role
+        assert (row[role], row[f"{role}_gain"]) == (c.baseline.method, c.difference.mean)
+        shown = (row[f"{role}_low"], row[f"{role}_high"], row[f"{role}_p"])
+        assert shown == (c.difference.low, c.difference.high, c.p_corrected)
+    assert frame["marks"].tolist() == [
+        "".join(c.mark for c in found.comparisons if c.row is row) for row in found.rows
+    ]
+    assert frame.loc["zero_shot"].filter(regex="^(host|control)").isna().all()
     few = [trial for trial in quickstart() if trial.seed < 3]
-    assert gains_frame(results(few))["host_low"].isna().all()
+    assert gains_frame(results(few)).filter(regex="_(low|high|p)$").isna().all(axis=None)
 
 
 def test_an_entry_makes_a_column_of_every_output_of_the_table(monkeypatch) -> None:
