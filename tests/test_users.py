@@ -9,9 +9,8 @@ import secrets
 import subprocess
 import sys
 import urllib.request
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,7 @@ from orchestrator.tracking.database import SERVER_ENVIRONMENT
 from tests.helpers.servers import ServerProcess
 from tests.helpers.sweeps import (
     TIMEOUT,
-    environment,
     search_sweep,
-    wait_until,
     write_sweep,
 )
 from tests.helpers.trivial import Trivial
@@ -31,7 +28,6 @@ from tests.helpers.trivial import Trivial
 pytestmark = pytest.mark.integration
 
 NAME = "shared"
-TRIVIAL = "tests.helpers.trivial"
 ENDED = ("trial_done", "trial_reused", "trial_failed")
 USERS = """
 [mlflow]
@@ -93,10 +89,6 @@ class UsersServer(ServerProcess):
             "MLFLOW_TRACKING_USERNAME": name,
             "MLFLOW_TRACKING_PASSWORD": password,
         }
-
-    def make_experiment(self, name: str) -> str:
-        answer = self.post("api/2.0/mlflow/experiments/create", {"name": name})
-        return str(answer["experiment_id"])
 
     def grant(self, user: str, experiment: str, permission: str) -> None:
         self.post(
@@ -243,74 +235,3 @@ def test_a_user_needs_edit_permission_for_the_project_of_another_user(
     run_ok(spec, tmp_path, *mine, **bob)
     sweeps = [tags(run) for run in runs(server, "digits") if tags(run)["air.kind"] == "sweep"]
     assert {sweep["air.sweep"] for sweep in sweeps} == {NAME, "of_bob"}
-
-
-# ---------------------------------------------------------------- many drivers
-
-
-MANY = """
-grid: {{method: [zero_shot, air_fpl]}}
-fixed: {{generator: "folder:{folder}", generation.block: 8, train.steps: 20}}
-search:
-  points: 3
-  width: 2
-  space:
-    images_per_class: {{values: [4, 8, 16]}}
-    fusion_weight: {{min: 0.1, max: 0.9}}
-seeds: [{seed}]
-"""
-DRIVERS, PROJECTS = 4, ("north", "south")
-
-
-def test_four_drivers_at_the_same_time_track_every_trial_once(server, drawn_digits, tmp_path):
-    """Each driver runs a different sweep; all use one store and one server."""
-    gate, store = tmp_path / "gate", tmp_path / "runs"
-    gate.mkdir()
-    experiments = {name: server.make_experiment(f"air/{name}") for name in PROJECTS}
-    variables = {
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
-        "AIRSWEEP_GATE": str(gate),
-        "AIRSWEEP_TRIAL_SECONDS": "0.1",
-    }
-    running: list[subprocess.Popen[bytes]] = []
-    with ExitStack() as stack:
-        for number in range(DRIVERS):
-            project = PROJECTS[number % 2]
-            user = server.make_user(f"user{number}")
-            server.grant(f"user{number}", experiments[project], "EDIT")
-            body = MANY.format(folder=drawn_digits, seed=number + 1)
-            spec = write_sweep(tmp_path, f"sweep{number}", f"project: {project}\n{body}")
-            log = stack.enter_context((tmp_path / f"driver{number}.log").open("wb"))
-            process = subprocess.Popen(
-                [sys.executable, "-m", TRIVIAL, "run", spec, "--store", store],
-                env=environment(**variables, **user),
-                stdout=log,
-                stderr=log,
-            )
-            stack.callback(process.kill)
-            running.append(process)
-
-        def logs() -> list[str]:
-            return [file.read_text() for file in sorted(tmp_path.glob("driver*.log"))]
-
-        def are_ready() -> bool:
-            assert all(process.poll() is None for process in running), logs()
-            return len(list(gate.iterdir())) == DRIVERS
-
-        wait_until(are_ready, logs)
-        (gate / "open").touch()
-        wait_until(lambda: all(process.poll() is not None for process in running), logs, every=0.2)
-    assert [process.returncode for process in running] == [0] * DRIVERS, logs()
-
-    tracked: Counter[tuple[str, str]] = Counter()
-    for tracked_run in (run for project in PROJECTS for run in runs(server, project)):
-        run_tags = tags(tracked_run)
-        assert tracked_run["info"]["status"] == "FINISHED"
-        if run_tags["air.kind"] in ("sweep", "trial"):
-            tracked[run_tags["air.sweep"], run_tags.get("air.slot", "")] += 1
-    expected: set[tuple[str, str]] = set()
-    for file in (store / "sweeps").glob("*/*/events.jsonl"):
-        ended = [e for e in map(json.loads, file.open()) if e["event"] in ENDED]
-        expected |= {(file.parent.name, slot) for slot in ("", *(e["slot"] for e in ended))}
-    assert tracked == Counter(expected)
-    assert len(expected) == DRIVERS * (1 + 1 + 3)

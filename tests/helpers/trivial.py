@@ -6,9 +6,6 @@ tracker over trials that derive their numbers from their key. Run it like the co
 Without arguments it reads commands from stdin and runs each in a fork of itself, for `Trivial`.
 
 Environment:
-    AIRSWEEP_GATE: a folder. Every driver writes a file into it when it could start trials, and
-        waits until the file `open` exists.
-    AIRSWEEP_TRIAL_SECONDS: duration of a trial.
     AIRSWEEP_SAID, AIRSWEEP_FAILS_AS: message and class of the failure of all trials.
     AIRSWEEP_BUILT: the file to which `count_build` appends.
 """
@@ -24,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import types
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -61,7 +57,6 @@ def run_trial(spec: TrialSpec, store: ArtifactStore) -> None:
         if requirement.have(store) < requirement.total()
     ]
     assert not missing, f"{artifact_key(spec)} was started without {missing}"
-    time.sleep(float(os.environ.get("AIRSWEEP_TRIAL_SECONDS", "0")))
 
     def build(folder: Path) -> dict[str, Any]:
         count_build(store, spec)
@@ -90,7 +85,6 @@ def run_points(
     progress_actor: Any,
 ) -> None:
     """Run a few jobs at a time, in a fixed order, so that a driver can die between any two."""
-    pass_gate()
     running: list[Any] = []
     while not scheduler.is_complete:
         tick()
@@ -108,13 +102,6 @@ def run_points(
             for spec in job.trials:
                 run_trial(spec, worker.store)
         scheduler.complete(job.number, failures)
-
-
-def pass_gate() -> None:
-    if gate := os.environ.get("AIRSWEEP_GATE"):
-        Path(gate, f"{os.getpid()}").touch()
-        while not Path(gate, "open").exists():
-            time.sleep(0.1)
 
 
 def prepare(requirements: Any, context: Any) -> Iterator[None]:
