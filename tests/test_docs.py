@@ -138,26 +138,6 @@ def test_complete_yaml_files_on_a_page_are_valid(page, tmp_path, monkeypatch):
             sweep_from_document(parse(block.text, f"{page.name}:{block.line}"))
 
 
-@pytest.mark.ray
-@pytest.mark.parametrize(
-    "command",
-    [
-        "airsweep frobnicate quickstart",
-        "airsweep run quickstart --smokee",
-        "airsweep table quickstart --format word",
-        "airsweep status nothing",
-        "airsweep plan sweeps/gone.yaml",
-        "make nonsense",
-        "pip install 'airsweep[nothing]'",
-        "ray job submit --addres $ADDR -- python -m orchestrator run sweeps/quickstart.yaml",
-        "ray job submit --address $ADDR -- python -m orchestrator run",
-    ],
-)
-def test_a_command_that_does_not_work_is_detected(command, checkout):
-    with pytest.raises(InvalidCommand):
-        check_command(command)
-
-
 def test_examples_in_the_help_of_commands_exist_with_their_options():
     examples = [
         line for text in help_texts(typer.main.get_command(app)) for line in text.split("\n\n")

@@ -150,37 +150,6 @@ def assert_sound(store: Path) -> None:
 # ---------------------------------------------------------------- shown
 
 
-def test_plan_and_status_agree_with_the_run(spec, whole):
-    plan = json.loads(airsweep("plan", spec, "--store", whole, "--json").stdout)
-    assert plan["cells"] == 3
-    assert plan["points"] == POINTS
-    assert plan["trials"] == {
-        "total": TRIALS,
-        "done": TRIALS - 1,
-        "reused": 0,
-        "shared": 1,
-        "recovered": 0,
-        "to_run": 0,
-    }
-    assert {a["stage"]: (a["state"], a["have"], a["need"]) for a in plan["artifacts"]} == {
-        "features": ("present", 1, 1),
-        "images": ("present", SHARDS, SHARDS),
-    }
-    assert plan["estimate"]["seconds"] == 0
-    assert plan["estimate"]["calibrated"]
-    status = json.loads(airsweep("status", "search", "--store", whole, "--json").stdout)
-    assert status["trials"] == {
-        "done": 11,
-        "reused": 0,
-        "shared": 1,
-        "recovered": 0,
-        "failed": 0,
-        "running": 0,
-        "waiting": 0,
-    }
-    assert status["exit_code"] == 0
-
-
 def test_trials_do_not_wait_for_the_images_of_other_cells(whole):
     """zero_shot and fpl read no images: the pool that draws for air_fpl uses the reserve only."""
     outcome = json.loads((whole / "sweeps" / "default" / "search" / "outcome.json").read_text())
@@ -202,24 +171,7 @@ def test_a_second_run_does_no_work_and_imports_neither_torch_nor_ray(spec, whole
     assert len(events(whole, "search")) == before
 
 
-def test_a_moved_store_keeps_its_results(spec, whole, tmp_path):
-    moved = tmp_path / "elsewhere"
-    shutil.copytree(whole, moved)
-    plan = json.loads(airsweep("plan", spec, "--store", moved, "--json").stdout)
-    assert plan["trials"]["to_run"] == 0
-    assert table(moved, "search") == table(whole, "search")
-
-
 def test_the_store_of_a_run_has_no_damaged_or_unneeded_files(whole):
     assert_sound(whole)
     listed = json.loads(airsweep("cache", "ls", "--store", whole, "--json").stdout)
     assert listed["leftovers"] == []  # which only killed processes leave
-
-
-def test_another_sweep_reuses_the_trials_of_this_one(spec, whole, drawn_digits):
-    body = search_sweep(drawn_digits, BLOCK).replace("[1, 2]", "[1, 2, 3]")
-    more = write_sweep(spec.parent, "more", body)
-    plan = json.loads(airsweep("plan", more, "--store", whole, "--json").stdout)
-    results = {"done": 0, "reused": 3, "shared": 2, "recovered": 0}
-    assert plan["trials"] == {"total": 18, **results, "to_run": 13}
-    assert plan["reused_from"] == {"default/search": 3}  # zero_shot once, fpl twice

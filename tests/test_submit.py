@@ -211,15 +211,6 @@ def test_check_checks_the_machines_as_a_job_and_runs_nothing(head, store, tmp_pa
     assert "a trial requires 99 CPU" in refused.stdout
 
 
-def test_submit_exits_with_the_code_of_a_refused_run(head, store, tmp_path):
-    sweep = write_sweep(tmp_path, "wide", "fixed: {method: fpl}\nseeds: [1]\n")
-    command = ("submit", sweep, "--address", head, "--store", store)
-    done = airsweep(*command, "--set", "resources.trial.cpu=99", check=False, **OPEN)
-    assert done.returncode == 3
-    assert "a trial requires 99 CPU" in done.stdout  # the log of a job is one
-    assert re.search(r"default-wide-\S+: FAILED, exit code 3", done.stderr)
-
-
 def test_a_missing_python_on_the_cluster_fails_with_127_and_is_named(head, store, tmp_path):
     sweep = write_sweep(tmp_path, "snake", SMALL)
     command = ("submit", sweep, "--address", head, "--store", store, "--python", "/gone/python")

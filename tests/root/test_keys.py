@@ -285,10 +285,3 @@ def test_a_raised_recipe_changes_its_stage_and_later_stages_only(recipes, stage,
     recipes(stage)
     after = digests(trial())
     assert {name for name in before if before[name] != after[name]} == changed
-
-
-def test_recipes_of_images_do_not_change_a_trial_without_images(recipes):
-    before = digests(trial("cpl"))
-    for stage in (LabelsSpec, LoraSpec, GeneratedImages, FolderImages, SyntheticFeaturesSpec):
-        recipes(stage)
-    assert digests(trial("cpl")) == before

@@ -3,13 +3,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from air_core.methods import EMBEDDED, METHODS
 from air_core.specs import Ref
-from air_core.specs.flat import from_flat, to_flat, trial_keys
+from air_core.specs.flat import from_flat, trial_keys
 from orchestrator.files import ROOT
 from orchestrator.keys import artifact_key
 from orchestrator.planning import read_request
@@ -313,80 +310,6 @@ def test_ids_of_cells_are_distinct_and_valid_file_names(tmp_path):
     for cell in cells:
         (tmp_path / cell.id).touch()
         assert cell.id.isascii()
-
-
-def values_of(key):
-    """Values of a key, most of them allowed."""
-    if key.name == "lora":
-        return st.sampled_from([None, True, False])
-    low = key.limits.get("ge", 0)
-    high = min(key.limits.get("le", 70), key.limits.get("lt", 70))
-    by_type = {
-        int: st.integers(low, int(high)),
-        float: st.floats(low, high) | st.just(0),
-        bool: st.booleans(),
-        str: st.sampled_from(["tiny", "folder:/x", "a photo of a {}", "a/b"]),
-        type(None): st.none(),
-        tuple[str, ...]: st.just(("{}", "a {}")),
-    }
-    kinds = getattr(key.type, "__args__", None) or (key.type,)
-    usual = [by_type.get(kind, st.just(kind)) for kind in kinds]
-    return st.one_of(*usual, *usual, *usual, st.just("other"))
-
-
-ITERATIONS = st.lists(st.integers(1, 12), min_size=1, max_size=3, unique=True)
-
-
-@st.composite
-def sweeps(draw):
-    names = [name for name in trial_keys() if name != "dataset"]
-    methods = st.lists(st.sampled_from([*METHODS]), min_size=1, max_size=3, unique=True)
-    methods = draw(methods)
-    file = {"version": 1, "name": "x", "grid": {}, "fixed": {}}
-    if len(methods) == 1:
-        file["fixed"]["method"] = methods[0]
-    else:
-        file["grid"]["method"] = methods
-    for name in draw(st.lists(st.sampled_from(names), max_size=4, unique=True)):
-        values = values_of(trial_keys()[name])
-        if draw(st.booleans()):
-            file["fixed"][name] = draw(values)
-        else:
-            file["grid"][name] = draw(st.lists(values, min_size=2, max_size=3, unique=True))
-    if draw(st.booleans()):
-        name = draw(st.sampled_from(names))
-        entry = {
-            "when": {"iterations": draw(ITERATIONS)},
-            "set": {name: draw(values_of(trial_keys()[name]))},
-        }
-        file["overrides"] = [entry]
-    if draw(st.booleans()):
-        file["seeds"] = {"values": [1, 2], "vary": ["split_seed"]}
-    return file
-
-
-@settings(max_examples=150)
-@given(file=sweeps())
-def test_a_file_is_refused_or_all_its_cells_are_trials(tmp_path_factory, file):
-    path = tmp_path_factory.getbasetemp() / "any.yaml"
-    path.write_text(yaml.safe_dump(file))
-    try:
-        spec = load_sweep(path)
-    except SpecError as error:
-        message = str(error)
-    else:
-        message = ""
-    if message:
-        assert message.startswith(f"{path}:")
-        assert "allowed" in message
-        return
-    cells = cells_of(spec)
-    assert len({cell.id for cell in cells}) == len(cells)
-    for cell in cells:
-        for seeds in spec.seeds.assignments():
-            refs = {key: Ref(name=cell.flat[key], digest="d") for key in REFS}
-            trial = from_flat(cell.flat | seeds, refs, ("a", "b"))
-            assert cell.flat.items() - {("lora", None)} <= to_flat(trial).items()
 
 
 # ---------------------------------------------------------------- errors and their positions
