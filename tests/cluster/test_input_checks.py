@@ -174,10 +174,6 @@ def sharded(folder: Path, index: str) -> None:
     (folder / f"{UNET}.index.json").write_text(index)
 
 
-def emptied(folder: Path, file: str) -> None:
-    (folder / file).write_bytes(b"")
-
-
 def piped(folder: Path, file: str) -> None:
     (folder / file).unlink()
     os.mkfifo(folder / file)
@@ -214,12 +210,10 @@ ENCRYPTED, TOKENIZER = 1, "tokenizer/tokenizer.json"
         ("generator", edited, ("model_index.json", '"diffusers"', '"code"'), "is of code"),
         ("generator", edited, ("model_index.json", "}", ""), "model_index.json cannot be read"),
         ("backbone", zipped, (), "model is a file; unpack an archive first|model is not a model"),
-        ("generator", zipped, (), "model is a file; unpack an archive first|model is not a model"),
         ("backbone", cut, (CLIP,), f"{CLIP} cannot be read: .*download or copy it again"),
         ("backbone", piped, (CLIP,), f"{CLIP} is a broken link, a folder or a device"),
         ("backbone", renamed, (CLIP, "other"), "contains no weights"),
         ("backbone", cut, ("merges.txt.gz",), "merges.txt.gz holds no byte-pair merges"),
-        ("backbone", emptied, ("merges.txt.gz",), "merges.txt.gz holds no byte-pair merges"),
         ("backbone", pickled, (ZIP_STORED, 0, -30), "model.bin cannot be read: it is damaged"),
         ("backbone", pickled, (ZIP_LZMA,), "member model/data.pkl is encrypted, or compressed"),
         ("backbone", pickled, (ZIP_STORED, ENCRYPTED), "member model/data.pkl is encrypted"),
