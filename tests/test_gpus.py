@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -162,3 +163,23 @@ def test_actors_on_cpus_do_not_load_more_models_than_fit_the_machine(models, tmp
     few = read_request(tmp_path / "mine.yaml", (*sets, "resources.generator.actors=5"))
     plan = plan_of(few.spec, location)
     assert unschedulable_reason(plan, location.store, machines) is None
+
+
+@pytest.mark.ray
+def test_a_run_refuses_a_joined_ray_whose_gpus_the_sweep_does_not_mention(
+    models, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    spec, store = write_sweep(tmp_path, "mine", SWEEP.format(**models)), tmp_path / "runs"
+    code = (
+        "import ray\n"
+        "from orchestrator import api\n"
+        "ray.init('local', num_cpus=2, num_gpus=8, include_dashboard=False, log_to_driver=False)\n"
+        f"try: api.run({str(spec)!r}, store={str(store)!r}, tracking_uri='none')\n"
+        "except ValueError as problem: print(problem)\n"
+    )
+    done = python("-c", code, RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
+    assert "the machines have 8 GPUs, but" in done.stdout, done.stderr
+    [outcome] = store.glob("sweeps/*/*/outcome.json")
+    assert json.loads(outcome.read_text())["exit_code"] == 2
+    assert not (store / "artifacts").exists()

@@ -489,6 +489,12 @@ def test_an_unsupported_tracking_uri_is_explained(tmp_path: Path) -> None:
     assert "secret" not in str(caught.value)
 
 
+def test_a_broken_database_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_bytes(b"not a database" * 100)
+    with pytest.raises(TrackerUnreachable, match="file is not a database"):
+        make_tracker(None, store=tmp_path, project="p").open(a_sweep())
+
+
 def test_a_deleted_experiment_is_restored(fresh_store: Path, tmp_path: Path) -> None:
     store = shutil.copytree(fresh_store, tmp_path / "runs")
     world = World(f"sqlite:///{store}/mlflow.db", "fresh")
