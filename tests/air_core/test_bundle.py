@@ -7,7 +7,6 @@ import hashlib
 import json
 import re
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,10 @@ from air_core import seal
 from air_core.bundle import image_files, load_bundle, read_bundle
 from air_core.bundle.checks import FUSED, PROMPT, TEXT
 from air_core.bundle.manifest import FILES, MANIFEST, weights_description, write_bundle
-from air_core.classifiers import class_texts
 from air_core.datasets import get_dataset
-from air_core.datasets.dataset import TEMPLATE
 from air_core.datasets.digits import CLASSNAMES
-from air_core.datasets.images import Unreadable
 from air_core.models.weights import tiny_folder
-from air_core.prompts import restored_learner
 from air_core.seal import BLANK, sealed_json
-from air_core.specs import PromptSettings
-from air_core.types import Batch
 from tests.helpers.bundles import text_logits, zero_shot
 
 ROOT = Path(__file__).parents[2]
@@ -73,68 +66,6 @@ def saved(images: list[Image.Image], folder: Path) -> list[Path]:
 
 
 # ---------------------------------------------------------------- results
-
-
-def test_logits_are_those_of_zero_shot_clip(bundle, tiny_clip, digits):
-    texts = class_texts(tiny_clip, CLASSNAMES, TEMPLATE)
-    expected = tiny_clip.logit_scale * tiny_clip.encode_images(digits) @ texts.T
-    assert torch.allclose(text_logits(bundle, digits), expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("depth", ["shallow", "deep"])
-def test_a_visual_prompt_is_added_to_the_patches(depth, contents, tmp_path, tiny_clip, digits):
-    settings = PromptSettings(length=3, depth=depth)
-    shape = (3, tiny_clip.patch_width)
-    shape = (tiny_clip.vision_layers, *shape) if depth == "deep" else shape
-    prompt = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    content, arrays = contents
-    content = {**content, "modality": "visual", "prompt": asdict(settings)}
-    arrays = {**arrays, PROMPT: {"prompt": prompt.numpy()}}
-    write_bundle(tmp_path / "b", content, arrays, replace=False)
-
-    learner = restored_learner("visual", settings, tiny_clip, CLASSNAMES, TEMPLATE, prompt)
-    tokens = tiny_clip.image_tokens(digits, torch.float16)
-    with torch.no_grad():
-        expected = learner.logits(Batch(torch.zeros(len(digits), 1), tokens))
-    found = text_logits(load_bundle(tmp_path / "b"), digits)
-    assert torch.allclose(found, expected, rtol=0, atol=1e-5)
-    write_bundle(tmp_path / "plain", *contents, replace=False)
-    without = text_logits(load_bundle(tmp_path / "plain"), digits)
-    assert not torch.allclose(found, without, atol=0.1)
-
-
-def test_images_are_classified_in_order_with_any_batch_size(bundle, digits, tmp_path):
-    files = saved(digits, tmp_path / "new")
-    results = bundle.classify([tmp_path / "new"], topk=10)
-    assert [result.image for result in results] == [str(file) for file in files]
-    shares = text_logits(bundle, digits).softmax(dim=-1)
-    for result, row in zip(results, shares, strict=True):
-        assert result.classname == CLASSNAMES[int(row.argmax())]
-        assert result.probability == pytest.approx(float(row.max()), abs=1e-5)
-        assert {name for name, _ in result.top} == set(CLASSNAMES)
-        probabilities = [share for _, share in result.top]
-        assert probabilities == sorted(probabilities, reverse=True)
-        assert sum(probabilities) == pytest.approx(1, abs=1e-5)
-    before, bundle.backbone.at_once = bundle.backbone.at_once, 7
-    batches = bundle.classify([tmp_path / "new"], topk=1)
-    bundle.backbone.at_once = before
-    assert [result.classname for result in batches] == [result.classname for result in results]
-    assert all(len(result.top) == 1 for result in batches)
-
-
-def test_unreadable_files_are_reported_and_the_rest_is_classified(bundle, digits, tmp_path):
-    files = saved(digits[:5], tmp_path)
-    files[1].write_bytes(b"no image")
-    files[3].write_bytes(files[3].read_bytes()[:60])
-    missing = tmp_path / "missing.png"
-    rows = list(bundle.rows([*files, missing], topk=1))
-    assert [row["path"] for row in rows] == [str(file) for file in (*files, missing)]
-    errors = [row["error"] for row in rows]
-    assert [row["class"] is None for row in rows] == [error is not None for error in errors]
-    assert [index for index, error in enumerate(errors) if error] == [1, 3, 5]
-    assert all(row["path"] in row["error"] for row in rows if row["error"])
-    with pytest.raises(Unreadable, match=r"001\.png"):
-        bundle.classify([tmp_path])
 
 
 # ---------------------------------------------------------------- image files
@@ -233,19 +164,6 @@ def test_a_folder_is_not_accepted_as_published_weights(folder, tmp_path, monkeyp
     monkeypatch.setenv("HOME", str(tmp_path))  # has no downloaded weights
     with pytest.raises(ValueError, match=r"backbone ViT-B-32/openai: its weights are not on this"):
         load_bundle(folder)
-
-
-def test_a_bundle_contains_no_paths_of_its_weights(tmp_path):
-    clip = Path(shutil.copytree(tiny_folder(), tmp_path / "secret" / "project-x"))
-    file = tmp_path / "secret" / "w.safetensors"
-    save_file({"one": torch.ones(1)}, file)
-    for name in (str(clip), f"ViT-B-32@{file}"):
-        content = weights_description(name)
-        assert content["name"] is None
-        assert content["files"]
-        assert "secret" not in json.dumps(content)
-        assert "project-x" not in json.dumps(content)
-    assert weights_description("tiny")["name"] == "tiny"
 
 
 # ---------------------------------------------------------------- invalid content, valid digests
@@ -461,12 +379,6 @@ def test_any_content_is_read_or_rejected_with_a_value_error(data, valid):
         return
     assert np.isfinite(manifest.text_features).all()
     assert len(set(manifest.classnames)) == len(manifest.text_features)
-
-
-def test_the_error_for_a_missing_bundle_explains_how_to_create_one(tmp_path):
-    for path, message in ((tmp_path, "has no bundle.json"), (tmp_path / "no", "does not exist")):
-        with pytest.raises(ValueError, match=f"{message}.*airsweep export"):
-            read_bundle(path)
 
 
 def test_another_backbone_is_rejected_and_a_copy_of_the_same_accepted(folder, tmp_path, digits):

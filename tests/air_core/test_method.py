@@ -289,11 +289,6 @@ def test_test_images_themselves_change_no_objective_and_no_prompt(spec, with_ima
     assert torch.equal(one[1][-1].learner.context, other[1][-1].learner.context)
 
 
-def test_without_validation_images_there_is_no_validation_accuracy(spec, digits):
-    result, _ = watched(spec("cpl"), replace(digits, validation=None))
-    assert result.objectives.keys() == {"mutual_information"}
-
-
 # ---------------------------------------------------------------- equal computations
 
 
@@ -309,14 +304,6 @@ def test_images_with_weight_zero_give_the_bits_of_the_host_method(spec, with_ima
     unused = replace(spec("air", fusion_weight=0.5), fusion_weight=0.0, synthetic_weight=0.0)
     assert unused.images_per_class == 16
     assert same_bits(watched(unused, with_images), watched(spec("cpl"), with_images))
-
-
-def test_the_auxiliary_classifier_changes_the_prompt(spec, with_images):
-    one, other = watched(spec("air"), with_images), watched(spec("cpl"), with_images)
-    assert not torch.equal(one[1][0].labels.labels, other[1][0].labels.labels)
-    assert one[0].inference.keys() == {"text", "fused", "auxiliary"}
-    assert one[0].inference["text"] == one[0].test.accuracy  # the prompt is tested
-    assert other[0].inference.keys() == {"text"}
 
 
 def test_a_loss_on_synthetic_images_changes_the_prompt_and_not_the_first_labels(spec, with_images):

@@ -14,16 +14,12 @@ from torch.nn.functional import normalize, one_hot
 
 from air_core.backbone import Backbone
 from air_core.backbone.loading import load_backbone
-from air_core.datasets import get_dataset
-from air_core.method import Callback, Round, Trial, TrialData
 from air_core.models.weights import tiny_folder
-from air_core.paradigms import make_split
 from air_core.prompts import build_learner, logits_together
-from air_core.side_by_side import learn_side_by_side
-from air_core.specs import PromptSettings, SplitSettings, TrainSettings, TrialSpec
+from air_core.specs import PromptSettings, TrainSettings
 from air_core.training import CHECKED, Targeted, Training, fit
-from air_core.types import Batch, Labelled, TrialResult
-from tests.helpers.devices import Crossings, HostReads
+from air_core.types import Batch, Labelled
+from tests.helpers.devices import HostReads
 
 NAMES = ("tree", "annual crop land", "river", "highway or road")
 CLOSE = {torch.float32: 1e-5, torch.float64: 1e-10}  # of the norm
@@ -137,19 +133,6 @@ def test_trainings_side_by_side_give_the_same_prompts_as_each_alone(tower):
         assert relative_error(ours.learner.prompt, theirs.learner.prompt) < 10 * close
 
 
-def test_each_training_reports_its_own_steps(tiny_clip):
-    reported: list[list[tuple[int, int]]] = [[], []]
-    settings = TrainSettings(batch=8)
-    short, long = (replace(settings, steps=steps) for steps in (2, 3))
-    fit(
-        [
-            training(tiny_clip, 1, settings=short, report=lambda *now: reported[0].append(now)),
-            training(tiny_clip, 2, settings=long, report=lambda *now: reported[1].append(now)),
-        ]
-    )
-    assert reported == [[(1, 2), (2, 2)], [(1, 3), (2, 3), (3, 3)]]
-
-
 def visual_training(clip: Backbone, **changes: Any) -> Training:
     pixels = torch.randn(24, 17, clip.patch_width, generator=torch.Generator().manual_seed(0))
     real = images(clip, 24, 7)
@@ -170,21 +153,6 @@ def test_a_training_step_reads_no_number_from_the_device(tiny_clip):
             first = replace(group[0], report=lambda *_: reads.append(counted.count))  # noqa: B023
             fit([first, *group[1:]])
         assert reads == reads[:1] * 6
-
-
-@pytest.mark.parametrize("make", [training, visual_training])
-def test_the_images_of_a_training_are_on_the_device_of_its_prompt(make):
-    """The CLIP is on torch's device without memory, the images are on the CPU."""
-    clip = load_backbone(tiny_folder())
-    clip.model.to("meta")
-    crossed: list[int] = []
-    given = {"report": lambda *_: crossed.append(counted.count), "loss": "rc", "seed": 0}
-    if make is training:
-        given["learner"] = build_learner("text", PromptSettings(length=3), clip, NAMES, "{}", 0)
-    with Crossings() as counted, pytest.raises(NotImplementedError, match="no data"):
-        fit([replace(make(clip) if make is visual_training else make(clip, 0), **given)])
-    first, second, third, fourth, fifth = crossed
-    assert first == second == third < fourth == fifth  # positions of the second pass
 
 
 def test_a_failed_training_stops_soon_and_names_its_first_loss_that_is_not_finite(tiny_clip):
@@ -230,95 +198,3 @@ def test_prompts_that_share_no_pass_are_encoded_one_after_the_other(tiny_clip):
 
 
 # ---------------------------------------------------------------- whole trials
-
-
-@pytest.fixture(scope="module")
-def digits() -> TrialData:
-    """A third of the digits in double precision, with pool images instead of drawn ones."""
-    clip = load_backbone(tiny_folder())
-    dataset = get_dataset("digits")
-    examples = dataset.load(None)
-    some = torch.arange(0, len(examples.labels), 3)
-    labels = torch.from_numpy(examples.labels)[some]
-    features = clip.encode_images([examples.images[at] for at in some.tolist()])
-    clip.model.double()
-    every = Labelled(Batch(normalize(features.double(), dim=-1)), labels)
-    split = make_split(labels.numpy(), examples.parts[some.numpy()], SplitSettings())
-    noise = 0.05 * torch.randn(100, 128, generator=torch.Generator().manual_seed(0))
-    drawn = every[split.pool[:100]]
-    moved = normalize(drawn.batch.features + noise.double()[:, : features.shape[1]], dim=-1)
-    return TrialData(
-        backbone=clip,
-        classnames=dataset.classnames,
-        template=dataset.template,
-        pool=every.batch[split.pool],
-        labelled=None,
-        unseen=None,
-        validation=None,
-        test=every[split.test],
-        synthetic=Labelled(Batch(moved), drawn.labels),
-    )
-
-
-class Rounds(Callback):
-    def __init__(self) -> None:
-        self.rounds: list[Round] = []
-
-    def on_round(self, result: Round) -> None:
-        self.rounds.append(result)
-
-
-def outcomes(
-    specs: list[TrialSpec], data: TrialData, together: bool
-) -> list[tuple[TrialResult | Exception, list[Round]]]:
-    callbacks = [Rounds() for _ in specs]
-    with computing_in(torch.float64):
-        trials = [
-            Trial(spec, data, callback) for spec, callback in zip(specs, callbacks, strict=True)
-        ]
-        groups = [trials] if together else [[one] for one in trials]
-        ends = [dict(learn_side_by_side(group)) for group in groups]
-    results = [end[index] for end in ends for index in sorted(end)]
-    return [(end, one.rounds) for end, one in zip(results, callbacks, strict=True)]
-
-
-def test_trials_side_by_side_have_the_same_labels_and_metrics_as_alone(trial, digits):
-    """Seeds of a point, and points that differ in weights, learning rate and number of rounds."""
-    quick = {"iterations": 3, "train__steps": 8, "prompt__length": 4}
-    drawn = {**quick, "synthetic_weight": 0.3, "auxiliary__kind": "prototype"}  # LDA is in float32
-    specs = [
-        *(trial("air", seed=seed, **drawn) for seed in (1, 2, 3)),
-        trial("air", seed=1, fusion_weight=0.2, **drawn),
-        trial("air", seed=1, train__learning_rate=0.05, **{**drawn, "iterations": 2}),
-        trial("cpl", seed=1, **quick),
-    ]
-    image = 1 / len(digits.test)
-    pairs = zip(
-        outcomes(specs, digits, together=True), outcomes(specs, digits, together=False), strict=True
-    )
-    norms = set()
-    for (ours, our_rounds), (theirs, their_rounds) in pairs:
-        assert isinstance(ours, TrialResult)
-        assert isinstance(theirs, TrialResult)
-        for one, other in zip(our_rounds, their_rounds, strict=True):
-            assert torch.equal(one.labels.indices, other.labels.indices)
-            assert torch.equal(one.labels.labels, other.labels.labels)
-        assert abs(ours.test.accuracy - theirs.test.accuracy) < 1.5 * image
-        assert theirs.prompt is not None
-        assert relative_error(ours.prompt, theirs.prompt) < 1e-6
-        norms.add(round(ours.prompt.norm().item(), 9))
-    assert len(norms) == len(specs)  # they are different trials
-
-
-def test_a_trial_that_fails_does_not_change_the_others(trial, digits):
-    quick = {"iterations": 2, "train__steps": 3, "prompt__length": 4}
-    fine = trial("cpl", seed=1, **quick)
-    nan = trial("cpl", seed=2, train__learning_rate=1e308, **quick)
-    no_image = trial("fpl", seed=3, train__mix="synthetic", **quick)
-    (first, _), (second, _), (third, _) = outcomes([nan, fine, no_image], digits, together=True)
-    [(alone, _)] = outcomes([fine], digits, together=False)
-    assert isinstance(first, FloatingPointError)
-    assert isinstance(third, ValueError)
-    assert isinstance(second, TrialResult)
-    assert isinstance(alone, TrialResult)
-    assert torch.equal(second.test.predictions, alone.test.predictions)

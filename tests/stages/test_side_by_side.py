@@ -60,21 +60,26 @@ def staged(store: ArtifactStore) -> list[Path]:
     return [path for path in (store.artifacts / "trials" / "v1").iterdir() if path.name[0] == "."]
 
 
-def test_seeds_side_by_side_have_the_same_records_as_seeds_alone(seeds, store, features, tmp_path):
-    progress: dict[int, list[float]] = {0: [], 1: [], 2: []}
-    curves: dict[int, list[Any]] = {0: [], 1: [], 2: []}
+def test_trials_side_by_side_have_the_same_records_as_alone(
+    trial, seeds, store, features, tmp_path
+):
+    """Seeds of a point, and a point of another method, learning rate and number of rounds."""
+    other = {"iterations": 2, "train__learning_rate": 0.05, **QUICK}
+    specs = [*seeds, trial("cpl", seed=1, **other)]
+    progress: dict[int, list[float]] = {index: [] for index in range(4)}
+    curves: dict[int, list[Any]] = {index: [] for index in range(4)}
     started = time.monotonic()
     together = run_trials(
-        seeds,
+        specs,
         WorkerContext(store),
         report=lambda index, done, total: progress[index].append(done / total),
         report_curves=lambda index, so_far: curves[index].append(deepcopy(so_far)),
     )
     took = time.monotonic() - started
-    other = ArtifactStore(Path(shutil.copytree(features, tmp_path / "alone")))
-    for ours, spec in zip(together, seeds, strict=True):
+    alone = ArtifactStore(Path(shutil.copytree(features, tmp_path / "alone")))
+    for ours, spec in zip(together, specs, strict=True):
         assert isinstance(ours, TrialRecord)
-        theirs = run_trial(spec, other)
+        theirs = run_trial(spec, alone)
         assert ours.key == theirs.key
         assert [p.name for p in sorted(ours.path.iterdir())] == [
             p.name for p in sorted(theirs.path.iterdir())
@@ -86,7 +91,7 @@ def test_seeds_side_by_side_have_the_same_records_as_seeds_alone(seeds, store, f
         same = ours.predictions()[1] == theirs.predictions()[1]
         assert same.sum() >= len(same) - 1
         np.testing.assert_allclose(ours.prompt(), theirs.prompt(), rtol=1e-3, atol=1e-5)
-        assert info(ours)["replicas"] == 3
+        assert info(ours)["replicas"] == 4
         assert "replicas" not in info(theirs)
     # Each trial has its share of the time, so the sum is the time of the job.
     assert sum(record.seconds for record in together) <= took
@@ -95,7 +100,7 @@ def test_seeds_side_by_side_have_the_same_records_as_seeds_alone(seeds, store, f
     for index, record in enumerate(together):
         assert curves[index] == [
             {name: values[:rounds] for name, values in record.curves.items()}
-            for rounds in range(1, seeds[0].iterations + 1)
+            for rounds in range(1, specs[index].iterations + 1)
         ]
 
 
