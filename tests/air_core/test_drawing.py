@@ -82,7 +82,3 @@ def test_the_parameters_of_a_folder_are_those_of_its_pipeline():
     parts = load_pipeline(generator_folder("tiny")).components.values()
     loaded = sum(p.numel() for part in parts if isinstance(part, Module) for p in part.parameters())
     assert parameter_count(generator_folder("tiny")) == loaded
-
-
-def test_the_embedded_model_draws_at_its_size():
-    assert drawing_defaults(generator_folder("tiny")) == {"size": 32}

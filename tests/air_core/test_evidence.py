@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +61,6 @@ def test_an_error_does_not_depend_on_the_other_images_of_the_batch(scorer, laten
     assert torch.equal(whole, again)
 
 
-def test_only_candidates_are_computed(scorer, latents):
-    candidates = torch.zeros(40, 10, dtype=torch.bool)
-    candidates[3, 7] = candidates[20, 1] = True
-    errors = scorer.errors(latents, range(40), 0, candidates)
-    assert errors.isfinite().nonzero().tolist() == [[3, 7], [20, 1]]
-
-
 def test_the_evidence_recognises_digits_without_any_label(scorer, latents, digits):
     """Chance is 10 %."""
     every = torch.ones(40, 10, dtype=torch.bool)
@@ -76,18 +68,6 @@ def test_the_evidence_recognises_digits_without_any_label(scorer, latents, digit
     predicted = evidence_probabilities(errors, 0.8).argmax(dim=1)
     labels = torch.from_numpy(digits.labels[:40])
     assert (predicted == labels).double().mean() > 0.3
-
-
-def test_noise_has_a_seed(latents, scorer):
-    every = torch.ones(40, 10, dtype=torch.bool)
-    other = DenoisingScorer(
-        Path(images_folder("tiny")),
-        replace(SCORING, seed=1),
-        get_dataset("digits").classnames,
-        32,
-    )
-    one, another = (each.errors(latents, range(40), 0, every) for each in (scorer, other))
-    assert not torch.allclose(one, another, atol=1e-3)
 
 
 def test_candidates_are_the_best_of_clip_and_then_of_the_first_draws():

@@ -59,14 +59,6 @@ def draw(generator: Any, indices: range, attempt: int = 0, name: str = "digit th
 # ---------------------------------------------------------------- a diffusion model
 
 
-def test_the_same_seed_draws_the_same_image(generator):
-    images = draw(generator, range(4))
-    assert images.shape == (4, 32, 32, 3)
-    assert images.dtype == torch.uint8
-    assert torch.equal(images, draw(generator, range(4)))
-    assert torch.equal(images, draw(PipelineGenerator(MODEL, QUICK), range(4)))
-
-
 def test_an_image_does_not_depend_on_how_many_are_drawn(generator):
     block = draw(generator, range(4))
     draw(generator, range(4, 8))
@@ -108,16 +100,6 @@ def test_seeds_are_63_bits_and_differ():
     assert len(seeds) == 600
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert image_seed(0, "a", 11, 0) != image_seed(0, "a", 1, 10)
-
-
-def test_lora_of_scale_zero_is_the_base_model_with_the_same_noise(generator, adapter):
-    base = draw(generator, range(2))
-    off = draw(PipelineGenerator(MODEL, QUICK, adapter=adapter, scale=0.0), range(2))
-    on = draw(PipelineGenerator(MODEL, QUICK, adapter=adapter, scale=1.0), range(2))
-    half = draw(PipelineGenerator(MODEL, QUICK, adapter=adapter, scale=0.5), range(2))
-    assert torch.equal(base, off)
-    assert not torch.equal(base, on)
-    assert not torch.equal(half, on)
 
 
 def test_a_lora_is_exchanged_without_a_trace_of_the_one_before(adapter, monkeypatch):
@@ -419,31 +401,13 @@ def test_unreadable_files_are_rejected_and_missing_files_are_errors(folder, ghos
         FolderGenerator(folder, ["red panda", "red fox", "newt"], 16)
 
 
-def unusual(kind: str, file: Path) -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (16, 8, 4), dtype=np.uint8)
-    exif = Image.Exif()
-    match kind:
-        case "rotated":
-            exif[0x0112] = 6
-            Image.fromarray(noise[..., :3]).save(file, exif=exif)
-        case "16 bit":
-            Image.fromarray(noise[..., 0].astype(np.uint16) * 257).save(file)
-        case "transparent":
-            Image.fromarray(noise).save(file)
-        case "palette":
-            Image.fromarray(noise[..., :3]).quantize(16).save(file, transparency=0)
-        case "plain":
-            Image.fromarray(noise[..., :3]).save(file)
-
-
-@pytest.mark.parametrize("kind", ["plain", "rotated", "16 bit", "transparent", "palette"])
-def test_an_image_has_the_same_pixels_in_a_generator_and_a_dataset(tmp_path, kind):
+def test_an_image_has_the_same_pixels_in_a_generator_and_a_dataset(tmp_path):
     (tmp_path / "cat").mkdir()
-    unusual(kind, tmp_path / "cat" / "a.png")
+    noise = np.random.default_rng(0).integers(0, 256, (16, 8, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated
+    Image.fromarray(noise).save(tmp_path / "cat" / "a.png", exif=exif)
     [drawn] = FolderGenerator(tmp_path, ["cat"], 8).generate("cat", [0], [0])
     image = ImageFiles((tmp_path / "cat" / "a.png",))[0]
     fitted = ImageOps.fit(image, (8, 8), Image.Resampling.BICUBIC)
     assert np.array_equal(drawn.numpy(), np.asarray(fitted))
-    if kind == "plain":
-        with Image.open(tmp_path / "cat" / "a.png") as untouched:
-            assert np.array_equal(np.asarray(image), np.asarray(untouched))
