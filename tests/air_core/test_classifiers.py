@@ -171,13 +171,6 @@ def test_matching_entropy_makes_the_auxiliary_as_confident_as_the_text():
     assert confidence.item() == pytest.approx(0.6, abs=1e-3)
 
 
-def test_fusing_without_an_auxiliary_is_the_text_classifier():
-    images = toy(0, 10)
-    text = LinearClassifier(torch.eye(8)[:3], torch.zeros(3), torch.zeros(8), False, 20.0)
-    alone = fuse(text, None, images.batch, 0.5, "match_entropy")
-    assert torch.equal(alone.scores(images.batch), text.logits(images.batch).softmax(dim=-1))
-
-
 @pytest.mark.parametrize("kind", ["prototype", "knn", "cache"])
 @pytest.mark.parametrize("unseen", [None, [0, 2]])
 @pytest.mark.parametrize("transduction", [False, True])

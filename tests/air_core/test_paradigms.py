@@ -148,13 +148,6 @@ def test_digits_are_split_into_1077_180_and_540():
     assert len(split("digits", pool="train+val").pool) == 1257
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_pool_and_test_have_the_same_share_of_every_class(seed):
-    labels, found = load("digits")[0], split("digits", seed=seed)
-    shares = [np.bincount(labels[part]) / len(part) for part in (found.pool, found.test)]
-    assert np.abs(shares[0] - shares[1]).max() < 0.003
-
-
 # ---------------------------------------------------------------- datasets with fixed parts
 
 LABELS = np.arange(12) % 2

@@ -121,20 +121,6 @@ def test_deferred_acceptance_equals_a_plain_reference_for_chunks_of_any_size(
         assert balanced_choice(scores, slots, allowed).tolist() == expected
 
 
-@pytest.mark.parametrize("kind", ["top_k", "predicted", "threshold", "candidates"])
-def test_pseudo_labels_do_not_depend_on_the_size_of_chunks(kind, monkeypatch):
-    settings = PseudoLabelSettings(kind=kind, growth="growing", alpha=0.7, beta=0.5)
-    for iteration in (0, 2):
-        found = []
-        for elements in (2**22, 100):
-            monkeypatch.setattr(chunks, "ELEMENTS", elements)
-            found.append(
-                assign(some_scores(), settings, iteration=iteration, iterations=4, previous=None)
-            )
-        one, other = ((each.indices, each.labels, each.targets.dense()) for each in found)
-        assert all(map(torch.equal, one, other))
-
-
 # ---------------------------------------------------------------- targets without zeros
 
 

@@ -70,11 +70,6 @@ def test_several_texts_read_from_json_are_those_of_a_sweep_file():
     assert trial(lora__caption=[*texts]) == trial(lora__caption=texts)
 
 
-def test_lora_off_stays_off_in_flat_keys():
-    assert to_flat(trial(lora=None))["lora"] is None
-    assert rebuilt(trial(lora=None)) == trial(lora=None)
-
-
 def test_every_key_of_a_trial_has_help_and_a_default_that_is_allowed():
     for known in trial_keys().values():
         assert known.help, known.name
@@ -184,7 +179,6 @@ WITHOUT_EFFECT = [
     (ERRORS_ALONE, "generation.num_inference_steps", 10, 25),
     (ERRORS_ALONE, "generation.block", 4, 8),
     (ERRORS_ALONE, "generation.precision", "fp32", "bf16"),
-    (LABELLED, "evidence.draws", 0, 4),
     (LABELLED, "transduction", "none", "gmm"),
 ]
 
@@ -233,7 +227,8 @@ def test_each_condition_is_needed_by_an_example_above(monkeypatch):
     assert not unneeded
 
 
-# Settings with an effect: (other settings, key, a value, another value).
+# Settings with an effect: (other settings, key, a value, another value). Those of earlier stages
+# are in tests/root/test_keys.py.
 WITH_EFFECT = [
     ({"paradigm": "trzsl"}, "train.labelled_among", "all", "seen"),
     ({}, "test_dataset", None, Ref(name="others", digest="o")),
@@ -242,18 +237,10 @@ WITH_EFFECT = [
     ({}, "fusion_weight", 0.3, 0.7),
     ({}, "synthetic_weight", 0.3, 1.0),
     ({}, "fidelity.keep", 4, 8),
-    ({}, "lora.rank", 4, 8),
-    ({}, "lora.passes", None, 3),
-    ({}, "lora.flip", False, True),
-    ({}, "lora.caption", "a {}", ("a {}", "a small {}")),
     ({}, "generation.template", ("a {}", "a small {}"), ("a small {}", "a {}")),
-    ({}, "initial_labels.k", 8, 16),
-    ({}, "initial_labels.true_share", None, 0.5),
     (EVIDENCE, "evidence.low", 0.2, 0.4),
     ({}, "train.synthetic_batch", 8, 64),
     ({}, "train.epochs", 5, 50),
-    ({}, "split_seed", 0, 1),
-    ({}, "pool", "train", "train+val"),
     ({"pseudo_labels.growth": "fixed"}, "pseudo_labels.k", 8, 16),
     ({}, "pseudo_labels.alpha", 0.5, 0.9),
     ({**BOTH, "iterations": 2}, "auxiliary.refresh", True, False),
@@ -264,11 +251,6 @@ WITH_EFFECT = [
     (NO_ROUND, "images_per_class", 25, 50),
     (NO_ROUND, "split_seed", 0, 1),
     ({**NO_ROUND, **REAL_ONLY}, "auxiliary.k", 8, 16),
-    ({"paradigm": "ssl"}, "shots", 1, 2),
-    ({"paradigm": "trzsl"}, "class_seed", 0, 500),
-    ({"paradigm": "trzsl"}, "labelled_size", 40, None),
-    ({}, "initial_labels.kind", "pool", "top_k"),
-    ({"paradigm": "ssl"}, "lora.source", "all", "pseudo"),
     ({"paradigm": "ssl"}, "train.labelled_weight", 0.5, 1.0),
     ({"paradigm": "ssl"}, "supervision", "labelled", "pseudo"),
     ({}, "transduction", "none", "gmm"),
@@ -285,7 +267,6 @@ WITH_EFFECT = [
     ({}, "train.mix", "both", "synthetic"),
     ({}, "pseudo_labels.loss", "cc", "rc"),
     ({"pseudo_labels.kind": "threshold"}, "pseudo_labels.threshold", 0.5, 0.9),
-    ({}, "leaky_pool", False, True),
 ]
 
 

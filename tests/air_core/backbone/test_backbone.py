@@ -26,7 +26,6 @@ from air_core.backbone.clip import tf32_products
 from air_core.backbone.loading import load_backbone
 from air_core.backbone.vision import vision_tower
 from air_core.datasets.images import ImageFiles, open_image
-from air_core.models.weights import tiny_folder
 from benchmarks.harness import random_clip
 from benchmarks.method import padded_text_features, whole_tower
 
@@ -149,20 +148,6 @@ def test_text_features_and_gradients_equal_one_padded_sequence_per_class(clip):
     assert error(slope, plain_slope) < CLOSE[clip.dtype]
 
 
-def test_prompts_in_one_batch_equal_separate_prompts_including_gradients(clip):
-    contexts = 0.02 * torch.randn(2, 2, 4, clip.token_width, dtype=clip.dtype)
-    together, slopes = with_gradient(lambda c: clip.encode_context(c, NAMES), contexts)
-    assert together.shape == (2, 2, len(NAMES), together.shape[-1])
-    alone, slopes_alone = with_gradient(
-        lambda c: torch.stack(
-            [clip.encode_context(context, NAMES) for context in c.flatten(0, 1)]
-        ).unflatten(0, (2, 2)),
-        contexts,
-    )
-    assert error(together, alone) < CLOSE[clip.dtype]
-    assert error(slopes, slopes_alone) < CLOSE[clip.dtype]
-
-
 def test_text_features_with_word_embeddings_as_context_equal_plain_encoding(tiny_clip):
     words = tiny_clip.tokenizer.encode("a photo of a")
     context = tiny_clip.model.token_embedding(torch.tensor(words))
@@ -202,16 +187,6 @@ def test_image_tokens_are_cls_and_patches_and_do_not_depend_on_the_batch(tiny_cl
     assert tokens.shape == (5, 1 + (32 // tiny_clip.patch_size) ** 2, tiny_clip.patch_width)
     monkeypatch.setattr(tiny_clip, "at_once", 2)
     assert error(tiny_clip.image_tokens(images), tokens) < 1e-6
-
-
-def test_tokens_in_half_precision_give_nearly_the_same_features(tiny_clip):
-    images = some_images(4)
-    half = tiny_clip.image_tokens(images, torch.float16)
-    assert half.dtype == torch.float16
-    prompt = 0.1 * torch.randn(4, tiny_clip.patch_width)
-    found = tiny_clip.encode_tokens(half, prompt)
-    assert found.dtype == torch.float32
-    assert error(found, tiny_clip.encode_tokens(tiny_clip.image_tokens(images), prompt)) < 2e-3
 
 
 def test_a_visual_prompt_of_another_shape_is_an_error(tiny_clip):
@@ -275,25 +250,6 @@ def test_any_vision_transformer_takes_learned_tokens(name):
         # They have no position.
         turned = tower.features(tokens, prompt.flip(-2))
         assert error(turned, found) < 1e-4
-
-
-def test_a_tower_without_tokens_supports_text_prompts_only():
-    backbone = shallow_clip("RN50", [1, 1, 1, 1])
-    match = "visual prompts need a vision transformer.* this tower is a ModifiedResNet"
-    with pytest.raises(ValueError, match=match):
-        backbone.image_tokens(some_images(1))
-    with pytest.raises(ValueError, match=match):
-        backbone.encode_tokens(torch.zeros(1, 2, 3), torch.zeros(1, 3))
-    with pytest.raises(ValueError, match=match):
-        _ = backbone.patch_width
-    context = 0.02 * torch.randn(2, backbone.token_width)
-    found = backbone.encode_context(context, NAMES[:2])
-    assert error(found, padded_text_features(backbone, context, NAMES[:2])) < 1e-5
-
-
-def test_the_shipped_clip_is_small(tiny_clip):
-    assert sum(p.numel() for p in tiny_clip.model.parameters()) < 5e6
-    assert load_backbone(tiny_folder()).logit_scale == tiny_clip.logit_scale
 
 
 @pytest.mark.parametrize(("precision", "close"), [("fp16", 2e-3), ("bf16", 2e-2)])

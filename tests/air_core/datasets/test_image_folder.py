@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 
 from air_core.datasets import Dataset, Examples, get_dataset
-from air_core.paradigms import make_split
-from air_core.specs import SplitSettings
 from tests.helpers.dataset_trees import draw
 
 
@@ -64,27 +62,6 @@ def test_a_tree_without_parts_keeps_a_tenth_of_each_class_for_validation(tree):
     assert np.bincount(examples.labels[examples.parts == "val"]).tolist() == [2, 1, 1]
     assert paths(tree) == sorted(paths(tree))
     assert len(examples.images) == len(examples.labels) == 40
-
-
-def test_split_seed_splits_the_rest_and_keeps_the_validation_images(tree):
-    examples = load(tree)
-    splits = [
-        make_split(examples.labels, examples.parts, SplitSettings(pool="train", split_seed=seed))
-        for seed in range(3)
-    ]
-    assert len({tuple(split.validation.tolist()) for split in splits}) == 1
-    assert len({tuple(split.test.tolist()) for split in splits}) == 3
-    assert [len(split.test) for split in splits] == [12, 12, 12]
-
-
-def test_four_images_of_each_class_are_enough_for_every_part(tmp_path):
-    for name in "abcdefgh":
-        for i in range(4):
-            draw(tmp_path / name / f"{i}.png")
-    examples = load(tmp_path)
-    split = make_split(examples.labels, examples.parts, SplitSettings(pool="train"))
-    for part in (split.pool, split.validation, split.test):
-        assert len(np.unique(examples.labels[part])) == 8
 
 
 def test_part_folders_define_parts_and_a_tenth_of_train_is_for_validation(parted):
