@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from air_core.specs import EvidenceSpec
-from orchestrator.errors import DamagedArtifact, MissingArtifact
+from orchestrator.errors import MissingArtifact
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.evidence import BlockScorer, read_evidence
 from orchestrator.stages.evidence import build as build_evidence_block
@@ -63,20 +63,6 @@ def everything(draws: int) -> list[tuple[int, int]]:
     return [(draw, block) for block in range(3) for draw in range(draws)]
 
 
-def test_two_actors_compute_the_bits_of_one(spec, arrays, tmp_path):
-    stores = []
-    for name, orders in {
-        "one": [everything(2)],
-        "two": [everything(2)[::-2], everything(2)[::2]],
-    }.items():
-        worker = worker_with(tmp_path / name, spec, arrays)
-        assert sum(build(spec, shards, worker) for shards in orders) == 2 * POOL * 10
-        stores.append(worker.store)
-    one, two = (read_evidence(spec, 2, None, store) for store in stores)
-    assert one.shape == (1, POOL, 10)
-    assert torch.equal(one, two)
-
-
 def test_shards_that_exist_are_not_computed_again(spec, worker):
     assert build(spec, [(0, 0), (0, 1)], worker) == 2 * BLOCK * 10
     with ThreadPoolExecutor(2) as pool:  # threads stand for processes
@@ -112,19 +98,6 @@ def test_pruning_computes_the_first_draws_and_then_few_classes(spec, worker):
         .le(torch.where(kept, torch.inf, means).amin(dim=1))
         .all()
     )
-
-
-def test_a_damaged_shard_is_found_and_computed_again(spec, worker):
-    build(spec, everything(1), worker)
-    before = read_evidence(spec, 1, None, worker.store)
-    [shard] = worker.store.row(spec).path.glob("0000-00001*")
-    data = bytearray(shard.read_bytes())
-    data[-3] ^= 1
-    shard.write_bytes(data)
-    with pytest.raises(DamagedArtifact):
-        read_evidence(spec, 1, None, worker.store)
-    assert build(spec, everything(1), worker) == BLOCK * 10
-    assert torch.equal(read_evidence(spec, 1, None, worker.store), before)
 
 
 @pytest.mark.parametrize("part", ["train", "test"])

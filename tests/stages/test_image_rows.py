@@ -16,7 +16,6 @@ from PIL import Image
 from air_core.classifiers import text_classifier
 from air_core.datasets import get_dataset
 from air_core.diffusion.loading import load_generator
-from air_core.seal import intact
 from air_core.specs import FolderImages, Ref, SyntheticFeaturesSpec
 from air_core.types import Batch
 from orchestrator.errors import DamagedArtifact
@@ -80,31 +79,14 @@ def test_a_block_that_two_processes_need_at_once_is_drawn_once(store, drawn_digi
     assert list((store.root / "locks").iterdir()) == []
 
 
-def test_shards_and_the_record_of_a_row_have_checksums(store, drawn_digits):
-    spec = row_of(str(drawn_digits))
-    build_image_block(spec, 0, 0, WorkerContext(store), lambda: generator_of(spec))
-    files = [file for file in store.artifacts.rglob("*") if file.is_file()]
-    assert len(files) == 4
-    assert all(intact(file.read_bytes()) for file in files)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda sound: sound[:-1] + bytes([sound[-1] ^ 1]),
-        lambda sound: sound[: len(sound) // 2],
-        lambda sound: bytes(len(sound)),  # what a power cut may leave
-        lambda sound: b"",
-    ],
-    ids=["changed", "cut", "zeros", "empty"],
-)
 @pytest.mark.parametrize("suffix", [".safetensors", ".parquet"])
-def test_a_damaged_shard_is_an_error_that_names_it(store, drawn_digits, suffix, damage):
+def test_a_damaged_shard_is_an_error_that_names_it(store, drawn_digits, suffix):
     spec = row_of(str(drawn_digits))
     build_image_block(spec, 0, 0, WorkerContext(store), lambda: generator_of(spec))
     of = spec if suffix == ".safetensors" else spec.images
     shard = store.row(of).shard(0, 0)
-    shard.write_bytes(damage(shard.read_bytes()))
+    sound = shard.read_bytes()
+    shard.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
     with pytest.raises(DamagedArtifact, match=rf"0000-00000\{suffix} is damaged: it has no valid"):
         store.row(of).read(0, 0)
 

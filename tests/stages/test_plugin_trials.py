@@ -17,7 +17,6 @@ from transformers import CLIPModel
 from air_core.backbone.loading import load_backbone
 from air_core.datasets import get_dataset
 from air_core.specs import Ref, TrialSpec
-from orchestrator.errors import OutOfTime
 from orchestrator.keys import artifact_key
 from orchestrator.planning import Resolver
 from orchestrator.planning.resolve import InvalidSetting
@@ -25,7 +24,6 @@ from orchestrator.plugins import read_plugin, use_plugins
 from orchestrator.reporting.bundles import export
 from orchestrator.reporting.selection import SelectedTrial
 from orchestrator.spec import cells_of, load_sweep
-from orchestrator.stages import trial as trial_stage
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.features import build as build_features
 from orchestrator.stages.side_by_side import run_trials
@@ -83,24 +81,6 @@ def test_a_learner_of_a_plugin_starts_from_the_images_and_is_trained(worker, res
         export(selected, worker.store, resolver, tmp_path / "bundle")
     with pytest.raises(InvalidSetting, match="works with the class names that it learned only"):
         resolver.trial({**sweep(tmp_path, TIP_ADAPTER, TIP), "test_dataset": "digits"})
-
-
-def test_a_stopped_trial_with_a_learner_of_a_plugin_resumes(
-    worker, resolver, features, tmp_path, monkeypatch
-):
-    def stop(index: int, done: int, total: int) -> None:
-        if done > total / 2:  # in the second round
-            raise OutOfTime
-
-    monkeypatch.setattr(trial_stage, "CHECKPOINT_INTERVAL", 0.0)
-    spec = resolver.trial(sweep(tmp_path, TIP_ADAPTER, TIP.replace("pseudo", "cpl_real", 1)))
-    other = ArtifactStore(Path(shutil.copytree(features, tmp_path / "other")))
-    run_trials([spec], worker, stop)
-    assert worker.store.checkpoint_path(spec).exists()
-    resumed = run_trial(spec, worker.store)
-    whole = run_trial(spec, other)
-    one, two = (load_file(r.path / "prompt.safetensors")["prompt"] for r in (resumed, whole))
-    assert torch.equal(one, two)
 
 
 def test_a_saved_dataset_is_encoded_under_the_digests_of_its_files_and_its_code(tmp_path, command):
