@@ -543,6 +543,16 @@ def test_a_smoke_run_scores_a_few_images_of_the_same_kind(world):
     assert whole.kind == smoke.kind != cheaper.kind
 
 
+def test_the_estimate_includes_trials_of_a_search_that_has_not_started(world):
+    search = Search(points=5, space=(Dimension(key="fusion_weight", min=0.0, max=1.0),))
+    sweep = world.sweep("air", search=search, seeds=seeds(1, 2), fixed={"images_per_class": 16})
+    plan = world.plan(sweep)
+    assert not plan.slots
+    [trials] = [work for work in plan.work if work.stage == "trials"]
+    assert (trials.starts, trials.jobs) == (10, 5)
+    assert plan.estimate.stages["trials"] > 0
+
+
 def test_the_json_of_a_plan_has_counts_artifacts_and_estimate(world):
     found = world.plan(world.sweep("zero_shot", seeds=seeds(1, 2))).json(world.store)
     assert (found["cells"], found["points"]) == (1, 1)
