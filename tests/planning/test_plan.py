@@ -255,16 +255,10 @@ def test_a_failure_after_success_is_to_run_again_once_its_record_is_gone(world):
 # ---------------------------------------------------------------- searches
 
 
-def searched(world: World, sampler: Any, points: int = 6, **parts: Any) -> SweepSpec:
-    weights = Dimension(key="fusion_weight", min=0.0, max=1.0)
-    if sampler == "grid":
-        weights = replace(weights, min=None, max=None, values=(0.25, 0.75))
-    search = Search(sampler=sampler, points=points, width=2, space=(COUNTS, weights))
-    return world.sweep("air", search=search, seeds=parts.pop("seeds", seeds(1, 2)), **parts)
-
-
 def test_suggested_points_are_known(world):
-    sweep = searched(world, "random")
+    weights = Dimension(key="fusion_weight", min=0.0, max=1.0)
+    search = Search(sampler="random", points=6, width=2, space=(COUNTS, weights))
+    sweep = world.sweep("air", search=search, seeds=seeds(1, 2))
     scheduler = world.scheduler(sweep)
     job = scheduler.next()
     assert len(world.plan(sweep).slots) == 2

@@ -92,7 +92,6 @@ def params(played: Played) -> list[dict[str, Any]]:
     return [point for _, point, _ in played]
 
 
-SAMPLERS = ["tpe", "random", "grid"]
 SWEEPS = {
     "tpe": sweep("tpe"),
     "random": sweep("random", (COUNTS, STEPS)),
@@ -177,7 +176,7 @@ def test_later_points_depend_on_the_objectives_of_earlier_rounds(tmp_path):
 # ---------------------------------------------------------------- kills
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", SWEEPS)
 def test_every_prefix_of_the_event_log_resumes_with_the_same_points(tmp_path, sampler):
     """A killed driver leaves a prefix of the event log; the store has the objectives."""
     spec = SWEEPS[sampler]
