@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from air_core.models.weights import tiny_folder
+from orchestrator.store import open_store
 from tests.helpers.servers import free_port
 from tests.helpers.sweeps import airsweep, count, events, python, write_sweep
 
@@ -112,6 +113,7 @@ def test_a_store_of_another_format_is_refused_with_exit_code_3(tmp_path, command
 
 
 def test_a_mistyped_name_of_a_sweep_is_an_error_with_the_three_most_similar_ones(tmp_path, command):
+    open_store(tmp_path).initialize()
     for name in ("air", "colours", "context", "contexts", "texture"):
         (tmp_path / "sweeps" / "default" / name).mkdir(parents=True)
         (tmp_path / "sweeps" / "default" / name / "events.jsonl").touch()
