@@ -582,8 +582,8 @@ def _recorded_end(state: RunState, plan: Plan) -> Iterator[None]:
     except KeyboardInterrupt:
         state.exit_code = INTERRUPTED
     except SystemExit as stop:
-        # Ray's waiting calls replace the code of a SystemExit by 1: the signal's code counts. During
-        # ray.init the handler is Ray's, which exits with the number of the signal.
+        # Ray's waiting calls replace the code of a SystemExit by 1: the signal's code counts.
+        # Ray's handler, which is installed during ray.init, exits with the number of the signal.
         code = stop.code if isinstance(stop.code, int) else FAILED
         code = TERMINATED if code == signal.SIGTERM else code
         state.exit_code = state.signal_exit_code or code
