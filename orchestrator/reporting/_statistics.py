@@ -37,7 +37,8 @@ The **p value** of a difference is the level at which its interval, at 1 - p, ju
 values of a table are **corrected** in two ways, and a significant difference passes both. (A table
 is here the differences of one dataset, paradigm and modality: `orchestrator.reporting.rows`.)
 
-- Holm's procedure over the differences with hosts, and over those with controls (Holm 1979).
+- Holm's procedure over the differences with hosts, those with controls, and those between values of
+  a setting (Holm 1979).
 - A common runs part. Three seeds often agree by chance, and the runs part is then 0 although seeds
   matter: one time in five if seeds vary three times as much as images. That is tolerable for a
   single interval but not at the small levels of Holm's procedure: every third of such tables of

@@ -1,4 +1,8 @@
-"""Answers to the questions of a sweep: whether a method beats its host and its control."""
+"""Answers to the questions of a sweep, which follow from its grid and its search.
+
+What does the search gain, does a value of a setting beat the default one, does a method beat its
+host and its control, does a modality beat another one?
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,8 @@ from air_core.methods import METHODS
 from orchestrator.formatting import format_percent
 from orchestrator.reporting._statistics import Interval, Verdict, gain_share, paired_difference
 from orchestrator.reporting.rows import (
+    MARKS,
+    MODALITY,
     UNTESTED,
     Comparison,
     Results,
@@ -38,6 +44,7 @@ CEILINGS = {
 
 
 MAX_HEADLINES = 3
+MAX_VALUES = 3  # of a setting, with an answer each
 
 
 def headlines(results: Results) -> list[str]:
@@ -70,38 +77,95 @@ def best_and_gain(results: Results, task: Task) -> tuple[Row, Comparison | None]
     return results.best(task), gain
 
 
-def answers(results: Results) -> list[str]:
-    """Questions on the methods with a diffusion model, each with an answer.
+def answers(results: Results, most: int | None = None) -> list[str]:
+    """Questions with their answers: searches, settings, methods, modalities.
 
-    If the sweep has no such method, the questions are on its other methods. The last sentence is on
-    shares of a possible gain, that of the ceiling over the host. Empty without test images.
+    Args:
+        most: only so many, of each question about equally many.
+    """
+    questions = [*_questions(results)]
+    ranked = sorted((rank, i) for i, texts in enumerate(questions) for rank in range(len(texts)))
+    return [questions[i][rank] for i, rank in sorted((i, rank) for rank, i in ranked[:most])]
+
+
+def _questions(results: Results) -> Iterator[list[str]]:
+    """The answers to each question; empty without test images.
+
+    Methods with a diffusion model come first, and the last sentence on methods is on shares of a
+    possible gain, that of the ceiling over the host.
     """
     if not results.tested:
-        return []
+        return
+    by_key = dict(results.value_comparisons)
+    modalities = by_key.pop(MODALITY, [])
+    yield search_answers(results)
+    yield from (_answers(of_key) for of_key in by_key.values())
+    comparisons = [c for c in results.comparisons if not is_bound(c.row.method)]
+    comparisons.sort(key=lambda c: not uses_diffusion(c.row.method))
     diffusion = [row for row in results.rows if uses_diffusion(row.method)]
-    rows = diffusion or [row for row in results.rows if not is_bound(row.method)]
-    comparisons = [c for row in rows for c in results.comparisons_of(row).values()]
     fused = []
     for c in comparisons:
         runs, others = (results.runs(row, "fused") for row in (c.row, c.baseline))
-        if difference := paired_difference(runs, others):
+        is_asked = uses_diffusion(c.row.method) or not diffusion
+        if is_asked and (difference := paired_difference(runs, others)):
             fused.append((c.row, c.baseline, c.role, difference))
-    return [
+    yield [
         *_answers(comparisons),
         *_missing_controls(diffusion, results),
         *(f"Fused classifiers: {text[0].lower()}{text[1:]}" for text in _answers(compared(fused))),
         *_shares(diffusion, results),
     ]
+    yield _answers(modalities)
 
 
-def _answers(comparisons: Sequence[Comparison]) -> Iterator[str]:
-    """One question and its answer for each pair of methods."""
+def search_answers(results: Results) -> list[str]:
+    """For each searched cell, the gain of the search or the reason to set it aside."""
+    return [_search_answer(results, row) for row in results.rows if row.choice is not None]
+
+
+def _search_answer(results: Results, row: Row) -> str:
+    assert row.choice is not None
+    objective, found = row.choice.objective, row.choice.ranking
+    name = row_text(row, [k for k in results.varied_settings if k not in results.searched(row)])
+    task = f", {task_text(row.task)}" if len(results.tasks) > 1 else ""
+    gain = results.search_gains.get(row.cell)
+    best = "is the default setting"
+    if gain is not None:
+        best = f"has {gain.text} points against the default setting, {gain.significance}"
+    elif row.choice.points[:1] != (0,):
+        best = "is not compared with the default setting, which has no result"
+    known = f"the rank correlation of {objective} with test accuracy is {found}"
+    if not row.is_tested:
+        known = f"no test image shows whether {objective} finds good points"
+    elif found.rho is None:
+        few = f"{found.points} points are too few, or too similar"
+        known = f"{few}, to show whether {objective} finds good ones"
+    if row.choice.default:
+        text = f"set aside for the default setting, since {known}; its best point {best}"
+    else:
+        text = f"its best point by {objective} {best}; {known}"
+    return f"Search of {name}{task}: {text}."
+
+
+def _answers(comparisons: Sequence[Comparison]) -> list[str]:
+    """One question and its answer for each pair of methods, or of values with a method; one for all
+    values of a setting that has many.
+    """
+    values = Counter((c.row.method, c.role) for c in {c.name: c for c in comparisons}.values())
     pairs: dict[tuple[str, str], list[Comparison]] = {}
     for c in comparisons:
-        pairs.setdefault(c.methods, []).append(c)
-    for (method, baseline), of_pair in pairs.items():
+        method, sides = c.row.method, c.methods
+        if c.role not in MARKS:
+            value, default = c.values
+            joint = values[method, c.role] > MAX_VALUES
+            with_value = f"another {c.role}" if joint else f"{c.role} {value}"
+            sides = f"{method} with {with_value}", f"{method} with {default}"
+        pairs.setdefault(sides, []).append(c)
+    answers = []
+    for (one, other), of_pair in pairs.items():
         answer = _single_answer(*of_pair) if len(of_pair) == 1 else _joint_answer(of_pair)
-        yield f"Does {method} beat {baseline}? {answer}."
+        answers.append(f"Does {one} beat {other}? {answer}.")
+    return answers
 
 
 def _single_answer(c: Comparison) -> str:
@@ -112,22 +176,27 @@ def _single_answer(c: Comparison) -> str:
 
 
 def _joint_answer(comparisons: Sequence[Comparison]) -> str:
-    counts = Counter(ANSWERS[c.verdict] for c in comparisons)
-    parts = [
-        f"{word} in {counts[word]}" for word in dict.fromkeys(ANSWERS.values()) if counts[word]
-    ]
-    parts[0] = f"{parts[0][0].upper()}{parts[0][1:]} of {len(comparisons)} comparisons"
+    parts: list[str] = []
+    several = len({c.name for c in comparisons}) > 1
+    for word in dict.fromkeys(ANSWERS.values()):
+        if found := [c for c in comparisons if ANSWERS[c.verdict] == word]:
+            of = "" if parts else f" of {len(comparisons)} comparisons"
+            values = dict.fromkeys(c.values[0] for c in found if several)
+            named = f" ({', '.join(values)})" if values and word != "cannot be told" else ""
+            parts.append(f"{word} in {len(found)}{of}{named}")
+    parts[0] = f"{parts[0][0].upper()}{parts[0][1:]}"
     means = _range([c.difference.mean for c in comparisons], signed_percent)
     return f"{', '.join(parts)}; {means} points"
 
 
 def _missing_controls(rows: Sequence[Row], results: Results) -> Iterator[str]:
-    """Questions that need a control without diffusion of which the sweep has no row."""
+    """Questions that need a control without diffusion of which some row of the sweep is missing."""
     every = Counter(row.method for row in rows)
+    found = {row.method for row in results.rows}
     missing = Counter(
         row.method
         for row in rows
-        if _control(row.method) and "control" not in results.comparisons_of(row)
+        if _control(row.method) in found and "control" not in results.comparisons_of(row)
     )
     for method, count in missing.items():
         control = _control(method)

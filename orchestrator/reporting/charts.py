@@ -308,8 +308,10 @@ def _heading(task: Task) -> str:
 def differences(results: Results) -> Figure:
     """Each comparison, with its interval if tested; diamonds for those with the control."""
     groups: dict[str, list[Dot]] = {}
-    for comparison in results.comparisons:
-        settings = settings_text(comparison.row, results.varied_settings)
+    for comparison in results.all_comparisons:
+        settings = settings_text(
+            comparison.row, [k for k in results.varied_settings if k != comparison.role]
+        )
         label = comparison.name.replace(" - ", " \N{MINUS SIGN} ")
         label += f", {settings}" if settings else ""
         difference = comparison.difference

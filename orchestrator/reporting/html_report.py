@@ -216,12 +216,16 @@ def by_setting(data: ReportData) -> Iterator[Group]:
 
 def components(data: ReportData) -> Iterator[Group]:
     """Each row minus its host and its control."""
-    if data.results.comparisons:
+    if data.results.all_comparisons:
         figure = charts.differences(data.results)
-        notes = significance_notes(data.results.comparisons, marks=False)
+        notes = significance_notes(data.results.all_comparisons, marks=False)
         yield Group(
             figures=[_chart(figure, "Differences with intervals and a line at 0")],
-            tables=[Layout(frame=DataFrame(comparison_lines(data.results)))],
+            tables=[
+                Layout(
+                    frame=DataFrame(comparison_lines(data.results, data.results.all_comparisons))
+                )
+            ],
             details=[("Notes on the tests", "\n".join(notes))] if notes else [],
         )
 

@@ -9,11 +9,12 @@ The terms, from small to large:
   sweep with a search a row is one cell, shown at one of the points that the search tried.
 - A **task** is a dataset, a paradigm and a modality. Only rows of the same task are compared.
 - A **choice** (`Choice`) records why a searched cell is shown at this point: the best point by the
-  search's objective if that objective ranked the points of the sweep by test accuracy, else the
+  search's objective if that objective ranked the points of the cell by test accuracy, else the
   default setting. Test labels never choose a point.
 - A **baseline** of a row is a row of the method's host or of its control (see
   `orchestrator.spec.presets`), in the same task and with the same shared settings.
-- A **comparison** (`Comparison`) is a row minus one of its baselines, paired by image and run.
+- A **comparison** (`Comparison`) is a row minus one of its baselines, or minus the row of the same
+  method with another value of a setting, paired by image and run.
 
 This module works on predictions and metrics in memory. It reads no files.
 """
@@ -25,15 +26,16 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from air_core.methods import EMBEDDED, METHODS
 from air_core.specs.flat import trial_keys
 from orchestrator.formatting import format_percent, format_value, plural
-from orchestrator.reporting._ranking import Ranking, ranking, ranking_sentences
+from orchestrator.reporting._ranking import Ranking, ranking
 from orchestrator.reporting._statistics import (
     ALPHA,
     Array,
@@ -51,6 +53,7 @@ from orchestrator.reporting._statistics import (
     paired_difference,
     verdict,
 )
+from orchestrator.spec import presets
 from orchestrator.spec.sweep import computation_of
 
 EMPTY = "no finished trial yet"
@@ -130,8 +133,12 @@ class Row(Interval):
 
     @property
     def task(self) -> Task:
-        """Dataset, paradigm and modality. Only rows of the same task are compared."""
+        """Dataset, paradigm and modality. Methods are compared in the same task."""
         return self.dataset, self.paradigm, self.modality
+
+    def value(self, key: str) -> Any:
+        """The value of a setting that the sweep varies, or the modality; None without it."""
+        return self.modality if key == MODALITY else self.settings.get(key)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,23 +160,19 @@ class Choice:
 
     objective: str
     default: bool  # the default setting, because the objective does not predict test accuracy
-    ranking: Ranking  # how well the objective ranked the points of this cell
-    pooled: Ranking  # the same over all cells of the sweep; decides about `default`
+    ranking: Ranking  # how well the objective ranked the points of the cell
+    points: tuple[int, ...]  # numbers of distinct points, from the best one by the objective
 
     def as_json(self, point: int) -> dict[str, Any]:
         return {
             "point": point,
             "chosen_by": "default" if self.default else self.objective,
-            "rank_correlation": {
-                "objective": self.objective,
-                "cell": asdict(self.ranking),
-                "pooled": asdict(self.pooled),
-            },
+            "rank_correlation": {"objective": self.objective, **asdict(self.ranking)},
         }
 
 
-Role = Literal["host", "control"]
-MARKS: dict[Role, str] = {"host": "†", "control": "‡"}
+MARKS = {"host": "†", "control": "‡"}  # by role
+MODALITY = "modality"  # a part of the task whose values are compared like those of settings
 WORSE = "↓"
 
 FIELDS = (
@@ -180,11 +183,12 @@ FIELDS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """A row minus one of its baselines: the difference, its interval and its significance."""
+    """A row minus a baseline: the difference, its interval and its significance."""
 
     row: Row
     baseline: Row
-    role: Role  # of the baseline
+    # Of the baseline: host or control; default, of a search; else the key in whose value it differs
+    role: str
     difference: Difference  # paired by image and run
     p_corrected: float  # over the comparisons of its question, see `compared`
     detectable: float  # the smallest difference that the test detects with 80 % power
@@ -195,8 +199,15 @@ class Comparison:
 
     @property
     def name(self) -> str:
-        """The methods, such as `air - cpl`."""
-        return " - ".join(self.methods)
+        """What is compared, such as `air - cpl` or `cpl, prompt.length 8 - 2`."""
+        if self.role in MARKS:
+            return " - ".join(self.methods)
+        return f"{self.row.method}, {self.role} {' - '.join(self.values)}"
+
+    @property
+    def values(self) -> list[str]:
+        """The values of the setting in which row and baseline differ."""
+        return [format_value(row.value(self.role)) for row in (self.row, self.baseline)]
 
     @property
     def verdict(self) -> Verdict:
@@ -227,7 +238,7 @@ class Comparison:
         """† for the host, ‡ for the control, with ↓ if the row is worse; empty: not significant."""
         if not self.is_significant:
             return ""
-        return MARKS[self.role] + (WORSE if self.verdict == "lower" else "")
+        return MARKS.get(self.role, "") + (WORSE if self.verdict == "lower" else "")
 
     @property
     def ascii_mark(self) -> str:
@@ -268,65 +279,53 @@ def rows(trials: Sequence[FinishedTrial], search_objective: str | None) -> list[
     for trial in trials:
         points.setdefault((trial.cell, trial.point), []).append(trial)
     if search_objective is None:
-        return [_row(point, None) for point in points.values()]
+        return [_row(point) for point in points.values()]
     cells: dict[str, list[list[FinishedTrial]]] = {}
     for (cell, _), point in points.items():
         cells.setdefault(cell, []).append(point)
-    scores = {cell: _scores(group) for cell, group in cells.items() if len(group) > 1}
-    pooled = ranking(list(scores.values()))
-    result = []
-    for cell, group in cells.items():
-        cell_ranking = ranking([scores[cell]]) if cell in scores else None
-        result.append(_searched_row(group, search_objective, cell_ranking, pooled))
-    return result
+    return [_searched_row(group, search_objective) for group in cells.values()]
 
 
-def _searched_row(
-    points: Sequence[list[FinishedTrial]],
-    objective: str,
-    cell_ranking: Ranking | None,
-    pooled: Ranking,
-) -> Row:
+def _searched_row(points: Sequence[list[FinishedTrial]], objective: str) -> Row:
     """The row of a searched cell, at its best point by the objective or at its default point."""
-    if cell_ranking is None:
-        return _row(points[0], None)
-    first = [point for point in points if point[0].point == 0]  # empty if the default point failed
-    default = bool(first) and not pooled.predicts_accuracy
-    choice = Choice(objective=objective, default=default, ranking=cell_ranking, pooled=pooled)
-    return _row(first[0] if default else max(points, key=_search_order), choice)
+    if len(points) == 1:
+        return _row(points[0])
+    distinct: dict[str, list[FinishedTrial]] = {}
+    for point in points:
+        distinct.setdefault(repr(sorted(point[0].settings.items())), point)
+    found = ranking(*_scores(distinct.values()))
+    by_objective = sorted(
+        distinct.values(), key=_objective, reverse=True
+    )  # the first of equal ones
+    first = points[0]
+    set_aside = first[0].point == 0 and not found.predicts_accuracy  # else the default point failed
+    choice = Choice(
+        objective=objective,
+        default=set_aside,
+        ranking=found,
+        points=tuple(p[0].point for p in by_objective if _objective(p) > -math.inf),
+    )
+    return _row(first if set_aside else by_objective[0], choice)
 
 
 def _scores(points: Iterable[Sequence[FinishedTrial]]) -> tuple[Array, Array]:
-    """Objective and test accuracy of distinct points that have both, (P,) each."""
-    by_settings: dict[str, tuple[float, float]] = {}
-    for point in points:
-        objective, settings = point[0].objective, repr(sorted(point[0].settings.items()))
-        is_tested = len(point[0].image_ids) > 0 and settings not in by_settings
-        if objective is not None and not math.isnan(objective) and is_tested:
-            by_settings[settings] = (objective, mean_score(_runs(_distinct(point))))
-    scores = np.array(list(by_settings.values()), dtype=float).reshape(-1, 2)
-    return scores[:, 0], scores[:, 1]
+    """Objective and test accuracy of the points that have both, (P,) each."""
+    scores = [
+        (_objective(point), mean_score(_runs(_distinct(point))))
+        for point in points
+        if len(point[0].image_ids) and _objective(point) > -math.inf
+    ]
+    objectives, accuracies = np.array(scores, dtype=float).reshape(-1, 2).T
+    return objectives, accuracies
 
 
-def choice_notes(rows: Sequence[Row]) -> list[str]:
-    """Sentences on why searched rows show their settings; empty without a search."""
-    choices = {row.cell: row.choice for row in rows if row.choice is not None}
-    if not choices:
-        return []
-    first = next(iter(choices.values()))
-    by_cell = {cell: choice.ranking for cell, choice in choices.items()}
-    return [*ranking_sentences(first.objective, first.pooled, by_cell)]
-
-
-def _search_order(point: Sequence[FinishedTrial]) -> tuple[float, int]:
-    """Sort key of points, best last: by objective, then the earlier point."""
+def _objective(point: Sequence[FinishedTrial]) -> float:
+    """The objective of a point; -inf without one."""
     objective = point[0].objective
-    if objective is None or math.isnan(objective):
-        objective = -math.inf
-    return objective, -point[0].point
+    return -math.inf if objective is None or math.isnan(objective) else objective
 
 
-def _row(point: Sequence[FinishedTrial], choice: Choice | None) -> Row:
+def _row(point: Sequence[FinishedTrial], choice: Choice | None = None) -> Row:
     first, runs = point[0], _runs(_distinct(point))
     return Row(
         **vars(mean_interval(runs) if len(first.image_ids) else _untested(len(runs))),
@@ -410,10 +409,10 @@ def _distinct(point: Sequence[FinishedTrial]) -> dict[RunName, FinishedTrial]:
 # ---------------------------------------------------------------- comparisons
 
 
-def baseline_methods(method: str) -> list[tuple[Role, str]]:
+def baseline_methods(method: str) -> list[tuple[str, str]]:
     """The methods that presets compare a method with: its host and its control."""
     preset = METHODS[method]
-    pairs: list[tuple[Role, str | None]] = [("host", preset.host), ("control", preset.control)]
+    pairs = (("host", preset.host), ("control", preset.control))
     return [(role, name) for role, name in pairs if name is not None]
 
 
@@ -426,15 +425,16 @@ def uses_diffusion(method: str) -> bool:
     return has_images or "evidence.draws" not in pins
 
 
-def compared(pairs: Sequence[tuple[Row, Row, Role, Difference]]) -> list[Comparison]:
+def compared(pairs: Sequence[tuple[Row, Row, str, Difference]]) -> list[Comparison]:
     """Comparisons from rows, baselines, roles and differences.
 
-    p values are corrected within a question: what methods gain over their hosts, or over their
-    controls, in one task. The runs of all comparisons of a task give the common runs part.
+    p values are corrected within a question: what methods gain over their hosts, over their
+    controls, or with other values of a setting, in one task. The runs of all given comparisons of a
+    task give the common runs part.
     """
     tasks: dict[Task, list[int]] = {}
-    for position, (row, *_) in enumerate(pairs):
-        tasks.setdefault(row.task, []).append(position)
+    for position, (_, baseline, *_) in enumerate(pairs):
+        tasks.setdefault(baseline.task, []).append(position)
     tests: dict[int, tuple[float, float]] = {}  # corrected p value and detectable difference
     for positions in tasks.values():
         differences = [pairs[position][3] for position in positions]
@@ -507,14 +507,67 @@ class Results:
 
         p values are corrected within a question, see `compared`.
         """
-        pairs = []
-        for row in self.rows:
-            for role, method in baseline_methods(row.method):
-                baseline = self.baseline(row, method)
-                difference = self.difference(row, baseline) if baseline else None
-                if baseline is not None and difference is not None:
-                    pairs.append((row, baseline, role, difference))
-        return compared(pairs)
+        return self._compared(
+            (row, self.baseline(row, method), role)
+            for row in self.rows
+            for role, method in baseline_methods(row.method)
+        )
+
+    @functools.cached_property
+    def value_comparisons(self) -> dict[str, list[Comparison]]:
+        """By setting of the grid, and for the modality, each row minus the row with the default
+        value, or else with the first one, where method, task and all other settings are equal.
+        """
+        searched = {key for keys in self._searched.values() for key in keys}
+        keys = [*(key for key in self.varied_settings if key not in searched), MODALITY]
+        found = {
+            key: self._compared((row, self._at_default(row, key), key) for row in self.rows)
+            for key in keys
+        }
+        return {key: comparisons for key, comparisons in found.items() if comparisons}
+
+    @property
+    def all_comparisons(self) -> list[Comparison]:
+        """The comparisons with hosts and controls, then those of values."""
+        return [*self.comparisons, *chain.from_iterable(self.value_comparisons.values())]
+
+    @functools.cached_property
+    def search_gains(self) -> dict[str, Comparison]:
+        """By searched cell, its best point by the objective minus the default point."""
+        best = [points[0] for row in self.rows if (points := self.best_points(row))]
+        pairs = ((row, self._point(row.cell, 0), "default") for row in best if row.point)
+        return {c.row.cell: c for c in self._compared(pairs)}
+
+    def best_points(self, row: Row, most: int = 3) -> list[Row]:
+        """The best points of a searched cell by its objective, and the default point.
+
+        Empty without a search, or if the cell has a single point.
+        """
+        if row.choice is None:
+            return []
+        found = (self._point(row.cell, n) for n in dict.fromkeys([*row.choice.points[:most], 0]))
+        return [point for point in found if point is not None]
+
+    def _point(self, cell: str, number: int) -> Row | None:
+        point = self._points.get((cell, number))
+        return _row(point) if point else None
+
+    def searched(self, row: Row) -> set[str]:
+        """The settings of a row that a search chose."""
+        return self._searched.get(row.cell, set())
+
+    def objective(self, row: Row) -> float | None:
+        """The objective of the row's point, mean over its runs; None without a search."""
+        return self._points[row.cell, row.point][0].objective
+
+    def _compared(self, pairs: Iterable[tuple[Row, Row | None, str]]) -> list[Comparison]:
+        """Comparisons of rows, baselines and roles, except pairs without a common run."""
+        found = []
+        for row, baseline, role in pairs:
+            difference = self.difference(row, baseline) if baseline else None
+            if baseline is not None and difference is not None:
+                found.append((row, baseline, role, difference))
+        return compared(found)
 
     def chance(self, row: Row) -> float | None:
         """Accuracy of guessing, 1 over the number of classes; None if that is unknown."""
@@ -526,7 +579,7 @@ class Results:
         chance = self.chance(row)
         return chance is not None and row.metric == "accuracy" and row.low <= chance
 
-    def comparisons_of(self, row: Row) -> dict[Role, Comparison]:
+    def comparisons_of(self, row: Row) -> dict[str, Comparison]:
         """The comparisons of a row, by the role of the baseline."""
         return {c.role: c for c in self.comparisons if c.row is row}
 
@@ -585,15 +638,45 @@ class Results:
         It has equal values for all settings that both rows have, searched settings excepted. Of
         several such rows the one that shares the most settings is taken.
         """
-        candidates: dict[int, Row] = {}  # by number of shared settings
-        for other in self.rows:
-            if other.method != method or other.task != row.task or other is row:
-                continue
-            searched = self._searched.get(row.cell, set()) | self._searched.get(other.cell, set())
-            shared = (row.settings.keys() & other.settings.keys()) - searched
-            if all(row.settings[key] == other.settings[key] for key in shared):
-                candidates.setdefault(len(shared), other)
-        return candidates[max(candidates)] if candidates else None
+        others = [o for o in self.rows if o.method == method and o.task == row.task]
+        return _closest(self._equal_rows(row, [other for other in others if other is not row]))
+
+    def _at_default(self, row: Row, key: str) -> Row | None:
+        """The row with the default value of a setting, or else with the first one, and all else
+        equal; None: it is this row.
+        """
+        if key != MODALITY and key not in row.settings:
+            return None
+        others = [
+            other
+            for other in self.rows
+            if (other.method, *other.task[:2]) == (row.method, *row.task[:2])
+            and (key == MODALITY or (other.modality == row.modality and key in other.settings))
+        ]
+        equal = self._equal_rows(row, others, key)
+        flat = self._points[row.cell, row.point][0].flat
+        chosen = {name: value for name, value in flat.items() if name != key}
+        defaults = {name: known.default for name, known in trial_keys().items()}
+        default = (defaults | presets.defaults(row.method, chosen)).get(key)
+        values = [other.value(key) for _, other in equal]
+        value = default if default in values else values[0]
+        if row.value(key) == value:
+            return None
+        return _closest([pair for pair in equal if pair[1].value(key) == value])
+
+    def _equal_rows(self, row: Row, others: Iterable[Row], key: str = "") -> list[tuple[int, Row]]:
+        """The rows with equal values for all settings that both have, and the number of these.
+
+        Args:
+            key: a setting that may differ, like those that were searched.
+        """
+        found = []
+        for other in others:
+            apart = self.searched(row) | self.searched(other) | {key}
+            shared = (row.settings.keys() & other.settings.keys()) - apart
+            if all(row.settings[each] == other.settings[each] for each in shared):
+                found.append((len(shared), other))
+        return found
 
     def difference(self, row: Row, other: Row) -> Difference | None:
         """A row minus another; None if they have no run in common."""
@@ -602,6 +685,11 @@ class Results:
     def collapsed_runs(self, row: Row) -> list[Collapse]:
         """Runs of a row that are far below its other runs."""
         return collapsed_runs(self.runs(row)) if row.is_tested else []
+
+
+def _closest(rows: Sequence[tuple[int, Row]]) -> Row | None:
+    """The first row with the largest number of shared settings."""
+    return max(rows, key=lambda pair: pair[0], default=(0, None))[1]
 
 
 # ---------------------------------------------------------------- text
@@ -691,7 +779,7 @@ def collapse_notes(results: Results, most: int = 4) -> list[str]:
 
 def _corrected_over(comparisons: Sequence[Comparison]) -> str:
     """The comparisons that p values are corrected over; empty if there is one of each question."""
-    sizes = Counter((c.row.task, c.role) for c in comparisons)
+    sizes = Counter((c.baseline.task, c.role) for c in comparisons)
     if max(sizes.values()) < 2:
         return ""
     largest: dict[str, int] = {}
@@ -700,7 +788,8 @@ def _corrected_over(comparisons: Sequence[Comparison]) -> str:
     several = len({task for task, _ in sizes}) > 1
     tasks = " in each dataset, paradigm and modality" if several else ""
     up_to = "up to " if several else ""
-    counts = (f"over {up_to}{plural(n, 'comparison')} with the {r}" for r, n in largest.items())
+    named = {role: f"with the {role}" if role in MARKS else f"of {role}" for role in largest}
+    counts = (f"over {up_to}{plural(n, 'comparison')} {named[r]}" for r, n in largest.items())
     return f", Holm-corrected{tasks} {' and '.join(counts)}; intervals are not corrected"
 
 

@@ -70,7 +70,7 @@ def summary(
     if len(results.rows) > MAX_ROWS:
         lines.append(f" {MAX_ROWS} of {len(results.rows)} rows; all: {table}")
     above = [
-        ("answers", "\n".join(answers(results)[:MAX_ANSWERS])),
+        ("answers", "\n".join(answers(results, MAX_ANSWERS))),
         ("caution", next(_cautions(results), "")),
         ("best", _best_text(best) if best else ""),
     ]
@@ -117,8 +117,8 @@ def _cautions(results: Results) -> Iterator[str]:
         yield UNTESTED
     yield from collapse_notes(results, most=1)
     yield from at_chance_notes(results, results.rows)
-    yield from untested_notes(results.comparisons)
-    yield from one_split_notes(results.comparisons)
+    yield from untested_notes(results.all_comparisons)
+    yield from one_split_notes(results.all_comparisons)
 
 
 def _best_text(best: Candidate) -> str:

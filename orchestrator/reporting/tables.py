@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.formatting import format_interval, format_percent, format_value
 from orchestrator.reporting._layouts import Layout, csv_text, drop_empty_columns, markdown
+from orchestrator.reporting.answers import search_answers
 from orchestrator.reporting.rows import (
     EMPTY,
     FIELDS,
@@ -20,9 +21,7 @@ from orchestrator.reporting.rows import (
     MUTUAL_INFORMATION,
     Comparison,
     Results,
-    Role,
     Row,
-    choice_notes,
     collapse_notes,
     mean_std,
     protocol_notes,
@@ -140,9 +139,15 @@ def table(results: Results, format: str, columns: str = "all") -> str:
         case _ if not results.rows:
             return f"{EMPTY.capitalize()}."
         case _ if columns == "fit":
-            return "\n\n".join(map(markdown, _fitted(results)))
+            layouts = [*_fitted(results), *points_layouts(results)]
         case _:
-            return markdown(table_layout(results))
+            values = [c for of_key in results.value_comparisons.values() for c in of_key]
+            layouts = [
+                table_layout(results),
+                *_differences(results, values),
+                *points_layouts(results),
+            ]
+    return "\n\n".join(map(markdown, layouts))
 
 
 def as_json(results: Results) -> list[dict[str, object]]:
@@ -158,10 +163,24 @@ def as_json(results: Results) -> list[dict[str, object]]:
             },
             "agreement": results.mean(row, AGREEMENT),
             "chance": results.chance(row),
-            "comparisons": [c.as_json() for c in results.comparisons_of(row).values()],
+            "comparisons": [c.as_json() for c in results.all_comparisons if c.row is row],
             "collapsed": [vars(run) for run in results.collapsed_runs(row)],
         }
+        | ({} if row.choice is None else {"points": _points(results, row)})
         for row in results.rows
+    ]
+
+
+def _points(results: Results, row: Row) -> list[dict[str, Any]]:
+    """The best points of a searched cell and the default one, for JSON."""
+    return [
+        {
+            "point": point.point,
+            "settings": point.settings,
+            "objective": results.objective(point),
+            **{name: point.as_json()[name] for name in ("mean", "low", "high", "n")},
+        }
+        for point in results.best_points(row)
     ]
 
 
@@ -245,17 +264,48 @@ def _fitted(results: Results) -> Iterator[Layout]:
         note = f"Not shown: {', '.join(absent)}; --columns all shows them."
         layout = replace(layout, notes=[*layout.notes, note])
     yield layout
-    if lines := comparison_lines(results):
+    yield from _differences(results, results.all_comparisons)
+
+
+def _differences(results: Results, comparisons: Sequence[Comparison]) -> Iterator[Layout]:
+    if lines := comparison_lines(results, comparisons):
         from pandas import DataFrame
 
         frame = DataFrame(lines).drop(columns=["compared with", "n_test", "p"], errors="ignore")
+        notes = [*significance_notes(comparisons, marks=False), *untested_notes(comparisons)]
+        yield Layout(frame=frame, notes=notes)
+
+
+def points_layouts(results: Results) -> Iterator[Layout]:
+    """Of a search, the best points of each cell by the objective, and the default point."""
+    from pandas import DataFrame
+
+    searched = [(row, row.choice.objective) for row in results.rows if row.choice is not None]
+    lines = [
+        {
+            "method": point.method if len(searched) > 1 else "",
+            "task": task_text(point.task) if len(results.tasks) > 1 else "",
+            "point": str(point.point) if point.point else "default",
+            **{key: format_value(point.settings.get(key, "")) for key in results.varied_settings},
+            objective.replace("_", " "): _objective_text(objective, results.objective(point)),
+            "accuracy": mean_std(point),
+        }
+        for row, objective in searched
+        for point in results.best_points(row)
+    ]
+    if lines:
         yield Layout(
-            frame=frame,
-            notes=[
-                *significance_notes(results.comparisons, marks=False),
-                *untested_notes(results.comparisons),
-            ],
+            frame=DataFrame(drop_empty_columns(lines)),
+            caption=["The best points of the search by its objective, which reads no test label."],
+            notes=search_answers(results),
         )
+
+
+def _objective_text(objective: str, value: float | None) -> str:
+    """An accuracy in percent, mutual information in nats."""
+    if value is None or objective.endswith("accuracy"):
+        return format_percent(value)
+    return f"{value:.3f}"
 
 
 def table_layout(results: Results, left_out: Sequence[str] = ()) -> Layout:
@@ -273,7 +323,7 @@ def table_layout(results: Results, left_out: Sequence[str] = ()) -> Layout:
             *(significance_notes(results.comparisons) if not left_out else []),
             *(untested_notes(results.comparisons) if not left_out else []),
         ],
-        notes=[*choice_notes(results.rows), *collapse_notes(results)],
+        notes=collapse_notes(results),
     )
 
 
@@ -306,12 +356,12 @@ def table_lines(results: Results) -> list[dict[str, str]]:
     return drop_empty_columns(lines)
 
 
-def comparison_lines(results: Results) -> list[dict[str, str]]:
+def comparison_lines(results: Results, comparisons: Sequence[Comparison]) -> list[dict[str, str]]:
     """One line of cells per comparison, without empty columns."""
     keys = [
         key
         for key in results.varied_settings
-        if len({repr(c.row.settings.get(key)) for c in results.comparisons}) > 1
+        if len({repr(c.row.settings.get(key)) for c in comparisons if c.role != key}) > 1
     ]
     return drop_empty_columns(
         [
@@ -319,14 +369,17 @@ def comparison_lines(results: Results) -> list[dict[str, str]]:
                 "task": task_text(c.row.task) if len(results.tasks) > 1 else "",
                 "difference": c.name,
                 "compared with": c.role,
-                **{key: format_value(c.row.settings.get(key, "")) for key in keys},
+                **{
+                    key: "" if c.role == key else format_value(c.row.settings.get(key, ""))
+                    for key in keys
+                },
                 "points, 95 %": c.text,
                 "n": str(c.difference.n),
                 "n_test": str(c.difference.n_test),
                 "significant": SIGNIFICANT[c.verdict],
                 **(_test_cells(c) if c.is_tested else {}),
             }
-            for c in results.comparisons
+            for c in comparisons
         ]
     )
 
@@ -361,5 +414,5 @@ def _caption(results: Results, header: Sequence[str]) -> Iterator[str]:
         yield "Gains in points, with 95 % interval if tested, paired by image and run."
 
 
-def _ascii_marks(comparisons: Mapping[Role, Comparison]) -> list[str]:
+def _ascii_marks(comparisons: Mapping[str, Comparison]) -> list[str]:
     return [c.ascii_mark for c in comparisons.values() if c.ascii_mark]

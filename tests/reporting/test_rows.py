@@ -73,7 +73,7 @@ def test_a_searched_row_is_the_default_point_if_the_objective_predicts_no_test_a
     host, kept = rows(finished, "mutual_information")
     assert kept.settings == {"images_per_class": 120, "fusion_weight": 0.5}
     assert kept.choice.default
-    assert kept.choice.pooled.low <= 0
+    assert kept.choice.ranking.low <= 0
     assert host.choice is None  # it has a single point
 
 
@@ -161,6 +161,29 @@ def test_searched_methods_are_compared_at_their_own_best_points() -> None:
     found = results(finished, "mutual_information")
     assert [row.settings["prompt.length"] for row in found.rows] == [4, 8]
     assert [c.methods for c in found.comparisons] == [("air", "cpl")]
+
+
+def test_values_of_settings_and_modalities_are_compared_with_the_default_or_first_one() -> None:
+    finished, lengths = [], {8: 0.0, 2: -0.2, 16: 0.1}  # the default is 16
+    for method in ("cpl", "air"):
+        for length, better in lengths.items():
+            settings = {"prompt.length": length, "pseudo_labels.kind": "top_k"}
+            cell = f"{method}-{length}"
+            finished += trials(method, settings=settings, cell=cell, better=better)
+        settings = {"prompt.length": 2, "pseudo_labels.kind": "threshold"}
+        finished += trials(method, settings=settings, cell=f"{method}-threshold")
+        visual = trials(method, settings=settings, cell=f"{method}-visual", better=0.2)
+        finished += [replace(t, flat=t.flat | {"modality": "visual"}) for t in visual]
+    found = results(finished)
+    assert [c.name for of_key in found.value_comparisons.values() for c in of_key] == [
+        *("cpl, prompt.length 8 - 16", "cpl, prompt.length 2 - 16"),
+        *("air, prompt.length 8 - 16", "air, prompt.length 2 - 16"),
+        "cpl, pseudo_labels.kind threshold - top_k",
+        "air, pseudo_labels.kind threshold - top_k",
+        *("cpl, modality visual - text", "air, modality visual - text"),
+    ]
+    for c in found.all_comparisons:
+        assert c.difference.mean == pytest.approx(c.row.mean - c.baseline.mean)
 
 
 def test_searched_methods_are_compared_if_each_has_one_finished_point() -> None:
@@ -272,34 +295,29 @@ def test_a_fitted_table_equals_the_golden_file() -> None:
         assert max(map(len, table(found, "md", "fit").splitlines())) <= 100
 
 
-@pytest.mark.parametrize(("guides", "start"), [(True, "Settings chosen by "), (False, "Default ")])
-def test_notes_of_a_searched_table_explain_how_well_its_objective_ranked_points(
-    guides, start
-) -> None:
-    finished = searched(guides)
-    found = results(finished, "mutual_information")
-    *_, below = table(found, "md").split("\n\n")
-    assert below.startswith(start)
-    figures = str(found.rows[1].choice.pooled)  # type: ignore[union-attr]
-    assert figures in " ".join(below.split())
-    assert "correlation" not in table(results(quickstart()), "md")
+def test_the_tables_of_a_search_equal_the_golden_file() -> None:
+    """Its best points and the default one, once taken and once set aside."""
+    found = (results(searched(guides), "mutual_information") for guides in (True, False))
+    check_golden("search_table.md", "\n\n".join(table(each, "md", "fit") for each in found) + "\n")
 
 
 def test_json_of_a_search_contains_the_chosen_point_and_why() -> None:
     finished = searched(guides=False)
     host, kept = json.loads(table(results(finished, "mutual_information"), "json"))
     assert list(host) == [*ROW_KEYS, *ADDED_KEYS]
-    assert list(kept) == [*ROW_KEYS, "point", "chosen_by", "rank_correlation", *ADDED_KEYS]
+    of_search = ["point", "chosen_by", "rank_correlation"]
+    assert list(kept) == [*ROW_KEYS, *of_search, *ADDED_KEYS, "points"]
     assert (kept["point"], kept["chosen_by"]) == (0, "default")
-    assert kept["rank_correlation"]["pooled"] == kept["rank_correlation"]["cell"]
-    assert kept["rank_correlation"]["pooled"]["points"] == 6
+    assert kept["rank_correlation"]["points"] == 6
+    assert [point["point"] for point in kept["points"]] == [1, 2, 4, 0]
 
 
 def test_only_settings_that_vary_have_a_column() -> None:
     finished = searched()
     for trial in finished:
         trial.settings["lora.rank"] = 8
-    header, _, host, best = cells(table(results(finished, "mutual_information"), "md"))
+    header, _, host, best, *points = cells(table(results(finished, "mutual_information"), "md"))
+    assert "lora.rank" not in points[0]
     assert header[:3] == ["method", "images_per_class", "fusion_weight"]
     assert "lora.rank" not in header
     assert host[:3] == ["cpl", "", ""]
@@ -434,8 +452,26 @@ def test_answers_equal_the_golden_ones() -> None:
             method, dataset=dataset, better=(method != "cpl") * 0.1 + (method == "air") * better
         )
     ]
+    values = {8: 0.0, 2: -0.4, 16: 0.1, 4: -0.1, 32: 0.05}  # the default is 16
+    of_length = {
+        length: trials("cpl", settings={"prompt.length": length}, cell=str(length), better=better)
+        for length, better in values.items()
+    }
     cases = {
         "a method alone": trials("cpl"),
+        "two values of a setting": [*of_length[2], *of_length[8]],
+        "five values of a setting": [trial for of in of_length.values() for trial in of],
+        "two methods and three values": [
+            trial
+            for method in ("cpl", "air")
+            for length in (2, 8, 16)
+            for trial in trials(
+                method,
+                settings={"prompt.length": length},
+                cell=f"{method}-{length}",
+                better=length / 100,
+            )
+        ],
         "a method without a control": [*trials("zero_shot"), *trials("cpl")],
         "the control has no result": [*trials("cpl"), *trials("air")],
         "worse than the host": [*trials("cpl"), *trials("air", better=-0.4)],
