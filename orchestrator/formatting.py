@@ -53,9 +53,42 @@ def aligned(lines: Sequence[Sequence[str]], width: int | None = None) -> list[st
     return [line.rstrip() for line in text.get().splitlines()]
 
 
-def aligned_table(lines: Sequence[Mapping[str, str]], width: int) -> list[str]:
-    """Lines of a table for a terminal from its cells by column, below a line of the names."""
-    return aligned([[*lines[0]], *([*line.values()] for line in lines)], width)
+def aligned_table(
+    lines: Sequence[Mapping[str, str]], width: int, spare: Sequence[str] = ()
+) -> list[str]:
+    """Lines of a table for a terminal from its cells by column, below the names.
+
+    Args:
+        width: of a wider table the names are broken between their words.
+        spare: columns that are then left out, in this order, until it fits.
+
+    >>> print(*aligned_table([{"images_per_class": "60", "fused": "1"}], 14), sep="\\n")
+    images_  fused
+       per_
+      class
+         60      1
+    """
+    for count in range(len(spare) + 1):
+        names = [name for name in lines[0] if name not in spare[:count]]
+        cells = [[line[name] for name in names] for line in lines]
+        longest = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        broken = [_broken(*pair) for pair in zip(names, longest, strict=True)]
+        for heads in (names, broken):
+            table = aligned([heads, *cells])
+            if max(map(len, table)) <= width:
+                return table
+    return aligned([broken, *cells], width)
+
+
+def _broken(name: str, width: int) -> str:
+    """The words of a name in lines of the width, or of the longest word."""
+    words, lines = re.findall(r"[^_. -]+[_. -]?", name), [""]
+    width = max([width, *map(len, words)])
+    for word in words:
+        if len(lines[-1] + word) > width:
+            lines.append("")
+        lines[-1] += word
+    return "\n".join(lines)
 
 
 _NUMBER = re.compile(r"[-+<\[* ]*\d[\d .,:±%\[\]+†‡↓e-]*")

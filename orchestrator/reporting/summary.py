@@ -34,7 +34,7 @@ from orchestrator.reporting.rows import (
     untested_notes,
 )
 from orchestrator.reporting.selection import Candidate, best_candidate
-from orchestrator.reporting.tables import table_lines
+from orchestrator.reporting.tables import SPARE, table_lines
 from orchestrator.store import SweepLocation, read_outcome
 
 MAX_ROWS, MAX_ANSWERS = 10, 3
@@ -66,7 +66,8 @@ def summary(
     if not results.rows:
         return "\n".join([*lines, f" {EMPTY}", *_facts(facts, width)])
     best = exported(results)
-    lines += [f" {line}" for line in aligned_table(_rows(results, best), width - 1)]
+    spare = [name for name in SPARE if best is None or name != best.classifier]
+    lines += [f" {line}" for line in aligned_table(_rows(results, best), width - 1, spare)]
     if len(results.rows) > MAX_ROWS:
         lines.append(f" {MAX_ROWS} of {len(results.rows)} rows; all: {table}")
     above = [
