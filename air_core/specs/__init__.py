@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, replace
 from itertools import product
+from pathlib import PurePath
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from air_core.components import (
@@ -480,6 +481,17 @@ Classes = tuple[int, ...]  # indices
 Process = Literal["encoder", "generator", "trial"]
 
 
+def own_name(name: str) -> str:
+    """The name of a dataset or model; of a path, that of the folder alone.
+
+    >>> [own_name(name) for name in ("digits", "folder:/tmp/photos", "../sd15", "ViT-B-32/openai")]
+    ['digits', 'photos', 'sd15', 'ViT-B-32/openai']
+    """
+    path = PurePath(name.removeprefix("folder:"))
+    is_path = name.startswith(("folder:", "/", ".", "~"))
+    return (is_path and path.name.strip(".")) or name
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageSpec:
     """Base of the specs of all stages; its class variables are the facts of a stage.
@@ -502,7 +514,8 @@ class StageSpec:
     @property
     def slug(self) -> str:
         """A short description of the artifact; not part of its identity."""
-        return re.sub(r"[^A-Za-z0-9]+", "-", "-".join(self._words())).strip("-")[:60]
+        words = "-".join(map(own_name, self._words()))
+        return re.sub(r"[^A-Za-z0-9]+", "-", words).strip("-")[:60]
 
     def _words(self) -> list[str]:
         raise NotImplementedError

@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticKnownError
 
 from air_core.methods import METHODS, named_refs
-from air_core.specs import STAGES, TrialSpec
+from air_core.specs import STAGES, TrialSpec, own_name
 from air_core.specs.flat import from_flat, trial_keys
 from air_core.specs.normal import normalised
 from orchestrator.components import SAMPLERS
@@ -568,7 +568,7 @@ _ID_KEYS = ("dataset", "paradigm", "modality", "method")
 
 
 def _id(cell: Cell) -> str:
-    words = [{**cell.flat, "method": cell.method}[key] for key in _ID_KEYS]
+    words = [own_name({**cell.flat, "method": cell.method}[key]) for key in _ID_KEYS]
     words += [
         f"{key.rpartition('.')[2]}={_id_word(value)}"
         for key, value in cell.chosen.items()
@@ -580,7 +580,7 @@ def _id(cell: Cell) -> str:
 
 def _id_word(value: Any) -> str:
     words = {None: "off", True: "on", False: "off"}
-    return words[value] if value is None or isinstance(value, bool) else str(value)
+    return words[value] if value is None or isinstance(value, bool) else own_name(str(value))
 
 
 def _short_digest(cell: Cell) -> str:

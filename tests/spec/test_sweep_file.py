@@ -517,7 +517,7 @@ def test_a_relative_path_is_relative_to_the_file_and_in_an_option_to_the_working
     monkeypatch.chdir(tmp_path)
     spec = load(Path("sub"), text)
     assert spec.folders == {"folder:photos": "folder:sub/photos"}
-    assert cells_of(spec)[0].id == "folder-photos-ul-text-cpl"  # does not depend on the location
+    assert cells_of(spec)[0].id == "photos-ul-text-cpl"  # does not depend on the location
     assert load(Path(), text).folders == {}
     assert load(Path("sub"), text, sets=["grid.dataset=['folder:photos']"]).folders == {}
     models = HEAD + (
