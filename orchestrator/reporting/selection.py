@@ -43,8 +43,8 @@ METRICS = {VALIDATION: "objective/validation_accuracy", TEST: "test/accuracy"}
 MEASURES = {
     VALIDATION: "accuracy on validation images",
     EXPERIMENTS: (
-        "the best method on the digits (docs/experiments.md), since no image is labelled for "
-        "validation"
+        "the best method on the digits (docs/experiments.md), since no validation image is outside "
+        "the pool"
     ),
     TEST: "accuracy on test images",
 }
@@ -195,7 +195,7 @@ def best_candidate(
             return Candidate(rows[i], name, by or VALIDATION, mean, trial, len(scores))
         if by is not None:
             raise ValueError(
-                f"some classifiers have no {by}: no image is labelled for it; give another --by: "
+                f"some classifiers have no {by}: there are no images for it; give another --by: "
                 f"{', '.join(name for name in MEASURES if name != by)}"
             )
     # The fused classifier of the first method in the order, where it has one.

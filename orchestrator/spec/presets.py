@@ -15,11 +15,13 @@ from air_core.methods import EMBEDDED, METHODS
 
 Worlds = Mapping[tuple[str, str], Mapping[str, Any]]  # settings by key and value
 
+FOLDER = "folder:PATH"  # stands for every folder of images
 # Defaults of a world, by key and value; the last one wins. All other defaults are those of
 # air_core.specs, for Stable Diffusion 1.5 and CLIP ViT-B/32.
 WORLDS: dict[tuple[str, str], dict[str, Any]] = {
-    # The digits have a fixed validation part, which stays out of the pool.
+    # Their validation images stay out of the pool: they choose the best classifier.
     ("dataset", "digits"): {"pool": "train"},
+    ("dataset", FOLDER): {"pool": "train"},
     ("generator", "tiny"): {
         "initial_labels.k": 32,
         "lora.rank": 8,
@@ -64,6 +66,6 @@ def defaults(method: str, chosen: Mapping[str, Any], worlds: Worlds = WORLDS) ->
     names = {key: chosen.get(key, default) for key, default in EMBEDDED.items()}
     flat: dict[str, Any] = dict(names)
     for (key, value), settings in worlds.items():
-        if names[key] == value:
+        if names[key] == value or (value == FOLDER and str(names[key]).startswith("folder:")):
             flat |= settings
     return flat | METHODS[method].sets | METHODS[method].pins
