@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import glob
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from air_core.datasets.class_folders import SUFFIXES, suffixes
+from air_core.datasets.class_folders import READ_TEXT, SUFFIXES, other_kinds, skipped_clause
 from air_core.datasets.image_folder import given_classnames
 from air_core.models.weights import local_path
 
@@ -33,16 +32,9 @@ def image_files(places: Iterable[str | Path]) -> list[Path]:
     return list(found)
 
 
-def skipped_files(places: Iterable[str | Path]) -> Counter[str]:
-    """Number of files in the folders that `image_files` does not list, by suffix."""
-    return Counter(
-        suffix or "without suffix"
-        for folder in (Path(place).expanduser() for place in places)
-        if folder.is_dir()
-        for _, files in _below(folder)
-        for suffix in suffixes(files)
-        if suffix not in SUFFIXES
-    )
+def skipped_files(place: str | Path) -> dict[str, int]:
+    """Number of files in a folder that `image_files` does not list, by suffix."""
+    return other_kinds(name for _, files in _below(Path(place).expanduser()) for name in files)
 
 
 def true_classes(files: Sequence[Path], classnames: Sequence[str]) -> dict[Path, str]:
@@ -75,7 +67,7 @@ def _files_of(place: str | Path) -> Iterator[Path]:
         if not images:
             raise ValueError(
                 f"{path} and its subfolders contain no image; images end in "
-                f"{', '.join(sorted(SUFFIXES))}"
+                f"{READ_TEXT}{skipped_clause(path)}"
             )
         yield from images
     elif path.exists():

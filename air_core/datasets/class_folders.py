@@ -1,12 +1,32 @@
-"""Lists images in class folders, `<folder>/<classname>/*.png`, sorted by name."""
+"""Lists images in class folders, `<folder>/<classname>/*.png`, sorted by name; counts other files.
+
+With pillow-heif, the extra `heic`, HEIC files are images.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+from air_core.printable import printable
+
+READ = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+READ_TEXT = ", ".join(READ)
+HEIC = (".heic", ".heif")
+READS_HEIC = find_spec("pillow_heif") is not None
+SUFFIXES = {*READ, *(HEIC if READS_HEIC else ())}
+FEWEST = 4  # images per class without fixed parts, so that every part gets some
+# Commands after which files of other kinds can be read, by suffix.
+RAW = (".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2")
+COMMANDS = {
+    **dict.fromkeys(HEIC, "pip install pillow-heif"),
+    **{raw: f"find FOLDER -iname '*{raw}' -exec dcraw_emu -w {{}} +" for raw in RAW},
+    ".zip": "find FOLDER -iname '*.zip' -execdir unzip -n {} \\;",
+}
 # Files of operating systems, and text files of a dataset.
 IGNORED = {
     *("thumbs.db", "desktop.ini"),
@@ -79,6 +99,36 @@ def suffixes(names: Iterable[str]) -> Iterator[str]:
         for name in names
         if not name.startswith(".") and name.lower() not in IGNORED
     )
+
+
+def other_kinds(names: Iterable[str]) -> dict[str, int]:
+    """Number of files that are no images, by suffix."""
+    found = Counter(s or "without suffix" for s in suffixes(names) if s not in SUFFIXES)
+    return dict(sorted(found.items()))
+
+
+def skipped_text(skipped: Mapping[str, int]) -> str:
+    """Such as `3 .heic, 1 in subfolders`."""
+    return ", ".join(f"{count:,} {printable(kind)}" for kind, count in skipped.items())
+
+
+def skipped_lines(skipped: Mapping[str, int], folder: str | Path) -> list[str]:
+    r"""Number of files that are not read, by kind, and the commands after which they can be read.
+
+    >>> print(*skipped_lines({".nef": 3, ".txt": 1}, "my photos"), sep="\n")
+    3 .nef, 1 .txt
+    .nef: find 'my photos' -iname '*.nef' -exec dcraw_emu -w {} +
+    """
+    place = shlex.quote(printable(str(folder)))
+    commands = {kind: COMMANDS[kind] for kind in skipped if kind in COMMANDS}
+    lines = [f"{kind}: {command.replace('FOLDER', place)}" for kind, command in commands.items()]
+    return [skipped_text(skipped), *lines] if skipped else []
+
+
+def skipped_clause(folder: Path) -> str:
+    """`skipped_lines` of a folder and those below it, for an error; empty: no file is skipped."""
+    skipped = other_kinds(name for _, _, files in os.walk(folder) for name in files)
+    return f"; skipped: {'; '.join(skipped_lines(skipped, folder))}" if skipped else ""
 
 
 def check_utf8(path: Path) -> None:

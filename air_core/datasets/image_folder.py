@@ -26,10 +26,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from air_core.datasets.class_folders import (
+    FEWEST,
+    READ_TEXT,
     SUFFIXES,
     check_utf8,
     images_in,
     is_system_folder,
+    skipped_clause,
     suffixes,
 )
 from air_core.datasets.dataset import (
@@ -63,7 +66,6 @@ WANTED = (
     f"optional), or images in any folders beside a {CLASSES} with one class per line"
 )
 PERMIT = "allow_duplicates"
-FEWEST = 4  # images per class without fixed parts, so that every part gets some
 
 
 @dataclass(frozen=True)
@@ -320,8 +322,9 @@ def _images(home: Path, folder: Path) -> list[Path]:
         others = sorted(inside.name for inside in folder.iterdir())
         raise ValueError(
             f"{home}: no image in {folder.relative_to(home)}/, which contains "
-            f"{some(others) if others else 'nothing'}; images end in {', '.join(sorted(SUFFIXES))} "
+            f"{some(others) if others else 'nothing'}; images end in {READ_TEXT} "
             "and must be directly in the class folder"
+            f"{skipped_clause(folder)}"
         )
     return found
 

@@ -15,6 +15,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
+from air_core.datasets.class_folders import COMMANDS, HEIC, READS_HEIC
+
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
 BAD_SHARE = 0.01  # largest share of unreadable images in a dataset; more means another problem
 WHITE = (255, 255, 255)
 # Pillow supports forty more formats. For EPS it starts Ghostscript, whatever the file name.
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+HEIF = ("HEIF",) if READS_HEIC else ()
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", *HEIF)
 ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # the last bytes of a complete file
 TAIL = 1 << 16  # bytes at the end of a file among which ENDS are searched; others may follow
 ORIENTATION = 0x0112  # tag of EXIF; 1 is upright
@@ -148,7 +151,7 @@ def pixel_count(file: Path | BytesIO) -> int:
     """Width times height from the header of an image; 0 if it cannot be read."""
     from PIL import Image
 
-    _silence_pillow()
+    _prepare_pillow()
     try:
         with Image.open(file, formats=FORMATS) as image:
             return image.width * image.height
@@ -191,7 +194,7 @@ def visible_problem(file: Path) -> str:
 def _looks_complete(file: Path) -> bool:
     from PIL import Image
 
-    _silence_pillow()
+    _prepare_pillow()
     try:
         with Image.open(file, formats=FORMATS) as image, open(file, "rb") as handle:
             handle.seek(max(0, handle.seek(0, os.SEEK_END) - TAIL))
@@ -213,7 +216,7 @@ def open_png(content: bytes) -> Image:
 def _opened(source: Path | BytesIO, formats: tuple[str, ...], name: str) -> Image:
     from PIL import Image, UnidentifiedImageError
 
-    _silence_pillow()
+    _prepare_pillow()
     try:
         with Image.open(source, formats=formats) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -224,6 +227,8 @@ def _opened(source: Path | BytesIO, formats: tuple[str, ...], name: str) -> Imag
         empty = isinstance(source, Path) and source.stat().st_size == 0
         allowed = f"not an image of an allowed format ({', '.join(formats)})"
         why = "it is empty" if empty else f"{allowed}, or its header is damaged"
+        if isinstance(source, Path) and not empty and source.suffix.lower() in HEIC:
+            why = f"{allowed}; read HEIC after `{COMMANDS[HEIC[0]]}`"
     except Image.DecompressionBombError:
         why = TOO_LARGE
     except OSError as problem:
@@ -239,7 +244,11 @@ def _opened(source: Path | BytesIO, formats: tuple[str, ...], name: str) -> Imag
 
 
 @cache
-def _silence_pillow() -> None:
+def _prepare_pillow() -> None:
+    if READS_HEIC:
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
     # Pillow warns above half of MAX_PIXELS, which is allowed here. warnings.catch_warnings is not
     # thread-safe, so the filter is global.
     from PIL.Image import DecompressionBombWarning

@@ -14,12 +14,18 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from air_core.datasets.class_folders import SUFFIXES, images_in, is_system_folder, suffixes
+from air_core.datasets.class_folders import (
+    FEWEST,
+    READ_TEXT,
+    images_in,
+    is_system_folder,
+    other_kinds,
+    skipped_clause,
+)
 from air_core.datasets.dataset import Listing, Row, some
 from air_core.datasets.places import name_problem, optional_text
 from air_core.specs import UNKNOWN
@@ -104,20 +110,23 @@ def unlabelled_listing(home: Path, classes: Classes) -> Listing:
     """All images below a folder, sorted by path, with the labels that are known.
 
     Raises:
-        ValueError: there is no image, no image without a label, or `labels.csv` is invalid.
+        ValueError: there are too few images without a label, or `labels.csv` is invalid.
     """
     files = [file for folder in _walk(home) for file in images_in(folder)]
     paths = sorted((file.relative_to(home).as_posix() for file in files), key=_by_folder)
     if not paths:
         raise ValueError(
-            f"{home} and its folders contain no images ({', '.join(sorted(SUFFIXES))}); put your "
-            f"images beside {CLASSES}, in any folders"
+            f"{home} and its folders contain no images ({READ_TEXT})"
+            f"{skipped_clause(home)}; put your images beside {CLASSES}, in any "
+            "folders"
         )
     labels = read_labels(home, paths, classes)
-    if len(labels) == len(paths):
+    left, needed = len(paths) - len(labels), FEWEST * len(classes.names)
+    if left < needed:
         raise ValueError(
-            f"{home / LABELS} labels all {len(paths):,} images, so none is left to learn from; add "
-            "images without a label, or use class folders"
+            f"{home} has {left:,} images without a label for {len(classes.names)} classes, but "
+            f"learning needs {FEWEST} for each class, {needed:,} in all{skipped_clause(home)}; add "
+            "images, or name fewer classes; if most images are labelled, use class folders"
         )
     rows = [Row(path, *labels.get(path, (UNKNOWN, "train"))) for path in paths]
     beside = [home / name for name in (CLASSES, LABELS, "template.txt")]
@@ -200,8 +209,7 @@ def skipped_files(home: Path) -> dict[str, int]:
     names = (
         entry.name for folder in _walk(home) for entry in os.scandir(folder) if _is_file(entry)
     )
-    found = Counter(s or "without suffix" for s in suffixes(names) if s not in SUFFIXES)
-    return dict(sorted(found.items()))
+    return other_kinds(names)
 
 
 def leaks(home: Path, digests: Mapping[Path, str]) -> list[tuple[Path, Path]]:

@@ -30,7 +30,7 @@ from orchestrator.cli.common import (
     location_for,
 )
 from orchestrator.environment import redirect_descriptor
-from orchestrator.formatting import show
+from orchestrator.formatting import aligned, show
 
 if TYPE_CHECKING:
     from orchestrator.spec.components import Described
@@ -76,7 +76,13 @@ def init(
 
     starter = write_starter(name, images, Path(), classes, this_machine()["GPU"] > 0)
     show(starter.summary)
-    show(f"wrote {starter.file}; next: airsweep plan {starter.file}")
+    if starter.skipped:
+        show("skipped: " + "\n  ".join(starter.skipped))
+    show(f"wrote {starter.file}; next:")
+    steps = [(f"airsweep plan {starter.file}", "what would run, and how long it takes")]
+    if starter.unlabelled:
+        steps = [(f"airsweep sample {starter.file}", "draws images to label: do it first"), *steps]
+    show("\n".join(f"  {line}" for line in aligned(steps)))
 
 
 @app.command(rich_help_panel=START)

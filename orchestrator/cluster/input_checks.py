@@ -18,6 +18,7 @@ import numpy as np
 
 from air_core import components
 from air_core.datasets import Dataset, Examples, get_dataset
+from air_core.datasets.class_folders import skipped_lines
 from air_core.datasets.duplicates import difference_hash, exact_pairs, near_pairs, pixel_digest
 from air_core.datasets.image_folder import PREFIX, leak_message, permits_duplicates
 from air_core.datasets.images import BAD_SHARE, ImageFiles, Unreadable, too_many_unreadable
@@ -37,7 +38,6 @@ from air_core.models.weights import (
 from air_core.printable import printable
 from air_core.specs import UNKNOWN
 from orchestrator.formatting import plural
-from orchestrator.planning.dataset_text import skipped_text
 
 SHOWN = 3  # unreadable files and duplicates to list
 CLASSES_SHOWN = 5
@@ -72,7 +72,7 @@ def check_dataset(
     """
     dataset = get_dataset(name)
     examples = dataset.load(root)
-    skipped = dataset.skipped()
+    skipped = skipped_lines(dataset.skipped(), dataset.source)
     names, counts = np.unique(examples.parts, return_counts=True)
     parts = dict(zip(names.tolist(), counts.tolist(), strict=True))
     looks = list(with_progress(_looks(examples), len(examples.images)))
@@ -88,7 +88,7 @@ def check_dataset(
         f"parts       {'   '.join(each_part)}",
         f"unreadable  {len(unreadable):,}",
         *(f"            {problem}" for problem in unreadable[:SHOWN]),
-        *([f"skipped     {skipped_text(skipped)}"] if skipped else []),
+        *(f"{'' if i else 'skipped':<12}{line}" for i, line in enumerate(skipped)),
         *_pair_lines("exact", "images with equal pixels", exact),
         *_pair_lines("near", "images that look alike", near),
     ]

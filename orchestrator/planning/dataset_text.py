@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from air_core.datasets import get_dataset
+from air_core.datasets.class_folders import skipped_text
 from air_core.datasets.image_folder import OWNERS
 from air_core.datasets.images import ImageFiles
 from air_core.printable import printable
@@ -81,11 +82,6 @@ def names_text(names: Sequence[str]) -> str:
     'cat/1.png, cat/2.png, dog/1.png, ...'
     """
     return ", ".join([*map(printable, names[:SHOWN]), *(["..."] if len(names) > SHOWN else [])])
-
-
-def skipped_text(skipped: Mapping[str, int]) -> str:
-    """Such as `3 .heic, 1 in subfolders`."""
-    return ", ".join(f"{count:,} {printable(kind)}" for kind, count in skipped.items())
 
 
 def unused_images(features: FeaturesSpec, store: ArtifactStore) -> UnusedImages:

@@ -7,14 +7,23 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from air_core.datasets import get_dataset
+from air_core.datasets.class_folders import skipped_lines
 from air_core.methods import METHODS
-from air_core.specs import STAGES
+from air_core.specs import STAGES, FeaturesSpec, own_name
 from air_core.specs.flat import to_flat
 from orchestrator.failures import CLASSES
-from orchestrator.formatting import format_bytes, format_duration, format_value, plural
+from orchestrator.formatting import (
+    format_bytes,
+    format_duration,
+    format_value,
+    plural,
+    relative_path,
+)
 from orchestrator.planning import (
     Plan,
     changed_inputs,
@@ -82,7 +91,7 @@ def plan_screen(
         unused_gpus_reason(plan, location.store),
     ):
         lines += [f"  cannot start: {problem}"] if problem else []
-    lines += [f"  note: {note}" for note in notes_of(plan.sweep)]
+    lines += [f"  note: {note}" for note in (*notes_of(plan.sweep), *_skipped(plan))]
     varied = plan.sweep.seeds.vary
     rows = sum(requirement.stage == "images" for requirement in plan.requirements)
     if {"split_seed", "class_seed"}.intersection(varied) and rows:
@@ -90,6 +99,15 @@ def plan_screen(
     if explain:
         lines += ["", *_explain(plan)]
     return "\n".join(lines)
+
+
+def _skipped(plan: Plan) -> Iterator[str]:
+    """The files of datasets that are not read, and commands after which they can be read."""
+    read = (requirement.spec for requirement in plan.requirements)
+    names = dict.fromkeys(spec.dataset.name for spec in read if isinstance(spec, FeaturesSpec))
+    for dataset in map(get_dataset, names):
+        if lines := skipped_lines(dataset.skipped(), relative_path(Path(dataset.source))):
+            yield "\n    ".join([f"{own_name(dataset.name)}: skipped: {lines[0]}", *lines[1:]])
 
 
 def _time_left(plan: Plan, command: str) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from air_core.datasets.class_folders import SUFFIXES, images_in
+from air_core.datasets.class_folders import READ_TEXT, images_in, skipped_clause, skipped_lines
 from air_core.datasets.dataset import some
 from air_core.datasets.image_folder import (
     PREFIX,
@@ -92,7 +92,8 @@ FEW = (
 )
 NONE = (
     "Expect: no accuracy, since no image has a label; the table shows how far the classifiers "
-    "agree. Label some images in labels.csv to measure accuracy."
+    "agree. Label some before the first run (`airsweep sample {name}.yaml` draws them): labelled "
+    "images leave the pool, so LoRA and denoising errors are then made again."
 )
 SHOTS = """\
   # paradigm: ssl       # also train on two labelled images per class
@@ -105,7 +106,8 @@ contain one line such as: a satellite photo of a {{}}"""
 
 UNLABELLED = """\
 {images}/classes.txt names the classes, one per line: name, or name = how to say it for CLIP.
-{images}/labels.csv may label images (image,class) for test or, with part val, validation."""
+{images}/labels.csv may label images (image,class): for test or, with part val, validation, which
+chooses the best classifier. Labelled images are never in the pool that methods learn from."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,9 @@ class Starter:
     """A new sweep file and a description of its images."""
 
     file: Path
-    summary: str
+    summary: str  # of the images
+    skipped: tuple[str, ...]  # see `skipped_lines`
+    unlabelled: bool  # no image has a label
 
 
 def write_starter(
@@ -159,7 +163,7 @@ def write_starter(
         if isinstance(problem, FileExistsError):
             raise ValueError(exists) from None
         raise ValueError(f"{file} cannot be written: {problem.strerror}") from None
-    return Starter(file, summary.about)
+    return Starter(file, summary.about, summary.skipped, not summary.tests)
 
 
 def _given_classes(classes: str, images: str | Path | None) -> Classes:
@@ -213,6 +217,7 @@ class _Images:
     comment: str  # above `dataset`
     tests: int  # approximate number of test images
     pool_labels: str = "known"  # see `Dataset`
+    skipped: tuple[str, ...] = ()  # see `skipped_lines`
 
 
 DIGITS = _Images(
@@ -239,7 +244,8 @@ def _folder(images: str, classes: Classes | None) -> _Images:
     else:
         comment = CLASSNAMES.format(images=images, first=first) if first.isprintable() else ""
         about, tests = _summary(images, dataset)
-    return _Images("my images", f"{PREFIX}{images}", about, comment, tests, dataset.pool_labels)
+    name, skipped = f"{PREFIX}{images}", (*skipped_lines(dataset.skipped(), images),)
+    return _Images("my images", name, about, comment, tests, dataset.pool_labels, skipped)
 
 
 def _dataset(images: str, classes: Classes | None) -> Dataset:
@@ -261,7 +267,7 @@ def _dataset(images: str, classes: Classes | None) -> Dataset:
         count = len(images_in(folder))
         if not count:
             raise ValueError(
-                f"{folder} contains no images ({', '.join(sorted(SUFFIXES))}); {WANTED}"
+                f"{folder} contains no images ({READ_TEXT}){skipped_clause(folder)}; {WANTED}"
             )
         raise ValueError(
             f"{folder} contains {count:,} images and no class folders, so the classes are unknown; "
@@ -279,7 +285,7 @@ def _unlabelled_summary(images: str, dataset: Dataset) -> tuple[str, int]:
     words = (
         f"{counts['test']:,} labelled for test and {counts['val']:,} for validation in {LABELS}"
         if labelled
-        else f"none labelled, so no accuracy can be measured until {LABELS} labels some"
+        else "none labelled, so no accuracy can be measured"
     )
     names = [name if name.isprintable() else repr(name) for name in dataset.classnames]
     more = f" and {len(names) - LISTED_CLASSES} more" if len(names) > LISTED_CLASSES else ""
@@ -306,16 +312,19 @@ def _summary(images: str, dataset: Dataset) -> tuple[str, int]:
     free = parts["free"]
     tests = round(TEST_SHARE * total) if free else parts["test"]
     split = (
-        f"{parts['val']:,} for validation, about {tests:,} for test, split by `split_seed`"
+        f"about {tests:,} for test, split by `split_seed`"
         if free
-        else f"train {parts['train']:,}, val {parts['val']:,}, test {parts['test']:,}"
+        else f"{parts['train']:,} to learn from, {parts['test']:,} for test"
     )
-    return f"{images}: {total:,} images of {len(names)} classes ({classes}{more}); {split}", tests
+    return (
+        f"{images}: {total:,} images of {len(names)} classes ({classes}{more}); {split}, "
+        f"{parts['val']:,} for validation, to choose the best classifier"
+    ), tests
 
 
 def _text(name: str, images: _Images, gpus: bool) -> str:
     expect = FEW if images.tests < FEW_TESTS else EXPECT
-    expect = (expect if images.tests else NONE).format(tests=images.tests)
+    expect = (expect if images.tests else NONE).format(tests=images.tests, name=name)
     question = QUESTION.format(subject=images.subject)
     head = (question, f"{images.about}.", COST.format(name=name), expect)
     dataset = f"  dataset: {json.dumps(images.dataset, ensure_ascii=False)}"

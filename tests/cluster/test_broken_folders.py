@@ -63,9 +63,9 @@ def emptied(folder: str) -> Harm:
     return lambda home: [file.unlink() for file in (home / folder).iterdir()]
 
 
-def as_heic(home: Path) -> None:
+def as_mov(home: Path) -> None:
     for file in (home / "cat").iterdir():
-        file.rename(file.with_suffix(".heic"))
+        file.rename(file.with_suffix(".mov"))
 
 
 NOT_A_FILE = "cat/x.png has the name of an image but is not a file"
@@ -96,7 +96,7 @@ REFUSED: list[tuple[str, str, Harm, str]] = [
     ("cut image", "free", cut, f"{UNREAD}.*; remove or replace them"),
     ("empty class", "free", lambda h: (h / "fox").mkdir(), "no image in fox/, which contains noth"),
     ("class without a test", "parted", emptied("test/dog"), "no image in test/dog/"),
-    ("only heic", "free", as_heic, "no image in cat/, which contains '0.heic'"),
+    ("only videos", "free", as_mov, "no image in cat/, which contains '0.mov'.*; skipped: 5 .mov"),
     ("nothing", "free", lambda h: [shutil.rmtree(f) for f in h.iterdir()], "contains no folders"),
     ("gone", "free", shutil.rmtree, "does not exist or is not a folder"),
     ("home is a file", "free", lambda h: (shutil.rmtree(h), h.touch()), "unpack an archive"),
@@ -298,7 +298,7 @@ FREE_PAIR = "split_seed can put one image of a pair into train, one into test"
 REPORTED: list[tuple[str, str, Harm, str]] = [
     ("nothing", "free", lambda h: None, "unreadable  0"),
     ("subfolder", "free", lambda h: draw(h / "cat/more/deep/1.png"), "skipped     1 in subfolders"),
-    ("some heic", "free", written("cat/1.HEIC", "x"), "skipped     1 .heic"),
+    ("some raw", "free", written("cat/1.NEF", "x"), "-exec dcraw_emu -w {} +"),
     ("no suffix", "free", written("cat/IMG_0001", "x"), "skipped     1 without suffix"),
     ("above", "parted", lambda h: draw(h / "test/1.png"), "skipped     1 beside class folders"),
     ("files of systems", "free", written("cat/Thumbs.db", "x"), "unreadable  0"),

@@ -374,7 +374,7 @@ def test_classify_of_class_folders_ends_with_accuracy_and_confusion_matrix(
     (new / "test" / "unknown").mkdir()
     examples.images[0].save(new / "test" / "unknown" / "x.png")
     (new / "test" / "zwei" / "bad.png").write_bytes(b"")
-    (new / "test" / "zwei" / "IMG.HEIC").write_bytes(b"")
+    (new / "test" / "zwei" / "IMG.MOV").write_bytes(b"")
 
     code, out, err = command("classify", bundle, new, "--json")
     found = json.loads(out)
@@ -387,7 +387,7 @@ def test_classify_of_class_folders_ends_with_accuracy_and_confusion_matrix(
         "1 in other folders do not count"
     )
     assert accuracy in err
-    assert "skipped: 1 .heic\n1 of 14 files could not be read:\n" in err
+    assert "skipped: 1 .mov\n1 of 14 files could not be read:\n" in err
     assert f"{new}/test/zwei/bad.png cannot be read: it is empty" in err
 
     lines = command("classify", bundle, new)[1].splitlines()

@@ -147,7 +147,7 @@ def test_unused_images_are_named_in_report_status_and_closing_screen(tmp_path):
         for number in range(11):
             Image.new("RGB", (8, 8), (20 * number, 0, 0)).save(folder / f"{number}.png")
     (folder / "3.png").write_bytes(b"")
-    (folder / "phone.heic").write_bytes(b"")
+    (folder / "phone.mov").write_bytes(b"")
     body = f"fixed: {{method: zero_shot, dataset: 'folder:{tmp_path / 'images'}'}}\nseeds: [1]\n"
     record_sweep(tmp_path, "mine", body, by_method({"zero_shot": 0.5}))
     sweep, location = read_sweep(recorded_location(open_store(tmp_path), "default", "mine"), None)
@@ -165,7 +165,7 @@ def test_unused_images_are_named_in_report_status_and_closing_screen(tmp_path):
     status = status_report(location)
     shown = [status_screen(status), summary_screen(sweep, location)]
     for text in [report(tmp_path, "mine"), *map(one_line, shown)]:
-        assert f"1 unreadable ({folder.name}/3.png); skipped: 1 .heic" in text
+        assert f"1 unreadable ({folder.name}/3.png); skipped: 1 .mov" in text
         assert "2 of 16 synthetic images given up, blank or unreadable (six/1.png)" in text
     [unused] = status["unused"].values()
     assert unused["files"] == {f"{folder.name}/3.png": "it is empty"}

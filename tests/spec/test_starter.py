@@ -18,6 +18,7 @@ from orchestrator.store import ArtifactStore, SweepLocation
 from tests.helpers.sweeps import airsweep, table
 from tests.stages.test_any_trial import build_inputs
 
+CHOOSE = "for validation, to choose the best classifier"
 METHODS = ["zero_shot", "cpl", "cpl_real", "cpl_real_evidence", "air", "air_control"]
 
 
@@ -43,8 +44,8 @@ def test_the_file_describes_the_folder_and_can_be_planned(folder):
     starter = write_starter("mine", "leaves", Path())
     assert starter.file == Path("mine.yaml")
     assert starter.summary == (
-        "leaves: 32 images of 2 classes (oak 20, red maple 12); 3 for validation, about 10 for "
-        "test, split by `split_seed`"
+        "leaves: 32 images of 2 classes (oak 20, red maple 12); about 10 for test, split by "
+        f"`split_seed`, 3 {CHOOSE}"
     )
     spec = read_request("mine.yaml").spec
     assert spec.name == "mine"
@@ -58,6 +59,7 @@ def test_the_file_describes_the_folder_and_can_be_planned(folder):
     plan = plan_of(spec, SweepLocation(ArtifactStore(folder / "runs"), "default", "mine", None))
     assert plan.total == 18
     assert plan.slots[0].spec.classnames == ("oak", "red maple")
+    assert plan.slots[0].spec.pool == "train"  # without the validation images
 
 
 def test_a_file_in_another_folder_finds_the_images(folder):
@@ -82,7 +84,8 @@ def test_without_a_folder_the_sweep_uses_the_digits(folder):
 def test_images_of_given_parts_are_counted_by_part(folder):
     draw(folder / "x", {"train/a": 20, "train/b": 20, "test/a": 3, "test/b": 4})
     found = write_starter("mine", "x", Path()).summary
-    assert found == "x: 47 images of 2 classes (a 23, b 24); train 36, val 4, test 7"
+    known = "x: 47 images of 2 classes (a 23, b 24); 36 to learn from, 7 for test"
+    assert found == f"{known}, 4 {CHOOSE}"
 
 
 @pytest.mark.parametrize("name", ["my images", "übung", "it's #1: {all}", 'a "b" \\ c', "~x"])
@@ -94,7 +97,7 @@ def test_a_folder_may_have_any_visible_name(folder, name):
 
 BAD = {
     "nowhere": ({}, "does not exist or is not a folder"),
-    "empty": ({".": 0}, "contains no images (.bmp, .gif"),
+    "empty": ({".": 0}, "contains no images (.avif, .bmp"),
     "flat": ({".": 3}, "so the classes are unknown; name them with --classes cat,dog,..."),
     "hollow": ({"a": 4, "b": 0}, "no image in b/, which contains nothing"),
     "one": ({"a": 9}, "only one class, 'a'"),
@@ -117,12 +120,12 @@ def test_a_folder_that_is_not_a_dataset_is_a_one_line_error_and_no_file(folder, 
 
 
 def test_unlabelled_images_get_their_classes_from_the_option(folder):
-    draw(folder / "photos", {".": 3, "trip": 4})
+    draw(folder / "photos", {".": 3, "trip": 6})
     (folder / "names.txt").write_text("cat\nsea_lion = a sea lion\n")
     found = write_starter("mine", "photos", Path(), "names.txt").summary
     assert found == (
-        "photos: 7 images for 2 classes (cat, a sea lion); 7 unlabelled, none labelled, "
-        "so no accuracy can be measured until labels.csv labels some; names of folders are ignored"
+        "photos: 9 images for 2 classes (cat, a sea lion); 9 unlabelled, none labelled, "
+        "so no accuracy can be measured; names of folders are ignored"
     )
     assert (folder / "photos/classes.txt").read_text() == (folder / "names.txt").read_text()
     spec = read_request("mine.yaml").spec
@@ -133,7 +136,7 @@ def test_unlabelled_images_get_their_classes_from_the_option(folder):
 
     (folder / "photos/labels.csv").write_text("image,class\n0.png,cat\n")
     again = write_starter("second", "photos", Path(), "cat,sea_lion = a sea lion").summary
-    assert "6 unlabelled, 1 labelled for test and 0 for validation in labels.csv" in again
+    assert "8 unlabelled, 1 labelled for test and 0 for validation in labels.csv" in again
     assert write_starter("third", "photos", Path()).summary == again  # classes.txt is enough
 
 
@@ -142,13 +145,14 @@ BAD_CLASSES = {
     "cat,,dog": "--classes: '' is not allowed; expected `name` or `name = how to say it`",
     "cat,dog,Cat": "--classes: two classes are named 'Cat' and 'cat', which CLIP reads alike",
     "nowhere.txt": "nowhere.txt does not exist; expected a text file with one class per line",
+    "cat,dog,cow": "has 8 images without a label for 3 classes, but learning needs 4",
     "cat,cow": "classes.txt exists with other classes ('cat', 'dog'); edit that file",
 }
 
 
 @pytest.mark.parametrize("classes", BAD_CLASSES)
 def test_invalid_classes_are_a_one_line_error_and_write_nothing(folder, classes):
-    draw(folder / "photos", {".": 3})
+    draw(folder / "photos", {".": 8})
     if classes == "cat,cow":
         (folder / "photos/classes.txt").write_text("cat\ndog\n")
     before = sorted(folder.rglob("*"))

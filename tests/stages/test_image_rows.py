@@ -154,13 +154,13 @@ def test_features_record_the_files_that_no_trial_reads(store, tmp_path):
     (home / "dog" / "07.png").write_bytes(b"")
     draw(home / "cat" / "more" / "1.png")
     draw(home / "above.png")
-    for name in ("a.heic", "b.HEIC", "Thumbs.db", ".hidden.heic"):
+    for name in ("a.mov", "b.MOV", "Thumbs.db", ".hidden.mov"):
         (home / "dog" / name).write_bytes(b"")
     found = unused()
     assert found.files == {"dog/07.png": "it is empty"}
-    assert found.skipped == {".heic": 2, "beside class folders": 1, "in subfolders": 1}
+    assert found.skipped == {".mov": 2, "beside class folders": 1, "in subfolders": 1}
     assert str(found) == (
-        "1 unreadable (dog/07.png); skipped: 2 .heic, 1 beside class folders, 1 in subfolders"
+        "1 unreadable (dog/07.png); skipped: 2 .mov, 1 beside class folders, 1 in subfolders"
     )
 
 

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from air_core.datasets import Dataset, Examples, get_dataset
+from air_core.datasets.class_folders import READS_HEIC
+from air_core.datasets.images import open_image
 from tests.helpers.dataset_trees import draw
 
 
@@ -49,6 +52,25 @@ def paths(home: Path, part: str | None = None) -> list[str]:
         for file, of in zip(examples.images.files, examples.parts, strict=True)
         if part in (None, of)
     ]
+
+
+def test_photographs_of_phones_are_read(tree):
+    """AVIF, and with pillow-heif HEIC, upright."""
+    image = Image.fromarray(np.arange(48 * 32 * 3, dtype=np.uint8).reshape(48, 32, 3))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned
+    image.save(tree / "cat/a.avif", exif=exif)
+    suffixes = [".avif"]
+    if READS_HEIC:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+        image.save(tree / "cat/a.HEIC", exif=exif)
+        suffixes.append(".HEIC")
+    assert dataset(tree).skipped() == {}
+    found = [file for file in load(tree).images.files if file.stem == "a"]
+    assert sorted(file.suffix for file in found) == sorted(suffixes)
+    assert {open_image(file).size for file in found} == {(48, 32)}
 
 
 # ---------------------------------------------------------------- parts
