@@ -1,7 +1,8 @@
 """How well an objective ranks the points of a searched cell by test accuracy.
 
 The measure is Spearman's rank correlation with a bootstrap interval for other points of the same
-search space. The percentile bootstrap is slightly too narrow below about ten points.
+search space. The percentile bootstrap is slightly too narrow for few points: of cells with 4 to 12
+points and a random objective, 3 to 7 % pass as predicted instead of 2.5 %.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def test_one_cell_has_spearmans_correlation_ties_included():
     assert found.points == 30
 
 
-@pytest.mark.parametrize("points", [12, 40])
+@pytest.mark.parametrize("points", [5, 12])
 def test_a_random_objective_is_seldom_trusted(points):
     """A 95 % interval is above 0 in 2.5 % of all cases; this one in slightly more."""
     rankings = [
