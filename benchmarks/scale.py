@@ -280,7 +280,7 @@ LOOK = 5.0  # seconds of a trial without training
 LOAD = 30.0  # seconds until an actor has loaded the pipeline
 # Overhead in seconds: of actor and driver for each block, and of a trial.
 GAP, DRIVER, JOB = 0.045, 0.002, 0.16
-# Hours of a dataset's trials, text and visual, in docs/experiments.md.
+# Hours of a dataset's trials, text and visual, in docs/tables/paper_cost.csv.
 HOURS = {
     "flowers102": (0.9, 24),
     "resisc45": (2.3, 64),
