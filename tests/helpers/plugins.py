@@ -1,4 +1,4 @@
-"""Plugins for tests: those of docs/extending.md, a generator and a search."""
+"""Plugins for tests: those of docs/extending.md and docs/plugins, a generator and a search."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from pathlib import Path
 
 from tests.helpers.documents import ROOT, blocks
 
-PAGE = ROOT / "docs" / "extending.md"
-EXAMPLES = {block.file: block.text for block in blocks(PAGE) if block.file}
-MARGIN, TIP_ADAPTER = EXAMPLES["margin.py"], EXAMPLES["tip_adapter.py"]
+EXAMPLES = {file.name: file.read_text() for file in (ROOT / "docs" / "plugins").glob("*.py")}
+TIP_ADAPTER = EXAMPLES["tip_adapter.py"]
+MARGIN = next(
+    block.text for block in blocks(ROOT / "docs" / "extending.md") if block.file == "margin.py"
+)
 
 
 def saved_dataset(folder: Path, places: Sequence[tuple[int, int]]) -> str:
