@@ -147,7 +147,7 @@ def test_a_file_that_the_bundle_lacks_is_explained(export, command, tmp_path, ph
     monkeypatch.setitem(sys.modules, "onnxscript", None)  # as if it were not installed
     stderr = export("--onnx", "--force", code=2)
     assert "needs the package onnxscript" in stderr
-    assert "pip install 'airsweep[onnx]'" in stderr
+    assert "pip install onnx onnxruntime onnxscript" in stderr
     assert (tmp_path / "bundle" / MANIFEST).read_bytes() == before
 
 

@@ -279,9 +279,10 @@ def _make(words: list[str]) -> None:
 
 def _pip(words: list[str]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extra = words[-1].removeprefix(project["name"]).strip("[]")
-    if extra not in project["optional-dependencies"]:
-        raise InvalidCommand(f"no extra {extra!r}")
+    extras = project["optional-dependencies"].values()
+    known = {re.split(r"\W", need)[0] for needs in extras for need in needs}
+    if not known.issuperset(words[2:]):
+        raise InvalidCommand(f"no extra has all of {words[2:]}")
 
 
 def _timeout(words: list[str]) -> None:

@@ -5,7 +5,7 @@ of the file are texts: `classnames`, `preprocess` and `lineage` (JSON), `classif
 and `made_by`.
 Computes in single precision, also for a bundle of half precision.
 
-The packages onnx, onnxscript and onnxruntime are the extra `airsweep[onnx]`.
+The packages onnx, onnxscript and onnxruntime are the extra `onnx`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # N images, C classes.
 
-INSTALL = "pip install 'airsweep[onnx]'"
+INSTALL = "pip install onnx onnxruntime onnxscript"
 PIXELS, PROBABILITIES = "pixels", "probabilities"
 MOST_BYTES = 2_000_000_000  # of one ONNX file: protobuf's limit is 2 GiB
 EXAMPLES = 2  # images of the traced batch; 1 would be traced as a constant
