@@ -60,7 +60,7 @@ fixed:
   # and some clothes at 32 pixels: enough for a test of the setup, not for results on photographs.
   backbone: tiny
   generator: tiny
-  # Real models need a download (docs/experiments.md) and a GPU, see `resources` below:
+  # Real models need a download (docs/models.md) and a GPU, see `resources` below:
   # backbone: ViT-B-32/openai
   # generator: stable-diffusion-v1-5/stable-diffusion-v1-5
   images_per_class: 32  # synthetic images per class; 120 with real models
