@@ -80,10 +80,11 @@ VALUES = st.one_of(
 )
 
 
-@given(name=st.sampled_from(trial_names()), value=VALUES)
-def test_schema_and_reader_accept_the_same_values_of_a_setting(name, value):
-    validator = jsonschema.Draft7Validator(SETTINGS[name])
-    assert validator.is_valid(value) == _accepts(value_type(name), value)
+@given(VALUES)
+def test_schema_and_reader_accept_the_same_values_of_each_setting(value):
+    for name in trial_names():
+        validator = jsonschema.Draft7Validator(SETTINGS[name])
+        assert validator.is_valid(value) == _accepts(value_type(name), value), name
 
 
 def _accepts(type_: TypeAdapter[Any], value: Any) -> bool:
@@ -116,10 +117,10 @@ def _properties(schema: dict[str, Any], path: str) -> Iterator[tuple[str, dict[s
 
 def test_golden_the_spec_reference_matches_the_schema():
     file = ROOT / "docs" / "spec_reference.md"
-    page = file.read_text()
+    page = refresh_tables(file.read_text())
     if os.environ.get("AIRSWEEP_UPDATE_GOLDEN") == "1":
-        file.write_text(refresh_tables(page))
-    assert refresh_tables(page) == file.read_text()
+        file.write_text(page)
+    assert page == file.read_text()
     for name in trial_names():
         assert f"| `{name}` |" in page
 
