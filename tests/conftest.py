@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 import hypothesis
 import psutil
 import pytest
+from hypothesis.internal.conjecture import providers
 
 from air_core.arithmetic import sums_in_one_order
 from air_core.specs import Ref, TrialSpec
@@ -56,6 +57,9 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("airsweep")
+# It would also draw constants of those modules of airsweep that are loaded, so that a new setting
+# or another order of the tests would change the examples.
+providers._get_local_constants = lambda: providers._local_constants
 
 
 def pytest_configure() -> None:

@@ -1176,6 +1176,8 @@ def _labels(spec: TrialSpec, lora: LoraSettings) -> LabelsSpec:
     settings = spec.initial_labels
     if settings.kind == "pool" and spec.paradigm == "ul":
         settings = replace(settings, k=InitialLabelsSettings.k)
+    if settings.kind == "pool" or labelled_lora(spec):
+        settings = replace(settings, true_share=None)
     return LabelsSpec(
         features=spec.features,
         split=spec.split,
