@@ -39,14 +39,13 @@ def _recorded_names(context: typer.Context, incomplete: str) -> list[str]:
     return [name for _, name in sweeps if name.startswith(incomplete)]
 
 
-NameArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="NAME",
-        help="Recorded sweep: NAME, PROJECT/NAME or its sweep file.",
-        autocompletion=_recorded_names,
-    ),
-]
+_NAME = typer.Argument(
+    metavar="NAME",
+    help="Recorded sweep: NAME, PROJECT/NAME or its sweep file.",
+    autocompletion=_recorded_names,
+)
+NameArgument = Annotated[str, _NAME]
+OptionalNameArgument = Annotated[str | None, _NAME]
 StoreOption = Annotated[
     str,
     typer.Option(

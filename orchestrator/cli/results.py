@@ -16,6 +16,7 @@ from orchestrator.cli.common import (
     DataOption,
     JsonOption,
     NameArgument,
+    OptionalNameArgument,
     SmokeResultsOption,
     StoreOption,
     fail,
@@ -75,12 +76,12 @@ def _listed(sweep: dict[str, Any]) -> tuple[str, ...]:
 
 @app.command(rich_help_panel=LOOK)
 def status(
-    name: NameArgument,
+    name: OptionalNameArgument = None,
     store: StoreOption = STORE,
     smoke: SmokeResultsOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the progress of a sweep: trials by state, failures, and time.
+    """Show the progress of a sweep: trials by state, failures, and time. Without NAME: all sweeps.
 
     airsweep status quickstart
 
@@ -88,6 +89,9 @@ def status(
     """
     from orchestrator.reporting import screens
 
+    if name is None:
+        list_sweeps(str(results_store(store, smoke)), as_json)
+        return
     status = screens.status_report(location_named(name, results_store(store, smoke)))
     show(json.dumps(status, indent=1) if as_json else screens.status_screen(status))
 

@@ -173,6 +173,8 @@ def test_functions_return_what_commands_print(spec, finished):
     screen = airsweep("plan", spec, "--store", store, "--set", "train.steps=2").stdout
     assert str(planned) == screen.rstrip("\n")
     status = json.loads(airsweep("status", "small", "--store", store, "--json").stdout)
+    listed = [airsweep(name, "--store", store).stdout for name in ("status", "list")]
+    assert "default/small" in listed[0] == listed[1]
     assert api.status("small", store=store) == status == api.status(finished.outcome)
     rows = table(store, "small")
     frame = api.table("small", store=store)
