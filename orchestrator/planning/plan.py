@@ -41,13 +41,13 @@ READS_IMAGES = (
 
 
 # Where the result of a trial comes from: this sweep computed it; another sweep did; another trial
-# of this sweep has the same key; this sweep computed it and was killed before it could record that.
+# of this sweep has the same key; this sweep computed it and was stopped before it recorded that.
 ResultState = Literal["done", "reused", "shared", "recovered"]
 RESULT_STATES: dict[ResultState, str] = {
     "done": "done",
     "reused": "reused from another sweep",
     "shared": "shared between seeds",
-    "recovered": "recovered after a kill",
+    "recovered": "recovered after a stop",
 }
 
 
