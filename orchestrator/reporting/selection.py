@@ -106,7 +106,9 @@ def best_trial(
     caveat = CAVEAT if found.by == TEST and found.candidates > 1 else None
     accuracy = results.mean(row, f"test/accuracy_{name}")
     report_line(f"selected: {found}")
-    report_line(f"run:      {slot.id}" + (f", the highest of {row.n}" if row.n > 1 else ""))
+    by_run = "mutual information" if found.score is None else MEASURES[found.by]
+    of_runs = f", of {row.n} runs the highest {by_run}" if row.n > 1 else ""
+    report_line(f"run:      {slot.id}{of_runs}")
     if accuracy is not None:
         own = format_percent(found.trial.metrics[f"test/accuracy_{name}"])
         report_line(
