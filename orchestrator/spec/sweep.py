@@ -616,14 +616,15 @@ def notes_of(spec: SweepSpec) -> tuple[str, ...]:
 
 
 def _notes(spec: SweepSpec) -> Iterator[str]:
+    is_whole = not _is_selection(spec)  # else the cells that --only leaves out may use a key
     parts = {"fixed": spec.fixed, "grid": spec.grid, "search.space": [d.key for d in spec.space]}
-    for part, keys in parts.items():
+    for part, keys in parts.items() if is_whole else ():
         for key in keys:
             if (*part.split("."), key) in spec.document.positions:  # else of a smoke run
                 yield from _pinned_notes(f"{part}.{key}", key, spec.methods)
     every = list(combinations(spec))
     of_grid = [_cell(spec, entry) for entry in every]
-    for i, override in enumerate(spec.overrides):
+    for i, override in enumerate(spec.overrides if is_whole else ()):
         for key in override.set:
             methods = {cell.method: None for cell in of_grid if cell.overridden.get(key) == i}
             yield from _pinned_notes(f"overrides[{i}].set.{key}", key, list(methods))
@@ -636,15 +637,21 @@ def _notes(spec: SweepSpec) -> Iterator[str]:
     cells, total = cells_of(spec), len(every) - len(skipped)
     if len(cells) < total:
         yield f"{total} combinations of the grid are {len(cells)} different cells"
-    for key, value in spec.fixed.items():
+    unused = {("grid", key): spec.grid[key] for key in _unused_axes(spec, cells)}
+    for key, value in spec.fixed.items() if is_whole else ():
         if ("fixed", key) in spec.document.positions and not _is_used(cells, key, value):
-            yield f"fixed.{key}: no cell uses it; {_users_text(spec, key, [value])}"
-    for key in _unused_axes(spec, cells):
+            unused["fixed", key] = (value,)
+    for (part, key), values in unused.items():
         if not all(key in METHODS[name].pins for name in spec.methods):  # else there is a note
-            yield f"grid.{key}: no cell uses it; {_users_text(spec, key, spec.grid[key])}"
+            yield f"{part}.{key}: no cell uses it; {_users_text(spec, key, values)}"
     single_point = [cell.id for cell in cells if not cell.space]
     if spec.search and single_point:
         yield f"only one point, because no dimension applies: {_list_text(single_point)}"
+
+
+def _is_selection(spec: SweepSpec) -> bool:
+    """Whether --only leaves out values of the grid. A smoke run leaves out keys, no values."""
+    return any(spec.grid.get(key, values) != values for key, values in spec.axes.items())
 
 
 def refuse_unused_grid(spec: SweepSpec) -> None:
@@ -665,7 +672,7 @@ def refuse_unused_grid(spec: SweepSpec) -> None:
 
 def _unused_axes(spec: SweepSpec, cells: Sequence[Cell]) -> list[str]:
     """Keys of the grid with several values that all give the same trials."""
-    if spec.axes and spec.axes != spec.grid:  # the cells are a selection
+    if _is_selection(spec):
         return []
     used = {*_ID_KEYS}.union(*(cell.chosen for cell in cells))
     return [key for key, values in spec.grid.items() if len(values) > 1 and key not in used]

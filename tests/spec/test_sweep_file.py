@@ -594,4 +594,6 @@ def test_a_key_that_no_cell_uses_is_noted_and_as_an_axis_refused(tmp_path):
         "grid.lora.steps: no cell uses it; " in n for n in notes_of(read_request(noted).spec)
     )
     used = write_sweep(tmp_path, "used", axis.replace("METHODS", "cpl, air"))
-    assert len(cells_of(read_request(used, only=["method=cpl"]).spec)) == 1
+    selected = read_request(used, only=["method=cpl"]).spec
+    assert len(cells_of(selected)) == 1
+    assert notes_of(selected) == ("2 combinations of the grid are 1 different cells",)
