@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import logging
 import os
 import re
@@ -50,6 +51,10 @@ for commands in (sweeps, inputs, submit, results, tracked, bundle):
 app.add_typer(sweeps.plugin_app, name="plugin", rich_help_panel=START)
 app.add_typer(tracked.mlflow_app, name="mlflow", rich_help_panel=LOOK_AFTER)
 app.add_typer(cache.app, name="cache", rich_help_panel=LOOK_AFTER)
+for group in app.registered_groups:  # typer keeps the line breaks of docstrings, of 100 columns
+    for command in group.typer_instance.registered_commands if group.typer_instance else ():
+        paragraphs = (inspect.getdoc(command.callback) or "").split("\n\n")
+        command.help = "\n\n".join(" ".join(each.split()) for each in paragraphs)
 
 
 UNUSABLE = {  # paths
