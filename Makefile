@@ -13,7 +13,9 @@ help:           ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
 quickstart: .venv/run   ## set up, run sweeps/quickstart.yaml, print the table
-	@$(BIN)/airsweep run sweeps/quickstart.yaml
+	@$(BIN)/airsweep run sweeps/quickstart.yaml; code=$$?; \
+	command -v airsweep > /dev/null || \
+	echo " first     source .venv/bin/activate   since airsweep is not on the PATH"; exit $$code
 
 test: .venv/done        ## set up, then check all that needs no Ray, in ten minutes
 	@$(MAKE) --no-print-directory check
@@ -51,7 +53,15 @@ tiny-world: .venv/done  ## pretrain the embedded CLIP and diffusion again (1.5 h
 
 .venv/run: EXTRAS :=
 .venv/done: EXTRAS := [dev]
+# The exit status of a pipe is that of its last command, so a file says that pip has failed.
 .venv/run .venv/done: pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.$(EXTRAS)'
+	@echo "setting up .venv: about two minutes and 3 GB of disk, more for CUDA"
+	@echo "  create it with $(PYTHON)"
+	@$(PYTHON) -m venv .venv && rm -f .venv/failed
+	@echo "  find torch, Ray, MLflow and the packages that they need"
+	@{ $(BIN)/pip install --progress-bar off --disable-pip-version-check -e '.$(EXTRAS)' || \
+	touch .venv/failed; } | while read -r word file rest; do case "$$word $$rest" in \
+	Downloading*[0-9][0-9].[0-9]*MB*|Downloading*GB*) echo "  download $${file##*/} $$rest";; \
+	"Installing packages:"*) set -- $$rest; echo "  install $$(($$# - 1)) packages";; esac; done
+	@test ! -e .venv/failed
 	@touch $@
