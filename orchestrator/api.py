@@ -135,7 +135,7 @@ class Planned:
         """Text of `airsweep plan`.
 
         Args:
-            explain: show every setting and its origin.
+            explain: show the settings that differ from the preset of their method, and why.
         """
         from orchestrator.reporting import plan_screen
 

@@ -155,7 +155,7 @@ def plan(
     smoke: SmokeOption = False,
     as_json: JsonOption = False,
     explain: Annotated[
-        bool, typer.Option("--explain", help="Show every setting and its origin.")
+        bool, typer.Option("--explain", help="Show settings that differ from the method's preset.")
     ] = False,
     check: Annotated[
         bool,

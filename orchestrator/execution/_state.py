@@ -138,7 +138,9 @@ class RunState:
         ):
             self.screen.message(f"{artifact_title(requirement.key)}: not used: {unused}")
         startup = facts.get("startup", 0.0)
-        if startup is not None:
+        # A shard that the store had measures nothing, since the fastest measurement counts.
+        is_made = any(facts.get(name, 1) for name in ("drawn", "pairs", "encoded"))
+        if startup is not None and is_made:
             self.statistics.add_work(stage_work(requirement.spec), seconds - startup, startup)
         if requirement.stage == "images":
             self.statistics.drawn += facts["drawn"]

@@ -1,10 +1,14 @@
 """Estimates of the time that a sweep still needs, from measurements of earlier runs.
 
-`history.json` in the store has seconds and units of all completed work, by stage and kind. A unit
-is a training step of a LoRA or a trial, an image, or one pass of a dataset through CLIP. The kind
-names everything that the cost of a unit depends on: model, size, dataset, method. Start-up time,
-such as loading a model, is recorded separately, so that the few steps of a smoke run measure a step
-without its start-up.
+`history.json` in the store has seconds and units of the last runs, by stage and kind of work. A
+unit is a training step of a LoRA or a trial, an image, or one pass of a dataset through CLIP. The
+kind names everything that the cost of a unit depends on: model, size, dataset, method. Start-up
+time, such as loading a model, is recorded separately, so that the few steps of a smoke run measure
+a step without its start-up.
+
+The fastest measurement counts: other programs on a machine make work slower, never faster. Work
+of the embedded models that was never measured has a guess, work of other models none, since their
+sizes differ by factors of a thousand.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from air_core.methods import EMBEDDED
 from air_core.seal import sealed_json
 from air_core.specs import STAGES, StageSpec, TrialSpec
 from air_core.specs.conditions import trains_on_real, trains_on_synthetic, uses_auxiliary
@@ -31,6 +36,7 @@ from orchestrator.store import ArtifactStore, smoke_store
 from orchestrator.store.verification import read_cache
 
 HISTORY = "history.json"
+MOST = 5  # measurements of a kind that the history keeps
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ class Pace:
         return work.starts * startup + work.units * unit
 
 
-# Pace of a stage without measurements: tiny models and digits on one CPU core.
+# Pace of the embedded models on one CPU core, until it is measured.
 GUESS = {spec.stage: Pace(spec.guess, 1.0) for spec in STAGES}
 GUESS["trials"] = Pace(0.0025, 1.0, startup=1.5, starts=1.0)
 # Until the first work of a run begins: Ray, then a process with its imports.
@@ -85,19 +91,26 @@ GUESS["start"] = Pace(15.0, 1.0)
 PROCESS_START = 10.0
 # Stages whose shards a pool of generators makes.
 _DRAWN = {spec.stage for spec in STAGES if spec.shard and spec.process == "generator"}
-Measured = Mapping[str, Mapping[str, Pace]]  # by stage and kind
+Measured = Mapping[str, Mapping[str, Sequence[Pace]]]  # by stage and kind; the newest last
 
 
 @dataclass(frozen=True)
 class Estimate:
     """Estimated time of all remaining work."""
 
-    stages: Mapping[str, float]  # seconds on one worker
+    stages: Mapping[str, float]  # seconds on one worker; without those that have no estimate
     gpu_hours: float
     reason: str  # why the estimate is not calibrated; empty if it is
-    sources: Mapping[str, str]  # `history` or `guess`, by stage
-    work_wall: float | None  # lower bound in seconds with all workers; None: unknown
+    sources: Mapping[str, str]  # `history`, `guess` or `unknown`, by stage
+    work_wall: float | None  # seconds with all workers of this machine; None: unknown
     start: float  # seconds until the first work begins
+    measurements: int  # of the kind of work that has the fewest; 0: a guess
+    spread: float  # the time by the slowest measurements, as a multiple
+
+    @property
+    def is_known(self) -> bool:
+        """Whether all work has a measurement or a guess."""
+        return "unknown" not in self.sources.values()
 
     @property
     def seconds(self) -> float:
@@ -105,7 +118,7 @@ class Estimate:
 
     @property
     def wall(self) -> float | None:
-        """Lower bound of the run's seconds with all workers; None: unknown."""
+        """Seconds of the run with all workers of this machine; None: unknown."""
         return None if self.work_wall is None else self.start + self.work_wall
 
     @property
@@ -114,19 +127,22 @@ class Estimate:
 
     @property
     def worthwhile_processes(self) -> int:
-        """Processes whose share of the work takes longer than their start. A guess leaves no GPU
-        idle."""
-        if self.reason and self.gpu_hours:
+        """Processes whose share of the work takes longer than their start. Without a measurement,
+        no GPU and no large model waits for others."""
+        if not self.is_known or (self.reason and self.gpu_hours):
             return sys.maxsize
         return max(1, math.ceil(sum(self.stages.values()) / PROCESS_START))
 
     def json(self) -> dict[str, Any]:
+        known = self.is_known
         return {
-            "seconds": round(self.seconds, 1),
-            "wall": None if self.wall is None else round(self.wall, 1),
+            "seconds": round(self.seconds, 1) if known else None,
+            "wall": round(self.wall, 1) if known and self.wall is not None else None,
             "calibrated": not self.reason,
             "reason": self.reason,
             "source": self.source,
+            "measurements": self.measurements,
+            "spread": round(self.spread, 2),
             "gpu_hours": round(self.gpu_hours, 3),
             "start": round(self.start, 1),
             "stages": {stage: round(seconds, 1) for stage, seconds in self.stages.items()},
@@ -207,57 +223,68 @@ def startup_seconds(finished: Sequence[tuple[int, float]], seconds: float) -> fl
 
 
 def estimate(work: Iterable[Work], store: ArtifactStore, resources: Resources) -> Estimate:
-    """Estimate the seconds of work on one worker, and a lower bound on all workers.
+    """Estimate the seconds of work on one worker, and on all workers of this machine.
 
-    Measurements of the smoke store are used where this store has none. The lower bound is for this
-    machine, and unknown if RAY_ADDRESS is set.
+    Uses the measurements of this store and of its smoke store. The time on all workers is unknown
+    if RAY_ADDRESS is set.
     """
-    history = read_history(store)
-    smoke: Measured = read_cache(Path(smoke_store(store.root)) / HISTORY, _history, {})
+    smoke = Path(smoke_store(store.root)) / HISTORY
+    of_smoke: Measured = read_cache(smoke, _history, {})
+    histories = (read_history(store), of_smoke)
     stages: dict[str, float] = {}
     sources: dict[str, str] = {}
     jobs: dict[str, float] = {}
     unmeasured: list[str] = []
+    counts: list[int] = []  # of measurements
+    slowest = 0.0
     for part in work:
         stage = part.stage
-        pace = _pace_of(part, history, smoke)
-        if pace is None and part.alone:
+        found = _seconds_of(part, histories)
+        if not found and part.alone:
             part = replace(part, kind=part.alone, starts=part.jobs)
-            pace = _pace_of(part, history, smoke)
-        if pace is None:  # use the mean over the other kinds of the stage
+            found = _seconds_of(part, histories)
+        counts.append(len(found))
+        if not found:
             unmeasured.append(f"{stage} ({part.kind})")
-            sources[stage] = "guess"
-            mean = _mean_pace(history.get(stage, {}))
-            seconds = (mean if mean and mean.units else GUESS[stage]).seconds_for(part)
-        else:
-            seconds = pace.seconds_for(part)
-        stages[stage] = stages.get(stage, 0.0) + seconds
-        jobs[stage] = jobs.get(stage, 0) + part.jobs
-        sources.setdefault(stage, "history")
+            has_guess = not {EMBEDDED["backbone"], "ready"}.isdisjoint(part.kind.split())
+            found = [GUESS[stage].seconds_for(part)] if has_guess else []
+            if sources.get(stage) != "unknown":
+                sources[stage] = "guess" if has_guess else "unknown"
+        if found:
+            stages[stage] = stages.get(stage, 0.0) + min(found)
+            jobs[stage] = jobs.get(stage, 0) + part.jobs
+            slowest += max(found)
+            sources.setdefault(stage, "history")
     machines = () if os.environ.get("RAY_ADDRESS") else (this_machine(),)
     gpu_seconds = (s * resources.process_resources(stage).gpu for stage, s in stages.items())
     start = Work(*START, 1.0)
-    pace = _pace_of(start, history, smoke) or GUESS["start"]
     return Estimate(
         stages=stages,
         gpu_hours=sum(gpu_seconds) / 3600,
-        reason=_reason(unmeasured, any_measured=bool(history or smoke)),
+        reason=_reason(unmeasured, any_measured=any(histories)),
         sources=sources,
         work_wall=_wall(stages, jobs, resources, machines),
-        start=pace.seconds_for(start) if stages else 0.0,
+        start=min(_seconds_of(start, histories) or [GUESS["start"].seconds]) if counts else 0.0,
+        measurements=min(counts, default=0),
+        spread=slowest / sum(stages.values()) if any(stages.values()) else 1.0,
     )
 
 
-def _pace_of(work: Work, history: Measured, smoke: Measured) -> Pace | None:
-    paces = [measured.get(work.stage, {}).get(work.kind) for measured in (history, smoke)]
-    return next((pace for pace in paces if pace and (pace.units or not work.units)), None)
+def _seconds_of(work: Work, histories: Iterable[Measured]) -> list[float]:
+    """The time of some work by each measurement of its kind."""
+    return [
+        pace.seconds_for(work)
+        for history in histories
+        for pace in history.get(work.stage, {}).get(work.kind, ())
+        if pace.units or not work.units
+    ]
 
 
 def _reason(unmeasured: Sequence[str], any_measured: bool) -> str:
     if not unmeasured:
         return ""
     if not any_measured:
-        return "this store has no measurements yet: a guess from tiny models on one CPU core"
+        return "this store has no measurements yet"
     names = list(dict.fromkeys(unmeasured))
     more = f" and {len(names) - 2} more" if len(names) > 2 else ""
     return f"not measured in this store: {', '.join(names[:2])}{more}"
@@ -269,7 +296,8 @@ def _wall(
     resources: Resources,
     machines: Sequence[Machine],
 ) -> float | None:
-    """Lower bound: stages run one after another, each on as many workers as the machines hold."""
+    """Seconds of stages that run one after another, each on as many workers as the machines
+    hold; None: the machines are unknown."""
     total = 0.0
     for stage, seconds in stages.items():
         workers = process_capacity(resources.process_resources(stage), machines)
@@ -293,28 +321,23 @@ def _history(plain: dict[str, Any]) -> Measured:
     """Measurements, without trials of which no start was measured."""
     return {
         stage: {
-            kind: Pace(**pace)
-            for kind, pace in kinds.items()
-            if stage != "trials" or pace.get("starts")
+            kind: [Pace(**pace) for pace in paces if stage != "trials" or pace.get("starts")]
+            for kind, paces in kinds.items()
         }
         for stage, kinds in plain.items()
     }
 
 
 def record_measurements(store: ArtifactStore, measured: Mapping[tuple[str, str], Pace]) -> None:
-    """Add measurements, by stage and kind, to the history of a store."""
+    """Add the measurements of a run, by stage and kind, to the history of a store."""
     if not measured:
         return
     history = {stage: dict(kinds) for stage, kinds in read_history(store).items()}
     for (stage, kind), pace in measured.items():
         kinds = history.setdefault(stage, {})
-        kinds[kind] = kinds.get(kind, Pace(0.0, 0.0)) + pace
+        kinds[kind] = [*kinds.get(kind, ()), pace][-MOST:]
     plain = {
-        stage: {kind: asdict(pace) for kind, pace in kinds.items()}
+        stage: {kind: [*map(asdict, paces)] for kind, paces in kinds.items()}
         for stage, kinds in history.items()
     }
     store.write(store.root / HISTORY, sealed_json(plain))
-
-
-def _mean_pace(kinds: Mapping[str, Pace]) -> Pace | None:
-    return sum(kinds.values(), Pace(0.0, 0.0)) if kinds else None

@@ -7,17 +7,19 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from air_core.datasets import get_dataset
 from air_core.datasets.class_folders import skipped_lines
-from air_core.methods import METHODS
+from air_core.methods import EMBEDDED, METHODS
 from air_core.specs import STAGES, FeaturesSpec, own_name
-from air_core.specs.flat import to_flat
+from air_core.specs.flat import to_flat, trial_keys
 from orchestrator.failures import CLASSES
 from orchestrator.formatting import (
+    aligned,
     format_bytes,
     format_duration,
     format_value,
@@ -34,7 +36,6 @@ from orchestrator.planning import (
     unused_gpus_reason,
 )
 from orchestrator.planning.dataset_text import UnusedImages, unused_by_dataset
-from orchestrator.planning.estimate import Estimate
 from orchestrator.planning.plan import RESULT_STATES, STAGE_TITLES
 from orchestrator.planning.recorded import read_sweep
 from orchestrator.planning.requests import results_command, run_command
@@ -47,7 +48,7 @@ from orchestrator.reporting.results import (
     sweep_status,
 )
 from orchestrator.reporting.summary import NEXT, next_steps, run_facts, summary, sweep_title
-from orchestrator.spec import SweepSpec, cells_of, notes_of, presets
+from orchestrator.spec import Cell, SweepSpec, cells_of, notes_of, presets
 from orchestrator.spec.space import default_params
 from orchestrator.store import SweepLocation, read_outcome
 
@@ -65,7 +66,7 @@ def plan_screen(
 
     Args:
         origin: the file and options of the request; see `complete_origin`.
-        explain: also list every setting of each cell with its source.
+        explain: also list the settings that differ from the methods' presets, with their source.
         sources: number of trials that are reused from each other sweep.
     """
     content = plan.json(location.store)
@@ -111,49 +112,58 @@ def _skipped(plan: Plan) -> Iterator[str]:
 
 
 def _time_left(plan: Plan, command: str) -> str:
+    """The expected time with its source; `command` runs the sweep."""
     if not plan.to_run:
         return "nothing to do"
     estimate = plan.estimate
+    seconds = estimate.seconds if estimate.wall is None else estimate.wall
+    place = "one worker" if estimate.wall is None else "this machine"
     gpu = f", {estimate.gpu_hours:.1f} GPU-hours" if estimate.gpu_hours else ""
-    wall = ""
-    if estimate.wall is not None:
-        wall = f", at least {format_duration(estimate.wall)} on this machine"
-    return (
-        f"about {format_duration(estimate.seconds)} on one worker{wall}{gpu} "
-        f"({_basis(estimate, command)})"
-    )
-
-
-def _basis(estimate: Estimate, command: str) -> str:
-    """The source of a time estimate; `command` runs the sweep."""
-    parts = [estimate.reason] if estimate.reason else ["measured in this store"]
-    if estimate.source == "guess":
+    about = f"about {format_duration(seconds)} on {place}{gpu}"
+    if estimate.reason:
         smoke = "" if "--smoke" in command.split() else " --smoke"
-        parts.append(f"`{command}{smoke}` measures it on a small part of the sweep")
-    return "; ".join(parts)
+        guess = f"{about}, a guess that can be far off" if estimate.is_known else "time unknown"
+        return (
+            f"{guess}: {estimate.reason}; `{command}{smoke}` measures it on a small part of the "
+            "sweep"
+        )
+    if estimate.measurements == 1:
+        return f"{about}, measured once; less if the machine was busy then, more if it is now"
+    slowest = format_duration(seconds * estimate.spread)
+    return f"{about}, by the fastest of its measurements; {slowest} by the slowest"
 
 
 def _explain(plan: Plan) -> list[str]:
-    lines = []
-    for cell in plan.cells:
-        method = METHODS[cell.method]
-        slot = next((slot for slot in plan.slots if slot.cell.id == cell.id), None)
-        settings = to_flat(slot.spec) if slot else cell.flat
-        sources = (
-            ("pinned by the method", method.pins),
-            ("grid", cell.chosen),
-            ("overrides", cell.overridden),
-            ("fixed", plan.sweep.fixed),
-            (
-                "default of dataset or models",
-                presets.defaults(cell.method, cell.flat, plan.sweep.worlds),
-            ),
-        )
-        lines.append(f"{cell.id}")
-        for name, value in settings.items():
-            source = next((label for label, names in sources if name in names), "default")
-            lines.append(f"  {name:<34} {format_value(value):<26} {source}")
+    """The settings of cells that differ from the preset of their method, and why: first those of
+    all cells."""
+    of_cells = {cell.id: [*_unusual_settings(plan, cell)] for cell in plan.cells}
+    shared = set.intersection(*map(set, of_cells.values()))
+    groups = {"every cell": [row for row in next(iter(of_cells.values())) if row in shared]}
+    groups |= {cell: [row for row in rows if row not in shared] for cell, rows in of_cells.items()}
+    table = aligned([("  setting", "value", "preset", "from"), *chain(*groups.values())])
+    lines = [table.pop(0)]
+    for name, rows in groups.items():
+        lines += [name, *table[: len(rows)]] if rows else []
+        del table[: len(rows)]
     return lines
+
+
+def _unusual_settings(plan: Plan, cell: Cell) -> Iterator[tuple[str, ...]]:
+    method = METHODS[cell.method]
+    preset = {name: key.default for name, key in trial_keys().items()}
+    preset |= {**EMBEDDED, "lora": True, **method.sets, **method.pins}
+    slot = next((slot for slot in plan.slots if slot.cell.id == cell.id), None)
+    settings = to_flat(slot.spec) if slot else cell.flat
+    sources = {
+        "grid": cell.chosen,
+        "overrides": cell.overridden,
+        "fixed": plan.sweep.fixed,
+        "default of dataset or models": presets.defaults(cell.method, cell.flat, plan.sweep.worlds),
+    }
+    for name, value in settings.items():
+        if value != preset.get(name) and name not in plan.sweep.seeds.vary:
+            source = next((label for label, names in sources.items() if name in names), "derived")
+            yield f"  {name}", format_value(value), format_value(preset.get(name)), source
 
 
 # ---------------------------------------------------------------- status

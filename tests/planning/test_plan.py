@@ -365,6 +365,7 @@ def test_an_estimate_is_a_guess_until_the_store_has_measurements_of_its_kind(wor
     guess = world.plan(sweep).estimate
     assert guess.seconds > 0
     assert "no measurements yet" in guess.reason
+    assert guess.measurements == 0
     world.store.root.mkdir()
     specs = [requirement.spec for requirement in world.plan(sweep).requirements]
     works = [stage_work(spec) for spec in specs]
@@ -383,7 +384,7 @@ def test_an_estimate_is_a_guess_until_the_store_has_measurements_of_its_kind(wor
     seven = Pace(0.0, 5.0, startup=14.0, starts=2.0)
     record_measurements(world.store, {("trials", works[-1].kind): seven, START: Pace(18.0, 2.0)})
     plan = world.plan(sweep).estimate
-    assert plan.reason == ""
+    assert (plan.reason, plan.measurements) == ("", 1)
     drawn = 0.5 * 20 * 8  # blocks of eight
     assert plan.seconds == pytest.approx(9 + 10 + drawn + 3 + 7)
     assert plan.gpu_hours == pytest.approx((drawn + 0.5 * (10 + 3 + 7)) / 3600)
@@ -473,19 +474,26 @@ def test_measurements_of_a_smoke_run_are_scaled_without_start_up(world):
     assert found.sources["images"] == "history"
     assert found.stages["images"] == pytest.approx(30 + 0.5 * images.units)
     world.store.root.mkdir(exist_ok=True)
-    record_measurements(world.store, {key: Pace(images.units, images.units)})  # this store wins
-    assert world.plan(sweep).estimate.stages["images"] == pytest.approx(images.units)
+    record_measurements(world.store, {key: Pace(images.units, images.units)})  # the slower one
+    assert world.plan(sweep).estimate.stages["images"] == found.stages["images"]
+    for pace in (0.1, 0.3):
+        record_measurements(world.store, {key: Pace(pace * images.units, images.units)})
+    found = world.plan(sweep).estimate
+    assert found.stages["images"] == pytest.approx(0.1 * images.units)
+    assert found.spread > 3  # the slowest of four measurements
 
 
 def test_work_is_worth_a_process_that_takes_less_time_to_start_than_it_saves(world):
-    def processes(units: float, gpu: float = 0.0) -> int:
+    def processes(units: float, gpu: float = 0.0, kind: str = "tiny 32px") -> int:
         resources = Resources(generator=GeneratorResources(gpu=gpu))
-        return estimate([Work("images", "x", units)], world.store, resources).worthwhile_processes
+        work = Work("images", kind, units)
+        return estimate([work], world.store, resources).worthwhile_processes
 
     assert (processes(0), processes(300), processes(3000)) == (1, 1, 9)  # 0.03 s each, a guess
     assert processes(300, gpu=1.0) > 1000  # a guess leaves no GPU idle
+    assert processes(300, kind="sd 512px") > 1000  # of other models there is no guess
     world.store.root.mkdir(exist_ok=True)
-    record_measurements(world.store, {("images", "x"): Pace(100.0, 100.0)})
+    record_measurements(world.store, {("images", "tiny 32px"): Pace(100.0, 100.0)})
     assert processes(300) == processes(300, gpu=1.0) == 30
 
 
