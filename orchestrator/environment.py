@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+originals: dict[int, int] = {}  # copies of the descriptors that are redirected now
 
 
 @contextmanager
@@ -34,7 +35,7 @@ def redirect_descriptor(descriptor: int, to: int | None) -> Iterator[None]:
     sys.stdout.flush()
     sys.stderr.flush()
     with open(os.devnull, "w") as null:
-        original = os.dup(descriptor)
+        original = originals[descriptor] = os.dup(descriptor)
         os.dup2(null.fileno() if to is None else to, descriptor)
         try:
             yield
@@ -42,6 +43,7 @@ def redirect_descriptor(descriptor: int, to: int | None) -> Iterator[None]:
             sys.stdout.flush()
             sys.stderr.flush()
             os.dup2(original, descriptor)
+            originals.pop(descriptor, None)
             os.close(original)
 
 

@@ -209,9 +209,10 @@ def next_steps(plan: Plan, location: SweepLocation, results: Results, width: int
 
 def _steps(plan: Plan, location: SweepLocation, results: Results) -> list[tuple[str, str]]:
     if last_origin(location).get("smoke"):
-        whole = shlex.join(w for w in shlex.split(run_command(location)) if w != "--smoke")
+        again = run_command(location)
+        whole = shlex.join(w for w in shlex.split(again) if w != "--smoke")
         return [
-            (whole, "the whole sweep"),
+            (again, "the rest of the smoke run") if plan.to_run else (whole, "the whole sweep"),
             (results_command("table", location), "the table of this smoke run"),
         ]
     steps = []

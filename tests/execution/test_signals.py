@@ -10,6 +10,7 @@ from tests.helpers.sweeps import python
 
 SCRIPT = """
 import os, signal, sys, time
+from orchestrator.environment import redirect_descriptor
 from orchestrator.execution._signals import handle_signals, restore_interrupts
 from orchestrator.execution._state import RunState
 from orchestrator.execution.screen import Screen
@@ -49,8 +50,9 @@ state.screen.total = 5
 try:
     os.kill(os.getpid(), signal.SIGINT)
 finally:  # closes what is open, which may take long
-    os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(60)
+    with redirect_descriptor(2, None):  # as while Ray starts
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
 """
 )
 
