@@ -9,7 +9,7 @@ model knows the images of the target domain. No label is read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +78,12 @@ class DenoisingScorer:
 
     @torch.inference_mode()
     def errors(
-        self, latents: Tensor, positions: Sequence[int], draw: int, candidates: Tensor
+        self,
+        latents: Tensor,
+        positions: Sequence[int],
+        draw: int,
+        candidates: Tensor,
+        report: Callable[[int, int], None] = lambda done, total: None,
     ) -> Tensor:
         """Mean squared error of the prediction of one draw, for each pair of image and class.
 
@@ -90,6 +95,7 @@ class DenoisingScorer:
             positions: (B,) of the images in their dataset; determine the noise.
             draw: number of the draw, from 0.
             candidates: (B, C) bool; pairs that are computed.
+            report: called with the finished and all pairs.
 
         Returns:
             (B, C) float32 on the CPU; NaN where not computed.
@@ -106,6 +112,7 @@ class DenoisingScorer:
         for image, c in zip(rows.split(self.pairs), classes.split(self.pairs), strict=True):
             predicted = denoiser.predict(noisy[image], steps[image], self.texts.of(c))
             found.append((predicted.float() - target[image]).square().mean(dim=(1, 2, 3)))
+            report(sum(map(len, found)), len(rows))
         errors = torch.full(candidates.shape, torch.nan)
         errors[candidates] = torch.cat(found).cpu()  # one copy for all pairs
         return errors

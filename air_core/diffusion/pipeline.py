@@ -13,7 +13,7 @@ forward pass casts no weight and computes no adapter.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -77,6 +77,7 @@ class PipelineGenerator:
         self.settings, self.lora = settings, (adapter, scale)
         self.shared = shared_pipeline(model, settings.precision, device, thrift)
         self.shared.use(*self.lora)  # an unreadable LoRA fails now
+        self.report: Callable[[int, int], None] = lambda done, total: None  # of steps
 
     @property
     def pipeline(self) -> Any:
@@ -103,6 +104,7 @@ class PipelineGenerator:
             drawn = pipeline(
                 [text_of(settings.template, classname, i) for i in indices],
                 **denoiser_class(pipeline).arguments(settings, len(indices)),
+                **self._callback(pipeline),
                 generator=generators,
                 output_type="pt",
             ).images  # (B, 3, H, W) in [0, 1]
@@ -112,6 +114,16 @@ class PipelineGenerator:
                 f"{drawn.shape[-1]} x {drawn.shape[-2]}; take a multiple of 16"
             )
         return _pixels(drawn)
+
+    def _callback(self, pipeline: Any) -> dict[str, Any]:
+        """The argument with which a pipeline reports its steps, if it does."""
+
+        def report(pipeline: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            self.report(step + 1, self.settings.num_inference_steps)
+            return tensors
+
+        name = "callback_on_step_end"
+        return {name: report} if name in inspect.signature(pipeline.__call__).parameters else {}
 
 
 def _pixels(drawn: Tensor) -> Tensor:

@@ -508,7 +508,8 @@ class StageSpec:
     title: ClassVar[str]  # of its artifacts, on screens
     process: ClassVar[Process] = "encoder"  # that makes it, as in `resources`
     guess: ClassVar[float] = 1.0  # seconds of a unit with tiny models on a CPU core
-    counts: ClassVar[Literal["images", "steps"]] = "images"  # what its progress counts
+    # What the progress of an artifact, or of a shard, counts.
+    counts: ClassVar[Literal["images", "steps", "pairs"]] = "images"
     shard: ClassVar[str] = ""  # suffix of the shards of a row; empty: its artifact is no row
 
     @property
@@ -736,7 +737,7 @@ class LoraSpec(StageSpec):
 class ImagesSpec(RowSpec):
     """Base of both kinds of rows of images, which are one stage."""
 
-    stage, title, guess, shard = "images", "image blocks", 0.03, ".parquet"
+    stage, title, guess, shard, counts = "images", "image blocks", 0.03, ".parquet", "steps"
     modules = _DRAWING
 
 
@@ -839,7 +840,8 @@ class EvidenceSpec(RowSpec):
     draws nor that of images. The images are in a random order, so the first ones are a sample.
     """
 
-    stage, title, guess, shard = "evidence", "denoising errors", 0.004, ".safetensors"
+    stage, title, guess = "evidence", "denoising errors", 0.004
+    shard, counts = ".safetensors", "pairs"
     modules = (
         *_LOADED_CLIP,
         *_DRAWING,

@@ -54,10 +54,7 @@ class GeneratorActor:
         limit_gpu_memory(devices().get("gpu", 0.0))
         self.specs, self.worker = [requirement.spec for requirement in requirements], worker
         self.progress_actor = progress_actor
-        self.reporters = [
-            ProgressReporter(progress_actor, artifact_title(requirement.key))
-            for requirement in requirements
-        ]
+        self.titles = [artifact_title(requirement.key) for requirement in requirements]
         self.loaded: tuple[int, Any] | None = None  # row, generator or scorer
         self.startup = 0.0  # seconds of loading models for the current block
 
@@ -71,7 +68,8 @@ class GeneratorActor:
         started, self.startup = time.monotonic(), 0.0
         error = failure_class = ""
         counts: dict[str, Any] = dict(NO_COUNTS)
-        self.worker.store.locks.on_wait = self.reporters[row].report_wait
+        waits = ProgressReporter(self.progress_actor, self.titles[row])
+        self.worker.store.locks.on_wait = waits.report_wait
         try:
             with report_working(self.progress_actor):
                 counts |= self._make(row, c, block)
@@ -94,7 +92,7 @@ class GeneratorActor:
         while True:
             try:
                 made: dict[str, Any] = stage_module(spec).build(
-                    spec, c, block, self.worker, lambda: self._model(row)
+                    spec, c, block, self.worker, lambda: self._model(row, c, block)
                 )
                 return made
             except Exception as problem:
@@ -104,13 +102,19 @@ class GeneratorActor:
                 # For all later blocks too.
                 self.worker, self.loaded = self.worker.with_thrift(thrift), None
 
-    def _model(self, row: int) -> Any:
+    def _model(self, row: int, c: int, block: int) -> Any:
+        """What makes the shards of a row; it reports the progress of this shard, if it can."""
+        spec = self.specs[row]
         if self.loaded is None or self.loaded[0] != row:
-            started, spec = time.monotonic(), self.specs[row]
+            started = time.monotonic()
             self.loaded = None  # free the last LoRA before the next is loaded
             self.loaded = (row, stage_module(spec).open_model(spec, self.worker))
             self.startup += time.monotonic() - started
-        return self.loaded[1]
+        model = self.loaded[1]
+        if hasattr(model, "report") and isinstance(spec, RowSpec):
+            name = f"{self.titles[row]}, {spec.name_of(c)}, block {block}"
+            model.report = ProgressReporter(self.progress_actor, name, spec.maker.counts)
+        return model
 
 
 # Of a shard: numbers of images drawn, drawn again and given up, of pairs of image and class

@@ -25,6 +25,7 @@ from air_core.seal import BLANK, sealed
 from air_core.specs import EvidenceSpec
 from orchestrator.errors import DamagedArtifact, MissingArtifact
 from orchestrator.planning.resolve import images_folder
+from orchestrator.stages import ignore
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.features import read_target
 from orchestrator.stages.images import (
@@ -45,6 +46,7 @@ class BlockScorer:
     positions: Tensor  # (P,) in the dataset, in the order of the blocks
     logits: Tensor  # (P, C) of zero-shot CLIP
     latents: tuple[int, Tensor] | None = None  # block and its latents
+    report: Callable[[int, int], None] = ignore  # receives the finished and all pairs of a shard
 
     @staticmethod
     def open(spec: EvidenceSpec, worker: WorkerContext) -> BlockScorer:
@@ -83,7 +85,9 @@ class BlockScorer:
             )
         scoring = self.spec.scoring
         candidates = candidate_classes(self.logits[images], scoring.top, earlier, scoring.prune_to)
-        found = self.scorer.errors(self.latents[1], positions.tolist(), draw, candidates)
+        found = self.scorer.errors(
+            self.latents[1], positions.tolist(), draw, candidates, self.report
+        )
         return np.asarray(found.numpy())
 
     def _encoded(self, positions: Tensor) -> Tensor:

@@ -61,7 +61,9 @@ def draw(generator: Any, indices: range, attempt: int = 0, name: str = "digit th
 
 def test_an_image_does_not_depend_on_how_many_are_drawn(generator):
     block = draw(generator, range(4))
+    generator.report, steps = lambda done, total: steps.append((done, total)), []
     draw(generator, range(4, 8))
+    assert steps == [(step, 4) for step in range(1, 5)]
     assert torch.equal(block, draw(generator, range(4)))
     alone = draw(generator, range(2, 3))[0]  # another batch: equal up to rounding
     assert (block[2].int() - alone.int()).abs().max() <= 1

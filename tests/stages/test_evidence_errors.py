@@ -53,10 +53,14 @@ def build(spec: EvidenceSpec, shards: Any, worker: WorkerContext) -> float:
     """Build shards with a model of its own, as an actor does; returns the pairs computed."""
     with LOADING:  # diffusers loads one model at a time
         scorer = BlockScorer.open(spec, worker)
-    return sum(
+    reports: list[tuple[int, int]] = []
+    scorer.report = lambda done, total: reports.append((done, total))
+    pairs = sum(
         build_evidence_block(spec, draw, block, worker, lambda: scorer)["pairs"]
         for draw, block in shards
     )
+    assert sum(total for done, total in reports if done == total) == pairs
+    return pairs
 
 
 def everything(draws: int) -> list[tuple[int, int]]:
