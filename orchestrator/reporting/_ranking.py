@@ -35,7 +35,7 @@ class Ranking:
         return self.low > 0
 
     def __str__(self) -> str:
-        return f"{self.rho:.2f} [{self.low:.2f}, {self.high:.2f}] over {self.points} points"
+        return f"{self.rho:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
 def ranking(objectives: Array, accuracies: Array, *, samples: int = 2000) -> Ranking:

@@ -128,22 +128,19 @@ def _search_answer(results: Results, row: Row) -> str:
     objective, found = row.choice.objective, row.choice.ranking
     name = row_text(row, [k for k in results.varied_settings if k not in results.searched(row)])
     task = f", {task_text(row.task)}" if len(results.tasks) > 1 else ""
-    gain = results.search_gains.get(row.cell)
-    best = "is the default setting"
+    gain, best = results.search_gains.get(row.cell), "its best point is the default setting"
     if gain is not None:
-        best = f"has {gain.text} points against the default setting, {gain.significance}"
+        best = f"its best point has {gain.text} points on the default setting, {gain.significance}"
     elif row.choice.points[:1] != (0,):
-        best = "is not compared with the default setting, which has no result"
-    known = f"the rank correlation of {objective} with test accuracy is {found}"
+        best = "the default setting has no result"
+    verb = "ranks" if found.predicts_accuracy else "may not rank"
+    known = f"{objective} {verb} its {found.points} points by test accuracy, correlation {found}"
     if not row.is_tested:
         known = f"no test image shows whether {objective} finds good points"
     elif found.rho is None:
         few = f"{found.points} points are too few, or too similar"
         known = f"{few}, to show whether {objective} finds good ones"
-    if row.choice.default:
-        text = f"set aside for the default setting, since {known}; its best point {best}"
-    else:
-        text = f"its best point by {objective} {best}; {known}"
+    text = f"set aside, since {known}; {best}" if row.choice.default else f"{best}; {known}"
     return f"Search of {name}{task}: {text}."
 
 
