@@ -131,21 +131,6 @@ def test_a_method_is_compared_with_its_host_and_its_control() -> None:
         assert c.difference.low <= c.difference.mean <= c.difference.high
 
 
-def test_each_setting_is_compared_with_the_host_at_the_same_setting() -> None:
-    finished = []
-    for length in (4, 16):
-        for method in ("cpl", "air"):
-            settings = {"prompt.length": length}
-            finished += trials(
-                method, settings=settings, cell=f"{method}-{length}", better=length / 200
-            )
-    found = results(finished)
-    means = {(row.method, row.settings["prompt.length"]): row.mean for row in found.rows}
-    for c in found.comparisons:
-        length = c.row.settings["prompt.length"]
-        assert c.difference.mean == pytest.approx(means["air", length] - means["cpl", length])
-
-
 def test_searched_methods_are_compared_at_their_own_best_points() -> None:
     finished = []
     for method, best in (("cpl", 4), ("air", 8)):
@@ -184,6 +169,8 @@ def test_values_of_settings_and_modalities_are_compared_with_the_default_or_firs
     ]
     for c in found.all_comparisons:
         assert c.difference.mean == pytest.approx(c.row.mean - c.baseline.mean)
+    for c in found.comparisons:  # with the host at the same settings
+        assert (*c.methods, c.row.settings) == ("air", "cpl", c.baseline.settings)
 
 
 def test_searched_methods_are_compared_if_each_has_one_finished_point() -> None:
