@@ -225,7 +225,9 @@ def _opened(source: Path | BytesIO, formats: tuple[str, ...], name: str) -> Imag
             return _rgb(_upright(image))
     except UnidentifiedImageError:
         empty = isinstance(source, Path) and source.stat().st_size == 0
-        allowed = f"not an image of an allowed format ({', '.join(formats)})"
+        allowed = (
+            f"not an image of an allowed format ({', '.join(f for f in formats if f not in HEIF)})"
+        )
         why = "it is empty" if empty else f"{allowed}, or its header is damaged"
         if isinstance(source, Path) and not empty and source.suffix.lower() in HEIC:
             why = f"{allowed}; read HEIC after `{COMMANDS[HEIC[0]]}`"

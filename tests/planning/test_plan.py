@@ -224,7 +224,7 @@ def test_trials_of_a_large_pool_reserve_memory_unless_the_file_sets_it(
     sweep = world.sweep("fpl", seeds=seeds(1, 2), fixed=dataset)
     assert world.plan(sweep).sweep.resources == Resources()
     monkeypatch.setattr("orchestrator.planning.resources.LARGE", 1)
-    arrays = 4 * 4 * 20 * 2 * 2  # 20 images, two classes, two seeds
+    arrays = 4 * 4 * 18 * 2 * 2  # 18 images, two classes, two seeds; 2 are for validation
     assert world.plan(sweep).sweep.resources.trial.memory == arrays + 2**30
     given = replace(sweep, resources=Resources(trial=TrialResources(memory=0)))
     assert world.plan(given).sweep.resources == given.resources
