@@ -643,9 +643,10 @@ class Results:
 
     def _at_default(self, row: Row, key: str) -> Row | None:
         """The row with the default value of a setting, or else with the first one, and all else
-        equal; None: it is this row, or computes the same.
+        equal; None: it is this row, or the method learns no prompt and thus has no modality.
         """
-        if key != MODALITY and key not in row.settings:
+        learns = METHODS[row.method].pins.get("iterations") != 0
+        if not (learns if key == MODALITY else key in row.settings):
             return None
         others = [
             other
@@ -660,12 +661,9 @@ class Results:
         default = (defaults | presets.defaults(row.method, chosen)).get(key)
         values = [other.value(key) for _, other in equal]
         value = default if default in values else values[0]
-        found = _closest([pair for pair in equal if pair[1].value(key) == value])
-        return None if found is None or self._computed(found) == self._computed(row) else found
-
-    def _computed(self, row: Row) -> set[str]:
-        """The trials of a row; equal where the setting of the cell changes no computation."""
-        return {trial.key or trial.cell for trial in self.distinct_trials(row).values()}
+        if row.value(key) == value:
+            return None
+        return _closest([pair for pair in equal if pair[1].value(key) == value])
 
     def _equal_rows(self, row: Row, others: Iterable[Row], key: str = "") -> list[tuple[int, Row]]:
         """The rows with equal values for all settings that both have, and the number of these.
