@@ -545,7 +545,7 @@ def sample(
 
 
 def sweeps(*, store: str | Path | None = None) -> list[dict[str, Any]]:
-    """Return state and best rows of each sweep of a store: the JSON of `airsweep list`."""
+    """Return state and best classifiers of each sweep of a store: the JSON of `airsweep list`."""
     from orchestrator.reporting.results import overviews
     from orchestrator.store import open_store
 

@@ -81,12 +81,12 @@ def test_what_needs_labels_is_absent_without_them_and_nothing_is_called_accuracy
     for row in json.loads(table(results, "json")):
         assert (row["mean"], row["metric"], row["n_test"], row["text"]) == (None, None, 0, None)
         assert row["mutual_information"]["text"] > 0
-    shown = table(results, "md")
+    shown = " ".join(table(results, "md").split())
     assert "No image is labelled for test, so no accuracy" in shown
-    assert not re.search(r"\| +accuracy", shown)
+    assert "| accuracy" not in shown
     assert "MI text" in shown
     assert "nan" not in table(results, "csv").lower()
-    assert results.best(results.tasks[0]).method in ("zero_shot", "cpl")
+    assert results.best_classifier(results.tasks[0]).row.method == "cpl"
 
 
 def test_labelled_images_measure_accuracy_and_the_pool_stays_without_labels(photos, tmp_path):

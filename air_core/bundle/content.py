@@ -87,6 +87,7 @@ class Content(_Strict):
     metrics: dict[str, float]
     lineage: Values
     chosen: Values | None = None  # what selected the classifier
+    cautions: dict[str, str] = {}  # why not to use a classifier
     licence: str = ""
     licences: dict[str, str] = {}
     files: dict[File, Sha256]

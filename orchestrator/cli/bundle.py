@@ -193,6 +193,8 @@ def classify(
     files = image_files(images)
     import_open_clip_alone()
     bundle = load_bundle(folder, weights, device, classifier, min_probability, runtime)
+    if caution := bundle.manifest.content.cautions.get(bundle.classifier):
+        show(f"note: {caution}", file=sys.stderr)
     rows = classified.classified_rows(bundle, files, topk)
     # Where the results are printed on a terminal, they show the progress.
     quiet = output is None and sys.stdout.isatty()
@@ -248,10 +250,13 @@ def _confusion_lines(
     counts: Counter[tuple[str, str]], classnames: Sequence[str], others: int
 ) -> Iterator[str]:
     """Accuracy, and the confusion matrix or, of many classes, the most frequent confusions."""
+    from orchestrator.reporting.rows import chance_caution
+
     right = sum(count for (true, predicted), count in counts.items() if true == predicted)
     total = counts.total()
     note = f"; {others:,} in other folders do not count" if others else ""
     yield ""
+    yield from filter(None, [chance_caution(right, total, len(classnames))])
     yield f"accuracy {right / total:.1%}: {right:,} of {total:,} images in class folders{note}"
     shown = [name for name in classnames if any(name in pair for pair in counts)]
     if len(shown) > MATRIX:

@@ -42,7 +42,7 @@ app = typer.Typer()
 
 @app.command("list", rich_help_panel=LOOK)
 def list_sweeps(store: StoreOption = STORE, as_json: JsonOption = False) -> None:
-    """List the sweeps of a store: state, finished trials and best row.
+    """List the sweeps of a store: state, finished trials and best classifier.
 
     airsweep list
 
@@ -57,7 +57,7 @@ def list_sweeps(store: StoreOption = STORE, as_json: JsonOption = False) -> None
         show(f"no sweep has run in {store}", file=sys.stderr)
 
 
-LISTED = ("sweep", "state", "trials", "last event", "best row", "accuracy", "95 %")
+LISTED = ("sweep", "state", "trials", "last event", "best classifier", "accuracy", "95 %")
 
 
 def _listed(sweep: dict[str, Any]) -> tuple[str, ...]:
@@ -66,7 +66,9 @@ def _listed(sweep: dict[str, Any]) -> tuple[str, ...]:
     if len(best) == 1:
         row = best[0]
         interval = "" if row["mean"] is None else format_interval(row["low"], row["high"])
-        numbers = [row["method"], format_percent(row["mean"]), interval]
+        interval += ", not better than chance" if row["at_chance"] else ""
+        name = f"{row['classifier']} of {row['method']}"
+        numbers = [name, format_percent(row["mean"]), interval]
     elif best:
         numbers[0] = f"{len(best)} tasks"
     trials = f"{sweep['finished']} of {sweep['total']}"

@@ -19,7 +19,6 @@ class Layout:
     """A table with caption and notes, independent of the output format."""
 
     frame: DataFrame  # of str
-    bold: frozenset[tuple[int, int]] = frozenset()  # (line, column)
     caption: Sequence[str] = ()  # sentences
     notes: Sequence[str] = ()  # sentences below the table
 
@@ -54,8 +53,6 @@ def csv_text(frame: DataFrame) -> str:
 def markdown(layout: Layout) -> str:
     """Caption, table and notes as Markdown."""
     frame = layout.frame.map(_in_markdown)
-    for line, column in layout.bold:
-        frame.iat[line, column] = f"**{frame.iat[line, column]}**"
     frame.columns = [_in_markdown(name) for name in frame.columns]
     align = ["right" if right else "left" for right in layout.numeric]
     body = frame.to_markdown(index=False, disable_numparse=True, colalign=align)

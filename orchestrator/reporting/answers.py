@@ -13,6 +13,7 @@ from air_core.methods import METHODS
 from orchestrator.formatting import format_percent
 from orchestrator.reporting._statistics import Interval, Verdict, gain_share, paired_difference
 from orchestrator.reporting.rows import (
+    BEST,
     MARKS,
     MODALITY,
     UNTESTED,
@@ -20,9 +21,9 @@ from orchestrator.reporting.rows import (
     Results,
     Row,
     Task,
+    at_chance_notes,
     compared,
     is_bound,
-    mean_std,
     row_text,
     signed_percent,
     task_text,
@@ -48,33 +49,32 @@ MAX_VALUES = 3  # of a setting, with an answer each
 
 
 def headlines(results: Results) -> list[str]:
-    """For each of the first tasks a sentence on the row of the highest mean and on a gain."""
-    return [_headline(results, task) for task in results.tasks[:MAX_HEADLINES]]
+    """A warning of chance; for each of the first tasks the best classifier and a gain."""
+    tasks = results.tasks[:MAX_HEADLINES]
+    return [*at_chance_notes(results), *(_headline(results, task) for task in tasks)]
 
 
 def _headline(results: Results, task: Task) -> str:
-    row, gain = best_and_gain(results, task)
-    if not row.is_tested:
-        return f"{task_text(task)}: {UNTESTED}"
-    text = (
-        f"{task_text(task)}: {row_text(row, [*row.settings])} has the highest mean test "
-        f"{row.metric.replace('_', ' ')}, {mean_std(row)} %"
-    )
-    if gain is not None:
-        whose = "its gain" if gain.row is row else f"the gain of {gain.row.method}"
-        text += f"; {whose} over {gain.baseline.method}: {gain.text} points, {gain.significance}"
-    return f"{text}."
+    best, gain = results.best_classifier(task), main_gain(results, task)
+    text = f"{task_text(task)}. "
+    if best is not None:
+        text += f"Best classifier: {BEST}{best}. "
+    if not any(row.is_tested for row in results.rows if row.task == task):
+        text += UNTESTED
+    elif gain is not None:
+        name = f"{gain.row.method} over {gain.baseline.method}"
+        text += f"Gain of {name}: {gain.text} points, {gain.significance}."
+    return text.strip()
 
 
-def best_and_gain(results: Results, task: Task) -> tuple[Row, Comparison | None]:
-    """The row of the highest mean, and the gain of a row over its control or else its host.
+def main_gain(results: Results, task: Task) -> Comparison | None:
+    """The gain of a row over its control or else its host.
 
     That is the highest row with a diffusion model; without any, the highest one with a baseline.
     """
     gains = [c for c in results.comparisons if c.row.task == task and not is_bound(c.row.method)]
     gains = [c for c in gains if uses_diffusion(c.row.method)] or gains
-    gain = max(gains, key=lambda c: (c.row.mean, c.role == "control"), default=None)
-    return results.best(task), gain
+    return max(gains, key=lambda c: (c.row.mean, c.role == "control"), default=None)
 
 
 def answers(results: Results, most: int | None = None) -> list[str]:

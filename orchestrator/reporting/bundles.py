@@ -34,6 +34,7 @@ from orchestrator.keys import artifact_key
 from orchestrator.planning import Resolver, refs_of
 from orchestrator.planning.dataset_text import DatasetText, dataset_licence, recorded_text
 from orchestrator.planning.resolve import spec_json
+from orchestrator.reporting.rows import chance_caution
 from orchestrator.reporting.selection import SelectedTrial, report_line
 from orchestrator.store import ArtifactStore, TrialRecord, read_trial
 
@@ -83,6 +84,10 @@ def export(
         )
     recorded = _recorded_predictions(trial)
     tested = _tested_text(spec, store, resolver)
+    cautions = _cautions(trial, recorded, len(tested.classnames))
+    selected = trial.classifier or record.default_classifier()
+    for line in filter(None, [cautions.get(selected), *trial.lines]):
+        report_line(line)
     _check_unchanged(spec.backbone, resolver.weights("backbone", spec.backbone.name))
     backbone, arrays = _text_classifier(spec, record, store, tested)
     if "fused" in recorded:
@@ -98,7 +103,7 @@ def export(
         "template": tested.template,
         "modality": spec.modality,
         "prompt": asdict(spec.prompt) if spec.iterations else None,
-        "classifier": trial.classifier or record.default_classifier(),
+        "classifier": selected,
         "space": spec.fusion.space,
         "temperatures": {
             name: record.metrics[f"temperature/{name}"]
@@ -114,6 +119,7 @@ def export(
         },
         # JSON has no NaN, which is the accuracy over zero images.
         "metrics": {name: v for name, v in record.metrics.items() if math.isfinite(v)},
+        "cautions": cautions,
         "unseen": _unseen(spec, tested),
         "lineage": {
             "trial_key": record.key,
@@ -162,6 +168,20 @@ def _recorded_predictions(trial: SelectedTrial) -> dict[str, np.ndarray]:
             f"export; it has: {', '.join(recorded)}"
         )
     return recorded
+
+
+def _cautions(
+    trial: SelectedTrial, recorded: Mapping[str, np.ndarray], classes: int
+) -> dict[str, str]:
+    """A sentence for each classifier that is not better than guessing on the test images."""
+    labels = trial.record.test_arrays()["labels"]
+    if trial.spec.paradigm == "trzsl" or not len(labels):
+        return {}
+    cautions = {
+        name: chance_caution(int((predictions == labels).sum()), len(labels), classes)
+        for name, predictions in recorded.items()
+    }
+    return {name: text for name, text in cautions.items() if text}
 
 
 def _tested_text(spec: TrialSpec, store: ArtifactStore, resolver: Resolver) -> DatasetText:

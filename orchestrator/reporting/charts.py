@@ -282,7 +282,7 @@ def shorten(text: str, most: int = 34) -> str:
 
 
 def accuracy(results: Results, *, most: int = 150, width: float = WIDTH) -> Figure:
-    """Each row with its interval, by task from the highest mean; the best row is a diamond.
+    """Each row with its interval, by task from the highest mean; a diamond has the best classifier.
 
     Bounds, which are no methods, follow in a group of their own.
     """
@@ -291,7 +291,7 @@ def accuracy(results: Results, *, most: int = 150, width: float = WIDTH) -> Figu
         heading = _heading(row.task)
         group = groups.setdefault("bounds, " * is_bound(row.method) + heading, [])
         label = shorten(row_text(row, results.varied_settings), 34 if width == WIDTH else 60)
-        strong = row is results.best(row.task)
+        strong = results.best_of(row) is not None
         group.append(Dot(label=label, value=row.mean, low=row.low, high=row.high, strong=strong))
     headings = [kind + _heading(task) for task in results.tasks for kind in ("", "bounds, ")]
     groups = {heading: groups[heading] for heading in headings if heading in groups}

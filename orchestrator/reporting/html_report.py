@@ -184,8 +184,7 @@ def _state(data: ReportData) -> str:
     text = f"{plural(done, 'trial')} of {data.plan.total} have a result: {results_text(counts)}"
     if left:
         text += "; " + ", ".join(f"{count} {state}" for state, count in left.items())
-    best = "The best row is chosen by its mean on the test images, so its accuracy is optimistic."
-    return f"{text}. {best if data.results.tested else UNTESTED}"
+    return f"{text}." if data.results.tested else f"{text}. {UNTESTED}"
 
 
 def table(data: ReportData) -> Iterator[Group]:
@@ -300,22 +299,29 @@ def evidence_text(flat: Mapping[str, Any]) -> str:
 
 
 def confusions(data: ReportData) -> Iterator[Group]:
-    """Confusion matrices of the best row of each task and of its host."""
+    """Confusion matrices of the best classifier of each task and of its host."""
     results = data.results
     for task in results.tasks[:MAX_TASKS]:
-        best = results.best(task)
-        if not best.is_tested:
+        best = results.best_classifier(task)
+        if best is None or best.test is None:
             continue
-        host_method = METHODS[best.method].host
-        host = results.baseline(best, host_method) if host_method else None
-        spec = next(slot.spec for slot in data.plan.slots if slot.cell.id == best.cell)
+        host_method = METHODS[best.row.method].host
+        host = results.baseline(best.row, host_method) if host_method else None
+        spec = next(slot.spec for slot in data.plan.slots if slot.cell.id == best.row.cell)
         classes = tested_classes(spec, data.location.store)
         names = [name.replace("_", " ") for name in classes]
         figures, lines = [], []
-        for row in filter(None, (best, host)):
+        for row, classifier in ((best.row, best.classifier), (host, None)):
+            if row is None:
+                continue
             trials = results.distinct_trials(row).values()
             matrix = np.sum(
-                [charts.confusion(t.labels, t.predictions, len(names)) for t in trials], axis=0
+                [
+                    charts.confusion(trial.labels, predicted, len(names))
+                    for trial in trials
+                    if (predicted := trial.predicted(classifier)) is not None
+                ],
+                axis=0,
             )
             figure = charts.heatmap(matrix, names, title=row.method)
             figures.append(_chart(figure, f"Confusion matrix of {row.method}"))
@@ -389,8 +395,8 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[ReportData], Iterator[Group]]], .
         "confusion",
         "Confusion",
         "Test images of all runs by true class (rows) and predicted class (columns), for the best "
-        "row of each task and for its host. Shades are shares of the true class, from 0 (dark) to "
-        "1 (bright).",
+        "classifier of each task and for its host. Shades are shares of the true class, from 0 "
+        "(dark) to 1 (bright).",
         confusions,
     ),
     ("images", "Images", "", images),

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 # Keys that have a column in every table, whether or not the sweep varies them.
-TABLE_COLUMNS = ("dataset", "test_dataset", "paradigm", "modality", "method")
+TASK_KEYS = ("dataset", "test_dataset", "paradigm", "modality")
+TABLE_COLUMNS = (*TASK_KEYS, "method")
 
 
 def finished_records(plan: Plan, store: ArtifactStore) -> list[tuple[Slot, TrialRecord]]:
@@ -106,6 +107,7 @@ def results_of(
         rows(trials, search_objective),
         trials,
         {name: len(tested_classes(spec, store)) for name, spec in tested.items()},
+        plan.sweep.is_smoke,
     )
 
 
@@ -215,11 +217,11 @@ def _settings(slot: Slot) -> dict[str, Any]:
 
 
 def overviews(store: ArtifactStore) -> list[dict[str, Any]]:
-    """State and best rows of each sweep of a store, for `airsweep list --json`.
+    """State and best classifiers of each sweep of a store, for `airsweep list --json`.
 
-    `best` has one row per task, the one with the highest mean. It is empty if no trial is finished,
-    or if a file of the sweep is damaged, which `airsweep table` reports; the state is `damaged` if
-    it is the event log.
+    `best` has the row of each task's best classifier, with mean, deviation and interval of this
+    `classifier`. It is empty if no trial is finished, or if a file of the sweep is damaged, which
+    `airsweep table` reports; the state is `damaged` if it is the event log.
     """
     return [_overview(location) for location in recorded_locations(store)]
 
@@ -238,7 +240,10 @@ def _overview(location: SweepLocation) -> dict[str, Any]:
         plan = plan_of(sweep, recorded)
         match_plan(status, plan, location.store, alive)
         results = results_of(plan, location.store)
-        best = [results.best(task).as_json() for task in results.tasks]
+        best = [
+            found.as_json() | {"at_chance": results.is_at_chance(found.row, found.test)}
+            for found in results.best_classifiers.values()
+        ]
     counts = status.counts(alive)
     return {
         "sweep": location.full_name,

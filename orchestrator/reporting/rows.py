@@ -15,6 +15,8 @@ The terms, from small to large:
   `orchestrator.spec.presets`), in the same task and with the same shared settings.
 - A **comparison** (`Comparison`) is a row minus one of its baselines, or minus the row of the same
   method with another value of a setting, paired by image and run.
+- The **best classifier** (`Candidate`) of a task is that of all classifiers of its rows which every
+  screen marks with `*` and `airsweep export best` exports. Test labels do not select it.
 
 This module works on predictions and metrics in memory. It reads no files.
 """
@@ -25,19 +27,23 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
+from statistics import fmean
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from air_core.methods import EMBEDDED, METHODS
+from air_core.bundle.checks import CLASSIFIERS
+from air_core.methods import METHODS, PREFERENCE
 from air_core.specs.flat import trial_keys
 from orchestrator.formatting import format_percent, format_value, plural
 from orchestrator.reporting._ranking import Ranking, ranking
 from orchestrator.reporting._statistics import (
     ALPHA,
+    Z_95,
     Array,
     Collapse,
     Difference,
@@ -54,9 +60,13 @@ from orchestrator.reporting._statistics import (
     verdict,
 )
 from orchestrator.spec import presets
-from orchestrator.spec.sweep import computation_of
+from orchestrator.spec.sweep import SMOKE_ONLY, computation_of
 
 EMPTY = "no finished trial yet"
+BEST = "* "  # before the number of the best classifier
+BOUND = " (bound)"  # after the method of a bound
+MAX_NAMES = 5  # of methods in a sentence
+AT_CHANCE = "Not better than chance"
 UNTESTED = "No image is labelled for test, so no accuracy is known."
 MUTUAL_INFORMATION = "objective/mutual_information"  # of the text classifier on the pool
 
@@ -264,6 +274,45 @@ class Comparison:
         }
 
 
+VALIDATION, EXPERIMENTS, TEST = "validation_accuracy", "experiments", "test_accuracy"
+SCORES = {VALIDATION: "objective/validation_accuracy", TEST: "test/accuracy"}  # metrics
+MEASURES = {
+    VALIDATION: "the highest on validation images",
+    EXPERIMENTS: (
+        "first in the order of docs/experiments.md, since no validation image is outside the pool"
+    ),
+    TEST: "the highest on test images",
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The classifier of some rows with the highest score."""
+
+    row: Row
+    classifier: str  # text, auxiliary or fused
+    by: str  # of `MEASURES`
+    score: float | None  # mean over the runs of the row; None: by the order of methods
+    test: Interval | None  # of this classifier over the row's runs; None: no test images
+    trial: FinishedTrial  # the run with the highest score
+    candidates: int  # classifiers that were compared
+
+    def __str__(self) -> str:
+        text = f"{self.classifier} classifier of {row_text(self.row, [*self.row.settings])}"
+        if self.test is not None:
+            metric = self.row.metric.replace("_", " ")
+            text += f", test {metric} {format_percent(self.test.mean)} %"
+        if self.score is None:
+            return f"{text}: {MEASURES[self.by]}"
+        number = plural(self.candidates, "classifier")
+        return f"{text}: of {number} {MEASURES[self.by]}, {format_percent(self.score)} %"
+
+    def as_json(self) -> dict[str, Any]:
+        """The row with mean, deviation and interval of this classifier."""
+        row = self.row if self.test is None else replace(self.row, **vars(self.test))
+        return row.as_json() | {"classifier": self.classifier}
+
+
 # ---------------------------------------------------------------- rows
 
 
@@ -460,6 +509,75 @@ def is_bound(method: str) -> bool:
     return METHODS[method].is_bound
 
 
+# ---------------------------------------------------------------- the best classifier
+
+
+def best_candidate(
+    results: Results, rows: Sequence[Row], by: str | None = None, classifier: str | None = None
+) -> Candidate:
+    """The best of the classifiers of rows.
+
+    A trial has up to three classifiers, and each classifier of a row is a candidate. Its score is
+    the mean accuracy of the row's runs on validation images. Without validation images the order of
+    methods in docs/experiments.md selects: scores without labels choose worse.
+
+    Args:
+        by: of `MEASURES`. Default: validation_accuracy; experiments without validation images.
+        classifier: text, auxiliary or fused, as the only candidate of each row.
+
+    Raises:
+        ValueError: `by` is not a measure, there is no candidate, or some lack the measure.
+    """
+    if by is not None and by not in MEASURES:
+        raise ValueError(f"unknown --by {by!r}; allowed: {', '.join(MEASURES)}")
+    names = CLASSIFIERS if classifier is None else (classifier,)
+    of_rows = [[*results.distinct_trials(row).values()] for row in rows]
+    runs = {
+        (i, name): trials
+        for i, trials in enumerate(of_rows)
+        for name in names
+        if all(name in trial.by_classifier for trial in trials)
+    }
+    if not runs:
+        raise ValueError(f"no finished row has a {classifier or 'recorded'} classifier")
+    metric = SCORES.get(by or VALIDATION, "")
+    scores = {
+        (i, name): [_value(trial, metric, name) for trial in trials]
+        for (i, name), trials in runs.items()
+    }
+    score: float | None = None
+    if not any(map(math.isnan, chain(*scores.values()))):
+        by = by or VALIDATION
+        best = max(scores, key=lambda of: fmean(scores[of]))  # the first of equal ones
+        of_runs, score = scores[best], fmean(scores[best])
+    elif by in (None, EXPERIMENTS):
+        by = EXPERIMENTS
+        # The fused classifier of the first method in the order, where it has one.
+        best = min(runs, key=lambda of: (_rank(rows[of[0]].method), -CLASSIFIERS.index(of[1])))
+        of_runs = [_value(trial, MUTUAL_INFORMATION, best[1]) for trial in runs[best]]
+    else:
+        raise ValueError(
+            f"some classifiers have no {by}: there are no images for it; give another --by: "
+            f"{', '.join(name for name in MEASURES if name != by)}"
+        )
+    row, name = rows[best[0]], best[1]
+    trial = runs[best][of_runs.index(max(of_runs))]
+    test: Interval | None = None
+    mean = results.mean(row, f"{SCORES[TEST]}_{name}") if row.is_tested else None
+    if mean is not None:  # the table's number
+        test = replace(mean_interval(results.runs(row, name)), mean=mean)
+    return Candidate(row, name, by, score, test, trial, len(runs))
+
+
+def _rank(method: str) -> int:
+    return PREFERENCE.index(method) if method in PREFERENCE else len(PREFERENCE)
+
+
+def _value(trial: FinishedTrial, metric: str, classifier: str) -> float:
+    """A metric of a classifier; NaN without it."""
+    return trial.metrics.get(f"{metric}_{classifier}", math.nan)
+
+
 class Results:
     """The rows of a sweep's table, the trials behind each row and the comparisons between rows.
 
@@ -468,6 +586,7 @@ class Results:
         trials: all finished trials of the sweep. With a search this includes trials of points that
             no row shows.
         classes: number of classes of the test images, by the dataset of a row.
+        is_smoke: whether the sweep is a smoke run, whose numbers mean nothing.
     """
 
     def __init__(
@@ -475,8 +594,10 @@ class Results:
         rows: Sequence[Row],
         trials: Sequence[FinishedTrial],
         classes: Mapping[str, int] = MappingProxyType({}),
+        is_smoke: bool = False,
     ) -> None:
         self.rows, self.trials, self.classes = rows, trials, classes
+        self.is_smoke = is_smoke
         self._points: dict[tuple[str, int], list[FinishedTrial]] = {}
         # By cell. `baseline` does not match these settings: each method is compared at its own best
         # point.
@@ -574,27 +695,37 @@ class Results:
         classes = self.classes.get(row.dataset)
         return 1 / classes if classes else None
 
-    def is_at_chance(self, row: Row) -> bool:
-        """Whether a row's accuracy is not above that of guessing, by its interval."""
+    def is_at_chance(self, row: Row, interval: Interval | None = None) -> bool:
+        """Whether a row's accuracy is not above that of guessing, by its interval.
+
+        Args:
+            interval: of one of its classifiers. Default: that of the row.
+        """
         chance = self.chance(row)
-        return chance is not None and row.metric == "accuracy" and row.low <= chance
+        return chance is not None and row.metric == "accuracy" and (interval or row).low <= chance
 
     def comparisons_of(self, row: Row) -> dict[str, Comparison]:
         """The comparisons of a row, by the role of the baseline."""
         return {c.role: c for c in self.comparisons if c.row is row}
 
-    def best(self, task: Task) -> Row:
-        """The row of a method with the highest mean; the first of equal ones.
+    @functools.cached_property
+    def best_classifiers(self) -> dict[Task, Candidate]:
+        """The best classifier of each task, see `best_candidate`. A task of bounds has none."""
+        best: dict[Task, Candidate] = {}
+        for task in self.tasks:
+            rows = [row for row in self.rows if row.task == task and not is_bound(row.method)]
+            with suppress(ValueError):  # no candidate
+                best[task] = best_candidate(self, rows)
+        return best
 
-        Without test images that of the highest mutual information. Bounds count only where a task
-        has no method.
-        """
+    def best_classifier(self, task: Task) -> Candidate | None:
+        """The best classifier of a task: that of `airsweep export best`."""
+        return self.best_classifiers.get(task)
 
-        def order(row: Row) -> tuple[bool, bool, float]:
-            value = row.mean if row.is_tested else self.mean(row, MUTUAL_INFORMATION)
-            return not is_bound(row.method), row.is_tested, -math.inf if value is None else value
-
-        return max((row for row in self.rows if row.task == task), key=order)
+    def best_of(self, row: Row) -> Candidate | None:
+        """The best classifier of a row's task, if it is one of this row."""
+        best = self.best_classifier(row.task)
+        return best if best is not None and best.row is row else None
 
     @property
     def tested(self) -> list[Row]:
@@ -713,8 +844,7 @@ def protocol_notes(results: Results) -> list[str]:
         if kind != usual:
             methods = dict.fromkeys(row.method for row in rows if row.interval == kind)
             text += f"; {', '.join(methods)}: {kind.removeprefix('95 % bootstrap ')}"
-    chance = [*_chance_note(results), *at_chance_notes(results, rows)]
-    return [*notes, *chance, splits_and_seeds(rows), text + "."]
+    return [*notes, *_chance_note(results), splits_and_seeds(rows), text + "."]
 
 
 def _chance_note(results: Results) -> list[str]:
@@ -727,19 +857,61 @@ def _chance_note(results: Results) -> list[str]:
     return [f"Chance: {', '.join(named if len(named) > 1 else levels.values())}."] if levels else []
 
 
-def at_chance_notes(results: Results, rows: Sequence[Row]) -> list[str]:
-    """A sentence on the rows that are not above the accuracy of guessing, with the remedy."""
-    found = [row for row in rows if results.is_at_chance(row)]
-    if not found:
+def at_chance_notes(results: Results) -> list[str]:
+    """One sentence if accuracies mean nothing: of a smoke run, or not above those of guessing.
+
+    Every screen with an accuracy has it first.
+    """
+    if results.is_smoke:
+        return [f"{SMOKE_ONLY[0].upper()}{SMOKE_ONLY[1:]}."]
+    methods = [row for row in results.tested if not is_bound(row.method)]
+    rows = [row for row in methods if results.is_at_chance(row)]
+    best = [
+        each
+        for each in results.best_classifiers.values()
+        if each.test is not None and results.is_at_chance(each.row, each.test)
+    ]
+    if not (rows or best):
         return []
-    names = dict.fromkeys(row_text(row, [*row.settings]) for row in found)
-    remedy = ""
-    if any(row.protocol.backbone == EMBEDDED["backbone"] for row in found):
-        remedy = (
-            "; the tiny models know no photographs: set backbone and generator to real models "
-            "(docs/your_images.md)"
-        )
-    return [f"Not better than chance: {', '.join(names)} (by the interval){remedy}."]
+    names = [*dict.fromkeys(row_text(row, [*row.settings]) for row in rows)]
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    who = ", ".join(names[:MAX_NAMES]) + more
+    if len(rows) == len(methods):
+        who = "all methods" if best else "the text classifiers of all methods"
+    elif best:
+        who = ", ".join(["the best classifier", *filter(None, [who])])
+    levels = {format_percent(results.chance(row)) for row in (*rows, *(b.row for b in best))}
+    level = f" ({levels.pop()} %)" if len(levels) == 1 else ""
+    setup = any(presets.tests_setup_only(row.protocol.backbone, row.dataset) for row in methods)
+    remedy = f"; {presets.SETUP_ONLY}" if setup else ""
+    return [f"{AT_CHANCE}{level}, by the 95 % interval: {who}{remedy}."]
+
+
+def chance_caution(right: int, total: int, classes: int) -> str:
+    """A sentence if a share is not above that of guessing, by its interval (Wilson 1927).
+
+    >>> chance_caution(70, 100, 2)
+    ''
+    >>> chance_caution(55, 100, 2)
+    'Not better than chance (50.0 %), by the 95 % interval: 55.0 % of 100 images are right.'
+    """
+    share, z2 = right / total, Z_95**2
+    spread = Z_95 * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
+    if (share + z2 / (2 * total) - spread) / (1 + z2 / total) > 1 / classes:
+        return ""
+    return (
+        f"{AT_CHANCE} ({format_percent(1 / classes)} %), by the 95 % interval: "
+        f"{format_percent(share)} % of {total:,} images are right."
+    )
+
+
+def best_texts(results: Results) -> list[str]:
+    """Texts on the best classifiers, which begin with the task if there are several."""
+    several = len(results.tasks) > 1
+    return [
+        f"{task_text(task)}: {best}" if several else str(best)
+        for task, best in results.best_classifiers.items()
+    ]
 
 
 def _departure_note(row: Row) -> str:
@@ -848,10 +1020,18 @@ def settings_text(row: Row, keys: Iterable[str]) -> str:
     )
 
 
+def method_text(method: str) -> str:
+    """
+    >>> method_text("air"), method_text("air_ceiling")
+    ('air', 'air_ceiling (bound)')
+    """
+    return method + BOUND * is_bound(method)
+
+
 def row_text(row: Row, keys: Sequence[str]) -> str:
     """The method of a row, followed by the settings that `keys` names."""
     text = settings_text(row, keys)
-    return f"{row.method}, {text}" if text else row.method
+    return ", ".join(filter(None, [method_text(row.method), text]))
 
 
 def task_text(task: Task) -> str:

@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from orchestrator.environment import in_ray_job
-from orchestrator.formatting import aligned, aligned_table, format_duration, format_percent
+from orchestrator.formatting import aligned, aligned_table, format_duration, format_value
 from orchestrator.planning import Plan, results_text
 from orchestrator.planning.dataset_text import dataset_description, unused_by_dataset
 from orchestrator.planning.requests import (
@@ -20,20 +20,26 @@ from orchestrator.planning.requests import (
     store_command,
 )
 from orchestrator.reporting.answers import answers
-from orchestrator.reporting.results import SweepStatus, holes_text, plan_status
+from orchestrator.reporting.results import (
+    TASK_KEYS,
+    SweepStatus,
+    holes_text,
+    plan_status,
+)
 from orchestrator.reporting.rows import (
+    BEST,
     EMPTY,
     UNTESTED,
+    Candidate,
     Results,
     at_chance_notes,
+    best_texts,
     collapse_notes,
     is_bound,
     metric_text,
     one_split_notes,
-    row_text,
     untested_notes,
 )
-from orchestrator.reporting.selection import Candidate, best_candidate
 from orchestrator.reporting.tables import SPARE, table_lines
 from orchestrator.store import SweepLocation, read_outcome
 
@@ -41,7 +47,6 @@ MAX_ROWS, MAX_ANSWERS = 10, 3
 # Columns that the screen leaves out; `airsweep table` has them.
 HIDDEN = ("n_test", "auxiliary", "pseudo-labels", "gain over host", "gain over control")
 NEXT = "next"  # label of the commands, which are not broken
-BEST = "* "  # before the number of the classifier to export
 
 
 def summary(
@@ -65,49 +70,41 @@ def summary(
     lines = _wrap("   ".join([title, *(tail if len(tail) == 1 else []), *unit]), width)
     if not results.rows:
         return "\n".join([*lines, f" {EMPTY}", *_facts(facts, width)])
-    best = exported(results)
-    spare = [name for name in SPARE if best is None or name != best.classifier]
-    lines += [f" {line}" for line in aligned_table(_rows(results, best), width - 1, spare)]
+    for note in at_chance_notes(results):
+        lines += _wrap(note, width)
+    bests = [*results.best_classifiers.values()][:MAX_ROWS]
+    spare = [name for name in SPARE if name not in {best.classifier for best in bests}]
+    lines += [f" {line}" for line in aligned_table(_rows(results, bests), width - 1, spare)]
     if len(results.rows) > MAX_ROWS:
         lines.append(f" {MAX_ROWS} of {len(results.rows)} rows; all: {table}")
     above = [
         ("answers", "\n".join(answers(results, MAX_ANSWERS))),
         ("caution", next(_cautions(results), "")),
-        ("best", _best_text(best) if best else ""),
+        ("best", "\n".join(f"{BEST}{text}" for text in best_texts(results)[:MAX_ROWS])),
     ]
     return "\n".join([*lines, *_facts([*above, *facts], width)])
 
 
-def exported(results: Results) -> Candidate | None:
-    """The classifier that `airsweep export best` selects; None if it cannot."""
-    rows = [row for row in results.rows if not is_bound(row.method)]
-    if len(results.tasks) != 1 or not rows:
-        return None
-    try:
-        return best_candidate(results, rows)
-    except ValueError:  # no measure that needs no test labels
-        return None
-
-
-def _rows(results: Results, best: Candidate | None) -> list[dict[str, str]]:
-    """Cells of the highest rows, in the order of the table."""
+def _rows(results: Results, bests: Sequence[Candidate]) -> list[dict[str, str]]:
+    """Cells of the best classifiers' rows and the highest others, in the order of the table."""
     pairs = zip(results.rows, table_lines(results), strict=True)
+    best_rows = {id(best.row) for best in bests}
     highest = sorted(
         results.rows,
-        key=lambda row: (is_bound(row.method), -row.mean if row.is_tested else 0.0),
+        key=lambda row: (
+            *(id(row) not in best_rows, is_bound(row.method)),
+            -row.mean if row.is_tested else 0.0,
+        ),
     )
     kept = {id(row) for row in highest[:MAX_ROWS]}
-    hidden = {*HIDDEN} - {best.classifier if best else ""}
+    hidden = {*HIDDEN} - {best.classifier for best in bests}
     lines = []
     for row, cells in pairs:
         if id(row) not in kept:
             continue
         line = {name: text for name, text in cells.items() if name not in hidden}
-        line["method"] += " (bound)" if is_bound(row.method) else ""
         if row.is_tested and "text" not in line:  # no other column has the text classifier
             line = {"text" if name == "accuracy" else name: line[name] for name in line}
-        if best is not None and row is best.row and line.get(best.classifier):
-            line[best.classifier] = BEST + line[best.classifier]
         lines.append(line)
     return lines
 
@@ -117,18 +114,8 @@ def _cautions(results: Results) -> Iterator[str]:
     if not results.tested:
         yield UNTESTED
     yield from collapse_notes(results, most=1)
-    yield from at_chance_notes(results, results.rows)
     yield from untested_notes(results.all_comparisons)
     yield from one_split_notes(results.all_comparisons)
-
-
-def _best_text(best: Candidate) -> str:
-    why = "first in the order of docs/experiments.md"
-    if best.score is not None:
-        why = f"highest accuracy on validation images, {format_percent(best.score)} %"
-    return (
-        f"{BEST}{best.classifier} classifier of {row_text(best.row, [*best.row.settings])}: {why}"
-    )
 
 
 def _facts(facts: Sequence[tuple[str, str]], width: int) -> list[str]:
@@ -223,9 +210,14 @@ def _steps(plan: Plan, location: SweepLocation, results: Results) -> list[tuple[
         return steps
     steps.append((results_command("table", location), "all columns, differences and notes"))
     steps.append((results_command("report", location), "curves and images in one page"))
-    if exported(results) is not None:
-        command = results_command("export best --sweep", location, "-o", "bundle")
-        steps.append((command, "the classifier marked *"))
+    if best := next(iter(results.best_classifiers.values()), None):
+        words, several = list[str](), len(results.tasks) > 1
+        chosen = next(cell.chosen for cell in plan.cells if cell.id == best.row.cell)
+        for key in filter(chosen.__contains__, TASK_KEYS if several else ()):
+            if len(plan.sweep.grid[key]) > 1:
+                words += ["--only", f"{key}={format_value(chosen[key])}"]
+        command = results_command("export best --sweep", location, *words, "-o", "bundle")
+        steps.append((command, f"the {'first ' * several}classifier marked *"))
     if not plan.sweep.folders:
         steps.append(("airsweep init mine --images DIR", "a sweep of your own images"))
     steps.append((store_command("ui", location), "all runs, on http://127.0.0.1:5000"))

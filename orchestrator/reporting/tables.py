@@ -15,6 +15,8 @@ from orchestrator.formatting import format_interval, format_percent, format_valu
 from orchestrator.reporting._layouts import Layout, csv_text, drop_empty_columns, markdown
 from orchestrator.reporting.answers import search_answers
 from orchestrator.reporting.rows import (
+    BEST,
+    BOUND,
     EMPTY,
     FIELDS,
     MARKS,
@@ -22,8 +24,12 @@ from orchestrator.reporting.rows import (
     Comparison,
     Results,
     Row,
+    at_chance_notes,
+    best_texts,
     collapse_notes,
+    is_bound,
     mean_std,
+    method_text,
     protocol_notes,
     significance_notes,
     task_text,
@@ -41,6 +47,7 @@ SPARE = ("n_test", "pseudo-labels", "auxiliary", "95 %", "fused", "n")
 TASK = ("dataset", "paradigm", "modality")  # columns; left out if all rows have the same value
 TESTED = ("text", "fused", "auxiliary")  # classifiers that a trial tests on the same images
 AGREEMENT = "objective/agreement_text"
+MARKED = ("best_classifier", "bound")  # in data
 # The column `significant`.
 SIGNIFICANT = {"higher": "yes", "lower": "yes", "not significant": "no", "not tested": "not tested"}
 
@@ -162,6 +169,7 @@ def as_json(results: Results) -> list[dict[str, object]]:
                 if (value := results.mean(row, f"{MUTUAL_INFORMATION}_{name}")) is not None
             },
             "agreement": results.mean(row, AGREEMENT),
+            **_marks(results, row),
             "chance": results.chance(row),
             "comparisons": [c.as_json() for c in results.all_comparisons if c.row is row],
             "collapsed": [vars(run) for run in results.collapsed_runs(row)],
@@ -184,8 +192,15 @@ def _points(results: Results, row: Row) -> list[dict[str, Any]]:
     ]
 
 
+def _marks(results: Results, row: Row) -> dict[str, Any]:
+    """The name of the task's best classifier, if it is one of this row; whether it is a bound."""
+    best = results.best_of(row)
+    return {"best_classifier": best and best.classifier, "bound": is_bound(row.method)}
+
+
 def _csv(results: Results) -> str:
     frame = rows_frame(results, "settings.", _csv_setting)
+    frame["bound"] = [format_value(bound) for bound in frame["bound"]]
     if not results.tested:
         free = [_texts(results, row, "untested") for row in results.rows]
         for name in dict.fromkeys(name for cells in free for name in cells):
@@ -214,13 +229,14 @@ def rows_frame(
     lines = [
         row.as_json()
         | _means(results, row, "data")
+        | _marks(results, row)
         | {prefix + key: setting(value) for key, value in row.settings.items()}
         for row in results.rows
     ]
     at = FIELDS.index("settings")
     of_search = [key for key in ("point", "chosen_by") if any(key in o for o in lines)]
     measured = [column.key for column in COLUMNS if "data" in column.on]
-    columns = [*FIELDS[:at], *keys, *FIELDS[at + 1 :], *measured, *of_search]
+    columns = [*FIELDS[:at], *keys, *FIELDS[at + 1 :], *measured, *MARKED, *of_search]
     return DataFrame(lines, columns=columns, dtype=object)
 
 
@@ -254,8 +270,9 @@ def _csv_setting(value: Any) -> Any:
 def _fitted(results: Results) -> Iterator[Layout]:
     """The rows without the columns that do not fit, and the differences."""
     gains = [f"gain over {role}" for role in MARKS]
+    marked = {best.classifier for best in results.best_classifiers.values()}
     for dropped in range(len(SPARE) + 1):
-        left_out = SPARE[:dropped]
+        left_out = [name for name in SPARE[:dropped] if name not in marked]
         layout = table_layout(results, [*gains, *left_out])
         if max(map(len, markdown(replace(layout, caption=(), notes=())).splitlines())) <= WIDTH:
             break
@@ -313,11 +330,8 @@ def table_layout(results: Results, left_out: Sequence[str] = ()) -> Layout:
     from pandas import DataFrame
 
     frame = DataFrame(table_lines(results)).drop(columns=[*left_out], errors="ignore")
-    highest = {task: results.best(task).mean for task in results.tasks}
-    best = [i for i, row in enumerate(results.rows) if row.mean == highest[row.task]]
     return Layout(
         frame=frame,
-        bold=frozenset((i, frame.columns.get_loc("accuracy")) for i in best),
         caption=[
             *_caption(results, list(frame.columns)),
             *(significance_notes(results.comparisons) if not left_out else []),
@@ -333,7 +347,7 @@ def table_lines(results: Results) -> list[dict[str, str]]:
     lines = [
         {
             **{TASK[i]: row.task[i] for i in varying},
-            "method": row.method,
+            "method": method_text(row.method),
             **{key: format_value(row.settings.get(key, "")) for key in results.varied_settings},
             "accuracy": mean_std(row),
             "95 %": format_interval(row.low, row.high) if row.is_tested else "",
@@ -353,6 +367,11 @@ def table_lines(results: Results) -> list[dict[str, str]]:
     pairs = zip(results.rows, lines, strict=True)
     if all(line["text"] in ("", format_percent(row.mean)) for row, line in pairs):
         lines = [line | {"text": ""} for line in lines]
+    for row, line in zip(results.rows, lines, strict=True):
+        if best := results.best_of(row):
+            columns = (best.classifier, "accuracy", f"MI {best.classifier}", "method")
+            own = next(name for name in columns if line.get(name))
+            line[own] = BEST + line[own]
     return drop_empty_columns(lines)
 
 
@@ -367,7 +386,7 @@ def comparison_lines(results: Results, comparisons: Sequence[Comparison]) -> lis
         [
             {
                 "task": task_text(c.row.task) if len(results.tasks) > 1 else "",
-                "difference": c.name,
+                "difference": c.name + BOUND * is_bound(c.row.method),
                 "compared with": c.role,
                 **{
                     key: "" if c.role == key else format_value(c.row.settings.get(key, ""))
@@ -397,11 +416,14 @@ def _p_value(p: float) -> str:
 
 
 def _caption(results: Results, header: Sequence[str]) -> Iterator[str]:
+    yield from at_chance_notes(results)
     tasks = "; ".join(f"{d}, {p}/{m}" for d, p, m in results.tasks)
     if results.tested:
         yield f"Test accuracy in %, mean ± standard deviation over n runs ({tasks})."
     else:
         yield f"Means over n runs ({tasks})."
+    if best := best_texts(results):
+        yield f"Best classifier (*): {'; '.join(best)}."
     yield from protocol_notes(results)
     if "n_test" in header:
         yield "n_test: test images of one run."

@@ -53,6 +53,17 @@ WORLDS: dict[tuple[str, str], dict[str, Any]] = {
     },
 }
 
+# Said before a run, and beside accuracies that are not better than chance.
+SETUP_ONLY = (
+    "the tiny models test the set-up only and know no photographs: for results set backbone and "
+    "generator to real models (docs/your_images.md)"
+)
+
+
+def tests_setup_only(backbone: str, dataset: str) -> bool:
+    """Whether the tiny CLIP reads a folder of images."""
+    return backbone == EMBEDDED["backbone"] and dataset.startswith("folder:")
+
 
 def defaults(method: str, chosen: Mapping[str, Any], worlds: Worlds = WORLDS) -> dict[str, Any]:
     """Settings of a method in the world that `chosen` picks, where they differ from air_core.specs.

@@ -369,6 +369,11 @@ class SweepSpec:
         return located
 
     @property
+    def is_smoke(self) -> bool:
+        """Whether this is a `smoke_variant`."""
+        return SMOKE.items() <= self.fixed.items()
+
+    @property
     def methods(self) -> tuple[str, ...]:
         return self.grid.get("method") or (self.fixed["method"],)
 
@@ -611,7 +616,7 @@ def option_words(sets: Iterable[str], only: Iterable[str], smoke: bool) -> list[
 
 
 def notes_of(spec: SweepSpec) -> tuple[str, ...]:
-    """Sentences about allowed but surprising settings, for `airsweep plan`."""
+    """Sentences about allowed but surprising settings, for `airsweep plan` and `run`."""
     return tuple(_notes(spec))
 
 
@@ -637,6 +642,10 @@ def _notes(spec: SweepSpec) -> Iterator[str]:
     cells, total = cells_of(spec), len(every) - len(skipped)
     if len(cells) < total:
         yield f"{total} combinations of the grid are {len(cells)} different cells"
+    if spec.is_smoke:
+        yield SMOKE_ONLY
+    if any(presets.tests_setup_only(cell.flat["backbone"], cell.flat["dataset"]) for cell in cells):
+        yield presets.SETUP_ONLY
     unused = {("grid", key): spec.grid[key] for key in _unused_axes(spec, cells)}
     for key, value in spec.fixed.items() if is_whole else ():
         if ("fixed", key) in spec.document.positions and not _is_used(cells, key, value):
@@ -726,6 +735,7 @@ SMOKE: dict[str, Any] = {
     "lora.passes": None,
     "train.steps": 10,  # a step of a few milliseconds is measured only over several
 }
+SMOKE_ONLY = "a smoke run tests the set-up only: its numbers mean nothing"
 
 
 def smoke_variant(spec: SweepSpec) -> SweepSpec:

@@ -28,13 +28,13 @@ from orchestrator.planning import Outcome, Slot, refs_of
 from orchestrator.planning.dataset_text import tested_classes
 from orchestrator.planning.resolve import spec_json
 from orchestrator.reporting.results import all_settings, finished_trial, varied_settings
-from orchestrator.reporting.rows import rows
+from orchestrator.reporting.rows import BEST, Results, is_bound, method_text, rows
 from orchestrator.spec import SweepSpec
 from orchestrator.store import ArtifactStore, TrialRecord
 from orchestrator.tracking.types import ChildRun, DatasetUse, Numbers, SweepRun
 
 SPEC = "spec.json"
-RECIPE = 1  # increase when a change computes other numbers of a setting from the same trials
+RECIPE = 2  # increase when a change computes other numbers of a setting from the same trials
 
 MAX_NAME, MAX_PARAM = 250, 6000  # characters, in MLflow
 
@@ -124,11 +124,12 @@ class ChildRuns:
             return None
         return self.setting(done)
 
-    def setting(self, done: Sequence[FinishedTrial]) -> ChildRun:
+    def setting(self, done: Sequence[FinishedTrial], best: str = "") -> ChildRun:
         """The run of a setting.
 
         Args:
             done: the finished trials of the setting, at least one.
+            best: the sweep's best classifier, if it is one of this setting.
         """
         slot = done[0][0]
         done = sorted(done, key=lambda trial: tuple(trial[0].seeds.values()))
@@ -147,6 +148,7 @@ class ChildRuns:
                     trial.seeds.get("seed", trial.spec.seed) for trial, _ in done
                 ),
                 "air.split_seed": _join_values(trial.spec.split_seed for trial, _ in done),
+                "air.best_classifier": best and BEST + best,
                 "air.runs": f"{len(done)} of {self._planned}",
                 "air.user": ", ".join(sorted(users)),
             },
@@ -228,7 +230,7 @@ def _run_name(slot: Slot, settings: Mapping[str, Any]) -> str:
     spec = normalised(slot.spec)
     task = "-".join([_dataset_name(slot.spec.dataset), spec.paradigm, spec.modality])
     words = [f"{key}={format_value(value)}" for key, value in settings.items()]
-    return " ".join([slot.cell.method, *words, task])[:MAX_NAME]
+    return " ".join([method_text(slot.cell.method), *words, task])[:MAX_NAME]
 
 
 def _dataset_name(dataset: Ref) -> str:
@@ -258,6 +260,7 @@ def _tags(slot: Slot) -> dict[str, str]:
         "air.modality": spec.modality,
         "air.method": slot.cell.method,
         "air.cell": slot.cell.id,
+        "air.bound": "true" if is_bound(slot.cell.method) else "",
     }
 
 
@@ -284,8 +287,10 @@ def _content_digest(done: Sequence[FinishedTrial], params: dict[str, str]) -> st
 
 
 def _numbers(done: Sequence[FinishedTrial]) -> Numbers:
-    """The numbers of the table's row, and the means of all other metrics and curves."""
-    [row] = rows([finished_trial(slot, record) for slot, record in done], None)
+    """The numbers of the table's row, that of its best classifier, and the means of all others."""
+    trials = [finished_trial(slot, record) for slot, record in done]
+    [row] = rows(trials, None)
+    best = Results([row], trials).best_classifier(row.task)
     distinct = list({slot.key.digest: record for slot, record in done}.values())
     metrics = _means([record.metrics for record in distinct])
     curves = _mean_curves([record.curves for record in distinct])
@@ -294,6 +299,8 @@ def _numbers(done: Sequence[FinishedTrial]) -> Numbers:
         metrics |= {headline: row.mean, f"{headline}_low": row.low, f"{headline}_high": row.high}
     if row.std is not None:
         metrics[f"{headline}_std"] = row.std
+    if best is not None and best.test is not None:  # bounds have none, so they are below the others
+        metrics["best/test/accuracy"] = best.test.mean
     metrics["n"] = float(row.n)
     metrics = {name: round(value, 4) for name, value in metrics.items()}
     for name, curve in curves.items():  # MLflow shows a curve's last value as the metric

@@ -65,6 +65,7 @@ log = logging.getLogger(__name__)
 
 # For the check before a run, which should fail quickly.
 QUICK = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+TEMPORARY = ("air.failure_class", "air.best_classifier")  # tags that a later run can lack
 REJECTED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 # A server whose database is busy or restarting uses the codes of REJECTED with these messages.
 BUSY = ("QueuePool limit", "deadlock detected", "terminating connection", "closed unexpectedly")
@@ -242,12 +243,13 @@ class SweepTracker:
         note: str | None = None,
         files: Mapping[str, bytes] | None = None,
         metrics: Mapping[str, float] | None = None,
+        labels: Mapping[str, str] | None = None,
     ) -> None:
         """End the sweep run, and any child run that a killed driver left unfinished.
 
         Args:
             note: Markdown; None skips the note and the files, which take time to send.
-            metrics: of the sweep run.
+            metrics, labels: metrics and tags of the sweep run.
 
         Raises:
             ValueError, TrackerUnreachable: see `MlflowTracker.check`.
@@ -257,7 +259,7 @@ class SweepTracker:
                 if run.status == "RUNNING":
                     self.client.set_terminated(run.run_id, "KILLED")
                     self.counts.sweep = True
-            tags = self._states()
+            tags = self._states() | dict(labels or {})
             if note is not None:
                 files = files or {}
                 if self.run.tags.get("air.artifacts", "") != digests_of(files):
@@ -309,8 +311,8 @@ class SweepTracker:
         # The status is written last, so a run with a final status has all its metrics.
         ended = (stored.status, stored.ended) == (run.status, run.ended)
         inputs = [dataset_input(use) for use in run.datasets if use.name not in stored.inputs]
-        recovered = "air.failure_class" in stored.tags.keys() - tags.keys()
-        if ended and not (changed or params or inputs or recovered):
+        outdated = [name for name in TEMPORARY if name in stored.tags.keys() - tags.keys()]
+        if ended and not (changed or params or inputs or outdated):
             return False
         if inputs:
             client.log_inputs(stored.run_id, inputs)
@@ -325,9 +327,9 @@ class SweepTracker:
             log_batch(client, stored.run_id, tags=changed, params=params, metrics=metrics)
             stored.metrics |= {metric.key: metric.value for metric in metrics}
             self._set_status(stored, run)
-        if recovered:
-            client.delete_tag(stored.run_id, "air.failure_class")
-            del stored.tags["air.failure_class"]
+        for name in outdated:
+            client.delete_tag(stored.run_id, name)
+            del stored.tags[name]
         stored.tags |= changed
         stored.params |= params.keys()
         stored.inputs |= {use.name for use in run.datasets}

@@ -9,24 +9,27 @@ import sqlite3
 import sys
 from pathlib import Path
 
+from orchestrator.reporting.tables import COLUMNS
 from orchestrator.tracking_uri import ARTIFACTS, DATABASE
 
 LOOPBACK = "127.0.0.1"
 # A shared view of MLflow's table of runs. Without it, the table has no column of a metric.
 VIEW = "airsweep"
 # It has the columns of `airsweep table`, and the runs of sweeps and settings without the trials.
+# Bounds have no best/test/accuracy, so its order leaves them below all methods.
+ORDER = "best/test/accuracy"
 METRICS = (
-    *("test/accuracy", "test/accuracy_low", "test/accuracy_high", "n"),
-    *("test/accuracy_fused", "test/accuracy_auxiliary", "pseudo/accuracy"),
-    *("best/test/accuracy", "gain"),
+    *(ORDER, *(column.metric for column in COLUMNS if "table" in column.on)),
+    *("test/accuracy", "test/accuracy_low", "test/accuracy_high", "n", "gain"),
 )
-COLUMNS = ("tags.`air.sweep`", *(f"metrics.`{name}`" for name in METRICS))
+TAGS = ("air.sweep", "air.best_classifier")
+VISIBLE = (*(f"tags.`{name}`" for name in TAGS), *(f"metrics.`{name}`" for name in METRICS))
 VIEW_STATE = {
-    "selectedColumns": COLUMNS,
-    "columnOrder": COLUMNS,
-    "columnWidths": dict.fromkeys(COLUMNS, 140),  # pixels
+    "selectedColumns": VISIBLE,
+    "columnOrder": VISIBLE,
+    "columnWidths": dict.fromkeys(VISIBLE, 140),  # pixels
     "searchFilter": "tags.`air.kind` != 'trial'",
-    "orderByKey": "metrics.`test/accuracy`",
+    "orderByKey": f"metrics.`{ORDER}`",
     "orderByAsc": False,
 }
 EXPERIMENT_TAGS = {

@@ -110,8 +110,13 @@ def _registered(manifest: Manifest, name: str, uri: str | None, store: Path) -> 
                 f"{run.artifact_uri}/{path}",
                 run.run_id,
                 tags={"air.trial_key": key, "air.classifier": model.classifier},
-                description=f"{model.classifier} classifier of {len(model.classnames)} classes: "
-                f"{', '.join(model.classnames)[:MAX_SHOWN]}",
+                description=" ".join(
+                    [
+                        *filter(None, [manifest.content.cautions.get(model.classifier)]),
+                        f"{model.classifier} classifier of {len(model.classnames)} classes: "
+                        f"{', '.join(model.classnames)[:MAX_SHOWN]}",
+                    ]
+                ),
             )
         except MlflowException as error:
             if error.error_code != "INVALID_PARAMETER_VALUE":

@@ -20,9 +20,10 @@ from orchestrator.git import UNKNOWN
 from orchestrator.planning import Outcome, Plan, Slot, plan_of
 from orchestrator.planning.resolve import text_digest
 from orchestrator.reporting import Results, results_of, sweep_status
-from orchestrator.reporting.answers import best_and_gain, headlines
+from orchestrator.reporting.answers import headlines, main_gain
 from orchestrator.reporting.charts import pictures
 from orchestrator.reporting.results import finished_records
+from orchestrator.reporting.rows import BEST, row_text
 from orchestrator.reporting.summary import run_facts, summary, sweep_title
 from orchestrator.spec import SweepSpec
 from orchestrator.store import (
@@ -141,11 +142,16 @@ def sync(sweep: SweepSpec, location: SweepLocation, tracker: SweepTracker, statu
             missing += 1
             continue
         tracker.send(children.trial(outcome, event["time"], event["maker"]))
-    for group in group_by_setting(done):
-        tracker.send(children.setting(group))
     results = results_of(plan, location.store, done)
+    best = results.best_classifiers.values()
+    marked = {(b.row.cell, b.row.point): b.classifier for b in best}
+    for group in group_by_setting(done):
+        slot = group[0][0]
+        tracker.send(children.setting(group, marked.get((slot.cell.id, slot.point), "")))
     note, files = note_and_files(plan, location, results, tracker.run.run_id)
-    tracker.finish(status, note, files, headline_metrics(results) | _cost_metrics(location))
+    names = (f"{BEST}{b.classifier} of {row_text(b.row, [*b.row.settings])}" for b in best)
+    tags = {"air.best_classifier": "; ".join(names)}
+    tracker.finish(status, note, files, headline_metrics(results) | _cost_metrics(location), tags)
     return missing
 
 
@@ -241,14 +247,16 @@ def note_and_files(
 
 
 def headline_metrics(results: Results) -> dict[str, float]:
-    """For each task the highest mean and a gain, with their 95 % intervals, as fractions.
+    """For each task the accuracy of the best classifier and a gain, as fractions, with intervals.
 
     With several tasks the names begin with the task.
     """
     metrics: dict[str, float] = {}
     for task in results.tasks:
-        best, gain = best_and_gain(results, task)
-        shown = {f"best/test/{best.metric}": (best.mean, best.low, best.high)}
+        best, gain = results.best_classifier(task), main_gain(results, task)
+        shown = {}
+        if best is not None and best.test is not None:
+            shown["best/test/accuracy"] = (best.test.mean, best.test.low, best.test.high)
         if gain is not None:
             difference = gain.difference
             low, high = difference.low, difference.high

@@ -70,7 +70,8 @@ def write_record(slot: Slot, store: ArtifactStore, accuracy: float) -> None:
     labels = (np.arange(TESTED) % 10).astype(np.int32)
     correct = ease + 0.03 * rng.standard_normal(TESTED) < accuracy
     predictions = np.where(correct, labels, (labels + 1) % 10).astype(np.int32)
-    metrics = {"test/accuracy": float(correct.mean()), "pseudo/accuracy": accuracy + 0.05}
+    metrics = dict.fromkeys(("test/accuracy", "test/accuracy_text"), float(correct.mean()))
+    metrics["pseudo/accuracy"] = accuracy + 0.05
     if spec.fusion_weight > 0:
         metrics["test/accuracy_fused"] = float(correct.mean()) + 0.02
     if uses_evidence(spec):
@@ -78,7 +79,7 @@ def write_record(slot: Slot, store: ArtifactStore, accuracy: float) -> None:
 
     def build(folder: Path) -> dict[str, Any]:
         arrays = {"index": np.arange(TESTED), "predictions": predictions, "labels": labels}
-        save_file(arrays, folder / PREDICTIONS)
+        save_file(arrays | {"text": predictions}, folder / PREDICTIONS)
         return {
             "metrics": metrics,
             "curves": {},

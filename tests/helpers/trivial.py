@@ -64,10 +64,13 @@ def run_trial(spec: TrialSpec, store: ArtifactStore) -> None:
         labels = np.arange(TESTED, dtype=np.int32) % 10
         predictions = np.where(rng.random(TESTED) < 0.6, labels, 0).astype(np.int32)
         arrays = {"index": np.arange(TESTED), "predictions": predictions, "labels": labels}
-        save_file(arrays, folder / PREDICTIONS)
+        save_file(arrays | {"text": predictions}, folder / PREDICTIONS)
         accuracy = float((predictions == labels).mean())
         return {
-            "metrics": {"test/accuracy": accuracy, "pseudo/accuracy": 0.5, "time/train_s": 0.0},
+            "metrics": {
+                **dict.fromkeys(("test/accuracy", "test/accuracy_text"), accuracy),
+                **{"pseudo/accuracy": 0.5, "time/train_s": 0.0},
+            },
             "curves": {"train/loss": [2.0, 1.0], "pseudo/accuracy": [0.4, 0.5]},
             "objectives": {"mutual_information": float(rng.random())},
             "per_class": [1.0] * 10,

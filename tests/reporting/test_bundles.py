@@ -302,7 +302,8 @@ def test_best_is_the_classifier_with_the_highest_score_of_all_rows(by, location,
         *("-o", tmp_path / "b", *store_option(location)),
     )
     assert (code, out) == (0, f"{tmp_path / 'b'}\n")
-    assert f"selected: {name} classifier of {method}: of 6 classifiers the highest" in err
+    assert f"selected: {name} classifier of {method}, test accuracy " in err
+    assert ": of 6 classifiers the highest on " in err
     assert ("The test images selected the classifier" in err) == (by is not None)
     manifest = read_bundle(tmp_path / "b").content
     assert manifest.classifier == name

@@ -24,6 +24,7 @@ ROW_KEYS = [
 ]
 ADDED_KEYS = [
     *("text", "fused", "auxiliary", "lora_labels", "mutual_information", "agreement"),
+    *("best_classifier", "bound"),
     *("chance", "comparisons", "collapsed"),
 ]
 
@@ -311,7 +312,7 @@ def test_only_settings_that_vary_have_a_column() -> None:
     assert best[:3] == ["air", "60", "0.3482"]
 
 
-def test_parts_of_the_task_are_columns_if_they_differ_and_each_task_has_a_best_row() -> None:
+def test_parts_of_the_task_are_columns_if_they_differ_and_each_task_has_a_best_classifier() -> None:
     finished = [
         trial
         for dataset, better in (("digits", 0.0), ("flowers102", -0.2))
@@ -322,7 +323,7 @@ def test_parts_of_the_task_are_columns_if_they_differ_and_each_task_has_a_best_r
     assert header[:2] == ["dataset", "method"]
     assert "paradigm" not in header
     accuracy = header.index("accuracy")
-    assert [line[accuracy].startswith("**") for line in lines] == [False, True, False, True]
+    assert [line[accuracy].startswith("* ") for line in lines] == [True, False] * 2
 
 
 def test_csv_has_the_numbers_of_json_in_flat_columns() -> None:
@@ -333,7 +334,7 @@ def test_csv_has_the_numbers_of_json_in_flat_columns() -> None:
         *("dataset", "paradigm", "modality", "method"),
         *("settings.images_per_class", "settings.fusion_weight"),
         *("metric", "n", "n_test", "mean", "std", "low", "high", "interval"),
-        *("text", "fused", "auxiliary", "lora_labels"),
+        *("text", "fused", "auxiliary", "lora_labels", "best_classifier", "bound"),
         *("point", "chosen_by", "chance", "told_from", "collapsed"),
     ]
     assert float(lines[1]["mean"]) == found.rows[1].mean
@@ -378,7 +379,7 @@ def test_the_text_classifier_has_a_column_where_a_row_tests_the_fused_one() -> N
     text = table(results([*trials("cpl"), *without_prompt]), "md")
     header, _, host, fused = cells(text)
     assert fused[header.index("text")] == "25.0"
-    assert host[header.index("text")] == host[header.index("accuracy")].partition(" ")[0]
+    assert host[header.index("text")] == "* " + host[header.index("accuracy")].partition(" ")[0]
     assert "where no prompt is learned, that of the column fused." in one_line(text)
 
 
@@ -417,9 +418,11 @@ def test_the_closing_screen_equals_the_golden_file() -> None:
 def test_a_row_that_is_not_above_chance_is_named_with_the_remedy() -> None:
     found = results([*trials("cpl", better=-0.56), *trials("fpl", better=-0.6), *trials("air")])
     text = one_line(summary("s", found, FACTS))
-    assert "Not better than chance: cpl, fpl (by the interval); the tiny models know no" in text
-    assert "set backbone and generator to real models" in text
-    assert "Not better than chance: cpl" in table(found, "md")
+    assert (
+        "Not better than chance (10.0 %), by the 95 % interval: the best classifier, cpl, fpl."
+        in text
+    )
+    assert table(found, "md").startswith("Not better than chance")
     assert "Not better" not in table(results(trials("air")), "md")
 
 
@@ -480,15 +483,17 @@ def test_answers_equal_the_golden_ones() -> None:
 # ---------------------------------------------------------------- definitions and bounds
 
 
-def test_a_bound_is_never_the_best_row_and_the_caption_says_what_it_is() -> None:
+def test_a_bound_is_never_the_best_and_is_marked_everywhere() -> None:
     found = results([*quickstart(), *trials("air_ceiling")])
     [task] = found.tasks
-    assert found.best(task).method == "air"
+    assert found.best_classifier(task).row.method == "air_control"
     assert max(found.rows, key=lambda row: row.mean).method == "air_ceiling"
     text = table(found, "md")
     assert "air_ceiling is a bound: AiR with pool images under their true labels" in one_line(text)
-    [bold] = [line for line in text.splitlines() if "**" in line]
-    assert " air " in bold
+    [best] = [line for line in text.splitlines() if " * " in line and "|" in line]
+    assert " air_control " in best
+    assert "| air_ceiling (bound) |" in text
+    assert "| air_ceiling - cpl (bound) |" in table(found, "md", "fit")
 
 
 def test_a_caption_names_settings_that_depart_from_the_definition_of_a_method() -> None:

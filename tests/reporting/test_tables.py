@@ -45,7 +45,7 @@ def test_an_entry_makes_a_column_of_every_output_of_the_table(monkeypatch) -> No
     [from_json] = json.loads(table(found, "json"))
     for row in (from_json, from_csv, gains_frame(found).iloc[0]):
         assert float(row["pool"]) == pytest.approx(0.123)
-    assert "pool" not in table(results(quickstart()), "md")
+    assert "| pool " not in table(results(quickstart()), "md")
 
 
 def test_control_characters_and_formulas_are_escaped_in_csv() -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from orchestrator.planning import plan_of, read_request
 from orchestrator.spec import cells_of, notes_of
+from orchestrator.spec.presets import SETUP_ONLY
 from orchestrator.spec.starter import write_starter
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.trial import run_trial
@@ -55,7 +56,7 @@ def test_the_file_describes_the_folder_and_can_be_planned(folder):
     )
     assert spec.fixed["dataset"] == "folder:leaves"
     assert [cell.method for cell in cells_of(spec)] == METHODS
-    assert notes_of(spec) == ()
+    assert notes_of(spec) == (SETUP_ONLY,)
     plan = plan_of(spec, SweepLocation(ArtifactStore(folder / "runs"), "default", "mine", None))
     assert plan.total == 18
     assert plan.slots[0].spec.classnames == ("oak", "red maple")
@@ -68,7 +69,7 @@ def test_a_file_in_another_folder_finds_the_images(folder):
     file = write_starter("mine", "leaves", folder / "specs").file
     sweep = read_request(file).spec
     assert sweep.fixed["dataset"] == "folder:../leaves"
-    assert notes_of(sweep) == ()
+    assert notes_of(sweep) == (SETUP_ONLY,)
 
     words = ("specs/mine.yaml", "--only", "method=zero_shot,cpl", "--tracking-uri", "none")
     airsweep("run", *words, module="tests.helpers.trivial")
@@ -130,7 +131,7 @@ def test_unlabelled_images_get_their_classes_from_the_option(folder):
     assert (folder / "photos/classes.txt").read_text() == (folder / "names.txt").read_text()
     spec = read_request("mine.yaml").spec
     assert "Expect: no accuracy" in spec.question.replace("\n", " ")
-    assert notes_of(spec) == ()
+    assert notes_of(spec) == (SETUP_ONLY,)
     plan = plan_of(spec, SweepLocation(ArtifactStore(folder / "runs"), "default", "mine", None))
     assert plan.slots[0].spec.classnames == ("cat", "a sea lion")
 

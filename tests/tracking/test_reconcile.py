@@ -42,7 +42,7 @@ seeds: [1, 2]
 STATES = ("done", "reused", "done", "failed", "done", "done")
 MADE = {"user": "ada", "commit": "0123abc", "dirty": "feed"}
 TAGS = {  # names of air.* tags, which other tools read
-    "sweep": "artifacts done failed kind project reused spec_hash sweep user",
+    "sweep": "artifacts best_classifier done failed kind project reused spec_hash sweep user",
     "point": "cell content dataset interval kind method modality paradigm point runs seed "
     "split_seed sweep user",
     "trial": "artifacts backbone_digest cell code commit dataset dataset_digest device dirty files "
@@ -182,7 +182,7 @@ def test_setting_runs_have_the_numbers_of_the_table(ended, sweep, tracked):
 def test_a_sweep_run_has_a_note_with_the_result_the_closing_screen_and_charts(ended, tracked):
     parent = sweep_run(tracked)
     note = parent.data.tags["mlflow.note.content"]
-    assert "has the highest mean test accuracy" in note.splitlines()[0]
+    assert "Best classifier: * " in note.splitlines()[0]
     assert "Does air_fpl beat fpl?" in note
     assert "6: 4 done, 1 shared between seeds, 1 failed" in note
     folder = ended.store.root / "mlartifacts" / "air" / "default" / parent.info.run_id
@@ -191,15 +191,18 @@ def test_a_sweep_run_has_a_note_with_the_result_the_closing_screen_and_charts(en
     assert f"get-artifact?path=accuracy.png&run_uuid={parent.info.run_id}" in note
 
 
-def test_a_sweep_run_has_the_highest_mean_with_its_interval_and_the_gain(ended, sweep, tracked):
+def test_a_sweep_run_has_the_best_classifier_with_its_interval_and_the_gain(ended, sweep, tracked):
     results = results_of(plan_of(sweep, ended), ended.store)
-    best = max(results.rows, key=lambda row: row.mean)
+    [best] = results.best_classifiers.values()
     [gain] = [c.difference for c in results.comparisons if c.methods == ("air_fpl", "fpl")]
     parent = sweep_run(tracked)
     assert gain.reason_not_tested  # so it has no interval
     shown = {
-        **{"best/test/accuracy": best.mean, "gain": gain.mean},
-        **{"best/test/accuracy_low": best.low, "best/test/accuracy_high": best.high},
+        **{"best/test/accuracy": best.test.mean, "gain": gain.mean},
+        **{
+            "best/test/accuracy_low": best.test.low,
+            "best/test/accuracy_high": best.test.high,
+        },
     }
     assert parent.data.metrics == {name: round(value, 4) for name, value in shown.items()}
 
