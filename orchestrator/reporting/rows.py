@@ -209,10 +209,10 @@ class Comparison:
 
     @property
     def name(self) -> str:
-        """What is compared, such as `air - cpl` or `cpl, prompt.length 8 - 2`."""
+        """What is compared, such as `air - cpl` or `cpl with prompt.length 8 - 2`."""
         if self.role in MARKS:
             return " - ".join(self.methods)
-        return f"{self.row.method}, {self.role} {' - '.join(self.values)}"
+        return f"{self.row.method} with {self.role} {' - '.join(self.values)}"
 
     @property
     def values(self) -> list[str]:

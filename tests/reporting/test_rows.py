@@ -162,11 +162,11 @@ def test_values_of_settings_and_modalities_are_compared_with_the_default_or_firs
         finished += [replace(t, flat=t.flat | {"modality": "visual"}) for t in visual]
     found = results(finished)
     assert [c.name for of_key in found.value_comparisons.values() for c in of_key] == [
-        *("cpl, prompt.length 8 - 16", "cpl, prompt.length 2 - 16"),
-        *("air, prompt.length 8 - 16", "air, prompt.length 2 - 16"),
-        "cpl, pseudo_labels.kind threshold - top_k",
-        "air, pseudo_labels.kind threshold - top_k",
-        *("cpl, modality visual - text", "air, modality visual - text"),
+        *("cpl with prompt.length 8 - 16", "cpl with prompt.length 2 - 16"),
+        *("air with prompt.length 8 - 16", "air with prompt.length 2 - 16"),
+        "cpl with pseudo_labels.kind threshold - top_k",
+        "air with pseudo_labels.kind threshold - top_k",
+        *("cpl with modality visual - text", "air with modality visual - text"),
     ]
     for c in found.all_comparisons:
         assert c.difference.mean == pytest.approx(c.row.mean - c.baseline.mean)
