@@ -302,6 +302,8 @@ class Candidate:
         if self.test is not None:
             metric = self.row.metric.replace("_", " ")
             text += f", test {metric} {format_percent(self.test.mean)} %"
+        if self.candidates == 1:
+            return f"{text} (the only one)"
         if self.score is None:
             return f"{text}: {MEASURES[self.by]}"
         number = plural(self.candidates, "classifier")
