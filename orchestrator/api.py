@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -515,14 +515,19 @@ def sample(
     *,
     store: str | Path | None = None,
     data_root: str | Path | None = None,
+    report: Callable[[int, int], None] = lambda encoded, images: None,
 ) -> Sample:
     """Draw unlabelled images of a sweep to label: a contact sheet and a CSV file to fill in.
 
+    They are spread over classes and confidence as the best classifier predicts them, before the
+    first run zero-shot CLIP, whose features of the images are then made.
+
     Args:
-        name: recorded sweep, or the file of one that has not run.
+        name: recorded sweep, or the file or bare name of one that has not run.
         count: number of images.
         output: beginning of the two file names. None: the name of the sweep.
         store, data_root: as for `results`.
+        report: called with the number of encoded images and of all images.
 
     Returns:
         Paths of the files, the number of images, and how they were drawn.
@@ -531,17 +536,25 @@ def sample(
         ValueError: no such sweep, it has no unlabelled images, or a file exists already.
     """
     from orchestrator.planning import plan_of, read_request
+    from orchestrator.reporting import results_of
+    from orchestrator.spec import find_sweep
     from orchestrator.stages.sample import write_sample
 
     try:
         sweep, location = recorded_sweep(name, store, data_root)
-    except ValueError:
-        if isinstance(name, Outcome) or not Path(name).is_file():
-            raise
-        request = read_request(name)
+    except ValueError as unknown:
+        try:
+            file = find_sweep(str(name))
+        except ValueError:
+            raise unknown from None
+        request = read_request(file)
         sweep, location = request.spec, location_for(request, store, data_root)
+    plan = plan_of(sweep, replace(location, recorded=False))  # labels may be new
+    best = results_of(plan, location.store).best_classifiers.values()
+    names = {each.trial.key: each.classifier for each in best}
+    found = ((slot, names[slot.key.digest]) for slot in plan.slots if slot.key.digest in names)
     output = Path(sweep.name if output is None else output)
-    return write_sample(plan_of(sweep, location), location, count, output)
+    return write_sample(plan, location, count, output, next(found, None), report)
 
 
 def sweeps(*, store: str | Path | None = None) -> list[dict[str, Any]]:

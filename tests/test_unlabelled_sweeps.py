@@ -130,10 +130,11 @@ def test_unlabelled_images_run_from_init_to_the_report(photos, ray_session):
         assert pace["starts"] >= 1
         assert min(pace["startup"], pace["seconds"], pace["units"]) > 0
     airsweep("report", "mine", "--smoke", "-o", "report.html")
+    assert "; 36 images, of " in Path("report.html").read_text()
     airsweep("status", "mine", "--smoke")
     airsweep("list", "--store", "runs-smoke")
     drawn = airsweep("sample", "mine", "--store", "runs-smoke", "-n", "9")
-    assert "spread over the predictions of trial" in drawn.stdout
+    assert "spread over the predictions of the fused classifier of" in drawn.stdout
 
     header, *lines = Path("mine-labels.csv").read_text().splitlines()
     filled_in = [header, *(line + TRUE[line.removesuffix(",")] for line in lines)]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 
@@ -146,10 +147,10 @@ def exit_code_of(problem: Exception) -> int:
     return errors.BAD_INPUT if isinstance(problem, ValueError) else errors.FAILED
 
 
-def with_progress_bar(
-    description: str, items: Iterable[T], total: int, quiet: bool = False
-) -> Iterator[T]:
-    """Yield the items; show a progress bar on stderr if it is a terminal, unless `quiet`."""
+@contextmanager
+def progress_bar(description: str, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """Show a progress bar on stderr if it is a terminal, unless `quiet`; yields a function of the
+    number of finished items and of all."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -159,4 +160,16 @@ def with_progress_bar(
     with Progress(
         console=console, transient=True, redirect_stdout=False, disable=disabled
     ) as progress:
-        yield from progress.track(items, total, description=description)
+        task = progress.add_task(description, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def with_progress_bar(
+    description: str, items: Iterable[T], total: int, quiet: bool = False
+) -> Iterator[T]:
+    """Yield the items, with a `progress_bar`."""
+    with progress_bar(description, quiet) as report:
+        report(0, total)
+        for done, item in enumerate(items, start=1):
+            yield item
+            report(done, total)

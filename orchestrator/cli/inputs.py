@@ -14,9 +14,10 @@ from orchestrator.cli.common import (
     DataOption,
     StoreOption,
     fail,
+    progress_bar,
     with_progress_bar,
 )
-from orchestrator.formatting import plural, show
+from orchestrator.formatting import plural, relative_path, show
 
 app = typer.Typer()
 
@@ -24,7 +25,7 @@ app = typer.Typer()
 @app.command(rich_help_panel=START)
 def sample(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="Recorded sweep, or the file of a new one.")
+        str, typer.Argument(metavar="NAME", help="Sweep: recorded, or a file that has not run.")
     ],
     count: Annotated[int, typer.Option("-n", "--images", min=1, help="Number of images.")] = 100,
     output: Annotated[
@@ -42,6 +43,8 @@ def sample(
 ) -> None:
     """Draw unlabelled images to label, spread over predicted classes and confidence.
 
+    The predictions are those of the best classifier, before the first run of zero-shot CLIP.
+
     Writes START-sample.png, a sheet of the images, and START-labels.csv, with an empty column
     `class`. Filled in and moved to labels.csv beside the images, it makes them test images.
 
@@ -49,10 +52,12 @@ def sample(
 
     airsweep sample mine -n 30 -o second
     """
-    drawn = api.sample(name, count, output, store=store, data_root=data_root)
+    with progress_bar("encoding images") as report:
+        drawn = api.sample(name, count, output, store=store, data_root=data_root, report=report)
     show(f"{plural(drawn.images, 'image')}, {drawn.basis}")
-    show(f"wrote {drawn.sheet} and {drawn.labels}; fill in the column class, then add the lines to")
-    show(f"{drawn.target}; a line without a class stays unlabelled")
+    show(f"wrote {drawn.sheet} and {drawn.labels}")
+    show(f"next: fill in the column class, and add the lines to {relative_path(drawn.target)};")
+    show("      a line without a class stays unlabelled; labelled images leave the pool")
 
 
 @app.command(rich_help_panel=START)

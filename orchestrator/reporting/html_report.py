@@ -7,8 +7,10 @@ are left out.
 from __future__ import annotations
 
 import base64
+import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pandas import DataFrame
 
+from air_core.datasets.images import open_image
 from air_core.methods import METHODS
 from air_core.specs import EvidenceSettings
 from orchestrator.formatting import format_percent, format_value, plural
 from orchestrator.planning import Plan, plan_of
-from orchestrator.planning.dataset_text import tested_classes, unused_by_dataset
+from orchestrator.planning.dataset_text import image_files, tested_classes, unused_by_dataset
 from orchestrator.planning.plan import RESULT_STATES, results_text
 from orchestrator.planning.requests import results_command, run_command
 from orchestrator.reporting import charts
@@ -43,7 +46,7 @@ from orchestrator.reporting.rows import (
 from orchestrator.reporting.summary import data_text, unused_lines
 from orchestrator.reporting.tables import comparison_lines, table_layout
 from orchestrator.spec import SweepSpec
-from orchestrator.store import SweepLocation, read_outcome
+from orchestrator.store import SweepLocation, read_outcome, read_trial
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -368,10 +371,73 @@ def images(data: ReportData) -> Iterator[Group]:
         yield Group(figures=[Picture(src=src, alt=alt, caption=caption, wide=True)])
 
 
+SHOWN_CLASSES, THUMB_PX = 20, 56
+THRESHOLDS = (0.5, 0.7, 0.9, 0.95)  # of confidence
+
+
+def unlabelled(data: ReportData) -> Iterator[Group]:
+    """Unlabelled images by the class that the best classifier of a task predicts."""
+    for task, best in data.results.best_classifiers.items():
+        slot = next(slot for slot in data.plan.slots if slot.key.digest == best.trial.key)
+        arrays = read_trial(slot.spec, data.location.store).pool_arrays()
+        if not arrays or any(name.startswith("pool/accuracy") for name in best.trial.metrics):
+            continue
+        predicted = arrays[best.classifier]
+        confidence = arrays[f"probability_{best.classifier}"].astype(float)
+        files = image_files(slot.spec.dataset.name, data.location.data_root)
+        if len(files) != slot.spec.dataset.images:  # the positions are of another folder's images
+            files = ()
+        lines, figures, names = [], [], slot.spec.classnames
+        counts = np.bincount(predicted, minlength=len(names))
+        for c in np.argsort(-counts, kind="stable")[:SHOWN_CLASSES]:
+            of_class = np.flatnonzero(predicted == c)
+            of_class = of_class[np.argsort(-confidence[of_class], kind="stable")]
+            mean = format_percent(confidence[of_class].mean()) if len(of_class) else ""
+            images = f"{len(of_class):,}"
+            share = format_percent(len(of_class) / len(predicted))
+            lines.append({"class": names[c], "images": images, "share": share, "confidence": mean})
+            if files and len(of_class):
+                ends = arrays["index"][[*of_class[:4], *of_class[4:][-4:]]]
+                figures.append(_strip([files[i] for i in ends], f"{names[c]}: {images} images"))
+        left = ", ".join(f"{np.mean(confidence >= t):.0%} over {t:g}" for t in THRESHOLDS)
+        texts = [
+            f"{best.classifier.capitalize()} classifier of "
+            f"{row_text(best.row, [*best.row.settings])}; {len(predicted):,} images, of "
+            f"{np.count_nonzero(counts)} of {plural(len(names), 'class')}. Share over a threshold "
+            f"of confidence: {left} (airsweep classify --min-probability).",
+            "Confidence does not tell how often the classifier is right. Next: label a sample, "
+            f"{results_command('sample', data.location)}.",
+        ]
+        note = "Share of the images and mean confidence, in %; the most frequent classes first."
+        heading = task_text(task) if len(data.results.tasks) > 1 else ""
+        yield Group(heading=heading, texts=texts, figures=figures, tables=_tables(lines, note))
+
+
+def _strip(files: Sequence[Path], caption: str) -> Picture:
+    """Images side by side."""
+    from PIL import Image, ImageOps
+
+    strip = Image.new("RGB", (8 * (THUMB_PX + 2), THUMB_PX), "white")
+    for k, file in enumerate(files):
+        with suppress(ValueError, OSError):  # unreadable or gone
+            thumbnail = ImageOps.fit(open_image(file), (THUMB_PX, THUMB_PX))
+            strip.paste(thumbnail, (k * (THUMB_PX + 2), 0))
+    content = io.BytesIO()
+    strip.save(content, "JPEG", quality=85)
+    return Picture(src=_data("image/jpeg", content.getvalue()), alt=caption, caption=caption)
+
+
 # Anchor, title, introduction, and the function that yields the groups.
 SECTIONS: tuple[tuple[str, str, str, Callable[[ReportData], Iterator[Group]]], ...] = (
     ("answer", "Answer", "", answer),
     ("table", "Table", "", table),
+    (
+        "unlabelled",
+        "Unlabelled images",
+        "By the class that the best classifier predicts: the four surest images, then the four "
+        "least sure ones.",
+        unlabelled,
+    ),
     ("settings", "Accuracy by setting", "", by_setting),
     (
         "components",

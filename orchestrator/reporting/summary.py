@@ -9,6 +9,7 @@ import shlex
 import textwrap
 from collections.abc import Iterator, Sequence
 
+from air_core.datasets.image_folder import PREFIX
 from orchestrator.environment import in_ray_job
 from orchestrator.formatting import aligned, aligned_table, format_duration, format_value
 from orchestrator.planning import Plan, results_text
@@ -40,7 +41,7 @@ from orchestrator.reporting.rows import (
     one_split_notes,
     untested_notes,
 )
-from orchestrator.reporting.tables import SPARE, table_lines
+from orchestrator.reporting.tables import SPARE, column_notes, table_lines
 from orchestrator.store import SweepLocation, read_outcome
 
 MAX_ROWS, MAX_ANSWERS = 10, 3
@@ -74,13 +75,15 @@ def summary(
         lines += _wrap(note, width)
     bests = [*results.best_classifiers.values()][:MAX_ROWS]
     spare = [name for name in SPARE if name not in {best.classifier for best in bests}]
-    lines += [f" {line}" for line in aligned_table(_rows(results, bests), width - 1, spare)]
+    rows = _rows(results, bests)
+    lines += [f" {line}" for line in aligned_table(rows, width - 1, spare)]
     if len(results.rows) > MAX_ROWS:
         lines.append(f" {MAX_ROWS} of {len(results.rows)} rows; all: {table}")
     above = [
         ("answers", "\n".join(answers(results, MAX_ANSWERS))),
         ("caution", next(_cautions(results), "")),
         ("best", "\n".join(f"{BEST}{text}" for text in best_texts(results)[:MAX_ROWS])),
+        ("columns", "" if results.tested else " ".join(column_notes(rows[0]))),
     ]
     return "\n".join([*lines, *_facts([*above, *facts], width)])
 
@@ -208,6 +211,10 @@ def _steps(plan: Plan, location: SweepLocation, results: Results) -> list[tuple[
         steps.append((again, "the rest of the sweep"))
     if not results.rows:
         return steps
+    if not results.tested:
+        steps.append(
+            (results_command("sample", location), "draws images to label, to measure accuracy")
+        )
     steps.append((results_command("table", location), "all columns, differences and notes"))
     steps.append((results_command("report", location), "curves and images in one page"))
     if best := next(iter(results.best_classifiers.values()), None):
@@ -218,7 +225,7 @@ def _steps(plan: Plan, location: SweepLocation, results: Results) -> list[tuple[
                 words += ["--only", f"{key}={format_value(chosen[key])}"]
         command = results_command("export best --sweep", location, *words, "-o", "bundle")
         steps.append((command, f"the {'first ' * several}classifier marked *"))
-    if not plan.sweep.folders:
+    if not any(slot.spec.dataset.name.startswith(PREFIX) for slot in plan.slots):
         steps.append(("airsweep init mine --images DIR", "a sweep of your own images"))
     steps.append((store_command("ui", location), "all runs, on http://127.0.0.1:5000"))
     return steps

@@ -73,7 +73,7 @@ COLUMNS = (
         "agreement",
         AGREEMENT,
         note="Agreement: share in % of the unlabelled images to which text and auxiliary "
-        "classifier give the same class.",
+        "classifier give the same class; both can be wrong.",
         on=("untested",),
     ),
     *(
@@ -81,7 +81,7 @@ COLUMNS = (
             f"MI {name}",
             f"{MUTUAL_INFORMATION}_{name}",
             note="MI: mutual information in nats of a classifier, high where its predictions are "
-            "sure and cover the classes evenly; no accuracy.",
+            "sure and cover the classes evenly, right or wrong.",
             on=("untested",),
             show=lambda value: "" if value is None else f"{value:.3f}",
         )

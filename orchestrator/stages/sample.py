@@ -10,24 +10,23 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from air_core.classifiers import text_classifier
-from air_core.datasets import Dataset, Examples, get_dataset
+from air_core.datasets import Dataset, get_dataset
 from air_core.datasets.images import ImageFiles, Unreadable
 from air_core.datasets.unlabelled import LABELS
 from air_core.specs import TrialSpec
-from orchestrator.errors import MissingArtifact
 from orchestrator.files import write_atomic, write_new
-from orchestrator.planning import Plan
+from orchestrator.planning import Plan, Slot
+from orchestrator.stages import features, ignore
 from orchestrator.stages.context import WorkerContext, one_thread
-from orchestrator.stages.features import read_target
 from orchestrator.stages.pictures import Tile, captioned_sheet
 from orchestrator.store import ArtifactStore, SweepLocation, read_trial
 
@@ -42,25 +41,32 @@ class Sample:
     labels: Path
     target: Path  # the `labels.csv` beside the images
     images: int
-    basis: str  # how they were drawn, such as `at random`
+    basis: str  # of whose predictions they are spread over
 
 
 @dataclass(frozen=True)
 class _Pool:
     index: np.ndarray  # (P,) positions in the dataset
-    predictions: np.ndarray | None  # (P,) classes; None: unknown
-    probabilities: np.ndarray | None  # (P,) of the predictions
+    predictions: np.ndarray  # (P,) classes
+    probabilities: np.ndarray  # (P,) of the predictions
     basis: str
 
 
-def write_sample(plan: Plan, location: SweepLocation, count: int, output: Path) -> Sample:
+def write_sample(
+    plan: Plan,
+    location: SweepLocation,
+    count: int,
+    output: Path,
+    best: tuple[Slot, str] | None = None,
+    report: Callable[[int, int], None] = ignore,
+) -> Sample:
     """Draw unlabelled images of a sweep; write `<output>-sample.png` and `<output>-labels.csv`.
-
-    The predictions are those of the finished trial with the highest mutual information, else of
-    zero-shot CLIP, else unknown: every image then has the same chance.
 
     Args:
         count: number of images; at most the whole pool.
+        best: trial and name of the classifier whose predictions the sample is spread over; None:
+            zero-shot CLIP. Its features of the images are made if the store lacks them.
+        report: called with the number of encoded images and of all images.
 
     Raises:
         ValueError: no dataset of the sweep has unlabelled images, or a file exists already or
@@ -81,7 +87,14 @@ def write_sample(plan: Plan, location: SweepLocation, count: int, output: Path) 
     worker = WorkerContext(location.store, location.data_root)
     examples = worker.examples(spec.dataset)
     assert isinstance(examples.images, ImageFiles)
-    pool = _pool(plan, spec, examples, worker)
+    pool = None
+    if best is not None and best[0].spec.dataset == spec.dataset:
+        pool = _of_trial(*best, location.store)
+    if pool is None:
+        gpu = plan.sweep.resources.process_resources(spec.features.stage).gpu
+        device = "cuda" if gpu and torch.cuda.is_available() else "cpu"
+        features.build(spec.features, replace(worker, device=device), report)
+        pool = _zero_shot(spec, worker)
     generator = np.random.default_rng(SEED)
     chosen = pool.index[_spread(pool, count, generator)]
     tiles: list[Tile] = []
@@ -115,14 +128,8 @@ def _unlabelled(plan: Plan) -> tuple[TrialSpec, Dataset]:
 
 
 @one_thread()
-def _pool(plan: Plan, spec: TrialSpec, examples: Examples, worker: WorkerContext) -> _Pool:
-    if (found := _of_trial(plan, spec, worker.store)) is not None:
-        return found
-    try:
-        target = read_target(spec.features, spec.split, worker.store)
-    except MissingArtifact:
-        index = np.flatnonzero(examples.parts == "train")
-        return _Pool(index, None, None, "at random, since the sweep has no features yet")
+def _zero_shot(spec: TrialSpec, worker: WorkerContext) -> _Pool:
+    target = features.read_target(spec.features, spec.split, worker.store)
     text = target.text
     backbone = worker.backbone(spec.backbone, spec.precision)
     classifier = text_classifier(backbone, text.classnames, text.template)
@@ -137,22 +144,16 @@ def _pool(plan: Plan, spec: TrialSpec, examples: Examples, worker: WorkerContext
     )
 
 
-def _of_trial(plan: Plan, spec: TrialSpec, store: ArtifactStore) -> _Pool | None:
-    """Pool predictions of the finished trial with the highest mutual information."""
-    of_dataset = [slot for slot in plan.slots if slot.spec.dataset == spec.dataset]
-    finished = [(slot, read_trial(slot.spec, store)) for slot in of_dataset if store.has(slot.spec)]
-    records = [(slot, record) for slot, record in finished if record.pool_arrays()]
-    if not records:
+def _of_trial(slot: Slot, classifier: str, store: ArtifactStore) -> _Pool | None:
+    """Predictions of a trial for the pool; None: it has none."""
+    arrays = read_trial(slot.spec, store).pool_arrays()
+    if not arrays:
         return None
-    slot, record = max(records, key=lambda pair: pair[1].objectives["mutual_information"])
-    arrays = record.pool_arrays()
-    name = "fused" if "fused" in arrays else "text"
-    probabilities = arrays[f"probability_{name}"].astype(float)
     return _Pool(
         arrays["index"],
-        arrays[name],
-        probabilities,
-        f"spread over the predictions of trial {slot.id} ({name})",
+        arrays[classifier],
+        arrays[f"probability_{classifier}"].astype(float),
+        f"spread over the predictions of the {classifier} classifier of {slot.id}",
     )
 
 
@@ -161,8 +162,6 @@ def _spread(pool: _Pool, count: int, generator: np.random.Generator) -> np.ndarr
     size = len(pool.index)
     if count >= size:
         return np.arange(size)
-    if pool.predictions is None or pool.probabilities is None:
-        return generator.choice(size, count, replace=False)
     order = np.lexsort((pool.probabilities, pool.predictions))
     groups = np.array_split(order, count)
     drawn = [generator.choice(group) for group in groups]

@@ -14,11 +14,8 @@ from air_core.classifiers import text_classifier
 from air_core.datasets import get_dataset
 from orchestrator import api
 from orchestrator.planning import plan_of, read_request
-from orchestrator.planning.plan import Plan
 from orchestrator.stages.context import WorkerContext
-from orchestrator.stages.features import build as build_features
 from orchestrator.stages.features import read_target
-from orchestrator.stages.sample import write_sample
 from orchestrator.store import ArtifactStore, SweepLocation
 
 POOL = 60
@@ -37,12 +34,6 @@ def photos(tmp_path, monkeypatch) -> Path:
     return home
 
 
-def planned(folder: Path) -> tuple[Plan, SweepLocation]:
-    sweep = read_request("mine.yaml").spec
-    location = SweepLocation(ArtifactStore(folder / "runs"), "default", "mine", None)
-    return plan_of(sweep, location), location
-
-
 def paths(file: Path) -> list[str]:
     rows = list(csv.DictReader(io.StringIO(file.read_text())))
     assert {tuple(row) for row in rows} == {("image", "class")}
@@ -50,10 +41,10 @@ def paths(file: Path) -> list[str]:
     return [row["image"] for row in rows]
 
 
-def test_without_features_the_sample_is_random_seeded_and_never_labelled(photos, tmp_path):
-    drawn = api.sample("mine.yaml", 20)
+def test_before_the_first_run_the_sample_is_seeded_and_never_labelled(photos, tmp_path):
+    drawn = api.sample("mine", 20)
     assert (drawn.sheet, drawn.labels) == (Path("mine-sample.png"), Path("mine-labels.csv"))
-    assert "at random" in drawn.basis
+    assert "predictions of zero-shot tiny" in drawn.basis
     found = paths(drawn.labels)
     assert len({*found}) == 20
     assert all((photos / path).is_file() for path in found)
@@ -77,14 +68,11 @@ def test_without_features_the_sample_is_random_seeded_and_never_labelled(photos,
 
 
 def test_the_sample_is_spread_over_predicted_classes_and_confidence(photos, tmp_path):
-    plan, location = planned(tmp_path)
-    worker = WorkerContext(location.store)
-    spec = plan.slots[0].spec
-    build_features(spec.features, worker)
-    drawn = write_sample(plan, location, 20, tmp_path / "mine")
-    assert "predictions of zero-shot tiny" in drawn.basis
-
-    target = read_target(spec.features, spec.split, location.store)
+    drawn = api.sample("mine", 20)
+    worker = WorkerContext(ArtifactStore(tmp_path / "runs"))
+    location = SweepLocation(worker.store, "default", "mine", None)
+    spec = plan_of(read_request("mine.yaml").spec, location).slots[0].spec
+    target = read_target(spec.features, spec.split, worker.store)
     clip = text_classifier(worker.backbone(spec.backbone, "fp32"), *vars(target.text).values())
     best = clip.logits(target.batch(target.split.pool)).softmax(dim=-1).max(dim=-1)
     files = worker.examples(spec.dataset).images.files
