@@ -35,7 +35,8 @@ class Ranking:
         return self.low > 0
 
     def __str__(self) -> str:
-        return f"{self.rho:.2f} [{self.low:.2f}, {self.high:.2f}]"
+        rho = "unknown" if self.rho is None else f"{self.rho:.2f}"
+        return f"{rho} [{self.low:.2f}, {self.high:.2f}]"
 
 
 def ranking(objectives: Array, accuracies: Array, *, samples: int = 2000) -> Ranking:

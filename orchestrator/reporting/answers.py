@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from air_core.methods import METHODS
-from orchestrator.formatting import format_percent
+from orchestrator.formatting import format_percent, plural
 from orchestrator.reporting._statistics import Interval, Verdict, gain_share, paired_difference
 from orchestrator.reporting.rows import (
     BEST,
@@ -128,18 +128,19 @@ def _search_answer(results: Results, row: Row) -> str:
     objective, found = row.choice.objective, row.choice.ranking
     name = row_text(row, [k for k in results.varied_settings if k not in results.searched(row)])
     task = f", {task_text(row.task)}" if len(results.tasks) > 1 else ""
+    if not row.is_tested:
+        known = f"set aside, since no test image shows whether {objective} finds good points"
+        return f"Search of {name}{task}: {known}."
     gain, best = results.search_gains.get(row.cell), "its best point is the default setting"
     if gain is not None:
         best = f"its best point has {gain.text} points on the default setting, {gain.significance}"
     elif row.choice.points[:1] != (0,):
-        best = "the default setting has no result"
+        best = "its best point is taken, since the default setting has no result"
+    points = plural(found.points, "point")
     verb = "ranks" if found.predicts_accuracy else "may not rank"
-    known = f"{objective} {verb} its {found.points} points by test accuracy, correlation {found}"
-    if not row.is_tested:
-        known = f"no test image shows whether {objective} finds good points"
-    elif found.rho is None:
-        few = f"{found.points} points are too few, or too similar"
-        known = f"{few}, to show whether {objective} finds good ones"
+    known = f"{objective} {verb} its {points} by test accuracy, correlation {found}"
+    if found.rho is None:
+        known = f"{points} are too few, or too similar, to show whether {objective} finds good ones"
     text = f"set aside, since {known}; {best}" if row.choice.default else f"{best}; {known}"
     return f"Search of {name}{task}: {text}."
 

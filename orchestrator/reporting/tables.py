@@ -300,8 +300,8 @@ def points_layouts(results: Results) -> Iterator[Layout]:
     searched = [(row, row.choice.objective) for row in results.rows if row.choice is not None]
     lines = [
         {
+            **_task_cells(results, point),
             "method": point.method if len(searched) > 1 else "",
-            "task": task_text(point.task) if len(results.tasks) > 1 else "",
             "point": str(point.point) if point.point else "default",
             **{key: format_value(point.settings.get(key, "")) for key in results.varied_settings},
             objective.replace("_", " "): _objective_text(objective, results.objective(point)),
@@ -341,12 +341,17 @@ def table_layout(results: Results, left_out: Sequence[str] = ()) -> Layout:
     )
 
 
+def _task_cells(results: Results, row: Row) -> dict[str, str]:
+    """The parts of a row's task in which the tasks of the table differ."""
+    parts = zip(TASK, row.task, zip(*results.tasks, strict=True), strict=True)
+    return {name: value for name, value, values in parts if len({*values}) > 1}
+
+
 def table_lines(results: Results) -> list[dict[str, str]]:
     """One line of cells per row, without empty columns."""
-    varying = [i for i, values in enumerate(zip(*results.tasks, strict=True)) if len({*values}) > 1]
     lines = [
         {
-            **{TASK[i]: row.task[i] for i in varying},
+            **_task_cells(results, row),
             "method": method_text(row.method),
             **{key: format_value(row.settings.get(key, "")) for key in results.varied_settings},
             "accuracy": mean_std(row),

@@ -284,9 +284,13 @@ def test_a_fitted_table_equals_the_golden_file() -> None:
 
 
 def test_the_tables_of_a_search_equal_the_golden_file() -> None:
-    """Its best points and the default one, once taken and once set aside."""
-    found = (results(searched(guides), "mutual_information") for guides in (True, False))
-    check_golden("search_table.md", "\n\n".join(table(each, "md", "fit") for each in found) + "\n")
+    """Its best points and the default one: taken; set aside; of two points; without test images."""
+    none = {"image_ids": np.array([]), "predictions": np.array([]), "labels": np.array([])}
+    untested = [replace(trial, **none, by_classifier={}, metrics={}) for trial in searched()]
+    two = [trial for trial in searched() if trial.point < 2]
+    cases = [results(case, "mutual_information") for case in (searched(), searched(False), two)]
+    cases.append(results(untested, "mutual_information"))
+    check_golden("search_table.md", "\n\n".join(table(each, "md", "fit") for each in cases) + "\n")
 
 
 def test_json_of_a_search_contains_the_chosen_point_and_why() -> None:
