@@ -1,7 +1,7 @@
 """Charts of results for the HTML report and for notes in MLflow.
 
 Charts of a report are SVG with the width of a phone, so that a page can arrange them side by side
-or one below the other without scaling their labels. Charts of a note are wide PNG files. The same
+or one below the other and hardly scales their labels. Charts of a note are wide PNG files. The same
 data give the same bytes.
 """
 
@@ -10,11 +10,12 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from orchestrator.formatting import format_percent
 from orchestrator.reporting._statistics import Array, Verdict
 from orchestrator.reporting.rows import (
     Results,
@@ -33,8 +34,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH = 3.7  # of a chart in a report, in inches of 96 px
+WIDTH = 4.4  # of a chart in a report, in inches of 96 px
 WIDE = 7.0  # of a chart in a note: the largest width that MLflow shows without scaling
+LINE = 0.21  # height of a line of `dots`
 DPI = 100  # of a chart in a note
 # Okabe and Ito's palette for colour-blind readers, without its yellow.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -54,6 +56,20 @@ MAX_CURVES = len(COLORS)  # per chart; more cannot be distinguished
 MAX_HEADING = 40  # characters
 MAX_DOTS = 24  # per chart in a note; a report shows more
 MAX_SETTINGS = 4  # with a chart in a note
+
+# The curves of pseudo-labels: label of the axis, title.
+PSEUDO = {
+    "pseudo/accuracy": ("accuracy, %", "accuracy of the pseudo-labels"),
+    "pseudo/coverage": ("coverage, %", "share of the pool with a pseudo-label"),
+}
+
+# More values on the line of a row.
+FUSED, BEST, CHANCE = "fused classifier", "best classifier", "chance"
+POINTS: dict[str, dict[str, Any]] = {
+    FUSED: {"marker": "o", "color": COLORS[0], "markerfacecolor": "white", "markersize": 4.5},
+    BEST: {"marker": "*", "color": COLORS[1], "markersize": 10},
+    CHANCE: {"marker": "|", "color": FAINT, "markersize": 72 * LINE},
+}
 
 STYLE: Any = {
     "font.family": ["DejaVu Sans"],
@@ -81,13 +97,13 @@ STYLE: Any = {
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One curve, with an optional band."""
+    """One curve with its band."""
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
-    low: Sequence[float] | None = None  # lower edge of the band
-    high: Sequence[float] | None = None  # upper edge
+    low: Sequence[float]  # lower edge of the band
+    high: Sequence[float]  # upper edge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +114,8 @@ class Dot:
     value: float
     low: float
     high: float
-    strong: bool = False  # drawn as a larger diamond
     verdict: Verdict | None = None  # of a difference; without a test it has no interval
+    others: Mapping[str, float | None] = field(default_factory=dict)  # more values; see `POINTS`
 
 
 # ---------------------------------------------------------------- kinds of charts
@@ -148,11 +164,11 @@ def curves(
     joined: bool = True,
     width: float = WIDTH,
 ) -> Figure:
-    """A line in percent per series of fractions, over its band if it has one.
+    """A line in percent per series of fractions, over its band.
 
     Args:
         level: horizontal reference lines, by name.
-        joined: whether points are joined by a line; else only dots are drawn.
+        joined: whether points are joined by a line over the band; else only dots are drawn.
     """
     with _drawing(width, 2.6 if width == WIDTH else 3.6) as (figure, axes):
         for curve in series:
@@ -160,7 +176,7 @@ def curves(
             [line] = axes.plot(x, 100 * np.asarray(curve.y), label=curve.label)
             if not joined:
                 line.set_linestyle("none")
-            if curve.low is not None and curve.high is not None:
+            else:
                 low, high = (100 * np.asarray(side) for side in (curve.low, curve.high))
                 axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         for name, value in (level or {}).items():
@@ -193,14 +209,14 @@ def dots(
     groups: Mapping[str, Sequence[Dot]],
     xlabel: str,
     *,
-    zero: bool = False,
+    value: str = "",
     most: int = 150,
     width: float = WIDTH,
 ) -> Figure:
     """Values in percent with their intervals, one per line under the heading of their group.
 
     Args:
-        zero: whether to draw a line at 0.
+        value: name of the values in the legend. Empty: differences, with a line at 0, no legend.
         most: largest number of lines, including headings.
     """
     lines: list[str | Dot] = []
@@ -208,8 +224,9 @@ def dots(
         lines += [heading, *group]
     title = f"the first {most} of {len(lines)}" if len(lines) > most else ""
     lines = lines[:most]
-    with _drawing(width, 0.75 + 0.21 * len(lines)) as (figure, axes):
-        if zero:
+    legend = 0.4 if value else 0.0
+    with _drawing(width, 0.75 + legend + LINE * len(lines)) as (figure, axes):
+        if not value:
             axes.axvline(0, color=INK, linewidth=0.8, marker="")
         for index, dot in enumerate(lines):
             if isinstance(dot, str):
@@ -219,10 +236,14 @@ def dots(
                 100 * dot.value,
                 index,
                 xerr=None if dot.verdict == "not tested" else sides,
-                fmt="D" if dot.strong else "o",
+                fmt="o",
                 color=VERDICT_COLORS[dot.verdict],
-                markersize=5.5 if dot.strong else 4.5,
+                markersize=4.5,
+                label=value or None,
             )
+            for name, other in dot.others.items():
+                if other is not None:
+                    axes.plot(100 * other, index, label=name, linestyle="none", **POINTS[name])
         labels = [line if isinstance(line, str) else line.label for line in lines]
         axes.set_yticks(range(len(lines)), labels)
         for tick, line in zip(axes.get_yticklabels(), lines, strict=True):
@@ -231,6 +252,12 @@ def dots(
         axes.grid(axis="y", visible=False)
         axes.set_xlabel(xlabel, loc="right")  # a long centred label would leave the picture
         axes.set_title(title)
+        if value:
+            handles, names = axes.get_legend_handles_labels()
+            by_name = dict(zip(names, handles, strict=True))
+            shown = [name for name in (value, *POINTS) if name in by_name]
+            place: dict[str, Any] = {"loc": "outside lower center", "ncols": 2, "labelspacing": 1}
+            figure.legend([by_name[name] for name in shown], shown, **place)
     return figure
 
 
@@ -251,7 +278,7 @@ def heatmap(
     large = width > WIDTH
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     few = len(names) <= (30 if large else 12)
-    with _drawing(width, width if large else 3.4 if few else 3.2) as (figure, axes):
+    with _drawing(width, width if large else 3.9) as (figure, axes):
         axes.imshow(shares, vmin=0, vmax=1, cmap="cividis")
         axes.grid(visible=False)
         if len(names) <= (110 if large else 25):
@@ -270,7 +297,7 @@ def heatmap(
     return figure
 
 
-def shorten(text: str, most: int = 34) -> str:
+def shorten(text: str, most: int = 40) -> str:
     """
     >>> shorten("accuracy", 6)
     'accur…'
@@ -282,21 +309,26 @@ def shorten(text: str, most: int = 34) -> str:
 
 
 def accuracy(results: Results, *, most: int = 150, width: float = WIDTH) -> Figure:
-    """Each row with its interval, by task from the highest mean; a diamond has the best classifier.
+    """Each row with its interval, by task from the highest mean, with chance and best classifier.
 
     Bounds, which are no methods, follow in a group of their own.
     """
     groups: dict[str, list[Dot]] = {}
     for row in sorted(results.tested, key=lambda row: (is_bound(row.method), -row.mean)):
-        heading = _heading(row.task)
-        group = groups.setdefault("bounds, " * is_bound(row.method) + heading, [])
-        label = shorten(row_text(row, results.varied_settings), 34 if width == WIDTH else 60)
-        strong = results.best_of(row) is not None
-        group.append(Dot(label=label, value=row.mean, low=row.low, high=row.high, strong=strong))
+        label = shorten(row_text(row, results.varied_settings), 40 if width == WIDTH else 60)
+        best = results.best_of(row)
+        others = {
+            FUSED: results.mean(row, "test/accuracy_fused"),
+            BEST: best.test.mean if best and best.test else None,
+            CHANCE: results.chance(row),
+        }
+        groups.setdefault("bounds, " * is_bound(row.method) + _heading(row.task), []).append(
+            Dot(label=label, value=row.mean, low=row.low, high=row.high, others=others)
+        )
     headings = [kind + _heading(task) for task in results.tasks for kind in ("", "bounds, ")]
     groups = {heading: groups[heading] for heading in headings if heading in groups}
-    xlabel = f"{metric_text(results.rows)}, mean and 95 % interval"
-    return dots(groups, xlabel, most=most, width=width)
+    metric = metric_text(results.rows)
+    return dots(groups, metric, value=metric.replace("%", "95 %"), most=most, width=width)
 
 
 def _heading(task: Task) -> str:
@@ -306,7 +338,7 @@ def _heading(task: Task) -> str:
 
 
 def differences(results: Results) -> Figure:
-    """Each comparison, with its interval if tested; diamonds for those with the control."""
+    """Each comparison, with its interval if tested."""
     groups: dict[str, list[Dot]] = {}
     for comparison in results.all_comparisons:
         settings = settings_text(
@@ -321,11 +353,10 @@ def differences(results: Results) -> Figure:
                 value=difference.mean,
                 low=difference.low,
                 high=difference.high,
-                strong=comparison.role == "control",
                 verdict=comparison.verdict,
             )
         )
-    return dots(groups, "difference, points", zero=True)
+    return dots(groups, "difference, points")
 
 
 def by_setting(
@@ -341,27 +372,26 @@ def by_setting(
         points: one row per point, also for a search.
     """
     searched = len(points) > len(results.rows)
-    several = len(tasks_of(points)) > 1
-    varied = [name for name in results.varied_settings if name != key]
     lines: dict[str, list[Row]] = {}
     for row in points:
         if key in row.settings:
-            task = f", {task_text(row.task)}" if several else ""
-            lines.setdefault(row.cell if searched else row_text(row, varied) + task, []).append(row)
+            label = row.cell if searched else _label(results, points, row, key)
+            lines.setdefault(label, []).append(row)
     series = []
     for label, line in lines.items():
         if searched or len(line) > 1:
             line = sorted(line, key=lambda row: float(row.settings[key]))
             series.append(
                 Series(
-                    label=shorten(label, 40),
+                    label=shorten(label),
                     x=[float(row.settings[key]) for row in line],
                     y=[row.mean for row in line],
-                    low=None if searched else [row.low for row in line],
-                    high=None if searched else [row.high for row in line],
+                    low=[row.low for row in line],
+                    high=[row.high for row in line],
                 )
             )
     fixed = {row.method: row.mean for row in results.rows if key not in row.settings}
+    fixed = fixed if len(results.tasks) == 1 else {}
     parts = [series[i : i + MAX_CURVES] for i in range(0, len(series), MAX_CURVES)]
     return [
         curves(
@@ -369,12 +399,24 @@ def by_setting(
             key,
             metric_text(results.rows),
             title=f"{number} of {len(parts)}" if len(parts) > 1 else "",
-            level=fixed if len(results.tasks) == 1 else {},
+            level=fixed | _chance(results, points),
             joined=not searched,
             width=width,
         )
         for number, part in enumerate(parts, 1)
     ]
+
+
+def _label(results: Results, rows: Sequence[Row], row: Row, *left_out: str) -> str:
+    """Method and settings of one of the rows of a chart; with its task if they are of several."""
+    text = row_text(row, [key for key in results.varied_settings if key not in left_out])
+    return f"{text}, {task_text(row.task)}" if len(tasks_of(rows)) > 1 else text
+
+
+def _chance(results: Results, rows: Sequence[Row]) -> dict[str, float]:
+    """The accuracy of guessing for the datasets of the rows, by its label in a chart."""
+    levels = dict.fromkeys(map(results.chance, rows))
+    return {f"chance {format_percent(level)}": level for level in levels if level is not None}
 
 
 def numeric_settings(rows: Sequence[Row]) -> list[str]:
@@ -391,22 +433,34 @@ def numeric_settings(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def over_iterations(
-    labelled: Sequence[tuple[str, Row]], results: Results, metric: str
-) -> list[Series]:
-    """Mean of a metric by iteration for each row; the band spans the lowest and highest run."""
-    curves = [(label, results.curve(row, metric)) for label, row in labelled]
-    return [
+def pseudo_labels(
+    results: Results, rows: Sequence[Row], metric: str, *, width: float = WIDTH
+) -> Figure | None:
+    """A metric of `PSEUDO` by iteration, for the first rows that have it; None if none has.
+
+    Lines are means over runs; bands span the lowest and the highest run.
+    """
+    found = [(row, runs) for row in rows if (runs := results.curve(row, metric)) is not None]
+    series = [
         Series(
-            label=shorten(label, 60),
+            label=shorten(_label(results, rows, row), 60),
             x=range(1, runs.shape[1] + 1),
             y=runs.mean(axis=0).tolist(),
             low=runs.min(axis=0).tolist(),
             high=runs.max(axis=0).tolist(),
         )
-        for label, runs in curves
-        if runs is not None and runs.shape[1] > 1
+        for row, runs in found
+        if runs.shape[1] > 1
     ]
+    ylabel, title = PSEUDO[metric]
+    title += f", the first {MAX_CURVES} of {len(series)}" if len(series) > MAX_CURVES else ""
+    shown = series[:MAX_CURVES]
+    # Pseudo-labels can be of other classes than the test: of the unseen ones, of another dataset.
+    same = [row for row in rows if row.paradigm != "trzsl" and " -> " not in row.dataset]
+    level = _chance(results, same) if metric == "pseudo/accuracy" else {}
+    if not shown:
+        return None
+    return curves(shown, "iteration", ylabel, title=title, level=level, width=width)
 
 
 def confusion(labels: Array, predictions: Array, classes: int) -> Array:
@@ -423,17 +477,13 @@ def confusion_picture(labels: Array, predictions: Array, names: Sequence[str]) -
 
 def pictures(results: Results) -> dict[str, bytes]:
     """The charts of a note, by file name; charts without data are left out."""
-    figures: dict[str, Figure] = {}
+    figures: dict[str, Figure | None] = {}
     if len(results.tested) > 1:
         figures["accuracy.png"] = accuracy(results, most=MAX_DOTS, width=WIDE)
     points = [row for row in rows(results.trials, None) if row.is_tested]
     for key in numeric_settings(points)[:MAX_SETTINGS]:
         if parts := by_setting(results, points, key, width=WIDE):
             figures[f"accuracy_by_{key}.png"] = parts[0]
-    varied = results.varied_settings
-    labelled = [(f"{row_text(row, varied)}, {task_text(row.task)}", row) for row in results.rows]
-    if series := over_iterations(labelled, results, "pseudo/accuracy"):
-        title = f"the first {MAX_CURVES} of {len(series)}" if len(series) > MAX_CURVES else ""
-        labels = ("iteration", "accuracy of the pseudo-labels, %")
-        figures["pseudo_labels.png"] = curves(series[:MAX_CURVES], *labels, title=title, width=WIDE)
-    return {name: png(figure) for name, figure in figures.items()}
+    learned = pseudo_labels(results, results.rows, "pseudo/accuracy", width=WIDE)
+    figures["pseudo_labels.png"] = learned
+    return {name: png(figure) for name, figure in figures.items() if figure is not None}

@@ -151,7 +151,7 @@ def table(results: Results, format: str, columns: str = "all") -> str:
             values = [c for of_key in results.value_comparisons.values() for c in of_key]
             layouts = [
                 table_layout(results),
-                *_differences(results, values),
+                *difference_layouts(results, values),
                 *points_layouts(results),
             ]
     return "\n\n".join(map(markdown, layouts))
@@ -281,10 +281,11 @@ def _fitted(results: Results) -> Iterator[Layout]:
         note = f"Not shown: {', '.join(absent)}; --columns all shows them."
         layout = replace(layout, notes=[*layout.notes, note])
     yield layout
-    yield from _differences(results, results.all_comparisons)
+    yield from difference_layouts(results, results.all_comparisons)
 
 
-def _differences(results: Results, comparisons: Sequence[Comparison]) -> Iterator[Layout]:
+def difference_layouts(results: Results, comparisons: Sequence[Comparison]) -> Iterator[Layout]:
+    """One table with a line per comparison; none without comparisons."""
     if lines := comparison_lines(results, comparisons):
         from pandas import DataFrame
 

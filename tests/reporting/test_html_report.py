@@ -101,13 +101,15 @@ def charts_of(outline: Outline) -> Iterator[str]:
 def test_the_report_of_a_grid_has_all_sections_in_order(grid):
     outline = Outline(report(grid, "grid"))
     assert outline.sections == [
-        *("answer", "table", "settings", "components", "pseudo-labels", "confusion"),
-        "images",
+        *("answer", "table", "differences", "settings", "curves", "images", "confusion"),
     ]
     assert all(picture["alt"] for picture in outline.pictures)
     titles = [text for chart in charts_of(outline) for text in labels_of(chart)]
     assert "images_per_class" in titles  # the axis of a curve
     assert {"digits, UL, text", "digits, SSL, text"} <= set(titles)
+    # Chance is in the picture of all rows, in the curves of the setting and of pseudo-labels.
+    assert {"best classifier", "chance", "chance 10.0"} <= set(titles)
+    assert sum(title == "chance 10.0" for title in titles) >= 3
 
 
 def labels_of(chart: str) -> list[str]:
@@ -122,21 +124,6 @@ def test_the_report_has_the_numbers_of_the_table(grid):
     cells = Outline(report(grid, "grid")).cells
     for mean in means:
         assert any(cell.startswith(mean) for cell in cells), mean
-
-
-def test_pseudo_labels_stand_beside_the_accuracy_and_the_settings_of_the_evidence(tmp_path):
-    body = """
-grid: {method: [cpl, cpl_evidence]}
-fixed: {evidence.draws: 3, evidence.top: 5}
-seeds: [1, 2, 3]
-"""
-    record_sweep(tmp_path, "evidence", body, by_method({"cpl": 0.6, "cpl_evidence": 0.65}))
-    text = report(tmp_path, "evidence")
-    cells = Outline(text).cells
-    [settings] = [cell for cell in cells if cell.startswith("draws 3, weight 0.8, ")]
-    assert "top 5" in settings
-    assert cells[cells.index(settings) - 1] == "71.0"
-    assert "<p>Does cpl_evidence beat cpl? Yes: +" in text
 
 
 @pytest.mark.filterwarnings("error:constrained_layout")  # the long path of the folder in a chart
