@@ -126,7 +126,7 @@ def test_unlabelled_images_run_from_init_to_the_report(photos, ray_session):
     # The history has the time per step and per block, and separately the start-up time.
     history = json.loads(Path("runs-smoke/history.json").read_text())
     for stage in ("lora", "images"):
-        [pace] = history[stage].values()
+        [[pace, *_]] = history[stage].values()
         assert pace["starts"] >= 1
         assert min(pace["startup"], pace["seconds"], pace["units"]) > 0
     airsweep("report", "mine", "--smoke", "-o", "report.html")

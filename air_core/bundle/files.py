@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from air_core.datasets.class_folders import READ_TEXT, SUFFIXES, other_kinds, skipped_clause
+from air_core.datasets.class_folders import READ_TEXT, SUFFIXES, skipped_clause
 from air_core.datasets.image_folder import given_classnames
 from air_core.models.weights import local_path
 
@@ -30,11 +30,6 @@ def image_files(places: Iterable[str | Path]) -> list[Path]:
     if not found:
         raise ValueError("no images given; give files, folders or patterns")
     return list(found)
-
-
-def skipped_files(place: str | Path) -> dict[str, int]:
-    """Number of files in a folder that `image_files` does not list, by suffix."""
-    return other_kinds(name for _, files in _below(Path(place).expanduser()) for name in files)
 
 
 def true_classes(files: Sequence[Path], classnames: Sequence[str]) -> dict[Path, str]:
@@ -84,13 +79,8 @@ def _files_of(place: str | Path) -> Iterator[Path]:
 
 def _images_below(folder: Path) -> Iterator[Path]:
     """The images of a folder, then of its subfolders, sorted by name, without hidden files."""
-    for at, files in _below(folder):
-        for name in files:
-            if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):
-                yield at / name
-
-
-def _below(folder: Path) -> Iterator[tuple[Path, list[str]]]:
     for at, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield Path(at), sorted(files)
+        for name in sorted(files):
+            if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):
+                yield Path(at) / name

@@ -101,9 +101,12 @@ def suffixes(names: Iterable[str]) -> Iterator[str]:
     )
 
 
-def other_kinds(names: Iterable[str]) -> dict[str, int]:
-    """Number of files that are no images, by suffix."""
-    found = Counter(s or "without suffix" for s in suffixes(names) if s not in SUFFIXES)
+def other_files(folder: Path) -> dict[str, int]:
+    """Number of files below a folder that are no images, by suffix."""
+    found: Counter[str] = Counter()
+    for _, below, files in os.walk(folder):
+        below[:] = [name for name in below if not is_system_folder(name)]
+        found.update(s or "without suffix" for s in suffixes(files) if s not in SUFFIXES)
     return dict(sorted(found.items()))
 
 
@@ -127,8 +130,8 @@ def skipped_lines(skipped: Mapping[str, int], folder: str | Path) -> list[str]:
 
 def skipped_clause(folder: Path) -> str:
     """`skipped_lines` of a folder and those below it, for an error; empty: no file is skipped."""
-    skipped = other_kinds(name for _, _, files in os.walk(folder) for name in files)
-    return f"; skipped: {'; '.join(skipped_lines(skipped, folder))}" if skipped else ""
+    lines = skipped_lines(other_files(folder), folder)
+    return f"; skipped: {'; '.join(lines)}" if lines else ""
 
 
 def check_utf8(path: Path) -> None:

@@ -32,6 +32,7 @@ from air_core.datasets.class_folders import (
     check_utf8,
     images_in,
     is_system_folder,
+    other_files,
     skipped_clause,
     suffixes,
 )
@@ -53,7 +54,6 @@ from air_core.datasets.unlabelled import (
     is_unlabelled,
     leaks,
     read_classes,
-    skipped_files,
     unlabelled_listing,
 )
 from air_core.models.weights import local_path
@@ -117,7 +117,7 @@ def unlabelled_dataset(home: Path, classes: Classes) -> Dataset:
         files=lambda root: unlabelled_listing(home, classes).files,
         load=lambda root: unlabelled_listing(home, classes).examples(),
         split=f"{LABELS}; images without a label are the pool",
-        skipped=lambda: skipped_files(home),
+        skipped=lambda: other_files(home),
         pool_labels="unknown",
     )
 

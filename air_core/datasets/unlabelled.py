@@ -23,7 +23,6 @@ from air_core.datasets.class_folders import (
     READ_TEXT,
     images_in,
     is_system_folder,
-    other_kinds,
     skipped_clause,
 )
 from air_core.datasets.dataset import Listing, Row, some
@@ -204,14 +203,6 @@ def _lines(file: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
         raise ValueError(f"{file}:{rows.line_num}: this is not CSV: {problem}") from None
 
 
-def skipped_files(home: Path) -> dict[str, int]:
-    """Number of files below a folder that are not images, by suffix."""
-    names = (
-        entry.name for folder in _walk(home) for entry in os.scandir(folder) if _is_file(entry)
-    )
-    return other_kinds(names)
-
-
 def leaks(home: Path, digests: Mapping[Path, str]) -> list[tuple[Path, Path]]:
     """Pairs of equal files of which one is a test image, the other a pool or validation image."""
     classes = read_classes(home / CLASSES)
@@ -237,7 +228,3 @@ def _walk(home: Path) -> Iterator[Path]:
 
 def _by_folder(path: str) -> tuple[str, ...]:
     return PurePosixPath(path).parts
-
-
-def _is_file(entry: os.DirEntry[str]) -> bool:
-    return entry.is_file(follow_symlinks=False) or os.path.isfile(entry)

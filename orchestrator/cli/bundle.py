@@ -182,8 +182,7 @@ def classify(
     """
     from air_core.backbone.loading import import_open_clip_alone
     from air_core.bundle import image_files, load_bundle
-    from air_core.bundle.files import skipped_files
-    from air_core.datasets.class_folders import skipped_lines
+    from air_core.datasets.class_folders import other_files, skipped_lines
     from orchestrator.reporting import classified
 
     if as_json + as_csv + (output is not None) > 1:
@@ -219,7 +218,7 @@ def classify(
         unsure = f"unsure: {tally.unsure:,} of {len(files):,} images, below {min_probability:g}"
         show(unsure, file=sys.stderr)
     for place in images:
-        if lines := skipped_lines(skipped_files(place), place):
+        if lines := skipped_lines(other_files(Path(place).expanduser()), place):
             show("\n  ".join([f"skipped: {lines[0]}", *lines[1:]]), file=sys.stderr)
     if tally.unreadable:
         show(f"{len(tally.unreadable):,} of {len(files):,} files could not be read:", sys.stderr)
