@@ -84,7 +84,7 @@ def test_what_needs_labels_is_absent_without_them_and_nothing_is_called_accuracy
     shown = " ".join(table(results, "md").split())
     assert "No image is labelled for test, so no accuracy" in shown
     assert "| accuracy" not in shown
-    assert "MI text" in shown
+    assert "information text" in shown
     assert "nan" not in table(results, "csv").lower()
     assert results.best_classifier(results.tasks[0]).row.method == "cpl"
 

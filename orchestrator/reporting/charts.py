@@ -345,6 +345,7 @@ def differences(results: Results) -> Figure:
             comparison.row, [k for k in results.varied_settings if k != comparison.role]
         )
         label = comparison.name.replace(" - ", " \N{MINUS SIGN} ")
+        label = label.replace(comparison.role, comparison.role.rpartition(".")[2])
         label += f", {settings}" if settings else ""
         difference = comparison.difference
         groups.setdefault(_heading(comparison.row.task), []).append(

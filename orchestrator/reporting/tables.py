@@ -43,7 +43,7 @@ FORMATS = ("md", "csv", "json")
 COLUMN_SETS = ("fit", "all")
 WIDTH = 100  # characters of a line
 # Columns in the order in which they are left out of a table that is wider.
-SPARE = ("n_test", "pseudo-labels", "auxiliary", "95 %", "fused", "n")
+SPARE = ("test images", "pseudo-labels", "auxiliary", "95 %", "fused", "n")
 TASK = ("dataset", "paradigm", "modality")  # columns; left out if all rows have the same value
 TESTED = ("text", "fused", "auxiliary")  # classifiers that a trial tests on the same images
 AGREEMENT = "objective/agreement_text"
@@ -78,10 +78,10 @@ COLUMNS = (
     ),
     *(
         Column(
-            f"MI {name}",
+            f"information {name}",
             f"{MUTUAL_INFORMATION}_{name}",
-            note="MI: mutual information in nats of a classifier, high where its predictions are "
-            "sure and cover the classes evenly, right or wrong.",
+            note="Information: mutual information in nats of a classifier, high where its "
+            "predictions are sure and cover the classes evenly, right or wrong.",
             on=("untested",),
             show=lambda value: "" if value is None else f"{value:.3f}",
         )
@@ -277,7 +277,9 @@ def _fitted(results: Results) -> Iterator[Layout]:
         if max(map(len, markdown(replace(layout, caption=(), notes=())).splitlines())) <= WIDTH:
             break
     shown = table_lines(results)[0]
-    if absent := [name for name in left_out if name in shown and name != "n_test"]:  # in a sentence
+    if absent := [
+        name for name in left_out if name in shown and name != "test images"
+    ]:  # in a sentence
         note = f"Not shown: {', '.join(absent)}; --columns all shows them."
         layout = replace(layout, notes=[*layout.notes, note])
     yield layout
@@ -289,7 +291,9 @@ def difference_layouts(results: Results, comparisons: Sequence[Comparison]) -> I
     if lines := comparison_lines(results, comparisons):
         from pandas import DataFrame
 
-        frame = DataFrame(lines).drop(columns=["compared with", "n_test", "p"], errors="ignore")
+        frame = DataFrame(lines).drop(
+            columns=["compared with", "test images", "p"], errors="ignore"
+        )
         notes = [*significance_notes(comparisons, marks=False), *untested_notes(comparisons)]
         yield Layout(frame=frame, notes=notes)
 
@@ -359,7 +363,7 @@ def table_lines(results: Results) -> list[dict[str, str]]:
             "95 %": format_interval(row.low, row.high) if row.is_tested else "",
             **({} if row.is_tested else _texts(results, row, "untested")),
             "n": str(row.n),
-            "n_test": str(row.n_test or ""),
+            "test images": str(row.n_test or ""),
             **_texts(results, row, "table"),
             **{f"gain over {role}": "" for role in MARKS},
             **{
@@ -375,7 +379,7 @@ def table_lines(results: Results) -> list[dict[str, str]]:
         lines = [line | {"text": ""} for line in lines]
     for row, line in zip(results.rows, lines, strict=True):
         if best := results.best_of(row):
-            columns = (best.classifier, "accuracy", f"MI {best.classifier}", "method")
+            columns = (best.classifier, "accuracy", f"information {best.classifier}", "method")
             own = next(name for name in columns if line.get(name))
             line[own] = BEST + line[own]
     return drop_empty_columns(lines)
@@ -400,7 +404,7 @@ def comparison_lines(results: Results, comparisons: Sequence[Comparison]) -> lis
                 },
                 "points, 95 %": c.text,
                 "n": str(c.difference.n),
-                "n_test": str(c.difference.n_test),
+                "test images": str(c.difference.n_test),
                 "significant": SIGNIFICANT[c.verdict],
                 **(_test_cells(c) if c.is_tested else {}),
             }
@@ -431,9 +435,7 @@ def _caption(results: Results, header: Sequence[str]) -> Iterator[str]:
     if best := best_texts(results):
         yield f"Best classifier (*): {'; '.join(best)}."
     yield from protocol_notes(results)
-    if "n_test" in header:
-        yield "n_test: test images of one run."
-    elif results.tested:
+    if results.tested and "test images" not in header:
         counts = [row.n_test for row in results.tested]
         ends = dict.fromkeys(f"{count:,}" for count in (min(counts), max(counts)))
         yield f"{' to '.join(ends)} test images per run."
