@@ -40,7 +40,12 @@ from orchestrator.reporting.rows import (
     task_text,
 )
 from orchestrator.reporting.summary import data_text, unused_lines
-from orchestrator.reporting.tables import difference_layouts, points_layouts, table_layout
+from orchestrator.reporting.tables import (
+    column_notes,
+    difference_layouts,
+    points_layouts,
+    table_layout,
+)
 from orchestrator.spec import SweepSpec
 from orchestrator.store import SweepLocation, read_outcome, read_trial
 
@@ -246,7 +251,8 @@ def table(data: ReportData) -> Iterator[Group]:
     layout = table_layout(data.results, [f"gain over {role}" for role in MARKS])
     points = [replace(each, notes=each.caption) for each in points_layouts(data.results)]
     notes = ("Notes on the table", "\n".join(layout.caption))
-    yield Group(tables=[layout, *points], details=[notes])
+    meanings = [] if data.results.tested else column_notes(list(layout.frame.columns))
+    yield Group(texts=meanings, tables=[layout, *points], details=[notes])
 
 
 def differences(data: ReportData) -> Iterator[Group]:
