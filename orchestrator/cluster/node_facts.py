@@ -29,6 +29,7 @@ from orchestrator.store.backends import BucketBackend
 LIBRARIES = (
     *("ray", "torch", "open_clip_torch", "diffusers", "peft", "transformers"),
     *("numpy", "safetensors"),
+    "pillow-heif",  # without it a machine lists fewer images
 )
 PACKAGES = ("air_core", "orchestrator")
 TOKENS = ".nodes-"  # prefix of a folder in the store that exists while nodes are checked
