@@ -177,10 +177,9 @@ def _cautions(
     labels = trial.record.test_arrays()["labels"]
     if trial.spec.paradigm == "trzsl" or not len(labels):
         return {}
-    cautions = {
-        name: chance_caution(int((predictions == labels).sum()), len(labels), classes)
-        for name, predictions in recorded.items()
-    }
+    right = {name: int((predicted == labels).sum()) for name, predicted in recorded.items()}
+    images = "test images of the trial"
+    cautions = {name: chance_caution(n, len(labels), classes, images) for name, n in right.items()}
     return {name: text for name, text in cautions.items() if text}
 
 

@@ -866,30 +866,33 @@ def at_chance_notes(results: Results) -> list[str]:
     """
     if results.is_smoke:
         return [f"{SMOKE_ONLY[0].upper()}{SMOKE_ONLY[1:]}."]
-    methods = [row for row in results.tested if not is_bound(row.method)]
-    rows = [row for row in methods if results.is_at_chance(row)]
-    best = [
-        each
-        for each in results.best_classifiers.values()
-        if each.test is not None and results.is_at_chance(each.row, each.test)
-    ]
-    if not (rows or best):
+    parts = []
+    for task in results.tasks:
+        methods = [row for row in results.tested if row.task == task and not is_bound(row.method)]
+        rows = [row for row in methods if results.is_at_chance(row)]
+        best = results.best_classifier(task)
+        guesses = best is not None and best.test and results.is_at_chance(best.row, best.test)
+        names = [*dict.fromkeys(row_text(row, [*row.settings]) for row in rows)]
+        if len(names) > MAX_NAMES:
+            names[MAX_NAMES:] = [f"{len(names) - MAX_NAMES} more"]
+        if len(rows) == len(methods) > 1:
+            names = ["all methods" if guesses else "the text classifiers of all methods"]
+        elif guesses:
+            names = ["the best classifier", *names]
+        if names:
+            where = f" in {task_text(task)}" if len(results.tasks) > 1 else ""
+            level = format_percent(results.chance(methods[0]))
+            parts.append(f"{', '.join(names)}{where} (chance {level} %)")
+    if not parts:
         return []
-    names = [*dict.fromkeys(row_text(row, [*row.settings]) for row in rows)]
-    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-    who = ", ".join(names[:MAX_NAMES]) + more
-    if len(rows) == len(methods):
-        who = "all methods" if best else "the text classifiers of all methods"
-    elif best:
-        who = ", ".join(["the best classifier", *filter(None, [who])])
-    levels = {format_percent(results.chance(row)) for row in (*rows, *(b.row for b in best))}
-    level = f" ({levels.pop()} %)" if len(levels) == 1 else ""
-    setup = any(presets.tests_setup_only(row.protocol.backbone, row.dataset) for row in methods)
+    setup = any(
+        presets.tests_setup_only(row.protocol.backbone, row.dataset) for row in results.rows
+    )
     remedy = f"; {presets.SETUP_ONLY}" if setup else ""
-    return [f"{AT_CHANCE}{level}, by the 95 % interval: {who}{remedy}."]
+    return [f"{AT_CHANCE}, by the 95 % interval: {'; '.join(parts)}{remedy}."]
 
 
-def chance_caution(right: int, total: int, classes: int) -> str:
+def chance_caution(right: int, total: int, classes: int, images: str = "images") -> str:
     """A sentence if a share is not above that of guessing, by its interval (Wilson 1927).
 
     >>> chance_caution(70, 100, 2)
@@ -903,7 +906,7 @@ def chance_caution(right: int, total: int, classes: int) -> str:
         return ""
     return (
         f"{AT_CHANCE} ({format_percent(1 / classes)} %), by the 95 % interval: "
-        f"{format_percent(share)} % of {total:,} images are right."
+        f"{format_percent(share)} % of {total:,} {images} are right."
     )
 
 

@@ -328,6 +328,8 @@ def test_parts_of_the_task_are_columns_if_they_differ_and_each_task_has_a_best_c
     assert "paradigm" not in header
     accuracy = header.index("accuracy")
     assert [line[accuracy].startswith("* ") for line in lines] == [True, False] * 2
+    screen = summary("s", results(finished), [])
+    assert screen.count(" * ") == 4  # two numbers and a sentence on each
 
 
 def test_csv_has_the_numbers_of_json_in_flat_columns() -> None:
@@ -419,13 +421,10 @@ def test_the_closing_screen_equals_the_golden_file() -> None:
     check_golden("closing_screen.txt", text + "\n")
 
 
-def test_a_row_that_is_not_above_chance_is_named_with_the_remedy() -> None:
+def test_a_row_that_is_not_above_chance_is_named_first() -> None:
     found = results([*trials("cpl", better=-0.56), *trials("fpl", better=-0.6), *trials("air")])
     text = one_line(summary("s", found, FACTS))
-    assert (
-        "Not better than chance (10.0 %), by the 95 % interval: the best classifier, cpl, fpl."
-        in text
-    )
+    assert "the 95 % interval: the best classifier, cpl, fpl (chance 10.0 %)." in text
     assert table(found, "md").startswith("Not better than chance")
     assert "Not better" not in table(results(trials("air")), "md")
 

@@ -205,6 +205,10 @@ def test_a_sweep_run_has_the_best_classifier_with_its_interval_and_the_gain(ende
         },
     }
     assert parent.data.metrics == {name: round(value, 4) for name, value in shown.items()}
+    settings = {m: setting_run_of(tracked, m).data for m in ("zero_shot", "fpl", "air_fpl")}
+    marked = {m: data.tags.get("air.best_classifier") for m, data in settings.items()}
+    assert marked == dict.fromkeys(settings) | {best.row.method: f"* {best.classifier}"}
+    assert settings[best.row.method].metrics["best/test/accuracy"] == round(best.test.mean, 4)
 
 
 def test_a_trial_run_has_its_settings_datasets_and_a_telling_name(ended, sweep, tracked, drawn):
