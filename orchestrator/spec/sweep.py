@@ -621,12 +621,11 @@ def notes_of(spec: SweepSpec) -> tuple[str, ...]:
 
 
 def _notes(spec: SweepSpec) -> Iterator[str]:
-    is_whole = not _is_selection(spec)  # else the cells that --only leaves out may use a key
+    is_whole = not _is_reduced(spec)
     parts = {"fixed": spec.fixed, "grid": spec.grid, "search.space": [d.key for d in spec.space]}
     for part, keys in parts.items() if is_whole else ():
         for key in keys:
-            if (*part.split("."), key) in spec.document.positions:  # else of a smoke run
-                yield from _pinned_notes(f"{part}.{key}", key, spec.methods)
+            yield from _pinned_notes(f"{part}.{key}", key, spec.methods)
     every = list(combinations(spec))
     of_grid = [_cell(spec, entry) for entry in every]
     for i, override in enumerate(spec.overrides if is_whole else ()):
@@ -648,7 +647,7 @@ def _notes(spec: SweepSpec) -> Iterator[str]:
         yield presets.SETUP_ONLY
     unused = {("grid", key): spec.grid[key] for key in _unused_axes(spec, cells)}
     for key, value in spec.fixed.items() if is_whole else ():
-        if ("fixed", key) in spec.document.positions and not _is_used(cells, key, value):
+        if not _is_used(cells, key, value):
             unused["fixed", key] = (value,)
     for (part, key), values in unused.items():
         if not all(key in METHODS[name].pins for name in spec.methods):  # else there is a note
@@ -658,9 +657,10 @@ def _notes(spec: SweepSpec) -> Iterator[str]:
         yield f"only one point, because no dimension applies: {_list_text(single_point)}"
 
 
-def _is_selection(spec: SweepSpec) -> bool:
-    """Whether --only leaves out values of the grid. A smoke run leaves out keys, no values."""
-    return any(spec.grid.get(key, values) != values for key, values in spec.axes.items())
+def _is_reduced(spec: SweepSpec) -> bool:
+    """Whether --only or --smoke leaves out cells or rounds, which may use a key."""
+    has_fewer = any(spec.grid.get(key, values) != values for key, values in spec.axes.items())
+    return has_fewer or SMOKE.items() <= spec.fixed.items()
 
 
 def refuse_unused_grid(spec: SweepSpec) -> None:
@@ -681,7 +681,7 @@ def refuse_unused_grid(spec: SweepSpec) -> None:
 
 def _unused_axes(spec: SweepSpec, cells: Sequence[Cell]) -> list[str]:
     """Keys of the grid with several values that all give the same trials."""
-    if _is_selection(spec):
+    if _is_reduced(spec):
         return []
     used = {*_ID_KEYS}.union(*(cell.chosen for cell in cells))
     return [key for key, values in spec.grid.items() if len(values) > 1 and key not in used]
