@@ -201,10 +201,9 @@ def _steps(plan: Plan, location: SweepLocation, results: Results) -> list[tuple[
     if last_origin(location).get("smoke"):
         again = run_command(location)
         whole = shlex.join(w for w in shlex.split(again) if w != "--smoke")
-        return [
-            (again, "the rest of the smoke run") if plan.to_run else (whole, "the whole sweep"),
-            (results_command("table", location), "the table of this smoke run"),
-        ]
+        table = (results_command("table", location), "the table of this smoke run")
+        step = (again, "the rest of the smoke run") if plan.to_run else (whole, "the whole sweep")
+        return [step, table] if results.rows else [step]
     steps = []
     if plan.to_run:
         again = "submit it again" if in_ray_job() else run_command(location)

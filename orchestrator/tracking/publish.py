@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from orchestrator.errors import TERMINATED, TrackerUnreachable
+from orchestrator.errors import INTERRUPTED, TERMINATED, TrackerUnreachable
 from orchestrator.failures import first_line
 from orchestrator.planning import Outcome, Slot
 from orchestrator.planning.requests import results_command
@@ -112,7 +112,8 @@ class Publisher:
         run of the sweep sends the rest.
         """
         status, terminated = status_of(code), code == TERMINATED
-        if self.kind == "none":
+        is_untouched = self._tracker is None and not self._pending
+        if self.kind == "none" or (code == INTERRUPTED and is_untouched):  # opening takes seconds
             complete = True
         elif terminated:
             cancelled = sum(call.cancel() for call in self._pending)
