@@ -62,6 +62,6 @@ tiny-world: .venv/done  ## pretrain the embedded CLIP and diffusion again (1.5 h
 	@{ $(BIN)/pip install --progress-bar off --disable-pip-version-check -e '.$(EXTRAS)' || \
 	touch .venv/failed; } | while read -r word file rest; do case "$$word $$rest" in \
 	Downloading*[0-9][0-9].[0-9]*MB*|Downloading*GB*) echo "  download $${file##*/} $$rest";; \
-	"Installing packages:"*) set -- $$rest; echo "  install $$(($$# - 1)) packages";; esac; done
+	"Installing packages:"*) set -- $$rest; echo "  install $$(($$# - 1)) packages, a minute or two";; esac; done
 	@test ! -e .venv/failed
 	@touch $@
