@@ -217,13 +217,15 @@ def unlabelled(data: ReportData) -> Iterator[Group]:
                 ends = arrays["index"][[*of_class[:4], *of_class[4:][-4:]]]
                 figures.append(_strip([files[i] for i in ends], f"{names[c]}: {images} images"))
         left = ", ".join(f"{np.mean(confidence >= t):.0%} over {t:g}" for t in THRESHOLDS)
+        after = f"label a sample, {results_command('sample', data.location)}"
+        if best.row.is_tested:
+            after = results_command("export best --sweep", data.location, "-o", "bundle")
         texts = [
             f"{best.classifier.capitalize()} classifier of "
             f"{row_text(best.row, [*best.row.settings])}; {len(predicted):,} images, of "
             f"{np.count_nonzero(counts)} of {plural(len(names), 'class')}. Share over a threshold "
             f"of confidence: {left} (airsweep classify --min-probability).",
-            "Confidence does not tell how often the classifier is right. Next: label a sample, "
-            f"{results_command('sample', data.location)}.",
+            f"Confidence does not tell how often the classifier is right. Next: {after}.",
         ]
         note = "Share of the images and mean confidence, in %; the most frequent classes first."
         tables = [Layout(frame=DataFrame(lines), notes=[note])]

@@ -279,7 +279,7 @@ SCORES = {VALIDATION: "objective/validation_accuracy", TEST: "test/accuracy"}  #
 MEASURES = {
     VALIDATION: "the highest on validation images",
     EXPERIMENTS: (
-        "first in the order of docs/experiments.md, since no validation image is outside the pool"
+        "first in the order of docs/experiments.md, without validation images to choose by"
     ),
     TEST: "the highest on test images",
 }
