@@ -314,7 +314,8 @@ def accuracy(results: Results, *, most: int = 150, width: float = WIDTH) -> Figu
     Bounds, which are no methods, follow in a group of their own.
     """
     groups: dict[str, list[Dot]] = {}
-    for row in sorted(results.tested, key=lambda row: (is_bound(row.method), -row.mean)):
+    order = results.tasks.index
+    for row in sorted(results.tested, key=lambda r: (order(r.task), is_bound(r.method), -r.mean)):
         label = shorten(row_text(row, results.varied_settings), 40 if width == WIDTH else 60)
         best = results.best_of(row)
         others = {
@@ -325,8 +326,6 @@ def accuracy(results: Results, *, most: int = 150, width: float = WIDTH) -> Figu
         groups.setdefault("bounds, " * is_bound(row.method) + _heading(row.task), []).append(
             Dot(label=label, value=row.mean, low=row.low, high=row.high, others=others)
         )
-    headings = [kind + _heading(task) for task in results.tasks for kind in ("", "bounds, ")]
-    groups = {heading: groups[heading] for heading in headings if heading in groups}
     metric = metric_text(results.rows)
     return dots(groups, metric, value=metric.replace("%", "95 %"), most=most, width=width)
 
