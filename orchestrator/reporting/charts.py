@@ -390,8 +390,8 @@ def by_setting(
                     high=[row.high for row in line],
                 )
             )
-    fixed = {row.method: row.mean for row in results.rows if key not in row.settings}
-    fixed = fixed if len(results.tasks) == 1 else {}
+    single = len(results.tasks) == 1
+    fixed = {row.method: row.mean for row in results.rows if single and key not in row.settings}
     parts = [series[i : i + MAX_CURVES] for i in range(0, len(series), MAX_CURVES)]
     return [
         curves(
@@ -421,15 +421,10 @@ def _chance(results: Results, rows: Sequence[Row]) -> dict[str, float]:
 
 def numeric_settings(rows: Sequence[Row]) -> list[str]:
     """Settings with at least two values, all of them numbers."""
-    values: dict[str, set[object]] = {}
-    for row in rows:
-        for key, value in row.settings.items():
-            values.setdefault(key, set()).add(value)
+    keys = dict.fromkeys(key for row in rows for key in row.settings)
+    values = {key: {row.settings[key] for row in rows if key in row.settings} for key in keys}
     return [
-        key
-        for key, distinct in values.items()
-        if len(distinct) > 1
-        and all(isinstance(v, int | float) and not isinstance(v, bool) for v in distinct)
+        key for key in keys if len(values[key]) > 1 and {*map(type, values[key])} <= {int, float}
     ]
 
 
