@@ -318,10 +318,14 @@ def read_history(store: ArtifactStore) -> Measured:
 
 
 def _history(plain: dict[str, Any]) -> Measured:
-    """Measurements, without trials of which no start was measured."""
+    """Measurements, without trials of which no start was measured. A store of before has one each."""
     return {
         stage: {
-            kind: [Pace(**pace) for pace in paces if stage != "trials" or pace.get("starts")]
+            kind: [
+                Pace(**pace)
+                for pace in (paces if isinstance(paces, list) else [paces])
+                if stage != "trials" or pace.get("starts")
+            ]
             for kind, paces in kinds.items()
         }
         for stage, kinds in plain.items()
