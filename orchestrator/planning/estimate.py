@@ -318,7 +318,7 @@ def read_history(store: ArtifactStore) -> Measured:
 
 
 def _history(plain: dict[str, Any]) -> Measured:
-    """Measurements, without trials of which no start was measured. A store of before has one each."""
+    """Measurements, without trials of which no start was measured. Older stores have one each."""
     return {
         stage: {
             kind: [
