@@ -321,17 +321,11 @@ REFERENCES = st.sampled_from([REFS, FOLDER])
 
 
 @given(RANDOM, REFERENCES)
-def test_normalising_again_changes_nothing(flat, refs):
+def test_normalising_again_changes_nothing_and_keeps_the_inputs_of_a_trial(flat, refs):
     spec = from_flat(flat, refs, NAMES)
     once = normalised(spec)
     assert normalised(once) == once
     assert key(once) == key(spec)
-
-
-@given(RANDOM, REFERENCES)
-def test_normalising_keeps_the_inputs_of_a_trial(flat, refs):
-    spec = from_flat(flat, refs, NAMES)
-    once = normalised(spec)
     assert uses_images(once) == uses_images(spec)
     assert uses_auxiliary(once) == uses_auxiliary(spec)
     assert once.synthetic_features == spec.synthetic_features
