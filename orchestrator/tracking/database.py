@@ -27,7 +27,7 @@ VISIBLE = (*(f"tags.`{name}`" for name in TAGS), *(f"metrics.`{name}`" for name 
 VIEW_STATE = {
     "selectedColumns": VISIBLE,
     "columnOrder": VISIBLE,
-    "columnWidths": dict.fromkeys(VISIBLE, 140),  # pixels
+    "columnWidths": dict.fromkeys(VISIBLE, 150),  # pixels
     "searchFilter": "tags.`air.kind` != 'trial'",
     "orderByKey": f"metrics.`{ORDER}`",
     "orderByAsc": False,

@@ -91,7 +91,7 @@ def test_folders_are_searched_recursively_and_patterns_expanded(tmp_path, digits
     assert listed("new/*") == ["new/000.png", "new/a[1].png", *deep, "new/notes.txt"]
     (tmp_path / "empty").mkdir()
     for path, message in (
-        ("empty", "empty and its subfolders contain no image; images end in .bmp"),
+        ("empty", "empty and its subfolders contain no image; images end in ."),
         ("new/*.jpg", "no file matches 'new/*.jpg'"),
         ("no.png", "no.png does not exist"),
     ):
