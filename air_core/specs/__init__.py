@@ -457,11 +457,10 @@ _CLIP = (
     "air_core.types",
 )
 _LOADED_CLIP = (*_CLIP, "air_core.backbone.loading")
-_IMAGES = ("air_core.datasets.images",)
+_IMAGES = ("air_core.datasets.images", "air_core.datasets.class_folders")
 _DRAWING = (
     *_IMAGES,
     "air_core.arithmetic",
-    "air_core.datasets.class_folders",
     "air_core.captions",
     "air_core.diffusion",
     "air_core.diffusion.denoiser",
@@ -604,7 +603,6 @@ class FeaturesSpec(StageSpec):
     modules = (
         *_LOADED_CLIP,
         *_IMAGES,
-        "air_core.datasets.class_folders",
         "air_core.datasets.dataset",
         "air_core.datasets.places",
         "air_core.datasets.split_files",
