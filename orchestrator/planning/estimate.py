@@ -318,14 +318,10 @@ def read_history(store: ArtifactStore) -> Measured:
 
 
 def _history(plain: dict[str, Any]) -> Measured:
-    """Measurements, without trials of which no start was measured. Older stores have one each."""
+    """Measurements, without trials of which no start was measured."""
     return {
         stage: {
-            kind: [
-                Pace(**pace)
-                for pace in (paces if isinstance(paces, list) else [paces])
-                if stage != "trials" or pace.get("starts")
-            ]
+            kind: [Pace(**pace) for pace in paces if stage != "trials" or pace.get("starts")]
             for kind, paces in kinds.items()
         }
         for stage, kinds in plain.items()

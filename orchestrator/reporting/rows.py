@@ -146,6 +146,11 @@ class Row(Interval):
         """Dataset, paradigm and modality. Methods are compared in the same task."""
         return self.dataset, self.paradigm, self.modality
 
+    @property
+    def is_chosen(self) -> bool:
+        """Whether a search chose the settings: they are not the default ones."""
+        return self.choice is not None and not self.choice.default and self.point > 0
+
     def value(self, key: str) -> Any:
         """The value of a setting that the sweep varies, or the modality; None without it."""
         return self.modality if key == MODALITY else self.settings.get(key)
@@ -1002,14 +1007,23 @@ def one_split_notes(comparisons: Sequence[Comparison]) -> list[str]:
     return ["With one split, significance holds for that split and its images only."]
 
 
-def untested_notes(comparisons: Sequence[Comparison]) -> list[str]:
-    """One sentence for each reason why differences are not tested."""
+def comparison_notes(comparisons: Sequence[Comparison]) -> list[str]:
+    """A sentence on differences that contain the gain of a search, and one for each reason why
+    differences are not tested."""
     every = Counter(c.name for c in comparisons)
+    unequal = dict.fromkeys(
+        c.name for c in comparisons if c.role in MARKS and c.row.is_chosen != c.baseline.is_chosen
+    )
     reasons: dict[str, Counter[str]] = {}
     for c in comparisons:
         if reason := c.difference.reason_not_tested:
             reasons.setdefault(reason, Counter())[c.name] += 1
     notes = []
+    if unequal:
+        notes.append(
+            "Only one side has settings that a search chose, and the difference contains what it "
+            f"gained: {', '.join(unequal)}."
+        )
     for reason, untested in reasons.items():
         names = (
             name if count == every[name] else f"{name} in {count} of {every[name]} comparisons"

@@ -36,10 +36,10 @@ from orchestrator.reporting.rows import (
     at_chance_notes,
     best_texts,
     collapse_notes,
+    comparison_notes,
     is_bound,
     metric_text,
     one_split_notes,
-    untested_notes,
 )
 from orchestrator.reporting.tables import SPARE, column_notes, table_lines
 from orchestrator.store import SweepLocation, read_outcome
@@ -117,7 +117,7 @@ def _cautions(results: Results) -> Iterator[str]:
     if not results.tested:
         yield UNTESTED
     yield from collapse_notes(results, most=1)
-    yield from untested_notes(results.all_comparisons)
+    yield from comparison_notes(results.all_comparisons)
     yield from one_split_notes(results.all_comparisons)
 
 

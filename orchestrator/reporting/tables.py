@@ -27,13 +27,13 @@ from orchestrator.reporting.rows import (
     at_chance_notes,
     best_texts,
     collapse_notes,
+    comparison_notes,
     is_bound,
     mean_std,
     method_text,
     protocol_notes,
     significance_notes,
     task_text,
-    untested_notes,
 )
 
 if TYPE_CHECKING:
@@ -294,7 +294,7 @@ def difference_layouts(results: Results, comparisons: Sequence[Comparison]) -> I
         frame = DataFrame(lines).drop(
             columns=["compared with", "test images", "p"], errors="ignore"
         )
-        notes = [*significance_notes(comparisons, marks=False), *untested_notes(comparisons)]
+        notes = [*significance_notes(comparisons, marks=False), *comparison_notes(comparisons)]
         yield Layout(frame=frame, notes=notes)
 
 
@@ -340,7 +340,7 @@ def table_layout(results: Results, left_out: Sequence[str] = ()) -> Layout:
         caption=[
             *_caption(results, list(frame.columns)),
             *(significance_notes(results.comparisons) if not left_out else []),
-            *(untested_notes(results.comparisons) if not left_out else []),
+            *(comparison_notes(results.comparisons) if not left_out else []),
         ],
         notes=collapse_notes(results),
     )
