@@ -567,7 +567,7 @@ def test_postscript_named_like_a_photograph_is_unreadable_and_starts_no_program(
     file = tmp_path / "harmless.jpg"
     file.write_bytes(EPS)
     with pytest.raises(
-        Unreadable, match=r"harmless\.jpg .*not an image of an allowed format \(BMP,"
+        Unreadable, match=r"harmless\.jpg .*not an image of an allowed format \(AVIF,"
     ):
         ImageFiles((file,))[0]
     assert not ghostscript.exists()
