@@ -16,6 +16,7 @@ import io
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 
 from air_core.datasets.class_folders import (
@@ -135,7 +136,8 @@ def unlabelled_listing(home: Path, classes: Classes) -> Listing:
 def read_labels(home: Path, images: Iterable[str], classes: Classes) -> dict[str, tuple[int, str]]:
     """Label and part of the images in `labels.csv`, by path; empty if there is no such file.
 
-    A line with an empty class is skipped, so a file can be filled in little by little.
+    A line with an empty class is skipped, so a file can be filled in little by little, and so is a
+    repeated line of the columns, so samples can be put together. The case of class names is free.
 
     Raises:
         ValueError: a line has an unknown image, class or part, or an image occurs twice.
@@ -147,6 +149,7 @@ def read_labels(home: Path, images: Iterable[str], classes: Classes) -> dict[str
     known = dict.fromkeys(images)
     label_of = {name: i for i, name in enumerate(classes.classnames)}
     label_of |= {name: i for i, name in enumerate(classes.names)}
+    label_of = {name.lower(): i for name, i in label_of.items()} | label_of
     found: dict[str, tuple[int, str]] = {}
     first: dict[str, int] = {}
     for number, line in _lines(file, text):
@@ -158,21 +161,25 @@ def read_labels(home: Path, images: Iterable[str], classes: Classes) -> dict[str
                 f"{place}: {image!r} is not an image in {home}; expected a path below that folder, "
                 f"such as {next(iter(known))!r}"
             )
+        if not name:
+            continue
         if image in first:
             raise ValueError(
                 f"{place}: {image!r} has a line already, {file}:{first[image]}; remove one"
             )
         first[image] = number
-        if name and name not in label_of:
+        label = label_of.get(name, label_of.get(name.lower()))
+        if label is None:
+            close = get_close_matches(name.lower(), label_of, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
             raise ValueError(
-                f"{place}: {name!r} is not a class; {CLASSES} has {some(classes.names, 9)}"
+                f"{place}: {name!r} is not a class; {hint}{CLASSES} has {some(classes.names, 10)}"
             )
         if part and part not in PARTS:
             raise ValueError(
                 f"{place}: {part!r} is not a part; allowed: {', '.join(PARTS)}, or nothing for test"
             )
-        if name:
-            found[image] = label_of[name], part or "test"
+        found[image] = label, part or "test"
     return found
 
 
@@ -192,6 +199,8 @@ def _lines(file: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
                         f"{file}:{rows.line_num}: the columns are {', '.join(columns)}; expected "
                         "the line `image,class` or `image,class,part` first"
                     )
+            elif [cell.lower() for cell in cells] == columns:
+                continue
             elif len(cells) != len(columns):
                 raise ValueError(
                     f"{file}:{rows.line_num}: {len(cells)} cells, but the columns are "

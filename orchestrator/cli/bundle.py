@@ -105,7 +105,7 @@ def export(
     """Export the classifiers of a trial as a bundle.
 
     A bundle is a folder that works without the store. `best` selects row, run and classifier of a
-    sweep without test labels. Exits with 5 if a classifier does not reproduce the trial's
+    sweep without test labels. Exits with 4 if a classifier does not reproduce the trial's
     predictions. Prints DIR.
 
     airsweep export best --sweep quickstart -o bundle

@@ -45,8 +45,9 @@ def sample(
 
     The predictions are those of the best classifier, before the first run of zero-shot CLIP.
 
-    Writes START-sample.png, a sheet of the images, and START-labels.csv, with an empty column
-    `class`. Filled in and moved to labels.csv beside the images, it makes them test images.
+    Writes START-sample.png, a sheet of the images, and START-labels.csv with an empty column
+    `class` to fill in and to move to labels.csv beside the images. Every third one has `val` in
+    the column `part`: it is for validation, to choose the best classifier; the others are for test.
 
     airsweep sample mine -n 100
 
@@ -57,7 +58,8 @@ def sample(
     show(f"{plural(drawn.images, 'image')}, {drawn.basis}")
     show(f"wrote {drawn.sheet} and {drawn.labels}")
     show(f"next: fill in the column class, and add the lines to {relative_path(drawn.target)};")
-    show("      a line without a class stays unlabelled; labelled images leave the pool")
+    show("      a line without a class stays unlabelled; labelled images leave the pool;")
+    show("      those with `val` choose the best classifier, the others test it")
 
 
 @app.command(rich_help_panel=START)

@@ -21,7 +21,7 @@ import torch
 from air_core.classifiers import text_classifier
 from air_core.datasets import Dataset, get_dataset
 from air_core.datasets.images import ImageFiles, Unreadable
-from air_core.datasets.unlabelled import LABELS
+from air_core.datasets.unlabelled import COLUMNS, LABELS
 from air_core.specs import TrialSpec
 from orchestrator.files import write_atomic, write_new
 from orchestrator.planning import Plan, Slot
@@ -174,6 +174,6 @@ def _spread(pool: _Pool, count: int, generator: np.random.Generator) -> np.ndarr
 def _csv(paths: Sequence[str]) -> str:
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(("image", "class"))
-    lines.writerows((path, "") for path in paths)
+    lines.writerow(COLUMNS)
+    lines.writerows((path, "", "" if i % 3 else "val") for i, path in enumerate(paths, start=1))
     return text.getvalue()

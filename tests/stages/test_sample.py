@@ -36,8 +36,9 @@ def photos(tmp_path, monkeypatch) -> Path:
 
 def paths(file: Path) -> list[str]:
     rows = list(csv.DictReader(io.StringIO(file.read_text())))
-    assert {tuple(row) for row in rows} == {("image", "class")}
+    assert {tuple(row) for row in rows} == {("image", "class", "part")}
     assert {row["class"] for row in rows} == {""}
+    assert Counter(row["part"] for row in rows)["val"] == len(rows) // 3
     return [row["image"] for row in rows]
 
 

@@ -55,8 +55,9 @@ def test_labelled_images_are_for_test_or_validation_and_never_in_the_pool(photos
         "part,image,class\n"
         ",0.png,cat\n"
         "val,train/2021 trip/3.jpg,sea_lion\n\n"
-        'test,"./1.png","a sea lion"\n'
-        ",2.png,\n",  # nobody has labelled it yet
+        ",2.png,\n,1.png,\n"  # nobody has labelled them yet
+        "part,image,class\n"  # a second sample
+        'test,"./1.png","A sea lion"\n',
         encoding="utf-8-sig",
     )
     found = parts(photos)
@@ -79,6 +80,7 @@ def test_labelled_images_are_for_test_or_validation_and_never_in_the_pool(photos
 BAD_LABELS = {
     "image,class\n9.png,cat\n": r"labels\.csv:2: '9\.png' is not an image in .*'0\.png'",
     "image,class\n0.png,cow\n": r"labels\.csv:2: 'cow' is not a class; .*'cat', 'sea_lion'",
+    "image,class\n0.png,sealion\n": r"labels\.csv:2: .* did you mean 'sea_lion'",
     "image,class\n\n0.png,cat\n./0.png,cat\n": r"labels\.csv:4: '0\.png' .*labels\.csv:3; remove",
     "image,part\n0.png,test\n": r"labels\.csv:1: the columns are image, part; expected",
     "image,class,part\n0.png,cat,train\n": r"labels\.csv:2: 'train' is not a part; allowed: test",
