@@ -49,21 +49,18 @@ MAX_VALUES = 3  # of a setting, with an answer each
 
 
 def headlines(results: Results) -> list[str]:
-    """A warning of chance; for each of the first tasks the best classifier and a gain."""
+    """A warning of chance; for each of the first tasks the best classifier."""
     tasks = results.tasks[:MAX_HEADLINES]
     return [*at_chance_notes(results), *(_headline(results, task) for task in tasks)]
 
 
 def _headline(results: Results, task: Task) -> str:
-    best, gain = results.best_classifier(task), main_gain(results, task)
+    best = results.best_classifier(task)
     text = f"{task_text(task)}. "
     if best is not None:
         text += f"Best classifier: {BEST}{best}. "
     if not any(row.is_tested for row in results.rows if row.task == task):
         text += UNTESTED
-    elif gain is not None:
-        name = f"{gain.row.method} over {gain.baseline.method}"
-        text += f"Gain of {name}: {gain.text} points, {gain.significance}."
     return text.strip()
 
 
