@@ -78,7 +78,7 @@ def answers(results: Results, most: int | None = None) -> list[str]:
     """Questions with their answers: searches, settings, methods, modalities.
 
     Args:
-        most: only so many, of each question about equally many.
+        most: the number of answers, taken from all questions in turn. Default: all.
     """
     questions = [*_questions(results)]
     ranked = sorted((rank, i) for i, texts in enumerate(questions) for rank in range(len(texts)))

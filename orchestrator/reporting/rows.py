@@ -350,9 +350,8 @@ def _searched_row(points: Sequence[list[FinishedTrial]], objective: str) -> Row:
     for point in points:
         distinct.setdefault(repr(sorted(point[0].settings.items())), point)
     found = ranking(*_scores(distinct.values()))
-    by_objective = sorted(
-        distinct.values(), key=_objective, reverse=True
-    )  # the first of equal ones
+    # The first of equal ones stays first.
+    by_objective = sorted(distinct.values(), key=_objective, reverse=True)
     first = points[0]
     set_aside = first[0].point == 0 and not found.predicts_accuracy  # else the default point failed
     choice = Choice(
@@ -613,6 +612,7 @@ class Results:
             self._points.setdefault((trial.cell, trial.point), []).append(trial)
             self._searched.setdefault(trial.cell, set()).update(trial.searched)
         self._distinct: dict[tuple[str, int], dict[RunName, FinishedTrial]] = {}
+        self._point_rows: dict[tuple[str, int], Row] = {}
 
     @functools.cached_property
     def tasks(self) -> list[Task]:
@@ -626,8 +626,12 @@ class Results:
         for settings in every:
             for key, value in settings.items():
                 seen.setdefault(key, set()).add(repr(value))
-        searched = {key for keys in self._searched.values() for key in keys}
+        searched = self._searched_keys
         return [key for key, values in seen.items() if key in searched or len(values) > 1]
+
+    @functools.cached_property
+    def _searched_keys(self) -> set[str]:
+        return set().union(*self._searched.values())
 
     @functools.cached_property
     def comparisons(self) -> list[Comparison]:
@@ -646,8 +650,7 @@ class Results:
         """By setting of the grid, and for the modality, each row minus the row with the default
         value, or else with the first one, where method, task and all other settings are equal.
         """
-        searched = {key for keys in self._searched.values() for key in keys}
-        keys = [*(key for key in self.varied_settings if key not in searched), MODALITY]
+        keys = [*(key for key in self.varied_settings if key not in self._searched_keys), MODALITY]
         found = {
             key: self._compared((row, self._at_default(row, key), key) for row in self.rows)
             for key in keys
@@ -677,8 +680,11 @@ class Results:
         return [point for point in found if point is not None]
 
     def _point(self, cell: str, number: int) -> Row | None:
-        point = self._points.get((cell, number))
-        return _row(point) if point else None
+        """The row of a point, kept since its interval is a bootstrap."""
+        name = cell, number
+        if name in self._points and name not in self._point_rows:
+            self._point_rows[name] = _row(self._points[name])
+        return self._point_rows.get(name)
 
     def searched(self, row: Row) -> set[str]:
         """The settings of a row that a search chose."""

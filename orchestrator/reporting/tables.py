@@ -186,9 +186,10 @@ def _points(results: Results, row: Row) -> list[dict[str, Any]]:
             "point": point.point,
             "settings": point.settings,
             "objective": results.objective(point),
-            **{name: point.as_json()[name] for name in ("mean", "low", "high", "n")},
+            **{name: line[name] for name in ("mean", "low", "high", "n")},
         }
         for point in results.best_points(row)
+        for line in [point.as_json()]
     ]
 
 
@@ -277,9 +278,8 @@ def _fitted(results: Results) -> Iterator[Layout]:
         if max(map(len, markdown(replace(layout, caption=(), notes=())).splitlines())) <= WIDTH:
             break
     shown = table_lines(results)[0]
-    if absent := [
-        name for name in left_out if name in shown and name != "test images"
-    ]:  # in a sentence
+    # The caption has the number of test images.
+    if absent := [name for name in left_out if name in shown and name != "test images"]:
         note = f"Not shown: {', '.join(absent)}; --columns all shows them."
         layout = replace(layout, notes=[*layout.notes, note])
     yield layout
