@@ -8,18 +8,20 @@ that become equal are merged into one.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticKnownError
 
+from air_core.components import computed_from_registries
 from air_core.methods import METHODS, named_refs
 from air_core.specs import STAGES, TrialSpec, own_name
 from air_core.specs.flat import from_flat, trial_keys
@@ -519,7 +521,7 @@ def _cell(spec: SweepSpec, combination: dict[str, Any]) -> Cell:
         method=method,
         flat=flat,
         chosen=chosen,
-        space=_searched_dimensions(spec, method),
+        space=_searched_dimensions(spec, method, flat),
         overridden=overridden,
     )
 
@@ -562,11 +564,47 @@ def computation_of(settings: dict[str, Any]) -> TrialSpec:
     return normalised(from_flat(settings, named_refs(settings), ()))
 
 
-def _searched_dimensions(spec: SweepSpec, method: str) -> tuple[Dimension, ...]:
-    """The dimensions that a cell searches: those that its method does not pin."""
-    if METHODS[method].is_bound:
+def _searched_dimensions(
+    spec: SweepSpec, method: str, flat: dict[str, Any]
+) -> tuple[Dimension, ...]:
+    """The dimensions that a cell searches: those that its method does not pin and that change what
+    some point computes; otherwise several points are one computation."""
+    if METHODS[method].is_bound or not spec.space:
         return ()
-    return tuple(each for each in spec.space if each.key not in METHODS[method].pins)
+    free = tuple(each for each in spec.space if each.key not in METHODS[method].pins)
+    return _dimensions_with_effect(frozenset(flat.items()), free)
+
+
+MOST_POINTS = 4096  # of a space whose dimensions are checked; a larger space keeps all of them
+
+
+@computed_from_registries
+@lru_cache(maxsize=4096)
+def _dimensions_with_effect(
+    flat: frozenset[tuple[str, Any]], space: tuple[Dimension, ...]
+) -> tuple[Dimension, ...]:
+    own = {each.key: dict(flat).get(each.key, trial_keys()[each.key].default) for each in space}
+    values = {each.key: (own[each.key], *_ends(each)) for each in space}
+    if math.prod(map(len, values.values())) > MOST_POINTS:
+        return space
+
+    def has_effect(key: str) -> bool:
+        others = [[(name, v) for v in values[name]] for name in values if name != key]
+        points = ({**dict(flat), **dict(point)} for point in itertools.product(*others))
+        return any(
+            len({computation_of({**point, key: value}) for value in values[key]}) > 1
+            for point in points
+        )
+
+    return tuple(each for each in space if has_effect(each.key))
+
+
+def _ends(dimension: Dimension) -> tuple[Any, ...]:
+    """Least and largest number of a dimension; all its values if they are not numbers."""
+    values = dimension.values or (dimension.min, dimension.max)
+    if all(isinstance(value, int | float) for value in values):
+        return min(values), max(values)
+    return values
 
 
 _ID_KEYS = ("dataset", "paradigm", "modality", "method")
@@ -652,6 +690,12 @@ def _notes(spec: SweepSpec) -> Iterator[str]:
     for (part, key), values in unused.items():
         if not all(key in METHODS[name].pins for name in spec.methods):  # else there is a note
             yield f"{part}.{key}: no cell uses it; {_users_text(spec, key, values)}"
+    searched = {(cell.method, dimension.key) for cell in cells for dimension in cell.space}
+    free = [name for name in {c.method: None for c in cells} if not METHODS[name].is_bound]
+    for key in parts["search.space"] if is_whole else ():
+        names = [n for n in free if key not in METHODS[n].pins and (n, key) not in searched]
+        if names:
+            yield f"search.space.{key} is not searched with {_list_text(names)}: it has no effect"
     single_point = [cell.id for cell in cells if not cell.space]
     if spec.search and single_point:
         yield f"only one point, because no dimension applies: {_list_text(single_point)}"

@@ -12,7 +12,7 @@ import pytest
 from orchestrator.planning.plan import suggested_points
 from orchestrator.planning.search import CellSearch
 from orchestrator.plugins import use_plugins
-from orchestrator.spec import Dimension, SpecError, cells_of, load_sweep
+from orchestrator.spec import Dimension, SpecError, cells_of, load_sweep, notes_of
 from orchestrator.spec import SweepSpec as Sweep
 from orchestrator.spec.space import Point, study_name
 from orchestrator.spec.sweep import Search, computation_of
@@ -23,6 +23,7 @@ from tests.helpers.sweeps import write_sweep
 COUNTS = Dimension(key="images_per_class", values=(0, 20, 40))
 WEIGHTS = Dimension(key="fusion_weight", min=0.0, max=1.0)
 STEPS = Dimension(key="train.steps", min=1, max=1000, log=True)
+K = Dimension(key="pseudo_labels.k", values=(4, 8, 16))  # only methods of a fixed number read it
 SPACE = (COUNTS, WEIGHTS)
 
 Played = list[tuple[int, dict[str, Any], float | None]]  # number, settings, objective
@@ -95,6 +96,7 @@ def params(played: Played) -> list[dict[str, Any]]:
 SWEEPS = {
     "tpe": sweep("tpe"),
     "random": sweep("random", (COUNTS, STEPS)),
+    "unused": sweep("random", (K, WEIGHTS)),
     "grid": sweep("grid", (COUNTS, Dimension(key="auxiliary.kind", values=("lda", "prototype")))),
 }
 
@@ -159,6 +161,20 @@ def test_points_that_compute_the_same_are_not_both_suggested(log, sampler):
     (cell,) = cells_of(spec)
     found = {computation_of({**cell.flat, **point}) for point in params(log.play(spec))}
     assert len(found) == 4
+
+
+def test_a_cell_searches_the_keys_that_its_method_reads(log):
+    search = sweep(space=(K, STEPS)).search
+    spec = Sweep(name="x", grid={"method": ("fpl", "cpl", "zero_shot")}, search=search)
+    assert [cell.space for cell in cells_of(spec)] == [(K, STEPS), (STEPS,), ()]
+    assert (
+        f"search.space.{K.key} is not searched with cpl, zero_shot: it has no effect"
+        in notes_of(spec)
+    )
+    # A key that has an effect in another point only, and a single value that is not the default.
+    spec = sweep(space=(WEIGHTS, replace(STEPS, min=7, max=7)), images_per_class=0)
+    assert [d.key for d in cells_of(spec)[0].space] == ["train.steps"]
+    assert cells_of(sweep(images_per_class=0))[0].space == SPACE
 
 
 def test_a_search_repeats_points_when_its_space_has_no_new_points(log):

@@ -64,7 +64,11 @@ def test_a_grid_starts_with_the_default_point():
         (Dimension(key="fusion_weight", min=0.85, max=0.9), {}, 0.85),
         (Dimension(key="images_per_class", min=8, max=64), {}, 64),
         (Dimension(key="train.steps", values=(None, 7)), {"train.steps": None}, None),
-        (Dimension(key="auxiliary.refresh", values=(True, False)), {}, False),
+        (
+            Dimension(key="auxiliary.refresh", values=(True, False)),
+            {"auxiliary.source": "both"},
+            False,
+        ),
     ],
 )
 def test_the_default_point_is_the_setting_of_the_cell_or_the_nearest_in_the_space(
