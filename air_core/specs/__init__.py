@@ -88,6 +88,7 @@ class Ref:
     name: str
     digest: str
     images: int = field(default=0, compare=False)  # image files of a dataset; not in the key
+    labelled: int | None = field(default=None, compare=False)  # of them, in labels.csv; likewise
     kind: str = field(default="", compare=False)  # class of a generator's pipeline; not in the key
 
 

@@ -617,13 +617,21 @@ def _entries(plain: dict[str, Any]) -> dict[str, list[Any]]:
 
 
 def _dataset_ref(dataset: Dataset, files: Sequence[Path], digests: Sequence[str]) -> Ref:
-    content = {
-        "files": list(zip(_relative_paths(files), digests, strict=True)),
+    pairs = list(zip(_relative_paths(files), digests, strict=True))
+    if dataset.name.startswith(PREFIX):  # of text files counts what is read: Excel changes bytes
+        pairs = [(path, of) for path, of in pairs if Path(path).suffix.lower() in SUFFIXES]
+    content: dict[str, Any] = {
+        "files": pairs,
         "classnames": dataset.classnames,
         "template": dataset.template,
         "recipe": dataset.recipe,
     }
-    return Ref(name=dataset.name, digest=digest(content), images=_count_images(files))
+    ref = Ref(name=dataset.name, digest="", images=_count_images(files))
+    if dataset.pool_labels == "unknown":
+        examples = dataset.load(None)
+        content["labels"] = [examples.labels.tolist(), examples.parts.tolist()]
+        ref = replace(ref, labelled=int((examples.labels >= 0).sum()))
+    return replace(ref, digest=digest(content))
 
 
 def _count_images(files: Sequence[Path]) -> int:

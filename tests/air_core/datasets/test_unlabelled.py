@@ -75,6 +75,11 @@ def test_labelled_images_are_for_test_or_validation_and_never_in_the_pool(photos
     # The labels are part of the dataset's content.
     after = Resolver(photos.parent / "c.json", None).dataset_by_name(f"folder:{photos}")
     assert before.ref.digest != after.ref.digest
+    assert (before.ref.labelled, after.ref.labelled) == (0, 3)
+    lines = "image,class,part\r\n0.png,CAT,\r\n1.png,a sea lion,\r\n"  # the same, by a spreadsheet
+    (photos / "labels.csv").write_text(f"{lines}train/2021 trip/3.jpg,a sea lion,val\r\n")
+    again = Resolver(photos.parent / "c.json", None).dataset_by_name(f"folder:{photos}")
+    assert after.ref == again.ref
 
 
 BAD_LABELS = {
