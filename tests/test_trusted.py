@@ -182,7 +182,7 @@ def test_finished_results_do_not_change_with_the_folder_until_the_sweep_runs_aga
         assert numbers("own") == before
         assert numbers("own", copy) == before
         noted = command("table", "own", "--store", store)[2]
-        assert f"note: folder:{folder} has changed since the last run; the results" in noted
+        assert f"note: folder:{folder} has changed since this run: `airsweep run" in noted
         if change is move_away:  # these read no image
             for words in (
                 ("report", "own", "-o", tmp_path / "report.html"),

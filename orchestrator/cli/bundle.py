@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +22,8 @@ from orchestrator.cli.common import (
     StoreOption,
     TrackingOption,
     fail,
+    location_named,
+    note_options,
     with_progress_bar,
 )
 from orchestrator.errors import GATE
@@ -121,6 +124,9 @@ def export(
     options |= {"onnx": onnx, "register": register}
     try:
         show(api.export(trial, output, sweep=sweep, only=only or (), **options))
+        if sweep is not None:
+            note_options(location_named(sweep, store))
+        show(f"next: airsweep classify {shlex.quote(str(output))} IMAGES", file=sys.stderr)
     except PredictionsDifferError as problem:
         fail(str(problem), GATE)
 

@@ -103,9 +103,7 @@ def load(
 
 
 def note_options(location: SweepLocation) -> None:
-    """Note on stderr the options of the last run, to which the results belong, and folders that
-    have changed since."""
-    from orchestrator.planning.recorded import changed_folders
+    """Note on stderr the options of the last run, to which results belong, and later changes."""
     from orchestrator.planning.requests import last_origin
     from orchestrator.spec.sweep import option_words
 
@@ -114,6 +112,13 @@ def note_options(location: SweepLocation) -> None:
     if words := option_words(sets, only, smoke=False):
         left_out = "; the other cells of the file are left out" if only else ""
         show(f"note: the sweep as last run, with {shlex.join(words)}{left_out}", file=sys.stderr)
+    note_changes(location)
+
+
+def note_changes(location: SweepLocation) -> None:
+    """Note on stderr the folders of a sweep that have changed since its last run."""
+    from orchestrator.planning.recorded import changed_folders
+
     for sentence in changed_folders(location):
         show(f"note: {sentence}", file=sys.stderr)
 

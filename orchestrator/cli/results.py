@@ -21,6 +21,7 @@ from orchestrator.cli.common import (
     StoreOption,
     fail,
     location_named,
+    note_changes,
     note_options,
     recorded_sweep,
     results_store,
@@ -53,6 +54,8 @@ def list_sweeps(store: StoreOption = STORE, as_json: JsonOption = False) -> None
         show(json.dumps(sweeps, indent=1))
     elif sweeps:
         show("\n".join(aligned([LISTED, *map(_listed, sweeps)])))
+        for sweep in sweeps:
+            note_changes(location_named(sweep["sweep"], store))
     else:
         show(f"no sweep has run in {store}", file=sys.stderr)
 

@@ -13,10 +13,10 @@ from typing import Any
 
 from air_core.datasets import get_dataset
 from air_core.datasets.class_folders import skipped_text
-from air_core.datasets.image_folder import OWNERS
+from air_core.datasets.image_folder import OWNERS, PREFIX
 from air_core.datasets.images import ImageFiles
 from air_core.printable import printable
-from air_core.specs import FeaturesSpec, TrialSpec
+from air_core.specs import FeaturesSpec, Ref, TrialSpec
 from orchestrator.errors import MissingArtifact
 from orchestrator.store import ArtifactStore
 
@@ -117,6 +117,12 @@ def dataset_description(dataset: str) -> str:
         return get_dataset(dataset).about
     except ValueError:
         return dataset
+
+
+def images_text(dataset: Ref) -> str:
+    """Number of images of a user's folder, such as `, 160 images (30 labelled)`; else empty."""
+    known = "" if dataset.labelled is None else f" ({dataset.labelled:,} labelled)"
+    return f", {dataset.images:,} images{known}" if dataset.name.startswith(PREFIX) else ""
 
 
 def dataset_licence(dataset: str) -> str:

@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from air_core.datasets.unlabelled import LABELS
 from air_core.models.weights import local_path
-from air_core.specs import StageSpec, TrialSpec
+from air_core.specs import Ref, StageSpec, TrialSpec
 from orchestrator.errors import StoreRefused
+from orchestrator.formatting import relative_path
 from orchestrator.keys import artifact_key
 from orchestrator.planning.plan import (
     fp32_slots,
@@ -21,6 +23,7 @@ from orchestrator.planning.plan import (
     slots_of,
     suggested_points,
 )
+from orchestrator.planning.requests import run_command
 from orchestrator.planning.resolve import (
     NotRecorded,
     Resolver,
@@ -59,26 +62,29 @@ def read_sweep(location: SweepLocation, data_root: Path | None) -> tuple[SweepSp
 def changed_folders(location: SweepLocation) -> Iterator[str]:
     """Sentences on the folders of images that are not as in the last run of a sweep.
 
-    A folder is read only if an entry was added, removed or renamed after the run had begun.
+    A folder is read only if a text file or the list of files changed after the run had begun.
     """
     datasets = (read_resolved(location).get("inputs") or {}).get("datasets", {})
-    digests = {entry["ref"]["name"]: entry["ref"]["digest"] for entry in datasets.values()}
-    digests = {name: of for name, of in digests.items() if name.startswith("folder:")}
-    if not digests:  # the log and the digests of files can be long
+    refs = [Ref(**entry["ref"]) for entry in datasets.values()]
+    refs = [ref for ref in refs if ref.name.startswith("folder:")]
+    if not refs:  # the log and the digests of files can be long
         return
     starts = (e for e in location.event_log().events() if e["event"] == "sweep_started")
     since = max((event["time"] for event in starts), default=0.0)
     resolver = Resolver(location.store.root / "digests.json", location.data_root)
-    for name, digest in digests.items():
-        folder = local_path(name.removeprefix("folder:"))
+    for ref in refs:
+        folder, what, counts = local_path(ref.name.removeprefix("folder:")), ref.name, ""
         try:
-            folders = [folder, *(path for path in folder.iterdir() if path.is_dir())]
-            newest = max(path.stat().st_mtime for path in folders)
-            if newest <= since or resolver.dataset_by_name(name).ref.digest == digest:
+            inside = [p for p in folder.iterdir() if p.suffix in (".csv", ".txt") or p.is_dir()]
+            newest = max(path.stat().st_mtime for path in (folder, *inside))
+            if newest <= since or (now := resolver.dataset_by_name(ref.name).ref) == ref:
                 continue
+            if ref.labelled not in (None, now.labelled):
+                what = relative_path(folder / LABELS)
+                counts = f" ({ref.labelled:,} -> {now.labelled:,} labelled images)"
         except (ValueError, OSError):  # the folder has no images any more
             pass
-        yield f"{name} has changed since the last run; the results are of its earlier images"
+        yield f"{what} has changed since this run{counts}: `{run_command(location)}` uses it"
 
 
 def refuse_running(store: ArtifactStore) -> None:

@@ -47,7 +47,14 @@ from orchestrator.reporting.results import (
     results_of,
     sweep_status,
 )
-from orchestrator.reporting.summary import NEXT, next_steps, run_facts, summary, sweep_title
+from orchestrator.reporting.summary import (
+    NEXT,
+    data_text,
+    next_steps,
+    run_facts,
+    summary,
+    sweep_title,
+)
 from orchestrator.spec import Cell, SweepSpec, cells_of, notes_of, presets
 from orchestrator.spec.space import default_params
 from orchestrator.store import SweepLocation, read_outcome
@@ -76,6 +83,7 @@ def plan_screen(
         f"{plural(plan.points, 'point')}, "
         f"{plural(trials['total'], 'trial')}: {results_text(trials)}, "
         f"{trials['to_run']} to run",
+        data_text(plan),
         *changed_inputs(earlier_results(plan, location)),
         "",
     ]

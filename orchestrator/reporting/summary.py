@@ -13,7 +13,11 @@ from air_core.datasets.image_folder import PREFIX
 from orchestrator.environment import in_ray_job
 from orchestrator.formatting import aligned, aligned_table, format_duration, format_value
 from orchestrator.planning import Plan, results_text
-from orchestrator.planning.dataset_text import dataset_description, unused_by_dataset
+from orchestrator.planning.dataset_text import (
+    dataset_description,
+    images_text,
+    unused_by_dataset,
+)
 from orchestrator.planning.requests import (
     last_origin,
     results_command,
@@ -157,8 +161,9 @@ def sweep_title(plan: Plan) -> str:
 
 def data_text(plan: Plan) -> str:
     """The datasets of a sweep, and whether their labels are used."""
-    datasets = sorted({slot.spec.dataset.name for slot in plan.slots})
-    description = ", ".join(map(dataset_description, datasets))
+    datasets = {slot.spec.dataset for slot in plan.slots}
+    texts = sorted(f"{dataset_description(of.name)}{images_text(of)}" for of in datasets)
+    description = ", ".join(texts)
     if all(slot.spec.paradigm == "ul" for slot in plan.slots):
         description += ", trained without labels"
     tested = {slot.spec.test_dataset and slot.spec.test_dataset.name for slot in plan.slots}
