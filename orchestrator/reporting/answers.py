@@ -64,25 +64,18 @@ def _headline(results: Results, task: Task) -> str:
     return text.strip()
 
 
-def main_gain(results: Results, task: Task) -> Comparison | None:
-    """The gain of a row over its control or else its host.
-
-    That is the highest row with a diffusion model; without any, the highest one with a baseline.
-    """
-    gains = [c for c in results.comparisons if c.row.task == task and not is_bound(c.row.method)]
-    gains = [c for c in gains if uses_diffusion(c.row.method)] or gains
-    return max(gains, key=lambda c: (c.row.mean, c.role == "control"), default=None)
-
-
-def answers(results: Results, most: int | None = None) -> list[str]:
+def answers(results: Results, most: int | None = None, rest: str = "") -> list[str]:
     """Questions with their answers: searches, settings, methods, modalities.
 
     Args:
         most: the number of answers, taken from all questions in turn. Default: all.
+        rest: the command that prints the comparisons of those that are left out.
     """
     questions = [*_questions(results)]
     ranked = sorted((rank, i) for i, texts in enumerate(questions) for rank in range(len(texts)))
-    return [questions[i][rank] for i, rank in sorted((i, rank) for rank, i in ranked[:most])]
+    shown = [questions[i][rank] for i, rank in sorted((i, rank) for rank, i in ranked[:most])]
+    left = len(ranked) - len(shown)
+    return [*shown, f"{left} more: {rest}"] if left else shown
 
 
 def _questions(results: Results) -> Iterator[list[str]]:

@@ -34,7 +34,7 @@ from orchestrator.store import ArtifactStore, TrialRecord
 from orchestrator.tracking.types import ChildRun, DatasetUse, Numbers, SweepRun
 
 SPEC = "spec.json"
-RECIPE = 2  # increase when a change computes other numbers of a setting from the same trials
+RECIPE = 3  # increase when a change computes other numbers of a setting from the same trials
 
 MAX_NAME, MAX_PARAM = 250, 6000  # characters, in MLflow
 
@@ -306,7 +306,8 @@ def _numbers(done: Sequence[FinishedTrial]) -> Numbers:
     for name, curve in curves.items():  # MLflow shows a curve's last value as the metric
         if name in metrics:
             curve[-1] = metrics[name]
-    return Numbers(metrics=metrics, curves=curves, interval=row.interval)
+    classifier = best.classifier if best else ""
+    return Numbers(metrics=metrics, curves=curves, interval=row.interval, classifier=classifier)
 
 
 def _means(runs: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -320,7 +320,8 @@ class SweepTracker:
             log_batch(client, stored.run_id, tags=changed, params=params)
         else:
             numbers = run.numbers()
-            changed |= valid_tags({"air.interval": numbers.interval})
+            kinds = {"air.interval": numbers.interval, "air.classifier": numbers.classifier}
+            changed |= valid_tags(kinds)
             sent = {name: len(values) for name, values in stored.curves.items()}
             metrics = metrics_of(numbers, run.started, run.ended)
             metrics = [metric for metric in metrics if metric.step >= sent.get(metric.key, 0)]

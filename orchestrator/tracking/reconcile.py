@@ -20,7 +20,7 @@ from orchestrator.git import UNKNOWN
 from orchestrator.planning import Outcome, Plan, Slot, plan_of
 from orchestrator.planning.resolve import text_digest
 from orchestrator.reporting import Results, results_of, sweep_status
-from orchestrator.reporting.answers import headlines, main_gain
+from orchestrator.reporting.answers import headlines
 from orchestrator.reporting.charts import pictures
 from orchestrator.reporting.results import finished_records
 from orchestrator.reporting.rows import BEST, row_text
@@ -247,14 +247,15 @@ def note_and_files(
 
 
 def headline_metrics(results: Results) -> dict[str, float]:
-    """For each task the accuracy of the best classifier and a gain, as fractions, with intervals.
+    """For each task the best classifier's accuracy, and its row's gain over control or else host.
 
-    With several tasks the names begin with the task.
+    Fractions, with intervals. With several tasks the names begin with the task.
     """
     metrics: dict[str, float] = {}
     for task in results.tasks:
-        best, gain = results.best_classifier(task), main_gain(results, task)
-        shown = {}
+        best = results.best_classifier(task)
+        gains = {} if best is None else results.comparisons_of(best.row)
+        gain, shown = gains.get("control", gains.get("host")), {}
         if best is not None and best.test is not None:
             shown["best/test/accuracy"] = (best.test.mean, best.test.low, best.test.high)
         if gain is not None:

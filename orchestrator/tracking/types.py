@@ -31,6 +31,7 @@ class Numbers:
     metrics: Mapping[str, float] = field(default_factory=dict)
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict)  # one value per iteration
     interval: str = ""  # of a setting: kind of interval between _low and _high
+    classifier: str = ""  # of a setting: that of best/test/accuracy
 
 
 @dataclass(frozen=True)

@@ -184,7 +184,7 @@ def test_a_sweep_run_has_a_note_with_the_result_the_closing_screen_and_charts(en
     note = parent.data.tags["mlflow.note.content"]
     assert "Best classifier: * " in note.splitlines()[0]
     assert "Does air_fpl beat fpl?" in note
-    assert "6: 4 done, 1 shared between seeds, 1 failed" in note
+    assert "6: 4 done, 1 shared with another trial, 1 failed" in note
     folder = ended.store.root / "mlartifacts" / "air" / "default" / parent.info.run_id
     picture = folder / "artifacts" / "accuracy.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -208,6 +208,7 @@ def test_a_sweep_run_has_the_best_classifier_with_its_interval_and_the_gain(ende
     settings = {m: setting_run_of(tracked, m).data for m in ("zero_shot", "fpl", "air_fpl")}
     marked = {m: data.tags.get("air.best_classifier") for m, data in settings.items()}
     assert marked == dict.fromkeys(settings) | {best.row.method: f"* {best.classifier}"}
+    assert settings[best.row.method].tags["air.classifier"] == best.classifier
     assert settings[best.row.method].metrics["best/test/accuracy"] == round(best.test.mean, 4)
 
 
