@@ -80,7 +80,8 @@ def export(
     if spec.iterations and spec.modality not in MODALITIES:
         raise ValueError(
             f"{trial.slot or record.path.name} has the learner {spec.modality!r}; a "
-            f"bundle, which contains no code, can have: {', '.join(MODALITIES)}"
+            f"bundle, which contains no code, can have: {', '.join(MODALITIES)}; add --only "
+            "modality=text, or read the predictions by airsweep.predictions(TRIAL) in Python"
         )
     recorded = _recorded_predictions(trial)
     tested = _tested_text(spec, store, resolver)

@@ -9,6 +9,7 @@ import shlex
 import textwrap
 from collections.abc import Iterator, Sequence
 
+from air_core.bundle.content import MODALITIES
 from air_core.datasets.image_folder import PREFIX
 from orchestrator.environment import in_ray_job
 from orchestrator.formatting import aligned, aligned_table, format_duration, format_value
@@ -84,7 +85,7 @@ def summary(
     if len(results.rows) > MAX_ROWS:
         lines.append(f" {MAX_ROWS} of {len(results.rows)} rows; all: {table}")
     above = [
-        ("answers", "\n".join(answers(results, MAX_ANSWERS))),
+        ("answers", "\n".join(answers(results, MAX_ANSWERS, table))),
         ("caution", next(_cautions(results), "")),
         ("best", "\n".join(f"{BEST}{text}" for text in best_texts(results)[:MAX_ROWS])),
         ("columns", "" if results.tested else " ".join(column_notes(rows[0]))),
@@ -221,14 +222,15 @@ def _steps(plan: Plan, location: SweepLocation, results: Results) -> list[tuple[
         )
     steps.append((results_command("table", location), "all columns, differences and notes"))
     steps.append((results_command("report", location), "curves and images in one page"))
-    if best := next(iter(results.best_classifiers.values()), None):
+    bests = results.best_classifiers.values()
+    if best := next((b for b in bests if b.row.modality in MODALITIES), None):
         words, several = list[str](), len(results.tasks) > 1
         chosen = next(cell.chosen for cell in plan.cells if cell.id == best.row.cell)
         for key in filter(chosen.__contains__, TASK_KEYS if several else ()):
             if len(plan.sweep.grid[key]) > 1:
                 words += ["--only", f"{key}={format_value(chosen[key])}"]
         command = results_command("export best --sweep", location, *words, "-o", "bundle")
-        steps.append((command, f"the {'first ' * several}classifier marked *"))
+        steps.append((command, f"{'a' if several else 'the'} classifier marked *"))
     if not any(slot.spec.dataset.name.startswith(PREFIX) for slot in plan.slots):
         steps.append(("airsweep init mine --images DIR", "a sweep of your own images"))
     steps.append((store_command("ui", location), "all runs, on http://127.0.0.1:5000"))
