@@ -46,7 +46,7 @@ ResultState = Literal["done", "reused", "shared", "recovered"]
 RESULT_STATES: dict[ResultState, str] = {
     "done": "done",
     "reused": "reused from another sweep",
-    "shared": "shared between seeds",
+    "shared": "shared with another trial",
     "recovered": "recovered after a stop",
 }
 
@@ -55,7 +55,7 @@ def results_text(results: Mapping[Any, int]) -> str:
     """Numbers of results by state in words.
 
     >>> results_text({"done": 3, "reused": 0, "shared": 2, "recovered": 0})
-    '3 done, 2 shared between seeds'
+    '3 done, 2 shared with another trial'
     """
     return ", ".join(
         f"{results[state]} {words}"

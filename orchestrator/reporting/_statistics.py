@@ -498,7 +498,7 @@ def _reason_not_tested(scores: Sequence[_Scores], differing: int) -> str:
         few = "1 seed is" if len(seeds) == 1 else f"{len(seeds)} seeds are"
         return f"{few} too few; a test needs at least {FEWEST_SEEDS}"
     if differing < FEWEST_IMAGES:
-        return f"the two methods differ on fewer than {FEWEST_IMAGES} test images"
+        return f"they differ on fewer than {FEWEST_IMAGES} test images; a test needs more images"
     return ""
 
 

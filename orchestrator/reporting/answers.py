@@ -42,8 +42,6 @@ CEILINGS = {
     for name, method in METHODS.items()
     if method.pins.get("images_from") == "true_labels"
 }
-
-
 MAX_HEADLINES = 3
 MAX_VALUES = 3  # of a setting, with an answer each
 
@@ -218,10 +216,10 @@ def _shares(rows: Sequence[Row], results: Results) -> list[str]:
                 gains = possible.setdefault(f"{ceiling.method} over {host.method}", [])
                 gains.append(ceiling.mean - host.mean)
     of = "; ".join(
-        f"{names} ({_range(gains, signed_percent)} points)" for names, gains in possible.items()
+        f"{_range(gains, signed_percent)} points of {names}" for names, gains in possible.items()
     )
     parts = ", ".join(f"{name} {_share([*found.values()])}" for name, found in shares.items())
-    return [f"Share of the gain of {of}: {parts}."] if parts else []
+    return [f"Of the {of}, methods reach: {parts}."] if parts else []
 
 
 def _share(shares: Sequence[Interval]) -> str:

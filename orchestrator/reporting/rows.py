@@ -214,10 +214,10 @@ class Comparison:
 
     @property
     def name(self) -> str:
-        """What is compared, such as `air - cpl` or `cpl with prompt.length 8 - 2`."""
+        """What is compared, such as `air - cpl` or `cpl with prompt.length 8 vs 2`."""
         if self.role in MARKS:
             return " - ".join(self.methods)
-        return f"{self.row.method} with {self.role} {' - '.join(self.values)}"
+        return f"{self.row.method} with {self.role} {' vs '.join(self.values)}"
 
     @property
     def values(self) -> list[str]:
@@ -301,6 +301,8 @@ class Candidate:
     test: Interval | None  # of this classifier over the row's runs; None: no test images
     trial: FinishedTrial  # the run with the highest score
     candidates: int  # classifiers that were compared
+    tied: Sequence[str] = ()  # those with the same score
+    images: float | None = None  # for validation; None: another measure, or unknown
 
     def __str__(self) -> str:
         text = f"{self.classifier} classifier of {row_text(self.row, [*self.row.settings])}"
@@ -312,7 +314,10 @@ class Candidate:
         if self.score is None:
             return f"{text}: {MEASURES[self.by]}"
         number = plural(self.candidates, "classifier")
-        return f"{text}: of {number} {MEASURES[self.by]}, {format_percent(self.score)} %"
+        text += f": of {number} {MEASURES[self.by]}, {format_percent(self.score)} %"
+        text += f" of {self.images:,.0f}" if self.images else ""
+        others = self.tied[0] if len(self.tied) == 1 else f"{len(self.tied)} others"
+        return f"{text}, tied with {others}" if self.tied else text
 
     def as_json(self) -> dict[str, Any]:
         """The row with mean, deviation and interval of this classifier."""
@@ -524,8 +529,9 @@ def best_candidate(
     """The best of the classifiers of rows.
 
     A trial has up to three classifiers, and each classifier of a row is a candidate. Its score is
-    the mean accuracy of the row's runs on validation images. Without validation images the order of
-    methods in docs/experiments.md selects: scores without labels choose worse.
+    the mean accuracy of the row's runs on validation images. Without validation images, and of
+    equal ones, the order of methods in docs/experiments.md selects, then that of the rows: scores
+    without labels choose worse.
 
     Args:
         by: of `MEASURES`. Default: validation_accuracy; experiments without validation images.
@@ -551,15 +557,19 @@ def best_candidate(
         (i, name): [_value(trial, metric, name) for trial in trials]
         for (i, name), trials in runs.items()
     }
+    # The fused classifier of the first method in the order, where it has one.
+    ranked = sorted(runs, key=lambda of: (_rank(rows[of[0]].method), -CLASSIFIERS.index(of[1])))
     score: float | None = None
+    tied: list[str] = []
     if not any(map(math.isnan, chain(*scores.values()))):
         by = by or VALIDATION
-        best = max(scores, key=lambda of: fmean(scores[of]))  # the first of equal ones
-        of_runs, score = scores[best], fmean(scores[best])
+        means = {of: round(fmean(scores[of]), 9) for of in ranked}  # equal ones in every digit
+        best = max(means, key=lambda of: means[of])  # the first of equal ones
+        of_runs, score = scores[best], means[best]
+        same = (of for of in means if means[of] == score and of != best)
+        tied = [f"{of[1]} of {row_text(rows[of[0]], [*rows[of[0]].settings])}" for of in same]
     elif by in (None, EXPERIMENTS):
-        by = EXPERIMENTS
-        # The fused classifier of the first method in the order, where it has one.
-        best = min(runs, key=lambda of: (_rank(rows[of[0]].method), -CLASSIFIERS.index(of[1])))
+        by, best = EXPERIMENTS, ranked[0]
         of_runs = [_value(trial, MUTUAL_INFORMATION, best[1]) for trial in runs[best]]
     else:
         raise ValueError(
@@ -572,7 +582,8 @@ def best_candidate(
     mean = results.mean(row, f"{SCORES[TEST]}_{name}") if row.is_tested else None
     if mean is not None:  # the table's number
         test = replace(mean_interval(results.runs(row, name)), mean=mean)
-    return Candidate(row, name, by, score, test, trial, len(runs))
+    images = results.mean(row, "validation/images") if by == VALIDATION else None
+    return Candidate(row, name, by, score, test, trial, len(runs), tied, images)
 
 
 def _rank(method: str) -> int:
@@ -611,6 +622,9 @@ class Results:
         for trial in trials:
             self._points.setdefault((trial.cell, trial.point), []).append(trial)
             self._searched.setdefault(trial.cell, set()).update(trial.searched)
+        self._of_method: dict[tuple[str, ...], list[Row]] = {}  # in a dataset and paradigm
+        for row in rows:
+            self._of_method.setdefault((row.method, *row.task[:2]), []).append(row)
         self._distinct: dict[tuple[str, int], dict[RunName, FinishedTrial]] = {}
         self._point_rows: dict[tuple[str, int], Row] = {}
 
@@ -782,8 +796,9 @@ class Results:
         It has equal values for all settings that both rows have, searched settings excepted. Of
         several such rows the one that shares the most settings is taken.
         """
-        others = [o for o in self.rows if o.method == method and o.task == row.task]
-        return _closest(self._equal_rows(row, [other for other in others if other is not row]))
+        others = self._of_method.get((method, *row.task[:2]), [])
+        others = [other for other in others if other.task == row.task and other is not row]
+        return _closest(self._equal_rows(row, others))
 
     def _at_default(self, row: Row, key: str) -> Row | None:
         """The row with the default value of a setting, or else with the first one, and all else
@@ -794,9 +809,8 @@ class Results:
             return None
         others = [
             other
-            for other in self.rows
-            if (other.method, *other.task[:2]) == (row.method, *row.task[:2])
-            and (key == MODALITY or (other.modality == row.modality and key in other.settings))
+            for other in self._of_method[row.method, *row.task[:2]]
+            if key == MODALITY or (other.modality == row.modality and key in other.settings)
         ]
         equal = self._equal_rows(row, others, key)
         flat = self._points[row.cell, row.point][0].flat
@@ -815,10 +829,9 @@ class Results:
         Args:
             key: a setting that may differ, like those that were searched.
         """
-        found = []
+        found, own = [], row.settings.keys() - self.searched(row) - {key}
         for other in others:
-            apart = self.searched(row) | self.searched(other) | {key}
-            shared = (row.settings.keys() & other.settings.keys()) - apart
+            shared = (own & other.settings.keys()) - self.searched(other)
             if all(row.settings[each] == other.settings[each] for each in shared):
                 found.append((len(shared), other))
         return found
@@ -871,18 +884,20 @@ def _chance_note(results: Results) -> list[str]:
 
 
 def at_chance_notes(results: Results) -> list[str]:
-    """One sentence if accuracies mean nothing: of a smoke run, or not above those of guessing.
+    """Sentences on accuracies of a smoke run, or not above guessing or those of zero-shot CLIP.
 
-    Every screen with an accuracy has it first.
+    Every screen with an accuracy has them first.
     """
     if results.is_smoke:
         return [f"{SMOKE_ONLY[0].upper()}{SMOKE_ONLY[1:]}."]
-    parts = []
+    parts, below = [], []
     for task in results.tasks:
+        where = f" in {task_text(task)}" if len(results.tasks) > 1 else ""
         methods = [row for row in results.tested if row.task == task and not is_bound(row.method)]
         rows = [row for row in methods if results.is_at_chance(row)]
         best = results.best_classifier(task)
-        guesses = best is not None and best.test and results.is_at_chance(best.row, best.test)
+        test, plain = (best.test, results.baseline(best.row, "zero_shot")) if best else (None, None)
+        guesses = best and test and results.is_at_chance(best.row, test)
         names = [*dict.fromkeys(row_text(row, [*row.settings]) for row in rows)]
         if len(names) > MAX_NAMES:
             names[MAX_NAMES:] = [f"{len(names) - MAX_NAMES} more"]
@@ -890,17 +905,21 @@ def at_chance_notes(results: Results) -> list[str]:
             names = ["all methods" if guesses else "the text classifiers of all methods"]
         elif guesses:
             names = ["the best classifier", *names]
+        if test and plain and test.mean < plain.mean:
+            below.append(
+                f"The best classifier{where} is below zero_shot ({format_percent(plain.mean)} %) "
+                "on the test images, which did not choose it."
+            )
         if names:
-            where = f" in {task_text(task)}" if len(results.tasks) > 1 else ""
             level = format_percent(results.chance(methods[0]))
             parts.append(f"{', '.join(names)}{where} (chance {level} %)")
     if not parts:
-        return []
+        return below
     setup = any(
         presets.tests_setup_only(row.protocol.backbone, row.dataset) for row in results.rows
     )
     remedy = f"; {presets.SETUP_ONLY}" if setup else ""
-    return [f"{AT_CHANCE}, by the 95 % interval: {'; '.join(parts)}{remedy}."]
+    return [f"{AT_CHANCE}, by the 95 % interval: {'; '.join(parts)}{remedy}.", *below]
 
 
 def chance_caution(right: int, total: int, classes: int, images: str = "images") -> str:
@@ -993,8 +1012,8 @@ def significance_notes(comparisons: Sequence[Comparison], *, marks: bool = True)
     over = _corrected_over(comparisons)
     notes = [
         f"Significant: p < {ALPHA:g}{over}.",
-        "Detectable: smallest difference, in points, that these images and runs would show as "
-        "significant with 80 % power.",
+        "Detectable: smallest difference, in points, that is significant with 80 % power; it grows "
+        "with the number of comparisons and the variance between all their runs.",
     ]
     if marks:
         names = {"host": "the host", "control": "the control"}
@@ -1062,10 +1081,10 @@ def row_text(row: Row, keys: Sequence[str]) -> str:
 def task_text(task: Task) -> str:
     """
     >>> task_text(("digits", "ul", "text"))
-    'digits, UL, text'
+    'digits, ul/text'
     """
     dataset, paradigm, modality = task
-    return f"{dataset}, {paradigm.upper()}, {modality}"
+    return f"{dataset}, {paradigm}/{modality}"
 
 
 def metric_text(rows: Sequence[Row]) -> str:

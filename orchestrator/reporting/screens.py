@@ -163,6 +163,7 @@ def _unusual_settings(plan: Plan, cell: Cell) -> Iterator[tuple[str, ...]]:
     slot = next((slot for slot in plan.slots if slot.cell.id == cell.id), None)
     settings = to_flat(slot.spec) if slot else cell.flat
     sources = {
+        "search": [dimension.key for dimension in cell.space],
         "grid": cell.chosen,
         "overrides": cell.overridden,
         "fixed": plan.sweep.fixed,

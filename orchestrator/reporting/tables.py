@@ -294,6 +294,8 @@ def difference_layouts(results: Results, comparisons: Sequence[Comparison]) -> I
         frame = DataFrame(lines).drop(
             columns=["compared with", "test images", "p"], errors="ignore"
         )
+        if not any(c.is_tested for c in comparisons):
+            frame = frame.rename(columns={"points, 95 %": "points"})
         notes = [*significance_notes(comparisons, marks=False), *comparison_notes(comparisons)]
         yield Layout(frame=frame, notes=notes)
 
@@ -318,7 +320,10 @@ def points_layouts(results: Results) -> Iterator[Layout]:
     if lines:
         yield Layout(
             frame=DataFrame(drop_empty_columns(lines)),
-            caption=["The best points of the search by its objective, which reads no test label."],
+            caption=[
+                "The best points of the search by its objective, which reads no test label; "
+                "`airsweep.results` in Python has all."
+            ],
             notes=search_answers(results),
         )
 
@@ -427,7 +432,7 @@ def _p_value(p: float) -> str:
 
 def _caption(results: Results, header: Sequence[str]) -> Iterator[str]:
     yield from at_chance_notes(results)
-    tasks = "; ".join(f"{d}, {p}/{m}" for d, p, m in results.tasks)
+    tasks = "; ".join(map(task_text, results.tasks))
     if results.tested:
         yield f"Test accuracy in %, mean ± standard deviation over n runs ({tasks})."
     else:

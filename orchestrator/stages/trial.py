@@ -224,6 +224,8 @@ class TrialRun:
             metrics["pseudo/accuracy_lora"] = right
         if data.synthetic is not None:
             metrics["synthetic/images"] = float(len(data.synthetic))
+        if data.validation is not None:
+            metrics["validation/images"] = float(len(data.validation))
         metrics["time/train_s"] = round(self._seconds(), 3)
         info: dict[str, Any] = {
             "device": self.worker.device,

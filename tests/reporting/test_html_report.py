@@ -106,7 +106,7 @@ def test_the_report_of_a_grid_has_all_sections_in_order(grid):
     assert all(picture["alt"] for picture in outline.pictures)
     titles = [text for chart in charts_of(outline) for text in labels_of(chart)]
     assert "images_per_class" in titles  # the axis of a curve
-    assert {"digits, UL, text", "digits, SSL, text"} <= set(titles)
+    assert {"digits, ul/text", "digits, ssl/text"} <= set(titles)
     # Chance is in the picture of all rows, in the curves of the setting and of pseudo-labels.
     assert {"best classifier", "chance", "chance 10.0"} <= set(titles)
     assert sum(title == "chance 10.0" for title in titles) >= 3

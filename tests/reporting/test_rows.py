@@ -162,11 +162,11 @@ def test_values_of_settings_and_modalities_are_compared_with_the_default_or_firs
         finished += [replace(t, flat=t.flat | {"modality": "visual"}) for t in visual]
     found = results(finished)
     assert [c.name for of_key in found.value_comparisons.values() for c in of_key] == [
-        *("cpl with prompt.length 8 - 16", "cpl with prompt.length 2 - 16"),
-        *("air with prompt.length 8 - 16", "air with prompt.length 2 - 16"),
-        "cpl with pseudo_labels.kind threshold - top_k",
-        "air with pseudo_labels.kind threshold - top_k",
-        *("cpl with modality visual - text", "air with modality visual - text"),
+        *("cpl with prompt.length 8 vs 16", "cpl with prompt.length 2 vs 16"),
+        *("air with prompt.length 8 vs 16", "air with prompt.length 2 vs 16"),
+        "cpl with pseudo_labels.kind threshold vs top_k",
+        "air with pseudo_labels.kind threshold vs top_k",
+        *("cpl with modality visual vs text", "air with modality visual vs text"),
     ]
     for c in found.all_comparisons:
         assert c.difference.mean == pytest.approx(c.row.mean - c.baseline.mean)
@@ -427,6 +427,20 @@ def test_a_row_that_is_not_above_chance_is_named_first() -> None:
     assert "the 95 % interval: the best classifier, cpl, fpl (chance 10.0 %)." in text
     assert table(found, "md").startswith("Not better than chance")
     assert "Not better" not in table(results(trials("air")), "md")
+
+
+def test_equal_classifiers_are_said_with_the_number_of_validation_images() -> None:
+    """The order of methods decides between them, and not the test images."""
+    scores = {"objective/validation_accuracy_text": 0.6, "validation/images": 30.0}
+    methods = {"zero_shot": 0.0, "cpl": -0.3, "fpl": 0.2, "air": -0.1}
+    for tied, words in ((2, "text of zero_shot."), (3, "2 others."), (4, "3 others.")):
+        finished = [t for m in [*methods][:tied] for t in trials(m, better=methods[m])]
+        found = results([replace(t, metrics=t.metrics | scores) for t in finished])
+        text = one_line(table(found, "md"))
+        assert f"the highest on validation images, 60.0 % of 30, tied with {words}" in text
+        assert found.best_classifiers[found.tasks[0]].row.method == "cpl"
+        below = "The best classifier is below zero_shot (45.3 %) on the test images, which did not"
+        assert text.startswith(below)
 
 
 # ---------------------------------------------------------------- answers
