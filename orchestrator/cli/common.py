@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -105,13 +104,11 @@ def load(
 def note_options(location: SweepLocation) -> None:
     """Note on stderr the options of the last run, to which results belong, and later changes."""
     from orchestrator.planning.requests import last_origin
-    from orchestrator.spec.sweep import option_words
+    from orchestrator.spec.sweep import options_text
 
     origin = last_origin(location)
-    sets, only = origin.get("sets", []), origin.get("only", [])
-    if words := option_words(sets, only, smoke=False):
-        left_out = "; the other cells of the file are left out" if only else ""
-        show(f"note: the sweep as last run, with {shlex.join(words)}{left_out}", file=sys.stderr)
+    if options := options_text(origin.get("sets", []), origin.get("only", [])):
+        show(f"note: {options}", file=sys.stderr)
     note_changes(location)
 
 

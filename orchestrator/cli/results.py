@@ -53,7 +53,8 @@ def list_sweeps(store: StoreOption = STORE, as_json: JsonOption = False) -> None
     if as_json:
         show(json.dumps(sweeps, indent=1))
     elif sweeps:
-        show("\n".join(aligned([LISTED, *map(_listed, sweeps)])))
+        options = [f"{each['sweep']}: {each['options']}" for each in sweeps if each["options"]]
+        show("\n".join([*aligned([LISTED, *map(_listed, sweeps)]), *options]))
         for sweep in sweeps:
             note_changes(location_named(sweep["sweep"], store))
     else:

@@ -42,7 +42,6 @@ from orchestrator.execution.screen import Screen
 from orchestrator.failures import CLASSES, first_line, is_disk_full
 from orchestrator.formatting import format_duration, format_time
 from orchestrator.git import commit, diff_digest, uncommitted_diff, uncommitted_digest
-from orchestrator.keys import digest
 from orchestrator.planning import (
     OutcomeTracker,
     Plan,
@@ -347,7 +346,6 @@ def _log_start(state: RunState, plan: Plan) -> None:
         spec=text_digest(state.sweep.text),
         total=plan.total,
         to_run=plan.to_run,
-        planned=digest([[slot.id, slot.key.digest] for slot in plan.slots]),
         pid=os.getpid(),
         host=socket.gethostname(),
         **provenance(),

@@ -112,7 +112,8 @@ def _description(data: ReportData) -> str:
     """What was run, which can differ from what the comment of the sweep file says."""
     methods = plural(len({row.method for row in data.results.rows}), "method")
     runs = f", {splits_and_seeds(data.results.rows)}" if data.results.rows else "."
-    return f"{data_text(data.plan)}; {methods}, {plural(data.plan.total, 'trial')}{runs}"
+    options = f" Options: {data.sweep.options}." if data.sweep.options else ""
+    return f"{data_text(data.plan)}; {methods}, {plural(data.plan.total, 'trial')}{runs}{options}"
 
 
 def _version() -> str:
@@ -302,7 +303,9 @@ def _heading(data: ReportData, task: Task) -> str:
 def images(data: ReportData) -> Iterator[Group]:
     """The contact sheet."""
     sheet = data.location.folder / "contact_sheet.png"
-    if sheet.exists() and sheet.stat().st_size:
+    # Of an earlier run, if no trial of this one reads images.
+    reads_images = any(slot.spec.synthetic_features for slot in data.plan.slots)
+    if reads_images and sheet.exists() and sheet.stat().st_size:
         shares = read_outcome(data.location).get("run", {}).get("shares", {})
         by_group = ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items()))
         caption = f"Zero-shot CLIP recognises {by_group}." if by_group else ""

@@ -230,6 +230,7 @@ def _overview(location: SweepLocation) -> dict[str, Any]:
     event_log = location.event_log()
     alive, status, state, last = event_log.is_locked(), SweepStatus(), "damaged", None
     best: list[dict[str, Any]] = []
+    options = ""
     with suppress(ValueError, OSError):
         last = max((event["time"] for event in event_log.events()), default=None)
         status = sweep_status(event_log)
@@ -237,6 +238,7 @@ def _overview(location: SweepLocation) -> dict[str, Any]:
         if status.exit_code is None:
             state = "killed"
         sweep, recorded = read_sweep(location, location.data_root)
+        options = sweep.options
         plan = plan_of(sweep, recorded)
         match_plan(status, plan, location.store, alive)
         results = results_of(plan, location.store)
@@ -247,6 +249,7 @@ def _overview(location: SweepLocation) -> dict[str, Any]:
     counts = status.counts(alive)
     return {
         "sweep": location.full_name,
+        "options": options,
         "state": "running" if alive else state,
         "finished": sum(counts[state] for state in RESULT_STATES),
         "failed": counts["failed"],
@@ -269,7 +272,6 @@ class SweepStatus:
     total: int = 0  # trials
     last: dict[str, str] = field(default_factory=dict)  # state of each slot
     keys: dict[str, str] = field(default_factory=dict)  # of the trials that ended, by slot
-    planned: set[str] = field(default_factory=set)  # digests of the slots; two if they changed
     results: LoggedResults = field(default_factory=LoggedResults)
     last_run: Counter[str] = field(default_factory=Counter)  # ends of trials in it, by state
     failures: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # last event, by slot
@@ -355,7 +357,6 @@ def sweep_status(event_log: EventLog) -> SweepStatus:
         match event["event"]:
             case "sweep_started":
                 status.total, status.exit_code = event["total"], None
-                status.planned.add(event.get("planned", ""))
                 status.last_run = Counter()
                 status.retried, status.failed_artifacts = Counter(), {}
                 status.pending_artifacts, status.waiting_cells = {}, ()

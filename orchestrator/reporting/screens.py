@@ -183,13 +183,15 @@ def status_report(location: SweepLocation) -> dict[str, Any]:
     status = sweep_status(location.event_log())
     alive = location.event_log().is_locked()
     unused: dict[str, UnusedImages] = {}
+    options = ""
     with suppress(ValueError, OSError):  # the sweep's file or records cannot be read
         sweep, recorded = read_sweep(location, location.data_root)
-        if len(status.planned) > 1 or (not alive and status.counts(alive)["waiting"]):
-            match_plan(status, plan_of(sweep, recorded), location.store, alive)
+        options = sweep.options
+        match_plan(status, plan_of(sweep, recorded), location.store, alive)
         unused = _unused(sweep, recorded)
     return {
         "sweep": location.full_name,
+        "options": options,
         "running": alive,
         "exit_code": status.exit_code,
         "trials": status.counts(alive),
@@ -261,11 +263,12 @@ def status_screen(content: dict[str, Any]) -> str:
     last = "last run was killed" if code is None else f"last exit code {code}"
     state = "running" if content["running"] else f"not running, {last}"
     lines = [f"{content['sweep']}: {state}", f"  trials    {counts}"]
+    lines += [f"  options   {content['options']}"] if content["options"] else []
     if content["prepared"]:
         prepared = ", ".join(
             f"{count} {STAGE_TITLES[stage]}" for stage, count in content["prepared"].items()
         )
-        lines.append(f"  prepared  {prepared}")
+        lines.append(f"  prepared  by this sweep, in all runs: {prepared}")
     for name, unused in content["unused"].items():
         lines.append(f"  not used  {name}: {UnusedImages(**unused)}")
     if content["holes"]:

@@ -182,6 +182,7 @@ def run_facts(plan: Plan, location: SweepLocation) -> list[tuple[str, str]]:
     left = f", {plan.to_run} left to run" if plan.to_run else ""
     trials = f"{plan.total}: {results_text(counts)}, {counts['failed']} failed{left}"
     return [
+        ("options", plan.sweep.options),
         ("not used", "\n".join(unused_lines(plan, location, status))),
         ("trials", f"{trials}{time}"),
     ]

@@ -91,7 +91,7 @@ FEW = (
     "significant."
 )
 NONE = (
-    "Expect: no accuracy, since no image has a label; the table shows how far the classifiers "
+    "Expect: no accuracy until images are labelled; the table shows how far the classifiers "
     "agree. Label some before the first run (`airsweep sample {name}.yaml` draws them): labelled "
     "images leave the pool, so LoRA and denoising errors are then made again."
 )
@@ -326,7 +326,12 @@ def _text(name: str, images: _Images, gpus: bool) -> str:
     expect = FEW if images.tests < FEW_TESTS else EXPECT
     expect = (expect if images.tests else NONE).format(tests=images.tests, name=name)
     question = QUESTION.format(subject=images.subject)
-    head = (question, f"{images.about}.", COST.format(name=name), expect)
+    head = (
+        question,
+        f"When this file was written: {images.about}.",
+        COST.format(name=name),
+        expect,
+    )
     dataset = f"  dataset: {json.dumps(images.dataset, ensure_ascii=False)}"
     return TEXT.format(
         question="\n".join(_comment(line) for line in head),

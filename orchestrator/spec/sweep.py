@@ -11,6 +11,7 @@ import itertools
 import math
 import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field, replace
@@ -345,6 +346,7 @@ class SweepSpec:
     tracking_uri: str | None = None
     data_root: str | None = None
     question: str = ""  # the comment at the top of the file
+    options: str = ""  # from `options_text`
     source: str = ""  # the path of the file, as given
     text: str = ""
     plugins: tuple[Plugin, ...] = ()
@@ -653,12 +655,24 @@ def option_words(sets: Iterable[str], only: Iterable[str], smoke: bool) -> list[
     return [word for pair in pairs for word in pair] + (["--smoke"] if smoke else [])
 
 
+def options_text(sets: Sequence[str], only: Sequence[str]) -> str:
+    """How options changed a sweep file; empty without options.
+
+    >>> options_text(["seeds=[1]"], [])
+    "the sweep file with --set 'seeds=[1]'"
+    """
+    words = shlex.join(option_words(sets, only, smoke=False))
+    left_out = "; its other cells are left out" if only else ""
+    return f"the sweep file with {words}{left_out}" if words else ""
+
+
 def notes_of(spec: SweepSpec) -> tuple[str, ...]:
     """Sentences about allowed but surprising settings, for `airsweep plan` and `run`."""
     return tuple(_notes(spec))
 
 
 def _notes(spec: SweepSpec) -> Iterator[str]:
+    yield from [spec.options] if spec.options else []
     is_whole = not _is_reduced(spec)
     parts = {"fixed": spec.fixed, "grid": spec.grid, "search.space": [d.key for d in spec.space]}
     for part, keys in parts.items() if is_whole else ():

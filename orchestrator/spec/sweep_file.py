@@ -58,6 +58,7 @@ from orchestrator.spec.sweep import (
     has_fitting_cell,
     matching_overrides,
     needs_labels_message,
+    options_text,
     split_name,
     with_every_method,
 )
@@ -217,6 +218,7 @@ def sweep_from_document(
         missing = document.error((), f"`method` is missing; set it under grid or fixed; {allowed}")
         raise joined([missing, *conflicts])
     spec = replace(_sweep_spec(document, file), relative_names=relative, plugins=tuple(plugins))
+    spec = replace(spec, options=options_text(sets, only))
     if errors := [*conflicts, *_contradictions(spec)]:
         raise joined(errors)
     return _select(spec, only)
@@ -382,7 +384,8 @@ def _select(spec: SweepSpec, only: Sequence[str]) -> SweepSpec:
         key: tuple(value for value in values if value in selected.get(key, values))
         for key, values in spec.grid.items()
     }
-    smaller = replace(spec, grid=grid, axes=spec.grid)
+    question = "" if only else spec.question  # which is about all cells
+    smaller = replace(spec, grid=grid, axes=spec.grid, question=question)
     if next(combinations(smaller), None) is None:
         raise SpecError(
             f"--only {' --only '.join(only)}: no cell is left, because `exclude` removes them all"

@@ -330,10 +330,15 @@ def test_printed_commands_and_tables_have_the_options_of_the_last_run(
     origin = {**options, "source": "a b.yaml", "data_root": "/data", "inputs": None}
     location.write("resolved.json", sealed_json(origin))
     again = "airsweep run 'a b.yaml' --set 'seeds=[1]' --only method=fpl --smoke"
+    changed = (
+        "the sweep file with --set 'seeds=[1]' --only method=fpl; its other cells are left out"
+    )
     with_store = f"{again} --store '{tmp_path / 'my runs'}' --data-root /data"
     for name in ("old", smoke / "files" / "old.yaml"):
         _, _, err = command("table", name, "--store", tmp_path / "my runs", "--smoke")
-        assert "note: the sweep as last run, with --set 'seeds=[1]' --only method=fpl;" in err
+        assert f"note: {changed}" in err
+    assert f"old: {changed}" in command("list", "--store", smoke)[1]
+    assert f"options   {changed}" in command("status", "old", "--store", smoke)[1]
     assert requests.run_command(location) == with_store
     monkeypatch.setenv("AIRSWEEP_STORE", str(tmp_path / "my runs"))
     monkeypatch.setenv("AIRSWEEP_DATA", "/data")

@@ -54,7 +54,7 @@ def record_sweep(
     location.write("spec.yaml", sweep.text)
     location.write("resolved.json", sealed_json({"sets": [], "only": [], "source": sweep.source}))
     plan = plan_of(sweep, location)
-    event_log.append("sweep_started", total=plan.total, spec="", to_run=plan.to_run, planned="")
+    event_log.append("sweep_started", total=plan.total, spec="", to_run=plan.to_run)
     for index, slot in enumerate(plan.slots):
         if done(index):
             write(slot, location.store)

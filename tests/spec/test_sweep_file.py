@@ -596,4 +596,7 @@ def test_a_key_that_no_cell_uses_is_noted_and_as_an_axis_refused(tmp_path):
     used = write_sweep(tmp_path, "used", axis.replace("METHODS", "cpl, air"))
     selected = read_request(used, only=["method=cpl"]).spec
     assert len(cells_of(selected)) == 1
-    assert notes_of(selected) == ("2 combinations of the grid are 1 different cells",)
+    assert notes_of(selected) == (
+        "the sweep file with --only method=cpl; its other cells are left out",
+        "2 combinations of the grid are 1 different cells",
+    )
