@@ -43,6 +43,8 @@ QUIET = {
     "RAY_COLOR_PREFIX": "0",
     "RAY_DEDUP_LOGS_ALLOW_REGEX": "marked dead|memory pressure",
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
+    # After Ctrl-C a thread of Ray Data would start a second Ray, which warns on the terminal.
+    "RAY_ENABLE_AUTO_CONNECT": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # Ray's C++ code warns about arguments of actors otherwise
 }
 AUTH_MODE = "RAY_AUTH_MODE"
