@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from air_core.printable import printable
+from orchestrator.environment import originals
 
 
 def show(text: object, file: TextIO | None = None, end: str = "\n", flush: bool = False) -> None:
@@ -22,7 +25,10 @@ def show(text: object, file: TextIO | None = None, end: str = "\n", flush: bool 
         file: default: sys.stdout.
         end, flush: as for `print`.
     """
-    print(printable_lines(str(text)), file=file, end=end, flush=flush)
+    if 2 in originals and file is sys.__stderr__:  # Ray starts, and stderr is redirected meanwhile
+        os.write(originals[2], f"{printable_lines(str(text))}{end}".encode())
+    else:
+        print(printable_lines(str(text)), file=file, end=end, flush=flush)
 
 
 def printable_lines(text: str) -> str:

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -231,6 +232,28 @@ def test_a_run_whose_cluster_does_not_answer_leaves_no_store(
     assert code == 3
     assert f"RAY_ADDRESS={address}" in err
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_ray_that_does_not_start_in_time_is_awaited_and_then_refused(
+    tmp_path, command, monkeypatch
+):
+    def init(**options):
+        time.sleep(1.5)
+        raise Exception("The current node timed out during startup. This could happen because")
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("orchestrator.cluster.session.kill_local_ray", lambda: None)
+    monkeypatch.setattr("orchestrator.execution.screen.WAIT_INTERVAL", 1)
+    spec = write_sweep(tmp_path, "one", "fixed: {method: zero_shot}\n")
+    code, _, err = command("run", spec, "--store", tmp_path / "runs", "--tracking-uri", "none")
+    assert code == 3
+    assert "waiting for Ray to start (0:01 so far)" in err
+    last = err.splitlines()[-1]
+    assert last.startswith(
+        "airsweep: Ray did not start on this machine (The current node timed out"
+    )
+    assert "startup); if the machine is busy, try again later (Ray's logs: " in last
 
 
 def test_a_deleted_working_directory_is_named(tmp_path):

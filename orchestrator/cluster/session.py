@@ -77,7 +77,8 @@ def ray_session(
             not die.
 
     Raises:
-        Refused: no cluster at RAY_ADDRESS can be joined, or it rejects the token.
+        Refused: no cluster at RAY_ADDRESS can be joined, or it rejects the token; or no local
+            cluster starts.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -114,7 +115,11 @@ def _existing_cluster(address: str) -> Iterator[None]:
 def _local_cluster(
     on_death: Callable[[Path], None], keep_logs: Callable[[], bool]
 ) -> Iterator[None]:
-    """Start a local cluster. Its logs stay if it fails to start, dies, or `keep_logs()` is true."""
+    """Start a local cluster. Its logs stay if it fails to start, dies, or `keep_logs()` is true.
+
+    Raises:
+        Refused: it does not start.
+    """
     import ray
 
     # Workers import the packages of this checkout, which may not be installed.
@@ -134,9 +139,15 @@ def _local_cluster(
                 _system_config=KEEP_WORKERS,
                 **SILENT,
             )
-    except Exception:
-        log.error(f"Ray did not start; its logs are in {logs}")
-        raise
+    except Exception as problem:
+        kill_local_ray()  # the processes that have started
+        # After its time limits Ray raises one of these, or a plain Exception.
+        if type(problem) is not Exception and not isinstance(problem, RuntimeError | TimeoutError):
+            raise  # such as a full disk
+        raise Refused(
+            f"Ray did not start on this machine ({first_line(problem).partition('. ')[0]}); if the "
+            f"machine is busy, try again later (Ray's logs: {logs})"
+        ) from problem
     closing, died = threading.Event(), threading.Event()
 
     def report_death() -> None:

@@ -14,7 +14,6 @@ from ray.exceptions import RayError
 from orchestrator.store.checkpoints import Curves
 
 INTERVAL = 1.0  # seconds between two reads, and between two reports on one piece of work
-MIN_WAIT = 5.0  # seconds: a shorter wait for another process is not reported
 MIN_RUNTIME = 15.0  # seconds: work that ends sooner is not reported
 HEARTBEAT = 20.0  # seconds between two reports of a process that works
 CURVES_INTERVAL = 10.0  # seconds between two reports of the curves of a trial
@@ -54,7 +53,7 @@ class ProgressReporter:
 
     def report_wait(self, lock: str, holder: str, seconds: float) -> None:
         """Report that another process holds the lock of this work, or of an input of it."""
-        if seconds > MIN_WAIT and time.monotonic() - self.last_wait > INTERVAL:
+        if time.monotonic() - self.last_wait > INTERVAL:
             self.last_wait = time.monotonic()
             self.actor.write.remote(self.name, "waiting", holder, seconds)
 

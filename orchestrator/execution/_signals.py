@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.cluster.session import kill_local_ray
-from orchestrator.environment import originals
 from orchestrator.errors import FAILED, INTERRUPTED, TERMINATED
 from orchestrator.execution._state import RunState
 from orchestrator.formatting import plural, show
@@ -71,9 +70,6 @@ def _on_second_sigint(state: RunState, number: int, frame: Any) -> None:
 
 
 def _say(text: str) -> None:
-    if 2 in originals:  # Ray starts, and stderr is redirected meanwhile
-        os.write(originals[2], f"\n{text}\n".encode())
-        return
     with suppress(RuntimeError):  # the signal came while a line was printed
         show(f"\n{text}", file=sys.stderr, flush=True)
 

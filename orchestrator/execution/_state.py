@@ -14,6 +14,7 @@ from orchestrator.errors import FAILED, INTERRUPTED, StoreFull
 from orchestrator.execution._stall import StallMonitor
 from orchestrator.execution.screen import Screen
 from orchestrator.failures import CLASSES, Failure
+from orchestrator.formatting import plural
 from orchestrator.planning import (
     Outcome,
     OutcomeTracker,
@@ -26,6 +27,7 @@ from orchestrator.planning import (
 )
 from orchestrator.planning.dataset_text import unused_images
 from orchestrator.planning.estimate import START, Pace, Work, stage_work, trial_work
+from orchestrator.planning.plan import STAGE_TITLES
 from orchestrator.spec import Resources, SweepSpec
 from orchestrator.store import EventLog, SweepLocation
 from orchestrator.store.checkpoints import Curves
@@ -88,6 +90,8 @@ class RunState:
     progress: ProgressMonitor | None = None
     memory_peak: MemoryPeak | None = None
     stall: StallMonitor | None = None
+    # When a process last reported more than that it works.
+    news: float = field(default_factory=time.monotonic)
     stage: str = ""  # the stage that is being prepared
     signal_exit_code: int | None = None  # after a signal
     ray_died: bool = False  # the local Ray died
@@ -98,7 +102,7 @@ class RunState:
     process_died: bool = False  # a worker died, so that Ray's logs may explain a failure
 
     def check(self) -> None:
-        """Show progress or explain a stall. Called about ten times a second.
+        """Show progress, or a wait with its reason. Called about ten times a second.
 
         Raises:
             KeyboardInterrupt, SystemExit: a signal came earlier, and other code dropped the
@@ -108,16 +112,26 @@ class RunState:
             if self.signal_exit_code == INTERRUPTED:
                 raise KeyboardInterrupt
             raise SystemExit(self.signal_exit_code)
-        if self.progress is not None and self.stall is not None:
+        stall = self.stall
+        if self.progress is not None and stall is not None:
             handlers: dict[str, Callable[..., None]] = {
                 "progress": self.on_progress,
                 "waiting": self.on_waiting,
-                "working": lambda name: self._reset_stall(),
+                "working": lambda name: stall.reset(),
                 "curves": self.on_curves,
             }
             for (name, kind), arguments in self.progress.read().items():
                 handlers[kind](name, *arguments)
-            self.stall.check()
+            stall.check()
+            self.screen.show_wait(f"waiting for {self._awaited()}", time.monotonic() - self.news)
+
+    def _awaited(self) -> str:
+        """The work that starts or runs."""
+        trials = len(self.running_slots())
+        names = [plural(trials, "trial")] if trials else []
+        if self.allocation is not None and self.allocation.preparing and self.stage:
+            names.append(STAGE_TITLES[self.stage])
+        return " and ".join(names) or "the last tasks"
 
     # ---------------------------------------------------------------- preparation and progress
 
@@ -168,7 +182,7 @@ class RunState:
 
     def on_waiting(self, name: str, holder: str, seconds: float) -> None:
         self._reset_stall()
-        self.screen.show_wait(name, holder, seconds)
+        self.screen.show_wait(f"waiting for {holder} to make it", seconds, name)
 
     def on_curves(self, name: str, curves: Curves, started: float) -> None:
         slot = self.running_slots().get(name.removeprefix("trial "))
@@ -226,6 +240,7 @@ class RunState:
             self.statistics.add_work(work, record.seconds - startup, startup)
 
     def _reset_stall(self) -> None:
+        self.news = time.monotonic()
         if self.stall is not None:
             self.stall.reset()
 

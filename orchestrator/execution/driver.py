@@ -511,9 +511,10 @@ def _start_ray(state: RunState, plan: Plan, session: ExitStack) -> None:
 
     joins = joins_existing_cluster()
     state.screen.message("joining Ray" if joins else "starting Ray")
-    session.enter_context(
-        ray_session(functools.partial(on_ray_death, state), lambda: state.process_died)
-    )
+    with state.screen.waiting("waiting for Ray to start"):
+        session.enter_context(
+            ray_session(functools.partial(on_ray_death, state), lambda: state.process_died)
+        )
     # Not before: the session sets variables that Ray reads when it is imported.
     from orchestrator.execution._allocation import Allocation
     from orchestrator.execution._progress import ProgressMonitor
@@ -554,6 +555,7 @@ def _wait_for_machines(state: RunState, allocation: Allocation, plan: Plan) -> N
             request_autoscaling(state.sweep.resources)
             requested = True
         time.sleep(min(wait, 1.0))
+        state.news = time.monotonic()
 
 
 # ---------------------------------------------------------------- the end
@@ -593,7 +595,8 @@ def _recorded_end(state: RunState, plan: Plan) -> Iterator[None]:
     finally:
         state.screen.close()
         try:
-            unwritten = _record_end(state)
+            with state.screen.waiting("recording the end"):
+                unwritten = _record_end(state)
         except LOST as lost:
             raise StoreLost(f"{lost}; {RESUME_HINT}") from lost
         finally:

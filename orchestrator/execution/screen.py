@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from air_core.printable import printable
+from orchestrator.environment import originals
 from orchestrator.formatting import format_duration, plural, printable_lines, show
 from orchestrator.planning import Plan, Requirement, artifact_title, results_text
 
@@ -18,6 +23,7 @@ if TYPE_CHECKING:
 # Off a terminal, two lines about the same work are at least this many seconds apart, and this share
 # of its time so far: an hour prints some forty lines instead of 360.
 LINE_INTERVAL, LINE_SHARE = 10.0, 0.1
+WAIT_INTERVAL = 15.0  # seconds until the first line about a wait, and the least between two
 NAME_WIDTH = 44
 
 
@@ -113,15 +119,29 @@ class Screen:
             count = f"{done}/{total} {unit}".rstrip()
             self.message(f"{name}: {count}{pace.remaining(now, done, total)}")
 
-    def show_wait(self, name: str, holder: str, seconds: float) -> None:
+    def show_wait(self, wait: str, seconds: float, name: str = "") -> None:
+        """Show a wait that has lasted some seconds so far; of each piece of work one at a time."""
         last = self.waits.get(name, 0.0)
         if seconds < last:  # another wait has begun
-            last = 0.0
-        if not last or seconds > 2 * last:  # an hour is ten lines
+            self.waits[name] = last = 0.0
+        if seconds >= last + max(WAIT_INTERVAL, last / 2):  # an hour is 13 lines
             self.waits[name] = seconds
-            self.message(
-                f"{name}: waiting for {holder} to make it ({format_duration(seconds)} so far)"
-            )
+            self.message(f"{name}{': ' * bool(name)}{wait} ({format_duration(seconds)} so far)")
+
+    @contextmanager
+    def waiting(self, wait: str) -> Iterator[None]:
+        """Show the wait for the block, which does not return for long."""
+        started, ended = time.monotonic(), threading.Event()
+
+        def report() -> None:
+            while not ended.wait(1.0):
+                self.show_wait(wait, time.monotonic() - started)
+
+        threading.Thread(target=report, daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
 
     def show_outcome(self, outcome: Outcome) -> None:
         row = self.rows.add(outcome)
@@ -175,7 +195,10 @@ class BarScreen(Screen):
         self.trials: Any = None
 
     def message(self, text: str) -> None:
-        self.console.print(printable_lines(text), markup=False, soft_wrap=True)
+        if 2 in originals:  # Ray starts: the text replaces the bar, which is drawn again afterwards
+            os.write(originals[2], f"\r\x1b[2K{printable_lines(text)}\n".encode())
+        else:
+            self.console.print(printable_lines(text), markup=False, soft_wrap=True)
 
     def show_start(self, plan: Plan) -> None:
         super().show_start(plan)

@@ -219,9 +219,8 @@ def test_a_generator_short_of_memory_saves_memory_and_keeps_its_block_size(
 
 
 def test_waiting_for_a_block_of_another_process_reports_that_process(
-    ray_session, resolver, drawn_digits, tmp_path, monkeypatch
+    ray_session, resolver, drawn_digits, tmp_path
 ):
-    monkeypatch.setattr("orchestrator.execution._progress.MIN_WAIT", 0.1)
     requirement = row_requirement(resolver, drawn_digits, 8)
     worker = WorkerContext(ArtifactStore(tmp_path))
     key = artifact_key(requirement.spec.images)
