@@ -59,7 +59,7 @@ class CellSearch:
     def __init__(self, cell: Cell, search: Search, suggested: Mapping[int, dict[str, Any]]) -> None:
         self.cell, self.search = cell, search
         self._sampler = SAMPLERS.load(search.sampler)
-        self._grid = grid_points(cell) if search.sampler == "grid" else []
+        self._grid = grid_points(cell)
         self._total = point_count(cell, search)
         self._suggested = dict(suggested)
         self._computations: set[TrialSpec] = set()  # of the points of the rounds so far
@@ -85,7 +85,8 @@ class CellSearch:
 
     def _point(self, number: int) -> Point:
         """The point of the event log or of the grid, the default as number 0, or a sampled one."""
-        params = self._suggested.get(number) or (self._grid[number] if self._grid else {})
+        is_grid = self.search.sampler == "grid"
+        params = self._suggested.get(number) or (self._grid[number] if is_grid else {})
         if not params and number == 0:
             params = default_params(self.cell)
         params = self._suggested[number] = params or self._sample(number)
@@ -93,7 +94,8 @@ class CellSearch:
         return Point(number, params)
 
     def _sample(self, number: int) -> dict[str, Any]:
-        """Sample a point that computes something new; after ATTEMPTS attempts it may repeat."""
+        """Sample a point that computes something new, or take one of the grid; of a range, it may
+        repeat after ATTEMPTS attempts."""
         round_index, index = divmod(number, self.search.width)
         words = f"{self.search.seed}/{self.cell.id}/{round_index}/{index}"
         earlier = [
@@ -113,8 +115,9 @@ class CellSearch:
             trial = study.ask()
             params = {each.key: _suggest_value(trial, each) for each in self.cell.space}
             if self._computation(params) not in self._computations:
-                break
-        return params
+                return params
+        new = (each for each in self._grid if self._computation(each) not in self._computations)
+        return next(new, params)
 
     def _computation(self, params: Mapping[str, Any]) -> TrialSpec:
         return computation_of({**self.cell.flat, **params})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from air_core.specs import TrialSpec
 from air_core.specs.flat import trial_keys
 from orchestrator.keys import digest
-from orchestrator.spec.sweep import Cell, Dimension, Search, computation_of
+from orchestrator.spec.sweep import MAX_POINTS, Cell, Dimension, Search, computation_of
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,7 @@ def point_count(cell: Cell, search: Search | None) -> int:
     """Number of points of a cell, over all runs of the sweep."""
     if search is None or not cell.space:
         return 1
-    if search.sampler == "grid":
-        return min(search.points, len(grid_points(cell)))
-    return search.points
+    return min(search.points, len(grid_points(cell)) or search.points)
 
 
 def study_name(cell: Cell, search: Search) -> str:
@@ -54,7 +53,12 @@ def default_params(cell: Cell) -> dict[str, Any]:
 
 
 def grid_points(cell: Cell) -> list[dict[str, Any]]:
-    """Every combination of values, the default first; of those that compute the same, the first."""
+    """Every combination of values, the default first; of those that compute the same, the first.
+
+    Empty if a dimension has a range or there are more than `MAX_POINTS` combinations.
+    """
+    if math.prod(len(d.values or ()) for d in cell.space) > MAX_POINTS:
+        return []
     keys = [dimension.key for dimension in cell.space]
     combinations = itertools.product(*[d.values or () for d in cell.space])
     points = [dict(zip(keys, values, strict=True)) for values in combinations]

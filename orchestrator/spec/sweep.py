@@ -577,7 +577,7 @@ def _searched_dimensions(
     return _dimensions_with_effect(frozenset(flat.items()), free)
 
 
-MOST_POINTS = 4096  # of a space whose dimensions are checked; a larger space keeps all of them
+MAX_POINTS = 10_000  # of a space that is enumerated; a larger one keeps all of its dimensions
 
 
 @computed_from_registries
@@ -587,7 +587,7 @@ def _dimensions_with_effect(
 ) -> tuple[Dimension, ...]:
     own = {each.key: dict(flat).get(each.key, trial_keys()[each.key].default) for each in space}
     values = {each.key: (own[each.key], *_ends(each)) for each in space}
-    if math.prod(map(len, values.values())) > MOST_POINTS:
+    if math.prod(map(len, values.values())) > MAX_POINTS:
         return space
 
     def has_effect(key: str) -> bool:

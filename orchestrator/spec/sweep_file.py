@@ -45,6 +45,7 @@ from orchestrator.spec.marked_yaml import (
 )
 from orchestrator.spec.space import point_count
 from orchestrator.spec.sweep import (
+    MAX_POINTS,
     THREE_SEEDS,
     Cell,
     Override,
@@ -422,7 +423,6 @@ def _question(text: str) -> str:
 # ---------------------------------------------------------------- consistency
 
 MAX_CELLS = 10_000
-MAX_POINTS = 10_000  # of sampler grid in a cell
 MAX_TRIALS = 100_000
 
 

@@ -369,7 +369,9 @@ def test_a_round_ends_when_all_its_points_have_ended_in_any_order(world):
 
 def test_a_point_that_equals_an_earlier_point_is_reused(world):
     """Five points of four lengths: at least one length comes twice."""
-    jobs = world.run_all(world.scheduler(sweep("fpl", search=searching(points=5), seeds=(1,))))
+    space = (Dimension(key="prompt.length", min=1, max=4),)
+    search = Search(sampler="random", points=5, width=2, space=space)
+    jobs = world.run_all(world.scheduler(sweep("fpl", search=search, seeds=(1,))))
     lengths = {params["prompt.length"] for _, params, _ in world.points()}
     assert len(jobs) == len(lengths) < 5
     assert world.states().count("reused") == 5 - len(lengths)
