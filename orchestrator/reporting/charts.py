@@ -8,7 +8,7 @@ data give the same bytes.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,8 @@ from orchestrator.reporting.rows import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from orchestrator.spec import Cell
 
 WIDTH = 4.4  # of a chart in a report, in inches of 96 px
 WIDE = 7.0  # of a chart in a note: the largest width that MLflow shows without scaling
@@ -161,15 +163,22 @@ def curves(
     *,
     title: str = "",
     level: Mapping[str, float] | None = None,
+    chance: Mapping[str, float] | None = None,
     joined: bool = True,
+    log: bool = False,
     width: float = WIDTH,
 ) -> Figure:
     """A line in percent per series of fractions, over its band.
 
     Args:
         level: horizontal reference lines, by name.
+        chance: the same, but the axis does not extend to them: from chance to the curves their
+            differences would be too small to see. The title names those below it.
         joined: whether points are joined by a line over the band; else only dots are drawn.
+        log: whether the axis of x is logarithmic.
     """
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
+
     with _drawing(width, 2.6 if width == WIDTH else 3.6) as (figure, axes):
         for curve in series:
             x = np.asarray(curve.x, dtype=float)
@@ -180,15 +189,24 @@ def curves(
                 low, high = (100 * np.asarray(side) for side in (curve.low, curve.high))
                 axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         for name, value in (level or {}).items():
-            axes.axhline(100 * value, color=FAINT, linewidth=1, linestyle=(0, (2, 2)), marker="")
-            right = axes.get_yaxis_transform()
-            style = {"ha": "right", "va": "bottom", "fontsize": 7, "color": FAINT}
-            axes.text(1, 100 * value, name, style, transform=right)
+            _reference_line(axes, 100 * value, name)
         ticks = sorted({float(x) for curve in series for x in curve.x})
+        if log:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.minorticks_off()
         if joined and 1 < len(ticks) <= 7:
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        _limit_axis(axes)
+        bottom = _limit_axis(axes)
         axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+        below = [name for name, value in (chance or {}).items() if 100 * value < bottom]
+        for name, value in (chance or {}).items():
+            if name not in below:
+                _reference_line(axes, 100 * value, name)
+        if below:
+            text = f"below: {', '.join(below)}"
+            axes.set_title(text, {"fontsize": 7, "color": FAINT}, loc="right")
         if len(series) > 1 or series[0].label:
             longest = max(len(curve.label) for curve in series)
             columns = max(1, int(13 * width / (7 + longest)))
@@ -197,12 +215,21 @@ def curves(
     return figure
 
 
-def _limit_axis(axes: Axes) -> None:
-    """Show at least `MIN_SPAN` points, so that small differences look small, and end at 100 %."""
+def _reference_line(axes: Axes, y: float, name: str) -> None:
+    axes.axhline(y, color=FAINT, linewidth=1, linestyle=(0, (2, 2)), marker="")
+    style = {"ha": "right", "va": "bottom", "fontsize": 7, "color": FAINT}
+    axes.text(1, y, name, style, transform=axes.get_yaxis_transform())
+
+
+def _limit_axis(axes: Axes) -> float:
+    """Show at least `MIN_SPAN` points, so that small differences look small, and end at 100 %;
+    returns the lower end."""
     low, high = axes.get_ylim()
     middle, half = (low + high) / 2, max(high - low, MIN_SPAN) / 2
     top = min(middle + half, 100 + half / 10)
-    axes.set_ylim(min(middle - half, top - MIN_SPAN), top)
+    bottom = min(middle - half, top - MIN_SPAN)
+    axes.set_ylim(bottom, top)
+    return bottom
 
 
 def dots(
@@ -360,7 +387,12 @@ def differences(results: Results) -> Figure:
 
 
 def by_setting(
-    results: Results, points: Sequence[Row], key: str, *, width: float = WIDTH
+    results: Results,
+    points: Sequence[Row],
+    key: str,
+    cells: Iterable[Cell],
+    *,
+    width: float = WIDTH,
 ) -> list[Figure]:
     """Accuracy against a setting, split into charts of at most `MAX_CURVES` curves.
 
@@ -370,7 +402,9 @@ def by_setting(
 
     Args:
         points: one row per point, also for a search.
+        cells: if one of them searches the setting on a logarithmic scale, the charts have it too.
     """
+    log = any(dimension.log for cell in cells for dimension in cell.space if dimension.key == key)
     searched = len(points) > len(results.rows)
     lines: dict[str, list[Row]] = {}
     for row in points:
@@ -399,8 +433,10 @@ def by_setting(
             key,
             metric_text(results.rows),
             title=f"{number} of {len(parts)}" if len(parts) > 1 else "",
-            level=fixed | _chance(results, points),
+            level=fixed,
+            chance=_chance(results, points),
             joined=not searched,
+            log=log,
             width=width,
         )
         for number, part in enumerate(parts, 1)
@@ -452,10 +488,10 @@ def pseudo_labels(
     shown = series[:MAX_CURVES]
     # Pseudo-labels can be of other classes than the test: of the unseen ones, of another dataset.
     same = [row for row in rows if row.paradigm != "trzsl" and " -> " not in row.dataset]
-    level = _chance(results, same) if metric == "pseudo/accuracy" else {}
+    chance = _chance(results, same) if metric == "pseudo/accuracy" else {}
     if not shown:
         return None
-    return curves(shown, "iteration", ylabel, title=title, level=level, width=width)
+    return curves(shown, "iteration", ylabel, title=title, chance=chance, width=width)
 
 
 def confusion(labels: Array, predictions: Array, classes: int) -> Array:
@@ -470,14 +506,14 @@ def confusion_picture(labels: Array, predictions: Array, names: Sequence[str]) -
     return png(heatmap(counts, names, width=min(12.0, 2.4 + 0.42 * len(names))))
 
 
-def pictures(results: Results) -> dict[str, bytes]:
+def pictures(results: Results, cells: Iterable[Cell] = ()) -> dict[str, bytes]:
     """The charts of a note, by file name; charts without data are left out."""
     figures: dict[str, Figure | None] = {}
     if len(results.tested) > 1:
         figures["accuracy.png"] = accuracy(results, most=MAX_DOTS, width=WIDE)
     points = [row for row in rows(results.trials, None) if row.is_tested]
     for key in numeric_settings(points)[:MAX_SETTINGS]:
-        if parts := by_setting(results, points, key, width=WIDE):
+        if parts := by_setting(results, points, key, cells, width=WIDE):
             figures[f"accuracy_by_{key}.png"] = parts[0]
     learned = pseudo_labels(results, results.rows, "pseudo/accuracy", width=WIDE)
     figures["pseudo_labels.png"] = learned

@@ -103,6 +103,7 @@ def page(sweep: SweepSpec, location: SweepLocation) -> str:
         description=_description(data),
         question=re.split(r"\n\s*\n", sweep.question.strip()),
         sections=sections,
+        is_wide=_is_wide,
         footer=f"airsweep {_version()}, sweep {location.full_name}, {len(results.trials)} results.",
     )
     return text + "\n"
@@ -114,6 +115,13 @@ def _description(data: ReportData) -> str:
     runs = f", {splits_and_seeds(data.results.rows)}" if data.results.rows else "."
     options = f" Options: {data.sweep.options}." if data.sweep.options else ""
     return f"{data_text(data.plan)}; {methods}, {plural(data.plan.total, 'trial')}{runs}{options}"
+
+
+def _is_wide(table: Layout) -> bool:
+    """Whether a table is wider than a phone: 7 px a character and 12 px a column."""
+    columns = ([name, *cells] for name, cells in table.frame.items())
+    widths = [max(min(len(text), 40) for text in column) for column in columns]
+    return sum(7 * width + 12 for width in widths) > 390
 
 
 def _version() -> str:
@@ -274,7 +282,7 @@ def by_setting(data: ReportData) -> Iterator[Group]:
     figures = [
         _chart(figure, f"Accuracy against {key}")
         for key in charts.numeric_settings(points)
-        for figure in charts.by_setting(data.results, points, key)
+        for figure in charts.by_setting(data.results, points, key, data.plan.cells)
     ]
     if figures:
         yield Group(figures=figures)
@@ -293,7 +301,9 @@ def learning_curves(data: ReportData) -> Iterator[Group]:
             if (figure := charts.pseudo_labels(data.results, of_task, metric))
         ]
         if figures:
-            yield Group(heading=_heading(data, task), figures=figures)
+            known = len(figures) == len(charts.PSEUDO)
+            texts = [] if known else ["Their accuracy is unknown, since the pool has no labels."]
+            yield Group(heading=_heading(data, task), texts=texts, figures=figures)
 
 
 def _heading(data: ReportData, task: Task) -> str:
@@ -389,7 +399,7 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[ReportData], Iterator[Group]]], .
         "curves",
         "Learning curves",
         "The pseudo-labels of each round, mean over runs with a band from the lowest to the "
-        "highest: a method helps where they become more accurate while they cover more images.",
+        "highest: good ones stay accurate while they cover more images.",
         learning_curves,
     ),
     (

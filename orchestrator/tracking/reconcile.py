@@ -231,7 +231,7 @@ def note_and_files(
     Args:
         run_id: of the sweep run; the note shows charts among its files.
     """
-    charts = pictures(results)
+    charts = pictures(results, plan.cells)
     screen = summary(sweep_title(plan), results, run_facts(plan, location))
     note = [
         "\n\n".join(headlines(results)),  # first, since MLflow folds long notes

@@ -325,7 +325,6 @@ def test_progress_reports_of_a_worker_reach_the_driver(ray_session):
         reporter.last_curves, reporter.started = reporter.last - 10, 7.0
         reporter.report_curves({"train/loss": [0.5]})  # replaces no other report
         ProgressReporter(actor, "LoRA b").report_wait("its lock", "team/other", 60.0)
-        ProgressReporter(actor, "LoRA c").report_wait("its lock", "team/other", 1.0)  # too short
         with report_working(actor):
             time.sleep(0.5)
 

@@ -108,8 +108,8 @@ def test_the_report_of_a_grid_has_all_sections_in_order(grid):
     assert "images_per_class" in titles  # the axis of a curve
     assert {"digits, ul/text", "digits, ssl/text"} <= set(titles)
     # Chance is in the picture of all rows, in the curves of the setting and of pseudo-labels.
-    assert {"best classifier", "chance", "chance 10.0"} <= set(titles)
-    assert sum(title == "chance 10.0" for title in titles) >= 3
+    assert {"best classifier", "chance"} <= set(titles)
+    assert sum("chance 10.0" in title for title in titles) >= 3
 
 
 def labels_of(chart: str) -> list[str]:
