@@ -30,8 +30,8 @@ def lora_images(
 ) -> tuple[Tensor, Tensor]:
     """Select pool images and at most `k` labelled images of each class.
 
-    Of the pool `top_k` selects the `k` images of each class with the highest scores, `pool` all
-    images, each with its most probable class.
+    Of the pool `top_k` selects the `k` images of each class with the highest scores, of a small
+    pool equally many of each; `pool` all images, each with its most probable class.
 
     Args:
         text: CLIP's classifier over all classes.
@@ -83,7 +83,10 @@ def _pseudo_labelled(
     if settings.kind == "pool":
         return torch.arange(len(scores)), classes[scores.argmax(dim=1)]
     if settings.true_share is None:
-        assignment = balanced_choice(scores, torch.full((len(classes),), settings.k))
+        # With more slots than images, a class that is no image's first choice would get none.
+        largest = max(1, len(scores) // len(classes))
+        capacity = torch.full((len(classes),), min(settings.k, largest))
+        assignment = balanced_choice(scores, capacity)
     else:
         assert truth is not None
         is_right = truth[:, None] == classes

@@ -19,7 +19,7 @@ READ_TEXT = ", ".join(READ)
 HEIC = (".heic", ".heif")
 READS_HEIC = find_spec("pillow_heif") is not None
 SUFFIXES = {*READ, *(HEIC if READS_HEIC else ())}
-FEWEST = 4  # images per class without fixed parts, so that every part gets some
+FEWEST = 4  # images of a class without labels
 # Commands after which files of other kinds can be read, by suffix.
 RAW = (".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2")
 COMMANDS = {

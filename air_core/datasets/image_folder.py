@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from air_core.datasets.class_folders import (
-    FEWEST,
     READ_TEXT,
     SUFFIXES,
     check_utf8,
@@ -66,6 +65,7 @@ WANTED = (
     f"optional), or images in any folders beside a {CLASSES} with one class per line"
 )
 PERMIT = "allow_duplicates"
+FEWEST = 5  # images of a class without fixed parts, so that two or more are in the pool
 
 
 @dataclass(frozen=True)
@@ -354,7 +354,7 @@ def _with_free(tree: Tree, rows: list[Row]) -> list[Row]:
     if few:
         raise ValueError(
             f"{tree.home}: fewer than {FEWEST} images of {some(few)}; without train/ and test/ "
-            f"each class needs {FEWEST}, so that every part gets some"
+            f"each class needs {FEWEST}, so that the pool has two or more of each"
         )
     chosen = held_out([row.path for row in rows], labels, VAL_SHARE)
     return [row._replace(part="val") if row.path in chosen else row for row in rows]

@@ -211,6 +211,8 @@ def table(
     """
     from orchestrator.planning import plan_of, results_text
     from orchestrator.reporting import results_of, tables
+    from orchestrator.reporting.results import plan_status
+    from orchestrator.reporting.summary import failed_lines
 
     if form not in tables.FORMATS:
         fail(f"unknown --format {form!r}; allowed: {', '.join(tables.FORMATS)}")
@@ -223,6 +225,8 @@ def table(
     if left := plan.to_run:
         have = results_text(plan.results)
         show(f"note: {left} of {plan.total} trials left to run; {have}", file=sys.stderr)
+        for line in failed_lines(plan_status(plan, location)):
+            show(f"note: failed: {line}", file=sys.stderr)
     show(tables.table(found, form, columns))
 
 

@@ -185,7 +185,16 @@ def run_facts(plan: Plan, location: SweepLocation) -> list[tuple[str, str]]:
         ("options", plan.sweep.options),
         ("not used", "\n".join(unused_lines(plan, location, status))),
         ("trials", f"{trials}{time}"),
+        ("failed", "\n".join(failed_lines(status))),
     ]
+
+
+def failed_lines(status: SweepStatus) -> list[str]:
+    """The first reasons of failed trials, each with their cells."""
+    cells: dict[str, dict[str, None]] = {}
+    for slot, event in status.failures.items():
+        cells.setdefault(event["message"], {})[slot.split("/")[0]] = None
+    return [f"{', '.join(of)}: {message}" for message, of in cells.items()][:MAX_ANSWERS]
 
 
 def unused_lines(plan: Plan, location: SweepLocation, status: SweepStatus) -> list[str]:
@@ -210,6 +219,8 @@ def _steps(plan: Plan, location: SweepLocation, results: Results) -> list[tuple[
         whole = shlex.join(w for w in shlex.split(again) if w != "--smoke")
         table = (results_command("table", location), "the table of this smoke run")
         step = (again, "the rest of the smoke run") if plan.to_run else (whole, "the whole sweep")
+        if plan_status(plan, location).failures:  # the same run would fail again
+            step = (results_command("status", location), "the failures, and what to do")
         return [step, table] if results.rows else [step]
     steps = []
     if plan.to_run:

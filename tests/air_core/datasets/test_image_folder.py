@@ -235,7 +235,7 @@ WRONG: list[tuple[str, Callable[[Path], object], str]] = [
         "but no train; add it, or remove",
     ),
     ("parted", lambda home: drawn(home, "valid/cat/0.jpg"), "has 'valid' beside its part folders"),
-    ("tree", three_left, "fewer than 4 images of 'dog'; without train/ and test/"),
+    ("tree", three_left, "fewer than 5 images of 'dog'; without train/ and test/"),
 ]
 
 
