@@ -130,7 +130,7 @@ def export(
                 name: {"name": ref.name, "digest": ref.digest}
                 for name, ref in refs_of(named).items()
             },
-            "spec": json.loads(spec_json(named, str(artifact_key(spec)))),
+            "spec": json.loads(spec_json(named, artifact_key(spec).digest[:12])),
             **{name: record.provenance.get(name) for name in PROVENANCE_FIELDS},
         },
         "chosen": trial.selection,

@@ -57,6 +57,7 @@ from orchestrator.reporting.summary import (
 )
 from orchestrator.spec import Cell, SweepSpec, cells_of, notes_of, presets
 from orchestrator.spec.space import default_params
+from orchestrator.spec.sweep import computation_of
 from orchestrator.store import SweepLocation, read_outcome
 
 # ---------------------------------------------------------------- plan
@@ -148,29 +149,26 @@ def _explain(plan: Plan) -> list[str]:
     shared = set.intersection(*map(set, of_cells.values()))
     groups = {"every cell": [row for row in next(iter(of_cells.values())) if row in shared]}
     groups |= {cell: [row for row in rows if row not in shared] for cell, rows in of_cells.items()}
-    table = aligned([("  setting", "value", "preset", "from"), *chain(*groups.values())])
-    lines = [table.pop(0)]
-    for name, rows in groups.items():
-        lines += [name, *table[: len(rows)]] if rows else []
-        del table[: len(rows)]
-    return lines
+    head = ("  setting", "value", "preset", "from")
+    tables = ([name, *aligned([head, *rows])] for name, rows in groups.items() if rows)
+    return [*chain.from_iterable(tables)]
 
 
 def _unusual_settings(plan: Plan, cell: Cell) -> Iterator[tuple[str, ...]]:
     method = METHODS[cell.method]
     preset = {name: key.default for name, key in trial_keys().items()}
     preset |= {**EMBEDDED, "lora": True, **method.sets, **method.pins}
-    slot = next((slot for slot in plan.slots if slot.cell.id == cell.id), None)
-    settings = to_flat(slot.spec) if slot else cell.flat
+    settings = {**cell.flat, **default_params(cell)}
+    used = to_flat(computation_of(settings))  # without effect, a setting has another value there
     sources = {
-        "search": [dimension.key for dimension in cell.space],
+        "search, nearest to the default": dict(settings.items() - cell.flat.items()),
         "grid": cell.chosen,
         "overrides": cell.overridden,
         "fixed": plan.sweep.fixed,
         "default of dataset or models": presets.defaults(cell.method, cell.flat, plan.sweep.worlds),
     }
     for name, value in settings.items():
-        if value != preset.get(name) and name not in plan.sweep.seeds.vary:
+        if value != preset.get(name) and used.get(name) == value:
             source = next((label for label, names in sources.items() if name in names), "derived")
             yield f"  {name}", format_value(value), format_value(preset.get(name)), source
 

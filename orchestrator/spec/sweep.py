@@ -746,9 +746,9 @@ def _unused_axes(spec: SweepSpec, cells: Sequence[Cell]) -> list[str]:
 
 
 def _is_used(cells: Sequence[Cell], key: str, value: Any) -> bool:
-    """Whether a setting changes what a cell computes, or has its default."""
+    """Whether a setting changes what a cell computes, or is its default or null, as of `lora`."""
     known = trial_keys().get(key)
-    if known is None or value == known.default:
+    if known is None or value in (known.default, None):
         return True
     return any(
         cell.space or computation_of({**cell.flat, key: known.default}) != computation_of(cell.flat)

@@ -202,7 +202,7 @@ class ChildRuns:
     def _files(self, outcome: Outcome) -> dict[str, Callable[[], bytes]]:
         """The resolved spec and, for a trial with test images, its confusion matrix."""
         slot = outcome.slot
-        files = {SPEC: lambda: spec_json(slot.spec, str(slot.key)).encode()}
+        files = {SPEC: lambda: spec_json(slot.spec, slot.key.digest[:12]).encode()}
         if outcome.record is not None and outcome.record.headline is not None:
             files["confusion_matrix.png"] = lambda: _confusion(outcome, self._store)
         return files
