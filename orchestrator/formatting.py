@@ -152,14 +152,16 @@ def format_time(seconds: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """A duration as minutes:seconds, or hours:minutes:seconds from one hour on.
+    """A duration in its two largest units.
 
-    >>> format_duration(67.4), format_duration(3725)
-    ('1:07', '1:02:05')
+    >>> format_duration(56), format_duration(67.4), format_duration(6980)
+    ('56 s', '1 min 7 s', '1 h 56 min')
     """
-    whole = round(seconds)
-    hours, minutes = whole // 3600, whole % 3600 // 60
-    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes_rest = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes_rest} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def format_bytes(count: float) -> str:

@@ -248,7 +248,7 @@ def test_a_ray_that_does_not_start_in_time_is_awaited_and_then_refused(
     spec = write_sweep(tmp_path, "one", "fixed: {method: zero_shot}\n")
     code, _, err = command("run", spec, "--store", tmp_path / "runs", "--tracking-uri", "none")
     assert code == 3
-    assert "waiting for Ray to start (0:01 so far)" in err
+    assert "waiting for Ray to start (1 s so far)" in err
     last = err.splitlines()[-1]
     assert last.startswith(
         "airsweep: Ray did not start on this machine (The current node timed out"

@@ -45,12 +45,12 @@ def test_progress_of_long_work_has_the_remaining_time(clock, capsys):
     lines.show_progress("LoRA a", 110, 110)  # `show_prepared` reports finished work
     assert capsys.readouterr().err.splitlines() == [
         "00:16:40 LoRA a: 10/110 steps",
-        "00:17:00 LoRA a: 30/110 steps, about 1:20 left",
+        "00:17:00 LoRA a: 30/110 steps, about 1 min 20 s left",
     ]
     lines.show_progress("LoRA a", 5, 3000)  # another one with the same title
     clock.now += 20
     lines.show_progress("LoRA a", 105, 3000)
-    assert capsys.readouterr().err.splitlines()[-1].endswith("105/3000, about 9:39 left")
+    assert capsys.readouterr().err.splitlines()[-1].endswith("105/3000, about 9 min 39 s left")
 
 
 def test_the_row_of_a_point_has_the_number_of_ended_trials(clock, capsys):
@@ -87,8 +87,8 @@ def test_waiting_for_another_process_is_reported_and_more_rarely_over_time(clock
     for second in range(5, 16):
         lines.show_wait("waiting for team/third to make it", second, "LoRA a")
     printed = capsys.readouterr().err.splitlines()
-    assert printed[0] == "00:16:40 LoRA a: waiting for team/other to make it (0:15 so far)"
-    assert printed[-1] == "00:16:40 LoRA a: waiting for team/third to make it (0:15 so far)"
+    assert printed[0] == "00:16:40 LoRA a: waiting for team/other to make it (15 s so far)"
+    assert printed[-1] == "00:16:40 LoRA a: waiting for team/third to make it (15 s so far)"
     assert len(printed) == 14
 
 
