@@ -105,6 +105,7 @@ def test_labelled_images_measure_accuracy_and_the_pool_stays_without_labels(phot
     results, metrics = finished(tmp_path)
     assert not results.tested
     assert all(0 <= of_trial["objective/validation_accuracy"] <= 1 for of_trial in metrics)
+    assert {of_trial["validation/images"] for of_trial in metrics} == {12}
 
 
 @pytest.mark.integration
