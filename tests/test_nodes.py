@@ -133,7 +133,7 @@ def test_an_autoscaler_starts_machines_for_a_sweep_with_resources_wait(tmp_path,
         waited = ("--set", "resources.wait=10m")
         assert "fpl" in airsweep(*command, *waited, RAY_ADDRESS=address).stdout
     status = airsweep("status", NAME, "--store", tmp_path / "runs").stdout
-    assert "peak of the driver" in status  # workers are no children of it
+    assert "peak memory of the driver" in status  # workers are no children of it
 
 
 def test_images_of_the_next_cells_are_drawn_while_trials_run(alone):

@@ -300,23 +300,27 @@ PHASES = {spec.stage: spec.stage for spec in STAGES} | {"lora": "LoRA"}
 def _last_run_lines(run: Mapping[str, Any]) -> Iterator[str]:
     phases, images = run["phases"], run["images"]
     if phases:
-        drawn = ""
-        if images["drawn"] + images["holes"]:
-            drawn = (
-                f", drew {images['drawn']} images in whole blocks "
-                f"({images['redrawn']} redrawn, {images['holes']} given up)"
+        parts = [f"computed {plural(run['trials'], 'trial')}"]
+        parts += [
+            f"{plural(images[name], 'image')} {verb}"
+            for name, verb in (
+                ("drawn", "drawn"),
+                ("redrawn", "drawn again"),
+                ("holes", "given up, blank or unreadable"),
             )
-        yield f"  last run  computed {plural(run['trials'], 'trial')}{drawn}"
+            if images[name]
+        ]
+        yield f"  last run  {', '.join(parts)}"
         named = [f"{PHASES[of]} {format_duration(phases[of])}" for of in PHASES if of in phases]
         rest = max(0.0, run["seconds"] - sum(phases.get(stage, 0.0) for stage in PHASES))
         yield (
             f"            {format_duration(run['seconds'])}: {'  '.join(named)}  "
-            f"rest {format_duration(rest)}"
+            f"other {format_duration(rest)}"
         )
         overhead = run["overhead"]
-        each = "" if overhead is None else f"{overhead:.2f} s overhead per point on warm actors; "
+        each = "" if overhead is None else f"{overhead:.2f} s a point beyond its trials; "
         of = f" of the {run['memory_of']}" if run["memory_of"] else ""
-        yield f"            {each}peak{of} {format_bytes(run['memory'])}"
+        yield f"            {each}peak memory{of} {format_bytes(run['memory'])}"
     if run["recognised"]:
         groups = ", ".join(
             f"{name} {share:.0%}" for name, share in sorted(run["recognised"].items())

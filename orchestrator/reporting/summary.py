@@ -166,7 +166,7 @@ def data_text(plan: Plan) -> str:
     texts = sorted(f"{dataset_description(of.name)}{images_text(of)}" for of in datasets)
     description = ", ".join(texts)
     if all(slot.spec.paradigm == "ul" for slot in plan.slots):
-        description += ", trained without labels"
+        description += ", trained without labels (ul)"
     tested = {slot.spec.test_dataset and slot.spec.test_dataset.name for slot in plan.slots}
     if len(tested) == 1 and (name := tested.pop()):  # of several, the table has a column
         description += f", tested on {dataset_description(name)}"

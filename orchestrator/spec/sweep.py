@@ -230,15 +230,15 @@ class TrialResources:
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class GeneratorResources:
-    """Resources of one actor that trains a LoRA or generates images, and the number of actors."""
+    """Resources of a process that trains a LoRA or generates images, and their number."""
 
-    cpu: CPUS = setting(1.0, "CPU cores of one actor that trains a LoRA or generates images")
-    gpu: GPUS = setting(0.0, "GPUs of one actor, or a share of one GPU")
+    cpu: CPUS = setting(1.0, "CPU cores of a process that trains a LoRA or generates images")
+    gpu: GPUS = setting(0.0, "GPUs of that process, or a share of one GPU")
     custom: Custom = Field(default_factory=dict, description=CUSTOM)
-    actors: Whole | None = setting(None, "actors at most; null: as many as fit", ge=1)
+    actors: Whole | None = setting(None, "such processes at most; null: as many as fit", ge=1)
     reserve: Whole | None = setting(
         None,
-        "actors that generate images of later cells while trials run; null: one in eight",
+        "those that generate images of later cells while trials run; null: one in eight",
         ge=0,
     )
 

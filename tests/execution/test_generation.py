@@ -235,7 +235,7 @@ def test_waiting_for_a_block_of_another_process_reports_that_process(
         assert waiting.result()["drawn"] == [8]
     holder, seconds = reports[wait]
     assert str(os.getpid()) in holder
-    assert seconds > 0.1
+    assert seconds > 0
 
 
 def test_an_artifact_that_cannot_be_made_is_reported_and_the_others_are_made(

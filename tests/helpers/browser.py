@@ -16,9 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.sweeps import TIMEOUT
-
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+WAIT = 60  # seconds; a page that shows nothing more by then never will
 MISSING = "chromium is missing: apt-get install -y --no-install-recommends chromium"
 
 
@@ -68,7 +67,7 @@ class Browser:
         self._session = attached["sessionId"]
         self._resize(width, height)
 
-    def open(self, url: str, until: str, timeout: float = TIMEOUT) -> float:
+    def open(self, url: str, until: str, timeout: float = WAIT) -> float:
         """Open a page and wait until a JavaScript expression is true; return the seconds."""
         began = time.monotonic()
         self.send(
@@ -78,7 +77,7 @@ class Browser:
         self.wait(until, timeout)
         return time.monotonic() - began
 
-    def wait(self, until: str, timeout: float = TIMEOUT) -> None:
+    def wait(self, until: str, timeout: float = WAIT) -> None:
         deadline = time.monotonic() + timeout
         guarded = f"(() => {{ try {{ return Boolean({until}) }} catch {{ return false }} }})()"
         while not self.evaluate(guarded):  # between two pages no document exists
@@ -116,7 +115,7 @@ class Browser:
         if self._session:
             message["sessionId"] = self._session
         os.write(self._out, json.dumps(message).encode() + b"\0")
-        deadline = time.monotonic() + TIMEOUT
+        deadline = time.monotonic() + WAIT
         while True:
             for answer in self._received(deadline):
                 if answer.get("id") == self._number:
