@@ -143,7 +143,8 @@ def gc_screen(plan: GcPlan, removed: bool) -> str:
     else:
         lines.append(f"nothing was removed; --yes removes {total}")
     if plan.sweep and plan.removals:
-        lines.append(f"{plan.sweep} keeps its event log; a new run makes the artifacts again")
+        lines += [f"{plan.sweep} keeps its event log; a new run makes the artifacts again"]
+        lines += [f"to delete it, remove sweeps/{plan.sweep} in the store, and its MLflow runs"]
     if plan.others:
         total = format_bytes(sum(removal.bytes for removal in plan.others))
         users = textwrap.shorten(", ".join(sorted({removal.user for removal in plan.others})), 30)

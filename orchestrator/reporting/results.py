@@ -241,6 +241,7 @@ def _overview(location: SweepLocation) -> dict[str, Any]:
         options = sweep.options
         plan = plan_of(sweep, recorded)
         match_plan(status, plan, location.store, alive)
+        state = "removed" if status.removed else state
         results = results_of(plan, location.store)
         best = [
             found.as_json() | {"at_chance": results.is_at_chance(found.row, found.test)}
@@ -273,6 +274,7 @@ class SweepStatus:
     last: dict[str, str] = field(default_factory=dict)  # state of each slot
     keys: dict[str, str] = field(default_factory=dict)  # of the trials that ended, by slot
     results: LoggedResults = field(default_factory=LoggedResults)
+    removed: int = 0  # results that the event log has and the store does not
     last_run: Counter[str] = field(default_factory=Counter)  # ends of trials in it, by state
     failures: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # last event, by slot
     prepared: Counter[str] = field(default_factory=Counter)  # artifacts, by stage
@@ -326,9 +328,11 @@ def match_plan(status: SweepStatus, plan: Plan, store: ArtifactStore, alive: boo
             status.last[name] = status.results.state(name, planned[name])
     status.total = plan.total
     for slot in () if alive else plan.slots:
-        if status.last.get(slot.id) in ENDED:
-            continue
-        if store.has(slot.spec):
+        ended, has_result = status.last.get(slot.id), store.has(slot.spec)
+        if ended in RESULT_STATES and not has_result:
+            status.removed += 1
+            del status.last[slot.id]
+        elif has_result and ended not in ENDED:
             status.last[slot.id] = status.results.state(slot.id, slot.key.digest)
             status.failures.pop(slot.id, None)
 

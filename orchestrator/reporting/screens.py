@@ -197,6 +197,7 @@ def status_report(location: SweepLocation) -> dict[str, Any]:
         "unused": {name: asdict(images) for name, images in unused.items()},
         "holes": {**status.images, "files": status.hole_files} if status.images["holes"] else None,
         "waiting": _waiting(status, location) if alive else None,
+        "removed": status.removed,
         "retried": dict(status.retried),
         "failures": [
             {"slot": slot, "class": event["failure_class"], "message": event["message"]}
@@ -262,6 +263,8 @@ def status_screen(content: dict[str, Any]) -> str:
     state = "running" if content["running"] else f"not running, {last}"
     lines = [f"{content['sweep']}: {state}", f"  trials    {counts}"]
     lines += [f"  options   {content['options']}"] if content["options"] else []
+    if content["removed"]:
+        lines.append(f"  removed   {plural(content['removed'], 'result')}; a run makes them again")
     if content["prepared"]:
         prepared = ", ".join(
             f"{count} {STAGE_TITLES[stage]}" for stage, count in content["prepared"].items()

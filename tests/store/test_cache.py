@@ -16,6 +16,7 @@ from air_core.specs.normal import normalised
 from orchestrator.errors import StoreRefused
 from orchestrator.planning import plan_of, resolver_of
 from orchestrator.planning.plan import plan_sweep
+from orchestrator.reporting.screens import status_report
 from orchestrator.spec import load_sweep
 from orchestrator.store import ArtifactStore, SweepLocation
 from orchestrator.store.inventory import take_inventory
@@ -333,9 +334,9 @@ def test_gc_and_running_sweeps_exclude_each_other(world, cache):
 
 
 def test_gc_of_one_sweep_removes_what_no_other_sweep_needs(world, cache):
-    world.finish("one", AIR.format(count=16, rank=4))
+    one = world.finish("one", AIR.format(count=16, rank=4))
     shared = world.holdings()
-    world.finish("two", AIR.format(count=32, rank=4))
+    two = world.finish("two", AIR.format(count=32, rank=4))
     world.finish("three", AIR.format(count=16, rank=8))
     listed = gc_removals(cache, "--sweep", "two")
     complete = {path for path, of in listed.items() if "files" not in of}
@@ -349,6 +350,7 @@ def test_gc_of_one_sweep_removes_what_no_other_sweep_needs(world, cache):
     assert shared <= world.holdings()
     assert not complete & world.holdings()
     assert gc_removals(cache) == {}
+    assert [status_report(each)["removed"] > 0 for each in (one, two)] == [False, True]
     assert cache("gc", "--sweep", "four")[0] == 2
 
 
