@@ -139,7 +139,7 @@ def test_unlabelled_images_run_from_init_to_the_report(photos, ray_session):
 
     header, *lines = Path("mine-labels.csv").read_text().splitlines()
     cells = (line.split(",") for line in lines)
-    filled_in = [header, *(f"{path},{TRUE[path]},{part}" for path, _, part in cells)]
+    filled_in = [header, *(f"{n},{path},{TRUE[path]},{part}" for n, path, _, part in cells)]
     (photos / "labels.csv").write_text("\n".join(filled_in))
     screen = airsweep(*words)
     assert "accuracy" in screen.stdout

@@ -3,7 +3,7 @@
     <path>/**/*.jpg         images in any folders; the names of the folders mean nothing
     <path>/classes.txt      one class per line: `name`, or `name = how to say it` for CLIP
     <path>/labels.csv       optional: columns `image` (path below the folder) and `class`, and
-                            optionally `part`: test (default) or val
+                            optionally `part`: test (default) or val; `number` is not read
     <path>/template.txt     optional, as for class folders; also `allow_duplicates`
 
 Images without a label are the pool: part `train`, label UNKNOWN. Labelled images are never in it.
@@ -15,6 +15,7 @@ import csv
 import io
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
@@ -136,8 +137,8 @@ def unlabelled_listing(home: Path, classes: Classes) -> Listing:
 def read_labels(home: Path, images: Iterable[str], classes: Classes) -> dict[str, tuple[int, str]]:
     """Label and part of the images in `labels.csv`, by path; empty if there is no such file.
 
-    A line with an empty class is skipped, so a file can be filled in little by little, and so is a
-    repeated line of the columns, so samples can be put together. The case of class names is free.
+    A line with an empty class is skipped, so a file can be filled in little by little. The columns
+    may be repeated, so samples can be put together. The case of class names is free.
 
     Raises:
         ValueError: a line has an unknown image, class or part, or an image occurs twice.
@@ -183,6 +184,15 @@ def read_labels(home: Path, images: Iterable[str], classes: Classes) -> dict[str
     return found
 
 
+def listed_images(files: Iterable[Path]) -> set[str]:
+    """The images in files such as `labels.csv`, with a class or without; other files have none."""
+    found: set[str] = set()
+    for file in files:
+        with suppress(ValueError):
+            found |= {line["image"] for _, line in _lines(file, optional_text(file) or "")}
+    return found
+
+
 def _lines(file: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
     """Line number and cells by column of each line of a CSV file that is not empty."""
     rows = csv.reader(io.StringIO(text, newline=""), strict=True)
@@ -192,15 +202,14 @@ def _lines(file: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
             cells = [cell.strip() for cell in row]
             if not any(cells):
                 continue
-            if columns is None:
-                columns = [cell.lower() for cell in cells]
-                if {*columns} - {*COLUMNS} or {*COLUMNS[:2]} - {*columns}:
+            header = [cell.lower() for cell in cells]
+            if columns is None or {*COLUMNS[:2]} <= {*header}:
+                columns = header
+                if {*columns} - {*COLUMNS, "number"} or {*COLUMNS[:2]} - {*columns}:
                     raise ValueError(
                         f"{file}:{rows.line_num}: the columns are {', '.join(columns)}; expected "
                         "the line `image,class` or `image,class,part` first"
                     )
-            elif [cell.lower() for cell in cells] == columns:
-                continue
             elif len(cells) != len(columns):
                 raise ValueError(
                     f"{file}:{rows.line_num}: {len(cells)} cells, but the columns are "

@@ -6,8 +6,6 @@ import io
 import itertools
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -28,9 +26,9 @@ PER_GROUP = 6
 TILE_PX, GAP_PX, LABEL_PX, HEAD_PX = 56, 2, 112, 26
 INK, PAPER, FAINT = "#1b1f24", "#ffffff", "#6a737d"
 
-# A sheet of captioned tiles.
+# A sheet of captioned pictures.
 PER_LINE = 10
-THUMB_PX, NAME_PX, STEP_PX, CAPTION_PX, MARGIN_PX = 64, 118, 76, 30, 14
+THUMB_PX, STEP_PX, CAPTION_PX, MARGIN_PX, NAME_LETTERS = 80, 94, 34, 14, 14
 SHEET_BYTES = 300_000  # a larger sheet is reduced to 256 colours
 
 
@@ -95,40 +93,26 @@ def tile_sheet(rows: list[str], groups: dict[str, list[list[Image.Image]]]) -> b
     return _png(sheet)
 
 
-@dataclass(frozen=True)
-class Tile:
-    """A picture with two lines under it."""
-
-    picture: Image.Image
-    name: str
-    caption: str
-
-
-def captioned_sheet(title: str, classnames: str, tiles: Sequence[Tile], foot: str) -> bytes:
-    """Title and class names, then lines of captioned pictures, numbered `1 to 10`, ..."""
+def captioned_sheet(
+    title: str, classnames: str, pictures: Sequence[Image.Image], names: Sequence[str], foot: str
+) -> bytes:
+    """Title and class names, then lines of numbered pictures with their names."""
     step = THUMB_PX + CAPTION_PX + 10
     top = 2 * MARGIN_PX + 40
-    left = MARGIN_PX + NAME_PX
-    starts = range(0, len(tiles), PER_LINE)
-    width = MARGIN_PX + left + PER_LINE * STEP_PX
-    sheet = Image.new("RGB", (width, top + step * len(starts) + 24), PAPER)
+    starts = range(0, len(names), PER_LINE)
+    size = (2 * MARGIN_PX + PER_LINE * STEP_PX, top + step * len(starts) + 24)
+    sheet = Image.new("RGB", size, PAPER)
     pen = ImageDraw.Draw(sheet)
     small, middle, large = (ImageFont.load_default(size=size) for size in (11, 13, 16))
     pen.text((MARGIN_PX, MARGIN_PX), title, fill=INK, font=large)
-    pen.text((MARGIN_PX, MARGIN_PX + 28), "classes", fill=FAINT, font=middle)
-    pen.text((left, MARGIN_PX + 28), classnames, fill=INK, font=middle)
-    for row, start in enumerate(starts):
-        y = top + step * row
-        line = tiles[start : start + PER_LINE]
-        numbers = f"{start + 1} to {start + len(line)}"
-        pen.text((MARGIN_PX, y + 18), numbers, fill=INK, font=middle)
-        for k, tile in enumerate(line):
-            x = left + k * STEP_PX
-            sheet.paste(_thumbnail(tile.picture, THUMB_PX), (x, y))
-            for down, text in ((3, tile.name), (15, tile.caption)):
-                pen.text(
-                    (x, y + THUMB_PX + down), _cut(text, STEP_PX - 6, small), fill=INK, font=small
-                )
+    pen.text((MARGIN_PX, MARGIN_PX + 28), f"classes: {classnames}", fill=INK, font=middle)
+    for i, (picture, name) in enumerate(zip(pictures, names, strict=True)):
+        x, y = MARGIN_PX + i % PER_LINE * STEP_PX, top + i // PER_LINE * step
+        sheet.paste(_thumbnail(picture, THUMB_PX), (x, y))
+        # Names of photographs differ at their ends.
+        end = name if len(name) <= NAME_LETTERS else f"..{name[2 - NAME_LETTERS :]}"
+        pen.text((x, y + THUMB_PX + 1), str(i + 1), fill=INK, font=middle)
+        pen.text((x, y + THUMB_PX + 17), end, fill=FAINT, font=small)
     pen.text((MARGIN_PX, top + step * len(starts)), foot, fill=FAINT, font=small)
     png = _png(sheet)
     return png if len(png) < SHEET_BYTES else _png(sheet.quantize(256))
@@ -139,15 +123,6 @@ def _thumbnail(picture: Image.Image, size: int) -> Image.Image:
     small = min(picture.size) < size
     method = Image.Resampling.NEAREST if small else Image.Resampling.BICUBIC
     return ImageOps.fit(picture.convert("RGB"), (size, size), method)
-
-
-def _cut(text: str, width: int, font: Any) -> str:
-    """The beginning of a text that fits into `width` pixels."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "..") > width:
-        text = text[:-1]
-    return text + ".."
 
 
 def _png(image: Image.Image) -> bytes:

@@ -17,17 +17,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL.Image import Image
 
 from air_core.classifiers import text_classifier
 from air_core.datasets import Dataset, get_dataset
 from air_core.datasets.images import ImageFiles, Unreadable
-from air_core.datasets.unlabelled import COLUMNS, LABELS
+from air_core.datasets.unlabelled import COLUMNS, LABELS, listed_images
 from air_core.specs import TrialSpec
 from orchestrator.files import write_atomic, write_new
 from orchestrator.planning import Plan, Slot
 from orchestrator.stages import features, ignore
 from orchestrator.stages.context import WorkerContext, one_thread
-from orchestrator.stages.pictures import Tile, captioned_sheet
+from orchestrator.stages.pictures import captioned_sheet
 from orchestrator.store import ArtifactStore, SweepLocation, read_trial
 
 SEED = 0
@@ -95,24 +96,33 @@ def write_sample(
         device = "cuda" if gpu and torch.cuda.is_available() else "cpu"
         features.build(spec.features, replace(worker, device=device), report)
         pool = _zero_shot(spec, worker)
+    listed = listed_images((home / LABELS, *output.absolute().parent.glob("*-labels.csv")))
+    of = [file.relative_to(home).as_posix() for file in examples.images.files]
+    left = np.array([of[i] not in listed for i in pool.index])
+    unlabelled, basis = len(left), pool.basis
+    if not left.any():
+        raise ValueError(f"every unlabelled image is in a sample already; fill in its {LABELS}")
+    pool = _Pool(pool.index[left], pool.predictions[left], pool.probabilities[left], pool.basis)
+    if count > len(pool.index):
+        basis = "all that have no label and are in no earlier sample"
     generator = np.random.default_rng(SEED)
     chosen = pool.index[_spread(pool, count, generator)]
-    tiles: list[Tile] = []
+    pictures: list[Image] = []
     paths: list[str] = []
     for i in generator.permutation(chosen).tolist():
         with suppress(Unreadable):
-            file = examples.images.files[i]
-            tiles.append(Tile(examples.images[i], str(len(tiles) + 1), file.name))
-            paths.append(file.relative_to(home).as_posix())
-    foot = f"line n + 1 of {labels.name} is image n; write its class there"
-    title = f"{plan.sweep.name}: {len(tiles)} of {len(pool.index):,} unlabelled images"
-    write_atomic(sheet, captioned_sheet(title, ", ".join(dataset.classnames), tiles, foot))
+            pictures.append(examples.images[i])
+            paths.append(of[i])
+    foot = f"write the class of image n into {labels.name}, where the number is n"
+    title = f"{plan.sweep.name}: {len(paths)} of {unlabelled:,} unlabelled images"
+    names, classnames = [Path(path).stem for path in paths], ", ".join(dataset.classnames)
+    write_atomic(sheet, captioned_sheet(title, classnames, pictures, names, foot))
     try:
         write_new(labels, _csv(paths))
     except OSError:
         sheet.unlink()
         raise
-    return Sample(sheet, labels, home / LABELS, len(paths), pool.basis)
+    return Sample(sheet, labels, home / LABELS, len(paths), basis)
 
 
 def _unlabelled(plan: Plan) -> tuple[TrialSpec, Dataset]:
@@ -174,6 +184,6 @@ def _spread(pool: _Pool, count: int, generator: np.random.Generator) -> np.ndarr
 def _csv(paths: Sequence[str]) -> str:
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(COLUMNS)
-    lines.writerows((path, "", "" if i % 3 else "val") for i, path in enumerate(paths, start=1))
+    lines.writerow(("number", *COLUMNS))
+    lines.writerows((i, path, "", "" if i % 3 else "val") for i, path in enumerate(paths, start=1))
     return text.getvalue()

@@ -36,7 +36,7 @@ def photos(tmp_path, monkeypatch) -> Path:
 
 def paths(file: Path) -> list[str]:
     rows = list(csv.DictReader(io.StringIO(file.read_text())))
-    assert {tuple(row) for row in rows} == {("image", "class", "part")}
+    assert {tuple(row) for row in rows} == {("number", "image", "class", "part")}
     assert {row["class"] for row in rows} == {""}
     assert Counter(row["part"] for row in rows)["val"] == len(rows) // 3
     return [row["image"] for row in rows]
@@ -50,10 +50,12 @@ def test_before_the_first_run_the_sample_is_seeded_and_never_labelled(photos, tm
     assert len({*found}) == 20
     assert all((photos / path).is_file() for path in found)
     assert Image.open(drawn.sheet).height > 2 * 100
-    everything = api.sample("mine.yaml", 100, "all")
-    assert len(paths(everything.labels)) == POOL
-    assert "000.png" not in paths(everything.labels)
-    assert paths(api.sample("mine.yaml", 20, "again").labels) == found
+    (photos / "labels.csv").write_text("image,class\n000.png,zero\n002.png,\n")
+    rest = api.sample("mine.yaml", 100, "rest")
+    assert "all that have no label and are in no earlier sample" in rest.basis
+    assert len({"000.png", "002.png", *found, *paths(rest.labels)}) == POOL + 1
+    with pytest.raises(ValueError, match="every unlabelled image is in a sample already"):
+        api.sample("mine.yaml", 20, "again")
 
     before = sorted(tmp_path.rglob("*.*"))
     with pytest.raises(ValueError, match=r"mine-sample\.png exists already"):
