@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from air_core.specs import FeaturesSpec, TrialSpec
+from orchestrator.cluster import session
 from orchestrator.errors import FAILED, INTERRUPTED, StoreFull
-from orchestrator.execution._stall import StallMonitor
 from orchestrator.execution.screen import Screen
 from orchestrator.failures import CLASSES, Failure
 from orchestrator.formatting import plural
@@ -23,11 +23,13 @@ from orchestrator.planning import (
     Slot,
     artifact_title,
     contains_spec,
+    ray_resources,
     requirements_of,
 )
 from orchestrator.planning.dataset_text import unused_images
 from orchestrator.planning.estimate import START, Pace, Work, stage_work, trial_work
 from orchestrator.planning.plan import STAGE_TITLES
+from orchestrator.planning.resources import format_amount
 from orchestrator.spec import Resources, SweepSpec
 from orchestrator.store import EventLog, SweepLocation
 from orchestrator.store.checkpoints import Curves
@@ -37,6 +39,9 @@ if TYPE_CHECKING:
     from orchestrator.execution._allocation import Allocation, PoolStatistics
     from orchestrator.execution._progress import ProgressMonitor
     from orchestrator.stages.context import WorkerContext
+
+
+MIN_STALL = 60.0  # seconds without a process that works, after which a wait has a reason
 
 
 @dataclass
@@ -89,8 +94,8 @@ class RunState:
     allocation: Allocation | None = None
     progress: ProgressMonitor | None = None
     memory_peak: MemoryPeak | None = None
-    stall: StallMonitor | None = None
-    # When a process last reported more than that it works.
+    # When a process last reported that it works, and when it reported more.
+    worked: float = field(default_factory=time.monotonic)
     news: float = field(default_factory=time.monotonic)
     stage: str = ""  # the stage that is being prepared
     signal_exit_code: int | None = None  # after a signal
@@ -112,31 +117,33 @@ class RunState:
             if self.signal_exit_code == INTERRUPTED:
                 raise KeyboardInterrupt
             raise SystemExit(self.signal_exit_code)
-        stall = self.stall
-        if self.progress is not None and stall is not None:
+        if self.progress is not None:
             handlers: dict[str, Callable[..., None]] = {
                 "progress": self.on_progress,
                 "waiting": self.on_waiting,
-                "working": lambda name: stall.reset(),
+                "working": self.on_working,
                 "curves": self.on_curves,
             }
             for (name, kind), arguments in self.progress.read().items():
                 handlers[kind](name, *arguments)
-            stall.check()
-            self.screen.show_wait(f"waiting for {self._awaited()}", time.monotonic() - self.news)
+            self.screen.show_wait(self._awaited, time.monotonic() - self.news)
 
     def _awaited(self) -> str:
-        """The work that starts or runs."""
+        """The work that starts or runs; what it lacks, if no process of it works for long."""
         trials = len(self.running_slots())
         names = [plural(trials, "trial")] if trials else []
         if self.allocation is not None and self.allocation.preparing and self.stage:
             names.append(STAGE_TITLES[self.stage])
-        return " and ".join(names) or "the last tasks"
+        text = f"waiting for {' and '.join(names) or 'the last tasks'}"
+        if time.monotonic() - self.worked < MIN_STALL or not session.waits_for_resources():
+            return text  # a process of the sweep works, or starts, which may take minutes
+        reason = shortage(self.sweep.resources, session.free_resources())
+        return f"{text}; {reason}" if reason else text
 
     # ---------------------------------------------------------------- preparation and progress
 
     def on_prepared(self, requirement: Requirement, seconds: float, facts: dict[str, Any]) -> None:
-        self._reset_stall()
+        self._take_news()
         numbers = {name: value for name, value in facts.items() if isinstance(value, int | float)}
         holes = json.loads(facts.get("hole_files", "[]"))
         self.event_log.append(
@@ -177,12 +184,15 @@ class RunState:
         self.screen.message(f"{artifact_title(requirement.key)}: {failure.message}; {remedy}")
 
     def on_progress(self, name: str, done: int, total: int, unit: str) -> None:
-        self._reset_stall()
+        self._take_news()
         self.screen.show_progress(name, done, total, unit)
 
+    def on_working(self, name: str) -> None:
+        self.worked = time.monotonic()
+
     def on_waiting(self, name: str, holder: str, seconds: float) -> None:
-        self._reset_stall()
-        self.screen.show_wait(f"waiting for {holder} to make it", seconds, name)
+        self._take_news()
+        self.screen.show_wait(lambda: f"waiting for {holder} to make it", seconds, name)
 
     def on_curves(self, name: str, curves: Curves, started: float) -> None:
         slot = self.running_slots().get(name.removeprefix("trial "))
@@ -205,7 +215,7 @@ class RunState:
         return None
 
     def on_outcome(self, outcome: Outcome) -> None:
-        self._reset_stall()
+        self._take_news()
         # A slot that is repeated in fp32 has two outcomes; the last one counts.
         self.slot_states[outcome.slot.id] = outcome.state
         self.statistics.states = dict(Counter(self.slot_states.values()))
@@ -239,10 +249,8 @@ class RunState:
                 work, startup = replace(work, units=0), record.seconds
             self.statistics.add_work(work, record.seconds - startup, startup)
 
-    def _reset_stall(self) -> None:
-        self.news = time.monotonic()
-        if self.stall is not None:
-            self.stall.reset()
+    def _take_news(self) -> None:
+        self.news = self.worked = time.monotonic()
 
     def _log_artifact(self, event: str, requirement: Requirement, failure: Failure) -> None:
         self.event_log.append(
@@ -268,3 +276,21 @@ class PreparationContext:
     listener: RunState
     allocation: Allocation
     progress_actor: Any
+
+
+def shortage(resources: Resources, free: Mapping[str, tuple[float, float]]) -> str:
+    """The resource that a trial or a generator lacks to start; empty if there are enough.
+
+    >>> shortage(Resources(), {"CPU": (0.0, 2.0)})
+    'a trial needs 1 CPU, but 0 of 2 are free; `ray status` shows what is in use'
+    """
+    for name, want in (("trial", resources.trial), ("generator", resources.generator)):
+        for kind, amount in ray_resources(want).items():
+            left, total = free.get(kind, (0.0, 0.0))
+            if left < amount:
+                return (
+                    f"a {name} needs {format_amount(kind, amount)} {kind}, but "
+                    f"{format_amount(kind, left)} of {format_amount(kind, total)} are free; "
+                    "`ray status` shows what is in use"
+                )
+    return ""

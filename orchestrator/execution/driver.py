@@ -36,7 +36,6 @@ from orchestrator.execution._prefetch import Prefetch, worker_context
 from orchestrator.execution._repair import set_damaged_aside
 from orchestrator.execution._scheduler import TrialScheduler
 from orchestrator.execution._signals import handle_signals, on_ray_death, restore_interrupts
-from orchestrator.execution._stall import StallMonitor
 from orchestrator.execution._state import RunState
 from orchestrator.execution.screen import Screen
 from orchestrator.failures import CLASSES, first_line, is_disk_full
@@ -502,12 +501,7 @@ def _start_ray(state: RunState, plan: Plan, session: ExitStack) -> None:
         Refused: they cannot.
     """
     from orchestrator.cluster import ray_session, refuse_unfit_nodes
-    from orchestrator.cluster.session import (
-        MemoryPeak,
-        free_resources,
-        machines,
-        waits_for_resources,
-    )
+    from orchestrator.cluster.session import MemoryPeak, machines
 
     joins = joins_existing_cluster()
     state.screen.message("joining Ray" if joins else "starting Ray")
@@ -524,9 +518,6 @@ def _start_ray(state: RunState, plan: Plan, session: ExitStack) -> None:
         state.statistics.memory_of = "driver"
     handle_signals(state)  # again, since ray.init has replaced the handlers
     state.progress = ProgressMonitor()
-    state.stall = StallMonitor(
-        state.sweep.resources, free_resources, waits_for_resources, state.screen.message
-    )
     state.allocation = Allocation(state.sweep.resources, machines)
     _wait_for_machines(state, state.allocation, plan)
     _refuse_unused_gpus(plan, state.location, state.allocation.machines())

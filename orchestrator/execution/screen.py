@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean, stdev
@@ -119,14 +119,14 @@ class Screen:
             count = f"{done}/{total} {unit}".rstrip()
             self.message(f"{name}: {count}{pace.remaining(now, done, total)}")
 
-    def show_wait(self, wait: str, seconds: float, name: str = "") -> None:
+    def show_wait(self, wait: Callable[[], str], seconds: float, name: str = "") -> None:
         """Show a wait that has lasted some seconds so far; of each piece of work one at a time."""
         last = self.waits.get(name, 0.0)
         if seconds < last:  # another wait has begun
             self.waits[name] = last = 0.0
         if seconds >= last + max(WAIT_INTERVAL, last / 2):  # an hour is 13 lines
             self.waits[name] = seconds
-            self.message(f"{name}{': ' * bool(name)}{wait} ({format_duration(seconds)} so far)")
+            self.message(f"{name}{': ' * bool(name)}{wait()} ({format_duration(seconds)} so far)")
 
     @contextmanager
     def waiting(self, wait: str) -> Iterator[None]:
@@ -135,7 +135,7 @@ class Screen:
 
         def report() -> None:
             while not ended.wait(1.0):
-                self.show_wait(wait, time.monotonic() - started)
+                self.show_wait(lambda: wait, time.monotonic() - started)
 
         threading.Thread(target=report, daemon=True).start()
         try:

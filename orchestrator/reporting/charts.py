@@ -172,8 +172,8 @@ def curves(
 
     Args:
         level: horizontal reference lines, by name.
-        chance: the same, but the axis does not extend to them: from chance to the curves their
-            differences would be too small to see. The title names those below it.
+        chance: more lines, named in the title. The axis does not extend to them, since it would
+            then show no differences between the curves.
         joined: whether points are joined by a line over the band; else only dots are drawn.
         log: whether the axis of x is logarithmic.
     """
@@ -188,8 +188,11 @@ def curves(
             else:
                 low, high = (100 * np.asarray(side) for side in (curve.low, curve.high))
                 axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        line_style: dict[str, Any] = {"color": FAINT, "linewidth": 1, "linestyle": (0, (2, 2))}
         for name, value in (level or {}).items():
-            _reference_line(axes, 100 * value, name)
+            axes.axhline(100 * value, marker="", **line_style)
+            style = {"ha": "right", "va": "bottom", "fontsize": 7, "color": FAINT}
+            axes.text(1, 100 * value, name, style, transform=axes.get_yaxis_transform())
         ticks = sorted({float(x) for curve in series for x in curve.x})
         if log:
             axes.set_xscale("log")
@@ -198,15 +201,11 @@ def curves(
             axes.minorticks_off()
         if joined and 1 < len(ticks) <= 7:
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        bottom = _limit_axis(axes)
+        _limit_axis(axes)
         axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
-        below = [name for name, value in (chance or {}).items() if 100 * value < bottom]
-        for name, value in (chance or {}).items():
-            if name not in below:
-                _reference_line(axes, 100 * value, name)
-        if below:
-            text = f"below: {', '.join(below)}"
-            axes.set_title(text, {"fontsize": 7, "color": FAINT}, loc="right")
+        axes.set_title(", ".join(chance or {}), {"fontsize": 7, "color": FAINT}, loc="right")
+        for value in (chance or {}).values():
+            axes.axhline(100 * value, marker="", **line_style)
         if len(series) > 1 or series[0].label:
             longest = max(len(curve.label) for curve in series)
             columns = max(1, int(13 * width / (7 + longest)))
@@ -215,21 +214,12 @@ def curves(
     return figure
 
 
-def _reference_line(axes: Axes, y: float, name: str) -> None:
-    axes.axhline(y, color=FAINT, linewidth=1, linestyle=(0, (2, 2)), marker="")
-    style = {"ha": "right", "va": "bottom", "fontsize": 7, "color": FAINT}
-    axes.text(1, y, name, style, transform=axes.get_yaxis_transform())
-
-
-def _limit_axis(axes: Axes) -> float:
-    """Show at least `MIN_SPAN` points, so that small differences look small, and end at 100 %;
-    returns the lower end."""
+def _limit_axis(axes: Axes) -> None:
+    """Show at least `MIN_SPAN` points, so that small differences look small, and end at 100 %."""
     low, high = axes.get_ylim()
     middle, half = (low + high) / 2, max(high - low, MIN_SPAN) / 2
     top = min(middle + half, 100 + half / 10)
-    bottom = min(middle - half, top - MIN_SPAN)
-    axes.set_ylim(bottom, top)
-    return bottom
+    axes.set_ylim(min(middle - half, top - MIN_SPAN), top)
 
 
 def dots(

@@ -303,16 +303,9 @@ PHASES = {spec.stage: spec.stage for spec in STAGES} | {"lora": "LoRA"}
 def _last_run_lines(run: Mapping[str, Any]) -> Iterator[str]:
     phases, images = run["phases"], run["images"]
     if phases:
+        verbs = {"drawn": "drawn", "redrawn": "drawn again", "holes": "given up"}
         parts = [f"computed {plural(run['trials'], 'trial')}"]
-        parts += [
-            f"{plural(images[name], 'image')} {verb}"
-            for name, verb in (
-                ("drawn", "drawn"),
-                ("redrawn", "drawn again"),
-                ("holes", "given up, blank or unreadable"),
-            )
-            if images[name]
-        ]
+        parts += [f"{plural(images[n], 'image')} {verbs[n]}" for n in verbs if images[n]]
         yield f"  last run  {', '.join(parts)}"
         named = [f"{PHASES[of]} {format_duration(phases[of])}" for of in PHASES if of in phases]
         rest = max(0.0, run["seconds"] - sum(phases.get(stage, 0.0) for stage in PHASES))

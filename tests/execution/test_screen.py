@@ -83,9 +83,9 @@ def test_longer_work_has_rarer_lines(clock, capsys):
 def test_waiting_for_another_process_is_reported_and_more_rarely_over_time(clock, capsys):
     lines = screen.Screen()
     for second in range(5, 3600):
-        lines.show_wait("waiting for team/other to make it", second, "LoRA a")
+        lines.show_wait(lambda: "waiting for team/other to make it", second, "LoRA a")
     for second in range(5, 16):
-        lines.show_wait("waiting for team/third to make it", second, "LoRA a")
+        lines.show_wait(lambda: "waiting for team/third to make it", second, "LoRA a")
     printed = capsys.readouterr().err.splitlines()
     assert printed[0] == "00:16:40 LoRA a: waiting for team/other to make it (15 s so far)"
     assert printed[-1] == "00:16:40 LoRA a: waiting for team/third to make it (15 s so far)"

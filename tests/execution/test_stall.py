@@ -6,8 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from orchestrator.execution import _stall as stall
-from orchestrator.execution._stall import StallMonitor, shortage
+from orchestrator.execution._state import RunState, shortage
 from orchestrator.spec import Resources
 from orchestrator.spec.sweep import GeneratorResources, TrialResources
 
@@ -30,27 +29,14 @@ def test_the_message_names_the_taken_resource_and_the_process_that_needs_it(free
     assert bool(shortage(GPU, free)) == bool(message)
 
 
-def test_a_stall_is_reported_after_a_minute_without_progress_and_then_more_rarely(monkeypatch):
-    now, messages = [1000.0], []
-    monkeypatch.setattr(stall, "time", SimpleNamespace(monotonic=lambda: now[0]))
+def test_a_wait_has_a_reason_after_a_minute_in_which_no_process_works(monkeypatch):
     waiting = [True]
-    monitor = StallMonitor(
-        Resources(), lambda: {"CPU": (0, 2)}, lambda: waiting[0], messages.append
-    )
-    for _ in range(60):
-        now[0] += 10
-        monitor.reset()
-        monitor.check()
-    assert messages == []
-    for _ in range(20):
-        now[0] += 10
-        monitor.check()
-    assert [line.partition(":")[0] for line in messages] == [
-        "no process of this sweep has worked for 60 s",
-        "no process of this sweep has worked for 120 s",
-    ]
-    assert "a trial needs 1 CPU, but 0 of 2 are free" in messages[0]
+    monkeypatch.setattr("orchestrator.cluster.session.waits_for_resources", lambda: waiting[0])
+    monkeypatch.setattr("orchestrator.cluster.session.free_resources", lambda: {"CPU": (0, 2)})
+    state = RunState(SimpleNamespace(resources=Resources()), *[None] * 5)
+    assert state._awaited() == "waiting for the last tasks"
+    state.worked -= 60
+    reason = "; a trial needs 1 CPU, but 0 of 2 are free; `ray status` shows what is in use"
+    assert state._awaited() == f"waiting for the last tasks{reason}"
     waiting[0] = False  # the cores belong to a process of this sweep that starts slowly
-    now[0] += 1000
-    monitor.check()
-    assert len(messages) == 2
+    assert state._awaited() == "waiting for the last tasks"
