@@ -22,7 +22,7 @@ METRICS = (
     *(ORDER, *(column.metric for column in COLUMNS if "table" in column.on)),
     *("test/accuracy", "test/accuracy_low", "test/accuracy_high", "n", "gain"),
 )
-TAGS = ("air.sweep", "air.best_classifier")
+TAGS = ("air.sweep", "air.best_classifier", "air.classifier")
 VISIBLE = (*(f"tags.`{name}`" for name in TAGS), *(f"metrics.`{name}`" for name in METRICS))
 VIEW_STATE = {
     "selectedColumns": VISIBLE,
