@@ -119,11 +119,12 @@ def _search_answer(results: Results, row: Row) -> str:
     if not row.is_tested:
         known = f"set aside, since no test image shows whether {objective} finds good points"
         return f"Search of {name}{task}: {known}."
-    gain, best = results.search_gains.get(row.cell), "its best point is the default setting"
+    gain, first = results.search_gains.get(row.cell), results.first_point(row)
+    best = f"its best point is the {first}"
     if gain is not None:
-        best = f"its best point has {gain.text} points on the default setting, {gain.significance}"
+        best = f"its best point has {gain.text} points on the {first}, {gain.significance}"
     elif row.choice.points[:1] != (0,):
-        best = "its best point is taken, since the default setting has no result"
+        best = f"its best point is taken, since the {first} has no result"
     points = plural(found.points, "point")
     verb = "ranks" if found.predicts_accuracy else "may not rank"
     known = f"{objective} {verb} its {points} by test accuracy, correlation {found}"

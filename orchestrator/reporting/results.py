@@ -22,6 +22,7 @@ from orchestrator.planning.dataset_text import names_text, tested_classes
 from orchestrator.planning.plan import RESULT_STATES, LoggedResults
 from orchestrator.planning.recorded import read_sweep
 from orchestrator.reporting.rows import FinishedTrial, Results, dataset_text, rows
+from orchestrator.spec.space import first_point_text
 from orchestrator.store import (
     ArtifactStore,
     EventLog,
@@ -72,6 +73,7 @@ def finished_trial(
         labels=arrays["labels"],
         unseen=_unseen(slot, arrays["labels"]),
         searched=frozenset(slot.params),
+        first_point=first_point_text(slot.cell),
         key=record.key,
         curves=record.curves,
     )

@@ -94,6 +94,7 @@ class FinishedTrial:
     by_classifier: Mapping[str, Array] = field(default_factory=dict)
     unseen: Array | None = None  # (T,) bool: TRZSL, images of classes without labels
     searched: frozenset[str] = frozenset()  # keys of `settings` that a search chose
+    first_point: str = "default setting"  # what point 0 of the search is
     key: str = ""
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict)  # a value per iteration
 
@@ -703,6 +704,10 @@ class Results:
     def searched(self, row: Row) -> set[str]:
         """The settings of a row that a search chose."""
         return self._searched.get(row.cell, set())
+
+    def first_point(self, row: Row) -> str:
+        """What point 0 of the row's cell is, in words."""
+        return self._points[row.cell, row.point][0].first_point
 
     def objective(self, row: Row) -> float | None:
         """The objective of the row's point, mean over its runs; None without a search."""

@@ -52,6 +52,14 @@ def default_params(cell: Cell) -> dict[str, Any]:
     return params
 
 
+def first_point_text(cell: Cell) -> str:
+    """What point 0 of a cell is."""
+    params = default_params(cell)
+    if params.items() <= cell.flat.items():
+        return "default setting" if params else "first point"
+    return "setting nearest to the default"
+
+
 def grid_points(cell: Cell) -> list[dict[str, Any]]:
     """Every combination of values, the default first; of those that compute the same, the first.
 

@@ -674,7 +674,7 @@ def notes_of(spec: SweepSpec) -> tuple[str, ...]:
 def _notes(spec: SweepSpec) -> Iterator[str]:
     yield from [spec.options] if spec.options else []
     is_whole = not _is_reduced(spec)
-    parts = {"fixed": spec.fixed, "grid": spec.grid, "search.space": [d.key for d in spec.space]}
+    parts = {"fixed": spec.fixed, "grid": spec.grid}
     for part, keys in parts.items() if is_whole else ():
         for key in keys:
             yield from _pinned_notes(f"{part}.{key}", key, spec.methods)
@@ -705,14 +705,11 @@ def _notes(spec: SweepSpec) -> Iterator[str]:
         if not all(key in METHODS[name].pins for name in spec.methods):  # else there is a note
             yield f"{part}.{key}: no cell uses it; {_users_text(spec, key, values)}"
     searched = {(cell.method, dimension.key) for cell in cells for dimension in cell.space}
-    free = [name for name in {c.method: None for c in cells} if not METHODS[name].is_bound]
-    for key in parts["search.space"] if is_whole else ():
-        names = [n for n in free if key not in METHODS[n].pins and (n, key) not in searched]
+    for key in (each.key for each in (spec.space if is_whole else ())):
+        names = [n for n in {c.method: None for c in cells} if (n, key) not in searched]
         if names:
-            yield f"search.space.{key} is not searched with {_list_text(names)}: it has no effect"
-    single_point = [cell.id for cell in cells if not cell.space]
-    if spec.search and single_point:
-        yield f"only one point, because no dimension applies: {_list_text(single_point)}"
+            why = "pinned, without effect, or a bound"
+            yield f"search.space.{key} is not searched with {_list_text(names)}: {why}"
 
 
 def _is_reduced(spec: SweepSpec) -> bool:

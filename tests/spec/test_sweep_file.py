@@ -261,7 +261,8 @@ def test_a_cell_searches_the_dimensions_that_its_method_and_settings_do_not_fix(
     cpl, air, _ = cells_of(spec)
     assert cpl.space == ()  # images_per_class is pinned to 0, so the condition never holds
     assert air.space == spec.space
-    assert f"only one point, because no dimension applies: {cpl.id}" in notes_of(spec)
+    why = "pinned, without effect, or a bound"
+    assert f"search.space.images_per_class is not searched with cpl: {why}" in notes_of(spec)
 
 
 def test_settings_of_lora_do_not_apply_to_cells_without_lora(tmp_path):
