@@ -84,7 +84,7 @@ def plan_screen(
         f"{plural(plan.points, 'point')}, "
         f"{plural(trials['total'], 'trial')}: {results_text(trials)}, "
         f"{trials['to_run']} to run",
-        data_text(plan),
+        *([data_text(plan)] if plan.slots else []),
         *changed_inputs(earlier_results(plan, location)),
         "",
     ]

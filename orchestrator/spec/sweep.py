@@ -585,28 +585,20 @@ MAX_POINTS = 10_000  # of a space that is enumerated; a larger one keeps all of 
 def _dimensions_with_effect(
     flat: frozenset[tuple[str, Any]], space: tuple[Dimension, ...]
 ) -> tuple[Dimension, ...]:
-    own = {each.key: dict(flat).get(each.key, trial_keys()[each.key].default) for each in space}
-    values = {each.key: (own[each.key], *_ends(each)) for each in space}
+    cell = {each.key: trial_keys()[each.key].default for each in space} | dict(flat)
+    values = {each.key: (cell[each.key], *(each.values or (each.min, each.max))) for each in space}
     if math.prod(map(len, values.values())) > MAX_POINTS:
         return space
 
     def has_effect(key: str) -> bool:
         others = [[(name, v) for v in values[name]] for name in values if name != key]
-        points = ({**dict(flat), **dict(point)} for point in itertools.product(*others))
+        points = ({**cell, **dict(point)} for point in itertools.product(*others))
         return any(
             len({computation_of({**point, key: value}) for value in values[key]}) > 1
             for point in points
         )
 
     return tuple(each for each in space if has_effect(each.key))
-
-
-def _ends(dimension: Dimension) -> tuple[Any, ...]:
-    """Least and largest number of a dimension; all its values if they are not numbers."""
-    values = dimension.values or (dimension.min, dimension.max)
-    if all(isinstance(value, int | float) for value in values):
-        return min(values), max(values)
-    return values
 
 
 _ID_KEYS = ("dataset", "paradigm", "modality", "method")
