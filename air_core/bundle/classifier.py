@@ -149,7 +149,7 @@ class Bundle:
         """Names of the values of `rows`."""
         ranks = ["", *(f"_{rank}" for rank in range(2, min(topk, len(self.classnames)) + 1))]
         pairs = [f"{name}{rank}" for rank in ranks for name in ("class", "probability")]
-        return ["path", *pairs, "error"]
+        return ["path", *pairs, *(["guess"] if self.min_probability else []), "error"]
 
     def rows(self, files: Sequence[Path], topk: int) -> Iterator[Row]:
         """Classify image files in batches and yield a row per file, in order.
@@ -159,7 +159,8 @@ class Bundle:
 
         Returns:
             `path`; `class` and `probability` of the best class, then `class_2`, `probability_2` and
-            so on; `error`, the reason why a file cannot be read. None where there is no value.
+            so on; with `min_probability` `guess`, the best class where `class` is `unsure`;
+            `error`, the reason why a file cannot be read. None where there is no value.
         """
         names = self.columns(topk)
         results = self._results(((file, file) for file in files), topk)
@@ -168,6 +169,7 @@ class Bundle:
             error = str(result) if isinstance(result, Unreadable) else None
             if isinstance(result, ClassifiedImage):
                 values = [value for pair in result.top for value in pair]
+                values += [values[0] if result.is_unsure else None] if self.min_probability else []
                 values[0] = result.classname  # may be `unsure`
             yield dict(zip(names, [str(file), *values, error], strict=True))
 

@@ -36,7 +36,7 @@ def true_classes(files: Sequence[Path], classnames: Sequence[str]) -> dict[Path,
     """Classes of images in class folders; empty unless there are two classes or more.
 
     `classnames.txt` in one of the two folders above names the class of a folder; otherwise the
-    name of the folder does, where underscores can replace spaces.
+    name of the folder does, where underscores can replace spaces and the case is free.
 
     Raises:
         ValueError: a `classnames.txt` is invalid.
@@ -51,7 +51,8 @@ def _class_of(folder: Path, classnames: Sequence[str]) -> str | None:
     above = (folder.parent, folder.parent.parent)  # the second if the first is train or test
     given = [given_classnames(home / "classnames.txt").get(folder.name) for home in above]
     names = (*given, folder.name, folder.name.replace("_", " "))
-    return next((name for name in names if name in classnames), None)
+    known = {name.lower(): name for name in classnames}
+    return next((known[n.lower()] for n in names if n and n.lower() in known), None)
 
 
 def _files_of(place: str | Path) -> Iterator[Path]:

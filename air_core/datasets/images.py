@@ -7,6 +7,7 @@ A dataset of 30,000 photographs does not fit in memory, so sequences contain pat
 from __future__ import annotations
 
 import os
+import shlex
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
-from air_core.datasets.class_folders import COMMANDS, HEIC, READS_HEIC
+from air_core.datasets.class_folders import COMMANDS, READS_HEIC
+from air_core.printable import printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -229,8 +231,9 @@ def _opened(source: Path | BytesIO, formats: tuple[str, ...], name: str) -> Imag
             f"not an image of an allowed format ({', '.join(f for f in formats if f not in HEIF)})"
         )
         why = "it is empty" if empty else f"{allowed}, or its header is damaged"
-        if isinstance(source, Path) and not empty and source.suffix.lower() in HEIC:
-            why = f"{allowed}; read HEIC after `{COMMANDS[HEIC[0]]}`"
+        if isinstance(source, Path) and not empty and (kind := source.suffix.lower()) in COMMANDS:
+            place = shlex.quote(printable(str(source.parent)))
+            why = f"{allowed}; read {kind} after `{COMMANDS[kind].replace('FOLDER', place)}`"
     except Image.DecompressionBombError:
         why = TOO_LARGE
     except OSError as problem:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from air_core.bundle.files import UNSURE
 from air_core.printable import printable
 from orchestrator import api
 from orchestrator.cli.common import (
@@ -245,9 +246,11 @@ def _show_table(rows: Iterable[Row], files: Iterable[Path], classnames: Iterable
                 [row[name] for name in row if name.startswith(word)]
                 for word in ("class", "probability")
             )
-            first = f"{names[0]:<{name_width}} {shares[0]:>6.1%}"
+            guess = row.get("guess")
+            first = f"{guess or names[0]:<{name_width}} {shares[0]:>6.1%}"
             pairs = zip(names[1:], shares[1:], strict=True)
             others = "   ".join(f"{name} {share:.1%}" for name, share in pairs)
+            others += f"   {UNSURE}" if guess else ""
             show(f"{printable(row['path']):<{width}}  {first}   {others}".rstrip())
 
 

@@ -42,6 +42,7 @@ from orchestrator.formatting import plural
 SHOWN = 3  # unreadable files and duplicates to list
 CLASSES_SHOWN = 5
 THREADS = 4
+ADVICE = "            look at them; of equal ones remove one"
 DETAILED_PX = 48  # smaller images of a class look alike, so near duplicates mean nothing
 CHUNK = 1024  # images given to the threads at once
 ProgressWrapper = Callable[[Iterable[Any], int], Iterable[Any]]
@@ -176,10 +177,12 @@ def _pair_lines(kind: str, described: str, pairs: Sequence[_Pair]) -> list[str]:
         return []
     two_classes = sum(pair.two_classes for pair in pairs)
     in_test = sum(pair.in_test for pair in pairs)
+    sign, advice = (" ~ ", [ADVICE]) if kind == "near" else (" = ", [])
     return [
         f"{kind:<11} {plural(len(pairs), 'pair')} of {described}: {two_classes:,} in two classes, "
         f"{in_test:,} in train and test",
-        *(f"            {printable(' = '.join(pair.names))}" for pair in pairs[:SHOWN]),
+        *(f"            {printable(sign.join(pair.names))}" for pair in pairs[:SHOWN]),
+        *advice,
     ]
 
 

@@ -321,7 +321,7 @@ REPORTED: list[tuple[str, str, Harm, str]] = [
         "free",
         resized,
         "near        1 pair of images that look alike: 1 in two classes, 0 in train and test\n"
-        "            cat/photo.png = dog/photo.jpg",
+        "            cat/photo.png ~ dog/photo.jpg\n            look at them; of equal ones remove",
     ),
     ("mirrored", "free", turned, "unreadable  0"),
     (

@@ -426,6 +426,10 @@ def test_an_image_with_a_small_probability_is_unsure(bundle, command, tmp_path):
     assert [row["class"] for row in json.loads(command(*words, "--json")[1])] == [
         one.classname for one in found
     ]
+    lines = [" ".join(line.split()[1:]) for line in command(*words)[1].splitlines()]
+    for line, one in zip(lines, found, strict=False):
+        assert line.startswith(f"{one.top[0][0]} {one.probability:.1%}")
+        assert line.endswith("unsure") == one.is_unsure
 
 
 def test_classify_without_images_or_bundle_prints_the_golden_messages(bundle, command, tmp_path):
