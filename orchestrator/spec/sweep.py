@@ -586,7 +586,7 @@ def _dimensions_with_effect(
     flat: frozenset[tuple[str, Any]], space: tuple[Dimension, ...]
 ) -> tuple[Dimension, ...]:
     cell = {each.key: trial_keys()[each.key].default for each in space} | dict(flat)
-    values = {each.key: (cell[each.key], *(each.values or (each.min, each.max))) for each in space}
+    values = {each.key: {cell[each.key], *_ends(each)} for each in space}
     if math.prod(map(len, values.values())) > MAX_POINTS:
         return space
 
@@ -599,6 +599,13 @@ def _dimensions_with_effect(
         )
 
     return tuple(each for each in space if has_effect(each.key))
+
+
+def _ends(dimension: Dimension) -> Sequence[Any]:
+    """Least and largest number of a dimension; all its values if they are not numbers."""
+    values: Sequence[Any] = dimension.values or (dimension.min, dimension.max)
+    is_numeric = all(isinstance(value, int | float) for value in values)
+    return (min(values), max(values)) if is_numeric else values
 
 
 _ID_KEYS = ("dataset", "paradigm", "modality", "method")
