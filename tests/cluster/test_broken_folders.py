@@ -321,7 +321,8 @@ REPORTED: list[tuple[str, str, Harm, str]] = [
         "free",
         resized,
         "near        1 pair of images that look alike: 1 in two classes, 0 in train and test\n"
-        "            cat/photo.png ~ dog/photo.jpg\n            look at them; of equal ones remove",
+        "            cat/photo.png ~ dog/photo.jpg\n"
+        "            look at them; of equal ones remove one",
     ),
     ("mirrored", "free", turned, "unreadable  0"),
     (
