@@ -518,12 +518,14 @@ def _cell(spec: SweepSpec, combination: dict[str, Any]) -> Cell:
     flat = _flat(spec, given)
     applies = {"method", "lora", *flat}.difference(METHODS[method].pins)
     chosen = {key: value for key, value in combination.items() if key in applies}
+    searched = () if METHODS[method].is_bound else spec.space
+    free = tuple(each for each in searched if each.key not in METHODS[method].pins)
     return Cell(
         id="",
         method=method,
         flat=flat,
         chosen=chosen,
-        space=_searched_dimensions(spec, method, flat),
+        space=_searched(free, frozenset(flat.items())) if free else (),
         overridden=overridden,
     )
 
@@ -566,37 +568,25 @@ def computation_of(settings: dict[str, Any]) -> TrialSpec:
     return normalised(from_flat(settings, named_refs(settings), ()))
 
 
-def _searched_dimensions(
-    spec: SweepSpec, method: str, flat: dict[str, Any]
-) -> tuple[Dimension, ...]:
-    """The dimensions that a cell searches: those that its method does not pin and that change what
-    some point computes; otherwise several points are one computation."""
-    if METHODS[method].is_bound or not spec.space:
-        return ()
-    free = tuple(each for each in spec.space if each.key not in METHODS[method].pins)
-    return _dimensions_with_effect(frozenset(flat.items()), free)
-
-
 MAX_POINTS = 10_000  # of a space that is enumerated; a larger one keeps all of its dimensions
 
 
 @computed_from_registries
 @lru_cache(maxsize=4096)
-def _dimensions_with_effect(
-    flat: frozenset[tuple[str, Any]], space: tuple[Dimension, ...]
+def _searched(
+    space: tuple[Dimension, ...], flat: frozenset[tuple[str, Any]]
 ) -> tuple[Dimension, ...]:
+    """The dimensions that change what some point computes; of others, points would be equal."""
     cell = {each.key: trial_keys()[each.key].default for each in space} | dict(flat)
     values = {each.key: {cell[each.key], *_ends(each)} for each in space}
     if math.prod(map(len, values.values())) > MAX_POINTS:
         return space
 
     def has_effect(key: str) -> bool:
-        others = [[(name, v) for v in values[name]] for name in values if name != key]
+        others = ([(name, v) for v in values[name]] for name in values if name != key)
         points = ({**cell, **dict(point)} for point in itertools.product(*others))
-        return any(
-            len({computation_of({**point, key: value}) for value in values[key]}) > 1
-            for point in points
-        )
+        found = ({computation_of({**point, key: v}) for v in values[key]} for point in points)
+        return any(len(computations) > 1 for computations in found)
 
     return tuple(each for each in space if has_effect(each.key))
 
