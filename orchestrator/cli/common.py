@@ -101,21 +101,16 @@ def load(
     return read_request(spec, sets or (), only or (), smoke)
 
 
-def note_options(location: SweepLocation) -> None:
+def note_options(location: SweepLocation, changes_only: bool = False) -> None:
     """Note on stderr the options of the last run, to which results belong, and later changes."""
+    from orchestrator.planning.recorded import changed_folders
     from orchestrator.planning.requests import last_origin
     from orchestrator.spec.sweep import options_text
 
     origin = last_origin(location)
-    if options := options_text(origin.get("sets", []), origin.get("only", [])):
+    options = options_text(origin.get("sets", []), origin.get("only", []))
+    if options and not changes_only:
         show(f"note: {options}", file=sys.stderr)
-    note_changes(location)
-
-
-def note_changes(location: SweepLocation) -> None:
-    """Note on stderr the folders of a sweep that have changed since its last run."""
-    from orchestrator.planning.recorded import changed_folders
-
     for sentence in changed_folders(location):
         show(f"note: {sentence}", file=sys.stderr)
 

@@ -21,7 +21,6 @@ from orchestrator.cli.common import (
     StoreOption,
     fail,
     location_named,
-    note_changes,
     note_options,
     recorded_sweep,
     results_store,
@@ -55,8 +54,8 @@ def list_sweeps(store: StoreOption = STORE, as_json: JsonOption = False) -> None
     elif sweeps:
         options = [f"{each['sweep']}: {each['options']}" for each in sweeps if each["options"]]
         show("\n".join([*aligned([LISTED, *map(_listed, sweeps)]), *options]))
-        for sweep in sweeps:
-            note_changes(location_named(sweep["sweep"], store))
+        for location in (location_named(sweep["sweep"], store) for sweep in sweeps):
+            note_options(location, changes_only=True)
     else:
         show(f"no sweep has run in {store}", file=sys.stderr)
 
@@ -211,7 +210,6 @@ def table(
     """
     from orchestrator.planning import plan_of, results_text
     from orchestrator.reporting import results_of, tables
-    from orchestrator.reporting.results import plan_status
     from orchestrator.reporting.summary import failed_lines
 
     if form not in tables.FORMATS:
@@ -225,7 +223,7 @@ def table(
     if left := plan.to_run:
         have = results_text(plan.results)
         show(f"note: {left} of {plan.total} trials left to run; {have}", file=sys.stderr)
-        for line in failed_lines(plan_status(plan, location)):
+        for line in failed_lines(plan, location):
             show(f"note: failed: {line}", file=sys.stderr)
     show(tables.table(found, form, columns))
 

@@ -47,14 +47,7 @@ from orchestrator.reporting.results import (
     results_of,
     sweep_status,
 )
-from orchestrator.reporting.summary import (
-    NEXT,
-    data_text,
-    next_steps,
-    run_facts,
-    summary,
-    sweep_title,
-)
+from orchestrator.reporting.summary import data_text, next_fact, run_facts, summary, sweep_title
 from orchestrator.spec import Cell, SweepSpec, cells_of, notes_of, presets
 from orchestrator.spec.space import default_params
 from orchestrator.spec.sweep import computation_of
@@ -336,5 +329,5 @@ def summary_screen(sweep: SweepSpec, location: SweepLocation) -> str:
     plan = plan_of(sweep, location)
     results, table = results_of(plan, location.store), results_command("table", location)
     width = min(WIDEST, max(NARROWEST, shutil.get_terminal_size((WIDEST, 24)).columns))
-    facts = [*run_facts(plan, location), (NEXT, next_steps(plan, location, results, width))]
+    facts = [*run_facts(plan, location), next_fact(plan, location, results, width)]
     return summary(sweep_title(plan), results, facts, width=width, table=table)

@@ -14,11 +14,7 @@ from air_core.datasets.image_folder import PREFIX
 from orchestrator.environment import in_ray_job
 from orchestrator.formatting import aligned, aligned_table, format_duration, format_value
 from orchestrator.planning import Plan, results_text
-from orchestrator.planning.dataset_text import (
-    dataset_description,
-    images_text,
-    unused_by_dataset,
-)
+from orchestrator.planning.dataset_text import dataset_description, images_text, unused_by_dataset
 from orchestrator.planning.requests import (
     last_origin,
     results_command,
@@ -185,14 +181,14 @@ def run_facts(plan: Plan, location: SweepLocation) -> list[tuple[str, str]]:
         ("options", plan.sweep.options),
         ("not used", "\n".join(unused_lines(plan, location, status))),
         ("trials", f"{trials}{time}"),
-        ("failed", "\n".join(failed_lines(status))),
+        ("failed", "\n".join(failed_lines(plan, location))),
     ]
 
 
-def failed_lines(status: SweepStatus) -> list[str]:
+def failed_lines(plan: Plan, location: SweepLocation) -> list[str]:
     """The first reasons of failed trials, each with their cells."""
     cells: dict[str, dict[str, None]] = {}
-    for slot, event in status.failures.items():
+    for slot, event in plan_status(plan, location).failures.items():
         cells.setdefault(event["message"], {})[slot.split("/")[0]] = None
     return [f"{', '.join(of)}: {message}" for message, of in cells.items()][:MAX_ANSWERS]
 
@@ -204,13 +200,13 @@ def unused_lines(plan: Plan, location: SweepLocation, status: SweepStatus) -> li
     return [*lines, *filter(None, [holes_text(status.images, status.hole_files)])]
 
 
-def next_steps(plan: Plan, location: SweepLocation, results: Results, width: int) -> str:
+def next_fact(plan: Plan, location: SweepLocation, results: Results, width: int) -> tuple[str, str]:
     """Commands to run next, each with its purpose: beside it, or below it if a line is too long."""
     steps = _steps(plan, location, results)
     lines = aligned(steps)
     if max(map(len, lines)) > width - len(" caution   "):
         lines = [line for command, purpose in steps for line in (command, f"   {purpose}")]
-    return "\n".join(lines)
+    return NEXT, "\n".join(lines)
 
 
 def _steps(plan: Plan, location: SweepLocation, results: Results) -> list[tuple[str, str]]:
@@ -219,7 +215,7 @@ def _steps(plan: Plan, location: SweepLocation, results: Results) -> list[tuple[
         whole = shlex.join(w for w in shlex.split(again) if w != "--smoke")
         table = (results_command("table", location), "the table of this smoke run")
         step = (again, "the rest of the smoke run") if plan.to_run else (whole, "the whole sweep")
-        if plan_status(plan, location).failures:  # the same run would fail again
+        if failed_lines(plan, location):  # the same run would fail again
             step = (results_command("status", location), "the failures, and what to do")
         return [step, table] if results.rows else [step]
     steps = []

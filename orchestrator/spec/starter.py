@@ -81,17 +81,13 @@ QUESTION = "Which classifier is best for {subject}, and does a diffusion model h
 COST = (
     "Cost: see `airsweep plan {name}.yaml`; a run with --smoke first makes the estimate possible."
 )
-EXPECT = (
-    "Expect: compare air with air_control; a difference whose interval contains 0 is not "
-    "significant."
-)
+EXPECT = "compare air with air_control; a difference whose interval contains 0 is not significant."
 FEW = (
-    "Expect: with about {tests} test images, differences below 10 points are hardly ever "
-    "significant. Compare air with air_control; a difference whose interval contains 0 is not "
-    "significant."
+    "with about {tests} test images, differences below 10 points are hardly ever significant; "
+    f"{EXPECT}"
 )
 NONE = (
-    "Expect: no accuracy until images are labelled; the table shows how far the classifiers "
+    "no accuracy until images are labelled; the table shows how far the classifiers "
     "agree. Label some before the first run (`airsweep sample {name}.yaml` draws them): labelled "
     "images leave the pool, so LoRA and denoising errors are then made again."
 )
@@ -330,7 +326,7 @@ def _text(name: str, images: _Images, gpus: bool) -> str:
         question,
         f"When this file was written: {images.about}.",
         COST.format(name=name),
-        expect,
+        f"Expect: {expect}",
     )
     dataset = f"  dataset: {json.dumps(images.dataset, ensure_ascii=False)}"
     return TEXT.format(
