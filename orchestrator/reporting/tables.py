@@ -309,7 +309,7 @@ def points_layouts(results: Results) -> Iterator[Layout]:
         {
             **_task_cells(results, point),
             "method": point.method if len(searched) > 1 else "",
-            "point": str(point.point or results.first_point(point).removesuffix(" setting")),
+            "point": str(point.point or results.first_point(point).replace("setting", "").strip()),
             **{key: format_value(point.settings.get(key, "")) for key in results.varied_settings},
             objective.replace("_", " "): _objective_text(objective, results.objective(point)),
             "accuracy": mean_std(point),
