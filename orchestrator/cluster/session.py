@@ -115,11 +115,7 @@ def _existing_cluster(address: str) -> Iterator[None]:
 def _local_cluster(
     on_death: Callable[[Path], None], keep_logs: Callable[[], bool]
 ) -> Iterator[None]:
-    """Start a local cluster. Its logs stay if it fails to start, dies, or `keep_logs()` is true.
-
-    Raises:
-        Refused: it does not start.
-    """
+    """Start a local cluster. Its logs stay if it fails to start, dies, or `keep_logs()` is true."""
     import ray
 
     # Workers import the packages of this checkout, which may not be installed.

@@ -121,7 +121,7 @@ class RunState:
             handlers: dict[str, Callable[..., None]] = {
                 "progress": self.on_progress,
                 "waiting": self.on_waiting,
-                "working": self.on_working,
+                "working": lambda name: setattr(self, "worked", time.monotonic()),
                 "curves": self.on_curves,
             }
             for (name, kind), arguments in self.progress.read().items():
@@ -186,9 +186,6 @@ class RunState:
     def on_progress(self, name: str, done: int, total: int, unit: str) -> None:
         self._take_news()
         self.screen.show_progress(name, done, total, unit)
-
-    def on_working(self, name: str) -> None:
-        self.worked = time.monotonic()
 
     def on_waiting(self, name: str, holder: str, seconds: float) -> None:
         self._take_news()

@@ -119,9 +119,8 @@ def _description(data: ReportData) -> str:
 
 def _is_wide(table: Layout) -> bool:
     """Whether a table is wider than a phone: 7 px a character and 12 px a column."""
-    columns = ([name, *cells] for name, cells in table.frame.items())
-    widths = [max(min(len(text), 40) for text in column) for column in columns]
-    return sum(7 * width + 12 for width in widths) > 390
+    widths = (max(map(len, (name, *cells))) for name, cells in table.frame.items())
+    return sum(7 * min(width, 40) + 12 for width in widths) > 390
 
 
 def _version() -> str:
@@ -301,9 +300,9 @@ def learning_curves(data: ReportData) -> Iterator[Group]:
             if (figure := charts.pseudo_labels(data.results, of_task, metric))
         ]
         if figures:
-            known = len(figures) == len(charts.PSEUDO)
-            texts = [] if known else ["Their accuracy is unknown, since the pool has no labels."]
-            yield Group(heading=_heading(data, task), texts=texts, figures=figures)
+            if len(figures) < len(charts.PSEUDO):
+                figures[-1] = replace(figures[-1], caption="Their accuracy needs labels.")
+            yield Group(heading=_heading(data, task), figures=figures)
 
 
 def _heading(data: ReportData, task: Task) -> str:
