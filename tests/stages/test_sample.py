@@ -54,7 +54,7 @@ def test_before_the_first_run_the_sample_is_seeded_and_never_labelled(photos, tm
     rest = api.sample("mine.yaml", 100, "rest")
     assert "all that have no label and are in no earlier sample" in rest.basis
     assert len({"000.png", "002.png", *found, *paths(rest.labels)}) == POOL + 1
-    with pytest.raises(ValueError, match="every unlabelled image is in a sample already"):
+    with pytest.raises(ValueError, match="each unlabelled image is in a sample"):
         api.sample("mine.yaml", 20, "again")
 
     before = sorted(tmp_path.rglob("*.*"))
