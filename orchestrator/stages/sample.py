@@ -102,7 +102,7 @@ def write_sample(
     unlabelled, basis = len(left), pool.basis
     if not left.any():
         raise ValueError(
-            "each unlabelled image is in a sample, a *-labels.csv; fill in its classes"
+            "each unlabelled image is in a sample, a *-labels.csv; fill in its class"
         )
     pool = _Pool(pool.index[left], pool.predictions[left], pool.probabilities[left], pool.basis)
     if count > len(pool.index):
