@@ -101,9 +101,7 @@ def write_sample(
     left = np.array([of[i] not in listed for i in pool.index])
     unlabelled, basis = len(left), pool.basis
     if not left.any():
-        raise ValueError(
-            "each unlabelled image is in a sample, a *-labels.csv; fill in its class"
-        )
+        raise ValueError("each unlabelled image is in a sample, a *-labels.csv; fill in its class")
     pool = _Pool(pool.index[left], pool.predictions[left], pool.probabilities[left], pool.basis)
     if count > len(pool.index):
         basis = "all that have no label and are in no earlier sample"
