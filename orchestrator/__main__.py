@@ -49,7 +49,6 @@ app = typer.Typer(
 for commands in (sweeps, inputs, submit, results, tracked, bundle):
     app.add_typer(commands.app)
 app.add_typer(sweeps.plugin_app, name="plugin", rich_help_panel=START)
-app.add_typer(tracked.mlflow_app, name="mlflow", rich_help_panel=LOOK_AFTER)
 app.add_typer(cache.app, name="cache", rich_help_panel=LOOK_AFTER)
 for group in app.registered_groups:  # typer keeps the line breaks of docstrings, of 100 columns
     for command in group.typer_instance.registered_commands if group.typer_instance else ():

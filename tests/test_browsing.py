@@ -34,9 +34,9 @@ def server(tmp_path_factory, drawn_digits) -> Iterator[MlflowServer]:
     spec = write_sweep(folder, "browsed", SWEEP.format(folder=drawn_digits))
     spec.write_text(f"# How many images are enough?\n{spec.read_text()}")
     store = folder / "runs"
-    words = ("run", spec, "--store", store, "--tracking-uri", "none")
-    airsweep(*words, module="tests.helpers.trivial")
-    airsweep("mlflow", "reconcile", "browsed", "--store", store)
+    words = ("run", spec, "--store", store)
+    airsweep(*words, "--tracking-uri", "none", module="tests.helpers.trivial")
+    airsweep(*words)
     server = MlflowServer(store, folder / "log")
     server.start()
     yield server

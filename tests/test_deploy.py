@@ -19,7 +19,9 @@ from PIL import Image
 from air_core.bundle.content import ONNX
 from air_core.bundle.manifest import MANIFEST
 from air_core.datasets import get_dataset
+from orchestrator.api import recorded_sweep
 from orchestrator.store import ArtifactStore, SweepLocation
+from orchestrator.tracking import Publisher
 from tests.helpers.documents import ROOT, blocks
 from tests.helpers.features import encode
 from tests.helpers.outcomes import record_sweep, trained
@@ -194,12 +196,10 @@ def test_a_registered_model_classifies_images_over_http(
     uri = ("--tracking-uri", mlflow_server.url)
     stderr = export("--register", "digits", *uri, code=2)
     assert "has no run of the trial" in stderr
-    assert "airsweep mlflow reconcile" in stderr
-    reconcile = ("mlflow", "reconcile", "small", "--store", location.store.root, *uri)
-    assert command(*reconcile)[0] == 0
+    assert "airsweep run" in stderr
+    Publisher(*recorded_sweep("small", location.store.root, None), mlflow_server.url).export()
     stderr = export("--register", "digits", "--force", *uri)
     assert "`mlflow models serve -m models:/digits/1 --env-manager local`" in stderr
-    assert "nothing to send" in command(*reconcile)[1]  # the run of the trial is as it was
 
     server = ModelServer(tmp_path / "log")
     server.start("models:/digits/1", mlflow_server.url)

@@ -1,4 +1,4 @@
-"""Commands that use MLflow: its web page, and reconciling it with the store."""
+"""The command that serves the MLflow runs of a store."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ import typer
 from orchestrator.cli.common import (
     LOOK,
     STORE,
-    DataOption,
     StoreOption,
-    TrackingOption,
-    exit_code_of,
     fail,
     recorded_sweep,
 )
@@ -39,6 +36,8 @@ def ui(
 ) -> None:
     """Serve the store's MLflow runs as a web page, and open the table of runs.
 
+    Runs that MLflow lacks are sent first.
+
     Only this machine can open the page; from another, use `ssh -L 5000:127.0.0.1:5000 MACHINE`.
 
     airsweep ui
@@ -46,6 +45,7 @@ def ui(
     airsweep ui --port 5001
     """
     from orchestrator.store import open_store
+    from orchestrator.tracking import Publisher
     from orchestrator.tracking.database import (
         LOOPBACK,
         SERVER_ENVIRONMENT,
@@ -54,22 +54,27 @@ def ui(
         serve_command,
     )
 
-    root = open_store(store).root
+    opened = open_store(store)
+    root, names = opened.root, ["/".join(parts) for parts in opened.backend.sweeps()]
     database = root / DATABASE
-    if not database.exists():
-        fail(f"{database} does not exist: no run was tracked in this store yet")
+    if not names:
+        fail(f"{store} has no recorded sweep; run a sweep first, or give another --store")
     try:
-        check_database(database)
+        if database.exists():
+            check_database(database)
     except OSError as problem:
-        fail(
-            f"{problem}; move the file, and `airsweep mlflow reconcile NAME` writes the runs of a "
-            "sweep again"
-        )
+        fail(f"{problem}; move the file, and `airsweep ui` writes all runs again")
     try:
         socket.create_server((LOOPBACK, port)).close()
     except OSError as problem:
         reason = str(problem.strerror).partition(" (")[0]
         fail(f"the server cannot listen on port {port}: {reason}; choose another --port")
+    for name in names:
+        try:
+            sweep, location = recorded_sweep(name, store, None)
+            Publisher(sweep, location, f"sqlite:///{database}").export()
+        except Exception as problem:  # show the other sweeps
+            show(f"airsweep: {name}: {problem}", file=sys.stderr)
     server = f"http://{LOOPBACK}:{port}"
     pages = [f"{server}/{page}" for page in run_tables(database)] or [server]
     for page in pages:
@@ -94,45 +99,3 @@ def _open_when_served(server: str, page: str) -> None:
             webbrowser.open(page)
             break
     os._exit(0)
-
-
-mlflow_app = typer.Typer(no_args_is_help=True, help="Keep MLflow consistent with the store.")
-
-
-@mlflow_app.command("reconcile")
-def mlflow_reconcile(
-    name: Annotated[
-        str | None,
-        typer.Argument(metavar="NAME", help="Sweep, or PROJECT/NAME. Default: every sweep."),
-    ] = None,
-    store: StoreOption = STORE,
-    data_root: DataOption = None,
-    tracking_uri: TrackingOption = None,
-) -> None:
-    """Upload to MLflow what it lacks of recorded sweeps, for instance after an outage.
-
-    airsweep mlflow reconcile quickstart
-
-    airsweep mlflow reconcile --tracking-uri http://mlflow:5000
-    """
-    from orchestrator.store import open_store
-    from orchestrator.tracking import reconcile
-
-    recorded = ["/".join(parts) for parts in open_store(store).backend.sweeps()]
-    names = [name] if name else recorded
-    if not names:
-        fail(f"{store} has no recorded sweep; run a sweep first, or give another --store")
-    problems = []
-    for sweep_name in names:
-        try:
-            result = reconcile(*recorded_sweep(sweep_name, store, data_root), tracking_uri)
-        except Exception as problem:
-            if name:
-                raise
-            problems.append(problem)  # continue with the other sweeps
-            show(f"airsweep: {sweep_name}: {problem}", file=sys.stderr)
-            continue
-        show(result.line())
-        show(f"  {result.url}", file=sys.stderr)
-    if problems:
-        sys.exit(max(exit_code_of(problem) for problem in problems))

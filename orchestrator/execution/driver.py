@@ -120,6 +120,7 @@ def run_sweep(
         if event_log.path.exists():  # record the current file, which may have fewer cells
             _write_sweep_files(location, sweep, origin, resolver)
         screen.message(f"{sweep.name}: nothing to do")
+        tracker.export()
         return DONE
     location.store.check_writable()
     _refuse_unschedulable(plan, location)
@@ -617,18 +618,13 @@ def _record_end(state: RunState) -> OSError | None:
     unwritten = _full_disk_error(lambda: location.write("outcome.json", sealed_json(outcome)))
     if unwritten is not None and code == DONE:
         code = FAILED  # otherwise the same command would have nothing to do
-    if code == DONE:
-        state.tracker.catch_up()
-        # Before the end is logged: once it is, no later run contacts MLflow again.
-        state.tracker.finish(code)
     ended: dict[str, Any] = {"exit_code": code, "seconds": seconds}
     unwritten = (
         _full_disk_error(lambda: state.event_log.append("sweep_ended", **ended)) or unwritten
     )
     # If the history cannot be written, only estimates are worse.
     _full_disk_error(lambda: record_measurements(location.store, statistics.work))
-    if code != DONE:
-        state.tracker.finish(code)
+    state.tracker.finish(code)
     return unwritten
 
 

@@ -55,8 +55,8 @@ class OutcomeTracker(Protocol):
                 run logged the outcome.
         """
 
-    def catch_up(self) -> None:
-        """Wait until all outcomes are sent."""
-
     def finish(self, code: int) -> None:
-        """Send the end of the run with its exit code."""
+        """Send the end of the run with its exit code, and all outcomes that are not sent."""
+
+    def export(self) -> None:
+        """Send what is not sent of a sweep that is complete."""

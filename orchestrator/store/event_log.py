@@ -14,7 +14,7 @@ import signal
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,15 @@ class EventLog:
 
     def unlock(self) -> None:
         self._lock.release()
+
+    @contextmanager
+    def locked(self) -> Iterator[EventLog]:
+        """Hold the lock of the sweep; raises as `lock`."""
+        self.lock()
+        try:
+            yield self
+        finally:
+            self.unlock()
 
     def refresh(self) -> None:
         """Download new events, if the store is in a bucket."""

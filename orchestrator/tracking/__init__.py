@@ -1,9 +1,5 @@
 """MLflow tracking: publishes the results of a store, while a sweep runs or afterwards."""
 
-from orchestrator.tracking.publish import Publisher
-from orchestrator.tracking.reconcile import reconcile
+from orchestrator.tracking.export import Publisher
 
-__all__ = [
-    "Publisher",
-    "reconcile",
-]
+__all__ = ["Publisher"]

@@ -34,8 +34,6 @@ from orchestrator.store import ArtifactStore, TrialRecord
 from orchestrator.tracking.types import ChildRun, DatasetUse, Numbers, SweepRun
 
 SPEC = "spec.json"
-RECIPE = 3  # increase when a change computes other numbers of a setting from the same trials
-
 MAX_NAME, MAX_PARAM = 250, 6000  # characters, in MLflow
 
 FinishedTrial = tuple[Slot, TrialRecord]
@@ -135,12 +133,11 @@ class ChildRuns:
         done = sorted(done, key=lambda trial: tuple(trial[0].seeds.values()))
         times = [_times(record) for _, record in done]
         params = {k: v for k, v in self._params(slot).items() if k not in self._seeds}
-        varied = {key: value for key, value in params.items() if key in self._varied}
         users = {str(record.provenance.get("user", UNKNOWN)) for _, record in done} - {UNKNOWN}
         return ChildRun(
             kind="point",
             id=point_id(slot),
-            content=_content_digest(done, varied),
+            content=_content_digest(done),
             name=_run_name(slot, self._settings(slot)),
             tags={
                 **_tags(slot),
@@ -192,7 +189,6 @@ class ChildRuns:
             tags["user"] = self.parent.user
         tags |= {name: str(made.get(name, "")) for name in ("host", "device")}
         tags |= {name: json.dumps(made[name]) for name in ("versions", "files") if made.get(name)}
-        tags["spec_hash"] = self.parent.spec_hash
         tags["seeds"] = json.dumps(
             {key: value for key, value in to_flat(spec).items() if key.endswith("seed")}
         )
@@ -277,12 +273,12 @@ def _join_values(values: Iterable[int]) -> str:
 # ---------------------------------------------------------------- numbers of a setting
 
 
-def _content_digest(done: Sequence[FinishedTrial], params: dict[str, str]) -> str:
-    """Digest of everything that the numbers of a setting are computed from."""
+def _content_digest(done: Sequence[FinishedTrial]) -> str:
+    """Digest of the records that the numbers of a setting are computed from."""
     runs = sorted(
         (slot.id, slot.key.digest, record.started, record.seconds) for slot, record in done
     )
-    text = canonical_json({"recipe": RECIPE, "params": params, "runs": [list(run) for run in runs]})
+    text = canonical_json([list(run) for run in runs])
     return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
 
 

@@ -1,8 +1,10 @@
 """MLflow tracker: writes sweep runs, setting runs and trial runs.
 
-Before creating a run the tracker searches for it by its tags, so sending an outcome twice does not
-duplicate it. Every call passes a run id explicitly, so MLFLOW_RUN_ID has no effect. Any call can
-raise; the caller then discards its `SweepTracker` and opens the sweep again.
+A run is written once. Its tag `air.digest` identifies its content, and its status is written last,
+so a run with both is complete and is skipped. A running trial of this process is continued; any
+other run of its slot is deleted and written anew. Every call passes a run id explicitly, so
+MLFLOW_RUN_ID has no effect. Any call can raise; the caller then discards its `SweepTracker` and
+opens the sweep again.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,6 @@ from orchestrator.tracking._runs import (  # first: it configures MLflow
     dataset_input,
     digests_of,
     explained_errors,
-    is_airsweep_run,
     log_batch,
     metrics_of,
     search,
@@ -58,14 +58,13 @@ from orchestrator.tracking.database import (
     check_database,
     page_of,
 )
-from orchestrator.tracking.types import ChildRun, Counts, Status, SweepRun
+from orchestrator.tracking.types import ChildRun, Status, SweepRun
 from orchestrator.tracking_uri import DATABASE
 
 log = logging.getLogger(__name__)
 
 # For the check before a run, which should fail quickly.
 QUICK = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
-TEMPORARY = ("air.failure_class", "air.best_classifier")  # tags that a later run can lack
 REJECTED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 # A server whose database is busy or restarting uses the codes of REJECTED with these messages.
 BUSY = ("QueuePool limit", "deadlock detected", "terminating connection", "closed unexpectedly")
@@ -127,7 +126,7 @@ class MlflowTracker:
             tags = {"air.kind": "sweep", "air.sweep": sweep.sweep}
             run = runs[0] if runs else None
             run = run or stored_run(client.create_run(experiment, None, tags, sweep.sweep))
-            tracker = SweepTracker(self, client, experiment, sweep, run, Counts(sweep=not runs))
+            tracker = SweepTracker(self, client, experiment, sweep, run)
             tracker.begin(live)
             return tracker
 
@@ -174,15 +173,21 @@ class MlflowTracker:
 
 @dataclass
 class SweepTracker:
-    """A sweep run and its child runs."""
+    """A sweep run and its child runs.
+
+    Args:
+        children: by kind and id.
+        sent: number of child runs that were written.
+    """
 
     mlflow: MlflowTracker
     client: MlflowClient
     experiment: str
     sweep: SweepRun
     run: StoredRun
-    counts: Counts
-    children: dict[tuple[str, str], StoredRun] = field(default_factory=dict)  # by kind and id
+    children: dict[tuple[str, str], StoredRun] = field(default_factory=dict)
+    sent: int = 0
+    rejected: set[str] = field(default_factory=set)  # digests
     accepts_files: bool = True
 
     def begin(self, live: bool) -> None:
@@ -197,45 +202,37 @@ class SweepTracker:
             MLFLOW_RUN_NOTE: self.sweep.note if live else "",
         }
         self._tag_sweep(tags | self._system_tags())
-        self.children = self._find_children()
-
-    def _find_children(self) -> dict[tuple[str, str], StoredRun]:
-        """The child runs by kind and id.
-
-        Deletes duplicates: MLflow creates a second run when a client repeats a request whose reply
-        was lost.
-        """
-        children: dict[tuple[str, str], StoredRun] = {}
         query = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.run.run_id}'"
-        for child in filter(is_airsweep_run, search(self.client, self.experiment, query)):
-            first = children.setdefault(child.name, child)
-            if first is not child:
-                keep, delete = (child, first) if first.status == "RUNNING" else (first, child)
-                children[child.name] = keep
-                self.client.delete_run(delete.run_id)
-        return children
+        found = search(self.client, self.experiment, query)
+        for child in sorted(found, key=lambda run: run.status == "RUNNING"):
+            first = self.children.setdefault(child.name, child)
+            # MLflow creates a second run when a client repeats a request whose reply was lost.
+            if first is not child and child.name[1]:
+                self.client.delete_run(child.run_id)
 
-    def send(self, run: ChildRun) -> bool:
-        """Send the parts of a trial or setting that MLflow lacks; return whether any were sent.
+    def send(self, run: ChildRun) -> None:
+        """Write a trial or setting, unless MLflow has it.
 
         Raises:
             ValueError, TrackerUnreachable: see `MlflowTracker.check`.
         """
+        stored = self.children.get((run.kind, run.id))
+        if run.digest in self.rejected or (stored is not None and stored.is_complete(run)):
+            return
         with explained_errors(self.mlflow.address, f"the run {run.name}"):
             try:
-                sent = self._send(run)
+                if stored is not None and not stored.starts(run):
+                    # MLflow hides deleted runs and can restore them.
+                    self.client.delete_run(stored.run_id)
+                    stored = None
+                self._write(run, stored or self._create(run))
             except MlflowException as error:
                 if error.error_code not in REJECTED or any(words in str(error) for words in BUSY):
                     raise
                 # Sending the same run again would fail again; other runs may be accepted.
                 log.warning("MLflow rejects the run %s: %s", run.name, short_reason(error))
-                sent = False
-        if run.kind == "point":
-            self.counts.settings += sent
-        else:
-            self.counts.sent += sent
-            self.counts.present += not sent
-        return sent
+                self.rejected.add(run.digest)
+        self.sent += run.status != "RUNNING"
 
     def finish(
         self,
@@ -243,41 +240,36 @@ class SweepTracker:
         note: str | None = None,
         files: Mapping[str, bytes] | None = None,
         metrics: Mapping[str, float] | None = None,
-        labels: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
     ) -> None:
         """End the sweep run, and any child run that a killed driver left unfinished.
 
         Args:
             note: Markdown; None skips the note and the files, which take time to send.
-            metrics, labels: metrics and tags of the sweep run.
+            metrics, tags: of the sweep run.
 
         Raises:
             ValueError, TrackerUnreachable: see `MlflowTracker.check`.
         """
         with explained_errors(self.mlflow.address, f"the run {self.sweep.sweep}"):
-            for run in self._find_children().values():
+            for run in self.children.values():
                 if run.status == "RUNNING":
                     self.client.set_terminated(run.run_id, "KILLED")
-                    self.counts.sweep = True
-            tags = self._states() | dict(labels or {})
+                    run.status = "KILLED"
+            changed = dict(tags or {})
             if note is not None:
                 files = files or {}
                 if self.run.tags.get("air.artifacts", "") != digests_of(files):
                     sent = self._upload(self.run, sorted(files.items()))
                     files = {name: files[name] for name in sent}
-                tags |= {MLFLOW_RUN_NOTE: note, "air.artifacts": digests_of(files)}
-            self._tag_sweep(tags, metrics or {})
+                changed |= {MLFLOW_RUN_NOTE: note, "air.artifacts": digests_of(files)}
+            self._tag_sweep(changed, metrics or {})
             if self.run.status != status:
                 self.client.set_terminated(self.run.run_id, status)
-                self.run.status, self.counts.sweep = status, True
+                self.run.status = status
 
     def url(self) -> str:
         return self.mlflow.url(page_of(self.experiment, self.run.run_id))
-
-    def _states(self) -> dict[str, str]:
-        trials = [child for (kind, _), child in self.children.items() if kind == "trial"]
-        states = Counter(child.tags.get("air.state") for child in trials)
-        return {f"air.{state}": str(states[state]) for state in ("done", "reused", "failed")}
 
     def _tag_sweep(self, tags: Mapping[str, str], metrics: Mapping[str, float] = {}) -> None:
         changed = {k: v for k, v in valid_tags(tags).items() if self.run.tags.get(k) != v}
@@ -288,70 +280,47 @@ class SweepTracker:
             log_batch(self.client, self.run.run_id, tags=changed, metrics=new)
             self.run.tags |= changed
             self.run.metrics |= values
-            self.counts.sweep = True
-
-    def _send(self, run: ChildRun) -> bool:
-        client = self.client
-        stored = self.children.get((run.kind, run.id))
-        if stored is not None and not stored.is_same_computation(run):
-            # MLflow has another computation of this slot or point: the sweep was edited, the store
-            # was cleared, or a seed was added. Params and metric histories cannot be replaced, so
-            # a new run takes over.
-            client.delete_run(stored.run_id)  # MLflow hides deleted runs and can restore them
-            del self.children[run.kind, run.id]
-            stored = None
-        stored = stored or self._create(run)
-        files = ", ".join(sorted(run.files))
-        if stored.tags.get("air.artifacts", "") != files:
-            contents = ((name, content()) for name, content in sorted(run.files.items()))
-            files = ", ".join(self._upload(stored, contents))
-        tags = valid_tags({**run.tags, **self._child_tags(run), "air.artifacts": files})
-        changed = {key: value for key, value in tags.items() if stored.tags.get(key) != value}
-        params = {key: value for key, value in run.params.items() if key not in stored.params}
-        # The status is written last, so a run with a final status has all its metrics.
-        ended = (stored.status, stored.ended) == (run.status, run.ended)
-        inputs = [dataset_input(use) for use in run.datasets if use.name not in stored.inputs]
-        outdated = [name for name in TEMPORARY if name in stored.tags.keys() - tags.keys()]
-        if ended and not (changed or params or inputs or outdated):
-            return False
-        if inputs:
-            client.log_inputs(stored.run_id, inputs)
-        if ended:
-            log_batch(client, stored.run_id, tags=changed, params=params)
-        else:
-            numbers = run.numbers()
-            kinds = {"air.interval": numbers.interval, "air.classifier": numbers.classifier}
-            changed |= valid_tags(kinds)
-            sent = {name: len(values) for name, values in stored.curves.items()}
-            metrics = metrics_of(numbers, run.started, run.ended)
-            metrics = [metric for metric in metrics if metric.step >= sent.get(metric.key, 0)]
-            log_batch(client, stored.run_id, tags=changed, params=params, metrics=metrics)
-            stored.metrics |= {metric.key: metric.value for metric in metrics}
-            self._set_status(stored, run)
-        for name in outdated:
-            client.delete_tag(stored.run_id, name)
-            del stored.tags[name]
-        stored.tags |= changed
-        stored.params |= params.keys()
-        stored.inputs |= {use.name for use in run.datasets}
-        return True
-
-    def _set_status(self, stored: StoredRun, run: ChildRun) -> None:
-        if run.status == "RUNNING":
-            stored.curves = {name: [*values] for name, values in run.numbers().curves.items()}
-            if stored.status != "RUNNING":  # a trial that failed before
-                self.client.update_run(stored.run_id, "RUNNING")
-        else:
-            self.client.set_terminated(stored.run_id, run.status, run.ended)
-            stored.ended = run.ended
-        stored.status = run.status
 
     def _create(self, run: ChildRun) -> StoredRun:
         """Create a run with the tags by which the next driver can find it."""
-        identity = zip(IDENTITY[run.kind], (run.id, run.content), strict=True)
-        tags = {"air.kind": run.kind, **dict(identity), MLFLOW_PARENT_RUN_ID: self.run.run_id}
+        tags = {"air.kind": run.kind, IDENTITY[run.kind]: run.id}
+        tags |= {MLFLOW_PARENT_RUN_ID: self.run.run_id}
         created = self.client.create_run(self.experiment, run.started, valid_tags(tags), run.name)
-        return self.children.setdefault((run.kind, run.id), stored_run(created))
+        stored = self.children[run.kind, run.id] = stored_run(created)
+        inputs = [dataset_input(use) for use in run.datasets]
+        if inputs:
+            self.client.log_inputs(stored.run_id, inputs)
+        return stored
+
+    def _write(self, run: ChildRun, stored: StoredRun) -> None:
+        """Write what a new run or the run of a running trial lacks; its status last."""
+        numbers, before = run.numbers(), stored.sent or {}
+        is_running = run.status == "RUNNING"
+        uploaded = self._upload(stored, ((k, content()) for k, content in run.files.items()))
+        is_whole = not is_running and len(uploaded) == len(run.files)
+        tags = {
+            **run.tags,
+            **self._child_tags(run),
+            "air.interval": numbers.interval,
+            "air.classifier": numbers.classifier,
+            "air.artifacts": ", ".join(sorted(uploaded)),
+            "air.digest": run.digest if is_whole else "",
+        }
+        metrics = metrics_of(numbers, run.started, run.ended)
+        log_batch(
+            self.client,
+            stored.run_id,
+            tags=valid_tags(tags),
+            params=run.params if stored.sent is None else {},
+            metrics=[
+                metric for metric in metrics if metric.step >= len(before.get(metric.key, ()))
+            ],
+        )
+        stored.sent = numbers.curves if is_running else None
+        if not is_running:
+            self.client.set_terminated(stored.run_id, run.status, run.ended)
+        # A run whose files were refused is sent again by the next process, not by this one.
+        stored.status, stored.tags = run.status, tags | {"air.digest": run.digest}
 
     def _child_tags(self, run: ChildRun) -> dict[str, str]:
         # The user and commit that computed the trial override those that send it.

@@ -28,7 +28,7 @@ import math
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -54,61 +54,46 @@ BATCH, PARAMS = 800, 100  # metrics and params per request, which may have 1000 
 UNAUTHORIZED, FORBIDDEN = 401, 403  # HTTP status codes
 DATABASE_BYTES = 2 * 2**20  # an empty MLflow database with its journal
 MLFLOW_ERRORS = (MlflowException, OSError)  # requests' exceptions are OSErrors
-# By kind of run: the tag that identifies the run, and the tag that identifies its computation.
-IDENTITY = {"trial": ("air.slot", "air.trial_key"), "point": ("air.point", "air.content")}
+IDENTITY = {"trial": "air.slot", "point": "air.point"}  # the tag with the id of a run, by kind
 
 
 @dataclass
 class StoredRun:
-    """A run as stored in MLflow."""
+    """A run as stored in MLflow.
+
+    Attributes:
+        sent: the curves that this process sent of a running trial; None for any other run.
+    """
 
     run_id: str
     artifact_uri: str
     status: str
-    started: int
-    ended: int | None
     tags: dict[str, str]
-    params: set[str]
     metrics: dict[str, float]  # last values
-    inputs: set[str]  # names of datasets
-    # The values that this process has sent while the trial was running.
-    curves: dict[str, list[float]] = field(default_factory=dict)
+    sent: Mapping[str, Sequence[float]] | None = None
 
     @property
     def name(self) -> tuple[str, str]:
-        """Kind and id of a trial run or setting run; the id is empty for any other run."""
+        """Kind and id of a child run; the id is empty for a run that a user added."""
         kind = self.tags.get("air.kind", "")
-        return kind, self.tags.get(IDENTITY[kind][0], "") if kind in IDENTITY else ""
+        return kind, self.tags.get(IDENTITY.get(kind, ""), "")
 
-    def is_same_computation(self, run: ChildRun) -> bool:
-        """Whether the metrics and params of `run` can be added to this stored run."""
-        if self.tags.get(IDENTITY[run.kind][1], "") != run.content:
+    def is_complete(self, run: ChildRun) -> bool:
+        same = self.status == run.status and self.tags.get("air.digest") == run.digest
+        return same and run.status != "RUNNING"
+
+    def starts(self, run: ChildRun) -> bool:
+        """Whether `run` continues the curves that this process sent."""
+        if self.sent is None:
             return False
-        if self.curves:
-            curves = run.numbers().curves  # a failed trial has none
-            return all(curves.get(k, v)[: len(v)] == v for k, v in self.curves.items())
-        if run.status == "RUNNING":
-            return not self.metrics
-        # A failed first attempt has no metrics, and other times than the second attempt.
-        return not self.metrics or self.started == run.started or self.ended == run.ended
-
-
-def is_airsweep_run(run: StoredRun) -> bool:
-    """Whether airsweep created this child run. Users can add child runs to a sweep run."""
-    return bool(run.name[1])
+        curves = run.numbers().curves  # a failed trial has none
+        return all(curves.get(k, v)[: len(v)] == v for k, v in self.sent.items())
 
 
 def stored_run(run: Run) -> StoredRun:
+    info = run.info
     return StoredRun(
-        run_id=run.info.run_id,
-        artifact_uri=run.info.artifact_uri,
-        status=run.info.status,
-        started=run.info.start_time,
-        ended=run.info.end_time,
-        tags=dict(run.data.tags),
-        params=set(run.data.params),
-        metrics=dict(run.data.metrics),
-        inputs={use.dataset.name for use in run.inputs.dataset_inputs} if run.inputs else set(),
+        info.run_id, info.artifact_uri, info.status, dict(run.data.tags), dict(run.data.metrics)
     )
 
 

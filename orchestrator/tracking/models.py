@@ -94,7 +94,7 @@ def _registered(manifest: Manifest, name: str, uri: str | None, store: Path) -> 
         if not ids or not (found := client.search_runs(ids, query, order_by=latest, max_results=1)):
             raise ValueError(
                 f"MLflow at {shown} has no run of the trial {key[:12]}; send its sweep with "
-                "`airsweep mlflow reconcile`, then register again"
+                "`airsweep run`, then register again"
             )
         run = found[0].info
         model = OnnxModel(manifest.onnx_file().read_bytes(), manifest.onnx_file())

@@ -1,27 +1,21 @@
 """Data types of sweep runs and child runs. Imports no MLflow.
 
-The store and the event log are authoritative. MLflow is a view of them; `reconcile` sends all that
-MLflow lacks. This module does not depend on Ray, the store or the trial code.
+The store and the event log are authoritative. MLflow is a view of them, which `export` brings up to
+date. This module does not depend on Ray, the store or the trial code.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 Kind = Literal["trial", "point"]  # a point is a setting over its seeds and splits
-
-
-@dataclass
-class Counts:
-    """Numbers of runs that were sent to MLflow."""
-
-    sent: int = 0  # outcomes that were missing or different
-    present: int = 0  # outcomes that were unchanged
-    settings: int = 0  # settings that were missing or different
-    sweep: bool = False  # whether the sweep run itself was changed
+RECIPE = 1  # increase when a change computes other numbers from the same records
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,17 +55,17 @@ class SweepRun:
 class ChildRun:
     """A child of the sweep run: the outcome of a trial, or a setting over its trials.
 
-    Times come from records, never from the clock, so an outcome that is sent twice has the same
-    times and is stored once.
+    Times come from records, never from the clock, so an outcome has the same digest whenever it is
+    sent.
 
     Args:
         id: the slot of a trial or the point of a setting. Unique within the sweep and kind, and
             stable over resumes.
-        content: identifies the computation: the key of a trial, a digest of a setting's trials.
+        content: identifies the records that `numbers` and `files` read.
         numbers: computes the metrics, which takes time for a setting; called only if MLflow lacks
-            them.
+            the run.
         started: ms since the epoch, like `ended`. A running trial ends now.
-        files: small files by name; each function is called only if MLflow lacks the files.
+        files: small files by name; each function is called only if MLflow lacks the run.
     """
 
     kind: Kind
@@ -87,3 +81,11 @@ class ChildRun:
     started: int
     ended: int
     files: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of everything that the run shows."""
+        shown = {k: v for k, v in vars(self).items() if k not in ("numbers", "datasets", "files")}
+        datasets = [vars(use) for use in self.datasets]
+        text = json.dumps([RECIPE, shown, datasets, sorted(self.files)], sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()

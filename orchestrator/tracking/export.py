@@ -1,24 +1,32 @@
-"""Sends everything that MLflow lacks of a sweep, from the event log and the store.
+"""Brings MLflow up to date with a sweep: every 15 s while it runs, and at its end.
 
-Reconciling runs no trial. It compares with the runs in MLflow first, so a second call changes
-nothing. Needs neither Ray nor torch.
+The export is idempotent: a run that MLflow has complete is skipped, so a second call sends nothing,
+and a call after an outage or a kill sends the rest. It needs neither Ray nor torch. An error of
+MLflow never fails a sweep.
 """
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import re
-from collections.abc import Mapping
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
-from orchestrator.errors import DONE, FAILED, TrackerUnreachable
-from orchestrator.formatting import plural
+from orchestrator.errors import DONE, FAILED, INTERRUPTED, TERMINATED, SweepBusy, TrackerUnreachable
+from orchestrator.failures import first_line
 from orchestrator.git import UNKNOWN
 from orchestrator.planning import Outcome, Plan, Slot, plan_of
 from orchestrator.planning.resolve import text_digest
+from orchestrator.redact import without_credentials
 from orchestrator.reporting import Results, results_of, sweep_status
 from orchestrator.reporting.answers import headlines
 from orchestrator.reporting.charts import pictures
@@ -27,41 +35,26 @@ from orchestrator.reporting.rows import BEST, row_text
 from orchestrator.reporting.summary import run_facts, summary, sweep_title
 from orchestrator.spec import SweepSpec
 from orchestrator.store import (
-    ArtifactStore,
     EventLog,
     SweepLocation,
     TrialRecord,
     read_outcome,
-    read_trial,
     user_name,
 )
+from orchestrator.store.artifacts import provenance
 from orchestrator.tracking._child_runs import ChildRuns, group_by_setting
-from orchestrator.tracking.types import Counts, Status, SweepRun
-from orchestrator.tracking_uri import resolve_uri
+from orchestrator.tracking.types import ChildRun, Status, SweepRun
+from orchestrator.tracking_uri import effective_uri, resolve_uri, uri_kind
 
 if TYPE_CHECKING:
     from orchestrator.tracking._mlflow import MlflowTracker, SweepTracker
 
+log = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
-class ReconcileResult:
-    """The result of reconciling one sweep."""
-
-    name: str
-    counts: Counts
-    missing: int  # outcomes in the event log whose records are no longer in the store
-    url: str
-
-    def line(self) -> str:
-        """A summary for the screen."""
-        sent, present, settings = self.counts.sent, self.counts.present, self.counts.settings
-        lost = f", {self.missing} no longer in the store" if self.missing else ""
-        if not (sent or settings or self.counts.sweep):
-            return f"{self.name}: nothing to send ({plural(present, 'outcome')} in MLflow{lost})"
-        more = f" and {plural(settings, 'setting')}" if settings else ""
-        return (
-            f"{self.name}: sent {plural(sent, 'outcome')}{more}; {present} already in MLflow{lost}"
-        )
+INTERVAL = 15.0  # seconds
+# Seconds between a failed call and the next one. A server that accepts a request and never replies
+# blocks the thread for half a minute per call.
+PAUSE = 300.0
 
 
 def make_tracker(uri: str | None, *, store: Path, project: str) -> MlflowTracker:
@@ -82,66 +75,162 @@ def make_tracker(uri: str | None, *, store: Path, project: str) -> MlflowTracker
     return MlflowTracker(address, project=project, database=database)
 
 
-def reconcile(
-    sweep: SweepSpec, location: SweepLocation, tracking_uri: str | None
-) -> ReconcileResult:
-    """Bring MLflow up to date with one recorded sweep.
+class Publisher:
+    """Exports one sweep to MLflow: an `OutcomeTracker`.
 
-    Raises:
-        ValueError: tracking is off, or MLflow denies access.
-        TrackerUnreachable: MLflow does not answer, or stops answering; runs sent before that are
-            kept.
-        SweepBusy: a driver is running the sweep and sends its outcomes.
+    While the sweep runs a thread sends the outcomes so far. The first one imports MLflow, which
+    takes seconds, so a run without outcomes does not.
+
+    Args:
+        tracking_uri: from the command line. Default: from the sweep file.
     """
-    uri = tracking_uri or sweep.tracking_uri
-    mlflow = make_tracker(uri, store=location.store.root, project=location.project)
-    mlflow.check()
-    event_log = location.event_log()
-    event_log.lock()
-    try:
-        parent = sweep_run_of(sweep, location, _history(event_log).last)
-        tracker = mlflow.open(parent, live=False)
+
+    def __init__(self, sweep: SweepSpec, location: SweepLocation, tracking_uri: str | None) -> None:
+        self.sweep, self.location, self.store = sweep, location, location.store
+        self.uri = effective_uri(tracking_uri or sweep.tracking_uri, self.store.root)
+        self.kind = uri_kind(self.uri)
+        self._tracker: SweepTracker | None = None
+        self._unsent: dict[tuple[str, str], ChildRun] = {}  # by kind and id
+        self._thread = threading.Thread(target=self._send_regularly, daemon=True)
+        self._ended = threading.Event()
+        self._paused_until = 0.0
+        self._warned = False
+
+    @cached_property
+    def sweep_run(self) -> SweepRun:
+        """The sweep run. Read it after the driver has set user and commit in the environment."""
+        return sweep_run_of(self.sweep, self.location, provenance())
+
+    @cached_property
+    def _children(self) -> ChildRuns:
+        return ChildRuns(self.sweep, self.sweep_run, self.store)
+
+    @property
+    def in_store(self) -> bool:
+        is_default = self.uri == effective_uri(None, self.store.root)
+        return is_default and not os.environ.get("MLFLOW_TRACKING_URI")
+
+    def check(self, reach: bool) -> None:
+        if self.kind != "http" or not reach:
+            return
         try:
-            missing = sync(sweep, location, tracker, status_of(sweep_status(event_log).exit_code))
+            make_tracker(self.uri, store=self.store.root, project=self.sweep_run.project).check()
         except TrackerUnreachable as error:
-            sent = plural(tracker.counts.sent, "outcome")
             raise TrackerUnreachable(
-                f"{error}; sent {sent} of {location.name} before that; run this command again when "
-                "MLflow answers"
+                f"{error}; start it, give another --tracking-uri, or run with --tracking-uri none: "
+                "a later run with an address sends all results"
             ) from error
-    finally:
-        event_log.unlock()
-    return ReconcileResult(location.full_name, tracker.counts, missing, tracker.url())
+
+    def trial(self, outcome: Outcome, at: float | None) -> None:
+        """Queue an outcome. Those that an earlier run logged are sent at the end."""
+        if self.kind == "none":
+            return
+        setting = self._children.completed_setting(outcome)
+        if at is not None:
+            self._queue(self._children.trial(outcome, at, provenance()))
+            if setting is not None:
+                self._queue(setting)
+
+    def running(self, slot: Slot, curves: Mapping[str, Sequence[float]], started: float) -> None:
+        """Queue the curves of a running trial. They replace queued ones."""
+        if self.kind != "none":
+            self._queue(self._children.running(slot, curves, started, provenance()))
+
+    def export(self) -> None:
+        """Send everything that MLflow lacks of an ended sweep, which no driver runs."""
+        try:
+            with self.location.event_log().locked() as event_log:
+                made = _history(event_log).last
+                self.sweep_run = sweep_run_of(self.sweep, self.location, made)
+                self.finish(sweep_status(event_log).exit_code)
+        except SweepBusy:
+            pass  # its driver sends it
+
+    def finish(self, code: int | None) -> None:
+        """End the sweep run, and send everything that MLflow lacks.
+
+        After SIGTERM only seconds remain, so the sweep run is ended without a note, and the next
+        run of the sweep sends the rest.
+
+        Args:
+            code: the exit code; None if the driver was killed.
+        """
+        was_used = self._thread.is_alive()
+        self._ended.set()
+        if was_used:
+            self._thread.join()
+        status = status_of(code)
+        if self.kind == "none" or (code == INTERRUPTED and not was_used):  # opening takes seconds
+            return
+        if code == TERMINATED:
+            complete = self._tracker is not None and self._call(lambda t: t.finish(status))
+            complete = complete and not (self._unsent or self._warned)
+        else:
+            self._paused_until = 0.0
+            complete = self._call(lambda t: sync(self.sweep, self.location, t, status))
+        if not complete:
+            log.warning(
+                "MLflow at %s lacks part of this sweep; the store has all results, and the next "
+                "run of the same command sends the rest",
+                without_credentials(self.uri),
+            )
+
+    def _queue(self, run: ChildRun) -> None:
+        self._unsent[run.kind, run.id] = run
+        if not self._thread.ident:
+            self._thread.start()
+
+    def _send_regularly(self) -> None:
+        while not self._ended.wait(INTERVAL):
+            self._call(self._send_queue)
+
+    def _send_queue(self, tracker: SweepTracker) -> None:
+        while self._unsent and not self._ended.is_set():
+            tracker.send(self._unsent.popitem()[1])
+
+    def _call(self, work: Callable[[SweepTracker], object]) -> bool:
+        """Call MLflow; return whether the call succeeded."""
+        if time.monotonic() < self._paused_until:
+            return False
+        try:
+            if self._tracker is None:
+                mlflow = make_tracker(
+                    self.uri, store=self.store.root, project=self.location.project
+                )
+                self._tracker = mlflow.open(self.sweep_run)
+            work(self._tracker)
+        except Exception as error:  # no error of the tracker may end the sweep
+            # A failed call may have written its run, so the next call reads the runs again.
+            self._tracker = None
+            self._paused_until = time.monotonic() + PAUSE
+            if not self._warned:
+                kind = "" if isinstance(error, TrackerUnreachable) else f"{type(error).__name__}: "
+                log.warning("%s%s; the sweep continues without it", kind, first_line(error))
+            self._warned = True
+            return False
+        return True
 
 
-def sync(sweep: SweepSpec, location: SweepLocation, tracker: SweepTracker, status: Status) -> int:
+def sync(sweep: SweepSpec, location: SweepLocation, tracker: SweepTracker, status: Status) -> None:
     """Send everything that MLflow lacks of a sweep, and end its run.
 
     The caller must hold the sweep's lock.
-
-    Returns:
-        The number of outcomes in the event log whose records are no longer in the store.
 
     Raises:
         ValueError, TrackerUnreachable: see `MlflowTracker.check`.
     """
     location = replace(location, recorded=True)
-    event_log = location.event_log()
-    history = _history(event_log)
+    history = _history(location.event_log())
     plan = plan_of(sweep, location)
     done = finished_records(plan, location.store)
     records = {slot.id: record for slot, record in done}
-    missing = 0
     children = ChildRuns(sweep, tracker.sweep, location.store)
+    states: Counter[str] = Counter()
     for slot in plan.slots:
         event = history.outcomes.get(slot.id)
-        if event is None:
-            continue
-        outcome = _outcome_of(slot, event, location.store, records.get(slot.id))
-        if outcome is None:
-            missing += 1
-            continue
-        tracker.send(children.trial(outcome, event["time"], event["maker"]))
+        if event is not None and (outcome := _outcome_of(slot, event, records.get(slot.id))):
+            states[outcome.state] += 1
+            tracker.send(children.trial(outcome, event["time"], event["maker"]))
     results = results_of(plan, location.store, done)
     best = results.best_classifiers.values()
     marked = {(b.row.cell, b.row.point): b.classifier for b in best}
@@ -150,9 +239,9 @@ def sync(sweep: SweepSpec, location: SweepLocation, tracker: SweepTracker, statu
         tracker.send(children.setting(group, marked.get((slot.cell.id, slot.point), "")))
     note, files = note_and_files(plan, location, results, tracker.run.run_id)
     names = (f"{BEST}{b.classifier} of {row_text(b.row, [*b.row.settings])}" for b in best)
-    tags = {"air.best_classifier": "; ".join(names)}
+    tags = {f"air.{state}": str(states[state]) for state in ("done", "reused", "failed")}
+    tags["air.best_classifier"] = "; ".join(names)
     tracker.finish(status, note, files, headline_metrics(results) | _cost_metrics(location), tags)
-    return missing
 
 
 @dataclass(frozen=True)
@@ -175,9 +264,7 @@ def _history(event_log: EventLog) -> _History:
     return _History(outcomes, made)
 
 
-def _outcome_of(
-    slot: Slot, event: Mapping[str, Any], store: ArtifactStore, record: TrialRecord | None
-) -> Outcome | None:
+def _outcome_of(slot: Slot, event: Mapping[str, Any], record: TrialRecord | None) -> Outcome | None:
     """The outcome of a slot; None if the event is of another spec, or the record was removed."""
     if event["key"] != slot.key.digest:
         return None
@@ -190,11 +277,11 @@ def _outcome_of(
                 message=event["message"],
                 already_logged=True,
             )
-        case "trial_done" | "trial_reused" if store.has(slot.spec):
+        case "trial_done" | "trial_reused" if record is not None:
             state: Literal["done", "reused"] = (
                 "done" if event["event"] == "trial_done" else "reused"
             )
-            return Outcome(slot, state, record or read_trial(slot.spec, store), already_logged=True)
+            return Outcome(slot, state, record, already_logged=True)
     return None
 
 

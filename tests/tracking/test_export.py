@@ -1,4 +1,4 @@
-"""After a sweep: reconcile with MLflow. No cluster."""
+"""The export of recorded sweeps to MLflow. No cluster."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from orchestrator.environment import environment
-from orchestrator.errors import FAILED, TERMINATED, SweepBusy, TrackerUnreachable
+from orchestrator.errors import FAILED, TERMINATED, TrackerUnreachable
 from orchestrator.planning import Outcome, plan_of, requirements_of, resolver_of
 from orchestrator.planning.plan import plan_sweep
 from orchestrator.reporting.results import results_of
@@ -25,9 +25,9 @@ from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.images import build as build_image_block
 from orchestrator.stages.images import open_generator
 from orchestrator.stages.trial import run_trial
-from orchestrator.store import ArtifactStore, EventLog, SweepLocation, read_trial
-from orchestrator.tracking import Publisher, reconcile
-from orchestrator.tracking.types import Counts
+from orchestrator.store import ArtifactStore, SweepLocation, read_trial
+from orchestrator.tracking import Publisher
+from orchestrator.tracking import export as export_module
 from tests.helpers.features import digit_features, store_with
 from tests.helpers.servers import MlflowServer, failing_server, free_port
 
@@ -43,10 +43,10 @@ STATES = ("done", "reused", "done", "failed", "done", "done")
 MADE = {"user": "ada", "commit": "0123abc", "dirty": "feed"}
 TAGS = {  # names of air.* tags, which other tools read
     "sweep": "artifacts best_classifier done failed kind project reused spec_hash sweep user",
-    "point": "cell content dataset interval kind method modality paradigm point runs seed "
+    "point": "cell dataset digest interval kind method modality paradigm point runs seed "
     "split_seed sweep user",
-    "trial": "artifacts backbone_digest cell code commit dataset dataset_digest device dirty files "
-    "host kind method modality paradigm point seed seeds slot spec_hash split_seed state sweep "
+    "trial": "artifacts backbone_digest cell code commit dataset dataset_digest device digest "
+    "dirty files host kind method modality paradigm point seed seeds slot split_seed state sweep "
     "trial_key user versions",
 }
 
@@ -106,6 +106,13 @@ def copy_of(ended: SweepLocation, folder: Path) -> SweepLocation:
     return SweepLocation(ArtifactStore(root), ended.project, ended.name, None)
 
 
+def export(sweep: SweepSpec, location: SweepLocation, uri: str | None = None) -> int:
+    """Export an ended sweep; return how many runs were written."""
+    publisher = Publisher(sweep, location, uri)
+    publisher.export()
+    return publisher._tracker.sent if publisher._tracker else -1
+
+
 def mlflow_client(uri: str) -> Any:
     from orchestrator.tracking._mlflow import MlflowClient
 
@@ -122,9 +129,8 @@ def all_runs(uri: str, project: str = "default") -> list[Any]:
 def tracked(
     ended: SweepLocation, sweep: SweepSpec, tmp_path_factory: pytest.TempPathFactory
 ) -> str:
-    """The URI of the store's MLflow database, to which the sweep was reconciled."""
-    result = reconcile(sweep, ended, None)
-    assert (result.counts, result.missing) == (Counts(sent=6, settings=3, sweep=True), 0)
+    """The URI of the store's MLflow database, to which the sweep was exported."""
+    assert export(sweep, ended) == 9
     return f"sqlite:///{ended.store.root}/mlflow.db"
 
 
@@ -226,11 +232,9 @@ def test_a_trial_run_has_its_settings_datasets_and_a_telling_name(ended, sweep, 
     assert used == {"digits-pool": ("pool", digest), "digits-test": ("test", digest)}
 
 
-def test_reconcile_sends_an_untracked_sweep_completely_and_once(ended, sweep, tracked):
+def test_an_untracked_sweep_is_sent_completely_and_once(ended, sweep, tracked):
     uri = tracked
-    again = reconcile(sweep, ended, None)
-    assert again.counts == Counts(present=6)
-    assert "nothing to send (6 outcomes in MLflow)" in again.line()
+    assert export(sweep, ended) == 0
 
     runs = all_runs(uri)
     kinds = Counter(run.data.tags["air.kind"] for run in runs)
@@ -275,7 +279,7 @@ def outcomes(sweep: SweepSpec, location: SweepLocation) -> list[Outcome]:
     return [Outcome(slot, "done", read_trial(slot.spec, location.store)) for slot in slots]
 
 
-def test_a_driver_and_reconcile_send_the_same_runs(ended, sweep, tracked, tmp_path):
+def test_a_run_and_a_later_export_send_the_same_runs(ended, sweep, tracked, tmp_path):
     location = copy_of(ended, tmp_path)
     parent = sweep_run(tracked)
     client = mlflow_client(f"sqlite:///{location.store.root}/mlflow.db")
@@ -283,12 +287,12 @@ def test_a_driver_and_reconcile_send_the_same_runs(ended, sweep, tracked, tmp_pa
     driver = Publisher(sweep, location, None)
     first = outcomes(sweep, location)[2]
     driver.running(first.slot, {"train/loss": first.record.curves["train/loss"][:1]}, 1.0)
+    driver._call(driver._send_queue)
     driver.trial(first, time.time())
-    driver.catch_up()
+    driver._call(driver._send_queue)
     driver.finish(TERMINATED)
-    again = reconcile(sweep, location, None)
-    assert again.counts == Counts(sent=5, present=1, settings=3, sweep=True)
-    assert reconcile(sweep, location, None).counts == Counts(present=6)
+    assert export(sweep, location) == 8
+    assert export(sweep, location) == 0
 
     def shown(uri: str) -> dict[str, Any]:
         kept = [run for run in all_runs(uri) if run.data.tags["air.kind"] != "sweep"]
@@ -304,29 +308,15 @@ def test_a_driver_and_reconcile_send_the_same_runs(ended, sweep, tracked, tmp_pa
     assert shown(f"sqlite:///{location.store.root}/mlflow.db") == shown(tracked)
 
 
-def test_removed_records_are_counted_and_get_no_run(ended, sweep, tracked, tmp_path):
+def test_removed_records_get_no_run(ended, sweep, tracked, tmp_path):
     location = copy_of(ended, tmp_path)
     slot = plan_of(sweep, location).slots[2]
     shutil.rmtree(location.store.path(slot.key))
     project = replace(location, project="other")  # has no runs yet
     shutil.copytree(location.folder, project.folder)
-    result = reconcile(sweep, project, None)
-    assert (result.counts.sent, result.missing) == (5, 1)
+    export(sweep, project)
     runs = all_runs(f"sqlite:///{location.store.root}/mlflow.db", "other")
     assert slot.id not in {run.data.tags.get("air.slot") for run in runs}
-
-
-def test_reconcile_is_refused_while_a_driver_runs_or_tracking_is_off(
-    ended, sweep, tracked, tmp_path
-):
-    location = copy_of(ended, tmp_path)
-    with pytest.raises(ValueError, match="--tracking-uri"):
-        reconcile(sweep, location, "none")
-    driver = EventLog(location.folder)
-    driver.lock()
-    with pytest.raises(SweepBusy):
-        reconcile(sweep, location, None)
-    driver.unlock()
 
 
 def test_a_dead_server_fails_the_check_before_any_work_and_a_folder_is_bad_input(
@@ -334,11 +324,9 @@ def test_a_dead_server_fails_the_check_before_any_work_and_a_folder_is_bad_input
 ):
     location = copy_of(ended, tmp_path)
     dead = f"http://me:secret@127.0.0.1:{free_port()}"
-    with pytest.raises(TrackerUnreachable, match="airsweep mlflow reconcile small") as caught:
+    with pytest.raises(TrackerUnreachable, match="--tracking-uri none") as caught:
         Publisher(sweep, location, dead).check(reach=True)
     assert "secret" not in str(caught.value)
-    with pytest.raises(TrackerUnreachable):
-        reconcile(sweep, location, dead)
     Publisher(sweep, location, dead).check(reach=False)  # as for `airsweep run --prepare`
     with pytest.raises(ValueError, match="allowed: "):
         Publisher(sweep, location, "mlruns").check(reach=False)
@@ -361,19 +349,17 @@ def test_an_outage_gives_one_warning_and_the_rest_is_sent_afterwards(
     with failing_server(server.url, trouble) as url:
         driver = Publisher(sweep, location, url)
         driver.trial(done[0], time.time())
-        driver.catch_up()
+        driver._call(driver._send_queue)
         trouble.append("away")
         for outcome in done[1:]:
             driver.trial(outcome, time.time())
-        driver.catch_up()
+        driver._call(driver._send_queue)
         driver.finish(FAILED)
     outage, incomplete = (record.getMessage() for record in caplog.records)
     assert "does not answer" in outage
-    options = f"--tracking-uri {url} --store {location.store.root}"
-    assert f"airsweep mlflow reconcile small {options}" in incomplete
-    counts = reconcile(sweep, location, server.url).counts
-    assert counts == Counts(sent=5, present=1, settings=3, sweep=True)
-    assert reconcile(sweep, location, server.url).counts == Counts(present=6)
+    assert "sends the rest" in incomplete
+    assert export(sweep, location, server.url) == 8
+    assert export(sweep, location, server.url) == 0
     slots = Counter(run.data.tags.get("air.slot") for run in all_runs(server.url))
     assert {slots[slot] for slot in slots if slot} == {1}
 
@@ -385,13 +371,13 @@ def test_training_does_not_wait_for_a_server_that_never_replies(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     location = copy_of(ended, tmp_path)
     done = outcomes(sweep, location)
+    monkeypatch.setattr(export_module, "INTERVAL", 0.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts requests and never answers
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         driver = Publisher(sweep, location, url)
         for outcome in done:
             driver.trial(outcome, time.time())
         assert not caplog.records  # all three outcomes are queued during the first call
-    driver.catch_up()  # the server is gone, so the call fails
-    assert len(caplog.records) == 1
-    driver.finish(TERMINATED)
-    assert "the next run sends the rest" in caplog.records[-1].getMessage()
+    driver.finish(TERMINATED)  # the server is gone, so the call fails
+    assert len(caplog.records) == 2
+    assert "sends the rest" in caplog.records[-1].getMessage()
