@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from filelock import FileLock
@@ -107,7 +108,7 @@ class MlflowTracker:
                     raise
 
     def open(self, sweep: SweepRun, *, live: bool = True) -> SweepTracker:
-        """Find or create the run of a sweep, and find its child runs.
+        """Find or create the run of a sweep.
 
         Args:
             live: whether the sweep is running. If not, a run that has ended keeps its status.
@@ -176,7 +177,6 @@ class SweepTracker:
     """A sweep run and its child runs.
 
     Args:
-        children: by kind and id.
         sent: number of child runs that were written.
     """
 
@@ -185,13 +185,12 @@ class SweepTracker:
     experiment: str
     sweep: SweepRun
     run: StoredRun
-    children: dict[tuple[str, str], StoredRun] = field(default_factory=dict)
     sent: int = 0
     rejected: set[str] = field(default_factory=set)  # digests
     accepts_files: bool = True
 
     def begin(self, live: bool) -> None:
-        """Update the sweep run, and find its child runs."""
+        """Update the sweep run."""
         if live and self.run.status != "RUNNING":
             self.client.update_run(self.run.run_id, "RUNNING")
             self.run.status = "RUNNING"
@@ -202,13 +201,19 @@ class SweepTracker:
             MLFLOW_RUN_NOTE: self.sweep.note if live else "",
         }
         self._tag_sweep(tags | self._system_tags())
+
+    @cached_property
+    def children(self) -> dict[tuple[str, str], StoredRun]:
+        """The child runs, by kind and id."""
+        children: dict[tuple[str, str], StoredRun] = {}
         query = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.run.run_id}'"
         found = search(self.client, self.experiment, query)
         for child in sorted(found, key=lambda run: run.status == "RUNNING"):
-            first = self.children.setdefault(child.name, child)
+            first = children.setdefault(child.name, child)
             # MLflow creates a second run when a client repeats a request whose reply was lost.
             if first is not child and child.name[1]:
                 self.client.delete_run(child.run_id)
+        return children
 
     def send(self, run: ChildRun) -> None:
         """Write a trial or setting, unless MLflow has it.
@@ -216,10 +221,10 @@ class SweepTracker:
         Raises:
             ValueError, TrackerUnreachable: see `MlflowTracker.check`.
         """
-        stored = self.children.get((run.kind, run.id))
-        if run.digest in self.rejected or (stored is not None and stored.is_complete(run)):
-            return
         with explained_errors(self.mlflow.address, f"the run {run.name}"):
+            stored = self.children.get((run.kind, run.id))
+            if run.digest in self.rejected or (stored is not None and stored.is_complete(run)):
+                return
             try:
                 if stored is not None and not stored.starts(run):
                     # MLflow hides deleted runs and can restore them.

@@ -7,6 +7,7 @@ MLflow never fails a sweep.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
@@ -43,7 +44,7 @@ from orchestrator.store import (
 )
 from orchestrator.store.artifacts import provenance
 from orchestrator.tracking._child_runs import ChildRuns, group_by_setting
-from orchestrator.tracking.types import ChildRun, Status, SweepRun
+from orchestrator.tracking.types import RECIPE, ChildRun, Status, SweepRun
 from orchestrator.tracking_uri import effective_uri, resolve_uri, uri_kind
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class Publisher:
         self.sweep, self.location, self.store = sweep, location, location.store
         self.uri = effective_uri(tracking_uri or sweep.tracking_uri, self.store.root)
         self.kind = uri_kind(self.uri)
+        self._live = True
         self._tracker: SweepTracker | None = None
         self._unsent: dict[tuple[str, str], ChildRun] = {}  # by kind and id
         self._thread = threading.Thread(target=self._send_regularly, daemon=True)
@@ -140,7 +142,7 @@ class Publisher:
         """Send everything that MLflow lacks of an ended sweep, which no driver runs."""
         try:
             with self.location.event_log().locked() as event_log:
-                made = _history(event_log).last
+                self._live, made = False, _history(event_log).last
                 self.sweep_run = sweep_run_of(self.sweep, self.location, made)
                 self.finish(sweep_status(event_log).exit_code)
         except SweepBusy:
@@ -197,7 +199,7 @@ class Publisher:
                 mlflow = make_tracker(
                     self.uri, store=self.store.root, project=self.location.project
                 )
-                self._tracker = mlflow.open(self.sweep_run)
+                self._tracker = mlflow.open(self.sweep_run, live=self._live)
             work(self._tracker)
         except Exception as error:  # no error of the tracker may end the sweep
             # A failed call may have written its run, so the next call reads the runs again.
@@ -219,8 +221,12 @@ def sync(sweep: SweepSpec, location: SweepLocation, tracker: SweepTracker, statu
     Raises:
         ValueError, TrackerUnreachable: see `MlflowTracker.check`.
     """
-    location = replace(location, recorded=True)
-    history = _history(location.event_log())
+    location, event_log = replace(location, recorded=True), location.event_log()
+    content = event_log.path.read_bytes() + sweep.text.encode()
+    digest = hashlib.blake2b(b"%d" % RECIPE + content, digest_size=10).hexdigest()
+    if (tracker.run.status, tracker.run.tags.get("air.digest")) == (status, digest):
+        return
+    history = _history(event_log)
     plan = plan_of(sweep, location)
     done = finished_records(plan, location.store)
     records = {slot.id: record for slot, record in done}
@@ -241,6 +247,7 @@ def sync(sweep: SweepSpec, location: SweepLocation, tracker: SweepTracker, statu
     names = (f"{BEST}{b.classifier} of {row_text(b.row, [*b.row.settings])}" for b in best)
     tags = {f"air.{state}": str(states[state]) for state in ("done", "reused", "failed")}
     tags["air.best_classifier"] = "; ".join(names)
+    tags["air.digest"] = digest if tracker.accepts_files else ""
     tracker.finish(status, note, files, headline_metrics(results) | _cost_metrics(location), tags)
 
 

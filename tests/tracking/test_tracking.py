@@ -527,7 +527,7 @@ def test_a_repeated_request_leaves_one_run(file: World, run: ChildRun) -> None:
     create_unfinished(file, tracker.run.run_id, run)
     tags = {"air.kind": "sweep", "air.sweep": "quickstart"}
     file.client.create_run(tracker.experiment, tags=tags)  # as after a lost reply
-    file.open()
+    file.send(run)
     assert len(file.runs()) == 2
     seen = file.seen()
     (remaining,) = (seen.trials | seen.settings).values()
