@@ -330,7 +330,8 @@ class Trial:
         confidence, predictions = evaluation.most_probable(logits)
         probability, _ = evaluation.most_probable(logits, temperature=temperature)
         right = predictions == data.test.labels
-        pool_probability, pool = evaluation.most_probable(classifier.logits(data.pool), unseen)
+        pool_logits = classifier.logits(data.pool)
+        pool_probability, pool = evaluation.most_probable(pool_logits, unseen, temperature)
         found = evaluation.objectives(classifier, data.pool, data.validation, unseen)
         if votes:
             found["agreement"] = evaluation.agreement(pool, votes)

@@ -210,7 +210,7 @@ class ClassifierResult:
     probability: Tensor  # (T,) of the predicted class, at this temperature
     calibration_error: tuple[float, float]  # of the test images, at temperature 1 and at this one
     pool: Tensor  # (P,) predicted classes of the pool images
-    pool_probability: Tensor  # (P,) of the predicted class; in TRZSL among unseen classes
+    pool_probability: Tensor  # (P,) likewise; in TRZSL among unseen classes
     objectives: dict[str, float]  # see `evaluation.objectives`; and `agreement`
 
 

@@ -51,7 +51,7 @@ finally: print(*sorted({*libraries} & {*sys.modules}), file=sys.stderr)
         (
             ("--help",),
             "torch ray mlflow numpy pydantic yaml",
-            "Start Run Look Use after plan run status table ui cache mlflow",
+            "Start Run Look Use after plan run status table ui cache",
         ),
         (("check", "--help"), "numpy PIL torch ray", "DATASET"),
         (

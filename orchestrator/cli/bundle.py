@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from air_core.bundle.files import UNSURE
 from air_core.printable import printable
 from orchestrator import api
 from orchestrator.cli.common import (
@@ -250,7 +249,7 @@ def _show_table(rows: Iterable[Row], files: Iterable[Path], classnames: Iterable
             first = f"{guess or names[0]:<{name_width}} {shares[0]:>6.1%}"
             pairs = zip(names[1:], shares[1:], strict=True)
             others = "   ".join(f"{name} {share:.1%}" for name, share in pairs)
-            others += f"   {UNSURE}" if guess else ""
+            others += f"   {names[0]}" if guess else ""
             show(f"{printable(row['path']):<{width}}  {first}   {others}".rstrip())
 
 

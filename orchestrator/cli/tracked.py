@@ -57,8 +57,6 @@ def ui(
     opened = open_store(store)
     root, names = opened.root, ["/".join(parts) for parts in opened.backend.sweeps()]
     database = root / DATABASE
-    if not names:
-        fail(f"{store} has no recorded sweep; run a sweep first, or give another --store")
     try:
         if database.exists():
             check_database(database)
@@ -75,6 +73,8 @@ def ui(
             Publisher(sweep, location, f"sqlite:///{database}").export()
         except Exception as problem:  # show the other sweeps
             show(f"airsweep: {name}: {problem}", file=sys.stderr)
+    if not database.exists():
+        fail(f"{store} has no recorded sweep; run a sweep first, or give another --store")
     server = f"http://{LOOPBACK}:{port}"
     pages = [f"{server}/{page}" for page in run_tables(database)] or [server]
     for page in pages:

@@ -145,8 +145,8 @@ class Publisher:
                 self._live, made = False, _history(event_log).last
                 self.sweep_run = sweep_run_of(self.sweep, self.location, made)
                 self.finish(sweep_status(event_log).exit_code)
-        except SweepBusy:
-            pass  # its driver sends it
+        except (SweepBusy, PermissionError):
+            pass  # its driver sends it, or its owner may
 
     def finish(self, code: int | None) -> None:
         """End the sweep run, and send everything that MLflow lacks.
