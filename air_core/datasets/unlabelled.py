@@ -158,9 +158,10 @@ def read_labels(home: Path, images: Iterable[str], classes: Classes) -> dict[str
         image, name, part = (line.get(column, "") for column in COLUMNS)
         image = PurePosixPath(image).as_posix()
         if image not in known:
+            [like] = get_close_matches(image, known, n=1) or [next(iter(known))]
             raise ValueError(
                 f"{place}: {image!r} is not an image in {home}; expected a path below that folder, "
-                f"such as {next(iter(known))!r}"
+                f"such as {like!r}"
             )
         if not name:
             continue
@@ -172,7 +173,7 @@ def read_labels(home: Path, images: Iterable[str], classes: Classes) -> dict[str
         label = label_of.get(name, label_of.get(name.lower()))
         if label is None:
             close = get_close_matches(name.lower(), label_of, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
+            hint = f"did you mean {classes.names[label_of[close[0]]]!r}? " if close else ""
             raise ValueError(
                 f"{place}: {name!r} is not a class; {hint}{CLASSES} has {some(classes.names, 10)}"
             )
@@ -207,7 +208,7 @@ def _lines(file: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
                 columns = header
                 if {*columns} - {*COLUMNS, "number"} or {*COLUMNS[:2]} - {*columns}:
                     raise ValueError(
-                        f"{file}:{rows.line_num}: the columns are {', '.join(columns)}; expected "
+                        f"{file}:{rows.line_num}: the columns are {', '.join(cells)}; expected "
                         "the line `image,class` or `image,class,part` first"
                     )
             elif len(cells) != len(columns):

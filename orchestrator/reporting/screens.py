@@ -327,7 +327,8 @@ def summary_screen(sweep: SweepSpec, location: SweepLocation) -> str:
     """The closing screen of `airsweep run`: results and facts about the run."""
     location = replace(location, recorded=True)
     plan = plan_of(sweep, location)
-    results, table = results_of(plan, location.store), results_command("table", location)
+    results = results_of(plan, location.store)
+    commands = {name: results_command(name, location) for name in ("table", "report")}
     width = min(WIDEST, max(NARROWEST, shutil.get_terminal_size((WIDEST, 24)).columns))
     facts = [*run_facts(plan, location), next_fact(plan, location, results, width)]
-    return summary(sweep_title(plan), results, facts, width=width, table=table)
+    return summary(sweep_title(plan), results, facts, width=width, **commands)

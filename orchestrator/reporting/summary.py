@@ -58,6 +58,7 @@ def summary(
     *,
     width: int = 100,
     table: str = "airsweep table",
+    report: str = "airsweep report",
 ) -> str:
     """The screen at the end of a run, at most `width` columns wide.
 
@@ -65,7 +66,7 @@ def summary(
         title: name and data of the sweep; the paradigm and modality are appended.
         facts: (label, text) lines below the table; an empty label for a plain line.
         width: of the terminal.
-        table: the command that prints the whole table.
+        table, report: the commands that show all rows and all answers.
     """
     tail = [f"{paradigm}/{modality}" for _, paradigm, modality in results.tasks]
     unit = [f"test {metric_text(results.rows)}"] if results.tested else []
@@ -81,7 +82,7 @@ def summary(
     if len(results.rows) > MAX_ROWS:
         lines.append(f" {MAX_ROWS} of {len(results.rows)} rows; all: {table}")
     above = [
-        ("answers", "\n".join(answers(results, MAX_ANSWERS, table))),
+        ("answers", "\n".join(answers(results, MAX_ANSWERS, report))),
         ("caution", next(_cautions(results), "")),
         ("best", "\n".join(f"{BEST}{text}" for text in best_texts(results)[:MAX_ROWS])),
         ("columns", "" if results.tested else " ".join(column_notes(rows[0]))),
@@ -228,7 +229,7 @@ def _steps(plan: Plan, location: SweepLocation, results: Results) -> list[tuple[
         steps.append(
             (results_command("sample", location), "draws images to label, to measure accuracy")
         )
-    steps.append((results_command("table", location), "all columns, differences and notes"))
+    steps.append((results_command("table", location), "differences, notes and more columns"))
     steps.append((results_command("report", location), "curves and images in one page"))
     bests = results.best_classifiers.values()
     if best := next((b for b in bests if b.row.modality in MODALITIES), None):

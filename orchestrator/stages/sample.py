@@ -96,6 +96,9 @@ def write_sample(
         device = "cuda" if gpu and torch.cuda.is_available() else "cpu"
         features.build(spec.features, replace(worker, device=device), report)
         pool = _zero_shot(spec, worker)
+        if best is not None:
+            why = "since images or labels have changed after the run"
+            pool = replace(pool, basis=f"{pool.basis}, {why}")
     listed = listed_images((home / LABELS, *output.absolute().parent.glob("*-labels.csv")))
     of = [file.relative_to(home).as_posix() for file in examples.images.files]
     left = np.array([of[i] not in listed for i in pool.index])

@@ -10,6 +10,7 @@ opens the sweep again.
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
@@ -186,6 +187,7 @@ class SweepTracker:
     sweep: SweepRun
     run: StoredRun
     sent: int = 0
+    current: set[tuple[str, str]] = field(default_factory=set)  # kind and id of runs of this sweep
     rejected: set[str] = field(default_factory=set)  # digests
     accepts_files: bool = True
 
@@ -223,6 +225,7 @@ class SweepTracker:
         """
         with explained_errors(self.mlflow.address, f"the run {run.name}"):
             stored = self.children.get((run.kind, run.id))
+            self.current.add((run.kind, run.id))
             if run.digest in self.rejected or (stored is not None and stored.is_complete(run)):
                 return
             try:
@@ -261,14 +264,18 @@ class SweepTracker:
                 if run.status == "RUNNING":
                     self.client.set_terminated(run.run_id, "KILLED")
                     run.status = "KILLED"
-            changed = dict(tags or {})
+            changed, values = dict(tags or {}), dict(metrics or {})
             if note is not None:
+                # What the sweep as last run does not have: MLflow cannot remove a metric.
+                values |= dict.fromkeys(self.run.metrics.keys() - values.keys(), math.nan)
+                for name in self.children.keys() - self.current:
+                    self._unmark(self.children[name])
                 files = files or {}
                 if self.run.tags.get("air.artifacts", "") != digests_of(files):
                     sent = self._upload(self.run, sorted(files.items()))
                     files = {name: files[name] for name in sent}
                 changed |= {MLFLOW_RUN_NOTE: note, "air.artifacts": digests_of(files)}
-            self._tag_sweep(changed, metrics or {})
+            self._tag_sweep(changed, values)
             if self.run.status != status:
                 self.client.set_terminated(self.run.run_id, status)
                 self.run.status = status
@@ -285,6 +292,12 @@ class SweepTracker:
             log_batch(self.client, self.run.run_id, tags=changed, metrics=new)
             self.run.tags |= changed
             self.run.metrics |= values
+
+    def _unmark(self, run: StoredRun) -> None:
+        """Remove the mark of the best classifier, so that the run is written anew if it is sent."""
+        if "air.best_classifier" in run.tags:
+            for tag in ("air.best_classifier", "air.digest"):
+                self.client.delete_tag(run.run_id, tag)
 
     def _create(self, run: ChildRun) -> StoredRun:
         """Create a run with the tags by which the next driver can find it."""

@@ -321,6 +321,20 @@ def test_runs_that_are_sent_twice_are_stored_once(world: World) -> None:
     assert (drawn, computed) == (["a picture"], [2])
 
 
+def test_a_later_run_of_fewer_cells_leaves_no_mark_and_no_gain(file: World) -> None:
+    best = a_setting(tags={"air.best_classifier": "* text"})
+    for runs, metrics in (((best, a_trial()), {"gain": 0.5}), ((a_trial(),), {})):
+        tracker = file.open()
+        for run in runs:
+            tracker.send(run)
+        tracker.finish("FINISHED", "", {}, metrics)
+    seen = file.seen()
+    assert "air.best_classifier" not in seen.settings[best.id].tags
+    assert str(seen.run.curves["gain"][-1][1]) == "nan"
+    file.send(best, a_trial())
+    assert file.seen().settings[best.id].tags["air.best_classifier"] == "* text"
+
+
 def test_a_resumed_sweep_keeps_its_run(file: World) -> None:
     file.send(a_trial(), status="KILLED")
     before = file.seen().run

@@ -83,7 +83,7 @@ def test_labelled_images_are_for_test_or_validation_and_never_in_the_pool(photos
 
 
 BAD_LABELS = {
-    "image,class\n9.png,cat\n": r"labels\.csv:2: '9\.png' is not an image in .*'0\.png'",
+    "image,class\n0,cat\n": r"labels\.csv:2: '0' is not an image in .*'0\.png'",
     "image,class\n0.png,cow\n": r"labels\.csv:2: 'cow' is not a class; .*'cat', 'sea_lion'",
     "image,class\n0.png,sealion\n": r"labels\.csv:2: .* did you mean 'sea_lion'",
     "image,class\n\n0.png,cat\n./0.png,cat\n": r"labels\.csv:4: '0\.png' .*labels\.csv:3; remove",
