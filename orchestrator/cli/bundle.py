@@ -222,6 +222,7 @@ def classify(
             show(line, file=sys.stderr if data else sys.stdout)
     if min_probability:
         unsure = f"unsure: {tally.unsure:,} of {len(files):,} images, below {min_probability:g}"
+        unsure += "; they count in no accuracy" if tally.pairs and tally.unsure else ""
         show(unsure, file=sys.stderr)
     for place in images:
         if lines := skipped_lines(other_files(Path(place).expanduser()), place):

@@ -306,7 +306,7 @@ def _apply_option(document: Document, option: str) -> dict[str, Any]:
         keys: Keys = ("fixed", name)
         if isinstance(value, list) and name not in TEXTS:
             raise SpecError(
-                f"{source}: {name} has one value under fixed; to vary it, give "
+                f"{source}: --set {name} gives one value under fixed; to vary it, give "
                 f"--set grid.{name}={text}; --only {name}=VALUE,VALUE keeps values of a grid"
             )
     elif head not in parts:

@@ -12,6 +12,7 @@ does not depend on them. The backend (`backends.py`) keeps the files in a folder
 
 from __future__ import annotations
 
+import getpass
 import itertools
 import json
 import os
@@ -365,10 +366,18 @@ def _recorded(spec: StageSpec) -> dict[str, Any]:
     return asdict(spec, dict_factory=fields)
 
 
+def user_name() -> str:
+    """User name, for records and tags."""
+    try:
+        return os.environ.get("AIRSWEEP_USER") or getpass.getuser()
+    except (KeyError, OSError):
+        return "unknown"
+
+
 def provenance() -> dict[str, str]:
     """User, commit and uncommitted changes; workers receive those of the driver."""
     return {
-        "user": os.environ.get("AIRSWEEP_USER", "unknown"),
+        "user": user_name(),
         "commit": os.environ.get("AIRSWEEP_COMMIT", "unknown"),
         "dirty": os.environ.get("AIRSWEEP_DIRTY", ""),  # digest of the uncommitted changes
     }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,11 +95,3 @@ def read_resolved(location: SweepLocation) -> dict[str, Any]:
 def read_outcome(location: SweepLocation) -> dict[str, Any]:
     """outcome.json of the last run; empty if it does not exist."""
     return read_cache(location.folder / "outcome.json", lambda outcome: outcome, {})
-
-
-def user_name() -> str:
-    """User name, for records and tags."""
-    try:
-        return os.environ.get("AIRSWEEP_USER") or getpass.getuser()
-    except (KeyError, OSError):
-        return "unknown"

@@ -26,8 +26,7 @@ from orchestrator.__main__ import app
 from orchestrator.errors import Refused
 from orchestrator.git import commit
 from orchestrator.planning import requests
-from orchestrator.store import EventLog, open_store
-from orchestrator.store.location import user_name
+from orchestrator.store import EventLog, open_store, user_name
 from tests.helpers.outcomes import by_method, record_sweep
 from tests.helpers.plugins import MARGIN
 from tests.helpers.sweeps import (
