@@ -102,6 +102,21 @@ def run_tables(database: Path) -> list[str]:
     return [f"{page_of(experiment)}&viewStateShareKey={VIEW}" for (experiment,) in found]
 
 
+def digest_in(database: Path, project: str, sweep: str) -> str | None:
+    """The tag `air.digest` of a sweep's run that has ended; None: there is none."""
+    query = (
+        "SELECT d.value FROM runs r JOIN experiments e USING (experiment_id)"
+        " JOIN tags k ON k.run_uuid = r.run_uuid AND k.key = 'air.kind' AND k.value = 'sweep'"
+        " JOIN tags s ON s.run_uuid = r.run_uuid AND s.key = 'air.sweep' AND s.value = ?"
+        " JOIN tags d ON d.run_uuid = r.run_uuid AND d.key = 'air.digest'"
+        " WHERE e.name = ? AND r.lifecycle_stage = 'active' AND r.status <> 'RUNNING'"
+    )
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(database)) as open_:
+        found = open_.execute(query, (sweep, f"air/{project}")).fetchone()
+        return found and str(found[0])
+    return None
+
+
 def page_of(experiment: str, run: str = "") -> str:
     """The address of a page with the runs of an experiment or with one run, below the server's."""
     # Without the parameter, MLflow opens its page for prompts.

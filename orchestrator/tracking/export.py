@@ -44,6 +44,7 @@ from orchestrator.store import (
 )
 from orchestrator.store.artifacts import provenance
 from orchestrator.tracking._child_runs import ChildRuns, group_by_setting
+from orchestrator.tracking.database import digest_in
 from orchestrator.tracking.types import RECIPE, ChildRun, Status, SweepRun
 from orchestrator.tracking_uri import effective_uri, resolve_uri, uri_kind
 
@@ -140,6 +141,13 @@ class Publisher:
 
     def export(self) -> None:
         """Send everything that MLflow lacks of an ended sweep, which no driver runs."""
+        if self.kind == "none":
+            return
+        database = resolve_uri(self.uri, self.store.root)[1]
+        if database is not None and database.exists():  # ask without importing MLflow
+            place = self.location.project, self.location.name
+            if digest_in(database, *place) == digest_of(self.sweep, self.location.event_log()):
+                return
         try:
             with self.location.event_log().locked() as event_log:
                 self._live, made = False, _history(event_log).last
@@ -213,6 +221,12 @@ class Publisher:
         return True
 
 
+def digest_of(sweep: SweepSpec, event_log: EventLog) -> str:
+    """Of everything that an ended sweep shows in MLflow."""
+    content = event_log.path.read_bytes() + sweep.text.encode()
+    return hashlib.blake2b(b"%d" % RECIPE + content, digest_size=10).hexdigest()
+
+
 def sync(sweep: SweepSpec, location: SweepLocation, tracker: SweepTracker, status: Status) -> None:
     """Send everything that MLflow lacks of a sweep, and end its run.
 
@@ -222,8 +236,7 @@ def sync(sweep: SweepSpec, location: SweepLocation, tracker: SweepTracker, statu
         ValueError, TrackerUnreachable: see `MlflowTracker.check`.
     """
     location, event_log = replace(location, recorded=True), location.event_log()
-    content = event_log.path.read_bytes() + sweep.text.encode()
-    digest = hashlib.blake2b(b"%d" % RECIPE + content, digest_size=10).hexdigest()
+    digest = digest_of(sweep, event_log)
     if (tracker.run.status, tracker.run.tags.get("air.digest")) == (status, digest):
         return
     history = _history(event_log)

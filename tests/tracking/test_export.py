@@ -110,7 +110,7 @@ def export(sweep: SweepSpec, location: SweepLocation, uri: str | None = None) ->
     """Export an ended sweep; return how many runs were written."""
     publisher = Publisher(sweep, location, uri)
     publisher.export()
-    return publisher._tracker.sent if publisher._tracker else -1
+    return publisher._tracker.sent if publisher._tracker else 0
 
 
 def mlflow_client(uri: str) -> Any:
