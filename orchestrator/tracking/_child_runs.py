@@ -7,7 +7,6 @@ table's numbers.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,7 +22,7 @@ from air_core.specs.flat import to_flat
 from air_core.specs.normal import normalised
 from orchestrator.formatting import format_value
 from orchestrator.git import UNKNOWN
-from orchestrator.keys import canonical_json
+from orchestrator.keys import digest
 from orchestrator.planning import Outcome, Slot, refs_of
 from orchestrator.planning.dataset_text import tested_classes
 from orchestrator.planning.resolve import spec_json
@@ -137,7 +136,9 @@ class ChildRuns:
         return ChildRun(
             kind="point",
             id=point_id(slot),
-            content=_content_digest(done),
+            content=digest(
+                sorted([s.id, s.key.digest, record.started, record.seconds] for s, record in done)
+            ),
             name=_run_name(slot, self._settings(slot)),
             tags={
                 **_tags(slot),
@@ -271,15 +272,6 @@ def _join_values(values: Iterable[int]) -> str:
 
 
 # ---------------------------------------------------------------- numbers of a setting
-
-
-def _content_digest(done: Sequence[FinishedTrial]) -> str:
-    """Digest of the records that the numbers of a setting are computed from."""
-    runs = sorted(
-        (slot.id, slot.key.digest, record.started, record.seconds) for slot, record in done
-    )
-    text = canonical_json([list(run) for run in runs])
-    return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
 
 
 def _numbers(done: Sequence[FinishedTrial]) -> Numbers:

@@ -7,7 +7,6 @@ MLflow never fails a sweep.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import os
@@ -25,6 +24,7 @@ from urllib.parse import quote
 from orchestrator.errors import DONE, FAILED, INTERRUPTED, TERMINATED, SweepBusy, TrackerUnreachable
 from orchestrator.failures import first_line
 from orchestrator.git import UNKNOWN
+from orchestrator.keys import digest
 from orchestrator.planning import Outcome, Plan, Slot, plan_of
 from orchestrator.planning.resolve import text_digest
 from orchestrator.redact import without_credentials
@@ -223,8 +223,7 @@ class Publisher:
 
 def digest_of(sweep: SweepSpec, event_log: EventLog) -> str:
     """Of everything that an ended sweep shows in MLflow."""
-    content = event_log.path.read_bytes() + sweep.text.encode()
-    return hashlib.blake2b(b"%d" % RECIPE + content, digest_size=10).hexdigest()
+    return digest([RECIPE, sweep.text, event_log.path.read_text(errors="replace")])
 
 
 def sync(sweep: SweepSpec, location: SweepLocation, tracker: SweepTracker, status: Status) -> None:
@@ -236,8 +235,8 @@ def sync(sweep: SweepSpec, location: SweepLocation, tracker: SweepTracker, statu
         ValueError, TrackerUnreachable: see `MlflowTracker.check`.
     """
     location, event_log = replace(location, recorded=True), location.event_log()
-    digest = digest_of(sweep, event_log)
-    if (tracker.run.status, tracker.run.tags.get("air.digest")) == (status, digest):
+    content = digest_of(sweep, event_log)
+    if (tracker.run.status, tracker.run.tags.get("air.digest")) == (status, content):
         return
     history = _history(event_log)
     plan = plan_of(sweep, location)
@@ -260,7 +259,7 @@ def sync(sweep: SweepSpec, location: SweepLocation, tracker: SweepTracker, statu
     names = (f"{BEST}{b.classifier} of {row_text(b.row, [*b.row.settings])}" for b in best)
     tags = {f"air.{state}": str(states[state]) for state in ("done", "reused", "failed")}
     tags["air.best_classifier"] = "; ".join(names)
-    tags["air.digest"] = digest if tracker.accepts_files else ""
+    tags["air.digest"] = content if tracker.accepts_files else ""
     tracker.finish(status, note, files, headline_metrics(results) | _cost_metrics(location), tags)
 
 

@@ -6,12 +6,12 @@ date. This module does not depend on Ray, the store or the trial code.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
+
+from orchestrator.keys import digest
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 Kind = Literal["trial", "point"]  # a point is a setting over its seeds and splits
@@ -87,5 +87,4 @@ class ChildRun:
         """Of everything that the run shows."""
         shown = {k: v for k, v in vars(self).items() if k not in ("numbers", "datasets", "files")}
         datasets = [vars(use) for use in self.datasets]
-        text = json.dumps([RECIPE, shown, datasets, sorted(self.files)], sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
+        return digest([RECIPE, shown, datasets, sorted(self.files)])

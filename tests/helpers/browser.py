@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-WAIT = 60  # seconds; a page that shows nothing more by then never will
+WAIT = 60  # seconds until a page without the expected content is a failure
 MISSING = "chromium is missing: apt-get install -y --no-install-recommends chromium"
 
 
