@@ -28,7 +28,7 @@ from air_core.pseudo_labels.top_k import balanced_choice
 from air_core.specs import PseudoLabelSettings, TrainSettings
 from air_core.training import Targeted, Training, confidence, fit
 from air_core.types import Batch, PseudoLabels, sparse
-from tests.fixtures.reference import make
+from tests.fixtures.reference import inputs
 
 # N images, C classes. "Theirs" are the recorded outputs.
 
@@ -37,25 +37,25 @@ FLOOR = 1e-7  # in CPL, a class with a smaller share of an image's mass is no ca
 
 @cache
 def facts() -> dict:
-    return json.loads((make.HERE / "outputs.json").read_text())
+    return json.loads((inputs.HERE / "outputs.json").read_text())
 
 
 @cache
 def array(name: str) -> np.ndarray:
-    with np.load(make.HERE / "outputs.npz", allow_pickle=False) as outputs:
+    with np.load(inputs.HERE / "outputs.npz", allow_pickle=False) as outputs:
         return outputs[name]
 
 
 @cache
 def scores(case: int, turn: int = 0) -> Tensor:
-    return make.scores(make.logits(case, turn))
+    return inputs.scores(inputs.logits(case, turn))
 
 
 def masks(name: str, per_case: int) -> list[list[Tensor]]:
     """The (N, C) bool matrices of each case."""
     bits, found, at = np.unpackbits(array(name)).astype(bool), [], 0
-    for case in make.CASES:
-        images, classes = make.shape(case)
+    for case in inputs.CASES:
+        images, classes = inputs.shape(case)
         size = images * classes
         found.append([])
         for _ in range(per_case):
@@ -65,10 +65,10 @@ def masks(name: str, per_case: int) -> list[list[Tensor]]:
 
 
 def test_the_inputs_equal_those_of_the_recorded_outputs():
-    turns = range(make.ROUNDS)
-    drawn = [make.digest(*(make.logits(c, turn) for turn in turns)) for c in make.CASES]
+    turns = range(inputs.ROUNDS)
+    drawn = [inputs.digest(*(inputs.logits(c, turn) for turn in turns)) for c in inputs.CASES]
     assert drawn == facts()["inputs"]
-    assert [make.digest(scores(c)) for c in make.CASES] == facts()["scores"]
+    assert [inputs.digest(scores(c)) for c in inputs.CASES] == facts()["scores"]
 
 
 # ---------------------------------------------------------------- CPL: candidate sets
@@ -99,11 +99,11 @@ def floored_sets(p: Tensor, enough: Tensor, beta: float) -> Tensor:
 @cache
 def sets_by_pair() -> list[tuple[Tensor, float, float, Tensor]]:
     """600 cases: scores, alpha, beta and the sets of CPL."""
-    found = masks("cpl_candidates", len(make.PAIRS))
+    found = masks("cpl_candidates", len(inputs.PAIRS))
     return [
         (scores(case), alpha / 100, beta, theirs)
-        for case in make.CASES
-        for (alpha, beta), theirs in zip(make.PAIRS, found[case], strict=True)
+        for case in inputs.CASES
+        for (alpha, beta), theirs in zip(inputs.PAIRS, found[case], strict=True)
     ]
 
 
@@ -130,7 +130,7 @@ def test_cpl_drops_candidates_below_a_ten_millionth_and_we_keep_them():
 
 def test_an_alpha_of_zero_is_the_mean_confidence_for_cpl_and_the_smallest_for_us():
     """CPL interprets 0 as "no quantile". None of its published settings is 0."""
-    for case, (theirs,) in zip(make.CASES, masks("cpl_candidates_alpha_0", 1), strict=True):
+    for case, (theirs,) in zip(inputs.CASES, masks("cpl_candidates_alpha_0", 1), strict=True):
         p = scores(case)
         assert torch.equal(floored_sets(p, p.amax(dim=-1).mean(), 0.5), theirs)
         assert not torch.equal(candidate_sets(p, 0.0, 0.5), theirs)
@@ -143,19 +143,19 @@ def test_an_alpha_of_zero_is_the_mean_confidence_for_cpl_and_the_smallest_for_us
 def rounds() -> list[SimpleNamespace]:
     """400 rounds, four per case; each starts from CPL's result of the round before."""
     found, at = [], 0
-    targets = masks("cpl_targets", make.ROUNDS)
-    for case in make.CASES:
-        images, _ = make.shape(case)
-        alpha, beta = make.PAIRS[case % len(make.PAIRS)]
+    targets = masks("cpl_targets", inputs.ROUNDS)
+    for case in inputs.CASES:
+        images, _ = inputs.shape(case)
+        alpha, beta = inputs.PAIRS[case % len(inputs.PAIRS)]
         settings = PseudoLabelSettings(
             kind="candidates", growth="growing", alpha=alpha / 100, beta=beta
         )
         previous = None
-        for turn in range(make.ROUNDS):
+        for turn in range(inputs.ROUNDS):
             place = torch.from_numpy(array("cpl_places")[at : at + images].astype(np.int64))
             at += images
             chosen = (place >= 0).nonzero().flatten()
-            p, k = scores(case, turn), make.round_size(case, turn)
+            p, k = scores(case, turn), inputs.round_size(case, turn)
             ours = STRATEGIES.load("candidates")(
                 p, settings, capacity=k, iteration=turn, previous=previous
             )
@@ -233,7 +233,7 @@ def test_targets_of_the_first_growing_round_are_renormalised_scores_as_in_cpl():
     for r in rounds():
         if r.turn:
             assert set(sparse(r.ours.targets).values.tolist()) <= {0.0, 1.0}  # later: the whole set
-        if r.turn or r.case not in make.SOFT:
+        if r.turn or r.case not in inputs.SOFT:
             continue
         size = r.sets.numel()
         theirs = torch.from_numpy(array("cpl_soft_targets")[at : at + size]).view(r.sets.shape)
@@ -252,9 +252,9 @@ def losses() -> list[tuple[Tensor, Tensor, Tensor, bool, dict[str, Tensor]]]:
     """40 batches: logits, targets, later logits, whether targets are soft, and CPL's outputs."""
     found, at = [], 0
     names = ("cc", "ce", "rc", "rc_later")
-    for number, case in enumerate(make.LOSSES):
+    for number, case in enumerate(inputs.LOSSES):
         for soft in (False, True):
-            z, targets, later = make.loss_batch(case, soft)
+            z, targets, later = inputs.loss_batch(case, soft)
             theirs = {}
             for name in names:
                 value = array(f"cpl_loss_{name}")[2 * number + soft]
@@ -373,9 +373,9 @@ def boards() -> list[SimpleNamespace]:
     """Leader boards of three sizes per case: few slots, FPL's 16, and a slot for every image."""
     found = []
     there, moved = masks("grip_boards", 3), masks("grip_boards_permuted", 3)
-    for case in make.CASES:
-        p, order = scores(case), torch.from_numpy(make.order(case))
-        for at, k in enumerate(make.board_sizes(case)):
+    for case in inputs.CASES:
+        p, order = scores(case), torch.from_numpy(inputs.order(case))
+        for at, k in enumerate(inputs.board_sizes(case)):
             permuted = torch.zeros_like(p, dtype=torch.bool)
             permuted[order] = our_board(p[order], k)
             ordered = p.sort(dim=0).values
@@ -471,7 +471,7 @@ def test_the_slots_of_a_class_grow_as_in_both_repositories_but_are_never_zero():
     settings = PseudoLabelSettings(growth="growing")
     raised = 0
     for (images, classes, turns), theirs in zip(
-        make.sizes_for_growth(), growth["CPL"], strict=True
+        inputs.sizes_for_growth(), growth["CPL"], strict=True
     ):
         ours = [capacity(settings, images, classes, turn, turns) for turn in range(turns)]
         assert ours == [max(1, k) for k in theirs]
@@ -486,7 +486,7 @@ def test_seen_classes_equal_both_repositories_in_the_order_in_which_they_were_dr
     for theirs in facts()["splits"].values():
         for name, (seen, unseen) in theirs.items():
             dataset, seed = name.split()
-            ours = seen_unseen(make.SPLIT_CLASSES[dataset], int(seed))
+            ours = seen_unseen(inputs.SPLIT_CLASSES[dataset], int(seed))
             assert ours[0] == tuple(seen)
             assert ours[1] == tuple(sorted(unseen))
     assert len(facts()["splits"]["CPL"]) == 18
@@ -496,7 +496,7 @@ def test_the_published_split_files_hold_the_same_classes():
     published = facts()["published_splits"]
     assert len(published) == 18
     for name, (seen, unseen) in published.items():
-        classes = {**make.SPLIT_CLASSES, "MNIST": 10}[name.split()[0]]
+        classes = {**inputs.SPLIT_CLASSES, "MNIST": 10}[name.split()[0]]
         ours = seen_unseen(classes, int(name.split()[1]))
         assert ours[0] == tuple(seen)
         assert ours[1] == tuple(sorted(unseen))
@@ -506,7 +506,7 @@ def test_our_unseen_classes_ascend_and_theirs_have_the_order_of_a_python_set():
     """Both orders are equal for 100 and 102 classes; for other datasets columns differ."""
     ascending = set()
     for name, (seen, unseen) in facts()["splits"]["CPL"].items():
-        classes = make.SPLIT_CLASSES[name.split()[0]]
+        classes = inputs.SPLIT_CLASSES[name.split()[0]]
         assert unseen == list(set(range(classes)).difference(set(seen)))
         if unseen == sorted(unseen):
             ascending.add(name)
@@ -515,9 +515,9 @@ def test_our_unseen_classes_ascend_and_theirs_have_the_order_of_a_python_set():
 
 
 @pytest.mark.parametrize("repository", ["CPL", "GRIP"])
-@pytest.mark.parametrize("shots", make.SSL_PER_CLASS)
+@pytest.mark.parametrize("shots", inputs.SSL_PER_CLASS)
 def test_labelled_images_of_ssl_equal_both_repositories(repository, shots):
-    ours = labelled_positions(make.ssl_labels(), shots, 0)
+    ours = labelled_positions(inputs.ssl_labels(), shots, 0)
     assert ours.tolist() == facts()["ssl"][repository][str(shots)]
 
 
@@ -537,4 +537,4 @@ def test_classnames_equal_those_of_the_repositories_in_their_order(theirs, ours)
     if not file.exists():
         pytest.skip(f"{ours}.txt does not exist")
     names = file.read_text().splitlines()
-    assert [make.name_digest(name) for name in names] == facts()["names"][theirs]
+    assert [inputs.name_digest(name) for name in names] == facts()["names"][theirs]
