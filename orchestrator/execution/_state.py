@@ -6,7 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from air_core.specs import FeaturesSpec, TrialSpec
@@ -27,7 +27,7 @@ from orchestrator.planning import (
     requirements_of,
 )
 from orchestrator.planning.dataset_text import unused_images
-from orchestrator.planning.estimate import START, Pace, Work, stage_work, trial_work
+from orchestrator.planning.estimate import START, Measured, Work, stage_work, trial_work
 from orchestrator.planning.plan import STAGE_TITLES
 from orchestrator.planning.resources import format_amount
 from orchestrator.spec import Resources, SweepSpec
@@ -50,8 +50,7 @@ class RunStatistics:
 
     started: float = field(default_factory=time.monotonic)
     walls: dict[str, float] = field(default_factory=dict)  # seconds by phase
-    # Seconds and units by stage and kind.
-    work: dict[tuple[str, str], Pace] = field(default_factory=dict)
+    work: dict[str, Measured] = field(default_factory=dict)  # by stage and kind
     drawn: int = 0
     redrawn: int = 0
     holes: int = 0
@@ -68,10 +67,9 @@ class RunStatistics:
     def add_work(self, work: Work, seconds: float, startup: float = 0.0) -> None:
         if not self.work:
             start = time.monotonic() - self.started - seconds - startup
-            self.work[START] = Pace(round(max(start, 0.0), 3), 1.0)
-        pace = Pace(seconds, work.units, max(startup, 0.0), float(startup > 0))
-        before = self.work.get((work.stage, work.kind), Pace(0.0, 0.0))
-        self.work[work.stage, work.kind] = before + pace
+            self.work[START.name] = Measured(max(start, 0.0), 1.0)
+        more = Measured(seconds, work.units, max(startup, 0.0), float(startup > 0))
+        self.work[work.name] = self.work.get(work.name, Measured()).plus(more)
 
 
 @dataclass
@@ -242,9 +240,10 @@ class RunState:
             pool = None if spec.train.steps else self.resolver.pool_size(spec)
             seeds = len(self.sweep.seeds.values)
             work, startup = trial_work(spec, seeds=seeds, pool=pool), record.startup
-            if startup is None:  # its steps were not measured
-                work, startup = replace(work, units=0), record.seconds
-            self.statistics.add_work(work, record.seconds - startup, startup)
+            if not work.units:
+                startup = record.seconds
+            if startup is not None:  # otherwise its steps were not measured
+                self.statistics.add_work(work, record.seconds - startup, startup)
 
     def _take_news(self) -> None:
         self.news = self.worked = time.monotonic()

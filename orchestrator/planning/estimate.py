@@ -1,10 +1,10 @@
 """Estimates of the time that a sweep still needs, from measurements of earlier runs.
 
-`history.json` in the store has seconds and units of the last runs, by stage and kind of work. A
+`history.json` in the store has the pace of each kind of work: seconds of a unit and of a start. A
 unit is a training step of a LoRA or a trial, an image, or one pass of a dataset through CLIP. The
-kind names everything that the cost of a unit depends on: model, size, dataset, method. Start-up
-time, such as loading a model, is recorded separately, so that the few steps of a smoke run measure
-a step without its start-up.
+kind names everything that the cost of a unit depends on: model, size, dataset, method. A start,
+such as loading a model, is measured separately, so that the few steps of a smoke run measure a step
+without its start-up.
 
 The fastest measurement counts: other programs on a machine make work slower, never faster. Work
 of the embedded models that was never measured has a guess, work of other models none, since their
@@ -16,82 +16,70 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from air_core.methods import EMBEDDED
 from air_core.seal import sealed_json
 from air_core.specs import STAGES, StageSpec, TrialSpec
 from air_core.specs.conditions import trains_on_real, trains_on_synthetic, uses_auxiliary
-from orchestrator.planning.resources import (
-    Machine,
-    process_capacity,
-    side_by_side,
-    this_machine,
-)
+from orchestrator.planning.resources import process_capacity, side_by_side, this_machine
 from orchestrator.spec import Resources
 from orchestrator.store import ArtifactStore, smoke_store
 from orchestrator.store.verification import read_cache
 
 HISTORY = "history.json"
-MOST = 5  # measurements of a kind that the history keeps
+SOURCES = ("history", "guess", "unknown")  # of the time of a stage, the best first
 
 
-@dataclass(frozen=True)
-class Work:
-    """A number of units of one kind.
-
-    Args:
-        jobs: parts that can run in parallel.
-        starts: parts with a start-up of their own.
-        alone: of trials whose seeds share each step, the kind of one seed alone.
-    """
+class Work(NamedTuple):
+    """A number of units of one kind, in a number of jobs that can run in parallel."""
 
     stage: str
     kind: str
     units: float
     jobs: float = 1
     starts: float = 1
-    alone: str = ""
+
+    @property
+    def name(self) -> str:
+        """Stage and kind, by which work is measured."""
+        return f"{self.stage}: {self.kind}"
 
 
-@dataclass(frozen=True)
-class Pace:
-    """Measured time of one kind of work."""
+class Measured(NamedTuple):
+    """Seconds of some work of one kind, with its units and starts."""
 
-    seconds: float  # total of all units, without start-up
-    units: float  # 0: of a trial only the start-up was measured
-    startup: float = 0.0  # total seconds of all starts
+    seconds: float = 0.0  # without those of the starts
+    units: float = 0.0
+    startup: float = 0.0
     starts: float = 0.0
 
-    def __add__(self, more: Pace) -> Pace:
-        return Pace(
-            round(self.seconds + more.seconds, 3),
-            self.units + more.units,
-            round(self.startup + more.startup, 3),
-            self.starts + more.starts,
-        )
+    def plus(self, more: Measured) -> Measured:
+        return Measured(*map(sum, zip(self, more, strict=True)))
 
-    def seconds_for(self, work: Work) -> float:
-        """Expected seconds of the starts and units of some work."""
-        startup = self.startup / self.starts if self.starts else 0.0
-        unit = self.seconds / self.units if self.units else 0.0
-        return work.starts * startup + work.units * unit
+    @property
+    def pace(self) -> list[float]:
+        """Seconds of a unit and of a start."""
+        return [
+            round(self.seconds / (self.units or 1), 6),
+            round(self.startup / (self.starts or 1), 3),
+        ]
 
 
 # Pace of the embedded models on one CPU core, until it is measured.
-GUESS = {spec.stage: Pace(spec.guess, 1.0) for spec in STAGES}
-GUESS["trials"] = Pace(0.0025, 1.0, startup=1.5, starts=1.0)
+GUESS: dict[str, Sequence[float]] = {spec.stage: (spec.guess, 0.0) for spec in STAGES}
+GUESS["trials"] = (0.0025, 1.5)
 # Until the first work of a run begins: Ray, then a process with its imports.
-START = ("start", "run")
-GUESS["start"] = Pace(15.0, 1.0)
+START = Work("start", "run", 1, starts=0)
+GUESS["start"] = (15.0, 0.0)
 # Seconds that another process of a pool takes to start, at least: it imports torch and diffusers.
 PROCESS_START = 10.0
 # Stages whose shards a pool of generators makes.
 _DRAWN = {spec.stage for spec in STAGES if spec.shard and spec.process == "generator"}
-Measured = Mapping[str, Mapping[str, Sequence[Pace]]]  # by stage and kind; the newest last
 
 
 @dataclass(frozen=True)
@@ -101,11 +89,9 @@ class Estimate:
     stages: Mapping[str, float]  # seconds on one worker; without those that have no estimate
     gpu_hours: float
     reason: str  # why the estimate is not calibrated; empty if it is
-    sources: Mapping[str, str]  # `history`, `guess` or `unknown`, by stage
-    work_wall: float | None  # seconds with all workers of this machine; None: unknown
+    sources: Mapping[str, str]  # one of SOURCES, by stage
+    wall: float | None  # seconds of the run with all workers of this machine; None: unknown
     start: float  # seconds until the first work begins
-    measurements: int  # of the kind of work that has the fewest; 0: a guess
-    spread: float  # the time by the slowest measurements, as a multiple
 
     @property
     def is_known(self) -> bool:
@@ -115,15 +101,6 @@ class Estimate:
     @property
     def seconds(self) -> float:
         return self.start + sum(self.stages.values())
-
-    @property
-    def wall(self) -> float | None:
-        """Seconds of the run with all workers of this machine; None: unknown."""
-        return None if self.work_wall is None else self.start + self.work_wall
-
-    @property
-    def source(self) -> str:
-        return "guess" if self.reason else "history"
 
     @property
     def worthwhile_processes(self) -> int:
@@ -140,9 +117,7 @@ class Estimate:
             "wall": round(self.wall, 1) if known and self.wall is not None else None,
             "calibrated": not self.reason,
             "reason": self.reason,
-            "source": self.source,
-            "measurements": self.measurements,
-            "spread": round(self.spread, 2),
+            "source": "guess" if self.reason else "history",
             "gpu_hours": round(self.gpu_hours, 3),
             "start": round(self.start, 1),
             "stages": {stage: round(seconds, 1) for stage, seconds in self.stages.items()},
@@ -161,47 +136,40 @@ def stage_work(spec: StageSpec, parts: float = 1) -> Work:
 
 
 def trial_work(spec: TrialSpec, trials: float = 1, seeds: int = 1, pool: int | None = None) -> Work:
-    """The work of trials like `spec`. A unit is a training step, or an epoch of unknown length.
+    """The work of trials like `spec`. A unit is a training step of one trial.
 
     Args:
         trials: number of trials.
-        seeds: number of trials of a point, which share their steps where `side_by_side` says so.
-        pool: number of pool images; None: unknown.
+        seeds: number of trials of a point, which run together where `side_by_side` says so.
+        pool: number of pool images, of a trial that counts epochs; None: unknown.
     """
     labels = spec.pseudo_labels.kind if spec.supervision == "pseudo" else spec.supervision
     # A transfer trial trains nothing itself.
     rounds = 0 if spec.test_dataset is not None else spec.iterations
-    steps = rounds * spec.train.steps if spec.train.steps else _steps_of_epochs(spec, pool)
     words = [spec.dataset.name, spec.backbone.name, spec.modality, labels]
-    words += ["untrained" if not rounds else "in epochs" if steps is None else "in steps"]
+    words += [] if rounds else ["untrained"]
     words += ["with auxiliary"] if uses_auxiliary(spec) else []
     words += ["on synthetic images"] if trains_on_synthetic(spec) else []
-    units = rounds * spec.train.epochs if steps is None or not rounds else steps
-    alone = " ".join(words)
     together = len(side_by_side([replace(spec, seed=seed) for seed in range(seeds)], "cpu")[0])
-    kind = f"{alone}, {together} seeds together" if together > 1 else alone
-    return Work("trials", kind, trials * units, math.ceil(trials / together), trials, alone)
+    units = trials * rounds * _steps(spec, pool or 0)
+    return Work("trials", " ".join(words), units, math.ceil(trials / together), trials)
 
 
-def _steps_of_epochs(spec: TrialSpec, pool: int | None) -> int | None:
-    """Training steps of a trial that counts epochs (`air_core.training`); None: unknown.
-
-    Of candidate sets and of labels above a threshold, fewer images than the largest possible number
-    may be selected.
-    """
-    classes, batch = len(spec.classnames), spec.train.batch
-    if trains_on_real(spec):
-        most = spec.pseudo_labels.k * classes if spec.pseudo_labels.growth == "fixed" else pool
-        grows = spec.pseudo_labels.growth == "growing"
-    elif spec.supervision == "labelled":
-        most, grows = (spec.shots * classes if spec.paradigm == "ssl" else None), False
-    else:
-        most, grows, batch = spec.images_per_class * classes, False, spec.train.synthetic_batch
-    if most is None:
-        return None
-    rounds = range(1, spec.iterations + 1)
-    images = [most * number // spec.iterations if grows else most for number in rounds]
-    return sum(spec.train.epochs * max(1, count // min(batch, max(1, count))) for count in images)
+def _steps(spec: TrialSpec, pool: int) -> float:
+    """Training steps of a mean round. An epoch has those of all images that may be selected: of
+    labels above a threshold, and of labels that are not counted, the whole pool."""
+    if spec.train.steps:
+        return spec.train.steps
+    classes, batch, images = len(spec.classnames), spec.train.batch, float(pool)
+    if spec.supervision == "labelled":
+        images = spec.shots * classes if spec.paradigm == "ssl" else images
+    elif not trains_on_real(spec):
+        images, batch = spec.images_per_class * classes, spec.train.synthetic_batch
+    elif spec.pseudo_labels.growth == "fixed":
+        images = spec.pseudo_labels.k * classes
+    elif spec.pseudo_labels.growth == "growing":
+        images *= (spec.iterations + 1) / spec.iterations / 2
+    return spec.train.epochs * max(1.0, images / batch)
 
 
 def startup_seconds(finished: Sequence[tuple[int, float]], seconds: float) -> float | None:
@@ -228,56 +196,33 @@ def estimate(work: Iterable[Work], store: ArtifactStore, resources: Resources) -
     Uses the measurements of this store and of its smoke store. The time on all workers is unknown
     if RAY_ADDRESS is set.
     """
-    smoke = Path(smoke_store(store.root)) / HISTORY
-    of_smoke: Measured = read_cache(smoke, _history, {})
-    histories = (read_history(store), of_smoke)
-    stages: dict[str, float] = {}
+    work = list(work)
+    smoke = _read(Path(smoke_store(store.root)) / HISTORY)
+    paces = _fastest(read_history(store), smoke)
+    stages: dict[str, float] = defaultdict(float)
+    jobs: dict[str, float] = defaultdict(float)
     sources: dict[str, str] = {}
-    jobs: dict[str, float] = {}
-    unmeasured: list[str] = []
-    counts: list[int] = []  # of measurements
-    slowest = 0.0
+    unmeasured = []
     for part in work:
-        stage = part.stage
-        found = _seconds_of(part, histories)
-        if not found and part.alone:
-            part = replace(part, kind=part.alone, starts=part.jobs)
-            found = _seconds_of(part, histories)
-        counts.append(len(found))
-        if not found:
-            unmeasured.append(f"{stage} ({part.kind})")
+        pace, source = paces.get(part.name), "history"
+        if pace is None:
+            unmeasured.append(f"{part.stage} ({part.kind})")
             has_guess = not {EMBEDDED["backbone"], "ready"}.isdisjoint(part.kind.split())
-            found = [GUESS[stage].seconds_for(part)] if has_guess else []
-            if sources.get(stage) != "unknown":
-                sources[stage] = "guess" if has_guess else "unknown"
-        if found:
-            stages[stage] = stages.get(stage, 0.0) + min(found)
-            jobs[stage] = jobs.get(stage, 0) + part.jobs
-            slowest += max(found)
-            sources.setdefault(stage, "history")
-    machines = () if os.environ.get("RAY_ADDRESS") else (this_machine(),)
+            pace, source = (GUESS[part.stage], "guess") if has_guess else (None, "unknown")
+        sources[part.stage] = max(source, sources.get(part.stage, source), key=SOURCES.index)
+        if pace is not None:
+            stages[part.stage] += part.units * pace[0] + part.starts * pace[1]
+            jobs[part.stage] += part.jobs
+    start = paces.get(START.name, GUESS["start"])[0] if work else 0.0
     gpu_seconds = (s * resources.process_resources(stage).gpu for stage, s in stages.items())
-    start = Work(*START, 1.0)
     return Estimate(
         stages=stages,
         gpu_hours=sum(gpu_seconds) / 3600,
-        reason=_reason(unmeasured, any_measured=any(histories)),
+        reason=_reason(unmeasured, any_measured=bool(paces)),
         sources=sources,
-        work_wall=_wall(stages, jobs, resources, machines),
-        start=min(_seconds_of(start, histories) or [GUESS["start"].seconds]) if counts else 0.0,
-        measurements=min(counts, default=0),
-        spread=slowest / sum(stages.values()) if any(stages.values()) else 1.0,
+        wall=None if os.environ.get("RAY_ADDRESS") else _wall(start, stages, jobs, resources),
+        start=start,
     )
-
-
-def _seconds_of(work: Work, histories: Iterable[Measured]) -> list[float]:
-    """The time of some work by each measurement of its kind."""
-    return [
-        pace.seconds_for(work)
-        for history in histories
-        for pace in history.get(work.stage, {}).get(work.kind, ())
-        if pace.units or not work.units
-    ]
 
 
 def _reason(unmeasured: Sequence[str], any_measured: bool) -> str:
@@ -291,16 +236,12 @@ def _reason(unmeasured: Sequence[str], any_measured: bool) -> str:
 
 
 def _wall(
-    stages: Mapping[str, float],
-    jobs: Mapping[str, float],
-    resources: Resources,
-    machines: Sequence[Machine],
+    total: float, stages: Mapping[str, float], jobs: Mapping[str, float], resources: Resources
 ) -> float | None:
-    """Seconds of stages that run one after another, each on as many workers as the machines
-    hold; None: the machines are unknown."""
-    total = 0.0
+    """Seconds of a start, then of stages one after another, each on as many workers as this machine
+    holds; None: it holds none."""
     for stage, seconds in stages.items():
-        workers = process_capacity(resources.process_resources(stage), machines)
+        workers = process_capacity(resources.process_resources(stage), [this_machine()])
         if not workers:
             return None
         if stage in _DRAWN:
@@ -311,33 +252,28 @@ def _wall(
 
 # ---------------------------------------------------------------- measurements
 
-
-def read_history(store: ArtifactStore) -> Measured:
-    """Read the measurements of a store."""
-    return read_cache(store.refresh(store.root / HISTORY), _history, {})
+Paces = Mapping[str, Sequence[float]]  # seconds of a unit and of a start, by stage and kind
 
 
-def _history(plain: dict[str, Any]) -> Measured:
-    """Measurements, without trials of which no start was measured."""
+def _fastest(*histories: Paces) -> Paces:
+    names = dict.fromkeys(name for history in histories for name in history)
     return {
-        stage: {
-            kind: [Pace(**pace) for pace in paces if stage != "trials" or pace.get("starts")]
-            for kind, paces in kinds.items()
-        }
-        for stage, kinds in plain.items()
+        name: [*map(min, zip(*(each[name] for each in histories if name in each), strict=True))]
+        for name in names
     }
 
 
-def record_measurements(store: ArtifactStore, measured: Mapping[tuple[str, str], Pace]) -> None:
-    """Add the measurements of a run, by stage and kind, to the history of a store."""
-    if not measured:
-        return
-    history = {stage: dict(kinds) for stage, kinds in read_history(store).items()}
-    for (stage, kind), pace in measured.items():
-        kinds = history.setdefault(stage, {})
-        kinds[kind] = [*kinds.get(kind, ()), pace][-MOST:]
-    plain = {
-        stage: {kind: [*map(asdict, paces)] for kind, paces in kinds.items()}
-        for stage, kinds in history.items()
-    }
-    store.write(store.root / HISTORY, sealed_json(plain))
+def read_history(store: ArtifactStore) -> Paces:
+    """Read the paces of a store."""
+    return _read(store.refresh(store.root / HISTORY))
+
+
+def _read(file: Path) -> Paces:
+    return read_cache(file, dict, {})
+
+
+def record_measurements(store: ArtifactStore, measured: Mapping[str, Measured]) -> None:
+    """Compare the measurements of a run, by stage and kind, with the history of a store."""
+    if measured:
+        paces = {name: each.pace for name, each in measured.items()}
+        store.write(store.root / HISTORY, sealed_json(_fastest(read_history(store), paces)))

@@ -129,10 +129,7 @@ def _time_left(plan: Plan, command: str) -> str:
             f"{guess}: {estimate.reason}; `{command}{smoke}` measures it on a small part of the "
             "sweep"
         )
-    if estimate.measurements == 1:
-        return f"{about}, measured once; less if the machine was busy then, more if it is now"
-    slowest = format_duration(seconds * estimate.spread)
-    return f"{about}, by the fastest of its measurements; {slowest} by the slowest"
+    return f"{about}, by the fastest measurements; more if the machine is busy"
 
 
 def _explain(plan: Plan) -> list[str]:

@@ -29,15 +29,7 @@ from orchestrator.failures import Failure
 from orchestrator.keys import artifact_key
 from orchestrator.planning import Plan, Requirement, Resolver, requirements_of
 from orchestrator.planning.checks import unschedulable_reason
-from orchestrator.planning.estimate import (
-    START,
-    Pace,
-    Work,
-    estimate,
-    record_measurements,
-    stage_work,
-    trial_work,
-)
+from orchestrator.planning.estimate import START, Measured, Work, estimate, record_measurements
 from orchestrator.planning.plan import BASE_PER_CLASS, plan_sweep
 from orchestrator.planning.search import CellSearch, open_searches, study_of
 from orchestrator.reporting.results import match_plan, sweep_status
@@ -362,45 +354,28 @@ def test_an_estimate_is_a_guess_until_the_store_has_measurements_of_its_kind(wor
     sweep = world.sweep(
         "air", "fpl", fixed={"images_per_class": 16}, seeds=seeds(1), resources=gpus
     )
-    guess = world.plan(sweep).estimate
-    assert guess.seconds > 0
-    assert "no measurements yet" in guess.reason
-    assert guess.measurements == 0
+    guess = world.plan(sweep)
+    assert guess.estimate.seconds > 0
+    assert "no measurements yet" in guess.estimate.reason
     world.store.root.mkdir()
-    specs = [requirement.spec for requirement in world.plan(sweep).requirements]
-    works = [stage_work(spec) for spec in specs]
-    works += [trial_work(slot.spec) for slot in world.plan(sweep).slots]
-    assert len({(work.stage, work.kind) for work in works}) == 4  # the trials are of two kinds
     paces = {
-        "features": Pace(50.0, 5.0),
-        "images": Pace(2.5, 5.0),
-        "trials": Pace(0.0, 5.0, startup=15.0, starts=5.0),
+        "features": Measured(50.0, 5.0),
+        "images": Measured(2.5, 5.0),
+        "trials": Measured(0.0, 5.0, startup=15.0, starts=5.0),
     }
-    record_measurements(
-        world.store, {(work.stage, work.kind): paces[work.stage] for work in works[:-1]}
-    )
-    part = world.plan(sweep).estimate
-    assert "top_k" in part.reason  # the other kind of trial counts the same
-    seven = Pace(0.0, 5.0, startup=14.0, starts=2.0)
-    record_measurements(world.store, {("trials", works[-1].kind): seven, START: Pace(18.0, 2.0)})
-    plan = world.plan(sweep).estimate
-    assert (plan.reason, plan.measurements) == ("", 1)
+    *works, last = guess.work
+    assert (len(works), len({work.name for work in guess.work})) == (3, 4)  # two kinds of trials
+    record_measurements(world.store, {work.name: paces[work.stage] for work in works})
+    assert "top_k" in world.plan(sweep).estimate.reason  # the other kind of trial
+    seven = Measured(0.0, 5.0, startup=14.0, starts=2.0)
+    record_measurements(world.store, {last.name: seven, START.name: Measured(9.0, 1.0)})
+    found = world.plan(sweep).estimate
+    assert found.reason == ""
     drawn = 0.5 * 20 * 8  # blocks of eight
-    assert plan.seconds == pytest.approx(9 + 10 + drawn + 3 + 7)
-    assert plan.gpu_hours == pytest.approx((drawn + 0.5 * (10 + 3 + 7)) / 3600)
+    assert found.seconds == pytest.approx(9 + 10 + drawn + 3 + 7)
+    assert found.gpu_hours == pytest.approx((drawn + 0.5 * (10 + 3 + 7)) / 3600)
     world.run(sweep)
     assert world.plan(sweep).estimate.seconds == 0
-
-
-def test_seeds_that_share_a_step_start_once_and_are_measured_together(world):
-    sweep = world.sweep("cpl", seeds=seeds(1, 2, 3))
-    world.store.root.mkdir()
-    [work] = [work for work in world.plan(sweep).work if work.stage == "trials"]
-    alone = Pace(2.0, work.units / 3, startup=5.0, starts=1.0)  # a smoke run has one seed
-    record_measurements(world.store, {("trials", work.alone): alone})
-    assert world.plan(sweep).estimate.stages["trials"] == pytest.approx(5 + 3 * 2)
-    record_measurements(world.store, {("trials", work.kind): Pace(3.0, work.units, 6.0, 3.0)})
-    assert world.plan(sweep).estimate.stages["trials"] == pytest.approx(6 + 3)
 
 
 def test_the_work_of_a_lora_follows_its_passes_over_the_images(world):
@@ -462,25 +437,30 @@ def test_a_smoke_run_of_a_search_tries_two_points_of_its_space(world):
     assert [list(trial.params) for trial in study.trials] == [["fusion_weight"]] * 2
 
 
-def test_measurements_of_a_smoke_run_are_scaled_without_start_up(world):
-    sweep = world.sweep("air", fixed={"images_per_class": 16})
-    [images] = [work for work in world.plan(sweep).work if work.stage == "images"]
-    root = world.store.root.with_name(world.store.root.name + "-smoke")
-    smoke = ArtifactStore(root)
-    root.mkdir()
-    key = ("images", images.kind)
-    record_measurements(smoke, {key: Pace(8.0, 16.0, startup=60.0, starts=2.0)})  # two actors
-    found = world.plan(sweep).estimate
-    assert found.sources["images"] == "history"
+def test_the_steps_of_a_smoke_run_are_multiplied_and_its_start_is_not(world):
+    fixed = {"iterations": 3, "train.steps": 100, "images_per_class": 16}
+    plan = world.plan(world.sweep("air", fixed=fixed, seeds=seeds(1, 2)))
+    (smoke_root := Path(f"{world.store.root}-smoke")).mkdir()
+    smoke = ArtifactStore(smoke_root)
+    [images] = [work for work in plan.work if work.stage == "images"]
+    quick = {work.stage: work for work in world.plan(smoke_variant(plan.sweep)).work}
+    [trials] = [work for work in plan.work if work.stage == "trials"]
+    assert (quick["trials"].name, quick["trials"].units) == (trials.name, 10)
+    measured = {
+        images.name: Measured(8.0, 16.0, startup=60.0, starts=2.0),  # two actors
+        trials.name: Measured(1.0, 10.0, startup=3.0, starts=1.0),  # 10 steps in 4 seconds
+    }
+    record_measurements(smoke, measured)
+    found = world.plan(plan.sweep).estimate
+    assert {found.sources[stage] for stage in ("images", "trials")} == {"history"}
     assert found.stages["images"] == pytest.approx(30 + 0.5 * images.units)
+    assert found.stages["trials"] == pytest.approx(2 * (3.0 + 300 * 0.1))
     world.store.root.mkdir(exist_ok=True)
-    record_measurements(world.store, {key: Pace(images.units, images.units)})  # the slower one
-    assert world.plan(sweep).estimate.stages["images"] == found.stages["images"]
-    for pace in (0.1, 0.3):
-        record_measurements(world.store, {key: Pace(pace * images.units, images.units)})
-    found = world.plan(sweep).estimate
-    assert found.stages["images"] == pytest.approx(0.1 * images.units)
-    assert found.spread > 3  # the slowest of four measurements
+    for pace, fastest in ((1.0, 0.5), (0.1, 0.1), (0.3, 0.1)):  # the fastest measurement counts
+        slow = Measured(pace * images.units, images.units, startup=90.0, starts=1.0)
+        record_measurements(world.store, {images.name: slow})
+        found = world.plan(plan.sweep).estimate
+        assert found.stages["images"] == pytest.approx(30 + fastest * images.units)
 
 
 def test_work_is_worth_a_process_that_takes_less_time_to_start_than_it_saves(world):
@@ -493,26 +473,8 @@ def test_work_is_worth_a_process_that_takes_less_time_to_start_than_it_saves(wor
     assert processes(300, gpu=1.0) > 1000  # a guess leaves no GPU idle
     assert processes(300, kind="sd 512px") > 1000  # of other models there is no guess
     world.store.root.mkdir(exist_ok=True)
-    record_measurements(world.store, {("images", "tiny 32px"): Pace(100.0, 100.0)})
+    record_measurements(world.store, {"images: tiny 32px": Measured(100.0, 100.0)})
     assert processes(300) == processes(300, gpu=1.0) == 30
-
-
-def test_only_the_steps_of_a_smoke_trial_are_multiplied(world):
-    fixed = {"iterations": 3, "train.steps": 100}
-    plan = world.plan(world.sweep("cpl", fixed=fixed, seeds=seeds(1, 2)))
-    [trials] = [work for work in plan.work if work.stage == "trials"]
-    quick = world.plan(smoke_variant(plan.sweep))
-    [smoke_trial] = [work for work in quick.work if work.stage == "trials"]
-    assert (smoke_trial.kind, smoke_trial.units, smoke_trial.starts) == (trials.alone, 10, 1)
-    smoke = ArtifactStore(world.store.root.with_name(world.store.root.name + "-smoke"))
-    smoke.root.mkdir()
-    measured = Pace(1.0, 10.0, startup=3.0, starts=1.0)  # of a trial of 10 steps in 4 seconds
-    record_measurements(smoke, {("trials", trials.kind): measured})
-    start = Pace(0.0, 0.0, startup=9.0, starts=1.0)  # of a trial whose steps were not measured
-    record_measurements(world.store, {("trials", trials.kind): start})
-    found = world.plan(plan.sweep).estimate
-    assert found.sources["trials"] == "history"
-    assert found.stages["trials"] == pytest.approx(2 * (3.0 + 300 * 0.1))
 
 
 def test_epochs_are_estimated_by_the_steps_of_a_smoke_run(world):
@@ -520,16 +482,12 @@ def test_epochs_are_estimated_by_the_steps_of_a_smoke_run(world):
     sweep = world.sweep("cpl", fixed=fixed, seeds=seeds(1))
     plan = world.plan(sweep)
     [trials] = [work for work in plan.work if work.stage == "trials"]
-    [smoke_trial] = [
-        work for work in world.plan(smoke_variant(sweep)).work if work.stage == "trials"
-    ]
     pool = world.resolver.pool_size(plan.slots[0].spec)
-    assert trials.kind == smoke_trial.kind
-    assert trials.units == 5 * (pool // 2 // 20 + pool // 20)
+    assert trials.units == pytest.approx(5 * (pool / 2 + pool) / 20)
     settings = {**fixed, "pseudo_labels.kind": "top_k", "pseudo_labels.growth": "fixed"}
     plan = world.plan(world.sweep("pseudo", fixed=settings, seeds=seeds(1)))
     [trials] = [work for work in plan.work if work.stage == "trials"]
-    assert trials.units == 2 * 5 * (10 * 16 // 20)  # 16 images of each of 10 classes
+    assert trials.units == 2 * 5 * 10 * 16 / 20  # 16 images of each of 10 classes
 
 
 def test_a_smoke_run_scores_a_few_images_of_the_same_kind(world):
