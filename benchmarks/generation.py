@@ -91,7 +91,7 @@ def _opened(requirement: Requirement, device: str) -> tuple[Any, Sequence[str], 
     import torch
 
     from air_core.diffusion.loading import load_generator
-    from orchestrator.planning.resolve import images_folder
+    from orchestrator.stages.inputs import images_folder
 
     torch.set_num_threads(1)
     images = requirement.spec.images  # type: ignore[union-attr]

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
     from air_core.bundle.classifier import Bundle
     from orchestrator.planning import Plan, SweepRequest
+    from orchestrator.reporting.sample import Sample
     from orchestrator.spec import SweepSpec
-    from orchestrator.stages.sample import Sample
     from orchestrator.store import SweepLocation
 
 __all__ = [
@@ -461,8 +461,8 @@ def predictions(
     from pandas import DataFrame
 
     from air_core.bundle.checks import CLASSIFIERS
-    from orchestrator.planning.dataset_text import image_files, tested_classes
     from orchestrator.reporting.lookup import named_trial
+    from orchestrator.stages.dataset_text import image_files, tested_classes
     from orchestrator.store import open_store
 
     opened = open_store(_store(store)).read_only()
@@ -537,8 +537,8 @@ def sample(
     """
     from orchestrator.planning import plan_of, read_request
     from orchestrator.reporting import results_of
+    from orchestrator.reporting.sample import write_sample
     from orchestrator.spec import find_sweep
-    from orchestrator.stages.sample import write_sample
 
     try:
         sweep, location = recorded_sweep(name, store, data_root)

@@ -179,7 +179,7 @@ def _input_facts(role: str, name: str, needs: NodeRequirements) -> Facts:
 
             files = get_dataset(name).files(needs.data_root)
         else:
-            from orchestrator.planning.resolve import input_files
+            from orchestrator.stages.inputs import input_files
 
             _, files = input_files(role, name)
         return {"count": len(files), "digest": _sample_digest(sorted(files))}

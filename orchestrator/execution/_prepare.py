@@ -19,10 +19,9 @@ from orchestrator.execution._state import PreparationContext
 from orchestrator.failures import CLASSES, Failure, classify, classify_death
 from orchestrator.keys import artifact_key
 from orchestrator.planning import Requirement, artifact_title
-from orchestrator.planning.estimate import startup_seconds
 from orchestrator.planning.plan import build_level, independent_of
 from orchestrator.stages import stage_module
-from orchestrator.stages.context import WorkerContext, limit_gpu_memory
+from orchestrator.stages.context import WorkerContext, limit_gpu_memory, startup_seconds
 
 T = TypeVar("T")
 

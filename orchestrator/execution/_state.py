@@ -26,11 +26,11 @@ from orchestrator.planning import (
     ray_resources,
     requirements_of,
 )
-from orchestrator.planning.dataset_text import unused_images
 from orchestrator.planning.estimate import START, Measured, Work, stage_work, trial_work
 from orchestrator.planning.plan import STAGE_TITLES
 from orchestrator.planning.resources import format_amount
 from orchestrator.spec import Resources, SweepSpec
+from orchestrator.stages.dataset_text import unused_images
 from orchestrator.store import EventLog, SweepLocation
 from orchestrator.store.checkpoints import Curves
 

@@ -26,8 +26,9 @@ from air_core.methods import EMBEDDED
 from air_core.seal import sealed_json
 from air_core.specs import STAGES, StageSpec, TrialSpec
 from air_core.specs.conditions import trains_on_real, trains_on_synthetic, uses_auxiliary
-from orchestrator.planning.resources import process_capacity, side_by_side, this_machine
+from orchestrator.planning.resources import process_capacity, this_machine
 from orchestrator.spec import Resources
+from orchestrator.stages.side_by_side import side_by_side
 from orchestrator.store import ArtifactStore, smoke_store
 from orchestrator.store.verification import read_cache
 
@@ -170,24 +171,6 @@ def _steps(spec: TrialSpec, pool: int) -> float:
     elif spec.pseudo_labels.growth == "growing":
         images *= (spec.iterations + 1) / spec.iterations / 2
     return spec.train.epochs * max(1.0, images / batch)
-
-
-def startup_seconds(finished: Sequence[tuple[int, float]], seconds: float) -> float | None:
-    """Seconds beyond the training steps, at the pace of the steps after the first; None: unknown.
-
-    Below 0 where a training resumed from steps of another process.
-
-    Args:
-        finished: (finished steps, seconds at that time), of some steps in their order.
-        seconds: of the whole work.
-
-    >>> startup_seconds([(1, 61.0), (2, 62.0)], 64.0)
-    62.0
-    """
-    if len(finished) < 2:
-        return None
-    (first, since), (last, until) = finished[0], finished[-1]
-    return seconds - last * (until - since) / (last - first)
 
 
 def estimate(work: Iterable[Work], store: ArtifactStore, resources: Resources) -> Estimate:

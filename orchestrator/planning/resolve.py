@@ -19,31 +19,22 @@ from typing import Any
 import numpy as np
 
 from air_core.captions import caption_problem
-from air_core.components import BACKBONES, GENERATORS, REGISTRIES, is_component
+from air_core.components import BACKBONES, GENERATORS, is_component
 from air_core.datasets import Dataset, get_dataset
-from air_core.datasets.class_folders import SUFFIXES, check_utf8, class_files
+from air_core.datasets.class_folders import class_files
 from air_core.datasets.image_folder import PREFIX, check_no_leak
-from air_core.datasets.images import BAD_SHARE, too_many_unreadable, visible_problem
+from air_core.datasets.images import BAD_SHARE, too_many_unreadable
 from air_core.datasets.unlabelled import LABELS
 from air_core.methods import EMBEDDED
-from air_core.models.configs import pipeline_index
 from air_core.models.drawing import drawing_defaults
 from air_core.models.families import FAMILIES, check_denoiser
 from air_core.models.tokens import check_room
-from air_core.models.weights import GENERATORS as PIPELINES
 from air_core.models.weights import (
-    PIPELINE_CONFIG,
     check_image_tower,
-    generator_files,
     generator_folder,
-    is_distilled,
     local_path,
-    scheduler_config,
-    weights_files,
-    weights_settings,
 )
 from air_core.paradigms import TooFewImages, label_problem, split_positions
-from air_core.seal import sealed_json
 from air_core.specs import CodeVersions, Ref, Templates, TrialSpec, reader_of
 from air_core.specs.conditions import (
     can_transfer,
@@ -54,18 +45,19 @@ from air_core.specs.conditions import (
 )
 from air_core.specs.flat import from_flat, to_flat
 from air_core.specs.normal import normalised
-from orchestrator.files import file_digest, file_stamp, write_atomic
-from orchestrator.keys import canonical_json, digest, plain
+from orchestrator.keys import canonical_json, plain
 from orchestrator.plugins import plugin_versions
 from orchestrator.spec import SweepSpec, presets
 from orchestrator.spec.sweep import split_name
+from orchestrator.stages.inputs import (
+    Contents,
+    MissingInput,
+    count_images,
+    dataset_ref,
+    images_folder,
+)
 from orchestrator.store import SweepLocation, read_resolved
 from orchestrator.store.code_version import changed_versions
-from orchestrator.store.verification import read_cache
-
-
-class MissingInput(ValueError):
-    """Weights or images that a sweep names are missing."""
 
 
 class InvalidSetting(MissingInput):
@@ -112,27 +104,20 @@ class DatasetInput:
 
 
 @dataclass
-class Resolver:
+class Resolver(Contents):
     """Resolves the names in one sweep to Refs, each of which has a name and a digest.
 
     Args:
-        cache: JSON file with the digests of files.
-        data_root: folder of real datasets.
         versions: code versions of an earlier run, by part; None: those of the installed code.
         folders: names of datasets and models as the sweep file has them, and with the path from
             the working directory; see `SweepSpec.folders`.
     """
 
-    cache: Path
-    data_root: Path | None
     versions: Mapping[str, str] | None = None
     folders: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # Stamp and digest by path.
-        self._digests: dict[str, list[Any]] = read_cache(self.cache, _entries, {})
-        self._saved = dict(self._digests)
-        self._unreadable: dict[Path, str] = {}  # images, with the reason
+        super().__post_init__()
         self._weights: dict[tuple[str, str], Ref] = {}  # by role and name
         self._datasets: dict[str, DatasetInput] = {}
         self._labels: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # labels, parts by dataset
@@ -357,11 +342,11 @@ class Resolver:
                 training images.
         """
         files = dataset.files(self.data_root)
-        digests = self._file_digests(files)
+        digests = self.file_digests(files)
         self._check_images(dataset.name, files)
         if dataset.name.startswith(PREFIX):
             check_no_leak(Path(dataset.source), dict(zip(files, digests, strict=True)))
-        return _dataset_ref(dataset, files, digests)
+        return dataset_ref(dataset, files, digests)
 
     def _check_images(self, name: str, files: Sequence[Path]) -> None:
         """
@@ -369,14 +354,9 @@ class Resolver:
             ValueError: too many images are visibly damaged. The stage of the features decodes all,
                 and refuses more than the same share of them.
         """
-        problems = [self._unreadable[file] for file in files if file in self._unreadable]
-        if problem := too_many_unreadable(name, problems, _count_images(files), BAD_SHARE):
+        problems = [self.unreadable[file] for file in files if file in self.unreadable]
+        if problem := too_many_unreadable(name, problems, count_images(files), BAD_SHARE):
             raise ValueError(f"{problem}; `airsweep check {name}` opens all")
-
-    def dataset_content(self, dataset: Dataset) -> Ref:
-        """Resolve a dataset without a check of its images."""
-        files = dataset.files(self.data_root)
-        return _dataset_ref(dataset, files, self._file_digests(files))
 
     def inputs(self) -> dict[str, Any]:
         """Everything that was resolved so far, as plain data for `RecordedResolver`."""
@@ -417,66 +397,6 @@ class Resolver:
                 role, located_weights(name, self.folders)
             )
         return self._weights[role, name]
-
-    def weights_content(self, role: str, name: str) -> Ref:
-        """Resolve weights from their files as they are now, even if they were resolved before."""
-        try:
-            folder, files = input_files(role, name)
-            is_open_clip = role == "backbone" and name not in BACKBONES
-            settings = weights_settings(name) if is_open_clip else {}
-        except ValueError as problem:
-            raise MissingInput(str(problem)) from None
-        kind = ""
-        if role == "generator" and (folder / PIPELINE_CONFIG).is_file():
-            kind = pipeline_index(folder / PIPELINE_CONFIG)["_class_name"]
-        paths = [str(file.relative_to(folder)) for file in files]
-        content: dict[str, Any] = dict(zip(paths, self._file_digests(files), strict=True))
-        if role == "generator" and is_distilled(scheduler_config(folder)):
-            content = {"files": content, "sampler": "own"}
-        if settings:  # with another architecture, the same file is another model
-            content = {"files": content, "settings": settings}
-        return Ref(name=name, digest=digest(content), kind=kind)
-
-    def save(self) -> None:
-        """Write the digests of files to the cache, for the next process.
-
-        A store that does not exist is not created: a plan or a refused run leaves no folder behind.
-        """
-        # The next process looks at unreadable images again.
-        unreadable = {str(file.resolve()) for file in self._unreadable}
-        digests = {file: e for file, e in self._digests.items() if file not in unreadable}
-        if digests != self._saved and self.cache.parent.is_dir():
-            # On a full disk, or in a store of another user, the next process reads the files again.
-            with suppress(OSError):
-                write_atomic(self.cache, sealed_json(digests))
-            self._saved = digests
-
-    def has_digests_of(self, files: Sequence[Path]) -> bool:
-        """Whether this resolver has digests of these files as they are now."""
-        with suppress(OSError):
-            return all(self._known_digest(file, [*file_stamp(file)]) for file in files)
-        return False
-
-    def _known_digest(self, file: Path, stamp: list[int]) -> str | None:
-        """The digest of a file that had this stamp when it was read; None: it was another."""
-        entry = self._digests.get(str(file.resolve()), [])
-        return str(entry[-1]) if entry[:-1] == stamp else None
-
-    def _file_digests(self, paths: Sequence[Path]) -> list[str]:
-        digests = []
-        for path in paths:
-            check_utf8(path)
-            if not path.is_file():
-                raise MissingInput(f"{path} does not exist, or is not a file")
-            stamp = [*file_stamp(path)]
-            known = self._known_digest(path, stamp)
-            if known is None:
-                known = file_digest(path)
-                self._digests[str(path.resolve())] = [*stamp, known]
-                if path.suffix.lower() in SUFFIXES and (problem := visible_problem(path)):
-                    self._unreadable[path] = problem
-            digests.append(known)
-        return digests
 
 
 def _captions(trial: TrialSpec) -> dict[str, Templates]:
@@ -610,71 +530,6 @@ def located_weights(name: str, folders: Mapping[str, str] | None = None) -> str:
 
 def _split_name(trial: TrialSpec) -> str:
     return f"{trial.dataset.name} {canonical_json(plain(trial.split))}"
-
-
-def _entries(plain: dict[str, Any]) -> dict[str, list[Any]]:
-    return {path: [*entry] for path, entry in plain.items()}
-
-
-def _dataset_ref(dataset: Dataset, files: Sequence[Path], digests: Sequence[str]) -> Ref:
-    pairs = list(zip(_relative_paths(files), digests, strict=True))
-    if dataset.name.startswith(PREFIX):  # of text files counts what is read: Excel changes bytes
-        pairs = [(path, of) for path, of in pairs if Path(path).suffix.lower() in SUFFIXES]
-    content: dict[str, Any] = {
-        "files": pairs,
-        "classnames": dataset.classnames,
-        "template": dataset.template,
-        "recipe": dataset.recipe,
-    }
-    ref = Ref(name=dataset.name, digest="", images=_count_images(files))
-    if dataset.pool_labels == "unknown":
-        examples = dataset.load(None)
-        content["labels"] = [examples.labels.tolist(), examples.parts.tolist()]
-        ref = replace(ref, labelled=int((examples.labels >= 0).sum()))
-    return replace(ref, digest=digest(content))
-
-
-def _count_images(files: Sequence[Path]) -> int:
-    return sum(file.suffix.lower() in SUFFIXES for file in files)
-
-
-def _relative_paths(files: Sequence[Path]) -> list[str]:
-    """Paths of files below their common folder.
-
-    Folder names count, since they may be classes; the location of the common folder does not.
-    """
-    common = os.path.commonpath([file.parent for file in files])
-    return [str(file.relative_to(common)) for file in files]
-
-
-def input_files(role: str, name: str) -> tuple[Path, list[Path]]:
-    """The folder and all files of weights or ready images.
-
-    Raises:
-        ValueError: the files are missing.
-    """
-    if name in REGISTRIES[role]:
-        files = sorted(REGISTRIES[role].load(name).files())
-        return Path(os.path.commonpath([file.parent for file in files] or ["/"])), files
-    if role == "backbone":
-        files = weights_files(name)
-        return Path(os.path.commonpath([file.parent for file in files])), files
-    folder = images_folder(name)
-    if not name.startswith("folder:"):
-        return folder, generator_files(folder)
-    if not folder.is_dir():
-        raise ValueError(f"generator {name!r}: {folder} does not exist; allowed: {ALLOWED}")
-    return folder, sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-ALLOWED = f"{PIPELINES}, or folder:<path> of ready images"
-
-
-def images_folder(generator: str) -> Path:
-    """Folder of a generator: a diffusers pipeline, or ready images."""
-    if generator.startswith("folder:"):
-        return local_path(generator.removeprefix("folder:"))
-    return generator_folder(generator)
 
 
 REFS = ("dataset", "test_dataset", "backbone", "generator")

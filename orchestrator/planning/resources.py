@@ -15,9 +15,10 @@ from functools import cache
 from typing import NamedTuple
 
 from air_core.specs import TrialSpec
-from air_core.specs.conditions import has_context
 from orchestrator.formatting import format_bytes
 from orchestrator.spec import ProcessResources, Resources
+from orchestrator.stages.context import memory_fraction
+from orchestrator.stages.side_by_side import side_by_side
 
 # Amounts of "CPU", "GPU", "memory" (bytes) and custom resources, as Ray counts them.
 Machine = Mapping[str, float]
@@ -157,27 +158,6 @@ def remaining_resources(
     return remaining
 
 
-CONTEXT = 2**29  # bytes of GPU memory that the CUDA context of each process takes
-
-
-def memory_fraction(gpu: float, total: float) -> float | None:
-    """Fraction of a GPU's memory that a process may allocate; None if it does not share the GPU.
-
-    The CUDA context of the process is not part of the fraction.
-
-    Args:
-        gpu: fraction of a GPU that a trial reserves.
-        total: bytes of memory of the GPU.
-
-    >>> memory_fraction(0.25, 80 * 2**30)
-    0.24375
-    >>> memory_fraction(1, 80 * 2**30)
-    """
-    if not 0 < gpu < 1:
-        return None
-    return max(gpu / 2, gpu - CONTEXT / total)
-
-
 def gpu_share(gpu: float, total: float) -> float:
     """Bytes that a process with this amount of GPUs, above 0, may allocate; it uses one of them."""
     return total * (memory_fraction(gpu, total) or 1.0)
@@ -197,35 +177,6 @@ def host_share(
         if "memory" in machine and (count := _capacity_of(machine, want))
     ]
     return min(shares, default=None)
-
-
-# Class texts in one pass. Each keeps 1 to 2 MB for the gradient with ViT-B/32, and beyond these
-# numbers the time depends on the arithmetic, so that more bring nothing.
-MAX_TEXTS = {"cpu": 256, "cuda": 1024}
-
-
-def side_by_side(
-    specs: Sequence[TrialSpec], device: str, share: float = 1.0
-) -> list[list[TrialSpec]]:
-    """Groups of trials whose prompts stand before the same class names in the same text tower.
-
-    Other trials are alone: other learners have no such pass to share, and a transfer trial trains
-    nothing itself.
-
-    Args:
-        share: of the usual number of class texts in a group, for a device short of memory.
-    """
-    groups: dict[object, list[TrialSpec]] = {}
-    for spec in specs:
-        alone = not has_context(spec) or spec.test_dataset is not None
-        shared = (spec.dataset, spec.backbone, spec.precision, spec.prompt.length)
-        groups.setdefault(spec if alone else shared, []).append(spec)
-    parts = []
-    for group in groups.values():
-        texts = MAX_TEXTS["cpu" if device == "cpu" else "cuda"]
-        size = max(1, int(texts * share) // max(1, len(group[0].classnames)))
-        parts += [group[start : start + size] for start in range(0, len(group), size)]
-    return parts
 
 
 # Float arrays of pool images x classes that a trial holds: cached logits, scores, targets, a copy.

@@ -22,7 +22,6 @@ from pandas import DataFrame
 from air_core.datasets.images import open_image
 from orchestrator.formatting import format_percent, plural
 from orchestrator.planning import Plan, plan_of
-from orchestrator.planning.dataset_text import image_files, tested_classes, unused_by_dataset
 from orchestrator.planning.plan import RESULT_STATES, results_text
 from orchestrator.planning.requests import results_command, run_command
 from orchestrator.reporting import charts
@@ -47,6 +46,7 @@ from orchestrator.reporting.tables import (
     table_layout,
 )
 from orchestrator.spec import SweepSpec
+from orchestrator.stages.dataset_text import image_files, tested_classes, unused_by_dataset
 from orchestrator.store import SweepLocation, read_outcome, read_trial
 
 if TYPE_CHECKING:

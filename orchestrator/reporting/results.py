@@ -18,11 +18,11 @@ from air_core.bundle.checks import CLASSIFIERS
 from air_core.paradigms import seen_unseen
 from air_core.specs.normal import normalised
 from orchestrator.planning import Plan, Slot, plan_of
-from orchestrator.planning.dataset_text import names_text, tested_classes
 from orchestrator.planning.plan import RESULT_STATES, LoggedResults
 from orchestrator.planning.recorded import read_sweep
 from orchestrator.reporting.rows import FinishedTrial, Results, dataset_text, rows
 from orchestrator.spec.space import first_point_text
+from orchestrator.stages.dataset_text import names_text, tested_classes
 from orchestrator.store import (
     ArtifactStore,
     EventLog,

@@ -35,7 +35,6 @@ from orchestrator.planning import (
     unschedulable_reason,
     unused_gpus_reason,
 )
-from orchestrator.planning.dataset_text import UnusedImages, unused_by_dataset
 from orchestrator.planning.plan import RESULT_STATES, STAGE_TITLES
 from orchestrator.planning.recorded import read_sweep
 from orchestrator.planning.requests import results_command, run_command
@@ -51,6 +50,7 @@ from orchestrator.reporting.summary import data_text, next_fact, run_facts, summ
 from orchestrator.spec import Cell, SweepSpec, cells_of, notes_of, presets
 from orchestrator.spec.space import default_params
 from orchestrator.spec.sweep import computation_of
+from orchestrator.stages.dataset_text import UnusedImages, unused_by_dataset
 from orchestrator.store import SweepLocation, read_outcome
 
 # ---------------------------------------------------------------- plan

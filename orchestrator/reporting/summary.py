@@ -14,7 +14,6 @@ from air_core.datasets.image_folder import PREFIX
 from orchestrator.environment import in_ray_job
 from orchestrator.formatting import aligned, aligned_table, format_duration, format_value
 from orchestrator.planning import Plan, results_text
-from orchestrator.planning.dataset_text import dataset_description, images_text, unused_by_dataset
 from orchestrator.planning.requests import (
     last_origin,
     results_command,
@@ -43,6 +42,7 @@ from orchestrator.reporting.rows import (
     one_split_notes,
 )
 from orchestrator.reporting.tables import SPARE, column_notes, table_lines
+from orchestrator.stages.dataset_text import dataset_description, images_text, unused_by_dataset
 from orchestrator.store import SweepLocation, read_outcome
 
 MAX_ROWS, MAX_ANSWERS = 10, 3

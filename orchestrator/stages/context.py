@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
 from air_core.datasets import Examples, get_dataset
 from air_core.datasets.images import ImageFiles
 from air_core.specs import FeaturesSpec, Ref, SyntheticFeaturesSpec
-from orchestrator.planning import Resolver
-from orchestrator.planning.resources import memory_fraction
 from orchestrator.plugins import Plugin
 from orchestrator.spec.sweep import ENCODER_BATCH
+from orchestrator.stages.inputs import Contents
 from orchestrator.store import ArtifactStore
 from orchestrator.store.artifacts import devices
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from air_core.backbone import Backbone
     from air_core.backbone.clip import Images
 
@@ -90,7 +90,7 @@ class WorkerContext:
         images = self.examples(dataset).images
         if isinstance(images, ImageFiles):
             files = [images.files[i] for i in positions]
-            if not _resolver(self._digests, self.data_root).has_digests_of(files):
+            if not _contents(self._digests, self.data_root).has_digests_of(files):
                 raise ChangedInput(f"{dataset.name} {CHANGED}")
 
     def check_ready_images(self, folder: Ref) -> None:
@@ -98,8 +98,8 @@ class WorkerContext:
         Raises:
             ChangedInput: the images of a `folder:` generator do not match its digest.
         """
-        resolver = _resolver(self._digests, self.data_root)
-        _check_unchanged(folder, lambda: resolver.weights_content("generator", folder.name))
+        contents = _contents(self._digests, self.data_root)
+        _check_unchanged(folder, lambda: contents.weights_content("generator", folder.name))
 
     @property
     def _digests(self) -> Path:
@@ -122,6 +122,27 @@ class WorkerContext:
         return np.asarray(backbone.encode_images(images))
 
 
+CONTEXT = 2**29  # bytes of GPU memory that the CUDA context of each process takes
+
+
+def memory_fraction(gpu: float, total: float) -> float | None:
+    """Fraction of a GPU's memory that a process may allocate; None if it does not share the GPU.
+
+    The CUDA context of the process is not part of the fraction.
+
+    Args:
+        gpu: fraction of a GPU that a trial reserves.
+        total: bytes of memory of the GPU.
+
+    >>> memory_fraction(0.25, 80 * 2**30)
+    0.24375
+    >>> memory_fraction(1, 80 * 2**30)
+    """
+    if not 0 < gpu < 1:
+        return None
+    return max(gpu / 2, gpu - CONTEXT / total)
+
+
 def limit_gpu_memory(gpu: float) -> None:
     """Limit this process to its share of the device's memory.
 
@@ -134,6 +155,24 @@ def limit_gpu_memory(gpu: float) -> None:
         return
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(memory_fraction(gpu, total) or 1.0)
+
+
+def startup_seconds(finished: Sequence[tuple[int, float]], seconds: float) -> float | None:
+    """Seconds beyond the training steps, at the pace of the steps after the first; None: unknown.
+
+    Below 0 where a training resumed from steps of another process.
+
+    Args:
+        finished: (finished steps, seconds at that time), of some steps in their order.
+        seconds: of the whole work.
+
+    >>> startup_seconds([(1, 61.0), (2, 62.0)], 64.0)
+    62.0
+    """
+    if len(finished) < 2:
+        return None
+    (first, since), (last, until) = finished[0], finished[-1]
+    return seconds - last * (until - since) / (last - first)
 
 
 @contextmanager
@@ -158,8 +197,8 @@ def _examples(dataset: Ref, digests: Path, data_root: Path | None) -> Examples:
 
 
 def _check_content(dataset: Ref, digests: Path, data_root: Path | None) -> None:
-    resolver = _resolver(digests, data_root)
-    _check_unchanged(dataset, lambda: resolver.dataset_content(get_dataset(dataset.name)))
+    contents = _contents(digests, data_root)
+    _check_unchanged(dataset, lambda: contents.dataset_content(get_dataset(dataset.name)))
 
 
 def _check_unchanged(planned: Ref, read: Callable[[], Ref]) -> None:
@@ -172,8 +211,8 @@ def _check_unchanged(planned: Ref, read: Callable[[], Ref]) -> None:
 
 
 @cache
-def _resolver(digests: Path, data_root: Path | None) -> Resolver:
-    return Resolver(digests, data_root)
+def _contents(digests: Path, data_root: Path | None) -> Contents:
+    return Contents(digests, data_root)
 
 
 @cache

@@ -16,10 +16,10 @@ import torch
 from air_core.datasets.class_folders import class_files
 from air_core.datasets.duplicates import difference_hash
 from air_core.specs import FeaturesSpec, SplitSettings, SyntheticFeaturesSpec
-from orchestrator.planning.resolve import images_folder
 from orchestrator.stages.context import WorkerContext, one_thread
 from orchestrator.stages.features import read_target
 from orchestrator.stages.images import drawn_blocks, read_pictures
+from orchestrator.stages.inputs import images_folder
 
 COSINE = 0.997  # of CLIP features, at least
 BITS = 20  # of the difference hash, that may differ

@@ -24,7 +24,6 @@ from air_core.diffusion.lora import square
 from air_core.seal import BLANK, sealed
 from air_core.specs import EvidenceSpec
 from orchestrator.errors import DamagedArtifact, MissingArtifact
-from orchestrator.planning.resolve import images_folder
 from orchestrator.stages import ignore
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.features import read_target
@@ -32,6 +31,7 @@ from orchestrator.stages.images import (
     exclusive_shard,
     has_intact_shard,
 )
+from orchestrator.stages.inputs import images_folder
 from orchestrator.store import ArtifactStore
 from orchestrator.store.rows import Row
 

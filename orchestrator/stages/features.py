@@ -20,9 +20,9 @@ from air_core.datasets.images import BAD_SHARE, ImageFiles, too_many_unreadable
 from air_core.paradigms import make_split
 from air_core.specs import UNKNOWN, FeaturesSpec, SplitSettings
 from air_core.types import Batch, Labelled, Split
-from orchestrator.planning.dataset_text import DatasetText, read_dataset_text
 from orchestrator.stages import ignore
 from orchestrator.stages.context import WorkerContext
+from orchestrator.stages.dataset_text import DatasetText, read_dataset_text
 from orchestrator.stages.encoded import encode, read_blocks
 from orchestrator.store import ArtifactStore
 from orchestrator.store.artifacts import Artifact

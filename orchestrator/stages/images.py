@@ -40,8 +40,8 @@ from air_core.specs import (
 )
 from air_core.types import Batch, Labelled
 from orchestrator.errors import DamagedArtifact, MissingArtifact
-from orchestrator.planning.resolve import images_folder
 from orchestrator.stages.context import WorkerContext
+from orchestrator.stages.inputs import images_folder
 from orchestrator.store import ArtifactStore
 from orchestrator.store.rows import DEATHS, Row
 

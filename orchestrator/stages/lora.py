@@ -14,10 +14,10 @@ from safetensors.numpy import load_file
 from air_core.captions import text_of
 from air_core.diffusion.lora import square, train_lora
 from air_core.specs import LoraSpec
-from orchestrator.planning.dataset_text import read_dataset_text
-from orchestrator.planning.resolve import images_folder
 from orchestrator.stages import ignore
 from orchestrator.stages.context import WorkerContext
+from orchestrator.stages.dataset_text import read_dataset_text
+from orchestrator.stages.inputs import images_folder
 from orchestrator.store.artifacts import Artifact
 
 

@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from air_core.datasets.images import Unreadable
 from air_core.specs import FeaturesSpec, SyntheticFeaturesSpec
-from orchestrator.planning.dataset_text import read_dataset_text
 from orchestrator.stages.context import WorkerContext
+from orchestrator.stages.dataset_text import read_dataset_text
 from orchestrator.stages.images import (
     drawn_classes,
     drawn_per_class,

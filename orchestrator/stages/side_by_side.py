@@ -11,18 +11,48 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from typing import TYPE_CHECKING
 
-from air_core.method import Trial
-from air_core.side_by_side import learn_side_by_side
 from air_core.specs import TrialSpec
+from air_core.specs.conditions import has_context
 from air_core.specs.normal import normalised
 from orchestrator.keys import artifact_key
-from orchestrator.planning.resources import side_by_side
 from orchestrator.spec.sweep import ENCODER_BATCH
 from orchestrator.stages.context import WorkerContext
-from orchestrator.stages.trial import TrialRun, open_trial, run_trial
 from orchestrator.store import TrialRecord, read_trial
 from orchestrator.store.checkpoints import Curves
+
+if TYPE_CHECKING:
+    from air_core.method import Trial
+    from orchestrator.stages.trial import TrialRun
+
+# Class texts in one pass. Each keeps 1 to 2 MB for the gradient with ViT-B/32, and beyond these
+# numbers the time depends on the arithmetic, so that more bring nothing.
+MAX_TEXTS = {"cpu": 256, "cuda": 1024}
+
+
+def side_by_side(
+    specs: Sequence[TrialSpec], device: str, share: float = 1.0
+) -> list[list[TrialSpec]]:
+    """Groups of trials whose prompts stand before the same class names in the same text tower.
+
+    Other trials are alone: other learners have no such pass to share, and a transfer trial trains
+    nothing itself.
+
+    Args:
+        share: of the usual number of class texts in a group, for a device short of memory.
+    """
+    groups: dict[object, list[TrialSpec]] = {}
+    for spec in specs:
+        alone = not has_context(spec) or spec.test_dataset is not None
+        shared = (spec.dataset, spec.backbone, spec.precision, spec.prompt.length)
+        groups.setdefault(spec if alone else shared, []).append(spec)
+    parts = []
+    for group in groups.values():
+        texts = MAX_TEXTS["cpu" if device == "cpu" else "cuda"]
+        size = max(1, int(texts * share) // max(1, len(group[0].classnames)))
+        parts += [group[start : start + size] for start in range(0, len(group), size)]
+    return parts
 
 
 def run_trials(
@@ -68,6 +98,9 @@ def _run_group(
     reports: Mapping[TrialSpec, tuple[Callable[[int, int], None], Callable[[Curves], None]]],
 ) -> dict[TrialSpec, Exception]:
     """Run and record trials side by side; the exception of each trial that fails."""
+    from air_core.side_by_side import learn_side_by_side
+    from orchestrator.stages.trial import open_trial, run_trial
+
     problems: dict[TrialSpec, Exception] = {}
     runs: list[tuple[TrialSpec, ExitStack, TrialRun]] = []
     trials: list[Trial] = []

@@ -34,8 +34,7 @@ from air_core.specs.conditions import fills_bank, reads_tokens
 from air_core.specs.normal import normalised
 from air_core.types import Labelled, Metrics, PseudoLabels, SparseTargets, TrialResult, sparse
 from orchestrator.keys import artifact_key
-from orchestrator.planning.estimate import startup_seconds
-from orchestrator.stages.context import WorkerContext
+from orchestrator.stages.context import WorkerContext, startup_seconds
 from orchestrator.stages.evidence import read_evidence
 from orchestrator.stages.features import Target, known_accuracy, read_target
 from orchestrator.stages.images import read_synthetic

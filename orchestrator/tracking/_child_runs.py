@@ -24,11 +24,11 @@ from orchestrator.formatting import format_value
 from orchestrator.git import UNKNOWN
 from orchestrator.keys import digest
 from orchestrator.planning import Outcome, Slot, refs_of
-from orchestrator.planning.dataset_text import tested_classes
 from orchestrator.planning.resolve import spec_json
 from orchestrator.reporting.results import all_settings, finished_trial, varied_settings
 from orchestrator.reporting.rows import BEST, Results, is_bound, method_text, rows
 from orchestrator.spec import SweepSpec
+from orchestrator.stages.dataset_text import tested_classes
 from orchestrator.store import ArtifactStore, TrialRecord
 from orchestrator.tracking.types import ChildRun, DatasetUse, Numbers, SweepRun
 

@@ -15,7 +15,7 @@ from air_core.diffusion.evidence import DenoisingScorer, candidate_classes, time
 from air_core.diffusion.lora import square
 from air_core.evidence import balanced, evidence_probabilities, mean_scores
 from air_core.specs import EvidenceScoring
-from orchestrator.planning.resolve import images_folder
+from orchestrator.stages.inputs import images_folder
 
 SCORING = EvidenceScoring(block=16, precision="fp32")
 NAN = float("nan")

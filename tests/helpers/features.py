@@ -12,8 +12,8 @@ from safetensors.numpy import save_file
 
 from air_core.datasets import get_dataset
 from air_core.specs import FeaturesSpec
-from orchestrator.planning.dataset_text import read_dataset_text
 from orchestrator.stages.context import WorkerContext
+from orchestrator.stages.dataset_text import read_dataset_text
 from orchestrator.stages.features import PARTS
 from orchestrator.store import ArtifactStore
 

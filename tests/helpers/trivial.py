@@ -184,10 +184,6 @@ MODULES = {
         "confusion_picture": lambda *arguments: b"",
         "pictures": lambda *arguments: {},
     },
-    # The real modules import torch, which takes a second.
-    "orchestrator.stages.context": {
-        "WorkerContext": lambda store, *arguments: types.SimpleNamespace(store=store),
-    },
 }
 
 

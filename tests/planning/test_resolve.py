@@ -17,8 +17,9 @@ from air_core.models.weights import tiny_folder
 from air_core.specs import Ref
 from orchestrator.planning import Resolver, plan_of
 from orchestrator.planning.requests import location_for, read_request
-from orchestrator.planning.resolve import MissingInput, RecordedResolver, images_folder
+from orchestrator.planning.resolve import RecordedResolver
 from orchestrator.spec import SpecError, presets
+from orchestrator.stages.inputs import MissingInput, images_folder
 from tests.helpers.dataset_trees import draw
 
 

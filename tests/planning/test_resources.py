@@ -8,8 +8,6 @@ import pytest
 
 from air_core.methods import METHODS
 from orchestrator.planning.resources import (
-    CONTEXT,
-    memory_fraction,
     process_capacity,
     resource_shortage,
     this_machine,
@@ -17,6 +15,7 @@ from orchestrator.planning.resources import (
 )
 from orchestrator.spec import Resources
 from orchestrator.spec.sweep import GeneratorResources, TrialResources
+from orchestrator.stages.context import CONTEXT, memory_fraction
 
 SMALL = {"CPU": 4.0}
 GPUS = {"CPU": 8.0, "GPU": 2.0, "memory": 1e9}

@@ -20,11 +20,11 @@ from air_core.specs import FolderImages, Ref, SyntheticFeaturesSpec
 from air_core.types import Batch
 from orchestrator.errors import DamagedArtifact
 from orchestrator.planning import Resolver
-from orchestrator.planning.dataset_text import UnusedImages, unused_images
-from orchestrator.planning.resolve import images_folder
 from orchestrator.stages.context import WorkerContext
+from orchestrator.stages.dataset_text import UnusedImages, unused_images
 from orchestrator.stages.features import build as build_features
 from orchestrator.stages.images import build as build_image_block
+from orchestrator.stages.inputs import images_folder
 from orchestrator.stages.pictures import (
     GAP_PX,
     HEAD_PX,
