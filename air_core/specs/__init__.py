@@ -99,40 +99,58 @@ ClipPrecision = Literal["fp32", "tf32", "fp16", "bf16"]
 FusionSpace = Literal["probability", "logit"]
 Level = Literal["features", "tokens"]
 Paradigm = Literal["ul", "ssl", "trzsl"]
-PARADIGMS = "ul: no labels; ssl: a few per class; trzsl: all of seen classes, none of unseen ones"
 
 
 # ---------------------------------------------------------------- settings
 
 MAX_IMAGES = 1_000_000  # of a class
-SPLIT_SEED = "changes the labelled shots, and pool and test where a dataset has no fixed split"
-POOL = "parts that the pool is taken from; with train, val stays out"
-SHOTS = "ssl: labelled images per class"
-CLASS_SEED = "trzsl: which classes are seen; published are 500, 0 and 200"
-POOL_SIZE = "largest number of pool images, a subset drawn by split_seed; null: all"
-LABELLED_SIZE = (
-    "trzsl: largest number of labelled images, a subset drawn by split_seed; null: all; a sweep "
-    "that does not set it uses pool_size"
-)
-POOL_RATIO = "simulated imbalance: images of the commonest class over those of the rarest"
-POOL_MISSING = "simulated: share of the classes without any pool image"
-LEAKY = "eurosat: test images stay in the pool, only to compare with published numbers"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitSettings:
     """Division of a dataset into unlabelled pool, labelled, validation and test images."""
 
-    paradigm: Paradigm = knob("ul", PARADIGMS)
-    split_seed: int = knob(0, SPLIT_SEED, ge=0, le=2**32 - 1)
-    pool: Literal["train", "train+val"] = knob("train+val", POOL)
-    shots: int = knob(2, SHOTS, ge=1)
-    class_seed: int = knob(500, CLASS_SEED, ge=0, le=2**32 - 1)
-    leaky_pool: bool = knob(False, LEAKY)
-    pool_size: int | None = knob(None, POOL_SIZE, ge=1)
-    pool_ratio: float = knob(1.0, POOL_RATIO, ge=1)
-    pool_missing: float = knob(0.0, POOL_MISSING, ge=0, lt=1)
-    labelled_size: int | None = knob(None, LABELLED_SIZE, ge=1)
+    paradigm: Paradigm = knob(
+        "ul", "ul: no labels; ssl: a few per class; trzsl: all of seen classes, none of unseen ones"
+    )
+    split_seed: int = knob(
+        0,
+        "changes the labelled shots, and pool and test where a dataset has no fixed split",
+        ge=0,
+        le=2**32 - 1,
+    )
+    pool: Literal["train", "train+val"] = knob(
+        "train+val", "parts that the pool is taken from; with train, val stays out"
+    )
+    shots: int = knob(
+        2, "ssl: labelled images per class", ge=1, used_if=lambda s: s.paradigm == "ssl"
+    )
+    class_seed: int = knob(
+        500,
+        "trzsl: which classes are seen; published are 500, 0 and 200",
+        ge=0,
+        le=2**32 - 1,
+        used_if=lambda s: s.paradigm == "trzsl",
+    )
+    leaky_pool: bool = knob(
+        False, "eurosat: test images stay in the pool, only to compare with published numbers"
+    )
+    pool_size: int | None = knob(
+        None, "largest number of pool images, a subset drawn by split_seed; null: all", ge=1
+    )
+    pool_ratio: float = knob(
+        1.0, "simulated imbalance: images of the commonest class over those of the rarest", ge=1
+    )
+    pool_missing: float = knob(
+        0.0, "simulated: share of the classes without any pool image", ge=0, lt=1
+    )
+    labelled_size: int | None = knob(
+        None,
+        "trzsl: largest number of labelled images, a subset drawn by split_seed; null: all; a "
+        "sweep that does not set it uses pool_size",
+        ge=1,
+        used_if=lambda s: s.paradigm == "trzsl",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +216,7 @@ class LoraSettings(LoraTraining):
 
     def training(self) -> LoraTraining:
         part: LoraTraining = _only(LoraTraining, self)
-        return part if self.passes is None else replace(part, steps=LoraTraining.steps)
+        return part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -431,8 +449,6 @@ class EvidenceSettings(EvidenceScoring):
 
     def scoring(self) -> EvidenceScoring:
         part: EvidenceScoring = _only(EvidenceScoring, self)
-        if self.prune_after is None:
-            return replace(part, prune_to=EvidenceScoring.prune_to)
         return part
 
 
@@ -893,7 +909,7 @@ class EvidenceSpec(RowSpec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrialSpec(StageSpec):
+class TrialSpec(StageSpec, SplitSettings):
     """One trial. `air_core.specs.flat` converts it to flat keys such as `lora.rank`."""
 
     stage, title, process = "trials", "trials", "trial"
@@ -926,21 +942,7 @@ class TrialSpec(StageSpec):
         "of CLIP's weights; tf32: fp32, on a GPU with products in TF32; norms, logits and loss "
         "stay fp32",
     )
-    paradigm: Paradigm = knob("ul", PARADIGMS)
     modality: str = choice(LEARNERS, "text")
-    split_seed: int = knob(0, SPLIT_SEED, ge=0, le=2**32 - 1)
-    pool: Literal["train", "train+val"] = knob("train+val", POOL)
-    shots: int = knob(2, SHOTS, ge=1, used_if=lambda s: s.paradigm == "ssl")
-    class_seed: int = knob(
-        500, CLASS_SEED, ge=0, le=2**32 - 1, used_if=lambda s: s.paradigm == "trzsl"
-    )
-    leaky_pool: bool = knob(False, LEAKY)
-    pool_size: int | None = knob(None, POOL_SIZE, ge=1)
-    pool_ratio: float = knob(1.0, POOL_RATIO, ge=1)
-    pool_missing: float = knob(0.0, POOL_MISSING, ge=0, lt=1)
-    labelled_size: int | None = knob(
-        None, LABELLED_SIZE, ge=1, used_if=lambda s: s.paradigm == "trzsl"
-    )
     supervision: Literal["pseudo", "labelled"] = knob(
         "pseudo",
         "labelled: the few labelled images alone, no pseudo-labels (CoOp, VPT)",
@@ -1015,18 +1017,8 @@ class TrialSpec(StageSpec):
 
     @property
     def split(self) -> SplitSettings:
-        return SplitSettings(
-            paradigm=self.paradigm,
-            split_seed=self.split_seed,
-            pool=self.pool,
-            shots=self.shots if self.paradigm == "ssl" else 2,
-            class_seed=self.class_seed if self.paradigm == "trzsl" else 500,
-            leaky_pool=self.leaky_pool,
-            pool_size=self.pool_size,
-            pool_ratio=self.pool_ratio,
-            pool_missing=self.pool_missing,
-            labelled_size=self.labelled_size if self.paradigm == "trzsl" else None,
-        )
+        part: SplitSettings = _only(SplitSettings, self)
+        return part
 
     @property
     def features(self) -> FeaturesSpec:
@@ -1175,10 +1167,6 @@ def _lora(spec: TrialSpec, lora: LoraSettings) -> LoraSpec:
 
 def _labels(spec: TrialSpec, lora: LoraSettings) -> LabelsSpec:
     settings = spec.initial_labels
-    if settings.kind == "pool" and spec.paradigm == "ul":
-        settings = replace(settings, k=InitialLabelsSettings.k)
-    if settings.kind == "pool" or labelled_lora(spec):
-        settings = replace(settings, true_share=None)
     return LabelsSpec(
         features=spec.features,
         split=spec.split,

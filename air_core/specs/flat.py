@@ -12,7 +12,6 @@ import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain
 from typing import Annotated, Any, Literal
 
 from air_core.components import REGISTRIES, Registry, computed_from_registries
@@ -38,12 +37,13 @@ DERIVED = ("classnames", "code", "scored_images")  # computed, not set in sweep 
 @computed_from_registries
 @cache
 def trial_keys() -> dict[str, Key]:
-    """Every trial key by its dotted name, in the order of TrialSpec; those of plugins follow.
+    """Every trial key by its dotted name: inputs, then the order of TrialSpec, then plugins.
 
     >>> trial_keys()["lora.rank"].default
     4
     """
-    every = chain(_keys(TrialSpec, ""), _plugin_keys())
+    every = [*_keys(TrialSpec, ""), *_plugin_keys()]
+    every.sort(key=lambda key: key.name not in REFS)
     return {key.name: key for key in every if key.name not in DERIVED}
 
 

@@ -18,7 +18,7 @@ from air_core.paradigms import seen_unseen
 from air_core.specs import STAGES, RowSpec, StageSpec, SyntheticFeaturesSpec, TrialSpec
 from air_core.specs.conditions import uses_evidence
 from air_core.specs.flat import trial_keys
-from air_core.specs.normal import normalised, used_components
+from air_core.specs.normal import used_components
 from orchestrator.keys import ArtifactKey, artifact_key
 from orchestrator.planning.estimate import Estimate, Work, estimate, stage_work, trial_work
 from orchestrator.planning.resolve import InvalidSetting, Resolver, with_model_defaults
@@ -409,7 +409,7 @@ def requirements_of(trials: Iterable[TrialSpec]) -> list[Requirement]:
 
     A row of images is required up to the largest count and all classes that any trial reads.
     """
-    distinct = dict.fromkeys(replace(normalised(trial), seed=0) for trial in trials)
+    distinct = dict.fromkeys(replace(trial, seed=0) for trial in trials)
     return merge(requirement for trial in distinct for requirement in _requirements(trial))
 
 
@@ -613,7 +613,7 @@ def earlier_results(plan: Plan, location: SweepLocation) -> dict[tuple[str, str]
 
 def _changed_parts(spec: TrialSpec, before: Mapping[str, str]) -> list[str]:
     versions = dict(spec.code)
-    components = {registry.part(name) for registry, name in used_components(normalised(spec))}
+    components = {registry.part(name) for registry, name in used_components(spec)}
     return sorted(
         part
         for part in {*versions, *before}

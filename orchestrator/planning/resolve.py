@@ -127,7 +127,7 @@ class Resolver(Contents):
         self._smallest: dict[str, tuple[int, str]] = {}  # class of the fewest images, by folder
 
     def trial(self, flat: dict[str, Any]) -> TrialSpec:
-        """Build a TrialSpec from a flat dict of settings with names of inputs.
+        """Build a normalised TrialSpec from a flat dict of settings with names of inputs.
 
         Raises:
             InvalidSetting: weights or images are missing, or too few.
@@ -159,7 +159,7 @@ class Resolver(Contents):
                 trial = replace(trial, generator=self.weights("generator", flat["generator"]))
         self.check(trial, datasets)
         with _checking("dataset"):
-            return self.with_scored_images(trial)
+            return self.with_scored_images(normalised(trial))
 
     def check(self, trial: TrialSpec, datasets: Mapping[str, DatasetInput]) -> None:
         """Check that the inputs of a trial are sufficient.
@@ -543,7 +543,6 @@ def refs_of(spec: TrialSpec) -> dict[str, Ref]:
 
 def spec_json(spec: TrialSpec, key: str) -> str:
     """Write a trial as JSON: every setting as computed, and the digest of every input."""
-    spec = normalised(spec)
     resolved: dict[str, Any] = to_flat(spec)
     for name in REFS:
         ref = getattr(spec, name)

@@ -16,7 +16,6 @@ import numpy as np
 
 from air_core.bundle.checks import CLASSIFIERS
 from air_core.paradigms import seen_unseen
-from air_core.specs.normal import normalised
 from orchestrator.planning import Plan, Slot, plan_of
 from orchestrator.planning.plan import RESULT_STATES, LoggedResults
 from orchestrator.planning.recorded import read_sweep
@@ -63,7 +62,7 @@ def finished_trial(
         flat=all_settings(slot),
         settings=varied_settings(slot),
         point=slot.point,
-        seed=normalised(slot.spec).seed,
+        seed=slot.spec.seed,
         split_seed=_split(slot),
         objective=objective,
         metrics=record.metrics,

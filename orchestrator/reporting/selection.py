@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from air_core.specs import TrialSpec
-from air_core.specs.normal import normalised
 from orchestrator.formatting import format_percent, plural, show
 from orchestrator.planning import plan_of
 from orchestrator.planning.requests import run_command
@@ -102,7 +101,7 @@ def best_trial(
         left = plural(plan.to_run, "trial")
         lines.append(f"note:     the sweep has {left} left to run, which may change the selection")
     return SelectedTrial(
-        normalised(slot.spec),
+        slot.spec,
         read_trial(slot.spec, location.store),
         location.full_name,
         slot.id,

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 from air_core.specs import TrialSpec
 from air_core.specs.conditions import has_context
-from air_core.specs.normal import normalised
 from orchestrator.keys import artifact_key
 from orchestrator.spec.sweep import ENCODER_BATCH
 from orchestrator.stages.context import WorkerContext
@@ -71,7 +70,6 @@ def run_trials(
         report_curves: called after each round with the index of a trial and its curves so far.
     """
     store = worker.store
-    specs = [normalised(spec) for spec in specs]
     missing = [spec for spec in dict.fromkeys(specs) if not store.has(spec)]
     reports = {
         spec: (partial(report, specs.index(spec)), partial(report_curves, specs.index(spec)))

@@ -31,7 +31,6 @@ from air_core.prompts import restored_learner
 from air_core.side_by_side import learn_side_by_side
 from air_core.specs import SplitSettings, TrialSpec
 from air_core.specs.conditions import fills_bank, reads_tokens
-from air_core.specs.normal import normalised
 from air_core.types import Labelled, Metrics, PseudoLabels, SparseTargets, TrialResult, sparse
 from orchestrator.keys import artifact_key
 from orchestrator.stages.context import WorkerContext, startup_seconds
@@ -68,7 +67,6 @@ def run_trial(
         MissingArtifact: an input was not prepared.
     """
     if store.writable and not store.has(spec):
-        spec = normalised(spec)
         if spec.test_dataset is not None:
             store.get_or_build(spec, partial(_test_on_other_dataset, spec, store, device, report))
         else:
@@ -97,7 +95,6 @@ def open_trial(
     """
     # A CPU trial is reproducible bit by bit on one thread only.
     torch.set_num_threads(1)
-    spec = normalised(spec)
     store = worker.store
     with store.locks.exclusive(artifact_key(spec).digest):
         if store.has(spec):

@@ -19,7 +19,6 @@ from air_core.datasets import DATASETS
 from air_core.datasets.image_folder import PREFIX
 from air_core.specs import Ref, TrialSpec
 from air_core.specs.flat import to_flat
-from air_core.specs.normal import normalised
 from orchestrator.formatting import format_value
 from orchestrator.git import UNKNOWN
 from orchestrator.keys import digest
@@ -56,7 +55,7 @@ class ChildRuns:
             driver: user, commit and dirty of an outcome without a record.
         """
         slot, record = outcome.slot, outcome.record
-        spec = normalised(slot.spec)
+        spec = slot.spec
         seed = slot.seeds.get("seed", slot.spec.seed)
         logged = int((at or 0.0) * 1000)
         started, ended = _times(record) if record else (logged, logged)
@@ -224,7 +223,7 @@ def _run_name(slot: Slot, settings: Mapping[str, Any]) -> str:
     Args:
         settings: that distinguish the run from others of its method.
     """
-    spec = normalised(slot.spec)
+    spec = slot.spec
     task = "-".join([_dataset_name(slot.spec.dataset), spec.paradigm, spec.modality])
     words = [f"{key}={format_value(value)}" for key, value in settings.items()]
     return " ".join([method_text(slot.cell.method), *words, task])[:MAX_NAME]
@@ -250,7 +249,7 @@ def _datasets(spec: TrialSpec) -> list[DatasetUse]:
 
 
 def _tags(slot: Slot) -> dict[str, str]:
-    spec = normalised(slot.spec)
+    spec = slot.spec
     return {
         "air.dataset": slot.spec.dataset.name,
         "air.paradigm": spec.paradigm,

@@ -328,9 +328,7 @@ def test_normalising_again_changes_nothing_and_keeps_the_inputs_of_a_trial(flat,
     assert key(once) == key(spec)
     assert uses_images(once) == uses_images(spec)
     assert uses_auxiliary(once) == uses_auxiliary(spec)
-    assert once.synthetic_features == spec.synthetic_features
     assert once.features == spec.features
-    assert once.split == spec.split
 
 
 @given(RANDOM, REFERENCES, st.integers(0, 11))

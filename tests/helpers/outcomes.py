@@ -11,7 +11,6 @@ from safetensors.numpy import save_file
 
 from air_core.seal import sealed_json
 from air_core.specs.conditions import uses_evidence
-from air_core.specs.normal import normalised
 from orchestrator.planning import Slot, plan_of
 from orchestrator.planning.requests import SweepRequest, location_for
 from orchestrator.spec import load_sweep
@@ -64,7 +63,7 @@ def record_sweep(
 
 
 def write_record(slot: Slot, store: ArtifactStore, accuracy: float) -> None:
-    spec = normalised(slot.spec)
+    spec = slot.spec
     rng = np.random.default_rng(int(slot.key.digest[:12], 16))
     ease = np.random.default_rng(spec.split_seed).random(TESTED)
     labels = (np.arange(TESTED) % 10).astype(np.int32)

@@ -29,6 +29,7 @@ from air_core.specs import (
     TrialSpec,
 )
 from air_core.specs.flat import from_flat, to_flat, trial_keys
+from air_core.specs.normal import normalised
 from orchestrator import keys
 from orchestrator.keys import artifact_key, canonical_json
 from orchestrator.spec import presets
@@ -48,9 +49,8 @@ def trial(method: str = "air", refs: dict[str, Ref] = TINY, **changes: Any) -> T
     chosen = {name: ref.name for name, ref in refs.items() if name != "dataset"}
     flat = presets.defaults(method, {"dataset": "digits", **chosen})
     flat = {name: value for name, value in flat.items() if name not in refs}
-    return from_flat(
-        {**flat, **{k.replace("__", "."): v for k, v in changes.items()}}, refs, CLASSES
-    )
+    flat |= {k.replace("__", "."): v for k, v in changes.items()}
+    return normalised(from_flat(flat, refs, CLASSES))
 
 
 def stages(spec: TrialSpec) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import pytest
 
 from air_core.seal import BLANK, sealed, sealed_json
 from air_core.specs import SyntheticFeaturesSpec
-from air_core.specs.normal import normalised
 from orchestrator.errors import StoreRefused
 from orchestrator.planning import plan_of, resolver_of
 from orchestrator.planning.plan import plan_sweep
@@ -74,7 +73,7 @@ class World:
             else:
                 self.store.get_or_build(requirement.spec, filled(FILES[requirement.stage]))
         for slot in plan.slots:
-            self.store.get_or_build(normalised(slot.spec), filled(PREDICTIONS))
+            self.store.get_or_build(slot.spec, filled(PREDICTIONS))
             key = slot.key.digest
             event_log.append("trial_done", slot=slot.id, cell=slot.cell.id, key=key)
         os.environ["AIRSWEEP_USER"] = "me"
