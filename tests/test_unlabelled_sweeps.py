@@ -13,8 +13,8 @@ import pytest
 from air_core.datasets import get_dataset
 from orchestrator import api
 from orchestrator.planning import plan_of, read_request
+from orchestrator.reporting.comparisons import Results
 from orchestrator.reporting.results import results_of
-from orchestrator.reporting.rows import Results
 from orchestrator.reporting.tables import table
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.features import build as build_features
@@ -86,7 +86,7 @@ def test_what_needs_labels_is_absent_without_them_and_nothing_is_called_accuracy
     assert "| accuracy" not in shown
     assert "information text" in shown
     assert "nan" not in table(results, "csv").lower()
-    assert results.best_classifier(results.tasks[0]).row.method == "cpl"
+    assert results.best_classifiers[results.tasks[0]].row.method == "cpl"
 
 
 def test_labelled_images_measure_accuracy_and_the_pool_stays_without_labels(photos, tmp_path):

@@ -258,7 +258,7 @@ def _confusion_lines(
     counts: Counter[tuple[str, str]], classnames: Sequence[str], others: int
 ) -> Iterator[str]:
     """Accuracy, and the confusion matrix or, of many classes, the most frequent confusions."""
-    from orchestrator.reporting.rows import chance_caution
+    from orchestrator.reporting.notes import chance_caution
 
     right = sum(count for (true, predicted), count in counts.items() if true == predicted)
     total = counts.total()

@@ -3,8 +3,8 @@
 Modules that import pandas are not imported here.
 """
 
+from orchestrator.reporting.comparisons import Results
 from orchestrator.reporting.results import plan_status, results_of, sweep_status
-from orchestrator.reporting.rows import Results
 from orchestrator.reporting.screens import plan_screen, summary_screen
 
 __all__ = [

@@ -108,6 +108,12 @@ class Interval:
     low: float
     high: float
     interval: str  # description: "95 % bootstrap over images and seeds (1 split)"
+    # Variances of the mean: from images; between top units, without image noise (below 0 by
+    # chance); between them from image noise, which is not in `run_variance`.
+    image_variance: float = 0.0
+    run_variance: float = 0.0
+    run_noise: float = 0.0
+    units: int = 1  # number of splits; of seeds if there is one split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,10 +122,6 @@ class Difference(Interval):
 
     p: float  # two-sided, of no difference; below 0.05 if the interval excludes 0
     skew: float  # width of the interval's side towards 0, relative to a symmetric interval
-    image_variance: float  # of the mean, from images
-    run_variance: float  # of the mean, between top units without image noise; below 0 by chance
-    run_noise: float  # of the mean, between top units from image noise; not in `run_variance`
-    units: int  # number of splits; of seeds if there is one split
     reason_not_tested: str  # why there is too little data for a test; empty: it is tested
 
 
@@ -129,13 +131,12 @@ def mean_interval(runs: Runs, *, samples: int = SAMPLES) -> Interval:
     An accuracy of exactly 0 or 1 has an interval of width 0, because reweighting images cannot
     produce an error that no run made.
     """
-    scores = _scored(runs)
-    return _interval(scores, _parts(scores, samples), lowest=0.0)
+    return _interval([*_joined([runs], (1,))], samples, lowest=0.0)
 
 
 def mean_score(runs: Runs) -> float:
     """Mean accuracy over runs, without the cost of an interval."""
-    return float(np.mean([score.plain() for score in _scored(runs)]))
+    return float(np.mean([score.plain() for score in _joined([runs], (1,))]))
 
 
 def paired_difference(a: Runs, b: Runs, *, samples: int = SAMPLES) -> Difference | None:
@@ -149,30 +150,17 @@ def paired_difference(a: Runs, b: Runs, *, samples: int = SAMPLES) -> Difference
     scores = list(_joined((a, b), (1, -1)))
     if not scores:
         return None
-    parts = _parts(scores, samples)
-    interval = _interval(scores, parts, lowest=-1.0)
-    mean = interval.mean
+    interval = _interval(scores, samples, lowest=-1.0)
+    mean, spread = interval.mean, _spread(interval)
     towards_zero = mean - interval.low if mean > 0 else interval.high - mean
-    symmetric = _half_width(ALPHA, parts.image_variance, parts.run_variance, parts.units - 1)
+    symmetric = _half_width(ALPHA, *spread)
     skew = towards_zero / symmetric if symmetric > 0 else 1.0
-    differing = [score.correct[0] != score.correct[1] for score in scores]
-    images = len(
-        np.unique(np.concatenate([s.image_ids[d] for s, d in zip(scores, differing, strict=True)]))
-    )
+    differing = [s.image_ids[s.correct[0] != s.correct[1]] for s in scores]
     return Difference(
         **vars(interval),
-        p=_p_value(
-            abs(mean) / skew if skew > 0 else math.inf,
-            parts.image_variance,
-            parts.run_variance,
-            parts.units - 1,
-        ),
+        p=_p_value(mean, skew, *spread),
         skew=skew,
-        image_variance=parts.image_variance,
-        run_variance=parts.run_variance,
-        run_noise=parts.run_noise,
-        units=parts.units,
-        reason_not_tested=_reason_not_tested(scores, images),
+        reason_not_tested=_reason_not_tested(scores, len(np.unique(np.concatenate(differing)))),
     )
 
 
@@ -196,31 +184,38 @@ def gain_share(a: Runs, host: Runs, ceiling: Runs) -> Interval | None:
     possible = float(np.mean([replace(scores, weights=(0, -1, 1)).plain() for scores in reached]))
     share = float(np.mean([scores.plain() for scores in reached])) / possible
     rest = [replace(scores, weights=(1, share - 1, -share)) for scores in reached]
-    interval = _interval(rest, _parts(rest, SAMPLES), lowest=-1.0)
+    interval = _interval(rest, SAMPLES, lowest=-1.0)
     low, high = (share + side / possible for side in (interval.low, interval.high))
     return replace(interval, mean=share, std=None, low=low, high=high)
 
 
-def corrected_p_values(
+def table_tests(
     differences: Sequence[Difference], questions: Sequence[str] = ()
-) -> list[float]:
-    """Corrected p values of the differences of one table, in their order.
+) -> list[tuple[float, float]]:
+    """Corrected p value and detectable difference of each difference of one table.
 
-    Holm's adjustment of p values with a common runs part; never below the `p` of a difference.
+    The p value has Holm's adjustment, with a common runs part; it is never below the `p` of the
+    difference. Detectable is the smallest true difference, a fraction, that the test detects with
+    80 % power: that is significant at `ALPHA` over the number of differences of its question, the
+    first level of Holm's procedure, with the images, splits and seeds at hand.
 
     Args:
         questions: of each difference; the adjustment is within a question. Empty: one for all.
     """
-    p_values = []
-    for d, (runs, dof) in zip(differences, _runs_parts(differences), strict=True):
-        distance = abs(d.mean) / d.skew if d.skew > 0 else math.inf
-        p_values.append(_p_value(distance, d.image_variance, runs, dof))
     questions = questions or [""] * len(differences)
-    adjusted = dict.fromkeys(range(len(differences)), 1.0)
-    for question in set(questions):
+    sizes = Counter(questions)
+    p_values, detectable = [], []
+    runs_parts = _runs_parts(differences)
+    for d, question, (runs, dof) in zip(differences, questions, runs_parts, strict=True):
+        p_values.append(_p_value(d.mean, d.skew, d.image_variance, runs, dof))
+        half = _half_width(ALPHA / sizes[question], d.image_variance, runs, dof)
+        deviation = math.sqrt(d.image_variance + max(0.0, runs))
+        detectable.append(max(half, _half_width(ALPHA, *_spread(d))) + Z_POWER_80 * deviation)
+    adjusted: dict[int, float] = {}
+    for question in sizes:
         same = [i for i, other in enumerate(questions) if other == question]
         adjusted |= zip(same, holm([p_values[i] for i in same]), strict=True)
-    return [max(d.p, adjusted[i]) for i, d in enumerate(differences)]
+    return [(max(d.p, adjusted[i]), detectable[i]) for i, d in enumerate(differences)]
 
 
 def verdict(difference: Difference, p_corrected: float) -> Verdict:
@@ -230,28 +225,6 @@ def verdict(difference: Difference, p_corrected: float) -> Verdict:
     if p_corrected >= ALPHA:
         return "not significant"
     return "higher" if difference.mean > 0 else "lower"
-
-
-def detectable_differences(
-    differences: Sequence[Difference], questions: Sequence[str] = ()
-) -> list[float]:
-    """The smallest true difference that each test detects with 80 % power, as a fraction.
-
-    It is significant at `ALPHA` over the number of differences of its question, the first level of
-    Holm's procedure, with the images, splits and seeds at hand. Arguments as above.
-    """
-    questions = questions or [""] * len(differences)
-    sizes = Counter(questions)
-    return [
-        max(
-            _half_width(ALPHA / sizes[question], d.image_variance, runs, dof),
-            _half_width(ALPHA, d.image_variance, d.run_variance, d.units - 1),
-        )
-        + Z_POWER_80 * math.sqrt(d.image_variance + max(0.0, runs))
-        for d, question, (runs, dof) in zip(
-            differences, questions, _runs_parts(differences), strict=True
-        )
-    ]
 
 
 def _runs_parts(differences: Sequence[Difference]) -> Iterator[tuple[float, float]]:
@@ -301,7 +274,7 @@ def collapsed_runs(runs: Runs) -> list[Collapse]:
     the median distance from the median); and by more than 4 standard errors of an accuracy on its
     test images. With fewer than three runs, or if half of them are low, none counts as collapsed.
     """
-    scores = [score.plain() for score in _scored(runs)]
+    scores = [score.plain() for score in _joined([runs], (1,))]
     result = []
     for i, (run, score) in enumerate(zip(runs, scores, strict=True)):
         others = np.array(scores[:i] + scores[i + 1 :])
@@ -326,31 +299,26 @@ class _Scores:
     image_ids: Array  # (T,)
     correct: tuple[Array, ...]  # (T,) bool each: the runs
     unseen: Array | None  # (T,) bool
-    weights: tuple[float, ...] = (1,)  # of the runs; (1, -1) scores a difference
+    weights: tuple[float, ...]  # of the runs; (1, -1) scores a difference
 
-    @property
-    def groups(self) -> list[Array]:
-        """(T,) bool each: all images; in TRZSL the unseen and the seen ones."""
-        if self.unseen is None:
-            return [np.ones(len(self.image_ids), dtype=bool)]
-        return [self.unseen, ~self.unseen]
+    def columns(self) -> Array:
+        """(G + G R, T) bool: all images, in TRZSL the unseen and the seen ones; of these the right
+        ones of each run.
+        """
+        every = np.ones((1, len(self.image_ids)), dtype=bool)
+        groups = every if self.unseen is None else np.stack([self.unseen, ~self.unseen])
+        return np.concatenate([groups, *(correct & groups for correct in self.correct)])
 
-    def columns(self) -> list[Array]:
-        """(T,) bool each: the arrays whose sums `score` takes."""
-        right = [correct & group for correct in self.correct for group in self.groups]
-        return [*self.groups, *right]
-
-    def score(self, sums: Sequence[Array]) -> Array:
+    def score(self, sums: Array) -> Array:
         """The accuracy (TRZSL: harmonic mean of two accuracies) of a run, or a weighted sum.
 
         Args:
             sums: the (weighted) sum over images of each of `columns`.
         """
-        count = 1 if self.unseen is None else 2
-        sizes, rights = sums[:count], [sums[i : i + count] for i in range(count, len(sums), count)]
+        sizes, *rights = np.split(sums, len(self.correct) + 1)
         scores = []
         for right in rights:
-            score, *rest = (part / size for part, size in zip(right, sizes, strict=True))
+            score, *rest = right / sizes
             for other in rest:
                 score = 2 * score * other / np.maximum(score + other, 1e-12)
             scores.append(score)
@@ -358,13 +326,7 @@ class _Scores:
 
     def plain(self) -> float:
         """The score with equal weights of all images."""
-        return float(self.score([np.asarray(column.sum()) for column in self.columns()]))
-
-
-def _scored(runs: Runs) -> list[_Scores]:
-    return [
-        _Scores(run.split_seed, run.seed, run.image_ids, (run.correct,), run.unseen) for run in runs
-    ]
+        return float(self.score(self.columns().sum(axis=1)))
 
 
 def _joined(settings: Sequence[Runs], weights: tuple[float, ...]) -> Iterator[_Scores]:
@@ -393,26 +355,14 @@ def _on_images(run: Run, ids: Array) -> Run:
     return replace(run, image_ids=ids, correct=run.correct[at], unseen=unseen)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Parts:
-    """The image part and the runs part of the variation of a mean over runs."""
-
-    run_means: Array  # (R,)
-    draws: Array  # (B,) deviations of the mean
-    image_variance: float
-    run_variance: float  # may be negative by chance; 0 for one unit
-    run_noise: float
-    units: int  # K
-
-
-def _parts(scores: Sequence[_Scores], samples: int) -> _Parts:
+def _interval(scores: Sequence[_Scores], samples: int, *, lowest: float) -> Interval:
     run_means = np.array([s.plain() for s in scores])  # (R,)
     shifts = _resampled_means(scores, samples) - run_means  # (B, R), images only
     units = _units(scores)  # (R, K)
     share = units.sum(axis=0) / len(scores)  # (K,)
     per_unit = units / units.sum(axis=0)  # (R, K): run means -> unit means
 
-    draws = shifts.mean(axis=1)  # (B,)
+    draws = shifts.mean(axis=1)  # (B,) deviations of the mean
     image_variance = float(draws.var())
     between = by_images = 0.0
     if len(share) > 1:
@@ -422,9 +372,16 @@ def _parts(scores: Sequence[_Scores], samples: int) -> _Parts:
         widen = _student(ALPHA, len(share) - 1) / Z_95
         generator = np.random.default_rng(SEED_OF_RUNS)
         draws = draws + widen * deviation * generator.standard_normal(samples)
-    return _Parts(
-        run_means=run_means,
-        draws=draws,
+    mean = float(run_means.mean())
+    low, high = mean + np.quantile(draws, [0.025, 0.975])
+    return Interval(
+        mean=mean,
+        std=float(run_means.std(ddof=1)) if len(scores) > 1 else None,
+        low=max(lowest, min(float(low), mean)),
+        high=min(1.0, max(float(high), mean)),
+        n=len(scores),
+        n_test=round(float(np.mean([len(s.image_ids) for s in scores]))),
+        interval=_interval_text(scores),
         image_variance=image_variance,
         run_variance=between - by_images,
         run_noise=by_images,
@@ -432,18 +389,9 @@ def _parts(scores: Sequence[_Scores], samples: int) -> _Parts:
     )
 
 
-def _interval(scores: Sequence[_Scores], parts: _Parts, *, lowest: float) -> Interval:
-    mean = float(parts.run_means.mean())
-    low, high = mean + np.quantile(parts.draws, [0.025, 0.975])
-    return Interval(
-        mean=mean,
-        std=float(parts.run_means.std(ddof=1)) if len(scores) > 1 else None,
-        low=max(lowest, min(float(low), mean)),
-        high=min(1.0, max(float(high), mean)),
-        n=len(scores),
-        n_test=round(float(np.mean([len(s.image_ids) for s in scores]))),
-        interval=_interval_text(scores),
-    )
+def _spread(interval: Interval) -> tuple[float, float, float]:
+    """The two variances of a mean, and the degrees of freedom of the second."""
+    return interval.image_variance, interval.run_variance, interval.units - 1
 
 
 def _half_width(alpha: float, images: float, runs: float, dof: float) -> float:
@@ -452,8 +400,9 @@ def _half_width(alpha: float, images: float, runs: float, dof: float) -> float:
     return math.sqrt(_normal(alpha) ** 2 * images + t**2 * max(0.0, runs))
 
 
-def _p_value(distance: float, images: float, runs: float, dof: float) -> float:
-    """The level at which the half width equals the distance from 0."""
+def _p_value(mean: float, skew: float, images: float, runs: float, dof: float) -> float:
+    """The level at which the half width on the side of 0 equals the distance from 0."""
+    distance = abs(mean) / skew if skew > 0 else math.inf
     if distance == 0:
         return 1.0
     if runs <= 0:
@@ -510,12 +459,10 @@ def _resampled_means(scores: Sequence[_Scores], samples: int) -> Array:
     ends = np.cumsum([len(arrays) for arrays in columns])
     matrix = np.zeros((len(ids), ends[-1]), dtype=np.float32)
     for s, arrays, end in zip(scores, columns, ends, strict=True):
-        matrix[np.searchsorted(ids, s.image_ids), end - len(arrays) : end] = np.stack(
-            arrays, axis=1
-        )
+        matrix[np.searchsorted(ids, s.image_ids), end - len(arrays) : end] = arrays.T
     sums = (weights @ matrix).T  # one product for all runs: ten times faster than one per run
     by_run = zip(scores, np.split(sums, ends[:-1]), strict=True)
-    return np.stack([s.score(list(part)) for s, part in by_run], axis=1).astype(np.float64)
+    return np.stack([s.score(part) for s, part in by_run], axis=1).astype(np.float64)
 
 
 @functools.lru_cache(maxsize=2)  # the rows of a table share their test images and thus weights

@@ -11,23 +11,17 @@ from collections.abc import Callable, Iterator, Sequence
 
 from air_core.methods import METHODS
 from orchestrator.formatting import format_percent, plural
-from orchestrator.reporting._statistics import Interval, Verdict, gain_share, paired_difference
+from orchestrator.reporting._statistics import Interval, Verdict, gain_share
+from orchestrator.reporting.comparisons import BEST, MARKS, Comparison, Results, compared
+from orchestrator.reporting.notes import UNTESTED, at_chance_notes
 from orchestrator.reporting.rows import (
-    BEST,
-    MARKS,
     MODALITY,
-    UNTESTED,
-    Comparison,
-    Results,
     Row,
     Task,
-    at_chance_notes,
-    compared,
     is_bound,
     row_text,
     signed_percent,
     task_text,
-    uses_diffusion,
 )
 
 ANSWERS: dict[Verdict, str] = {
@@ -53,7 +47,7 @@ def headlines(results: Results) -> list[str]:
 
 
 def _headline(results: Results, task: Task) -> str:
-    best = results.best_classifier(task)
+    best = results.best_classifiers.get(task)
     text = f"{task_text(task)}. "
     if best is not None:
         text += f"Best classifier: {BEST}{best}. "
@@ -91,16 +85,12 @@ def _questions(results: Results) -> Iterator[list[str]]:
     comparisons = [c for c in results.comparisons if not is_bound(c.row.method)]
     comparisons.sort(key=lambda c: not uses_diffusion(c.row.method))
     diffusion = [row for row in results.rows if uses_diffusion(row.method)]
-    fused = []
-    for c in comparisons:
-        runs, others = (results.runs(row, "fused") for row in (c.row, c.baseline))
-        is_asked = uses_diffusion(c.row.method) or not diffusion
-        if is_asked and (difference := paired_difference(runs, others)):
-            fused.append((c.row, c.baseline, c.role, difference))
+    asked = [c for c in comparisons if uses_diffusion(c.row.method) or not diffusion]
+    fused = compared(((c.row, c.baseline, c.role) for c in asked), "fused")
     yield [
         *_answers(comparisons),
         *_missing_controls(diffusion, results),
-        *(f"Fused classifiers: {text[0].lower()}{text[1:]}" for text in _answers(compared(fused))),
+        *(f"Fused classifiers: {text[0].lower()}{text[1:]}" for text in _answers(fused)),
         *_shares(diffusion, results),
     ]
     yield _answers(modalities)
@@ -114,12 +104,12 @@ def search_answers(results: Results) -> list[str]:
 def _search_answer(results: Results, row: Row) -> str:
     assert row.choice is not None
     objective, found = row.choice.objective, row.choice.ranking
-    name = row_text(row, [k for k in results.varied_settings if k not in results.searched(row)])
+    name = row_text(row, [k for k in results.varied_settings if k not in row.first.searched])
     task = f", {task_text(row.task)}" if len(results.tasks) > 1 else ""
     if not row.is_tested:
         known = f"set aside, since no test image shows whether {objective} finds good points"
         return f"Search of {name}{task}: {known}."
-    gain, first = results.search_gains.get(row.cell), results.first_point(row)
+    gain, first = results.search_gains.get(row.cell), row.first.first_point
     best = f"its best point is the {first}"
     if gain is not None:
         best = f"its best point has {gain.text} points on the {first}, {gain.significance}"
@@ -176,6 +166,13 @@ def _joint_answer(comparisons: Sequence[Comparison]) -> str:
     return f"{', '.join(parts)}; {means} points"
 
 
+def uses_diffusion(method: str) -> bool:
+    """Whether a method uses a diffusion model: synthetic images or denoising errors."""
+    pins = METHODS[method].pins
+    has_images = "images_per_class" not in pins and pins.get("images_from") == "generator"
+    return not is_bound(method) and (has_images or "evidence.draws" not in pins)
+
+
 def _missing_controls(rows: Sequence[Row], results: Results) -> Iterator[str]:
     """Questions that need a control without diffusion of which some row of the sweep is missing."""
     every = Counter(row.method for row in rows)
@@ -211,7 +208,7 @@ def _shares(rows: Sequence[Row], results: Results) -> list[str]:
         if ceiling is None or host is None or gain is None or gain.verdict != "higher":
             continue
         for each in filter(None, (row, control)):
-            share = gain_share(*map(results.runs, (each, host, ceiling)))
+            share = gain_share(each.runs(), host.runs(), ceiling.runs())
             if share is not None:
                 shares.setdefault(each.method, {})[each.cell, each.point] = share
                 gains = possible.setdefault(f"{ceiling.method} over {host.method}", [])

@@ -33,7 +33,7 @@ from orchestrator.errors import MissingArtifact
 from orchestrator.keys import artifact_key
 from orchestrator.planning import Resolver, refs_of
 from orchestrator.planning.resolve import spec_json
-from orchestrator.reporting.rows import chance_caution
+from orchestrator.reporting.notes import chance_caution
 from orchestrator.reporting.selection import SelectedTrial, report_line
 from orchestrator.stages.dataset_text import DatasetText, dataset_licence, recorded_text
 from orchestrator.store import ArtifactStore, TrialRecord, read_trial

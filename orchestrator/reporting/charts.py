@@ -17,14 +17,13 @@ import numpy as np
 
 from orchestrator.formatting import format_percent
 from orchestrator.reporting._statistics import Array, Verdict
+from orchestrator.reporting.comparisons import Results
 from orchestrator.reporting.rows import (
-    Results,
     Row,
     Task,
     is_bound,
     metric_text,
     row_text,
-    rows,
     settings_text,
     task_text,
     tasks_of,
@@ -336,7 +335,7 @@ def accuracy(results: Results, *, most: int = 150, width: float = WIDTH) -> Figu
         label = shorten(row_text(row, results.varied_settings), 40 if width == WIDTH else 60)
         best = results.best_of(row)
         others = {
-            FUSED: results.mean(row, "test/accuracy_fused"),
+            FUSED: row.average("test/accuracy_fused"),
             BEST: best.test.mean if best and best.test else None,
             CHANCE: results.chance(row),
         }
@@ -461,7 +460,7 @@ def pseudo_labels(
 
     Lines are means over runs; bands span the lowest and the highest run.
     """
-    found = [(row, runs) for row in rows if (runs := results.curve(row, metric)) is not None]
+    found = [(row, runs) for row in rows if (runs := row.curve(metric)) is not None]
     series = [
         Series(
             label=shorten(_label(results, rows, row), 60),
@@ -501,7 +500,7 @@ def pictures(results: Results, cells: Iterable[Cell] = ()) -> dict[str, bytes]:
     figures: dict[str, Figure | None] = {}
     if len(results.tested) > 1:
         figures["accuracy.png"] = accuracy(results, most=MAX_DOTS, width=WIDE)
-    points = [row for row in rows(results.trials, None) if row.is_tested]
+    points = [row for row in results.points() if row.is_tested]
     for key in numeric_settings(points)[:MAX_SETTINGS]:
         if parts := by_setting(results, points, key, cells, width=WIDE):
             figures[f"accuracy_by_{key}.png"] = parts[0]

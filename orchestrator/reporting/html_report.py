@@ -28,16 +28,10 @@ from orchestrator.reporting import charts
 from orchestrator.reporting._layouts import Layout
 from orchestrator.reporting._statistics import Array
 from orchestrator.reporting.answers import answers, headlines
+from orchestrator.reporting.comparisons import MARKS, Results
+from orchestrator.reporting.notes import splits_and_seeds
 from orchestrator.reporting.results import SweepStatus, plan_status, results_of
-from orchestrator.reporting.rows import (
-    MARKS,
-    Results,
-    Task,
-    row_text,
-    rows,
-    splits_and_seeds,
-    task_text,
-)
+from orchestrator.reporting.rows import Task, row_text, task_text
 from orchestrator.reporting.summary import data_text, unused_lines
 from orchestrator.reporting.tables import (
     column_notes,
@@ -230,7 +224,7 @@ def unlabelled(data: ReportData) -> Iterator[Group]:
             after = results_command("export best --sweep", data.location, "-o", "bundle")
         texts = [
             f"{best.classifier.capitalize()} classifier of "
-            f"{row_text(best.row, [*best.row.settings])}; {len(predicted):,} images, of "
+            f"{row_text(best.row)}; {len(predicted):,} images, of "
             f"{np.count_nonzero(counts)} of {plural(len(names), 'class')}. Share over a threshold "
             f"of confidence: {left} (airsweep classify --min-probability).",
             f"Confidence does not tell how often the classifier is right. Next: {after}.",
@@ -277,7 +271,7 @@ def by_setting(data: ReportData) -> Iterator[Group]:
     """Accuracy against each numeric setting that the sweep varies."""
     if not data.results.tested:
         return
-    points = rows(data.results.trials, None)  # also those of a search that no row shows
+    points = data.results.points()  # also those of a search that no row shows
     figures = [
         _chart(figure, f"Accuracy against {key}")
         for key in charts.numeric_settings(points)
@@ -327,7 +321,7 @@ def confusions(data: ReportData) -> Iterator[Group]:
     """Confusion matrix and most frequent confusions of the best classifier of each task."""
     results = data.results
     for task in results.tasks[:MAX_TASKS]:
-        best = results.best_classifier(task)
+        best = results.best_classifiers.get(task)
         if best is None or best.test is None:
             continue
         spec = next(slot.spec for slot in data.plan.slots if slot.cell.id == best.row.cell)
@@ -335,10 +329,10 @@ def confusions(data: ReportData) -> Iterator[Group]:
         names = [name.replace("_", " ") for name in classes]
         matrices = (
             charts.confusion(trial.labels, trial.by_classifier[best.classifier], len(names))
-            for trial in results.distinct_trials(best.row).values()
+            for trial in best.row.trials.values()
         )
         matrix = np.sum([*matrices], axis=0)
-        title = f"{best.classifier} classifier of {row_text(best.row, [*best.row.settings])}"
+        title = f"{best.classifier} classifier of {row_text(best.row)}"
         figure = charts.heatmap(matrix, names, title=title)
         lines = [
             {"class": true, "predicted": wrong, "share of the class": f"{share:.0%}"}

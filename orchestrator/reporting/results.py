@@ -19,7 +19,8 @@ from air_core.paradigms import seen_unseen
 from orchestrator.planning import Plan, Slot, plan_of
 from orchestrator.planning.plan import RESULT_STATES, LoggedResults
 from orchestrator.planning.recorded import read_sweep
-from orchestrator.reporting.rows import FinishedTrial, Results, dataset_text, rows
+from orchestrator.reporting.comparisons import Results
+from orchestrator.reporting.rows import FinishedTrial, dataset_text
 from orchestrator.spec.space import first_point_text
 from orchestrator.stages.dataset_text import names_text, tested_classes
 from orchestrator.store import (
@@ -105,8 +106,8 @@ def results_of(
     ]
     tested = {dataset_text(slot.cell.flat): slot.spec for slot, _ in records}
     return Results(
-        rows(trials, search_objective),
         trials,
+        search_objective,
         {name: len(tested_classes(spec, store)) for name, spec in tested.items()},
         plan.sweep.is_smoke,
     )

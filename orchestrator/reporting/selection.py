@@ -14,17 +14,10 @@ from air_core.specs import TrialSpec
 from orchestrator.formatting import format_percent, plural, show
 from orchestrator.planning import plan_of
 from orchestrator.planning.requests import run_command
+from orchestrator.reporting.candidates import MEASURES, SCORES, TEST, best_candidate
+from orchestrator.reporting.notes import at_chance_notes
 from orchestrator.reporting.results import TABLE_COLUMNS, TASK_KEYS, results_of
-from orchestrator.reporting.rows import (
-    MEASURES,
-    SCORES,
-    TEST,
-    Row,
-    at_chance_notes,
-    best_candidate,
-    is_bound,
-    tasks_of,
-)
+from orchestrator.reporting.rows import Row, is_bound, tasks_of
 from orchestrator.spec import Cell, SweepSpec
 from orchestrator.spec.sweep_file import only_values
 from orchestrator.store import SweepLocation, TrialRecord, read_trial
@@ -82,7 +75,7 @@ def best_trial(
             f"{sweep.name} has a best classifier for each of {listed}, which cannot be compared; "
             f"give --only KEY=VALUE with {', '.join(keys)}"
         )
-    found = best_candidate(results, rows, by, classifier)
+    found = best_candidate(rows, by, classifier)
     row, name = found.row, found.classifier
     slot = next(slot for slot in plan.slots if slot.key.digest == found.trial.key)
     caveat = CAVEAT if found.by == TEST and found.candidates > 1 else None

@@ -21,26 +21,24 @@ from orchestrator.planning.requests import (
     store_command,
 )
 from orchestrator.reporting.answers import answers
+from orchestrator.reporting.candidates import Candidate
+from orchestrator.reporting.comparisons import BEST, Results
+from orchestrator.reporting.notes import (
+    EMPTY,
+    UNTESTED,
+    at_chance_notes,
+    best_texts,
+    collapse_notes,
+    comparison_notes,
+    one_split_notes,
+)
 from orchestrator.reporting.results import (
     TASK_KEYS,
     SweepStatus,
     holes_text,
     plan_status,
 )
-from orchestrator.reporting.rows import (
-    BEST,
-    EMPTY,
-    UNTESTED,
-    Candidate,
-    Results,
-    at_chance_notes,
-    best_texts,
-    collapse_notes,
-    comparison_notes,
-    is_bound,
-    metric_text,
-    one_split_notes,
-)
+from orchestrator.reporting.rows import is_bound, metric_text
 from orchestrator.reporting.tables import SPARE, column_notes, table_lines
 from orchestrator.stages.dataset_text import dataset_description, images_text, unused_by_dataset
 from orchestrator.store import SweepLocation, read_outcome

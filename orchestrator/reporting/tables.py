@@ -7,32 +7,31 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.formatting import format_interval, format_percent, format_value
 from orchestrator.reporting._layouts import Layout, csv_text, drop_empty_columns, markdown
 from orchestrator.reporting.answers import search_answers
-from orchestrator.reporting.rows import (
-    BEST,
-    BOUND,
+from orchestrator.reporting.candidates import MUTUAL_INFORMATION
+from orchestrator.reporting.comparisons import BEST, MARKS, Comparison, Results
+from orchestrator.reporting.notes import (
     EMPTY,
-    FIELDS,
-    MARKS,
-    MUTUAL_INFORMATION,
-    Comparison,
-    Results,
-    Row,
     at_chance_notes,
     best_texts,
     collapse_notes,
     comparison_notes,
+    protocol_notes,
+    significance_notes,
+)
+from orchestrator.reporting.rows import (
+    BOUND,
+    FIELDS,
+    Row,
     is_bound,
     mean_std,
     method_text,
-    protocol_notes,
-    significance_notes,
     task_text,
 )
 
@@ -49,6 +48,7 @@ TESTED = ("text", "fused", "auxiliary")  # classifiers that a trial tests on the
 AGREEMENT = "objective/agreement_text"
 MARKED = ("best_classifier", "bound")  # in data
 # The column `significant`.
+SIGNS = {"higher": "+", "lower": "-"}  # after the role: `host+` is better than the host
 SIGNIFICANT = {"higher": "yes", "lower": "yes", "not significant": "no", "not tested": "not tested"}
 
 
@@ -112,12 +112,12 @@ COLUMNS = (
 )
 
 
-def _means(results: Results, row: Row, output: str) -> dict[str, float | None]:
-    return {c.key: results.mean(row, c.metric) for c in COLUMNS if output in c.on}
+def _means(row: Row, output: str) -> dict[str, float | None]:
+    return {c.key: row.average(c.metric) for c in COLUMNS if output in c.on}
 
 
-def _texts(results: Results, row: Row, output: str) -> dict[str, str]:
-    return {c.key: c.show(results.mean(row, c.metric)) for c in COLUMNS if output in c.on}
+def _texts(row: Row, output: str) -> dict[str, str]:
+    return {c.key: c.show(row.average(c.metric)) for c in COLUMNS if output in c.on}
 
 
 def column_notes(header: Collection[str]) -> list[str]:
@@ -161,18 +161,18 @@ def as_json(results: Results) -> list[dict[str, object]]:
     """The rows for `table --format json`. New versions may add keys but never remove any."""
     return [
         row.as_json()
-        | _means(results, row, "data")
+        | _means(row, "data")
         | {
             "mutual_information": {
                 name: value
                 for name in TESTED
-                if (value := results.mean(row, f"{MUTUAL_INFORMATION}_{name}")) is not None
+                if (value := row.average(f"{MUTUAL_INFORMATION}_{name}")) is not None
             },
-            "agreement": results.mean(row, AGREEMENT),
+            "agreement": row.average(AGREEMENT),
             **_marks(results, row),
             "chance": results.chance(row),
             "comparisons": [c.as_json() for c in results.all_comparisons if c.row is row],
-            "collapsed": [vars(run) for run in results.collapsed_runs(row)],
+            "collapsed": [vars(run) for run in row.collapsed_runs()],
         }
         | ({} if row.choice is None else {"points": _points(results, row)})
         for row in results.rows
@@ -185,7 +185,7 @@ def _points(results: Results, row: Row) -> list[dict[str, Any]]:
         {
             "point": point.point,
             "settings": point.settings,
-            "objective": results.objective(point),
+            "objective": point.first.objective,
             **{name: line[name] for name in ("mean", "low", "high", "n")},
         }
         for point in results.best_points(row)
@@ -203,14 +203,19 @@ def _csv(results: Results) -> str:
     frame = rows_frame(results, "settings.", _csv_setting)
     frame["bound"] = [format_value(bound) for bound in frame["bound"]]
     if not results.tested:
-        free = [_texts(results, row, "untested") for row in results.rows]
+        free = [_texts(row, "untested") for row in results.rows]
         for name in dict.fromkeys(name for cells in free for name in cells):
             frame[name] = [cells.get(name, "") for cells in free]
     frame["chance"] = [results.chance(row) for row in results.rows]
     frame["told_from"] = [
-        " ".join(_ascii_marks(results.comparisons_of(row))) for row in results.rows
+        " ".join(
+            f"{role}{SIGNS[c.verdict]}"
+            for role, c in results.comparisons_of(row).items()
+            if c.is_significant
+        )
+        for row in results.rows
     ]
-    frame["collapsed"] = [len(results.collapsed_runs(row)) for row in results.rows]
+    frame["collapsed"] = [len(row.collapsed_runs()) for row in results.rows]
     return csv_text(frame)
 
 
@@ -229,7 +234,7 @@ def rows_frame(
     keys = dict.fromkeys(prefix + key for row in results.rows for key in row.settings)
     lines = [
         row.as_json()
-        | _means(results, row, "data")
+        | _means(row, "data")
         | _marks(results, row)
         | {prefix + key: setting(value) for key, value in row.settings.items()}
         for row in results.rows
@@ -309,9 +314,9 @@ def points_layouts(results: Results) -> Iterator[Layout]:
         {
             **_task_cells(results, point),
             "method": point.method if len(searched) > 1 else "",
-            "point": str(point.point or results.first_point(point).replace("setting", "").strip()),
+            "point": str(point.point or point.first.first_point.replace("setting", "").strip()),
             **{key: format_value(point.settings.get(key, "")) for key in results.varied_settings},
-            objective.replace("_", " "): _objective_text(objective, results.objective(point)),
+            objective.replace("_", " "): _objective_text(objective, point.first.objective),
             "accuracy": mean_std(point),
         }
         for row, objective in searched
@@ -366,10 +371,10 @@ def table_lines(results: Results) -> list[dict[str, str]]:
             **{key: format_value(row.settings.get(key, "")) for key in results.varied_settings},
             "accuracy": mean_std(row),
             "95 %": format_interval(row.low, row.high) if row.is_tested else "",
-            **({} if row.is_tested else _texts(results, row, "untested")),
+            **({} if row.is_tested else _texts(row, "untested")),
             "n": str(row.n),
             "test images": str(row.n_test or ""),
-            **_texts(results, row, "table"),
+            **_texts(row, "table"),
             **{f"gain over {role}": "" for role in MARKS},
             **{
                 f"gain over {role}": f"{c.text} {c.baseline.method}{c.mark}"
@@ -447,7 +452,3 @@ def _caption(results: Results, header: Sequence[str]) -> Iterator[str]:
     yield from column_notes(header)
     if any(name.startswith("gain") for name in header):
         yield "Gains in points, with 95 % interval if tested, paired by image and run."
-
-
-def _ascii_marks(comparisons: Mapping[str, Comparison]) -> list[str]:
-    return [c.ascii_mark for c in comparisons.values() if c.ascii_mark]

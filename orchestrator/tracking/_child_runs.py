@@ -24,8 +24,9 @@ from orchestrator.git import UNKNOWN
 from orchestrator.keys import digest
 from orchestrator.planning import Outcome, Slot, refs_of
 from orchestrator.planning.resolve import spec_json
+from orchestrator.reporting.comparisons import BEST, Results
 from orchestrator.reporting.results import all_settings, finished_trial, varied_settings
-from orchestrator.reporting.rows import BEST, Results, is_bound, method_text, rows
+from orchestrator.reporting.rows import is_bound, method_text
 from orchestrator.spec import SweepSpec
 from orchestrator.stages.dataset_text import tested_classes
 from orchestrator.store import ArtifactStore, TrialRecord
@@ -276,8 +277,9 @@ def _join_values(values: Iterable[int]) -> str:
 def _numbers(done: Sequence[FinishedTrial]) -> Numbers:
     """The numbers of the table's row, that of its best classifier, and the means of all others."""
     trials = [finished_trial(slot, record) for slot, record in done]
-    [row] = rows(trials, None)
-    best = Results([row], trials).best_classifier(row.task)
+    results = Results(trials)
+    [row] = results.rows
+    best = results.best_classifiers.get(row.task)
     distinct = list({slot.key.digest: record for slot, record in done}.values())
     metrics = _means([record.metrics for record in distinct])
     curves = _mean_curves([record.curves for record in distinct])

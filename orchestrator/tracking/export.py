@@ -31,8 +31,9 @@ from orchestrator.redact import without_credentials
 from orchestrator.reporting import Results, results_of, sweep_status
 from orchestrator.reporting.answers import headlines
 from orchestrator.reporting.charts import pictures
+from orchestrator.reporting.comparisons import BEST
 from orchestrator.reporting.results import finished_records
-from orchestrator.reporting.rows import BEST, row_text
+from orchestrator.reporting.rows import row_text
 from orchestrator.reporting.summary import run_facts, summary, sweep_title
 from orchestrator.spec import SweepSpec
 from orchestrator.store import (
@@ -256,7 +257,7 @@ def sync(sweep: SweepSpec, location: SweepLocation, tracker: SweepTracker, statu
         slot = group[0][0]
         tracker.send(children.setting(group, marked.get((slot.cell.id, slot.point), "")))
     note, files = note_and_files(plan, location, results, tracker.run.run_id)
-    names = (f"{BEST}{b.classifier} of {row_text(b.row, [*b.row.settings])}" for b in best)
+    names = (f"{BEST}{b.classifier} of {row_text(b.row)}" for b in best)
     tags = {f"air.{state}": str(states[state]) for state in ("done", "reused", "failed")}
     tags["air.best_classifier"] = "; ".join(names)
     tags["air.digest"] = content if tracker.accepts_files else ""
@@ -359,7 +360,7 @@ def headline_metrics(results: Results) -> dict[str, float]:
     """
     metrics: dict[str, float] = {}
     for task in results.tasks:
-        best = results.best_classifier(task)
+        best = results.best_classifiers.get(task)
         gains = {} if best is None else results.comparisons_of(best.row)
         gain, shown = gains.get("control", gains.get("host")), {}
         if best is not None and best.test is not None:

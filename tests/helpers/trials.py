@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator.reporting import Results
-from orchestrator.reporting.rows import FinishedTrial, rows
+from orchestrator.reporting.rows import FinishedTrial
 from orchestrator.spec.presets import defaults
 
 # method -> (accuracy, accuracy of pseudo-labels)
@@ -81,7 +81,7 @@ def trials(
 
 def results(finished: list[FinishedTrial], objective: str | None = None) -> Results:
     classes = {trial.flat["dataset"]: 10 for trial in finished}
-    return Results(rows(finished, objective), finished, classes)
+    return Results(finished, objective, classes)
 
 
 def quickstart() -> list[FinishedTrial]:

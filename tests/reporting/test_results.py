@@ -90,7 +90,7 @@ def test_runs_can_differ_in_their_seen_classes(store, resolver, event_log):
         run_trial(slot.spec, store)
     ul, trzsl = results_of(plan, store).rows
     assert (ul.n, trzsl.n) == (1, 3)  # a trial without unseen classes ignores the seed
-    assert trzsl.protocol.class_seed is None
+    assert trzsl.protocol["class_seed"] is None
 
 
 def test_varied_settings_exclude_seeds_and_fixed_settings(store, resolver, event_log):

@@ -12,7 +12,7 @@ import pytest
 
 from orchestrator.reporting import charts
 from orchestrator.reporting.answers import answers
-from orchestrator.reporting.rows import rows, signed_percent
+from orchestrator.reporting.rows import signed_percent
 from orchestrator.reporting.summary import summary
 from orchestrator.reporting.tables import table
 from tests.helpers.golden import check_golden, check_golden_cases
@@ -45,7 +45,7 @@ def test_json_rows_have_exactly_the_documented_keys() -> None:
 
 def test_a_row_has_mean_and_deviation_of_its_runs() -> None:
     finished = trials("cpl", splits=(0, 1), seeds=(1, 2))
-    (row,) = rows(finished, None)
+    (row,) = results(finished).rows
     accuracies = [float((trial.predictions == trial.labels).mean()) for trial in finished]
     assert row.n == 4
     assert row.mean == pytest.approx(np.mean(accuracies))
@@ -53,25 +53,25 @@ def test_a_row_has_mean_and_deviation_of_its_runs() -> None:
 
 
 def test_seeds_of_a_method_that_ignores_the_seed_count_once() -> None:
-    (row,) = rows(trials("zero_shot"), None)
+    (row,) = results(trials("zero_shot")).rows
     assert (row.n, row.std) == (1, None)
     assert "seed" not in row.interval
-    (row,) = rows(trials("zero_shot", splits=(0, 1)), None)
+    (row,) = results(trials("zero_shot", splits=(0, 1))).rows
     assert row.n == 2
 
 
 def test_a_searched_row_is_the_best_point_by_objective_and_not_by_test_accuracy() -> None:
     finished = searched()
-    host, best = rows(finished, "mutual_information")
+    host, best = results(finished, "mutual_information").rows
     assert best.settings == {"images_per_class": 60, "fusion_weight": 0.348192}
-    by_test = max(rows(finished, None), key=lambda row: row.mean)
+    by_test = max(results(finished).rows, key=lambda row: row.mean)
     assert by_test.settings["images_per_class"] == 30
     assert host.settings == {}
 
 
 def test_a_searched_row_is_the_default_point_if_the_objective_predicts_no_test_accuracy() -> None:
     finished = searched(guides=False)
-    host, kept = rows(finished, "mutual_information")
+    host, kept = results(finished, "mutual_information").rows
     assert kept.settings == {"images_per_class": 120, "fusion_weight": 0.5}
     assert kept.choice.default
     assert kept.choice.ranking.low <= 0
@@ -80,7 +80,7 @@ def test_a_searched_row_is_the_default_point_if_the_objective_predicts_no_test_a
 
 def test_a_searched_row_is_the_best_point_if_the_default_point_failed() -> None:
     finished = [trial for trial in searched(guides=False) if trial.point > 0]
-    (best,) = rows(finished, "mutual_information")
+    (best,) = results(finished, "mutual_information").rows
     assert best.settings["images_per_class"] == 60
     assert not best.choice.default
 
@@ -91,7 +91,7 @@ def test_a_point_without_an_objective_is_chosen_last() -> None:
         finished += trials(
             "air", settings={"fusion_weight": point}, point=point, objective=objective, better=0.2
         )
-    (row,) = rows(finished, "mutual_information")
+    (row,) = results(finished, "mutual_information").rows
     assert row.settings["images_per_class"] == 60
     assert row.choice.ranking.points == 6
 
@@ -107,7 +107,7 @@ def test_points_with_equal_settings_count_once_in_the_ranking() -> None:
         objective=0.9,
         better=0.08,
     )
-    _, row = rows(finished + again, "mutual_information")
+    _, row = results(finished + again, "mutual_information").rows
     assert row.choice.ranking.points == 6
 
 
@@ -124,7 +124,7 @@ def test_a_method_is_compared_with_its_host_and_its_control() -> None:
         ("air", "air_control", "control"),
         ("air_control", "cpl", "host"),
     ]
-    by_method = {row.method: row.mean for row in rows(finished, None)}
+    by_method = {row.method: row.mean for row in results(finished).rows}
     for c in found:
         assert c.difference.mean == pytest.approx(
             by_method[c.row.method] - by_method[c.baseline.method]
@@ -366,7 +366,7 @@ def test_accuracies_of_text_fused_and_auxiliary_classifier_stand_in_every_table(
     csv_lines = list(csv.DictReader(io.StringIO(table(found, "csv"))))
     for row, line, entry, flat in zip(found.rows, lines, content, csv_lines, strict=True):
         for name in ("fused", "auxiliary"):
-            mean = found.mean(row, f"test/accuracy_{name}")
+            mean = row.average(f"test/accuracy_{name}")
             assert (mean is not None) == row.method.startswith("air")
             assert line[header.index(name)] == ("" if mean is None else f"{100 * mean:.1f}")
             assert entry[name] == mean
@@ -503,7 +503,7 @@ def test_answers_equal_the_golden_ones() -> None:
 def test_a_bound_is_never_the_best_and_is_marked_everywhere() -> None:
     found = results([*quickstart(), *trials("air_ceiling")])
     [task] = found.tasks
-    assert found.best_classifier(task).row.method == "air_control"
+    assert found.best_classifiers[task].row.method == "air_control"
     assert max(found.rows, key=lambda row: row.mean).method == "air_ceiling"
     text = table(found, "md")
     assert "air_ceiling is a bound: AiR with pool images under their true labels" in one_line(text)

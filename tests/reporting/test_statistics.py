@@ -16,13 +16,12 @@ from orchestrator.reporting._statistics import (
     Run,
     Runs,
     collapsed_runs,
-    corrected_p_values,
-    detectable_differences,
     gain_share,
     holm,
     mean_interval,
     mean_score,
     paired_difference,
+    table_tests,
     verdict,
 )
 
@@ -87,7 +86,7 @@ def count_positives(world: Scenario, simulations: int, methods: int) -> Counts:
     counts = Counts()
     for _ in range(simulations):
         found = compare_with_host(simulate_runs(rng, world, methods))
-        p = corrected_p_values(found)
+        p = [p for p, _ in table_tests(found)]
         left_out = [not one.low <= 0 <= one.high for one in found]
         marks = [
             value < ALPHA and not one.reason_not_tested for one, value in zip(found, p, strict=True)
@@ -332,7 +331,7 @@ def test_seeds_that_agree_by_chance_get_the_mean_spread_of_the_table() -> None:
         tuple(one_run([1] * n + [0] * (600 - n), seed=k) for k, n in enumerate((0, 90, 180)))
     )
     varying = paired_difference(spread, nothing)
-    alone, together = corrected_p_values([agreeing])[0], corrected_p_values([agreeing, varying])[0]
+    (alone, _), (together, _) = table_tests([agreeing])[0], table_tests([agreeing, varying])[0]
     assert alone < 0.001 < together
 
 
@@ -400,9 +399,9 @@ def test_a_detectable_difference_is_significant_in_about_four_of_five_experiment
         )
         for _ in range(150)
     ]
-    detectable = np.mean([detectable_differences([d])[0] for d in found])
+    detectable = np.mean([table_tests([d])[0][1] for d in found])
     assert detectable == pytest.approx(np.mean([d.mean for d in found]), rel=0.15)
-    higher = [verdict(d, *corrected_p_values([d])) == "higher" for d in found]
+    higher = [verdict(d, table_tests([d])[0][0]) == "higher" for d in found]
     assert 0.68 < np.mean(higher) < 0.88
 
 

@@ -19,7 +19,6 @@ from orchestrator.errors import FAILED, TERMINATED, TrackerUnreachable
 from orchestrator.planning import Outcome, plan_of, requirements_of, resolver_of
 from orchestrator.planning.plan import plan_sweep
 from orchestrator.reporting.results import results_of
-from orchestrator.reporting.rows import rows
 from orchestrator.spec import SweepSpec, load_sweep
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.images import build as build_image_block
@@ -151,7 +150,7 @@ def setting_run_of(uri: str, method: str) -> Any:
 
 def test_setting_runs_have_the_numbers_of_the_table(ended, sweep, tracked):
     plan = plan_of(sweep, ended)
-    expected = {row.method: row for row in rows(results_of(plan, ended.store).trials, None)}
+    expected = {row.method: row for row in results_of(plan, ended.store).points()}
     for method, row in expected.items():
         metrics, tags = (
             setting_run_of(tracked, method).data.metrics,
