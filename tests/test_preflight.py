@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -144,10 +143,8 @@ def test_each_fault_of_a_machine_is_refused_with_its_remedy(cluster, disk, tmp_p
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    missing, read_only = tmp_path / "hidden", tmp_path / "kept"
-    for folder in (missing, read_only):
-        folder.mkdir()
-    mounted(disk, "-t", "tmpfs", "none", str(missing))
+    read_only = tmp_path / "kept"
+    read_only.mkdir()
     mounted(disk, "--bind", str(read_only), str(read_only))
     mounted(disk, "-o", "remount,bind,ro", str(read_only))
     mounted(disk, "-t", "tmpfs", "none", str(clip))
@@ -159,7 +156,7 @@ def test_each_fault_of_a_machine_is_refused_with_its_remedy(cluster, disk, tmp_p
             run(cluster, spec, disk.place, *gpus),
             disk.place,
             f"store: {disk.place} is not the store that the driver uses; give --store a folder",
-            "its airsweep differs from the driver's: "
+            "its code differs from the driver's: "
             "air_core/training.py, orchestrator/cluster/node_facts.py",
             f"files: backbone {clip} is missing",
             "copy it to that machine",
@@ -168,21 +165,12 @@ def test_each_fault_of_a_machine_is_refused_with_its_remedy(cluster, disk, tmp_p
         )
         mounted(disk, "--bind", str(other), str(clip))
         assert_refused(
-            run(cluster, spec, missing / "runs", *gpus),
-            missing / "runs",
-            f"store: {missing / 'runs'} does not exist; give --store a folder that every machine",
-            f"files: backbone {clip} has other content than on the driver",
-        )
-        assert_refused(
             run(cluster, spec, read_only, "--check", *gpus, do="plan"),
             read_only,
-            f"store: {read_only} cannot be used (Read-only file system); let the user of that",
-            f"files: backbone {clip}",
+            f"store: {read_only} cannot be used (Read-only file system); give --store a folder",
+            f"files: backbone {clip} has other content than on the driver",
             "gpu: Ray counts a GPU",
         )
-    done = run(cluster, spec, tmp_path / "runs", *gpus)
-    assert done.returncode == 3
-    assert "no machine has both" in done.stderr
 
 
 # The workers of a machine take an hour to start. The driver waits for the other machine's answer,
@@ -245,7 +233,7 @@ def test_a_machine_that_cannot_reach_the_bucket_is_refused(cluster, spec, bucket
     assert done.returncode == 3, done.stderr
     assert "1 of 2 machines" in done.stderr  # the other machine can use the bucket
     assert f"{lost['AWS_ENDPOINT_URL']} does not answer" in done.stderr
-    assert not [entry.name for entry in parse(bucket).list_objects("") if TOKENS in entry.name]
+    assert not [entry.name for entry in parse(bucket).list_objects("unfinished")]
 
 
 def test_a_full_bucket_is_refused_before_the_cluster_is_joined(cluster, spec, bucket, s3_server):
@@ -261,12 +249,10 @@ def test_a_full_bucket_is_refused_before_the_cluster_is_joined(cluster, spec, bu
 # ---------------------------------------------------------------- joining
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "http://127.0.0.1:8265"])
-def test_an_address_without_a_cluster_is_refused(spec, tmp_path, address):
-    done = run_at(address, spec, tmp_path / "runs")
+def test_an_address_that_ray_cannot_join_is_refused(spec, tmp_path):
+    done = run_at("http://127.0.0.1:8265", spec, tmp_path / "runs")
     assert done.returncode == 3
-    refusals = rf"no Ray cluster answers at RAY_ADDRESS={address}|{address} cannot be joined"
-    assert re.search(refusals, done.stderr)
+    assert "http://127.0.0.1:8265 cannot be joined" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -6,8 +6,8 @@ the driver. `airsweep plan --check` applies the same functions to this machine.
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
@@ -27,30 +27,33 @@ from orchestrator.errors import Refused
 from orchestrator.failures import first_line
 from orchestrator.formatting import format_bytes, plural
 from orchestrator.planning import Plan
-from orchestrator.planning.checks import bytes_left, gpu_requirements, unfit_gpu
-from orchestrator.planning.resources import Gpu
+from orchestrator.planning.checks import GpuNeeds, bytes_left, gpu_needs
 from orchestrator.store import ArtifactStore, SweepLocation
 
 MIN_FREE = 100 * 2**20  # bytes; a sweep does not start with less
-FULL_DISK = 0.95  # used share of a disk above which Ray starts no task that needs the disk
 ANSWER_TIMEOUT = 90.0  # seconds; on a slow disk a new process that imports torch takes a minute
 RETRY_DELAY = 1.0  # seconds
+REMEDIES = {
+    "answers": "restart its Ray, or remove the machine from the cluster, and try again",
+    "code": "install the driver's version there, or submit with --working-dir . from the checkout",
+    "store": "give --store a folder that every machine mounts at the same path and may write to, "
+    "or s3://bucket/prefix, with AWS_ENDPOINT_URL and credentials on every machine",
+    "room": "free some space: `airsweep cache gc` lists artifacts that no sweep needs",
+    "files": "copy it to that machine, or let all machines read one shared folder",
+    "gpu": "or start its Ray with --num-gpus=0",
+}
 
 
 def node_requirements(plan: Plan, location: SweepLocation) -> NodeRequirements:
     """What the missing work of a plan requires of each node."""
     inputs = (item for requirement in plan.requirements for item in _inputs(requirement.spec))
     trial, generator = plan.sweep.resources.trial, plan.sweep.resources.generator
-    bf16, model = gpu_requirements(plan, location.store)
-    if generator.custom:  # the user selects the machines of the generators
-        bf16, model = (), None
     return NodeRequirements(
         inputs=tuple(dict.fromkeys(inputs)),
         data_root=location.data_root,
-        gpus=bool(trial.gpu or generator.gpu),
-        bf16=bf16,
-        model=model,
-        bytes_left=bytes_left(plan, location.store),
+        uses_gpus=bool(trial.gpu or generator.gpu),
+        # With custom resources, the user selects the machines of the generators.
+        gpu=GpuNeeds() if generator.custom else gpu_needs(plan, location.store),
         plugins=plan.sweep.plugins,
     )
 
@@ -76,9 +79,8 @@ class Finding:
     """A problem of one machine. A sweep runs in spite of findings that are not fatal."""
 
     node: str
-    check: str
+    check: str  # a key of REMEDIES
     problem: str
-    remedy: str
     fatal: bool = True
 
 
@@ -93,123 +95,57 @@ def compare_facts(
         driver: result of `node_facts` on the driver's machine.
         store: folder, or URI of a bucket.
     """
-    return [
-        Finding(node, *problem)
-        for problem in (
-            *_version_problems(facts["versions"], driver["versions"]),
-            *_code_problems(facts["code"], driver["code"]),
-            *_store_problems(facts["store"], store),
-            *_space_problems(facts["store"], needs.bytes_left),
-            *_temporary_problems(*facts["temporary"]),
-            *_input_problems(facts, driver, needs.inputs),
-            *_gpu_problems(facts["gpu"], facts.get("smallest_gpu"), needs),
-        )
-    ]
+    found = [Finding(node, "code", problem) for problem in _code(facts["code"], driver["code"])]
+    if facts["store"]:
+        found.append(Finding(node, "store", f"{store} {facts['store']}"))
+    for actual, expected, (role, name) in zip(
+        facts["files"], driver["files"], needs.inputs, strict=True
+    ):
+        if isinstance(actual, str):
+            found.append(Finding(node, "files", f"{role} {name} is missing ({actual})"))
+        elif not isinstance(expected, str) and actual != expected:
+            problem = f"{role} {name} has other content than on the driver"
+            found.append(Finding(node, "files", problem))
+    if facts["gpu"]:
+        found.append(Finding(node, "gpu", facts["gpu"]))
+    return found
 
 
-Problems = Iterator[tuple[str, str, str, bool]]  # check, problem, remedy, whether it is fatal
-
-
-def _version_problems(node: Mapping[str, str], driver: Mapping[str, str]) -> Problems:
-    """Versions that differ. Another patch version is a warning: results are most likely equal."""
-    for name, expected in driver.items():
-        actual = node.get(name, "")
-        if _release(actual, 3) != _release(expected, 3):
-            fatal = name == "ray" or _release(actual, 2) != _release(expected, 2)
-            problem = f"{name} is {actual or 'missing'}, but the driver has {expected}"
-            remedy = "install the same version on every machine, with one image or environment"
-            yield "versions", problem, remedy, fatal
-
-
-def _release(version: str, parts: int) -> list[str]:
-    """
-    >>> _release("2.13.0+cu126", 2)
-    ['2', '13']
-    """
-    return version.partition("+")[0].split(".")[:parts]
-
-
-def _code_problems(node: Mapping[str, str], driver: Mapping[str, str]) -> Problems:
-    changed = sorted(file for file in {*node, *driver} if node.get(file) != driver.get(file))
-    if changed:
-        more = f" and {len(changed) - 2} more" if len(changed) > 2 else ""
-        problem = f"its airsweep differs from the driver's: {', '.join(changed[:2])}{more}"
-        remedy = "submit with --working-dir . from the checkout, or install the driver's version"
-        yield "code", problem if node else "airsweep is not installed", remedy, True
-
-
-def _store_problems(node: Facts, store: str) -> Problems:
-    if node["token"] and node["answered"]:
-        return
-    if node["error"]:
-        remedy = "let the user of that machine's Ray read and write there"
-        if "://" in store:
-            remedy = "check AWS_ENDPOINT_URL and the credentials on that machine"
-        yield "store", f"{store} cannot be used ({node['error']})", remedy, True
-        return
-    problem = "is not the store that the driver uses" if node["exists"] else "does not exist"
-    remedy = (
-        "give --store a folder that every machine mounts at the same path, or s3://bucket/prefix"
-    )
-    yield "store", f"{store} {problem}", remedy, True
-
-
-def _space_problems(node: Facts, bytes_left: int) -> Problems:
-    free = node["free"]
-    if free is not None and node["token"] and free < max(MIN_FREE, bytes_left):
-        problem = f"the disk of {node['where']} has {format_bytes(free)} free"
+def _room(plan: Plan, location: SweepLocation) -> Iterator[Finding]:
+    """Whether the disk of the store, or of this machine's copy of a bucket, is too full."""
+    folder = location.store.root
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free, left = shutil.disk_usage(existing).free, bytes_left(plan, location.store)
+    if free < max(MIN_FREE, left):
+        problem = f"the disk of {folder} has {format_bytes(free)} free"
         if free >= MIN_FREE:
-            problem += f", but the sweep will write at least {format_bytes(bytes_left)}"
-        remedy = "free some space: `airsweep cache gc` lists artifacts that no sweep needs"
-        yield "room", problem, remedy, free < MIN_FREE
+            problem += f", but the sweep will write at least {format_bytes(left)}"
+        yield Finding("this machine", "room", problem, free < MIN_FREE)
 
 
-def _temporary_problems(folder: str, used: float) -> Problems:
-    if used > FULL_DISK:
-        problem = f"the disk of Ray's folder {folder} is {used:.0%} full"
-        yield "room", problem, "free some space, or set RAY_TMPDIR", False
-
-
-def _input_problems(node: Facts, driver: Facts, inputs: Sequence[Input]) -> Problems:
-    """Weights and images that differ from the driver's."""
-    hub = ", ".join(f"{name}={value}" for name, value in node["hub"].items()) or "unset"
-    for actual, expected, (role, name) in zip(node["files"], driver["files"], inputs, strict=True):
-        if "problem" in actual:
-            problem = f"is missing ({actual['problem']})"
-            if role != "dataset" and node["hub"] != driver["hub"]:
-                problem += f"; HF_HOME and HF_HUB_CACHE differ from the driver's: {hub}"
-        elif "problem" in expected or actual == expected:
-            continue
-        elif actual["count"] != expected["count"]:
-            problem = f"has {actual['count']} files, but {expected['count']} on the driver"
-        else:
-            problem = "has other content than on the driver"
-        remedy = "copy it to that machine, or let all machines read one shared folder"
-        yield "files", f"{role} {name} {problem}", remedy, True
-
-
-def _gpu_problems(
-    problem: str | None, gpu: tuple[int, float] | None, needs: NodeRequirements
-) -> Problems:
-    unfit = unfit_gpu(needs.bf16, needs.model, Gpu(*gpu)) if gpu else None
-    if unfit:
-        problem, _, remedy = unfit.partition(": ")
-        yield "gpu", problem, remedy, True
-    elif problem:
-        remedy = "fix what `nvidia-smi` or torch reports there, or start its Ray with --num-gpus=0"
-        yield "gpu", f"Ray counts a GPU, but {problem}", remedy, True
+def _code(node: Mapping[str, str], driver: Mapping[str, str]) -> Iterator[str]:
+    """Versions and modules that differ."""
+    changed = [
+        name if "/" in name else f"{name} {node.get(name, 'is missing')}"
+        for name in sorted({*node, *driver})
+        if node.get(name) != driver.get(name)
+    ]
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    if not any("/" in name for name in node):
+        yield "airsweep is not installed"
+    elif changed:
+        yield f"its code differs from the driver's: {', '.join(changed[:3])}{more}"
 
 
 def finding_lines(findings: Iterable[Finding]) -> list[str]:
     """One line per problem, with the machines that have it."""
-    nodes_by_problem: dict[tuple[str, str, str], list[str]] = {}
+    nodes_by_problem: dict[tuple[str, str], list[str]] = {}
     for finding in findings:
-        problem = (finding.check, finding.problem, finding.remedy)
-        nodes_by_problem.setdefault(problem, []).append(finding.node)
+        nodes_by_problem.setdefault((finding.check, finding.problem), []).append(finding.node)
     return [
         f"{', '.join(nodes[:2])}{f' and {len(nodes) - 2} more' if len(nodes) > 2 else ''}: "
-        f"{check}: {problem}; {remedy}"
-        for (check, problem, remedy), nodes in nodes_by_problem.items()
+        f"{check}: {problem}; {REMEDIES[check]}"
+        for (check, problem), nodes in nodes_by_problem.items()
     ]
 
 
@@ -227,8 +163,8 @@ def refuse_unfit_nodes(plan: Plan, location: SweepLocation, report: Report) -> N
     """
     started = time.monotonic()
     nodes = check_nodes(location.store, node_requirements(plan, location))
-    findings = [finding for found in nodes.values() for finding in found]
-    unfit = len({finding.node for finding in findings if finding.fatal})
+    findings = [finding for found in (*nodes.values(), _room(plan, location)) for finding in found]
+    unfit = sum(any(finding.fatal for finding in found) for found in nodes.values())
     _refuse_fatal(
         findings, f"{unfit} of {plural(len(nodes), 'machine')} of the cluster cannot", report
     )
@@ -245,10 +181,10 @@ def refuse_unfit_machine(plan: Plan, location: SweepLocation, report: Report) ->
         Refused: it cannot run the sweep.
     """
     store, needs = location.store, node_requirements(plan, location)
-    with store_token(store) as token:
-        facts = node_facts.node_facts(store.name, token, DRIVER_ANSWER, needs, needs.gpus)
-        _read_answer(facts["store"], store.name, token, DRIVER_ANSWER)
+    with store_token(store, ()) as token:
+        facts = node_facts.node_facts(store.name, token, DRIVER_ANSWER, needs, needs.uses_gpus)
     findings = compare_facts("this machine", facts, facts, store.name, needs)
+    findings += _room(plan, location)
     _refuse_fatal(findings, "this machine cannot", report)
     report("checked this machine: ok")
 
@@ -260,13 +196,6 @@ def _refuse_fatal(findings: Sequence[Finding], subject: str, report: Report) -> 
         report(line)
 
 
-def _read_answer(facts: Facts, store: str, token: str, node: str) -> None:
-    """Record whether the driver can read the token that a node has written into the store."""
-    facts["answered"] = False
-    with suppress(OSError):
-        facts["answered"] = facts["token"] and has_token(store, token, node)
-
-
 def check_nodes(store: ArtifactStore, needs: NodeRequirements) -> dict[str, list[Finding]]:
     """Findings of each node of the joined cluster, from a task that reserves no core and no GPU.
 
@@ -276,37 +205,39 @@ def check_nodes(store: ArtifactStore, needs: NodeRequirements) -> dict[str, list
     from ray import cloudpickle
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    nodes = _alive_nodes()
-    with_gpu = {key for key, node in nodes.items() if needs.gpus and node["Resources"].get("GPU")}
+    nodes, found = _alive_nodes(), {}
     cloudpickle.register_pickle_by_value(node_facts)
     try:
         task = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(node_facts.node_facts)
-        with store_token(store) as token:
+        with store_token(store, nodes) as token:
 
             def start(key: str) -> Any:
                 this_node = NodeAffinitySchedulingStrategy(key, soft=False)
+                use_gpu = bool(needs.uses_gpus and nodes[key]["Resources"].get("GPU"))
                 task_on_node = task.options(scheduling_strategy=this_node)
-                return task_on_node.remote(store.name, token, key, needs, key in with_gpu)
+                return task_on_node.remote(store.name, token, key, needs, use_gpu)
 
             pending = {start(key): key for key in nodes}
             driver = node_facts.node_facts(store.name, token, DRIVER_ANSWER, needs, False)
             answers = _gather(pending, start)
             for key, answer in answers.items():
-                if isinstance(answer, dict):
-                    _read_answer(answer["store"], store.name, token, key)
+                if isinstance(answer, dict) and not answer["store"]:
+                    with suppress(OSError):
+                        if has_token(store.name, token, key):
+                            continue
+                    answer["store"] = "is not the store that the driver uses"
     finally:
         cloudpickle.unregister_pickle_by_value(node_facts)
-    alive, found = _alive_nodes(), {}
-    for name, key in zip(_node_names(list(nodes.values())), nodes, strict=True):
-        answer = answers[key]
+    alive = _alive_nodes()
+    for key, node in nodes.items():
+        name, answer = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})", answers[key]
         if isinstance(answer, str):
-            remedy = "restart its Ray, or remove the machine from the cluster, and try again"
             problem = f"the machine could not be checked ({answer})"
             # Not fatal if the node has left the cluster meanwhile: an autoscaler may remove it.
-            found[name] = [Finding(name, "answers", problem, remedy, fatal=key in alive)]
+            found[key] = [Finding(name, "answers", problem, fatal=key in alive)]
         else:
-            found[name] = compare_facts(name, answer, driver, store.name, needs)
-    return dict(sorted(found.items()))
+            found[key] = compare_facts(name, answer, driver, store.name, needs)
+    return found
 
 
 def _gather(pending: dict[Any, str], start: Callable[[str], Any]) -> dict[str, Facts | str]:
@@ -341,13 +272,3 @@ def _alive_nodes() -> dict[str, Mapping[str, Any]]:
     import ray
 
     return {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
-
-
-def _node_names(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Host name and address of each node; Ray's id distinguishes two nodes on one machine."""
-    plain = [f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})" for node in nodes]
-    counts = Counter(plain)
-    return [
-        name if counts[name] == 1 else f"{name[:-1]}, {node['NodeID'][:8]})"
-        for name, node in zip(plain, nodes, strict=True)
-    ]

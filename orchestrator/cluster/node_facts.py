@@ -1,4 +1,4 @@
-"""Node facts: versions, code, store, inputs and GPU of one machine, as plain data.
+"""Node facts: code, store, inputs and GPU of one machine, as plain data.
 
 Ray sends the function `node_facts` to each node by value. The function therefore also runs if
 another airsweep or none is installed there: it uses the standard library, and imports airsweep only
@@ -10,11 +10,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import shutil
-import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -24,7 +22,6 @@ from typing import Any
 
 from orchestrator.plugins import Plugin
 from orchestrator.store import ArtifactStore
-from orchestrator.store.backends import BucketBackend
 
 LIBRARIES = (
     *("ray", "torch", "open_clip_torch", "diffusers", "peft", "transformers"),
@@ -32,12 +29,12 @@ LIBRARIES = (
     "pillow-heif",  # without it a machine lists fewer images
 )
 PACKAGES = ("air_core", "orchestrator")
-TOKENS = ".nodes-"  # prefix of a folder in the store that exists while nodes are checked
-DRIVER, DRIVER_ANSWER = "driver", "here"  # files in it: the driver's token and the driver's answer
+# Start of the names of files in the store that exist while nodes are checked. `cache gc` removes
+# those of killed drivers.
+TOKENS = "unfinished/.nodes-"
+DRIVER, DRIVER_ANSWER = "driver", "here"  # the driver's token and the driver's answer
 TOKEN_BYTES = 1 << 16  # size of such a file; a full quota may still accept a few bytes
-STALE = 3600.0  # seconds; older tokens were left by killed drivers
 VISIBLE = 2.0  # seconds until a network disk shows a file of another machine
-HUB_VARIABLES = ("HF_HOME", "HF_HUB_CACHE")  # folders of models that have no path in a sweep
 SAMPLE, ENDS = 200, 1 << 16  # files of an input to read; bytes to read at both ends of a file
 
 Facts = dict[str, Any]
@@ -50,11 +47,9 @@ class NodeRequirements:
 
     inputs: tuple[Input, ...] = ()
     data_root: Path | None = None
-    gpus: bool = False
-    bf16: tuple[str, ...] = ()  # settings that require bf16 of GPUs
-    # The largest model that generators run on GPUs: its weights in words, GPUs of an actor, bytes.
-    model: tuple[str, float, int] | None = None
-    bytes_left: int = 0  # expected size of the missing artifacts
+    uses_gpus: bool = False
+    # Fields of `GpuNeeds`: a node without airsweep could not read the class.
+    gpu: tuple[tuple[str, ...], float, str, int] = ((), 0.0, "", 0)
     plugins: tuple[Plugin, ...] = ()  # which may define the inputs
 
 
@@ -69,22 +64,20 @@ def node_facts(store: str, token: str, node: str, needs: NodeRequirements, use_g
         use_gpu: let torch compute on a GPU.
     """
     return {
-        "versions": {"python": python_version(), **{name: _version(name) for name in LIBRARIES}},
-        "code": _code_digests(),
-        "store": _answer(store, token, node),
-        "temporary": _used_share(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()),
-        "hub": {name: os.environ[name] for name in HUB_VARIABLES if name in os.environ},
+        "code": {**_versions(), **_code_digests()},
+        "store": _store_problem(store, token, node),
         "files": [_input_facts(role, name, needs) for role, name in needs.inputs],
-        "gpu": _gpu_problem() if use_gpu else None,
-        "smallest_gpu": _smallest_gpu() if use_gpu else None,
+        "gpu": _gpu_problem(needs.gpu) if use_gpu else "",
     }
 
 
-def _version(library: str) -> str:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return ""
+def _versions() -> dict[str, str]:
+    """Major and minor versions, on which results depend; patches and builds do not count."""
+    found = {"python": python_version()}
+    for library in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[library] = version(library)
+    return {name: ".".join(each.split(".")[:2]) for name, each in found.items()}
 
 
 def _code_digests() -> dict[str, str]:
@@ -100,42 +93,24 @@ def _code_digests() -> dict[str, str]:
     return digests
 
 
-def _answer(store: str, token: str, node: str) -> Facts:
+def _store_problem(store: str, token: str, node: str) -> str:
     """Read the driver's token in the store and write the same token as this node's answer."""
-    facts: Facts = {"exists": True, "token": False, "error": "", "where": store, "free": None}
     try:
-        if "://" in store:
-            from orchestrator.store.backends import copy_folder
-            from orchestrator.store.buckets import parse
-
-            folder = copy_folder(parse(store))
-        else:
-            folder = Path(store)
-            facts["exists"] = folder.is_dir()
-        existing = next(path for path in (folder, *folder.parents) if path.exists())
-        facts |= {"where": str(folder), "free": shutil.disk_usage(existing).free}
-        facts["token"] = has_token(store, token, DRIVER)
-        if facts["token"]:
+        if has_token(store, token, DRIVER):
             write_token(store, token, node)
+            return ""
+        exists = "://" in store or os.path.isdir(store)
+        return "is not the store that the driver uses" if exists else "does not exist"
     except OSError as problem:
-        facts["error"] = problem.strerror or str(problem)
+        return f"cannot be used ({problem.strerror or problem})"
     except Exception as problem:  # the airsweep of this node may differ from the driver's
-        facts["error"] = str(problem)
-    return facts
-
-
-def _used_share(folder: str) -> tuple[str, float]:
-    """The folder, and the used share of its disk; 0 if unknown."""
-    with suppress(OSError):
-        disk = shutil.disk_usage(folder)
-        return folder, disk.used / disk.total
-    return folder, 0.0
+        return f"cannot be used ({problem})"
 
 
 def has_token(store: str, token: str, name: str) -> bool:
     """Whether a file in the store contains the token; waits VISIBLE seconds for the file."""
     deadline = time.monotonic() + VISIBLE
-    while (content := _read(store, f"{TOKENS}{token}/{name}")) is None:
+    while (content := _read(store, f"{TOKENS}{token}-{name}")) is None:
         if time.monotonic() > deadline:
             return False
         time.sleep(VISIBLE / 8)
@@ -147,15 +122,14 @@ def _read(store: str, path: str) -> bytes | None:
         from orchestrator.store.buckets import parse
 
         return parse(store).get(path)
-    try:
+    with suppress(FileNotFoundError):
         return Path(store, path).read_bytes()
-    except FileNotFoundError:
-        return None
+    return None
 
 
 def write_token(store: str, token: str, name: str) -> None:
     """Write the token into a file in the store."""
-    path, data = f"{TOKENS}{token}/{name}", token.ljust(TOKEN_BYTES).encode()
+    path, data = f"{TOKENS}{token}-{name}", token.ljust(TOKEN_BYTES).encode()
     if "://" in store:
         from orchestrator.store.buckets import parse
 
@@ -167,8 +141,9 @@ def write_token(store: str, token: str, name: str) -> None:
         os.fsync(file.fileno())
 
 
-def _input_facts(role: str, name: str, needs: NodeRequirements) -> Facts:
-    """Number of files of an input and a digest of samples: reading all would take too long."""
+def _input_facts(role: str, name: str, needs: NodeRequirements) -> tuple[int, str] | str:
+    """Number of files of an input and a digest of samples, since reading all would take too long;
+    or why it cannot be used."""
     try:
         if needs.plugins:
             from orchestrator.plugins import use_plugins
@@ -182,9 +157,9 @@ def _input_facts(role: str, name: str, needs: NodeRequirements) -> Facts:
             from orchestrator.stages.inputs import input_files
 
             _, files = input_files(role, name)
-        return {"count": len(files), "digest": _sample_digest(sorted(files))}
+        return len(files), _sample_digest(sorted(files))
     except Exception as problem:  # the airsweep of this node may differ from the driver's
-        return {"problem": str(problem)}
+        return str(problem)
 
 
 def _sample_digest(files: Sequence[Path]) -> str:
@@ -205,70 +180,55 @@ def _sample_digest(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _gpu_problem() -> str:
-    """Why torch cannot use a GPU; empty if it can, or if the GPU's memory is in use."""
+def _gpu_problem(needs: tuple[tuple[str, ...], float, str, int]) -> str:
+    """Why the sweep cannot use the GPUs; empty if it can, or if their memory is in use."""
     try:
         import torch
 
-        if not torch.cuda.is_available():
-            return f"torch {torch.__version__} sees none"
-        with suppress(torch.cuda.OutOfMemoryError):
-            torch.ones(8, device="cuda").sum().item()
+        if torch.cuda.is_available():
+            with suppress(torch.cuda.OutOfMemoryError):
+                torch.ones(8, device="cuda").sum().item()
+            from orchestrator.planning.checks import GpuNeeds, unfit_gpu
+            from orchestrator.planning.resources import smallest_gpu
+
+            return unfit_gpu(GpuNeeds(*needs), smallest_gpu()) or ""
+        reason = f"torch {torch.__version__} sees none"
     except Exception as problem:
-        return f"{type(problem).__name__}: {problem}".partition("\n")[0]
-    return ""
-
-
-def _smallest_gpu() -> tuple[int, float] | None:
-    """Memory and computing capability of the smallest GPU; None: unknown."""
-    try:
-        from orchestrator.planning.resources import smallest_gpu
-
-        return smallest_gpu()
-    except Exception:  # the airsweep of this node may differ from the driver's
-        return None
+        reason = f"{type(problem).__name__}: {problem}".partition("\n")[0]
+    return f"Ray counts a GPU, but {reason}: fix what `nvidia-smi` or torch reports there"
 
 
 # ---------------------------------------------------------------- the driver's token
 
 
 @contextmanager
-def store_token(store: ArtifactStore) -> Iterator[str]:
+def store_token(store: ArtifactStore, nodes: Iterable[str]) -> Iterator[str]:
     """Keep a random token in the store while the block runs.
 
     If a node can read the token and the driver can read the node's answer, both use the same store.
     Equal paths are not enough: they may be separate folders on two machines.
 
+    Args:
+        nodes: names of the nodes that may answer.
+
     Raises:
         OSError: the store is not writable, or the bucket does not answer.
     """
-    token, root = uuid.uuid4().hex, store.root
-    new_folders = [path for path in (root, *root.parents) if not path.exists()]
+    token, client = uuid.uuid4().hex, getattr(store.backend, "client", None)
+    folder = (store.root / TOKENS).parent
+    new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        _remove_tokens(store, "")
-        if not isinstance(store.backend, BucketBackend):
-            (root / f"{TOKENS}{token}").mkdir(parents=True)
+        if client is None:
+            folder.mkdir(parents=True, exist_ok=True)
         write_token(store.name, token, DRIVER)
         yield token
     finally:
-        _remove_tokens(store, token)
+        for name in (DRIVER, DRIVER_ANSWER, *nodes):
+            path = f"{TOKENS}{token}-{name}"
+            if client is None:
+                (store.root / path).unlink(missing_ok=True)
+            else:
+                client.delete(path)
         with suppress(OSError):  # not empty: another driver uses the store now
-            for folder in new_folders:
-                folder.rmdir()
-
-
-def _remove_tokens(store: ArtifactStore, token: str) -> None:
-    """Remove the files of a token; of the empty token, those that killed drivers left."""
-    oldest = time.time() - STALE
-    if not isinstance(store.backend, BucketBackend):
-        for folder in store.root.glob(f"{TOKENS}{token or '*'}"):
-            with suppress(FileNotFoundError):  # the driver of the token has removed it
-                if token or folder.stat().st_mtime < oldest:
-                    shutil.rmtree(folder, ignore_errors=True)
-        return
-    remote = store.backend.client
-    for name in remote.folder("")[0]:
-        if name.startswith(f"{TOKENS}{token}"):
-            for entry in remote.list_objects(name):
-                if token or entry.modified < oldest:
-                    remote.delete(f"{name}/{entry.name}")
+            for new in new_folders:
+                new.rmdir()

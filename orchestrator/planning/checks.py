@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import NamedTuple
 
 from air_core.methods import EMBEDDED
 from air_core.models.weights import generator_folder, parameter_count
-from air_core.specs import EvidenceSpec, FeaturesSpec, GeneratedImages, LoraSpec, StageSpec
+from air_core.specs import GeneratedImages, RowSpec, StageSpec
 from orchestrator.formatting import format_bytes, plural
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.resources import (
@@ -38,121 +38,106 @@ def unschedulable_reason(
             machines are not given, the result is None, since the cluster is not known yet.
     """
     is_local = machines is None
-    if machines is None and (machines := _known_machines()) is None:
-        return None
+    machines = _known_machines() if machines is None else machines
     prepares = any(not requirement.is_complete(store) for requirement in plan.requirements)
-    if not (plan.to_run or prepares):
+    if machines is None or not (plan.to_run or prepares):
         return None
     resources = plan.sweep.resources
     # The GPUs of other machines are known once these are asked, see `cluster.node_checks`.
     gpu = smallest_gpu() if is_local and (resources.generator.gpu or resources.trial.gpu) else None
     return (
         resource_shortage(resources, machines, prepares)
-        or (unfit_gpu(*gpu_requirements(plan, store), gpu) if gpu else None)
+        or unfit_gpu(gpu_needs(plan, store), gpu)
         or _too_large_model(plan, store, machines)
     )
 
 
-# The largest model that generators run on GPUs: its weights in words, GPUs of an actor, bytes.
-Model = tuple[str, float, int]
+class GpuNeeds(NamedTuple):
+    """What missing work requires of each GPU that it may run on."""
 
-
-def gpu_requirements(plan: Plan, store: ArtifactStore) -> tuple[tuple[str, ...], Model | None]:
-    """What the missing work requires of GPUs: settings with bf16, and the largest model."""
-    resources = plan.sweep.resources
-    specs = [
-        part
-        for requirement in (plan.requirements if plan.to_run else ())
-        if not requirement.is_complete(store)
-        for part in requirement.rows or (requirement.spec,)
-        if resources.process_resources(requirement.stage).gpu
-    ]
-    bf16 = [
-        setting
-        for kind, setting, precision in PRECISIONS
-        for spec in specs
-        if isinstance(spec, kind) and precision(spec) == "bf16"
-    ]
-    found = largest_model(plan, store) if resources.generator.gpu else None
-    model = (found[0], resources.generator.gpu, found[1]) if found else None
-    return tuple(dict.fromkeys(bf16)), model
+    bf16: tuple[str, ...] = ()  # settings that require bf16
+    share: float = 0.0  # GPUs of a generator
+    model: str = ""  # the largest one that a generator loads
+    size: int = 0  # bytes of its weights
 
 
 # Settings of the precision of the work of a stage.
-PRECISIONS: tuple[tuple[type[StageSpec], str, Callable[[Any], str]], ...] = (
-    (FeaturesSpec, "precision", lambda spec: spec.precision),
-    (LoraSpec, "lora.precision", lambda spec: spec.training.precision),
-    (GeneratedImages, "generation.precision", lambda spec: spec.settings.precision),
-    (EvidenceSpec, "evidence.precision", lambda spec: spec.scoring.precision),
-)
+PRECISIONS = {
+    "features": "precision",
+    "lora": "lora.precision",
+    "images": "generation.precision",
+    "evidence": "evidence.precision",
+}
 HAS_BF16 = 8.0  # computing capability from which on a GPU has instructions for bf16
+BYTES = {"fp32": 4, "bf16": 2}  # of a parameter
 
 
-def unfit_gpu(bf16: Sequence[str], model: Model | None, gpu: Gpu) -> str | None:
-    """Explain that a GPU lacks what `gpu_requirements` names; None: it suffices."""
-    if bf16 and gpu.capability < HAS_BF16:
+def gpu_needs(plan: Plan, store: ArtifactStore) -> GpuNeeds:
+    resources = plan.sweep.resources
+    bf16 = dict.fromkeys(
+        PRECISIONS[spec.stage]
+        for spec in _missing_specs(plan, store)
+        if spec.stage in PRECISIONS and resources.process_resources(spec.stage).gpu
+        if any(getattr(part, "precision", "") == "bf16" for part in (spec, *vars(spec).values()))
+    )
+    share = resources.generator.gpu
+    return GpuNeeds(tuple(bf16), share, *(_largest_model(plan, store) if share else ("", 0)))
+
+
+def _missing_specs(plan: Plan, store: ArtifactStore) -> Iterator[StageSpec]:
+    """Specs of the artifacts that a run will make."""
+    for requirement in plan.requirements if plan.to_run else ():
+        if not requirement.is_complete(store):
+            yield from requirement.rows or (requirement.spec,)
+
+
+def _largest_model(plan: Plan, store: ArtifactStore) -> tuple[str, int]:
+    """The generator with the most bytes of weights that is left to run, as the start of a message,
+    and its bytes, or 0. It is loaded in the precision of generation."""
+    found = [("", 0)]
+    for spec in _missing_specs(plan, store):
+        if isinstance(spec, GeneratedImages):
+            with suppress(ValueError):  # of a plugin
+                precision, name = spec.settings.precision, spec.model.name
+                size = BYTES[precision] * parameter_count(generator_folder(name))
+                found.append((f"{name} has {format_bytes(size)} of weights in {precision}", size))
+    return max(found, key=lambda model: model[1])
+
+
+def unfit_gpu(needs: GpuNeeds, gpu: Gpu | None) -> str | None:
+    """Explain what a GPU lacks; None: it suffices, or is unknown."""
+    if gpu is None:
+        return None
+    if needs.bf16 and gpu.capability < HAS_BF16:
         return (
             f"GPUs of computing capability {gpu.capability:g} have no bf16, which needs "
-            f"{HAS_BF16:g}: set {' and '.join(bf16)} to fp32"
+            f"{HAS_BF16:g}: set {' and '.join(needs.bf16)} to fp32"
         )
-    return too_small_gpu(*model, gpu.memory) if model else None
+    if not needs.size or needs.size <= (room := gpu_share(needs.share, gpu.memory)):
+        return None
+    fits = needs.size <= gpu.memory
+    return (
+        f"{needs.model}, but a generator with {needs.share:g} GPU has {format_bytes(room)} of a "
+        f"GPU with {format_bytes(gpu.memory)}: "
+        f"{'raise resources.generator.gpu' if fits else 'use a larger GPU'}, or use a smaller model"
+    )
 
 
 def _too_large_model(plan: Plan, store: ArtifactStore, machines: Sequence[Machine]) -> str | None:
     """Explain that the weights of a generator on CPUs do not fit the memory of an actor; None: they
     do."""
     want = plan.sweep.resources.generator
-    found = largest_model(plan, store)
-    if found is None or want.gpu:
-        return None
-    weights, size = found
+    model, size = _largest_model(plan, store)
     room = host_share(want, machines, want.actors)
-    if room is None or size <= room:
+    if want.gpu or room is None or size <= room:
         return None
     memory = min(machine["memory"] for machine in machines if "memory" in machine)
     count = int(memory // size)
     remedy = f"set resources.generator.actors to {count}" if count else "use a larger machine"
     return (
-        f"{weights}, but a generator without a GPU has {format_bytes(room)} of a machine with "
+        f"{model}, but a generator without a GPU has {format_bytes(room)} of a machine with "
         f"{format_bytes(memory)}: {remedy}, or use a smaller model"
     )
-
-
-def too_small_gpu(weights: str, gpu: float, size: int, total: int) -> str | None:
-    """Explain that weights of `size` bytes do not fit a share of a GPU; None: they do.
-
-    Args:
-        weights: what the model has, as the start of the message.
-        total: bytes of memory of the GPU.
-    """
-    room = gpu_share(gpu, total)
-    if size <= room:
-        return None
-    remedy = "raise resources.generator.gpu" if size <= total else "use a larger GPU"
-    return (
-        f"{weights}, but a generator with {gpu:g} GPU has {format_bytes(room)} of a GPU with "
-        f"{format_bytes(total)}: {remedy}, or use a smaller model"
-    )
-
-
-BYTES = {"fp32": 4, "bf16": 2}  # of a parameter
-
-
-def largest_model(plan: Plan, store: ArtifactStore) -> tuple[str, int] | None:
-    """The generator with the most bytes of weights that is left to run, as the start of a message,
-    and its bytes; None: none is left. It is loaded in the precision of generation."""
-    found = []
-    for requirement in plan.requirements if plan.to_run else ():
-        for part in requirement.rows:
-            if isinstance(part, GeneratedImages) and not requirement.is_complete(store):
-                with suppress(ValueError):  # of a plugin
-                    count = parameter_count(generator_folder(part.model.name))
-                    precision = part.settings.precision
-                    found.append((BYTES[precision] * count, precision, part.model.name))
-    if not found:
-        return None
-    size, precision, name = max(found)
-    return f"{name} has {format_bytes(size)} of weights in {precision}", size
 
 
 def _known_machines() -> Sequence[Machine] | None:
@@ -173,41 +158,33 @@ def unused_gpus_reason(
     machines = _known_machines() if machines is None else machines
     gpus = int(sum(machine.get("GPU", 0.0) for machine in machines or ()))
     models = {
-        process: names
-        for process, names in _real_models(plan, store).items()
+        "trial": [str(cell.flat["backbone"]) for cell in plan.cells if plan.left[cell.id]],
+        "generator": [
+            ref.name
+            for spec in _missing_specs(plan, store)
+            if spec.maker.process == "generator" or isinstance(spec, RowSpec)
+            for role in ("model", "backbone")
+            if (ref := getattr(spec, role, None)) is not None
+        ],
+    }
+    names = {
+        process: [name for name in dict.fromkeys(models[process]) if _is_real(name)]
+        for process in models
         if not plan.sweep.sets_gpu(process)
     }
-    if not gpus or not any(models.values()):
+    unset = [process for process in names if names[process]]
+    if not gpus or not unset:
         return None
-    unset = [process for process, names in models.items() if names]
-    names = dict.fromkeys(name for process in unset for name in models[process])
+    real = dict.fromkeys(name for process in unset for name in names[process])
     return (
-        f"the machines have {plural(gpus, 'GPU')}, but {' and '.join(names)} would run on CPUs, "
+        f"the machines have {plural(gpus, 'GPU')}, but {' and '.join(real)} would run on CPUs, "
         f"because the sweep does not set the GPUs of a {' and a '.join(unset)}; write "
         f"`{gpu_lines(unset)}` into the sweep file, or `gpu: 0` there to compute on CPUs"
     )
 
 
-def _real_models(plan: Plan, store: ArtifactStore) -> dict[str, list[str]]:
-    """The models, without embedded ones, that are left to run in each process."""
-    used: dict[str, list[str]] = {
-        "trial": [str(cell.flat["backbone"]) for cell in plan.cells if plan.left[cell.id]],
-        "generator": [],
-    }
-    for requirement in plan.requirements if plan.to_run else ():
-        spec = requirement.spec
-        if (requirement.rows or spec.process == "generator") and not requirement.is_complete(store):
-            for part in requirement.rows or (spec,):
-                refs = (getattr(part, role, None) for role in ("model", "backbone"))
-                used["generator"] += [ref.name for ref in refs if ref is not None]
-    return {
-        process: [
-            name
-            for name in dict.fromkeys(names)
-            if name not in EMBEDDED.values() and not name.startswith("folder:")
-        ]
-        for process, names in used.items()
-    }
+def _is_real(model: str) -> bool:
+    return model not in EMBEDDED.values() and not model.startswith("folder:")
 
 
 def bytes_left(plan: Plan, store: ArtifactStore) -> int:
@@ -219,12 +196,11 @@ def bytes_left(plan: Plan, store: ArtifactStore) -> int:
     expected = 0.0
     for requirement in plan.requirements:
         have, total = requirement.have(store), requirement.total()
-        if have and have < total:
+        if have:
             expected += requirement.bytes(store) / have * (total - have)
-        elif not have and not requirement.rows:
+        elif not requirement.rows:
             expected += _mean_bytes(store.artifacts / requirement.stage)
-    missing = sum(not store.has(slot.spec) for slot in plan.slots) + plan.total - len(plan.slots)
-    return round(expected + _mean_bytes(store.artifacts / "trials") * missing)
+    return round(expected + _mean_bytes(store.artifacts / "trials") * plan.to_run)
 
 
 def _mean_bytes(stage: Path) -> float:
