@@ -14,14 +14,7 @@ from pathlib import Path
 
 from orchestrator.errors import Refused
 from orchestrator.files import ROOT
-from orchestrator.git import (
-    PACKAGES,
-    SENT_DIFF,
-    UNKNOWN,
-    commit,
-    uncommitted_diff,
-    uncommitted_digest,
-)
+from orchestrator.git import PACKAGES, SENT_DIFF, commit, uncommitted_diff
 from orchestrator.planning import SweepRequest
 from orchestrator.planning.requests import project_of, relative_store_error
 from orchestrator.redact import contains_secret, without_credentials
@@ -209,13 +202,9 @@ def job_variables(request: SweepRequest, code: bool, env: Iterable[str]) -> dict
         ValueError: a variable is not set, or looks like a secret.
     """
     passed = {"AIRSWEEP_PROJECT": project_of(request.spec), "AIRSWEEP_USER": user_name()}
-    checkout_commit = commit()
     # The commit of this checkout does not describe code that is installed on the cluster.
-    if code and checkout_commit != UNKNOWN:
-        passed |= {
-            "AIRSWEEP_COMMIT": checkout_commit,
-            "AIRSWEEP_DIRTY": uncommitted_digest(uncommitted_diff()),
-        }
+    if code:
+        passed["AIRSWEEP_COMMIT"] = commit()
     return {**STOP_WAIT, **passed, **dict(map(_variable, env))}
 
 

@@ -40,7 +40,7 @@ from orchestrator.execution._state import RunState
 from orchestrator.execution.screen import Screen
 from orchestrator.failures import CLASSES, first_line, is_disk_full
 from orchestrator.formatting import format_duration, format_time
-from orchestrator.git import commit, diff_digest, uncommitted_diff, uncommitted_digest
+from orchestrator.git import commit, diff_digest, uncommitted_diff
 from orchestrator.planning import (
     OutcomeTracker,
     Plan,
@@ -259,7 +259,7 @@ def _refuse_unused_gpus(
 def _export_provenance(location: SweepLocation, diff: bytes) -> None:
     """Set the variables of `PROVENANCE`, which the `WorkerContext` passes to the workers."""
     os.environ |= {
-        "AIRSWEEP_DIRTY": uncommitted_digest(diff),
+        "AIRSWEEP_DIRTY": diff_digest(diff),
         "AIRSWEEP_COMMIT": commit(),
         "AIRSWEEP_USER": user_name(),
         "AIRSWEEP_SWEEP": location.full_name,
