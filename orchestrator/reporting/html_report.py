@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from pandas import DataFrame
 
 from air_core.datasets.images import open_image
 from orchestrator.formatting import format_percent, plural
@@ -113,7 +112,7 @@ def _description(data: ReportData) -> str:
 
 def _is_wide(table: Layout) -> bool:
     """Whether a table is wider than a phone: 7 px a character and 12 px a column."""
-    widths = (max(map(len, (name, *cells))) for name, cells in table.frame.items())
+    widths = (max(map(len, (name, *cells))) for name, cells in table.columns.items())
     return sum(7 * min(width, 40) + 12 for width in widths) > 390
 
 
@@ -230,7 +229,7 @@ def unlabelled(data: ReportData) -> Iterator[Group]:
             f"Confidence does not tell how often the classifier is right. Next: {after}.",
         ]
         note = "Share of the images and mean confidence, in %; the most frequent classes first."
-        tables = [Layout(frame=DataFrame(lines), notes=[note])]
+        tables = [Layout(lines=lines, notes=[note])]
         yield Group(heading=_heading(data, task), texts=texts, tables=tables)
         shown = "Of each class the four surest images, then the four least sure ones."
         yield Group(texts=[shown] if figures else [], figures=figures)
@@ -255,7 +254,7 @@ def table(data: ReportData) -> Iterator[Group]:
     layout = table_layout(data.results, [f"gain over {role}" for role in MARKS])
     points = [replace(each, notes=each.caption) for each in points_layouts(data.results)]
     notes = ("Notes on the table", "\n".join(layout.caption))
-    meanings = [] if data.results.tested else column_notes(list(layout.frame.columns))
+    meanings = [] if data.results.tested else column_notes(layout.columns)
     yield Group(texts=meanings, tables=[layout, *points], details=[notes])
 
 
@@ -341,7 +340,7 @@ def confusions(data: ReportData) -> Iterator[Group]:
         yield Group(
             heading=_heading(data, task),
             figures=[_chart(figure, f"Confusion matrix of the {title}")],
-            tables=[Layout(frame=DataFrame(lines))] if lines else [],
+            tables=[Layout(lines=lines)] if lines else [],
         )
 
 

@@ -9,10 +9,16 @@ import json
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.formatting import format_interval, format_percent, format_value
-from orchestrator.reporting._layouts import Layout, csv_text, drop_empty_columns, markdown
+from orchestrator.formatting import (
+    csv_cell,
+    format_interval,
+    format_percent,
+    format_value,
+)
+from orchestrator.reporting._layouts import Layout, grid, markdown, without
 from orchestrator.reporting.answers import search_answers
 from orchestrator.reporting.candidates import MUTUAL_INFORMATION
 from orchestrator.reporting.comparisons import BEST, MARKS, Comparison, Results
@@ -92,16 +98,8 @@ COLUMNS = (
         "test/accuracy_text",
         "Accuracy: text classifier; where no prompt is learned, that of the column fused.",
     ),
-    Column(
-        "fused",
-        "test/accuracy_fused",
-        "Fused: with the auxiliary classifier.",
-    ),
-    Column(
-        "auxiliary",
-        "test/accuracy_auxiliary",
-        "Auxiliary: that one alone.",
-    ),
+    Column("fused", "test/accuracy_fused", "Fused: with the auxiliary classifier."),
+    Column("auxiliary", "test/accuracy_auxiliary", "Auxiliary: that one alone."),
     Column(
         "pseudo-labels",
         "pseudo/accuracy",
@@ -200,23 +198,27 @@ def _marks(results: Results, row: Row) -> dict[str, Any]:
 
 
 def _csv(results: Results) -> str:
+    """All numbers, in cells and below names that spreadsheets do not evaluate."""
+    from pandas import DataFrame
+
     frame = rows_frame(results, "settings.", _csv_setting)
     frame["bound"] = [format_value(bound) for bound in frame["bound"]]
     if not results.tested:
         free = [_texts(row, "untested") for row in results.rows]
-        for name in dict.fromkeys(name for cells in free for name in cells):
+        for name in dict.fromkeys(chain.from_iterable(free)):
             frame[name] = [cells.get(name, "") for cells in free]
     frame["chance"] = [results.chance(row) for row in results.rows]
-    frame["told_from"] = [
-        " ".join(
-            f"{role}{SIGNS[c.verdict]}"
-            for role, c in results.comparisons_of(row).items()
-            if c.is_significant
-        )
-        for row in results.rows
+    marks = [
+        [role + SIGNS[c.verdict] for role, c in of_row.items() if c.is_significant]
+        for of_row in map(results.comparisons_of, results.rows)
     ]
+    frame["told_from"] = [*map(" ".join, marks)]
     frame["collapsed"] = [len(row.collapsed_runs()) for row in results.rows]
-    return csv_text(frame)
+    # As objects: otherwise a column of integers with a missing value would become one of floats.
+    cells = [[csv_cell(cell) for cell in line] for line in frame.astype(object).to_numpy()]
+    safe = DataFrame(cells, columns=[csv_cell(name) for name in frame], dtype=object)
+    text: str = safe.to_csv(index=False, lineterminator="\n")
+    return text.rstrip("\n")
 
 
 def rows_frame(
@@ -280,7 +282,7 @@ def _fitted(results: Results) -> Iterator[Layout]:
     for dropped in range(len(SPARE) + 1):
         left_out = [name for name in SPARE[:dropped] if name not in marked]
         layout = table_layout(results, [*gains, *left_out])
-        if max(map(len, markdown(replace(layout, caption=(), notes=())).splitlines())) <= WIDTH:
+        if max(map(len, grid(layout).splitlines())) <= WIDTH:
             break
     shown = table_lines(results)[0]
     # The caption has the number of test images.
@@ -293,22 +295,13 @@ def _fitted(results: Results) -> Iterator[Layout]:
 
 def difference_layouts(results: Results, comparisons: Sequence[Comparison]) -> Iterator[Layout]:
     """One table with a line per comparison; none without comparisons."""
-    if lines := comparison_lines(results, comparisons):
-        from pandas import DataFrame
-
-        frame = DataFrame(lines).drop(
-            columns=["compared with", "test images", "p"], errors="ignore"
-        )
-        if not any(c.is_tested for c in comparisons):
-            frame = frame.rename(columns={"points, 95 %": "points"})
+    if comparisons:
         notes = [*significance_notes(comparisons, marks=False), *comparison_notes(comparisons)]
-        yield Layout(frame=frame, notes=notes)
+        yield Layout(lines=_comparison_lines(results, comparisons), notes=notes)
 
 
 def points_layouts(results: Results) -> Iterator[Layout]:
     """Of a search, the best points of each cell by the objective, and the default point."""
-    from pandas import DataFrame
-
     searched = [(row, row.choice.objective) for row in results.rows if row.choice is not None]
     lines = [
         {
@@ -324,7 +317,7 @@ def points_layouts(results: Results) -> Iterator[Layout]:
     ]
     if lines:
         yield Layout(
-            frame=DataFrame(drop_empty_columns(lines)),
+            lines=without(lines, ()),
             caption=[
                 "The best points of the search by its objective, which reads no test label; "
                 "`airsweep.results` in Python has all."
@@ -342,18 +335,14 @@ def _objective_text(objective: str, value: float | None) -> str:
 
 def table_layout(results: Results, left_out: Sequence[str] = ()) -> Layout:
     """The rows, with all columns but those that are left out."""
-    from pandas import DataFrame
-
-    frame = DataFrame(table_lines(results)).drop(columns=[*left_out], errors="ignore")
-    return Layout(
-        frame=frame,
-        caption=[
-            *_caption(results, list(frame.columns)),
-            *(significance_notes(results.comparisons) if not left_out else []),
-            *(comparison_notes(results.comparisons) if not left_out else []),
-        ],
-        notes=collapse_notes(results),
-    )
+    lines = table_lines(results, left_out)
+    caption = [*_caption(results, [*lines[0]])]
+    if not left_out:
+        caption += [
+            *significance_notes(results.comparisons),
+            *comparison_notes(results.comparisons),
+        ]
+    return Layout(lines=lines, caption=caption, notes=collapse_notes(results))
 
 
 def _task_cells(results: Results, row: Row) -> dict[str, str]:
@@ -362,8 +351,8 @@ def _task_cells(results: Results, row: Row) -> dict[str, str]:
     return {name: value for name, value, values in parts if len({*values}) > 1}
 
 
-def table_lines(results: Results) -> list[dict[str, str]]:
-    """One line of cells per row, without empty columns."""
+def table_lines(results: Results, left_out: Sequence[str] = ()) -> list[dict[str, str]]:
+    """One line of cells per row, without empty columns and those that are left out."""
     lines = [
         {
             **_task_cells(results, row),
@@ -392,43 +381,37 @@ def table_lines(results: Results) -> list[dict[str, str]]:
             columns = (best.classifier, "accuracy", f"information {best.classifier}", "method")
             own = next(name for name in columns if line.get(name))
             line[own] = BEST + line[own]
-    return drop_empty_columns(lines)
+    return without(lines, left_out)
 
 
-def comparison_lines(results: Results, comparisons: Sequence[Comparison]) -> list[dict[str, str]]:
+def _comparison_lines(results: Results, comparisons: Sequence[Comparison]) -> list[dict[str, str]]:
     """One line of cells per comparison, without empty columns."""
     keys = [
         key
         for key in results.varied_settings
         if len({repr(c.row.settings.get(key)) for c in comparisons if c.role != key}) > 1
     ]
-    return drop_empty_columns(
-        [
-            {
-                "task": task_text(c.row.task) if len(results.tasks) > 1 else "",
-                "difference": c.name + BOUND * is_bound(c.row.method),
-                "compared with": c.role,
-                **{
-                    key: "" if c.role == key else format_value(c.row.settings.get(key, ""))
-                    for key in keys
-                },
-                "points, 95 %": c.text,
-                "n": str(c.difference.n),
-                "test images": str(c.difference.n_test),
-                "significant": SIGNIFICANT[c.verdict],
-                **(_test_cells(c) if c.is_tested else {}),
+    points = "points, 95 %" if any(c.is_tested for c in comparisons) else "points"
+    lines = []
+    for c in comparisons:
+        line = {
+            "task": task_text(c.row.task) if len(results.tasks) > 1 else "",
+            "difference": c.name + BOUND * is_bound(c.row.method),
+            **{
+                key: "" if key == c.role else format_value(c.row.settings.get(key, ""))
+                for key in keys
+            },
+            points: c.text,
+            "n": str(c.difference.n),
+            "significant": SIGNIFICANT[c.verdict],
+        }
+        if c.is_tested:
+            line |= {
+                "p corrected": _p_value(c.p_corrected),
+                "detectable": format_percent(c.detectable),
             }
-            for c in comparisons
-        ]
-    )
-
-
-def _test_cells(c: Comparison) -> dict[str, str]:
-    return {
-        "p": _p_value(c.difference.p),
-        "p corrected": _p_value(c.p_corrected),
-        "detectable": format_percent(c.detectable),
-    }
+        lines.append(line)
+    return without(lines, ())
 
 
 def _p_value(p: float) -> str:
