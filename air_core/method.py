@@ -49,7 +49,7 @@ from air_core.paradigms import make_split
 from air_core.prompts import PromptLearner, StartsFromImages, build_learner
 from air_core.pseudo_labels import assign, spread
 from air_core.pseudo_labels.top_k import balanced_choice
-from air_core.specs import SplitSettings, TrialSpec
+from air_core.specs import SplitSettings, TrialSettings
 from air_core.specs.conditions import (
     trains_on_real,
     trains_on_synthetic,
@@ -90,7 +90,7 @@ class TrialData:
 
         Args:
             dataset: from `air_core.datasets.get_dataset`.
-            split: `TrialSpec.split` of the trial.
+            split: `TrialSettings.split` of the trial.
             synthetic: encoded images with the class that each was drawn for.
             data_root: the folder of datasets that are not embedded.
             evidence: denoising errors of the pool, see `air_core.evidence`.
@@ -156,7 +156,7 @@ NO_CALLBACK = _NoCallback()
 
 
 def learn(
-    spec: TrialSpec,
+    spec: TrialSettings,
     data: TrialData,
     callback: Callback = NO_CALLBACK,
     resume_from: TrialState = START,
@@ -191,7 +191,7 @@ class Trial:
 
     def __init__(
         self,
-        spec: TrialSpec,
+        spec: TrialSettings,
         data: TrialData,
         callback: Callback = NO_CALLBACK,
         resume_from: TrialState = START,
@@ -354,7 +354,7 @@ class Trial:
         return predictions if unseen is None else unseen[predictions]
 
 
-def _check(spec: TrialSpec, data: TrialData) -> None:
+def _check(spec: TrialSettings, data: TrialData) -> None:
     if spec.supervision == "labelled" and data.labelled is None:
         raise ValueError("CoOp and VPT learn from labelled images; ul has none: use ssl or trzsl")
     if uses_evidence(spec) and data.evidence is None:
@@ -363,7 +363,7 @@ def _check(spec: TrialSpec, data: TrialData) -> None:
         raise ValueError("image features of the pool are not finite: are the weights damaged?")
 
 
-def _steps_done(spec: TrialSpec, t: int, step: int, steps: int) -> tuple[int, int]:
+def _steps_done(spec: TrialSettings, t: int, step: int, steps: int) -> tuple[int, int]:
     """Finished and all steps of a trial after `step` of the `steps` of round t.
 
     Where epochs are counted, the rounds of a growing selection get longer, and the steps of the
@@ -379,7 +379,7 @@ def _steps_done(spec: TrialSpec, t: int, step: int, steps: int) -> tuple[int, in
 
 
 def pseudo_labelled_batch(
-    spec: TrialSpec, data: TrialData, selected: PseudoLabels | None
+    spec: TrialSettings, data: TrialData, selected: PseudoLabels | None
 ) -> Targeted | None:
     """Pool images of L_r with their targets."""
     if selected is None or not trains_on_real(spec):
@@ -387,14 +387,14 @@ def pseudo_labelled_batch(
     return Targeted(data.pool[selected.indices], selected.targets)
 
 
-def synthetic_batch(spec: TrialSpec, data: TrialData) -> Labelled | None:
+def synthetic_batch(spec: TrialSettings, data: TrialData) -> Labelled | None:
     """Synthetic images of L_s; in TRZSL of unseen classes, since seen ones have real labels."""
     if data.synthetic is None or not trains_on_synthetic(spec):
         return None
     return data.synthetic.of(data.unseen)
 
 
-def progress(spec: TrialSpec, t: int) -> float:
+def progress(spec: TrialSettings, t: int) -> float:
     """0 in the first round, 1 in the last."""
     return t / max(1, spec.iterations - 1)
 
@@ -403,7 +403,7 @@ def progress(spec: TrialSpec, t: int) -> float:
 
 
 def fused(
-    spec: TrialSpec,
+    spec: TrialSettings,
     data: TrialData,
     teacher: Classifier,
     auxiliary: AuxiliaryClassifier | None,
@@ -432,7 +432,7 @@ def fused(
     return replace(classifier, evidence=evidence, evidence_weight=v)
 
 
-def pool_evidence(spec: TrialSpec, data: TrialData) -> Tensor | None:
+def pool_evidence(spec: TrialSettings, data: TrialData) -> Tensor | None:
     """(P, C), or in TRZSL (P, U), probabilities by denoising errors; None: not used."""
     if not uses_evidence(spec) or data.evidence is None:
         return None
@@ -442,7 +442,7 @@ def pool_evidence(spec: TrialSpec, data: TrialData) -> Tensor | None:
 
 @torch.no_grad()
 def build_auxiliary(
-    spec: TrialSpec,
+    spec: TrialSettings,
     data: TrialData,
     text: LinearClassifier,
     teacher: Classifier,
@@ -467,7 +467,7 @@ def build_auxiliary(
 
 
 def _auxiliary(
-    spec: TrialSpec,
+    spec: TrialSettings,
     data: TrialData,
     text: LinearClassifier,
     fused_classifier: FusedClassifier,

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from air_core.components import Registry
-from air_core.specs import Ref, TrialSpec
+from air_core.specs import Ref, TrialSettings
 from air_core.specs.flat import from_flat, trial_keys
 from air_core.specs.normal import normalised
 
@@ -33,15 +33,12 @@ class Method:
     is_bound: bool = False  # no method: it reads true labels, or wrong ones on purpose
     paradigms: tuple[str, ...] = ("ul", "ssl", "trzsl")  # in others it is not defined
 
-    def trial(
-        self, settings: Mapping[str, Any] | None = None, classnames: tuple[str, ...] = ()
-    ) -> TrialSpec:
+    def trial(self, settings: Mapping[str, Any] | None = None) -> TrialSettings:
         """A trial of this method, for `air_core.method.learn`.
 
         Args:
             settings: dotted keys, such as `train.steps`; others keep the defaults of
                 `air_core.specs`.
-            classnames: of the dataset; needed where images are generated.
 
         Raises:
             ValueError: a key is unknown, or the method pins it to another value.
@@ -56,7 +53,7 @@ class Method:
             if key in self.pins and value != self.pins[key]:
                 raise ValueError(f"the method pins {key} to {self.pins[key]!r}")
         flat = {**self.sets, **settings, **self.pins}
-        return normalised(from_flat(flat, named_refs(flat), classnames))
+        return normalised(from_flat(flat, named_refs(flat)))
 
 
 def named_refs(flat: Mapping[str, Any]) -> dict[str, Ref]:

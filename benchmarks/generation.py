@@ -32,10 +32,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from air_core.diffusion import text_of
-from air_core.specs import SyntheticFeaturesSpec
 from benchmarks.harness import options, progress, report
 from orchestrator.planning import Requirement, Resolver
 from orchestrator.spec import presets
+from orchestrator.stages import SyntheticFeaturesSpec
 
 PROCESSES = 2
 Shard = tuple[int, int]
@@ -90,13 +90,14 @@ def loop(requirement: Requirement, shards: Sequence[Shard], device: str, queue: 
 def _opened(requirement: Requirement, device: str) -> tuple[Any, Sequence[str], int]:
     import torch
 
-    from air_core.diffusion.loading import load_generator
+    from air_core.diffusion.pipeline import PipelineGenerator
     from orchestrator.stages.inputs import images_folder
 
     torch.set_num_threads(1)
     images = requirement.spec.images  # type: ignore[union-attr]
     folder = images_folder(images.model.name)
-    return load_generator(images, folder, None, device), images.classnames, images.block_size
+    generator = PipelineGenerator(folder, images.settings, device=device)
+    return generator, images.classnames, images.block_size
 
 
 def processes(

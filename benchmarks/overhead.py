@@ -94,7 +94,7 @@ def optuna_loop(chosen: list[Any], store: Path) -> float:
     """Seconds per trial of an Optuna loop in this process."""
     import optuna
 
-    from orchestrator.stages.trial import run_trial
+    from orchestrator.stages.trial_run import run_trial
     from orchestrator.store import ArtifactStore
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -118,7 +118,7 @@ def ray_tune(chosen: list[Any], store: Path, folder: Path) -> float:
         from ray import tune
 
         def trainable(config: dict[str, Any]) -> dict[str, float]:
-            from orchestrator.stages.trial import run_trial
+            from orchestrator.stages.trial_run import run_trial
             from orchestrator.store import ArtifactStore
 
             started = time.time()

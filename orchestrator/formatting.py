@@ -9,7 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TextIO
 
 from air_core.printable import printable
@@ -201,3 +201,14 @@ def format_value(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(format_value, value))}]"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def own_name(name: str) -> str:
+    """The name of a dataset or model; of a path, that of the folder alone.
+
+    >>> [own_name(name) for name in ("digits", "folder:/tmp/photos", "../sd15", "ViT-B-32/openai")]
+    ['digits', 'photos', 'sd15', 'ViT-B-32/openai']
+    """
+    path = PurePath(name.removeprefix("folder:"))
+    is_path = name.startswith(("folder:", "/", ".", "~"))
+    return (is_path and path.name.strip(".")) or name

@@ -1,7 +1,10 @@
-"""Keys of artifacts: stage, recipe number and hash of the resolved, normalised spec.
+"""Specs of artifacts, and their keys: stage, recipe number and hash of the normalised spec.
 
-A spec contains a code version if its code is not that of its recipe; see `store.code_version`.
-A key never depends on the machines: their number, their hardware and their names.
+A spec has everything that a stage may read: its settings, and the complete specs of the artifacts
+that it is made from. So the nesting of specs is the dependency graph, and a stage cannot depend on
+a setting that is not in its key. A spec contains a code version if its code is not that of its
+recipe; see `store.code_version`. A key never depends on the machines: their number, their hardware
+and their names.
 """
 
 from __future__ import annotations
@@ -10,13 +13,141 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from itertools import product
+from typing import Any, ClassVar, Literal, NamedTuple
 
-from air_core.specs import Ref, StageSpec, TrialSpec
-from air_core.specs.normal import normalised, used_components
+from air_core.specs import Ref
+from orchestrator.formatting import own_name
+
+Indices = tuple[int, ...]  # of classes or draws
+Process = Literal["encoder", "generator", "trial"]
+# Parts of the code with their versions, where these are not those of the recipes: see
+# orchestrator.store.code_version. The spec of a single stage has the versions without the parts.
+CodeVersions = tuple[tuple[str, str], ...]
+
+
+def derived(default: Any) -> Any:
+    """A field of a spec that follows from others, and is not in the key."""
+    return field(default=default, metadata={"derived": True})
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSpec(ABC):
+    """Base of the specs of all stages; its class variables are the facts of a stage.
+
+    The module of the class makes its artifacts.
+    """
+
+    stage: ClassVar[str]  # folder in the store
+    # Raise it when the stage's code gives another result for the same spec, and run `make golden`.
+    # The keys of later stages change too, since they contain this number.
+    recipe: ClassVar[int] = 1
+    # The modules that compute it, beside readers of datasets and components.
+    modules: ClassVar[tuple[str, ...]]
+    title: ClassVar[str]  # of its artifacts, on screens
+    process: ClassVar[Process] = "encoder"  # that makes it, as in `resources`
+    guess: ClassVar[float] = 1.0  # seconds of a unit with tiny models on a CPU core
+    # What the progress of an artifact, or of a shard, counts.
+    counts: ClassVar[Literal["images", "steps", "pairs"]] = "images"
+    shard: ClassVar[str] = ""  # suffix of the shards of a row; empty: its artifact is no row
+
+    code: str = ""  # version of the code; empty if it is that of the recipe
+
+    @property
+    @abstractmethod
+    def words(self) -> Sequence[str]:
+        """Of the slug: names of inputs and a few settings."""
+
+    @property
+    def slug(self) -> str:
+        """A short description of the artifact; not part of its identity."""
+        words = "-".join(map(own_name, self.words))
+        return re.sub(r"[^A-Za-z0-9]+", "-", words).strip("-")[:60]
+
+    @property
+    def normal(self) -> StageSpec:
+        """The spec of the same computation that is in the key."""
+        return self
+
+    @property
+    def rows(self) -> tuple[StageSpec, ...]:
+        """Specs of the rows that are made together, shard by shard; empty: it is no row."""
+        return (self,) if self.shard else ()
+
+    @property
+    def maker(self) -> StageSpec:
+        """The spec that stands for all rows that are made together."""
+        return self
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether generators make it, shard by shard."""
+        return bool(self.shard) and self.maker.process == "generator"
+
+    @property
+    def whole(self) -> StageSpec | None:
+        """The artifact that replaces a row of shards once it is complete; None: there is none."""
+        return None
+
+    def inputs(self, classes: Indices) -> Iterator[Needed]:
+        """The artifacts that this one is made from.
+
+        Args:
+            classes: those of which trials read synthetic images.
+        """
+        yield from ()
+
+    @property
+    def in_key(self) -> Sequence[StageSpec]:
+        """The inputs that are in the key although they are no fields."""
+        return ()
+
+    def work(self) -> tuple[str, float]:
+        """Kind of the work, which names all that the cost of a unit depends on, and the units of
+        the artifact, or of one shard."""
+        return "", 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSpec(StageSpec):
+    """Base of rows: shards by an index, such as a class or a draw, and a block of images."""
+
+    process: ClassVar[Process] = "generator"
+
+    @property
+    @abstractmethod
+    def block_size(self) -> int:
+        """Images of a shard."""
+
+    def blocks(self, images: int) -> int:
+        """Number of blocks that contain the first `images` images."""
+        return -(-images // self.block_size)
+
+    def shards(self, images: int, indices: Indices) -> list[tuple[int, int]]:
+        """Shards as (index, block), in the order in which they are made."""
+        return list(product(indices, range(self.blocks(images))))
+
+    @abstractmethod
+    def name_of(self, index: int) -> str:
+        """Name of an index in messages."""
+
+    @property
+    def needs_earlier(self) -> bool:
+        """Whether a shard can need earlier ones of its block, so that one process makes them."""
+        return False
+
+
+class Needed(NamedTuple):
+    """An artifact that another one or a trial reads; of a row, some images of some indices."""
+
+    spec: StageSpec
+    images: int = 0  # per index; 0 except for a row
+    indices: Indices = ()  # classes or draws; empty except for a row
 
 
 @dataclass(frozen=True, order=True)
@@ -33,57 +164,31 @@ class ArtifactKey:
 
 
 def artifact_key(spec: StageSpec) -> ArtifactKey:
-    """The key of the artifact that a stage makes from this spec; a trial is normalised first."""
-    if isinstance(spec, TrialSpec):
-        spec = normalised(spec)
-    return _key(spec)
+    """The key of the artifact that a stage makes from this spec."""
+    return _key(spec.normal)
 
 
 @cache
 def _key(spec: StageSpec) -> ArtifactKey:
-    return ArtifactKey(spec.stage, spec.recipe, digest(_identity(spec)), spec.slug)
-
-
-def _code(spec: StageSpec) -> str:
-    """The code version in a key; empty if it is that of the recipe."""
-    if isinstance(spec, TrialSpec):
-        return spec.code_of(*_parts(spec))
-    return getattr(spec, "code", "")
-
-
-def _parts(spec: TrialSpec) -> list[str]:
-    """The parts of the code that compute a trial."""
-    return ["trials", *(registry.part(name) for registry, name in used_components(spec))]
-
-
-def _identity(spec: StageSpec) -> Any:
-    if not isinstance(spec, TrialSpec):
-        return plain(spec)
-    # The inputs contain the recipe numbers of earlier stages.
-    read = [needed.spec for needed in spec.inputs(())]
-    added = [each for each in read if each.stage not in ("features", "synthetic")]
-    stages = [spec.features, spec.synthetic_features, *sorted(added, key=lambda each: each.stage)]
-    inputs = [plain(stage) for stage in stages]
-    settings = _settings(spec)
-    settings.pop("classnames")  # the dataset determines them
-    settings.pop("scored_images")
-    settings["code"] = _code(spec)
-    return {"recipe": f"{spec.stage}/{spec.recipe}", "inputs": inputs, **plain(settings)}
+    return ArtifactKey(spec.stage, spec.recipe, digest(plain(spec)), spec.slug)
 
 
 SCALARS = (bool, int, str, type(None))  # JSON has them as they are
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses as dicts; nested stages with their recipe; a Ref as its digest."""
+    """Dataclasses as dicts; of a spec with its recipe and inputs; a Ref as its digest."""
     if isinstance(value, SCALARS):
         return value
     if isinstance(value, Ref):
         return value.digest
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        found = {name: plain(setting) for name, setting in _settings(value).items()}
+        found = {name: plain(getattr(value, name)) for name in _fields(type(value))}
         if isinstance(value, StageSpec):
-            found |= {"recipe": f"{value.stage}/{value.recipe}", "code": _code(value)}
+            found["recipe"] = f"{value.stage}/{value.recipe}"
+            # The inputs contain the recipe numbers of earlier stages.
+            if value.in_key:
+                found["inputs"] = [plain(spec) for spec in value.in_key]
         return found
     if isinstance(value, Mapping):
         return {name: plain(item) for name, item in value.items()}
@@ -92,16 +197,11 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _settings(owner: Any) -> dict[str, Any]:
-    """The fields of a dataclass that are part of the key, with their values."""
-    kind: type = type(owner)
-    return {name: getattr(owner, name) for name in _fields(kind)}
-
-
 @cache
 def _fields(owner: type) -> tuple[str, ...]:
-    """The fields of a dataclass that equality compares."""
-    return tuple(f.name for f in dataclasses.fields(owner) if f.compare)
+    """The fields of a dataclass that are in a key."""
+    fields = dataclasses.fields(owner)
+    return tuple(f.name for f in fields if f.compare and not f.metadata.get("derived"))
 
 
 def digest(value: Any) -> str:

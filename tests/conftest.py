@@ -28,11 +28,12 @@ import pytest
 from hypothesis.internal.conjecture import providers
 
 from air_core.arithmetic import sums_in_one_order
-from air_core.specs import Ref, TrialSpec
+from air_core.specs import Ref
 from orchestrator.environment import environment
 from orchestrator.planning import Resolver
 from orchestrator.planning.resources import this_machine
 from orchestrator.spec import presets
+from orchestrator.stages import TrialSpec
 from orchestrator.store import ArtifactStore, open_store
 from tests.helpers.sweeps import in_this_process
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from orchestrator.spec import presets
 from orchestrator.failures import classify
-from orchestrator.stages.images import build as build_image_block, open_generator
+from orchestrator.stages.synthetic import build as build_image_block
 from orchestrator.planning import Resolver
 from orchestrator.stages.features import build as build_features
 from orchestrator.store import (ArtifactStore)
@@ -25,7 +25,7 @@ flat = {**presets.defaults("air_fpl", {}), "generator": f"folder:{drawn}", "gene
 flat["images_per_class"] = 16
 trial = Resolver(digests, None).trial(flat)
 row = trial.synthetic_features
-generator = open_generator(row.images, worker)
+generator = row.images.open(worker)
 
 def outcome(build):
     try:

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from air_core.specs import FeaturesSpec, FolderImages
 from orchestrator.planning import Resolver
+from orchestrator.stages import FeaturesSpec, FolderImages
 from orchestrator.stages.context import ChangedInput, WorkerContext
 from orchestrator.stages.features import build as build_features
-from orchestrator.stages.images import open_generator
 from orchestrator.store import ArtifactStore
 from tests.helpers.sweeps import write_sweep
 
@@ -268,8 +267,8 @@ def test_a_folder_of_synthetic_images_that_changes_after_the_plan_is_an_error(fo
     first, second = sorted((folder / CLASSES[0]).iterdir())[:2]
     first.rename(first.with_name("zzz.png"))
     with pytest.raises(ChangedInput, match="has changed since the run was planned"):
-        open_generator(planned, worker)
-    generator = open_generator(row(), worker)
+        planned.open(worker)
+    generator = row().open(worker)
     assert generator.generate(CLASSES[0], [0, 1], [0, 0]).shape == (2, 8, 8, 3)
     second.write_bytes(second.read_bytes() + b" ")
     with pytest.raises(ValueError, match="was changed while its folder was read"):

@@ -18,7 +18,7 @@ from orchestrator.reporting.results import results_of
 from orchestrator.reporting.tables import table
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.features import build as build_features
-from orchestrator.stages.trial import run_trial
+from orchestrator.stages.trial_run import run_trial
 from orchestrator.store import ArtifactStore, SweepLocation
 from tests.helpers.sweeps import airsweep
 

@@ -9,13 +9,13 @@ import dataclasses
 import operator
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal
 
 from air_core.components import REGISTRIES, Registry, computed_from_registries
-from air_core.specs import Ref, TrialSpec
+from air_core.specs import Ref, TrialSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,30 +31,33 @@ class Key:
 
 
 OWN = "own"  # field of a group with the settings of plugins
-DERIVED = ("classnames", "code", "scored_images")  # computed, not set in sweep files
 
 
 @computed_from_registries
 @cache
 def trial_keys() -> dict[str, Key]:
-    """Every trial key by its dotted name: inputs, then the order of TrialSpec, then plugins.
+    """Every trial key by its dotted name: inputs, then the order of TrialSettings, then plugins.
 
     >>> trial_keys()["lora.rank"].default
     4
     """
-    every = [*_keys(TrialSpec, ""), *_plugin_keys()]
+    every = [*_keys(TrialSettings, ""), *_plugin_keys()]
     every.sort(key=lambda key: key.name not in REFS)
-    return {key.name: key for key in every if key.name not in DERIVED}
+    return {key.name: key for key in every}
 
 
-def from_flat(flat: dict[str, Any], refs: dict[str, Ref], classnames: tuple[str, ...]) -> TrialSpec:
-    """A TrialSpec from dotted keys; missing keys keep their defaults.
+def from_flat(flat: Mapping[str, Any], refs: Mapping[str, Ref]) -> TrialSettings:
+    """The settings of dotted keys; missing keys keep their defaults.
 
     Args:
         flat: dotted key -> validated value; `lora: None` turns LoRA off.
         refs: dataset, backbone and generator, resolved to content.
-        classnames: of the dataset.
     """
+    return TrialSettings(**{**fields_of(flat), **refs})
+
+
+def fields_of(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of TrialSettings that dotted keys set."""
     nested: dict[str, dict[str, Any]] = {}
     plain: dict[str, Any] = {}
     for name, value in flat.items():
@@ -70,17 +73,17 @@ def from_flat(flat: dict[str, Any], refs: dict[str, Ref], classnames: tuple[str,
     for head, values in nested.items():
         if head not in plain:
             plain[head] = _settings_classes()[head](**values)
-    return TrialSpec(**{**plain, **refs, "classnames": classnames})
+    return plain
 
 
-def to_flat(spec: TrialSpec) -> dict[str, Any]:
+def to_flat(spec: TrialSettings) -> dict[str, Any]:
     """Dotted keys of a trial; Refs by name.
 
     >>> digits = Ref(name="digits", digest="d")
-    >>> to_flat(TrialSpec(dataset=digits, backbone=digits, generator=digits))["lora.rank"]
+    >>> to_flat(TrialSettings(dataset=digits, backbone=digits, generator=digits))["lora.rank"]
     4
     """
-    return dict(_flat(spec, ""))
+    return dict(_flat(spec, TrialSettings, ""))
 
 
 def _plugin_keys() -> Iterator[Key]:
@@ -127,7 +130,7 @@ REFS = {
 
 @cache
 def _settings_classes() -> dict[str, Any]:  # evaluating annotations is slow
-    hints = typing.get_type_hints(TrialSpec)
+    hints = typing.get_type_hints(TrialSettings)
     return {name: _settings_class(hint) for name, hint in hints.items()}
 
 
@@ -143,16 +146,14 @@ def _settings_class(hint: Any) -> Any:
     return next((o for o in options if dataclasses.is_dataclass(o)), None)
 
 
-def _flat(spec: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    for f in dataclasses.fields(spec):
+def _flat(spec: Any, kind: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    for f in dataclasses.fields(kind):
         value = getattr(spec, f.name)
-        if f.name in DERIVED:
-            continue
         if isinstance(value, Ref):
             yield prefix + f.name, value.name
         elif f.name == OWN:
             yield from ((prefix + name, own) for name, own in value)
         elif dataclasses.is_dataclass(value):
-            yield from _flat(value, f"{prefix}{f.name}.")
+            yield from _flat(value, value, f"{prefix}{f.name}.")
         else:
             yield prefix + f.name, value

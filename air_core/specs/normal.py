@@ -10,20 +10,27 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from air_core.components import DATASETS, REGISTRIES, Own, Registry, computed_from_registries
-from air_core.specs import LoraSettings, Ref, TrialSpec
+from air_core.specs import LoraSettings, Ref, TrialSettings
 from air_core.specs.conditions import reads_lora_images
 from air_core.specs.flat import trial_keys
 
-Condition = Callable[[TrialSpec], bool]
+Condition = Callable[[TrialSettings], bool]
+
+
+S = TypeVar("S", bound=TrialSettings)
+
+
+def normalised(spec: S) -> S:
+    """The same computation, with all settings that cannot change its result at their defaults."""
+    return cast(S, _normalised(spec))
 
 
 @computed_from_registries
 @lru_cache(maxsize=4096)  # a plan normalises each trial three times
-def normalised(spec: TrialSpec) -> TrialSpec:
-    """The same computation, with all settings that cannot change its result at their defaults."""
+def _normalised(spec: TrialSettings) -> TrialSettings:
     while True:
         reset = _with_unused_reset(_with_equal_results(spec))
         if reset == spec:
@@ -31,7 +38,7 @@ def normalised(spec: TrialSpec) -> TrialSpec:
         spec = reset
 
 
-def _with_unused_reset(spec: TrialSpec) -> TrialSpec:
+def _with_unused_reset(spec: TrialSettings) -> TrialSettings:
     """Reset the fields whose conditions in `air_core.specs`, or components, do not use them."""
     changes: dict[str, Any] = {}
     inner: dict[str, dict[str, Any]] = {}
@@ -51,7 +58,7 @@ def _with_unused_reset(spec: TrialSpec) -> TrialSpec:
 class Rule:
     """A field that cannot change a result if its condition is not met."""
 
-    group: str  # field of TrialSpec, empty for its own fields
+    group: str  # field of TrialSettings, empty for its own fields
     name: str
     used_if: Condition
     unused: Any
@@ -62,7 +69,7 @@ class Rule:
 def rules() -> tuple[Rule, ...]:
     """One rule for each field with a condition, or that only some components read."""
     groups = {key.name.partition(".")[0] for key in trial_keys().values() if "." in key.name}
-    owners = {"": TrialSpec} | {g: type(_default(TrialSpec, g)) for g in sorted(groups)}
+    owners = {"": TrialSettings} | {g: type(_default(TrialSettings, g)) for g in sorted(groups)}
     found = [rule for group, owner in owners.items() for rule in _rules_of(group, owner)]
     for registry in REGISTRIES.values():
         owner = owners[registry.group]
@@ -88,13 +95,13 @@ def _reader(registry: Registry, name: str) -> Condition:
     return lambda spec: name in registry[chosen(registry, spec)].reads
 
 
-def chosen(registry: Registry, spec: TrialSpec) -> str:
+def chosen(registry: Registry, spec: TrialSettings) -> str:
     """The component of a registry that a trial names."""
     found = attrgetter(registry.key)(spec)
     return str(found.name if isinstance(found, Ref) else found)
 
 
-def used_components(spec: TrialSpec) -> tuple[tuple[Registry, str], ...]:
+def used_components(spec: TrialSettings) -> tuple[tuple[Registry, str], ...]:
     """The registries that a trial uses, with the names of their components."""
     used = [
         (registry, chosen(registry, spec))
@@ -119,7 +126,7 @@ def _conditions() -> tuple[tuple[Registry, list[Condition]], ...]:
     return tuple(found)
 
 
-def _with_equal_results(spec: TrialSpec) -> TrialSpec:
+def _with_equal_results(spec: TrialSettings) -> TrialSettings:
     """Replace settings by others with the same results."""
     if spec.images_per_class == 0 and spec.auxiliary.source == "both":
         spec = replace(spec, auxiliary=replace(spec.auxiliary, source="real"))
@@ -142,7 +149,7 @@ def _groups_of_plugins() -> tuple[str, ...]:
     return tuple(dict.fromkeys(own))
 
 
-def _complete(spec: TrialSpec, group: str, given: dict[str, Any]) -> Own:
+def _complete(spec: TrialSettings, group: str, given: dict[str, Any]) -> Own:
     """All settings of the components of plugins that a trial names, and no others, sorted."""
     own = {}
     for registry, name in used_components(spec):

@@ -59,12 +59,11 @@ def draw(row, blocks) -> None:
     import torch
 
     from orchestrator.stages.context import WorkerContext
-    from orchestrator.stages.images import build as build_image_block
-    from orchestrator.stages.images import open_generator
+    from orchestrator.stages.synthetic import build as build_image_block
 
     torch.set_num_threads(1)
     worker = WorkerContext(store())
-    generator = cache(lambda: open_generator(row.images, worker))
+    generator = cache(lambda: row.images.open(worker))
     for class_index, block in blocks:
         build_image_block(row, class_index, block, worker, generator)
 
@@ -77,7 +76,7 @@ def one_trial(name: str, spec) -> dict[str, float]:
     from air_core.method import TrialData, learn
     from orchestrator.stages.context import WorkerContext
     from orchestrator.stages.features import read_target
-    from orchestrator.stages.images import read_synthetic
+    from orchestrator.stages.synthetic import read_synthetic
 
     torch.set_num_threads(1)
     target = read_target(spec.features, spec.split, store())

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from air_core.specs import STAGES
 from orchestrator.formatting import aligned, format_bytes, relative_path
+from orchestrator.stages import STAGES
 from orchestrator.store.gc import GcPlan, Removal, StoreRequirements, merge_shards
 from orchestrator.store.inventory import Inventory
 
@@ -52,7 +52,7 @@ def listing(inventory: Inventory, requirements: StoreRequirements) -> dict[str, 
                 "unneeded_bytes": unneeded_bytes,
             }
         )
-    ordered = [spec.stage for spec in STAGES if spec.stage in stages]
+    ordered = [stage for stage in STAGES if stage in stages]
     return {
         "store": inventory.store.name,
         "bytes": sum(group["bytes"] for group in stages.values()),

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from air_core.specs import Process
+from orchestrator.keys import Process
 from orchestrator.planning import Machine, ray_resources
 from orchestrator.planning.resources import process_capacity, remaining_resources
 from orchestrator.spec import ProcessResources, Resources

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from air_core.specs import RowSpec
 from orchestrator.cluster.session import prepare_worker, quiet_data_context
 from orchestrator.execution._allocation import MAX_POOL_WAIT, PoolStatistics
 from orchestrator.execution._progress import ProgressReporter, report_working
 from orchestrator.execution._state import PreparationContext
 from orchestrator.failures import CLASSES, Failure, classify
+from orchestrator.keys import RowSpec
 from orchestrator.planning import Requirement, artifact_title
 from orchestrator.planning.estimate import estimate, stage_work
 from orchestrator.redact import redact
@@ -184,7 +184,7 @@ class _Generation:
         self.requirements, self.worker = requirements, context.worker
         self.listener, self.allocation = context.listener, context.allocation
         self.progress_actor = context.progress_actor
-        self.want = context.resources.process_resources(requirements[0].stage)
+        self.want = context.resources.process_resources(requirements[0].spec.maker.process)
         self.pool_size = partial(self.allocation.pool_size, self.want)
         self.resources = context.resources
         self.errors: dict[Requirement, list[tuple[str, str]]] = {}

@@ -11,17 +11,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, takewhile
 
-from air_core.specs import (
-    FeaturesSpec,
-    FolderImages,
-    LoraSpec,
-    SplitSettings,
-    StageSpec,
-    SyntheticFeaturesSpec,
-)
+from air_core.specs import SplitSettings
 from orchestrator.execution._state import PreparationContext, RunState
 from orchestrator.failures import first_line
 from orchestrator.formatting import plural
+from orchestrator.keys import StageSpec
 from orchestrator.planning import (
     Plan,
     Requirement,
@@ -30,6 +24,7 @@ from orchestrator.planning import (
 )
 from orchestrator.planning.plan import fp32_slots, independent_of, merge
 from orchestrator.spec import Cell
+from orchestrator.stages import FeaturesSpec, FolderImages, LoraSpec, SyntheticFeaturesSpec
 from orchestrator.stages.context import WorkerContext
 from orchestrator.store import ArtifactStore
 from orchestrator.store.artifacts import PROVENANCE

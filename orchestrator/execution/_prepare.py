@@ -11,13 +11,12 @@ from typing import Any, TypeVar
 
 import ray
 
-from air_core.specs import StageSpec
 from orchestrator.cluster.session import prepare_worker
 from orchestrator.execution._generation import draw, reset_crashes
 from orchestrator.execution._progress import ProgressReporter, report_working
 from orchestrator.execution._state import PreparationContext
 from orchestrator.failures import CLASSES, Failure, classify, classify_death
-from orchestrator.keys import artifact_key
+from orchestrator.keys import StageSpec, artifact_key
 from orchestrator.planning import Requirement, artifact_title
 from orchestrator.planning.plan import build_level, independent_of
 from orchestrator.stages import stage_module
@@ -114,10 +113,10 @@ def _build_side_by_side(
     failures = []
     while waiting or running:
         while waiting and len(running) < context.allocation.max_tasks(
-            resources.process_resources(waiting[0][0].stage)
+            resources.process_resources(waiting[0][0].spec.process)
         ):
             requirement, task_worker = waiting.popleft()
-            want = resources.process_resources(requirement.stage)
+            want = resources.process_resources(requirement.spec.process)
             task = ray.remote(_build_artifact).options(
                 num_cpus=want.cpu,
                 num_gpus=want.gpu,

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from air_core.specs import StageSpec
 from air_core.specs.normal import normalised
 from orchestrator.errors import DamagedArtifact
+from orchestrator.keys import StageSpec
 from orchestrator.planning import (
     Plan,
     Requirement,

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from air_core.specs import FeaturesSpec, TrialSpec
 from orchestrator.cluster import session
 from orchestrator.errors import FAILED, INTERRUPTED, StoreFull
 from orchestrator.execution.screen import Screen
@@ -30,6 +29,7 @@ from orchestrator.planning.estimate import START, Measured, Work, stage_work, tr
 from orchestrator.planning.plan import STAGE_TITLES
 from orchestrator.planning.resources import format_amount
 from orchestrator.spec import Resources, SweepSpec
+from orchestrator.stages import FeaturesSpec, TrialSpec
 from orchestrator.stages.dataset_text import unused_images
 from orchestrator.store import EventLog, SweepLocation
 from orchestrator.store.checkpoints import Curves

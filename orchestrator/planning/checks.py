@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from air_core.methods import EMBEDDED
 from air_core.models.weights import generator_folder, parameter_count
-from air_core.specs import GeneratedImages, RowSpec, StageSpec
 from orchestrator.formatting import format_bytes, plural
+from orchestrator.keys import RowSpec, StageSpec
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.resources import (
     Gpu,
@@ -25,6 +25,7 @@ from orchestrator.planning.resources import (
     this_machine,
 )
 from orchestrator.spec.sweep import gpu_lines
+from orchestrator.stages import GeneratedImages
 from orchestrator.store import ArtifactStore
 
 
@@ -77,7 +78,7 @@ def gpu_needs(plan: Plan, store: ArtifactStore) -> GpuNeeds:
     bf16 = dict.fromkeys(
         PRECISIONS[spec.stage]
         for spec in _missing_specs(plan, store)
-        if spec.stage in PRECISIONS and resources.process_resources(spec.stage).gpu
+        if spec.stage in PRECISIONS and resources.process_resources(spec.process).gpu
         if any(getattr(part, "precision", "") == "bf16" for part in (spec, *vars(spec).values()))
     )
     share = resources.generator.gpu

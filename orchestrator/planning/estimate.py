@@ -24,10 +24,11 @@ from typing import Any, NamedTuple
 
 from air_core.methods import EMBEDDED
 from air_core.seal import sealed_json
-from air_core.specs import STAGES, StageSpec, TrialSpec
 from air_core.specs.conditions import trains_on_real, trains_on_synthetic, uses_auxiliary
+from orchestrator.keys import StageSpec
 from orchestrator.planning.resources import process_capacity, this_machine
 from orchestrator.spec import Resources
+from orchestrator.stages import STAGES, TrialSpec
 from orchestrator.stages.side_by_side import side_by_side
 from orchestrator.store import ArtifactStore, smoke_store
 from orchestrator.store.verification import read_cache
@@ -72,7 +73,7 @@ class Measured(NamedTuple):
 
 
 # Pace of the embedded models on one CPU core, until it is measured.
-GUESS: dict[str, Sequence[float]] = {spec.stage: (spec.guess, 0.0) for spec in STAGES}
+GUESS: dict[str, Sequence[float]] = {spec.stage: (spec.guess, 0.0) for spec in STAGES.values()}
 GUESS["trials"] = (0.0025, 1.5)
 # Until the first work of a run begins: Ray, then a process with its imports.
 START = Work("start", "run", 1, starts=0)
@@ -80,7 +81,7 @@ GUESS["start"] = (15.0, 0.0)
 # Seconds that another process of a pool takes to start, at least: it imports torch and diffusers.
 PROCESS_START = 10.0
 # Stages whose shards a pool of generators makes.
-_DRAWN = {spec.stage for spec in STAGES if spec.shard and spec.process == "generator"}
+_DRAWN = {spec.stage for spec in STAGES.values() if spec.shard and spec.process == "generator"}
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,9 @@ def estimate(work: Iterable[Work], store: ArtifactStore, resources: Resources) -
             stages[part.stage] += part.units * pace[0] + part.starts * pace[1]
             jobs[part.stage] += part.jobs
     start = paces.get(START.name, GUESS["start"])[0] if work else 0.0
-    gpu_seconds = (s * resources.process_resources(stage).gpu for stage, s in stages.items())
+    gpu_seconds = (
+        s * resources.process_resources(STAGES[stage].process).gpu for stage, s in stages.items()
+    )
     return Estimate(
         stages=stages,
         gpu_hours=sum(gpu_seconds) / 3600,
@@ -224,7 +227,9 @@ def _wall(
     """Seconds of a start, then of stages one after another, each on as many workers as this machine
     holds; None: it holds none."""
     for stage, seconds in stages.items():
-        workers = process_capacity(resources.process_resources(stage), [this_machine()])
+        workers = process_capacity(
+            resources.process_resources(STAGES[stage].process), [this_machine()]
+        )
         if not workers:
             return None
         if stage in _DRAWN:

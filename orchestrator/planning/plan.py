@@ -15,17 +15,17 @@ from typing import Any, Literal
 from air_core.components import is_component
 from air_core.methods import EMBEDDED
 from air_core.paradigms import seen_unseen
-from air_core.specs import STAGES, RowSpec, StageSpec, SyntheticFeaturesSpec, TrialSpec
 from air_core.specs.conditions import uses_evidence
 from air_core.specs.flat import trial_keys
 from air_core.specs.normal import used_components
-from orchestrator.keys import ArtifactKey, artifact_key
+from orchestrator.keys import ArtifactKey, RowSpec, StageSpec, artifact_key
 from orchestrator.planning.estimate import Estimate, Work, estimate, stage_work, trial_work
 from orchestrator.planning.resolve import InvalidSetting, Resolver, with_model_defaults
 from orchestrator.planning.resources import trial_memory
 from orchestrator.plugins import use_plugins
 from orchestrator.spec import Cell, Dimension, SweepSpec, cells_of
 from orchestrator.spec.space import default_params, grid_points, point_count, study_name
+from orchestrator.stages import STAGES, SyntheticFeaturesSpec, TrialSpec
 from orchestrator.store import ArtifactStore, EventLog, SweepLocation, read_resolved
 
 BASE_PER_CLASS = 8  # images without LoRA, drawn to measure what LoRA changes
@@ -143,7 +143,7 @@ class Requirement:
         return self.have(store) == self.total()
 
 
-STAGE_TITLES = {spec.stage: spec.title for spec in STAGES}  # in messages and on screens
+STAGE_TITLES = {spec.stage: spec.title for spec in STAGES.values()}  # in messages and on screens
 
 
 def artifact_title(key: ArtifactKey) -> str:
@@ -437,12 +437,9 @@ def _requirements(trial: TrialSpec) -> Iterator[Requirement]:
     if trial.paradigm == "trzsl" and len(classes) > 1:
         _, classes = seen_unseen(len(classes), trial.class_seed)  # images of unseen classes only
     yield from _inputs(trial, classes)
-    base, row = trial.base_images, trial.synthetic_features
+    base, row = trial.base_features, trial.synthetic_features
     if base is not None and row is not None:
-        spec = SyntheticFeaturesSpec(
-            images=base, backbone=trial.backbone, precision=trial.precision
-        )
-        yield Requirement(spec, BASE_PER_CLASS, classes, (row,))
+        yield Requirement(base, BASE_PER_CLASS, classes, (row,))
 
 
 def _inputs(spec: StageSpec, classes: tuple[int, ...]) -> Iterator[Requirement]:
@@ -612,7 +609,7 @@ def earlier_results(plan: Plan, location: SweepLocation) -> dict[tuple[str, str]
 
 
 def _changed_parts(spec: TrialSpec, before: Mapping[str, str]) -> list[str]:
-    versions = dict(spec.code)
+    versions = dict(spec.versions)
     components = {registry.part(name) for registry, name in used_components(spec)}
     return sorted(
         part

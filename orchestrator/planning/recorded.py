@@ -10,10 +10,10 @@ from typing import Any
 
 from air_core.datasets.unlabelled import LABELS
 from air_core.models.weights import local_path
-from air_core.specs import Ref, StageSpec, TrialSpec
+from air_core.specs import Ref
 from orchestrator.errors import StoreRefused
 from orchestrator.formatting import relative_path
-from orchestrator.keys import artifact_key
+from orchestrator.keys import StageSpec, artifact_key
 from orchestrator.planning.plan import (
     fp32_slots,
     known_points,
@@ -33,6 +33,7 @@ from orchestrator.planning.resolve import (
 from orchestrator.plugins import recorded_plugin
 from orchestrator.spec import Cell, SweepSpec, cells_of, load_sweep
 from orchestrator.spec.sweep import smoke_variant
+from orchestrator.stages import TrialSpec
 from orchestrator.store import ArtifactStore, SweepLocation, read_resolved, recorded_locations
 from orchestrator.store.gc import Shards, StoreRequirements, merge_shards
 

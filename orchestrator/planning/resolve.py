@@ -35,7 +35,7 @@ from air_core.models.weights import (
     local_path,
 )
 from air_core.paradigms import TooFewImages, label_problem, split_positions
-from air_core.specs import CodeVersions, Ref, Templates, TrialSpec, reader_of
+from air_core.specs import Ref, Templates
 from air_core.specs.conditions import (
     can_transfer,
     has_context,
@@ -43,12 +43,13 @@ from air_core.specs.conditions import (
     uses_evidence,
     uses_generator,
 )
-from air_core.specs.flat import from_flat, to_flat
+from air_core.specs.flat import to_flat
 from air_core.specs.normal import normalised
-from orchestrator.keys import canonical_json, plain
+from orchestrator.keys import CodeVersions, canonical_json, plain
 from orchestrator.plugins import plugin_versions
 from orchestrator.spec import SweepSpec, presets
 from orchestrator.spec.sweep import split_name
+from orchestrator.stages import STAGES, TrialSpec
 from orchestrator.stages.inputs import (
     Contents,
     MissingInput,
@@ -56,6 +57,7 @@ from orchestrator.stages.inputs import (
     dataset_ref,
     images_folder,
 )
+from orchestrator.stages.trial import reader_of, trial_of
 from orchestrator.store import SweepLocation, read_resolved
 from orchestrator.store.code_version import changed_versions
 
@@ -150,9 +152,9 @@ class Resolver(Contents):
             refs["backbone"] = self.weights("backbone", flat["backbone"])
         refs["generator"] = Ref(name=flat["generator"], digest="")
         dataset = datasets["dataset"]
-        trial = from_flat(flat, refs, dataset.classnames)
+        trial = trial_of(flat, refs, dataset.classnames)
         names = [each.ref.name for each in datasets.values()]
-        trial = replace(trial, code=self.code_versions(names))
+        trial = replace(trial, versions=self.code_versions(names))
         # A trial that does not use the generator does not need it to exist.
         if uses_generator(trial):
             with _checking("generator"):
@@ -315,7 +317,7 @@ class Resolver(Contents):
         if self.versions is not None:
             return tuple(self.versions.items())
         readers = [part for part in map(reader_of, datasets) if not is_component(part)]
-        versions = (*changed_versions(*readers), *plugin_versions())
+        versions = (*changed_versions(tuple(STAGES.values()), *readers), *plugin_versions())
         self._code |= versions
         return versions
 

@@ -14,9 +14,9 @@ from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
-from air_core.specs import TrialSpec
 from orchestrator.formatting import format_bytes
 from orchestrator.spec import ProcessResources, Resources
+from orchestrator.stages import TrialSpec
 from orchestrator.stages.context import memory_fraction
 from orchestrator.stages.side_by_side import side_by_side
 

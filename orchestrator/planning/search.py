@@ -22,7 +22,7 @@ from optuna.distributions import (
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from air_core.specs import TrialSpec
+from air_core.specs import TrialSettings
 from air_core.specs.flat import trial_keys
 from orchestrator.components import SAMPLERS
 from orchestrator.planning.plan import Plan, Slot, suggested_points
@@ -62,7 +62,7 @@ class CellSearch:
         self._grid = grid_points(cell)
         self._total = point_count(cell, search)
         self._suggested = dict(suggested)
-        self._computations: set[TrialSpec] = set()  # of the points of the rounds so far
+        self._computations: set[TrialSettings] = set()  # of the points of the rounds so far
         self._values: dict[int, float] = {}  # their objectives, without failed points
         self._next = 0  # number of the first point of the next round
 
@@ -119,7 +119,7 @@ class CellSearch:
         new = (each for each in self._grid if self._computation(each) not in self._computations)
         return next(new, params)
 
-    def _computation(self, params: Mapping[str, Any]) -> TrialSpec:
+    def _computation(self, params: Mapping[str, Any]) -> TrialSettings:
         return computation_of({**self.cell.flat, **params})
 
 

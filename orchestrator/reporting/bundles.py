@@ -27,7 +27,7 @@ from air_core.bundle.manifest import (
 )
 from air_core.datasets import get_dataset
 from air_core.paradigms import seen_unseen
-from air_core.specs import FeaturesSpec, Ref, TrialSpec
+from air_core.specs import Ref
 from air_core.specs.conditions import has_context
 from orchestrator.errors import MissingArtifact
 from orchestrator.keys import artifact_key
@@ -35,6 +35,7 @@ from orchestrator.planning import Resolver, refs_of
 from orchestrator.planning.resolve import spec_json
 from orchestrator.reporting.notes import chance_caution
 from orchestrator.reporting.selection import SelectedTrial, report_line
+from orchestrator.stages import FeaturesSpec, TrialSpec
 from orchestrator.stages.dataset_text import DatasetText, dataset_licence, recorded_text
 from orchestrator.store import ArtifactStore, TrialRecord, read_trial
 

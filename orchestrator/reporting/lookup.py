@@ -9,12 +9,13 @@ from typing import Any
 
 from air_core.components import REGISTRIES
 from air_core.methods import EMBEDDED
-from air_core.specs import Ref, TrialSpec
-from air_core.specs.flat import OWN, REFS, from_flat, trial_keys
+from air_core.specs import Ref
+from air_core.specs.flat import OWN, REFS, trial_keys
 from air_core.specs.normal import normalised
 from orchestrator.keys import artifact_key
 from orchestrator.plugins import recorded_plugin, use_plugins
 from orchestrator.reporting.selection import SelectedTrial
+from orchestrator.stages import TrialSpec, trial_of
 from orchestrator.store import ArtifactStore, SweepLocation, read_trial, recorded_locations
 from orchestrator.store.backends import RECORD
 from orchestrator.store.location import read_resolved
@@ -92,9 +93,9 @@ def _recorded_spec(folder: Path, store: ArtifactStore) -> TrialSpec:
     _use_plugins(flat | {name: ref.name for name, ref in refs.items()}, store)
     known = trial_keys().keys() - {*REFS}  # a setting of another version may be without effect
     settings = {key: value for key, value in flat.items() if key in known}
-    spec = from_flat(settings, refs, tuple(flat["classnames"]))
-    code = tuple((part, version) for part, version in flat.get("code", ()))
-    spec = normalised(replace(spec, code=code))
+    spec = trial_of(settings, refs, tuple(flat["classnames"]))
+    versions = tuple((part, version) for part, version in flat.get("versions", ()))
+    spec = normalised(replace(spec, versions=versions))
     if artifact_key(spec).digest == record["digest"]:
         return spec
     raise ValueError(

@@ -23,11 +23,10 @@ from air_core.classifiers import text_classifier
 from air_core.datasets import Dataset, get_dataset
 from air_core.datasets.images import ImageFiles, Unreadable
 from air_core.datasets.unlabelled import COLUMNS, LABELS, listed_images
-from air_core.specs import TrialSpec
 from orchestrator.files import write_atomic, write_new
 from orchestrator.planning import Plan, Slot
-from orchestrator.stages import features, ignore
-from orchestrator.stages.context import WorkerContext, one_thread
+from orchestrator.stages import TrialSpec, features
+from orchestrator.stages.context import WorkerContext, ignore, one_thread
 from orchestrator.stages.pictures import captioned_sheet
 from orchestrator.store import ArtifactStore, SweepLocation, read_trial
 
@@ -92,7 +91,7 @@ def write_sample(
     if best is not None and best[0].spec.dataset == spec.dataset:
         pool = _of_trial(*best, location.store)
     if pool is None:
-        gpu = plan.sweep.resources.process_resources(spec.features.stage).gpu
+        gpu = plan.sweep.resources.process_resources(spec.features.process).gpu
         device = "cuda" if gpu and torch.cuda.is_available() else "cpu"
         features.build(spec.features, replace(worker, device=device), report)
         pool = _zero_shot(spec, worker)

@@ -15,7 +15,6 @@ from typing import Any
 from air_core.datasets import get_dataset
 from air_core.datasets.class_folders import skipped_lines
 from air_core.methods import EMBEDDED, METHODS
-from air_core.specs import STAGES, FeaturesSpec, own_name
 from air_core.specs.flat import to_flat, trial_keys
 from orchestrator.failures import CLASSES
 from orchestrator.formatting import (
@@ -23,6 +22,7 @@ from orchestrator.formatting import (
     format_bytes,
     format_duration,
     format_value,
+    own_name,
     plural,
     relative_path,
 )
@@ -50,6 +50,7 @@ from orchestrator.reporting.summary import data_text, next_fact, run_facts, summ
 from orchestrator.spec import Cell, SweepSpec, cells_of, notes_of, presets
 from orchestrator.spec.space import default_params
 from orchestrator.spec.sweep import computation_of
+from orchestrator.stages import STAGES, FeaturesSpec
 from orchestrator.stages.dataset_text import UnusedImages, unused_by_dataset
 from orchestrator.store import SweepLocation, read_outcome
 
@@ -287,7 +288,7 @@ def status_screen(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-PHASES = {spec.stage: spec.stage for spec in STAGES} | {"lora": "LoRA"}
+PHASES = {stage: stage for stage in STAGES} | {"lora": "LoRA"}
 
 
 def _last_run_lines(run: Mapping[str, Any]) -> Iterator[str]:

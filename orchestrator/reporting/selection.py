@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from air_core.specs import TrialSpec
 from orchestrator.formatting import format_percent, plural, show
 from orchestrator.planning import plan_of
 from orchestrator.planning.requests import run_command
@@ -20,6 +19,7 @@ from orchestrator.reporting.results import TABLE_COLUMNS, TASK_KEYS, results_of
 from orchestrator.reporting.rows import Row, is_bound, tasks_of
 from orchestrator.spec import Cell, SweepSpec
 from orchestrator.spec.sweep_file import only_values
+from orchestrator.stages import TrialSpec
 from orchestrator.store import SweepLocation, TrialRecord, read_trial
 
 BEST = "best"

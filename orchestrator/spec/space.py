@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from air_core.specs import TrialSpec
+from air_core.specs import TrialSettings
 from air_core.specs.flat import trial_keys
 from orchestrator.keys import digest
 from orchestrator.spec.sweep import MAX_POINTS, Cell, Dimension, Search, computation_of
@@ -72,7 +72,7 @@ def grid_points(cell: Cell) -> list[dict[str, Any]]:
     points = [dict(zip(keys, values, strict=True)) for values in combinations]
     default = default_params(cell)
     points.sort(key=lambda params: params != default)
-    distinct: dict[TrialSpec, dict[str, Any]] = {}
+    distinct: dict[TrialSettings, dict[str, Any]] = {}
     for params in points:
         distinct.setdefault(computation_of({**cell.flat, **params}), params)
     return list(distinct.values())

@@ -24,11 +24,12 @@ from pydantic_core import PydanticKnownError
 
 from air_core.components import computed_from_registries
 from air_core.methods import METHODS, named_refs
-from air_core.specs import STAGES, TrialSpec, own_name
+from air_core.specs import TrialSettings
 from air_core.specs.flat import from_flat, trial_keys
 from air_core.specs.normal import normalised
 from orchestrator.components import SAMPLERS
-from orchestrator.keys import digest
+from orchestrator.formatting import own_name
+from orchestrator.keys import Process, digest
 from orchestrator.plugins import Plugin
 from orchestrator.spec import presets
 from orchestrator.spec._trial_values import Condition, SettingsOfCells, Space, value_type
@@ -280,9 +281,8 @@ class Resources:
             memory=None,
         )
 
-    def process_resources(self, stage: str) -> ProcessResources:
+    def process_resources(self, process: Process) -> ProcessResources:
         """Resources of a process that works on a stage."""
-        process = next(spec.process for spec in STAGES if spec.stage == stage)
         if process == "generator":
             return self.generator
         return self.trial if process == "trial" else self.encoder_resources
@@ -563,9 +563,9 @@ def _computation(cell: Cell) -> Any:
     return computation_of(cell.flat)
 
 
-def computation_of(settings: dict[str, Any]) -> TrialSpec:
+def computation_of(settings: dict[str, Any]) -> TrialSettings:
     """A spec that is equal for settings whose trials compute the same."""
-    return normalised(from_flat(settings, named_refs(settings), ()))
+    return normalised(from_flat(settings, named_refs(settings)))
 
 
 MAX_POINTS = 10_000  # of a space that is enumerated; a larger one keeps all of its dimensions

@@ -1,23 +1,58 @@
-"""Work inside one worker process: artifacts, blocks of images, trials.
+"""Stages, and the work of one worker process.
 
-A module named after a stage makes its artifacts. `build(spec, worker, report)` makes one; of a row,
-`open_model(spec, worker)` loads what makes its shards, `build(spec, index, block, worker,
-model)` makes one shard, and `stored_counts(spec, index, block, store)` counts its content. The
-modules import torch, so nothing is imported here.
+A module named after a stage has its spec and makes its artifacts. `build(spec, worker, report)`
+makes one; of a row, `open_model(spec, worker)` loads what makes its shards,
+`build(spec, index, block, worker, model)` makes one shard, and
+`stored_counts(spec, index, block, store)` counts its content. Makers import torch inside functions,
+so a plan imports the specs alone.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
+import sys
 from types import ModuleType
 
-from air_core.specs import StageSpec
+from orchestrator.keys import StageSpec
+from orchestrator.stages.encoded import EncodedSpec
+from orchestrator.stages.evidence import EvidenceSpec
+from orchestrator.stages.features import FeaturesSpec
+from orchestrator.stages.images import FolderImages, GeneratedImages, ImagesSpec
+from orchestrator.stages.labels import LabelsSpec
+from orchestrator.stages.lora import LoraSpec
+from orchestrator.stages.synthetic import SyntheticFeaturesSpec
+from orchestrator.stages.trial import TrialSpec, trial_of
+
+# In the order in which a trial without images of its own needs them.
+STAGES: dict[str, type[StageSpec]] = {
+    spec.stage: spec
+    for spec in (
+        EncodedSpec,
+        FeaturesSpec,
+        LabelsSpec,
+        LoraSpec,
+        ImagesSpec,
+        SyntheticFeaturesSpec,
+        EvidenceSpec,
+        TrialSpec,
+    )
+}
+
+__all__ = [
+    "STAGES",
+    "EncodedSpec",
+    "EvidenceSpec",
+    "FeaturesSpec",
+    "FolderImages",
+    "GeneratedImages",
+    "LabelsSpec",
+    "LoraSpec",
+    "SyntheticFeaturesSpec",
+    "TrialSpec",
+    "stage_module",
+    "trial_of",
+]
 
 
 def stage_module(spec: StageSpec) -> ModuleType:
     """The module that makes the artifact of a spec."""
-    return import_module(f"orchestrator.stages.{spec.maker.stage}")
-
-
-def ignore(done: int, total: int) -> None:
-    """The default of `report`: discard the progress."""
+    return sys.modules[type(spec).__module__]

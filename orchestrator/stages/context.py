@@ -16,18 +16,22 @@ import numpy as np
 
 from air_core.datasets import Examples, get_dataset
 from air_core.datasets.images import ImageFiles
-from air_core.specs import FeaturesSpec, Ref, SyntheticFeaturesSpec
+from air_core.specs import Ref
+from orchestrator.errors import DamagedArtifact
 from orchestrator.plugins import Plugin
 from orchestrator.spec.sweep import ENCODER_BATCH
 from orchestrator.stages.inputs import Contents
 from orchestrator.store import ArtifactStore
 from orchestrator.store.artifacts import devices
+from orchestrator.store.rows import DEATHS, Row
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from air_core.backbone import Backbone
     from air_core.backbone.clip import Images
+    from orchestrator.stages.features import FeaturesSpec
+    from orchestrator.stages.synthetic import SyntheticFeaturesSpec
 
 CHANGED = (
     "has changed since the run was planned: its files no longer match the planned digest. Wait "
@@ -157,6 +161,10 @@ def limit_gpu_memory(gpu: float) -> None:
     torch.cuda.set_per_process_memory_fraction(memory_fraction(gpu, total) or 1.0)
 
 
+def ignore(done: int, total: int) -> None:
+    """The default of `report`: discard the progress."""
+
+
 def startup_seconds(finished: Sequence[tuple[int, float]], seconds: float) -> float | None:
     """Seconds beyond the training steps, at the pace of the steps after the first; None: unknown.
 
@@ -186,6 +194,35 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def exclusive_shard(row: Row, index: int, block: int, store: ArtifactStore) -> Iterator[None]:
+    """Lock a shard of a row while it is made, by its class or draw and its block.
+
+    Raises:
+        RuntimeError: the shard has killed the last processes that made it.
+    """
+    with (
+        store.locks.exclusive(f"{row.key.digest}-{index}-{block}"),
+        # Counted on disk: after each death the cluster would start another process, without end.
+        row.count_crashes(index, block) as deaths,
+    ):
+        if deaths >= DEATHS:
+            raise RuntimeError(f"killed its process {deaths} times")
+        yield
+
+
+def has_intact_shard(row: Row, index: int, block: int, store: ArtifactStore) -> bool:
+    """Whether a shard exists and can be read; a damaged one is set aside."""
+    if not row.has_shard(index, block):
+        return False
+    try:
+        row.read(index, block)
+    except DamagedArtifact as damaged:
+        store.set_aside(damaged)
+        return False
+    return True
 
 
 @cache

@@ -15,11 +15,12 @@ import torch
 
 from air_core.datasets.class_folders import class_files
 from air_core.datasets.duplicates import difference_hash
-from air_core.specs import FeaturesSpec, SplitSettings, SyntheticFeaturesSpec
+from air_core.specs import SplitSettings
 from orchestrator.stages.context import WorkerContext, one_thread
-from orchestrator.stages.features import read_target
-from orchestrator.stages.images import drawn_blocks, read_pictures
+from orchestrator.stages.features import FeaturesSpec, read_target
+from orchestrator.stages.images import read_pictures
 from orchestrator.stages.inputs import images_folder
+from orchestrator.stages.synthetic import SyntheticFeaturesSpec, drawn_blocks
 
 COSINE = 0.997  # of CLIP features, at least
 BITS = 20  # of the difference hash, that may differ
@@ -47,7 +48,7 @@ def copies_of_test_images(
         for index, cosines, at in zip(indices, best.values, best.indices, strict=True):
             if positions := tests[at[cosines >= COSINE]].tolist():
                 near.append(((c, index), positions))
-    pictures = read_pictures(spec, [image for image, _ in near], worker.store)
+    pictures = read_pictures(spec.images, [image for image, _ in near], worker.store)
     images = worker.examples(features.dataset).images
     test_hash = cache(lambda position: difference_hash(images[position]))
     names = spec.images.classnames

@@ -9,16 +9,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from air_core.datasets import get_dataset
 from air_core.datasets.class_folders import skipped_text
 from air_core.datasets.image_folder import OWNERS, PREFIX
 from air_core.datasets.images import ImageFiles
 from air_core.printable import printable
-from air_core.specs import FeaturesSpec, Ref, TrialSpec
+from air_core.specs import Ref
 from orchestrator.errors import MissingArtifact
 from orchestrator.store import ArtifactStore
+
+if TYPE_CHECKING:
+    from orchestrator.stages.features import FeaturesSpec
+    from orchestrator.stages.trial import TrialSpec
 
 SHOWN = 3  # names of unreadable images in a text
 

@@ -11,23 +11,70 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from PIL import Image
 from safetensors.numpy import load, save
 
-from air_core.backbone import Backbone
-from air_core.datasets import Examples
 from air_core.datasets.images import Unreadable
 from air_core.seal import BLANK, sealed
-from air_core.specs import EncodedSpec, FeaturesSpec
-from orchestrator.stages import ignore
-from orchestrator.stages.context import WorkerContext
-from orchestrator.stages.images import exclusive_shard, has_intact_shard
+from orchestrator.keys import RowSpec, StageSpec
+from orchestrator.stages.context import (
+    WorkerContext,
+    exclusive_shard,
+    has_intact_shard,
+    ignore,
+)
+from orchestrator.stages.parts import READING
 from orchestrator.store import ArtifactStore
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from air_core.backbone import Backbone
+    from air_core.datasets import Examples
+    from orchestrator.stages.features import FeaturesSpec
+
 CHUNK = 512  # images after which batches start anew and progress is reported
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedSpec(RowSpec):
+    """Blocks of the features of a dataset with many image files: a row with one index.
+
+    Encoders make them side by side. Complete features replace them.
+    """
+
+    stage, title, process = "encoded", "CLIP feature blocks", "encoder"
+    guess, shard = 0.005, ".safetensors"
+    modules = READING
+    # Images of a block. A multiple of the images between two batches that start anew
+    # (`CHUNK`), so that blocks do not change the batches.
+    size: ClassVar[int] = 1024
+    few: ClassVar[int] = 4  # blocks that one process encodes, since a pool takes seconds to start
+
+    features: FeaturesSpec
+    block: int
+
+    @property
+    def words(self) -> list[str]:
+        return [self.features.slug]
+
+    @property
+    def block_size(self) -> int:
+        return self.block
+
+    @property
+    def whole(self) -> StageSpec:
+        return self.features
+
+    def name_of(self, index: int) -> str:
+        return self.features.dataset.name
+
+    def work(self) -> tuple[str, float]:
+        """A unit is an image."""
+        return f"{self.features.backbone.name} {self.features.level}", self.block
+
 
 # Features (N, D) or tokens (N, T, V), and why images are unreadable, by position in the dataset.
 Encoded = tuple[np.ndarray, dict[int, str]]
@@ -56,10 +103,10 @@ def encode(
 
 
 @dataclass(frozen=True)
-class _Readable(Sequence[Image.Image]):
+class _Readable(Sequence[Any]):
     """Some images, opened on access: a photograph takes 50 MB. Unreadable ones are blank."""
 
-    images: Sequence[Image.Image]
+    images: Sequence[Image]
     positions: range
     bad: dict[int, str]  # receives the reasons, by position
 
@@ -67,15 +114,14 @@ class _Readable(Sequence[Image.Image]):
         return len(self.positions)
 
     def __getitem__(self, index: Any) -> Any:
+        from PIL import Image
+
         position = self.positions[index]
         try:
             return self.images[position]
         except Unreadable as problem:
             self.bad[position] = str(problem)
             return Image.new("RGB", (8, 8))
-
-
-# ---------------------------------------------------------------- blocks
 
 
 def open_model(spec: EncodedSpec, worker: WorkerContext) -> Backbone:

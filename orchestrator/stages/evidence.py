@@ -8,32 +8,95 @@ that the first ones are a sample.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from safetensors.numpy import load, save
-from torch import Tensor
 
-from air_core.classifiers import text_classifier
-from air_core.diffusion.denoiser import CHUNK
-from air_core.diffusion.evidence import DenoisingScorer, candidate_classes
-from air_core.diffusion.lora import square
 from air_core.seal import BLANK, sealed
-from air_core.specs import EvidenceSpec
+from air_core.specs import EvidenceScoring, Ref, SplitSettings
 from orchestrator.errors import DamagedArtifact, MissingArtifact
-from orchestrator.stages import ignore
-from orchestrator.stages.context import WorkerContext
-from orchestrator.stages.features import read_target
-from orchestrator.stages.images import (
+from orchestrator.keys import Indices, Needed, RowSpec
+from orchestrator.stages.context import (
+    WorkerContext,
     exclusive_shard,
     has_intact_shard,
+    ignore,
 )
+from orchestrator.stages.features import FeaturesSpec, read_target
 from orchestrator.stages.inputs import images_folder
+from orchestrator.stages.lora import LoraSpec
+from orchestrator.stages.parts import DRAWING, LOADED_CLIP, SCORING
 from orchestrator.store import ArtifactStore
 from orchestrator.store.rows import Row
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from air_core.diffusion.evidence import DenoisingScorer
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvidenceSpec(RowSpec):
+    """Denoising errors of the pool images of a split, for each class of the pool.
+
+    An unlimited row of draws for each block of images; the spec contains neither the number of
+    draws nor that of images. The images are in a random order, so the first ones are a sample.
+    """
+
+    stage, title, guess = "evidence", "denoising errors", 0.004
+    shard, counts = ".safetensors", "pairs"
+    modules = (
+        *LOADED_CLIP,
+        *DRAWING,
+        *SCORING,
+        "air_core.diffusion.evidence",
+        "air_core.diffusion.lora",
+    )
+
+    features: FeaturesSpec
+    split: SplitSettings
+    model: Ref
+    lora: LoraSpec | None
+    lora_scale: float
+    scoring: EvidenceScoring
+    size: int
+
+    @property
+    def words(self) -> list[str]:
+        return [(self.lora or self.features).slug, self.model.name]
+
+    @property
+    def block_size(self) -> int:
+        return self.scoring.block
+
+    @property
+    def needs_earlier(self) -> bool:
+        """Images whose candidates are pruned need the errors of the first draws."""
+        return self.scoring.prune_after is not None
+
+    def shards(self, images: int, indices: Indices) -> list[tuple[int, int]]:
+        """The draws of one block come one after another, since they need the same images."""
+        return [(draw, block) for block in range(self.blocks(images)) for draw in indices]
+
+    def name_of(self, index: int) -> str:
+        return f"draw {index}"
+
+    def inputs(self, classes: Indices) -> Iterator[Needed]:
+        yield Needed(self.features)
+        if self.lora is not None:
+            yield Needed(self.lora)
+
+    def work(self) -> tuple[str, float]:
+        """A unit is an image."""
+        scoring = self.scoring
+        kind = f"{self.model.name} {self.size}px {self.features.dataset.name}"
+        kind += f" top {scoring.top or 'all'}"
+        if scoring.prune_after is not None:
+            kind += f" {scoring.prune_to} after {scoring.prune_after}"
+        return kind, self.block_size
 
 
 @dataclass
@@ -55,6 +118,9 @@ class BlockScorer:
         Raises:
             MissingArtifact: the LoRA or the features are not made yet.
         """
+        from air_core.classifiers import text_classifier
+        from air_core.diffusion.evidence import DenoisingScorer
+
         target = read_target(spec.features, spec.split, worker.store)
         backbone = worker.backbone(spec.features.backbone, spec.features.precision)
         text = text_classifier(backbone, target.text.classnames, target.text.template)
@@ -76,6 +142,11 @@ class BlockScorer:
 
     def errors(self, block: int, draw: int, earlier: np.ndarray | None) -> np.ndarray:
         """(B, C) errors of one draw of a block; NaN for classes that are no candidates."""
+        import torch
+
+        from air_core.diffusion.denoiser import CHUNK
+        from air_core.diffusion.evidence import candidate_classes
+
         images = slice(block * self.spec.block_size, (block + 1) * self.spec.block_size)
         positions = self.positions[images]
         if self.latents is None or self.latents[0] != block:
@@ -92,6 +163,10 @@ class BlockScorer:
 
     def _encoded(self, positions: Tensor) -> Tensor:
         """(B, c, h, w) latents."""
+        import torch
+
+        from air_core.diffusion.lora import square
+
         read = self.worker.images(self.spec.features.dataset, positions.tolist())
         pixels = [square(image, self.spec.size) for image in read]
         return self.scorer.latents(torch.from_numpy(np.stack(pixels)))
@@ -99,6 +174,8 @@ class BlockScorer:
 
 def pool_order(spec: EvidenceSpec, images: int) -> Tensor:
     """(P,) a random order of the pool images, which the split determines."""
+    import torch
+
     generator = torch.Generator().manual_seed(spec.split.split_seed)
     return torch.randperm(images, generator=generator)
 
@@ -174,6 +251,8 @@ def read_evidence(
         MissingArtifact: a shard does not exist.
         DamagedArtifact: a shard is damaged.
     """
+    import torch
+
     pool = len(read_target(spec.features, spec.split, store).split.pool)
     images = min(pool, images or pool)
     order = pool_order(spec, pool)[:images]

@@ -3,32 +3,71 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from safetensors.numpy import load_file, save_file
-from torch import Tensor
 
 from air_core.datasets import Examples, get_dataset
 from air_core.datasets.images import BAD_SHARE, ImageFiles, too_many_unreadable
 from air_core.paradigms import make_split
-from air_core.specs import UNKNOWN, FeaturesSpec, SplitSettings
-from air_core.types import Batch, Labelled, Split
-from orchestrator.stages import ignore
-from orchestrator.stages.context import WorkerContext
+from air_core.specs import UNKNOWN, ClipPrecision, Level, Ref, SplitSettings
+from orchestrator.keys import Indices, Needed, StageSpec
+from orchestrator.stages.context import WorkerContext, ignore
 from orchestrator.stages.dataset_text import DatasetText, read_dataset_text
-from orchestrator.stages.encoded import encode, read_blocks
+from orchestrator.stages.encoded import EncodedSpec, encode, read_blocks
+from orchestrator.stages.parts import READING
 from orchestrator.store import ArtifactStore
 from orchestrator.store.artifacts import Artifact
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from air_core.types import Batch, Labelled, Split
+
 PARTS = ("train", "val", "test", "free", "bad")
 LISTED = 100  # unreadable images whose names are recorded
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesSpec(StageSpec):
+    """Features of every image of a dataset, encoded by a frozen CLIP.
+
+    `level` is `features`, one vector per image, or `tokens`, those of its patches, for visual
+    prompts.
+    """
+
+    stage, title, guess = "features", "CLIP features", 8.0
+    modules = READING
+
+    dataset: Ref
+    backbone: Ref
+    precision: ClipPrecision = "fp32"
+    level: Level = "features"
+
+    @property
+    def encoded(self) -> EncodedSpec | None:
+        """The blocks that the features of many image files are put together from."""
+        row = EncodedSpec(features=self, block=EncodedSpec.size)
+        return row if row.blocks(self.dataset.images) > row.few else None
+
+    @property
+    def words(self) -> list[str]:
+        tokens = ["tokens"] if self.level == "tokens" else []
+        return [self.dataset.name, self.backbone.name, *tokens]
+
+    def inputs(self, classes: Indices) -> Iterator[Needed]:
+        if (row := self.encoded) is not None:
+            yield Needed(row, self.dataset.images, (0,))
+
+    def work(self) -> tuple[str, float]:
+        blocks = "" if self.encoded is None else " of blocks"
+        return f"{self.dataset.name} {self.backbone.name} {self.level}{blocks}", 1
 
 
 def build(
@@ -100,9 +139,13 @@ class Target:
     tokens: Tensor | None = None  # (N, T, V)
 
     def batch(self, index: Tensor) -> Batch:
+        from air_core.types import Batch
+
         return Batch(self.features[index], None if self.tokens is None else self.tokens[index])
 
     def labelled(self, index: Tensor) -> Labelled:
+        from air_core.types import Labelled
+
         return Labelled(self.batch(index), self.labels[index])
 
 
@@ -126,11 +169,15 @@ def read_target(
 
 @lru_cache(maxsize=1)  # patch tokens are large
 def _tokens(path: Path) -> Tensor:
+    import torch
+
     return torch.from_numpy(load_file(path)["features"])
 
 
 @cache
 def _target(path: Path, split: SplitSettings, text: DatasetText) -> Target:
+    import torch
+
     arrays = load_file(path)
     parts = np.array(PARTS)[arrays["parts"]]
     return Target(

@@ -2,25 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors.numpy import save_file
 
-from air_core.classifiers import text_classifier
-from air_core.lora_labels import lora_images
-from air_core.specs import LabelsSpec
-from orchestrator.stages import ignore
-from orchestrator.stages.context import WorkerContext
-from orchestrator.stages.features import known_accuracy, read_target
+from air_core.specs import InitialLabelsSettings, LoraSource, SplitSettings
+from orchestrator.keys import Indices, Needed, StageSpec
+from orchestrator.stages.context import WorkerContext, ignore
+from orchestrator.stages.features import FeaturesSpec, known_accuracy, read_target
+from orchestrator.stages.parts import LOADED_CLIP, SCORING
 from orchestrator.store.artifacts import Artifact
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelsSpec(StageSpec):
+    """Images that a LoRA is trained on, with their labels: zero-shot CLIP labels the pool."""
+
+    stage, title = "labels", "pseudo-labels"
+    modules = (
+        *LOADED_CLIP,
+        *SCORING,
+        "air_core.lora_labels",
+        "air_core.pseudo_labels.top_k",
+    )
+
+    features: FeaturesSpec
+    split: SplitSettings
+    settings: InitialLabelsSettings
+    source: LoraSource = "all"
+    drawn: bool = False  # labelled images in random order, not in that of the files
+
+    @property
+    def words(self) -> list[str]:
+        paradigm = [] if self.split.paradigm == "ul" else [self.split.paradigm]
+        return [self.features.dataset.name, f"split{self.split.split_seed}", *paradigm]
+
+    def inputs(self, classes: Indices) -> Iterator[Needed]:
+        yield Needed(self.features)
+
+    def work(self) -> tuple[str, float]:
+        return self.features.backbone.name, 1
 
 
 def build(
     spec: LabelsSpec, worker: WorkerContext, report: Callable[[int, int], None] = ignore
 ) -> Artifact:
     """Select the images that a LoRA is trained on: pseudo-labelled and labelled ones."""
+    from air_core.classifiers import text_classifier
+    from air_core.lora_labels import lora_images
 
     def write(folder: Path) -> dict[str, Any]:
         target = read_target(spec.features, spec.split, worker.store)

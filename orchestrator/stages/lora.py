@@ -2,23 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 from safetensors.numpy import load_file
 
 from air_core.captions import text_of
-from air_core.diffusion.lora import square, train_lora
-from air_core.specs import LoraSpec
-from orchestrator.stages import ignore
-from orchestrator.stages.context import WorkerContext
+from air_core.specs import LoraTraining, Ref
+from orchestrator.keys import Indices, Needed, StageSpec
+from orchestrator.stages.context import WorkerContext, ignore
 from orchestrator.stages.dataset_text import read_dataset_text
 from orchestrator.stages.inputs import images_folder
+from orchestrator.stages.labels import LabelsSpec
+from orchestrator.stages.parts import DRAWING
 from orchestrator.store.artifacts import Artifact
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSpec(StageSpec):
+    """A LoRA of a diffusion model."""
+
+    stage, title, process, guess, counts = "lora", "LoRA", "generator", 0.15, "steps"
+    modules = (*DRAWING, "air_core.ahead", "air_core.diffusion.lora")
+
+    labels: LabelsSpec
+    model: Ref
+    training: LoraTraining
+    size: int
+    classes: int = field(default=0, compare=False)  # of the dataset; not in the key
+
+    @property
+    def words(self) -> list[str]:
+        return [self.labels.slug, f"r{self.training.rank}"]
+
+    def inputs(self, classes: Indices) -> Iterator[Needed]:
+        yield Needed(self.labels)
+
+    def work(self) -> tuple[str, float]:
+        """A unit is a training step."""
+        settings = self.labels.settings
+        # A class may turn out to have fewer than `k` images.
+        whole_pool = self.labels.split.pool_size if settings.kind == "pool" else None
+        steps = self.training.steps_on(whole_pool or settings.k * self.classes)
+        return f"{self.model.name} {self.size}px batch {self.training.batch}", steps
 
 
 def build(
@@ -29,6 +61,7 @@ def build(
     Args:
         report: called with the step and the number of all steps.
     """
+    from air_core.diffusion.lora import train_lora
 
     def write(folder: Path) -> dict[str, Any]:
         labels = worker.store.get(spec.labels)
@@ -70,7 +103,7 @@ class _Squares:
     """Some images as squares (size, size, 3) uint8, opened on access: a pool does not fit into
     memory."""
 
-    images: Sequence[Image.Image]
+    images: Sequence[Image]
     positions: Sequence[int]
     size: int
 
@@ -78,4 +111,6 @@ class _Squares:
         return len(self.positions)
 
     def __getitem__(self, at: int) -> np.ndarray:
+        from air_core.diffusion.lora import square
+
         return square(self.images[self.positions[at]], self.size)

@@ -11,13 +11,14 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from air_core.datasets.images import Unreadable
-from air_core.specs import FeaturesSpec, SyntheticFeaturesSpec
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.dataset_text import read_dataset_text
-from orchestrator.stages.images import (
+from orchestrator.stages.features import FeaturesSpec
+from orchestrator.stages.images import read_pictures
+from orchestrator.stages.synthetic import (
+    SyntheticFeaturesSpec,
     drawn_classes,
     drawn_per_class,
-    read_pictures,
     recognised_share,
 )
 
@@ -55,7 +56,7 @@ def contact_sheet(
     groups, shares = {"real": real} if any(real) else {}, {}
     for name, row in rows.items():
         count = drawn_per_class(row, PER_GROUP, worker.store)
-        pictures = read_pictures(row, itertools.product(shown, range(count)), worker.store)
+        pictures = read_pictures(row.images, itertools.product(shown, range(count)), worker.store)
         groups[name] = [[pictures[c, index] for index in range(count)] for c in shown]
         shares[name] = recognised_share(row, worker, dataset.template)
     sheet = tile_sheet([dataset.classnames[c] for c in shown], groups)

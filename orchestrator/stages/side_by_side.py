@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 
-from air_core.specs import TrialSpec
 from air_core.specs.conditions import has_context
 from orchestrator.keys import artifact_key
 from orchestrator.spec.sweep import ENCODER_BATCH
@@ -23,7 +22,8 @@ from orchestrator.store.checkpoints import Curves
 
 if TYPE_CHECKING:
     from air_core.method import Trial
-    from orchestrator.stages.trial import TrialRun
+    from orchestrator.stages.trial import TrialSpec
+    from orchestrator.stages.trial_run import TrialRun
 
 # Class texts in one pass. Each keeps 1 to 2 MB for the gradient with ViT-B/32, and beyond these
 # numbers the time depends on the arithmetic, so that more bring nothing.
@@ -97,7 +97,7 @@ def _run_group(
 ) -> dict[TrialSpec, Exception]:
     """Run and record trials side by side; the exception of each trial that fails."""
     from air_core.side_by_side import learn_side_by_side
-    from orchestrator.stages.trial import open_trial, run_trial
+    from orchestrator.stages.trial_run import open_trial, run_trial
 
     problems: dict[TrialSpec, Exception] = {}
     runs: list[tuple[TrialSpec, ExitStack, TrialRun]] = []

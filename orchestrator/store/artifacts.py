@@ -30,10 +30,10 @@ from pathlib import Path
 from typing import Any
 
 from air_core.seal import sealed_json
-from air_core.specs import Ref, StageSpec
+from air_core.specs import Ref
 from orchestrator.errors import DamagedArtifact, MissingArtifact
 from orchestrator.files import file_digest, make_folders, permission_message, sync, write_atomic
-from orchestrator.keys import ArtifactKey, artifact_key
+from orchestrator.keys import ArtifactKey, StageSpec, artifact_key
 from orchestrator.store import code_version
 from orchestrator.store._locks import Locks
 from orchestrator.store.backends import ABOUT, RECORD, FolderBackend, open_backend
@@ -283,7 +283,7 @@ class ArtifactStore:
                 "host": socket.gethostname(),
                 **provenance(),
                 **devices(),
-                "code": code_version.part_version(key.stage),
+                "code": code_version.modules_version(spec.modules),
                 "versions": versions(),
                 "files": {p.name: file_digest(p) for p in sorted(folder.iterdir())},
             }
@@ -298,7 +298,7 @@ class ArtifactStore:
     def row(self, spec: StageSpec) -> Row:
         """A row. Its folder and `row.json` are created by `open_row`."""
         key = artifact_key(spec)
-        return Row(key, self.path(key), self.backend)
+        return Row(key, self.path(key), self.backend, spec.shard)
 
     def open_row(self, spec: StageSpec) -> Row:
         """A row that accepts shards.
@@ -318,7 +318,7 @@ class ArtifactStore:
                 "spec": _recorded(spec),
                 "started": time.time(),
                 **provenance(),
-                "code": code_version.part_version(row.key.stage),
+                "code": code_version.modules_version(spec.modules),
             }
             write_atomic(file, self.backend.put_once(file, sealed_json(record)))
         return row

@@ -19,8 +19,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from air_core.seal import BLANK, intact, sealed
-from air_core.specs import TrialSpec
-from orchestrator.keys import artifact_key
+from orchestrator.keys import StageSpec, artifact_key
 from orchestrator.store.artifacts import ArtifactStore
 
 log = logging.getLogger(__name__)
@@ -42,7 +41,7 @@ class Checkpoint:
 START = Checkpoint()
 
 
-def read_checkpoint(spec: TrialSpec, store: ArtifactStore) -> Checkpoint:
+def read_checkpoint(spec: StageSpec, store: ArtifactStore) -> Checkpoint:
     """The checkpoint of a trial; `START` if it has none, or a damaged one."""
     file = store.refresh(store.checkpoint_path(spec))
     if not file.exists():
@@ -57,7 +56,7 @@ def read_checkpoint(spec: TrialSpec, store: ArtifactStore) -> Checkpoint:
     return START
 
 
-def write_checkpoint(spec: TrialSpec, store: ArtifactStore, checkpoint: Checkpoint) -> None:
+def write_checkpoint(spec: StageSpec, store: ArtifactStore, checkpoint: Checkpoint) -> None:
     """Write the checkpoint of a trial to the store, over the one of an earlier round."""
     about = asdict(replace(checkpoint, arrays={})) | {"digest": artifact_key(spec).digest}
     del about["arrays"]
@@ -65,7 +64,7 @@ def write_checkpoint(spec: TrialSpec, store: ArtifactStore, checkpoint: Checkpoi
     store.write(store.checkpoint_path(spec), sealed(content))
 
 
-def delete_checkpoint(spec: TrialSpec, store: ArtifactStore) -> None:
+def delete_checkpoint(spec: StageSpec, store: ArtifactStore) -> None:
     """Remove the checkpoint of a trial, which is complete."""
     file = store.checkpoint_path(spec)
     if file.exists():

@@ -22,16 +22,14 @@ from typing import Any
 
 from air_core.components import REGISTRIES
 from air_core.models.families import FAMILIES
-from air_core.specs import STAGES, CodeVersions
 from orchestrator.files import ROOT
+from orchestrator.keys import CodeVersions, StageSpec
 
 RECORDED = Path(__file__).with_name("code_versions.json")
 # Python 3.11 fails with "AST constructor recursion depth mismatch" if two threads parse at once.
 _parsing = threading.Lock()
 
-# The modules that compute each stage. Other parts are the reader of each dataset, and components
-# with modules of their own (`COMPONENTS`).
-PARTS: dict[str, tuple[str, ...]] = {spec.stage: spec.modules for spec in STAGES}
+# Parts beside stages and readers of datasets: components with modules of their own.
 COMPONENTS: dict[str, tuple[str, ...]] = {
     registry.part(name): component.modules
     for registry in REGISTRIES.values()
@@ -41,13 +39,13 @@ COMPONENTS: dict[str, tuple[str, ...]] = {
 
 
 def modules_of(part: str) -> tuple[str, ...]:
-    """Modules of a stage, a component or a dataset's reader."""
-    return PARTS.get(part) or COMPONENTS.get(part) or (f"air_core.{part}",)
+    """Modules of a component or a dataset's reader."""
+    return COMPONENTS.get(part) or (f"air_core.{part}",)
 
 
 @cache
 def part_version(part: str) -> str:
-    """Code version of a part, from the files on disk: 12 hex digits.
+    """Code version of a component or a dataset's reader, from the files on disk: 12 hex digits.
 
     Raises:
         ValueError: a dataset has no module of the same name.
@@ -58,6 +56,12 @@ def part_version(part: str) -> str:
             f"{_source(modules[0])} does not exist: name the module of a dataset after the "
             "dataset, so that an edit of the module leads to new features"
         )
+    return modules_version(modules)
+
+
+@cache
+def modules_version(modules: tuple[str, ...]) -> str:
+    """Code version of the part that these modules compute, such as `StageSpec.modules`."""
     definitions = sorted(digest for module in modules for digest in _definitions(module))
     return _hash("".join(definitions))
 
@@ -70,10 +74,11 @@ def recorded_versions() -> dict[str, str]:
 
 
 @cache
-def changed_versions(*readers: str) -> CodeVersions:
+def changed_versions(stages: tuple[type[StageSpec], ...], *readers: str) -> CodeVersions:
     """Stages, components and dataset readers whose code is not that of the recipe, with its
     version."""
-    versions = {part: part_version(part) for part in (*PARTS, *COMPONENTS, *readers)}
+    versions = {spec.stage: modules_version(spec.modules) for spec in stages}
+    versions |= {part: part_version(part) for part in (*COMPONENTS, *readers)}
     recorded = recorded_versions()
     return tuple((part, found) for part, found in versions.items() if found != recorded.get(part))
 

@@ -7,6 +7,7 @@ bucket, not for the local copies.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,9 +19,9 @@ from orchestrator.errors import BucketUnreachable, DamagedArtifact
 from orchestrator.store.artifacts import DAMAGED, ROW, UNFINISHED, ArtifactStore
 from orchestrator.store.backends import RECORD, stored_name
 from orchestrator.store.buckets import Entry, run_concurrently
-from orchestrator.store.rows import SHARDS
 from orchestrator.store.verification import parse_record
 
+SHARD = re.compile(r"(\d{4,})-(\d{5,})\.[a-z]+")  # a file of a row
 UNKNOWN = "unknown"  # owner of a file without a recorded user
 
 
@@ -61,20 +62,13 @@ class Holding:
     @cached_property
     def shards(self) -> dict[tuple[int, int], str]:
         """File names of a row's shards by class and block; empty for other artifacts."""
-        suffix = SHARDS.get(self.stage)
-        if suffix is None:
-            return {}
-        indices = {name: name.removesuffix(suffix).split("-") for name in self.files}
-        return {
-            (int(index[0]), int(index[1])): name
-            for name, index in indices.items()
-            if name.endswith(suffix) and len(index) == 2 and "".join(index).isdigit()
-        }
+        found = filter(None, map(SHARD.fullmatch, self.files))
+        return {(int(shard[1]), int(shard[2])): shard[0] for shard in found}
 
     @property
     def images(self) -> int | None:
         """Number of images, including rejected ones; None: no images, or not known."""
-        if self.stage not in SHARDS:
+        if not self.shards:
             found: int | None = self.record.get("info", {}).get("images")
             return found
         if self.stage == "evidence":
@@ -134,7 +128,7 @@ def take_inventory(store: ArtifactStore) -> Inventory:
         raise ValueError(
             f"{store.name} has no artifacts yet: run a sweep, or choose another store with --store"
         )
-    record_names = {folder: ROW if folder.split("/")[1] in SHARDS else RECORD for folder in folders}
+    record_names = {folder: ROW if ROW in files else RECORD for folder, files in folders.items()}
     records: dict[str, dict[str, Any]] = {}
 
     def read(folder: str) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from air_core.bundle.checks import CLASSIFIERS
-from air_core.specs import TrialSpec
+from orchestrator.keys import StageSpec
 from orchestrator.store.artifacts import ArtifactStore
 
 PREDICTIONS, PROMPT = "predictions.safetensors", "prompt.safetensors"
@@ -95,7 +95,7 @@ class TrialRecord:
         return load_file(file)["prompt"]
 
 
-def read_trial(spec: TrialSpec, store: ArtifactStore) -> TrialRecord:
+def read_trial(spec: StageSpec, store: ArtifactStore) -> TrialRecord:
     """Read the record of a complete trial. Imports no torch.
 
     Raises:

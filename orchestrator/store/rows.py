@@ -9,14 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from air_core.seal import intact
-from air_core.specs import STAGES
 from orchestrator.errors import DamagedArtifact
 from orchestrator.files import write_atomic_unsynced
 from orchestrator.keys import ArtifactKey
 from orchestrator.store.backends import FolderBackend
-
-# Suffix of the shards by stage whose artifacts are rows.
-SHARDS = {spec.stage: spec.shard for spec in STAGES if spec.shard}
 
 DEATHS = 2  # processes that a shard may kill before it counts as failed
 MARKER = ".tries"  # suffix of the files that count them
@@ -29,14 +25,15 @@ class Row:
     key: ArtifactKey
     path: Path
     backend: FolderBackend
+    suffix: str  # of shards
 
     def shard(self, class_index: int, block: int) -> Path:
         """Path of a shard. In a bucket store the file exists after `pull`."""
-        return self.path / f"{class_index:04d}-{block:05d}{SHARDS[self.key.stage]}"
+        return self.path / f"{class_index:04d}-{block:05d}{self.suffix}"
 
     def existing_shards(self) -> frozenset[tuple[int, int]]:
         """(class, block) of the existing shards."""
-        shards, suffix = set(), SHARDS[self.key.stage]
+        shards, suffix = set(), self.suffix
         for name in self.backend.names(self.path):
             if name.endswith(suffix) and not name.startswith("."):
                 class_index, _, block = name.removesuffix(suffix).partition("-")

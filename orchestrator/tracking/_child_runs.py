@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from air_core.datasets import DATASETS
 from air_core.datasets.image_folder import PREFIX
-from air_core.specs import Ref, TrialSpec
+from air_core.specs import Ref
 from air_core.specs.flat import to_flat
 from orchestrator.formatting import format_value
 from orchestrator.git import UNKNOWN
@@ -28,6 +28,7 @@ from orchestrator.reporting.comparisons import BEST, Results
 from orchestrator.reporting.results import all_settings, finished_trial, varied_settings
 from orchestrator.reporting.rows import is_bound, method_text
 from orchestrator.spec import SweepSpec
+from orchestrator.stages import TrialSpec
 from orchestrator.stages.dataset_text import tested_classes
 from orchestrator.store import ArtifactStore, TrialRecord
 from orchestrator.tracking.types import ChildRun, DatasetUse, Numbers, SweepRun

@@ -18,11 +18,10 @@ from PIL import Image, ImageOps
 from air_core.datasets.images import ImageFiles
 from air_core.diffusion import FLAT, image_seed, rejected
 from air_core.diffusion.folder import FolderGenerator
-from air_core.diffusion.loading import load_generator
 from air_core.diffusion.lora import add_adapters, save_adapters
 from air_core.diffusion.pipeline import PipelineGenerator, check_classes, load_pipeline
 from air_core.models.weights import generator_files, generator_folder
-from air_core.specs import FolderImages, GeneratedImages, GenerationSettings, Ref
+from air_core.specs import GenerationSettings
 from benchmarks import device
 from tests.helpers import pipelines
 from tests.helpers.dataset_trees import EPS
@@ -31,7 +30,6 @@ MODEL = generator_folder("tiny")
 QUICK = GenerationSettings(
     guidance_scale=4.0, num_inference_steps=4, size=32, block=4, precision="fp32"
 )
-REF = Ref(name="tiny", digest="d")
 
 
 @pytest.fixture(scope="module")
@@ -168,13 +166,7 @@ def test_loading_and_drawing_print_nothing(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_load_generator_needs_an_adapter_if_and_only_if_the_images_have_a_lora(adapter):
-    images = GeneratedImages(
-        model=REF, classnames=("digit three",), lora=None, lora_scale=1.0, settings=QUICK
-    )
-    assert isinstance(load_generator(images, MODEL, None), PipelineGenerator)
-    with pytest.raises(ValueError, match="have no LoRA"):
-        load_generator(images, MODEL, adapter)
+def test_a_folder_without_a_pipeline_or_a_lora_is_an_error(adapter):
     with pytest.raises(ValueError, match=r"not a diffusers folder: it has no model_index\.json"):
         PipelineGenerator(adapter, QUICK)
     with pytest.raises(ValueError, match="contains no LoRA"):
@@ -379,8 +371,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_folder_gives_the_images_of_a_class_sorted_by_name(folder):
-    images = FolderImages(model=REF, classnames=("red fox", "tree frog"), size=16, block=2)
-    generator = load_generator(images, folder, None)
+    generator = FolderGenerator(folder, ("red fox", "tree frog"), 16)
     foxes = generator.generate("red fox", [1, 0], [0, 0])
     assert foxes.shape == (2, 16, 16, 3)
     assert foxes.dtype == torch.uint8

@@ -31,9 +31,10 @@ from air_core.method import (
 )
 from air_core.methods import METHODS
 from air_core.paradigms import PARADIGMS, make_split
-from air_core.specs import SplitSettings, TrialSpec
+from air_core.specs import SplitSettings
 from air_core.specs.normal import normalised
 from air_core.types import Batch, Labelled, TrialResult, sparse
+from orchestrator.stages import TrialSpec
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "digits_metrics.json"
 QUICK = {"iterations": 2, "train__steps": 4, "prompt__length": 4, "seed": 1}

@@ -22,9 +22,3 @@ def test_a_trial_with_an_unknown_or_pinned_key_is_an_error():
     with pytest.raises(ValueError, match="the method pins iterations to 1"):
         METHODS["fpl"].trial({"iterations": 2})
     assert METHODS["fpl"].trial({"iterations": 1}) == METHODS["fpl"].trial()
-
-
-def test_a_trial_with_generated_images_has_a_lora_and_the_class_names():
-    images = METHODS["air"].trial(classnames=("cat", "dog")).images
-    assert images.classnames == ("cat", "dog")
-    assert images.lora.labels.settings.kind == "top_k"

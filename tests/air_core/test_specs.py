@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from air_core.specs import FolderImages, GeneratedImages, Ref, TrialSpec, normal
+from air_core.specs import Ref, normal
 from air_core.specs.conditions import uses_auxiliary, uses_images
-from air_core.specs.flat import from_flat, to_flat, trial_keys
+from air_core.specs.flat import to_flat, trial_keys
 from air_core.specs.normal import normalised
 from orchestrator.keys import artifact_key
+from orchestrator.stages import FolderImages, GeneratedImages, TrialSpec, trial_of
 
 NAMES = ("digit zero", "digit one")
 REFS = {
@@ -44,11 +45,11 @@ ERRORS_ALONE = {**NO_IMAGES, **EVIDENCE}
 
 
 def trial(refs: dict[str, Ref] = REFS, **flat: Any) -> TrialSpec:
-    return from_flat({k.replace("__", "."): v for k, v in flat.items()}, refs, NAMES)
+    return trial_of({k.replace("__", "."): v for k, v in flat.items()}, refs, NAMES)
 
 
 def at(flat: dict[str, Any], key: str, value: Any, refs: dict[str, Ref] = REFS) -> TrialSpec:
-    return from_flat({**flat, key: value}, refs, NAMES)
+    return trial_of({**flat, key: value}, refs, NAMES)
 
 
 def key(spec: TrialSpec) -> str:
@@ -60,7 +61,7 @@ def key(spec: TrialSpec) -> str:
 
 def test_flat_keys_become_a_nested_trial_and_the_same_flat_keys_again():
     flat = {"lora.rank": 8, "train.steps": 100, "images_per_class": 25, "auxiliary.kind": "lda"}
-    spec = from_flat(flat, REFS, NAMES)
+    spec = trial_of(flat, REFS, NAMES)
     assert (spec.lora.rank, spec.train.steps, spec.auxiliary.kind) == (8, 100, "lda")
     assert flat.items() <= to_flat(spec).items()
     assert rebuilt(spec) == spec
@@ -223,7 +224,9 @@ def test_each_condition_is_needed_by_an_example_above(monkeypatch):
     for field in {(rule.group, rule.name) for rule in rules}:
         rest = [rule for rule in rules if (rule.group, rule.name) != field]
         monkeypatch.setattr(normal, "rules", partial(tuple, rest))
-        if all(normalised.__wrapped__(a) == normalised.__wrapped__(b) for a, b in pairs):
+        if all(
+            normal._normalised.__wrapped__(a) == normal._normalised.__wrapped__(b) for a, b in pairs
+        ):
             unneeded.add(field)
     assert not unneeded
 
@@ -322,7 +325,7 @@ REFERENCES = st.sampled_from([REFS, FOLDER])
 
 @given(RANDOM, REFERENCES)
 def test_normalising_again_changes_nothing_and_keeps_the_inputs_of_a_trial(flat, refs):
-    spec = from_flat(flat, refs, NAMES)
+    spec = trial_of(flat, refs, NAMES)
     once = normalised(spec)
     assert normalised(once) == once
     assert key(once) == key(spec)
@@ -333,7 +336,7 @@ def test_normalising_again_changes_nothing_and_keeps_the_inputs_of_a_trial(flat,
 
 @given(RANDOM, REFERENCES, st.integers(0, 11))
 def test_settings_that_normalising_resets_can_have_any_value(flat, refs, position):
-    spec = from_flat(flat, refs, NAMES)
+    spec = trial_of(flat, refs, NAMES)
     given, kept = to_flat(spec), to_flat(normalised(spec))
     for name in SETTINGS:
         if name in given and given[name] != kept.get(name) and name not in SWITCHES:
@@ -358,7 +361,7 @@ SWITCHES = {
 
 @given(RANDOM, st.sampled_from(["images_per_class", "fusion_weight", "seed"]), st.data())
 def test_the_row_of_images_does_not_depend_on_its_use(flat, name, data):
-    spec = from_flat(flat, REFS, NAMES)
+    spec = trial_of(flat, REFS, NAMES)
     other = at(flat, name, data.draw(st.sampled_from(values_of(name))))
     if spec.images is not None and other.images is not None:
         assert spec.images == other.images
@@ -372,9 +375,9 @@ def test_without_lora_the_row_does_not_depend_on_the_split():
 def test_base_images_are_the_same_row_without_lora():
     spec = trial(lora__rank=8)
     assert isinstance(spec.images, GeneratedImages)
-    assert spec.base_images == replace(spec.images, lora=None)
-    assert spec.base_images == trial(lora=None).images
-    assert trial(lora=None).base_images is None
+    assert spec.base_features.images == replace(spec.images, lora=None)
+    assert spec.base_features == trial(lora=None).synthetic_features
+    assert trial(lora=None).base_features is None
 
 
 def test_a_folder_of_ready_images_has_no_lora():
@@ -383,7 +386,7 @@ def test_a_folder_of_ready_images_has_no_lora():
         model=FOLDER["generator"], classnames=NAMES, size=64, block=8
     )
     assert spec.lora_adapter is None
-    assert spec.base_images is None
+    assert spec.base_features is None
 
 
 @pytest.mark.parametrize(
@@ -401,7 +404,7 @@ def test_a_folder_of_ready_images_has_no_lora():
     ],
 )
 def test_a_trial_reads_images_only_where_they_are_fused_or_trained_on(flat, reads):
-    spec = from_flat(flat, REFS, NAMES)
+    spec = trial_of(flat, REFS, NAMES)
     assert (spec.images is not None) == reads
     assert (spec.synthetic_features is not None) == reads
 
@@ -414,10 +417,10 @@ def test_the_number_of_blocks_that_contain_the_first_images_of_a_class(count, bl
 
 def rebuilt(spec: TrialSpec) -> TrialSpec:
     flat = {name: value for name, value in to_flat(spec).items() if name not in REFS}
-    return from_flat(flat, REFS, spec.classnames)
+    return trial_of(flat, REFS, spec.classnames)
 
 
 @given(RANDOM)
 def test_any_trial_can_be_rebuilt_from_its_flat_keys(flat):
-    spec = from_flat(flat, REFS, NAMES)
+    spec = trial_of(flat, REFS, NAMES)
     assert rebuilt(spec) == spec

@@ -69,20 +69,22 @@ def test_a_machine_that_joins_is_used(monkeypatch):
 
 
 def test_encoders_have_the_resources_of_a_trial_by_default_and_run_inside_the_reserve():
-    assert GPU.process_resources("features") == GPU.trial
+    assert GPU.process_resources("encoder") == GPU.trial
     half = Resources(trial=GPU.trial, encoder=EncoderResources(gpu=0.5))
-    assert (half.process_resources("labels").gpu, half.process_resources("labels").cpu) == (
+    assert (half.process_resources("encoder").gpu, half.process_resources("encoder").cpu) == (
         0.5,
         1.0,
     )
-    assert half.process_resources("lora") == half.generator == half.process_resources("images")
+    assert (
+        half.process_resources("generator") == half.generator == half.process_resources("generator")
+    )
     limits = allocation(HALF, BIG)
-    assert limits.max_tasks(GPU.process_resources("features")) == 32
-    assert limits.pool_size(GPU.process_resources("encoded")) == 32
+    assert limits.max_tasks(GPU.process_resources("encoder")) == 32
+    assert limits.pool_size(GPU.process_resources("encoder")) == 32
     limits.trials_running = True
-    assert limits.pool_size(GPU.process_resources("encoded")) == 4
-    assert limits.max_tasks(GPU.process_resources("features")) == 4  # one core each, in the reserve
-    assert limits.max_tasks(GPU.process_resources("lora")) == 4
+    assert limits.pool_size(GPU.process_resources("encoder")) == 4
+    assert limits.max_tasks(GPU.process_resources("encoder")) == 4  # one core each, in the reserve
+    assert limits.max_tasks(GPU.process_resources("generator")) == 4
 
 
 def test_on_a_small_cluster_a_lora_takes_a_free_device():
@@ -90,7 +92,7 @@ def test_on_a_small_cluster_a_lora_takes_a_free_device():
     limits.trials_running = True
     assert limits.pool_size(GPU.generator) == 0
     assert limits.pool_size(GPU.encoder_resources) == 0
-    assert limits.max_tasks(GPU.process_resources("lora")) == 1
+    assert limits.max_tasks(GPU.process_resources("generator")) == 1
 
 
 def test_custom_resources_of_machines_count():

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from air_core.specs import EncodedSpec, FeaturesSpec
 from orchestrator.execution._prepare import prepare
 from orchestrator.execution._state import PreparationContext
 from orchestrator.planning import Requirement, artifact_title, requirements_of
 from orchestrator.plugins import read_plugin
+from orchestrator.stages import EncodedSpec, FeaturesSpec
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.encoded import build as build_block
 from orchestrator.stages.encoded import open_model
@@ -28,7 +28,7 @@ BLOCK, BLOCKS = 16, 10
 BATCH = 8
 SMALL_BLOCKS = f"""
 from air_core.components import LOSSES
-from air_core.specs import EncodedSpec
+from orchestrator.stages import EncodedSpec
 
 EncodedSpec.size, EncodedSpec.few = {BLOCK}, 1
 

@@ -17,7 +17,6 @@ import pytest
 import ray
 import torch
 
-from air_core.specs import SyntheticFeaturesSpec
 from orchestrator.cluster.session import machines, waits_for_resources
 from orchestrator.errors import MissingArtifact
 from orchestrator.execution._allocation import Allocation
@@ -29,8 +28,10 @@ from orchestrator.keys import artifact_key
 from orchestrator.planning import Requirement, requirements_of
 from orchestrator.spec import Resources
 from orchestrator.spec.sweep import GeneratorResources
+from orchestrator.stages import SyntheticFeaturesSpec
 from orchestrator.stages.context import WorkerContext
-from orchestrator.stages.images import open_generator, read_synthetic
+from orchestrator.stages.images import GeneratedImages
+from orchestrator.stages.synthetic import read_synthetic
 from orchestrator.store import ArtifactStore
 from tests.helpers.sweeps import wait_until
 
@@ -204,13 +205,15 @@ def test_a_generator_short_of_memory_saves_memory_and_keeps_its_block_size(
         [],
     )
 
+    opened = GeneratedImages.open
+
     def short(images, worker):
         tried.append(worker.thrift)
         if worker.thrift == 0:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return open_generator(images, worker)
+        return opened(images, worker)
 
-    monkeypatch.setattr("orchestrator.stages.images.open_generator", short)
+    monkeypatch.setattr(GeneratedImages, "open", short)
     actor = GeneratorActor([requirement], WorkerContext(store), NO_PROGRESS)
     for c in (0, 1):
         result = actor(batch_of((0, c, 0)))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from air_core.specs import Ref, TrialSpec
+from air_core.specs import Ref
 from orchestrator.execution._prefetch import missing_without_images, waves
 from orchestrator.planning import Requirement, requirements_of
 from orchestrator.planning.plan import build_level, independent_of
+from orchestrator.stages import TrialSpec
 from orchestrator.store import ArtifactStore
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from air_core.datasets import get_dataset
-from air_core.specs import FeaturesSpec
+from orchestrator.stages import FeaturesSpec
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.dataset_text import read_dataset_text
 from orchestrator.stages.features import PARTS

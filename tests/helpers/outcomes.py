@@ -96,6 +96,6 @@ def by_method(accuracies: Mapping[str, float]) -> Write:
 
 def trained(slot: Slot, store: ArtifactStore) -> None:
     """Runs the trial of a slot, whose features the store must have."""
-    from orchestrator.stages.trial import run_trial  # imports torch
+    from orchestrator.stages.trial_run import run_trial  # imports torch
 
     run_trial(slot.spec, store)

@@ -32,10 +32,10 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from air_core.seal import BLANK, sealed
-from air_core.specs import SyntheticFeaturesSpec, TrialSpec
 from orchestrator.failures import Failure
 from orchestrator.keys import artifact_key
 from orchestrator.planning import requirements_of
+from orchestrator.stages import SyntheticFeaturesSpec, TrialSpec
 from orchestrator.store import ArtifactStore
 from orchestrator.store.records import PREDICTIONS
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from air_core.specs import TrialSpec
 from orchestrator.planning.search import study_of
 from orchestrator.spec import Dimension, SweepSpec
 from orchestrator.spec.sweep import Search, Seeds
+from orchestrator.stages import TrialSpec
 from tests.planning.test_plan import World as Planned
 
 LENGTHS = Dimension(key="prompt.length", values=(1, 2, 3, 4))

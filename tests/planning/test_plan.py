@@ -18,11 +18,7 @@ from hypothesis import strategies as st
 
 from air_core.datasets import get_dataset
 from air_core.methods import EMBEDDED
-from air_core.specs import (
-    Ref,
-    TrialSpec,
-)
-from air_core.specs.flat import from_flat
+from air_core.specs import Ref
 from air_core.specs.normal import normalised
 from orchestrator.execution._scheduler import TrialScheduler
 from orchestrator.failures import Failure
@@ -41,6 +37,7 @@ from orchestrator.spec.sweep import (
     TrialResources,
     smoke_variant,
 )
+from orchestrator.stages import TrialSpec, trial_of
 from orchestrator.store import ArtifactStore, EventLog
 from tests.helpers.dataset_trees import draw as draw_picture
 from tests.helpers.sweeps import python
@@ -55,7 +52,7 @@ COUNTS = Dimension(key="images_per_class", values=(0, 8, 16))
 def trial(method: str = "air", **changes: Any) -> TrialSpec:
     """A trial with drawn images and inputs that do not exist."""
     flat = {n: v for n, v in presets.defaults(method, {}).items() if n not in REFS}
-    return from_flat(
+    return trial_of(
         {**flat, **{k.replace("__", "."): v for k, v in changes.items()}}, REFS, CLASSES
     )
 

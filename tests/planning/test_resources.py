@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from air_core.methods import METHODS
+from air_core.methods import EMBEDDED, METHODS
+from air_core.specs.flat import to_flat
 from orchestrator.planning.resources import (
     process_capacity,
     resource_shortage,
@@ -15,6 +16,7 @@ from orchestrator.planning.resources import (
 )
 from orchestrator.spec import Resources
 from orchestrator.spec.sweep import GeneratorResources, TrialResources
+from orchestrator.stages import trial_of
 from orchestrator.stages.context import CONTEXT, memory_fraction
 
 SMALL = {"CPU": 4.0}
@@ -91,7 +93,9 @@ def test_a_trial_that_reserves_memory_needs_a_machine_with_as_much():
     [(1000, 128_000, {"cpu": 1, "cuda": 1}), (200, 1_000_000, {"cpu": 1, "cuda": 3})],
 )
 def test_a_trial_of_a_large_pool_reserves_the_memory_of_its_arrays(classes, pool, together):
-    spec = METHODS["cpl"].trial({}, tuple(map(str, range(classes))))
+    trial = METHODS["cpl"].trial()
+    refs = {name: getattr(trial, name) for name in EMBEDDED}
+    spec = trial_of(to_flat(trial), refs, tuple(map(str, range(classes))))
     for device, count in together.items():
         arrays = 4 * pool * classes * 4 * count
         assert trial_memory(spec, pool, 3, device) == arrays + GIB

@@ -22,7 +22,8 @@ from air_core.models.weights import tiny_folder
 from orchestrator.planning import Slot, plan_of
 from orchestrator.spec import load_sweep
 from orchestrator.stages.features import read_target
-from orchestrator.stages.trial import run_trial, trial_data
+from orchestrator.stages.trial_data import trial_data
+from orchestrator.stages.trial_run import run_trial
 from orchestrator.store import ArtifactStore, SweepLocation, read_trial
 from tests.helpers.bundles import text_logits
 from tests.helpers.features import encode

@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from air_core.specs import FeaturesSpec
 from orchestrator.planning.plan import plan_sweep
 from orchestrator.reporting import Results, results_of, sweep_status
 from orchestrator.reporting.results import (
@@ -23,7 +22,8 @@ from orchestrator.reporting.tables import rows_frame
 from orchestrator.spec import Dimension, SweepSpec, cells_of
 from orchestrator.spec.space import study_name
 from orchestrator.spec.sweep import Search, Seeds
-from orchestrator.stages.trial import run_trial
+from orchestrator.stages import FeaturesSpec
+from orchestrator.stages.trial_run import run_trial
 from orchestrator.store import ArtifactStore, EventLog, TrialRecord, read_trial
 from tests.helpers.features import digit_features, relabelled, store_with
 

@@ -17,22 +17,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from air_core.methods import EMBEDDED, METHODS
-from air_core.specs import (
-    EvidenceScoring,
+from air_core.specs import EvidenceScoring, Ref
+from air_core.specs.flat import to_flat, trial_keys
+from air_core.specs.normal import normalised
+from orchestrator import keys
+from orchestrator.keys import artifact_key, canonical_json
+from orchestrator.spec import presets
+from orchestrator.stages import (
     FeaturesSpec,
     FolderImages,
     GeneratedImages,
     LabelsSpec,
     LoraSpec,
-    Ref,
     SyntheticFeaturesSpec,
     TrialSpec,
+    trial_of,
 )
-from air_core.specs.flat import from_flat, to_flat, trial_keys
-from air_core.specs.normal import normalised
-from orchestrator import keys
-from orchestrator.keys import artifact_key, canonical_json
-from orchestrator.spec import presets
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "keys.json"
 CLASSES = tuple(f"digit {word}" for word in ("zero", "one", "two"))
@@ -50,7 +50,7 @@ def trial(method: str = "air", refs: dict[str, Ref] = TINY, **changes: Any) -> T
     flat = presets.defaults(method, {"dataset": "digits", **chosen})
     flat = {name: value for name, value in flat.items() if name not in refs}
     flat |= {k.replace("__", "."): v for k, v in changes.items()}
-    return normalised(from_flat(flat, refs, CLASSES))
+    return normalised(trial_of(flat, refs, CLASSES))
 
 
 def stages(spec: TrialSpec) -> dict[str, Any]:

@@ -11,11 +11,12 @@ import pytest
 
 from air_core.components import REGISTRIES, STRATEGIES
 from air_core.datasets import Dataset
-from air_core.specs import Ref, TrialSpec
-from air_core.specs.flat import from_flat, trial_keys
+from air_core.specs import Ref
+from air_core.specs.flat import trial_keys
 from air_core.specs.normal import used_components
 from orchestrator.keys import artifact_key
 from orchestrator.planning.contracts import check_contract
+from orchestrator.stages import TrialSpec, trial_of
 
 COMPONENTS = [(registry, name) for registry in REGISTRIES.values() for name in registry]
 
@@ -51,7 +52,7 @@ def test_a_registry_cannot_be_changed():
 def trial(**flat: object) -> TrialSpec:
     refs = {name: Ref(name=name, digest=name) for name in ("dataset", "backbone", "generator")}
     settings = {name.replace("__", "."): value for name, value in flat.items()}
-    return from_flat(settings, refs, ("one", "two"))
+    return trial_of(settings, refs, ("one", "two"))
 
 
 USES_NO_STRATEGY = [
@@ -70,7 +71,7 @@ def test_an_edit_of_a_component_changes_the_keys_of_its_trials_alone(part):
         trial(modality="visual", pseudo_labels__kind="threshold", iterations=1),
     ]
     for spec in [*uses, *USES_NO_STRATEGY]:
-        changed = artifact_key(replace(spec, code=edited)) != artifact_key(spec)
+        changed = artifact_key(replace(spec, versions=edited)) != artifact_key(spec)
         assert changed == (spec in uses)
 
 

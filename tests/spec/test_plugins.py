@@ -20,6 +20,7 @@ from orchestrator.plugins import (
     use_plugins,
 )
 from orchestrator.spec import SpecError, cells_of, load_sweep, sweep_schema
+from orchestrator.stages import trial_of
 from tests.helpers.plugins import MARGIN, TIP_ADAPTER
 from tests.helpers.sweeps import write_sweep
 
@@ -59,19 +60,19 @@ def test_a_plugin_adds_a_choice_with_its_settings(spec):
 
 def test_settings_of_a_plugin_are_complete_where_it_is_used_and_absent_elsewhere(spec):
     load_sweep(spec)
-    margin = normalised(from_flat({"pseudo_labels.kind": "margin"}, REFS, ()))
+    margin = normalised(from_flat({"pseudo_labels.kind": "margin"}, REFS))
     assert to_flat(margin)["pseudo_labels.margin.tau"] == 0.2
-    assert from_flat({**to_flat(margin), "lora": None}, REFS, ()).pseudo_labels.own == (
+    assert from_flat({**to_flat(margin), "lora": None}, REFS).pseudo_labels.own == (
         ("margin.tau", 0.2),
     )
-    other = from_flat({"pseudo_labels.margin.tau": 0.9}, REFS, ())
-    assert normalised(other) == normalised(from_flat({}, REFS, ()))
+    other = from_flat({"pseudo_labels.margin.tau": 0.9}, REFS)
+    assert normalised(other) == normalised(from_flat({}, REFS))
 
 
 def test_the_number_of_images_per_class_matters_to_a_strategy_of_a_plugin(spec):
     load_sweep(spec)
     fixed = {"pseudo_labels.kind": "margin", "pseudo_labels.growth": "fixed"}
-    few, many = (from_flat({**fixed, "pseudo_labels.k": k}, REFS, ()) for k in (4, 8))
+    few, many = (from_flat({**fixed, "pseudo_labels.k": k}, REFS) for k in (4, 8))
     assert normalised(few).pseudo_labels.k == 4
     assert normalised(few) != normalised(many)
 
@@ -184,9 +185,9 @@ def test_a_recorded_learner_keeps_its_facts(tmp_path):
     )
     recorded = recorded_plugin(described_plugin(read_plugin("tip.py", tmp_path)))
     use_plugins([recorded])
-    trial = from_flat({"modality": "tip_adapter"}, REFS, ())
+    trial = trial_of({"modality": "tip_adapter"}, REFS)
     assert trial.tokens is not None
-    assert from_flat({}, REFS, ()).tokens is None
+    assert trial_of({}, REFS).tokens is None
 
 
 def test_plugin_check_runs_the_contract_of_a_learner(command, tmp_path):

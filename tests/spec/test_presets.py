@@ -15,13 +15,13 @@ OTHER_WORLD = {"backbone": "ViT-B-32/openai", "generator": "sd15"}
 @pytest.mark.parametrize("names", [{}, OTHER_WORLD], ids=["tiny", "large"])
 def test_the_defaults_of_every_method_are_a_trial_with_its_pins(method, names):
     flat = presets.defaults(method, names)
-    spec = from_flat(flat, REFS, ("a", "b"))
+    spec = from_flat(flat, REFS)
     assert METHODS[method].pins.items() <= to_flat(spec).items()
 
 
 @pytest.mark.parametrize(("names", "precision"), [({}, "fp32"), (OTHER_WORLD, "tf32")])
 def test_real_models_use_tf32_and_the_embedded_one_fp32(names, precision):
-    assert from_flat(presets.defaults("cpl", names), REFS, ("a", "b")).precision == precision
+    assert from_flat(presets.defaults("cpl", names), REFS).precision == precision
 
 
 @pytest.mark.parametrize("name", [*METHODS])
@@ -50,7 +50,7 @@ def test_a_method_that_learns_without_images_can_use_every_pseudo_label_strategy
 
 def test_a_method_with_zero_images_per_class_uses_no_images():
     for name, method in METHODS.items():
-        spec = from_flat(presets.defaults(name, {}), REFS, ("a",))
+        spec = from_flat(presets.defaults(name, {}), REFS)
         other = method.pins["images_from"] in ("lora_images", "true_labels")
         assert uses_images(spec) == (method.pins.get("images_per_class") != 0 and not other), name
 

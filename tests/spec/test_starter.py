@@ -14,7 +14,7 @@ from orchestrator.spec import cells_of, notes_of
 from orchestrator.spec.presets import SETUP_ONLY
 from orchestrator.spec.starter import write_starter
 from orchestrator.stages.context import WorkerContext
-from orchestrator.stages.trial import run_trial
+from orchestrator.stages.trial_run import run_trial
 from orchestrator.store import ArtifactStore, SweepLocation
 from tests.helpers.sweeps import airsweep, table
 from tests.stages.test_any_trial import build_inputs

@@ -21,6 +21,7 @@ from orchestrator.spec import (
 )
 from orchestrator.spec._trial_values import value_type
 from orchestrator.spec.sweep import Seeds, smoke_variant
+from orchestrator.stages import trial_of
 from tests.helpers.golden import check_golden_cases, golden_cases
 from tests.helpers.sweeps import write_sweep
 
@@ -217,7 +218,7 @@ def test_an_override_may_choose_a_world(tmp_path):
 def test_the_key_of_a_trial_is_equal_however_its_settings_are_given(tmp_path):
     def key(text, chosen=0):
         flat = cells_of(load(tmp_path, text))[chosen].flat
-        return artifact_key(from_flat(flat | {"seed": 1}, REFS, ("a", "b")))
+        return artifact_key(trial_of(flat | {"seed": 1}, REFS, ("a", "b")))
 
     air = "method: air, dataset: fashion_mnist, generator: tiny"
     fixed = HEAD + f"fixed: {{{air}, fusion_weight: 0.3}}\n"
@@ -277,15 +278,15 @@ def test_settings_of_lora_do_not_apply_to_cells_without_lora(tmp_path):
     assert eight.flat["lora.steps"] == 300
     assert off.flat["lora"] is None
     assert not [key for key in off.flat if key.startswith("lora.")]
-    assert from_flat(off.flat, REFS, ()).lora is None
-    assert from_flat(eight.flat, REFS, ()).lora.rank == 8
+    assert from_flat(off.flat, REFS).lora is None
+    assert from_flat(eight.flat, REFS).lora.rank == 8
 
 
 @pytest.mark.parametrize("off", ["null", "false", "off"])
 def test_a_file_may_set_keys_of_a_lora_that_is_off(tmp_path, off):
     text = f"{HEAD}fixed: {{method: air, lora: {off}, lora.rank: 4}}"
     (cell,) = cells_of(load(tmp_path, text))
-    assert from_flat(cell.flat, REFS, ()).lora is None
+    assert from_flat(cell.flat, REFS).lora is None
 
 
 def test_one_image_per_class_is_allowed_where_lda_is_not_used(tmp_path):
@@ -393,7 +394,7 @@ def test_a_key_is_not_searchable_exactly_if_it_changes_the_preparation(tmp_path,
     def prepared(value):
         flat = cell.flat | {name: value}
         refs = {ref: Ref(name=flat[ref], digest=flat[ref]) for ref in REFS}
-        trial = from_flat(flat, refs, ("a",))
+        trial = trial_of(flat, refs, ("a",))
         return trial.features, trial.split, trial.synthetic_features or prepared(cell.flat[name])[2]
 
     if len(values) == 1:

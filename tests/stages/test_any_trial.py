@@ -14,14 +14,12 @@ import pytest
 import yaml
 
 from air_core.methods import METHODS
-from air_core.specs import TrialSpec
 from orchestrator.planning import Resolver, requirements_of
 from orchestrator.planning.plan import build_level
 from orchestrator.spec import cells_of, load_sweep
-from orchestrator.stages import stage_module
+from orchestrator.stages import TrialSpec, stage_module
 from orchestrator.stages.context import WorkerContext
-from orchestrator.stages.images import open_generator
-from orchestrator.stages.trial import run_trial
+from orchestrator.stages.trial_run import run_trial
 from orchestrator.store import ArtifactStore
 
 TRIALS = 30
@@ -102,7 +100,7 @@ def build_inputs(trial: TrialSpec, worker: WorkerContext) -> None:
         if not requirement.rows:
             make.build(spec, worker)
             continue
-        generator = partial(open_generator, spec.images, worker)
+        generator = partial(spec.images.open, worker)
         for class_index, block in requirement.missing(worker.store):
             make.build(spec, class_index, block, worker, generator)
 

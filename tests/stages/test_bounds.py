@@ -9,17 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from air_core.specs import TrialSpec
 from air_core.specs.normal import normalised
 from orchestrator.planning import Resolver
 from orchestrator.spec import presets
+from orchestrator.stages import TrialSpec
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.features import build as build_features
 from orchestrator.stages.features import read_target
-from orchestrator.stages.images import build as build_image_block
-from orchestrator.stages.images import open_generator
 from orchestrator.stages.labels import build as build_labels
-from orchestrator.stages.trial import read_data, run_trial
+from orchestrator.stages.synthetic import build as build_image_block
+from orchestrator.stages.trial_data import read_data
+from orchestrator.stages.trial_run import run_trial
 from orchestrator.store import ArtifactStore
 
 COUNT = 3  # images per class
@@ -57,7 +57,7 @@ def bank(spec: TrialSpec, worker: WorkerContext) -> Any:
         build_labels(spec.lora_labels, worker)
     row = spec.synthetic_features
     if row is not None:
-        generator = open_generator(row.images, worker)
+        generator = row.images.open(worker)
         for c in range(10):
             build_image_block(row, c, 0, worker, lambda: generator)
     target = read_target(spec.features, spec.split, worker.store)

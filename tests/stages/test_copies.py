@@ -13,11 +13,12 @@ import pytest
 from PIL import Image
 
 from air_core.datasets import get_dataset
-from air_core.specs import UNKNOWN, SyntheticFeaturesSpec
+from air_core.specs import UNKNOWN
+from orchestrator.stages import SyntheticFeaturesSpec
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.copies import copies_of_test_images
 from orchestrator.stages.features import read_target
-from orchestrator.stages.images import build, open_generator
+from orchestrator.stages.synthetic import build
 from orchestrator.store import ArtifactStore
 from tests.helpers.features import digit_features, encode, store_with
 
@@ -43,7 +44,7 @@ def drawn(
     """The row of ready images in a folder, with some shards in the store."""
     settings = {"generator": f"folder:{folder}", "images_per_class": 16, "generation.block": 8}
     spec = trial("air", **settings).synthetic_features
-    generator = open_generator(spec.images, worker)
+    generator = spec.images.open(worker)
     for shard in shards:
         build(spec, *shard, worker, lambda: generator)
     return spec

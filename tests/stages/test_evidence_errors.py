@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from air_core.specs import EvidenceSpec
 from orchestrator.errors import MissingArtifact
+from orchestrator.stages import EvidenceSpec
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.evidence import BlockScorer, read_evidence
 from orchestrator.stages.evidence import build as build_evidence_block

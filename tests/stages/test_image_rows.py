@@ -15,15 +15,15 @@ from PIL import Image
 
 from air_core.classifiers import text_classifier
 from air_core.datasets import get_dataset
-from air_core.diffusion.loading import load_generator
-from air_core.specs import FolderImages, Ref, SyntheticFeaturesSpec
+from air_core.diffusion.folder import FolderGenerator
+from air_core.specs import Ref
 from air_core.types import Batch
 from orchestrator.errors import DamagedArtifact
 from orchestrator.planning import Resolver
+from orchestrator.stages import FolderImages, SyntheticFeaturesSpec
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.dataset_text import UnusedImages, unused_images
 from orchestrator.stages.features import build as build_features
-from orchestrator.stages.images import build as build_image_block
 from orchestrator.stages.inputs import images_folder
 from orchestrator.stages.pictures import (
     GAP_PX,
@@ -33,6 +33,7 @@ from orchestrator.stages.pictures import (
     TILE_PX,
     contact_sheet,
 )
+from orchestrator.stages.synthetic import build as build_image_block
 from orchestrator.store import ArtifactStore
 from orchestrator.store.rows import DEATHS
 from tests.helpers.dataset_trees import draw
@@ -46,7 +47,7 @@ def row_of(folder: str) -> SyntheticFeaturesSpec:
 
 
 def generator_of(spec: SyntheticFeaturesSpec):
-    return load_generator(spec.images, images_folder(spec.images.model.name), None, "cpu")
+    return FolderGenerator(images_folder(spec.images.model.name), spec.images.classnames, 32)
 
 
 @pytest.fixture

@@ -13,10 +13,11 @@ from air_core.classifiers import text_classifier
 from air_core.datasets import get_dataset
 from air_core.lora_labels import lora_images
 from air_core.pseudo_labels.top_k import balanced_choice
-from air_core.specs import InitialLabelsSettings, LabelsSpec, TrialSpec
+from air_core.specs import InitialLabelsSettings
 from air_core.types import Batch, Split
 from orchestrator.planning import Resolver
 from orchestrator.spec import presets
+from orchestrator.stages import LabelsSpec, TrialSpec
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.features import build as build_features
 from orchestrator.stages.features import read_target

@@ -16,7 +16,7 @@ from transformers import CLIPModel
 
 from air_core.backbone.loading import load_backbone
 from air_core.datasets import get_dataset
-from air_core.specs import Ref, TrialSpec
+from air_core.specs import Ref
 from orchestrator.keys import artifact_key
 from orchestrator.planning import Resolver
 from orchestrator.planning.resolve import InvalidSetting
@@ -24,10 +24,11 @@ from orchestrator.plugins import read_plugin, use_plugins
 from orchestrator.reporting.bundles import export
 from orchestrator.reporting.selection import SelectedTrial
 from orchestrator.spec import cells_of, load_sweep
+from orchestrator.stages import TrialSpec
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.features import build as build_features
 from orchestrator.stages.side_by_side import run_trials
-from orchestrator.stages.trial import run_trial
+from orchestrator.stages.trial_run import run_trial
 from orchestrator.store import ArtifactStore, TrialRecord
 from tests.helpers.plugins import NOISE, TIP_ADAPTER, saved_clip, saved_dataset
 from tests.helpers.sweeps import write_sweep

@@ -19,14 +19,14 @@ import numpy as np
 import pytest
 
 from air_core import side_by_side as core
-from air_core.specs import TrialSpec
 from air_core.specs.normal import normalised
 from orchestrator.errors import MissingArtifact, OutOfTime
-from orchestrator.stages import trial as trial_stage
+from orchestrator.stages import TrialSpec
+from orchestrator.stages import trial_run as trial_stage
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.features import build as build_features
 from orchestrator.stages.side_by_side import run_trials, side_by_side
-from orchestrator.stages.trial import run_trial
+from orchestrator.stages.trial_run import run_trial
 from orchestrator.store import ArtifactStore, TrialRecord
 from tests.helpers.features import encode
 

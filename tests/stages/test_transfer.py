@@ -18,7 +18,7 @@ from orchestrator.spec.sweep import Seeds
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.features import build as build_features
 from orchestrator.stages.features import read_target
-from orchestrator.stages.trial import run_trial
+from orchestrator.stages.trial_run import run_trial
 from orchestrator.store import ArtifactStore, EventLog
 
 QUICK = {

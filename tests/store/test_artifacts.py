@@ -20,10 +20,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from air_core.specs import FeaturesSpec, Ref
+from air_core.specs import Ref
 from orchestrator.errors import DamagedArtifact, StoreRefused, SweepBusy
 from orchestrator.files import file_digest
 from orchestrator.keys import artifact_key
+from orchestrator.stages import FeaturesSpec
 from orchestrator.store import ArtifactStore, EventLog, open_store
 from tests.helpers.sweeps import TIMEOUT, python
 
@@ -34,7 +35,8 @@ OTHER = replace(SPEC, backbone=Ref(name="large", digest="l"))
 SLOW = """
 import sys
 from pathlib import Path
-from air_core.specs import FeaturesSpec, Ref
+from orchestrator.stages import FeaturesSpec
+from air_core.specs import Ref
 from orchestrator.store import ArtifactStore
 
 def build(folder):

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from air_core.seal import BLANK, sealed
-from air_core.specs import FeaturesSpec, FolderImages, Ref
+from air_core.specs import Ref
 from orchestrator.errors import MissingArtifact, StoreRefused, SweepBusy
 from orchestrator.keys import artifact_key
+from orchestrator.stages import FeaturesSpec, FolderImages
 from orchestrator.store import ArtifactStore, EventLog
 from orchestrator.store._leases import LOCK_SECONDS
 from orchestrator.store.backends import RECORD

@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 
 from air_core.seal import sealed_json
-from air_core.specs import FeaturesSpec, Ref
+from air_core.specs import Ref
 from orchestrator.errors import BucketUnreachable, MissingArtifact, Refused, StoreRefused, SweepBusy
 from orchestrator.keys import artifact_key
 from orchestrator.planning.requests import SweepRequest, location_for
 from orchestrator.spec import load_sweep
+from orchestrator.stages import FeaturesSpec
 from orchestrator.store import ArtifactStore, open_store
 from orchestrator.store._leases import LOCK_SECONDS, Lease
 from orchestrator.store.backends import stored_name

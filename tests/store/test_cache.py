@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from air_core.seal import BLANK, sealed, sealed_json
-from air_core.specs import SyntheticFeaturesSpec
 from orchestrator.errors import StoreRefused
 from orchestrator.planning import plan_of, resolver_of
 from orchestrator.planning.plan import plan_sweep
 from orchestrator.reporting.screens import status_report
 from orchestrator.spec import load_sweep
+from orchestrator.stages import SyntheticFeaturesSpec
 from orchestrator.store import ArtifactStore, SweepLocation
 from orchestrator.store.inventory import take_inventory
 from orchestrator.store.records import PREDICTIONS

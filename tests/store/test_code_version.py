@@ -14,10 +14,18 @@ from pathlib import Path
 import pytest
 
 from air_core.datasets import DATASETS
-from air_core.specs import reader_of
 from orchestrator.keys import artifact_key
-from orchestrator.store.code_version import COMPONENTS, PARTS, RECORDED, modules_of, part_version
+from orchestrator.stages import STAGES
+from orchestrator.stages.trial import reader_of
+from orchestrator.store.code_version import (
+    COMPONENTS,
+    RECORDED,
+    modules_of,
+    modules_version,
+    part_version,
+)
 
+PARTS = {name: spec.modules for name, spec in STAGES.items()}
 ROOT = Path(__file__).parents[2]
 READERS = sorted({reader_of(name) for name in DATASETS} | {reader_of("folder:x")})
 # Modules that do not affect results, or whose effect is in the key.
@@ -48,7 +56,8 @@ def test_golden_every_version_is_that_of_its_recipe():
     """Fails when the code of a stage has changed. If results may differ, increase `recipe` of its
     spec (for a dataset, that of features), so that its artifacts get new keys; then, or if results
     are the same, `make golden` records the version."""
-    now = {part: part_version(part) for part in (*PARTS, *COMPONENTS, *READERS)}
+    now = {part: modules_version(modules) for part, modules in PARTS.items()}
+    now |= {part: part_version(part) for part in (*COMPONENTS, *READERS)}
     if os.environ.get("AIRSWEEP_UPDATE_GOLDEN"):
         RECORDED.write_text(json.dumps(now, indent=1, sort_keys=True) + "\n")
     assert json.loads(RECORDED.read_text()) == now
@@ -56,7 +65,7 @@ def test_golden_every_version_is_that_of_its_recipe():
 
 @pytest.mark.parametrize("part", [*PARTS, *COMPONENTS, *READERS])
 def test_modules_imported_by_a_part_belong_to_it_or_are_exempt(part):
-    modules = modules_of(part)
+    modules = PARTS.get(part) or modules_of(part)
     others = () if part in PARTS else PARTS[read_with(part)]
     counted = {*modules, *others, *NOT_COUNTED}
     for module in modules:
@@ -79,8 +88,10 @@ EDITED = (
     "family:FluxPipeline",
 )
 COMMAND = f"""
-from orchestrator.store.code_version import part_version
-print(*map(part_version, {EDITED}))
+from orchestrator.stages import STAGES
+from orchestrator.store.code_version import modules_version, part_version
+for part in {EDITED}:
+    print(modules_version(STAGES[part].modules) if part in STAGES else part_version(part))
 """
 EDITS = [
     # file, old, new, which of EDITED change
@@ -136,8 +147,7 @@ def test_an_edit_changes_the_parts_that_contain_its_module(copy, file, old, new,
 def test_renaming_a_module_changes_no_version(copy, tmp_path):
     renamed = shutil.copytree(copy, tmp_path / "renamed")
     (renamed / "air_core" / "training.py").rename(renamed / "air_core" / "fitting.py")
-    parts = renamed / "orchestrator" / "store" / "code_version.py"
-    for file in (*renamed.rglob("air_core/**/*.py"), parts):
+    for file in (*renamed.rglob("air_core/**/*.py"), *renamed.rglob("orchestrator/stages/*.py")):
         file.write_text(file.read_text().replace("air_core.training", "air_core.fitting"))
     assert versions(renamed) == versions(copy)
 
@@ -146,12 +156,12 @@ def test_a_changed_version_changes_the_keys_of_its_stage_and_later_stages(trial)
     """Trials change alone; a LoRA also changes the images and trials that use it."""
     spec = trial("air")
     keys = _keys(spec)
-    edited = _keys(replace(spec, code=(("trials", "0" * 12),)))
+    edited = _keys(replace(spec, versions=(("trials", "0" * 12),)))
     assert {name for name in keys if keys[name] != edited[name]} == {"trials"}
     lora = (("lora", "0" * 12),)
-    edited = _keys(replace(spec, code=lora))
+    edited = _keys(replace(spec, versions=lora))
     assert {name for name in keys if keys[name] != edited[name]} == {"lora", "images", "trials"}
-    assert artifact_key(trial("fpl")) == artifact_key(replace(trial("fpl"), code=lora))
+    assert artifact_key(trial("fpl")) == artifact_key(replace(trial("fpl"), versions=lora))
 
 
 def _keys(spec):

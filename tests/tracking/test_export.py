@@ -21,9 +21,8 @@ from orchestrator.planning.plan import plan_sweep
 from orchestrator.reporting.results import results_of
 from orchestrator.spec import SweepSpec, load_sweep
 from orchestrator.stages.context import WorkerContext
-from orchestrator.stages.images import build as build_image_block
-from orchestrator.stages.images import open_generator
-from orchestrator.stages.trial import run_trial
+from orchestrator.stages.synthetic import build as build_image_block
+from orchestrator.stages.trial_run import run_trial
 from orchestrator.store import ArtifactStore, SweepLocation, read_trial
 from orchestrator.tracking import Publisher
 from orchestrator.tracking import export as export_module
@@ -81,7 +80,7 @@ def ended(
     )
     worker, generators = WorkerContext(store), {}
     for c, block in row.shards():
-        opened = lambda: generators.setdefault("one", open_generator(row.spec.images, worker))  # noqa: E731
+        opened = lambda: generators.setdefault("one", row.spec.images.open(worker))  # noqa: E731
         build_image_block(row.spec, c, block, worker, opened)
     names = {"AIRSWEEP_USER": "ada", "AIRSWEEP_COMMIT": "0123abc", "AIRSWEEP_DIRTY": "feed"}
     event_log.append("sweep_started", spec="s", total=6, to_run=6, pid=1, **MADE)
