@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import grp
 import hashlib
 import os
 import pwd
 import stat
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
 
 Stamp = tuple[int, int, int]  # size, modification time in ns, inode
 
@@ -61,34 +59,19 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def write_new(path: Path, content: str) -> None:
-    """Write a new file atomically and durably.
+    """Write a new file of the user.
 
     Raises:
         FileExistsError: the file exists.
     """
-    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
-    try:
-        write_atomic(temporary, content)
-        _link(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _link(temporary: Path, path: Path) -> None:
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        raise
-    except OSError:  # some file systems have no hard links
-        if path.exists():
-            raise FileExistsError(path) from None
-        os.rename(temporary, path)
+    with open(path, "x") as handle:
+        handle.write(content)
 
 
 def file_digest(path: Path) -> str:
     """The blake2b digest of a file's content."""
     with open(path, "rb") as handle:
-        return content_digest(handle)
+        return hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=20)).hexdigest()
 
 
 def write_atomic_unsynced(path: Path, data: bytes) -> None:
@@ -114,37 +97,27 @@ def temporary_for(path: Path) -> Iterator[Path]:
         raise
 
 
-def content_digest(handle: BinaryIO) -> str:
-    """The blake2b digest of the rest of an open file."""
-    return hashlib.file_digest(
-        handle,  # type: ignore[arg-type]
-        lambda: hashlib.blake2b(digest_size=20),
-    ).hexdigest()
-
-
 def permission_message(path: Path) -> str:
     """The message for a PermissionError: owner, group, mode, and how to get access."""
     existing = next(entry for entry in (path, *path.parents) if os.path.exists(entry))
     if os.statvfs(existing).f_flag & os.ST_RDONLY:
         return f"the file system of {path} is read-only; choose another folder"
-    status = existing.stat()
-    user = _account_name(pwd.getpwuid, os.geteuid())
-    owner = _account_name(pwd.getpwuid, status.st_uid)
-    group = _account_name(grp.getgrgid, status.st_gid)
+    user = _account_name(lambda: pwd.getpwuid(os.geteuid()).pw_name)
+    owner, group = _account_name(existing.owner), _account_name(existing.group)
     verb = "write" if os.access(existing, os.R_OK, effective_ids=True) else "read"
     relation = ", which" if existing == path else f": {existing}"
     return (
         f"{user} may not {verb} {path}{relation} belongs to {owner}, group {group}, "
-        f"{stat.filemode(status.st_mode)}; change the permissions (docs/storage.md explains shared "
-        "stores) or choose another folder"
+        f"{stat.filemode(existing.stat().st_mode)}; change the permissions (docs/storage.md "
+        "explains shared stores) or choose another folder"
     )
 
 
-def _account_name(entry_of: Callable[[int], Sequence[Any]], number: int) -> str:
+def _account_name(name: Callable[[], str]) -> str:
     try:
-        return str(entry_of(number)[0])
+        return name()
     except KeyError:  # containers often have no entry for their user
-        return str(number)
+        return "an account without a name"
 
 
 def is_flocked(file: Path) -> bool:

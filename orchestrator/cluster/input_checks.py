@@ -8,11 +8,12 @@ part's configuration and the header of each weights file are read.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,7 +29,6 @@ from air_core.models.families import check_denoiser
 from air_core.models.weights import (
     CLIP_CONFIG,
     PIPELINE_CONFIG,
-    SUFFIXES,
     find_backbone,
     generator_files,
     generator_folder,
@@ -42,7 +42,6 @@ from orchestrator.formatting import plural
 SHOWN = 3  # unreadable files and duplicates to list
 CLASSES_SHOWN = 5
 THREADS = 4
-ADVICE = "            look at them; of equal ones remove one"
 DETAILED_PX = 48  # smaller images of a class look alike, so near duplicates mean nothing
 CHUNK = 1024  # images given to the threads at once
 ProgressWrapper = Callable[[Iterable[Any], int], Iterable[Any]]
@@ -73,15 +72,15 @@ def check_dataset(
     """
     dataset = get_dataset(name)
     examples = dataset.load(root)
-    skipped = skipped_lines(dataset.skipped(), dataset.source)
     names, counts = np.unique(examples.parts, return_counts=True)
     parts = dict(zip(names.tolist(), counts.tolist(), strict=True))
     looks = list(with_progress(_looks(examples), len(examples.images)))
-    unreadable = [printable(look.problem) for look in looks if look.problem]
+    unreadable = [printable(problem) for problem, _, _ in looks if problem]
     exact, near = _duplicates(examples, looks)
     each_part = (f"{part} {parts[part]:,}" for part in PARTS if part in parts)
     classnames = ", ".join(dataset.classnames[:CLASSES_SHOWN])
     more = len(dataset.classnames) - CLASSES_SHOWN
+    skipped = enumerate(skipped_lines(dataset.skipped(), dataset.source))
     lines = [
         f"{dataset.name}: {len(examples.parts):,} images of {len(dataset.classnames)} classes",
         f"classes     {printable(classnames)}{f' and {more} more' if more > 0 else ''}",
@@ -89,81 +88,71 @@ def check_dataset(
         f"parts       {'   '.join(each_part)}",
         f"unreadable  {len(unreadable):,}",
         *(f"            {problem}" for problem in unreadable[:SHOWN]),
-        *(f"{'' if i else 'skipped':<12}{line}" for i, line in enumerate(skipped)),
-        *_pair_lines("exact", "images with equal pixels", exact),
-        *_pair_lines("near", "images that look alike", near),
+        *(f"{'' if i else 'skipped':<12}{line}" for i, line in skipped),
+        *_pair_lines("exact       {} of images with equal pixels", " = ", exact),
+        *_pair_lines("near        {} of images that look alike", " ~ ", near),
     ]
+    if near:
+        lines.append("            look at them; of equal ones remove one")
     if exact and "free" in parts:
         lines.append("            split_seed can put one image of a pair into train, one into test")
     return lines, next(_differences(dataset, examples, parts, unreadable, exact), None)
 
 
 PARTS = ("train", "val", "test", "free")
+# Of an image: why it is unreadable, a digest of its pixels, and its difference hash; zeros are
+# compared with nothing.
+Look = tuple[str, bytes, bytes]
+NO_HASH = bytes(32)
 
 
-@dataclass(frozen=True)
-class _Look:
-    """What was seen of one image."""
-
-    problem: str | None  # why it is unreadable
-    digest: bytes = b""
-    bits: bytes = bytes(32)  # of the difference hash; zeros are compared with nothing
-
-
-def _looks(examples: Examples) -> Iterator[_Look]:
+def _looks(examples: Examples) -> Iterator[Look]:
     """Open each image, in order."""
     with ThreadPoolExecutor(THREADS) as threads:
         positions = range(len(examples.images))
         for start in positions[::CHUNK]:
-            yield from threads.map(
-                lambda index: _look(examples, index), positions[start : start + CHUNK]
-            )
+            yield from threads.map(partial(_look, examples), positions[start : start + CHUNK])
 
 
-def _look(examples: Examples, index: int) -> _Look:
+def _look(examples: Examples, index: int) -> Look:
     try:
         image = examples.images[index]
     except Unreadable as problem:
-        return _Look(str(problem))
+        return str(problem), b"", NO_HASH
     except OSError as problem:
-        return _Look(f"{problem.filename} cannot be read: {problem.strerror}")
-    digest = pixel_digest(image)
-    if min(image.size) < DETAILED_PX:
-        return _Look(None, digest)
-    return _Look(None, digest, np.packbits(difference_hash(image)).tobytes())
+        return f"{problem.filename} cannot be read: {problem.strerror}", b"", NO_HASH
+    is_detailed = min(image.size) >= DETAILED_PX
+    bits = np.packbits(difference_hash(image)).tobytes() if is_detailed else NO_HASH
+    return "", pixel_digest(image), bits
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """Two images that are equal or look alike."""
+class _Pair(NamedTuple):
+    """Two images that are equal or look alike; sorted, the worst pair is the first."""
 
+    one_side: bool  # none of them, or both, are test images
+    one_class: bool  # or an unknown one
     names: tuple[str, str]
-    in_test: bool  # one is a test image, the other is not
-    two_classes: bool
 
 
-def _duplicates(examples: Examples, looks: Sequence[_Look]) -> tuple[list[_Pair], list[_Pair]]:
-    """Exact and near duplicates among the readable images, the worst pairs first."""
-    seen = [i for i, look in enumerate(looks) if look.problem is None]
-    exact = [(seen[i], seen[j]) for i, j in exact_pairs([looks[i].digest for i in seen])]
+def _duplicates(examples: Examples, looks: Sequence[Look]) -> tuple[list[_Pair], list[_Pair]]:
+    """Exact and near duplicates among the readable images."""
+    seen = [i for i, (problem, _, _) in enumerate(looks) if not problem]
+    exact = [(seen[i], seen[j]) for i, j in exact_pairs([looks[i][1] for i in seen])]
     repeated = {j for _, j in exact}
     firsts = [i for i in seen if i not in repeated]
-    hashes = np.frombuffer(b"".join(looks[i].bits for i in firsts), np.uint8).reshape(-1, 32)
+    hashes = np.frombuffer(b"".join(looks[i][2] for i in firsts), np.uint8).reshape(-1, 32)
     near = [(firsts[i], firsts[j]) for i, j in near_pairs(hashes)]
-    return _pairs(examples, exact), _pairs(examples, near)
 
+    def pair(i: int, j: int) -> _Pair:
+        one_side = (examples.parts[i] == "test") == (examples.parts[j] == "test")
+        labels = {int(examples.labels[i]), int(examples.labels[j])}
+        one_class = len(labels) == 1 or UNKNOWN in labels
+        return _Pair(one_side, one_class, (_image_name(examples, i), _image_name(examples, j)))
 
-def _pairs(examples: Examples, positions: Sequence[tuple[int, int]]) -> list[_Pair]:
-    labels, tests = examples.labels, examples.parts == "test"
-    found = [
-        _Pair(
-            (_image_name(examples, i), _image_name(examples, j)),
-            bool(tests[i] != tests[j]),
-            bool(labels[i] != labels[j] and UNKNOWN not in labels[[i, j]]),
-        )
-        for i, j in positions
-    ]
-    return sorted(found, key=lambda pair: (not pair.in_test, not pair.two_classes))
+    def worst_first(pairs: Sequence[tuple[int, int]]) -> list[_Pair]:
+        return sorted(itertools.starmap(pair, pairs), key=lambda pair: pair[:2])
+
+    return worst_first(exact), worst_first(near)
 
 
 def _image_name(examples: Examples, index: int) -> str:
@@ -172,17 +161,15 @@ def _image_name(examples: Examples, index: int) -> str:
     return f"image {index}"
 
 
-def _pair_lines(kind: str, described: str, pairs: Sequence[_Pair]) -> list[str]:
+def _pair_lines(title: str, sign: str, pairs: Sequence[_Pair]) -> list[str]:
     if not pairs:
         return []
-    two_classes = sum(pair.two_classes for pair in pairs)
-    in_test = sum(pair.in_test for pair in pairs)
-    sign, advice = (" ~ ", [ADVICE]) if kind == "near" else (" = ", [])
+    two_classes = sum(not pair.one_class for pair in pairs)
+    in_test = sum(not pair.one_side for pair in pairs)
     return [
-        f"{kind:<11} {plural(len(pairs), 'pair')} of {described}: {two_classes:,} in two classes, "
+        f"{title.format(plural(len(pairs), 'pair'))}: {two_classes:,} in two classes, "
         f"{in_test:,} in train and test",
         *(f"            {printable(sign.join(pair.names))}" for pair in pairs[:SHOWN]),
-        *advice,
     ]
 
 
@@ -213,7 +200,7 @@ def _differences(
     share = 0 if published else BAD_SHARE
     if problem := too_many_unreadable(name, unreadable, len(examples.parts), share):
         yield problem
-    leaks = sum(pair.in_test for pair in exact)
+    leaks = sum(not pair.one_side for pair in exact)
     if leaks and name.startswith(PREFIX) and not permits_duplicates(Path(dataset.source)):
         yield leak_message(Path(dataset.source), leaks, exact[0].names)
 
@@ -235,28 +222,21 @@ def check_model(model: str, name: str = "") -> list[str]:
         ValueError: the model is unknown, incomplete, cannot be read, or is not the expected one.
     """
     folder = local_path(model)
-    if not folder.exists():
-        if "@" in model or model == "tiny" or named_model(model) is not None:
-            return _check_backbone(name, model)
-        if "/" not in model:
-            raise ValueError(
-                f"unknown dataset or model {model!r}; datasets: "
-                f"{', '.join(sorted(components.DATASETS))}, or folder:PATH; a model is written as "
-                "in a sweep file"
-            )
-        return _check_generator(name, model)
-    if (folder / PIPELINE_CONFIG).is_file():
-        return _check_generator(name, model)
-    if (folder / CLIP_CONFIG).is_file():
+    is_backbone = "@" in model or model == "tiny" or named_model(model) is not None
+    if (folder / CLIP_CONFIG).is_file() or (is_backbone and not folder.exists()):
         return _check_backbone(name, model)
-    files = [folder] if folder.is_file() else sorted(folder.iterdir())
-    weights = [file for file in files if file.suffix in SUFFIXES]
-    hint = f"for a folder of images, write folder:{model}"
-    if weights:
-        hint = f"for a file of CLIP weights, write <architecture>@{weights[0]}"
+    if (folder / PIPELINE_CONFIG).is_file() or ("/" in model and not folder.exists()):
+        return _check_generator(name, model)
+    if not folder.exists():
+        raise ValueError(
+            f"unknown dataset or model {model!r}; datasets: "
+            f"{', '.join(sorted(components.DATASETS))}, or folder:PATH; a model is written as in a "
+            "sweep file"
+        )
     raise ValueError(
         f"{folder} is not a model: it has neither {PIPELINE_CONFIG} (a diffusers folder) nor "
-        f"{CLIP_CONFIG} (an open_clip folder); {hint}"
+        f"{CLIP_CONFIG} (an open_clip folder); for a folder of images, write folder:{model}; for a "
+        f"file of CLIP weights, write <architecture>@{model}"
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,6 @@ from orchestrator.store import is_bucket, store_folder, user_name
 from orchestrator.store.buckets import parse
 from orchestrator.tracking_uri import uri_kind
 
-LIMIT = 100 << 20  # bytes; Ray refuses a larger working directory
 # Seconds from SIGTERM to SIGKILL, 3 by default: the driver needs time to close the event log and
 # the tracker. The variable of a job overrides that of the head.
 STOP_WAIT = {"RAY_JOB_STOP_WAIT_TIME_S": "60"}
@@ -58,21 +57,11 @@ def pack(request: SweepRequest, folder: Path, code: bool) -> str:
         Path of the sweep file in the package.
 
     Raises:
-        Refused: the package is larger than a cluster accepts.
+        Refused: a plugin lies outside of the folder of the sweep file.
     """
-    files = {file.relative_to(ROOT): file for file in _code_files()} if code else {}
-    sizes = {name: file.stat().st_size / 2**20 for name, file in files.items()}
-    if sum(sizes.values()) > LIMIT / 2**20:
-        largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
-        raise Refused(
-            f"the code has {sum(sizes.values()):.0f} MB, but a cluster accepts {LIMIT >> 20} MB; "
-            f"largest: {', '.join(f'{name} {sizes[name]:.0f} MB' for name in largest)}; move other "
-            f"files out of {' and '.join(PACKAGES)}, or give --code installed if airsweep is "
-            "installed on the cluster"
-        )
-    for name, file in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, folder / name)
+    for package in PACKAGES if code else ():
+        ignored = shutil.ignore_patterns(".*", "__pycache__")
+        shutil.copytree(ROOT / package, folder / package, ignore=ignored)
     if code and (diff := uncommitted_diff()):
         (folder / SENT_DIFF).write_bytes(diff)
     spec = f"sweeps/{Path(request.spec.source).name}"
@@ -89,14 +78,6 @@ def pack(request: SweepRequest, folder: Path, code: bool) -> str:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(plugin.text.encode())
     return spec
-
-
-def _code_files() -> Iterator[Path]:
-    for package in PACKAGES:
-        for path in (ROOT / package).rglob("*"):
-            parts = path.relative_to(ROOT).parts
-            if path.is_file() and not any(part.startswith((".", "__pycache__")) for part in parts):
-                yield path
 
 
 # ---------------------------------------------------------------- paths
@@ -177,15 +158,11 @@ def path_in_name(key: str, name: str) -> str | None:
     >>> path_in_name("backbone", "ViT-B-32/openai"), path_in_name("generator", "./sd15")
     (None, './sd15')
     """
-    if name.startswith("folder:"):
-        return name.removeprefix("folder:")
-    if key.endswith("dataset"):
-        return None
-    before, file = split_name(name)
-    if key == "backbone" and before:
-        return file
+    before, path = split_name(name)
+    if before == "folder:" or (before and key == "backbone"):
+        return path
     is_path = name.startswith((".", "~", "/")) or name.count("/") > 1 or os.path.isdir(name)
-    return name if is_path and name != "tiny" else None
+    return name if is_path and name != "tiny" and not key.endswith("dataset") else None
 
 
 # ---------------------------------------------------------------- variables
