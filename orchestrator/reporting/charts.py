@@ -10,13 +10,14 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from orchestrator.formatting import format_percent
-from orchestrator.reporting._statistics import Array, Verdict
+from orchestrator.reporting._statistics import Array, Interval, Verdict
 from orchestrator.reporting.comparisons import Results
 from orchestrator.reporting.rows import (
     Row,
@@ -39,21 +40,13 @@ WIDTH = 4.4  # of a chart in a report, in inches of 96 px
 WIDE = 7.0  # of a chart in a note: the largest width that MLflow shows without scaling
 LINE = 0.21  # height of a line of `dots`
 DPI = 100  # of a chart in a note
-# Okabe and Ito's palette for colour-blind readers, without its yellow.
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-MARKERS = "osD^vPX"
-DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
-INK, FAINT = "#1b1f24", "#6a737d"
-VERDICT_COLORS: dict[Verdict | None, str] = {
-    None: COLORS[0],
-    "higher": COLORS[2],
-    "lower": COLORS[1],
-    "not significant": FAINT,
-    "not tested": FAINT,
-}
+STYLE = Path(__file__).with_name("templates") / "charts.mplstyle"
+BLUE, ORANGE, GREEN, INK, FAINT = "#0072b2", "#d55e00", "#009e73", "#1b1f24", "#6a737d"
+VERDICT_COLORS: dict[Verdict | None, str] = {None: BLUE, "higher": GREEN, "lower": ORANGE}
+VERDICT_COLORS |= {"not significant": FAINT, "not tested": FAINT}
 
 MIN_SPAN = 5.0  # smallest range of an axis in percent, in points
-MAX_CURVES = len(COLORS)  # per chart; more cannot be distinguished
+MAX_CURVES = 7  # per chart: one per colour of the style
 MAX_HEADING = 40  # characters
 MAX_DOTS = 24  # per chart in a note; a report shows more
 MAX_SETTINGS = 4  # with a chart in a note
@@ -67,56 +60,27 @@ PSEUDO = {
 # More values on the line of a row.
 FUSED, BEST, CHANCE = "fused classifier", "best classifier", "chance"
 POINTS: dict[str, dict[str, Any]] = {
-    FUSED: {"marker": "o", "color": COLORS[0], "markerfacecolor": "white", "markersize": 4.5},
-    BEST: {"marker": "*", "color": COLORS[1], "markersize": 10},
+    FUSED: {"marker": "o", "color": BLUE, "markerfacecolor": "white", "markersize": 4.5},
+    BEST: {"marker": "*", "color": ORANGE, "markersize": 10},
     CHANCE: {"marker": "|", "color": FAINT, "markersize": 72 * LINE},
 }
 
-STYLE: Any = {
-    "font.family": ["DejaVu Sans"],
-    "font.size": 8,
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 8.5,
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e3e6ea",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "legend.fontsize": 7.5,
-    "lines.linewidth": 1.4,
-    "lines.markersize": 3.5,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "airsweep",
-}
 
-
-@dataclass(frozen=True, kw_only=True)
-class Series:
+class Series(NamedTuple):
     """One curve with its band."""
 
     label: str
     x: Sequence[float]
-    y: Sequence[float]
-    low: Sequence[float]  # lower edge of the band
-    high: Sequence[float]  # upper edge
+    values: Array  # (3, X): the curve, lower and upper edge of the band
 
 
-@dataclass(frozen=True, kw_only=True)
-class Dot:
+class Dot(NamedTuple):
     """A value with its interval."""
 
     label: str
-    value: float
-    low: float
-    high: float
+    interval: Interval
     verdict: Verdict | None = None  # of a difference; without a test it has no interval
-    others: Mapping[str, float | None] = field(default_factory=dict)  # more values; see `POINTS`
+    others: Mapping[str, float | None] = MappingProxyType({})  # more values; see `POINTS`
 
 
 # ---------------------------------------------------------------- kinds of charts
@@ -124,26 +88,25 @@ class Dot:
 
 def svg(figure: Figure) -> str:
     """The figure as an <svg> element."""
-    buffer = io.StringIO()
-    with _style():
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
+    text = _saved(figure, format="svg", metadata={"Date": None, "Creator": None}).decode()
     return text[text.index("<svg") :]
 
 
 def png(figure: Figure) -> bytes:
+    return _saved(figure, format="png", dpi=DPI, metadata={"Software": None})
+
+
+def _saved(figure: Figure, **options: Any) -> bytes:
     buffer = io.BytesIO()
     with _style():
-        figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+        figure.savefig(buffer, **options)
     return buffer.getvalue()
 
 
 def _style() -> Any:
     import matplotlib
-    from cycler import cycler
 
-    cycle = cycler(color=COLORS, marker=list(MARKERS), linestyle=DASHES)
-    return matplotlib.rc_context({**STYLE, "axes.prop_cycle": cycle})
+    return matplotlib.rc_context(fname=STYLE)
 
 
 @contextmanager
@@ -161,8 +124,8 @@ def curves(
     ylabel: str,
     *,
     title: str = "",
-    level: Mapping[str, float] | None = None,
-    chance: Mapping[str, float] | None = None,
+    level: Mapping[str, float] = MappingProxyType({}),
+    chance: Mapping[str, float] = MappingProxyType({}),
     joined: bool = True,
     log: bool = False,
     width: float = WIDTH,
@@ -180,18 +143,20 @@ def curves(
 
     with _drawing(width, 2.6 if width == WIDTH else 3.6) as (figure, axes):
         for curve in series:
-            x = np.asarray(curve.x, dtype=float)
-            [line] = axes.plot(x, 100 * np.asarray(curve.y), label=curve.label)
-            if not joined:
-                line.set_linestyle("none")
+            y, low, high = 100 * curve.values
+            [line] = axes.plot(curve.x, y, label=curve.label)
+            if joined:
+                axes.fill_between(
+                    curve.x, low, high, color=line.get_color(), alpha=0.15, linewidth=0
+                )
             else:
-                low, high = (100 * np.asarray(side) for side in (curve.low, curve.high))
-                axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+                line.set_linestyle("none")
         line_style: dict[str, Any] = {"color": FAINT, "linewidth": 1, "linestyle": (0, (2, 2))}
-        for name, value in (level or {}).items():
+        small: dict[str, Any] = {"fontsize": 7, "color": FAINT}
+        for name, value in level.items():
             axes.axhline(100 * value, marker="", **line_style)
-            style = {"ha": "right", "va": "bottom", "fontsize": 7, "color": FAINT}
-            axes.text(1, 100 * value, name, style, transform=axes.get_yaxis_transform())
+            end = {**small, "ha": "right", "va": "bottom"}
+            axes.text(1, 100 * value, name, end, transform=axes.get_yaxis_transform())
         ticks = sorted({float(x) for curve in series for x in curve.x})
         if log:
             axes.set_xscale("log")
@@ -202,13 +167,12 @@ def curves(
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         _limit_axis(axes)
         axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
-        axes.set_title(", ".join(chance or {}), {"fontsize": 7, "color": FAINT}, loc="right")
-        for value in (chance or {}).values():
+        axes.set_title(", ".join(chance), small, loc="right")
+        for value in chance.values():
             axes.axhline(100 * value, marker="", **line_style)
         if len(series) > 1 or series[0].label:
             longest = max(len(curve.label) for curve in series)
-            columns = max(1, int(13 * width / (7 + longest)))
-            columns = min(columns, len(series))
+            columns = min(max(1, int(13 * width / (7 + longest))), len(series))
             figure.legend(loc="outside lower center", ncols=columns, handlelength=2.4)
     return figure
 
@@ -235,9 +199,8 @@ def dots(
         value: name of the values in the legend. Empty: differences, with a line at 0, no legend.
         most: largest number of lines, including headings.
     """
-    lines: list[str | Dot] = []
-    for heading, group in groups.items():
-        lines += [heading, *group]
+    # Headings and dots.
+    lines: list[Any] = [line for heading, group in groups.items() for line in (heading, *group)]
     title = f"the first {most} of {len(lines)}" if len(lines) > most else ""
     lines = lines[:most]
     legend = 0.4 if value else 0.0
@@ -247,9 +210,10 @@ def dots(
         for index, dot in enumerate(lines):
             if isinstance(dot, str):
                 continue
-            sides = [[100 * (dot.value - dot.low)], [100 * (dot.high - dot.value)]]
+            middle = dot.interval.mean
+            sides = [[100 * (middle - dot.interval.low)], [100 * (dot.interval.high - middle)]]
             axes.errorbar(
-                100 * dot.value,
+                100 * middle,
                 index,
                 xerr=None if dot.verdict == "not tested" else sides,
                 fmt="o",
@@ -271,18 +235,14 @@ def dots(
         if value:
             handles, names = axes.get_legend_handles_labels()
             by_name = dict(zip(names, handles, strict=True))
-            shown = [name for name in (value, *POINTS) if name in by_name]
+            shown = {name: by_name[name] for name in (value, *POINTS) if name in by_name}
             place: dict[str, Any] = {"loc": "outside lower center", "ncols": 2, "labelspacing": 1}
-            figure.legend([by_name[name] for name in shown], shown, **place)
+            figure.legend([*shown.values()], [*shown], **place)
     return figure
 
 
 def heatmap(
-    counts: Array,
-    names: Sequence[str],
-    *,
-    title: str = "",
-    width: float = WIDTH,
+    counts: Array, names: Sequence[str], *, title: str = "", width: float = WIDTH
 ) -> Figure:
     """A confusion matrix, shaded by share of the true class.
 
@@ -332,16 +292,15 @@ def accuracy(results: Results, *, most: int = 150, width: float = WIDTH) -> Figu
     groups: dict[str, list[Dot]] = {}
     order = results.tasks.index
     for row in sorted(results.tested, key=lambda r: (order(r.task), is_bound(r.method), -r.mean)):
-        label = shorten(row_text(row, results.varied_settings), 40 if width == WIDTH else 60)
         best = results.best_of(row)
         others = {
             FUSED: row.average("test/accuracy_fused"),
             BEST: best.test.mean if best and best.test else None,
             CHANCE: results.chance(row),
         }
-        groups.setdefault("bounds, " * is_bound(row.method) + _heading(row.task), []).append(
-            Dot(label=label, value=row.mean, low=row.low, high=row.high, others=others)
-        )
+        label = shorten(row_text(row, results.varied_settings), 40 if width == WIDTH else 60)
+        heading = "bounds, " * is_bound(row.method) + _heading(row.task)
+        groups.setdefault(heading, []).append(Dot(label, row, others=others))
     metric = metric_text(results.rows)
     return dots(groups, metric, value=metric.replace("%", "95 %"), most=most, width=width)
 
@@ -356,22 +315,12 @@ def differences(results: Results) -> Figure:
     """Each comparison, with its interval if tested."""
     groups: dict[str, list[Dot]] = {}
     for comparison in results.all_comparisons:
-        settings = settings_text(
-            comparison.row, [k for k in results.varied_settings if k != comparison.role]
-        )
+        role, row = comparison.role, comparison.row
+        settings = settings_text(row, [k for k in results.varied_settings if k != role])
         label = comparison.name.replace(" - ", " \N{MINUS SIGN} ")
-        label = label.replace(comparison.role, comparison.role.rpartition(".")[2])
-        label += f", {settings}" if settings else ""
-        difference = comparison.difference
-        groups.setdefault(_heading(comparison.row.task), []).append(
-            Dot(
-                label=shorten(label),
-                value=difference.mean,
-                low=difference.low,
-                high=difference.high,
-                verdict=comparison.verdict,
-            )
-        )
+        label = label.replace(role, role.rpartition(".")[2]) + (f", {settings}" * bool(settings))
+        dot = Dot(shorten(label), comparison.difference, comparison.verdict)
+        groups.setdefault(_heading(row.task), []).append(dot)
     return dots(groups, "difference, points")
 
 
@@ -403,16 +352,9 @@ def by_setting(
     series = []
     for label, line in lines.items():
         if searched or len(line) > 1:
-            line = sorted(line, key=lambda row: float(row.settings[key]))
-            series.append(
-                Series(
-                    label=shorten(label),
-                    x=[float(row.settings[key]) for row in line],
-                    y=[row.mean for row in line],
-                    low=[row.low for row in line],
-                    high=[row.high for row in line],
-                )
-            )
+            line.sort(key=lambda row: float(row.settings[key]))
+            values = np.array([(row.mean, row.low, row.high) for row in line]).T
+            series.append(Series(shorten(label), [float(r.settings[key]) for r in line], values))
     single = len(results.tasks) == 1
     fixed = {row.method: row.mean for row in results.rows if single and key not in row.settings}
     parts = [series[i : i + MAX_CURVES] for i in range(0, len(series), MAX_CURVES)]
@@ -446,10 +388,12 @@ def _chance(results: Results, rows: Sequence[Row]) -> dict[str, float]:
 
 def numeric_settings(rows: Sequence[Row]) -> list[str]:
     """Settings with at least two values, all of them numbers."""
-    keys = dict.fromkeys(key for row in rows for key in row.settings)
-    values = {key: {row.settings[key] for row in rows if key in row.settings} for key in keys}
+    values: dict[str, set[Any]] = {}
+    for row in rows:
+        for key, value in row.settings.items():
+            values.setdefault(key, set()).add(value)
     return [
-        key for key in keys if len(values[key]) > 1 and {*map(type, values[key])} <= {int, float}
+        key for key in values if len(values[key]) > 1 and {*map(type, values[key])} <= {int, float}
     ]
 
 
@@ -460,27 +404,23 @@ def pseudo_labels(
 
     Lines are means over runs; bands span the lowest and the highest run.
     """
-    found = [(row, runs) for row in rows if (runs := row.curve(metric)) is not None]
     series = [
         Series(
-            label=shorten(_label(results, rows, row), 60),
-            x=range(1, runs.shape[1] + 1),
-            y=runs.mean(axis=0).tolist(),
-            low=runs.min(axis=0).tolist(),
-            high=runs.max(axis=0).tolist(),
+            shorten(_label(results, rows, row), 60),
+            range(1, runs.shape[1] + 1),
+            np.stack([runs.mean(axis=0), runs.min(axis=0), runs.max(axis=0)]),
         )
-        for row, runs in found
-        if runs.shape[1] > 1
+        for row in rows
+        if (runs := row.curve(metric)) is not None and runs.shape[1] > 1
     ]
     ylabel, title = PSEUDO[metric]
     title += f", the first {MAX_CURVES} of {len(series)}" if len(series) > MAX_CURVES else ""
-    shown = series[:MAX_CURVES]
     # Pseudo-labels can be of other classes than the test: of the unseen ones, of another dataset.
     same = [row for row in rows if row.paradigm != "trzsl" and " -> " not in row.dataset]
     chance = _chance(results, same) if metric == "pseudo/accuracy" else {}
-    if not shown:
+    if not series:
         return None
-    return curves(shown, "iteration", ylabel, title=title, chance=chance, width=width)
+    return curves(series[:MAX_CURVES], "iteration", ylabel, title=title, chance=chance, width=width)
 
 
 def confusion(labels: Array, predictions: Array, classes: int) -> Array:
@@ -502,8 +442,9 @@ def pictures(results: Results, cells: Iterable[Cell] = ()) -> dict[str, bytes]:
         figures["accuracy.png"] = accuracy(results, most=MAX_DOTS, width=WIDE)
     points = [row for row in results.points() if row.is_tested]
     for key in numeric_settings(points)[:MAX_SETTINGS]:
-        if parts := by_setting(results, points, key, cells, width=WIDE):
-            figures[f"accuracy_by_{key}.png"] = parts[0]
-    learned = pseudo_labels(results, results.rows, "pseudo/accuracy", width=WIDE)
-    figures["pseudo_labels.png"] = learned
+        for part in by_setting(results, points, key, cells, width=WIDE)[:1]:
+            figures[f"accuracy_by_{key}.png"] = part
+    figures["pseudo_labels.png"] = pseudo_labels(
+        results, results.rows, "pseudo/accuracy", width=WIDE
+    )
     return {name: png(figure) for name, figure in figures.items() if figure is not None}
