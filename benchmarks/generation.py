@@ -150,7 +150,7 @@ def ours(requirement: Requirement, device: str) -> tuple[float, float, float]:
     from orchestrator.execution._progress import ProgressMonitor
     from orchestrator.execution._state import PreparationContext
     from orchestrator.spec import Resources
-    from orchestrator.spec.sweep import GeneratorResources
+    from orchestrator.spec.resources import GeneratorResources
     from orchestrator.stages.context import WorkerContext
     from orchestrator.store import ArtifactStore
 

@@ -105,9 +105,9 @@ def job_paths(
         parse(store)
     elif not store_folder(store).is_absolute():
         raise relative_store_error(store)
-    if not request.spec.tracking_uri:
+    if not request.spec.tracking.uri:
         tracking_uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    for uri in filter(None, (tracking_uri, request.spec.tracking_uri)):
+    for uri in filter(None, (tracking_uri, request.spec.tracking.uri)):
         _check_tracking(uri)
     data = data_root or request.spec.data_root
     if data is not None:

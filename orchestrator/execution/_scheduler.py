@@ -18,8 +18,8 @@ from orchestrator.failures import CLASSES, Failure
 from orchestrator.planning import Outcome, Resolver, Slot
 from orchestrator.planning.plan import ended_slots, fp32_slots, slots_of, suggested_points
 from orchestrator.spec import Cell, SweepSpec
+from orchestrator.spec.resources import ENCODER_BATCH
 from orchestrator.spec.space import Point, study_name
-from orchestrator.spec.sweep import ENCODER_BATCH
 from orchestrator.stages import TrialSpec
 from orchestrator.stages.side_by_side import side_by_side
 from orchestrator.store import ArtifactStore, EventLog, read_trial

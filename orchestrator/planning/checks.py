@@ -24,7 +24,7 @@ from orchestrator.planning.resources import (
     smallest_gpu,
     this_machine,
 )
-from orchestrator.spec.sweep import gpu_lines
+from orchestrator.spec.resources import gpu_lines
 from orchestrator.stages import GeneratedImages
 from orchestrator.store import ArtifactStore
 

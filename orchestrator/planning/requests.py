@@ -20,7 +20,8 @@ from orchestrator.planning.plan import Plan, plan_sweep
 from orchestrator.planning.resolve import resolver_of
 from orchestrator.spec import SweepSpec, cells_of, find_sweep, load_sweep
 from orchestrator.spec.marked_yaml import DICT, document_of
-from orchestrator.spec.sweep import option_words, refuse_unused_grid, smoke_variant
+from orchestrator.spec.notes import refuse_unused_grid
+from orchestrator.spec.sweep import option_words, smoke_variant
 from orchestrator.spec.sweep_file import sweep_from_document
 from orchestrator.store import (
     SweepLocation,

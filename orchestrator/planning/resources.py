@@ -144,7 +144,7 @@ def remaining_resources(
 ) -> list[Machine]:
     """The resources that remain free beside `count` processes, or as many of them as fit.
 
-    >>> from orchestrator.spec.sweep import GeneratorResources
+    >>> from orchestrator.spec.resources import GeneratorResources
     >>> machines = [{"CPU": 8, "GPU": 2}, {"CPU": 8, "GPU": 1}]
     >>> remaining_resources(machines, GeneratorResources(gpu=1), 2)
     [{'CPU': 6.0, 'GPU': 0.0}, {'CPU': 8, 'GPU': 1}]

@@ -27,8 +27,9 @@ from air_core.specs.flat import trial_keys
 from orchestrator.components import SAMPLERS
 from orchestrator.planning.plan import Plan, Slot, suggested_points
 from orchestrator.spec import Cell, Dimension, SweepSpec
+from orchestrator.spec.cells import computation_of
 from orchestrator.spec.space import Point, default_params, grid_points, point_count, study_name
-from orchestrator.spec.sweep import Search, computation_of
+from orchestrator.spec.sweep import Search
 from orchestrator.store import ArtifactStore, EventLog, read_trial
 
 ATTEMPTS = 8  # to sample a point that is new

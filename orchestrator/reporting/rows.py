@@ -40,7 +40,7 @@ from orchestrator.reporting._statistics import (
     mean_interval,
     mean_score,
 )
-from orchestrator.spec.sweep import computation_of
+from orchestrator.spec.cells import computation_of
 
 BOUND = " (bound)"  # after the method of a bound
 MODALITY = "modality"  # a part of the task whose values are compared like those of settings

@@ -48,8 +48,8 @@ from orchestrator.reporting.results import (
 )
 from orchestrator.reporting.summary import data_text, next_fact, run_facts, summary, sweep_title
 from orchestrator.spec import Cell, SweepSpec, cells_of, notes_of, presets
+from orchestrator.spec.cells import computation_of
 from orchestrator.spec.space import default_params
-from orchestrator.spec.sweep import computation_of
 from orchestrator.stages import STAGES, FeaturesSpec
 from orchestrator.stages.dataset_text import UnusedImages, unused_by_dataset
 from orchestrator.store import SweepLocation, read_outcome

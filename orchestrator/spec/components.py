@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from air_core.components import REGISTRIES, Component, Registry
 from air_core.specs.flat import trial_keys
-from orchestrator.spec._trial_values import value_type
+from orchestrator.spec._trial_values import value_schema
 from orchestrator.spec.marked_yaml import allowed_choices
-from orchestrator.spec.validation import allowed_values, schema_of, yaml_text
+from orchestrator.spec.schema import allowed_values, yaml_text
 
 
 @dataclass(frozen=True)
@@ -62,5 +62,5 @@ def _described(registry: Registry, component: Component) -> Described:
 
 
 def _setting(name: str) -> DescribedSetting:
-    key, allowed = trial_keys()[name], allowed_values(schema_of(value_type(name)))
+    key, allowed = trial_keys()[name], allowed_values(value_schema(name))
     return DescribedSetting(name, yaml_text(key.default), allowed, key.help)

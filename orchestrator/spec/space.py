@@ -11,7 +11,9 @@ from typing import Any
 from air_core.specs import TrialSettings
 from air_core.specs.flat import trial_keys
 from orchestrator.keys import digest
-from orchestrator.spec.sweep import MAX_POINTS, Cell, Dimension, Search, computation_of
+from orchestrator.spec._trial_values import Dimension
+from orchestrator.spec.cells import MAX_POINTS, Cell, computation_of
+from orchestrator.spec.sweep import Search
 
 
 @dataclass(frozen=True)

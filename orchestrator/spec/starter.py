@@ -34,9 +34,9 @@ from air_core.models.weights import local_path
 from air_core.paradigms import TEST_SHARE
 from orchestrator.files import write_new
 from orchestrator.spec.marked_yaml import parse
-from orchestrator.spec.sweep import gpu_lines
+from orchestrator.spec.resources import gpu_lines
+from orchestrator.spec.schema import NAME_PATTERN, NAME_WORDS
 from orchestrator.spec.sweep_file import sweep_from_document
-from orchestrator.spec.validation import NAME_PATTERN, NAME_WORDS
 
 if TYPE_CHECKING:
     from air_core.datasets import Dataset

@@ -19,7 +19,7 @@ from air_core.datasets.images import ImageFiles
 from air_core.specs import Ref
 from orchestrator.errors import DamagedArtifact
 from orchestrator.plugins import Plugin
-from orchestrator.spec.sweep import ENCODER_BATCH
+from orchestrator.spec.resources import ENCODER_BATCH
 from orchestrator.stages.inputs import Contents
 from orchestrator.store import ArtifactStore
 from orchestrator.store.artifacts import devices

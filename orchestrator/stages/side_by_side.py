@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from air_core.specs.conditions import has_context
 from orchestrator.keys import artifact_key
-from orchestrator.spec.sweep import ENCODER_BATCH
+from orchestrator.spec.resources import ENCODER_BATCH
 from orchestrator.stages.context import WorkerContext
 from orchestrator.store import TrialRecord, read_trial
 from orchestrator.store.checkpoints import Curves

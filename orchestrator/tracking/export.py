@@ -90,7 +90,7 @@ class Publisher:
 
     def __init__(self, sweep: SweepSpec, location: SweepLocation, tracking_uri: str | None) -> None:
         self.sweep, self.location, self.store = sweep, location, location.store
-        self.uri = effective_uri(tracking_uri or sweep.tracking_uri, self.store.root)
+        self.uri = effective_uri(tracking_uri or sweep.tracking.uri, self.store.root)
         self.kind = uri_kind(self.uri)
         self._live = True
         self._tracker: SweepTracker | None = None

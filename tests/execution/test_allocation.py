@@ -8,7 +8,7 @@ from orchestrator.execution._allocation import Allocation
 from orchestrator.planning import Machine
 from orchestrator.planning.resources import process_capacity
 from orchestrator.spec import Resources
-from orchestrator.spec.sweep import EncoderResources, GeneratorResources, TrialResources
+from orchestrator.spec.resources import EncoderResources, GeneratorResources, TrialResources
 
 GPU = Resources(trial=TrialResources(gpu=0.25), generator=GeneratorResources(gpu=1))
 HALF = Resources(trial=GPU.trial, generator=GeneratorResources(gpu=1, reserve=4))

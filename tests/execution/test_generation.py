@@ -27,7 +27,7 @@ from orchestrator.execution._state import PreparationContext
 from orchestrator.keys import artifact_key
 from orchestrator.planning import Requirement, requirements_of
 from orchestrator.spec import Resources
-from orchestrator.spec.sweep import GeneratorResources
+from orchestrator.spec.resources import GeneratorResources
 from orchestrator.stages import SyntheticFeaturesSpec
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.images import GeneratedImages

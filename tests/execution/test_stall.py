@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.execution._state import RunState, shortage
 from orchestrator.spec import Resources
-from orchestrator.spec.sweep import GeneratorResources, TrialResources
+from orchestrator.spec.resources import GeneratorResources, TrialResources
 
 GPU = Resources(
     trial=TrialResources(gpu=0.25), generator=GeneratorResources(gpu=1, custom={"sd": 1})

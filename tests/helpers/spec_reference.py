@@ -11,7 +11,7 @@ from air_core.methods import METHODS
 from air_core.specs import Paradigm
 from orchestrator.spec import presets, sweep_schema
 from orchestrator.spec._trial_values import reason_not_searchable, trial_names
-from orchestrator.spec.validation import Schema, allowed_values, yaml_text
+from orchestrator.spec.schema import Schema, allowed_values, yaml_text
 
 NO_IMAGES = METHODS["pseudo"].pins
 # Settings that many methods share, by their name in the table of methods.

@@ -30,13 +30,8 @@ from orchestrator.planning.plan import BASE_PER_CLASS, plan_sweep
 from orchestrator.planning.search import CellSearch, open_searches, study_of
 from orchestrator.reporting.results import match_plan, sweep_status
 from orchestrator.spec import Dimension, Resources, SweepSpec, cells_of, presets
-from orchestrator.spec.sweep import (
-    GeneratorResources,
-    Search,
-    Seeds,
-    TrialResources,
-    smoke_variant,
-)
+from orchestrator.spec.resources import GeneratorResources, TrialResources
+from orchestrator.spec.sweep import Search, Seeds, smoke_variant
 from orchestrator.stages import TrialSpec, trial_of
 from orchestrator.store import ArtifactStore, EventLog
 from tests.helpers.dataset_trees import draw as draw_picture

@@ -15,7 +15,7 @@ from orchestrator.planning.resources import (
     trial_memory,
 )
 from orchestrator.spec import Resources
-from orchestrator.spec.sweep import GeneratorResources, TrialResources
+from orchestrator.spec.resources import GeneratorResources, TrialResources
 from orchestrator.stages import trial_of
 from orchestrator.stages.context import CONTEXT, memory_fraction
 

@@ -14,8 +14,9 @@ from orchestrator.planning.search import CellSearch
 from orchestrator.plugins import use_plugins
 from orchestrator.spec import Dimension, SpecError, cells_of, load_sweep, notes_of
 from orchestrator.spec import SweepSpec as Sweep
+from orchestrator.spec.cells import computation_of
 from orchestrator.spec.space import Point, study_name
-from orchestrator.spec.sweep import Search, computation_of
+from orchestrator.spec.sweep import Search
 from orchestrator.store import EventLog
 from tests.helpers.plugins import SEARCH
 from tests.helpers.sweeps import write_sweep

@@ -10,13 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.spec import Cell, Dimension, SweepSpec, cells_of
+from orchestrator.spec.cells import computation_of
 from orchestrator.spec.space import (
     default_params,
     grid_points,
     point_count,
     study_name,
 )
-from orchestrator.spec.sweep import Search, computation_of
+from orchestrator.spec.sweep import Search
 
 COUNTS = Dimension(key="images_per_class", values=(0, 20, 40))
 WEIGHTS = Dimension(key="fusion_weight", values=(0.5, 0.25))

@@ -1,5 +1,4 @@
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,9 +16,9 @@ from orchestrator.spec import (
     find_sweep,
     load_sweep,
     notes_of,
-    validation,
 )
-from orchestrator.spec._trial_values import value_type
+from orchestrator.spec._trial_values import value_schema
+from orchestrator.spec.schema import error_message
 from orchestrator.spec.sweep import Seeds, smoke_variant
 from orchestrator.stages import trial_of
 from tests.helpers.golden import check_golden_cases, golden_cases
@@ -85,7 +84,7 @@ def test_every_part_of_a_file_is_read(tmp_path):
     assert (spec.resources.trial.cpu, spec.resources.trial.gpu) == (1, 0.25)
     assert (spec.resources.generator.gpu, spec.resources.generator.actors) == (1, 4)
     assert (spec.project, spec.data_root) == ("default", "/data")
-    assert spec.tracking_uri == "sqlite:///mlflow.db"
+    assert spec.tracking.uri == "sqlite:///mlflow.db"
 
 
 def test_the_smallest_file_is_one_cell_with_one_point_and_three_seeds(tmp_path):
@@ -351,8 +350,7 @@ MESSAGES = "messages/sweep_file.txt"  # `-> ` precedes each line of a message
 BAD = {case: HEAD + text.partition("-> ")[0] for case, text in golden_cases(MESSAGES).items()} | ODD
 
 
-def test_messages_about_mistakes_equal_the_golden_ones(tmp_path, monkeypatch):
-    monkeypatch.setattr(validation, "schema_of", cache(validation.schema_of))  # 0.3 s a call
+def test_messages_about_mistakes_equal_the_golden_ones(tmp_path):
     found = {}
     for case, text in BAD.items():
         message = error_of(tmp_path, text)
@@ -367,8 +365,7 @@ def test_every_text_with_a_slot_for_the_class_name_is_checked_as_a_template():
     slots = [name for name, text in defaults.items() if isinstance(text, str) and "{}" in text]
     assert slots
     for name in slots:
-        with pytest.raises(ValueError, match="match pattern"):
-            value_type(name).validate_python("{0}")
+        assert "{} " in error_message(value_schema(name), "{0}")
 
 
 def test_an_endless_file_is_refused():

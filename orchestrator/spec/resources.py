@@ -1,0 +1,160 @@
+"""The part `resources` of a sweep file: what a run uses on the cluster."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from orchestrator.keys import Process
+from orchestrator.spec.schema import NULL, Schema, setting
+
+# A process has a part of one GPU, or whole GPUs.
+GPUS: Schema = {
+    "anyOf": [
+        {"type": "number", "minimum": 0, "maximum": 1},
+        {"type": "integer", "minimum": 2},
+    ]
+}
+# Amounts of Ray's custom resources, by name.
+CUSTOM: Schema = {
+    "type": "object",
+    "propertyNames": {
+        "title": "the name is empty or one of Ray's own; set `cpu` and `gpu` outside `custom`",
+        "not": {"enum": ["", "CPU", "GPU", "cpu", "gpu", "memory", "object_store_memory"]},
+    },
+    "additionalProperties": {"type": "number", "exclusiveMinimum": 0},
+}
+SECONDS: Schema = {
+    "anyOf": [
+        {
+            "title": "a duration such as 90s, 30m or 12h, or a number of seconds > 0",
+            "anyOf": [
+                {"type": "string", "pattern": r"^[0-9]{1,9}(\.[0-9]{1,9})?[smh]$"},
+                {"type": "number", "exclusiveMinimum": 0},
+            ],
+        },
+        NULL,
+    ]
+}
+BYTES: Schema = {
+    "anyOf": [
+        {
+            "title": "a size such as 500MiB or 12GiB, or a number of bytes",
+            "anyOf": [
+                {"type": "string", "pattern": r"^[0-9]{1,9}[MG]iB$"},
+                {"type": "integer", "minimum": 0},
+            ],
+        },
+        NULL,
+    ]
+}
+UNITS = {"s": 1, "m": 60, "h": 3600, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+def _amount(value: Any) -> Any:
+    """A number with its unit, in seconds or bytes."""
+    if not isinstance(value, str):
+        return value
+    number, unit = re.split(r"(?<=[0-9])(?=[a-zA-Z])", value.strip())
+    return float(number) * UNITS[unit] if unit in "smh" else int(number) * UNITS[unit]
+
+
+ENCODER_BATCH = 256
+CUSTOM_HELP = "amounts of custom resources, named as in `ray start --resources`"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialResources:
+    """Resources of one trial."""
+
+    cpu: float = setting(1.0, "CPU cores of one trial", minimum=0)
+    gpu: float = setting(0.0, "GPUs of one trial, or a share of one GPU", GPUS)
+    memory: int | None = setting(
+        None,
+        "memory of the machine for the seeds of a point; 0: none is reserved; null: computed from "
+        "pool and classes, none for small ones",
+        BYTES,
+        _amount,
+    )
+    custom: dict[str, float] = setting(dict, CUSTOM_HELP, CUSTOM)
+    timeout: float | None = setting(None, "time limit of one trial; null: none", SECONDS, _amount)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorResources:
+    """Resources of a process that trains a LoRA or generates images, and their number."""
+
+    cpu: float = setting(
+        1.0, "CPU cores of a process that trains a LoRA or generates images", minimum=0
+    )
+    gpu: float = setting(0.0, "GPUs of that process, or a share of one GPU", GPUS)
+    custom: dict[str, float] = setting(dict, CUSTOM_HELP, CUSTOM)
+    actors: int | None = setting(None, "such processes at most; null: as many as fit", minimum=1)
+    reserve: int | None = setting(
+        None,
+        "those that generate images of later cells while trials run; null: one in eight",
+        minimum=0,
+    )
+
+
+ProcessResources = TrialResources | GeneratorResources  # of one worker process
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderResources:
+    """Resources of an encoder: it computes CLIP features and the initial pseudo-labels."""
+
+    cpu: float | None = setting(
+        None,
+        "CPU cores of one encoder, and threads that open its images; null: as for a trial",
+        minimum=0,
+    )
+    gpu: float | None = setting(
+        None, "GPUs, or a share of one GPU; null: as for a trial", {"anyOf": [*GPUS["anyOf"], NULL]}
+    )
+    batch: int = setting(ENCODER_BATCH, "images per CLIP batch", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """Resources of a run on the cluster. They are not part of any artifact key."""
+
+    trial: TrialResources = setting(TrialResources(), TrialResources.__doc__ or "")
+    generator: GeneratorResources = setting(GeneratorResources(), GeneratorResources.__doc__ or "")
+    encoder: EncoderResources = setting(EncoderResources(), EncoderResources.__doc__ or "")
+    wait: float | None = setting(
+        None, "time to wait for an autoscaler to add nodes; null: do not wait", SECONDS, _amount
+    )
+
+    @property
+    def encoder_resources(self) -> TrialResources:
+        """Resources of an encoder."""
+        cpu, gpu = self.encoder.cpu, self.encoder.gpu
+        return replace(
+            self.trial,
+            cpu=self.trial.cpu if cpu is None else cpu,
+            gpu=self.trial.gpu if gpu is None else gpu,
+            memory=None,
+        )
+
+    def process_resources(self, process: Process) -> ProcessResources:
+        """Resources of a process that works on a stage."""
+        if process == "generator":
+            return self.generator
+        return self.trial if process == "trial" else self.encoder_resources
+
+
+# GPUs of a process that runs a real model: in the file of `airsweep init` and in messages.
+USUAL_GPUS = {"trial": 0.25, "generator": 1}
+
+
+def gpu_lines(processes: Sequence[str] = tuple(USUAL_GPUS)) -> str:
+    """The lines of a sweep file that give GPUs to processes.
+
+    >>> gpu_lines()
+    'resources: {trial: {gpu: 0.25}, generator: {gpu: 1}}'
+    """
+    parts = (f"{process}: {{gpu: {USUAL_GPUS[process]:g}}}" for process in processes)
+    return f"resources: {{{', '.join(parts)}}}"
