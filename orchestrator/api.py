@@ -519,8 +519,8 @@ def sample(
 ) -> Sample:
     """Draw unlabelled images of a sweep to label: a contact sheet and a CSV file to fill in.
 
-    They are spread over classes and confidence as the best classifier predicts them, before the
-    first run zero-shot CLIP, whose features of the images are then made.
+    They are spread over classes and confidence as zero-shot CLIP predicts them, whose features of
+    the images are made if they are missing.
 
     Args:
         name: recorded sweep, or the file or bare name of one that has not run.
@@ -536,7 +536,6 @@ def sample(
         ValueError: no such sweep, it has no unlabelled images, or a file exists already.
     """
     from orchestrator.planning import plan_of, read_request
-    from orchestrator.reporting import results_of
     from orchestrator.reporting.sample import write_sample
     from orchestrator.spec import find_sweep
 
@@ -550,11 +549,8 @@ def sample(
         request = read_request(file)
         sweep, location = request.spec, location_for(request, store, data_root)
     plan = plan_of(sweep, replace(location, recorded=False))  # labels may be new
-    best = results_of(plan, location.store).best_classifiers.values()
-    names = {each.trial.key: each.classifier for each in best}
-    found = ((slot, names[slot.key.digest]) for slot in plan.slots if slot.key.digest in names)
     output = Path(sweep.name if output is None else output)
-    return write_sample(plan, location, count, output, next(found, None), report)
+    return write_sample(plan, location, count, output, report)
 
 
 def sweeps(*, store: str | Path | None = None) -> list[dict[str, Any]]:

@@ -134,7 +134,7 @@ def test_unlabelled_images_run_from_init_to_the_report(photos, ray_session):
     airsweep("status", "mine", "--smoke")
     airsweep("list", "--store", "runs-smoke")
     drawn = airsweep("sample", "mine", "--store", "runs-smoke", "-n", "9")
-    assert "spread over the predictions of the fused classifier of" in drawn.stdout
+    assert "spread over the predictions of zero-shot tiny" in drawn.stdout
 
     header, *lines = Path("mine-labels.csv").read_text().splitlines()
     cells = (line.split(",") for line in lines)

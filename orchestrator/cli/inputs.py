@@ -43,8 +43,8 @@ def sample(
 ) -> None:
     """Draw unlabelled images to label, spread over predicted classes and confidence.
 
-    The predictions are those of the best classifier, before the first run of zero-shot CLIP. Images
-    in labels.csv or in START-labels.csv of an earlier sample are not drawn again.
+    The predictions are those of zero-shot CLIP. Images in labels.csv or in START-labels.csv of an
+    earlier sample are not drawn again.
 
     Writes START-sample.png, a sheet of the images, and START-labels.csv with an empty column
     `class` to fill in and to move to labels.csv beside the images. Every third one has `val` in

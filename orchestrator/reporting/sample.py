@@ -1,36 +1,37 @@
 """A sample of the pool of a sweep, for somebody to label: a contact sheet and a CSV file.
 
-The pool is sorted by predicted class and probability and cut into as many equal groups as images
-are wanted; one image is drawn from each group. So every image has nearly the same chance, and the
-sample is spread over classes and over confidence. The surest and the least sure image are always in
-it. The sheet does not show predictions, since these would influence the labels.
+The pool is sorted by the class and the probability that zero-shot CLIP predicts, and cut into as
+many equal groups as images are wanted; one image is drawn from each group. So every image has
+nearly the same chance, and the sample is spread over classes and over confidence. The sheet shows
+no prediction, which would influence labels.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL.Image import Image
 
 from air_core.classifiers import text_classifier
-from air_core.datasets import Dataset, get_dataset
+from air_core.datasets import get_dataset
 from air_core.datasets.images import ImageFiles, Unreadable
 from air_core.datasets.unlabelled import COLUMNS, LABELS, listed_images
 from orchestrator.files import write_atomic, write_new
-from orchestrator.planning import Plan, Slot
-from orchestrator.stages import TrialSpec, features
+from orchestrator.planning import Plan
+from orchestrator.stages import features
 from orchestrator.stages.context import WorkerContext, ignore, one_thread
-from orchestrator.stages.pictures import captioned_sheet
-from orchestrator.store import ArtifactStore, SweepLocation, read_trial
+from orchestrator.stages.pictures import Picture, tile_sheet
+from orchestrator.stages.trial import TrialSpec
+from orchestrator.store import SweepLocation
 
 SEED = 0
+PER_LINE, THUMB_PX = 10, 80
 
 
 @dataclass(frozen=True)
@@ -44,39 +45,35 @@ class Sample:
     basis: str  # of whose predictions they are spread over
 
 
-@dataclass(frozen=True)
-class _Pool:
-    index: np.ndarray  # (P,) positions in the dataset
-    predictions: np.ndarray  # (P,) classes
-    probabilities: np.ndarray  # (P,) of the predictions
-    basis: str
-
-
 def write_sample(
     plan: Plan,
     location: SweepLocation,
     count: int,
     output: Path,
-    best: tuple[Slot, str] | None = None,
     report: Callable[[int, int], None] = ignore,
 ) -> Sample:
     """Draw unlabelled images of a sweep; write `<output>-sample.png` and `<output>-labels.csv`.
 
+    Features of the images are made if the store lacks them.
+
     Args:
         count: number of images; at most the whole pool.
-        best: trial and name of the classifier whose predictions the sample is spread over; None:
-            zero-shot CLIP. Its features of the images are made if the store lacks them.
         report: called with the number of encoded images and of all images.
 
     Raises:
         ValueError: no dataset of the sweep has unlabelled images, or a file exists already or
             would become one of the images.
     """
-    spec, dataset = _unlabelled(plan)
+    trials = (slot.spec for slot in plan.slots)
+    spec = next(filter(_is_unlabelled, trials), None)
+    if spec is None:
+        raise ValueError(
+            f"{plan.sweep.name} has no unlabelled images to label: allowed is a dataset "
+            "folder:PATH with a classes.txt, such as `airsweep init --classes` makes"
+        )
+    dataset = get_dataset(spec.dataset.name)
     home = Path(dataset.source)
-    sheet, labels = (
-        output.with_name(f"{output.name}-{end}") for end in ("sample.png", "labels.csv")
-    )
+    sheet, labels = (output.with_name(f"{output.name}-{x}") for x in ("sample.png", "labels.csv"))
     for file in (sheet, labels):
         if file.exists():
             raise ValueError(f"{file} exists already; remove it, or choose other files with -o")
@@ -84,41 +81,36 @@ def write_sample(
         raise ValueError(
             f"{sheet} would become one of the images in {home}; choose another folder with -o"
         )
-    worker = WorkerContext(location.store, location.data_root)
-    examples = worker.examples(spec.dataset)
-    assert isinstance(examples.images, ImageFiles)
-    pool = None
-    if best is not None and best[0].spec.dataset == spec.dataset:
-        pool = _of_trial(*best, location.store)
-    if pool is None:
-        gpu = plan.sweep.resources.process_resources(spec.features.process).gpu
-        device = "cuda" if gpu and torch.cuda.is_available() else "cpu"
-        features.build(spec.features, replace(worker, device=device), report)
-        pool = _zero_shot(spec, worker)
-        if best is not None:
-            why = "since images or labels have changed after the run"
-            pool = replace(pool, basis=f"{pool.basis}, {why}")
+    gpu = plan.sweep.resources.process_resources(spec.features.process).gpu
+    device = "cuda" if gpu and torch.cuda.is_available() else "cpu"
+    worker = WorkerContext(location.store, location.data_root, device)
+    features.build(spec.features, worker, report)
+    pool, order = _by_prediction(spec, replace(worker, device="cpu"))
+    images = worker.examples(spec.dataset).images
+    assert isinstance(images, ImageFiles)
+    of = [file.relative_to(home).as_posix() for file in images.files]
     listed = listed_images((home / LABELS, *output.absolute().parent.glob("*-labels.csv")))
-    of = [file.relative_to(home).as_posix() for file in examples.images.files]
-    left = np.array([of[i] not in listed for i in pool.index])
-    unlabelled, basis = len(left), pool.basis
-    if not left.any():
+    left = np.array([i for i in order if of[pool[i]] not in listed], dtype=int)
+    if not len(left):
         raise ValueError("each unlabelled image is in a sample, a *-labels.csv; fill in its class")
-    pool = _Pool(pool.index[left], pool.predictions[left], pool.probabilities[left], pool.basis)
-    if count > len(pool.index):
-        basis = "all that have no label and are in no earlier sample"
     generator = np.random.default_rng(SEED)
-    chosen = pool.index[_spread(pool, count, generator)]
-    pictures: list[Image] = []
+    basis = f"spread over the predictions of zero-shot {spec.backbone.name}"
+    if count > len(left):
+        basis = "all that have no label and are in no earlier sample"
+    chosen = [generator.choice(group) for group in np.array_split(left, min(count, len(left)))]
+    pictures: list[Picture] = []
     paths: list[str] = []
-    for i in generator.permutation(chosen).tolist():
+    for i in generator.permutation(pool[chosen]).tolist():
         with suppress(Unreadable):
-            pictures.append(examples.images[i])
+            pictures.append((images[i], str(len(paths) + 1)))
             paths.append(of[i])
-    foot = f"write the class of image n into {labels.name}, where the number is n"
-    title = f"{plan.sweep.name}: {len(paths)} of {unlabelled:,} unlabelled images"
-    names, classnames = [Path(path).stem for path in paths], ", ".join(dataset.classnames)
-    write_atomic(sheet, captioned_sheet(title, classnames, pictures, names, foot))
+    heading = (
+        f"{plan.sweep.name}: {len(paths)} of {len(left):,} unlabelled images; "
+        f"write the class of image n into {labels.name}, where the number is n\n"
+        f"classes: {', '.join(dataset.classnames)}"
+    )
+    lines = [pictures[i : i + PER_LINE] for i in range(0, len(pictures), PER_LINE)]
+    write_atomic(sheet, tile_sheet([""] * len(lines), {heading: lines}, PER_LINE, THUMB_PX))
     try:
         write_new(labels, _csv(paths))
     except OSError:
@@ -127,20 +119,14 @@ def write_sample(
     return Sample(sheet, labels, home / LABELS, len(paths), basis)
 
 
-def _unlabelled(plan: Plan) -> tuple[TrialSpec, Dataset]:
-    """The first trial on a dataset of unlabelled images."""
-    for slot in plan.slots:
-        dataset = get_dataset(slot.spec.dataset.name)
-        if dataset.pool_labels == "unknown":
-            return slot.spec, dataset
-    raise ValueError(
-        f"{plan.sweep.name} has no unlabelled images to label: allowed is a dataset "
-        "folder:PATH with a classes.txt, such as `airsweep init --classes` makes"
-    )
+def _is_unlabelled(spec: TrialSpec) -> bool:
+    return get_dataset(spec.dataset.name).pool_labels == "unknown"
 
 
 @one_thread()
-def _zero_shot(spec: TrialSpec, worker: WorkerContext) -> _Pool:
+def _by_prediction(spec: TrialSpec, worker: WorkerContext) -> tuple[np.ndarray, np.ndarray]:
+    """(P,) positions of the pool images in the dataset, and their order by predicted class and
+    probability."""
     target = features.read_target(spec.features, spec.split, worker.store)
     text = target.text
     backbone = worker.backbone(spec.backbone, spec.precision)
@@ -148,42 +134,10 @@ def _zero_shot(spec: TrialSpec, worker: WorkerContext) -> _Pool:
     with torch.no_grad():
         scores = classifier.logits(target.batch(target.split.pool)).softmax(dim=-1)
     best = scores.max(dim=-1)
-    return _Pool(
-        target.split.pool.numpy(),
-        best.indices.cpu().numpy(),
-        best.values.cpu().numpy(),
-        f"spread over the predictions of zero-shot {spec.backbone.name}",
-    )
+    return target.split.pool.numpy(), np.lexsort((best.values.cpu(), best.indices.cpu()))
 
 
-def _of_trial(slot: Slot, classifier: str, store: ArtifactStore) -> _Pool | None:
-    """Predictions of a trial for the pool; None: it has none."""
-    arrays = read_trial(slot.spec, store).pool_arrays()
-    if not arrays:
-        return None
-    return _Pool(
-        arrays["index"],
-        arrays[classifier],
-        arrays[f"probability_{classifier}"].astype(float),
-        f"spread over the predictions of the {classifier} classifier of {slot.id}",
-    )
-
-
-def _spread(pool: _Pool, count: int, generator: np.random.Generator) -> np.ndarray:
-    """Positions in the pool of `count` images, spread over classes and confidence."""
-    size = len(pool.index)
-    if count >= size:
-        return np.arange(size)
-    order = np.lexsort((pool.probabilities, pool.predictions))
-    groups = np.array_split(order, count)
-    drawn = [generator.choice(group) for group in groups]
-    for extreme in (pool.probabilities.argmin(), pool.probabilities.argmax()):
-        [at] = [k for k, group in enumerate(groups) if extreme in group]
-        drawn[at] = extreme
-    return np.array(drawn)
-
-
-def _csv(paths: Sequence[str]) -> str:
+def _csv(paths: list[str]) -> str:
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(("number", *COLUMNS))

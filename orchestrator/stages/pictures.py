@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -15,22 +15,14 @@ from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.dataset_text import read_dataset_text
 from orchestrator.stages.features import FeaturesSpec
 from orchestrator.stages.images import read_pictures
-from orchestrator.stages.synthetic import (
-    SyntheticFeaturesSpec,
-    drawn_classes,
-    drawn_per_class,
-    recognised_share,
-)
+from orchestrator.stages.synthetic import SyntheticFeaturesSpec, recognised_share
 
 MAX_ROWS = 20  # classes on a sheet
 PER_GROUP = 6
-TILE_PX, GAP_PX, LABEL_PX, HEAD_PX = 56, 2, 112, 26
+TILE_PX, GAP_PX, LABEL_PX, LINE_PX = 56, 2, 112, 18
 INK, PAPER, FAINT = "#1b1f24", "#ffffff", "#6a737d"
 
-# A sheet of captioned pictures.
-PER_LINE = 10
-THUMB_PX, STEP_PX, CAPTION_PX, MARGIN_PX, NAME_LETTERS = 80, 94, 34, 14, 14
-SHEET_BYTES = 300_000  # a larger sheet is reduced to 256 colours
+Picture = tuple[Image.Image, str]  # with its caption
 
 
 def contact_sheet(
@@ -50,73 +42,72 @@ def contact_sheet(
     """
     dataset = read_dataset_text(features, worker.store)
     examples = worker.examples(features.dataset)
-    shown = drawn_classes(drawn, worker.store)[:MAX_ROWS]
+    # TRZSL draws only unseen classes.
+    shown = sorted({c for c, _ in worker.store.row(drawn).existing_shards()})[:MAX_ROWS]
     real = [_readable(examples.images, np.flatnonzero(examples.labels == c)) for c in shown]
     rows = {"synthetic": drawn} if base is None else {"base": base, "LoRA": drawn}
     groups, shares = {"real": real} if any(real) else {}, {}
     for name, row in rows.items():
-        count = drawn_per_class(row, PER_GROUP, worker.store)
-        pictures = read_pictures(row.images, itertools.product(shown, range(count)), worker.store)
-        groups[name] = [[pictures[c, index] for index in range(count)] for c in shown]
+        groups[name] = _first_drawn(row, shown, worker)
         shares[name] = recognised_share(row, worker, dataset.template)
-    sheet = tile_sheet([dataset.classnames[c] for c in shown], groups)
+    sheet = tile_sheet([dataset.classnames[c] for c in shown], groups, PER_GROUP, TILE_PX)
     return sheet, dict(reversed(shares.items()))  # the images that trials read come first
 
 
-def _readable(images: Sequence[Image.Image], positions: np.ndarray) -> list[Image.Image]:
+def _readable(images: Sequence[Image.Image], positions: np.ndarray) -> list[Picture]:
     """The first images of a class that can be decoded."""
-    readable: list[Image.Image] = []
+    readable: list[Picture] = []
     for i in positions:
         if len(readable) == PER_GROUP:
             break
         with suppress(Unreadable):
-            readable.append(images[i])
+            readable.append((images[i], ""))
     return readable
 
 
-def tile_sheet(rows: list[str], groups: dict[str, list[list[Image.Image]]]) -> bytes:
-    """A grid of pictures, with a row for each name and a heading over each group of columns."""
-    step = TILE_PX + GAP_PX
-    group_px = PER_GROUP * step + 10
-    width = LABEL_PX + group_px * len(groups)
-    sheet = Image.new("RGB", (width, HEAD_PX + step * len(rows) + 6), PAPER)
-    pen = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(size=13)
-    for g, (heading, pictures) in enumerate(groups.items()):
-        left = LABEL_PX + g * group_px
-        pen.text((left, 5), heading, fill=INK, font=font)
-        for r, line in enumerate(pictures):
-            for k, picture in enumerate(line[:PER_GROUP]):
-                corner = (left + k * step, HEAD_PX + r * step)
-                sheet.paste(_thumbnail(picture, TILE_PX), corner)
-    for r, name in enumerate(rows):
-        pen.text((6, HEAD_PX + r * step + TILE_PX // 2 - 8), name[:16], fill=FAINT, font=font)
-    return _png(sheet)
+def _first_drawn(
+    row: SyntheticFeaturesSpec, classes: Sequence[int], worker: WorkerContext
+) -> list[list[Picture]]:
+    """The first images of some classes, as many as each of them has."""
+    present, size = worker.store.row(row).existing_shards(), row.block_size
+    blocks = itertools.takewhile(lambda b: {(c, b) for c in classes} <= present, itertools.count())
+    count = min(PER_GROUP, size * len(list(itertools.islice(blocks, PER_GROUP))))
+    pictures = read_pictures(row.images, itertools.product(classes, range(count)), worker.store)
+    return [[(pictures[c, index], "") for index in range(count)] for c in classes]
 
 
-def captioned_sheet(
-    title: str, classnames: str, pictures: Sequence[Image.Image], names: Sequence[str], foot: str
+def tile_sheet(
+    names: Sequence[str],
+    groups: Mapping[str, Sequence[Sequence[Picture]]],
+    per_line: int,
+    tile: int,
 ) -> bytes:
-    """Title and class names, then lines of numbered pictures with their names."""
-    step = THUMB_PX + CAPTION_PX + 10
-    top = 2 * MARGIN_PX + 40
-    starts = range(0, len(names), PER_LINE)
-    size = (2 * MARGIN_PX + PER_LINE * STEP_PX, top + step * len(starts) + 24)
-    sheet = Image.new("RGB", size, PAPER)
-    pen = ImageDraw.Draw(sheet)
-    small, middle, large = (ImageFont.load_default(size=size) for size in (11, 13, 16))
-    pen.text((MARGIN_PX, MARGIN_PX), title, fill=INK, font=large)
-    pen.text((MARGIN_PX, MARGIN_PX + 28), f"classes: {classnames}", fill=INK, font=middle)
-    for i, (picture, name) in enumerate(zip(pictures, names, strict=True)):
-        x, y = MARGIN_PX + i % PER_LINE * STEP_PX, top + i // PER_LINE * step
-        sheet.paste(_thumbnail(picture, THUMB_PX), (x, y))
-        # Names of photographs differ at their ends.
-        end = name if len(name) <= NAME_LETTERS else f"..{name[2 - NAME_LETTERS :]}"
-        pen.text((x, y + THUMB_PX + 1), str(i + 1), fill=INK, font=middle)
-        pen.text((x, y + THUMB_PX + 17), end, fill=FAINT, font=small)
-    pen.text((MARGIN_PX, top + step * len(starts)), foot, fill=FAINT, font=small)
-    png = _png(sheet)
-    return png if len(png) < SHEET_BYTES else _png(sheet.quantize(256))
+    """A grid of square pictures, with a name before each line and a heading over each group of
+    columns.
+
+    Args:
+        groups: lines of pictures by heading, which may have several lines of text.
+        per_line: pictures in a line of a group.
+        tile: side of a picture in pixels.
+    """
+    captioned = any(text for lines in groups.values() for line in lines for _, text in line)
+    height = tile + GAP_PX + captioned * LINE_PX
+    head = 8 + LINE_PX * max(heading.count("\n") + 1 for heading in groups)
+    label, group = LABEL_PX * any(names), per_line * (tile + GAP_PX) + 10
+    sheet = Image.new("RGB", (label + group * len(groups), head + height * len(names) + 6), PAPER)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
+    for g, (heading, lines) in enumerate(groups.items()):
+        pen.text((label + g * group, 5), heading, fill=INK, font=font)
+        for r, line in enumerate(lines):
+            for k, (picture, text) in enumerate(line):
+                x, y = label + g * group + k * (tile + GAP_PX), head + r * height
+                sheet.paste(_thumbnail(picture, tile), (x, y))
+                pen.text((x, y + tile + 1), text, fill=INK, font=font)
+    for r, name in enumerate(names):
+        pen.text((6, head + r * height + tile // 2 - 8), name[:16], fill=FAINT, font=font)
+    png = io.BytesIO()
+    sheet.save(png, "PNG", optimize=True)
+    return png.getvalue()
 
 
 def _thumbnail(picture: Image.Image, size: int) -> Image.Image:
@@ -124,9 +115,3 @@ def _thumbnail(picture: Image.Image, size: int) -> Image.Image:
     small = min(picture.size) < size
     method = Image.Resampling.NEAREST if small else Image.Resampling.BICUBIC
     return ImageOps.fit(picture.convert("RGB"), (size, size), method)
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()

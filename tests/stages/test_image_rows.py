@@ -27,8 +27,8 @@ from orchestrator.stages.features import build as build_features
 from orchestrator.stages.inputs import images_folder
 from orchestrator.stages.pictures import (
     GAP_PX,
-    HEAD_PX,
     LABEL_PX,
+    LINE_PX,
     PER_GROUP,
     TILE_PX,
     contact_sheet,
@@ -102,7 +102,7 @@ def test_a_contact_sheet_shows_the_images_that_exist_and_counts_all_that_clip_re
     sheet = Image.open(io.BytesIO(png)).convert("L")
     drawn = LABEL_PX + PER_GROUP * (TILE_PX + GAP_PX) + 10  # right of the real images
     for line in range(2):
-        top = HEAD_PX + line * (TILE_PX + GAP_PX)
+        top = 8 + LINE_PX + line * (TILE_PX + GAP_PX)
         tiles = [
             np.asarray(sheet.crop((left, top, left + TILE_PX, top + TILE_PX))).min()
             for left in range(drawn, drawn + 3 * (TILE_PX + GAP_PX), TILE_PX + GAP_PX)
