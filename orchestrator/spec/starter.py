@@ -9,9 +9,11 @@ import json
 import os
 import re
 import textwrap
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from air_core.datasets.class_folders import READ_TEXT, images_in, skipped_clause, skipped_lines
 from air_core.datasets.dataset import some
@@ -42,67 +44,14 @@ if TYPE_CHECKING:
     from air_core.datasets import Dataset
 
 LISTED_CLASSES = 6  # classes that are listed with their number of images
-FEW_TESTS = 100  # with fewer test images, intervals are about ten points wide
-
-TEXT = """\
-{question}
-version: 1
-name: {name}
-
-# Each combination of the values under `grid` is a cell: one row of the table.
-grid:
-{methods}
-  method: [zero_shot, cpl, cpl_real, cpl_real_evidence, air, air_control]
-
-fixed:
-{dataset}
-  # The tiny models that ship with airsweep. They are trained on printed digits, letters, shapes
-  # and some clothes at 32 pixels: enough for a test of the setup, not for results on photographs.
-  backbone: tiny
-  generator: tiny
-  # Real models need a download (docs/models.md) and a GPU, see `resources` below:
-  # backbone: ViT-B-32/openai
-  # generator: stable-diffusion-v1-5/stable-diffusion-v1-5
-  images_per_class: 32  # synthetic images per class; 120 with real models
-  evidence.draws: 4     # denoising errors per image and class, of cpl_real_evidence
-  # iterations: 10      # rounds of pseudo-labels and prompt learning
-{labelled}
-# Each row of the table is the mean over these seeds; a spread needs at least three.
-seeds: [1, 2, 3]
-
-{resources}
-"""
-METHODS = """\
-CLIP without training; CPL, which learns from pseudo-labels; CPL with an auxiliary classifier of
-real images, and also with denoising errors of the diffusion model, the best two of our
-experiments; AiR, which adds synthetic images to CPL; and its control, which reads the real images
-that the LoRA is trained on instead."""
-QUESTION = "Which classifier is best for {subject}, and does a diffusion model help?"
-COST = (
-    "Cost: see `airsweep plan {name}.yaml`; a run with --smoke first makes the estimate possible."
-)
-EXPECT = "compare air with air_control; a difference whose interval contains 0 is not significant."
-FEW = (
-    "with about {tests} test images, differences below 10 points are hardly ever significant; "
-    f"{EXPECT}"
-)
-NONE = (
-    "no accuracy until images are labelled; the table shows how far the classifiers "
-    "agree. Label some before the first run (`airsweep sample {name}.yaml` draws them): labelled "
-    "images leave the pool, so LoRA and denoising errors are then made again."
-)
-SHOTS = """\
-  # paradigm: ssl       # also train on two labelled images per class
-  # shots: 2
-"""
+TEMPLATE = Path(__file__).with_name("starter.yaml.j2")
 CLASSNAMES = """\
-CLIP reads the names of the folders as class names. Better names can be set in
-{images}/classnames.txt, one line per class: {first} = a longer name. {images}/template.txt may
+CLIP reads the names of the folders as class names. Better names can be set in \
+{images}/classnames.txt, one line per class: {first} = a longer name. {images}/template.txt may \
 contain one line such as: a satellite photo of a {{}}"""
-
 UNLABELLED = """\
-{images}/classes.txt names the classes, one per line: name, or name = how to say it for CLIP.
-{images}/labels.csv may label images (image,class): for test or, with part val, validation, which
+{images}/classes.txt names the classes, one per line: name, or name = how to say it for CLIP. \
+{images}/labels.csv may label images (image,class): for test or, with part val, validation, which \
 chooses the best classifier. Labelled images are never in the pool that methods learn from."""
 
 
@@ -144,11 +93,11 @@ def write_starter(
     if file.exists():  # check before a large folder is listed
         raise ValueError(exists)
     given = None if classes is None else _given_classes(classes, images)
-    summary = DIGITS if images is None else _folder(str(images), given)
+    facts = DIGITS if images is None else _folder(str(images), given)
     if images is not None and folder.resolve() != Path.cwd() and str(images)[0] not in "/~":
         # Paths in a sweep file are relative to the file.
-        summary = replace(summary, dataset=f"{PREFIX}{os.path.relpath(images, folder)}")
-    text = _text(name, summary, gpus)
+        facts = facts | {"dataset": f"{PREFIX}{os.path.relpath(images, folder)}"}
+    text = _text(name, facts, gpus)
     sweep_from_document(parse(text, str(file)))
     listed = None if given is None else _write_classes(Path(str(images)).expanduser(), given)
     try:
@@ -159,7 +108,7 @@ def write_starter(
         if isinstance(problem, FileExistsError):
             raise ValueError(exists) from None
         raise ValueError(f"{file} cannot be written: {problem.strerror}") from None
-    return Starter(file, summary.about, summary.skipped, not summary.tests)
+    return Starter(file, facts["about"], facts.get("skipped", ()), not facts["tests"])
 
 
 def _given_classes(classes: str, images: str | Path | None) -> Classes:
@@ -203,45 +152,37 @@ def _write_classes(images: Path, classes: Classes) -> Path | None:
     return file
 
 
-@dataclass(frozen=True)
-class _Images:
-    """The parts of a sweep file that depend on the images."""
-
-    subject: str
-    dataset: str
-    about: str  # one sentence
-    comment: str  # above `dataset`
-    tests: int  # approximate number of test images
-    pool_labels: str = "known"  # see `Dataset`
-    skipped: tuple[str, ...] = ()  # see `skipped_lines`
-
-
-DIGITS = _Images(
-    "these digits",
-    "digits",
-    "1,797 real digits, 540 of them for test",
-    "The digits that ship with airsweep. For your own images use `folder:<path>` with one folder "
-    "per class (docs/your_images.md).",
-    540,
-)
+# What the template reads of the images: `note` stands above `dataset`, `tests` is approximate.
+DIGITS: dict[str, Any] = {
+    "subject": "these digits",
+    "dataset": "digits",
+    "about": "1,797 real digits, 540 of them for test",
+    "note": "The digits that ship with airsweep. For your own images use `folder:<path>` with one "
+    "folder per class (docs/your_images.md).",
+    "tests": 540,
+    "labelled": True,
+}
 
 
-def _folder(images: str, classes: Classes | None) -> _Images:
+def _folder(images: str, classes: Classes | None) -> dict[str, Any]:
     if not images.isprintable():
         raise ValueError(
             f"{images!r} contains invisible characters, which a sweep file does not allow; "
             "rename the folder"
         )
     dataset = _dataset(images, classes)
-    first = dataset.classnames[0]
-    if dataset.pool_labels == "unknown":
-        comment = UNLABELLED.format(images=images)
-        about, tests = _unlabelled_summary(images, dataset)
-    else:
-        comment = CLASSNAMES.format(images=images, first=first) if first.isprintable() else ""
-        about, tests = _summary(images, dataset)
-    name, skipped = f"{PREFIX}{images}", (*skipped_lines(dataset.skipped(), images),)
-    return _Images("my images", name, about, comment, tests, dataset.pool_labels, skipped)
+    labelled, first = dataset.pool_labels == "known", dataset.classnames[0]
+    about, tests = (_summary if labelled else _unlabelled_summary)(images, dataset)
+    note = CLASSNAMES if labelled else UNLABELLED
+    return {
+        "subject": "my images",
+        "dataset": f"{PREFIX}{images}",
+        "about": about,
+        "note": note.format(images=images, first=first) if first.isprintable() else "",
+        "tests": tests,
+        "labelled": labelled,
+        "skipped": (*skipped_lines(dataset.skipped(), images),),
+    }
 
 
 def _dataset(images: str, classes: Classes | None) -> Dataset:
@@ -275,69 +216,56 @@ def _dataset(images: str, classes: Classes | None) -> Dataset:
 
 def _unlabelled_summary(images: str, dataset: Dataset) -> tuple[str, int]:
     """A sentence about the content of a folder without class folders, and its test images."""
-    parts = dataset.load(None).parts
-    counts = {part: int((parts == part).sum()) for part in ("train", "test", "val")}
-    labelled = counts["test"] + counts["val"]
+    counts = Counter(dataset.load(None).parts.tolist())
     words = (
         f"{counts['test']:,} labelled for test and {counts['val']:,} for validation in {LABELS}"
-        if labelled
+        if counts["test"] + counts["val"]
         else "none labelled, so no accuracy can be measured"
     )
-    names = [name if name.isprintable() else repr(name) for name in dataset.classnames]
-    more = f" and {len(names) - LISTED_CLASSES} more" if len(names) > LISTED_CLASSES else ""
     return (
-        f"{images}: {len(parts):,} images for {len(names)} classes "
-        f"({', '.join(names[:LISTED_CLASSES])}{more}); {counts['train']:,} unlabelled, {words}; "
+        f"{images}: {counts.total():,} images for {len(dataset.classnames)} classes "
+        f"({_listed(dataset.classnames)}); {counts['train']:,} unlabelled, {words}; "
         "names of folders are ignored"
     ), counts["test"]
 
 
 def _summary(images: str, dataset: Dataset) -> tuple[str, int]:
     """A sentence about the content of a folder, and the approximate number of test images."""
-    import numpy as np
-
-    examples = dataset.load(None)
-    names, total = dataset.classnames, len(examples.labels)
-    counts = np.bincount(examples.labels, minlength=len(names)).tolist()
-    classes = ", ".join(
-        f"{name if name.isprintable() else repr(name)} {count:,}"
-        for name, count in list(zip(names, counts, strict=True))[:LISTED_CLASSES]
-    )
-    more = f" and {len(names) - LISTED_CLASSES} more" if len(names) > LISTED_CLASSES else ""
-    parts = {part: int((examples.parts == part).sum()) for part in ("train", "val", "test", "free")}
-    free = parts["free"]
-    tests = round(TEST_SHARE * total) if free else parts["test"]
+    examples, names = dataset.load(None), dataset.classnames
+    of_class, parts = Counter(examples.labels.tolist()), Counter(examples.parts.tolist())
+    total = parts.total()
+    tests = round(TEST_SHARE * total) if parts["free"] else parts["test"]
     split = (
         f"about {tests:,} for test, split by `split_seed`"
-        if free
+        if parts["free"]
         else f"{parts['train']:,} to learn from, {parts['test']:,} for test"
     )
+    classes = _listed(names, [f" {of_class[i]:,}" for i in range(len(names))])
     return (
-        f"{images}: {total:,} images of {len(names)} classes ({classes}{more}); {split}, "
+        f"{images}: {total:,} images of {len(names)} classes ({classes}); {split}, "
         f"{parts['val']:,} for validation, to choose the best classifier"
     ), tests
 
 
-def _text(name: str, images: _Images, gpus: bool) -> str:
-    expect = FEW if images.tests < FEW_TESTS else EXPECT
-    expect = (expect if images.tests else NONE).format(tests=images.tests, name=name)
-    question = QUESTION.format(subject=images.subject)
-    head = (
-        question,
-        f"When this file was written: {images.about}.",
-        COST.format(name=name),
-        f"Expect: {expect}",
-    )
-    dataset = f"  dataset: {json.dumps(images.dataset, ensure_ascii=False)}"
-    return TEXT.format(
-        question="\n".join(_comment(line) for line in head),
+def _listed(names: Sequence[str], counts: Sequence[str] | None = None) -> str:
+    """The first class names, with the numbers of their images."""
+    pairs = zip(names, counts or [""] * len(names), strict=True)
+    texts = [f"{name if name.isprintable() else repr(name)}{count}" for name, count in pairs]
+    more = f" and {len(names) - LISTED_CLASSES} more" if len(names) > LISTED_CLASSES else ""
+    return ", ".join(texts[:LISTED_CLASSES]) + more
+
+
+def _text(name: str, facts: Mapping[str, Any], gpus: bool) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
+    environment.filters["comment"] = _comment
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(
+        facts,
         name=name,
-        methods=_comment(METHODS, "  "),
+        dataset=json.dumps(facts["dataset"], ensure_ascii=False),
         resources=gpu_lines() if gpus else f"# {gpu_lines()}",
-        labelled=SHOTS if images.pool_labels == "known" else "",
-        dataset="\n".join(
-            [_comment(images.comment, "  "), dataset] if images.comment else [dataset]
-        ),
     )
 
 
