@@ -2,7 +2,7 @@
 
 The reader accepts the data part of YAML only: mappings with text keys, lists, text, numbers,
 true/false and null. It refuses tags, merge keys, a second document and aliases that expand to many
-values. It does not depend on the sweep format. The last section loads and dumps cluster files.
+values. It does not depend on the sweep format.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-MAX_BYTES = 1_000_000
+MAX_BYTES = 200_000  # which take a second
 DICT = "<dict>"  # source of a sweep that Python code gave as a dict
 MAX_VALUES = 10_000  # each use of an alias counts: ten lines can expand to billions of values
 MAX_DEPTH = 12
@@ -139,7 +139,7 @@ def read(path: Path) -> Document:
     except OSError as error:
         raise SpecError(f"{path} cannot be read: {error.strerror}") from None
     if len(data) > MAX_BYTES:
-        raise SpecError(f"{path} is larger than 1 MB; allowed: files up to 1 MB")
+        raise SpecError(f"{path} is larger than 200 kB; allowed: files up to 200 kB")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -171,18 +171,31 @@ def _plain_lists(value: Any) -> Any:
 def parse(text: str, source: str) -> Document:
     """Parse YAML text; error messages name `source`."""
     document = Document(source=source, text=text)
+    loader = None
     try:
-        node = yaml.compose(text, Loader=_Loader)
+        loader = _Loader(text)
+        node = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        position = _position(source, mark) if mark else source
-        raise SpecError(f"{position}: {_problem(error)}") from None
+        raise _error(source, error.problem_mark or error.context_mark, _problem(error)) from None
     except yaml.reader.ReaderError as error:
         line, column = line_column(text[: error.position])
         raise SpecError(f"{source}:{line}:{column}: YAML does not allow this character") from None
+    except RecursionError:
+        raise _error(source, _mark(loader), TOO_LARGE) from None
+    except (ValueError, OverflowError):  # PyYAML passes the number of "\U00110000" to chr()
+        raise _error(source, _mark(loader), "an escape is not a character") from None
     if node is not None:
         document.value = _Reader(document).plain(node, ())
     return document
+
+
+def _mark(loader: Any) -> yaml.Mark:
+    mark: yaml.Mark = loader.get_mark()
+    return mark
+
+
+def _error(source: str, mark: yaml.Mark | None, message: str) -> SpecError:
+    return SpecError(f"{_position(source, mark) if mark else source}: {message}")
 
 
 def _position(source: str, mark: yaml.Mark) -> str:
@@ -197,8 +210,6 @@ def line_column(before: str) -> tuple[int, int]:
 def _problem(error: yaml.MarkedYAMLError) -> str:
     if "another document" in (error.problem or ""):
         return "a second document starts here; allowed: one document per file"
-    if error.problem == TOO_LARGE:
-        return TOO_LARGE
     if r"'\t'" in (error.problem or ""):
         return "YAML does not allow a tab here; indent with spaces"
     return f"the file is not valid YAML: {error.problem or error.context}"
@@ -208,32 +219,6 @@ class _Loader(yaml.SafeLoader):
     """Resolves plain scalars unlike YAML 1.1: `1e-4` is a number and `12:30` is text."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (the parent's type)
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.depth = self.count = 0
-
-    def scan_flow_scalar_non_spaces(self, double: bool, start_mark: yaml.Mark) -> list[str]:
-        try:
-            chunks: list[str] = super().scan_flow_scalar_non_spaces(double, start_mark)
-            "".join(chunks).encode()
-        except (ValueError, OverflowError):  # PyYAML passes the number of "\U00110000" to chr()
-            mark = self.get_mark()
-            problem = (
-                "an escape is not a character; allowed: up to \\U0010FFFF, no \\uD800 to \\uDFFF"
-            )
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark) from None
-        return chunks
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        self.depth += 1
-        self.count += 1
-        if self.depth > MAX_DEPTH or self.count > MAX_VALUES:
-            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError(problem=TOO_LARGE, problem_mark=mark)
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
 
 
 _TAG = "tag:yaml.org,2002:"
@@ -302,7 +287,7 @@ class _Reader:
         return mapping
 
     def _error(self, node: yaml.Node, message: str) -> SpecError:
-        return SpecError(f"{_position(self.document.source, node.start_mark)}: {message}")
+        return _error(self.document.source, node.start_mark, message)
 
 
 def allowed_choices(word: Any, allowed: Iterable[Any]) -> str:

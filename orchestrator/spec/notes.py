@@ -15,11 +15,10 @@ from orchestrator.spec.cells import (
     cells_of,
     combinations,
     computation_of,
-    flat_settings,
     is_defined,
     matching_overrides,
 )
-from orchestrator.spec.sweep import SMOKE, SMOKE_ONLY, SweepSpec
+from orchestrator.spec.sweep import SMOKE_ONLY, SweepSpec
 
 
 def notes_of(spec: SweepSpec) -> tuple[str, ...]:
@@ -29,49 +28,58 @@ def notes_of(spec: SweepSpec) -> tuple[str, ...]:
 
 def _notes(spec: SweepSpec) -> Iterator[str]:
     yield from [spec.options] if spec.options else []
-    is_whole = not _is_reduced(spec)
-    parts = {"fixed": spec.fixed, "grid": spec.grid}
-    for part, keys in parts.items() if is_whole else ():
-        for key in keys:
-            yield from _pinned_notes(f"{part}.{key}", key, spec.methods)
     every = list(combinations(spec))
     of_grid = [cell_at(spec, entry) for entry in every]
-    for i, override in enumerate(spec.overrides if is_whole else ()):
-        for key in override.set:
-            methods = {cell.method: None for cell in of_grid if cell.overridden.get(key) == i}
-            yield from _pinned_notes(f"overrides[{i}].set.{key}", key, list(methods))
-        if not any(i in matching_overrides(spec, entry) for entry in every):
-            yield f"overrides[{i}] applies to no cell: its condition never holds"
-    skipped = [cell for cell in of_grid if not is_defined(cell)]
+    cells, skipped = cells_of(spec), [cell for cell in of_grid if not is_defined(cell)]
     if skipped:
         names = sorted({cell.method for cell in skipped})
         yield f"{_list_text(names)}: no cells with paradigm ul, which has no labelled images"
-    cells, total = cells_of(spec), len(every) - len(skipped)
-    if len(cells) < total:
+    if len(cells) < (total := len(every) - len(skipped)):
         yield f"{total} combinations of the grid are {len(cells)} different cells"
     if spec.is_smoke:
         yield SMOKE_ONLY
     if any(presets.tests_setup_only(cell.flat["backbone"], cell.flat["dataset"]) for cell in cells):
         yield presets.SETUP_ONLY
-    unused = {("grid", key): spec.grid[key] for key in _unused_axes(spec, cells)}
-    for key, value in spec.fixed.items() if is_whole else ():
-        if not _is_used(cells, key, value):
-            unused["fixed", key] = (value,)
-    for (part, key), values in unused.items():
-        if not all(key in METHODS[name].pins for name in spec.methods):  # else there is a note
-            yield f"{part}.{key}: no cell uses it; {_users_text(spec, key, values)}"
+    if _is_reduced(spec):  # the cells that are left out may use a key
+        return
+    for key, value in spec.fixed.items():
+        is_used = _is_used(cells, key, value)
+        yield from _key_notes(f"fixed.{key}", key, spec.methods, is_used)
+    unused = _unused_axes(spec, cells)
+    for key in spec.grid:
+        yield from _key_notes(f"grid.{key}", key, spec.methods, key not in unused)
+    for i, override in enumerate(spec.overrides):
+        if not any(i in matching_overrides(spec, entry) for entry in every):
+            yield f"overrides[{i}] applies to no cell: its condition never holds"
+        for key in override.set:
+            methods = {cell.method: None for cell in of_grid if cell.overridden.get(key) == i}
+            yield from _key_notes(f"overrides[{i}].set.{key}", key, list(methods), True)
     searched = {(cell.method, dimension.key) for cell in cells for dimension in cell.space}
-    for key in (each.key for each in (spec.space if is_whole else ())):
+    for key in (each.key for each in spec.space):
         names = [n for n in {c.method: None for c in cells} if (n, key) not in searched]
         if names:
             why = "pinned, without effect, or a bound"
             yield f"search.space.{key} is not searched with {_list_text(names)}: {why}"
 
 
+def _key_notes(place: str, key: str, methods: Sequence[str], is_used: bool) -> Iterator[str]:
+    """A note if methods pin a key to a value other than 0, or if every method pins it, or if no
+    cell uses it."""
+    pins = {name: METHODS[name].pins[key] for name in methods if key in METHODS[name].pins}
+    surprising = list(pins) if len(pins) == len(methods) else [name for name in pins if pins[name]]
+    if surprising:
+        yield f"{place} does not apply to {_list_text(surprising)}: the method pins it"
+    elif not is_used:
+        yield f"{place}: no cell uses it; {UNUSED}"
+
+
+UNUSED = "allowed: remove it, or use methods and settings with which it has an effect"
+
+
 def _is_reduced(spec: SweepSpec) -> bool:
-    """Whether --only or --smoke leaves out cells or rounds, which may use a key."""
+    """Whether --only or --smoke leaves out cells or rounds."""
     has_fewer = any(spec.grid.get(key, values) != values for key, values in spec.axes.items())
-    return has_fewer or SMOKE.items() <= spec.fixed.items()
+    return has_fewer or spec.is_smoke
 
 
 def refuse_unused_grid(spec: SweepSpec) -> None:
@@ -81,19 +89,14 @@ def refuse_unused_grid(spec: SweepSpec) -> None:
         SpecError: all combinations of the grid are one cell.
     """
     axes = [key for key, values in spec.grid.items() if len(values) > 1]
-    if any(key in ID_KEYS for key in axes):  # listing the cells takes time
-        return
-    unused = _unused_axes(spec, cells_of(spec))
-    if unused and unused == axes:
-        [key, *_] = unused
-        text = f"no cell uses this key; {_users_text(spec, key, spec.grid[key])}"
-        raise spec.document.key_error(("grid", key), text)
+    if not axes or _is_reduced(spec) or any(key in ID_KEYS for key in axes):
+        return  # listing the cells takes time
+    if _unused_axes(spec, cells_of(spec)) == axes:
+        raise spec.document.key_error(("grid", axes[0]), f"no cell uses this key; {UNUSED}")
 
 
 def _unused_axes(spec: SweepSpec, cells: Sequence[Cell]) -> list[str]:
     """Keys of the grid with several values that all give the same trials."""
-    if _is_reduced(spec):
-        return []
     used = {*ID_KEYS}.union(*(cell.chosen for cell in cells))
     return [key for key, values in spec.grid.items() if len(values) > 1 and key not in used]
 
@@ -108,28 +111,6 @@ def _is_used(cells: Sequence[Cell], key: str, value: Any) -> bool:
         for cell in cells
         if key in cell.flat
     )
-
-
-def _users_text(spec: SweepSpec, key: str, values: Sequence[Any]) -> str:
-    """The end of a message: the methods with which some of the values give different trials."""
-    several = [*values, trial_keys()[key].default]
-    users = []
-    for name, method in METHODS.items():
-        if key in method.pins:
-            continue
-        given = {**spec.fixed, "method": name}
-        found = {computation_of(flat_settings(spec, {**given, key: value})) for value in several}
-        users += [name] if len(found) > 1 else []
-    methods = f", or use a method that does: {', '.join(users)}" if users else ""
-    return f"allowed: remove it{methods}"
-
-
-def _pinned_notes(setting: str, key: str, methods: Sequence[str]) -> Iterator[str]:
-    """A note if methods pin a key to a value other than 0, or if every method pins it."""
-    pins = {name: METHODS[name].pins[key] for name in methods if key in METHODS[name].pins}
-    surprising = list(pins) if len(pins) == len(methods) else [name for name in pins if pins[name]]
-    if surprising:
-        yield f"{setting} does not apply to {_list_text(surprising)}: the method pins it"
 
 
 def _list_text(names: list[str], most: int = 8) -> str:

