@@ -99,12 +99,35 @@ SILENT: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR
 
 @contextmanager
 def _existing_cluster(address: str) -> Iterator[None]:
+    """Join a cluster.
+
+    Raises:
+        Refused: it cannot be joined; the message has the reason and a remedy.
+    """
     import ray
+    from ray.exceptions import AuthenticationError
 
     # Ray's dashboard shows this name for a driver that no job has started.
     name = {"job_name": os.environ.get("AIRSWEEP_SWEEP", "airsweep")}
     config = ray.job_config.JobConfig(metadata=name)
-    _join(address, job_config=config, **SILENT)
+    _wait_for_connection(address)
+    try:
+        with redirect_descriptor(2, None):  # errors still arrive as exceptions
+            ray.init(job_config=config, **SILENT)
+    except (ConnectionError, AuthenticationError) as problem:
+        raise Refused(
+            f"the Ray cluster at {address} rejected the connection ({first_line(problem)}); if it "
+            "requires a token, export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE with the "
+            "cluster's token; if it has just started, try again"
+        ) from problem
+    except (RuntimeError, ValueError) as problem:
+        reason = first_line(problem)
+        if "Version mismatch" in str(problem):  # Ray's message has seven lines
+            reason = (
+                f"{' '.join(str(problem).split())}; install the same versions here, or run on the "
+                "cluster's own Python: `ray job submit ... -- python -m orchestrator`"
+            )
+        raise Refused(f"{address} cannot be joined: {reason}") from problem
     try:
         yield
     finally:
@@ -126,7 +149,7 @@ def _local_cluster(
     ray_folder = folder / "ray"  # readable by all users; the folder around it is private
     logs = ray_folder / "session_latest" / "logs"
     try:
-        with redirect_descriptor(2, None), _on_loopback(), _private_token(), environment(variables):
+        with redirect_descriptor(2, None), _private(), environment(variables):
             ray.init(
                 address="local",
                 include_dashboard=False,
@@ -172,35 +195,6 @@ def _private_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="air-", dir=parent))
 
 
-def _join(address: str, **options: Any) -> None:
-    """Initialize Ray in this process.
-
-    Raises:
-        Refused: the cluster cannot be joined; the message has the reason and a remedy.
-    """
-    import ray
-    from ray.exceptions import AuthenticationError
-
-    _wait_for_connection(address)
-    try:
-        with redirect_descriptor(2, None):  # errors still arrive as exceptions
-            ray.init(**options)
-    except (ConnectionError, AuthenticationError) as problem:
-        raise Refused(
-            f"the Ray cluster at {address} rejected the connection ({first_line(problem)}); if it "
-            "requires a token, export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE with the "
-            "cluster's token; if it has just started, try again"
-        ) from problem
-    except (RuntimeError, ValueError) as problem:
-        reason = first_line(problem)
-        if "Version mismatch" in str(problem):  # Ray's message has seven lines
-            reason = (
-                f"{' '.join(str(problem).split())}; install the same versions here, or run on the "
-                "cluster's own Python: `ray job submit ... -- python -m orchestrator`"
-            )
-        raise Refused(f"{address} cannot be joined: {reason}") from problem
-
-
 def check_address() -> None:
     """Check that a cluster answers at RAY_ADDRESS, if it is set.
 
@@ -242,41 +236,30 @@ def _wait_for_connection(address: str) -> None:
 
 
 @contextmanager
-def _private_token() -> Iterator[None]:
-    """Protect a local cluster with a random token, since other users may share the machine.
+def _private() -> Iterator[None]:
+    """Let Ray listen on 127.0.0.1 instead of all addresses, and require a random token, since other
+    users may share the machine.
 
+    Ray has no option for the address; it does so on macOS and Windows, where the constant is false.
     The token is passed by a variable: a token file in the home folder, which Ray would write, would
     affect the user's other clusters. If RAY_AUTH_MODE is set, it decides instead.
     """
-    if os.environ.get(AUTH_MODE):
-        yield
-        return
+    from ray._private import ray_constants
+
+    before, auth_mode = ray_constants.ENABLE_RAY_CLUSTER, os.environ.get(AUTH_MODE)
+    ray_constants.ENABLE_RAY_CLUSTER = False
     try:
-        with environment({"RAY_AUTH_TOKEN": _token()}):
+        with environment({} if auth_mode else {"RAY_AUTH_TOKEN": _token()}):
             yield
     finally:
-        os.environ.pop(AUTH_MODE, None)  # Ray has set it
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        if not auth_mode:
+            os.environ.pop(AUTH_MODE, None)  # Ray has set it
 
 
 @cache
 def _token() -> str:
     return secrets.token_hex(32)  # one token per process: Ray reads it only once
-
-
-@contextmanager
-def _on_loopback() -> Iterator[None]:
-    """Let Ray listen on 127.0.0.1 instead of all addresses.
-
-    Ray has no option for this. It does so on macOS and Windows, where this constant is false.
-    """
-    from ray._private import ray_constants
-
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _daemons() -> list[psutil.Process]:
@@ -391,8 +374,7 @@ class MemoryPeak:
     def __init__(self) -> None:
         self.bytes = 0
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._watch, daemon=True).start()
 
     def stop(self) -> int:
         self._stop.set()
@@ -401,22 +383,16 @@ class MemoryPeak:
     def _watch(self) -> None:
         most = 0
         while not self._stop.wait(2.0):
-            processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
-            resident = _total(processes, lambda process: process.memory_info().rss)
+            resident = _total(lambda process: process.memory_info().rss)
             if resident > most * 1.02:
                 most = resident
-                self.bytes = max(self.bytes, _total(processes, _proportional))
+                # With each shared page divided among its users.
+                self.bytes = max(self.bytes, _total(lambda each: each.memory_full_info().pss))
 
 
-def _total(processes: Sequence[psutil.Process], bytes_of: Callable[[psutil.Process], int]) -> int:
+def _total(bytes_of: Callable[[psutil.Process], int]) -> int:
     total = 0
-    for process in processes:
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
         with suppress(psutil.Error):  # the process has ended
             total += bytes_of(process)
     return total
-
-
-def _proportional(process: psutil.Process) -> int:
-    """Memory of a process in bytes, with each shared page divided among its users."""
-    memory = process.memory_full_info()
-    return int(getattr(memory, "pss", memory.uss))
