@@ -21,7 +21,7 @@ from orchestrator.spec import Cell, SweepSpec
 from orchestrator.spec.resources import ENCODER_BATCH
 from orchestrator.spec.space import Point, study_name
 from orchestrator.stages import TrialSpec
-from orchestrator.stages.side_by_side import side_by_side
+from orchestrator.stages.trial import side_by_side
 from orchestrator.store import ArtifactStore, EventLog, read_trial
 
 

@@ -79,7 +79,7 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]
     ) -> Mapping[str, Failure]:
         """Run the trials of the job; the failures by key. Together, the trials may use the sum of
         their time limits."""
-        from orchestrator.stages.side_by_side import run_trials
+        from orchestrator.stages.trial_run import run_trials
 
         started, job, limit = time.monotonic(), self.job, self.limit
 

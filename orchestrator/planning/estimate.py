@@ -29,7 +29,7 @@ from orchestrator.keys import StageSpec
 from orchestrator.planning.resources import process_capacity, this_machine
 from orchestrator.spec import Resources
 from orchestrator.stages import STAGES, TrialSpec
-from orchestrator.stages.side_by_side import side_by_side
+from orchestrator.stages.trial import side_by_side
 from orchestrator.store import ArtifactStore, smoke_store
 from orchestrator.store.verification import read_cache
 

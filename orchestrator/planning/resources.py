@@ -18,7 +18,7 @@ from orchestrator.formatting import format_bytes
 from orchestrator.spec import ProcessResources, Resources
 from orchestrator.stages import TrialSpec
 from orchestrator.stages.context import memory_fraction
-from orchestrator.stages.side_by_side import side_by_side
+from orchestrator.stages.trial import side_by_side
 
 # Amounts of "CPU", "GPU", "memory" (bytes) and custom resources, as Ray counts them.
 Machine = Mapping[str, float]

@@ -14,6 +14,7 @@ from air_core.components import BACKBONES, DATASETS, GENERATORS, computed_from_r
 from air_core.specs import LoraSettings, Ref, TrialSettings
 from air_core.specs.conditions import (
     fills_bank,
+    has_context,
     is_folder,
     reads_tokens,
     trains_on_synthetic,
@@ -245,3 +246,32 @@ def trial_of(
 ) -> TrialSpec:
     """The trial of dotted keys, as `air_core.specs.flat.from_flat`."""
     return TrialSpec(**{**fields_of(flat), **refs}, classnames=classnames)
+
+
+# Class texts in one pass. Each keeps 1 to 2 MB for the gradient with ViT-B/32, and beyond these
+# numbers the time depends on the arithmetic, so that more bring nothing.
+MAX_TEXTS = {"cpu": 256, "cuda": 1024}
+
+
+def side_by_side(
+    specs: Sequence[TrialSpec], device: str, share: float = 1.0
+) -> list[list[TrialSpec]]:
+    """Groups of trials whose prompts stand before the same class names in the same text tower.
+
+    Other trials are alone: other learners have no such pass to share, and a transfer trial trains
+    nothing itself.
+
+    Args:
+        share: of the usual number of class texts in a group, for a device short of memory.
+    """
+    groups: dict[object, list[TrialSpec]] = {}
+    for spec in specs:
+        alone = not has_context(spec) or spec.test_dataset is not None
+        shared = (spec.dataset, spec.backbone, spec.precision, spec.prompt.length)
+        groups.setdefault(spec if alone else shared, []).append(spec)
+    parts = []
+    for group in groups.values():
+        texts = MAX_TEXTS["cpu" if device == "cpu" else "cuda"]
+        size = max(1, int(texts * share) // max(1, len(group[0].classnames)))
+        parts += [group[start : start + size] for start in range(0, len(group), size)]
+    return parts

@@ -1,4 +1,9 @@
-"""Runs one trial: reads its inputs from the store, calls the method, writes the record.
+"""Runs trials: reads their inputs from the store, calls the method, writes the records.
+
+The time of a training step of a text prompt depends on the number of calls more than on the
+arithmetic, above all on a GPU, so all seeds of a point together cost little more than one: prompts
+that can share a pass of the text tower are trained side by side. Each trial keeps its own data,
+random numbers, record and failure.
 
 A trial makes no inputs: a missing input is an error that names the command to run. The true labels
 of the pool are read here, outside the method, to measure the quality of pseudo-labels.
@@ -8,8 +13,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,11 +35,12 @@ from air_core.prompts import restored_learner
 from air_core.side_by_side import learn_side_by_side
 from air_core.specs import SplitSettings
 from air_core.specs.conditions import reads_tokens
-from air_core.types import Labelled, Metrics, PseudoLabels, SparseTargets, TrialResult, sparse
+from air_core.types import Metrics, PseudoLabels, SparseTargets, TrialResult, sparse
 from orchestrator.keys import artifact_key
-from orchestrator.stages.context import WorkerContext, startup_seconds
+from orchestrator.spec.resources import ENCODER_BATCH
+from orchestrator.stages.context import WorkerContext, ignore, startup_seconds
 from orchestrator.stages.features import known_accuracy, read_target
-from orchestrator.stages.trial import TrialSpec
+from orchestrator.stages.trial import TrialSpec, side_by_side
 from orchestrator.stages.trial_data import read_data
 from orchestrator.store import ArtifactStore, TrialRecord, read_trial
 from orchestrator.store.artifacts import Building
@@ -50,30 +57,90 @@ from orchestrator.store.records import FUSED, POOL, PREDICTIONS, PROMPT
 CHECKPOINT_INTERVAL = 10.0  # seconds between two checkpoints of a trial, at least
 
 
+def run_trials(
+    specs: Sequence[TrialSpec],
+    worker: WorkerContext,
+    report: Callable[[int, int, int], None] = lambda index, done, total: None,
+    report_curves: Callable[[int, Curves], None] = lambda index, curves: None,
+) -> list[TrialRecord | Exception]:
+    """Run the trials that have no record yet; returns the record or the exception of each.
+
+    A record is published as soon as its trial is finished.
+
+    Args:
+        worker: a smaller batch also means fewer trials side by side.
+        report: called with the index of a trial in `specs`, and its finished and all steps.
+        report_curves: called after each round with the index of a trial and its curves so far.
+    """
+    store = worker.store
+    missing = [spec for spec in dict.fromkeys(specs) if not store.has(spec)]
+    reports = {
+        spec: (partial(report, specs.index(spec)), partial(report_curves, specs.index(spec)))
+        for spec in missing
+    }
+    failed: dict[TrialSpec, Exception] = {}
+    # All processes take locks in the same order, or two could wait for each other.
+    missing.sort(key=lambda spec: artifact_key(spec).digest)
+    for group in side_by_side(missing, worker.device, worker.batch / ENCODER_BATCH):
+        problems = _run_group(group, worker, reports)
+        counts = Counter(map(id, problems.values()))
+        # An exception that several trials share is no trial's own, such as a lack of memory.
+        shared = [spec for spec, problem in problems.items() if counts[id(problem)] > 1]
+        failed |= {spec: problem for spec, problem in problems.items() if spec not in shared}
+        del problems  # their tracebacks hold the tensors
+        for spec in shared:
+            failed |= _run_group([spec], worker, reports)
+    return [failed.get(spec) or read_trial(spec, store) for spec in specs]
+
+
+def _run_group(
+    group: Sequence[TrialSpec],
+    worker: WorkerContext,
+    reports: Mapping[TrialSpec, tuple[Callable[[int, int], None], Callable[[Curves], None]]],
+) -> dict[TrialSpec, Exception]:
+    """Run and record trials side by side; the exception of each trial that fails."""
+    problems: dict[TrialSpec, Exception] = {}
+    runs: list[tuple[TrialSpec, ExitStack, TrialRun]] = []
+    trials: list[Trial] = []
+    with ExitStack() as group_stack:
+        for spec in group:
+            report, report_curves = reports[spec]
+            stack = group_stack.enter_context(ExitStack())
+            try:
+                if spec.test_dataset is not None:
+                    test = partial(_test_on_other_dataset, spec, worker, report)
+                    worker.store.get_or_build(spec, test)
+                    continue
+                opened = stack.enter_context(open_trial(spec, worker, report, len(group)))
+            except Exception as problem:
+                problems[spec] = problem
+            else:
+                if opened is not None:
+                    opened[0].report_curves = report_curves
+                    runs.append((spec, stack, opened[0]))
+                    trials.append(opened[1])
+        for index, outcome in learn_side_by_side(trials):
+            spec, stack, run = runs[index]
+            try:
+                with stack:  # publishes the record and releases the lock
+                    run.end(outcome)
+            except Exception as problem:
+                problems[spec] = problem
+    return problems
+
+
 def run_trial(
     spec: TrialSpec,
     store: ArtifactStore,
     device: str = "cpu",
-    report: Callable[[int, int], None] = lambda done, total: None,
+    report: Callable[[int, int], None] = ignore,
 ) -> TrialRecord:
-    """Run a trial if it has no record yet; returns the record.
-
-    Args:
-        report: called with the finished and all training steps.
-
-    Raises:
-        MissingArtifact: an input was not prepared.
-    """
-    if store.writable and not store.has(spec):
-        if spec.test_dataset is not None:
-            store.get_or_build(spec, partial(_test_on_other_dataset, spec, store, device, report))
-        else:
-            with open_trial(spec, WorkerContext(store, device=device), report) as opened:
-                if opened is not None:
-                    run, trial = opened
-                    [(_, outcome)] = learn_side_by_side([trial])
-                    run.end(outcome)
-    return read_trial(spec, store)
+    """As `run_trials`, for one trial; raises its exception."""
+    worker = WorkerContext(store, device=device)
+    [outcome] = run_trials([spec], worker, lambda _, done, total: report(done, total))
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
 @contextmanager
@@ -187,9 +254,11 @@ class TrialRun:
         """Write predictions and prompt of a record; return its info."""
         data, curves = self.data, self.curves
         tested = result.classifiers
-        on_test = {name: (each.test.predictions, each.probability) for name, each in tested.items()}
-        _write_predictions(self.test_index, result.test, data.test, folder, on_test)
-        _write_pool(self.pool_index, result, folder)
+        of = {name: (each.test.predictions, each.probability) for name, each in tested.items()}
+        labels = data.test.labels.int()
+        _write(folder / PREDICTIONS, self.test_index, result.test.predictions, of, labels=labels)
+        of = {name: (each.pool, each.pool_probability.half()) for name, each in tested.items()}
+        _write(folder / POOL, self.pool_index, result.pool_predictions, of)
         if result.prompt is not None:
             save_file({"prompt": result.prompt.numpy()}, folder / PROMPT)
         if "fused" in tested:
@@ -288,11 +357,7 @@ def _state(begun: Checkpoint) -> TrialState:
 
 
 def _test_on_other_dataset(
-    spec: TrialSpec,
-    store: ArtifactStore,
-    device: str,
-    report: Callable[[int, int], None],
-    folder: Path,
+    spec: TrialSpec, worker: WorkerContext, report: Callable[[int, int], None], folder: Path
 ) -> dict[str, Any]:
     """Test the prompt of one dataset on another dataset's test images, with its class names.
 
@@ -300,15 +365,15 @@ def _test_on_other_dataset(
     and no class name of them (CoCoOp's transfer, arXiv:2203.05557).
     """
     torch.set_num_threads(1)  # as in `open_trial`, which does not run where the prompt exists
-    learned = run_trial(replace(spec, test_dataset=None), store, device, report)
+    learned = run_trial(replace(spec, test_dataset=None), worker.store, worker.device, report)
     started = time.monotonic()
-    reader = store.read_only()
+    reader = worker.store.read_only()
     assert spec.test_features is not None
     split = SplitSettings(split_seed=spec.split_seed)
     target = read_target(spec.test_features, split, reader, spec.test_tokens)
     test = target.labelled(target.split.test)
     classnames, template = target.text.classnames, target.text.template
-    backbone = WorkerContext(reader, device=device).backbone(spec.backbone, spec.precision)
+    backbone = worker.backbone(spec.backbone, spec.precision)
     classifier: Classifier
     if spec.iterations == 0:
         classifier = text_classifier(backbone, classnames, template)
@@ -320,14 +385,14 @@ def _test_on_other_dataset(
     with torch.no_grad():
         best = classifier.logits(test.batch).softmax(dim=-1).max(dim=-1)
     metrics = measured(best.indices, test.labels, len(classnames))
-    _write_predictions(
-        target.split.test, metrics, test, folder, {"text": (metrics.predictions, best.values)}
-    )
+    of = {"text": (metrics.predictions, best.values)}
+    labels = test.labels.int()
+    _write(folder / PREDICTIONS, target.split.test, metrics.predictions, of, labels=labels)
     replaced = ("test/", "time/", "temperature/")  # metrics of the dataset that was learned from
     kept = {name: value for name, value in learned.metrics.items() if not name.startswith(replaced)}
     new = {"test/accuracy_text": metrics.accuracy, "time/test_s": time.monotonic() - started}
     return {
-        "device": device,
+        "device": worker.device,
         "metrics": kept | _test_metrics(metrics) | new,
         "curves": {
             name: values for name, values in learned.curves.items() if not name.startswith(replaced)
@@ -337,37 +402,22 @@ def _test_on_other_dataset(
     }
 
 
-def _write_predictions(
+def _write(
+    file: Path,
     index: Tensor,
-    metrics: Metrics,
-    test: Labelled,
-    folder: Path,
+    predictions: Tensor,
     classifiers: Mapping[str, tuple[Tensor, Tensor]],
+    **more: Tensor,
 ) -> None:
-    """Write the arrays of `TrialRecord.test_arrays`.
+    """Write the arrays of `TrialRecord.test_arrays` or `pool_arrays`.
 
     Args:
-        classifiers: predictions and their probabilities, (T,) each.
+        classifiers: predictions of each and their probabilities, for N images.
     """
-    arrays = {"index": index, "labels": test.labels.int(), "predictions": metrics.predictions.int()}
-    _save(arrays | _predicted(classifiers), folder / PREDICTIONS)
-
-
-def _write_pool(index: Tensor, result: TrialResult, folder: Path) -> None:
-    """Write the arrays of `TrialRecord.pool_arrays`."""
-    classifiers = {
-        name: (each.pool, each.pool_probability.half()) for name, each in result.classifiers.items()
-    }
-    arrays = {"index": index, "predictions": result.pool_predictions.int()}
-    _save(arrays | _predicted(classifiers), folder / POOL)
-
-
-def _predicted(classifiers: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    arrays = {}
-    for name, (predictions, probabilities) in classifiers.items():
-        arrays[name] = predictions.int()
-        arrays[f"probability_{name}"] = probabilities
-    return arrays
+    arrays = {"index": index, "predictions": predictions.int(), **more}
+    for name, (predicted, probabilities) in classifiers.items():
+        arrays |= {name: predicted.int(), f"probability_{name}": probabilities}
+    _save(arrays, file)
 
 
 def _save(arrays: Mapping[str, Tensor], file: Path) -> None:

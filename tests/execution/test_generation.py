@@ -30,7 +30,7 @@ from orchestrator.spec import Resources
 from orchestrator.spec.resources import GeneratorResources
 from orchestrator.stages import SyntheticFeaturesSpec
 from orchestrator.stages.context import WorkerContext
-from orchestrator.stages.images import GeneratedImages
+from orchestrator.stages.images import FolderImages
 from orchestrator.stages.synthetic import read_synthetic
 from orchestrator.store import ArtifactStore
 from tests.helpers.sweeps import wait_until
@@ -205,7 +205,7 @@ def test_a_generator_short_of_memory_saves_memory_and_keeps_its_block_size(
         [],
     )
 
-    opened = GeneratedImages.open
+    opened = FolderImages.open
 
     def short(images, worker):
         tried.append(worker.thrift)
@@ -213,7 +213,7 @@ def test_a_generator_short_of_memory_saves_memory_and_keeps_its_block_size(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return opened(images, worker)
 
-    monkeypatch.setattr(GeneratedImages, "open", short)
+    monkeypatch.setattr(FolderImages, "open", short)
     actor = GeneratorActor([requirement], WorkerContext(store), NO_PROGRESS)
     for c in (0, 1):
         result = actor(batch_of((0, c, 0)))

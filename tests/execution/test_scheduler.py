@@ -18,8 +18,7 @@ from orchestrator.spec import Dimension, SweepSpec, cells_of
 from orchestrator.spec.space import study_name
 from orchestrator.spec.sweep import Search, Seeds
 from orchestrator.stages.context import WorkerContext
-from orchestrator.stages.side_by_side import run_trials
-from orchestrator.stages.trial_run import run_trial
+from orchestrator.stages.trial_run import run_trial, run_trials
 from orchestrator.store import ArtifactStore, EventLog, read_trial
 from tests.helpers.features import digit_features, store_with
 

@@ -27,8 +27,7 @@ from orchestrator.spec import cells_of, load_sweep
 from orchestrator.stages import TrialSpec
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.features import build as build_features
-from orchestrator.stages.side_by_side import run_trials
-from orchestrator.stages.trial_run import run_trial
+from orchestrator.stages.trial_run import run_trial, run_trials
 from orchestrator.store import ArtifactStore, TrialRecord
 from tests.helpers.plugins import NOISE, TIP_ADAPTER, saved_clip, saved_dataset
 from tests.helpers.sweeps import write_sweep

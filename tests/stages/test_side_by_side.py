@@ -25,8 +25,8 @@ from orchestrator.stages import TrialSpec
 from orchestrator.stages import trial_run as trial_stage
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.features import build as build_features
-from orchestrator.stages.side_by_side import run_trials, side_by_side
-from orchestrator.stages.trial_run import run_trial
+from orchestrator.stages.trial import side_by_side
+from orchestrator.stages.trial_run import run_trial, run_trials
 from orchestrator.store import ArtifactStore, TrialRecord
 from tests.helpers.features import encode
 
