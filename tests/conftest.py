@@ -206,21 +206,6 @@ def drawn_digits(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def ghostscript(tmp_path, monkeypatch) -> Path:
-    """The file that a fake `gs` writes when it is started, as Pillow does for PostScript."""
-    import PIL.EpsImagePlugin
-
-    folder = tmp_path / "programs"
-    folder.mkdir()
-    started = folder / "started"
-    (folder / "gs").write_text(f"#!/bin/sh\necho $* >> {started}\necho 10.0\n")
-    (folder / "gs").chmod(0o755)
-    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
-    monkeypatch.setattr(PIL.EpsImagePlugin, "gs_binary", None)  # Pillow caches the path
-    return started
-
-
 @pytest.fixture(scope="module")
 def wires() -> Iterator[Network]:
     """A network for virtual machines of a test, which all see the same disk."""

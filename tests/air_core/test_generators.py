@@ -24,7 +24,6 @@ from air_core.models.weights import generator_files, generator_folder
 from air_core.specs import GenerationSettings
 from benchmarks import device
 from tests.helpers import pipelines
-from tests.helpers.dataset_trees import EPS
 
 MODEL = generator_folder("tiny")
 QUICK = GenerationSettings(
@@ -380,13 +379,10 @@ def test_a_folder_gives_the_images_of_a_class_sorted_by_name(folder):
     assert frog.float().mean() == pytest.approx(220, abs=5)
 
 
-def test_unreadable_files_are_rejected_and_missing_files_are_errors(folder, ghostscript):
+def test_unreadable_files_are_rejected_and_missing_files_are_errors(folder):
     """Rejecting a missing file would hide the problem."""
-    (folder / "tree_frog" / "harmless.jpg").write_bytes(EPS)  # before x.png
-    foxes, frogs = (FolderGenerator(folder, [name], 16) for name in ("red fox", "tree frog"))
+    foxes = FolderGenerator(folder, ["red fox"], 16)
     assert rejected(foxes.generate("red fox", [1, 2, 5], [0, 0, 0])).tolist() == [False, True, True]
-    assert rejected(frogs.generate("tree frog", [0, 1], [0, 0])).tolist() == [True, False]
-    assert not ghostscript.exists()
     (folder / "red fox" / "a.png").unlink()
     with pytest.raises(FileNotFoundError):
         foxes.generate("red fox", [0], [0])

@@ -49,15 +49,6 @@ def draw(file: Path, size: int = 12) -> None:
     Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(file)
 
 
-EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
-%%BoundingBox: 0 0 32 32
-%%EndComments
-0 0 32 32 rectfill
-showpage
-%%EOF
-"""
-
-
 def _write(file: Path, lines: Iterable[str]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(f"{line}\n" for line in lines))
