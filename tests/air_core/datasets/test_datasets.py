@@ -580,10 +580,12 @@ def test_a_large_image_below_the_limit_prints_no_warning(tmp_path):
     assert done.stderr == ""
 
 
-def test_a_pipe_with_the_name_of_an_image_does_not_block(tmp_path):
+def test_a_pipe_does_not_block_and_a_missing_file_is_an_error_of_the_disk(tmp_path):
     os.mkfifo(tmp_path / "a.jpg")
     with pytest.raises(Unreadable, match=r"a\.jpg cannot be read: it is a folder or a device"):
         ImageFiles((tmp_path / "a.jpg",))[0]
+    with pytest.raises(FileNotFoundError):
+        ImageFiles((tmp_path / "missing.jpg",))[0]
 
 
 def test_hidden_files_are_not_images(eurosat):

@@ -142,10 +142,8 @@ def test_a_file_from_windows_is_read(tree):
         ("cow = a\n", r"no class folder is named 'cow'; class folders: 'cat', 'dog', 'sea_lion'"),
         ("cat = dog\n", r"two classes are named 'dog'; rename a class in classnames.txt"),
         ("cat = DOG\n", r"two classes are named 'dog' and 'DOG', which CLIP reads alike"),
-        ("cat = sea&nbsp;  lion\n", r"two classes are named 'sea lion' and 'sea&nbsp;  lion'"),
         ("cat = _\n", r"the class name '_' is empty to CLIP"),
         ("cat = c\u202eat\n", r"the class name 'c\\u202eat' has an invisible character"),
-        ("cat = c\x1b[31mat\n", r"has an invisible character, '\\x1b'"),
     ],
 )
 def test_invalid_class_names_are_errors_with_the_line(tree, text, message):
@@ -159,18 +157,7 @@ def test_invisible_joiners_are_allowed_in_class_names(tree):
     assert "\u200c" in dataset(tree).classnames[0]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "a photo",
-        "a {} of {}",
-        "a {x} of {}",
-        "a {}\nthe {}",
-        "a {0.__class__}",
-        "{!r}",
-        "a {}\u202e",
-    ],
-)
+@pytest.mark.parametrize("text", ["a {x} of {}", "a {}\nthe {}", "a {}\u202e"])
 def test_a_template_without_exactly_one_field_for_the_class_is_an_error(tree, text):
     (tree / "template.txt").write_text(text)
     with pytest.raises(ValueError, match=r"template.txt: expected one line with {} once"):
@@ -209,19 +196,6 @@ WRONG: list[tuple[str, Callable[[Path], object], str]] = [
         "only one class, 'cat'; a classifier needs two",
     ),
     ("none", lambda home: drawn(home, "Cat/0.png", "cat/0.png"), "which CLIP reads alike; rename"),
-    ("none", lambda home: drawn(home, "big_cat/0.png", "big  cat/0.png"), "which CLIP reads alike"),
-    ("none", lambda home: drawn(home, "ok/0.png", "\uff4f\uff4b/0.png"), "which CLIP reads alike"),
-    (
-        "none",
-        lambda home: drawn(home, "cat/0.png", "do\ng/0.png"),
-        r"'do\\ng' has an invisible char",
-    ),
-    # Images must be directly in the class folder, or `training` would be a class.
-    (
-        "none",
-        lambda home: drawn(home, "training/cat/0.jpg", "testing/cat/0.jpg"),
-        "no image in testing/, which contains 'cat'",
-    ),
     (
         "parted",
         other_classes,

@@ -104,9 +104,7 @@ def test_an_invalid_line_of_labels_is_an_error_with_its_place(photos, text):
 BAD_CLASSES = {
     "cat\n\ncat\n": r"classes\.txt:3: the class 'cat' is listed twice, first in .*txt:1; remove",
     "cat\nCAT = Cat\n": r"classes\.txt:2: two classes are named 'Cat' and 'cat', which CLIP reads",
-    "cat\nd\u202eog\n": r"classes\.txt:2: the class name .* has an invisible character",
     "cat\na/b\n": r"classes\.txt:2: 'a/b' is not allowed; expected `name` or",
-    "cat\ndog =\n": r"classes\.txt:2: 'dog =' is not allowed",
     "cat\n# dog\n": r"classes\.txt has only one class, 'cat'; a classifier needs two or more",
     "": r"classes\.txt has no class",
 }
