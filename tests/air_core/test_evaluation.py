@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from air_core import chunks
 from air_core.classifiers import LinearClassifier
 from air_core.evaluation import (
     calibrated_temperature,
@@ -19,6 +18,8 @@ from air_core.evaluation import (
     objectives,
 )
 from air_core.types import Batch, Labelled
+
+pytestmark = pytest.mark.usefixtures("small_chunks")
 
 
 def some_scores(images: int, classes: int, sharpness: float, seed: int = 0) -> torch.Tensor:
@@ -32,21 +33,15 @@ def reference(scores: np.ndarray) -> float:
     return inside - sum(p * math.log(p) for p in scores.mean(axis=0) if p > 0)
 
 
-@pytest.mark.parametrize("elements", [1, 70, 2**22])
 @pytest.mark.parametrize("sharpness", [0.1, 1.0, 10.0, 1000.0])
-def test_mutual_information_equals_a_plain_reference(sharpness, elements, monkeypatch):
-    monkeypatch.setattr(chunks, "ELEMENTS", elements)  # numbers of a chunk
+def test_mutual_information_equals_a_plain_reference(sharpness):
     scores = some_scores(50, 6, sharpness)
     expected = reference(scores.double().numpy())
     assert mutual_information(scores) == pytest.approx(expected, abs=1e-7)
 
 
-@pytest.mark.parametrize("elements", [1, 70, 2**22])
 @pytest.mark.parametrize("classes", [None, torch.tensor([1, 4, 5])])
-def test_the_most_probable_class_is_among_some_classes_at_a_temperature(
-    classes, elements, monkeypatch
-):
-    monkeypatch.setattr(chunks, "ELEMENTS", elements)
+def test_the_most_probable_class_is_among_some_classes_at_a_temperature(classes):
     logits = some_scores(50, 6, 3.0).log()
     logits[7, 4] = logits[7, 1] = 9.0  # of equal ones the first
     probability, positions = most_probable(logits, classes, 1.7)

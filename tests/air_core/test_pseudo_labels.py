@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from air_core import chunks
 from air_core.pseudo_labels import assign, capacity, spread
 from air_core.pseudo_labels.candidates import candidate_sets
 from air_core.pseudo_labels.top_k import balanced_choice
 from air_core.specs import PseudoLabelSettings
 from air_core.types import ROWS, PseudoLabels, SparseTargets, sparse
+
+pytestmark = pytest.mark.usefixtures("small_chunks")
 
 
 def some_scores(images: int = 120, classes: int = 6, seed: int = 0) -> torch.Tensor:
@@ -95,22 +96,16 @@ def plain_choice(scores: torch.Tensor, slots: list[int], allowed: torch.Tensor) 
     return choice
 
 
-@pytest.mark.parametrize("elements", [1, 20, 2**22])
 @pytest.mark.parametrize("case", range(8))
-def test_candidate_sets_equal_a_plain_reference_for_chunks_of_any_size(case, elements, monkeypatch):
-    monkeypatch.setattr(chunks, "ELEMENTS", elements)
+def test_candidate_sets_equal_a_plain_reference(case):
     scores = rounded_scores(case)
     for alpha, beta in ((0.75, 0.9), (0.3, 0.5), (0.0, 1.0), (1.0, 0.0)):
         found = candidate_sets(scores, alpha, beta)
         assert found.tolist() == plain_sets(scores, alpha, beta)
 
 
-@pytest.mark.parametrize("elements", [1, 20, 2**22])
 @pytest.mark.parametrize("case", range(8))
-def test_deferred_acceptance_equals_a_plain_reference_for_chunks_of_any_size(
-    case, elements, monkeypatch
-):
-    monkeypatch.setattr(chunks, "ELEMENTS", elements)
+def test_deferred_acceptance_equals_a_plain_reference(case):
     scores, draws = rounded_scores(case), torch.Generator().manual_seed(case)
     slots = torch.randint(0, 6, scores.shape[1:], generator=draws)
     some = torch.rand(scores.shape, generator=draws) < 0.5
