@@ -15,7 +15,7 @@ from torch.nn.functional import normalize, one_hot
 from air_core.backbone import Backbone
 from air_core.backbone.loading import load_backbone
 from air_core.models.weights import tiny_folder
-from air_core.prompts import build_learner, logits_together
+from air_core.prompts import PromptLearner, build_learner
 from air_core.specs import PromptSettings, TrainSettings
 from air_core.training import CHECKED, Targeted, Training, fit
 from air_core.types import Batch, Labelled
@@ -68,37 +68,15 @@ def relative_error(one: Tensor, other: Tensor) -> float:
     return ((one - other).norm() / other.norm()).item()
 
 
-def test_logits_and_gradients_of_several_prompts_equal_those_of_each_alone(tower):
-    clip, close = tower
-    learners = [
-        build_learner("text", PromptSettings(length=5), clip, NAMES, "{}", seed)
-        for seed in range(3)
-    ]
-    batches = [images(clip, count, count).batch for count in (4, 7, 5)]
-    parts = [torch.randn(len(batch), len(NAMES)) for batch in batches]  # of the gradient
-
-    def found(every: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        torch.autograd.backward([(z * part).sum() for z, part in zip(every, parts, strict=True)])
-        gradients = [learner.prompt.grad for learner in learners]
-        for learner in learners:
-            learner.prompt.grad = None
-        return list(zip(every, gradients, strict=True))
-
-    together = found(logits_together(learners, batches))
-    alone = found([one.logits(batch) for one, batch in zip(learners, batches, strict=True)])
-    for ours, theirs in zip(together, alone, strict=True):
-        assert relative_error(ours[0], theirs[0]) < close
-        assert relative_error(ours[1], theirs[1]) < close
-
-
-# ---------------------------------------------------------------- training
+def learner(clip: Backbone, seed: int, length: int = 3, modality: str = "text") -> PromptLearner:
+    return build_learner(modality, PromptSettings(length=length), clip, NAMES, "{}", seed)
 
 
 def training(clip: Backbone, seed: int, **changes: Any) -> Training:
     """A training with prompt and images by the seed."""
     real = images(clip, 24, seed)
     given: dict[str, Any] = {
-        "learner": build_learner("text", PromptSettings(length=3), clip, NAMES, "{}", seed),
+        "learner": learner(clip, seed),
         "real": Targeted(real.batch, one_hot(real.labels, len(NAMES)).to(real.batch.features)),
         "labelled": None,
         "synthetic": None,
@@ -124,23 +102,34 @@ def different_trainings(clip: Backbone) -> list[Training]:
     ]
 
 
-def test_trainings_side_by_side_give_the_same_prompts_as_each_alone(tower):
+def visual_training(clip: Backbone, **changes: Any) -> Training:
+    pixels = torch.randn(24, 17, clip.patch_width, generator=torch.Generator().manual_seed(0))
+    real = images(clip, 24, 7)
+    targets = one_hot(real.labels, len(NAMES)).to(pixels)
+    given = {
+        "learner": learner(clip, 7, 2, "visual"),
+        "real": Targeted(Batch(real.batch.features, pixels), targets),
+    }
+    return training(clip, 7, **(given | changes))
+
+
+def trainings_without_a_common_pass(clip: Backbone) -> list[Training]:
+    """Prompts of two lengths, and of another modality."""
+    return [
+        training(clip, 1),
+        training(clip, 2, learner=learner(clip, 2, 4)),
+        visual_training(clip),
+    ]
+
+
+@pytest.mark.parametrize("made", [different_trainings, trainings_without_a_common_pass])
+def test_trainings_side_by_side_give_the_same_prompts_as_each_alone(tower, made):
     clip, close = tower
-    together, alone = different_trainings(clip), different_trainings(clip)
+    together, alone = made(clip), made(clip)
     losses = fit(together)
     for ours, theirs, loss in zip(together, alone, losses, strict=True):
         assert loss == pytest.approx(fit([theirs])[0], rel=100 * close)
         assert relative_error(ours.learner.prompt, theirs.learner.prompt) < 10 * close
-
-
-def visual_training(clip: Backbone, **changes: Any) -> Training:
-    pixels = torch.randn(24, 17, clip.patch_width, generator=torch.Generator().manual_seed(0))
-    real = images(clip, 24, 7)
-    given = {
-        "learner": build_learner("visual", PromptSettings(length=2), clip, NAMES, "{}", 7),
-        "real": Targeted(Batch(real.batch.features, pixels), one_hot(real.labels, 4).float()),
-    }
-    return training(clip, 7, **(given | changes))
 
 
 def test_a_training_step_reads_no_number_from_the_device(tiny_clip):
@@ -165,36 +154,3 @@ def test_a_failed_training_stops_soon_and_names_its_first_loss_that_is_not_finit
     assert str(error) == "the loss became nan after 2 steps"
     assert max(done) == CHECKED
     assert loss == pytest.approx(alone, rel=1e-5)
-
-
-def test_prompts_that_share_no_pass_are_encoded_one_after_the_other(tiny_clip):
-    """Prompts of another length, and prompts of another modality."""
-    settings = TrainSettings(steps=2, batch=4)
-    pixels = torch.randn(8, 17, tiny_clip.patch_width, generator=torch.Generator().manual_seed(0))
-    real = images(tiny_clip, 8, 1)
-    real = Labelled(Batch(real.batch.features, pixels), real.labels)
-    targeted = Targeted(real.batch, one_hot(real.labels, len(NAMES)).float())
-
-    def mixed() -> list[Training]:
-        made = [("text", 3), ("text", 4), ("visual", 2)]
-        return [
-            training(
-                tiny_clip,
-                seed=at,
-                real=targeted,
-                settings=settings,
-                learner=build_learner(
-                    kind, PromptSettings(length=length), tiny_clip, NAMES, "{}", at
-                ),
-            )
-            for at, (kind, length) in enumerate(made)
-        ]
-
-    together, alone = mixed(), mixed()
-    fit(together)
-    for ours, theirs in zip(together, alone, strict=True):
-        fit([theirs])
-        assert relative_error(ours.learner.prompt, theirs.learner.prompt) < 1e-5
-
-
-# ---------------------------------------------------------------- whole trials

@@ -134,24 +134,21 @@ def marked(count: int) -> Labelled:
     return Labelled(Batch(torch.eye(count)), torch.zeros(count, dtype=torch.long))
 
 
-def seen(settings: TrainSettings, count: int = 12) -> int:
-    """The number of images that the training has used."""
+@pytest.mark.parametrize(
+    ("length", "batch", "count", "used"),
+    [
+        ({"steps": 1}, 4, 12, 4),
+        ({"steps": 2}, 4, 12, 8),
+        ({"steps": 3}, 4, 12, 12),  # a pass uses every image once
+        ({"steps": None, "epochs": 1}, 4, 12, 12),
+        ({"steps": 1, "epochs": 9}, 4, 12, 4),
+        ({"steps": 1}, 64, 5, 5),  # fewer images than a batch are one batch
+    ],
+)
+def test_a_training_uses_each_image_once_in_a_pass(length, batch, count, used):
+    settings = replace(PLAIN, batch=batch, **length)
     learner, _ = trained(settings, learner=Linear(width=count), real=marked(count))
-    return int((learner.weight.detach().abs().sum(dim=1) > 0).sum())
-
-
-@pytest.mark.parametrize(("steps", "images_seen"), [(1, 4), (2, 8), (3, 12)])
-def test_a_pass_uses_every_image_once(steps, images_seen):
-    assert seen(replace(PLAIN, steps=steps, batch=4)) == images_seen
-
-
-def test_epochs_are_passes_unless_steps_are_given():
-    assert seen(replace(PLAIN, steps=None, epochs=1, batch=4)) == 12
-    assert seen(replace(PLAIN, steps=1, epochs=9, batch=4)) == 4
-
-
-def test_fewer_images_than_a_batch_are_one_batch():
-    assert seen(replace(PLAIN, steps=1, batch=64), count=5) == 5
+    assert (learner.weight.detach().abs().sum(dim=1) > 0).sum() == used
 
 
 @pytest.mark.parametrize("source", ["labelled", "synthetic"])
@@ -222,19 +219,9 @@ class Watched(Linear):
 def test_gradients_use_tf32_if_all_trainings_do(uses_tf32, precision):
     learners = [Watched() for _ in uses_tf32]
     given = {"real": None, "labelled": images(), "synthetic": None, "synthetic_weight": 0.0}
-    fit(
-        [
-            Training(
-                learner=learner,
-                settings=replace(PLAIN, steps=2),
-                loss="cc",
-                seed=0,
-                uses_tf32=flag,
-                **given,
-            )
-            for learner, flag in zip(learners, uses_tf32, strict=True)
-        ]
-    )
+    given |= {"settings": replace(PLAIN, steps=2), "loss": "cc", "seed": 0}
+    each = zip(learners, uses_tf32, strict=True)
+    fit([Training(learner=learner, uses_tf32=flag, **given) for learner, flag in each])
     assert [learner.seen for learner in learners] == [{precision}] * len(learners)
     assert torch.get_float32_matmul_precision() == "highest"
 
