@@ -179,8 +179,8 @@ CARRIES_OVER: dict[str, dict[str, Any]] = {
         **{"auxiliary__k": 8, "auxiliary__k_step": 4},
     },
     "a class that was not filled stays limited": {
-        **{"pseudo_labels__growth": "fixed", "pseudo_labels__k": 63, "pseudo_labels__alpha": 0.05},
-        **{"train__learning_rate": 0.5, "train__steps": 6},
+        **{"pseudo_labels__growth": "fixed", "pseudo_labels__k": 100, "pseudo_labels__alpha": 0.5},
+        **{"pseudo_labels__beta": 0.9, "train__learning_rate": 0.5, "train__steps": 6},
     },
     "unseen classes": {"paradigm": "trzsl"},
     "visual": {"modality": "visual", "train__steps": 1, "iterations": 2},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,8 @@ def stable_diffusion_1(folder: Path, prediction: str = "epsilon") -> Path:
     _save(folder, scheduler, attention_head_dim=2)
     index = folder / "model_index.json"
     checker = '["stable_diffusion", "StableDiffusionSafetyChecker"]'
-    index.write_text(
-        index.read_text().replace(
-            '"safety_checker": [\n    null,\n    null\n  ]', '"safety_checker": ' + checker
-        )
-    )
+    none = "[\n    null,\n    null\n  ]"
+    index.write_text(index.read_text().replace(f'_checker": {none}', f'_checker": {checker}'))
     return folder
 
 
@@ -249,15 +247,6 @@ def _reading_captions(transformer: Any) -> Any:
     return transformer
 
 
-def image_to_image(folder: Path) -> Path:
-    """A pipeline that needs an image in addition to a text."""
-    index = stable_diffusion_1(folder) / "model_index.json"
-    index.write_text(
-        index.read_text().replace("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
-    )
-    return folder
-
-
 def tokenizer() -> Any:
     return CLIPTokenizer.from_pretrained(
         generator_folder("tiny") / "tokenizer", local_files_only=True
@@ -298,3 +287,15 @@ def autoencoder(**changes: Any) -> diffusers.AutoencoderKL:
         "sample_size": SIZE,
     }
     return diffusers.AutoencoderKL(**(config | levels | changes))
+
+
+# By the class of their pipeline.
+MODELS: dict[str, list[Callable[[Path], Path]]] = {
+    "StableDiffusionPipeline": [stable_diffusion_1, stable_diffusion_2],
+    "StableDiffusionXLPipeline": [stable_diffusion_xl],
+    "StableDiffusion3Pipeline": [stable_diffusion_3, stable_diffusion_35],
+    "FluxPipeline": [flux_dev, flux_schnell],
+    "PixArtSigmaPipeline": [pixart_sigma],
+    "SanaPipeline": [sana],
+    "QwenImagePipeline": [qwen_image],
+}
