@@ -150,38 +150,19 @@ def digits_ref(resolver) -> Ref:
     return resolver.dataset(get_dataset("digits"))
 
 
-ROOT = Path(__file__).parents[1]
-
-
-LONG = (
-    "test_nodes",
-    "test_families_sweep",
-    "test_preflight",
-    "test_slurm",
-    "test_submit",
-    "test_trusted",
-    "test_runs",
-    "test_evidence_runs",
-    "test_generation",
-    "test_api",
-    "test_users",
-    "test_encoded_blocks",
-    "test_chaos",
-    "test_docs",
-    "test_bucket",
-    "test_unlabelled_sweeps",
-    "test_tracking",
-    "test_browsing",
-    "test_any_trial",
-    "test_bundles",
-    "test_onnx",
-    "test_classify",
-)  # files, the longest first
+# Files, the longest first.
+LONG = """
+    test_nodes test_families_sweep test_preflight test_slurm test_submit test_trusted test_runs
+    test_evidence_runs test_generation test_api test_users test_encoded_blocks test_chaos test_docs
+    test_bucket test_unlabelled_sweeps test_tracking test_browsing test_any_trial test_bundles
+    test_onnx test_classify
+"""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run long files first: a long file at the end would leave the other cores idle."""
-    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+    place = {name: number for number, name in enumerate(LONG.split())}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ from orchestrator.redact import HIDDEN, redact
 from orchestrator.spec import SpecError, load_sweep
 from orchestrator.store import ArtifactStore, SweepLocation
 from tests.helpers.servers import MlflowServer
-from tests.helpers.sweeps import TIMEOUT, airsweep, python, write_sweep
+from tests.helpers.sweeps import airsweep, python, write_sweep
 
 ROOT = Path(__file__).parents[1]
 WORD = st.text("abcdefgh0123456789_-~!$%", min_size=1, max_size=20)
@@ -47,29 +47,21 @@ SECRET_NAMES = """
     DB_PASS DBPASS SMTP_PASS2 MYSQL_PWD REDIS_PASSWD GITHUB_PAT PAT SENTRY_DSN BASIC_AUTH
     REDISCLI_AUTH HTTP_AUTHORIZATION AWS_CREDS BEARER SESSION_COOKIE DJANGO_SECRET FLASK_SESSION_KEY
     PASSWORD_SALT SAS_SIGNATURE OPENAI_APIKEY MINIO_ACCESSKEY SLACK_WEBHOOK_URL DISCORD_WEBHOOK
-    AZURE_STORAGE_CONNECTION_STRING SUPABASE_JWT AGE_KEYS
+    AZURE_STORAGE_CONNECTION_STRING SUPABASE_JWT AGE_KEYS AWS_SECRET_ACCESS_KEY PGPASSWORD
+    MLFLOW_TRACKING_PASSWORD RAY_AUTH_TOKEN HF_TOKEN WANDB_API_KEY
 """
 PLAIN_NAMES = """
     PATH PYTHONPATH OLDPWD PASSTHROUGH_MODE COMPASS_ADDRESS NO_PROXY_BYPASS FILE_PATTERN AUTHOR
     GIT_AUTHOR_EMAIL XAUTHORITY SSH_AUTH_SOCK RAY_AUTH_MODE KEYBOARD MONKEY_ISLAND OAUTHLIB_RELAXED
-    DATABASE_URL MLFLOW_TRACKING_URI AUTH_TYPE PATIENCE_EPOCHS COMPATIBILITY
+    DATABASE_URL MLFLOW_TRACKING_URI AUTH_TYPE PATIENCE_EPOCHS COMPATIBILITY RAY_AUTH_TOKEN_PATH
+    AWS_ACCESS_KEY_ID TOKENIZERS_PARALLELISM HOSTNAME_OF_THIS
 """
 
 
 @pytest.mark.parametrize(
     ("name", "hidden"),
     [
-        ("AWS_SECRET_ACCESS_KEY", True),
-        ("MLFLOW_TRACKING_PASSWORD", True),
-        ("PGPASSWORD", True),
-        ("RAY_AUTH_TOKEN", True),
-        ("HF_TOKEN", True),
-        ("WANDB_API_KEY", True),
         *((name, True) for name in SECRET_NAMES.split()),
-        ("RAY_AUTH_TOKEN_PATH", False),
-        ("AWS_ACCESS_KEY_ID", False),
-        ("TOKENIZERS_PARALLELISM", False),
-        ("HOSTNAME_OF_THIS", False),
         *((name, False) for name in PLAIN_NAMES.split()),
     ],
 )
@@ -78,30 +70,22 @@ def test_the_name_of_a_variable_decides_whether_it_is_a_secret(name, hidden, mon
     assert (redact("the key is wJalrXUtnFEMI.") == f"the key is {HIDDEN}.") == hidden
 
 
-LONG = 1_000_000
-HOSTILE = {
-    "a word": "a" * LONG,
-    "schemes": "a://" * LONG,
-    "users": "a://b" * LONG,
-    "passwords": "a://b:c" * LONG,
-    "colons": "a://" + "b:" * LONG,
-    "signs": "a://b:" + "@" * LONG + "/",
-    "a user": "a://" + "b" * LONG,
-}
+HOSTILE = """
+import sys
+from orchestrator.redact import find_password, redact
+long = 1_000_000
+for text in (
+    *("a" * long, "a://" * long, "a://b" * long, "a://b:c" * long, "a://" + "b:" * long),
+    *("a://b:" + "@" * long + "/", "a://" + "b" * long),
+):
+    redact(text)
+    find_password(text)
+"""
 
 
-@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
-def test_redaction_takes_linear_time(text):
+def test_redaction_takes_linear_time():
     """In quadratic time, a million characters would take hours."""
-    script = "import sys; from orchestrator.redact import *; text = sys.stdin.read(); "
-    subprocess.run(
-        [sys.executable, "-c", script + "redact(text); find_password(text)"],
-        input=text,
-        text=True,
-        cwd=ROOT,
-        timeout=TIMEOUT,
-        check=True,
-    )
+    python("-c", HOSTILE)
 
 
 def test_a_short_secret_is_not_replaced_in_ordinary_text(monkeypatch):
@@ -193,18 +177,6 @@ def test_no_module_uses_a_reader_that_can_run_code():
     assert uses == {"orchestrator/plugins.py: compile", "orchestrator/plugins.py: exec"}
 
 
-def test_the_check_recognizes_readers_that_can_run_code(tmp_path):
-    file = tmp_path / "bad.py"
-    file.write_text(
-        "import pickle, joblib\nfrom cloudpickle import loads\ntorch.load('x')\n"
-        "torch.load('x', weights_only=True)\nnp.load('x')\nnp.load('x', allow_pickle=True)\n"
-        "eval('1')\npd.read_pickle('x')\nre.compile('x')\n"
-    )
-    assert sorted(_dangers(file)) == [
-        *("cloudpickle", "eval", "joblib", "np.load", "pd.read_pickle", "pickle", "torch.load")
-    ]
-
-
 # ---------------------------------------------------------------- terminal output
 
 PRINTS = {"print", "sys.stdout.write", "sys.stderr.write"}
@@ -244,21 +216,23 @@ def test_a_warning_contains_no_control_characters(monkeypatch):
 # ---------------------------------------------------------------- paths outside the store
 
 
-@pytest.mark.parametrize("name", ["..", "../x", "a/b", "/etc", "", "."])
+OUTSIDE = ["..", "../x", "a/b", "/etc"]
+
+
+@pytest.mark.parametrize("name", [*OUTSIDE, "", "."])
 def test_names_that_leave_the_store_are_refused_in_a_location(name, tmp_path):
     store = ArtifactStore(tmp_path / "runs")
-    with pytest.raises(ValueError, match="leads to another folder"):
-        SweepLocation(store, name, "sweep", None)
-    with pytest.raises(ValueError, match="leads to another folder"):
-        SweepLocation(store, "default", name, None)
+    for names in ((name, "sweep"), ("default", name)):
+        with pytest.raises(ValueError, match="leads to another folder"):
+            SweepLocation(store, *names, None)
 
 
 @pytest.mark.parametrize("key", ["name", "project"])
-@pytest.mark.parametrize("value", ["..", "../x", "a/b", "/etc", ".hidden"])
+@pytest.mark.parametrize("value", [*OUTSIDE, ".hidden"])
 def test_names_that_leave_the_store_are_refused_in_a_sweep_file(key, value, tmp_path):
-    text = f"version: 1\nname: fine\nfixed: {{method: fpl}}\nseeds: [1]\n{key}: {value!r}\n"
-    file = tmp_path / "fine.yaml"
-    file.write_text(text.replace("name: fine\n", "") if key == "name" else text)
+    file, values = tmp_path / "fine.yaml", {"name": "fine", key: value}
+    lines = [f"{name}: {of!r}\n" for name, of in values.items()]
+    file.write_text("".join(["version: 1\nfixed: {method: fpl}\nseeds: [1]\n", *lines]))
     with pytest.raises(SpecError, match=f":.*{key}"):
         load_sweep(file)
 

@@ -33,48 +33,32 @@ def write(
     return folder
 
 
-@pytest.mark.parametrize(
-    ("model", "expected"),
-    [
-        pytest.param({"unet": {"sample_size": 64}, "vae": KL}, {"size": 512}, id="SD 1.5"),
-        pytest.param({"unet": {"sample_size": 96}, "vae": KL}, {"size": 768}, id="SD 2.1"),
-        pytest.param({"unet": {"sample_size": 128}, "vae": KL}, {"size": 1024}, id="SDXL"),
-        pytest.param(
-            {
-                "kind": "StableDiffusion3Pipeline",
-                "transformer": {"sample_size": 128},
-                "vae": KL,
-            },
-            {"size": 1024, "num_inference_steps": 28, "guidance_scale": 7.0},
-            id="SD 3.5",
-        ),
-        pytest.param(
-            {"unet": {"sample_size": 64}, "vae": KL, "scheduler": TRAILING},
-            {"size": 512, **FEW},
-            id="SD Turbo",
-        ),
-        pytest.param(
-            {
-                "transformer": {"sample_size": 32},
-                "vae": {"encoder_block_out_channels": [128, 256, 512, 512, 1024, 1024]},
-            },
-            {"size": 1024},
-            id="SANA",
-        ),
-        pytest.param(
-            {**FLUX, "transformer": {"guidance_embeds": True}},
-            {"size": 1024, "num_inference_steps": 28, "guidance_scale": 3.5},
-            id="FLUX.1-dev",
-        ),
-        pytest.param(
-            {**FLUX, "transformer": {"guidance_embeds": False}},
-            {"size": 1024, **FEW},
-            id="FLUX.1-schnell",
-        ),
-        pytest.param({"unet": {"sample_size": [64, 96]}, "vae": KL}, {}, id="not square"),
-    ],
-)
-def test_the_files_of_a_model_determine_size_steps_and_guidance(tmp_path, model, expected):
+DC = {"encoder_block_out_channels": [128, 256, 512, 512, 1024, 1024]}
+SD3 = {"kind": "StableDiffusion3Pipeline", "transformer": {"sample_size": 128}, "vae": KL}
+MODELS: dict[str, tuple[dict[str, Any], dict[str, float]]] = {
+    "SD 1.5": ({"unet": {"sample_size": 64}, "vae": KL}, {"size": 512}),
+    "SD 2.1": ({"unet": {"sample_size": 96}, "vae": KL}, {"size": 768}),
+    "SD 3.5": (SD3, {"size": 1024, "num_inference_steps": 28, "guidance_scale": 7.0}),
+    "SD Turbo": (
+        {"unet": {"sample_size": 64}, "vae": KL, "scheduler": TRAILING},
+        {"size": 512, **FEW},
+    ),
+    "SANA": ({"transformer": {"sample_size": 32}, "vae": DC}, {"size": 1024}),
+    "FLUX.1-dev": (
+        {**FLUX, "transformer": {"guidance_embeds": True}},
+        {"size": 1024, "num_inference_steps": 28, "guidance_scale": 3.5},
+    ),
+    "FLUX.1-schnell": (
+        {**FLUX, "transformer": {"guidance_embeds": False}},
+        {"size": 1024, **FEW},
+    ),
+    "not square": ({"unet": {"sample_size": [64, 96]}, "vae": KL}, {}),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_files_of_a_model_determine_size_steps_and_guidance(tmp_path, name):
+    model, expected = MODELS[name]
     assert drawing_defaults(write(tmp_path, **model)) == expected
 
 

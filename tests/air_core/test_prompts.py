@@ -26,22 +26,15 @@ def some_images(tiny_clip, count: int = 5) -> Batch:
     return Batch(torch.nn.functional.normalize(features, dim=-1), tokens)
 
 
-def start(one: PromptLearner) -> list[torch.Tensor]:
-    return [one.prompt.detach()]
-
-
 @pytest.mark.parametrize("modality", ["text", "visual"])
-def test_the_same_seed_gives_the_same_initial_prompt_and_another_seed_another(tiny_clip, modality):
-    first, again, other = (learner(tiny_clip, modality, seed) for seed in (1, 1, 2))
-    assert all(map(torch.equal, start(first), start(again)))
-    assert not any(map(torch.equal, start(first), start(other)))
-    images = some_images(tiny_clip)
-    assert torch.equal(first.logits(images), again.logits(images))
+def test_another_seed_gives_another_initial_prompt(tiny_clip, modality):
+    one, other = (learner(tiny_clip, modality, seed).prompt for seed in (1, 2))
+    assert not torch.equal(one, other)
 
 
 @pytest.mark.parametrize("length", [1, 16])
 def test_a_text_prompt_has_length_vectors_near_zero(tiny_clip, length):
-    (context,) = start(learner(tiny_clip, length=length))
+    context = learner(tiny_clip, length=length).prompt
     assert context.shape == (length, tiny_clip.token_width)
     assert context.std().item() == pytest.approx(0.02, rel=0.3)
     assert context.mean().abs().item() < 0.01
@@ -53,9 +46,8 @@ def test_a_visual_prompt_is_near_zero_and_deep_ones_have_tokens_for_every_block(
     for depth, shape in (("shallow", (8, width)), ("deep", (layers, 8, width))):
         settings = PromptSettings(length=8, depth=depth, init=init)
         one = build_learner("visual", settings, tiny_clip, NAMES, TEMPLATE, 0)
-        (tokens,) = start(one)
-        assert tokens.shape == shape
-        assert 0 < tokens.std() < 1.1 * width**-0.5
+        assert one.prompt.shape == shape
+        assert 0 < one.prompt.std() < 1.1 * width**-0.5
         assert one.logits(some_images(tiny_clip)).shape == (5, len(NAMES))
 
 

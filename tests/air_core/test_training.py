@@ -183,6 +183,13 @@ def test_rc_concentrates_on_one_of_the_candidates():
     assert (believed.gather(1, data.labels[::2, None]) > 0.8).double().mean() > 0.9
 
 
+def test_rc_starts_from_even_confidence_as_in_cpl():
+    """A candidate set of three classes has the same weight as a set of one class."""
+    real = Targeted(Batch(torch.eye(2)), torch.tensor([[1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]]))
+    _, loss = trained(replace(PLAIN, steps=1), learner=Linear(2, 4), real=real, loss="rc")
+    assert loss == pytest.approx(math.log(4))
+
+
 def test_the_two_losses_are_added_with_the_weight():
     real, synthetic = images(8), images(8, seed=2)
     settings = replace(PLAIN, steps=1)
