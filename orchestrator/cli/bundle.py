@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -27,38 +25,9 @@ from orchestrator.cli.common import (
     with_progress_bar,
 )
 from orchestrator.errors import GATE
-from orchestrator.files import make_folders
 from orchestrator.formatting import show
 
-if TYPE_CHECKING:
-    from orchestrator.reporting.classified import Row
-
 app = typer.Typer()
-
-FolderArgument = Annotated[
-    Path, typer.Argument(metavar="DIR", help="Bundle: a folder written by `airsweep export`.")
-]
-WeightsOption = Annotated[
-    str | None,
-    typer.Option(
-        "--weights",
-        metavar="BACKBONE",
-        help="Name or path of the backbone, if its weights are not published.",
-    ),
-]
-DeviceOption = Annotated[
-    str, typer.Option("--device", metavar="DEVICE", help="Torch device: cpu, cuda, ...")
-]
-ClassifierOption = Annotated[
-    str | None,
-    typer.Option(
-        "--classifier",
-        metavar="NAME",
-        help="text, auxiliary or fused. Default: the one selected at the export.",
-    ),
-]
-PATH_WIDTH = 44  # largest width of the table's first column
-MATRIX = 12  # classes of a confusion matrix that fits a screen
 
 
 @app.command(rich_help_panel=USE)
@@ -68,14 +37,12 @@ def export(
         Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to create.")
     ],
     sweep: Annotated[
-        str | None,
-        typer.Option("--sweep", metavar="NAME", help="Sweep of the trial: NAME or PROJECT/NAME."),
+        str | None, typer.Option(metavar="NAME", help="Sweep of the trial: NAME or PROJECT/NAME.")
     ] = None,
     only: OnlyOption = None,
     by: Annotated[
         str | None,
         typer.Option(
-            "--by",
             metavar="SCORE",
             help="Score of `best`: validation_accuracy, experiments or test_accuracy. Default: "
             "validation_accuracy if there are validation images, else experiments: the order of "
@@ -99,9 +66,7 @@ def export(
     register: Annotated[
         str | None,
         typer.Option(
-            "--register",
-            metavar="MODEL",
-            help="Register model.onnx as a version of this model in MLflow.",
+            metavar="MODEL", help="Register model.onnx as a version of this model in MLflow."
         ),
     ] = None,
 ) -> None:
@@ -133,7 +98,10 @@ def export(
 
 @app.command(rich_help_panel=USE)
 def classify(
-    folder: FolderArgument,
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="Bundle: a folder written by `airsweep export`."),
+    ],
     images: Annotated[
         list[str],
         typer.Argument(
@@ -142,11 +110,17 @@ def classify(
         ),
     ],
     topk: Annotated[
-        int, typer.Option("--topk", metavar="K", min=1, help="Classes to list for each image.")
+        int, typer.Option(metavar="K", min=1, help="Classes to list for each image.")
     ] = 3,
     as_json: JsonOption = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
-    classifier: ClassifierOption = None,
+    classifier: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="text, auxiliary or fused. Default: the one selected at the export.",
+        ),
+    ] = None,
     min_probability: Annotated[
         float,
         typer.Option(
@@ -162,12 +136,19 @@ def classify(
             help="Table to write, by its suffix: .parquet or .csv.",
         ),
     ] = None,
-    weights: WeightsOption = None,
-    device: DeviceOption = "cpu",
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BACKBONE",
+            help="Name or path of the backbone, if its weights are not published.",
+        ),
+    ] = None,
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="Torch device: cpu, cuda, ...")
+    ] = "cpu",
     runtime: Annotated[
         str,
         typer.Option(
-            "--runtime",
             metavar="torch|onnx",
             help="What computes: torch with the backbone, or onnxruntime with model.onnx.",
         ),
@@ -194,7 +175,7 @@ def classify(
     if as_json + as_csv + (output is not None) > 1:
         fail("--json, --csv and -o exclude each other; give only one")
     if output is not None:
-        classified.check_table(output)
+        classified.check_file(output)
     files = image_files(images)
     import_open_clip_alone()
     bundle = load_bundle(folder, weights, device, classifier, min_probability, runtime)
@@ -205,21 +186,17 @@ def classify(
     quiet = output is None and sys.stdout.isatty()
     tally = classified.Tally()
     counted = tally.counted(with_progress_bar("classifying", rows, len(files), quiet))
+    form = "json" if as_json else "csv" if as_csv else ""
     if output is not None:
-        make_folders(output.absolute().parent)
-        classified.write_table(output, counted)
+        classified.write_file(output, counted)
         show(output)
-    elif as_json:
-        classified.show_json(counted)
-    elif as_csv:
-        classified.write_csv(sys.stdout, counted)
+    elif form:
+        classified.WRITERS[form](sys.stdout, counted)
     else:
-        _show_table(counted, files, bundle.classnames)
-    if tally.pairs:
-        data = as_json or as_csv or output is not None  # on stdout
-        others = tally.images - len(tally.unreadable) - tally.unsure - tally.pairs.total()
-        for line in _confusion_lines(tally.pairs, bundle.classnames, others):
-            show(line, file=sys.stderr if data else sys.stdout)
+        for line in classified.text_lines(counted, files, bundle.classnames):
+            show(line)
+    for line in tally.confusion_lines(bundle.classnames):
+        show(line, file=sys.stderr if form or output is not None else sys.stdout)
     if min_probability:
         unsure = f"unsure: {tally.unsure:,} of {len(files):,} images, below {min_probability:g}"
         unsure += "; they count in no accuracy" if tally.pairs and tally.unsure else ""
@@ -234,48 +211,3 @@ def classify(
         if len(tally.unreadable) == len(files):
             fail("no file could be read, so nothing was classified")
         sys.exit(1)
-
-
-def _show_table(rows: Iterable[Row], files: Iterable[Path], classnames: Iterable[str]) -> None:
-    """Print a line for each readable image: its path, best class and other classes."""
-    width = min(PATH_WIDTH, max(len(printable(str(file))) for file in files))
-    name_width = max(map(len, classnames))
-    for row in rows:
-        if row["error"] is None:
-            names, shares = (
-                [row[name] for name in row if name.startswith(word)]
-                for word in ("class", "probability")
-            )
-            guess = row.get("guess")
-            first = f"{guess or names[0]:<{name_width}} {shares[0]:>6.1%}"
-            pairs = zip(names[1:], shares[1:], strict=True)
-            others = "   ".join(f"{name} {share:.1%}" for name, share in pairs)
-            others += f"   {names[0]}" if guess else ""
-            show(f"{printable(row['path']):<{width}}  {first}   {others}".rstrip())
-
-
-def _confusion_lines(
-    counts: Counter[tuple[str, str]], classnames: Sequence[str], others: int
-) -> Iterator[str]:
-    """Accuracy, and the confusion matrix or, of many classes, the most frequent confusions."""
-    from orchestrator.reporting.notes import chance_caution
-
-    right = sum(count for (true, predicted), count in counts.items() if true == predicted)
-    total = counts.total()
-    note = f"; {others:,} in other folders do not count" if others else ""
-    yield ""
-    yield from filter(None, [chance_caution(right, total, len(classnames))])
-    yield f"accuracy {right / total:.1%}: {right:,} of {total:,} images in class folders{note}"
-    shown = [name for name in classnames if any(name in pair for pair in counts)]
-    if len(shown) > MATRIX:
-        yield "most frequent confusions (folder -> predicted class)"
-        wrong = [(pair, count) for pair, count in counts.most_common() if pair[0] != pair[1]]
-        for (true, predicted), count in wrong[:MATRIX]:
-            yield f"  {count:>5,}  {printable(true)} -> {printable(predicted)}"
-        return
-    width = max(len(printable(name)) for name in shown)
-    yield "confusion matrix (rows: folder, columns: predicted class)"
-    yield f"      {'':<{width}} " + "".join(f"{c:>6}" for c in range(1, len(shown) + 1))
-    for c, true in enumerate(shown, start=1):
-        row = "".join(f"{counts[true, predicted]:>6,}" for predicted in shown)
-        yield f"  {c:>2}  {printable(true):<{width}} {row}"

@@ -1,4 +1,4 @@
-"""Rows of classified images, and Parquet, CSV and JSON tables of them."""
+"""Rows of classified images, their counts, and the formats in which they are written."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from air_core.bundle.files import UNSURE, true_classes
-from orchestrator.files import sync, temporary_for
-from orchestrator.formatting import csv_cell, show
+from air_core.printable import printable
+from orchestrator.files import make_folders, sync, temporary_for
+from orchestrator.formatting import csv_cell
+from orchestrator.reporting.notes import chance_caution
 
 if TYPE_CHECKING:
     import pyarrow
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]  # by column; None where an image has no value
 GROUP = 8192  # rows of a row group, which a reader of Parquet holds in memory
+PATH_WIDTH = 44  # largest width of the printed table's first column
+MATRIX = 12  # classes of a confusion matrix that fits a screen
 
 
 def classified_rows(bundle: Bundle, files: Sequence[Path], topk: int) -> Iterator[Row]:
@@ -52,30 +56,86 @@ class Tally:
                 self.pairs[row["true"], row["class"]] += 1
             yield row
 
+    def confusion_lines(self, classnames: Sequence[str]) -> Iterator[str]:
+        """Accuracy, and the confusion matrix or, of many classes, the most frequent confusions;
+        nothing without images in class folders.
+        """
+        counts, total = self.pairs, self.pairs.total()
+        if not total:
+            return
+        right = sum(count for (true, predicted), count in counts.items() if true == predicted)
+        others = self.images - len(self.unreadable) - self.unsure - total
+        note = f"; {others:,} in other folders do not count" if others else ""
+        yield ""
+        yield from filter(None, [chance_caution(right, total, len(classnames))])
+        yield f"accuracy {right / total:.1%}: {right:,} of {total:,} images in class folders{note}"
+        shown = [name for name in classnames if any(name in pair for pair in counts)]
+        if len(shown) > MATRIX:
+            yield "most frequent confusions (folder -> predicted class)"
+            wrong = [(pair, count) for pair, count in counts.most_common() if pair[0] != pair[1]]
+            for (true, predicted), count in wrong[:MATRIX]:
+                yield f"  {count:>5,}  {printable(true)} -> {printable(predicted)}"
+            return
+        width = max(len(printable(name)) for name in shown)
+        yield "confusion matrix (rows: folder, columns: predicted class)"
+        yield f"      {'':<{width}} " + "".join(f"{c:>6}" for c in range(1, len(shown) + 1))
+        for c, true in enumerate(shown, start=1):
+            row = "".join(f"{counts[true, predicted]:>6,}" for predicted in shown)
+            yield f"  {c:>2}  {printable(true):<{width}} {row}"
 
-# ---------------------------------------------------------------- tables
+
+# ---------------------------------------------------------------- formats
 
 
-def check_table(file: Path) -> None:
-    """Raises: ValueError, if `write_table` cannot write the file."""
-    if file.suffix not in WRITERS:
-        raise ValueError(f"{file}: the name must end in {' or '.join(WRITERS)}")
+def check_file(file: Path) -> None:
+    """Raises: ValueError, if `write_file` cannot write the file."""
+    if file.suffix not in SUFFIXES:
+        raise ValueError(f"{file}: the name must end in {' or '.join(SUFFIXES)}")
     if file.is_dir():
         raise ValueError(f"{file} is a folder; remove it, or give another -o")
 
 
-def write_table(file: Path, rows: Iterable[Row]) -> None:
+def write_file(file: Path, rows: Iterable[Row]) -> None:
     """Write rows to a file, in the format of its suffix. Memory use is constant.
 
     A rename publishes the complete file; a process that is killed leaves none.
     """
+    make_folders(file.absolute().parent)
     with temporary_for(file) as temporary:
-        WRITERS[file.suffix](temporary, iter(rows))
+        with open(temporary, "w", encoding="utf-8", newline="") as handle:
+            WRITERS[file.suffix[1:]](handle, rows)
         sync(temporary)
     sync(file.parent)
 
 
-def write_csv(handle: TextIO, rows: Iterable[Row]) -> None:
+def text_lines(
+    rows: Iterable[Row], files: Iterable[Path], classnames: Iterable[str]
+) -> Iterator[str]:
+    """A line for each readable image: its path, best class and other classes."""
+    width = min(PATH_WIDTH, max(len(printable(str(file))) for file in files))
+    name_width = max(map(len, classnames))
+    for row in rows:
+        if row["error"] is None:
+            names, shares = (
+                [row[name] for name in row if name.startswith(word)]
+                for word in ("class", "probability")
+            )
+            guess = row.get("guess")
+            first = f"{guess or names[0]:<{name_width}} {shares[0]:>6.1%}"
+            pairs = zip(names[1:], shares[1:], strict=True)
+            others = "   ".join(f"{name} {share:.1%}" for name, share in pairs)
+            others += f"   {names[0]}" if guess else ""
+            yield f"{printable(row['path']):<{width}}  {first}   {others}".rstrip()
+
+
+def _write_json(handle: TextIO, rows: Iterable[Row]) -> None:
+    """A list with one row per line."""
+    for index, row in enumerate(rows):
+        handle.write((",\n " if index else "[\n ") + json.dumps(row))
+    handle.write("\n]\n")
+
+
+def _write_csv(handle: TextIO, rows: Iterable[Row]) -> None:
     writer = csv.writer(handle, lineterminator="\n")
     for index, row in enumerate(rows):
         if index == 0:
@@ -83,12 +143,16 @@ def write_csv(handle: TextIO, rows: Iterable[Row]) -> None:
         writer.writerow(map(csv_cell, row.values()))
 
 
-def show_json(rows: Iterable[Row]) -> None:
-    """Print a JSON list with one row per line."""
-    for index, row in enumerate(rows):
-        show(",\n " if index else "[\n ", end="")
-        show(json.dumps(row), end="")
-    show("\n]")
+def _write_parquet(handle: TextIO, rows: Iterable[Row]) -> None:
+    import pyarrow.parquet as pq
+
+    rows = iter(rows)
+    groups = iter(lambda: [*itertools.islice(rows, GROUP)], [])
+    first = arrow_table(next(groups))
+    with pq.ParquetWriter(handle.buffer, first.schema) as writer:
+        writer.write_table(first)
+        for group in groups:
+            writer.write_table(arrow_table(group))
 
 
 def arrow_table(rows: Sequence[Row]) -> pyarrow.Table:
@@ -107,23 +171,9 @@ def _valid_text(value: Any) -> Any:
     return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
 
 
-def _write_parquet(file: Path, rows: Iterator[Row]) -> None:
-    import pyarrow.parquet as pq
-
-    groups = iter(lambda: [*itertools.islice(rows, GROUP)], [])
-    first = arrow_table(next(groups))
-    with pq.ParquetWriter(file, first.schema) as writer:
-        writer.write_table(first)
-        for group in groups:
-            writer.write_table(arrow_table(group))
-
-
-def _write_csv(file: Path, rows: Iterator[Row]) -> None:
-    with open(file, "w", encoding="utf-8", newline="") as handle:
-        write_csv(handle, rows)
-
-
-WRITERS: dict[str, Callable[[Path, Iterator[Row]], None]] = {
-    ".parquet": _write_parquet,
-    ".csv": _write_csv,
+WRITERS: dict[str, Callable[[TextIO, Iterable[Row]], None]] = {
+    "parquet": _write_parquet,
+    "csv": _write_csv,
+    "json": _write_json,
 }
+SUFFIXES = (".parquet", ".csv")
