@@ -47,7 +47,7 @@ class StageSpec(ABC):
     # Raise it when the stage's code gives another result for the same spec, and run `make golden`.
     # The keys of later stages change too, since they contain this number.
     recipe: ClassVar[int] = 1
-    # The modules that compute it, beside readers of datasets and components.
+    # Modules that compute it with all that they import, beside readers of datasets and components.
     modules: ClassVar[tuple[str, ...]]
     title: ClassVar[str]  # of its artifacts, on screens
     process: ClassVar[Process] = "encoder"  # that makes it, as in `resources`

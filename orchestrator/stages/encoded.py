@@ -25,7 +25,6 @@ from orchestrator.stages.context import (
     has_intact_shard,
     ignore,
 )
-from orchestrator.stages.parts import READING
 from orchestrator.store import ArtifactStore
 
 if TYPE_CHECKING:
@@ -35,6 +34,14 @@ if TYPE_CHECKING:
     from air_core.datasets import Examples
     from orchestrator.stages.features import FeaturesSpec
 
+READING = (
+    "air_core.backbone",
+    "air_core.backbone.loading",
+    "air_core.datasets.split_files",
+    "air_core.datasets.stratified",
+    "air_core.datasets.unlabelled",
+    "air_core.types",
+)
 CHUNK = 512  # images after which batches start anew and progress is reported
 
 

@@ -28,7 +28,6 @@ from orchestrator.stages.context import (
 from orchestrator.stages.features import FeaturesSpec, read_target
 from orchestrator.stages.inputs import images_folder
 from orchestrator.stages.lora import LoraSpec
-from orchestrator.stages.parts import DRAWING, LOADED_CLIP, SCORING
 from orchestrator.store import ArtifactStore
 from orchestrator.store.rows import Row
 
@@ -49,11 +48,13 @@ class EvidenceSpec(RowSpec):
     stage, title, guess = "evidence", "denoising errors", 0.004
     shard, counts = ".safetensors", "pairs"
     modules = (
-        *LOADED_CLIP,
-        *DRAWING,
-        *SCORING,
+        "air_core.backbone.loading",
+        "air_core.classifiers",
         "air_core.diffusion.evidence",
+        "air_core.diffusion.folder",
         "air_core.diffusion.lora",
+        "air_core.models.tokens",
+        "air_core.paradigms",
     )
 
     features: FeaturesSpec

@@ -20,8 +20,7 @@ from air_core.specs import UNKNOWN, ClipPrecision, Level, Ref, SplitSettings
 from orchestrator.keys import Indices, Needed, StageSpec
 from orchestrator.stages.context import WorkerContext, ignore
 from orchestrator.stages.dataset_text import DatasetText, read_dataset_text
-from orchestrator.stages.encoded import EncodedSpec, encode, read_blocks
-from orchestrator.stages.parts import READING
+from orchestrator.stages.encoded import READING, EncodedSpec, encode, read_blocks
 from orchestrator.store import ArtifactStore
 from orchestrator.store.artifacts import Artifact
 

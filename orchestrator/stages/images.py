@@ -27,7 +27,6 @@ from orchestrator.keys import Indices, Needed, RowSpec
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.inputs import images_folder
 from orchestrator.stages.lora import LoraSpec
-from orchestrator.stages.parts import DRAWING
 from orchestrator.store import ArtifactStore
 from orchestrator.store.rows import Row
 
@@ -44,7 +43,7 @@ class ImagesSpec(RowSpec):
     """Base of both kinds of rows of images, which are one stage."""
 
     stage, title, guess, shard, counts = "images", "image blocks", 0.03, ".parquet", "steps"
-    modules = DRAWING
+    modules = ("air_core.diffusion.folder", "air_core.diffusion.pipeline")
 
     model: Ref
     classnames: tuple[str, ...]

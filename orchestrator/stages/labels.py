@@ -13,7 +13,6 @@ from air_core.specs import InitialLabelsSettings, LoraSource, SplitSettings
 from orchestrator.keys import Indices, Needed, StageSpec
 from orchestrator.stages.context import WorkerContext, ignore
 from orchestrator.stages.features import FeaturesSpec, known_accuracy, read_target
-from orchestrator.stages.parts import LOADED_CLIP, SCORING
 from orchestrator.store.artifacts import Artifact
 
 
@@ -23,10 +22,10 @@ class LabelsSpec(StageSpec):
 
     stage, title = "labels", "pseudo-labels"
     modules = (
-        *LOADED_CLIP,
-        *SCORING,
+        "air_core.backbone.loading",
         "air_core.lora_labels",
-        "air_core.pseudo_labels.top_k",
+        "air_core.models.tokens",
+        "air_core.paradigms",
     )
 
     features: FeaturesSpec

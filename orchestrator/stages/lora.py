@@ -17,7 +17,6 @@ from orchestrator.stages.context import WorkerContext, ignore
 from orchestrator.stages.dataset_text import read_dataset_text
 from orchestrator.stages.inputs import images_folder
 from orchestrator.stages.labels import LabelsSpec
-from orchestrator.stages.parts import DRAWING
 from orchestrator.store.artifacts import Artifact
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ class LoraSpec(StageSpec):
     """A LoRA of a diffusion model."""
 
     stage, title, process, guess, counts = "lora", "LoRA", "generator", 0.15, "steps"
-    modules = (*DRAWING, "air_core.ahead", "air_core.diffusion.lora")
+    modules = ("air_core.diffusion.folder", "air_core.diffusion.lora")
 
     labels: LabelsSpec
     model: Ref

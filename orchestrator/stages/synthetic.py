@@ -24,7 +24,6 @@ from orchestrator.stages.images import (
     publish,
     stored_block,
 )
-from orchestrator.stages.parts import IMAGES, LOADED_CLIP
 from orchestrator.store import ArtifactStore
 
 if TYPE_CHECKING:
@@ -39,7 +38,13 @@ class SyntheticFeaturesSpec(RowSpec):
     """Features of synthetic images, encoded by a frozen CLIP: a row like that of the images."""
 
     stage, title, process, shard = "synthetic", "image features", "encoder", ".safetensors"
-    modules = (*LOADED_CLIP, *IMAGES)
+    modules = (
+        "air_core.backbone",
+        "air_core.backbone.loading",
+        "air_core.datasets.images",
+        "air_core.models.tokens",
+        "air_core.types",
+    )
 
     images: GeneratedImages | FolderImages
     backbone: Ref

@@ -30,7 +30,6 @@ from orchestrator.stages.features import FeaturesSpec
 from orchestrator.stages.images import FolderImages, GeneratedImages
 from orchestrator.stages.labels import LabelsSpec
 from orchestrator.stages.lora import LoraSpec
-from orchestrator.stages.parts import CLIP, SCORING
 from orchestrator.stages.synthetic import SyntheticFeaturesSpec
 
 
@@ -39,21 +38,7 @@ class TrialSpec(TrialSettings, StageSpec):
     """One trial: its settings, and what follows from its inputs and from the installed code."""
 
     stage, title, process = "trials", "trials", "trial"
-    modules = (
-        *CLIP,
-        *SCORING,
-        "air_core.auxiliary",
-        "air_core.auxiliary.bank",
-        "air_core.evaluation",
-        "air_core.evidence",
-        "air_core.method",
-        "air_core.prompts",
-        "air_core.prompts.text",
-        "air_core.pseudo_labels",
-        "air_core.pseudo_labels.top_k",
-        "air_core.side_by_side",
-        "air_core.training",
-    )
+    modules = ("air_core.arithmetic", "air_core.models.tokens", "air_core.side_by_side")
 
     classnames: tuple[str, ...] = derived(())  # of the dataset
     versions: CodeVersions = derived(())

@@ -283,7 +283,7 @@ class ArtifactStore:
                 "host": socket.gethostname(),
                 **provenance(),
                 **devices(),
-                "code": code_version.modules_version(spec.modules),
+                "code": code_version.stage_version(type(spec)),
                 "versions": versions(),
                 "files": {p.name: file_digest(p) for p in sorted(folder.iterdir())},
             }
@@ -318,7 +318,7 @@ class ArtifactStore:
                 "spec": _recorded(spec),
                 "started": time.time(),
                 **provenance(),
-                "code": code_version.modules_version(spec.modules),
+                "code": code_version.stage_version(type(spec)),
             }
             write_atomic(file, self.backend.put_once(file, sealed_json(record)))
         return row

@@ -15,7 +15,7 @@ import ast
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,21 @@ RECORDED = Path(__file__).with_name("code_versions.json")
 # Python 3.11 fails with "AST constructor recursion depth mismatch" if two threads parse at once.
 _parsing = threading.Lock()
 
+# Modules that do not affect results, or whose effect is in the key.
+NOT_COUNTED = {
+    "air_core.components",  # which modules belong to a component
+    "air_core.datasets",  # the table of datasets
+    "air_core.datasets.published",  # citations
+    "air_core.models.configs",  # refuses models; their content is in the key
+    "air_core.models.families",  # the same, and the table of families
+    "air_core.models.weights",  # paths of models; their content is in the key
+    "air_core.printable",  # messages
+    "air_core.seal",  # how files are written
+    "air_core.specs",  # what is in the key
+    "air_core.specs.conditions",  # which settings and inputs are in the key
+    "air_core.specs.flat",  # spelling of keys
+    "air_core.specs.normal",  # which settings are in the key
+}
 # Parts beside stages and readers of datasets: components with modules of their own.
 COMPONENTS: dict[str, tuple[str, ...]] = {
     registry.part(name): component.modules
@@ -56,14 +71,28 @@ def part_version(part: str) -> str:
             f"{_source(modules[0])} does not exist: name the module of a dataset after the "
             "dataset, so that an edit of the module leads to new features"
         )
-    return modules_version(modules)
+    return _version(modules)
 
 
 @cache
-def modules_version(modules: tuple[str, ...]) -> str:
-    """Code version of the part that these modules compute, such as `StageSpec.modules`."""
-    definitions = sorted(digest for module in modules for digest in _definitions(module))
-    return _hash("".join(definitions))
+def stage_version(spec: type[StageSpec]) -> str:
+    """Code version of a stage: of its modules and of all that they import."""
+    return _version(imported(spec.modules))
+
+
+def imported(modules: Iterable[str]) -> set[str]:
+    """Some modules of air_core with all that they import, but for NOT_COUNTED."""
+    found, waiting = set[str](), [*modules]
+    while waiting:
+        module = waiting.pop()
+        if module not in found | NOT_COUNTED:
+            found.add(module)
+            waiting += _parsed(module)[1]
+    return found
+
+
+def _version(modules: Iterable[str]) -> str:
+    return _hash("".join(sorted(digest for module in modules for digest in _parsed(module)[0])))
 
 
 @cache
@@ -77,22 +106,24 @@ def recorded_versions() -> dict[str, str]:
 def changed_versions(stages: tuple[type[StageSpec], ...], *readers: str) -> CodeVersions:
     """Stages, components and dataset readers whose code is not that of the recipe, with its
     version."""
-    versions = {spec.stage: modules_version(spec.modules) for spec in stages}
+    versions = {spec.stage: stage_version(spec) for spec in stages}
     versions |= {part: part_version(part) for part in (*COMPONENTS, *readers)}
     recorded = recorded_versions()
     return tuple((part, found) for part, found in versions.items() if found != recorded.get(part))
 
 
 @cache
-def _definitions(module: str) -> tuple[str, ...]:
-    """Hash of each top-level statement of a module."""
+def _parsed(module: str) -> tuple[list[str], list[str]]:
+    """Hash of each top-level statement of a module, and the modules of air_core that it imports."""
     with _parsing:
         tree = ast.parse(_source(module).read_text(encoding="utf-8"))
-    found = []
-    for node in tree.body:
-        if not _is_passive(node):
-            found.append(_hash("".join(_tokens(node))))
-    return tuple(found)
+    definitions = [_hash("".join(_tokens(node))) for node in tree.body if not _is_passive(node)]
+    imports = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("air_core"):
+            names = [f"air_core.{alias.name}" for alias in node.names]
+            imports += names if node.module == "air_core" else [str(node.module)]
+    return definitions, imports
 
 
 def _source(module: str) -> Path:
