@@ -9,8 +9,7 @@ from typing import Any
 
 from orchestrator.formatting import aligned, format_bytes, relative_path
 from orchestrator.stages import STAGES
-from orchestrator.store.gc import GcPlan, Removal, StoreRequirements, merge_shards
-from orchestrator.store.inventory import Inventory
+from orchestrator.store.gc import GcPlan, Inventory, StoreRequirements
 
 LARGEST, SHOWN = 10, 20  # lines of a long list that are shown
 NAME_WIDTH = 56
@@ -20,34 +19,24 @@ NAME_WIDTH = 56
 
 
 def listing(inventory: Inventory, requirements: StoreRequirements) -> dict[str, Any]:
-    """The JSON of `cache ls`. Sizes are in bytes; a needed row may have unneeded shards."""
-    sweeps = requirements.sweeps
-    needed = merge_shards(item for each in sweeps.values() for item in each.items())
+    """The JSON of `cache ls`. Sizes are in bytes."""
+    root = inventory.store.root
     stages: dict[str, dict[str, int]] = {}
     users: dict[str, dict[str, int]] = {}
     artifacts = []
-    for holding in sorted(inventory.holdings, key=lambda holding: -holding.bytes):
-        needed_by = requirements.sweeps_needing(holding.digest)
-        if needed_by:
-            unneeded = frozenset(holding.shards) - needed[holding.digest]
-            unneeded_bytes = sum(holding.files[holding.shards[shard]] for shard in unneeded)
-        else:
-            unneeded_bytes = holding.bytes
-        figures = {
-            "artifacts": 1,
-            "bytes": holding.bytes,
-            "images": holding.images or 0,
-            "unneeded_artifacts": int(not needed_by),
-            "unneeded_bytes": unneeded_bytes,
-        }
-        _add(stages, holding.stage, figures)
-        _add(users, holding.user, {"artifacts": 1, "bytes": holding.bytes})
+    for item in sorted(inventory.artifacts, key=lambda item: -item.bytes):
+        needed_by = requirements.sweeps_needing(item.digest)
+        unneeded_bytes = 0 if needed_by else item.bytes
+        figures = {"artifacts": 1, "bytes": item.bytes, "images": item.images or 0}
+        more = {"unneeded_artifacts": int(not needed_by), "unneeded_bytes": unneeded_bytes}
+        _add(stages, item.path.parent.parent.name, figures | more)
+        _add(users, item.user, {"artifacts": 1, "bytes": item.bytes})
         artifacts.append(
             {
-                "key": holding.name,
-                "bytes": holding.bytes,
-                "images": holding.images,
-                "user": holding.user,
+                "key": "/".join(item.path.parts[-3:]),
+                "bytes": item.bytes,
+                "images": item.images,
+                "user": item.user,
                 "needed_by": needed_by,
                 "unneeded_bytes": unneeded_bytes,
             }
@@ -58,17 +47,17 @@ def listing(inventory: Inventory, requirements: StoreRequirements) -> dict[str, 
         "bytes": sum(group["bytes"] for group in stages.values()),
         "stages": {stage: stages[stage] for stage in (*ordered, *sorted({*stages} - {*ordered}))},
         "users": users,
-        "sweeps": list(sweeps),
+        "sweeps": list(requirements.sweeps),
         "unread": dict(requirements.unreadable),
-        "leftovers": [leftover.json(inventory.store.root) for leftover in inventory.leftovers],
+        "leftovers": [leftover.json(root) for leftover in inventory.leftovers],
         "artifacts": artifacts,
         "unfinished": [
             {
-                "path": str(training.path.relative_to(inventory.store.root)),
-                "bytes": training.bytes,
-                "needed_by": requirements.sweeps_needing(training.digest),
+                "path": str(item.path.relative_to(root)),
+                "bytes": item.bytes,
+                "needed_by": requirements.sweeps_needing(item.digest),
             }
-            for training in inventory.checkpoints
+            for item in inventory.unfinished
         ],
     }
 
@@ -130,11 +119,11 @@ def gc_screen(plan: GcPlan, removed: bool) -> str:
     """The artifacts that were removed, or that `--yes` would remove."""
     lines = []
     for removal in plan.removals[:SHOWN]:
-        lines.append(
-            f"{format_bytes(removal.bytes):>10}  {_shorten_key(_label(removal, plan.root))}"
-        )
-        lines.append(f"{'':12}{removal.reason}; made by {removal.user}")
-    lines += _more(len(plan.removals))
+        name = str(removal.path.relative_to(plan.root)).removeprefix("artifacts/")
+        lines.append(f"{format_bytes(removal.bytes):>10}  {_shorten_key(name)}")
+        lines.append(f"{'':12}{removal.why}; made by {removal.user}")
+    if len(plan.removals) > SHOWN:
+        lines.append(f"... and {len(plan.removals) - SHOWN:,} more; --json lists all")
     total = f"{format_bytes(plan.bytes)} in {len(plan.removals):,} items"
     if not plan.removals:
         lines.append("nothing to remove")
@@ -153,15 +142,6 @@ def gc_screen(plan: GcPlan, removed: bool) -> str:
             "  --all-users includes them, and removes them with --yes",
         ]
     return "\n".join(lines)
-
-
-def _label(removal: Removal, root: Path) -> str:
-    name = str(removal.path.relative_to(root)).removeprefix("artifacts/")
-    return f"{len(removal.files):,} blocks of {name}" if removal.files else name
-
-
-def _more(count: int) -> list[str]:
-    return [f"... and {count - SHOWN:,} more; --json lists all"] if count > SHOWN else []
 
 
 def _shorten_key(name: str) -> str:

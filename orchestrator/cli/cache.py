@@ -33,7 +33,7 @@ def cache_ls(
     from orchestrator.cli._cache_screen import listing, listing_screen
     from orchestrator.planning.recorded import all_requirements
     from orchestrator.store import open_store
-    from orchestrator.store.inventory import take_inventory
+    from orchestrator.store.gc import take_inventory
 
     opened = open_store(store)
     contents = listing(take_inventory(opened), all_requirements(opened, data_root))
@@ -67,8 +67,7 @@ def cache_gc(
     from orchestrator.cli._cache_screen import gc_screen
     from orchestrator.planning.recorded import all_requirements, refuse_running
     from orchestrator.store import open_store, user_name
-    from orchestrator.store.gc import NOT_REMOVED, plan_gc, remove
-    from orchestrator.store.inventory import take_inventory
+    from orchestrator.store.gc import NOT_REMOVED, plan_gc, remove, take_inventory
 
     opened = open_store(store)
     location = location_named(sweep, store) if sweep else None
@@ -80,5 +79,5 @@ def cache_gc(
         if yes:
             gc_plan = remove(gc_plan)
     show(json.dumps(gc_plan.json(yes), indent=1) if as_json else gc_screen(gc_plan, yes))
-    if any(removal.reason == NOT_REMOVED for removal in gc_plan.others):
+    if any(removal.why == NOT_REMOVED for removal in gc_plan.others):
         fail(f"some artifacts {NOT_REMOVED}; --json lists them", 1)

@@ -35,7 +35,7 @@ def _recorded_names(context: typer.Context, incomplete: str) -> list[str]:
     """Names of recorded sweeps, for the completion of a shell."""
     from orchestrator.store import open_store
 
-    sweeps = open_store(context.params.get("store") or STORE).backend.sweeps()
+    sweeps = open_store(context.params.get("store") or STORE).sweeps()
     return [name for _, name in sweeps if name.startswith(incomplete)]
 
 

@@ -55,7 +55,7 @@ def ui(
     )
 
     opened = open_store(store)
-    root, names = opened.root, ["/".join(parts) for parts in opened.backend.sweeps()]
+    root, names = opened.root, ["/".join(parts) for parts in opened.sweeps()]
     database = root / DATABASE
     try:
         if database.exists():

@@ -214,7 +214,7 @@ def store_token(store: ArtifactStore, nodes: Iterable[str]) -> Iterator[str]:
     Raises:
         OSError: the store is not writable, or the bucket does not answer.
     """
-    token, client = uuid.uuid4().hex, getattr(store.backend, "client", None)
+    token, client = uuid.uuid4().hex, getattr(store.storage, "client", None)
     folder = (store.root / TOKENS).parent
     new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     try:

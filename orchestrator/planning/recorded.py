@@ -35,7 +35,7 @@ from orchestrator.spec import Cell, SweepSpec, cells_of, load_sweep
 from orchestrator.spec.sweep import smoke_variant
 from orchestrator.stages import TrialSpec
 from orchestrator.store import ArtifactStore, SweepLocation, read_resolved, recorded_locations
-from orchestrator.store.gc import Shards, StoreRequirements, merge_shards
+from orchestrator.store.gc import StoreRequirements
 
 
 def read_sweep(location: SweepLocation, data_root: Path | None) -> tuple[SweepSpec, SweepLocation]:
@@ -118,7 +118,7 @@ def all_requirements(store: ArtifactStore, data_root: Path | None) -> StoreRequi
     return StoreRequirements(readable, unread)
 
 
-def _needed_by_sweep(sweep: SweepSpec, location: SweepLocation) -> dict[str, Shards]:
+def _needed_by_sweep(sweep: SweepSpec, location: SweepLocation) -> set[str]:
     """The artifacts of the cells in a sweep's file and of the results in its event log.
 
     Cells that the last run left out by `--only` count as well. If their data is missing, their
@@ -131,12 +131,12 @@ def _needed_by_sweep(sweep: SweepSpec, location: SweepLocation) -> dict[str, Sha
     last_cells = cells_of(sweep)
     cells_run = {cell.id for cell in last_cells} | {event["cell"] for event in done}
     suggested, moved = suggested_points(event_log), fp32_slots(event_log)
-    needed = [(event["key"][:12], frozenset[tuple[int, int]]()) for event in done]
+    needed = {event["key"][:12] for event in done}
     unlisted = None  # the error of a cell that was not run and whose data is missing
     every_cell = cells_of(replace(sweep, grid=sweep.axes)) if sweep.axes else ()
     for cell in (*last_cells, *(cell for cell in every_cell if cell not in last_cells)):
         try:
-            needed += _needed_by_cell(cell, sweep, suggested, moved, resolver, location.store)
+            needed |= _needed_by_cell(cell, sweep, suggested, moved, resolver, location.store)
         except NotRecorded:  # no run had this cell, so nothing was built for it
             continue
         except ValueError as problem:
@@ -144,11 +144,10 @@ def _needed_by_sweep(sweep: SweepSpec, location: SweepLocation) -> dict[str, Sha
                 raise
             unlisted = problem
     resolver.save()
-    shards = merge_shards(needed)
     built = {e["key"].rpartition("-")[2] for e in events if e["event"] == "artifact_prepared"}
-    if unlisted is not None and built - set(shards):  # `prepare` may have built it for that cell
+    if unlisted is not None and built - needed:  # `prepare` may have built it for that cell
         raise unlisted
-    return shards
+    return needed
 
 
 def _needed_by_cell(
@@ -158,9 +157,9 @@ def _needed_by_cell(
     moved: Mapping[str, str],
     resolver: Resolver,
     store: ArtifactStore,
-) -> list[tuple[str, Shards]]:
+) -> set[str]:
     assignments = sweep.seeds.assignments()
-    needed: list[tuple[str, Shards]] = []
+    needed: set[str] = set()
     repeated: list[TrialSpec] = []
     for number, params in known_points(sweep, cell, suggested).items():
         slots = slots_of(cell, number, params, assignments, resolver, moved)
@@ -168,14 +167,11 @@ def _needed_by_cell(
         for slot in slots:
             # A trial with another test dataset reads the prompt of the trial without it.
             trained = replace(slot.spec, test_dataset=None)
-            needed += [(_digest(slot.spec), frozenset()), (_digest(trained), frozenset())]
+            needed |= {_digest(slot.spec), _digest(trained)}
     trials = [*possible_trials([cell], assignments, resolver), *repeated]
     for requirement in requirements_of(trials):
-        if requirement.is_replaced(store):
-            continue
-        spec = requirement.spec
-        shards = frozenset(requirement.shards() if requirement.rows else ())
-        needed += [(_digest(each), shards) for each in requirement.rows or (spec,)]
+        if not requirement.is_replaced(store):
+            needed |= {_digest(each) for each in requirement.rows or (requirement.spec,)}
     return needed
 
 

@@ -154,14 +154,14 @@ def location_named(name: str, store: str | Path) -> SweepLocation:
         sweep = load_sweep(find_sweep(name))
         project, short = project_of(sweep), sweep.name
     opened = open_store(store)
-    names = opened.backend.sweeps()
+    names = opened.sweeps()
     if (project, short) not in names:
         wanted, known = f"{project}/{short}", ["/".join(pair) for pair in names]
         recorded = ", ".join(difflib.get_close_matches(wanted, known, n=SHOWN, cutoff=0.0))
         if len(known) > SHOWN:
             recorded += f" and {len(known) - SHOWN} more, see `airsweep list`"
         smoke = smoke_store(store)
-        in_smoke = (project, short) in open_store(smoke).backend.sweeps()
+        in_smoke = (project, short) in open_store(smoke).sweeps()
         hint = "if it ran with --store, give the same"
         if in_smoke:
             hint = f"its smoke run is in another store: --store {shlex.quote(str(smoke))}"

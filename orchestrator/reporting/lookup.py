@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from air_core.components import REGISTRIES
@@ -17,9 +16,7 @@ from orchestrator.plugins import recorded_plugin, use_plugins
 from orchestrator.reporting.selection import SelectedTrial
 from orchestrator.stages import TrialSpec, trial_of
 from orchestrator.store import ArtifactStore, SweepLocation, read_trial, recorded_locations
-from orchestrator.store.backends import RECORD
 from orchestrator.store.location import read_resolved
-from orchestrator.store.verification import read_record
 
 MIN_DIGITS = 6  # of a key
 
@@ -37,35 +34,34 @@ def named_trial(
             version of the code computed it.
     """
     slots = {} if location is None else _finished_slots(location)
-    folder = _folder_of(slots.get(name, name), store)
-    spec = _recorded_spec(folder, store)
+    spec = _recorded_spec(_record_of(slots.get(name, name), store), store)
     record = read_trial(spec, store)
     if location is None:
         return SelectedTrial(spec, record, None, None)
     matches = [slot for slot, key in slots.items() if key == record.key]
     if not matches:
         raise ValueError(
-            f"{folder.name} is not a finished trial of the sweep {location.full_name}; omit "
+            f"{record.path.name} is not a finished trial of the sweep {location.full_name}; omit "
             "--sweep, or give the sweep of the trial"
         )
     slot = name if name in matches else matches[0]
     return SelectedTrial(spec, record, location.full_name, slot)
 
 
-def _folder_of(name: str, store: ArtifactStore) -> Path:
-    """The folder of a trial in the store.
+def _record_of(name: str, store: ArtifactStore) -> dict[str, Any]:
+    """The record of a trial in the store.
 
     Raises:
         ValueError: no trial or several trials match.
     """
     key = _key_of_slot(name, store) if "/" in name else name
-    folders = store.find_by_digest(TrialSpec, key) if key and len(key) >= MIN_DIGITS else []
-    if len(folders) > 1:
+    records = store.find_by_digest(TrialSpec, key) if key and len(key) >= MIN_DIGITS else []
+    if len(records) > 1:
         raise ValueError(
             f"the keys of several trials in {store.name} start with {name!r}; give more digits"
         )
-    if folders:
-        return folders[0]
+    if records:
+        return records[0]
     if "/" in name:
         raise ValueError(
             f"no slot {name!r} has a finished trial in {store.name}; a slot is CELL/POINT/SEEDS, "
@@ -77,13 +73,12 @@ def _folder_of(name: str, store: ArtifactStore) -> Path:
     )
 
 
-def _recorded_spec(folder: Path, store: ArtifactStore) -> TrialSpec:
+def _recorded_spec(record: dict[str, Any], store: ArtifactStore) -> TrialSpec:
     """The spec of a recorded trial.
 
     Raises:
         ValueError: another version of the code computed it.
     """
-    record = read_record(folder / RECORD)
     flat = dict(_flattened(record["spec"], ""))
     refs = {
         name: Ref(name=flat.pop(name), digest=flat.pop(f"{name}.digest"))
@@ -99,8 +94,8 @@ def _recorded_spec(folder: Path, store: ArtifactStore) -> TrialSpec:
     if artifact_key(spec).digest == record["digest"]:
         return spec
     raise ValueError(
-        f"{folder.name} was computed by another version of the code, with which its prompt may "
-        f"not be compatible; check out commit {record.get('commit')}"
+        f"{record['key'].rpartition('/')[2]} was computed by another version of the code, with "
+        f"which its prompt may not be compatible; check out commit {record.get('commit')}"
     )
 
 

@@ -84,16 +84,16 @@ def build(
             )
 
     def push_and_report(step: int, steps: int, loss: float) -> None:
-        worker.store.backend.push(checkpoint)
+        worker.store.push(checkpoint)
         report(step, steps)
 
     checkpoint = worker.store.checkpoint_path(spec)
     if not worker.store.has(spec):
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        worker.store.backend.pull([checkpoint], overwrite=False)
+        worker.store.storage.local(checkpoint)
     artifact = worker.store.get_or_build(spec, write)
     if checkpoint.exists():
-        worker.store.backend.remove(checkpoint)
+        worker.store.storage.delete(checkpoint)
     return artifact
 
 

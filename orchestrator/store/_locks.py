@@ -9,14 +9,17 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from orchestrator.errors import StoreRefused
 from orchestrator.files import hold_flock, is_flocked
-from orchestrator.store.backends import LOCKS, FolderBackend, OnWait
+from orchestrator.store._leases import Lease
+from orchestrator.store.storage import RECORD, Bucket, Folder
 
+LOCKS = "locks"  # folder
+OnWait = Callable[[str, str, float], None]  # called with lock name, holder and seconds waited
 STORE_LOCK = f"{LOCKS}/store"  # sweeps hold it shared, `cache gc` exclusively
 MAX_PAUSE = 0.25  # seconds between two attempts to acquire a lock
 UNNAMED = "another process"
@@ -25,8 +28,8 @@ UNNAMED = "another process"
 class Locks:
     """The locks of one store."""
 
-    def __init__(self, backend: FolderBackend) -> None:
-        self.backend, self.root = backend, backend.root
+    def __init__(self, storage: Folder | Bucket) -> None:
+        self.storage, self.root = storage, storage.root
         # Called repeatedly while `exclusive` waits.
         self.on_wait: OnWait = lambda name, holder, seconds: None
 
@@ -45,7 +48,11 @@ class Locks:
                 with suppress(OSError):  # for example a full disk
                     sweep = os.environ.get("AIRSWEEP_SWEEP", UNNAMED)
                     lock.write_text(f"{sweep} ({socket.gethostname()}, process {os.getpid()})")
-            stack.enter_context(self.backend.lock(name, self.on_wait))
+            if isinstance(self.storage, Bucket):
+                lease = Lease(self.storage.client, f"{LOCKS}/{name}")
+                lease.acquire(lambda seconds: self.on_wait(name, "another machine", seconds))
+                stack.callback(lease.release)
+                self.storage.refresh_listings()
             yield
             with suppress(OSError):  # waiting processes have the file open and are not disturbed
                 lock.unlink()
@@ -97,7 +104,13 @@ class Locks:
         Raises:
             StoreRefused: another process uses the store, or the file system has no locks.
         """
-        self.backend.refuse_removal()
+        if isinstance(self.storage, Bucket):
+            raise StoreRefused(
+                f"{self.storage.name}: airsweep removes nothing from a bucket, because it cannot "
+                "lock out running sweeps; `airsweep cache ls` lists what no sweep needs: while no "
+                f"sweep runs, remove the {RECORD} of an artifact first, then its other objects, "
+                "with the tools of your storage"
+            )
         with ExitStack() as stack:
             try:
                 stack.enter_context(

@@ -7,7 +7,7 @@ into place. All paths inside are relative, so the store can be moved. A record c
 of its files. Records and shards carry a checksum (`air_core/seal.py`) that reveals a changed byte.
 
 Builders hold a lock below `locks/` while they build. Locks only avoid duplicate work; correctness
-does not depend on them. The backend (`backends.py`) keeps the files in a folder or in a bucket.
+does not depend on them. `storage.py` keeps the files in a folder or in a bucket.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from importlib.metadata import version
@@ -32,14 +32,26 @@ from typing import Any
 from air_core.seal import sealed_json
 from air_core.specs import Ref
 from orchestrator.errors import DamagedArtifact, MissingArtifact
-from orchestrator.files import file_digest, make_folders, permission_message, sync, write_atomic
+from orchestrator.files import file_digest, make_folders, permission_message, sync
 from orchestrator.keys import ArtifactKey, StageSpec, artifact_key
 from orchestrator.store import code_version
 from orchestrator.store._locks import Locks
-from orchestrator.store.backends import ABOUT, RECORD, FolderBackend, open_backend
-from orchestrator.store.buckets import is_bucket, store_folder
+from orchestrator.store.buckets import is_bucket, run_concurrently, store_folder
 from orchestrator.store.rows import Row
-from orchestrator.store.verification import read_record, verify_files
+from orchestrator.store.storage import (
+    RECORD,
+    Bucket,
+    Folder,
+    initialize,
+    open_storage,
+    recorded_sweeps,
+)
+from orchestrator.store.verification import (
+    parse_record,
+    read_record,
+    recorded_files,
+    verify_files,
+)
 
 ROW = "row.json"  # the record of a row
 UNFINISHED = "unfinished"  # folder of checkpoints, named by the first 12 digits of their keys
@@ -70,47 +82,37 @@ class Building:
 
 
 class ArtifactStore:
-    """Artifacts in a folder or in another backend. A `read_only()` store cannot build."""
+    """Artifacts in a folder or a bucket. A `read_only()` store cannot build."""
 
-    def __init__(self, root: Path | FolderBackend, *, writable: bool = True) -> None:
-        self.backend = FolderBackend(root) if isinstance(root, Path) else root
-        self.root = self.backend.root
+    def __init__(self, root: Path | Folder | Bucket, *, writable: bool = True) -> None:
+        self.storage = Folder(root) if isinstance(root, Path) else root
+        self.root = self.storage.root
         self.artifacts = self.root / "artifacts"
         self.writable = writable
-        self.locks = Locks(self.backend)
+        self.locks = Locks(self.storage)
 
     def __reduce__(self) -> Any:
-        return partial(ArtifactStore, writable=self.writable), (self.backend,)
+        return partial(ArtifactStore, writable=self.writable), (self.storage,)
 
     @property
     def name(self) -> str:
         """The value for --store."""
-        return self.backend.name
+        return self.storage.name
 
     def read_only(self) -> ArtifactStore:
-        return ArtifactStore(self.backend, writable=False)
+        return ArtifactStore(self.storage, writable=False)
 
-    def survey(self, specs: Iterable[StageSpec]) -> None:
-        """Prepare many `has` calls: list a bucket in few requests."""
-        self.backend.survey(self._folder(spec) for spec in specs)
+    def initialize(self) -> None:
+        """Write `store.json` if it is missing. Raises as `storage.initialize`."""
+        initialize(self.storage)
 
-    def fetch(self, specs: Iterable[StageSpec]) -> None:
-        """Prepare many `get` calls: download existing artifacts from a bucket concurrently.
-
-        Raises:
-            MissingArtifact: a file in the bucket is missing or damaged.
-        """
-        self._download(self._folder(spec) for spec in specs)
-
-    def _download(self, folders: Iterable[Path]) -> bool:
-        try:
-            return self.backend.download(folders)
-        except ValueError as problem:
-            raise MissingArtifact(str(problem)) from None
+    def sweeps(self) -> list[tuple[str, str]]:
+        """Project and name of each recorded sweep."""
+        return recorded_sweeps(self.storage)
 
     def refresh_listings(self) -> None:
         """Forget cached listings, so that new artifacts of other processes are found."""
-        self.backend.refresh_listings()
+        self.storage.refresh_listings()
 
     def check_writable(self) -> None:
         """Check that this user may write to the folders of the store, or create it.
@@ -124,26 +126,26 @@ class ArtifactStore:
                 denied = self.root if folder == nearest else folder
                 raise ValueError(f"{permission_message(denied)} with --store")
 
-    def initialize(self) -> None:
-        """Write `store.json` if it is missing.
-
-        Raises:
-            ValueError: the folder cannot be created.
-            StoreRefused: the server overwrites objects that were to be created only once.
-        """
-        if not (self.root / ABOUT).exists():
-            self.backend.initialize()
-
     # ---------------------------------------------------------------- small files
 
     def write(self, path: Path, content: str | bytes) -> None:
         """Write a small file of the store atomically, for all machines."""
-        self.backend.write(path, content.encode() if isinstance(content, str) else content)
+        self.storage.put(path, content.encode() if isinstance(content, str) else content)
 
     def refresh(self, path: Path) -> Path:
         """Download the current version of a small file, if it exists; its path."""
-        self.backend.pull([path])
-        return path
+        return self.storage.local(path, fresh=True)
+
+    def push(self, path: Path) -> None:
+        """Upload a file that this process has written to a bucket, if it has changed since."""
+        if isinstance(self.storage, Bucket):
+            self.storage.push(path)
+
+    def checkpoint_path(self, spec: StageSpec) -> Path:
+        """Path of the checkpoint of a spec."""
+        return self.root / UNFINISHED / f"{artifact_key(spec).digest[:12]}.safetensors"
+
+    # ---------------------------------------------------------------- reading
 
     def path(self, key: ArtifactKey) -> Path:
         """Path of an artifact, present or not. In a bucket store it exists after a download.
@@ -159,8 +161,27 @@ class ArtifactStore:
     def _folder(self, spec: StageSpec) -> Path:
         return self.path(artifact_key(spec))
 
+    def survey(self, specs: Iterable[StageSpec]) -> None:
+        """Prepare many `has` calls: list a bucket in few requests."""
+        if isinstance(self.storage, Bucket):
+            for stage in dict.fromkeys(self._folder(spec).parent for spec in specs):
+                self.storage.survey(stage)
+
     def has(self, spec: StageSpec) -> bool:
-        return self.backend.has(self._folder(spec))
+        return self.storage.has(self._folder(spec) / RECORD)
+
+    def record(self, spec: StageSpec) -> dict[str, Any]:
+        """The record of an artifact, without checking its other files. Raises as `get`."""
+        key = artifact_key(spec)
+        return self._record(key, self.path(key))
+
+    def _record(self, key: ArtifactKey, path: Path) -> dict[str, Any]:
+        try:
+            return read_record(self.storage.local(path / RECORD))
+        except FileNotFoundError:
+            raise MissingArtifact(
+                f"{key} is not in {self.name}; run `airsweep run SPEC --prepare` first"
+            ) from None
 
     def get(self, spec: StageSpec) -> Artifact:
         """A complete artifact whose files were verified against its record (see `verification`).
@@ -172,28 +193,41 @@ class ArtifactStore:
         key = artifact_key(spec)
         path = self.path(key)
         record = self._record(key, path)
-        if self._download([path]):
-            record = self._record(key, path)  # the artifact may have been rebuilt
+        if isinstance(self.storage, Bucket) and not self._download(path, record):
+            # Removed by hand, and maybe rebuilt, since this machine copied the record.
+            shutil.rmtree(path, ignore_errors=True)
+            record = self._record(key, path)
+            self._download(path, record)
         verify_files(path, record)
         return Artifact(key, path, record)
 
-    def record(self, spec: StageSpec) -> dict[str, Any]:
-        """The record of an artifact, without checking its other files. Raises as `get`."""
-        key = artifact_key(spec)
-        return self._record(key, self.path(key))
+    def _download(self, path: Path, record: dict[str, Any]) -> bool:
+        """Download the missing files of an artifact; whether all exist."""
+        files = recorded_files(path, record)
+        missing = [name for name in files if not (path / name).exists()]
+        run_concurrently(lambda name: self.storage.local(path / name, files[name]), missing)
+        return all((path / name).exists() for name in missing)
 
-    def _record(self, key: ArtifactKey, path: Path) -> dict[str, Any]:
-        record = self.backend.record(path)
-        if record is None:
-            raise MissingArtifact(
-                f"{key} is not in {self.name}; run `airsweep run SPEC --prepare` first"
-            )
-        return record
+    def fetch(self, specs: Iterable[StageSpec]) -> None:
+        """Prepare many `get` calls: download existing artifacts from a bucket concurrently.
+
+        Raises:
+            MissingArtifact: a file in the bucket is damaged.
+        """
+
+        def get(spec: StageSpec) -> None:
+            if self.has(spec):
+                self.get(spec)
+
+        if isinstance(self.storage, Bucket):
+            run_concurrently(get, [s for s in specs if not (self._folder(s) / RECORD).is_file()])
 
     def check(self, spec: StageSpec) -> None:
-        """Verify an artifact if this machine has a copy. Raises as `get`."""
-        if (self._folder(spec) / RECORD).exists():
-            self.get(spec)
+        """Verify the files of an artifact of which this machine has copies. Raises as `get`."""
+        path = self._folder(spec)
+        if (path / RECORD).exists():
+            files = None if isinstance(self.storage, Folder) else os.listdir(path)
+            verify_files(path, self.record(spec), files)
 
     def set_aside(self, damaged: DamagedArtifact) -> None:
         """Rename a damaged artifact, so that it counts as missing and `cache gc` removes it later.
@@ -204,25 +238,35 @@ class ArtifactStore:
             OSError: this user may not rename it.
             DamagedArtifact: no local copy exists, so the object in the bucket is damaged.
         """
-        path = damaged.path
-        hidden = path.with_name(f"{DAMAGED}{path.name}-{uuid.uuid4().hex[:8]}")
-        if not self.backend.set_aside(path, hidden):
+        path, in_bucket = damaged.path, isinstance(self.storage, Bucket)
+        if in_bucket and not path.exists():
             raise damaged
+        hidden = path.with_name(f"{DAMAGED}{path.name}-{uuid.uuid4().hex[:8]}")
+        with suppress(FileNotFoundError):  # another process has renamed it
+            os.rename(path, hidden)
+            if in_bucket:
+                shutil.rmtree(hidden) if hidden.is_dir() else hidden.unlink()
 
     def bytes(self, spec: StageSpec) -> int:
         """Bytes that an artifact or a row occupies now."""
-        return self.backend.size(self._folder(spec))
+        return sum(entry.size for entry in self.storage.entries(self._folder(spec), 1))
 
-    def find_by_digest(self, kind: type[StageSpec], digest: str) -> list[Path]:
-        """Folders of artifacts of the current recipe whose digests start with `digest`."""
-        folder = self.artifacts / kind.stage / f"v{kind.recipe}"
-        self.backend.download_by_digest(folder, digest[:12])
-        found = [path for path in folder.glob(f"*-{digest[:12]}*") if (path / RECORD).is_file()]
-        return [
-            path
-            for path in sorted(found)
-            if str(read_record(path / RECORD).get("digest")).startswith(digest)
-        ]
+    def find_by_digest(self, kind: type[StageSpec], digest: str) -> list[dict[str, Any]]:
+        """Records of the artifacts of the current recipe whose digests start with `digest`.
+
+        Raises:
+            DamagedArtifact: a record was changed.
+        """
+        stage, found = self.artifacts / kind.stage / f"v{kind.recipe}", []
+        for name in sorted({name.partition("/")[0] for name in self.storage.list(stage)}):
+            if name.startswith(".") or not name.rpartition("-")[2].startswith(digest[:12]):
+                continue
+            content = self.storage.get(stage / name / RECORD)
+            if content is not None:
+                found.append(parse_record(content, stage / name / RECORD))
+        return [record for record in found if str(record.get("digest")).startswith(digest)]
+
+    # ---------------------------------------------------------------- building
 
     def get_or_build(self, spec: StageSpec, build: Callable[[Path], dict[str, Any]]) -> Artifact:
         """The artifact; builds it if it is missing.
@@ -272,7 +316,6 @@ class ArtifactStore:
             for file in folder.iterdir():
                 file.chmod(permissions)
                 sync(file)
-            sync(folder)  # all files are on disk before the record lists them
             record = {
                 "key": str(key),
                 "digest": key.digest,
@@ -287,18 +330,17 @@ class ArtifactStore:
                 "versions": versions(),
                 "files": {p.name: file_digest(p) for p in sorted(folder.iterdir())},
             }
-            self.backend.publish(path, folder, sealed_json(record))
+            file = folder / RECORD
+            file.write_bytes(sealed_json(record))
+            sync(file)
+            self.storage.put_once(path, folder)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-
-    def checkpoint_path(self, spec: StageSpec) -> Path:
-        """Path of the checkpoint of a spec. The backend pulls, pushes and removes the file."""
-        return self.root / UNFINISHED / f"{artifact_key(spec).digest[:12]}.safetensors"
 
     def row(self, spec: StageSpec) -> Row:
         """A row. Its folder and `row.json` are created by `open_row`."""
         key = artifact_key(spec)
-        return Row(key, self.path(key), self.backend, spec.shard)
+        return Row(key, self.path(key), self.storage, spec.shard)
 
     def open_row(self, spec: StageSpec) -> Row:
         """A row that accepts shards.
@@ -309,10 +351,8 @@ class ArtifactStore:
         row = self.row(spec)
         if not self.writable:
             raise MissingArtifact(f"{row.key}: this store is read-only")
-        row.path.mkdir(parents=True, exist_ok=True)
         file = row.path / ROW
-        self.backend.pull([file], overwrite=False)
-        if not file.exists():
+        if not self.storage.local(file).exists():
             record = {
                 "digest": row.key.digest,
                 "spec": _recorded(spec),
@@ -320,14 +360,14 @@ class ArtifactStore:
                 **provenance(),
                 "code": code_version.stage_version(type(spec)),
             }
-            write_atomic(file, self.backend.put_once(file, sealed_json(record)))
+            self.storage.put(file, sealed_json(record))
         return row
 
 
 def open_store(address: Path | str) -> ArtifactStore:
-    """Open the store in a folder or in a bucket, for reading and writing. Raises `open_backend`'s
-    errors."""
-    return ArtifactStore(open_backend(address))
+    """Open the store in a folder or in a bucket, for reading and writing. Raises
+    `open_storage`'s errors."""
+    return ArtifactStore(open_storage(address))
 
 
 def smoke_store(address: Path | str) -> Path | str:

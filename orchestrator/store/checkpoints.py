@@ -68,4 +68,4 @@ def delete_checkpoint(spec: StageSpec, store: ArtifactStore) -> None:
     """Remove the checkpoint of a trial, which is complete."""
     file = store.checkpoint_path(spec)
     if file.exists():
-        store.backend.remove(file)
+        store.storage.delete(file)

@@ -1,8 +1,7 @@
 """Event log of a sweep: an append-only file of JSON lines that only the driver writes.
 
 `status`, `table`, resume and the tracker derive their state from it. In a bucket each event is an
-object that is created once, named by its number; `events.jsonl` is the copy of this machine
-(`BucketEventLog`).
+object that is created once, named by its number; `events.jsonl` is the copy of this machine.
 """
 
 from __future__ import annotations
@@ -23,23 +22,31 @@ from filelock import FileLock, Timeout
 from orchestrator.errors import BucketUnreachable, SweepBusy
 from orchestrator.files import is_flocked, lock_mode, make_folders, sync
 from orchestrator.store._leases import Lease
-from orchestrator.store.backends import BucketBackend
 from orchestrator.store.buckets import run_concurrently
+from orchestrator.store.storage import EVENTS, Bucket
 
 # For tests: `event:7` kills the driver after event 7, `trial_done:2` after the second trial_done.
 CRASH_AT = "AIRSWEEP_CRASH_AT"
 LOCK_TIMEOUT = 0.5  # seconds: `is_locked` of another process holds the lock for a moment
-EVENTS = "events.jsonl"
 
 
 class EventLog:
-    """`events.jsonl` in the folder of one sweep. Appending needs `lock()`."""
+    """`events.jsonl` in the folder of one sweep. Appending needs `lock()`.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        bucket: the storage, if it is a bucket. The folder has the copy of this machine then.
+    """
+
+    def __init__(self, folder: Path, bucket: Bucket | None = None) -> None:
         self.folder = folder
         self.path = folder / EVENTS
         self._lock = FileLock(folder / ".driver.lock")
         self._seen = 0  # events that count for CRASH_AT
+        self._bucket = bucket
+        if bucket is not None:
+            self._prefix = bucket.object(folder)
+            self._lease = Lease(bucket.client, f"{self._prefix}/driver.lock")
+            self._count = 0  # events in the copy, if this is the driver
 
     def lock(self) -> None:
         """Become the driver of the sweep.
@@ -49,16 +56,27 @@ class EventLog:
         """
         make_folders(self.folder)
         self._lock = FileLock(self._lock.lock_file, mode=lock_mode(self.folder))
+        busy = "another driver runs this sweep ({} is {}); wait for it, or stop it"
         try:
             self._lock.acquire(timeout=LOCK_TIMEOUT)
         except Timeout:
-            raise SweepBusy(
-                f"another driver runs this sweep ({self._lock.lock_file} is held); "
-                "wait for it, or stop it"
-            ) from None
-        drop_partial_line(self.path)
+            raise SweepBusy(busy.format(self._lock.lock_file, "held")) from None
+        try:
+            if self._bucket is None:
+                drop_partial_line(self.path)
+            elif self._lease.acquire():
+                self._count = self.refresh()
+            else:
+                lease = self._bucket.label(self.folder / "driver.lock")
+                raise SweepBusy(busy.format(lease, "renewed"))
+        except BaseException:
+            self.unlock()
+            raise
 
     def unlock(self) -> None:
+        if self._bucket is not None:
+            with suppress(BucketUnreachable):  # the lease expires without renewals
+                self._lease.release()
         self._lock.release()
 
     @contextmanager
@@ -70,26 +88,25 @@ class EventLog:
         finally:
             self.unlock()
 
-    def refresh(self) -> None:
-        """Download new events, if the store is in a bucket."""
-
     def is_locked(self) -> bool:
         """Whether a driver runs the sweep."""
-        return is_flocked(Path(self._lock.lock_file))
+        held = is_flocked(Path(self._lock.lock_file))
+        return held or (self._bucket is not None and self._lease.is_held())
 
     def append(self, event: str, **fields: Any) -> float:
-        """Write an event. It is on disk when this returns.
+        """Write an event. It is on disk, or in the bucket, when this returns.
 
         Returns:
             Time of the event, in seconds since the epoch, as recorded in it.
         """
         now = round(time.time(), 3)
-        self._write(_line({"event": event, "time": now, **fields}))
+        line = _line({"event": event, "time": now, **fields})
+        if self._bucket is None:
+            append_line(self.path, line)
+        else:
+            self._append_object(self._bucket, line)
         self._crash(event)
         return now
-
-    def _write(self, line: str) -> None:
-        append_line(self.path, line)
 
     def _crash(self, event: str) -> None:
         name, _, count = os.environ.get(CRASH_AT, "").partition(":")
@@ -113,6 +130,54 @@ class EventLog:
                         yield parse_event(line)
                     except ValueError as problem:
                         raise ValueError(f"{self.path}:{number}: {problem}; {REMEDY}") from None
+
+    # ---------------------------------------------------------------- in a bucket
+
+    def refresh(self) -> int:
+        """Append the events that this machine lacks to its copy; the number of events then."""
+        assert self._bucket is not None
+        client, events = self._bucket.client, f"{self._prefix}/events"
+        with self._copy_lock():
+            drop_partial_line(self.path)
+            count = self.path.read_bytes().count(b"\n") if self.path.exists() else 0
+            later = [entry.name for entry in client.list_objects(events, after=_name(count))]
+            if later != [_name(count + 1 + n) for n in range(len(later))]:
+                raise ValueError(
+                    f"an event before {client}/{events}/{later[-1]} is missing: the event log is "
+                    "damaged; remove the events after the gap"
+                )
+            content: dict[str, bytes] = {}
+            run_concurrently(
+                lambda name: content.update({name: client.get(f"{events}/{name}") or b""}), later
+            )
+            with open(self.path, "ab") as copy:
+                copy.writelines(content[name] + b"\n" for name in later)
+        return count + len(later)
+
+    def _append_object(self, bucket: Bucket, line: str) -> None:
+        """Create the object of an event, and append the event to the copy.
+
+        Raises:
+            SweepBusy: an event with this number exists, so another driver runs the sweep.
+        """
+        with self._copy_lock():  # else a reader could append the event to the copy first
+            event = f"{self._prefix}/events/{_name(self._count + 1)}"
+            if not bucket.client.put_once(event, line.encode()):
+                raise SweepBusy(
+                    f"another driver has continued this sweep ({event} exists), so this driver "
+                    "stops; no result is lost"
+                )
+            append_line(self.path, line)
+            self._count += 1
+
+    def _copy_lock(self) -> FileLock:
+        """Lock of the copy: its driver and readers of this machine append events."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.folder / ".copy.lock", mode=lock_mode(self.folder))
+
+
+def _name(number: int) -> str:
+    return f"{number:08d}.json"
 
 
 REMEDY = (
@@ -148,93 +213,6 @@ def parse_event(line: bytes) -> dict[str, Any]:
     if not isinstance(event, dict) or not isinstance(event.get("event"), str):
         raise ValueError("not an event")
     return event
-
-
-class BucketEventLog(EventLog):
-    """The event log of a sweep in a bucket store."""
-
-    def __init__(self, folder: Path, backend: BucketBackend) -> None:
-        super().__init__(folder)
-        self.backend = backend
-        self.prefix = backend.object(folder)
-        self.lease = Lease(backend.client, f"{self.prefix}/driver.lock")
-        self._count: int | None = None  # events in the copy; None: this is not the driver
-
-    def lock(self) -> None:
-        super().lock()
-        try:
-            if not self.lease.acquire():
-                raise SweepBusy(
-                    f"another driver runs this sweep ({self.backend.label(self.folder)}/driver.lock"
-                    " is renewed); wait for it, or stop it"
-                )
-            with self._copy_lock():
-                self._count = self._download()
-        except BaseException:
-            super().unlock()
-            raise
-
-    def unlock(self) -> None:
-        with suppress(BucketUnreachable):  # the lease expires without renewals
-            self._count = None
-            self.lease.release()
-        super().unlock()
-
-    def refresh(self) -> None:
-        with self._copy_lock():
-            drop_partial_line(self.path)
-            self._download()
-
-    def is_locked(self) -> bool:
-        return super().is_locked() or self.lease.is_held()
-
-    def _write(self, line: str) -> None:
-        """Create the object of an event, and append the event to the copy.
-
-        Raises:
-            SweepBusy: an event with this number exists, so another driver runs the sweep.
-        """
-        assert self._count is not None, "only the driver appends"
-        with self._copy_lock():  # else a reader could append the event to the copy first
-            event = f"{self.prefix}/{_event(self._count + 1)}"
-            if not self.backend.client.put_once(event, line.encode()):
-                raise SweepBusy(
-                    f"another driver has continued this sweep ({event} exists), so this driver "
-                    "stops; no result is lost"
-                )
-            super()._write(line)
-            self._count += 1
-
-    def _copy_lock(self) -> FileLock:
-        """Lock of the copy: its driver and readers of this machine append events."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return FileLock(self.folder / ".copy.lock", mode=lock_mode(self.folder))
-
-    def _download(self) -> int:
-        """Append the missing events to the copy; the number of events that it has then."""
-        client, events = self.backend.client, f"{self.prefix}/events"
-        count = self.path.read_bytes().count(b"\n") if self.path.exists() else 0
-        later = [entry.name for entry in client.list_objects(events, after=_name(count))]
-        content: dict[str, bytes | None] = {}
-        run_concurrently(lambda name: content.update({name: client.get(f"{events}/{name}")}), later)
-        with open(self.path, "ab") as copy:
-            for number, name in enumerate(later, count + 1):
-                event = content[name]
-                if name != _name(number) or event is None:
-                    raise ValueError(
-                        f"{client}/{self.prefix}/{_event(number)} is missing, but {name} exists: "
-                        "the event log is damaged; remove the events after the gap"
-                    )
-                copy.write(event + b"\n")
-        return count + len(later)
-
-
-def _name(number: int) -> str:
-    return f"{number:08d}.json"
-
-
-def _event(number: int) -> str:
-    return f"events/{_name(number)}"
 
 
 def append_line(path: Path, line: str) -> None:

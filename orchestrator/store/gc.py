@@ -1,7 +1,9 @@
-"""Garbage collection: finds and removes artifacts that no recorded sweep needs, and leftovers of
-killed processes.
+"""What a store contains, and garbage collection: artifacts that no recorded sweep needs, and
+leftovers of killed processes.
 
-If the requirements of one sweep cannot be read, nothing is removed.
+`take_inventory` reads names, sizes and records, but no arrays, so it imports no heavy library. An
+artifact or a row is kept or removed as a whole. If the requirements of one sweep cannot be read,
+nothing is removed.
 """
 
 from __future__ import annotations
@@ -9,29 +11,136 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.store._locks import STORE_LOCK
-from orchestrator.store.backends import LOCKS, RECORD
-from orchestrator.store.inventory import UNKNOWN, Inventory
+from orchestrator.errors import BucketUnreachable, DamagedArtifact
+from orchestrator.store._locks import LOCKS, STORE_LOCK
+from orchestrator.store.artifacts import DAMAGED, ROW, UNFINISHED, ArtifactStore
+from orchestrator.store.buckets import Entry, run_concurrently
+from orchestrator.store.rows import SHARD
+from orchestrator.store.storage import RECORD
+from orchestrator.store.verification import parse_record
 
+UNKNOWN = "unknown"  # owner of a file without a recorded user
 NOT_REMOVED = "could not be removed: it is a link, or in a folder of another user"
 MIN_AGE = 24 * 3600.0  # seconds: a process on another machine may be writing younger files
 
 
 @dataclass(frozen=True)
-class Removal:
-    """A folder or file to remove, or some files of a folder that stays."""
+class Item:
+    """An artifact, a row, the checkpoint of unfinished work, or a leftover.
+
+    The path is below the store's folder; in a bucket store it stands for the objects there.
+    """
 
     path: Path
-    reason: str
     bytes: int
-    user: str
-    files: tuple[str, ...] = ()  # remove only these files of the folder; empty: remove everything
+    modified: float  # seconds since the epoch
+    digest: str = ""  # first 12 hex digits of the key; empty: a leftover
+    user: str = UNKNOWN
+    images: int | None = None  # including rejected ones; None: no images, or not known
+    why: str = ""  # it is a leftover, or may be removed
+
+    def json(self, root: Path) -> dict[str, Any]:
+        return {"path": str(self.path.relative_to(root)), "why": self.why, "bytes": self.bytes}
+
+
+@dataclass(frozen=True)
+class Inventory:
+    store: ArtifactStore
+    artifacts: tuple[Item, ...]  # and rows
+    unfinished: tuple[Item, ...]
+    leftovers: tuple[Item, ...]
+
+
+def take_inventory(store: ArtifactStore) -> Inventory:
+    """List the current content of a store.
+
+    Raises:
+        ValueError: the store does not exist or has no artifact yet.
+    """
+    folders: dict[Path, dict[str, Entry]] = defaultdict(dict)
+    leftovers: dict[Path, list[Entry]] = defaultdict(list)
+    unfinished = []
+    for top, depth in (("artifacts", 4), (UNFINISHED, 1)):
+        for entry in store.storage.entries(store.root / top, depth):
+            parts = [top, *entry.name.split("/")]
+            hidden = [n for n, part in enumerate(parts) if part.startswith(".")]
+            if hidden:
+                leftovers[store.root.joinpath(*parts[: hidden[0] + 1])].append(entry)
+            elif top == UNFINISHED:
+                path = store.root / top / entry.name
+                digest = path.stem.partition("-")[0]
+                unfinished.append(Item(path, entry.size, entry.modified, digest))
+            elif len(parts) == 5:
+                folders[store.root.joinpath(*parts[:4])][parts[4]] = entry
+    if not folders and not store.artifacts.is_dir():
+        raise ValueError(
+            f"{store.name} has no artifacts yet: run a sweep, or choose another store with --store"
+        )
+    found: list[Item] = []
+    run_concurrently(lambda path: found.append(_item(store, path, folders[path])), folders)
+    found += [_sized(path, files, why=_why_hidden(path)) for path, files in leftovers.items()]
+    found.sort(key=lambda item: item.path)
+    return Inventory(
+        store,
+        tuple(item for item in found if not item.why),
+        tuple(sorted(unfinished, key=lambda item: item.path)),
+        tuple(item for item in found if item.why),
+    )
+
+
+def _item(store: ArtifactStore, path: Path, files: Mapping[str, Entry]) -> Item:
+    """The artifact or row in a folder, or a leftover."""
+    name = ROW if ROW in files else RECORD
+    shards = sum(SHARD.fullmatch(file) is not None for file in files)
+    if name not in files and not shards:
+        return _sized(path, files.values(), why="a folder without a record")
+    record: dict[str, Any] = {}
+    try:
+        record = parse_record(store.storage.get(path / name) or b"", path / name)
+    except BucketUnreachable:
+        raise
+    except (OSError, DamagedArtifact):  # its owner is unknown
+        pass
+    images = record.get("info", {}).get("images")
+    if shards and path.parent.parent.name != "evidence":
+        spec = record.get("spec", {})
+        spec = spec.get("images", spec)
+        block = spec.get("block") or spec.get("settings", {}).get("block")
+        images = block and block * shards
+    digest, user = path.name.rpartition("-")[2], str(record.get("user", UNKNOWN))
+    return _sized(path, files.values(), digest=digest, user=user, images=images)
+
+
+def _sized(path: Path, files: Collection[Entry], **fields: Any) -> Item:
+    newest = max(entry.modified for entry in files)
+    return Item(path, sum(entry.size for entry in files), newest, **fields)
+
+
+def _why_hidden(path: Path) -> str:
+    is_damaged = path.name.startswith(DAMAGED)
+    return "it was damaged and set aside" if is_damaged else "it is incomplete"
+
+
+# ---------------------------------------------------------------- removal
+
+
+@dataclass(frozen=True)
+class StoreRequirements:
+    """Artifacts and rows that the recorded sweeps need, by PROJECT/NAME of the sweep."""
+
+    sweeps: Mapping[str, Collection[str]]  # the first 12 hex digits of the keys
+    unreadable: Mapping[str, str]  # reason
+
+    def sweeps_needing(self, digest: str) -> list[str]:
+        """The sweeps that need an artifact or a row."""
+        return [sweep for sweep, digests in self.sweeps.items() if digest in digests]
 
 
 @dataclass(frozen=True)
@@ -39,8 +148,8 @@ class GcPlan:
     """What to remove, and what could be removed but belongs to other users."""
 
     root: Path
-    removals: tuple[Removal, ...]
-    others: tuple[Removal, ...]
+    removals: tuple[Item, ...]
+    others: tuple[Item, ...]
     sweep: str | None  # PROJECT/NAME: only artifacts that no other sweep needs
 
     @property
@@ -52,14 +161,9 @@ class GcPlan:
             "store": str(self.root),
             "removed": removed,
             "bytes": self.bytes,
-            "removals": [self._json(removal) for removal in self.removals],
-            "others": [self._json(removal) for removal in self.others],
+            "removals": [item.json(self.root) | {"user": item.user} for item in self.removals],
+            "others": [item.json(self.root) | {"user": item.user} for item in self.others],
         }
-
-    def _json(self, removal: Removal) -> dict[str, Any]:
-        path = str(removal.path.relative_to(self.root))
-        fields = {"path": path, "why": removal.reason, "bytes": removal.bytes, "user": removal.user}
-        return fields | ({"files": list(removal.files)} if removal.files else {})
 
 
 def plan_gc(
@@ -85,55 +189,30 @@ def plan_gc(
             f"the requirements of sweep {unreadable} cannot be read, so nothing is removed: {why}; "
             f"fix that, or remove {root / 'sweeps' / unreadable} to give up the sweep"
         )
-    removals = sorted(
-        _removable(inventory, requirements, me, sweep), key=lambda removal: -removal.bytes
-    )
-    groups: dict[bool, list[Removal]] = {True: [], False: []}
-    for removal in removals:
-        groups[all_users or removal.user == me != UNKNOWN].append(removal)
+    groups: dict[bool, list[Item]] = {True: [], False: []}
+    for item in sorted(_removable(inventory, requirements, me, sweep), key=lambda i: -i.bytes):
+        groups[all_users or item.user == me != UNKNOWN].append(item)
     return GcPlan(root, tuple(groups[True]), tuple(groups[False]), sweep)
 
 
 def _removable(
     inventory: Inventory, requirements: StoreRequirements, me: str, sweep: str | None
-) -> Iterator[Removal]:
-    own = requirements.sweeps.get(sweep or "", {})
-    others = merge_shards(
-        item
-        for name, artifacts in requirements.sweeps.items()
-        if name != sweep
-        for item in artifacts.items()
-    )
+) -> Iterator[Item]:
     why = f"only {sweep} needs it" if sweep else "no sweep needs it"
-    for holding in inventory.holdings:
-        if sweep and holding.digest not in own:
-            continue
-        if holding.digest not in others:
-            yield Removal(holding.path, why, holding.bytes, holding.user)
-            continue
-        shards = own[holding.digest] if sweep else holding.shards.keys()
-        unneeded = (shards & holding.shards.keys()) - others[holding.digest]
-        names = tuple(holding.shards[shard] for shard in sorted(unneeded))
-        if names:
-            count = sum(holding.files[name] for name in names)
-            yield Removal(holding.path, why, count, holding.user, names)
+    for item in inventory.artifacts:
+        if requirements.sweeps_needing(item.digest) == ([sweep] if sweep else []):
+            yield replace(item, why=why)
     if sweep:
         return
-    complete = {holding.digest for holding in inventory.holdings}
-    for checkpoint in inventory.checkpoints:
-        if checkpoint.digest in complete or checkpoint.digest not in others:
-            reason = "its artifact is complete" if checkpoint.digest in complete else why
-            owner = _owner(checkpoint.path, me)
-            yield Removal(checkpoint.path, reason, checkpoint.bytes, owner)
-    for leftover in inventory.leftovers:
-        if time.time() - leftover.modified > MIN_AGE:
-            owner = _owner(leftover.path, me)
-            yield Removal(leftover.path, leftover.reason, leftover.bytes, owner)
-
-
-def _owner(path: Path, me: str) -> str:
-    """The user of a file without a record: `me` if this process owns the file."""
-    return me if path.lstat().st_uid == os.getuid() else UNKNOWN
+    unrecorded = [item for item in inventory.leftovers if time.time() - item.modified > MIN_AGE]
+    complete = {item.digest for item in inventory.artifacts}
+    for item in inventory.unfinished:
+        if item.digest in complete:
+            unrecorded.append(replace(item, why="its artifact is complete"))
+        elif not requirements.sweeps_needing(item.digest):
+            unrecorded.append(replace(item, why=why))
+    for item in unrecorded:  # has the owner of the file
+        yield replace(item, user=me if item.path.lstat().st_uid == os.getuid() else UNKNOWN)
 
 
 def remove(plan: GcPlan) -> GcPlan:
@@ -143,29 +222,22 @@ def remove(plan: GcPlan) -> GcPlan:
         The plan as carried out: removals that failed, for example because another user owns the
         folder, are among `others`.
     """
-    groups: dict[bool, list[Removal]] = {True: [], False: []}
-    for removal in plan.removals:
-        groups[_remove_files(removal)].append(removal)
-    now = time.time()
+    removed = [item for item in plan.removals if _remove(item.path)]
     # Locks of killed builders. The caller holds the store exclusively.
     for lock in (plan.root / LOCKS).iterdir():
-        if lock != plan.root / STORE_LOCK and now - lock.stat().st_mtime > MIN_AGE:
+        if lock != plan.root / STORE_LOCK and time.time() - lock.stat().st_mtime > MIN_AGE:
             with suppress(PermissionError):  # of another user
                 lock.unlink()
-    others = (*plan.others, *(replace(removal, reason=NOT_REMOVED) for removal in groups[False]))
-    return replace(plan, removals=tuple(groups[True]), others=others)
+    failed = [replace(item, why=NOT_REMOVED) for item in plan.removals if item not in removed]
+    return replace(plan, removals=tuple(removed), others=(*plan.others, *failed))
 
 
-def _remove_files(removal: Removal) -> bool:
-    """Remove files; whether that succeeded."""
-    path = removal.path
+def _remove(path: Path) -> bool:
+    """Remove a file or folder; whether that succeeded."""
     if path.is_symlink():
         return False
     try:
-        if removal.files:
-            for name in removal.files:
-                (path / name).unlink(missing_ok=True)
-        elif path.is_dir():
+        if path.is_dir():
             (path / RECORD).unlink(missing_ok=True)  # first, so that the rest counts as missing
             shutil.rmtree(path)
         else:
@@ -173,26 +245,3 @@ def _remove_files(removal: Removal) -> bool:
     except OSError:
         return False
     return True
-
-
-Shards = frozenset[tuple[int, int]]  # (class, block) of a row; empty for other artifacts
-
-
-@dataclass(frozen=True)
-class StoreRequirements:
-    """Artifacts and shards that the recorded sweeps need, by PROJECT/NAME of the sweep."""
-
-    sweeps: Mapping[str, Mapping[str, Shards]]  # by the first 12 hex digits of the artifact's key
-    unreadable: Mapping[str, str]  # reason
-
-    def sweeps_needing(self, digest: str) -> list[str]:
-        """The sweeps that need an artifact or a row."""
-        return [sweep for sweep, artifacts in self.sweeps.items() if digest in artifacts]
-
-
-def merge_shards(requirements: Iterable[tuple[str, Shards]]) -> dict[str, Shards]:
-    """Union of the shards of each artifact."""
-    found: dict[str, Shards] = {}
-    for digest, shards in requirements:
-        found[digest] = found.get(digest, frozenset()) | shards
-    return found

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.store.artifacts import ArtifactStore
-from orchestrator.store.backends import BucketBackend
-from orchestrator.store.event_log import BucketEventLog, EventLog
+from orchestrator.store.event_log import EventLog
+from orchestrator.store.storage import Bucket
 from orchestrator.store.verification import read_cache, read_sealed
 
 
@@ -46,15 +46,14 @@ class SweepLocation:
         return self.store.root / "sweeps" / self.project / self.name
 
     def event_log(self) -> EventLog:
-        backend = self.store.backend
-        if isinstance(backend, BucketBackend):
-            return BucketEventLog(self.folder, backend)
-        return EventLog(self.folder)
+        storage = self.store.storage
+        return EventLog(self.folder, storage if isinstance(storage, Bucket) else None)
 
     def refresh(self) -> SweepLocation:
         """Download the event log and the files of the sweep from a bucket."""
-        self.event_log().refresh()
-        self.store.backend.pull_folder(self.folder)
+        if isinstance(self.store.storage, Bucket):
+            self.event_log().refresh()
+            self.store.storage.refresh(self.folder)
         return self
 
     def write(self, name: str, content: str | bytes) -> None:
@@ -69,7 +68,7 @@ def recorded_location(store: ArtifactStore, project: str, name: str) -> SweepLoc
 
 def recorded_locations(store: ArtifactStore) -> list[SweepLocation]:
     """Locations of the sweeps of a store, sorted by name."""
-    return [recorded_location(store, project, name) for project, name in store.backend.sweeps()]
+    return [recorded_location(store, project, name) for project, name in store.sweeps()]
 
 
 RESOLVED = "resolved.json"

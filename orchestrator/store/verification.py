@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,56 +24,65 @@ _verified: dict[tuple[Path, str], Stamp] = {}  # by file and digest
 
 
 def read_record(file: Path) -> dict[str, Any]:
-    """Read `record.json` or `row.json` and verify its checksum.
+    """Read `record.json` or `row.json`, as `parse_record`.
 
     Raises:
-        DamagedArtifact: the file cannot be parsed, was changed or has no checksum.
         FileNotFoundError: it does not exist.
     """
-    return parse_record(_content(file), file)
-
-
-def _content(file: Path) -> bytes:
     try:
-        return file.read_bytes()
+        return parse_record(file.read_bytes(), file)
     except IsADirectoryError:
         raise DamagedArtifact(file.parent, f"{file.name} is a folder") from None
 
 
-def parse_record(data: bytes, file: Path, name: str = "") -> dict[str, Any]:
-    """Parse the content of a record and verify its checksum.
-
-    Args:
-        file: path of the record.
-        name: its name in messages; default: the path of its folder.
+def parse_record(data: bytes, file: Path) -> dict[str, Any]:
+    """Parse a JSON object written by `sealed_json`, and verify its checksum.
 
     Raises:
         DamagedArtifact: the content cannot be parsed, was changed or has no checksum.
     """
     try:
-        record = json.loads(data)
+        content = json.loads(data)
+        reason = "" if isinstance(content, dict) else f"{file.name} is not a JSON object"
     except (ValueError, RecursionError) as problem:
-        raise DamagedArtifact(file.parent, f"{file.name} is not JSON ({problem})", name) from None
-    if not isinstance(record, dict):
-        raise DamagedArtifact(file.parent, f"{file.name} is not a JSON object", name)
-    checked = intact(data)
-    if checked is False:
-        raise DamagedArtifact(file.parent, f"the checksum of {file.name} does not match", name)
-    if checked is None:
-        raise DamagedArtifact(file.parent, f"{file.name} has no checksum", name)
-    return record
+        reason = f"{file.name} is not JSON ({problem})"
+    if not reason and not (checked := intact(data)):
+        checksum = f"the checksum of {file.name} does not match"
+        reason = f"{file.name} has no checksum" if checked is None else checksum
+    if reason:
+        raise DamagedArtifact(file.parent, reason)
+    del content["seal"]
+    return dict(content)
 
 
-def verify_files(folder: Path, record: dict[str, Any]) -> None:
+def recorded_files(folder: Path, record: dict[str, Any]) -> dict[str, str]:
+    """Digests of an artifact's files by name.
+
+    Raises:
+        DamagedArtifact: the record does not list files.
+    """
+    files = record.get("files", {})
+    # Anyone who may write to a bucket may have written the record, and a name becomes a path of
+    # this machine.
+    if not isinstance(files, dict) or any(Path(f).name != f or f in ("", "..") for f in files):
+        raise DamagedArtifact(folder, "its record does not list files of this folder")
+    return files
+
+
+def verify_files(
+    folder: Path, record: dict[str, Any], names: Collection[str] | None = None
+) -> None:
     """Compare the files of an artifact with the digests in its record.
+
+    Args:
+        names: compare only these files; None: all.
 
     Raises:
         DamagedArtifact: a file was changed or is missing.
     """
-    files = record.get("files", {})
-    if not isinstance(files, dict):
-        raise DamagedArtifact(folder, "its record does not list files")
-    for name, digest in files.items():
+    for name, digest in recorded_files(folder, record).items():
+        if names is not None and name not in names:
+            continue
         file = folder / name
         try:
             stamp = file_stamp(file)
@@ -89,9 +98,6 @@ def verify_files(folder: Path, record: dict[str, Any]) -> None:
         _verified[file, digest] = stamp
 
 
-# ---------------------------------------------------------------- other files
-
-
 def read_sealed(file: Path) -> dict[str, Any]:
     """Read a JSON object written by `sealed_json`.
 
@@ -100,11 +106,9 @@ def read_sealed(file: Path) -> dict[str, Any]:
         FileNotFoundError: it does not exist.
     """
     try:
-        content = parse_record(_content(file), file)
+        return read_record(file)
     except DamagedArtifact as damaged:
         raise ValueError(damaged.reason) from None
-    content.pop("seal", None)
-    return content
 
 
 def read_cache(file: Path, parse: Callable[[dict[str, Any]], T], empty: T) -> T:

@@ -115,39 +115,26 @@ def test_files_have_the_permissions_of_the_folder(store):
     assert {path.stat().st_mode & 0o777 for path in artifact.path.iterdir()} == {allowed}
 
 
-def test_files_are_synced_before_the_record_and_the_record_before_the_rename(store, monkeypatch):
+def test_all_files_are_synced_before_the_folder_is_renamed(store, monkeypatch):
     """After a power cut, all files of an artifact with a record exist."""
-    synced: list[str] = []
-    fsync, rename, replace_file = os.fsync, os.rename, os.replace
+    calls: list[str] = []
 
-    def recorded_fsync(handle: int) -> None:
-        synced.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
-        fsync(handle)
+    def note(name: str) -> None:
+        of = getattr(os, name)
 
-    def recorded_rename(old: Path, new: Path) -> None:
-        synced.append(f"rename to {Path(new).name}")
-        rename(old, new)
+        def noted(at: int | Path, *to: Path) -> None:
+            path = Path(os.readlink(f"/proc/self/fd/{at}") if name == "fsync" else to[0])
+            calls.append(f"{name} {path.name.partition('-')[0]}")
+            of(at, *to)
 
-    def recorded_replace(old: Path, new: Path) -> None:
-        synced.append(f"replace {Path(new).name}")
-        replace_file(old, new)
+        monkeypatch.setattr(os, name, noted)
 
     store.get_or_build(OTHER, numbers)  # creates the folders
-    monkeypatch.setattr(os, "fsync", recorded_fsync)
-    monkeypatch.setattr(os, "rename", recorded_rename)
-    monkeypatch.setattr(os, "replace", recorded_replace)
+    for name in ("fsync", "rename", "replace"):
+        note(name)
     path = store.get_or_build(SPEC, numbers).path
-    work = next(name for name in synced if name.startswith(f".{path.name[-12:]}"))
-    record = next(name for name in synced if name.startswith(".record.json"))
-    assert synced == [
-        "numbers",
-        work,
-        record,
-        "replace record.json",
-        work,
-        f"rename to {path.name}",
-        path.parent.name,
-    ]
+    work = f"fsync .{path.name[-12:]}"
+    assert calls == ["fsync numbers", "fsync record.json", work, "rename digits", "fsync v1"]
 
 
 def test_a_damaged_artifact_is_refused_and_can_be_set_aside(store):

@@ -1,14 +1,16 @@
-"""Behaviour of every backend: a folder, and a bucket on a real S3 server on loopback.
+"""Behaviour of every store: in a folder, and a bucket on a real S3 server on loopback.
 
 Tests open the store by a machine name. With a bucket, each machine has its own empty cache folder.
 """
 
 from __future__ import annotations
 
+import itertools
+import os
 import pickle
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,18 @@ import pytest
 
 from air_core.seal import BLANK, sealed
 from air_core.specs import Ref
-from orchestrator.errors import MissingArtifact, StoreRefused, SweepBusy
+from orchestrator.errors import (
+    BucketUnreachable,
+    DamagedArtifact,
+    MissingArtifact,
+    StoreRefused,
+    SweepBusy,
+)
 from orchestrator.keys import artifact_key
 from orchestrator.stages import FeaturesSpec, FolderImages
-from orchestrator.store import ArtifactStore, EventLog
+from orchestrator.store import ArtifactStore, EventLog, open_store
 from orchestrator.store._leases import LOCK_SECONDS
-from orchestrator.store.backends import RECORD
+from orchestrator.store.buckets import BucketClient
 from orchestrator.store.checkpoints import (
     START,
     Checkpoint,
@@ -30,12 +38,15 @@ from orchestrator.store.checkpoints import (
     read_checkpoint,
     write_checkpoint,
 )
-from orchestrator.store.inventory import take_inventory
 from orchestrator.store.location import recorded_location
+from orchestrator.store.storage import RECORD
 from tests.helpers.sweeps import TIMEOUT
 
 SPEC = FeaturesSpec(dataset=Ref(name="digits", digest="d"), backbone=Ref(name="tiny", digest="b"))
 ROW = FolderImages(model=Ref(name="folder:x", digest="f"), classnames=("a",), size=8, block=2)
+
+
+PIXELS = sealed(b"pixels " + BLANK.encode())
 
 
 @pytest.fixture(params=["folder", "bucket"])
@@ -70,14 +81,14 @@ def test_an_artifact_is_found_on_all_machines_and_not_built_again(machine):
     assert read.record == built.record
     assert read.key == built.key == artifact_key(SPEC)
     assert (read.path / "numbers").read_text() == "1 2 3"
-    (named,) = machine("three").find_by_digest(FeaturesSpec, built.key.digest[:20])
-    assert (named / "numbers").read_text() == "1 2 3"
+    (record,) = machine("three").find_by_digest(FeaturesSpec, built.key.digest[:20])
+    assert record == built.record
     assert machine("four").bytes(SPEC) == sum(f.stat().st_size for f in read.path.iterdir())
 
 
 def test_without_its_record_an_artifact_does_not_exist(machine, address):
     built = machine("one").get_or_build(SPEC, numbers("by a builder that died"))
-    machine("one").backend.remove(built.path / RECORD)
+    machine("one").storage.delete(built.path / RECORD)
     other = machine("two")
     assert not other.has(SPEC)
     with pytest.raises(MissingArtifact, match=f"{address}; run `airsweep run SPEC --prepare"):
@@ -97,9 +108,8 @@ def test_of_two_builders_of_one_key_the_first_to_publish_wins(machine):
     for store in (one, two, machine("three")):
         artifact = store.get(SPEC)
         assert (artifact.path / "numbers").read_text() == "fast"
-    (holding,) = take_inventory(machine("four")).holdings
-    assert len(holding.files) == 2  # without the file of the slow builder
-    assert take_inventory(machine("four")).leftovers == ()
+    store = machine("four")
+    assert len(store.storage.list(store.path(artifact.key))) == 2  # without that of the slow one
 
 
 def test_a_request_waits_for_a_build_on_another_machine_and_reads_it(machine):
@@ -164,15 +174,10 @@ def test_a_store_can_be_pickled_for_a_worker_and_be_read_only(machine):
 
 def test_a_damaged_file_is_refused_by_name(machine):
     machine("one").get_or_build(SPEC, numbers("1 2 3"))
-    backend = machine("one").backend
-    (file,) = (
-        holding.path / name
-        for holding in take_inventory(machine("one")).holdings
-        for name in holding.files
-        if name != RECORD
-    )
-    backend.write(file, b"1 2 4")
-    with pytest.raises((MissingArtifact, ValueError), match="numbers"):
+    storage, folder = machine("one").storage, machine("one").path(artifact_key(SPEC))
+    (name,) = (name for name in storage.list(folder) if name != RECORD)
+    storage.put(folder / name, b"1 2 4")
+    with pytest.raises((MissingArtifact, DamagedArtifact), match="numbers"):
         machine("two").get(SPEC)
 
 
@@ -192,14 +197,13 @@ def test_another_machine_continues_from_a_checkpoint(machine):
     file = one.checkpoint_path(SPEC)
     file.parent.mkdir(parents=True)
     file.write_text("half")
-    one.backend.push(file)
-    copy = two.checkpoint_path(SPEC)
-    two.backend.pull([copy])
+    one.push(file)
+    copy = two.storage.local(two.checkpoint_path(SPEC))
     assert copy.read_text() == "half"
     copy.write_text("nearly all")
-    two.backend.push(copy)
+    two.push(copy)
     assert one.refresh(file).read_text() == "nearly all"
-    two.backend.remove(copy)
+    two.storage.delete(copy)
     assert not three.refresh(three.checkpoint_path(SPEC)).exists()
 
 
@@ -220,18 +224,17 @@ def test_another_machine_continues_a_trial_from_its_last_round(machine):
 def test_a_row_has_its_published_shards_on_all_machines(machine):
     assert machine("one").row(ROW).existing_shards() == frozenset()
     one = machine("one").open_row(ROW)
-    pixels = sealed(b"pixels " + BLANK.encode())
     for class_index, block in [(0, 0), (0, 2), (11, 3)]:
-        one.publish(class_index, block, pixels)
+        one.publish(class_index, block, PIXELS)
     row = machine("two").open_row(ROW)
     assert row.existing_shards() == {(0, 0), (0, 2), (11, 3)}
     assert row.has_shard(0, 2)
     assert not row.has_shard(0, 1)
-    assert row.read(11, 3) == pixels
+    assert row.read(11, 3) == PIXELS
     assert not machine("two").has(ROW)  # a row is never complete
     row.remove()
     assert machine("three").row(ROW).existing_shards() == frozenset()
-    machine("three").open_row(ROW).publish(0, 0, pixels)
+    machine("three").open_row(ROW).publish(0, 0, PIXELS)
     assert machine("two").row(ROW).existing_shards() == {(0, 0)}
 
 
@@ -279,9 +282,9 @@ def test_any_machine_reads_the_events_and_appends_to_them(machine):
     second.append("counted", number=3)
     second.unlock()
     assert recorded_numbers(second) == [0, 1, 2, 3]
-    first.refresh()
+    recorded_location(machine("one"), "default", "x")
     assert first.path.read_text() == second.path.read_text()
-    assert machine("three").backend.sweeps() == [("default", "x")]
+    assert machine("three").sweeps() == [("default", "x")]
 
 
 def test_a_second_driver_is_refused_while_the_first_runs(machine, monkeypatch):
@@ -320,3 +323,80 @@ def test_a_store_with_results_and_without_a_format_is_refused(machine):
     event_log.unlock()
     with pytest.raises(StoreRefused, match=r"has results but no store\.json.*empty folder"):
         machine("two")
+
+
+# ---------------------------------------------------------------- faults
+
+
+class Fault(BucketUnreachable):
+    """A call to the disk or the server fails."""
+
+
+DISK = ("fsync", "rename", "replace", "link")
+
+
+@contextmanager
+def failing(at: int, after: bool, in_bucket: bool, monkeypatch) -> Iterator[list[str]]:
+    """Let the call number `at` to the disk or the server fail, before or after it takes effect;
+    the names of the calls."""
+    calls: list[str] = []
+
+    def counted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*arguments: Any, **options: Any) -> Any:
+            if threading.current_thread() is not threading.main_thread():
+                return call(*arguments, **options)  # of the server, or a renewal
+            calls.append(name)
+            if len(calls) == at + 1 and not after:
+                raise Fault
+            result = call(*arguments, **options)
+            if len(calls) == at + 1 and after:
+                raise Fault
+            return result
+
+        return called
+
+    with monkeypatch.context() as patch:
+        for of, name in [(BucketClient, "_request")] if in_bucket else [(os, n) for n in DISK]:
+            patch.setattr(of, name, counted(name, getattr(of, name)))
+        yield calls
+
+
+def all_work(store: ArtifactStore) -> list[object]:
+    """One of each kind of work on a store, as far as it is missing; what the store has then."""
+    store.initialize()
+    artifact = store.get_or_build(SPEC, numbers("1 2 3"))
+    row = store.open_row(ROW)
+    with row.count_crashes(0, 0):
+        if not row.has_shard(0, 0):
+            row.publish(0, 0, PIXELS)
+    store.write(store.root / "history.json", "{}")
+    with event_log_of(store).locked() as event_log:
+        if not recorded_numbers(event_log):
+            event_log.append("counted", number=0)
+    numbers_now = recorded_numbers(event_log)
+    return [(artifact.path / "numbers").read_text(), row.read(0, 0), numbers_now, store.sweeps()]
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_after_a_fault_at_any_call_the_same_work_completes_and_no_part_counts(
+    address, after, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("AIRSWEEP_LOCK_SECONDS", "0.1")  # of a lease whose release failed
+    expected = ["1 2 3", PIXELS, [0], [("default", "x")]]
+    for at in itertools.count():
+        monkeypatch.setenv("AIRSWEEP_CACHE", str(tmp_path / f"copies {at}"))
+        store = open_store(f"{address}/{at}")
+        with (
+            failing(at, after, "://" in address, monkeypatch) as calls,
+            suppress(Fault, ValueError),
+        ):
+            all_work(store)
+        other = open_store(f"{address}/{at}")
+        if other.has(SPEC):
+            assert (other.get(SPEC).path / "numbers").read_text() == "1 2 3"
+        if (0, 0) in other.row(ROW).existing_shards():
+            assert other.row(ROW).read(0, 0) == PIXELS
+        assert all_work(other) == expected, (at, calls[at:])
+        if at >= len(calls):
+            break
+    assert at > 15
