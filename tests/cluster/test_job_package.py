@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from orchestrator.cluster import job_package
+from orchestrator.cluster.job_package import pack
 from orchestrator.errors import Refused
 from orchestrator.planning import read_request
+from tests.helpers.plugins import MARGIN
 from tests.helpers.sweeps import airsweep, environment, run_command, write_sweep
 
 ROOT = Path(__file__).parents[2]
@@ -83,11 +85,20 @@ def test_uncommitted_changes_are_sent_as_a_diff(tmp_path, spec):
     assert "+CHANGED = 1" in on_cluster.stdout
 
 
-def test_an_installed_airsweep_sends_only_the_sweep(tmp_path, spec):
+def test_an_installed_airsweep_sends_only_the_sweep_and_its_plugins(tmp_path, spec):
     checkout = checkout_in(tmp_path / "installed")
     (checkout / "pyproject.toml").unlink()
-    files = packed(checkout, spec, tmp_path / "sent")
-    assert files == {"sweeps/small.yaml"}
+    (spec.parent / "own").mkdir()
+    (spec.parent / "own" / "margin.py").write_text(MARGIN)
+    spec.write_text(f"{spec.read_text()}plugins: [own/margin.py]\n")
+    assert packed(checkout, spec, tmp_path / "sent") == {
+        *("sweeps/small.yaml", "sweeps/own/margin.py")
+    }
+    (spec.parent / "own" / "margin.py").rename(tmp_path / "margin.py")
+    spec.write_text(spec.read_text().replace("own/", "../"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(Refused, match=r"outside of the folder of .*; put it beside the sweep"):
+        pack(read_request(spec), tmp_path / "empty", False)
 
 
 def test_a_job_with_installed_code_does_not_get_the_commit_of_this_checkout(spec):
