@@ -87,20 +87,15 @@ UNREAD = "1 of 10 images cannot be read, at most 0 are allowed; .*0.png cannot b
 # Refused before anything starts, with the file and a remedy.
 REFUSED: list[tuple[str, str, Harm, str]] = [
     ("pipe", "free", lambda h: os.mkfifo(h / "cat/x.png"), NOT_A_FILE),
-    ("endless device", "free", linked("cat/x.png", "/dev/zero"), NOT_A_FILE),
     ("dangling link", "free", linked("cat/x.png", "nowhere.png"), NOT_A_FILE),
-    ("folder named like an image", "free", lambda h: (h / "cat/x.png").mkdir(), NOT_A_FILE),
     ("dangling class", "free", linked("fox", "nowhere"), "fox is a broken link; correct"),
     ("class that is its parent", "free", linked("fox", "."), "no image in fox/, which contains"),
-    ("empty image", "free", lambda h: (h / "cat/0.png").write_bytes(b""), f"{UNREAD}it is empty"),
     ("cut image", "free", cut, f"{UNREAD}.*; remove or replace them"),
     ("empty class", "free", lambda h: (h / "fox").mkdir(), "no image in fox/, which contains noth"),
     ("class without a test", "parted", emptied("test/dog"), "no image in test/dog/"),
     ("only videos", "free", as_mov, "no image in cat/, which contains '0.mov'.*; skipped: 5 .mov"),
     ("nothing", "free", lambda h: [shutil.rmtree(f) for f in h.iterdir()], "contains no folders"),
-    ("gone", "free", shutil.rmtree, "does not exist or is not a folder"),
     ("home is a file", "free", lambda h: (shutil.rmtree(h), h.touch()), "unpack an archive"),
-    ("classnames is a pipe", "free", lambda h: os.mkfifo(h / "classnames.txt"), "names.txt is a f"),
     ("classnames is a loop", "free", linked("classnames.txt", "classnames.txt"), "a broken link"),
     ("template is a device", "free", linked("template.txt", "/dev/zero"), "template.txt is a fol"),
     ("class in latin1", "free", renamed_in_latin1("cat", b"caf\xe9"), r"caf\\xe9: this name is no"),
@@ -112,22 +107,10 @@ REFUSED: list[tuple[str, str, Harm, str]] = [
     ),
     ("classnames in latin1", "free", written("classnames.txt", b"cat = \xe9"), "txt is not UTF-8"),
     (
-        "template in latin1",
-        "free",
-        written("template.txt", b"\xe9 {}"),
-        "template.txt is not UTF-8",
-    ),
-    (
         "equal files in train and test",
         "parted",
         lambda h: shutil.copy(h / "train/cat/0.png", h / "test/cat/z.png"),
         f"1 pair {PAIRS}",
-    ),
-    (
-        "test is a link to train",
-        "parted",
-        lambda h: (shutil.rmtree(h / "test"), (h / "test").symlink_to("train")),
-        f"8 pairs {PAIRS}",
     ),
     (
         "a test image under another class of val",
@@ -141,8 +124,6 @@ REFUSED: list[tuple[str, str, Harm, str]] = [
         f"2 pairs {PAIRS}",
     ),
     ("EuroSAT: pipe", "eurosat", replaced(EUROSAT, os.mkfifo), "River_1.jpg has the name"),
-    ("EuroSAT: latin1 list", "eurosat", written("eurosat/test.txt", b"\xe9.jpg"), "is not UTF-8"),
-    ("EuroSAT: other JSON", "eurosat", written("eurosat/test.json", "{}"), "test.json is no split"),
     (
         "EuroSAT: JSON of numbers",
         "eurosat",
@@ -150,12 +131,6 @@ REFUSED: list[tuple[str, str, Harm, str]] = [
         "split_zhou_EuroSAT.json is no split file; expected JSON such as",
     ),
     ("DTD: pipe", "dtd", replaced(DTD, os.mkfifo), LISTED),
-    (
-        "DTD: list in latin1",
-        "dtd",
-        written("dtd/dtd/labels/train1.txt", b"caf\xe9/a.jpg\n"),
-        "train1.txt is not UTF-8 text",
-    ),
     (
         "DTD: list out of the folder",
         "dtd",
@@ -219,20 +194,13 @@ BLOATED = b"zTXtbomb\0\0" + zlib.compress(bytes(80 * 2**20))
 # Files named `cat/0.png` that are no readable image, with the reason that is given.
 UNREADABLE: list[tuple[str, bytes, str]] = [
     ("empty", b"", "it is empty"),
-    ("zeros", bytes(1000), "not an image of an allowed format"),
-    ("page", b"<html>404 not found</html>", "not an image"),
     ("LFS pointer", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "not an image"),
     ("HEIC", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), "not an image of an allowed"),
-    ("TGA", encoded("TGA"), "not an image of an allowed format"),
     ("cut PNG", encoded("PNG")[:-600], "truncated"),
-    ("cut JPEG", encoded("JPEG")[:-600], "truncated"),
     ("cut WebP", encoded("WEBP")[:-600], "cannot be read"),
-    ("cut TIFF", encoded("TIFF")[:-9000], "cannot be read"),
     ("PNG without pixels", png(8, 8), "cannot be read"),
-    ("noise in PNG", encoded("PNG")[:60] + np.random.default_rng(0).bytes(900), "cannot be read"),
     ("claimed size", png(60000, 60000), "too large, over 178,956,970 pixels"),
     ("PNG bomb", png(20000, 20000, ZEROS), "too large, over 178,956,970 pixels"),
-    ("PPM bomb", b"P6 99999 99999 255\n", "too large, over 178,956,970 pixels"),
     ("text bomb", png(8, 8, BLOATED), "cannot be read"),
 ]
 
@@ -298,23 +266,15 @@ FREE_PAIR = "split_seed can put one image of a pair into train, one into test"
 REPORTED: list[tuple[str, str, Harm, str]] = [
     ("nothing", "free", lambda h: None, "unreadable  0"),
     ("subfolder", "free", lambda h: draw(h / "cat/more/deep/1.png"), "skipped     1 in subfolders"),
-    ("some raw", "free", written("cat/1.NEF", "x"), "-exec dcraw_emu -w {} +"),
     ("no suffix", "free", written("cat/IMG_0001", "x"), "skipped     1 without suffix"),
+    ("some raw", "free", written("cat/1.NEF", "x"), "-exec dcraw_emu -w {} +"),
     ("above", "parted", lambda h: draw(h / "test/1.png"), "skipped     1 beside class folders"),
-    ("files of systems", "free", written("cat/Thumbs.db", "x"), "unreadable  0"),
     (
         "copy in another class",
         "free",
         lambda h: shutil.copy(h / "cat/0.png", h / "dog/z.png"),
         "exact       1 pair of images with equal pixels: 1 in two classes, 0 in train and test\n"
         f"            cat/0.png = dog/z.png\n            {FREE_PAIR}",
-    ),
-    (
-        "copy in another format",
-        "free",
-        lambda h: Image.open(h / "cat/0.png").save(h / "cat/z.bmp"),
-        "exact       1 pair of images with equal pixels: 0 in two classes, 0 in train and test\n"
-        f"            cat/0.png = cat/z.bmp\n            {FREE_PAIR}",
     ),
     (
         "smaller copy",
@@ -335,7 +295,6 @@ REPORTED: list[tuple[str, str, Harm, str]] = [
         "exact       1 pair of images with equal pixels: 0 in two classes, 1 in train and test\n"
         "            test/cat/z.png = train/cat/0.png",
     ),
-    ("line end in a name", "free", lambda h: draw(h / "cat/a\nb.png"), "unreadable  0"),
     ("long name", "free", lambda h: draw(h / "cat" / f"{'i' * 240}.png"), "unreadable  0"),
 ]
 

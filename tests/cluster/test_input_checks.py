@@ -154,10 +154,6 @@ def renamed(folder: Path, file: str, to: str) -> None:
     (folder / file).rename(folder / to)
 
 
-def edited(folder: Path, file: str, old: str, new: str) -> None:
-    (folder / file).write_text((folder / file).read_text().replace(old, new))
-
-
 UNET = "unet/diffusion_pytorch_model.safetensors"
 PICKLE = "unet/diffusion_pytorch_model.bin"
 HALF = "unet/diffusion_pytorch_model.fp16.safetensors"
@@ -179,17 +175,16 @@ def piped(folder: Path, file: str) -> None:
     os.mkfifo(folder / file)
 
 
-def pickled(folder: Path, method: int = ZIP_STORED, flag: int = 0, size: int | None = None) -> None:
+def pickled(folder: Path, method: int = ZIP_STORED, size: int | None = None) -> None:
     """Replace the weights by an archive as of torch.save."""
     (folder / CLIP).unlink()
-    with ZipFile(folder / "open_clip_pytorch_model.bin", "w", method) as archive:
+    file = folder / "open_clip_pytorch_model.bin"
+    with ZipFile(file, "w", method) as archive:
         archive.writestr("model/data.pkl", b"pickled")
-    data = bytearray((folder / "open_clip_pytorch_model.bin").read_bytes())
-    data[data.index(b"PK\x01\x02") + 8] |= flag  # in the directory of the archive
-    (folder / "open_clip_pytorch_model.bin").write_bytes(data[:size])
+    file.write_bytes(file.read_bytes()[:size])
 
 
-ENCRYPTED, TOKENIZER = 1, "tokenizer/tokenizer.json"
+TOKENIZER = "tokenizer/tokenizer.json"
 
 
 @pytest.mark.parametrize(
@@ -202,22 +197,17 @@ ENCRYPTED, TOKENIZER = 1, "tokenizer/tokenizer.json"
         ("generator", renamed, (UNET, PICKLE), "a pickle"),
         ("generator", renamed, (UNET, HALF), "no diffusion_pytorch_model.safetensors"),
         ("generator", sharded, ('{"weight_map": {"a": 3}}',), "index.json lists 3: missing"),
-        ("generator", sharded, ('{"weight_map": [1]}',), "index.json lists no file"),
         ("generator", renamed, ("vae/config.json", "vae/a.json"), "it has none of config.json"),
         ("generator", cut, ("vae/config.json",), "vae/config.json cannot be read"),
         ("generator", cut, (TOKENIZER,), f"{TOKENIZER} is empty or cut off"),
         ("generator", renamed, (TOKENIZER, "tokenizer/a"), "it has no vocabulary"),
-        ("generator", edited, ("model_index.json", '"diffusers"', '"code"'), "is of code"),
-        ("generator", edited, ("model_index.json", "}", ""), "model_index.json cannot be read"),
         ("backbone", zipped, (), "model is a file; unpack an archive first|model is not a model"),
         ("backbone", cut, (CLIP,), f"{CLIP} cannot be read: .*download or copy it again"),
         ("backbone", piped, (CLIP,), f"{CLIP} is a broken link, a folder or a device"),
         ("backbone", renamed, (CLIP, "other"), "contains no weights"),
         ("backbone", cut, ("merges.txt.gz",), "merges.txt.gz holds no byte-pair merges"),
-        ("backbone", pickled, (ZIP_STORED, 0, -30), "model.bin cannot be read: it is damaged"),
+        ("backbone", pickled, (ZIP_STORED, -30), "model.bin cannot be read: it is damaged"),
         ("backbone", pickled, (ZIP_LZMA,), "member model/data.pkl is encrypted, or compressed"),
-        ("backbone", pickled, (ZIP_STORED, ENCRYPTED), "member model/data.pkl is encrypted"),
-        ("backbone", pickled, (ZIP_STORED, 0, 0), "model.bin cannot be read: .* torch.save"),
     ],
 )
 def test_check_and_plan_refuse_a_damaged_model(role, harm, arguments, message, tmp_path, command):
@@ -230,14 +220,3 @@ def test_check_and_plan_refuse_a_damaged_model(role, harm, arguments, message, t
         code, out, err = command(*words)
         assert (code, out) == (2, ""), words
         assert re.search(message, err), err
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"model_cfg": []}'])
-def test_a_plan_with_a_damaged_backbone_configuration_is_refused(text, tmp_path, command):
-    folder = Path(shutil.copytree(tiny_folder(), tmp_path / "clip"))
-    (folder / "open_clip_config.json").write_text(text)
-    sweep = write_sweep(tmp_path, "bad", f"fixed: {{method: zero_shot, backbone: {folder}}}\n")
-    code, _, err = command("plan", sweep, "--store", tmp_path / "runs")
-    assert code == 2
-    assert f"{folder}/open_clip_config.json" in err
-    assert "Traceback" not in err
