@@ -86,16 +86,12 @@ def page(sweep: SweepSpec, location: SweepLocation) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    sections = [
-        {"id": name, "title": title, "text": text, "groups": groups}
-        for name, title, text, section in SECTIONS
-        if (groups := list(section(data)))
-    ]
+    groups = {name: [*section(data)] for name, section in SECTIONS.items()}
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=sweep.name,
         description=_description(data),
         question=re.split(r"\n\s*\n", sweep.question.strip()),
-        sections=sections,
+        sections={name: of_section for name, of_section in groups.items() if of_section},
         is_wide=_is_wide,
         footer=f"airsweep {_version()}, sweep {location.full_name}, {len(results.trials)} results.",
     )
@@ -363,49 +359,13 @@ def frequent_confusions(
             yield names[true], names[wrong], float(shares[true, wrong])
 
 
-# Anchor, title, what to see, and the function that yields the groups.
-SECTIONS: tuple[tuple[str, str, str, Callable[[ReportData], Iterator[Group]]], ...] = (
-    ("answer", "Answer", "", answer),
-    (
-        "table",
-        "Table",
-        "Each line is a method with its settings, in means over n runs; * marks the best "
-        "classifier.",
-        table,
-    ),
-    (
-        "differences",
-        "Differences",
-        "One row minus another, paired by image and run: green is significantly higher, orange "
-        "significantly lower, grey not significant.",
-        differences,
-    ),
-    (
-        "settings",
-        "Accuracy by setting",
-        "A line is the mean over runs with its 95 % interval; of a search, each dot is a point, "
-        "in which other settings differ too.",
-        by_setting,
-    ),
-    (
-        "curves",
-        "Learning curves",
-        "The pseudo-labels of each round, mean over runs with a band from the lowest to the "
-        "highest: good ones stay accurate while they cover more images.",
-        learning_curves,
-    ),
-    (
-        "images",
-        "Images",
-        "Images of the diffusion model, and with LoRA from the same noise: with LoRA they should "
-        "resemble the real images and still show their class.",
-        images,
-    ),
-    (
-        "confusion",
-        "Confusion",
-        "Test images of all runs by true class (rows) and class that the best classifier predicts "
-        "(columns): it confuses classes where a field beside the diagonal is bright.",
-        confusions,
-    ),
-)
+# By anchor; the template has their titles and texts.
+SECTIONS: dict[str, Callable[[ReportData], Iterator[Group]]] = {
+    "answer": answer,
+    "table": table,
+    "differences": differences,
+    "settings": by_setting,
+    "curves": learning_curves,
+    "images": images,
+    "confusion": confusions,
+}
