@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
@@ -12,7 +10,6 @@ import pytest
 
 from orchestrator.reporting._statistics import (
     ALPHA,
-    Difference,
     Run,
     Runs,
     collapsed_runs,
@@ -25,108 +22,68 @@ from orchestrator.reporting._statistics import (
     verdict,
 )
 
-DATASET, TEST = 1797, 540
-ACCURACY = 0.74
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scenario:
-    """A simulated table of one split; standard deviations are in units of the ease of images."""
-
-    seeds: int = 3
-    taste: float = 0.0  # of a method for an image; the same in every run
-    noise: float = 0.0  # of an image in a run
-    seed: float = 0.0  # 0.03 is about one point of accuracy
-    test: int = TEST
-    gain: float = 0.0  # in accuracy, of all methods except the host
-
-
-def simulate_runs(rng: np.random.Generator, world: Scenario, methods: int) -> list[Runs]:
-    """Simulate the runs of `methods` methods; the first method is the host.
-
-    A method is right on an image if the sum of the image's ease, the method's taste for the image,
-    and the effects of seed and noise exceeds a threshold.
-    """
-    ease = rng.standard_normal(world.test)
-    tastes = world.taste * rng.standard_normal((methods, world.test))
-    spread = math.sqrt(1 + world.taste**2 + world.noise**2)
-    runs: list[list[Run]] = [[] for _ in range(methods)]
-    for seed in range(world.seeds):
-        by_seed = world.seed * rng.standard_normal(methods)
-        for k in range(methods):
-            noise = world.noise * rng.standard_normal(world.test)
-            line = -spread * NormalDist().inv_cdf(ACCURACY + (world.gain if k else 0.0))
-            correct = ease + tastes[k] + by_seed[k] + noise > line
-            ids = np.arange(world.test)
-            runs[k].append(Run(split_seed=0, seed=seed, image_ids=ids, correct=correct))
-    return [Runs(tuple(of)) for of in runs]
-
-
-def compare_with_host(runs: Sequence[Runs]) -> list[Difference]:
-    """Compare every method with the host, and the second with the third as a control."""
-    host, *others = runs
-    pairs = [*((one, host) for one in others), (others[0], others[1])]
-    found = [paired_difference(a, b, samples=500) for a, b in pairs]
-    return [one for one in found if one is not None]
-
-
-@dataclass
-class Counts:
-    """Number of simulated tables with a positive result."""
-
-    single: int = 0  # the uncorrected interval of the first comparison excludes 0
-    any_single: int = 0  # the same of any comparison
-    any_mark: int = 0  # any significance mark in the table
-    first_mark: int = 0
-    inconsistent: int = 0  # p value and interval disagree
-
-
-def count_positives(world: Scenario, simulations: int, methods: int) -> Counts:
-    rng = np.random.default_rng(0)
-    counts = Counts()
-    for _ in range(simulations):
-        found = compare_with_host(simulate_runs(rng, world, methods))
-        p = [p for p, _ in table_tests(found)]
-        left_out = [not one.low <= 0 <= one.high for one in found]
-        marks = [
-            value < ALPHA and not one.reason_not_tested for one, value in zip(found, p, strict=True)
-        ]
-        counts.single += left_out[0]
-        counts.any_single += any(left_out)
-        counts.any_mark += any(marks)
-        counts.first_mark += marks[0]
-        counts.inconsistent += left_out != [one.p < ALPHA for one in found]
-    return counts
+IMAGES, ACCURACY = 1797, 0.74
 
 
 def simulated(
     rng: np.random.Generator,
     *,
-    splits: int,
-    seeds: int,
-    split_spread: float = 0.0,
-    seed_spread: float = 0.0,
-    gain: float = 0.0,
+    methods: int = 2,
+    splits: int = 1,
+    seeds: int = 3,
+    test: int = 540,
+    taste: float = 0.3,
     noise: float = 0.3,
-) -> tuple[Runs, Runs]:
-    """Two methods on overlapping test parts of one dataset; `gain` moves the first one's score.
+    by_split: float = 0.0,
+    by_seed: float = 0.0,
+    gain: float = 0.0,
+) -> list[Runs]:
+    """The runs of methods, the first of which is the host, on test parts of one dataset.
 
-    An image is right when its ease plus the effects of image, split, seed and noise is positive;
-    spreads of 0.03 and 0.06 are 0.9 and 1.8 points of accuracy.
+    A method is right on an image if the image's ease, the method's taste for it, and effects of
+    split, seed and noise sum to more than a threshold. Spreads of 0.03 are about one point.
+
+    Args:
+        taste, noise: of a method for an image, the same in every run; of an image in a run.
+        gain: in accuracy, of all methods except the host.
     """
-    ease = rng.standard_normal(DATASET) + 0.7
-    taste = 0.3 * rng.standard_normal((2, DATASET))
-    runs: tuple[list[Run], list[Run]] = ([], [])
+    ease = rng.standard_normal(IMAGES)
+    tastes = taste * rng.standard_normal((methods, IMAGES))
+    spread = math.sqrt(1 + taste**2 + noise**2)
+    runs: list[list[Run]] = [[] for _ in range(methods)]
     for split in range(splits):
-        ids = rng.choice(DATASET, TEST, replace=False)
-        shifts = split_spread * rng.standard_normal(2)
+        ids = rng.choice(IMAGES, test, replace=False)
+        of_split = by_split * rng.standard_normal(methods)
         for seed in range(seeds):
-            for k in range(2):
-                score = ease[ids] + taste[k, ids] + shifts[k] + (gain if k == 0 else 0)
-                score = score + seed_spread * rng.standard_normal()
-                correct = score + noise * rng.standard_normal(TEST) > 0
-                runs[k].append(Run(split_seed=split, seed=seed, image_ids=ids, correct=correct))
-    return Runs(tuple(runs[0])), Runs(tuple(runs[1]))
+            shift = of_split + by_seed * rng.standard_normal(methods)
+            for k in range(methods):
+                line = -spread * NormalDist().inv_cdf(ACCURACY + (gain if k else 0.0))
+                sums = ease[ids] + tastes[k, ids] + shift[k] + noise * rng.standard_normal(test)
+                run = Run(split_seed=split, seed=seed, image_ids=ids, correct=sums > line)
+                runs[k].append(run)
+    return [tuple(of) for of in runs]
+
+
+def shares_of_tables(count: int, methods: int, **world: float) -> dict[str, float]:
+    """Shares of simulated tables of all methods against the host, and the second against the third:
+
+    of which the uncorrected interval of the first comparison, or of any, excludes 0, and of which
+    any comparison has a mark.
+    """
+    rng, found = np.random.default_rng(0), []
+    for _ in range(count):
+        host, *others = simulated(rng, methods=methods, **world)
+        pairs = [*((one, host) for one in others), (others[0], others[1])]
+        differences = [paired_difference(a, b, samples=500) for a, b in pairs]
+        tests = table_tests(differences)
+        outside = [not d.low <= 0 <= d.high for d in differences]
+        assert outside == [d.p < ALPHA for d in differences]
+        marks = [
+            verdict(d, p) in ("higher", "lower")
+            for d, (p, _) in zip(differences, tests, strict=True)
+        ]
+        found.append((outside[0], any(outside), any(marks)))
+    return dict(zip(("single", "any_single", "any_mark"), np.mean(found, axis=0), strict=True))
 
 
 def one_run(correct: list[int], *, split: int = 0, seed: int | None = 0) -> Run:
@@ -138,36 +95,31 @@ def one_run(correct: list[int], *, split: int = 0, seed: int | None = 0) -> Run:
     )
 
 
+def scored(*accuracies: float, images: int = 500) -> Runs:
+    """A run per accuracy, right on the first images."""
+    rights = [round(accuracy * images) for accuracy in accuracies]
+    return tuple(one_run([1] * n + [0] * (images - n), seed=k) for k, n in enumerate(rights))
+
+
 # 250 repetitions: a true 95 % shows as 92 to 98 % in 97 of 100 such tests; the seed is fixed.
 @pytest.mark.parametrize(
-    ("splits", "seeds", "split_spread", "seed_spread"),
+    ("splits", "seeds", "by_split", "by_seed"),
     [(1, 3, 0.0, 0.0), (1, 3, 0.0, 0.03), (5, 2, 0.0, 0.03), (5, 2, 0.06, 0.03)],
 )
-def test_the_interval_of_no_difference_covers_zero_in_about_95_of_100_experiments(
-    splits: int, seeds: int, split_spread: float, seed_spread: float
+def test_intervals_cover_the_truth_in_about_95_of_100_experiments(
+    splits: int, seeds: int, by_split: float, by_seed: float
 ) -> None:
-    rng = np.random.default_rng(2)
-    covered = 0
+    rng, covered = np.random.default_rng(2), []
+    spread = math.sqrt(1 + 2 * 0.3**2)
+    everywhere = math.sqrt(spread**2 + by_split**2 + by_seed**2)
+    truth = NormalDist().cdf(spread * NormalDist().inv_cdf(ACCURACY) / everywhere)
     for _ in range(250):
-        a, b = simulated(
-            rng, splits=splits, seeds=seeds, split_spread=split_spread, seed_spread=seed_spread
-        )
-        interval = paired_difference(a, b, samples=500)
-        covered += interval.low <= 0 <= interval.high
-    assert 0.91 <= covered / 250 <= 0.985
-
-
-def test_the_interval_of_a_mean_covers_the_true_accuracy() -> None:
-    rng = np.random.default_rng(3)
-    # P(ease + taste + seed + noise > 0) of the simulation, exactly.
-    truth = 0.5 * (1 + math.erf(0.7 / math.sqrt(2 * (1 + 0.3**2 + 0.03**2 + 0.3**2))))
-    covered = 0
-    for _ in range(250):
-        interval = mean_interval(
-            simulated(rng, splits=1, seeds=3, seed_spread=0.03)[0], samples=500
-        )
-        covered += interval.low <= truth <= interval.high
-    assert 0.91 <= covered / 250 <= 0.985
+        a, b = simulated(rng, splits=splits, seeds=seeds, by_split=by_split, by_seed=by_seed)
+        found, mean = paired_difference(a, b, samples=500), mean_interval(a, samples=500)
+        assert (found.p < ALPHA) == (not found.low <= 0 <= found.high)
+        covered.append((found.low <= 0 <= found.high, mean.low <= truth <= mean.high))
+    for share in np.mean(covered, axis=0):
+        assert 0.91 <= share <= 0.985
 
 
 def test_the_interval_of_one_run_has_the_width_of_a_binomial_interval() -> None:
@@ -286,17 +238,6 @@ def test_the_interval_of_a_share_of_a_gain_covers_the_true_share_in_about_95_of_
     assert 90 <= covered <= 99
 
 
-def test_p_is_below_5_percent_if_and_only_if_the_interval_excludes_zero() -> None:
-    rng = np.random.default_rng(9)
-    clear = 0
-    for splits, seeds in ((1, 3), (1, 1), (5, 2)) * 20:
-        a, b = simulated(rng, splits=splits, seeds=seeds, seed_spread=0.05, gain=0.1)
-        found = paired_difference(a, b, samples=500)
-        assert (found.p < ALPHA) == (not found.low <= 0 <= found.high)
-        clear += found.p < ALPHA
-    assert 10 < clear < 50
-
-
 def test_p_of_one_pair_of_runs_is_that_of_mcnemar() -> None:
     a = one_run([1] * 60 + [0] * 40 + [1] * 400, seed=None)
     b = one_run([0] * 60 + [1] * 40 + [1] * 400, seed=None)
@@ -315,24 +256,6 @@ def test_holm_equals_a_plain_implementation() -> None:
         plain = np.minimum(1, np.maximum.accumulate(p[order] * (size - np.arange(size))))
         assert np.array(holm(list(p)))[order] == pytest.approx(plain)
     assert holm([]) == []
-
-
-def agreeing_seeds(count: int) -> Runs:
-    """Seeds with the same score, each right on other images."""
-    correct = np.arange(600) < 60
-    runs = [np.roll(correct, 7 * seed) for seed in range(count)]
-    return Runs(tuple(one_run(list(map(int, run)), seed=k) for k, run in enumerate(runs)))
-
-
-def test_seeds_that_agree_by_chance_get_the_mean_spread_of_the_table() -> None:
-    nothing = Runs(tuple(one_run([0] * 600, seed=k) for k in range(3)))
-    agreeing = paired_difference(agreeing_seeds(3), nothing)
-    spread = Runs(
-        tuple(one_run([1] * n + [0] * (600 - n), seed=k) for k, n in enumerate((0, 90, 180)))
-    )
-    varying = paired_difference(spread, nothing)
-    (alone, _), (together, _) = table_tests([agreeing])[0], table_tests([agreeing, varying])[0]
-    assert alone < 0.001 < together
 
 
 @pytest.mark.parametrize(
@@ -358,63 +281,44 @@ def test_differences_over_too_few_splits_or_seeds_are_not_tested(split_seeds, wo
 
 
 def test_differences_on_too_few_images_are_not_tested() -> None:
-    runs = [
-        Runs(tuple(one_run([1] * n + [0] * (500 - n), seed=k) for k in range(3)))
-        for n in (200, 190, 150)
-    ]
+    runs = [scored(*[n / 500] * 3) for n in (200, 190, 150)]
     few, enough = paired_difference(*runs[:2]), paired_difference(runs[0], runs[2])
     assert few.reason_not_tested.startswith("they differ on fewer than 20 test images; ")
     assert not enough.reason_not_tested
 
 
 # 500 tables each, seeds fixed. A true 5 % shows as 3 to 7 % in 96 of 100 such tests.
-@pytest.mark.parametrize("world", [Scenario(taste=0.6), Scenario(noise=0.6)])
+@pytest.mark.parametrize("world", [{"taste": 0.6, "noise": 0.0}, {"taste": 0.0, "noise": 0.6}])
 def test_a_null_difference_is_found_in_3_to_7_percent_and_a_null_table_marked_in_7(world) -> None:
-    found = count_positives(world, 500, methods=4)
-    assert 0.03 <= found.single / 500 <= 0.07
-    assert found.any_mark / 500 <= 0.07
-    assert found.any_single / 500 > 0.08  # without correction
-    assert found.inconsistent == 0
+    found = shares_of_tables(500, 4, **world)
+    assert 0.03 <= found["single"] <= 0.07
+    assert found["any_mark"] <= 0.07
+    assert found["any_single"] > 0.08  # without correction
 
 
 def test_seeds_that_matter_do_not_break_the_correction() -> None:
-    found = count_positives(Scenario(noise=0.6, seed=0.15), 150, methods=6)
-    assert found.any_mark / 150 <= 0.08
-    assert found.any_single / 150 > 0.12
+    """A table's differences share the variance between runs, since seeds may agree by chance."""
+    found = shares_of_tables(150, 6, taste=0.0, noise=0.6, by_seed=0.15)
+    assert found["any_mark"] <= 0.08
+    assert found["any_single"] > 0.12
 
 
-def test_a_planted_gain_of_five_points_is_marked_in_a_table() -> None:
-    found = count_positives(Scenario(taste=0.4, noise=0.4, gain=0.05, test=1880), 60, methods=4)
-    assert found.first_mark >= 54
-
-
-@pytest.mark.parametrize(("seed_spread", "gain"), [(0.0, 0.16), (0.03, 0.2)])
+@pytest.mark.parametrize(("by_seed", "gain"), [(0.0, 0.045), (0.03, 0.057)])
 def test_a_detectable_difference_is_significant_in_about_four_of_five_experiments(
-    seed_spread, gain
+    by_seed, gain
 ) -> None:
-    rng = np.random.default_rng(3)
-    found = [
-        paired_difference(
-            *simulated(rng, splits=1, seeds=3, seed_spread=seed_spread, gain=gain), samples=300
-        )
-        for _ in range(150)
-    ]
-    detectable = np.mean([table_tests([d])[0][1] for d in found])
-    assert detectable == pytest.approx(np.mean([d.mean for d in found]), rel=0.15)
-    higher = [verdict(d, table_tests([d])[0][0]) == "higher" for d in found]
-    assert 0.68 < np.mean(higher) < 0.88
+    rng, found = np.random.default_rng(3), []
+    for _ in range(150):
+        host, better = simulated(rng, by_seed=by_seed, gain=gain)
+        difference = paired_difference(better, host, samples=300)
+        [(p, detectable)] = table_tests([difference])
+        found.append((difference.mean, detectable, verdict(difference, p) == "higher"))
+    mean, detectable, higher = np.mean(found, axis=0)
+    assert detectable == pytest.approx(mean, rel=0.15)
+    assert 0.68 < higher < 0.88
 
 
 # ---------------------------------------------------------------- collapsed runs
-
-
-def scored(*accuracies: float, images: int = 500) -> Runs:
-    return Runs(
-        tuple(
-            one_run([1] * round(a * images) + [0] * (images - round(a * images)), seed=k)
-            for k, a in enumerate(accuracies)
-        )
-    )
 
 
 @pytest.mark.parametrize(
@@ -442,5 +346,5 @@ def test_low_accuracies_collapse_by_a_quarter_of_the_median() -> None:
 
 def test_ordinary_seeds_do_not_collapse() -> None:
     rng = np.random.default_rng(12)
-    world = Scenario(taste=0.4, noise=0.4, seed=0.07, seeds=5)
-    assert not any(collapsed_runs(runs) for _ in range(50) for runs in simulate_runs(rng, world, 4))
+    world = {"methods": 4, "taste": 0.4, "noise": 0.4, "by_seed": 0.07, "seeds": 5}
+    assert not any(collapsed_runs(runs) for _ in range(50) for runs in simulated(rng, **world))
