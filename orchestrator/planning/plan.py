@@ -20,8 +20,9 @@ from air_core.specs.flat import trial_keys
 from air_core.specs.normal import used_components
 from orchestrator.keys import ArtifactKey, RowSpec, StageSpec, artifact_key
 from orchestrator.planning.estimate import Estimate, Work, estimate, stage_work, trial_work
-from orchestrator.planning.resolve import InvalidSetting, Resolver, with_model_defaults
+from orchestrator.planning.resolve import Resolver, with_model_defaults
 from orchestrator.planning.resources import trial_memory
+from orchestrator.planning.trial_checks import InvalidSetting
 from orchestrator.plugins import use_plugins
 from orchestrator.spec import Cell, Dimension, SweepSpec, cells_of
 from orchestrator.spec.space import default_params, grid_points, point_count, study_name
@@ -590,7 +591,7 @@ def earlier_results(plan: Plan, location: SweepLocation) -> dict[tuple[str, str]
     except (FileNotFoundError, ValueError):  # never run, or the file is damaged and rewritten
         return {}
     before = {name: entry["ref"]["digest"] for name, entry in inputs["datasets"].items()}
-    before |= inputs["weights"]
+    before |= {words: ref["digest"] for words, ref in inputs["weights"].items()}
     versions = inputs.get("code", {})
     finished = logged_results(location.event_log()).keys
     earlier: dict[tuple[str, str], int] = {}

@@ -25,11 +25,11 @@ from orchestrator.planning.plan import (
 )
 from orchestrator.planning.requests import run_command
 from orchestrator.planning.resolve import (
-    NotRecorded,
     Resolver,
     resolver_of,
     with_model_defaults,
 )
+from orchestrator.planning.trial_checks import NotRecorded
 from orchestrator.plugins import recorded_plugin
 from orchestrator.spec import Cell, SweepSpec, cells_of, load_sweep
 from orchestrator.spec.sweep import smoke_variant

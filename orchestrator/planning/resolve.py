@@ -6,19 +6,17 @@ only once.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from air_core.captions import caption_problem
 from air_core.components import BACKBONES, GENERATORS, is_component
 from air_core.datasets import Dataset, get_dataset
 from air_core.datasets.class_folders import class_files
@@ -27,32 +25,26 @@ from air_core.datasets.images import BAD_SHARE, too_many_unreadable
 from air_core.datasets.unlabelled import LABELS
 from air_core.methods import EMBEDDED
 from air_core.models.drawing import drawing_defaults
-from air_core.models.families import FAMILIES, check_denoiser
-from air_core.models.tokens import check_room
 from air_core.models.weights import (
-    check_image_tower,
     generator_folder,
     local_path,
 )
-from air_core.paradigms import TooFewImages, label_problem, split_positions
-from air_core.specs import Ref, Templates
+from air_core.paradigms import TooFewImages, split_positions
+from air_core.specs import Ref
 from air_core.specs.conditions import (
-    can_transfer,
-    has_context,
-    reads_tokens,
     uses_evidence,
     uses_generator,
 )
 from air_core.specs.flat import to_flat
 from air_core.specs.normal import normalised
 from orchestrator.keys import CodeVersions, canonical_json, plain
+from orchestrator.planning.trial_checks import InvalidSetting, NotRecorded, check_trial, checking
 from orchestrator.plugins import plugin_versions
 from orchestrator.spec import SweepSpec, presets
 from orchestrator.spec.sweep import split_name
 from orchestrator.stages import STAGES, TrialSpec
 from orchestrator.stages.inputs import (
     Contents,
-    MissingInput,
     count_images,
     dataset_ref,
     images_folder,
@@ -60,39 +52,6 @@ from orchestrator.stages.inputs import (
 from orchestrator.stages.trial import reader_of, trial_of
 from orchestrator.store import SweepLocation, read_resolved
 from orchestrator.store.code_version import changed_versions
-
-
-class InvalidSetting(MissingInput):
-    """The value of a trial key does not fit the inputs.
-
-    Args:
-        key: the trial key.
-        message: what is wrong with its value, and what is allowed.
-    """
-
-    value: Any = None
-
-    def __init__(self, key: str, message: str) -> None:
-        super().__init__(key, message)  # pickle needs all arguments
-        self.key, self.message = key, message
-
-    def __str__(self) -> str:
-        return self.message
-
-
-@contextmanager
-def _checking(key: str) -> Iterator[None]:
-    """Name the trial key whose value an error is about.
-
-    Raises:
-        InvalidSetting: the block raised another ValueError.
-    """
-    try:
-        yield
-    except NotRecorded:
-        raise
-    except ValueError as problem:
-        raise InvalidSetting(key, str(problem)) from problem
 
 
 @dataclass(frozen=True)
@@ -110,23 +69,34 @@ class Resolver(Contents):
     """Resolves the names in one sweep to Refs, each of which has a name and a digest.
 
     Args:
-        versions: code versions of an earlier run, by part; None: those of the installed code.
         folders: names of datasets and models as the sweep file has them, and with the path from
             the working directory; see `SweepSpec.folders`.
+        recorded: `inputs` of the last run, which alone are known: no file of an input is read.
     """
 
-    versions: Mapping[str, str] | None = None
     folders: Mapping[str, str] = field(default_factory=dict)
+    recorded: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        self._weights: dict[tuple[str, str], Ref] = {}  # by role and name
-        self._datasets: dict[str, DatasetInput] = {}
+        if self.recorded is None:
+            super().__post_init__()
+        known = self.recorded or {}
+        self._datasets = {  # by name
+            name: DatasetInput(Ref(**entry["ref"]), tuple(entry["classnames"]), entry["template"])
+            for name, entry in known.get("datasets", {}).items()
+        }
+        self._weights = {  # by role and name
+            words: Ref(**ref) for words, ref in known.get("weights", {}).items()
+        }
+        self._code: dict[str, str] = dict(known.get("code", {}))
+        self._pool_sizes: dict[str, int] = dict(known.get("pools", {}))  # by `_split_name`
+        self._drawing: dict[str, dict[str, Any]] = dict(known.get("drawing", {}))  # by generator
         self._labels: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # labels, parts by dataset
-        self._pool_sizes: dict[str, int] = {}  # by `_split_name`
-        self._code: dict[str, str] = {}
-        self._drawing: dict[str, dict[str, Any]] = {}  # defaults, by generator
         self._smallest: dict[str, tuple[int, str]] = {}  # class of the fewest images, by folder
+
+    def _refuse_unrecorded(self, what: str) -> None:
+        if self.recorded is not None:
+            raise NotRecorded(f"no run of this sweep has used {what}")
 
     def trial(self, flat: dict[str, Any]) -> TrialSpec:
         """Build a normalised TrialSpec from a flat dict of settings with names of inputs.
@@ -145,82 +115,26 @@ class Resolver(Contents):
         datasets = {}
         for key in ("dataset", "test_dataset"):
             if flat.get(key) is not None:
-                with _checking(key):
+                with checking(key):
                     datasets[key] = self.dataset_by_name(flat[key])
         refs = {key: dataset.ref for key, dataset in datasets.items()}
-        with _checking("backbone"):
+        with checking("backbone"):
             refs["backbone"] = self.weights("backbone", flat["backbone"])
         refs["generator"] = Ref(name=flat["generator"], digest="")
         dataset = datasets["dataset"]
-        trial = trial_of(flat, refs, dataset.classnames)
+        trial = normalised(trial_of(flat, refs, dataset.classnames))
         names = [each.ref.name for each in datasets.values()]
         trial = replace(trial, versions=self.code_versions(names))
         # A trial that does not use the generator does not need it to exist.
         if uses_generator(trial):
-            with _checking("generator"):
+            with checking("generator"):
                 trial = replace(trial, generator=self.weights("generator", flat["generator"]))
-        self.check(trial, datasets)
-        with _checking("dataset"):
-            return self.with_scored_images(normalised(trial))
+        if self.recorded is None:
+            check_trial(trial, datasets, self)
+        with checking("dataset"):
+            return self.with_scored_images(trial)
 
-    def check(self, trial: TrialSpec, datasets: Mapping[str, DatasetInput]) -> None:
-        """Check that the inputs of a trial are sufficient.
-
-        Args:
-            datasets: by the trial key that names them.
-
-        Raises:
-            InvalidSetting: a class name is too long, images are too few or have no labels that a
-                setting needs, a LoRA does not fit the generator, or the evidence has no time step.
-        """
-        learned = trial.prompt.length if has_context(trial) else 0
-        for key, dataset in datasets.items():
-            with _checking(key):
-                check_room(trial.backbone.name, dataset.classnames, dataset.template, learned)
-        for key, texts in _captions(trial).items():
-            if problem := caption_problem(texts, trial.classnames):
-                raise InvalidSetting(key, problem)
-        if reads_tokens(trial):
-            with _checking("backbone"):
-                check_image_tower(trial.backbone.name)
-        if datasets["dataset"].pool_labels == "unknown":
-            _check_labels_unneeded(trial)
-        if trial.test_dataset is not None and not self._test_images(trial.test_dataset.name):
-            raise InvalidSetting(
-                "test_dataset",
-                f"{trial.test_dataset.name} has no test images; label some in its {LABELS}",
-            )
-        if trial.test_dataset is not None and not can_transfer(trial):
-            raise InvalidSetting(
-                "test_dataset",
-                f"the learner {trial.modality!r} works with the class names that it learned only, "
-                "so it cannot be tested on another dataset; set test_dataset: null",
-            )
-        if trial.paradigm == "ssl":
-            with _checking("shots"):
-                self._pool_images(trial)
-        low, high = trial.evidence.low, trial.evidence.high
-        if uses_evidence(trial) and low > high:
-            raise InvalidSetting(
-                "evidence.low",
-                f"evidence.low is {low}, but evidence.high is {high}; allowed: low <= high",
-            )
-        if uses_generator(trial):
-            if trial.generator.name.startswith("folder:"):
-                if uses_evidence(trial):
-                    raise InvalidSetting(
-                        "generator",
-                        f"generator {trial.generator.name!r} is a folder of images, but "
-                        "evidence.draws needs a diffusion model; set evidence.draws: 0, or name a "
-                        "diffusers folder",
-                    )
-                with _checking("generator"):
-                    self._check_ready_images(trial.generator.name, trial)
-            else:
-                with _checking("generator"):
-                    self._check_generator(trial)
-
-    def _pool_images(self, trial: TrialSpec) -> int:
+    def pool_images(self, trial: TrialSpec) -> int:
         """Number of pool images of a trial.
 
         Raises:
@@ -228,36 +142,34 @@ class Resolver(Contents):
         """
         name = _split_name(trial)
         if name not in self._pool_sizes:
+            self._refuse_unrecorded(f"the split {name}")
             dataset = get_dataset(trial.dataset.name)
             try:
-                positions, _ = split_positions(*self._labels_and_parts(dataset), trial.split)
+                positions, _ = split_positions(*self.labels_and_parts(dataset), trial.split)
             except TooFewImages as problem:
                 classname = dataset.classnames[problem.class_index]
                 raise ValueError(f"{dataset.name}: {problem}; it is {classname!r}") from problem
             self._pool_sizes[name] = len(positions["pool"])
         return self._pool_sizes[name]
 
-    def _labels_and_parts(self, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    def labels_and_parts(self, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
         if dataset.name not in self._labels:
             examples = dataset.load(self.data_root)
             self._labels[dataset.name] = (examples.labels, examples.parts)
         return self._labels[dataset.name]
 
-    def _test_images(self, name: str) -> bool:
-        """Whether a dataset has test images: one of unlabelled images may have none."""
-        dataset = get_dataset(name)
-        if dataset.pool_labels == "known":
-            return True
-        return "test" in self._labels_and_parts(dataset)[1]
+    def has_images(self, name: str, part: str) -> bool:
+        """Whether a dataset has images of a part: one of unlabelled images may have none."""
+        dataset = get_dataset(self.folders.get(name, name))
+        return dataset.pool_labels == "known" or part in self.labels_and_parts(dataset)[1]
 
     def check_validation(self, name: str) -> None:
-        """Check that a dataset has validation images: one of unlabelled images may have none.
+        """Check that a dataset has validation images.
 
         Raises:
             InvalidSetting: it has none.
         """
-        dataset = get_dataset(self.folders.get(name, name))
-        if dataset.pool_labels == "unknown" and "val" not in self._labels_and_parts(dataset)[1]:
+        if self.recorded is None and not self.has_images(name, "val"):
             problem = InvalidSetting(
                 "dataset",
                 f"{name} has no validation images for the objective validation_accuracy; label "
@@ -270,52 +182,28 @@ class Resolver(Contents):
         """Set the number of pool images that the evidence scores, if it is used."""
         if not uses_evidence(trial):
             return trial
-        size = self._pool_images(trial)
+        size = self.pool_images(trial)
         scored = min(size, trial.evidence.images or size)
         return replace(trial, scored_images=scored)
 
     def pool_size(self, trial: TrialSpec) -> int | None:
         """Number of pool images of a trial; None if it cannot be known."""
         try:
-            return self._pool_images(trial)
+            return self.pool_images(trial)
         except ValueError:
             return None
 
-    def _check_generator(self, trial: TrialSpec) -> None:
-        """
-        Raises:
-            ValueError: the model does not draw from text, or LoRA and evidence cannot use it.
-        """
-        if trial.generator.kind and trial.generator.kind not in FAMILIES:
-            _check_draws(generator_folder(trial.generator.name))
-        remedies = {"lora: null": trial.lora, "evidence.draws: 0": uses_evidence(trial)}
-        if needed := " and ".join(setting for setting, used in remedies.items() if used):
-            folder = generator_folder(trial.generator.name)
-            check_denoiser(folder, f"set {needed} to draw images only")
-
-    def _check_ready_images(self, name: str, trial: TrialSpec) -> None:
-        """Check that a folder of ready images has as many per class as the trial reads.
-
-        Raises:
-            MissingInput: a class has too few.
-        """
+    def fewest_ready_images(self, name: str, classnames: Sequence[str]) -> tuple[int, str]:
+        """The smallest number of images of a class in a folder of ready images, and the class."""
         if name not in self._smallest:
-            files = class_files(images_folder(name), trial.classnames)
-            self._smallest[name] = min(
-                (len(paths), classname) for classname, paths in files.items()
-            )
-        fewest, classname = self._smallest[name]
-        if fewest < trial.images_per_class:
-            raise MissingInput(
-                f"generator {name!r}: class {classname!r} has {fewest} images, but "
-                f"images_per_class is {trial.images_per_class}; add images, or lower "
-                "images_per_class"
-            )
+            files = class_files(images_folder(name), classnames)
+            self._smallest[name] = min((len(paths), of) for of, paths in files.items())
+        return self._smallest[name]
 
     def code_versions(self, datasets: Sequence[str]) -> CodeVersions:
         """Code versions that are not those of the recipes, by part, for trials on datasets."""
-        if self.versions is not None:
-            return tuple(self.versions.items())
+        if self.recorded is not None:
+            return tuple(self._code.items())
         readers = [part for part in map(reader_of, datasets) if not is_component(part)]
         versions = (*changed_versions(tuple(STAGES.values()), *readers), *plugin_versions())
         self._code |= versions
@@ -329,6 +217,7 @@ class Resolver(Contents):
             MissingInput: a file of the dataset is missing.
         """
         if name not in self._datasets:
+            self._refuse_unrecorded(f"the dataset {name}")
             dataset = get_dataset(self.folders.get(name, name))
             ref = self.dataset(dataset)
             self._datasets[name] = DatasetInput(
@@ -361,14 +250,10 @@ class Resolver(Contents):
             raise ValueError(f"{problem}; `airsweep check {name}` opens all")
 
     def inputs(self) -> dict[str, Any]:
-        """Everything that was resolved so far, as plain data for `RecordedResolver`."""
+        """Everything that was resolved so far, as plain data."""
         return {
             "datasets": {name: asdict(dataset) for name, dataset in self._datasets.items()},
-            "weights": {
-                f"{role} {name}": ref.digest for (role, name), ref in self._weights.items()
-            },
-            "paths": {f"{role} {name}": ref.name for (role, name), ref in self._weights.items()},
-            "kinds": {f"{role} {name}": ref.kind for (role, name), ref in self._weights.items()},
+            "weights": {words: asdict(ref) for words, ref in self._weights.items()},
             "code": self._code,
             "pools": self._pool_sizes,
             "drawing": self._drawing,
@@ -378,7 +263,7 @@ class Resolver(Contents):
         """Defaults of settings that the files of a model determine, by trial key."""
         if role != "generator":
             return {}
-        if name not in self._drawing and not name.startswith("folder:"):
+        if self.recorded is None and name not in self._drawing and not name.startswith("folder:"):
             with suppress(ValueError):  # `trial` explains what is wrong with the folder
                 folder = generator_folder(located_weights(name, self.folders))
                 self._drawing[name] = {
@@ -394,117 +279,17 @@ class Resolver(Contents):
             MissingInput: no weights of this name exist; the message lists what is allowed.
             ValueError: a file is truncated, such as after an incomplete copy.
         """
-        if (role, name) not in self._weights:
-            self._weights[role, name] = self.weights_content(
-                role, located_weights(name, self.folders)
-            )
-        return self._weights[role, name]
-
-
-def _captions(trial: TrialSpec) -> dict[str, Templates]:
-    """The texts that the diffusion model reads, by key."""
-    lora = {} if trial.lora is None else {"lora.caption": trial.lora.caption}
-    drawn = {"generation.template": trial.generation.template}
-    return {**lora, **drawn, "evidence.template": trial.evidence.template}
-
-
-def _check_labels_unneeded(trial: TrialSpec) -> None:
-    """Check that a trial needs no label of a pool image.
-
-    Raises:
-        InvalidSetting: it needs some.
-    """
-    if problem := label_problem(trial.split):
-        raise InvalidSetting("dataset", problem)
-    if trial.images_from == "true_labels" or trial.initial_labels.true_share is not None:
-        raise InvalidSetting(
-            "dataset",
-            "images_from: true_labels (method air_ceiling) and initial_labels.true_share (method "
-            "air_labels) read the classes of the pool images, but they have no labels; leave the "
-            "method out, or sort your images into class folders",
-        )
-
-
-@functools.cache
-def _check_draws(folder: Path) -> None:
-    """Check that a pipeline outside of the families draws from text.
-
-    Raises:
-        ValueError: it does not.
-    """
-    from air_core.diffusion.pipeline import check_classes  # diffusers takes seconds
-
-    check_classes(folder)
-
-
-class RecordedResolver(Resolver):
-    """Resolves names to the digests and class names of a sweep's last run, and reads no files.
-
-    Args:
-        inputs: `Resolver.inputs` of that run.
-    """
-
-    def __init__(self, inputs: Mapping[str, Any], folders: Mapping[str, str]) -> None:
-        self._recorded = {
-            name: DatasetInput(Ref(**entry["ref"]), tuple(entry["classnames"]), entry["template"])
-            for name, entry in inputs["datasets"].items()
-        }
-        self._weight_digests: Mapping[str, str] = inputs["weights"]
-        self._paths: Mapping[str, str] = inputs["paths"]
-        self._kinds: Mapping[str, str] = inputs["kinds"]
-        self.versions, self.folders = inputs["code"], folders
-        self._pool_sizes = inputs["pools"]
-        self._drawing = inputs["drawing"]
-
-    def dataset_by_name(self, name: str) -> DatasetInput:
-        """Look up a dataset.
-
-        Raises:
-            NotRecorded: no run of the sweep has used the dataset.
-        """
-        if name not in self._recorded:
-            raise NotRecorded(f"no run of this sweep has used the dataset {name}")
-        return self._recorded[name]
-
-    def weights(self, role: str, name: str) -> Ref:
-        """Look up weights.
-
-        Raises:
-            NotRecorded: no run of the sweep has used the weights.
-        """
-        digest = self._weight_digests.get(f"{role} {name}")
-        if digest is None:
-            raise NotRecorded(f"no run of this sweep has used the {role} {name}")
-        return Ref(
-            name=self._paths[f"{role} {name}"], digest=digest, kind=self._kinds[f"{role} {name}"]
-        )
-
-    def model_defaults(self, role: str, name: str) -> dict[str, Any]:
-        """Defaults as of the last run."""
-        return self._drawing.get(name, {}) if role == "generator" else {}
-
-    def check(self, trial: TrialSpec, datasets: Mapping[str, DatasetInput]) -> None:
-        """Do nothing: the last run checked its trials."""
-
-    def check_validation(self, name: str) -> None:
-        """Do nothing: the last run checked its datasets."""
-
-    def _pool_images(self, trial: TrialSpec) -> int:
-        """
-        Raises:
-            NotRecorded: no run of the sweep has used the split of the trial.
-        """
-        name = _split_name(trial)
-        if name not in self._pool_sizes:
-            raise NotRecorded(f"no run of this sweep has used this split: {name}")
-        return self._pool_sizes[name]
+        words = f"{role} {name}"
+        if words not in self._weights:
+            self._refuse_unrecorded(f"the {words}")
+            located = located_weights(name, self.folders)
+            self._weights[words] = self.weights_content(role, located)
+        return self._weights[words]
 
     def save(self) -> None:
-        """Do nothing: no file was read."""
-
-
-class NotRecorded(ValueError):
-    """A dataset or weights that no run of a sweep has used."""
+        """Write the digests of files that were read, for the next process."""
+        if self.recorded is None:
+            super().save()
 
 
 def with_model_defaults(sweep: SweepSpec, resolver: Resolver) -> SweepSpec:
@@ -564,13 +349,9 @@ def resolver_of(location: SweepLocation, folders: Mapping[str, str] | None = Non
     Args:
         folders: of the sweep; None: it has no relative folders.
     """
-    folders = folders or {}
     cache = location.store.root / "digests.json"
+    recorded = None
     if location.recorded:
         with suppress(FileNotFoundError):
-            inputs = read_resolved(location).get("inputs")
-            # Earlier versions of airsweep recorded no inputs.
-            if inputs:
-                return RecordedResolver(inputs, folders)
-            return Resolver(cache, location.data_root, {}, folders)
-    return Resolver(cache, location.data_root, None, folders)
+            recorded = read_resolved(location).get("inputs")
+    return Resolver(cache, location.data_root, folders or {}, recorded)

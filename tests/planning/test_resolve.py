@@ -16,7 +16,6 @@ from air_core.datasets import Dataset, get_dataset
 from air_core.models.weights import tiny_folder
 from orchestrator.planning import Resolver, plan_of
 from orchestrator.planning.requests import location_for, read_request
-from orchestrator.planning.resolve import RecordedResolver
 from orchestrator.spec import SpecError, presets
 from orchestrator.stages.inputs import MissingInput, images_folder
 from tests.helpers.dataset_trees import draw
@@ -119,7 +118,7 @@ def test_a_relative_model_gets_the_absolute_path_of_the_run(fresh, monkeypatch, 
     refs = {name: fresh.weights("backbone", name) for name in ("./clip", "tiny")}
     assert [ref.name for ref in refs.values()] == [str(tmp_path / "clip"), "tiny"]
     monkeypatch.chdir("/")  # as workers and later commands may
-    recorded = RecordedResolver(fresh.inputs(), {})
+    recorded = Resolver(fresh.cache, None, recorded=fresh.inputs())
     assert {name: recorded.weights("backbone", name) for name in refs} == refs
 
 

@@ -19,7 +19,7 @@ from air_core.datasets import get_dataset
 from air_core.specs import Ref
 from orchestrator.keys import artifact_key
 from orchestrator.planning import Resolver
-from orchestrator.planning.resolve import InvalidSetting
+from orchestrator.planning.trial_checks import InvalidSetting
 from orchestrator.plugins import read_plugin, use_plugins
 from orchestrator.reporting.bundles import export
 from orchestrator.reporting.selection import SelectedTrial
@@ -29,6 +29,7 @@ from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.features import build as build_features
 from orchestrator.stages.trial_run import run_trial, run_trials
 from orchestrator.store import ArtifactStore, TrialRecord
+from tests.helpers.dataset_trees import draw
 from tests.helpers.plugins import NOISE, TIP_ADAPTER, saved_clip, saved_dataset
 from tests.helpers.sweeps import write_sweep
 from tests.stages.test_any_trial import build_inputs
@@ -79,8 +80,11 @@ def test_a_learner_of_a_plugin_starts_from_the_images_and_is_trained(worker, res
     selected = SelectedTrial(spec=spec, record=whole, slot=None, sweep=None)
     with pytest.raises(ValueError, match="has the learner 'tip_adapter'; a bundle"):
         export(selected, worker.store, resolver, tmp_path / "bundle")
+    for path in (f"{name}/{i}.png" for name in ("cat", "dog") for i in range(6)):
+        draw(tmp_path / "pets" / path)
+    other = {"test_dataset": f"folder:{tmp_path / 'pets'}"}
     with pytest.raises(InvalidSetting, match="works with the class names that it learned only"):
-        resolver.trial({**sweep(tmp_path, TIP_ADAPTER, TIP), "test_dataset": "digits"})
+        resolver.trial(sweep(tmp_path, TIP_ADAPTER, TIP) | other)
 
 
 def test_a_saved_dataset_is_encoded_under_the_digests_of_its_files_and_its_code(tmp_path, command):

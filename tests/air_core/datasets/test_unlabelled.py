@@ -10,7 +10,8 @@ from air_core.datasets import get_dataset
 from air_core.paradigms import make_split
 from air_core.specs import SplitSettings
 from orchestrator.cluster.input_checks import check_dataset
-from orchestrator.planning.resolve import InvalidSetting, Resolver
+from orchestrator.planning.resolve import Resolver
+from orchestrator.planning.trial_checks import InvalidSetting
 from tests.helpers.dataset_trees import draw
 
 
