@@ -155,6 +155,7 @@ WITH_EFFECT = [
     (NO_ROUND, "images_per_class", 25, 50),
     (NO_ROUND, "split_seed", 0, 1),
     ({**NO_ROUND, **REAL_ONLY}, "auxiliary.k", 8, 16),
+    ({"paradigm": "ssl", "images_from": "lora_images"}, "lora.source", "all", "pseudo"),
 ]
 
 

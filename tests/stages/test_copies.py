@@ -13,14 +13,13 @@ import pytest
 from PIL import Image
 
 from air_core.datasets import get_dataset
-from air_core.specs import UNKNOWN
 from orchestrator.stages import SyntheticFeaturesSpec
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.copies import copies_of_test_images
 from orchestrator.stages.features import read_target
 from orchestrator.stages.synthetic import build
 from orchestrator.store import ArtifactStore
-from tests.helpers.features import digit_features, encode, store_with
+from tests.helpers.features import encode
 
 DIGITS = get_dataset("digits")
 
@@ -68,13 +67,3 @@ def test_copies_of_test_images_are_found_and_no_other_image(images, tmp_path, tr
     spec = drawn(images, trial, worker, ((0, 0), (4, 0), (4, 1), (7, 0)))
     found = copies_of_test_images(spec, features, splits, worker)
     assert found == [(f"{zero.name}/003.png", test), (f"{four.name}/014.png", other)]
-
-
-def test_in_a_dataset_without_test_images_nothing_is_a_copy(images, tmp_path, trial, tiny_clip):
-    features, split = trial("fpl").features, trial("fpl").split
-    arrays = digit_features(tiny_clip.encode_images, 40, ("train",))
-    arrays["labels"][:] = UNKNOWN
-    worker = WorkerContext(store_with(tmp_path / "runs", features, arrays))
-    DIGITS.load(None).images[3].save(images / DIGITS.classnames[0] / "003.png")
-    spec = drawn(images, trial, worker, ((0, 0),))
-    assert copies_of_test_images(spec, features, [split], worker) == []

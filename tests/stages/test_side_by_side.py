@@ -230,14 +230,6 @@ def test_trials_killed_in_their_third_round_go_on_from_there(
     assert checkpoints(store) == []
 
 
-def test_rounds_of_a_moment_write_no_checkpoint(trial, store, fits):
-    specs = [trial("cpl", seed=1, **LONG)]
-    run_out_of_time(store, specs)
-    assert checkpoints(store) == []
-    run_trials(specs, WorkerContext(store))
-    assert len(fits) == 3 + 4
-
-
 @pytest.mark.parametrize("damage", ["cut", "of another trial"])
 def test_a_damaged_checkpoint_is_not_used(trial, store, fits, monkeypatch, damage):
     monkeypatch.setattr(trial_stage, "CHECKPOINT_INTERVAL", 0.0)
