@@ -109,36 +109,27 @@ def _store_problem(store: str, token: str, node: str) -> str:
 
 def has_token(store: str, token: str, name: str) -> bool:
     """Whether a file in the store contains the token; waits VISIBLE seconds for the file."""
-    deadline = time.monotonic() + VISIBLE
-    while (content := _read(store, f"{TOKENS}{token}-{name}")) is None:
+    deadline, (storage, path) = time.monotonic() + VISIBLE, _token_file(store, token, name)
+    while (content := storage.get(path)) is None:
         if time.monotonic() > deadline:
             return False
         time.sleep(VISIBLE / 8)
-    return content.startswith(token.encode())
-
-
-def _read(store: str, path: str) -> bytes | None:
-    if "://" in store:
-        from orchestrator.store.buckets import parse
-
-        return parse(store).get(path)
-    with suppress(FileNotFoundError):
-        return Path(store, path).read_bytes()
-    return None
+    return bool(content.startswith(token.encode()))
 
 
 def write_token(store: str, token: str, name: str) -> None:
     """Write the token into a file in the store."""
-    path, data = f"{TOKENS}{token}-{name}", token.ljust(TOKEN_BYTES).encode()
-    if "://" in store:
-        from orchestrator.store.buckets import parse
+    storage, path = _token_file(store, token, name)
+    storage.put(path, token.ljust(TOKEN_BYTES).encode())
 
-        parse(store).put(path, data)
-        return
-    with open(Path(store, path), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+
+def _token_file(store: str, token: str, name: str) -> tuple[Any, Any]:
+    """What has the calls `get`, `put` and `delete`, and the path to give to them."""
+    from orchestrator.store.buckets import parse
+    from orchestrator.store.storage import Folder
+
+    path = f"{TOKENS}{token}-{name}"
+    return (parse(store), path) if "://" in store else (Folder(Path(store)), Path(store, path))
 
 
 def _input_facts(role: str, name: str, needs: NodeRequirements) -> tuple[int, str] | str:
@@ -214,21 +205,15 @@ def store_token(store: ArtifactStore, nodes: Iterable[str]) -> Iterator[str]:
     Raises:
         OSError: the store is not writable, or the bucket does not answer.
     """
-    token, client = uuid.uuid4().hex, getattr(store.storage, "client", None)
-    folder = (store.root / TOKENS).parent
+    token, folder = uuid.uuid4().hex, (store.root / TOKENS).parent
     new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        if client is None:
-            folder.mkdir(parents=True, exist_ok=True)
         write_token(store.name, token, DRIVER)
         yield token
     finally:
         for name in (DRIVER, DRIVER_ANSWER, *nodes):
-            path = f"{TOKENS}{token}-{name}"
-            if client is None:
-                (store.root / path).unlink(missing_ok=True)
-            else:
-                client.delete(path)
+            storage, path = _token_file(store.name, token, name)
+            storage.delete(path)
         with suppress(OSError):  # not empty: another driver uses the store now
             for new in new_folders:
                 new.rmdir()

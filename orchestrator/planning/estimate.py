@@ -197,6 +197,11 @@ def estimate(work: Iterable[Work], store: ArtifactStore, resources: Resources) -
         if pace is not None:
             stages[part.stage] += part.units * pace[0] + part.starts * pace[1]
             jobs[part.stage] += part.jobs
+    names = list(dict.fromkeys(unmeasured))
+    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    reason = f"not measured in this store: {', '.join(names[:2])}{more}" if names else ""
+    if names and not paces:
+        reason = "this store has no measurements yet"
     start = paces.get(START.name, GUESS["start"])[0] if work else 0.0
     gpu_seconds = (
         s * resources.process_resources(STAGES[stage].process).gpu for stage, s in stages.items()
@@ -204,21 +209,11 @@ def estimate(work: Iterable[Work], store: ArtifactStore, resources: Resources) -
     return Estimate(
         stages=stages,
         gpu_hours=sum(gpu_seconds) / 3600,
-        reason=_reason(unmeasured, any_measured=bool(paces)),
+        reason=reason,
         sources=sources,
         wall=None if os.environ.get("RAY_ADDRESS") else _wall(start, stages, jobs, resources),
         start=start,
     )
-
-
-def _reason(unmeasured: Sequence[str], any_measured: bool) -> str:
-    if not unmeasured:
-        return ""
-    if not any_measured:
-        return "this store has no measurements yet"
-    names = list(dict.fromkeys(unmeasured))
-    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
-    return f"not measured in this store: {', '.join(names[:2])}{more}"
 
 
 def _wall(
