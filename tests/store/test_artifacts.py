@@ -5,11 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-import subprocess
-import sys
 import tempfile
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -25,28 +21,25 @@ from orchestrator.errors import DamagedArtifact, StoreRefused, SweepBusy
 from orchestrator.files import file_digest
 from orchestrator.keys import artifact_key
 from orchestrator.stages import FeaturesSpec
-from orchestrator.store import ArtifactStore, EventLog, open_store
-from tests.helpers.sweeps import TIMEOUT, python
+from orchestrator.store import ArtifactStore, EventLog
+from tests.helpers.sweeps import python
 
 SPEC = FeaturesSpec(dataset=Ref(name="digits", digest="d"), backbone=Ref(name="tiny", digest="b"))
 OTHER = replace(SPEC, backbone=Ref(name="large", digest="l"))
 
-# A builder that reports its request and its start, and continues after a line on its input.
-SLOW = """
-import sys
+# A builder that is killed while it builds.
+KILLED = """
+import os, sys
 from pathlib import Path
-from orchestrator.stages import FeaturesSpec
 from air_core.specs import Ref
+from orchestrator.stages import FeaturesSpec
 from orchestrator.store import ArtifactStore
 
 def build(folder):
-    (folder / "numbers").write_text(sys.argv[2])
-    print("started", flush=True)
-    sys.stdin.readline()
-    return {"by": sys.argv[2]}
+    (folder / "numbers").write_text("1")
+    os._exit(9)
 
 spec = FeaturesSpec(dataset=Ref(name="digits", digest="d"), backbone=Ref(name="tiny", digest="b"))
-print("requested", flush=True)
 ArtifactStore(Path(sys.argv[1])).get_or_build(spec, build)
 """
 
@@ -65,52 +58,25 @@ def refuse(folder: Path) -> dict[str, Any]:
     raise AssertionError("the artifact exists already")
 
 
-def start_builder(store: ArtifactStore, name: str) -> subprocess.Popen[str]:
-    """Start another process that requests the same artifact."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, str(store.root), name],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[2],
-    )
-    assert process.stdout.readline() == "requested\n"
-    return process
-
-
-def folders(store: ArtifactStore) -> list[str]:
-    """Complete artifacts of the store."""
-    return sorted(str(p.parent.relative_to(store.artifacts)) for p in records(store))
-
-
-def records(store: ArtifactStore) -> list[Path]:
-    return list(store.artifacts.glob("*/*/*/record.json"))
-
-
 # ---------------------------------------------------------------- artifacts
 
 
-def test_a_record_contains_key_spec_info_and_file_digests(store):
-    artifact = store.get_or_build(SPEC, numbers)
-    record = artifact.record
-    assert record["key"] == str(artifact_key(SPEC))
-    assert record["digest"] == artifact_key(SPEC).digest
-    assert record["spec"]["dataset"] == {"name": "digits", "digest": "d"}
-    assert record["info"] == {"count": 3}
-    assert folders(store) == [record["key"]]
-    assert record["files"] == {"numbers": file_digest(artifact.path / "numbers")}
-    assert record["seconds"] >= 0
-    assert "torch" in record["versions"]
-
-
-def test_files_have_the_permissions_of_the_folder(store):
+def test_a_record_contains_key_spec_info_and_digests_of_files_that_all_users_may_read(store):
     """safetensors makes files private to the user, but several users may share a store."""
 
     def arrays(folder: Path) -> dict[str, Any]:
         save_file({"numbers": np.arange(3)}, folder / "numbers.safetensors")
-        return numbers(folder)
+        return {"count": 3}
 
     artifact = store.get_or_build(SPEC, arrays)
+    record, (file,) = artifact.record, artifact.path.glob("*.safetensors")
+    assert record["key"] == str(artifact_key(SPEC))
+    assert record["digest"] == artifact_key(SPEC).digest
+    assert record["spec"]["dataset"] == {"name": "digits", "digest": "d"}
+    assert record["info"] == {"count": 3}
+    assert record["files"] == {file.name: file_digest(file)}
+    assert record["seconds"] >= 0
+    assert "torch" in record["versions"]
     allowed = artifact.path.stat().st_mode & 0o666
     assert {path.stat().st_mode & 0o777 for path in artifact.path.iterdir()} == {allowed}
 
@@ -149,9 +115,7 @@ def test_a_damaged_artifact_is_refused_and_can_be_set_aside(store):
     assert store.get_or_build(SPEC, numbers).record["info"] == {"count": 3}
 
 
-@pytest.mark.parametrize(
-    "content", [b"[]", b"", b"{", b"\xff\xfe", b"[" * 100_000, None], ids=lambda c: repr(c)[:8]
-)
+@pytest.mark.parametrize("content", [b"[]", b"\xff\xfe", b"[" * 100_000, None], ids=range(4))
 def test_an_invalid_record_is_reported_as_damage(store, content):
     record = store.get_or_build(SPEC, numbers).path / "record.json"
     record.unlink()
@@ -161,17 +125,6 @@ def test_an_invalid_record_is_reported_as_damage(store, content):
         return
     with pytest.raises(DamagedArtifact, match=r"record\.json"):
         store.get(SPEC)
-
-
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe1", b"[1]", None])
-def test_a_damaged_format_file_is_refused_with_a_remedy(tmp_path, content):
-    about = tmp_path / "store.json"
-    about.mkdir() if content is None else about.write_bytes(content)
-    with pytest.raises(StoreRefused, match=r'damaged store.json.* write into it: {"format": 1}'):
-        open_store(tmp_path)
-    if content is not None:
-        with pytest.raises(ValueError, match="is a file; a store is a folder"):
-            open_store(about)
 
 
 def test_an_artifact_is_found_by_digest_under_another_slug(store):
@@ -185,16 +138,14 @@ def test_an_artifact_is_found_by_digest_under_another_slug(store):
 # ---------------------------------------------------------------- several processes
 
 
-def test_a_waiting_process_builds_after_the_builder_was_killed(store):
-    first = start_builder(store, "first")
-    assert first.stdout.readline() == "started\n"
-    second = start_builder(store, "second")
-    first.kill()
-    first.communicate(timeout=TIMEOUT)
-    output, _ = second.communicate("continue\n", timeout=TIMEOUT)
-    assert (second.returncode, output) == (0, "started\n")
-    assert len(folders(store)) == 1  # the partial artifact does not count
-    assert store.get(SPEC).record["info"] == {"by": "second"}
+def test_the_lock_and_the_part_of_a_killed_builder_do_not_count(store):
+    assert python("-c", KILLED, store.root, check=False).returncode == 9
+    digest = artifact_key(SPEC).digest
+    assert (store.root / "locks" / digest).read_text()
+    assert store.locks.holder(digest[:12]) == ""
+    assert not store.has(SPEC)
+    assert store.get_or_build(SPEC, numbers).record["info"] == {"count": 3}
+    assert len(list(store.artifacts.glob("*/*/[!.]*"))) == 1
 
 
 def test_two_builders_without_working_locks_leave_one_artifact(store):
@@ -212,28 +163,18 @@ def test_two_builders_without_working_locks_leave_one_artifact(store):
 # ---------------------------------------------------------------- locks
 
 
-def test_on_wait_and_holder_name_the_process_that_holds_a_lock(tmp_path, monkeypatch):
-    monkeypatch.setenv("AIRSWEEP_SWEEP", "team/other")
+def test_the_holder_of_a_lock_is_named_to_those_who_wait(tmp_path, monkeypatch):
     store, calls = ArtifactStore(tmp_path), []
-    store.locks.on_wait = lambda *arguments: calls.append(arguments)
+    store.locks.on_wait = lambda *arguments: calls.append(arguments) or held.close()
     name = "0123456789abcdef"
-
-    def wait() -> None:
-        with store.locks.exclusive(name):
-            pass
-
     assert store.locks.holder(name[:12]) == ""
-    with ArtifactStore(tmp_path).locks.exclusive(name):
-        waiting = threading.Thread(target=wait)
-        waiting.start()
-        while not calls:
-            time.sleep(0.01)
-        assert store.locks.holder(name[:12]).startswith("team/other (")
-    waiting.join(TIMEOUT)
-    assert not waiting.is_alive()
-    assert calls[0][0] == name
-    assert calls[0][1] == f"team/other ({socket.gethostname()}, process {os.getpid()})"
-    assert 0 <= calls[-1][2] < TIMEOUT
+    with monkeypatch.context() as patch, ExitStack() as held:
+        patch.setenv("AIRSWEEP_SWEEP", "team/other")
+        held.enter_context(ArtifactStore(tmp_path).locks.exclusive(name))
+        holder = f"team/other ({socket.gethostname()}, process {os.getpid()})"
+        assert store.locks.holder(name[:12]) == holder
+        with store.locks.exclusive(name):
+            assert calls[0][:2] == (name, holder)
 
 
 @contextmanager
@@ -255,90 +196,58 @@ def _switch_user(user: int, group: int, groups: list[int]) -> None:
     os.seteuid(user)
 
 
-@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
 @pytest.mark.parametrize(("folder", "lock"), [(0o700, 0o600), (0o2755, 0o644), (0o2775, 0o664)])
-def test_lock_files_have_the_write_permissions_of_their_folder(folder, lock, umask, tmp_path):
+def test_lock_files_have_the_write_permissions_of_their_folder(folder, lock, tmp_path):
     for path in (tmp_path, tmp_path / "locks", tmp_path / "sweep"):
         path.mkdir(exist_ok=True)
         path.chmod(folder)
-    before = os.umask(umask)
-    try:
-        event_log = EventLog(tmp_path / "sweep")
-        event_log.lock()
-        with (
-            ArtifactStore(tmp_path).locks.exclusive("x"),
-            ArtifactStore(tmp_path).locks.shared_store(),
-        ):
-            files = [*(tmp_path / "locks").iterdir(), tmp_path / "sweep" / ".driver.lock"]
-            modes = {file.name: oct(file.stat().st_mode & 0o777) for file in files}
-        event_log.unlock()
-    finally:
-        os.umask(before)
+    locks = ArtifactStore(tmp_path).locks
+    with locks.exclusive("x"), locks.shared_store(), EventLog(tmp_path / "sweep").locked():
+        files = [*(tmp_path / "locks").iterdir(), tmp_path / "sweep" / ".driver.lock"]
+        modes = {file.name: oct(file.stat().st_mode & 0o777) for file in files}
     assert modes == dict.fromkeys(("x", "store", ".driver.lock"), oct(lock))
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to switch users")
-@pytest.mark.parametrize("umask", [0o002, 0o022])
-def test_two_users_of_a_group_wait_for_the_locks_of_each_other(umask):
-    folder = Path(tempfile.mkdtemp(dir="/tmp"))  # pytest's folder is private
+@pytest.fixture
+def group_folder() -> Iterator[Path]:
+    """A folder of the group 2000; pytest's folder is private."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
     for path in (folder, folder / "locks", folder / "sweep"):
         path.mkdir(exist_ok=True)
         os.chown(path, 0, 2000)
         path.chmod(0o2775)
-    store, event_log = ArtifactStore(folder), EventLog(folder / "sweep")
-    waited: list[str] = []
-    store.locks.on_wait = lambda name, holder, seconds: waited.append(name) or held.close()
-    try:
-        with as_user(1001, 2000, umask), ExitStack() as held:
-            event_log.lock()
-            held.enter_context(ArtifactStore(folder).locks.exclusive("x"))
-            held.enter_context(ArtifactStore(folder).locks.shared_store())
-            with as_user(1002, 2000):
-                with (
-                    pytest.raises(StoreRefused, match="a sweep runs"),
-                    store.locks.exclusive_store(),
-                ):
-                    pass
-                with pytest.raises(SweepBusy):
-                    EventLog(folder / "sweep").lock()
-                with store.locks.exclusive("x"):
-                    assert waited[0] == "x"
-            event_log.unlock()
-            with as_user(1002, 2000):
-                event_log.lock()
-                event_log.unlock()
-    finally:
-        shutil.rmtree(folder)
+    yield folder
+    shutil.rmtree(folder)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to switch users")
-def test_a_reader_without_write_permission_prevents_removal():
-    folder = Path(tempfile.mkdtemp(dir="/tmp"))
-    folder.chmod(0o755)
-    store = ArtifactStore(folder / "runs")
-    try:
-        with store.locks.shared_store():
-            pass
-        with as_user(65534, 65534):
-            reader = store.locks.shared_store()
-        with (
-            reader,
-            pytest.raises(StoreRefused, match="a sweep runs"),
-            store.locks.exclusive_store(),
-        ):
-            pass
-        with store.locks.exclusive_store():
-            pass
-    finally:
-        shutil.rmtree(folder)
+@pytest.mark.parametrize("umask", [0o002, 0o022])
+def test_two_users_of_a_group_wait_for_the_locks_of_each_other(umask, group_folder):
+    locks, log = ArtifactStore(group_folder).locks, group_folder / "sweep"
+    waited: list[str] = []
+    locks.on_wait = lambda name, holder, seconds: waited.append(name) or held.close()
+    with as_user(1001, 2000, umask), ExitStack() as held, EventLog(log).locked():
+        held.enter_context(ArtifactStore(group_folder).locks.exclusive("x"))
+        held.enter_context(ArtifactStore(group_folder).locks.shared_store())
+        with as_user(1002, 2000):
+            with pytest.raises(StoreRefused, match="a sweep runs"), locks.exclusive_store():
+                pass
+            with pytest.raises(SweepBusy), EventLog(log).locked():
+                pass
+            with locks.exclusive("x"):
+                assert waited[0] == "x"
+    with as_user(1002, 2000), EventLog(log).locked():
+        pass
 
 
-def test_the_lock_of_a_dead_process_has_no_holder(tmp_path):
-    code = (
-        "import os, sys; from pathlib import Path\n"
-        "from orchestrator.store.artifacts import ArtifactStore\n"
-        "with ArtifactStore(Path(sys.argv[1])).locks.exclusive('0123456789ab'): os._exit(1)"
-    )
-    python("-c", code, tmp_path, check=False)
-    assert (tmp_path / "locks" / "0123456789ab").read_text()
-    assert ArtifactStore(tmp_path).locks.holder("0123456789ab") == ""
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to switch users")
+def test_a_reader_without_write_permission_prevents_removal(group_folder):
+    locks = ArtifactStore(group_folder).locks
+    with locks.shared_store():
+        pass
+    with as_user(65534, 65534):
+        reader = locks.shared_store()
+    with reader, pytest.raises(StoreRefused, match="a sweep runs"), locks.exclusive_store():
+        pass
+    with locks.exclusive_store():
+        pass

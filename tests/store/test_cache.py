@@ -90,6 +90,9 @@ class World:
         root = self.store.artifacts
         return {str(item.path.relative_to(root)) for item in take_inventory(self.store).artifacts}
 
+    def give_up(self, name: str) -> None:
+        (self.store.root / "sweeps/default" / name).rename(self.store.root / name)
+
     def files(self) -> set[Path]:
         return {p for p in self.store.artifacts.rglob("*") if p.is_file()}
 
@@ -121,7 +124,7 @@ def gc_removals(cache, *words: str) -> dict[str, dict]:
 def test_ls_counts_artifacts_and_names_the_sweeps_that_need_them(world, cache):
     world.finish("one", AIR.format(count=16, rank=4), more=16)
     world.finish("two", AIR.format(count=8, rank=8), user="you")
-    world.store.root.joinpath("sweeps/default/two").rename(world.store.root / "given up")
+    world.give_up("two")
     code, out, _ = cache("ls", "--json")
     found = json.loads(out)
     assert code == 0
@@ -147,7 +150,7 @@ def test_ls_and_gc_screens_fit_80_columns(world, cache):
     world.finish("one", AIR.format(count=16, rank=4))
     world.finish("a_sweep_with_quite_a_long_name", AIR.format(count=8, rank=8), user="you")
     world.finish("two", AIR.format(count=8, rank=2))
-    world.store.root.joinpath("sweeps/default/two").rename(world.store.root / "given up")
+    world.give_up("two")
     for words in (["ls"], ["gc"], ["gc", "--sweep", "one"]):
         lines = cache(*words)[1].splitlines()
         assert len(lines) > 4
@@ -168,7 +171,7 @@ def test_gc_removes_nothing_without_yes_and_only_unneeded_artifacts_with_it(worl
     one = world.finish("one", AIR.format(count=16, rank=4))
     kept = world.holdings()
     world.finish("two", AIR.format(count=16, rank=8))
-    (world.store.root / "sweeps/default/two").rename(world.store.root / "given up")
+    world.give_up("two")
     everything = world.files()
     listed = gc_removals(cache)
     assert set(listed) == world.holdings() - kept
@@ -204,40 +207,28 @@ def test_gc_keeps_the_cells_that_a_run_with_only_excludes(world, cache):
     assert gc_removals(cache) == {}
 
 
-def test_gc_needs_no_datasets_of_cells_that_were_never_run(world, cache):
+@pytest.mark.parametrize("event", ["trial_done", "artifact_prepared"])
+def test_gc_needs_datasets_only_of_cells_for_which_something_was_made(world, cache, event):
     body = "grid: {dataset: [digits, flowers102]}\nfixed: {method: zero_shot}\n"
     location = world.finish("one", body, only=["dataset=digits"])
-    assert gc_removals(cache) == {}
-    slot = {"slot": "s", "cell": "flowers102-ul-text-zero_shot", "key": "0" * 40}
-    ran = [e["cell"] for e in location.event_log().events() if e["event"] == "trial_done"]
-    location.event_log().append(
-        "trial_done", **slot | {"cell": ran[0].replace("digits", "flowers102")}
-    )
+    (cell,) = {e["cell"] for e in location.event_log().events() if e["event"] == "trial_done"}
+    for dataset in ("digits", "flowers102"):
+        assert gc_removals(cache) == {}
+        features = next(world.store.artifacts.glob("features/*/*")).name
+        key = {"digits": f"features/v1/{features}"}.get(dataset, "features/v1/x-0123456789ab")
+        fields = {"slot": "s", "cell": cell.replace("digits", dataset), "key": "0" * 40}
+        if event == "artifact_prepared":
+            fields = {"stage": "features", "key": key}
+        location.event_log().append(event, **fields)
     code, _, err = cache("gc", "--yes")
     assert code == 2
-    assert (
-        "the requirements of sweep default/one cannot be read, so nothing is removed: flowers102"
-        in err
-    )
-
-
-def test_gc_stops_if_the_datasets_of_prepared_cells_are_missing(world, cache):
-    body = "grid: {dataset: [digits, flowers102]}\nfixed: {method: zero_shot}\n"
-    location = world.finish("one", body, only=["dataset=digits"])
-    features = next(iter(world.store.artifacts.glob("features/*/*")))
-    key = f"features/v1/{features.name}"
-    location.event_log().append("artifact_prepared", stage="features", key=key)
-    assert gc_removals(cache) == {}
-    key = "features/v1/flowers102-tiny-0123456789ab"
-    location.event_log().append("artifact_prepared", stage="features", key=key)
-    code, _, err = cache("gc", "--yes")
-    assert code == 2
+    assert "the requirements of sweep default/one cannot be read, so nothing is removed: " in err
     assert "flowers102 needs a data root" in err
 
 
 def test_gc_reports_what_it_cannot_remove_and_removes_the_rest(world, cache):
     world.finish("one", AIR.format(count=8, rank=4))
-    (world.store.root / "sweeps/default/one").rename(world.store.root / "given up")
+    world.give_up("one")
     (features,) = (path for path in world.holdings() if path.startswith("features/"))
     elsewhere = world.store.root.parent / "another disk"
     path = world.store.artifacts / features
@@ -252,21 +243,16 @@ def test_gc_reports_what_it_cannot_remove_and_removes_the_rest(world, cache):
 
 
 def test_gc_removes_artifacts_of_other_users_only_with_all_users(world, cache, monkeypatch):
-    world.finish("mine", AIR.format(count=8, rank=4))
-    world.finish("yours", AIR.format(count=8, rank=8), user="you")
-    world.finish("unowned", AIR.format(count=8, rank=2), user="unknown")
-    for name in ("mine", "yours", "unowned"):
-        (world.store.root / "sweeps/default" / name).rename(world.store.root / name)
+    for rank, user in ((4, "me"), (8, "you"), (2, "unknown")):
+        world.finish(user, AIR.format(count=8, rank=rank), user=user)
+        world.give_up(user)
     own, everything = gc_removals(cache), gc_removals(cache, "--all-users")
     assert {one["user"] for one in own.values()} == {"me"}
     assert {one["user"] for one in everything.values()} == {"me", "you", "unknown"}
     assert set(everything) == world.holdings()
-    counts = sum(one["user"] != "me" for one in everything.values())
-    others = cache("gc")[1].splitlines()[-2:]
-    assert others[0].startswith(f"{counts} of other users (")
-    assert "you" in others[0]
-    assert "unknown" in others[0]
-    assert "--all-users" in others[1]
+    first, last = cache("gc")[1].splitlines()[-2:]
+    assert first.startswith(f"{len(everything) - len(own)} of other users (unknown, you)")
+    assert "--all-users" in last
     cache("gc", "--yes")
     assert world.holdings() == set(everything) - set(own)
     monkeypatch.setenv("AIRSWEEP_USER", "unknown")
@@ -301,22 +287,16 @@ def test_gc_removes_nothing_if_a_sweep_cannot_be_read(world, cache, file, text, 
 
 
 def test_gc_and_running_sweeps_exclude_each_other(world, cache):
-    location = world.finish("one", AIR.format(count=8, rank=4))
-    event_log = location.event_log()
-    event_log.lock()
-    code, out, err = cache("gc", "--yes")
-    assert (code, out) == (3, "")
-    assert "default/one runs in" in err
-    event_log.unlock()
+    with world.finish("one", AIR.format(count=8, rank=4)).event_log().locked():
+        code, out, err = cache("gc", "--yes")
+        assert (code, out) == (3, "")
+        assert "default/one runs in" in err
     with world.store.locks.shared_store():  # a sweep that is not recorded yet
         code, _, err = cache("gc", "--yes")
         assert code == 3
         assert "a sweep runs in" in err
         world.store.locks.shared_store().close()  # another sweep may start
-    with (
-        world.store.locks.exclusive_store(),
-        pytest.raises(StoreRefused, match="cache gc` is removing artifacts"),
-    ):
+    with world.store.locks.exclusive_store(), pytest.raises(StoreRefused, match="is removing"):
         world.store.locks.shared_store()
     assert cache("gc", "--yes")[0] == 0
 
@@ -341,24 +321,21 @@ def test_gc_of_one_sweep_removes_what_no_other_sweep_needs(world, cache):
 
 def test_gc_removes_leftovers_of_killed_builders_after_a_day(world, cache):
     location = world.finish("one", AIR.format(count=8, rank=4))
-    features = next(world.store.artifacts.glob("features/v1/*"))
-    row = next(world.store.artifacts.glob("images/v*/*"))
-    killed = features.parent / ".0123456789ab-01234567"
-    lost = features.parent / "digits-tiny-0123456789ab"
-    for folder in (killed, lost):
-        folder.mkdir()
-        (folder / "features.safetensors").write_bytes(b"x" * 5000)
-    half = row / ".0000-00000.parquet-host-4711"
-    half.write_bytes(b"x")
-    left = {killed, lost, half}
-    assert {one.path for one in take_inventory(world.store).leftovers} == left
-    assert gc_removals(cache) == {}
-    for path in (*left, killed / "features.safetensors", lost / "features.safetensors"):
-        os.utime(path, (time.time() - 2 * DAY,) * 2)
     kept = world.holdings()
-    assert set(gc_removals(cache)) == {
-        str(path.relative_to(world.store.artifacts)) for path in left
-    }
+    features = next(world.store.artifacts.glob("features/v1/*")).parent
+    row = next(world.store.artifacts.glob("images/v*/*"))
+    killed, lost = features / ".0123456789ab-01234567", features / "digits-tiny-0123456789ab"
+    files = [killed / "features.safetensors", lost / "features.safetensors"]
+    files += [row / ".0000-00000.parquet-host-4711", world.store.root / "unfinished/.0123"]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b"x" * 5000)
+    left = {killed, lost, *files[2:]}
+    found = json.loads(cache("ls", "--json")[1])["leftovers"]
+    assert {world.store.root / one["path"] for one in found} == left
+    assert gc_removals(cache) == {}
+    for path in (killed, lost, *files):
+        os.utime(path, (time.time() - 2 * DAY,) * 2)
     cache("gc", "--yes")
     assert not any(path.exists() for path in left)
     assert world.holdings() == kept
@@ -367,32 +344,22 @@ def test_gc_removes_leftovers_of_killed_builders_after_a_day(world, cache):
 
 def test_checkpoints_are_listed_and_removed_when_no_sweep_needs_them(world, cache):
     world.finish("one", AIR.format(count=8, rank=4))
-    lora = next(world.store.artifacts.glob("lora/v*/*"))
+    lora = next(world.store.artifacts.glob("lora/v*/*")).name[-12:]
     waiting = world.record("two", AIR.format(count=8, rank=8))
     plan = plan_of(load_sweep(waiting.folder / "spec.yaml"), waiting)
     waiting.event_log().unlock()
     (wanted,) = [n.spec for n in plan.requirements if n.stage == "lora" and not n.have(world.store)]
     needed = world.store.checkpoint_path(wanted)
     needed.parent.mkdir()
-    complete = needed.with_name(f"{lora.name.rpartition('-')[2]}-0123456789ab.safetensors")
-    unneeded = needed.with_name("0123456789ab-0123456789ab.safetensors")
+    complete, unneeded = (needed.with_name(f"{n}.safetensors") for n in (lora, "0123456789ab"))
     for file in (needed, complete, unneeded):
         file.write_bytes(sealed(BLANK.encode()))
-    partial = needed.with_name(f".{needed.name}")
-    partial.write_bytes(b"x")
-
-    found = json.loads(cache("ls", "--json")[1])
-    assert {one["path"]: one["needed_by"] for one in found["unfinished"]} == {
-        f"unfinished/{needed.name}": ["default/two"],
-        f"unfinished/{complete.name}": ["default/one"],
-        f"unfinished/{unneeded.name}": [],
-    }
+    found = json.loads(cache("ls", "--json")[1])["unfinished"]
+    needed_by = {needed: ["default/two"], complete: ["default/one"], unneeded: []}
+    assert {world.store.root / one["path"]: one["needed_by"] for one in found} == needed_by
     assert "unfinished trainings: 3" in cache("ls")[1]
-    removable = {str(file.relative_to(world.store.root)) for file in (complete, unneeded)}
-    assert set(gc_removals(cache)) == removable  # the temporary file is too young
     cache("gc", "--yes")
-    assert set(needed.parent.iterdir()) == {needed, partial}
-    assert gc_removals(cache) == {}
+    assert [*needed.parent.iterdir()] == [needed]
 
 
 def test_links_folders_and_invalid_json_stop_neither_ls_nor_gc(world, cache):

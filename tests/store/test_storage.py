@@ -136,29 +136,6 @@ def test_a_request_waits_for_a_build_on_another_machine_and_reads_it(machine):
     assert list((two.root / "locks").iterdir()) == []
 
 
-def test_a_builder_may_build_the_artifacts_it_depends_on(machine):
-    store = machine("one")
-    base = FeaturesSpec(dataset=Ref(name="digits", digest="e"), backbone=SPEC.backbone)
-
-    def build(folder: Path) -> dict[str, Any]:
-        return {"of": store.get_or_build(base, numbers("1")).record["info"]["text"]}
-
-    assert store.get_or_build(SPEC, build).record["info"] == {"of": "1"}
-
-
-def test_a_failed_build_leaves_no_file(machine):
-    def fail(folder: Path) -> dict[str, Any]:
-        (folder / "numbers").write_text("1 2")
-        raise RuntimeError("no more numbers")
-
-    with pytest.raises(RuntimeError, match="no more numbers"):
-        machine("one").get_or_build(SPEC, fail)
-    store = machine("two")
-    assert not store.has(SPEC)
-    assert [path for path in machine("one").artifacts.rglob("*") if path.is_file()] == []
-    assert store.get_or_build(SPEC, numbers("1 2 3")).record["info"] == {"text": "1 2 3"}
-
-
 def test_a_store_can_be_pickled_for_a_worker_and_be_read_only(machine):
     store = machine("driver")
     store.get_or_build(SPEC, numbers("1 2 3"))
@@ -186,25 +163,23 @@ def test_a_damaged_file_is_refused_by_name(machine):
 
 def test_all_machines_see_the_last_version_of_a_small_file(machine):
     one, two = machine("one"), machine("two")
-    one.write(one.root / "history.json", "{}")
-    assert two.refresh(two.root / "history.json").read_text() == "{}"
-    two.write(two.root / "history.json", '{"a": 1}')
-    assert one.refresh(one.root / "history.json").read_text() == '{"a": 1}'
+    for writer, reader, text in ((one, two, "{}"), (two, one, '{"a": 1}')):
+        writer.write(writer.root / "history.json", text)
+        assert reader.refresh(reader.root / "history.json").read_text() == text
 
 
-def test_another_machine_continues_from_a_checkpoint(machine):
-    one, two, three = (machine(name) for name in ("one", "two", "three"))
-    file = one.checkpoint_path(SPEC)
+def test_another_machine_continues_a_lora_from_its_checkpoint_file(machine):
+    one, two = machine("one"), machine("two")
+    file, copy = one.checkpoint_path(SPEC), two.checkpoint_path(SPEC)
     file.parent.mkdir(parents=True)
     file.write_text("half")
     one.push(file)
-    copy = two.storage.local(two.checkpoint_path(SPEC))
-    assert copy.read_text() == "half"
+    assert two.storage.local(copy).read_text() == "half"
     copy.write_text("nearly all")
     two.push(copy)
     assert one.refresh(file).read_text() == "nearly all"
     two.storage.delete(copy)
-    assert not three.refresh(three.checkpoint_path(SPEC)).exists()
+    assert not machine("three").refresh(machine("three").checkpoint_path(SPEC)).exists()
 
 
 def test_another_machine_continues_a_trial_from_its_last_round(machine):
@@ -238,24 +213,20 @@ def test_a_row_has_its_published_shards_on_all_machines(machine):
     assert machine("two").row(ROW).existing_shards() == {(0, 0)}
 
 
-def test_crashes_of_a_shard_are_counted_across_machines(machine):
+def test_crashes_of_a_shard_are_counted_on_all_machines_until_a_reset(machine):
+    def crashes(*shard: int) -> int:
+        with machine("three").open_row(ROW).count_crashes(*shard) as found:
+            return found
+
     with ExitStack() as killed:  # contexts that do not exit during the test, as after a kill
-        for name in ("one", "two"):
-            killed.enter_context(machine(name).open_row(ROW).count_crashes(0, 0))
-        with machine("three").open_row(ROW).count_crashes(0, 0) as crashes:
-            assert crashes == 2
-        with machine("three").open_row(ROW).count_crashes(0, 0) as crashes:
-            assert crashes == 0
-
-
-def test_a_reset_forgets_the_crashes_of_all_shards_of_a_row(machine):
-    with ExitStack() as killed:
-        for shard in ((0, 0), (0, 0), (3, 1)):
-            killed.enter_context(machine("one").open_row(ROW).count_crashes(*shard))
+        for name, shard in (("one", (0, 0)), ("two", (0, 0)), ("two", (3, 1))):
+            killed.enter_context(machine(name).open_row(ROW).count_crashes(*shard))
+        assert crashes(0, 0) == 2
+        assert crashes(0, 0) == 0  # the third has ended
+        assert crashes(3, 1) == 1
+        killed.enter_context(machine("one").open_row(ROW).count_crashes(0, 0))
         machine("two").row(ROW).reset_crashes()
-        for shard in ((0, 0), (3, 1)):
-            with machine("three").open_row(ROW).count_crashes(*shard) as crashes:
-                assert crashes == 0
+        assert crashes(0, 0) == 0
 
 
 # ---------------------------------------------------------------- event log and version
@@ -271,18 +242,15 @@ def recorded_numbers(event_log: EventLog) -> list[int]:
 
 
 def test_any_machine_reads_the_events_and_appends_to_them(machine):
-    first = event_log_of(machine("one"))
-    first.lock()
-    for number in range(3):
-        first.append("counted", number=number)
-    assert recorded_numbers(event_log_of(machine("watching"))) == [0, 1, 2]
-    first.unlock()
-    second = event_log_of(machine("two"))
-    second.lock()
-    second.append("counted", number=3)
-    second.unlock()
+    first, second = event_log_of(machine("one")), event_log_of(machine("two"))
+    with first.locked():
+        for number in range(3):
+            first.append("counted", number=number)
+        assert recorded_numbers(event_log_of(machine("watching"))) == [0, 1, 2]
+    with second.locked():
+        second.append("counted", number=3)
     assert recorded_numbers(second) == [0, 1, 2, 3]
-    recorded_location(machine("one"), "default", "x")
+    assert recorded_numbers(event_log_of(machine("one"))) == [0, 1, 2, 3]
     assert first.path.read_text() == second.path.read_text()
     assert machine("three").sweeps() == [("default", "x")]
 
@@ -293,36 +261,28 @@ def test_a_second_driver_is_refused_while_the_first_runs(machine, monkeypatch):
         first = event_log_of(machine("one"))
         first.lock()
     second = event_log_of(machine("two"))
-    first.append("counted", number=0)
     assert second.is_locked()
     with pytest.raises(SweepBusy, match="another driver runs this sweep"):
         second.lock()
-    assert recorded_numbers(event_log_of(machine("watching"))) == [0]  # reading is allowed
     first.unlock()
     assert not second.is_locked()
-    second.lock()
-    second.append("counted", number=1)
-    assert recorded_numbers(second) == [0, 1]
-    second.unlock()
+    with second.locked():
+        second.append("counted", number=1)
+    assert recorded_numbers(second) == [1]
 
 
-def test_a_store_of_another_format_is_refused(machine):
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [(b'{"format": 2}', "has format 2"), (b"[1]", "has a damaged"), (None, "has results but no")],
+)
+def test_a_store_of_another_or_no_format_is_refused_with_a_remedy(machine, content, why):
     store = machine("one")
-    store.initialize()
-    assert machine("two").name == store.name
-    store.write(store.root / "store.json", '{"format": 2}')
-    with pytest.raises(StoreRefused, match=r"has format 2, but .* reads format 1: .* --store"):
+    with event_log_of(store).locked() as event_log:
+        event_log.append("counted", number=0)
+    file = store.root / "store.json"
+    store.storage.delete(file) if content is None else store.write(file, content)
+    with pytest.raises(StoreRefused, match=rf'{why}.* reads format 1: .* --store.*{{"format": 1}}'):
         machine("three")
-
-
-def test_a_store_with_results_and_without_a_format_is_refused(machine):
-    store = machine("one")
-    event_log = recorded_location(store, "default", "x").event_log()
-    event_log.lock()
-    event_log.append("counted", number=0)
-    event_log.unlock()
-    with pytest.raises(StoreRefused, match=r"has results but no store\.json.*empty folder"):
-        machine("two")
 
 
 # ---------------------------------------------------------------- faults
