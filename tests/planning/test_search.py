@@ -111,15 +111,6 @@ def test_the_default_point_comes_first(log, sampler):
     assert searching.next_round()[0] == Point(0, {"images_per_class": 40, "fusion_weight": 0.8})
 
 
-def test_rounds_have_the_configured_width_and_the_last_round_has_the_rest(log):
-    widths: list[int] = []
-    searching = log.open(sweep(points=8, width=3))
-    while points := searching.next_round():
-        widths.append(len(points))
-        searching.record_round({point.number: 0.0 for point in points})
-    assert widths == [3, 3, 2]
-
-
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
 def test_the_points_depend_on_the_seed(tmp_path, sampler):
     first, again, other = (
@@ -147,14 +138,6 @@ def test_integer_ranges_give_integers_and_log_scales_favour_small_values(log):
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
-def test_no_point_is_suggested_twice_while_new_points_exist(log, sampler):
-    kinds = Dimension(key="auxiliary.kind", values=("lda", "prototype", "knn"))
-    spec = sweep(sampler, (COUNTS, kinds), points=6, width=3)
-    points = params(log.play(spec))
-    assert all(points.count(point) == 1 for point in points)
-
-
-@pytest.mark.parametrize("sampler", ["tpe", "random"])
 def test_points_that_compute_the_same_are_not_both_suggested(log, sampler):
     """Without images the weight has no effect: the space has four different computations."""
     weights = Dimension(key="fusion_weight", values=(0.25, 0.5, 0.75))
@@ -174,11 +157,6 @@ def test_a_cell_searches_the_keys_that_its_method_reads(log):
     spec = sweep(space=(WEIGHTS, replace(STEPS, min=7, max=7)), images_per_class=0)
     assert [d.key for d in cells_of(spec)[0].space] == ["train.steps"]
     assert cells_of(sweep(images_per_class=0))[0].space == SPACE
-
-
-def test_a_search_ends_when_its_space_has_no_new_points(log):
-    points = params(log.play(sweep("tpe", (COUNTS,), points=5)))
-    assert sorted(point["images_per_class"] for point in points) == [0, 20, 40]
 
 
 def test_later_points_depend_on_the_objectives_of_earlier_rounds(tmp_path):
@@ -230,13 +208,6 @@ def test_the_first_round_of_another_run_has_all_complete_rounds(log):
     searching.record_round({number: value for number, _, value in first[:4]})
     assert [dict(point.params) for point in searching.next_round()] == params(first)[4:]
     assert searching.next_round() == []
-
-
-def test_fewer_points_are_the_first_points(log):
-    log.play(sweep(points=6))
-    fewer = log.open(sweep(points=3))
-    assert [point.number for point in fewer.next_round()] == [0, 1, 2]
-    assert fewer.next_round() == []
 
 
 def test_a_failed_point_counts_and_runs_again_in_the_next_run(log):

@@ -7,12 +7,12 @@ import io
 import re
 import resource
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import yaml
@@ -34,38 +34,13 @@ NUMBERS = st.one_of(
     st.integers(),
     st.floats(),
 )
-TEXTS = st.one_of(
-    st.sampled_from(
-        [
-            *("", "~", "~nosuchuser/x", "folder:~nosuchuser/x", "x" * 300, "folder:" + "x" * 300),
-            *(
-                "not " * 120 + "lora",
-                "-" * 450 + "1",
-                "(" * 300,
-                "[" * 90 + "]" * 90,
-                "lora.rank > 9",
-            ),
-            *(
-                "{}",
-                "AIR",
-                "digts",
-                "\x00",
-                "\u202e",
-                "\U0010ffff",
-                "1e999",
-                "12h",
-            ),
-        ]
-    ),
-    # Not all names: a further setting would change the examples.
-    st.sampled_from(
-        ("method", "dataset", "lora", "lora.rank", "train.steps", "seed", "iterations")
-    ),
-    st.text(max_size=20),
-)
-SCALARS = st.one_of(st.none(), st.booleans(), NUMBERS, TEXTS)
+WORDS = ["", "~", "~nosuchuser/x", "folder:~nosuchuser/x", "{}", "AIR", "digts", "1e999", "12h"]
+LONG = ["\x00", "\u202e", "\U0010ffff", "x" * 300, "folder:" + "x" * 300, "[" * 90 + "]" * 90]
+# Not all names: a further setting would change the examples.
+NAMES = ["method", "dataset", "lora", "lora.rank", "train.steps", "seed", "iterations"]
+TEXTS = st.sampled_from([*WORDS, *LONG]) | st.sampled_from(NAMES) | st.text(max_size=20)
 VALUES = st.recursive(
-    SCALARS,
+    st.none() | st.booleans() | NUMBERS | TEXTS,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=3),
     max_leaves=12,
 )
@@ -155,24 +130,15 @@ def limits() -> Iterator[None]:
 
 def exit_code_and_error(file: Path, store: Path) -> tuple[int, str]:
     """Run `airsweep plan` in this process."""
-    arguments, sys.argv = (
-        sys.argv,
-        ["airsweep", "--debug", "plan", str(file), "--store", str(store)],
-    )
-    errors = io.StringIO()
+    words = ["airsweep", "--debug", "plan", str(file), "--store", str(store)]
+    errors, silent = io.StringIO(), contextlib.redirect_stdout(io.StringIO())
     try:
-        with (
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(errors),
-            limits(),
-        ):
+        with mock.patch("sys.argv", words), silent, contextlib.redirect_stderr(errors), limits():
             main()
     except SpecError as problem:  # --debug shows the traceback of everything else
         return 2, str(problem)
     except SystemExit as end:
         return int(end.code or 0), errors.getvalue()
-    finally:
-        sys.argv = arguments
     return 0, errors.getvalue()
 
 

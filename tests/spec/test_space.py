@@ -61,7 +61,6 @@ def test_a_grid_starts_with_the_default_point():
         (COUNTS, {}, 40),  # 120 is the default, 40 the nearest
         (COUNTS, {"images_per_class": 22}, 20),
         (KINDS, {}, "prototype"),
-        (Dimension(key="fusion_weight", min=0.0, max=1.0), {}, 0.8),
         (Dimension(key="fusion_weight", min=0.85, max=0.9), {}, 0.85),
         (Dimension(key="images_per_class", min=8, max=64), {}, 64),
         (Dimension(key="train.steps", values=(None, 7)), {"train.steps": None}, None),
