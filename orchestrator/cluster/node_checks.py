@@ -27,7 +27,7 @@ from orchestrator.errors import Refused
 from orchestrator.failures import first_line
 from orchestrator.formatting import format_bytes, plural
 from orchestrator.planning import Plan
-from orchestrator.planning.checks import GpuNeeds, bytes_left, gpu_needs
+from orchestrator.planning.checks import GpuNeeds, gpu_needs
 from orchestrator.store import ArtifactStore, SweepLocation
 
 MIN_FREE = 100 * 2**20  # bytes; a sweep does not start with less
@@ -111,16 +111,12 @@ def compare_facts(
     return found
 
 
-def _room(plan: Plan, location: SweepLocation) -> Iterator[Finding]:
-    """Whether the disk of the store, or of this machine's copy of a bucket, is too full."""
-    folder = location.store.root
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    free, left = shutil.disk_usage(existing).free, bytes_left(plan, location.store)
-    if free < max(MIN_FREE, left):
-        problem = f"the disk of {folder} has {format_bytes(free)} free"
-        if free >= MIN_FREE:
-            problem += f", but the sweep will write at least {format_bytes(left)}"
-        yield Finding("this machine", "room", problem, free < MIN_FREE)
+def _room(store: ArtifactStore) -> Iterator[Finding]:
+    """Whether the disk of the store, or of this machine's copy of a bucket, is full."""
+    existing = next(path for path in (store.root, *store.root.parents) if path.exists())
+    if (free := shutil.disk_usage(existing).free) < MIN_FREE:
+        problem = f"the disk of {store.root} has {format_bytes(free)} free"
+        yield Finding("this machine", "room", problem)
 
 
 def _code(node: Mapping[str, str], driver: Mapping[str, str]) -> Iterator[str]:
@@ -163,7 +159,7 @@ def refuse_unfit_nodes(plan: Plan, location: SweepLocation, report: Report) -> N
     """
     started = time.monotonic()
     nodes = check_nodes(location.store, node_requirements(plan, location))
-    findings = [finding for found in (*nodes.values(), _room(plan, location)) for finding in found]
+    findings = [finding for found in (*nodes.values(), _room(location.store)) for finding in found]
     unfit = sum(any(finding.fatal for finding in found) for found in nodes.values())
     _refuse_fatal(
         findings, f"{unfit} of {plural(len(nodes), 'machine')} of the cluster cannot", report
@@ -184,7 +180,7 @@ def refuse_unfit_machine(plan: Plan, location: SweepLocation, report: Report) ->
     with store_token(store, ()) as token:
         facts = node_facts.node_facts(store.name, token, DRIVER_ANSWER, needs, needs.uses_gpus)
     findings = compare_facts("this machine", facts, facts, store.name, needs)
-    findings += _room(plan, location)
+    findings += _room(location.store)
     _refuse_fatal(findings, "this machine cannot", report)
     report("checked this machine: ok")
 

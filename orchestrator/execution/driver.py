@@ -129,12 +129,12 @@ def run_sweep(
     with ExitStack() as ray_session, location.store.locks.shared_store():
         diff = uncommitted_diff()
         _export_provenance(location, diff)
-        with _explain_full_disk(plan, location):
+        with _explain_full_disk(location):
             location.store.initialize()
             _lock(event_log, location)
         resolver.save()  # a new store did not exist when the plan was made
         state = RunState(sweep, location, screen, tracker, event_log, resolver)
-        with _recorded_end(state, plan):
+        with _recorded_end(state):
             handle_signals(state)
             _write_sweep_files(location, sweep, origin, resolver, diff)
             _log_start(state, plan)
@@ -290,7 +290,7 @@ def _check_services(
 
 
 @contextmanager
-def _explain_full_disk(plan: Plan, location: SweepLocation) -> Iterator[None]:
+def _explain_full_disk(location: SweepLocation) -> Iterator[None]:
     """
     Raises:
         StoreFull: the disk is full.
@@ -300,7 +300,7 @@ def _explain_full_disk(plan: Plan, location: SweepLocation) -> Iterator[None]:
     except Exception as error:
         if not is_disk_full(error):
             raise
-        raise StoreFull(full_disk_message(plan, location.store, first_line(error))) from error
+        raise StoreFull(full_disk_message(location.store, first_line(error))) from error
 
 
 # ---------------------------------------------------------------- the start
@@ -554,7 +554,7 @@ def _wait_for_machines(state: RunState, allocation: Allocation, plan: Plan) -> N
 
 
 @contextmanager
-def _recorded_end(state: RunState, plan: Plan) -> Iterator[None]:
+def _recorded_end(state: RunState) -> Iterator[None]:
     """Record how the block ends: in the event log, in outcome.json and in the tracker.
 
     A signal ends the block without an exception; `state.exit_code` has its code.
@@ -564,7 +564,7 @@ def _recorded_end(state: RunState, plan: Plan) -> Iterator[None]:
         StoreLost: the bucket stopped answering, or another driver took over.
     """
     try:
-        with _explain_full_disk(plan, state.location):
+        with _explain_full_disk(state.location):
             yield
     except (Refused, SpecError) as problem:
         state.exit_code = REFUSED if isinstance(problem, Refused) else BAD_INPUT
@@ -595,7 +595,7 @@ def _recorded_end(state: RunState, plan: Plan) -> Iterator[None]:
             state.event_log.unlock()
             restore_interrupts()
     if unwritten is not None:
-        raise StoreFull(full_disk_message(plan, state.location.store, first_line(unwritten)))
+        raise StoreFull(full_disk_message(state.location.store, first_line(unwritten)))
 
 
 def _record_end(state: RunState) -> OSError | None:

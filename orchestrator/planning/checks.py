@@ -6,8 +6,6 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from pathlib import Path
-from statistics import fmean
 from typing import NamedTuple
 
 from air_core.methods import EMBEDDED
@@ -158,7 +156,7 @@ def unused_gpus_reason(
     """
     machines = _known_machines() if machines is None else machines
     gpus = int(sum(machine.get("GPU", 0.0) for machine in machines or ()))
-    models = {
+    used = {
         "trial": [str(cell.flat["backbone"]) for cell in plan.cells if plan.left[cell.id]],
         "generator": [
             ref.name
@@ -169,8 +167,12 @@ def unused_gpus_reason(
         ],
     }
     names = {
-        process: [name for name in dict.fromkeys(models[process]) if _is_real(name)]
-        for process in models
+        process: [
+            name
+            for name in dict.fromkeys(each)
+            if name not in EMBEDDED.values() and not name.startswith("folder:")
+        ]
+        for process, each in used.items()
         if not plan.sweep.sets_gpu(process)
     }
     unset = [process for process in names if names[process]]
@@ -184,45 +186,16 @@ def unused_gpus_reason(
     )
 
 
-def _is_real(model: str) -> bool:
-    return model not in EMBEDDED.values() and not model.startswith("folder:")
-
-
-def bytes_left(plan: Plan, store: ArtifactStore) -> int:
-    """Estimate the bytes of everything that is left to compute.
-
-    Each artifact counts as the mean of the stored artifacts of its stage, and as 0 if the store has
-    none. So the result is a lower bound until the store has some of each stage.
-    """
-    expected = 0.0
-    for requirement in plan.requirements:
-        have, total = requirement.have(store), requirement.total()
-        if have:
-            expected += requirement.bytes(store) / have * (total - have)
-        elif not requirement.rows:
-            expected += _mean_bytes(store.artifacts / requirement.stage)
-    return round(expected + _mean_bytes(store.artifacts / "trials") * plan.to_run)
-
-
-def _mean_bytes(stage: Path) -> float:
-    """Mean bytes of the artifacts of a stage; 0 if there are none."""
-    sizes = [sum(file.stat().st_size for file in folder.glob("*")) for folder in stage.glob("*/*")]
-    return fmean(sizes) if sizes else 0.0
-
-
-def full_disk_message(plan: Plan, store: ArtifactStore, problem: str) -> str:
-    """Describe a full disk: free and needed space, and how to free some.
+def full_disk_message(store: ArtifactStore, problem: str) -> str:
+    """Describe a full disk, and how to free some space.
 
     Args:
         problem: the error message, or the name of the file that could not be written.
     """
     disk = shutil.disk_usage(store.root)
-    left = bytes_left(plan, store)
-    needed = f"; the sweep needs at least {format_bytes(left)} more" if left else ""
-    gc = f"airsweep cache gc --store {store.root}"
     return (
         f"no space left on the disk of the store {store.root} ({problem}): "
         f"{format_bytes(disk.free)} of {format_bytes(disk.total)} are free after the removal of "
-        f"unfinished files{needed}; `{gc}` lists what no sweep "
-        "needs; free some space, then run the same command again to resume"
+        f"unfinished files; `airsweep cache gc --store {store.root}` lists what no sweep needs; "
+        "free some space, then run the same command again to resume"
     )
