@@ -113,8 +113,7 @@ class CellSearch:
             sampler = RandomSampler(seed=seed) if stuck else self._sampler(self.search, seed)
             study = optuna.create_study(direction="maximize", sampler=sampler)
             study.add_trials(earlier)
-            trial = study.ask()
-            params = {each.key: _suggest_value(trial, each) for each in self.cell.space}
+            params = study.ask({each.key: _distribution(each) for each in self.cell.space}).params
             if self._computation(params) not in self._computations:
                 return params
         new = (each for each in self._grid if self._computation(each) not in self._computations)
@@ -194,17 +193,6 @@ def tpe(search: Search, seed: int) -> BaseSampler:
     """Optuna's TPE, which starts with random points."""
     startup = STARTUP_POINTS if search.points < 30 else 10
     return TPESampler(seed=seed, n_startup_trials=startup)
-
-
-def _suggest_value(trial: optuna.Trial, dimension: Dimension) -> Any:
-    key = dimension.key
-    match _distribution(dimension):
-        case CategoricalDistribution(choices=choices):
-            return trial.suggest_categorical(key, choices)
-        case IntDistribution(low=low, high=high, log=log):
-            return trial.suggest_int(key, low, high, log=log)
-        case FloatDistribution(low=low, high=high, log=log):
-            return trial.suggest_float(key, low, high, log=log)
 
 
 def _distribution(dimension: Dimension) -> BaseDistribution:
