@@ -16,7 +16,7 @@ import pytest
 from orchestrator import api
 from orchestrator.store.event_log import CRASH_AT
 from orchestrator.tracking._runs import create_database
-from tests.helpers.disks import PAGE, small_disk
+from tests.helpers.disks import PAGE, SmallDisk
 from tests.helpers.sweeps import (
     all_runs,
     begun_twice,
@@ -99,7 +99,7 @@ def test_a_sweep_on_a_full_disk_stops_and_resumes_to_the_results_of_an_undisturb
     files = [file for file in alone.rglob("*") if file.is_file()]
     whole = sum(-(-file.stat().st_size // PAGE) for file in files)
     sizes = range(2, whole - 8, whole // (30 if every else 3))
-    with small_disk(tmp_path / "small", whole * PAGE) as disk, closing(Trivial(disk.inside)) as run:
+    with SmallDisk(tmp_path / "small", whole * PAGE) as disk, closing(Trivial(disk.inside)) as run:
         for pages in sizes:
             when, store = f"disk full after {pages} pages", disk.place
             disk.resize(pages * PAGE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.helpers.disks import PAGE, small_disk
+from tests.helpers.disks import PAGE, SmallDisk
 from tests.helpers.sweeps import python
 
 BUILD = """
@@ -43,7 +43,7 @@ for block in range(2):
 def test_features_and_blocks_on_a_full_disk_fail_with_disk_and_leave_no_file(
     tmp_path, drawn_digits
 ):
-    with small_disk(tmp_path / "store", 9 * PAGE) as disk:
+    with SmallDisk(tmp_path / "store", 9 * PAGE) as disk:
 
         def build() -> list[str]:
             arguments = (disk.place, tmp_path / "digests.json", drawn_digits)

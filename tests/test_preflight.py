@@ -22,7 +22,7 @@ import ray
 from orchestrator.cluster.node_facts import TOKENS
 from orchestrator.store.buckets import parse
 from tests.helpers.clusters import OneNode, head, one_node
-from tests.helpers.disks import SmallDisk, small_disk
+from tests.helpers.disks import SmallDisk
 from tests.helpers.servers import free_port, full_bucket
 from tests.helpers.sweeps import environment, run_command, table, write_sweep
 
@@ -44,7 +44,7 @@ def cluster(s3_server, tmp_path_factory) -> Iterator[OneNode]:
 @pytest.fixture
 def disk(tmp_path) -> Iterator[SmallDisk]:
     """Mounts of a second machine; a small disk takes the path of the store."""
-    with small_disk(tmp_path / "runs", 200 << 20) as disk:
+    with SmallDisk(tmp_path / "runs", 200 << 20) as disk:
         yield disk
 
 

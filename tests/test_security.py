@@ -124,7 +124,7 @@ def server(tmp_path: Path) -> Iterator[MlflowServer]:
 def test_no_output_of_a_run_contains_a_secret(server, tmp_path):
     """Every trial fails with a message that contains both kinds of secrets."""
     spec = write_sweep(tmp_path, "leaky", "grid: {method: [zero_shot, fpl]}\nseeds: [1, 2]\n")
-    secrets = {"TEAM_DB_PASSWORD": "wJalrXUtnFEMI", "HF_TOKEN": "hf_abcdefghijkl"}
+    secrets = {"MLFLOW_TRACKING_PASSWORD": "wJalrXUtnFEMI", "HF_TOKEN": "hf_abcdefghijkl"}
     message = "no entry for postgresql://air:pw-of-url@db/x with wJalrXUtnFEMI and hf_abcdefghijkl"
     uri = server.url.replace("http://", "http://me:pw-of-mlflow@")
     words = ("run", spec, "--store", tmp_path / "runs", "--tracking-uri", uri)

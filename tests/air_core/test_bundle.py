@@ -220,6 +220,7 @@ def with_value(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("code", "import os", "code is 'import os': Extra inputs are not permitted"),
         ("metrics", {"test/accuracy": True}, "metrics.test/accuracy is True"),
         ("unseen", [10], "unseen is neither"),
+        ("unseen", [1, 1], "unseen is neither"),
         ("unseen", [], "unseen is neither"),
         ("unseen", [1], "U 1"),  # classes of the auxiliary classifier
         ("lineage", None, "lineage is None"),
@@ -248,11 +249,13 @@ SHORT = np.where(np.arange(10)[:, None] == 3, 0.5 * UNIT, UNIT)
         (TEXT, "logit_scale", np.array(-1, np.float32), "values out of range"),
         (PROMPT, "prompt", np.ones(8, np.float32), "is float32 (8,)"),
         (PROMPT, "prompt", np.ones((0, 8), np.float32), "prompt of prompt.safetensors is empty"),
+        (PROMPT, "prompt", np.full((2, 8), np.inf, np.float32), "values out of range"),
         (FUSED, "auxiliary.labels", np.ones(10, np.float32), "allowed: finite integers (N)"),
         (FUSED, "weight", np.array(1.5), "from 0 to 1"),
         (FUSED, "auxiliary.bank", UNIT[:, :9], "of fused.safetensors is float32"),
         (FUSED, "auxiliary.labels", np.int64([0] * 10), "fewer images of a class"),
         (FUSED, "auxiliary.labels", np.arange(1, 11), "values out of range"),
+        (FUSED, "auxiliary.nearest", np.array(2), "fewer images of a class"),
         (FUSED, "mixture.means", UNIT, "must contain exactly"),
     ],
 )

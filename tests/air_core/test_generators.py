@@ -267,6 +267,7 @@ def changed(folder: Path, file: str, **values: object) -> Path:
         (INDEX, {"unet": ["stable_diffusion", "StableDiffusionPipeline"]}, "of stable_diffusion"),
         (INDEX, {"unet": ["diffusers", "StableDiffusionPipeline"]}, "not a model or scheduler"),
         (INDEX, {"unet": ["diffusers"]}, r"'unet' is \['diffusers'\]; allowed: a library and a"),
+        (INDEX, {"unet": ["diffusers", {}]}, "'unet' is .*; allowed: a library and a class"),
         (INDEX, {"../up": ["diffusers", "UNet2DModel"]}, "'../up' is .*; allowed: a library and"),
         ("text_encoder/config.json", {"auto_map": {"AutoModel": "evil.Evil"}}, "has auto_map"),
         ("tokenizer/tokenizer_config.json", {"x": [{"auto_map": "evil.Evil"}]}, "has auto_map"),

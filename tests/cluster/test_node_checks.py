@@ -20,7 +20,7 @@ from orchestrator.cluster.node_facts import (
     store_token,
 )
 from orchestrator.store import open_store
-from tests.helpers.disks import small_disk
+from tests.helpers.disks import SmallDisk
 from tests.helpers.servers import free_port
 from tests.helpers.sweeps import python, write_sweep
 
@@ -122,7 +122,7 @@ def test_an_unreachable_tracker_is_refused(spec, tmp_path, command):
 
 
 def test_a_full_disk_and_a_read_only_disk_are_refused(spec, tmp_path):
-    with small_disk(tmp_path / "disk", 1 << 20) as disk:
+    with SmallDisk(tmp_path / "disk", 1 << 20) as disk:
 
         def check() -> subprocess.CompletedProcess[str]:
             words = ("plan", spec, "--store", disk.place / "runs", "--check")

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-
 from tests.helpers.disks import UNSHARE
-from tests.helpers.machines import NoMachines, keep
+from tests.helpers.machines import keep, mounts_of
 
 
 @contextmanager
 def fake_gpus(folder: Path, count: int) -> Iterator[list[str]]:
-    """The prefix of commands that find `count` GPUs in /dev; skips the test without namespaces."""
+    """The prefix of commands that find `count` GPUs in /dev."""
     dev = folder / "dev"
     dev.mkdir()
     commands = [f"mount -t tmpfs none {dev}", f"mkdir {dev}/shm", f"ln -s /proc/self/fd {dev}/fd"]
@@ -23,12 +20,6 @@ def fake_gpus(folder: Path, count: int) -> Iterator[list[str]]:
         commands.append(f"touch {dev}/{name} && mount --bind /dev/{name} {dev}/{name}")
     commands += [f"touch {dev}/nvidia{number}" for number in range(count)]
     commands += [f"mount --bind /dev/shm {dev}/shm", f"mount --rbind {dev} /dev"]
-    try:
-        keeper = keep(UNSHARE, *commands)
-    except NoMachines as problem:
-        pytest.skip(str(problem))
-    try:
-        inside = ["nsenter", "--preserve-credentials", "--user", "--mount"]
-        yield [*inside, "--target", str(keeper.pid), f"--wdns={os.getcwd()}"]
-    finally:
-        keeper.communicate()
+    keeper = keep(UNSHARE, *commands)
+    yield mounts_of(keeper)
+    keeper.communicate()

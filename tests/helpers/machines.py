@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -30,10 +30,6 @@ if not AS_ROOT:
     JOIN += ["--user", "--preserve-credentials"]
 # The first process of a machine reaps the others, and ends when its stdin closes.
 FIRST = "trap '' CHLD && echo ready && exec cat"
-
-
-class NoMachines(Exception):
-    """This machine does not allow namespaces."""
 
 
 class Machine:
@@ -117,9 +113,6 @@ class Network:
 
     Args:
         folder: folder for all files of the machines, outside /tmp.
-
-    Raises:
-        NoMachines: this machine does not allow namespaces.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -163,34 +156,32 @@ class Network:
 
 @contextmanager
 def network() -> Iterator[Network]:
-    """A network without machines; skips the test if namespaces are not allowed."""
+    """A network without machines."""
     # Not in /tmp, which every machine has separately.
     folder = Path(tempfile.mkdtemp(prefix="machines", dir="/var/tmp"))
     try:
-        switch = Network(folder)
-        try:
+        with closing(Network(folder)) as switch:
             switch.machine("probe").lose()
             yield switch
-        finally:
-            switch.close()
-    except NoMachines as problem:
-        pytest.skip(str(problem))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def keep(command: list[str], *steps: str) -> subprocess.Popen[bytes]:
-    """Run the steps in new namespaces; returns a process that keeps the namespaces alive."""
-    keeper = subprocess.Popen(
-        [*command, "sh", "-c", " && ".join([*steps, FIRST])],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    """Run the steps in new namespaces; returns a process that keeps the namespaces alive, until its
+    stdin closes. Skips the test if this machine does not allow namespaces."""
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    keeper = subprocess.Popen([*command, "sh", "-c", " && ".join([*steps, FIRST])], **pipes)
     if keeper.stdout.readline() != b"ready\n":
         _, stderr = keeper.communicate()
-        raise NoMachines(f"this machine does not allow namespaces: {stderr.decode().strip()}")
+        pytest.skip(f"this machine does not allow namespaces: {stderr.decode().strip()}")
     return keeper
+
+
+def mounts_of(keeper: subprocess.Popen[bytes]) -> list[str]:
+    """The prefix of commands that see the mounts of a process that `keep` has started."""
+    nsenter = ["nsenter", "--preserve-credentials", "--user", "--mount"]
+    return [*nsenter, "--target", str(keeper.pid), f"--wdns={os.getcwd()}"]
 
 
 def _child(pid: int) -> int:

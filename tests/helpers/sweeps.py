@@ -88,7 +88,7 @@ def environment(**more: str) -> dict[str, str]:
 
 # Commands that run in this process, because starting Python takes seconds: those that start no
 # process, and with the fixture `ray_session` those that start only Ray.
-READ_ONLY = ("cache", "init", "plan", "report", "status", "table", "usage")
+READ_ONLY = ("cache", "init", "plan", "report", "status", "table")
 WITH_RAY = (*READ_ONLY, "run")
 
 
