@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.store import open_store
-from orchestrator.store.gc import take_inventory
+from orchestrator.store.gc import contents
 from tests.helpers.sweeps import airsweep, events, write_sweep
 
 TWO_CELLS = "grid: {method: [zero_shot, cpl]}\nseeds: [1, 2]\n"
@@ -47,7 +47,7 @@ def test_equal_names_in_two_projects_share_artifacts_but_not_events_or_experimen
         tags = {(run.data.tags["air.kind"], run.data.tags["air.user"]) for run in runs}
         # Both projects show the trials with the user who computed them.
         assert tags == {("sweep", user), ("trial", "mina"), ("point", "mina")}
-    assert {item.user for item in take_inventory(open_store(store)).artifacts} == {"mina"}
+    assert {item.user for item in contents(open_store(store)).artifacts} == {"mina"}
 
 
 @pytest.mark.integration

@@ -1,9 +1,8 @@
 """What a store contains, and garbage collection: artifacts that no recorded sweep needs, and
 leftovers of killed processes.
 
-`take_inventory` reads names, sizes and records, but no arrays, so it imports no heavy library. An
-artifact or a row is kept or removed as a whole. If the requirements of one sweep cannot be read,
-nothing is removed.
+`contents` reads names, sizes and records, but no arrays, so it imports no heavy library. An
+artifact or a row is kept or removed as a whole.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import os
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +31,18 @@ MIN_AGE = 24 * 3600.0  # seconds: a process on another machine may be writing yo
 
 
 @dataclass(frozen=True)
+class StoreRequirements:
+    """Artifacts and rows that the recorded sweeps need, by PROJECT/NAME of the sweep."""
+
+    sweeps: Mapping[str, Collection[str]]  # the first 12 hex digits of the keys
+    unreadable: Mapping[str, str]  # reason
+
+    def sweeps_needing(self, digest: str) -> list[str]:
+        """The sweeps that need an artifact or a row."""
+        return [sweep for sweep, digests in self.sweeps.items() if digest in digests]
+
+
+@dataclass(frozen=True)
 class Item:
     """An artifact, a row, the checkpoint of unfinished work, or a leftover.
 
@@ -42,39 +53,37 @@ class Item:
     bytes: int
     modified: float  # seconds since the epoch
     digest: str = ""  # first 12 hex digits of the key; empty: a leftover
+    why: str = ""  # it is a leftover, or may be removed
     user: str = UNKNOWN
     images: int | None = None  # including rejected ones; None: no images, or not known
-    why: str = ""  # it is a leftover, or may be removed
-
-    def json(self, root: Path) -> dict[str, Any]:
-        return {"path": str(self.path.relative_to(root)), "why": self.why, "bytes": self.bytes}
 
 
 @dataclass(frozen=True)
-class Inventory:
-    store: ArtifactStore
-    artifacts: tuple[Item, ...]  # and rows
-    unfinished: tuple[Item, ...]
-    leftovers: tuple[Item, ...]
+class Contents:
+    """What a store contains, sorted by path."""
+
+    artifacts: Sequence[Item]  # and rows
+    unfinished: Sequence[Item]
+    leftovers: Sequence[Item]
 
 
-def take_inventory(store: ArtifactStore) -> Inventory:
-    """List the current content of a store.
+def contents(store: ArtifactStore) -> Contents:
+    """List what a store contains now.
 
     Raises:
         ValueError: the store does not exist or has no artifact yet.
     """
     folders: dict[Path, dict[str, Entry]] = defaultdict(dict)
-    leftovers: dict[Path, list[Entry]] = defaultdict(list)
+    hidden: dict[Path, dict[str, Entry]] = defaultdict(dict)
     unfinished = []
     for top, depth in (("artifacts", 4), (UNFINISHED, 1)):
         for entry in store.storage.entries(store.root / top, depth):
-            parts = [top, *entry.name.split("/")]
-            hidden = [n for n, part in enumerate(parts) if part.startswith(".")]
-            if hidden:
-                leftovers[store.root.joinpath(*parts[: hidden[0] + 1])].append(entry)
+            path = store.root / top / entry.name
+            parts = (top, *entry.name.split("/"))
+            dots = [n for n, part in enumerate(parts, 1) if part.startswith(".")]
+            if dots:
+                hidden[store.root.joinpath(*parts[: dots[0]])][entry.name] = entry
             elif top == UNFINISHED:
-                path = store.root / top / entry.name
                 digest = path.stem.partition("-")[0]
                 unfinished.append(Item(path, entry.size, entry.modified, digest))
             elif len(parts) == 5:
@@ -83,16 +92,15 @@ def take_inventory(store: ArtifactStore) -> Inventory:
         raise ValueError(
             f"{store.name} has no artifacts yet: run a sweep, or choose another store with --store"
         )
-    found: list[Item] = []
-    run_concurrently(lambda path: found.append(_item(store, path, folders[path])), folders)
-    found += [_sized(path, files, why=_why_hidden(path)) for path, files in leftovers.items()]
-    found.sort(key=lambda item: item.path)
-    return Inventory(
-        store,
-        tuple(item for item in found if not item.why),
-        tuple(sorted(unfinished, key=lambda item: item.path)),
-        tuple(item for item in found if item.why),
-    )
+    items: list[Item] = []
+    run_concurrently(lambda path: items.append(_item(store, path, folders[path])), folders)
+    for path, files in hidden.items():
+        is_damaged = path.name.startswith(DAMAGED)
+        why = "it was damaged and set aside" if is_damaged else "it is incomplete"
+        items.append(_sized(path, files, why=why))
+    items.sort(key=lambda item: item.path)
+    artifacts, leftovers = ([i for i in items if bool(i.why) == left] for left in (False, True))
+    return Contents(artifacts, sorted(unfinished, key=lambda item: item.path), leftovers)
 
 
 def _item(store: ArtifactStore, path: Path, files: Mapping[str, Entry]) -> Item:
@@ -100,7 +108,7 @@ def _item(store: ArtifactStore, path: Path, files: Mapping[str, Entry]) -> Item:
     name = ROW if ROW in files else RECORD
     shards = sum(SHARD.fullmatch(file) is not None for file in files)
     if name not in files and not shards:
-        return _sized(path, files.values(), why="a folder without a record")
+        return _sized(path, files, why="a folder without a record")
     record: dict[str, Any] = {}
     try:
         record = parse_record(store.storage.get(path / name) or b"", path / name)
@@ -115,121 +123,70 @@ def _item(store: ArtifactStore, path: Path, files: Mapping[str, Entry]) -> Item:
         block = spec.get("block") or spec.get("settings", {}).get("block")
         images = block and block * shards
     digest, user = path.name.rpartition("-")[2], str(record.get("user", UNKNOWN))
-    return _sized(path, files.values(), digest=digest, user=user, images=images)
+    return _sized(path, files, digest=digest, user=user, images=images)
 
 
-def _sized(path: Path, files: Collection[Entry], **fields: Any) -> Item:
-    newest = max(entry.modified for entry in files)
-    return Item(path, sum(entry.size for entry in files), newest, **fields)
-
-
-def _why_hidden(path: Path) -> str:
-    is_damaged = path.name.startswith(DAMAGED)
-    return "it was damaged and set aside" if is_damaged else "it is incomplete"
+def _sized(path: Path, files: Mapping[str, Entry], **fields: Any) -> Item:
+    size = sum(entry.size for entry in files.values())
+    return Item(path, size, max(entry.modified for entry in files.values()), **fields)
 
 
 # ---------------------------------------------------------------- removal
 
 
-@dataclass(frozen=True)
-class StoreRequirements:
-    """Artifacts and rows that the recorded sweeps need, by PROJECT/NAME of the sweep."""
+def removable(
+    found: Contents, requirements: StoreRequirements, me: str, sweep: str | None = None
+) -> list[Item]:
+    """What no recorded sweep needs, and leftovers; or what one sweep alone needs.
 
-    sweeps: Mapping[str, Collection[str]]  # the first 12 hex digits of the keys
-    unreadable: Mapping[str, str]  # reason
-
-    def sweeps_needing(self, digest: str) -> list[str]:
-        """The sweeps that need an artifact or a row."""
-        return [sweep for sweep, digests in self.sweeps.items() if digest in digests]
-
-
-@dataclass(frozen=True)
-class GcPlan:
-    """What to remove, and what could be removed but belongs to other users."""
-
-    root: Path
-    removals: tuple[Item, ...]
-    others: tuple[Item, ...]
-    sweep: str | None  # PROJECT/NAME: only artifacts that no other sweep needs
-
-    @property
-    def bytes(self) -> int:
-        return sum(removal.bytes for removal in self.removals)
-
-    def json(self, removed: bool) -> dict[str, Any]:
-        return {
-            "store": str(self.root),
-            "removed": removed,
-            "bytes": self.bytes,
-            "removals": [item.json(self.root) | {"user": item.user} for item in self.removals],
-            "others": [item.json(self.root) | {"user": item.user} for item in self.others],
-        }
-
-
-def plan_gc(
-    inventory: Inventory,
-    requirements: StoreRequirements,
-    me: str,
-    all_users: bool,
-    sweep: str | None = None,
-) -> GcPlan:
-    """Find what no recorded sweep needs, and leftovers; or what one sweep alone needs.
+    A row belongs to the user who created it, a file without a record to `me` if this process owns
+    it.
 
     Args:
-        me: remove only artifacts of this user, unless `all_users`. A row belongs to the user who
-            created it.
         sweep: PROJECT/NAME of the sweep.
 
     Raises:
         ValueError: the requirements of a sweep cannot be read.
     """
-    root = inventory.store.root
     for unreadable, why in requirements.unreadable.items():
         raise ValueError(
             f"the requirements of sweep {unreadable} cannot be read, so nothing is removed: {why}; "
-            f"fix that, or remove {root / 'sweeps' / unreadable} to give up the sweep"
+            f"fix that, or remove the folder sweeps/{unreadable} of the store to give up the sweep"
         )
-    groups: dict[bool, list[Item]] = {True: [], False: []}
-    for item in sorted(_removable(inventory, requirements, me, sweep), key=lambda i: -i.bytes):
-        groups[all_users or item.user == me != UNKNOWN].append(item)
-    return GcPlan(root, tuple(groups[True]), tuple(groups[False]), sweep)
-
-
-def _removable(
-    inventory: Inventory, requirements: StoreRequirements, me: str, sweep: str | None
-) -> Iterator[Item]:
-    why = f"only {sweep} needs it" if sweep else "no sweep needs it"
-    for item in inventory.artifacts:
-        if requirements.sweeps_needing(item.digest) == ([sweep] if sweep else []):
-            yield replace(item, why=why)
     if sweep:
-        return
-    unrecorded = [item for item in inventory.leftovers if time.time() - item.modified > MIN_AGE]
-    complete = {item.digest for item in inventory.artifacts}
-    for item in inventory.unfinished:
+        alone = (
+            item for item in found.artifacts if requirements.sweeps_needing(item.digest) == [sweep]
+        )
+        return [replace(item, why=f"only {sweep} needs it") for item in alone]
+    needless = "no sweep needs it"
+    artifacts = [
+        replace(item, why=needless)
+        for item in found.artifacts
+        if not requirements.sweeps_needing(item.digest)
+    ]
+    complete = {item.digest for item in found.artifacts}
+    files = [item for item in found.leftovers if time.time() - item.modified > MIN_AGE]
+    for item in found.unfinished:
         if item.digest in complete:
-            unrecorded.append(replace(item, why="its artifact is complete"))
+            files.append(replace(item, why="its artifact is complete"))
         elif not requirements.sweeps_needing(item.digest):
-            unrecorded.append(replace(item, why=why))
-    for item in unrecorded:  # has the owner of the file
-        yield replace(item, user=me if item.path.lstat().st_uid == os.getuid() else UNKNOWN)
+            files.append(replace(item, why=needless))
+    uid = os.getuid()
+    return artifacts + [replace(i, user=me) if i.path.lstat().st_uid == uid else i for i in files]
 
 
-def remove(plan: GcPlan) -> GcPlan:
-    """Remove what a plan lists. A kill in between leaves no artifact that looks complete.
+def remove(store: ArtifactStore, items: Sequence[Item]) -> list[Item]:
+    """Remove artifacts and leftovers, and the locks of killed builders. The caller holds the store
+    exclusively. A kill in between leaves no artifact that looks complete.
 
     Returns:
-        The plan as carried out: removals that failed, for example because another user owns the
-        folder, are among `others`.
+        The items that could not be removed, for example because another user owns the folder.
     """
-    removed = [item for item in plan.removals if _remove(item.path)]
-    # Locks of killed builders. The caller holds the store exclusively.
-    for lock in (plan.root / LOCKS).iterdir():
-        if lock != plan.root / STORE_LOCK and time.time() - lock.stat().st_mtime > MIN_AGE:
+    for lock in (store.root / LOCKS).iterdir():
+        if lock != store.root / STORE_LOCK and time.time() - lock.stat().st_mtime > MIN_AGE:
             with suppress(PermissionError):  # of another user
                 lock.unlink()
-    failed = [replace(item, why=NOT_REMOVED) for item in plan.removals if item not in removed]
-    return replace(plan, removals=tuple(removed), others=(*plan.others, *failed))
+    return [replace(item, why=NOT_REMOVED) for item in items if not _remove(item.path)]
 
 
 def _remove(path: Path) -> bool:

@@ -18,7 +18,7 @@ from orchestrator.reporting.screens import status_report
 from orchestrator.spec import load_sweep
 from orchestrator.stages import SyntheticFeaturesSpec
 from orchestrator.store import ArtifactStore, SweepLocation
-from orchestrator.store.gc import take_inventory
+from orchestrator.store.gc import contents
 from orchestrator.store.records import PREDICTIONS
 from tests.helpers.sweeps import python
 
@@ -88,7 +88,7 @@ class World:
 
     def holdings(self) -> set[str]:
         root = self.store.artifacts
-        return {str(item.path.relative_to(root)) for item in take_inventory(self.store).artifacts}
+        return {str(item.path.relative_to(root)) for item in contents(self.store).artifacts}
 
     def give_up(self, name: str) -> None:
         (self.store.root / "sweeps/default" / name).rename(self.store.root / name)
