@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import re
 import shutil
@@ -17,11 +18,14 @@ import torch
 from PIL import Image
 
 from air_core.bundle import load_bundle
+from air_core.bundle.checks import TEXT
 from air_core.bundle.manifest import write_bundle
+from air_core.datasets import get_dataset
 from air_core.datasets.images import ImageFiles, Unreadable
 from orchestrator import api
 from tests.helpers.bundles import zero_shot
 from tests.helpers.documents import ROOT
+from tests.helpers.golden import check_refusals
 from tests.helpers.sweeps import python
 
 
@@ -178,19 +182,95 @@ def rows(file: Path) -> list[dict[str, Any]]:
         ]
 
 
-def test_what_cannot_be_written_is_refused_before_anything_is_read(
-    folder, photos, command, tmp_path
-):
+def test_refusals_equal_the_golden_messages(folder, photos, command, tmp_path):
+    (tmp_path / "empty").mkdir()
     (tmp_path / "full.parquet").mkdir()
-    for words, message in (
-        (("-o", "out.txt"), "out.txt: the name must end in .parquet or .csv"),
-        (("-o", "out.csv", "--json"), "exclude each other; give only one"),
-        (("-o", tmp_path / "full.parquet"), "is a folder; remove it, or give another -o"),
-    ):
-        code, out, err = command("classify", folder, photos[0], *words)
-        assert (code, out) == (2, ""), err
-        assert message in err
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no image")
+    check_refusals(
+        "messages/classify.txt",
+        functools.partial(command, "classify"),
+        (folder, tmp_path / "empty"),
+        (folder, tmp_path / "no.png"),
+        (folder, "~nosuchuser/new.png"),
+        (folder, bad),
+        (folder, bad, "--json", "--csv"),
+        (folder, bad, "--json", "-o", "out.csv"),
+        (folder, bad, "-o", "out.txt"),
+        (folder, bad, "-o", tmp_path / "full.parquet"),
+        (folder, bad, "--weights", tmp_path / "x"),
+        (tmp_path, bad),
+        bundle=folder,
+        here=tmp_path,
+    )
     assert not Path("out.csv").exists()
+
+
+def test_class_vectors_of_the_wrong_width_are_refused(photos, command, tmp_path):
+    about, arrays = zero_shot()
+    arrays[TEXT]["text_features"] = np.eye(10, 30, dtype=np.float32)
+    write_bundle(tmp_path / "wide", about, arrays, replace=False)
+    code, out, err = command("classify", tmp_path / "wide", photos[0])
+    assert (code, out) == (2, "")
+    assert "is not a bundle of this backbone: its class vectors have width 30" in err
+
+
+def test_class_folders_have_accuracy_and_confusion_matrix_and_text_the_rows(
+    folder, command, tmp_path
+):
+    examples = get_dataset("digits").load(None)
+    new = tmp_path / "new" / "test"
+    names = {0: "digit_zero", 1: "digit one", 2: "zwei", 3: "unknown"}
+    for name in names.values():
+        (new / name).mkdir(parents=True)
+    (tmp_path / "new" / "classnames.txt").write_text("zwei = digit two\n")
+    for i in np.flatnonzero(np.isin(examples.labels, (0, 1, 2)))[:12]:
+        examples.images[i].save(new / names[examples.labels[i]] / f"{i}.png")
+    examples.images[0].save(new / "unknown" / "x.png")
+    (new / "zwei" / "bad.png").write_bytes(b"")
+    (new / "zwei" / "IMG.MOV").write_bytes(b"")
+
+    code, out, err = command("classify", folder, new.parent, "--json", "--topk", "2")
+    found = [one for one in json.loads(out) if one["error"] is None]
+    assert code == 1
+    assert [one["true"] for one in found].count(None) == 1
+    right = sum(one["class"] == one["true"] for one in found)
+    accuracy = f"accuracy {right / 12:.1%}: {right} of 12 images in class folders; "
+    assert accuracy + "1 in other folders do not count" in err
+    assert "skipped: 1 .mov\n1 of 14 files could not be read:\n" in err
+
+    lines = command("classify", folder, new.parent, "--topk", "2")[1].splitlines()
+    for one, line in zip(found, lines, strict=False):
+        best = f"{one['class']} {one['probability']:.1%}"
+        second = f"{one['class_2']} {one['probability_2']:.1%}"
+        assert " ".join(line.split()).endswith(f"{one['path'][-9:]} {best} {second}")
+    start = lines.index("confusion matrix (rows: folder, columns: predicted class)") + 2
+    shown = [line[6:].split("  ")[0].strip() for line in lines[start:]]
+    rows = [[int(n) for n in line.split()[-len(shown) :]] for line in lines[start:]]
+    assert rows == [
+        [sum((one["true"], one["class"]) == (true, name) for one in found) for name in shown]
+        for true in shown
+    ]
+    assert "accuracy" not in command("classify", folder, f"{new}/zwei/*.png")[1]
+
+
+def test_an_image_with_a_small_probability_is_unsure(folder, photos, command):
+    new = photos[0].parent
+    every = load_bundle(folder).classify([new])
+    limit = sorted(result.probability for result in every)[10]
+    found = load_bundle(folder, min_probability=limit).classify([new])
+    assert [one.classname == "unsure" for one in found] == [
+        one.probability < limit for one in every
+    ]
+    assert [one.top for one in found] == [one.top for one in every]
+    words = ("classify", folder, new, "--min-probability", limit)
+    code, out, err = command(*words, "--json")
+    assert (code, [row["class"] for row in json.loads(out)]) == (0, [c.classname for c in found])
+    assert f"unsure: 10 of 75 images, below {limit:g}" in err
+    lines = [" ".join(line.split()[1:]) for line in command(*words)[1].splitlines()]
+    for line, one in zip(lines, found, strict=False):
+        assert line.startswith(f"{one.top[0][0]} {one.probability:.1%}")
+        assert line.endswith("unsure") == one.is_unsure
 
 
 STOPPED = """

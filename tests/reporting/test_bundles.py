@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +14,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from air_core.bundle import load_bundle, read_bundle
-from air_core.bundle.checks import PROMPT, TEXT
-from air_core.bundle.manifest import MANIFEST, write_bundle
+from air_core.bundle.checks import CLASSIFIERS, PROMPT, TEXT
+from air_core.bundle.manifest import MANIFEST
 from air_core.datasets import get_dataset
 from air_core.method import Callback, Round, learn
 from air_core.models.weights import tiny_folder
@@ -25,7 +25,6 @@ from orchestrator.stages.features import read_target
 from orchestrator.stages.trial_data import trial_data
 from orchestrator.stages.trial_run import run_trial
 from orchestrator.store import ArtifactStore, SweepLocation, read_trial
-from tests.helpers.bundles import text_logits
 from tests.helpers.features import encode
 from tests.helpers.golden import check_refusals
 from tests.helpers.outcomes import record_sweep, trained
@@ -38,6 +37,9 @@ grid:
 fixed: {train.steps: 8, prompt.length: 2, iterations: 2}
 seeds: [1, 2]
 """
+
+
+BASE: dict[str, Any] = {"precision": "fp32", "images_per_class": 0, "pool": "train", "seed": 1}
 
 
 @pytest.fixture(scope="module")
@@ -144,15 +146,9 @@ def test_a_trial_is_exported_by_key_or_slot_to_the_same_bytes(location, export, 
     assert content.lineage["slot"] == slot.id
     assert content.lineage["inputs"]["dataset"]["digest"] == slot.spec.dataset.digest
     assert content.lineage["spec"]["train.steps"] == 8
-    assert content.backbone.digest == slot.spec.backbone.digest
-    assert content.backbone.preprocess["mean"] == [0.15, 0.15, 0.15]
-    assert content.prompt["length"] == 2
     assert content.chosen is None
     arrays = load_file(one / PROMPT)
     assert np.array_equal(arrays["prompt"], record.prompt())
-    texts = load_file(one / "text_features.safetensors")
-    assert np.allclose(np.linalg.norm(texts["text_features"], axis=1), 1, atol=1e-6)
-
     plain = export(slot.key.digest[:6], out="plain")
     assert read_bundle(plain).content.lineage["sweep"] is None
     code, out, err = command("export", slot.key.digest[:8], "-o", one, *store_option(location))
@@ -160,34 +156,6 @@ def test_a_trial_is_exported_by_key_or_slot_to_the_same_bytes(location, export, 
     assert "is already a bundle" in err
     export(slot.key.digest[:8], "--sweep", "small", "--force")
     assert (one / MANIFEST).read_bytes() == (other / MANIFEST).read_bytes()
-
-
-@pytest.mark.parametrize("kind", ["zero_shot", "elsewhere", "zero_shot_elsewhere"])
-def test_every_kind_of_prompt_reproduces_the_recorded_predictions(
-    kind, location, resolver, export, drawn_digits
-):
-    flat = {
-        "precision": "fp32",
-        "images_per_class": 0,
-        "iterations": 1,
-        "train.steps": 4,
-        "prompt.length": 2,
-    }
-    flat |= {"test_dataset": f"folder:{drawn_digits}"} if "elsewhere" in kind else {}
-    flat |= {"iterations": 0} if "zero_shot" in kind else {}
-    spec = resolver.trial({**flat, "pool": "train", "seed": 1})
-    if spec.test_features is not None:
-        encode(spec.test_features, location.store)
-    record = run_trial(spec, location.store)
-    folder = export(record.key[:12])
-    index, predictions, _ = record.predictions()
-    source = get_dataset((spec.test_dataset or spec.dataset).name)
-    images = source.load(None).images
-    bundle = load_bundle(folder)
-    assert bundle.classnames == source.classnames
-    predicted = text_logits(bundle, [images[int(i)] for i in index]).argmax(dim=-1)
-    assert np.array_equal(predicted, predictions)
-    assert (folder / PROMPT).exists() == ("zero_shot" not in kind)
 
 
 def test_a_bundle_with_weights_of_a_folder_has_no_path_and_needs_one(
@@ -198,14 +166,7 @@ def test_a_bundle_with_weights_of_a_folder_has_no_path_and_needs_one(
     tensors = load_file(file)
     tensors["visual.proj"] *= 0.5  # so that the weights differ from those of other trials
     save_file(tensors, file)
-    flat = {
-        "precision": "fp32",
-        "images_per_class": 0,
-        "iterations": 0,
-        "pool": "train",
-        "backbone": str(clip),
-    }
-    spec = resolver.trial({**flat, "seed": 1})
+    spec = resolver.trial(BASE | {"iterations": 0, "backbone": str(clip)})
     encode(spec.features, location.store)
     folder = export(run_trial(spec, location.store).key)
     assert all(b"secret" not in file.read_bytes() for file in folder.iterdir())
@@ -217,45 +178,59 @@ def test_a_bundle_with_weights_of_a_folder_has_no_path_and_needs_one(
     assert command("classify", folder, image, "--weights", clip)[0] == 0
 
 
-FORMS = ("prototype", "knn", "cache")
-FUSED_TRIALS = {
-    **{form: {"auxiliary.kind": form, "fusion.space": "logit"} for form in FORMS},
-    "zero_shot_real": {"iterations": 0, "auxiliary.kind": "lda", "auxiliary.rounds": 2},
-    "transductive": {"iterations": 0, "transduction": "gmm", "auxiliary.source": "synthetic"},
-    "visual": {"modality": "visual"},
-    "trzsl": {"paradigm": "trzsl"},
+REAL = {"auxiliary.source": "real", "fusion_weight": 0.6}
+ELSEWHERE = {"test_dataset": "folder:"}
+KINDS: dict[str, dict[str, Any]] = {
+    "zero_shot": {"iterations": 0},
+    "elsewhere": ELSEWHERE,
+    "zero_shot elsewhere": ELSEWHERE | {"iterations": 0},
+    **{
+        form: REAL | {"auxiliary.kind": form, "fusion.space": "logit"}
+        for form in ("prototype", "knn", "cache")
+    },
+    "lda": REAL | {"iterations": 0, "auxiliary.kind": "lda", "auxiliary.rounds": 2},
+    "transductive": REAL
+    | {"iterations": 0, "transduction": "gmm", "auxiliary.source": "synthetic"},
+    "visual": REAL | {"modality": "visual"},
+    "trzsl": REAL | {"paradigm": "trzsl"},
 }
+WITHOUT_AUXILIARY = ("trzsl", "transductive")
 
 
-@pytest.mark.parametrize("kind", FUSED_TRIALS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_each_classifier_of_a_bundle_gives_the_recorded_predictions(
-    kind, location, resolver, export
+    kind, location, resolver, export, drawn_digits
 ):
-    base = {
-        "precision": "fp32",
-        "images_per_class": 0,
-        "iterations": 1,
-        "train.steps": 4,
-        "prompt.length": 2,
-    }
-    base |= {"auxiliary.source": "real", "fusion_weight": 0.6, "pool": "train", "seed": 3}
-    record = run_trial(resolver.trial(base | FUSED_TRIALS[kind]), location.store)
-    names = {"trzsl": ("text", "fused"), "transductive": ("text", "fused")}.get(
-        kind, ("text", "auxiliary", "fused")
+    flat = BASE | {"iterations": 1, "train.steps": 4, "prompt.length": 2} | KINDS[kind]
+    if "test_dataset" in flat:
+        flat["test_dataset"] += str(drawn_digits)
+    spec = resolver.trial(flat)
+    if spec.test_features is not None:
+        encode(spec.test_features, location.store)
+    record = run_trial(spec, location.store)
+    recorded = record.test_arrays()
+    names = [name for name in CLASSIFIERS if name in recorded]
+    fused = "fusion_weight" in flat
+    assert (
+        names
+        == ["text", *["auxiliary"] * (kind not in WITHOUT_AUXILIARY), "fused"][
+            : None if fused else 1
+        ]
     )
-    folder = export(record.key, "--classifier", "fused")
+    folder = export(record.key, "--classifier", names[-1])
     manifest = read_bundle(folder)
-    assert (manifest.classifiers, manifest.selected()) == (names, "fused")
+    assert ([*manifest.classifiers], manifest.selected()) == (names, names[-1])
     compares = kind in ("knn", "cache")  # these contain features of images
     assert (manifest.content.bank_images > 0) == compares
-    recorded = record.test_arrays()
-    images = get_dataset("digits").load(None).images
+    assert (folder / PROMPT).exists() == bool(spec.iterations)
+    source = get_dataset((spec.test_dataset or spec.dataset).name)
+    assert load_bundle(folder).classnames == source.classnames
+    images = source.load(None).images
     opened = [images[int(i)] for i in recorded["index"]]
     for name in names:
         best = load_bundle(folder, classifier=name).scores(opened).max(dim=-1)
         assert np.array_equal(best.indices, recorded[name])
         assert np.allclose(best.values, recorded[f"probability_{name}"], rtol=0, atol=1e-4)
-    assert not np.array_equal(recorded["text"], recorded["fused"])
 
 
 def test_an_export_says_what_it_compared(location, command, tmp_path):
@@ -340,130 +315,3 @@ def test_best_of_a_sweep_without_finished_trials_is_bad_input(command, tmp_path)
     )
     assert code == 2
     assert "no trial of small is done yet" in err
-
-
-# ---------------------------------------------------------------- classify
-
-
-@pytest.fixture
-def bundle(location, export) -> Path:
-    return export(slots_of(location, "cpl")[0].key.digest)
-
-
-def test_classify_prints_a_line_for_each_image_of_a_pattern(bundle, command, tmp_path):
-    new = pictures_of(np.arange(4), tmp_path / "new")
-    found = json.loads(command("classify", bundle, new, "--json", "--topk", "2")[1])
-    code, out, err = command("classify", bundle, f"{new}/*.png")
-    assert (code, err) == (0, "")
-    for one, line in zip(found, out.splitlines(), strict=True):
-        assert line.startswith(f"{one['path']}  {one['class']}")
-        second = f"{one['class_2']} {one['probability_2']:.1%}"
-        assert f"{one['probability']:>6.1%}   {second}" in line
-
-
-def test_classify_of_class_folders_ends_with_accuracy_and_confusion_matrix(
-    bundle, command, tmp_path
-):
-    examples = get_dataset("digits").load(None)
-    new = tmp_path / "new"
-    folders = {0: "digit_zero", 1: "digit one", 2: "zwei"}
-    (new / "test").mkdir(parents=True)
-    (new / "classnames.txt").write_text("zwei = digit two\n")
-    for i in np.flatnonzero(np.isin(examples.labels, (0, 1, 2)))[:12]:
-        folder = new / "test" / folders[examples.labels[i]]
-        folder.mkdir(exist_ok=True)
-        examples.images[i].save(folder / f"{i}.png")
-    (new / "test" / "unknown").mkdir()
-    examples.images[0].save(new / "test" / "unknown" / "x.png")
-    (new / "test" / "zwei" / "bad.png").write_bytes(b"")
-    (new / "test" / "zwei" / "IMG.MOV").write_bytes(b"")
-
-    code, out, err = command("classify", bundle, new, "--json")
-    found = json.loads(out)
-    assert code == 1
-    found = [one for one in found if one["error"] is None]
-    assert [one["true"] for one in found].count(None) == 1
-    right = sum(one["class"] == one["true"] for one in found)
-    accuracy = (
-        f"accuracy {right / 12:.1%}: {right} of 12 images in class folders; "
-        "1 in other folders do not count"
-    )
-    assert accuracy in err
-    assert "skipped: 1 .mov\n1 of 14 files could not be read:\n" in err
-    assert f"{new}/test/zwei/bad.png cannot be read: it is empty" in err
-
-    lines = command("classify", bundle, new)[1].splitlines()
-    assert accuracy in lines
-    start = lines.index("confusion matrix (rows: folder, columns: predicted class)") + 2
-    names = [line[6:].split("  ")[0].strip() for line in lines[start:]]
-    rows = [[int(n) for n in line.split()[-len(names) :]] for line in lines[start:]]
-    assert rows == [
-        [sum((one["true"], one["class"]) == (true, name) for one in found) for name in names]
-        for true in names
-    ]
-
-    header, *lines = command("classify", bundle, new, "--csv", "--topk", "1")[1].splitlines()
-    assert header == "path,class,probability,error,true"
-    assert sorted(line.split(",")[-1] for line in lines if "bad.png" not in line) == sorted(
-        one["true"] or "" for one in found
-    )
-    assert "accuracy" not in command("classify", bundle, new / "test" / "zwei" / "*.png")[1]
-
-
-def test_an_image_with_a_small_probability_is_unsure(bundle, command, tmp_path):
-    new = pictures_of(np.arange(30), tmp_path / "new")
-    every = load_bundle(bundle).classify([new])
-    limit = sorted(result.probability for result in every)[10]
-    found = load_bundle(bundle, min_probability=limit).classify([new])
-    assert [one.classname == "unsure" for one in found] == [
-        one.probability < limit for one in every
-    ]
-    assert [one.top for one in found] == [one.top for one in every]
-    words = ("classify", bundle, new, "--min-probability", limit)
-    code, out, err = command(*words, "--csv", "--topk", "1")
-    assert code == 0
-    assert [line.split(",")[1] for line in out.splitlines()[1:]].count("unsure") == 10
-    assert f"unsure: 10 of 30 images, below {limit:g}" in err
-    assert [row["class"] for row in json.loads(command(*words, "--json")[1])] == [
-        one.classname for one in found
-    ]
-    lines = [" ".join(line.split()[1:]) for line in command(*words)[1].splitlines()]
-    for line, one in zip(lines, found, strict=False):
-        assert line.startswith(f"{one.top[0][0]} {one.probability:.1%}")
-        assert line.endswith("unsure") == one.is_unsure
-
-
-def test_classify_without_images_or_bundle_prints_the_golden_messages(bundle, command, tmp_path):
-    new = pictures_of(np.arange(1), tmp_path / "new")
-    (tmp_path / "empty").mkdir()
-    bad = tmp_path / "bad.png"
-    bad.write_bytes(b"no image")
-    check_refusals(
-        "messages/classify.txt",
-        functools.partial(command, "classify"),
-        (bundle, tmp_path / "empty"),
-        (bundle, tmp_path / "no.png"),
-        (bundle, "~nosuchuser/new.png"),
-        (bundle, bad),
-        (bundle, new, "--json", "--csv"),
-        (bundle, new, "--weights", tmp_path / "x"),
-        (tmp_path / "new", new),
-        bundle=bundle,
-        here=tmp_path,
-    )
-    data = (bundle / PROMPT).read_bytes()
-    (bundle / PROMPT).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    code, _, err = command("classify", bundle, new)
-    assert code == 2
-    assert f"{bundle / PROMPT} was changed after the export" in err
-
-
-def test_class_vectors_of_the_wrong_width_are_refused(bundle, command, tmp_path):
-    manifest = read_bundle(bundle)
-    arrays = {file: dict(of) for file, of in manifest.arrays.items()}
-    arrays[TEXT]["text_features"] = np.eye(10, 30, dtype=np.float32)
-    content = manifest.content.model_dump(exclude={"format", "files", "seal"})
-    write_bundle(bundle, content, arrays, replace=True)
-    code, out, err = command("classify", bundle, pictures_of(np.arange(1), tmp_path / "new"))
-    assert (code, out) == (2, "")
-    assert "is not a bundle of this backbone: its class vectors have width 30" in err
