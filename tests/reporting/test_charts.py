@@ -45,27 +45,21 @@ def search() -> list[FinishedTrial]:
     return found
 
 
-def picture(charts: dict[str, bytes], name: str) -> Image.Image:
-    return Image.open(io.BytesIO(charts[name]))
-
-
-def test_a_grid_has_charts_of_accuracy_settings_and_pseudo_labels() -> None:
-    charts = pictures(results(grid()))
+def test_charts_follow_from_the_trials() -> None:
     names = ["accuracy.png", "accuracy_by_images_per_class.png", "pseudo_labels.png"]
-    assert list(charts) == names
-    for name in names:
-        image = picture(charts, name)
+    charts = pictures(results(grid()))
+    assert [*charts] == names
+    points = pictures(results(search(), "validation"))
+    assert [*points] == ["accuracy_by_fusion_weight.png"]  # no chart of a single row
+    for content in (*charts.values(), *points.values()):
+        image = Image.open(io.BytesIO(content)).convert("RGB")
         assert image.width == 700
-        colors = image.convert("RGB").getcolors(1 << 20)
-        assert colors is not None
-        assert len(colors) > 20, f"{name} is blank"
-        assert len(charts[name]) < 100_000
-
-
-def test_a_search_has_a_chart_of_its_points() -> None:
-    charts = pictures(results(search(), "validation"))
-    assert list(charts) == ["accuracy_by_fusion_weight.png"]  # no chart of a single row
-    assert picture(charts, "accuracy_by_fusion_weight.png").width == 700
+        assert len(image.getcolors(1 << 20)) > 20  # not blank
+        assert len(content) < 100_000
+    # A setting that is no number has no chart.
+    losses = [t for k in ("ce", "rc") for t in trials("cpl", settings={"train.loss": k}, cell=k)]
+    assert [*pictures(results(losses))] == ["accuracy.png"]
+    assert pictures(results([])) == {}
 
 
 def test_colours_of_differences_follow_the_corrected_test_and_not_the_interval() -> None:
@@ -78,16 +72,6 @@ def test_colours_of_differences_follow_the_corrected_test_and_not_the_interval()
         alone.comparisons = [comparison]
         drawn = VERDICT_COLORS["higher"] in svg(differences(alone))
         assert drawn == (comparison is green)
-
-
-def test_settings_that_are_no_numbers_and_empty_results_have_no_chart() -> None:
-    finished = [
-        trial
-        for kind in ("ce", "rc")
-        for trial in trials("cpl", settings={"train.loss": kind}, cell=f"cpl-{kind}")
-    ]
-    assert list(pictures(results(finished))) == ["accuracy.png"]
-    assert pictures(results([])) == {}
 
 
 DRAW = """
