@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
-from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -31,9 +29,6 @@ from orchestrator.cli.common import (
 )
 from orchestrator.environment import redirect_descriptor
 from orchestrator.formatting import aligned, show
-
-if TYPE_CHECKING:
-    from orchestrator.spec.components import Described
 
 app = typer.Typer()
 plugin_app = typer.Typer(no_args_is_help=True, help="Check plugins.")
@@ -99,24 +94,9 @@ def components(
 
     airsweep components threshold
     """
-    from orchestrator.spec.components import described
+    from orchestrator.spec.components import component_lines
 
-    _show_components(described(name), name)
-
-
-def _show_components(found: Iterable[Described], detailed: str | None) -> None:
-    """Print components by key; the one of this name with its settings."""
-    for key, group in groupby(found, key=lambda one: one.key):
-        show(key)
-        listed = [*group]
-        width = max(len(one.name) for one in listed)
-        for one in listed:
-            show(f"  {one.name:<{width}}  {one.summary}")
-            if detailed == one.name:
-                show(f"  {'':<{width}}  in {one.target}")
-                for each in one.settings:
-                    text = f"{each.key}: {each.default}  ({each.allowed}) {each.help}"
-                    show(f"  {'':<{width}}  {text}")
+    show("\n".join(component_lines(name)))
 
 
 @plugin_app.command("check")
@@ -131,7 +111,7 @@ def check_plugin(
     """
     from orchestrator.planning.contracts import check_contract
     from orchestrator.plugins import components_of, place_of, read_plugin, use_plugins
-    from orchestrator.spec.components import described
+    from orchestrator.spec.components import component_lines
 
     plugin = read_plugin(name, Path())
     use_plugins([plugin])
@@ -140,8 +120,7 @@ def check_plugin(
             check_contract(registry.key, component.name)
         except Exception as problem:
             fail(f"{place_of(plugin, problem)}: {registry.key} {component.name!r}: {problem}")
-        found = [one for one in described(component.name) if one.key == registry.key]
-        _show_components(found, component.name)
+        show("\n".join(component_lines(component.name)))
     show(f"{name}: its components keep their contracts; digest {plugin.digest}")
 
 

@@ -109,13 +109,6 @@ def contradictions(spec: SweepSpec) -> Iterator[SpecError]:
         part = "grid" if "method" in spec.grid else "fixed"
         yield document.error((part, "method"), needs_labels_message(spec.methods))
         return
-    for key in spec.grid:
-        if key.startswith("lora.") and all(cell.flat.get("lora", True) is None for cell in cells):
-            yield document.key_error(
-                ("grid", key),
-                "the key has no effect, because lora is off in every cell; "
-                "allowed: with lora on in at least one cell",
-            )
     for cell in cells:
         yield from _cell_errors(document, cell)
     in_search = [*_search_errors(spec, spec.search, cells)] if spec.search else []

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 from air_core.components import REGISTRIES, Component, Registry
 from air_core.specs.flat import trial_keys
@@ -13,54 +12,33 @@ from orchestrator.spec.marked_yaml import allowed_choices
 from orchestrator.spec.schema import allowed_values, yaml_text
 
 
-@dataclass(frozen=True)
-class DescribedSetting:
-    """A setting that a component reads."""
-
-    key: str
-    default: str
-    allowed: str
-    help: str
-
-
-@dataclass(frozen=True)
-class Described:
-    """A component and the key that names it."""
-
-    key: str
-    name: str
-    summary: str
-    target: str
-    settings: Sequence[DescribedSetting]
-
-
-def described(name: str | None = None) -> list[Described]:
-    """All components, or those of a key, or those of a name.
+def component_lines(name: str | None = None) -> Iterator[str]:
+    """All components by key, or those of a key, or those of a name, with their settings.
 
     Raises:
         ValueError: no component and no key has the name.
     """
-    every = [
-        _described(registry, component)
-        for registry in REGISTRIES.values()
-        for component in registry.values()
-    ]
-    found = [one for one in every if name in (None, one.name, one.key)]
-    if not found:
-        names = dict.fromkeys(name for one in every for name in (one.key, one.name))
+    names = dict.fromkeys(word for key, one in REGISTRIES.items() for word in (key, *one))
+    if name not in (None, *names):
         raise ValueError(f"no component is named {name!r}; {allowed_choices(str(name), names)}")
-    return found
+    for key, registry in REGISTRIES.items():
+        listed = [one for one in registry.values() if name in (None, key, one.name)]
+        width = max((len(one.name) for one in listed), default=0)
+        yield from [key] if listed else []
+        for one in listed:
+            yield f"  {one.name:<{width}}  {one.summary}"
+            if one.name == name:
+                yield from (f"  {'':<{width}}  {line}" for line in _details(registry, one))
 
 
-def _described(registry: Registry, component: Component) -> Described:
+def _details(registry: Registry, component: Component) -> Iterator[str]:
+    """The module that defines a component, and the settings that it reads."""
+    yield f"in {component.target}"
     names = sorted(component.reads)
     if component.source:  # it may read all settings of the group
         own = () if component.settings is None else dataclasses.fields(component.settings)
         names = [f"{component.name}.{f.name}" for f in own]
-    settings = [_setting(f"{registry.group}.{name}") for name in names]
-    return Described(registry.key, component.name, component.summary, component.target, settings)
-
-
-def _setting(name: str) -> DescribedSetting:
-    key, allowed = trial_keys()[name], allowed_values(value_schema(name))
-    return DescribedSetting(name, yaml_text(key.default), allowed, key.help)
+    for name in names:
+        key = trial_keys()[f"{registry.group}.{name}"]
+        allowed = allowed_values(value_schema(key.name))
+        yield f"{key.name}: {yaml_text(key.default)}  ({allowed}) {key.help}"

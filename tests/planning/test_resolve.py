@@ -266,17 +266,6 @@ def pets(tmp_path) -> Path:
     return home
 
 
-def test_a_name_of_100_words_is_refused_before_anything_is_drawn(tmp_path, command, pets):
-    file = tmp_path / "long.yaml"
-    fixed = f"{{method: air, dataset: 'folder:{pets}', prompt.length: 4}}"
-    file.write_text(f"version: 1\nname: long\nfixed: {fixed}\nseeds: [1]\n")
-    code, _, err = command("run", file, "--store", tmp_path / "runs")
-    assert code == 2
-    assert "class name 'dog dog" in err
-    assert "tokens with start and end, but tiny reads 24, of which prompt.length takes 4" in err
-    assert not (tmp_path / "runs" / "artifacts").exists()
-
-
 def test_the_longest_prompt_of_a_search_space_is_checked(tmp_path, command):
     """The names of the digits fit beside 8 learned vectors, but not beside 22."""
     file = tmp_path / "long.yaml"

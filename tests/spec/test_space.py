@@ -79,11 +79,6 @@ def test_the_default_point_is_the_setting_of_the_cell_or_the_nearest_in_the_spac
     assert type(point[dimension.key]) is type(first)
 
 
-def test_no_default_point_exists_if_a_setting_is_not_in_the_space():
-    only = Dimension(key="fidelity.kind", values=("text",))
-    assert default_params(cell(only, COUNTS, sampler="tpe")) == {}
-
-
 # ---------------------------------------------------------------- number of points
 
 

@@ -77,18 +77,6 @@ def test_a_file_in_another_folder_finds_the_images(folder):
     assert [row["method"] for row in table(folder / "runs", "mine")] == ["zero_shot", "cpl"]
 
 
-def test_without_a_folder_the_sweep_uses_the_digits(folder):
-    assert "1,797 real digits" in write_starter("mine.yaml", None, Path()).summary
-    assert read_request("mine.yaml").spec.fixed["dataset"] == "digits"
-
-
-def test_images_of_given_parts_are_counted_by_part(folder):
-    draw(folder / "x", {"train/a": 20, "train/b": 20, "test/a": 3, "test/b": 4})
-    found = write_starter("mine", "x", Path()).summary
-    known = "x: 47 images of 2 classes (a 23, b 24); 36 to learn from, 7 for test"
-    assert found == f"{known}, 4 {CHOOSE}"
-
-
 @pytest.mark.parametrize("name", ["my images", "übung", "it's #1: {all}", 'a "b" \\ c', "~x"])
 def test_a_folder_may_have_any_visible_name(folder, name):
     draw(folder / name, {"a": 5, "b: {c}": 5})
@@ -96,26 +84,36 @@ def test_a_folder_may_have_any_visible_name(folder, name):
     assert read_request("mine.yaml").spec.fixed["dataset"] == f"folder:{folder / name}"
 
 
-BAD = {
-    "nowhere": ({}, "does not exist or is not a folder"),
-    "empty": ({".": 0}, "contains no images (.avif, .bmp"),
-    "flat": ({".": 3}, "so the classes are unknown; name them with --classes cat,dog,..."),
-    "hollow": ({"a": 4, "b": 0}, "no image in b/, which contains nothing"),
-    "one": ({"a": 9}, "only one class, 'a'"),
-    "few": ({"a": 9, "b": 4}, "fewer than 5 images of 'b'"),
-    "half": ({"train/a": 4, "train/b": 4}, "but no test"),
-    "~nosuchuser": ({}, "no such user"),
-    "long" * 80: ({}, "is too long for a path"),
-}
+FLAT = {".": 8}
+BAD = [  # folder and number of its images, --classes, the message
+    ("nowhere", {}, None, "does not exist or is not a folder"),
+    ("empty", {".": 0}, None, "contains no images (.avif, .bmp"),
+    ("flat", FLAT, None, "so the classes are unknown; name them with --classes cat,dog,..."),
+    ("hollow", {"a": 4, "b": 0}, None, "no image in b/, which contains nothing"),
+    ("one", {"a": 9}, None, "only one class, 'a'"),
+    ("few", {"a": 9, "b": 4}, None, "fewer than 5 images of 'b'"),
+    ("half", {"train/a": 4, "train/b": 4}, None, "but no test"),
+    ("~nosuchuser", {}, None, "no such user"),
+    ("long" * 80, {}, None, "is too long for a path"),
+    ("x", FLAT, "cat", "--classes cat has only one class, 'cat'; a classifier needs two or more"),
+    ("x", FLAT, "cat,,dog", "--classes: '' is not allowed; expected `name` or `name = how to say"),
+    ("x", FLAT, "cat,dog,Cat", "two classes are named 'Cat' and 'cat', which CLIP reads alike"),
+    ("x", FLAT, "nowhere.txt", "nowhere.txt does not exist; expected a text file with one class"),
+    ("x", FLAT, "cat,dog,cow", "has 8 images without a label for 3 classes, but learning needs 4"),
+    ("listed", FLAT, "cat,cow", "classes.txt exists with other classes ('cat', 'dog'); edit that"),
+]
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_a_folder_that_is_not_a_dataset_is_a_one_line_error_and_no_file(folder, name):
-    counts, words = BAD[name]
+@pytest.mark.parametrize(("name", "counts", "classes", "words"), BAD)
+def test_a_folder_that_is_not_a_dataset_is_a_one_line_error_and_no_file(
+    folder, name, counts, classes, words
+):
     draw(folder / name, counts)
+    if name == "listed":
+        (folder / name / "classes.txt").write_text("cat\ndog\n")
     before = sorted(folder.rglob("*"))
     with pytest.raises(ValueError, match=re.escape(words)) as caught:
-        write_starter("mine", name, Path())
+        write_starter("mine", name, Path(), classes)
     assert "\n" not in str(caught.value)
     assert sorted(folder.rglob("*")) == before
 
@@ -141,41 +139,17 @@ def test_unlabelled_images_get_their_classes_from_the_option(folder):
     assert write_starter("third", "photos", Path()).summary == again  # classes.txt is enough
 
 
-BAD_CLASSES = {
-    "cat": "--classes cat has only one class, 'cat'; a classifier needs two or more",
-    "cat,,dog": "--classes: '' is not allowed; expected `name` or `name = how to say it`",
-    "cat,dog,Cat": "--classes: two classes are named 'Cat' and 'cat', which CLIP reads alike",
-    "nowhere.txt": "nowhere.txt does not exist; expected a text file with one class per line",
-    "cat,dog,cow": "has 8 images without a label for 3 classes, but learning needs 4",
-    "cat,cow": "classes.txt exists with other classes ('cat', 'dog'); edit that file",
-}
-
-
-@pytest.mark.parametrize("classes", BAD_CLASSES)
-def test_invalid_classes_are_a_one_line_error_and_write_nothing(folder, classes):
-    draw(folder / "photos", {".": 8})
-    if classes == "cat,cow":
-        (folder / "photos/classes.txt").write_text("cat\ndog\n")
-    before = sorted(folder.rglob("*"))
-    with pytest.raises(ValueError, match=re.escape(BAD_CLASSES[classes])):
-        write_starter("mine", "photos", Path(), classes)
-    assert sorted(folder.rglob("*")) == before
-    with pytest.raises(ValueError, match="add --images DIR"):
-        write_starter("mine", None, Path(), "cat,dog")
-
-
-def test_an_existing_file_is_not_overwritten(folder):
-    (folder / "mine.yaml").write_text("mine")
+def test_an_unfit_name_is_refused_and_no_file_overwritten(folder):
+    for name in ("", "a b", "../x", "ä", ".x", "x" * 65):
+        with pytest.raises(ValueError, match="is not a valid name of a sweep"):
+            write_starter(name, None, Path())
+    assert list(folder.iterdir()) == []
+    assert "1,797 real digits" in write_starter("mine.yaml", None, Path()).summary
+    written = (folder / "mine.yaml").read_text()
+    assert read_request("mine.yaml").spec.fixed["dataset"] == "digits"
     with pytest.raises(ValueError, match=r"mine\.yaml already exists"):
         write_starter("mine", None, Path())
-    assert (folder / "mine.yaml").read_text() == "mine"
-
-
-@pytest.mark.parametrize("name", ["", "a b", "../x", "ä", ".x", "x" * 65])
-def test_an_invalid_name_of_a_sweep_is_refused(folder, name):
-    with pytest.raises(ValueError, match="is not a valid name of a sweep"):
-        write_starter(name, None, Path())
-    assert list(folder.iterdir()) == []
+    assert (folder / "mine.yaml").read_text() == written
 
 
 def test_the_smallest_allowed_folder_passes_every_stage_of_a_smoke_run(folder):
