@@ -89,9 +89,8 @@ def write_starter(
     if not re.fullmatch(NAME_PATTERN, name):
         raise ValueError(f"{name!r} is not a valid name of a sweep; allowed: {NAME_WORDS}")
     file = folder / f"{name}.yaml"
-    exists = f"{file} already exists; choose another name or remove the file"
     if file.exists():  # check before a large folder is listed
-        raise ValueError(exists)
+        raise ValueError(f"{file} already exists; {CHOOSE}")
     given = None if classes is None else _given_classes(classes, images)
     facts = DIGITS if images is None else _folder(str(images), given)
     if images is not None and folder.resolve() != Path.cwd() and str(images)[0] not in "/~":
@@ -101,13 +100,11 @@ def write_starter(
     sweep_from_document(parse(text, str(file)))
     listed = None if given is None else _write_classes(Path(str(images)).expanduser(), given)
     try:
-        write_new(file, text)
-    except (FileExistsError, OSError) as problem:
+        _write(file, text, CHOOSE)
+    except ValueError:
         if listed is not None:
-            listed.unlink(missing_ok=True)
-        if isinstance(problem, FileExistsError):
-            raise ValueError(exists) from None
-        raise ValueError(f"{file} cannot be written: {problem.strerror}") from None
+            listed.unlink()
+        raise
     return Starter(file, facts["about"], facts.get("skipped", ()), not facts["tests"])
 
 
@@ -134,22 +131,27 @@ def _write_classes(images: Path, classes: Classes) -> Path | None:
         ValueError: it exists with other classes, or cannot be written.
     """
     file = images / CLASSES
-    try:
-        write_new(file, classes.text())
-    except FileExistsError:
-        found = read_classes(file)
-        if found == classes:
-            return None
+    if not file.exists():
+        _write(file, classes.text(), "put it there by hand, and leave --classes out")
+        return file
+    if (found := read_classes(file)) != classes:
         raise ValueError(
             f"{file} exists with other classes ({some(found.names)}); edit that file and leave "
             "--classes out, or remove it"
-        ) from None
+        )
+    return None
+
+
+CHOOSE = "choose another name or remove the file"
+
+
+def _write(file: Path, text: str, advice: str) -> None:
+    try:
+        write_new(file, text)
     except OSError as problem:
-        raise ValueError(
-            f"{file} cannot be written: {problem.strerror}; put the file there by hand, with one "
-            "class per line, and leave --classes out"
-        ) from None
-    return file
+        is_there = isinstance(problem, FileExistsError)
+        why = "already exists" if is_there else f"cannot be written: {problem.strerror}"
+        raise ValueError(f"{file} {why}; {advice}") from None
 
 
 # What the template reads of the images: `note` stands above `dataset`, `tests` is approximate.
@@ -165,11 +167,6 @@ DIGITS: dict[str, Any] = {
 
 
 def _folder(images: str, classes: Classes | None) -> dict[str, Any]:
-    if not images.isprintable():
-        raise ValueError(
-            f"{images!r} contains invisible characters, which a sweep file does not allow; "
-            "rename the folder"
-        )
     dataset = _dataset(images, classes)
     labelled, first = dataset.pool_labels == "known", dataset.classnames[0]
     about, tests = (_summary if labelled else _unlabelled_summary)(images, dataset)

@@ -189,15 +189,6 @@ def flat(method: str, **changes: object) -> dict[str, object]:
     return {**presets.defaults(method, {}), **changes}
 
 
-def test_a_trial_gets_digests_for_its_names(fresh, drawn_digits, digits_ref):
-    images = f"folder:{drawn_digits}"
-    spec = fresh.trial(flat("air", generator=images, images_per_class=16))
-    assert spec.dataset == digits_ref
-    assert spec.backbone == fresh.weights("backbone", "tiny")
-    assert spec.generator == fresh.weights("generator", images)
-    assert spec.classnames == get_dataset("digits").classnames
-
-
 def test_a_trial_without_images_needs_no_generator(fresh):
     spec = fresh.trial(flat("cpl", generator="/nowhere"))
     assert not spec.generator.digest

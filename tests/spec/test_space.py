@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from orchestrator.spec import Cell, Dimension, SweepSpec, cells_of
-from orchestrator.spec.cells import computation_of
 from orchestrator.spec.space import (
     default_params,
     grid_points,
@@ -94,37 +90,6 @@ def test_a_cell_with_nothing_to_search_has_one_point():
     plain = cells_of(SweepSpec(name="x", fixed={"method": "air"}))[0]
     assert point_count(plain, None) == 1
     assert point_count(plain, search("tpe", 12)) == 1
-
-
-VALUES = {
-    "images_per_class": [0, 10, 20],
-    "fusion_weight": [0.0, 0.5, 1.0],
-    "auxiliary.refresh": [False, True],
-    "auxiliary.source": ["synthetic", "real", "both"],
-}
-
-
-@st.composite
-def spaces(draw: Any) -> tuple[Dimension, ...]:
-    names = draw(st.permutations(sorted(VALUES)))[: draw(st.integers(1, 4))]
-    space: list[Dimension] = []
-    for name in names:
-        values = tuple(draw(st.lists(st.sampled_from(VALUES[name]), min_size=1, unique=True)))
-        space.append(Dimension(key=name, values=values))
-    return tuple(space)
-
-
-@given(spaces())
-def test_a_grid_has_one_point_for_each_computation(space):
-    searched = cell(*space)
-    points = grid_points(searched)
-    assert point_count(searched, search("grid", 1000)) == len(points)
-    computed = [computation_of({**searched.flat, **point}) for point in points]
-    assert len(set(computed)) == len(points)
-    names = [dimension.key for dimension in searched.space]
-    for values in itertools.product(*[dimension.values for dimension in searched.space]):
-        point = dict(zip(names, values, strict=True))
-        assert computation_of({**searched.flat, **point}) in computed
 
 
 # ---------------------------------------------------------------- studies
