@@ -39,12 +39,6 @@ def accuracy(classifier: LinearClassifier, images: Labelled) -> float:
     return (guess == images.labels).double().mean().item()
 
 
-def test_fusion_weight_zero_is_the_text_classifier_and_one_the_auxiliary():
-    text, auxiliary = torch.randn(5, 3), torch.randn(5, 3)
-    assert torch.equal(fused_scores(text, auxiliary, 0.0), text.softmax(dim=-1))
-    assert torch.equal(fused_scores(text, auxiliary, 1.0), auxiliary.softmax(dim=-1))
-
-
 def test_fused_scores_rank_like_the_sum_of_the_paper():
     text, auxiliary = torch.randn(50, 4), torch.randn(50, 4)
     paper = text.softmax(dim=-1) + 2.0 * auxiliary.softmax(dim=-1)

@@ -158,19 +158,9 @@ def rounds() -> list[SimpleNamespace]:
             ours = STRATEGIES.load("candidates")(
                 p, settings, capacity=k, iteration=turn, previous=previous
             )
-            found.append(
-                SimpleNamespace(
-                    case=case,
-                    turn=turn,
-                    scores=p,
-                    settings=settings,
-                    capacity=k,
-                    previous=previous,
-                    ours=ours,
-                    place=place,
-                    sets=targets[case][turn],
-                )
-            )
+            one = {"case": case, "turn": turn, "scores": p, "settings": settings, "capacity": k}
+            one |= {"previous": previous, "ours": ours, "place": place}
+            found.append(SimpleNamespace(**one, sets=targets[case][turn]))
             previous = PseudoLabels(chosen, targets[case][turn][chosen].float(), place[chosen])
     return found
 
@@ -285,36 +275,24 @@ def test_rc_weighs_by_confidence_as_cpl_does_before_and_after_an_update():
         torch.testing.assert_close(gradient, theirs["rc_later_gradient"], rtol=1e-4, atol=1e-5)
 
 
-def test_on_sets_the_confidence_equals_cpl():
-    for _, targets, later, soft, theirs in losses():
-        if not soft:
-            ours = confidence(later, targets)
-            torch.testing.assert_close(ours, theirs["rc_confidence"], rtol=1e-4, atol=1e-7)
-
-
-def test_cpl_cleans_confidences_below_a_millionth_and_we_do_not():
-    """CPL sets them to 0 and normalises again, which changes no value by more than 2e-6."""
+def test_the_confidence_equals_cpl_but_for_its_cleaning_and_its_soft_targets():
+    """CPL sets confidences below a millionth to 0 and normalises again, which changes no value by
+    more than 2e-6. Targets are soft only in the first round of growth: CPL normalises softmax times
+    target; our confidence uses only which classes are in the set.
+    """
     cleaned = 0
     for _, targets, later, soft, theirs in losses():
+        ours = confidence(later, targets)
         if not soft:
-            ours = confidence(later, targets)
+            torch.testing.assert_close(ours, theirs["rc_confidence"], rtol=1e-4, atol=1e-7)
             cleaned += int(((theirs["rc_cleaned"] == 0) & (ours > 0)).sum())
             torch.testing.assert_close(ours, theirs["rc_cleaned"], rtol=1e-4, atol=2e-6)
+            continue
+        assert (ours - theirs["rc_confidence"]).abs().max() > 1e-3
+        product = ours * targets
+        product = product / product.sum(dim=-1, keepdim=True)
+        torch.testing.assert_close(product, theirs["rc_confidence"], rtol=1e-4, atol=1e-6)
     assert cleaned > 10
-
-
-def test_with_soft_targets_cpl_multiplies_them_into_the_confidence_and_we_do_not():
-    """CPL normalises softmax times target; our confidence uses only which classes are in the set.
-
-    Targets are soft only in the first round of growth.
-    """
-    for _, targets, later, soft, theirs in losses():
-        if soft:
-            ours = confidence(later, targets)
-            assert (ours - theirs["rc_confidence"]).abs().max() > 1e-3
-            product = ours * targets
-            product = product / product.sum(dim=-1, keepdim=True)
-            torch.testing.assert_close(product, theirs["rc_confidence"], rtol=1e-4, atol=1e-6)
 
 
 def test_cc_is_finite_where_cpl_takes_the_logarithm_of_zero():
@@ -338,18 +316,12 @@ def boards() -> list[SimpleNamespace]:
             permuted = torch.zeros_like(p, dtype=torch.bool)
             permuted[order] = our_board(p[order], k)
             ordered = p.sort(dim=0).values
-            found.append(
-                SimpleNamespace(
-                    scores=p,
-                    k=k,
-                    overflows=bool((p.argmax(dim=-1).bincount() > k).any()),
-                    ties=bool((ordered[1:] == ordered[:-1]).any()),
-                    ours=our_board(p, k),
-                    ours_permuted=permuted,
-                    theirs=there[case][at],
-                    theirs_permuted=moved[case][at],
-                )
-            )
+            overflows = bool((p.argmax(dim=-1).bincount() > k).any())
+            ties = bool((ordered[1:] == ordered[:-1]).any())
+            one = {"scores": p, "k": k, "overflows": overflows, "ties": ties}
+            one |= {"ours": our_board(p, k), "ours_permuted": permuted}
+            one |= {"theirs": there[case][at], "theirs_permuted": moved[case][at]}
+            found.append(SimpleNamespace(**one))
     return found
 
 

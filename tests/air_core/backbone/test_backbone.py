@@ -148,14 +148,6 @@ def test_text_features_and_gradients_equal_one_padded_sequence_per_class(clip):
     assert error(slope, plain_slope) < CLOSE[clip.dtype]
 
 
-def test_text_features_with_word_embeddings_as_context_equal_plain_encoding(tiny_clip):
-    words = tiny_clip.tokenizer.encode("a photo of a")
-    context = tiny_clip.model.token_embedding(torch.tensor(words))
-    shared = tiny_clip.encode_context(context, NAMES)
-    plain = tiny_clip.encode_texts([f"a photo of a {name.replace('_', ' ')}" for name in NAMES])
-    assert error(shared, plain) < 1e-5
-
-
 def test_splitting_many_classes_gives_the_same_features(tiny_clip, monkeypatch):
     context = 0.02 * torch.randn(4, tiny_clip.token_width)
     whole = tiny_clip.encode_context(context, NAMES)

@@ -84,18 +84,14 @@ def test_a_tree_without_parts_keeps_a_tenth_of_each_class_for_validation(tree):
     assert len(examples.images) == len(examples.labels) == 40
 
 
-def test_part_folders_define_parts_and_a_tenth_of_train_is_for_validation(parted):
+def test_part_folders_define_parts_and_without_val_a_tenth_of_train_is_for_validation(parted):
     counts = Counter(load(parted).parts.tolist())
     assert counts == {"train": 18, "val": 2, "test": 6}
     assert all(path.startswith("train/") for path in paths(parted, "val"))
     assert all(path.startswith("test/") for path in paths(parted, "test"))
-
-
-def test_a_validation_folder_is_used_unchanged(parted):
     for name in ("cat", "dog"):
         draw(parted / "val" / name / "a.jpg")
-    counts = Counter(load(parted).parts.tolist())
-    assert counts == {"train": 20, "val": 2, "test": 6}
+    assert Counter(load(parted).parts.tolist()) == {"train": 20, "val": 2, "test": 6}
     assert paths(parted, "val") == ["val/cat/a.jpg", "val/dog/a.jpg"]
 
 
