@@ -176,7 +176,7 @@ def check_command(command: str, only_parse: bool = False) -> None:
 
 
 def split_redirection(words: list[str]) -> tuple[list[str], str | None]:
-    """Split a command from the file to which its output is split_redirection."""
+    """Split a command from the file of its output."""
     at = words.index(">") if ">" in words else len(words)
     return words[:at], words[at + 1] if at < len(words) else None
 

@@ -170,6 +170,11 @@ def test_a_folder_without_a_pipeline_or_a_lora_is_an_error(adapter):
 # ---------------------------------------------------------------- other pipelines
 
 
+def test_a_flow_matching_model_keeps_its_sampler(tmp_path):
+    pipeline = PipelineGenerator(pipelines.stable_diffusion_3(tmp_path), QUICK).pipeline
+    assert type(pipeline.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+
+
 @pytest.mark.parametrize("sampler", ["EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"])
 def test_a_distilled_model_keeps_its_sampler_and_other_models_do_not(tmp_path, sampler):
     model = pipelines.stable_diffusion_1(tmp_path)

@@ -13,7 +13,7 @@ FIRST = (ROOT / "README.md", ROOT / "docs" / "tutorial.md")
 GUIDES = sorted({*(ROOT / "docs").glob("*.md")} - {*FIRST})
 PAGES = (*FIRST, *GUIDES, *(ROOT / folder / "README.md" for folder in ("benchmarks", "cluster")))
 
-FENCE = re.compile(r" *```(\w*) *$")
+BLOCK = re.compile(r"^ *```(\w*) *\n(.*?)^ *``` *$", re.DOTALL | re.MULTILINE)
 # A comment above a block: the file name of the block, or the reason why the block is not run.
 FILE = re.compile(r"<!-- file: (\S+) -->$")
 NOT_RUN = re.compile(r"<!-- not run: (.+) -->$")
@@ -29,19 +29,8 @@ class Block:
     line: int
     language: str
     text: str
-    above: str  # the line before the block
-
-    @property
-    def file(self) -> str | None:
-        """The file name of the block, from the comment above it."""
-        match = FILE.match(self.above)
-        return match[1] if match else None
-
-    @property
-    def not_run(self) -> str | None:
-        """Why the block is not run; None: it is run."""
-        match = NOT_RUN.match(self.above)
-        return match[1] if match else None
+    file: str | None  # its file name, from the comment above it
+    not_run: str | None  # why it is not run, from the comment above it
 
     def commands(self) -> list[str]:
         """Command lines without comments, with continued lines joined."""
@@ -55,26 +44,17 @@ class Block:
 
 def blocks(page: Path) -> Iterator[Block]:
     """The fenced blocks of a page, in order."""
-    opened: tuple[int, str, str] | None = None  # line, language, line above
-    text: list[str] = []
-    above = ""
-    for number, line in enumerate(page.read_text().splitlines(), 1):
-        fence = FENCE.match(line)
-        if opened is None and fence:
-            opened, text = (number, fence[1], above), []
-        elif opened is not None and fence:
-            start, language, before = opened
-            yield Block(start, language, "\n".join(text) + "\n", before)
-            opened = None
-        elif opened is not None:
-            text.append(line)
-        above = line.strip() or above
-    assert opened is None, f"{page}: the block of line {number} has no end"
+    text = page.read_text()
+    for block in BLOCK.finditer(text):
+        before = text[: block.start()]
+        above = before.rstrip().rpartition("\n")[2].strip()
+        comments = (comment and comment[1] for comment in (FILE.match(above), NOT_RUN.match(above)))
+        yield Block(before.count("\n") + 1, block[1], block[2], *comments)
 
 
 def inline_commands(page: Path) -> list[str]:
     """`airsweep ...` within sentences, also across line ends."""
-    prose = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    prose = BLOCK.sub("", page.read_text())
     return [" ".join(command.split()) for command in re.findall(r"`(airsweep\s[^`]*)`", prose)]
 
 
