@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from air_core.components import STRATEGIES
 from air_core.pseudo_labels import assign, capacity, spread
 from air_core.pseudo_labels.candidates import candidate_sets
 from air_core.pseudo_labels.top_k import balanced_choice
@@ -19,7 +20,7 @@ def some_scores(images: int = 120, classes: int = 6, seed: int = 0) -> torch.Ten
     return (3 * torch.randn(images, classes, generator=generator)).softmax(dim=-1)
 
 
-@pytest.mark.parametrize("kind", ["top_k", "predicted", "candidates"])
+@pytest.mark.parametrize("kind", [kind for kind in STRATEGIES if "k" in STRATEGIES[kind].reads])
 @pytest.mark.parametrize("growth", ["fixed", "growing"])
 def test_a_class_gets_no_more_images_than_its_slots(kind, growth):
     scores = some_scores()
@@ -154,7 +155,7 @@ def test_targets_of_unseen_classes_are_spread_to_all_classes():
     assert set(every.labels.tolist()) == {1}
 
 
-@pytest.mark.parametrize("kind", ["top_k", "predicted", "candidates", "threshold"])
+@pytest.mark.parametrize("kind", STRATEGIES)
 def test_targets_take_memory_for_their_classes_only(kind):
     scores = some_scores(1000, 100)
     settings = PseudoLabelSettings(kind=kind, growth="fixed", k=10)
