@@ -22,7 +22,6 @@ from orchestrator.spec.marked_yaml import (
     Document,
     Keys,
     SpecError,
-    allowed_choices,
     dotted_path,
     short_value,
     suggestion,
@@ -270,7 +269,8 @@ def _section_message(document: Document, keys: Keys, schema: Schema) -> str:
     if isinstance(keys[-1], int):  # a mapping in a list
         keys = keys[:-1]
     section, value = keys[-1], document.value_at(keys)
-    known = [name for name in _keys(_part(schema, keys[:-1])) if name.startswith(f"{section}.")]
+    allowed = _keys(_part(schema, keys[:-1]))
+    known = [name for name in allowed if name.startswith(f"{section}.")]
     items = value if isinstance(value, list) else [value]
     items = [item for item in items if isinstance(item, dict) and item]
     if not known or not items:
@@ -278,7 +278,7 @@ def _section_message(document: Document, keys: Keys, schema: Schema) -> str:
     inner = next(iter(items[0]))
     name = f"{section}.{inner}"
     if name not in known:
-        return f"unknown key {name}; {allowed_choices(name, known)}"
+        return f"unknown key {name}; {key_choices(name, allowed)}"
     values = [item[inner] for item in items if inner in item]
     is_axis = keys[:1] == ("grid",) and not isinstance(values[0], list)
     wanted = f"{name}: {short_value(values if is_axis else values[0])}"
@@ -371,9 +371,7 @@ def key_choices(word: str, names: Iterable[str]) -> str:
     names = list(names)
     head = word.partition(".")[0]
     section = [name for name in names if name.startswith(f"{head}.")]
-    if len(names) < 20:
-        return allowed_choices(word, names)
-    if section:
-        return allowed_choices(word, section) if word != head else f"allowed: {', '.join(section)}"
     meant = suggestion(word, names) or suggestion(head, names)
-    return f"{meant}allowed: {', '.join(names[:3])}, ... (all: docs/spec_reference.md)"
+    listed = names if len(names) < 20 else section or names
+    more = ", ... (all: docs/spec_reference.md)" if len(listed) > 10 and len(names) >= 20 else ""
+    return f"{meant}allowed: {', '.join(listed[:3] if more else listed)}{more}"
