@@ -93,17 +93,6 @@ def test_a_short_secret_is_not_replaced_in_ordinary_text(monkeypatch):
     assert redact("test/accuracy") == "test/accuracy"
 
 
-def test_a_password_in_a_comment_of_a_sweep_file_is_refused_at_its_position(tmp_path):
-    line = "# as in http://me:geheim@mlflow:5000"
-    spec = write_sweep(tmp_path, "leaky", f"fixed: {{method: fpl}}\nseeds: [1]\n{line}\n")
-    with pytest.raises(SpecError) as caught:
-        load_sweep(spec)
-    column = line.index("http") + 1
-    assert str(caught.value).startswith(f"{spec}:5:{column}: ")
-    assert "MLFLOW_TRACKING_PASSWORD" in str(caught.value)
-    assert "geheim" not in str(caught.value)
-
-
 def test_a_password_in_an_option_is_refused_and_not_shown(tmp_path):
     spec = write_sweep(tmp_path, "leaky", "fixed: {method: fpl}\nseeds: [1]\n")
     with pytest.raises(SpecError) as caught:
