@@ -15,8 +15,7 @@ with splits and seeds (splits draw from one dataset, so an image occurs in many 
 Resampling images, splits and seeds together and taking percentiles would be wrong: noise of one
 image in one run is then counted three times (Owen 2007, "The pigeonhole bootstrap"), seeds count
 at their own level and again between splits (Davison and Hinkley 1997, section 3.8), and k resampled
-units underestimate their variance by the factor (k - 1)/k. In simulations such intervals covered
-between 72 and 100 %, depending on which source of variation was the largest.
+units underestimate their variance by the factor (k - 1)/k. Such intervals covered 72 to 100 %.
 
 Coverage of the intervals of this module in %, for the difference of two equally good methods: 540
 test images out of 1,797, both methods right on about 74 % of them, 1,000 repetitions. Columns:
@@ -82,7 +81,7 @@ FEWEST_IMAGES = 20  # on which the two methods differ
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Run:
-    """One trained classifier on the test images of its split.
+    """A trained classifier on the test images of its split.
 
     The seed is None for a method that ignores it: one run then counts for every seed.
     """
@@ -90,8 +89,36 @@ class Run:
     split_seed: int | str
     seed: int | None
     image_ids: Array  # (T,) index in the dataset, so that images can be paired
-    correct: Array  # (T,) bool
+    correct: Array  # (C, T) bool, of one classifier, or of several of which a sum is scored
     unseen: Array | None = None  # (T,) bool: TRZSL, scored by the harmonic mean of the two parts
+    weights: tuple[float, ...] = (1,)  # of the classifiers; (1, -1) scores a difference
+
+    def columns(self) -> Array:
+        """(G + G C, T) bool: all images, in TRZSL the unseen and the seen ones; of these the right
+        ones of each classifier.
+        """
+        every = np.ones((1, len(self.image_ids)), dtype=bool)
+        groups = every if self.unseen is None else np.stack([self.unseen, ~self.unseen])
+        return np.concatenate([groups, *(correct & groups for correct in self.correct)])
+
+    def score(self, sums: Array) -> Array:
+        """The accuracy (TRZSL: harmonic mean of two accuracies) of a classifier, or a weighted sum.
+
+        Args:
+            sums: the (weighted) sum over images of each of `columns`.
+        """
+        sizes, *rights = np.split(sums, len(self.correct) + 1)
+        scores = []
+        for right in rights:
+            score, *rest = right / sizes
+            for other in rest:
+                score = 2 * score * other / np.maximum(score + other, 1e-12)
+            scores.append(score)
+        return np.asarray(sum(w * s for w, s in zip(self.weights, scores, strict=True)))
+
+    def plain(self) -> float:
+        """The score with equal weights of all images."""
+        return float(self.score(self.columns().sum(axis=1)))
 
 
 Runs = tuple[Run, ...]  # of one setting: at least one, at most one per split and seed
@@ -131,12 +158,12 @@ def mean_interval(runs: Runs, *, samples: int = SAMPLES) -> Interval:
     An accuracy of exactly 0 or 1 has an interval of width 0, because reweighting images cannot
     produce an error that no run made.
     """
-    return _interval([*_joined([runs], (1,))], samples, lowest=0.0)
+    return _interval(runs, samples, lowest=0.0)
 
 
-def mean_score(runs: Runs) -> float:
+def mean_score(runs: Sequence[Run]) -> float:
     """Mean accuracy over runs, without the cost of an interval."""
-    return float(np.mean([score.plain() for score in _joined([runs], (1,))]))
+    return float(np.mean([run.plain() for run in runs]))
 
 
 def paired_difference(a: Runs, b: Runs, *, samples: int = SAMPLES) -> Difference | None:
@@ -175,15 +202,12 @@ def gain_share(a: Runs, host: Runs, ceiling: Runs) -> Interval | None:
         gain contains 0.
     """
     gain = paired_difference(ceiling, host)
-    if gain is None or gain.low <= 0:
-        return None
-
     reached = list(_joined((a, host, ceiling), (1, -1, 0)))
-    if not reached:
+    if gain is None or gain.low <= 0 or not reached:
         return None
-    possible = float(np.mean([replace(scores, weights=(0, -1, 1)).plain() for scores in reached]))
-    share = float(np.mean([scores.plain() for scores in reached])) / possible
-    rest = [replace(scores, weights=(1, share - 1, -share)) for scores in reached]
+    possible = mean_score([replace(runs, weights=(0, -1, 1)) for runs in reached])
+    share = mean_score(reached) / possible
+    rest = [replace(runs, weights=(1, share - 1, -share)) for runs in reached]
     interval = _interval(rest, SAMPLES, lowest=-1.0)
     low, high = (share + side / possible for side in (interval.low, interval.high))
     return replace(interval, mean=share, std=None, low=low, high=high)
@@ -256,80 +280,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-@dataclass(frozen=True, kw_only=True)
-class Collapse:
-    """A run far below the other runs of its setting."""
-
-    split_seed: int | str
-    seed: int | None
-    score: float
-    others: float  # median of the other runs
-
-
-def collapsed_runs(runs: Runs) -> list[Collapse]:
-    """Runs that collapsed: training diverged, or the prompt predicts a single class.
-
-    A collapsed run is below the median of the other runs by more than 10 points or a quarter of
-    that median, whichever is less; by more than 5 of their robust standard deviations (1.48 times
-    the median distance from the median); and by more than 4 standard errors of an accuracy on its
-    test images. With fewer than three runs, or if half of them are low, none counts as collapsed.
-    """
-    scores = [score.plain() for score in _joined([runs], (1,))]
-    result = []
-    for i, (run, score) in enumerate(zip(runs, scores, strict=True)):
-        others = np.array(scores[:i] + scores[i + 1 :])
-        if len(others) < 2:
-            break
-        median = float(np.median(others))
-        spread = 1.4826 * float(np.median(np.abs(others - median)))
-        noise = math.sqrt(median * (1 - median) / len(run.correct))
-        if median - score > max(min(0.10, median / 4), 5 * spread, 4 * noise):
-            result.append(
-                Collapse(split_seed=run.split_seed, seed=run.seed, score=score, others=median)
-            )
-    return result
-
-
-@dataclass(frozen=True, eq=False)
-class _Scores:
-    """Results of one run per image, or of several runs of which a weighted sum is scored."""
-
-    split_seed: int | str
-    seed: int | None
-    image_ids: Array  # (T,)
-    correct: tuple[Array, ...]  # (T,) bool each: the runs
-    unseen: Array | None  # (T,) bool
-    weights: tuple[float, ...]  # of the runs; (1, -1) scores a difference
-
-    def columns(self) -> Array:
-        """(G + G R, T) bool: all images, in TRZSL the unseen and the seen ones; of these the right
-        ones of each run.
-        """
-        every = np.ones((1, len(self.image_ids)), dtype=bool)
-        groups = every if self.unseen is None else np.stack([self.unseen, ~self.unseen])
-        return np.concatenate([groups, *(correct & groups for correct in self.correct)])
-
-    def score(self, sums: Array) -> Array:
-        """The accuracy (TRZSL: harmonic mean of two accuracies) of a run, or a weighted sum.
-
-        Args:
-            sums: the (weighted) sum over images of each of `columns`.
-        """
-        sizes, *rights = np.split(sums, len(self.correct) + 1)
-        scores = []
-        for right in rights:
-            score, *rest = right / sizes
-            for other in rest:
-                score = 2 * score * other / np.maximum(score + other, 1e-12)
-            scores.append(score)
-        return np.asarray(sum(w * s for w, s in zip(self.weights, scores, strict=True)))
-
-    def plain(self) -> float:
-        """The score with equal weights of all images."""
-        return float(self.score(self.columns().sum(axis=1)))
-
-
-def _joined(settings: Sequence[Runs], weights: tuple[float, ...]) -> Iterator[_Scores]:
+def _joined(settings: Sequence[Runs], weights: tuple[float, ...]) -> Iterator[Run]:
     """Runs of several settings with the same split and seed, on the images that all of them tested.
 
     A run without a seed is joined with every seed of its split.
@@ -338,24 +289,22 @@ def _joined(settings: Sequence[Runs], weights: tuple[float, ...]) -> Iterator[_S
         seeds = {run.seed for run in runs} - {None}
         if len({run.split_seed for run in runs}) > 1 or len(seeds) > 1:
             continue
-        first, *others = runs
-        if any(not np.array_equal(run.image_ids, first.image_ids) for run in others):
+        if any(not np.array_equal(run.image_ids, runs[0].image_ids) for run in runs[1:]):
             ids = functools.reduce(np.intersect1d, [run.image_ids for run in runs])
-            first, *others = (_on_images(run, ids) for run in runs)
-        if len(first.image_ids):
-            correct = (first.correct, *(run.correct for run in others))
-            seed = next(iter(seeds), None)
-            yield _Scores(first.split_seed, seed, first.image_ids, correct, first.unseen, weights)
+            runs = tuple(_on_images(run, ids) for run in runs)
+        if len(runs[0].image_ids):
+            correct = np.concatenate([run.correct for run in runs])
+            yield replace(runs[0], seed=next(iter(seeds), None), correct=correct, weights=weights)
 
 
 def _on_images(run: Run, ids: Array) -> Run:
     """A run on some of its images."""
     at = np.intersect1d(run.image_ids, ids, return_indices=True)[1]
     unseen = None if run.unseen is None else run.unseen[at]
-    return replace(run, image_ids=ids, correct=run.correct[at], unseen=unseen)
+    return replace(run, image_ids=ids, correct=run.correct[:, at], unseen=unseen)
 
 
-def _interval(scores: Sequence[_Scores], samples: int, *, lowest: float) -> Interval:
+def _interval(scores: Sequence[Run], samples: int, *, lowest: float) -> Interval:
     run_means = np.array([s.plain() for s in scores])  # (R,)
     shifts = _resampled_means(scores, samples) - run_means  # (B, R), images only
     units = _units(scores)  # (R, K)
@@ -420,12 +369,9 @@ def _p_value(mean: float, skew: float, images: float, runs: float, dof: float) -
     return 2 * float(stdtr(dof, -low))
 
 
-# scipy.special takes a tenth of a second to import and only tables need it.
-
-
 def _normal(alpha: float) -> float:
     """z of a two-sided level."""
-    from scipy.special import ndtri
+    from scipy.special import ndtri  # takes a tenth of a second to import; only tables need it
 
     return -float(ndtri(max(alpha, 1e-300) / 2))
 
@@ -437,7 +383,7 @@ def _student(alpha: float, dof: float) -> float:
     return -float(stdtrit(dof, alpha / 2))
 
 
-def _reason_not_tested(scores: Sequence[_Scores], differing: int) -> str:
+def _reason_not_tested(scores: Sequence[Run], differing: int) -> str:
     """Why a difference is not tested; empty: it is tested."""
     splits = len({s.split_seed for s in scores})
     seeds = {s.seed for s in scores}
@@ -451,7 +397,7 @@ def _reason_not_tested(scores: Sequence[_Scores], differing: int) -> str:
     return ""
 
 
-def _resampled_means(scores: Sequence[_Scores], samples: int) -> Array:
+def _resampled_means(scores: Sequence[Run], samples: int) -> Array:
     """Scores of the runs under random weights of the images, common to all runs, (B, R)."""
     ids = np.unique(np.concatenate([s.image_ids for s in scores]))
     weights = _image_weights(len(ids), samples)  # (B, U)
@@ -471,7 +417,7 @@ def _image_weights(images: int, samples: int) -> Array:
     return generator.standard_exponential((samples, images), dtype=np.float32)
 
 
-def _units(scores: Sequence[_Scores]) -> Array:
+def _units(scores: Sequence[Run]) -> Array:
     """The top unit of each run, one-hot (R, K): its split; with one split, the run itself."""
     splits = np.array([s.split_seed for s in scores])
     names, index = np.unique(splits, return_inverse=True)
@@ -479,9 +425,7 @@ def _units(scores: Sequence[_Scores]) -> Array:
 
 
 def _variance_of_mean(values: Array, share: Array) -> Array:
-    """Variance of the weighted mean of K independent units, estimated from their spread.
-
-    (..., K) -> (...).
+    """Variance of the weighted mean of K independent units, from their spread, (..., K) -> (...).
 
     With equal shares this is the sample variance (K - 1 in the denominator) over K.
     """
@@ -490,7 +434,7 @@ def _variance_of_mean(values: Array, share: Array) -> Array:
     return np.asarray(k / (k - 1) * (deviations**2 @ share**2))
 
 
-def _interval_text(scores: Sequence[_Scores]) -> str:
+def _interval_text(scores: Sequence[Run]) -> str:
     splits = len({s.split_seed for s in scores})
     seeds = len({s.seed for s in scores} - {None})
     over, only = ["images"], []

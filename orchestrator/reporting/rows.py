@@ -32,11 +32,9 @@ from orchestrator.formatting import format_percent, format_value
 from orchestrator.reporting._ranking import Ranking, ranking
 from orchestrator.reporting._statistics import (
     Array,
-    Collapse,
     Interval,
     Run,
     Runs,
-    collapsed_runs,
     mean_interval,
     mean_score,
 )
@@ -179,6 +177,40 @@ class Row(Interval):
         return np.array(curves, dtype=float) if len(lengths) == 1 and lengths != {0} else None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Collapse:
+    """A run far below the other runs of its setting."""
+
+    split_seed: int | str
+    seed: int | None
+    score: float
+    others: float  # median of the other runs
+
+
+def collapsed_runs(runs: Runs) -> list[Collapse]:
+    """Runs that collapsed: training diverged, or the prompt predicts a single class.
+
+    A collapsed run is below the median of the other runs by more than 10 points or a quarter of
+    that median, whichever is less; by more than 5 of their robust standard deviations (1.48 times
+    the median distance from the median); and by more than 4 standard errors of an accuracy on its
+    test images. With fewer than three runs, or if half of them are low, none counts as collapsed.
+    """
+    scores = [run.plain() for run in runs]
+    result = []
+    for i, (run, score) in enumerate(zip(runs, scores, strict=True)):
+        others = np.array(scores[:i] + scores[i + 1 :])
+        if len(others) < 2:
+            break
+        median = float(np.median(others))
+        spread = 1.4826 * float(np.median(np.abs(others - median)))
+        noise = math.sqrt(median * (1 - median) / len(run.image_ids))
+        if median - score > max(min(0.10, median / 4), 5 * spread, 4 * noise):
+            result.append(
+                Collapse(split_seed=run.split_seed, seed=run.seed, score=score, others=median)
+            )
+    return result
+
+
 # ---------------------------------------------------------------- from trials to rows
 
 
@@ -243,7 +275,7 @@ def _runs(trials: Mapping[RunName, FinishedTrial], classifier: str | None = None
             split_seed=split_seed,
             seed=seed,
             image_ids=trial.image_ids,
-            correct=predictions == trial.labels,
+            correct=(predictions == trial.labels)[None],
             unseen=trial.unseen,
         )
         for (split_seed, seed), trial in trials.items()

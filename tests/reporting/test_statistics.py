@@ -12,7 +12,6 @@ from orchestrator.reporting._statistics import (
     ALPHA,
     Run,
     Runs,
-    collapsed_runs,
     gain_share,
     holm,
     mean_interval,
@@ -21,6 +20,7 @@ from orchestrator.reporting._statistics import (
     table_tests,
     verdict,
 )
+from orchestrator.reporting.rows import collapsed_runs
 
 IMAGES, ACCURACY = 1797, 0.74
 
@@ -59,7 +59,7 @@ def simulated(
             for k in range(methods):
                 line = -spread * NormalDist().inv_cdf(ACCURACY + (gain if k else 0.0))
                 sums = ease[ids] + tastes[k, ids] + shift[k] + noise * rng.standard_normal(test)
-                run = Run(split_seed=split, seed=seed, image_ids=ids, correct=sums > line)
+                run = Run(split_seed=split, seed=seed, image_ids=ids, correct=(sums > line)[None])
                 runs[k].append(run)
     return [tuple(of) for of in runs]
 
@@ -91,7 +91,7 @@ def one_run(correct: list[int], *, split: int = 0, seed: int | None = 0) -> Run:
         split_seed=split,
         seed=seed,
         image_ids=np.arange(len(correct)),
-        correct=np.array(correct, dtype=bool),
+        correct=np.array([correct], dtype=bool),
     )
 
 
@@ -149,8 +149,8 @@ def test_pairing_is_by_image_and_not_by_position() -> None:
     rng = np.random.default_rng(5)
     correct = rng.random(200) < 0.6
     order = rng.permutation(200)
-    a = Run(split_seed=0, seed=1, image_ids=np.arange(200), correct=correct)
-    b = Run(split_seed=0, seed=1, image_ids=order, correct=correct[order])
+    a = Run(split_seed=0, seed=1, image_ids=np.arange(200), correct=correct[None])
+    b = Run(split_seed=0, seed=1, image_ids=order, correct=correct[None, order])
     interval = paired_difference(Runs((a,)), Runs((b,)))
     assert (interval.low, interval.mean, interval.high) == (0, 0, 0)
 
@@ -197,7 +197,7 @@ def test_few_splits_that_disagree_give_a_wider_interval_than_images_alone() -> N
             split_seed=k,
             seed=0,
             image_ids=np.arange(300) + 300 * k,
-            correct=np.arange(300) < share * 300,
+            correct=(np.arange(300) < share * 300)[None],
         )
         for k, share in enumerate((0.6, 0.7, 0.8))
     )
