@@ -6,6 +6,7 @@ The sweeps run with a trivial trainable; `test_runs.py` reports a real sweep.
 from __future__ import annotations
 
 import base64
+import csv
 import re
 import xml.etree.ElementTree as xml
 from collections.abc import Iterator
@@ -88,7 +89,7 @@ def test_the_report_of_a_grid_has_all_sections_in_order(grid):
 
 def test_the_report_has_the_numbers_of_the_table(grid):
     text = airsweep("table", "grid", "--store", grid, "--format", "csv").stdout
-    means = [f"{100 * float(line.split(',')[8]):.1f}" for line in text.splitlines()[1:]]
+    means = [f"{100 * float(row['mean']):.1f}" for row in csv.DictReader(text.splitlines())]
     assert len(means) > 6
     cells = re.findall(r"<td[^>]*>(?:\* )?([^<]*)", report(grid, "grid"))
     for mean in means:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import math
 import random
 import typing
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,13 +15,12 @@ import yaml
 
 from air_core.methods import METHODS
 from air_core.specs.flat import Key, trial_keys
-from orchestrator.planning import Resolver, requirements_of
-from orchestrator.planning.plan import build_level
+from orchestrator.planning import Resolver
 from orchestrator.spec import cells_of, load_sweep
-from orchestrator.stages import TrialSpec, stage_module
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.trial_run import run_trial
 from orchestrator.store import ArtifactStore
+from tests.helpers.inputs import build_inputs
 
 TRIALS = 30
 ALWAYS = {"lora": None, "train.steps": 2, "images_per_class": 3, "iterations": 2}
@@ -68,19 +66,6 @@ def random_settings(rng: random.Random) -> dict[str, Any]:
     settings = ALWAYS | {key: rng.choice(VALUES[key]) for key in keys}
     free = {k: value for k, value in settings.items() if k not in METHODS[method].pins}
     return {"method": method} | free
-
-
-def build_inputs(trial: TrialSpec, worker: WorkerContext) -> None:
-    """Make what a trial reads, in this process."""
-    requirements = requirements_of([trial])
-    for requirement in sorted(requirements, key=lambda requirement: build_level(requirement.spec)):
-        spec, make = requirement.spec, stage_module(requirement.spec)
-        if not requirement.rows:
-            make.build(spec, worker)
-            continue
-        generator = partial(spec.images.open, worker)
-        for class_index, block in requirement.missing(worker.store):
-            make.build(spec, class_index, block, worker, generator)
 
 
 def test_any_settings_are_learned_or_refused_with_a_sentence(drawn_digits, tmp_path):

@@ -14,13 +14,11 @@ from orchestrator.planning import Resolver
 from orchestrator.spec import presets
 from orchestrator.stages import TrialSpec
 from orchestrator.stages.context import WorkerContext
-from orchestrator.stages.features import build as build_features
 from orchestrator.stages.features import read_target
-from orchestrator.stages.labels import build as build_labels
-from orchestrator.stages.synthetic import build as build_image_block
 from orchestrator.stages.trial_data import read_data
 from orchestrator.stages.trial_run import run_trial
 from orchestrator.store import ArtifactStore
+from tests.helpers.inputs import build_inputs
 
 COUNT = 3  # images per class
 SMALL: dict[str, Any] = {
@@ -52,14 +50,7 @@ def spec_of(method: str, resolver: Resolver, drawn: Any, **more: Any) -> TrialSp
 
 def bank(spec: TrialSpec, worker: WorkerContext) -> Any:
     """The images that a trial reads in the place of synthetic ones."""
-    build_features(spec.features, worker)
-    if spec.lora_labels is not None:
-        build_labels(spec.lora_labels, worker)
-    row = spec.synthetic_features
-    if row is not None:
-        generator = row.images.open(worker)
-        for c in range(10):
-            build_image_block(row, c, 0, worker, lambda: generator)
+    build_inputs(spec, worker)
     target = read_target(spec.features, spec.split, worker.store)
     return read_data(spec, target, worker).synthetic
 

@@ -30,9 +30,9 @@ from orchestrator.stages.features import build as build_features
 from orchestrator.stages.trial_run import run_trial, run_trials
 from orchestrator.store import ArtifactStore, TrialRecord
 from tests.helpers.dataset_trees import draw
+from tests.helpers.inputs import build_inputs
 from tests.helpers.plugins import NOISE, TIP_ADAPTER, saved_clip, saved_dataset
 from tests.helpers.sweeps import write_sweep
-from tests.stages.test_any_trial import build_inputs
 
 QUICK = "train.steps: 4, iterations: 2"
 

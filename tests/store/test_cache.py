@@ -71,7 +71,9 @@ class World:
                 count = requirement.images + more * (requirement.images > 8)
                 self.draw(requirement.spec, requirement.classes, requirement.spec.blocks(count))
             else:
-                self.store.get_or_build(requirement.spec, filled(FILES[requirement.stage]))
+                self.store.get_or_build(
+                    requirement.spec, filled(FILES.get(requirement.stage, "content"))
+                )
         for slot in plan.slots:
             self.store.get_or_build(slot.spec, filled(PREDICTIONS))
             key = slot.key.digest

@@ -16,17 +16,17 @@ import pytest
 
 from orchestrator.environment import environment
 from orchestrator.errors import FAILED, TERMINATED, TrackerUnreachable
-from orchestrator.planning import Outcome, plan_of, requirements_of, resolver_of
+from orchestrator.planning import Outcome, plan_of, resolver_of
 from orchestrator.planning.plan import plan_sweep
 from orchestrator.reporting.results import results_of
 from orchestrator.spec import SweepSpec, load_sweep
 from orchestrator.stages.context import WorkerContext
-from orchestrator.stages.synthetic import build as build_image_block
 from orchestrator.stages.trial_run import run_trial
 from orchestrator.store import ArtifactStore, SweepLocation, read_trial
 from orchestrator.tracking import Publisher
 from orchestrator.tracking import export as export_module
 from tests.helpers.features import digit_features, store_with
+from tests.helpers.inputs import build_inputs
 from tests.helpers.servers import MlflowServer, failing_server, free_port
 
 IMAGES = 240  # of the dataset digits: every class is among them
@@ -73,15 +73,7 @@ def ended(
     slots = plan_sweep(sweep, store, resolver, event_log).slots
     arrays = digit_features(tiny_clip.encode_images, IMAGES)
     store_with(store.root, slots[0].spec.features, arrays)
-    (row,) = (
-        requirement
-        for requirement in requirements_of([slots[-1].spec])
-        if requirement.stage == "images"
-    )
-    worker, generators = WorkerContext(store), {}
-    for c, block in row.shards():
-        opened = lambda: generators.setdefault("one", row.spec.images.open(worker))  # noqa: E731
-        build_image_block(row.spec, c, block, worker, opened)
+    build_inputs(slots[-1].spec, WorkerContext(store))
     names = {"AIRSWEEP_USER": "ada", "AIRSWEEP_COMMIT": "0123abc", "AIRSWEEP_DIRTY": "feed"}
     event_log.append("sweep_started", spec="s", total=6, to_run=6, pid=1, **MADE)
     with environment(names):
