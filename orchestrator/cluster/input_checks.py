@@ -8,12 +8,11 @@ part's configuration and the header of each weights file are read.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -89,8 +88,8 @@ def check_dataset(
         f"unreadable  {len(unreadable):,}",
         *(f"            {problem}" for problem in unreadable[:SHOWN]),
         *(f"{'' if i else 'skipped':<12}{line}" for i, line in skipped),
-        *_pair_lines("exact       {} of images with equal pixels", " = ", exact),
-        *_pair_lines("near        {} of images that look alike", " ~ ", near),
+        *_pair_lines(examples, "exact       {} of images with equal pixels", " = ", exact),
+        *_pair_lines(examples, "near        {} of images that look alike", " ~ ", near),
     ]
     if near:
         lines.append("            look at them; of equal ones remove one")
@@ -126,16 +125,11 @@ def _look(examples: Examples, index: int) -> Look:
     return "", pixel_digest(image), bits
 
 
-class _Pair(NamedTuple):
-    """Two images that are equal or look alike; sorted, the worst pair is the first."""
-
-    one_side: bool  # none of them, or both, are test images
-    one_class: bool  # or an unknown one
-    names: tuple[str, str]
+Pair = tuple[int, int]  # positions of two images that are equal or look alike
 
 
-def _duplicates(examples: Examples, looks: Sequence[Look]) -> tuple[list[_Pair], list[_Pair]]:
-    """Exact and near duplicates among the readable images."""
+def _duplicates(examples: Examples, looks: Sequence[Look]) -> tuple[list[Pair], list[Pair]]:
+    """Exact and near duplicates among the readable images, the worst pairs first."""
     seen = [i for i, (problem, _, _) in enumerate(looks) if not problem]
     exact = [(seen[i], seen[j]) for i, j in exact_pairs([looks[i][1] for i in seen])]
     repeated = {j for _, j in exact}
@@ -143,16 +137,20 @@ def _duplicates(examples: Examples, looks: Sequence[Look]) -> tuple[list[_Pair],
     hashes = np.frombuffer(b"".join(looks[i][2] for i in firsts), np.uint8).reshape(-1, 32)
     near = [(firsts[i], firsts[j]) for i, j in near_pairs(hashes)]
 
-    def pair(i: int, j: int) -> _Pair:
-        one_side = (examples.parts[i] == "test") == (examples.parts[j] == "test")
-        labels = {int(examples.labels[i]), int(examples.labels[j])}
-        one_class = len(labels) == 1 or UNKNOWN in labels
-        return _Pair(one_side, one_class, (_image_name(examples, i), _image_name(examples, j)))
+    def is_harmless(pair: Pair) -> tuple[bool, bool]:
+        return not _is_leak(examples, pair), not _is_of_two_classes(examples, pair)
 
-    def worst_first(pairs: Sequence[tuple[int, int]]) -> list[_Pair]:
-        return sorted(itertools.starmap(pair, pairs), key=lambda pair: pair[:2])
+    return sorted(exact, key=is_harmless), sorted(near, key=is_harmless)
 
-    return worst_first(exact), worst_first(near)
+
+def _is_leak(examples: Examples, pair: Pair) -> bool:
+    """Whether only one of the images is a test image."""
+    return len({examples.parts[i] == "test" for i in pair}) == 2
+
+
+def _is_of_two_classes(examples: Examples, pair: Pair) -> bool:
+    labels = {int(examples.labels[i]) for i in pair}
+    return len(labels) == 2 and UNKNOWN not in labels
 
 
 def _image_name(examples: Examples, index: int) -> str:
@@ -161,15 +159,16 @@ def _image_name(examples: Examples, index: int) -> str:
     return f"image {index}"
 
 
-def _pair_lines(title: str, sign: str, pairs: Sequence[_Pair]) -> list[str]:
+def _pair_lines(examples: Examples, title: str, sign: str, pairs: Sequence[Pair]) -> list[str]:
     if not pairs:
         return []
-    two_classes = sum(not pair.one_class for pair in pairs)
-    in_test = sum(not pair.one_side for pair in pairs)
+    two_classes = sum(_is_of_two_classes(examples, pair) for pair in pairs)
+    in_test = sum(_is_leak(examples, pair) for pair in pairs)
+    names = (sign.join(_image_name(examples, i) for i in pair) for pair in pairs[:SHOWN])
     return [
         f"{title.format(plural(len(pairs), 'pair'))}: {two_classes:,} in two classes, "
         f"{in_test:,} in train and test",
-        *(f"            {printable(sign.join(pair.names))}" for pair in pairs[:SHOWN]),
+        *(f"            {printable(each)}" for each in names),
     ]
 
 
@@ -178,7 +177,7 @@ def _differences(
     examples: Examples,
     parts: dict[str, int],
     unreadable: Sequence[str],
-    exact: Sequence[_Pair],
+    exact: Sequence[Pair],
 ) -> Iterator[str]:
     """Differences from the published dataset; too many unreadable images; test images in train."""
     name, published = dataset.name, PUBLISHED.get(dataset.name)
@@ -200,9 +199,10 @@ def _differences(
     share = 0 if published else BAD_SHARE
     if problem := too_many_unreadable(name, unreadable, len(examples.parts), share):
         yield problem
-    leaks = sum(not pair.one_side for pair in exact)
+    leaks = [pair for pair in exact if _is_leak(examples, pair)]
     if leaks and name.startswith(PREFIX) and not permits_duplicates(Path(dataset.source)):
-        yield leak_message(Path(dataset.source), leaks, exact[0].names)
+        names = tuple(_image_name(examples, i) for i in leaks[0])
+        yield leak_message(Path(dataset.source), len(leaks), names)
 
 
 # ---------------------------------------------------------------- models
