@@ -180,7 +180,7 @@ def cache_gc(
             removable(contents(opened), requirements, me, name), key=lambda item: -item.bytes
         )
         own = [item for item in found if all_users or item.user == me != UNKNOWN]
-        failed = {item.path: item for item in (remove(opened, own) if yes else ())}
+        failed = {item.path: item for item in (remove(own) if yes else ())}
     removals = [item for item in own if item.path not in failed]
     others = [item for item in found if item not in own] + [*failed.values()]
     report = {

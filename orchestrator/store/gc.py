@@ -12,13 +12,11 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import BucketUnreachable, DamagedArtifact
-from orchestrator.store._locks import LOCKS, STORE_LOCK
 from orchestrator.store.artifacts import DAMAGED, ROW, UNFINISHED, ArtifactStore
 from orchestrator.store.buckets import Entry, run_concurrently
 from orchestrator.store.rows import SHARD
@@ -175,17 +173,12 @@ def removable(
     return artifacts + [replace(i, user=me) if i.path.lstat().st_uid == uid else i for i in files]
 
 
-def remove(store: ArtifactStore, items: Sequence[Item]) -> list[Item]:
-    """Remove artifacts and leftovers, and the locks of killed builders. The caller holds the store
-    exclusively. A kill in between leaves no artifact that looks complete.
+def remove(items: Sequence[Item]) -> list[Item]:
+    """Remove artifacts and leftovers. A kill in between leaves no artifact that looks complete.
 
     Returns:
         The items that could not be removed, for example because another user owns the folder.
     """
-    for lock in (store.root / LOCKS).iterdir():
-        if lock != store.root / STORE_LOCK and time.time() - lock.stat().st_mtime > MIN_AGE:
-            with suppress(PermissionError):  # of another user
-                lock.unlink()
     return [replace(item, why=NOT_REMOVED) for item in items if not _remove(item.path)]
 
 

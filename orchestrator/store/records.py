@@ -54,19 +54,21 @@ class TrialRecord:
         trial has, its predictions as `text`, `auxiliary` or `fused`, and the probabilities of these
         as `probability_text`, ...; each (T,).
         """
-        return load_file(self.path / PREDICTIONS)
+        return self._arrays(PREDICTIONS)
 
     def pool_arrays(self) -> dict[str, np.ndarray]:
         """`index`, `predictions` of pool images after the last round, with denoising errors where
         the trial reads them; predictions and probabilities of each classifier as in `test_arrays`;
         each (P,). Empty: the trial tests the prompt of another one.
         """
-        file = self.path / POOL
-        return load_file(file) if file.exists() else {}
+        return self._arrays(POOL)
 
     def fused_arrays(self) -> dict[str, np.ndarray]:
         """Arrays of the fused classifier, see `air_core.bundle.arrays`; empty: it has none."""
-        file = self.path / FUSED
+        return self._arrays(FUSED)
+
+    def _arrays(self, name: str) -> dict[str, np.ndarray]:
+        file = self.path / name
         return load_file(file) if file.exists() else {}
 
     def default_classifier(self) -> str:
@@ -87,12 +89,10 @@ class TrialRecord:
         Raises:
             ValueError: the method learns no prompt.
         """
-        file = self.path / PROMPT
-        if not file.exists():
-            raise ValueError(
-                f"{file} does not exist; remove {self.path} and run the sweep to learn it again"
-            )
-        return load_file(file)["prompt"]
+        arrays = self._arrays(PROMPT)
+        if not arrays:
+            raise ValueError(f"{self.path} has no prompt: its method learns none")
+        return arrays["prompt"]
 
 
 def read_trial(spec: StageSpec, store: ArtifactStore) -> TrialRecord:

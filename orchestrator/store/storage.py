@@ -71,11 +71,13 @@ class Folder:
         return path.is_file()
 
     def get(self, path: Path) -> bytes | None:
-        """Content of a file; None: it does not exist."""
+        """Content of a file; None: it does not exist. A folder has none."""
         try:
             return path.read_bytes()
         except FileNotFoundError:
             return None
+        except IsADirectoryError:
+            return b""
 
     def put(self, path: Path, content: bytes) -> None:
         """Write a small file atomically and durably, for all machines."""
@@ -358,25 +360,40 @@ def open_storage(address: Path | str) -> Folder | Bucket:
     existing = next(path for path in (root, *root.parents) if os.path.lexists(path))
     if not existing.is_dir():
         raise ValueError(f"{existing} is a file; a store is a folder: choose another with --store")
+    storage = Folder(root)
     try:
-        storage = Folder(root)
-        _check_format(_about_in(root), storage)
+        _check_format(storage, storage.get(root / ABOUT))
     except PermissionError:
         raise ValueError(f"{permission_message(root)} with --store") from None
     return storage
 
 
 def _open_bucket(bucket: Bucket) -> Bucket:
-    stored, copied = bucket.client.get(ABOUT), _about_in(bucket.root)
-    _check_format(stored, bucket)
+    file = bucket.root / ABOUT
+    stored, copied = bucket.get(file), bucket.copies.get(file)
+    _check_format(bucket, stored)
     if copied is not None and copied != stored:
         raise StoreRefused(
             f"{bucket.root} caches an earlier store at {bucket.client} that no longer exists; "
             f"remove that folder, or set {CACHE} to another cache folder"
         )
     if stored is not None and copied is None:
-        write_atomic_unsynced(bucket.root / ABOUT, stored)
+        write_atomic_unsynced(file, stored)
     return bucket
+
+
+def _check_format(storage: Folder | Bucket, about: bytes | None) -> None:
+    """Check the content of `store.json`; None: the store is new, and the first run writes it."""
+    try:
+        found = f"has format {json.loads(_about() if about is None else about)['format']!r:.20}"
+    except (ValueError, TypeError, KeyError, RecursionError):
+        found = f"has a damaged {ABOUT}"
+    if found != f"has format {FORMAT}":
+        raise StoreRefused(
+            f"the store {storage.name} {found}, but this airsweep reads format {FORMAT}: choose "
+            f"another store or an empty folder with --store; if the {ABOUT} of a store of format "
+            f"{FORMAT} was damaged, write into it: {_about().decode().strip()}"
+        )
 
 
 def initialize(storage: Folder | Bucket) -> None:
@@ -415,32 +432,3 @@ def initialize(storage: Folder | Bucket) -> None:
 def _about(**facts: str) -> bytes:
     """The content of `store.json`."""
     return f"{json.dumps({'format': FORMAT, **facts})}\n".encode()
-
-
-def _about_in(root: Path) -> bytes | None:
-    """The content of `store.json`; None: the store is new, and the first run writes the file."""
-    try:
-        return (root / ABOUT).read_bytes()
-    except FileNotFoundError:
-        return None
-    except IsADirectoryError:
-        return b""
-
-
-def _check_format(about: bytes | None, storage: Folder | Bucket) -> None:
-    if about is None:
-        if not recorded_sweeps(storage):
-            return
-        found = f"has results but no {ABOUT}"
-    else:
-        try:
-            found = f"has format {json.loads(about)['format']!r:.20}"
-        except (ValueError, TypeError, KeyError, RecursionError):
-            found = f"has a damaged {ABOUT}"
-        if found == f"has format {FORMAT}":
-            return
-    raise StoreRefused(
-        f"the store {storage.name} {found}, but this airsweep reads format {FORMAT}: choose "
-        f"another store or an empty folder with --store; if the {ABOUT} of a store of format "
-        f"{FORMAT} was lost or damaged, write into it: {_about().decode().strip()}"
-    )
