@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -41,20 +41,42 @@ class Cell:
 def cells_of(spec: SweepSpec) -> tuple[Cell, ...]:
     """The cells in the order of the grid: the first key varies slowest.
 
+    Each has its id, and of equal ones the first is kept, without the keys of the grid that do not
+    change its computation.
+
     Raises:
         SpecError: no cell is left, because no method fits its paradigm.
     """
-    table = {_hashable(combination): combination for combination in combinations(spec)}
-    cells = {key: cell_at(spec, combination) for key, combination in table.items()}
-    cells = {key: cell for key, cell in cells.items() if is_defined(cell)}
-    if not cells:
+    known: dict[Any, tuple[Cell, Any]] = {}
+
+    def at(combination: dict[str, Any]) -> tuple[Cell, Any]:
+        """The cell of a combination of the grid, also an excluded one, and what it computes."""
+        key = _hashable(combination)
+        if key not in known:
+            cell = cell_at(spec, combination)
+            known[key] = cell, (cell.method, _computation(cell))
+        return known[key]
+
+    def matters(combination: dict[str, Any], key: str) -> bool:
+        others = ({**combination, key: other} for other in (spec.axes or spec.grid)[key])
+        return key in ID_KEYS or any(at(other)[1] != at(combination)[1] for other in others)
+
+    distinct: dict[Any, tuple[Cell, dict[str, Any]]] = {}
+    for combination in combinations(spec):
+        cell, computed = at(combination)
+        if is_defined(cell):
+            distinct.setdefault(computed, (cell, combination))
+    if not distinct:
         raise SpecError(f"{spec.source}: {needs_labels_message(spec.methods)}")
-    computed = {key: (cell.method, _computation(cell)) for key, cell in cells.items()}
-    first = {computed[key]: key for key in reversed(cells)}  # keep the first of equal cells
-    distinct = [key for key in cells if first[computed[key]] == key]
-    return tuple(
-        _distinct_ids(_with_id(spec, cells[key], table[key], computed) for key in distinct)
-    )
+    cells: dict[str, Cell] = {}
+    for cell, combination in distinct.values():
+        chosen = {key: v for key, v in cell.chosen.items() if matters(combination, key)}
+        named = replace(cell, chosen=chosen, id=_id(cell, chosen))
+        # Two values can give the same file name (a/b, a-b). Some file systems ignore case.
+        if named.id.lower() in cells:
+            named = replace(named, id=f"{named.id}-{_short_digest(cell.method, chosen)}")
+        cells[named.id.lower()] = named
+    return tuple(cells.values())
 
 
 def needs_labels_message(methods: Sequence[str]) -> str:
@@ -139,32 +161,6 @@ def cell_at(spec: SweepSpec, combination: dict[str, Any]) -> Cell:
     )
 
 
-def _with_id(
-    spec: SweepSpec, cell: Cell, combination: dict[str, Any], computed: dict[Any, Any]
-) -> Cell:
-    """The cell with its id and without the grid keys that do not change its computation."""
-
-    def computation(other: dict[str, Any]) -> Any:
-        key = _hashable(other)
-        if key not in computed:  # excluded from the sweep
-            outside = cell_at(spec, other)
-            computed[key] = (outside.method, _computation(outside))
-        return computed[key]
-
-    own = computation(combination)
-    chosen = {
-        key: value
-        for key, value in cell.chosen.items()
-        if key in ID_KEYS
-        or any(
-            computation({**combination, key: other}) != own
-            for other in (spec.axes or spec.grid)[key]
-        )
-    }
-    named = replace(cell, chosen=chosen)
-    return replace(named, id=_id(named))
-
-
 def _computation(cell: Cell) -> Any:
     """A value that is equal for cells that differ only in settings without effect."""
     if cell.space:  # a setting without effect in the default point can matter in another point
@@ -210,15 +206,15 @@ def _ends(dimension: Dimension) -> Sequence[Any]:
 ID_KEYS = ("dataset", "paradigm", "modality", "method")
 
 
-def _id(cell: Cell) -> str:
+def _id(cell: Cell, chosen: dict[str, Any]) -> str:
     words = [own_name({**cell.flat, "method": cell.method}[key]) for key in ID_KEYS]
     words += [
         f"{key.rpartition('.')[2]}={_id_word(value)}"
-        for key, value in cell.chosen.items()
+        for key, value in chosen.items()
         if key not in ID_KEYS
     ]
     name = re.sub(r"[^A-Za-z0-9._=-]+", "-", "-".join(words))
-    return name if len(name) <= 100 else f"{name[:90]}-{_short_digest(cell)}"
+    return name if len(name) <= 100 else f"{name[:90]}-{_short_digest(cell.method, chosen)}"
 
 
 def _id_word(value: Any) -> str:
@@ -226,18 +222,5 @@ def _id_word(value: Any) -> str:
     return words[value] if value is None or isinstance(value, bool) else own_name(str(value))
 
 
-def _short_digest(cell: Cell) -> str:
-    return digest({"method": cell.method, **cell.chosen})[:8]
-
-
-def _distinct_ids(cells: Iterable[Cell]) -> Iterator[Cell]:
-    # Two values can give the same file name (a/b, a-b). Some file systems ignore case.
-    seen: set[str] = set()
-    for cell in cells:
-        named = (
-            replace(cell, id=f"{cell.id}-{_short_digest(cell)}")
-            if cell.id.lower() in seen
-            else cell
-        )
-        seen.add(named.id.lower())
-        yield named
+def _short_digest(method: str, chosen: dict[str, Any]) -> str:
+    return digest({"method": method, **chosen})[:8]
