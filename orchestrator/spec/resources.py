@@ -11,12 +11,8 @@ from orchestrator.keys import Process
 from orchestrator.spec.schema import NULL, Schema, setting
 
 # A process has a part of one GPU, or whole GPUs.
-GPUS: Schema = {
-    "anyOf": [
-        {"type": "number", "minimum": 0, "maximum": 1},
-        {"type": "integer", "minimum": 2},
-    ]
-}
+PARTS: Schema = {"type": "number", "minimum": 0, "maximum": 1}
+GPUS: Schema = {"anyOf": [PARTS, {"type": "integer", "minimum": 2}]}
 # Amounts of Ray's custom resources, by name.
 CUSTOM: Schema = {
     "type": "object",
@@ -26,30 +22,24 @@ CUSTOM: Schema = {
     },
     "additionalProperties": {"type": "number", "exclusiveMinimum": 0},
 }
-SECONDS: Schema = {
-    "anyOf": [
-        {
-            "title": "a duration such as 90s, 30m or 12h, or a number of seconds > 0",
-            "anyOf": [
-                {"type": "string", "pattern": r"^[0-9]{1,9}(\.[0-9]{1,9})?[smh]$"},
-                {"type": "number", "exclusiveMinimum": 0},
-            ],
-        },
-        NULL,
-    ]
-}
-BYTES: Schema = {
-    "anyOf": [
-        {
-            "title": "a size such as 500MiB or 12GiB, or a number of bytes",
-            "anyOf": [
-                {"type": "string", "pattern": r"^[0-9]{1,9}[MG]iB$"},
-                {"type": "integer", "minimum": 0},
-            ],
-        },
-        NULL,
-    ]
-}
+
+
+def _with_unit(title: str, pattern: str, number: Schema) -> Schema:
+    """The schema of a text with a unit, of a number, or null."""
+    text = {"type": "string", "pattern": pattern}
+    return {"anyOf": [{"title": title, "anyOf": [text, number]}, NULL]}
+
+
+SECONDS = _with_unit(
+    "a duration such as 90s, 30m or 12h, or a number of seconds > 0",
+    r"^[0-9]{1,9}(\.[0-9]{1,9})?[smh]$",
+    {"type": "number", "exclusiveMinimum": 0},
+)
+BYTES = _with_unit(
+    "a size such as 500MiB or 12GiB, or a number of bytes",
+    r"^[0-9]{1,9}[MG]iB$",
+    {"type": "integer", "minimum": 0},
+)
 UNITS = {"s": 1, "m": 60, "h": 3600, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
