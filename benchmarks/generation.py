@@ -4,8 +4,8 @@ Baselines, with the tiny pipeline without LoRA and one thread per process:
 - *bare*: two processes draw half of the blocks each with `PipelineGenerator` and store nothing;
 - *loop*: two processes call a diffusers pipeline for one image at a time.
 
-*ours* is `execution._generation.draw` on a local Ray with two actors: Ray Data distributes blocks;
-each block is drawn, checked for blank images, encoded by CLIP, and written as parquet and
+*ours* is `execution._queue.WorkQueue` on a local Ray with two actors, which it gives blocks; each
+block is drawn, checked for blank images, encoded by CLIP, and written as parquet and
 safetensors. Rates count from the first complete block of each process to its last block, which
 excludes start-up. The duration of the start is printed separately.
 
@@ -146,9 +146,9 @@ def ours(requirement: Requirement, device: str) -> tuple[float, float, float]:
     """Images per second of two actors, seconds until the first block, and their busy fraction."""
     from orchestrator.cluster.session import machines
     from orchestrator.execution._allocation import Allocation
-    from orchestrator.execution._generation import draw
     from orchestrator.execution._progress import ProgressMonitor
-    from orchestrator.execution._state import PreparationContext
+    from orchestrator.execution._queue import WorkQueue
+    from orchestrator.execution._workers import Workers
     from orchestrator.spec import Resources
     from orchestrator.spec.resources import GeneratorResources
     from orchestrator.stages.context import WorkerContext
@@ -160,10 +160,12 @@ def ours(requirement: Requirement, device: str) -> tuple[float, float, float]:
     with tempfile.TemporaryDirectory() as folder:
         worker = WorkerContext(ArtifactStore(Path(folder)), device=device)
         began = time.time()
-        actor = ProgressMonitor().actor
         allocation = Allocation(resources, machines)
-        context = PreparationContext(worker, resources, listener, allocation, actor)
-        for _ in draw([requirement], context):
+        workers = Workers(worker, resources, ProgressMonitor().actor)
+        queue = WorkQueue([requirement], workers, allocation, listener)
+        while not queue.is_over:
+            queue.take()
+            queue.begin()
             time.sleep(0.01)
         assert not requirement.missing(worker.store)
     # Blocks do not name their actor: count the rate of both from the second block, when

@@ -130,3 +130,12 @@ def classify_death(text: str) -> str:
     """
     text = text.lower()
     return next((name for message, name in DEATH_MESSAGES if message in text), "infra")
+
+
+def failure_of(problem: Exception) -> Failure:
+    """The failure of a process: its own exception, or Ray's reason for its death."""
+    cause = getattr(problem, "cause", None)
+    if isinstance(cause, Exception):
+        return Failure(classify(cause), f"{type(cause).__name__}: {cause}")
+    message = f"{type(problem).__name__}: {problem}"
+    return Failure(classify_death(message), message.partition("\n")[0])

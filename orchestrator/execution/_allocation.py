@@ -8,14 +8,17 @@ are noticed.
 
 from __future__ import annotations
 
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from orchestrator.formatting import plural
 from orchestrator.keys import Process
 from orchestrator.planning import Machine, ray_resources
 from orchestrator.planning.resources import process_capacity, remaining_resources
-from orchestrator.spec import ProcessResources, Resources
+from orchestrator.spec import Resources
 
 # One of this many generators is reserved beside trials. A simulation of 64 devices finds the same
 # time for any share between a quarter and a sixteenth (benchmarks/README.md).
@@ -27,39 +30,34 @@ MAX_POOL_WAIT = 120.0
 
 @dataclass
 class PoolStatistics:
-    """Statistics of a pool of generators or encoders; the start of its actors counts as idle."""
+    """Statistics of a pool of generators or encoders; the start of a process counts as idle."""
 
-    actors: int
-    gpu: bool
-    process: Process = "generator"
+    process: Process
+    gpu: bool = False
+    actors: int = 0  # processes at a time, at most
     images: int = 0
     pairs: int = 0  # pairs of image and class whose denoising error was computed
     busy: float = 0.0  # seconds of drawing and encoding, summed; of an encoder with opening
+    held: float = 0.0  # seconds that the processes lived, summed
     seconds: float = 0.0  # wall clock
 
     def __str__(self) -> str:
         """
-        >>> print(PoolStatistics(actors=2, gpu=True, images=640, busy=150.0, seconds=80.0))
+        >>> print(PoolStatistics("generator", True, 2, images=640, busy=150, held=160, seconds=80))
         640 images in 80 s, 8.0 a second; GPUs of 2 generators busy 94 % of the time
-        >>> print(PoolStatistics(actors=1, gpu=False, pairs=800, busy=4.0, seconds=8.0))
-        800 denoising errors in 8 s, 100.0 a second; 1 generator busy 50 % of the time
-        >>> print(PoolStatistics(actors=2, gpu=False, images=80, pairs=800, busy=4.0, seconds=8.0))
-        80 images and 800 denoising errors in 8 s; 2 generators busy 25 % of the time
-        >>> print(PoolStatistics(2, gpu=True, process="encoder", images=9, busy=8.0, seconds=4.0))
-        9 images in 4 s, 2.2 a second; 2 encoders busy 100 % of the time
+        >>> print(PoolStatistics("generator", False, 1, 80, 800, busy=4, held=8, seconds=8))
+        80 images and 800 denoising errors in 8 s; 1 generator busy 50 % of the time
         """
         counts = {"images": self.images, "denoising errors": self.pairs}
         work = " and ".join(f"{count:,} {noun}" for noun, count in counts.items() if count)
-        work = f"{work or 'nothing'} in {self.seconds:.0f} s"
+        work = f"{work} in {self.seconds:.0f} s"
         if sum(map(bool, counts.values())) == 1:
             work += f", {sum(counts.values()) / max(self.seconds, 1e-9):.1f} a second"
-        share = self.busy / (self.actors * self.seconds) if self.seconds else 0.0
-        prefix = "GPUs of " if self.gpu and self.process == "generator" else ""
-        plural = "s" if self.actors > 1 else ""
-        return (
-            f"{work}; {prefix}{self.actors} {self.process}{plural} busy {100 * share:.0f} % of "
-            "the time"
-        )
+        makers = plural(self.actors, self.process)
+        if self.gpu and self.process == "generator":
+            makers = f"GPUs of {makers}"
+        share = 100 * self.busy / max(self.held, 1e-9)
+        return f"{work}; {makers} busy {share:.0f} % of the time"
 
 
 class Allocation:
@@ -70,14 +68,17 @@ class Allocation:
 
     Attributes:
         preparing: artifacts are missing that may be made beside trials.
-        pool_exceeds_reserve: a pool of generators is open that may use more than the reserve.
+        tasks: tasks that prepare now, by kind of process.
+        pools: processes that make shards now, by kind.
     """
 
     def __init__(
         self, resources: Resources, list_machines: Callable[[], Sequence[Machine]]
     ) -> None:
-        self.preparing = self.pool_exceeds_reserve = False
-        self._resources, self._list_machines = resources, list_machines
+        self.resources, self._list_machines = resources, list_machines
+        self.preparing = False
+        self.tasks: Counter[Process] = Counter()
+        self.pools: Counter[Process] = Counter()
         self._trials_since: float | None = None
         self._machines: tuple[float, Sequence[Machine]] = (0.0, ())
 
@@ -97,52 +98,51 @@ class Allocation:
             self._machines = (time.monotonic(), machines)
         return machines
 
-    def max_generators(self) -> int:
-        """Generators that fit the whole cluster."""
-        want = self._resources.generator
-        fit = process_capacity(want, self.machines())
-        return min(want.actors or fit, fit)
-
     def reserve(self) -> int:
         """Generators that work while trials run; 0 if the cluster is too small for both."""
-        want = self._resources.generator
-        fit = self.max_generators()
+        want = self.resources.generator
+        fit = self._fitting("generator")
         reserve = max(1, fit // RESERVE_DIVISOR) if want.reserve is None else min(want.reserve, fit)
         while reserve and not process_capacity(
-            self._resources.trial, remaining_resources(self.machines(), want, reserve)
+            self.resources.trial, remaining_resources(self.machines(), want, reserve)
         ):
             reserve -= 1
         return reserve
 
-    def reserved(self, want: ProcessResources) -> int:
-        """Generators, or encoders in their place, that may work while trials run."""
-        generator = self._resources.generator
-        per_generator = (
-            1 if want == generator else process_capacity(want, [ray_resources(generator)])
-        )
-        return self.reserve() * per_generator
+    def capacity(self, process: Process) -> int:
+        """Processes of a kind that may prepare now, if all are of this kind.
 
-    def pool_size(self, want: ProcessResources) -> int:
-        """Generators or encoders that may work now; 0 if they have to wait for the end of the
-        trials."""
-        if self.trials_running:
-            return self.reserved(want)
-        if want == self._resources.generator:
-            return self.max_generators()
-        return process_capacity(want, self.machines())
+        While trials run, these are the reserved generators, or encoders in their place.
+        """
+        if not self.trials_running:
+            return self._fitting(process)
+        generator = ray_resources(self.resources.generator)
+        in_place = process_capacity(self.resources.process_resources(process), [generator])
+        return self.reserve() * (1 if process == "generator" else in_place)
+
+    def _fitting(self, process: Process) -> int:
+        """Processes of a kind that fit the whole cluster."""
+        fit = process_capacity(self.resources.process_resources(process), self.machines())
+        return min(self.resources.generator.actors or fit, fit) if process == "generator" else fit
+
+    def room(self, process: Process, is_task: bool = False) -> int:
+        """Further processes of a kind that may start now.
+
+        A single task may always start: on a small cluster it takes a device when a trial ends, and
+        does not keep it for long.
+        """
+        running = self.tasks + self.pools
+        used = sum(count / max(self.capacity(each), 1) for each, count in running.items())
+        free = math.floor((1 - used) * self.capacity(process) + 1e-6)
+        return max(free, int(is_task and not running.total()))
 
     def max_trials(self) -> int:
         """Trials that may run now; 0 while an open pool has to shrink first."""
         waited = time.monotonic() - (self._trials_since or 0.0)
-        if self.pool_exceeds_reserve and waited < MAX_POOL_WAIT:
+        exceeds = any(count > self.capacity(process) for process, count in self.pools.items())
+        if exceeds and waited < MAX_POOL_WAIT:
             return 0
         machines = self.machines()
         if self.preparing:
-            machines = remaining_resources(machines, self._resources.generator, self.reserve())
-        return max(1, process_capacity(self._resources.trial, machines))
-
-    def max_tasks(self, want: ProcessResources) -> int:
-        """Tasks that prepare features, labels or LoRA and may run now; at least one."""
-        if self.trials_running and self.reserve():
-            return max(1, self.reserved(want))
-        return max(1, process_capacity(want, self.machines()))
+            machines = remaining_resources(machines, self.resources.generator, self.reserve())
+        return max(1, process_capacity(self.resources.trial, machines))

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from orchestrator.cluster.session import MemoryPeak
     from orchestrator.execution._allocation import Allocation, PoolStatistics
     from orchestrator.execution._progress import ProgressMonitor
-    from orchestrator.stages.context import WorkerContext
 
 
 MIN_STALL = 60.0  # seconds without a process that works, after which a wait has a reason
@@ -256,22 +255,6 @@ class RunState:
             failure_class=failure.failure_class,
             message=failure.message,
         )
-
-
-@dataclass(frozen=True)
-class PreparationContext:
-    """Objects that all preparation of a run shares.
-
-    Attributes:
-        listener: receives each artifact and each shard when it is complete.
-        progress_actor: receives the progress of long work, see `_progress`.
-    """
-
-    worker: WorkerContext
-    resources: Resources
-    listener: RunState
-    allocation: Allocation
-    progress_actor: Any
 
 
 def shortage(resources: Resources, free: Mapping[str, tuple[float, float]]) -> str:

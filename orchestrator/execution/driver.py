@@ -32,7 +32,7 @@ from orchestrator.errors import (
     StoreLost,
     SweepBusy,
 )
-from orchestrator.execution._prefetch import Prefetch, worker_context
+from orchestrator.execution._preparation import Preparation, worker_context
 from orchestrator.execution._repair import set_damaged_aside
 from orchestrator.execution._scheduler import TrialScheduler
 from orchestrator.execution._signals import handle_signals, on_ray_death, restore_interrupts
@@ -367,12 +367,12 @@ def _run_cells(state: RunState, plan: Plan, prepare_only: bool, ray_session: Exi
     groups = _cell_groups(state, plan)
     while groups:
         searches = _open_searches(state, plan)
-        prefetch = Prefetch(state, plan, groups, prepare_only)
-        scheduler = _trial_scheduler(state, groups, searches, prefetch)
-        code = _run_groups(state, plan, scheduler, prefetch, prepare_only, ray_session)
+        preparation = Preparation(state, plan, groups, prepare_only)
+        scheduler = _trial_scheduler(state, groups, searches, preparation)
+        code = _run_groups(state, plan, scheduler, preparation, prepare_only, ray_session)
         if code is not None:
             return code
-        prefetch.finish()
+        preparation.finish()
         # Trials that are repeated in fp32 need inputs in fp32: the same cells again.
         state.fp32_trials += [replace(slot.spec, precision="fp32") for slot in scheduler.fp32_slots]
         moved = {slot.cell.id for slot in scheduler.fp32_slots}
@@ -385,7 +385,7 @@ def _run_groups(
     state: RunState,
     plan: Plan,
     scheduler: TrialScheduler,
-    prefetch: Prefetch,
+    preparation: Preparation,
     prepare_only: bool,
     ray_session: ExitStack,
 ) -> int | None:
@@ -393,21 +393,21 @@ def _run_groups(
     run ends."""
     while True:
         job = None if prepare_only else scheduler.peek()
-        if job is None and not prefetch.pending:
+        if job is None and not preparation.pending:
             return None
         if state.allocation is None:
             _start_ray(state, plan, ray_session)
-        prefetch.start()
+        preparation.start()
         if job is not None:
-            _run_trials(state, scheduler, prefetch)
+            _run_trials(state, scheduler, preparation)
         else:
-            prefetch.wait()
+            preparation.wait()
         code = _report_stopping_failure(state, scheduler)
         if code is not None:
             return code
 
 
-def _run_trials(state: RunState, scheduler: TrialScheduler, prefetch: Prefetch) -> None:
+def _run_trials(state: RunState, scheduler: TrialScheduler, preparation: Preparation) -> None:
     """Run trials until none is left, or the next one lacks inputs."""
     from orchestrator.execution._tuning import run_points
 
@@ -420,7 +420,7 @@ def _run_trials(state: RunState, scheduler: TrialScheduler, prefetch: Prefetch) 
         worker_context(state),
         state.sweep.resources,
         state.allocation.max_trials,
-        prefetch.advance,
+        preparation.advance,
         state.progress.actor,
     )
     state.allocation.trials_running = False
@@ -474,7 +474,7 @@ def _trial_scheduler(
     state: RunState,
     groups: Sequence[Sequence[Cell]],
     searches: Mapping[str, CellSearch],
-    prefetch: Prefetch,
+    preparation: Preparation,
 ) -> TrialScheduler:
     scheduler = TrialScheduler(
         state.sweep,
@@ -485,7 +485,7 @@ def _trial_scheduler(
         state.event_log,
         on_outcome=state.on_outcome,
         failed_dependency=state.failed_dependency,
-        is_ready=prefetch.is_ready,
+        is_ready=preparation.is_ready,
     )
     state.running_slots = scheduler.running_slots
     return scheduler

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -78,8 +77,6 @@ GUESS["trials"] = (0.0025, 1.5)
 # Until the first work of a run begins: Ray, then a process with its imports.
 START = Work("start", "run", 1, starts=0)
 GUESS["start"] = (15.0, 0.0)
-# Seconds that another process of a pool takes to start, at least: it imports torch and diffusers.
-PROCESS_START = 10.0
 # Stages whose shards a pool of generators makes.
 _DRAWN = {spec.stage for spec in STAGES.values() if spec.shard and spec.process == "generator"}
 
@@ -105,12 +102,10 @@ class Estimate:
         return self.start + sum(self.stages.values())
 
     @property
-    def worthwhile_processes(self) -> int:
-        """Processes whose share of the work takes longer than their start. Without a measurement,
-        no GPU and no large model waits for others."""
-        if not self.is_known or (self.reason and self.gpu_hours):
-            return sys.maxsize
-        return max(1, math.ceil(sum(self.stages.values()) / PROCESS_START))
+    def work_seconds(self) -> float:
+        """Seconds without the start. Infinite if none was measured on a GPU or of a large model."""
+        is_vague = not self.is_known or (self.reason and self.gpu_hours)
+        return math.inf if is_vague else sum(self.stages.values())
 
     def json(self) -> dict[str, Any]:
         known = self.is_known

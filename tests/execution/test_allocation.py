@@ -37,10 +37,9 @@ def test_trials_leave_a_reserve_free_while_artifacts_are_missing(
     resources, machines, generators, reserve, beside, alone
 ):
     limits = allocation(resources, *machines)
-    assert (limits.max_generators(), limits.reserve()) == (generators, reserve)
-    assert limits.pool_size(resources.generator) == generators
+    assert (limits.capacity("generator"), limits.reserve()) == (generators, reserve)
     limits.trials_running = True
-    assert limits.pool_size(resources.generator) == reserve
+    assert limits.capacity("generator") == reserve
     limits.preparing = True
     assert limits.max_trials() == beside
     limits.preparing = False
@@ -49,11 +48,12 @@ def test_trials_leave_a_reserve_free_while_artifacts_are_missing(
 
 def test_trials_start_when_the_pool_has_shrunk_to_its_reserve(monkeypatch):
     limits = allocation(HALF, BIG)
-    limits.preparing = limits.pool_exceeds_reserve = limits.trials_running = True
+    limits.preparing = limits.trials_running = True
+    limits.pools["generator"] = 5
     assert limits.max_trials() == 0
-    limits.pool_exceeds_reserve = False
+    limits.pools["generator"] = 4
     assert limits.max_trials() == 16
-    limits.pool_exceeds_reserve = True
+    limits.pools["generator"] = 5
     # A block takes too long.
     monkeypatch.setattr("orchestrator.execution._allocation.MAX_POOL_WAIT", 0.0)
     assert limits.max_trials() == 16
@@ -63,36 +63,33 @@ def test_a_machine_that_joins_is_used(monkeypatch):
     monkeypatch.setattr("orchestrator.execution._allocation.REFRESH_INTERVAL", 0.0)
     machines = [BIG]
     limits = Allocation(GPU, lambda: machines)
-    assert (limits.max_generators(), limits.max_trials()) == (8, 32)
+    assert (limits.capacity("generator"), limits.max_trials()) == (8, 32)
     machines.append(BIG)
-    assert (limits.max_generators(), limits.max_trials()) == (16, 64)
+    assert (limits.capacity("generator"), limits.max_trials()) == (16, 64)
 
 
 def test_encoders_have_the_resources_of_a_trial_by_default_and_run_inside_the_reserve():
     assert GPU.process_resources("encoder") == GPU.trial
     half = Resources(trial=GPU.trial, encoder=EncoderResources(gpu=0.5))
-    assert (half.process_resources("encoder").gpu, half.process_resources("encoder").cpu) == (
-        0.5,
-        1.0,
-    )
-    assert (
-        half.process_resources("generator") == half.generator == half.process_resources("generator")
-    )
+    encoder = half.process_resources("encoder")
+    assert (encoder.gpu, encoder.cpu) == (0.5, 1.0)
+    assert half.process_resources("generator") == half.generator
     limits = allocation(HALF, BIG)
-    assert limits.max_tasks(GPU.process_resources("encoder")) == 32
-    assert limits.pool_size(GPU.process_resources("encoder")) == 32
+    assert (limits.room("encoder"), limits.room("generator")) == (32, 8)
+    limits.pools["generator"] = 6
+    assert (limits.room("encoder"), limits.room("generator")) == (8, 2)
+    limits.pools["generator"] = 1
     limits.trials_running = True
-    assert limits.pool_size(GPU.process_resources("encoder")) == 4
-    assert limits.max_tasks(GPU.process_resources("encoder")) == 4  # one core each, in the reserve
-    assert limits.max_tasks(GPU.process_resources("generator")) == 4
+    assert (limits.room("encoder"), limits.room("generator")) == (3, 3)  # one core each
 
 
-def test_on_a_small_cluster_a_lora_takes_a_free_device():
+def test_on_a_small_cluster_one_task_takes_a_free_device():
     limits = allocation(GPU, {"CPU": 8.0, "GPU": 1.0})
     limits.trials_running = True
-    assert limits.pool_size(GPU.generator) == 0
-    assert limits.pool_size(GPU.encoder_resources) == 0
-    assert limits.max_tasks(GPU.process_resources("generator")) == 1
+    assert (limits.room("generator"), limits.room("encoder")) == (0, 0)
+    assert limits.room("generator", is_task=True) == 1
+    limits.tasks["generator"] = 1
+    assert limits.room("generator", is_task=True) == 0
 
 
 def test_custom_resources_of_machines_count():

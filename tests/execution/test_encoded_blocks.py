@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
 
-from orchestrator.execution._prepare import prepare
-from orchestrator.execution._state import PreparationContext
 from orchestrator.planning import Requirement, artifact_title, requirements_of
 from orchestrator.plugins import read_plugin
 from orchestrator.stages import EncodedSpec, FeaturesSpec
@@ -20,7 +17,7 @@ from orchestrator.stages.encoded import build as build_block
 from orchestrator.stages.encoded import open_model
 from orchestrator.stages.features import build as build_features
 from orchestrator.store import ArtifactStore
-from tests.execution.test_generation import Listener, context_of, result_of
+from tests.execution.test_workers import prepare
 
 pytestmark = pytest.mark.ray
 
@@ -67,10 +64,8 @@ def needed(resolver: Any, folder: Path) -> list[Requirement]:
     return [each for each in found if each.stage in ("encoded", "features")]
 
 
-def context(store: ArtifactStore, listener: Any, plugin: Path) -> PreparationContext:
-    made = context_of(store, listener)
-    plugins = (read_plugin(str(plugin), Path()),)
-    return replace(made, worker=replace(made.worker, batch=BATCH, plugins=plugins))
+def context(store: ArtifactStore, plugin: Path) -> WorkerContext:
+    return WorkerContext(store, batch=BATCH, plugins=(read_plugin(str(plugin), Path()),))
 
 
 def content(store: ArtifactStore, spec: FeaturesSpec) -> dict[str, Any]:
@@ -84,15 +79,15 @@ def test_two_encoders_one_process_and_one_stream_of_images_give_the_same_bits(
     ray_session, resolver, folder, tmp_path, small_blocks, monkeypatch
 ):
     # A second encoder starts although it takes longer than the images.
-    monkeypatch.setattr("orchestrator.planning.estimate.PROCESS_START", 1e-3)
+    monkeypatch.setattr("orchestrator.execution._queue.PROCESS_START", 0.0)
     requirements = needed(resolver, folder)
     assert [(each.stage, each.total()) for each in requirements] == [
         ("encoded", BLOCKS),
         ("features", 1),
     ] * 2
     specs = [each.spec for each in requirements if isinstance(each.spec, FeaturesSpec)]
-    listener, store = Listener(), ArtifactStore(tmp_path / "two")
-    result_of(prepare(requirements, context(store, listener, small_blocks)))
+    store = ArtifactStore(tmp_path / "two")
+    listener = prepare(requirements, context(store, small_blocks))
     assert "on_failed" not in listener.events
     assert all(each.is_complete(store) for each in requirements)
     [(pool,)] = listener.events["on_pool_closed"]
@@ -145,9 +140,9 @@ def test_features_are_not_tried_after_their_blocks_failed(
     ray_session, resolver, folder, tmp_path, small_blocks
 ):
     requirements = needed(resolver, folder)[:2]
-    listener, store = Listener(), ArtifactStore(tmp_path / "store")
+    store = ArtifactStore(tmp_path / "store")
     (folder / "digit two" / "00.png").write_bytes(b"changed")
-    result_of(prepare(requirements, context(store, listener, small_blocks)))
+    listener = prepare(requirements, context(store, small_blocks))
     [(failed, failure)] = listener.events["on_failed"]
     assert failed == requirements[0]
     assert failure.failure_class == "user"

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 import types
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from air_core.seal import BLANK, sealed
 from orchestrator.failures import Failure
 from orchestrator.keys import artifact_key
 from orchestrator.planning import requirements_of
-from orchestrator.stages import SyntheticFeaturesSpec, TrialSpec
+from orchestrator.stages import TrialSpec
 from orchestrator.store import ArtifactStore
 from orchestrator.store.records import PREDICTIONS
 
@@ -107,31 +107,52 @@ def run_points(
         scheduler.complete(job.number, failures)
 
 
-def prepare(requirements: Any, context: Any) -> Iterator[None]:
-    store, listener = context.worker.store, context.listener
-    store.refresh_listings()
-    for requirement in requirements:
-        if not isinstance(requirement.spec, SyntheticFeaturesSpec):
-            if requirement.have(store) < requirement.total():
-                count_build(store, requirement.spec)
-                store.get_or_build(requirement.spec, lambda folder: {})
-                listener.on_prepared(requirement, 0.0, {})
-                yield
-            continue
-        for c, block in requirement.missing(store):
-            count_build(store, requirement.spec, c, block)
-            for spec in requirement.rows:
-                store.open_row(spec).publish(c, block, sealed(BLANK.encode()))
-            listener.on_prepared(
-                requirement, 0.0, {"drawn": 1, "redrawn": 0, "holes": 0, "hole_files": "[]"}
-            )
-            yield
+class Workers:
+    """Makes everything at once; a call is its result."""
+
+    def __init__(self, worker: Any, *others: Any) -> None:
+        self.worker = worker
+
+    def build(self, spec: Any, thrift: int) -> Any:
+        count_build(self.worker.store, spec)
+        self.worker.store.get_or_build(spec, lambda folder: {})
+        return Call((0.0, {}))
+
+    def start(self, kind: str) -> tuple[Any, Any]:
+        return "actor", Call(None)
+
+    def make(self, actor: Any, spec: Any, shards: Sequence[tuple[int, int]]) -> Any:
+        made = []
+        for c, block in shards:
+            count_build(self.worker.store, spec, c, block)
+            for row in spec.rows:
+                self.worker.store.open_row(row).publish(c, block, sealed(BLANK.encode()))
+            made.append(MADE | {"class": c, "block": block})
+        return Call(made)
+
+    def end(self, actor: Any) -> None:
+        pass
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return Call(function(*arguments))
+
+    def finished(self, calls: Sequence[Any]) -> Sequence[Any]:
+        return calls[:1]
+
+    def result(self, call: Any) -> Any:
+        return call.result
 
 
-def returning(result: Any) -> Generator[None, None, Any]:
-    """A coroutine that ends at once with a result."""
-    yield from ()
-    return result
+class Call:
+    def __init__(self, result: Any) -> None:
+        self.result = result
+
+
+MADE: dict[str, Any] = {
+    **dict.fromkeys(("redrawn", "holes", "pairs", "encoded"), 0),
+    **dict.fromkeys(("seconds", "startup", "on_device"), 0.0),
+    **{"drawn": 1, "hole_files": "[]", "error": ""},
+}
 
 
 def pixel_png() -> bytes:
@@ -163,11 +184,10 @@ class MemoryPeak:
 
 MODULES = {
     "orchestrator.execution._tuning": {"run_points": run_points},
-    "orchestrator.execution._prepare": {
-        "prepare": prepare,
+    "orchestrator.execution._workers": {
+        "Workers": Workers,
         "draw_contact_sheet": lambda *arguments: (pixel_png(), {}),
         "find_copies": lambda *arguments: [],
-        "run_beside_trials": lambda task, *arguments: returning(task(*arguments)),
     },
     "orchestrator.cluster.session": {
         "check_address": lambda: None,

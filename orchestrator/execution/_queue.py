@@ -1,0 +1,374 @@
+"""The queue of missing artifacts and shards, and the processes that make them. Imports no Ray.
+
+Work begins in the order of the queue, as soon as its inputs exist and the allocation has room for a
+process. A shard belongs to one process until that process returns it or dies. A pool of generators
+or encoders grows while each of its processes has more work than its start takes, and shrinks when
+trials need its resources: a process ends after the shards that it has begun.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from math import inf
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.execution._allocation import MAX_POOL_WAIT, Allocation, PoolStatistics
+from orchestrator.failures import CLASSES, Failure, failure_of
+from orchestrator.keys import Process, RowSpec, artifact_key
+from orchestrator.planning import Requirement
+from orchestrator.planning.estimate import estimate, stage_work
+from orchestrator.planning.plan import independent_of
+
+if TYPE_CHECKING:
+    from orchestrator.execution._state import RunState
+    from orchestrator.execution._workers import Workers
+
+Result = Callable[[], Any]  # returns the result of a call, or raises its exception
+Shard = tuple[int, int]  # class or draw, block
+ARTIFACT: Shard = (0, 0)  # stands for an artifact that is no row
+# Seconds that a process takes to start, at least: it imports torch and diffusers.
+PROCESS_START = 10.0
+# An actor gets its next shards before it has ended the present ones if these take fewer seconds.
+SHORT = 2.0
+
+
+@dataclass(eq=False)
+class Part:
+    """What is left of a requirement."""
+
+    requirement: Requirement
+    needs: Sequence[Part]  # that have to end before
+    todo: list[Shard]  # that no process makes; the next one is last
+    pace: float  # seconds of a shard, as estimated; inf: unknown
+    ended: bool = False
+    running: int = 0  # calls
+    made: int = 0  # shards that processes of this run have made
+    seconds: float = 0.0  # that these took
+    errors: list[Failure] = field(default_factory=list)  # of shards
+    tries: Counter[str] = field(default_factory=Counter)  # that failed, by class of the failure
+
+    @property
+    def kind(self) -> Process:
+        return self.requirement.spec.maker.process
+
+    def can_begin(self) -> bool:
+        return bool(self.todo) and all(part.ended for part in self.needs)
+
+    def seconds_left(self) -> float:
+        """Seconds that one process would take for the shards that none makes."""
+        pace = self.seconds / self.made if self.made else self.pace
+        return len(self.todo) * pace if self.todo else 0.0
+
+    def take(self) -> list[Shard]:
+        """The next shards for one process: one, or those of a block where later ones need earlier
+        ones."""
+        shards, spec = [self.todo.pop()], self.requirement.spec
+        if isinstance(spec, RowSpec) and spec.needs_earlier:
+            while self.todo and self.todo[-1][1] == shards[0][1]:
+                shards.append(self.todo.pop())
+        return shards
+
+
+@dataclass(eq=False)
+class Maker:
+    """A process of a pool. It makes shards, one after another."""
+
+    actor: Any
+    started: float
+    calls: int = 1  # that have not returned; the first one is its start
+    is_up: bool = False
+    last: float = inf  # seconds of its last shards
+
+    def has_room(self) -> bool:
+        return self.is_up and self.calls < (2 if self.last < SHORT else 1)
+
+
+@dataclass(eq=False)
+class Pool:
+    """Processes of a kind that make shards."""
+
+    statistics: PoolStatistics
+    began: float = field(default_factory=time.monotonic)
+    makers: list[Maker] = field(default_factory=list)
+    startup: float = 0.0  # seconds from the start of a process to its first shards
+
+    @property
+    def kind(self) -> Process:
+        return self.statistics.process
+
+
+class WorkQueue:
+    """Makes requirements. `take` and `begin` must be called regularly; neither waits.
+
+    Failures are retried as their class allows. The listener receives each shard and artifact, and
+    each final failure; what depends on a failed artifact is left out.
+
+    Args:
+        requirements: in the order in which they are needed, each after its inputs.
+    """
+
+    def __init__(
+        self,
+        requirements: Iterable[Requirement],
+        workers: Workers,
+        allocation: Allocation,
+        listener: RunState,
+    ) -> None:
+        self.workers, self.allocation, self.listener = workers, allocation, listener
+        self.store = workers.worker.store
+        self.calls: dict[Any, Callable[[Result], None]] = {}  # by future
+        self.pools: dict[Process, Pool] = {}
+        self.parts: dict[str, Part] = {}  # that have not ended, by the digest of their key
+        self.store.refresh_listings()
+        for requirement in requirements:
+            if not requirement.is_complete(self.store):
+                self.parts[_digest(requirement)] = self._part(requirement)
+
+    def _part(self, requirement: Requirement) -> Part:
+        spec, todo, pace = requirement.spec, [ARTIFACT], inf
+        inputs = {artifact_key(needed.spec).digest for needed in spec.inputs(requirement.classes)}
+        needs = [
+            part
+            for digest, part in self.parts.items()
+            # Rows of features share their images, which are drawn for the first of these rows; and
+            # images that only a picture shows come last.
+            if digest in inputs
+            or part.requirement.key == requirement.key
+            or (requirement.compared_with and not part.requirement.compared_with)
+        ]
+        if requirement.rows:
+            # A shard whose process died with an earlier driver or its Ray did not kill it.
+            self.store.row(requirement.rows[0]).reset_crashes()
+            todo = requirement.missing(self.store)[::-1]
+            work = [stage_work(spec, len(todo))]
+            expected = estimate(work, self.store, self.allocation.resources)
+            pace = expected.work_seconds / len(todo)
+        return Part(requirement, needs, todo, pace)
+
+    def lacks(self, requirement: Requirement) -> bool:
+        """Whether a requirement has not ended."""
+        return _digest(requirement) in self.parts
+
+    @property
+    def is_over(self) -> bool:
+        return not (self.parts or self.calls)
+
+    def run(
+        self, take: Callable[[Result], None], function: Callable[..., Any], *arguments: Any
+    ) -> None:
+        """Run a task that no trial waits for; `take` receives its result."""
+        self.calls[self.workers.run(function, *arguments)] = take
+
+    # ---------------------------------------------------------------- results
+
+    def take(self) -> bool:
+        """Process the calls that have returned; returns whether a requirement has ended."""
+        before = len(self.parts)
+        for future in self.workers.finished([*self.calls]):
+            self.calls.pop(future)(partial(self.workers.result, future))
+        return len(self.parts) < before
+
+    def _on_artifact(self, part: Part, result: Result) -> None:
+        part.running -= 1
+        self.allocation.tasks[part.kind] -= 1
+        try:
+            seconds, facts = result()
+        except Exception as problem:
+            part.todo.append(ARTIFACT)
+            self._try_again(part, failure_of(problem))
+        else:
+            self.listener.on_prepared(part.requirement, seconds, facts)
+            self._end(part)
+
+    def _on_start(self, pool: Pool, maker: Maker, result: Result) -> None:
+        maker.calls -= 1
+        try:
+            result()
+        except Exception as problem:
+            if self._remove(pool, maker):
+                waiting = (part for part in self.parts.values() if part.kind == pool.kind)
+                if part := next(filter(Part.can_begin, waiting), None):
+                    self._try_again(part, failure_of(problem))
+        else:
+            maker.is_up = True
+
+    def _on_shards(
+        self, pool: Pool, maker: Maker, part: Part, shards: Sequence[Shard], result: Result
+    ) -> None:
+        maker.calls -= 1
+        part.running -= 1
+        try:
+            results = result()
+        except Exception as problem:
+            part.todo += reversed(shards)
+            if getattr(problem, "cause", None) is not None:  # the call failed, not its process
+                self._fail(part, failure_of(problem))
+            elif self._remove(pool, maker):  # `exclusive_shard` counts the deaths
+                self.listener.on_retried(part.requirement, failure_of(problem))
+            return
+        if maker.last == inf:
+            pool.startup = time.monotonic() - maker.started
+        maker.last = sum(made["seconds"] for made in results)
+        for made in results:
+            self._on_shard(pool, part, made)
+        if not (part.ended or part.todo or part.running):
+            self._end_row(part)
+
+    def _on_shard(self, pool: Pool, part: Part, made: Mapping[str, Any]) -> None:
+        requirement = part.requirement
+        assert isinstance(requirement.spec, RowSpec)
+        if made["error"]:
+            name = f"{requirement.spec.name_of(made['class'])}, block {made['block']}"
+            failure = Failure(made["failure_class"], f"{name}: {made['error']}")
+            part.errors.append(failure)
+            if CLASSES[failure.failure_class].stops_after == 1:
+                self._fail(part, failure)  # further shards could not be stored
+            return
+        if any(made[name] for name in ("drawn", "pairs", "encoded")):  # else the store had it
+            part.made += 1
+            part.seconds += made["seconds"] - made["startup"]
+            pool.statistics.images += made["drawn"] + made["encoded"]
+            pool.statistics.pairs += made["pairs"]
+            pool.statistics.busy += made["on_device"]
+        self.listener.on_prepared(requirement, made["seconds"], dict(made))
+
+    def _end_row(self, part: Part) -> None:
+        self.store.refresh_listings()
+        missing = len(part.requirement.missing(self.store))
+        if not missing:
+            self._end(part)
+            return
+        messages = [error.message for error in part.errors[:3]]
+        names = [error.failure_class for error in part.errors] or ["infra"]
+        blocks = "1 block is" if missing == 1 else f"{missing} blocks are"
+        reason = "; ".join(messages or ["the cluster lost them; run again"])
+        name = max(set(names), key=names.count)
+        self._fail(part, Failure(name, f"{blocks} missing; {reason}"))
+
+    def _try_again(self, part: Part, failure: Failure) -> None:
+        name = failure.failure_class
+        part.tries[name] += 1
+        if part.tries[name] > CLASSES[name].retries:
+            self._fail(part, failure)
+        else:
+            self.listener.on_retried(part.requirement, failure)
+
+    def _fail(self, part: Part, failure: Failure) -> None:
+        """End a part that has failed, and those that depend on it."""
+        self._end(part)
+        others = [other.requirement for other in self.parts.values()]
+        kept = {id(requirement) for requirement in independent_of([part.requirement], others)}
+        for other in [*self.parts.values()]:
+            if id(other.requirement) not in kept:
+                self._end(other)
+        self.listener.on_failed(part.requirement, failure)
+
+    def _end(self, part: Part) -> None:
+        part.ended = True
+        part.todo.clear()
+        self.parts.pop(_digest(part.requirement), None)
+
+    # ---------------------------------------------------------------- starts
+
+    def begin(self) -> None:
+        """Begin the work for which the allocation has room, in the order of the queue."""
+        self.allocation.preparing = bool(self.parts)
+        rows: dict[Process, list[Part]] = {kind: [] for kind in self.pools}
+        for part in [part for part in self.parts.values() if part.can_begin()]:
+            if part.requirement.rows:
+                rows.setdefault(part.kind, []).append(part)
+                continue
+            for kind in rows:  # which come earlier in the queue
+                self._serve(kind, rows[kind])
+            if not self.allocation.room(part.kind, is_task=True):
+                break
+            self._build(part)
+        for kind in rows:
+            self._serve(kind, rows[kind])
+        for pool in [*self.pools.values()]:
+            for maker in [maker for maker in pool.makers if not maker.calls]:
+                self._remove(pool, maker)
+
+    def _build(self, part: Part) -> None:
+        part.todo.pop()
+        part.running += 1
+        self.allocation.tasks[part.kind] += 1
+        self.listener.stage = part.requirement.stage
+        future = self.workers.build(part.requirement.spec, part.tries["oom"])
+        self.calls[future] = partial(self._on_artifact, part)
+
+    def _serve(self, kind: Process, rows: Sequence[Part]) -> None:
+        """Give shards to the processes of a pool, and start the processes that it lacks."""
+        gpu = bool(self.allocation.resources.process_resources(kind).gpu)
+        pool = self.pools.get(kind) or Pool(PoolStatistics(kind, gpu))
+        seconds = sum(part.seconds_left() for part in rows)
+        members = pool.makers[: self._size(pool, rows, seconds)]
+        for maker in members:
+            while maker.has_room() and any(part.todo for part in rows):
+                self._give(pool, maker, next(part for part in rows if part.todo))
+        todo = sum(len(part.todo) for part in rows)
+        starting = [maker for maker in pool.makers if not maker.is_up]
+        needed = min(todo, sum(maker in members for maker in starting))
+        for maker in starting[needed:]:
+            self._remove(pool, maker)
+        for _ in range(todo - len(starting)):
+            if self._is_worth_a_start(pool, seconds):
+                self._start(pool)
+
+    def _size(self, pool: Pool, rows: Sequence[Part], seconds: float) -> int:
+        """Number of processes of a pool that get further shards."""
+        count, capacity = len(pool.makers), self.allocation.capacity(pool.kind)
+        # Trials wait for a pool that ends soon, but not for images that only a picture shows.
+        is_awaited = any(not part.requirement.compared_with for part in rows)
+        if count > capacity and not (is_awaited and seconds / count <= MAX_POOL_WAIT):
+            return capacity
+        return count
+
+    def _is_worth_a_start(self, pool: Pool, seconds: float) -> bool:
+        """Whether a pool may have another process, and its share of the work takes longer than its
+        start."""
+        count = len(pool.makers)
+        share = seconds / count if count else inf
+        return share > max(PROCESS_START, pool.startup) and bool(self.allocation.room(pool.kind))
+
+    def _start(self, pool: Pool) -> None:
+        self.pools[pool.kind] = pool
+        actor, future = self.workers.start(pool.kind)
+        maker = Maker(actor, time.monotonic())
+        pool.makers.append(maker)
+        self.calls[future] = partial(self._on_start, pool, maker)
+        self.allocation.pools[pool.kind] = len(pool.makers)
+        pool.statistics.actors = max(pool.statistics.actors, len(pool.makers))
+
+    def _give(self, pool: Pool, maker: Maker, part: Part) -> None:
+        spec, shards = part.requirement.spec, part.take()
+        assert isinstance(spec, RowSpec)
+        part.running += 1
+        maker.calls += 1
+        self.listener.stage = part.requirement.stage
+        future = self.workers.make(maker.actor, spec, shards)
+        self.calls[future] = partial(self._on_shards, pool, maker, part, shards)
+
+    def _remove(self, pool: Pool, maker: Maker) -> bool:
+        """End a process; returns False if it has been ended before."""
+        if maker not in pool.makers:
+            return False
+        pool.makers.remove(maker)
+        self.workers.end(maker.actor)
+        self.allocation.pools[pool.kind] = len(pool.makers)
+        statistics, now = pool.statistics, time.monotonic()
+        statistics.held += now - maker.started
+        if not pool.makers:
+            del self.pools[pool.kind]
+            statistics.seconds = now - pool.began
+            if statistics.images or statistics.pairs:
+                self.listener.on_pool_closed(statistics)
+        return True
+
+
+def _digest(requirement: Requirement) -> str:
+    return artifact_key(requirement.spec).digest

@@ -1,0 +1,300 @@
+"""Artifacts and shards are made in order, each once, by simulated processes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from orchestrator.execution import _allocation, _queue
+from orchestrator.execution._allocation import Allocation
+from orchestrator.execution._queue import WorkQueue
+from orchestrator.planning import Requirement, requirements_of
+from orchestrator.planning.plan import independent_of, merge
+from orchestrator.spec import Resources
+from orchestrator.spec.resources import GeneratorResources
+from orchestrator.store import ArtifactStore
+from tests.helpers.trivial import MADE, Call, Workers
+
+START, SHARD, ARTIFACT = 10.0, 6.0, 30.0  # seconds of a start, a shard and another artifact
+STEP = 0.5  # between two turns of the driver
+Seconds = float
+
+
+class Simulated(Workers):
+    """Processes on a virtual clock.
+
+    Args:
+        killed: numbers of the calls for shards that kill their process.
+        refused: numbers of the processes that do not start.
+        broken: shards that raise an exception.
+    """
+
+    def __init__(
+        self,
+        store: ArtifactStore,
+        killed: Collection[int] = (),
+        refused: Collection[int] = (),
+        broken: Collection[tuple[int, int]] = (),
+    ) -> None:
+        super().__init__(SimpleNamespace(store=store))
+        self.now = 0.0
+        self.killed, self.refused, self.broken = killed, refused, broken
+        self.free: dict[int, Seconds] = {}  # when each living process is free
+        self.begun: list[tuple[str, Any]] = []  # stage, and shards or lacks of memory
+        self.owned: Counter[Any] = Counter()
+        self.starts, self.most = 0, 0  # processes, and how many lived at a time
+
+    def later(self, at: Seconds, work: Any) -> Any:
+        call = Call(work)
+        call.at = at
+        return call
+
+    def build(self, spec: Any, thrift: int) -> Any:
+        self.begun.append((spec.stage, thrift))
+        build = super().build
+        return self.later(self.now + ARTIFACT, lambda: build(spec, thrift).result)
+
+    def start(self, kind: str) -> Any:
+        self.starts += 1
+        number = self.starts
+        self.free[number] = self.now + START
+        self.most = max(self.most, len(self.free))
+
+        def started() -> None:
+            if number in self.refused:
+                raise RuntimeError("it did not start")
+
+        return number, self.later(self.free[number], started)
+
+    def make(self, actor: int, spec: Any, shards: Any) -> Any:
+        owned = [(spec.maker, shard) for shard in shards]
+        assert not any(self.owned[each] for each in owned), "another process makes this shard"
+        self.owned.update(owned)
+        self.begun.append((spec.maker.stage, shards))
+        number = len(self.begun)
+        self.free[actor] = max(self.free[actor], self.now) + SHARD * len(shards)
+        make = super().make
+
+        def made() -> Any:
+            self.owned.subtract(owned)
+            if number in self.killed:
+                raise RuntimeError("the process died")
+            good = [shard for shard in shards if shard not in self.broken]
+            results = make(actor, spec, good).result
+            for c, block in set(shards).difference(good):
+                error = {"error": "ValueError: no", "failure_class": "user"}
+                results.append(MADE | error | {"class": c, "block": block})
+            return [result | {"seconds": SHARD, "on_device": SHARD} for result in results]
+
+        return self.later(self.free[actor], made)
+
+    def end(self, actor: int) -> None:
+        del self.free[actor]
+
+    def finished(self, calls: Any) -> Any:
+        return [call for call in calls if call.at <= self.now]
+
+    def result(self, call: Any) -> Any:
+        return call.result()
+
+
+class Listener:
+    """Records the arguments of each call by the name of the method."""
+
+    def __init__(self) -> None:
+        self.events: dict[str, list[Any]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: self.events.setdefault(name, []).append(arguments)
+
+
+class World:
+    """A queue on a cluster of so many cores, a generator on each."""
+
+    def __init__(
+        self, requirements: Any, folder: Any, cores: int, monkeypatch: Any, **faults: Any
+    ) -> None:
+        folder.mkdir(exist_ok=True)
+        self.workers = Simulated(ArtifactStore(folder), **faults)
+        resources = Resources(generator=GeneratorResources(reserve=1))
+        self.allocation = Allocation(resources, lambda: [{"CPU": float(cores)}])
+        self.listener = Listener()
+        clock = SimpleNamespace(monotonic=lambda: self.workers.now)
+        monkeypatch.setattr(_queue, "time", clock)
+        monkeypatch.setattr(_allocation, "time", clock)
+        self.queue = WorkQueue(requirements, self.workers, self.allocation, self.listener)
+
+    def run(self, until: Any = lambda: False) -> World:
+        while not (self.queue.is_over or until()):
+            self.queue.take()
+            self.queue.begin()
+            self.workers.now += STEP
+            assert self.workers.now < 2_000, self.queue.parts
+        return self
+
+    def stages(self) -> list[str]:
+        return [stage for stage, _ in self.workers.begun]
+
+    def prepared(self) -> int:
+        return len(self.listener.events.get("on_prepared", []))
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    def make(requirements: list[Requirement], cores: int = 2, **faults: Any) -> World:
+        return World(requirements, tmp_path / "runs", cores, monkeypatch, **faults)
+
+    return make
+
+
+@pytest.fixture
+def rows(trial):
+    """The row of images of each of some splits, without what comes before."""
+
+    def make(splits: int = 1, **settings: Any) -> list[Requirement]:
+        found = [requirements_of([trial("air", split_seed=i, **settings)]) for i in range(splits)]
+        return [each for group in found for each in group if each.rows and not each.compared_with]
+
+    return make
+
+
+def test_loras_of_several_groups_train_side_by_side_and_pictures_come_last(trial, world):
+    groups = [requirements_of([trial("air", split_seed=seed)]) for seed in range(3)]
+    needed = merge(each for group in groups for each in group)
+    needed.sort(key=lambda requirement: bool(requirement.compared_with))
+    done = world(needed).run()
+    stages = done.stages()
+    assert stages[:6] == ["features", *["labels"] * 2, *["lora"] * 2, "images"]
+    assert stages.count("lora") == 3
+    assert stages.index("images") < len(stages) - 1 - stages[::-1].index("lora")
+    made = [requirement for requirement, *_ in done.listener.events["on_prepared"]]
+    *awaited, _, last = dict.fromkeys(made)
+    assert last.compared_with
+    assert not any(requirement.compared_with for requirement in awaited)
+    assert done.prepared() == sum(requirement.total() for requirement in needed)
+
+
+def test_rows_of_one_process_have_no_pause_between_them(rows, world):
+    needed = rows(2)
+    done = world(needed, cores=4).run()
+    [(pool,)] = done.listener.events["on_pool_closed"]
+    assert (pool.actors, pool.images) == (4, sum(each.total() for each in needed))
+    assert pool.busy / pool.held > 0.85
+    assert done.workers.now < START + SHARD * pool.images / 4 + 4 * SHARD
+
+
+@pytest.mark.parametrize(("max_wait", "left"), [(0.0, 1), (1e6, 4)])
+def test_a_pool_with_much_left_shrinks_when_trials_start_and_makes_no_shard_twice(
+    rows, world, monkeypatch, max_wait, left
+):
+    monkeypatch.setattr(_queue, "MAX_POOL_WAIT", max_wait)
+    running = world(rows(), cores=4)
+    running.run(lambda: running.prepared() > 8)
+    running.allocation.trials_running = True
+    assert running.allocation.max_trials() == 0  # they wait for the pool
+    at = running.workers.now
+    running.run(lambda: running.workers.now > at + 2 * SHARD)
+    assert len(running.workers.free) == left
+    assert running.allocation.max_trials() == (3 if left == 1 else 0)
+    running.run()
+    assert running.prepared() == len(running.workers.begun)
+
+
+def test_a_pool_grows_when_trials_end(rows, world):
+    running = world(rows(), cores=4)
+    running.allocation.trials_running = True
+    running.run(lambda: running.prepared() > 2)
+    assert running.workers.most == 1
+    running.allocation.trials_running = False
+    assert running.run().workers.most == 4
+    assert running.prepared() == len(running.workers.begun)
+    assert len(running.listener.events["on_pool_closed"]) == 1
+
+
+def test_a_pool_does_not_grow_if_its_work_ends_before_another_process_is_up(
+    rows, world, monkeypatch
+):
+    monkeypatch.setattr(_queue, "PROCESS_START", 1e9)
+    assert world(rows(), cores=8).run().workers.starts == 1
+
+
+def test_a_task_that_is_needed_first_gets_the_process_of_a_pool(trial, rows, world):
+    labels = [each for each in requirements_of([trial("air", split_seed=1)]) if not each.rows]
+    running = world([*labels, *rows()], cores=1).run()
+    stages = running.stages()
+    assert stages[:3] == ["features", "labels", "lora"]
+    assert set(stages[3:]) == {"images"}
+
+
+def test_without_a_reserve_images_wait_for_the_end_of_trials_and_a_lora_does_not(
+    trial, rows, world
+):
+    needed = requirements_of([trial("air")])
+    running = world(needed, cores=1)
+    running.allocation.trials_running = True
+    running.run(lambda: running.workers.now > 500)
+    assert running.stages() == ["features", "labels", "lora"]
+    running.allocation.trials_running = False
+    assert not running.run().queue.parts
+
+
+def test_shards_of_a_process_that_died_are_made_by_another(rows, world):
+    needed = rows()
+    done = world(needed, killed=(3, 7)).run()
+    assert len(done.listener.events["on_retried"]) == 2
+    assert "on_failed" not in done.listener.events
+    assert done.prepared() == needed[0].total()
+    assert needed[0].is_complete(done.queue.store)
+    assert done.workers.starts > 2
+
+
+def test_a_row_fails_if_its_processes_do_not_start(rows, world):
+    done = world(rows(), refused=range(100)).run()
+    ((_, failure),) = done.listener.events["on_failed"]
+    assert (failure.failure_class, failure.message) == ("infra", "RuntimeError: it did not start")
+    assert len(done.listener.events["on_retried"]) == 2
+    assert done.stages() == []
+
+
+def test_a_shard_that_cannot_be_made_is_named_and_the_others_are_made(trial, world):
+    needed = [each for each in requirements_of([trial("air")]) if each.rows]
+    done = world(needed, broken=[(3, 0)]).run()
+    failures = {each.stage: failure for each, failure in done.listener.events["on_failed"]}
+    assert failures["images"].failure_class == "user"
+    assert failures["images"].message.startswith("1 block is missing; digit three, block 0: Value")
+    assert needed[0].missing(done.queue.store) == [(3, 0)]
+    assert done.prepared() == needed[0].total() - 1  # no picture of a row that failed
+
+
+def test_a_failed_artifact_stops_only_artifacts_that_contain_it(trial):
+    of_split, others = (requirements_of([trial("air", split_seed=seed)]) for seed in (0, 1))
+    (lora,) = [requirement for requirement in of_split if requirement.stage == "lora"]
+    left = independent_of([lora], [*of_split, *others])
+    assert [each for each in others if each not in left] == []
+    assert {each.stage for each in of_split if each not in left} == {"lora", "images"}
+    # Images without LoRA are drawn only to compare them with those of the LoRA.
+    assert independent_of([of_split[0]], of_split) == []
+    assert independent_of([of_split[-1]], of_split) == of_split[:-1]
+
+
+def test_draws_of_a_block_that_need_each_other_are_made_by_one_process(trial, world):
+    settings = {"evidence__draws": 3, "evidence__block": 300}
+    for pruned, size in ((1, 3), (None, 1)):
+        spec = trial("cpl_evidence", evidence__prune_after=pruned, **settings)
+        (errors,) = (each for each in requirements_of([spec]) if each.stage == "evidence")
+        made = [shards for _, shards in world([errors]).run().workers.begun]
+        assert [len(shards) for shards in made] == [size] * (12 // size)
+        assert all(len({block for _, block in shards}) == 1 for shards in made)
+
+
+def test_images_of_two_rows_of_features_are_drawn_once(trial, world):
+    spec = trial("air", modality="visual")
+    needed = [each for each in requirements_of([spec]) if each.rows and not each.compared_with]
+    assert [each.spec.level for each in needed] == ["features", "tokens"]
+    done = world(needed, cores=8).run()
+    made = [requirement for requirement, *_ in done.listener.events["on_prepared"]]
+    assert made == [*[needed[0]] * needed[0].total(), *[needed[1]] * needed[1].total()]

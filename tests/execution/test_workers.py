@@ -1,0 +1,232 @@
+"""Artifacts and shards on Ray, with real small images from a folder instead of a model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import ray
+import torch
+
+from orchestrator.cluster.session import machines, waits_for_resources
+from orchestrator.errors import MissingArtifact
+from orchestrator.execution import _queue
+from orchestrator.execution._allocation import Allocation
+from orchestrator.execution._progress import ProgressMonitor, ProgressReporter, report_working
+from orchestrator.execution._queue import WorkQueue
+from orchestrator.execution._workers import ShardMaker, Workers
+from orchestrator.keys import artifact_key
+from orchestrator.planning import Requirement, requirements_of
+from orchestrator.spec import Resources
+from orchestrator.stages import SyntheticFeaturesSpec
+from orchestrator.stages.context import WorkerContext
+from orchestrator.stages.images import GeneratedImages
+from orchestrator.stages.synthetic import read_synthetic
+from orchestrator.store import ArtifactStore
+from tests.execution.test_queue import Listener
+from tests.helpers.sweeps import wait_until
+
+pytestmark = pytest.mark.ray
+
+
+def prepare(requirements: Sequence[Requirement], worker: WorkerContext) -> Listener:
+    """Make requirements on Ray."""
+    listener, allocation = Listener(), Allocation(Resources(), machines)
+    workers = Workers(worker, allocation.resources, ProgressMonitor().actor)
+    queue = WorkQueue(requirements, workers, allocation, listener)
+    while not queue.is_over:
+        queue.take()
+        queue.begin()
+        time.sleep(0.01)
+    return listener
+
+
+class Reports:
+    """Records the reports of a worker by name and kind."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[str, str], Any] = {}
+        self.write = SimpleNamespace(
+            remote=lambda name, kind, *report: self.found.update({(name, kind): report})
+        )
+
+
+def maker(store: ArtifactStore, reports: Any = None) -> ShardMaker:
+    """The actor, in this process."""
+    made = ShardMaker()
+    made.prepare(WorkerContext(store), 0.0, reports or Reports())
+    return made
+
+
+def row_requirement(resolver, folder, count: int) -> Requirement:
+    flat = {"generator": f"folder:{folder}", "generation.size": 32, "images_per_class": count}
+    trial = resolver.trial(flat)
+    row = trial.synthetic_features
+    assert isinstance(row, SyntheticFeaturesSpec)
+    return Requirement(row, count, tuple(range(len(row.images.classnames))))
+
+
+def run(requirement: Requirement, store: ArtifactStore) -> list[dict[str, Any]]:
+    listener = prepare([requirement], WorkerContext(store))
+    assert "on_failed" not in listener.events
+    return [facts for _, _, facts in listener.events.get("on_prepared", [])]
+
+
+def test_only_missing_blocks_are_drawn(ray_session, resolver, drawn_digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(_queue, "PROCESS_START", 0.0)  # of two processes
+    few, many = (row_requirement(resolver, drawn_digits, count) for count in (8, 16))
+    store = ArtifactStore(tmp_path)
+    assert len(run(few, store)) == 10
+    first = read_synthetic(few.spec, 8, store)
+    blocks = run(many, store)
+    assert sorted((b["class"], b["block"]) for b in blocks) == [(c, 1) for c in range(10)]
+    assert sum(b["drawn"] for b in blocks) == 80
+    assert run(many, store) == []
+    again = read_synthetic(many.spec, 8, store)
+    assert (again.batch.features == first.batch.features).all()
+    assert read_synthetic(many.spec, 16, store).labels.bincount().tolist() == [16] * 10
+
+
+def test_a_block_counts_the_processes_that_it_has_killed_until_the_next_run(
+    resolver, drawn_digits, tmp_path
+):
+    requirement, store = row_requirement(resolver, drawn_digits, 8), ArtifactStore(tmp_path)
+    killed = [store.open_row(requirement.spec.images).count_crashes(3, 0) for _ in range(2)]
+    for process in killed:
+        process.__enter__()  # and never exits
+    (failed, made) = maker(store).make(requirement.spec, [(3, 0), (4, 0)])
+    assert (failed["error"], failed["failure_class"]) == (
+        "RuntimeError: killed its process 2 times",
+        "infra",
+    )
+    assert (made["error"], made["drawn"]) == ("", 8)
+    workers = SimpleNamespace(worker=WorkerContext(store))
+    WorkQueue([requirement], workers, Allocation(Resources(), lambda: []), Listener())
+    assert maker(store).make(requirement.spec, [(3, 0)])[0]["drawn"] == 8
+
+
+def test_a_generator_short_of_memory_saves_memory_and_keeps_its_block_size(
+    resolver, drawn_digits, tmp_path, monkeypatch
+):
+    requirement, store = row_requirement(resolver, drawn_digits, 8), ArtifactStore(tmp_path)
+    tried: list[int] = []
+
+    opened = GeneratedImages.open
+
+    def short(images, worker):
+        tried.append(worker.thrift)
+        if worker.thrift == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return opened(images, worker)
+
+    monkeypatch.setattr(GeneratedImages, "open", short)
+    made = maker(store).make(requirement.spec, [(0, 0), (1, 0)])
+    assert [(each["error"], each["drawn"]) for each in made] == [("", 8)] * 2
+    assert tried == [0, 1]  # the second block starts with the level that the first one needed
+
+
+def test_waiting_for_a_block_of_another_process_reports_that_process(
+    resolver, drawn_digits, tmp_path
+):
+    requirement, store = row_requirement(resolver, drawn_digits, 8), ArtifactStore(tmp_path)
+    key, reports = artifact_key(requirement.spec.images), Reports()
+    wait = (f"image blocks {key.slug}", "waiting")
+    with ThreadPoolExecutor() as pool:
+        with ArtifactStore(tmp_path).locks.exclusive(f"{key.digest}-3-0"):
+            made = pool.submit(maker(store, reports).make, requirement.spec, [(3, 0)])
+            wait_until(lambda: wait in reports.found)
+        assert made.result()[0]["drawn"] == 8
+    holder, seconds = reports.found[wait]
+    assert str(os.getpid()) in holder
+    assert seconds > 0
+
+
+def test_an_artifact_that_cannot_be_made_is_reported_and_the_others_are_made(
+    ray_session, resolver, drawn_digits, tmp_path
+):
+    broken = tmp_path / "broken"
+    shutil.copytree(drawn_digits, broken)
+    for file in broken.rglob("*.png"):  # the plan would refuse images without an end
+        data = file.read_bytes()
+        file.write_bytes(data[:45] + bytes(len(data) - 65) + data[-20:])
+    whole = resolver.trial({"dataset": f"folder:{drawn_digits}", "images_per_class": 0})
+    unreadable = resolver.trial({"dataset": f"folder:{broken}"})
+    requirements = requirements_of([unreadable, whole])
+    # LoRA and images depend on the features of the broken dataset.
+    assert len({requirement.stage for requirement in requirements}) == 4
+    listener = prepare(requirements, WorkerContext(ArtifactStore(tmp_path / "s")))
+    ((failed, failure),) = listener.events["on_failed"]
+    assert failed.spec == unreadable.features
+    assert (failure.failure_class, failure.message[:10]) == ("user", "ValueError")
+    assert "images cannot be read" in failure.message
+    assert [requirement.spec for requirement, *_ in listener.events["on_prepared"]] == [
+        whole.features
+    ]
+    assert "on_retried" not in listener.events
+
+
+def test_a_blank_image_is_a_recorded_hole(resolver, drawn_digits, tmp_path):
+    from PIL import Image
+
+    folder = tmp_path / "blank"
+    shutil.copytree(drawn_digits, folder)
+    Image.new("RGB", (32, 32)).save(folder / "digit two" / "03.png")
+    store = ArtifactStore(tmp_path / "store")
+    requirement = row_requirement(resolver, folder, 8)
+    made = maker(store).make(requirement.spec, [(c, 0) for c in range(10)])
+    assert [each["holes"] for each in made] == [0, 0, 1, *[0] * 7]
+    counts = read_synthetic(requirement.spec, 8, store).labels.bincount()
+    assert counts.tolist() == [8, 8, 7, *[8] * 7]
+    table = pq.read_table(store.row(requirement.spec.images).shard(2, 0)).to_pydict()
+    assert table["ok"] == [True, True, True, False, True, True, True, True]
+    assert table["attempt"][3] == 2
+
+
+def test_reading_missing_images_names_the_command_to_run(resolver, drawn_digits, tmp_path):
+    requirement = row_requirement(resolver, drawn_digits, 8)
+    with pytest.raises(MissingArtifact, match="airsweep run SPEC --prepare"):
+        read_synthetic(requirement.spec, 8, ArtifactStore(tmp_path))
+
+
+def test_progress_reports_of_a_worker_reach_the_driver(ray_session):
+    def work(actor):
+        reporter = ProgressReporter(actor, "LoRA a", "steps")
+        reporter.last = time.monotonic() - 10  # long enough ago
+        reporter(3, 10)
+        reporter.last_curves, reporter.started = reporter.last - 10, 7.0
+        reporter.report_curves({"train/loss": [0.5]})  # replaces no other report
+        ProgressReporter(actor, "LoRA b").report_wait("its lock", "team/other", 60.0)
+        with report_working(actor):
+            time.sleep(0.5)
+
+    progress, reports = ProgressMonitor(), {}
+    ray.get(ray.remote(work).options(num_cpus=0).remote(progress.actor))
+    wait_until(lambda: reports.update(progress.read()) or len(reports) == 4)  # does not block
+    assert reports == {
+        ("LoRA a", "progress"): (3, 10, "steps"),
+        ("LoRA a", "curves"): ({"train/loss": [0.5]}, 7.0),
+        ("LoRA b", "waiting"): ("team/other", 60.0),
+        ("", "working"): (),
+    }
+
+
+def test_a_process_waits_for_resources_while_others_hold_them_all(ray_session):
+    def hold(seconds):
+        time.sleep(seconds)
+
+    cores = int(ray.cluster_resources()["CPU"])
+    task = ray.remote(hold).options(num_cpus=1)
+    running = [task.remote(600) for _ in range(cores)]
+    wait_until(lambda: ray.available_resources().get("CPU", 0) < 1)
+    wait_until(lambda: not waits_for_resources())
+    running.append(task.remote(600))
+    wait_until(waits_for_resources)
+    for future in running:
+        ray.cancel(future, force=True)
