@@ -1,6 +1,7 @@
 """Run a sweep on Ray: prepare artifacts, schedule trials, show progress."""
 
-from orchestrator.execution.driver import check_start, run_sweep
+from orchestrator.execution._checks import check_start
+from orchestrator.execution.driver import run_sweep
 from orchestrator.execution.screen import Screen, make_screen
 
 __all__ = [

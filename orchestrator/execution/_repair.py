@@ -10,6 +10,7 @@ from functools import partial
 
 from air_core.specs.normal import normalised
 from orchestrator.errors import DamagedArtifact
+from orchestrator.execution.screen import Screen
 from orchestrator.keys import StageSpec
 from orchestrator.planning import (
     Plan,
@@ -19,10 +20,31 @@ from orchestrator.planning import (
     possible_trials,
     requirements_of,
 )
-from orchestrator.store import ArtifactStore
+from orchestrator.planning.plan import plan_sweep
+from orchestrator.spec import SweepSpec
+from orchestrator.store import ArtifactStore, SweepLocation
 
 
-def set_damaged_aside(
+def plan_and_repair(
+    sweep: SweepSpec, location: SweepLocation, resolver: Resolver, screen: Screen
+) -> Plan:
+    """Plan a sweep, with damaged artifacts set aside so that this run makes them again."""
+    while True:
+        try:
+            plan = plan_sweep(sweep, location.store, resolver, location.event_log())
+            damaged = _set_damaged_aside(plan, location.store, resolver)
+        except DamagedArtifact as problem:  # planning itself reads some records
+            location.store.set_aside(problem)
+            damaged = [problem]
+        for artifact in damaged:
+            screen.message(
+                f"{artifact.name} was damaged ({artifact.reason}) and will be made again"
+            )
+        if not damaged:
+            return plan
+
+
+def _set_damaged_aside(
     plan: Plan, store: ArtifactStore, resolver: Resolver
 ) -> list[DamagedArtifact]:
     """Check the trials of a plan and the inputs of its missing trials, on this machine.

@@ -1,10 +1,9 @@
 """Stages, and the work of one worker process.
 
 A module named after a stage has its spec and makes its artifacts. `build(spec, worker, report)`
-makes one; of a row, `open_model(spec, worker)` loads what makes its shards,
-`build(spec, index, block, worker, model)` makes one shard, and
-`stored_counts(spec, index, block, store)` counts its content. Makers import torch inside functions,
-so a plan imports the specs alone.
+makes one; of a row, `open_model(spec, worker)` loads what makes its shards, and
+`build(spec, index, block, worker, model)` makes one shard. Makers import torch inside functions, so
+a plan imports the specs alone.
 """
 
 from __future__ import annotations

@@ -25,7 +25,6 @@ from orchestrator.stages.context import (
     has_intact_shard,
     ignore,
 )
-from orchestrator.store import ArtifactStore
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -173,13 +172,6 @@ def build(
         data = sealed(save({"features": features, "bad": reasons}, {"seal": BLANK}))
         row.publish(index, block, data)
     return {"encoded": len(positions), "on_device": time.monotonic() - started}
-
-
-def stored_counts(
-    spec: EncodedSpec, index: int, block: int, store: ArtifactStore
-) -> dict[str, Any]:
-    """Number of images of a block that the store has."""
-    return {"encoded": min(spec.block, spec.features.dataset.images - block * spec.block)}
 
 
 def read_blocks(

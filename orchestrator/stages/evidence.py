@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from safetensors.numpy import load, save
@@ -184,13 +184,6 @@ def pool_order(spec: EvidenceSpec, images: int) -> Tensor:
 def open_model(spec: EvidenceSpec, worker: WorkerContext) -> BlockScorer:
     """As `BlockScorer.open`."""
     return BlockScorer.open(spec, worker)
-
-
-def stored_counts(
-    spec: EvidenceSpec, draw: int, block: int, store: ArtifactStore
-) -> dict[str, Any]:
-    """Nothing: the pairs of a shard count for the process that computed them."""
-    return {}
 
 
 def build(

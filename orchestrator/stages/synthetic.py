@@ -19,7 +19,6 @@ from orchestrator.stages.context import WorkerContext, exclusive_shard, has_inta
 from orchestrator.stages.images import (
     FolderImages,
     GeneratedImages,
-    block_counts,
     draw_block,
     publish,
     stored_block,
@@ -133,14 +132,6 @@ def build(
         if not encoded_before:
             features.publish(*shard, sealed(save(arrays, {"seal": BLANK})))
         return counts
-
-
-def stored_counts(
-    spec: SyntheticFeaturesSpec, class_index: int, block: int, store: ArtifactStore
-) -> dict[str, Any]:
-    """The counts of a block that the store has, as `block_counts`."""
-    ok = load(store.row(spec).read(class_index, block))["ok"].tolist()
-    return block_counts(spec.images, class_index, block, ok)
 
 
 def read_synthetic(
