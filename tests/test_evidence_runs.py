@@ -55,7 +55,7 @@ def test_evidence_that_is_killed_resumes_to_the_bits_of_a_single_actor(tmp_path)
 
     spec, store = write_sweep(tmp_path / "two", "e", BODY), tmp_path / "killed"
     crash_at = {CRASH_AT: "artifact_prepared:7"}
-    killed = run_and_kill(spec, store, "ray::ShardMaker", "evidence", **crash_at)
+    killed = run_and_kill(spec, store, "ray::ArtifactMaker", "evidence", **crash_at)
     assert killed.returncode == -9, killed.stderr
     before = {name: file.stat().st_mtime_ns for name, file in shards(store).items()}
     assert 1 < len(before) < SHARDS

@@ -37,7 +37,7 @@ BLOCK, SHARDS = 4, 40  # 10 classes of 16 images
 ALL_OF_RAY = ("raylet", "trials_started")
 KILLS: list[tuple[str, tuple[str, ...]]] = [
     ("event:3", ()),
-    ("artifact_prepared:12", ("ray::ShardMaker", "images")),
+    ("artifact_prepared:12", ("ray::ArtifactMaker", "images")),
     ("", ALL_OF_RAY),
     ("trial_retried:1", ("ray::ResourceTrainable", "trials_started")),
     ("", ()),
@@ -125,8 +125,8 @@ def test_a_sweep_whose_driver_workers_and_ray_are_killed_has_the_results_of_an_u
     assert points(store) == points(whole)
     assert len(points(whole)) == 4
     log = events(store, "search")
-    prepared = [event for event in log if event.get("stage") == "images"]
-    assert sum(event["facts"]["drawn"] for event in prepared) <= BLOCK * SHARDS  # none drawn twice
+    drawn = [e for e in log if e["event"] == "artifact_prepared" and e["stage"] == "images"]
+    assert sum(event["facts"]["drawn"] for event in drawn) <= BLOCK * SHARDS  # none drawn twice
     assert len(shards(store)) == SHARDS
     retried = [event for event in log if event["event"] == "trial_retried"]
     assert {event["failure_class"] for event in retried} == {"infra"}

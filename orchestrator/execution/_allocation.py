@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from orchestrator.formatting import plural
 from orchestrator.keys import Process
@@ -41,6 +42,12 @@ class PoolStatistics:
     held: float = 0.0  # seconds that the processes lived, summed
     seconds: float = 0.0  # wall clock
 
+    def add(self, facts: Mapping[str, Any]) -> None:
+        """Add a shard."""
+        self.images += facts.get("drawn", 0) + facts.get("encoded", 0)
+        self.pairs += facts.get("pairs", 0)
+        self.busy += facts.get("on_device", 0.0)
+
     def __str__(self) -> str:
         """
         >>> print(PoolStatistics("generator", True, 2, images=640, busy=150, held=160, seconds=80))
@@ -68,8 +75,7 @@ class Allocation:
 
     Attributes:
         preparing: artifacts are missing that may be made beside trials.
-        tasks: tasks that prepare now, by kind of process.
-        pools: processes that make shards now, by kind.
+        pools: processes that prepare now, by kind.
     """
 
     def __init__(
@@ -77,7 +83,6 @@ class Allocation:
     ) -> None:
         self.resources, self._list_machines = resources, list_machines
         self.preparing = False
-        self.tasks: Counter[Process] = Counter()
         self.pools: Counter[Process] = Counter()
         self._trials_since: float | None = None
         self._machines: tuple[float, Sequence[Machine]] = (0.0, ())
@@ -128,21 +133,26 @@ class Allocation:
     def room(self, process: Process, is_task: bool = False) -> int:
         """Further processes of a kind that may start now.
 
-        A single task may always start: on a small cluster it takes a device when a trial ends, and
-        does not keep it for long.
+        One for a task, that is an artifact without shards, may always start: on a small cluster it
+        takes a device when a trial ends, and does not keep it for long.
         """
-        running = self.tasks + self.pools
-        used = sum(count / max(self.capacity(each), 1) for each, count in running.items())
-        free = math.floor((1 - used) * self.capacity(process) + 1e-6)
-        return max(free, int(is_task and not running.total()))
+        free = math.floor((1 - self._used()) * self.capacity(process) + 1e-6)
+        return max(free, int(is_task and not self.pools.total()))
+
+    def _used(self) -> float:
+        """The part of what preparation may use now that its processes use; above 1: more."""
+        return sum(count / max(self.capacity(each), 1) for each, count in self.pools.items())
 
     def max_trials(self) -> int:
-        """Trials that may run now; 0 while an open pool has to shrink first."""
-        waited = time.monotonic() - (self._trials_since or 0.0)
-        exceeds = any(count > self.capacity(process) for process, count in self.pools.items())
-        if exceeds and waited < MAX_POOL_WAIT:
-            return 0
+        """Trials that may run now: those that fit beside the reserve, or for a while beside a pool
+        that has to shrink first."""
         machines = self.machines()
+        waited = time.monotonic() - (self._trials_since or 0.0)
+        if self._used() > 1 and waited < MAX_POOL_WAIT:
+            for process, count in self.pools.items():
+                want = self.resources.process_resources(process)
+                machines = remaining_resources(machines, want, count)
+            return process_capacity(self.resources.trial, machines)
         if self.preparing:
             machines = remaining_resources(machines, self.resources.generator, self.reserve())
         return max(1, process_capacity(self.resources.trial, machines))

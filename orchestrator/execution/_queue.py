@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import inf
@@ -32,6 +32,7 @@ Shard = tuple[int, int]  # class or draw, block
 ARTIFACT: Shard = (0, 0)  # stands for an artifact that is no row
 # Seconds that a process takes to start, at least: it imports torch and diffusers.
 PROCESS_START = 10.0
+MADE = ("drawn", "pairs", "encoded")  # facts of a shard: the numbers of what a process has made
 # An actor gets its next shards before it has ended the present ones if these take fewer seconds.
 SHORT = 2.0
 
@@ -50,6 +51,10 @@ class Part:
     seconds: float = 0.0  # that these took
     errors: list[Failure] = field(default_factory=list)  # of shards
     tries: Counter[str] = field(default_factory=Counter)  # that failed, by class of the failure
+
+    @property
+    def is_row(self) -> bool:
+        return bool(self.requirement.rows)
 
     @property
     def kind(self) -> Process:
@@ -89,16 +94,19 @@ class Maker:
 
 @dataclass(eq=False)
 class Pool:
-    """Processes of a kind that make shards."""
+    """The processes of a kind."""
 
     statistics: PoolStatistics
-    began: float = field(default_factory=time.monotonic)
     makers: list[Maker] = field(default_factory=list)
+    began: float = 0.0
     startup: float = 0.0  # seconds from the start of a process to its first shards
 
     @property
     def kind(self) -> Process:
         return self.statistics.process
+
+    def starting(self) -> int:
+        return sum(not maker.is_up for maker in self.makers)
 
 
 class WorkQueue:
@@ -122,6 +130,9 @@ class WorkQueue:
         self.store = workers.worker.store
         self.calls: dict[Any, Callable[[Result], None]] = {}  # by future
         self.pools: dict[Process, Pool] = {}
+        for kind in ("encoder", "generator"):
+            gpu = bool(allocation.resources.process_resources(kind).gpu)
+            self.pools[kind] = Pool(PoolStatistics(kind, gpu))
         self.parts: dict[str, Part] = {}  # that have not ended, by the digest of their key
         self.store.refresh_listings()
         for requirement in requirements:
@@ -129,7 +140,7 @@ class WorkQueue:
                 self.parts[_digest(requirement)] = self._part(requirement)
 
     def _part(self, requirement: Requirement) -> Part:
-        spec, todo, pace = requirement.spec, [ARTIFACT], inf
+        spec, todo = requirement.spec, [ARTIFACT]
         inputs = {artifact_key(needed.spec).digest for needed in spec.inputs(requirement.classes)}
         needs = [
             part
@@ -144,10 +155,9 @@ class WorkQueue:
             # A shard whose process died with an earlier driver or its Ray did not kill it.
             self.store.row(requirement.rows[0]).reset_crashes()
             todo = requirement.missing(self.store)[::-1]
-            work = [stage_work(spec, len(todo))]
-            expected = estimate(work, self.store, self.allocation.resources)
-            pace = expected.work_seconds / len(todo)
-        return Part(requirement, needs, todo, pace)
+        work = [stage_work(spec, len(todo))]
+        expected = estimate(work, self.store, self.allocation.resources)
+        return Part(requirement, needs, todo, expected.work_seconds / len(todo))
 
     def lacks(self, requirement: Requirement) -> bool:
         """Whether a requirement has not ended."""
@@ -172,73 +182,63 @@ class WorkQueue:
             self.calls.pop(future)(partial(self.workers.result, future))
         return len(self.parts) < before
 
-    def _on_artifact(self, part: Part, result: Result) -> None:
-        part.running -= 1
-        self.allocation.tasks[part.kind] -= 1
-        try:
-            seconds, facts = result()
-        except Exception as problem:
-            part.todo.append(ARTIFACT)
-            self._try_again(part, failure_of(problem))
-        else:
-            self.listener.on_prepared(part.requirement, seconds, facts)
-            self._end(part)
-
     def _on_start(self, pool: Pool, maker: Maker, result: Result) -> None:
         maker.calls -= 1
         try:
             result()
         except Exception as problem:
-            if self._remove(pool, maker):
-                waiting = (part for part in self.parts.values() if part.kind == pool.kind)
-                if part := next(filter(Part.can_begin, waiting), None):
-                    self._try_again(part, failure_of(problem))
+            parts = (part for part in self.parts.values() if part.kind == pool.kind)
+            part = next(filter(Part.can_begin, parts), None)
+            if self._remove(pool, maker) and part is not None:
+                self._try_again(part, failure_of(problem))
         else:
             maker.is_up = True
 
-    def _on_shards(
+    def _on_made(
         self, pool: Pool, maker: Maker, part: Part, shards: Sequence[Shard], result: Result
     ) -> None:
         maker.calls -= 1
         part.running -= 1
         try:
             results = result()
-        except Exception as problem:
+        except Exception as problem:  # the process died
             part.todo += reversed(shards)
-            if getattr(problem, "cause", None) is not None:  # the call failed, not its process
-                self._fail(part, failure_of(problem))
-            elif self._remove(pool, maker):  # `exclusive_shard` counts the deaths
-                self.listener.on_retried(part.requirement, failure_of(problem))
+            if self._remove(pool, maker):
+                self._try_again(part, failure_of(problem), is_counted=not part.is_row)
             return
         if maker.last == inf:
             pool.startup = time.monotonic() - maker.started
-        maker.last = sum(made["seconds"] for made in results)
-        for made in results:
-            self._on_shard(pool, part, made)
+        maker.last = sum(made.seconds for made in results)
+        for shard, made in zip(shards, results, strict=True):
+            if made.failure is not None:
+                self._on_error(part, shard, made.failure)
+                continue
+            if any(made.facts.get(name) for name in MADE):  # else the store had it
+                part.made += 1
+                part.seconds += made.seconds - made.facts["startup"]
+            pool.statistics.add(made.facts)
+            if not part.is_row:
+                pool.statistics.held -= made.seconds  # the statistics are of shards
+            self.listener.on_prepared(part.requirement, made.seconds, made.facts)
         if not (part.ended or part.todo or part.running):
-            self._end_row(part)
+            self._end_complete(part)
 
-    def _on_shard(self, pool: Pool, part: Part, made: Mapping[str, Any]) -> None:
-        requirement = part.requirement
-        assert isinstance(requirement.spec, RowSpec)
-        if made["error"]:
-            name = f"{requirement.spec.name_of(made['class'])}, block {made['block']}"
-            failure = Failure(made["failure_class"], f"{name}: {made['error']}")
-            part.errors.append(failure)
-            if CLASSES[failure.failure_class].stops_after == 1:
-                self._fail(part, failure)  # further shards could not be stored
+    def _on_error(self, part: Part, shard: Shard, failure: Failure) -> None:
+        spec = part.requirement.spec
+        if not isinstance(spec, RowSpec):
+            part.todo.append(shard)
+            self._try_again(part, failure)
             return
-        if any(made[name] for name in ("drawn", "pairs", "encoded")):  # else the store had it
-            part.made += 1
-            part.seconds += made["seconds"] - made["startup"]
-            pool.statistics.images += made["drawn"] + made["encoded"]
-            pool.statistics.pairs += made["pairs"]
-            pool.statistics.busy += made["on_device"]
-        self.listener.on_prepared(requirement, made["seconds"], dict(made))
+        name = f"{spec.name_of(shard[0])}, block {shard[1]}"
+        failure = Failure(failure.failure_class, f"{name}: {failure.message}")
+        part.errors.append(failure)
+        if CLASSES[failure.failure_class].stops_after == 1:
+            self._fail(part, failure)  # further shards could not be stored
 
-    def _end_row(self, part: Part) -> None:
+    def _end_complete(self, part: Part) -> None:
+        """End a part whose shards have all been made, or have failed."""
         self.store.refresh_listings()
-        missing = len(part.requirement.missing(self.store))
+        missing = len(part.requirement.missing(self.store)) if part.is_row else 0
         if not missing:
             self._end(part)
             return
@@ -249,9 +249,11 @@ class WorkQueue:
         name = max(set(names), key=names.count)
         self._fail(part, Failure(name, f"{blocks} missing; {reason}"))
 
-    def _try_again(self, part: Part, failure: Failure) -> None:
+    def _try_again(self, part: Part, failure: Failure, is_counted: bool = True) -> None:
+        """Report a failure that is retried, or the end of a part that has no try left. The store
+        counts the processes that a shard has killed."""
         name = failure.failure_class
-        part.tries[name] += 1
+        part.tries[name] += is_counted
         if part.tries[name] > CLASSES[name].retries:
             self._fail(part, failure)
         else:
@@ -277,81 +279,70 @@ class WorkQueue:
     def begin(self) -> None:
         """Begin the work for which the allocation has room, in the order of the queue."""
         self.allocation.preparing = bool(self.parts)
-        rows: dict[Process, list[Part]] = {kind: [] for kind in self.pools}
-        for part in [part for part in self.parts.values() if part.can_begin()]:
-            if part.requirement.rows:
-                rows.setdefault(part.kind, []).append(part)
-                continue
-            for kind in rows:  # which come earlier in the queue
-                self._serve(kind, rows[kind])
-            if not self.allocation.room(part.kind, is_task=True):
-                break
-            self._build(part)
-        for kind in rows:
-            self._serve(kind, rows[kind])
-        for pool in [*self.pools.values()]:
-            for maker in [maker for maker in pool.makers if not maker.calls]:
-                self._remove(pool, maker)
+        able = [part for part in self.parts.values() if part.can_begin()]
+        sizes = {kind: self._size(pool, able) for kind, pool in self.pools.items()}
+        waiting: list[Part] = []
+        for part in able:
+            pool = self.pools[part.kind]
+            for maker in pool.makers[: max(sizes[part.kind], not part.is_row)]:
+                while part.todo and maker.has_room():
+                    self._give(pool, maker, part)
+            if part.todo:
+                waiting.append(part)
+                if not (pool.makers or self.allocation.room(part.kind, not part.is_row)):
+                    break  # what is needed later leaves it room
+        for kind, pool in self.pools.items():
+            parts = [part for part in waiting if part.kind == kind]
+            size = max(sizes[kind], any(not part.is_row for part in parts))
+            starting = [maker for maker in pool.makers[:size] if not maker.is_up]
+            needed = starting[: sum(len(part.todo) for part in parts)]
+            for maker in [*pool.makers]:
+                if not maker.calls or not (maker.is_up or maker in needed):
+                    self._remove(pool, maker)
+        starts = Counter({kind: -pool.starting() for kind, pool in self.pools.items()})
+        for part in waiting:
+            starts[part.kind] += len(part.todo)
+            while starts[part.kind] > 0 and self._may_start(part, waiting):
+                self._start(self.pools[part.kind])
+                starts[part.kind] -= 1
 
-    def _build(self, part: Part) -> None:
-        part.todo.pop()
-        part.running += 1
-        self.allocation.tasks[part.kind] += 1
-        self.listener.stage = part.requirement.stage
-        future = self.workers.build(part.requirement.spec, part.tries["oom"])
-        self.calls[future] = partial(self._on_artifact, part)
-
-    def _serve(self, kind: Process, rows: Sequence[Part]) -> None:
-        """Give shards to the processes of a pool, and start the processes that it lacks."""
-        gpu = bool(self.allocation.resources.process_resources(kind).gpu)
-        pool = self.pools.get(kind) or Pool(PoolStatistics(kind, gpu))
-        seconds = sum(part.seconds_left() for part in rows)
-        members = pool.makers[: self._size(pool, rows, seconds)]
-        for maker in members:
-            while maker.has_room() and any(part.todo for part in rows):
-                self._give(pool, maker, next(part for part in rows if part.todo))
-        todo = sum(len(part.todo) for part in rows)
-        starting = [maker for maker in pool.makers if not maker.is_up]
-        needed = min(todo, sum(maker in members for maker in starting))
-        for maker in starting[needed:]:
-            self._remove(pool, maker)
-        for _ in range(todo - len(starting)):
-            if self._is_worth_a_start(pool, seconds):
-                self._start(pool)
-
-    def _size(self, pool: Pool, rows: Sequence[Part], seconds: float) -> int:
+    def _size(self, pool: Pool, able: Iterable[Part]) -> int:
         """Number of processes of a pool that get further shards."""
         count, capacity = len(pool.makers), self.allocation.capacity(pool.kind)
+        parts = [part for part in able if part.kind == pool.kind]
         # Trials wait for a pool that ends soon, but not for images that only a picture shows.
-        is_awaited = any(not part.requirement.compared_with for part in rows)
-        if count > capacity and not (is_awaited and seconds / count <= MAX_POOL_WAIT):
+        is_awaited = any(not part.requirement.compared_with for part in parts)
+        if count > capacity and not (is_awaited and _seconds(parts) / count <= MAX_POOL_WAIT):
             return capacity
         return count
 
-    def _is_worth_a_start(self, pool: Pool, seconds: float) -> bool:
+    def _may_start(self, part: Part, waiting: Iterable[Part]) -> bool:
         """Whether a pool may have another process, and its share of the work takes longer than its
         start."""
-        count = len(pool.makers)
-        share = seconds / count if count else inf
-        return share > max(PROCESS_START, pool.startup) and bool(self.allocation.room(pool.kind))
+        pool = self.pools[part.kind]
+        seconds = _seconds(each for each in waiting if each.kind == part.kind)
+        share = seconds / len(pool.makers) if pool.makers else inf
+        is_worth_it = share > max(PROCESS_START, pool.startup)
+        return is_worth_it and self.allocation.room(part.kind, is_task=not part.is_row) > 0
 
     def _start(self, pool: Pool) -> None:
-        self.pools[pool.kind] = pool
+        now = time.monotonic()
+        pool.began = pool.began if pool.makers else now
         actor, future = self.workers.start(pool.kind)
-        maker = Maker(actor, time.monotonic())
+        maker = Maker(actor, now)
         pool.makers.append(maker)
         self.calls[future] = partial(self._on_start, pool, maker)
         self.allocation.pools[pool.kind] = len(pool.makers)
         pool.statistics.actors = max(pool.statistics.actors, len(pool.makers))
 
     def _give(self, pool: Pool, maker: Maker, part: Part) -> None:
-        spec, shards = part.requirement.spec, part.take()
-        assert isinstance(spec, RowSpec)
+        shards = part.take()
         part.running += 1
         maker.calls += 1
         self.listener.stage = part.requirement.stage
-        future = self.workers.make(maker.actor, spec, shards)
-        self.calls[future] = partial(self._on_shards, pool, maker, part, shards)
+        thrift = part.tries["oom"]
+        future = self.workers.make(maker.actor, part.requirement.spec, shards, thrift)
+        self.calls[future] = partial(self._on_made, pool, maker, part, shards)
 
     def _remove(self, pool: Pool, maker: Maker) -> bool:
         """End a process; returns False if it has been ended before."""
@@ -363,12 +354,17 @@ class WorkQueue:
         statistics, now = pool.statistics, time.monotonic()
         statistics.held += now - maker.started
         if not pool.makers:
-            del self.pools[pool.kind]
             statistics.seconds = now - pool.began
             if statistics.images or statistics.pairs:
                 self.listener.on_pool_closed(statistics)
+            pool.statistics = PoolStatistics(pool.kind, statistics.gpu)
         return True
 
 
 def _digest(requirement: Requirement) -> str:
     return artifact_key(requirement.spec).digest
+
+
+def _seconds(parts: Iterable[Part]) -> float:
+    """Seconds that one process would take for what is left of some parts and not begun."""
+    return sum(part.seconds_left() for part in parts)

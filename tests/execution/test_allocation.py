@@ -46,14 +46,15 @@ def test_trials_leave_a_reserve_free_while_artifacts_are_missing(
     assert limits.max_trials() == alone
 
 
-def test_trials_start_when_the_pool_has_shrunk_to_its_reserve(monkeypatch):
+def test_trials_wait_for_a_pool_that_shrinks_to_its_reserve(monkeypatch):
     limits = allocation(HALF, BIG)
     limits.preparing = limits.trials_running = True
-    limits.pools["generator"] = 5
-    assert limits.max_trials() == 0
-    limits.pools["generator"] = 4
-    assert limits.max_trials() == 16
-    limits.pools["generator"] = 5
+    trials = []
+    for generators in (8, 6, 4, 1):
+        limits.pools["generator"] = generators
+        trials.append(limits.max_trials())
+    assert trials == [0, 8, 16, 16]
+    limits.pools["generator"] = 8
     # A block takes too long.
     monkeypatch.setattr("orchestrator.execution._allocation.MAX_POOL_WAIT", 0.0)
     assert limits.max_trials() == 16
@@ -88,7 +89,7 @@ def test_on_a_small_cluster_one_task_takes_a_free_device():
     limits.trials_running = True
     assert (limits.room("generator"), limits.room("encoder")) == (0, 0)
     assert limits.room("generator", is_task=True) == 1
-    limits.tasks["generator"] = 1
+    limits.pools["generator"] = 1
     assert limits.room("generator", is_task=True) == 0
 
 

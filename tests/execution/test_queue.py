@@ -12,14 +12,15 @@ import pytest
 from orchestrator.execution import _allocation, _queue
 from orchestrator.execution._allocation import Allocation
 from orchestrator.execution._queue import WorkQueue
+from orchestrator.failures import Failure
 from orchestrator.planning import Requirement, requirements_of
 from orchestrator.planning.plan import independent_of, merge
 from orchestrator.spec import Resources
 from orchestrator.spec.resources import GeneratorResources
 from orchestrator.store import ArtifactStore
-from tests.helpers.trivial import MADE, Call, Workers
+from tests.helpers.trivial import Call, Made, Workers
 
-START, SHARD, ARTIFACT = 10.0, 6.0, 30.0  # seconds of a start, a shard and another artifact
+START, SHARD, LORA = 10.0, 6.0, 30.0  # seconds of a start, of a shard or artifact, of a LoRA
 STEP = 0.5  # between two turns of the driver
 Seconds = float
 
@@ -44,7 +45,7 @@ class Simulated(Workers):
         self.now = 0.0
         self.killed, self.refused, self.broken = killed, refused, broken
         self.free: dict[int, Seconds] = {}  # when each living process is free
-        self.begun: list[tuple[str, Any]] = []  # stage, and shards or lacks of memory
+        self.begun: list[tuple[str, Any]] = []  # stage and shards
         self.owned: Counter[Any] = Counter()
         self.starts, self.most = 0, 0  # processes, and how many lived at a time
 
@@ -52,11 +53,6 @@ class Simulated(Workers):
         call = Call(work)
         call.at = at
         return call
-
-    def build(self, spec: Any, thrift: int) -> Any:
-        self.begun.append((spec.stage, thrift))
-        build = super().build
-        return self.later(self.now + ARTIFACT, lambda: build(spec, thrift).result)
 
     def start(self, kind: str) -> Any:
         self.starts += 1
@@ -70,25 +66,24 @@ class Simulated(Workers):
 
         return number, self.later(self.free[number], started)
 
-    def make(self, actor: int, spec: Any, shards: Any) -> Any:
+    def make(self, actor: int, spec: Any, shards: Any, thrift: int) -> Any:
         owned = [(spec.maker, shard) for shard in shards]
         assert not any(self.owned[each] for each in owned), "another process makes this shard"
         self.owned.update(owned)
         self.begun.append((spec.maker.stage, shards))
         number = len(self.begun)
-        self.free[actor] = max(self.free[actor], self.now) + SHARD * len(shards)
+        seconds = LORA if spec.stage == "lora" else SHARD
+        self.free[actor] = max(self.free[actor], self.now) + seconds * len(shards)
         make = super().make
 
         def made() -> Any:
             self.owned.subtract(owned)
             if number in self.killed:
                 raise RuntimeError("the process died")
-            good = [shard for shard in shards if shard not in self.broken]
-            results = make(actor, spec, good).result
-            for c, block in set(shards).difference(good):
-                error = {"error": "ValueError: no", "failure_class": "user"}
-                results.append(MADE | error | {"class": c, "block": block})
-            return [result | {"seconds": SHARD, "on_device": SHARD} for result in results]
+            good = [shard for shard in shards if not spec.rows or shard not in self.broken]
+            facts = {"on_device": seconds, "startup": 0.0, "drawn": int(bool(spec.rows))}
+            made = [Made(seconds, facts, None) for _ in make(actor, spec, good, thrift).result]
+            return made or [Made(0.0, {}, Failure("user", "ValueError: no"))]
 
         return self.later(self.free[actor], made)
 
@@ -168,7 +163,7 @@ def test_loras_of_several_groups_train_side_by_side_and_pictures_come_last(trial
     needed.sort(key=lambda requirement: bool(requirement.compared_with))
     done = world(needed).run()
     stages = done.stages()
-    assert stages[:6] == ["features", *["labels"] * 2, *["lora"] * 2, "images"]
+    assert stages[:7] == ["features", *["labels"] * 3, *["lora"] * 2, "images"]
     assert stages.count("lora") == 3
     assert stages.index("images") < len(stages) - 1 - stages[::-1].index("lora")
     made = [requirement for requirement, *_ in done.listener.events["on_prepared"]]
@@ -195,7 +190,7 @@ def test_a_pool_with_much_left_shrinks_when_trials_start_and_makes_no_shard_twic
     running = world(rows(), cores=4)
     running.run(lambda: running.prepared() > 8)
     running.allocation.trials_running = True
-    assert running.allocation.max_trials() == 0  # they wait for the pool
+    assert running.allocation.max_trials() == 0
     at = running.workers.now
     running.run(lambda: running.workers.now > at + 2 * SHARD)
     assert len(running.workers.free) == left
@@ -231,8 +226,9 @@ def test_a_task_that_is_needed_first_gets_the_process_of_a_pool(trial, rows, wor
 
 
 def test_without_a_reserve_images_wait_for_the_end_of_trials_and_a_lora_does_not(
-    trial, rows, world
+    trial, world, monkeypatch
 ):
+    monkeypatch.setattr(_queue, "MAX_POOL_WAIT", 0.0)
     needed = requirements_of([trial("air")])
     running = world(needed, cores=1)
     running.allocation.trials_running = True

@@ -21,7 +21,8 @@ from orchestrator.execution import _queue
 from orchestrator.execution._allocation import Allocation
 from orchestrator.execution._progress import ProgressMonitor, ProgressReporter, report_working
 from orchestrator.execution._queue import WorkQueue
-from orchestrator.execution._workers import ShardMaker, Workers
+from orchestrator.execution._workers import ArtifactMaker, Workers
+from orchestrator.failures import Failure
 from orchestrator.keys import artifact_key
 from orchestrator.planning import Requirement, requirements_of
 from orchestrator.spec import Resources
@@ -58,9 +59,9 @@ class Reports:
         )
 
 
-def maker(store: ArtifactStore, reports: Any = None) -> ShardMaker:
+def maker(store: ArtifactStore, reports: Any = None) -> ArtifactMaker:
     """The actor, in this process."""
-    made = ShardMaker()
+    made = ArtifactMaker()
     made.prepare(WorkerContext(store), 0.0, reports or Reports())
     return made
 
@@ -101,15 +102,12 @@ def test_a_block_counts_the_processes_that_it_has_killed_until_the_next_run(
     killed = [store.open_row(requirement.spec.images).count_crashes(3, 0) for _ in range(2)]
     for process in killed:
         process.__enter__()  # and never exits
-    (failed, made) = maker(store).make(requirement.spec, [(3, 0), (4, 0)])
-    assert (failed["error"], failed["failure_class"]) == (
-        "RuntimeError: killed its process 2 times",
-        "infra",
-    )
-    assert (made["error"], made["drawn"]) == ("", 8)
+    failed, made = maker(store).make(requirement.spec, [(3, 0), (4, 0)], 0)
+    assert failed.failure == Failure("infra", "RuntimeError: killed its process 2 times")
+    assert (made.failure, made.facts["drawn"]) == (None, 8)
     workers = SimpleNamespace(worker=WorkerContext(store))
     WorkQueue([requirement], workers, Allocation(Resources(), lambda: []), Listener())
-    assert maker(store).make(requirement.spec, [(3, 0)])[0]["drawn"] == 8
+    assert maker(store).make(requirement.spec, [(3, 0)], 0)[0].facts["drawn"] == 8
 
 
 def test_a_generator_short_of_memory_saves_memory_and_keeps_its_block_size(
@@ -127,8 +125,8 @@ def test_a_generator_short_of_memory_saves_memory_and_keeps_its_block_size(
         return opened(images, worker)
 
     monkeypatch.setattr(GeneratedImages, "open", short)
-    made = maker(store).make(requirement.spec, [(0, 0), (1, 0)])
-    assert [(each["error"], each["drawn"]) for each in made] == [("", 8)] * 2
+    made = maker(store).make(requirement.spec, [(0, 0), (1, 0)], 0)
+    assert [each.facts["drawn"] for each in made] == [8, 8]
     assert tried == [0, 1]  # the second block starts with the level that the first one needed
 
 
@@ -140,9 +138,9 @@ def test_waiting_for_a_block_of_another_process_reports_that_process(
     wait = (f"image blocks {key.slug}", "waiting")
     with ThreadPoolExecutor() as pool:
         with ArtifactStore(tmp_path).locks.exclusive(f"{key.digest}-3-0"):
-            made = pool.submit(maker(store, reports).make, requirement.spec, [(3, 0)])
+            made = pool.submit(maker(store, reports).make, requirement.spec, [(3, 0)], 0)
             wait_until(lambda: wait in reports.found)
-        assert made.result()[0]["drawn"] == 8
+        assert made.result()[0].facts["drawn"] == 8
     holder, seconds = reports.found[wait]
     assert str(os.getpid()) in holder
     assert seconds > 0
@@ -180,8 +178,8 @@ def test_a_blank_image_is_a_recorded_hole(resolver, drawn_digits, tmp_path):
     Image.new("RGB", (32, 32)).save(folder / "digit two" / "03.png")
     store = ArtifactStore(tmp_path / "store")
     requirement = row_requirement(resolver, folder, 8)
-    made = maker(store).make(requirement.spec, [(c, 0) for c in range(10)])
-    assert [each["holes"] for each in made] == [0, 0, 1, *[0] * 7]
+    made = maker(store).make(requirement.spec, [(c, 0) for c in range(10)], 0)
+    assert [each.facts["holes"] for each in made] == [0, 0, 1, *[0] * 7]
     counts = read_synthetic(requirement.spec, 8, store).labels.bincount()
     assert counts.tolist() == [8, 8, 7, *[8] * 7]
     table = pq.read_table(store.row(requirement.spec.images).shard(2, 0)).to_pydict()

@@ -25,7 +25,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -113,21 +113,21 @@ class Workers:
     def __init__(self, worker: Any, *others: Any) -> None:
         self.worker = worker
 
-    def build(self, spec: Any, thrift: int) -> Any:
-        count_build(self.worker.store, spec)
-        self.worker.store.get_or_build(spec, lambda folder: {})
-        return Call((0.0, {}))
-
     def start(self, kind: str) -> tuple[Any, Any]:
         return "actor", Call(None)
 
-    def make(self, actor: Any, spec: Any, shards: Sequence[tuple[int, int]]) -> Any:
-        made = []
+    def make(self, actor: Any, spec: Any, shards: Sequence[tuple[int, int]], thrift: int) -> Any:
+        store, made = self.worker.store, []
         for c, block in shards:
-            count_build(self.worker.store, spec, c, block)
-            for row in spec.rows:
-                self.worker.store.open_row(row).publish(c, block, sealed(BLANK.encode()))
-            made.append(MADE | {"class": c, "block": block})
+            if spec.rows:
+                count_build(store, spec, c, block)
+                for row in spec.rows:
+                    store.open_row(row).publish(c, block, sealed(BLANK.encode()))
+            else:
+                count_build(store, spec)
+                store.get_or_build(spec, lambda folder: {})
+            counts = FACTS if spec.rows else {"startup": 0.0}
+            made.append(Made(0.0, counts, None))
         return Call(made)
 
     def end(self, actor: Any) -> None:
@@ -148,10 +148,15 @@ class Call:
         self.result = result
 
 
-MADE: dict[str, Any] = {
+class Made(NamedTuple):
+    seconds: float
+    facts: dict[str, Any]
+    failure: Failure | None
+
+
+FACTS: dict[str, Any] = {
     **dict.fromkeys(("redrawn", "holes", "pairs", "encoded"), 0),
-    **dict.fromkeys(("seconds", "startup", "on_device"), 0.0),
-    **{"drawn": 1, "hole_files": "[]", "error": ""},
+    **{"drawn": 1, "startup": 0.0, "on_device": 0.0, "hole_files": "[]"},
 }
 
 
