@@ -7,6 +7,7 @@ first block therefore do not depend on the prompt, and can be stored. Learned to
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -64,7 +65,7 @@ def vision_tower(tower: Any) -> VisionTower:
     )
 
 
-class _AnyTower:
+class _AnyTower(ABC):
     """Base of towers whose pooling may read all image tokens."""
 
     blocks: Sequence[Any]
@@ -80,18 +81,18 @@ class _AnyTower:
             tokens = self._run(block, tokens, length)
         return self._pooled(tokens[:, :length])
 
+    @abstractmethod
     def _enter(self, learned: Tensor) -> Tensor:
         """Learned tokens after the normalisation before the first block."""
-        raise NotImplementedError
 
     def _run(self, block: Any, tokens: Tensor, length: int) -> Tensor:
         """The output of a block for tokens of which `length` are of the image."""
         tokens = block(tokens)
         return tokens
 
+    @abstractmethod
     def _pooled(self, tokens: Tensor) -> Tensor:
         """Features (B, D) from the last image tokens."""
-        raise NotImplementedError
 
 
 class OpenClipTower(_AnyTower):

@@ -9,6 +9,7 @@ module in `air_core.diffusion.families` and a line in `air_core.models.families`
 from __future__ import annotations
 
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +64,7 @@ class Texts:
         return {name: table[rows] for name, table in self.tables.items()}
 
 
-class Denoiser:
+class Denoiser(ABC):
     """The denoiser of a pipeline. Subclasses are families.
 
     Attributes:
@@ -98,10 +99,11 @@ class Denoiser:
             "guidance_scale": settings.guidance_scale,
         }
 
+    @abstractmethod
     def conditions(self, captions: list[str]) -> dict[str, Tensor]:
         """What the network reads of M captions: tensors (M, ...)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def predict(self, noisy: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> Tensor:
         """The prediction (B, c, h, w), whose target is `noise.target`.
 
@@ -110,7 +112,6 @@ class Denoiser:
             t: (B,) noise levels.
             conditions: of each image, from `Texts`.
         """
-        raise NotImplementedError
 
     @torch.no_grad()
     def encode_captions(self, captions: Sequence[str]) -> Texts:
