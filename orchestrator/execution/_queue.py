@@ -300,11 +300,19 @@ class WorkQueue:
                 if not maker.calls or not (maker.is_up or maker in needed):
                     self._remove(pool, maker)
         starts = Counter({kind: -pool.starting() for kind, pool in self.pools.items()})
+        seconds = {kind: _seconds(waiting, kind) for kind in self.pools}
+        full: set[Process] = set()
         for part in waiting:
             starts[part.kind] += len(part.todo)
-            while starts[part.kind] > 0 and self._may_start(part, waiting):
+            while (
+                starts[part.kind] > 0
+                and part.kind not in full
+                and self._may_start(part, seconds[part.kind])
+            ):
                 self._start(self.pools[part.kind])
                 starts[part.kind] -= 1
+            if starts[part.kind] > 0 and part.is_row:
+                full.add(part.kind)
 
     def _size(self, pool: Pool, able: Iterable[Part]) -> int:
         """Number of processes of a pool that get further shards."""
@@ -312,15 +320,15 @@ class WorkQueue:
         parts = [part for part in able if part.kind == pool.kind]
         # Trials wait for a pool that ends soon, but not for images that only a picture shows.
         is_awaited = any(not part.requirement.compared_with for part in parts)
-        if count > capacity and not (is_awaited and _seconds(parts) / count <= MAX_POOL_WAIT):
+        left = _seconds(parts, pool.kind) / max(count, 1)
+        if count > capacity and not (is_awaited and left <= MAX_POOL_WAIT):
             return capacity
         return count
 
-    def _may_start(self, part: Part, waiting: Iterable[Part]) -> bool:
+    def _may_start(self, part: Part, seconds: float) -> bool:
         """Whether a pool may have another process, and its share of the work takes longer than its
         start."""
         pool = self.pools[part.kind]
-        seconds = _seconds(each for each in waiting if each.kind == part.kind)
         share = seconds / len(pool.makers) if pool.makers else inf
         is_worth_it = share > max(PROCESS_START, pool.startup)
         return is_worth_it and self.allocation.room(part.kind, is_task=not part.is_row) > 0
@@ -365,6 +373,6 @@ def _digest(requirement: Requirement) -> str:
     return artifact_key(requirement.spec).digest
 
 
-def _seconds(parts: Iterable[Part]) -> float:
-    """Seconds that one process would take for what is left of some parts and not begun."""
-    return sum(part.seconds_left() for part in parts)
+def _seconds(parts: Iterable[Part], kind: Process) -> float:
+    """Seconds that one process of a kind would take for what has not begun."""
+    return sum(part.seconds_left() for part in parts if part.kind == kind)

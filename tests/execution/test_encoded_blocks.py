@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from orchestrator.planning import Requirement, artifact_title, requirements_of
+from orchestrator.planning import Requirement, requirements_of
 from orchestrator.plugins import read_plugin
 from orchestrator.stages import EncodedSpec, FeaturesSpec
 from orchestrator.stages.context import WorkerContext
@@ -134,18 +134,3 @@ def test_features_are_put_together_from_the_blocks_of_the_store(
     assert not [*store.root.glob("artifacts/encoded/*/*")]
     # Another process that still has the block to make finds the features.
     assert build_block(encoded.spec, 0, 1, worker, lambda: None)["encoded"] == 0
-
-
-def test_features_are_not_tried_after_their_blocks_failed(
-    ray_session, resolver, folder, tmp_path, small_blocks
-):
-    requirements = needed(resolver, folder)[:2]
-    store = ArtifactStore(tmp_path / "store")
-    (folder / "digit two" / "00.png").write_bytes(b"changed")
-    listener = prepare(requirements, context(store, small_blocks))
-    [(failed, failure)] = listener.events["on_failed"]
-    assert failed == requirements[0]
-    assert failure.failure_class == "user"
-    assert failure.message.startswith(f"{BLOCKS} blocks are missing; folder:{folder}, block ")
-    assert "has changed since the run was planned" in failure.message
-    assert artifact_title(failed.key).startswith("CLIP feature blocks ")

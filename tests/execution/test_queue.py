@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from air_core.specs import Ref
 from orchestrator.execution import _allocation, _queue
 from orchestrator.execution._allocation import Allocation
 from orchestrator.execution._queue import WorkQueue
@@ -31,7 +33,7 @@ class Simulated(Workers):
     Args:
         killed: numbers of the calls for shards that kill their process.
         refused: numbers of the processes that do not start.
-        broken: shards that raise an exception.
+        broken: stages and shards that raise an exception.
     """
 
     def __init__(
@@ -39,7 +41,7 @@ class Simulated(Workers):
         store: ArtifactStore,
         killed: Collection[int] = (),
         refused: Collection[int] = (),
-        broken: Collection[tuple[int, int]] = (),
+        broken: Collection[tuple[str, int, int]] = (),
     ) -> None:
         super().__init__(SimpleNamespace(store=store))
         self.now = 0.0
@@ -80,7 +82,7 @@ class Simulated(Workers):
             self.owned.subtract(owned)
             if number in self.killed:
                 raise RuntimeError("the process died")
-            good = [shard for shard in shards if not spec.rows or shard not in self.broken]
+            good = [shard for shard in shards if (spec.maker.stage, *shard) not in self.broken]
             facts = {"on_device": seconds, "startup": 0.0, "drawn": int(bool(spec.rows))}
             made = [Made(seconds, facts, None) for _ in make(actor, spec, good, thrift).result]
             return made or [Made(0.0, {}, Failure("user", "ValueError: no"))]
@@ -258,7 +260,7 @@ def test_a_row_fails_if_its_processes_do_not_start(rows, world):
 
 def test_a_shard_that_cannot_be_made_is_named_and_the_others_are_made(trial, world):
     needed = [each for each in requirements_of([trial("air")]) if each.rows]
-    done = world(needed, broken=[(3, 0)]).run()
+    done = world(needed, broken=[("images", 3, 0)]).run()
     failures = {each.stage: failure for each, failure in done.listener.events["on_failed"]}
     assert failures["images"].failure_class == "user"
     assert failures["images"].message.startswith("1 block is missing; digit three, block 0: Value")
@@ -266,15 +268,20 @@ def test_a_shard_that_cannot_be_made_is_named_and_the_others_are_made(trial, wor
     assert done.prepared() == needed[0].total() - 1  # no picture of a row that failed
 
 
-def test_a_failed_artifact_stops_only_artifacts_that_contain_it(trial):
-    of_split, others = (requirements_of([trial("air", split_seed=seed)]) for seed in (0, 1))
-    (lora,) = [requirement for requirement in of_split if requirement.stage == "lora"]
-    left = independent_of([lora], [*of_split, *others])
-    assert [each for each in others if each not in left] == []
-    assert {each.stage for each in of_split if each not in left} == {"lora", "images"}
-    # Images without LoRA are drawn only to compare them with those of the LoRA.
-    assert independent_of([of_split[0]], of_split) == []
-    assert independent_of([of_split[-1]], of_split) == of_split[:-1]
+def test_a_failed_artifact_stops_only_artifacts_that_need_it(trial, world):
+    many = Ref(name="many", digest="many", images=10_000)
+    large = requirements_of([replace(trial("air"), dataset=many)])
+    others = requirements_of([trial("air")])
+    done = world(merge([*large, *others]), broken=[("encoded", 0, 9)]).run()
+    ((failed, failure),) = done.listener.events["on_failed"]
+    assert (failed.stage, failure.failure_class) == ("encoded", "user")
+    assert failure.message.startswith("1 block is missing; many, block 9: ValueError")
+    assert [each for each in others if not each.is_complete(done.queue.store)] == []
+    assert {each.stage for each in large if each.is_complete(done.queue.store)} == {"images"}
+    # Images without LoRA are drawn only to compare them with those of a LoRA.
+    alone = requirements_of([trial("air")])
+    assert independent_of([alone[0]], alone) == []
+    assert independent_of([alone[-1]], alone) == alone[:-1]
 
 
 def test_draws_of_a_block_that_need_each_other_are_made_by_one_process(trial, world):

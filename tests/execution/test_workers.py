@@ -16,7 +16,6 @@ import ray
 import torch
 
 from orchestrator.cluster.session import machines, waits_for_resources
-from orchestrator.errors import MissingArtifact
 from orchestrator.execution import _queue
 from orchestrator.execution._allocation import Allocation
 from orchestrator.execution._progress import ProgressMonitor, ProgressReporter, report_working
@@ -28,7 +27,7 @@ from orchestrator.planning import Requirement, requirements_of
 from orchestrator.spec import Resources
 from orchestrator.stages import SyntheticFeaturesSpec
 from orchestrator.stages.context import WorkerContext
-from orchestrator.stages.images import GeneratedImages
+from orchestrator.stages.images import FolderImages
 from orchestrator.stages.synthetic import read_synthetic
 from orchestrator.store import ArtifactStore
 from tests.execution.test_queue import Listener
@@ -116,7 +115,7 @@ def test_a_generator_short_of_memory_saves_memory_and_keeps_its_block_size(
     requirement, store = row_requirement(resolver, drawn_digits, 8), ArtifactStore(tmp_path)
     tried: list[int] = []
 
-    opened = GeneratedImages.open
+    opened = FolderImages.open
 
     def short(images, worker):
         tried.append(worker.thrift)
@@ -124,7 +123,7 @@ def test_a_generator_short_of_memory_saves_memory_and_keeps_its_block_size(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return opened(images, worker)
 
-    monkeypatch.setattr(GeneratedImages, "open", short)
+    monkeypatch.setattr(FolderImages, "open", short)
     made = maker(store).make(requirement.spec, [(0, 0), (1, 0)], 0)
     assert [each.facts["drawn"] for each in made] == [8, 8]
     assert tried == [0, 1]  # the second block starts with the level that the first one needed
@@ -185,12 +184,6 @@ def test_a_blank_image_is_a_recorded_hole(resolver, drawn_digits, tmp_path):
     table = pq.read_table(store.row(requirement.spec.images).shard(2, 0)).to_pydict()
     assert table["ok"] == [True, True, True, False, True, True, True, True]
     assert table["attempt"][3] == 2
-
-
-def test_reading_missing_images_names_the_command_to_run(resolver, drawn_digits, tmp_path):
-    requirement = row_requirement(resolver, drawn_digits, 8)
-    with pytest.raises(MissingArtifact, match="airsweep run SPEC --prepare"):
-        read_synthetic(requirement.spec, 8, ArtifactStore(tmp_path))
 
 
 def test_progress_reports_of_a_worker_reach_the_driver(ray_session):
