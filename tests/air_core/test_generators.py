@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 from contextlib import nullcontext, suppress
@@ -17,7 +16,7 @@ import torch
 from PIL import Image, ImageOps
 
 from air_core.datasets.images import ImageFiles
-from air_core.diffusion import FLAT, image_seed, rejected
+from air_core.diffusion import FLAT, rejected
 from air_core.diffusion.folder import FolderGenerator
 from air_core.diffusion.lora import add_adapters, save_adapters
 from air_core.diffusion.pipeline import PipelineGenerator, check_classes, load_pipeline
@@ -87,13 +86,6 @@ def test_index_attempt_class_and_seed_each_change_the_image(generator):
         draw(PipelineGenerator(MODEL, replace(QUICK, seed=1)), range(1)),
     ]
     assert all((image.int() - other.int()).abs().float().mean() > 1 for other in others)
-
-
-def test_seeds_are_63_bits_and_differ():
-    places = itertools.product(range(2), ("a", "b"), range(50), range(3))
-    seeds = {image_seed(*place) for place in places}
-    assert len(seeds) == 600
-    assert all(0 <= seed < 2**63 for seed in seeds)
 
 
 def test_a_lora_is_exchanged_without_a_trace_of_the_one_before(adapter, monkeypatch):

@@ -32,13 +32,6 @@ def test_a_class_gets_no_more_images_than_its_slots(kind, growth):
         assert most <= capacity(settings, *scores.shape, iteration, 4)
 
 
-def test_growth_covers_the_pool_in_the_last_round():
-    scores = some_scores(120, 6)
-    settings = PseudoLabelSettings(kind="top_k", growth="growing")
-    last = assign(scores, settings, iteration=9, iterations=10, previous=None)
-    assert len(last) == 120
-
-
 def test_upl_selects_the_most_confident_images_of_each_predicted_class():
     scores = some_scores(120, 6)
     settings = PseudoLabelSettings(kind="predicted", growth="fixed", k=5)

@@ -89,16 +89,6 @@ def test_scores_too_small_for_a_float_have_a_loss_and_a_gradient(gap):
 # ---------------------------------------------------------------- the schedule
 
 
-def test_the_learning_rate_rises_from_zero_and_falls_to_zero():
-    factors = [learning_rate_factor(step, 200, 0.1) for step in range(201)]
-    assert factors[0] == 0
-    assert factors[20] == 1 == max(factors)
-    assert factors[:21] == sorted(factors[:21])
-    assert factors[20:] == sorted(factors[20:], reverse=True)
-    assert factors[110] == pytest.approx(0.5)
-    assert factors[200] == pytest.approx(0, abs=1e-12)
-
-
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0.0), (1, 0.04), (2, 0.9), (5, 0.0)])
 def test_the_shortest_schedules_learn_something(steps, warmup):
     factors = [learning_rate_factor(step, steps, warmup) for step in range(steps)]

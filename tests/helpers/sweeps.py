@@ -24,8 +24,14 @@ from orchestrator.files import file_digest
 TIMEOUT = 900  # seconds; long enough for a busy machine, short enough to end a hanging test
 
 
-# One cell without training, one that trains a prompt, and one that searches the number of images.
-SEARCH = """
+def search_sweep(folder: Path, block: int = 8) -> str:
+    """Cells without training, with training, and with a search of the number of images.
+
+    Args:
+        folder: folder of ready images.
+        block: images to encode at a time.
+    """
+    return f"""
 grid: {{method: [zero_shot, fpl, air_fpl]}}
 fixed: {{generator: "folder:{folder}", generation.block: {block}, train.steps: 20}}
 search:
@@ -37,16 +43,6 @@ search:
 seeds: [1, 2]
 resources: {{generator: {{actors: 1}}}}
 """
-
-
-def search_sweep(folder: Path, block: int = 8) -> str:
-    """A small search over existing images.
-
-    Args:
-        folder: folder of the images.
-        block: images to encode at a time.
-    """
-    return SEARCH.format(folder=folder, block=block)
 
 
 def many_trials(count: int) -> str:
