@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import json
 import re
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -168,18 +168,10 @@ def test_parquet_csv_and_json_have_the_same_rows_also_for_unreadable_images(
 
 
 def rows(file: Path) -> list[dict[str, Any]]:
-    """Rows of a table, with None for an empty cell and numbers as numbers."""
-    if file.suffix == ".parquet":
-        found: list[dict[str, Any]] = pq.read_table(file).to_pylist()
-        return found
-    with open(file, newline="") as handle:
-        return [
-            {
-                k: (float(v) if k.startswith("probability") else v) if v else None
-                for k, v in r.items()
-            }
-            for r in csv.DictReader(handle)
-        ]
+    """Rows of a table, with None for an empty cell."""
+    frame = pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_csv(file)
+    found: list[dict[str, Any]] = frame.astype(object).where(frame.notna(), None).to_dict("records")
+    return found
 
 
 def test_refusals_equal_the_golden_messages(folder, photos, command, tmp_path):

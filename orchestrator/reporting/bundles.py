@@ -84,7 +84,14 @@ def export(
             f"bundle, which contains no code, can have: {', '.join(MODALITIES)}; add --only "
             "modality=text, or read the predictions by airsweep.predictions(TRIAL) in Python"
         )
-    recorded = _recorded_predictions(trial)
+    tests = record.test_arrays()
+    index = tests["index"]
+    recorded = {name: tests[name] for name in CLASSIFIERS if name in tests}  # (T,) each
+    if trial.classifier not in (None, *recorded):
+        raise ValueError(
+            f"{trial.slot or record.path.name} has no {trial.classifier} classifier to export; it "
+            f"has: {', '.join(recorded)}"
+        )
     tested = _tested_text(spec, store, resolver)
     cautions = _cautions(trial, recorded, len(tested.classnames))
     selected = trial.classifier or record.default_classifier()
@@ -94,7 +101,6 @@ def export(
     backbone, arrays = _text_classifier(spec, record, store, tested)
     if "fused" in recorded:
         arrays[FUSED] = record.fused_arrays()
-    index = record.test_arrays()["index"]
     weights = weights_description(spec.backbone.name)
     model = weights["open_clip"]["model_name"]
     # The bundle does not contain the path of the backbone on this machine.
@@ -122,7 +128,9 @@ def export(
         # JSON has no NaN, which is the accuracy over zero images.
         "metrics": {name: v for name, v in record.metrics.items() if math.isfinite(v)},
         "cautions": cautions,
-        "unseen": _unseen(spec, tested),
+        "unseen": [*seen_unseen(len(tested.classnames), spec.class_seed)[1]]
+        if spec.paradigm == "trzsl"
+        else None,
         "lineage": {
             "trial_key": record.key,
             "sweep": trial.sweep,
@@ -154,22 +162,6 @@ def export(
         return onnx_bytes(Bundle(manifest, backbone), manifest.selected())
 
     write_bundle(folder, content, arrays, replace_bundle, check, model_onnx if onnx else None)
-
-
-def _recorded_predictions(trial: SelectedTrial) -> dict[str, np.ndarray]:
-    """Recorded predictions (T,) of each classifier of a trial.
-
-    Raises:
-        ValueError: the trial does not have the selected classifier.
-    """
-    arrays = trial.record.test_arrays()
-    recorded = {name: arrays[name] for name in CLASSIFIERS if name in arrays}
-    if trial.classifier not in (None, *recorded):
-        raise ValueError(
-            f"{trial.slot or trial.record.path.name} has no {trial.classifier} classifier to "
-            f"export; it has: {', '.join(recorded)}"
-        )
-    return recorded
 
 
 def _cautions(
@@ -236,13 +228,6 @@ def _text_classifier(
     scale = np.array(backbone.logit_scale, dtype=np.float32)
     arrays[TEXT] = {"text_features": texts.cpu().numpy(), "logit_scale": scale}
     return backbone, arrays
-
-
-def _unseen(spec: TrialSpec, tested: DatasetText) -> list[int] | None:
-    """The unseen classes in TRZSL, else None."""
-    if spec.paradigm != "trzsl":
-        return None
-    return list(seen_unseen(len(tested.classnames), spec.class_seed)[1])
 
 
 def _check_predictions(

@@ -90,20 +90,19 @@ def summary(
 
 def _rows(results: Results, bests: Sequence[Candidate]) -> list[dict[str, str]]:
     """Cells of the best classifiers' rows and the highest others, in the order of the table."""
-    pairs = zip(results.rows, table_lines(results), strict=True)
-    best_rows = {id(best.row) for best in bests}
+    best_rows = {best.row for best in bests}
     highest = sorted(
         results.rows,
         key=lambda row: (
-            *(id(row) not in best_rows, is_bound(row.method)),
+            *(row not in best_rows, is_bound(row.method)),
             -row.mean if row.is_tested else 0.0,
         ),
     )
-    kept = {id(row) for row in highest[:MAX_ROWS]}
+    kept = {*highest[:MAX_ROWS]}
     hidden = {*HIDDEN} - {best.classifier for best in bests}
     lines = []
-    for row, cells in pairs:
-        if id(row) not in kept:
+    for row, cells in zip(results.rows, table_lines(results), strict=True):
+        if row not in kept:
             continue
         line = {name: text for name, text in cells.items() if name not in hidden}
         if row.is_tested and "text" not in line:  # no other column has the text classifier
