@@ -15,10 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from air_core.classifiers import LinearClassifier, text_classifier
+from air_core.classifiers import text_classifier
 from air_core.datasets import get_dataset
 from air_core.evidence import mean_scores
-from air_core.method import START, Callback, Round, TrialData, build_auxiliary, faded, learn
+from air_core.method import START, Callback, Round, TrialData, faded, learn
 from air_core.methods import METHODS
 from air_core.paradigms import PARADIGMS, make_split
 from air_core.specs import SplitSettings
@@ -403,13 +403,13 @@ def test_later_rounds_learn_from_the_prompt_before(spec, digits):
     assert not torch.equal(one[1].labels.labels, other[1].labels.labels)
 
 
-def test_refreshed_real_images_are_selected_by_the_learned_prompt(spec, digits):
-    """The first round is equal with and without refresh."""
-    kept = watched(spec("cpl_real", auxiliary__refresh=False), digits)
-    anew = watched(spec("cpl_real", auxiliary__refresh=True), digits)
-    assert torch.equal(kept[1][0].learner.context, anew[1][0].learner.context)
-    assert not torch.equal(kept[0].pool_predictions, anew[0].pool_predictions)
-    assert kept[0].inference["auxiliary"] != anew[0].inference["auxiliary"]
+@pytest.mark.parametrize("changes", [{"auxiliary__refresh": False}, {"auxiliary__k_step": 8}])
+def test_real_images_of_later_rounds_follow_the_prompt_and_join_by_steps(spec, digits, changes):
+    """The first round is equal."""
+    one, other = (watched(spec("cpl_real", **more), digits) for more in ({}, changes))
+    assert torch.equal(one[1][0].learner.context, other[1][0].learner.context)
+    assert not torch.equal(one[0].pool_predictions, other[0].pool_predictions)
+    assert one[0].inference["auxiliary"] != other[0].inference["auxiliary"]
 
 
 def test_a_class_that_no_image_prefers_has_real_images_too(spec, digits):
@@ -417,20 +417,7 @@ def test_a_class_that_no_image_prefers_has_real_images_too(spec, digits):
     text = text_classifier(digits.backbone, digits.classnames, digits.template)
     others = text.logits(digits.pool).argmax(dim=-1) != 3
     few = replace(digits, pool=Batch(digits.pool.features[others][:50]))
-    assert isinstance(
-        build_auxiliary(spec("cpl_real"), few, text, text, None, None, 0), LinearClassifier
-    )
-
-
-def test_real_images_join_by_steps(spec, digits):
-    text = text_classifier(digits.backbone, digits.classnames, digits.template)
-    grown = build_auxiliary(
-        spec("cpl_real", auxiliary__k_step=8), digits, text, text, None, None, 2
-    )
-    plain = build_auxiliary(
-        spec("cpl_real", auxiliary__k=32 + 16), digits, text, text, None, None, 0
-    )
-    assert torch.equal(grown.weight, plain.weight)
+    assert watched(spec("cpl_real"), few)[0].inference.keys() == {"text", "auxiliary", "fused"}
 
 
 @pytest.mark.parametrize(("progress", "kept"), [(0.0, 16), (0.25, 12), (0.9, 8), (1.0, 8)])
