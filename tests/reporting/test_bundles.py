@@ -271,6 +271,7 @@ def test_exports_of_unknown_trials_equal_the_golden_messages(command, location, 
         ("best", "--sweep", "large"),
         ("cell/0/seed=1", "--sweep", "small"),
         ("abcdef123", "--sweep", "small"),
+        ("abcde",),
         ("abcdef123", "--only", "method=fpl"),
         store=location.store.root,
     )
@@ -279,8 +280,7 @@ def test_exports_of_unknown_trials_equal_the_golden_messages(command, location, 
 
 def test_best_of_a_sweep_without_finished_trials_is_bad_input(command, tmp_path):
     empty = record_sweep(tmp_path / "runs", "small", SWEEP, trained, lambda index: False)
-    code, _, err = command(
-        "export", "best", "--sweep", "small", "-o", tmp_path / "b", *store_option(empty)
-    )
+    words = ("export", "best", "--sweep", "small", "-o", tmp_path / "b", *store_option(empty))
+    code, _, err = command(*words)
     assert code == 2
     assert "no trial of small is done yet" in err

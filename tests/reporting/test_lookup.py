@@ -24,20 +24,6 @@ def slots_of(location: SweepLocation) -> list[Slot]:
     return list(plan_of(*read_sweep(location, None)).slots)
 
 
-def test_slot_key_and_first_digits_name_the_same_trial(location) -> None:
-    slot, store = slots_of(location)[-1], location.store
-    for name in (slot.id, slot.key.digest, slot.key.digest[:6]):
-        found = named_trial(name, store, location)
-        assert (found.record.key, found.slot, found.sweep) == (
-            slot.key.digest,
-            slot.id,
-            "default/small",
-        )
-    assert named_trial(slot.id, store).spec == found.spec
-    with pytest.raises(ValueError, match=f"starts with '{slot.key.digest[:5]}'; give at least 6"):
-        named_trial(slot.key.digest[:5], store)
-
-
 def test_a_slot_with_other_trials_in_two_sweeps_needs_a_key_or_the_sweep(location) -> None:
     longer = SWEEP.replace("train.steps: 2", "train.steps: 3")
     other = record_sweep(location.store.root, "other", longer, by_method(ACCURACIES))
