@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,25 @@ from orchestrator.planning import (
     unused_gpus_reason,
 )
 from orchestrator.planning.requests import location_for
-from tests.helpers.gpus import fake_gpus
+from tests.helpers.disks import UNSHARE
+from tests.helpers.machines import keep, mounts_of
 from tests.helpers.sweeps import python, write_sweep
+
+
+@contextmanager
+def fake_gpus(folder: Path, count: int) -> Iterator[list[str]]:
+    """The prefix of commands that find `count` GPUs in /dev."""
+    dev = folder / "dev"
+    dev.mkdir()
+    commands = [f"mount -t tmpfs none {dev}", f"mkdir {dev}/shm", f"ln -s /proc/self/fd {dev}/fd"]
+    for name in ("null", "zero", "random", "urandom"):
+        commands.append(f"touch {dev}/{name} && mount --bind /dev/{name} {dev}/{name}")
+    commands += [f"touch {dev}/nvidia{number}" for number in range(count)]
+    commands += [f"mount --bind /dev/shm {dev}/shm", f"mount --rbind {dev} /dev"]
+    keeper = keep(UNSHARE, *commands)
+    yield mounts_of(keeper)
+    keeper.communicate()
+
 
 SWEEP = """
 grid: {{method: [cpl, air]}}

@@ -60,6 +60,13 @@ def test_an_auxiliary_classifier_learns_from_images_of_known_class(kind, center)
     assert accuracy(found, target) > 0.9
 
 
+def test_centring_removes_a_shift_between_synthetic_and_real():
+    bank, target = toy(0, 40, shift=0.8), toy(1, 40)
+    kinds = [AuxiliarySettings(kind="lda", center=center) for center in (True, False)]
+    found = [auxiliary_classifier(kind, bank, None, target.batch, 3, 20.0) for kind in kinds]
+    assert accuracy(found[0], target) > accuracy(found[1], target)
+
+
 @pytest.mark.parametrize("copies", [1, 3])
 def test_lda_of_identical_images_is_an_error_that_explains_it(copies):
     bank, target = toy(0, 1), toy(1, 40)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from air_core.backbone import Backbone
 from air_core.backbone.loading import load_backbone
@@ -19,7 +20,6 @@ from air_core.prompts import PromptLearner, build_learner
 from air_core.specs import PromptSettings, TrainSettings
 from air_core.training import CHECKED, Targeted, Training, fit
 from air_core.types import Batch, Labelled
-from tests.helpers.devices import HostReads
 
 NAMES = ("tree", "annual crop land", "river", "highway or road")
 CLOSE = {torch.float32: 1e-5, torch.float64: 1e-10}  # of the norm
@@ -129,6 +129,17 @@ def test_trainings_side_by_side_give_the_same_prompts_as_each_alone(tower, made)
     for ours, theirs, loss in zip(together, alone, losses, strict=True):
         assert loss == pytest.approx(fit([theirs])[0], rel=100 * close)
         assert relative_error(ours.learner.prompt, theirs.learner.prompt) < 10 * close
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operations whose result, or its shape, the host needs."""
+
+    KINDS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "_unique2")
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket.__name__ in self.KINDS
+        return function(*args, **(kwargs or {}))
 
 
 def test_a_training_step_reads_no_number_from_the_device(tiny_clip):

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.functional import one_hot
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from air_core.specs import TrainSettings
 from air_core.training import (
@@ -23,7 +25,6 @@ from air_core.training import (
     learning_rate_factor,
 )
 from air_core.types import Batch, Labelled
-from tests.helpers.devices import Crossings
 
 PLAIN = TrainSettings(
     steps=60, batch=8, synthetic_batch=8, learning_rate=0.5, weight_decay=0.0, warmup=0.0, clip=10.0
@@ -224,6 +225,18 @@ def test_gradients_use_tf32_if_all_trainings_do(uses_tf32, precision):
 
 
 # ---------------------------------------------------------------- devices
+
+
+class Crossings(TorchDispatchMode):
+    """Counts the operations whose tensors are on two devices."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [one for one in tree_leaves((args, kwargs, result)) if isinstance(one, Tensor)]
+        self.count += len({one.device.type for one in tensors}) > 1
+        return result
 
 
 @pytest.mark.parametrize(("share", "copied"), [(1.0, 0), (0.0, 3)])
