@@ -24,7 +24,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, TypeVar
 
@@ -56,7 +56,7 @@ class Component:
     settings: type | None = None
     source: str = ""
     facts: frozenset[str] = frozenset()
-    function: Any = field(default=None, repr=False)  # of a plugin that is loaded
+    function: Any = field(default=None, repr=False)  # of a plugin
 
 
 def setting(default: Any, help: str, **limits: float) -> Any:
@@ -153,26 +153,16 @@ class Registry(Mapping[str, Component]):
                 raise TypeError(f"{self.key} {name!r} cannot be added here: {NOT_HERE}")
             self._check(name, settings, summary, facts, component)
             target = f"{plugin.file}:{getattr(component, '__name__', name)}"
-            added = self.from_plugin(name, target, summary, settings, plugin.digest, facts)
-            plugin.components.append((self, replace(added, function=component)))
+            # It may read every setting of the group: the number of images per class, for example,
+            # depends on settings that a strategy does not see.
+            added = Component(
+                name, target, summary, self.conditional, (), settings, plugin.digest,
+                frozenset(facts), component,
+            )  # fmt: skip
+            plugin.components.append((self, added))
             return component
 
         return register
-
-    def from_plugin(
-        self,
-        name: str,
-        target: str,
-        summary: str,
-        settings: type | None,
-        digest: str,
-        facts: Iterable[str],
-    ) -> Component:
-        """An entry of a plugin, not yet in use. It may read every setting of the group: the number
-        of images per class, for example, depends on settings that a strategy does not see."""
-        return Component(
-            name, target, summary, self.conditional, (), settings, digest, frozenset(facts)
-        )
 
     def _check(
         self,
@@ -215,20 +205,9 @@ class Registry(Mapping[str, Component]):
         return f"{self.key}:{name}"
 
     def load(self, name: str) -> Any:
-        """The component itself; imports its module.
-
-        Raises:
-            ValueError: it is from a plugin whose code was not loaded.
-        """
+        """The component itself; imports its module."""
         component = self[name]
-        if not component.source:
-            return _imported(component.target)
-        if component.function is None:
-            raise ValueError(
-                f"{self.key} {name!r} is from the plugin {component.target.partition(':')[0]}, "
-                "whose code was not loaded"
-            )
-        return component.function
+        return component.function if component.source else _imported(component.target)
 
     def settings_of(self, name: str, group: Any) -> Any:
         """What a component gets as `settings`: its own, or those of its group."""

@@ -25,7 +25,7 @@ def sealed(data: bytes) -> bytes:
 
 def sealed_json(value: Mapping[str, Any]) -> bytes:
     """Plain data as indented JSON with a checksum under the key `seal`."""
-    return sealed(json.dumps({**value, "seal": BLANK}, indent=1, sort_keys=True).encode())
+    return sealed(json.dumps({**value, "seal": BLANK}, indent=1).encode())
 
 
 def intact(data: bytes) -> bool | None:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from air_core.bundle.classifier import Bundle
     from orchestrator.planning import Plan, SweepRequest
+    from orchestrator.planning.ledger import Ledger
     from orchestrator.reporting.sample import Sample
     from orchestrator.spec import SweepSpec
     from orchestrator.store import SweepLocation
@@ -153,7 +154,8 @@ class Planned:
         from orchestrator.execution import check_start, make_screen
         from orchestrator.tracking import Publisher
 
-        publisher = Publisher(self.plan.sweep, self.location, tracking_uri)
+        uri = tracking_uri or self.plan.sweep.tracking.uri
+        publisher = Publisher(self.plan.about, self.location, uri)
         with _restored_process():
             check_start(self.plan, self.location, publisher, make_screen(quiet=False))
 
@@ -163,9 +165,7 @@ class Planned:
 
         if not self.plan.results["reused"]:
             return {}
-        store = self.location.store
-        stored = [slot.key.digest for slot in self.plan.slots if store.has(slot.spec)]
-        return dict(count_by_sweep(store, stored, self.location))
+        return dict(count_by_sweep(self.location.store, self.plan.has_result, self.location))
 
     def __repr__(self) -> str:
         return self.screen()
@@ -251,7 +251,7 @@ class Outcome:
     def __repr__(self) -> str:
         from orchestrator.reporting import summary_screen
 
-        return summary_screen(self.sweep, self.location)
+        return summary_screen(self.location)
 
 
 def run(
@@ -308,9 +308,10 @@ def execute(
 ) -> Outcome:
     """Call `run_sweep` with a screen and an MLflow publisher; the commands use this as well."""
     from orchestrator.execution import make_screen, run_sweep
+    from orchestrator.planning.plan import about
     from orchestrator.tracking import Publisher
 
-    publisher = Publisher(sweep, location, tracking_uri)
+    publisher = Publisher(about(sweep), location, tracking_uri or sweep.tracking.uri)
     screen = make_screen(quiet)
     code = run_sweep(sweep, location, screen, publisher, origin=origin, prepare_only=prepare)
     return Outcome(code, sweep, location)
@@ -373,11 +374,10 @@ def results(
     Raises:
         ValueError: the store has no such sweep.
     """
-    from orchestrator.planning import plan_of
     from orchestrator.reporting.results import trials_frame
 
-    sweep, location = recorded_sweep(name, store, data_root)
-    return trials_frame(plan_of(sweep, location), location.store, location.event_log())
+    ledger, location = recorded_sweep(name, store, data_root)
+    return trials_frame(ledger, location.store)
 
 
 def curves(
@@ -387,11 +387,10 @@ def curves(
 
     Arguments and exceptions are those of `results`.
     """
-    from orchestrator.planning import plan_of
     from orchestrator.reporting.results import curves_frame
 
-    sweep, location = recorded_sweep(name, store, data_root)
-    return curves_frame(plan_of(sweep, location), location.store)
+    ledger, location = recorded_sweep(name, store, data_root)
+    return curves_frame(ledger, location.store)
 
 
 def table(
@@ -406,12 +405,11 @@ def table(
 
     Arguments and exceptions are those of `results` and `status`.
     """
-    from orchestrator.planning import plan_of
     from orchestrator.reporting import results_of
     from orchestrator.reporting.tables import gains_frame
 
-    sweep, location = recorded_sweep(name, results_store(store, smoke), data_root)
-    return gains_frame(results_of(plan_of(sweep, location), location.store))
+    ledger, location = recorded_sweep(name, results_store(store, smoke), data_root)
+    return gains_frame(results_of(ledger, location.store))
 
 
 def study(
@@ -433,11 +431,10 @@ def study(
     Raises:
         ValueError: the store has no such sweep, or `cell` names no searched cell of it.
     """
-    from orchestrator.planning import plan_of
     from orchestrator.planning.search import study_of
 
-    sweep, location = recorded_sweep(name, store, data_root)
-    return study_of(plan_of(sweep, location), location.store, location.event_log(), cell)
+    ledger, location = recorded_sweep(name, store, data_root)
+    return study_of(ledger, location.store, cell)
 
 
 def predictions(
@@ -504,7 +501,7 @@ def report(
     if file.is_dir() or not file.absolute().parent.is_dir():
         raise ValueError(f"{file}: give a file name in an existing folder, such as report.html")
     store = results_store(store, smoke)
-    write_atomic(file, page(*recorded_sweep(name, store, data_root)))
+    write_atomic(file, page(recorded_sweep(name, store, data_root)[1]))
     return file
 
 
@@ -535,21 +532,21 @@ def sample(
     Raises:
         ValueError: no such sweep, it has no unlabelled images, or a file exists already.
     """
-    from orchestrator.planning import plan_of, read_request
+    from orchestrator.planning import plan_of
+    from orchestrator.planning.requests import request_again
     from orchestrator.reporting.sample import write_sample
     from orchestrator.spec import find_sweep
 
     try:
-        sweep, location = recorded_sweep(name, store, data_root)
+        request = request_again(location_named(name, store))
     except ValueError as unknown:
         try:
-            file = find_sweep(str(name))
+            request = load(find_sweep(str(name)))
         except ValueError:
             raise unknown from None
-        request = read_request(file)
-        sweep, location = request.spec, location_for(request, store, data_root)
-    plan = plan_of(sweep, replace(location, recorded=False))  # labels may be new
-    output = Path(sweep.name if output is None else output)
+    location = location_for(request, store, data_root)
+    plan = plan_of(request.spec, location)  # labels may be new
+    output = Path(location.name if output is None else output)
     return write_sample(plan, location, count, output, report)
 
 
@@ -619,9 +616,9 @@ def export(
     if trial == selection.BEST:
         if sweep is None:
             raise ValueError("`best` needs the name of a sweep; give --sweep NAME")
-        spec, location = recorded_sweep(sweep, store, data_root)
+        _, location = recorded_sweep(sweep, store, data_root)
         data = location.data_root
-        selected = selection.best_trial(spec, location, limits, by, classifier)
+        selected = selection.best_trial(location, limits, by, classifier)
     else:
         if limits or by:
             raise ValueError(
@@ -711,16 +708,19 @@ class Classifier:
 
 def recorded_sweep(
     name: str | Outcome, store: str | Path | None, data_root: str | Path | None
-) -> tuple[SweepSpec, SweepLocation]:
-    """Return a recorded sweep as it was last run, including `--set` values, and its location.
+) -> tuple[Ledger, SweepLocation]:
+    """Return the ledger of a recorded sweep, as it was last run, and its location.
 
     Raises:
         ValueError: the store has no such sweep.
     """
-    from orchestrator.planning.recorded import read_sweep
+    from orchestrator.planning.ledger import read_ledger
 
     location = location_named(name, store)
-    return read_sweep(location, _folder(data_root) or location.data_root)
+    ledger = read_ledger(location)
+    root = ledger.about.data_root
+    data = _folder(data_root) or location.data_root or (Path(root) if root else None)
+    return ledger, replace(location, data_root=data)
 
 
 def location_named(name: str | Outcome, store: str | Path | None) -> SweepLocation:

@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import re
+import typing
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -163,9 +164,12 @@ class ArtifactKey:
         return f"{self.stage}/v{self.recipe}/{self.slug}-{self.digest[:12]}"
 
 
-def artifact_key(spec: StageSpec) -> ArtifactKey:
+Keyed = StageSpec | ArtifactKey
+
+
+def artifact_key(spec: Keyed) -> ArtifactKey:
     """The key of the artifact that a stage makes from this spec."""
-    return _key(spec.normal)
+    return spec if isinstance(spec, ArtifactKey) else _key(spec.normal)
 
 
 @cache
@@ -202,6 +206,31 @@ def _fields(owner: type) -> tuple[str, ...]:
     """The fields of a dataclass that are in a key."""
     fields = dataclasses.fields(owner)
     return tuple(f.name for f in fields if f.compare and not f.metadata.get("derived"))
+
+
+def from_plain(hint: Any, value: Any) -> Any:
+    """A value of an annotated type from the plain data of `asdict` or JSON, which has no tuples.
+
+    Raises:
+        TypeError: a dataclass has other fields.
+    """
+    args = typing.get_args(hint)
+    if isinstance(value, list):
+        return tuple(from_plain(args[0] if args else None, each) for each in value)
+    if not isinstance(value, Mapping):
+        return value
+    kind: Any = next((one for one in (hint, *args) if dataclasses.is_dataclass(one)), None)
+    if kind is None or typing.get_origin(hint) is dict:
+        return {name: from_plain(args[1] if args else None, each) for name, each in value.items()}
+    if missing := {f.name for f in dataclasses.fields(kind)} ^ value.keys():
+        raise TypeError(f"{kind.__name__}: {', '.join(sorted(missing))}")
+    hints = _hints(kind)
+    return kind(**{name: from_plain(hints[name], each) for name, each in value.items()})
+
+
+@cache
+def _hints(kind: Any) -> Any:
+    return typing.get_type_hints(kind)
 
 
 def digest(value: Any) -> str:

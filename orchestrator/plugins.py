@@ -1,27 +1,22 @@
 """Plugins: files with components of one's own, which a sweep names under `plugins:`.
 
 A plugin is code. It runs only where a sweep file names it: in the process that reads the file, and
-in the workers of its runs, which get the code with their context. A recorded sweep is read without
-it: the store has a description of its components (`described_plugin`).
+in the workers of its runs, which get the code with their context. Results are read without it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import linecache
 import sys
 import traceback
 import types
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from air_core.components import (
     REGISTRIES,
@@ -30,35 +25,31 @@ from air_core.components import (
     Registry,
     computed_from_registries,
     loading,
-    setting,
     use_components,
 )
 
 GROUP = "airsweep.plugins"  # of entry points
-TYPES: dict[str, type] = {one.__name__: one for one in (bool, int, float, str)}
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """The code of a plugin, or of a recorded one the description of its components.
+    """The code of a plugin.
 
     Args:
         name: as in the sweep file: a path, a module or an entry point.
         digest: of its code and, if it is installed, of the version of its package.
         file: where the code was read, for messages.
-        text: the code; empty: described only.
+        text: the code.
         version: of the package, if it is installed.
         package: for relative imports of an installed module.
-        components: the description, as data.
     """
 
     name: str
     digest: str
     file: str = field(compare=False)
-    text: str = field(default="", repr=False)
+    text: str = field(repr=False)
     version: str = ""
     package: str = ""
-    described: tuple[str, ...] = ()
 
 
 def read_plugin(name: str, folder: Path) -> Plugin:
@@ -117,8 +108,6 @@ def components_of(plugin: Plugin) -> tuple[tuple[Registry, Component], ...]:
     Raises:
         ValueError: as `use_plugins`.
     """
-    if not plugin.text:
-        return tuple(_component(text, plugin) for text in plugin.described)
     module = types.ModuleType(f"airsweep_plugin_{plugin.digest[:12]}")
     module.__file__, module.__package__ = plugin.file, plugin.package
     sys.modules[module.__name__] = module  # type hints of its dataclasses are evaluated there
@@ -159,63 +148,3 @@ def plugin_versions() -> tuple[tuple[str, str], ...]:
         for name, component in registry.items()
         if component.source
     )
-
-
-# ---------------------------------------------------------------- recorded plugins
-
-
-def described_plugin(plugin: Plugin) -> dict[str, Any]:
-    """A plugin as data, to read the results of a sweep without its code."""
-    components = [
-        {
-            "key": registry.key,
-            "name": component.name,
-            "summary": component.summary,
-            "target": component.target,
-            "settings": _described_settings(component.settings),
-            **({"facts": sorted(component.facts)} if component.facts else {}),
-        }
-        for registry, component in components_of(plugin)
-    ]
-    return {
-        **{name: getattr(plugin, name) for name in ("name", "digest", "version", "package")},
-        "components": components,
-    }
-
-
-def _described_settings(settings: type | None) -> list[dict[str, Any]] | None:
-    if settings is None:
-        return None
-    kinds = typing.get_type_hints(settings)
-    return [
-        {
-            "name": f.name,
-            "type": kinds[f.name].__name__,
-            "default": f.default,
-            **f.metadata,
-        }
-        for f in dataclasses.fields(settings)
-    ]
-
-
-def recorded_plugin(described: dict[str, Any]) -> Plugin:
-    """A plugin from its description. Its components can be named and compared, not run."""
-    about = dict(described)
-    texts = tuple(json.dumps(one, sort_keys=True) for one in about.pop("components"))
-    return Plugin(**about, file=about["name"], described=texts)
-
-
-def _component(text: str, plugin: Plugin) -> tuple[Registry, Component]:
-    about = json.loads(text)
-    settings = about["settings"] and dataclasses.make_dataclass(
-        "Settings",
-        [
-            (one["name"], TYPES[one["type"]], setting(one["default"], one["help"], **one["limits"]))
-            for one in about["settings"]
-        ],
-        frozen=True,
-    )
-    registry = REGISTRIES[about["key"]]
-    name, target, summary = about["name"], about["target"], about["summary"]
-    facts = about.get("facts", ())
-    return registry, registry.from_plugin(name, target, summary, settings, plugin.digest, facts)

@@ -197,7 +197,8 @@ def test_a_registered_model_classifies_images_over_http(
     stderr = export("--register", "digits", *uri, code=2)
     assert "has no run of the trial" in stderr
     assert "airsweep run" in stderr
-    Publisher(*recorded_sweep("small", location.store.root, None), mlflow_server.url).export()
+    ledger, location = recorded_sweep("small", location.store.root, None)
+    Publisher(ledger.about, location, mlflow_server.url).export()
     stderr = export("--register", "digits", "--force", *uri)
     assert "`mlflow models serve -m models:/digits/1 --env-manager local`" in stderr
 

@@ -333,7 +333,7 @@ def _read_json(file: Path) -> object:
     try:
         found = json.loads(data)
         # Another text of the same values, such as one with a key twice, has other bytes.
-        same = json.dumps(found, indent=1, sort_keys=True, allow_nan=False).encode() == data
+        same = json.dumps(found, indent=1, allow_nan=False).encode() == data
     except (ValueError, RecursionError):  # not JSON, or nested too deeply
         raise _Changed(file) from None
     if not same or not intact(data):

@@ -20,8 +20,8 @@ from orchestrator.cli.common import (
     StoreOption,
     TrackingOption,
     fail,
-    location_named,
     note_options,
+    recorded_sweep,
     with_progress_bar,
 )
 from orchestrator.errors import GATE
@@ -90,7 +90,7 @@ def export(
     try:
         show(api.export(trial, output, sweep=sweep, only=only or (), **options))
         if sweep is not None:
-            note_options(location_named(sweep, store))
+            note_options(*recorded_sweep(sweep, store, data_root))
         show(f"next: airsweep classify {shlex.quote(str(output))} IMAGES", file=sys.stderr)
     except PredictionsDifferError as problem:
         fail(str(problem), GATE)

@@ -46,7 +46,7 @@ def cache_ls(
     from orchestrator.store.gc import contents
 
     opened = open_store(store)
-    found, requirements = contents(opened), all_requirements(opened, data_root)
+    found, requirements = contents(opened), all_requirements(opened)
     artifacts = sorted(found.artifacts, key=lambda item: -item.bytes)
     listing = {
         "store": opened.name,
@@ -175,7 +175,7 @@ def cache_gc(
     name = location_named(sweep, store).full_name if sweep else None
     refuse_running(opened)
     with opened.locks.exclusive_store():  # no sweep may start before the removal is complete
-        requirements = all_requirements(opened, data_root)
+        requirements = all_requirements(opened)
         found = sorted(
             removable(contents(opened), requirements, me, name), key=lambda item: -item.bytes
         )

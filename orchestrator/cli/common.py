@@ -20,6 +20,7 @@ from orchestrator.formatting import show
 
 if TYPE_CHECKING:
     from orchestrator.planning import SweepRequest
+    from orchestrator.planning.ledger import Ledger
     from orchestrator.store import SweepLocation
 
 T = TypeVar("T")
@@ -101,17 +102,13 @@ def load(
     return read_request(spec, sets or (), only or (), smoke)
 
 
-def note_options(location: SweepLocation, changes_only: bool = False) -> None:
+def note_options(ledger: Ledger, location: SweepLocation, changes_only: bool = False) -> None:
     """Note on stderr the options of the last run, to which results belong, and later changes."""
     from orchestrator.planning.recorded import changed_folders
-    from orchestrator.planning.requests import last_origin
-    from orchestrator.spec.sweep import options_text
 
-    origin = last_origin(location)
-    options = options_text(origin.get("sets", []), origin.get("only", []))
-    if options and not changes_only:
-        show(f"note: {options}", file=sys.stderr)
-    for sentence in changed_folders(location):
+    if ledger.about.options and not changes_only:
+        show(f"note: {ledger.about.options}", file=sys.stderr)
+    for sentence in changed_folders(ledger, location):
         show(f"note: {sentence}", file=sys.stderr)
 
 

@@ -54,8 +54,9 @@ def list_sweeps(store: StoreOption = STORE, as_json: JsonOption = False) -> None
     elif sweeps:
         options = [f"{each['sweep']}: {each['options']}" for each in sweeps if each["options"]]
         show("\n".join([*aligned([LISTED, *map(_listed, sweeps)]), *options]))
-        for location in (location_named(sweep["sweep"], store) for sweep in sweeps):
-            note_options(location, changes_only=True)
+        for sweep in sweeps:
+            if sweep["state"] != "damaged":
+                note_options(*recorded_sweep(sweep["sweep"], store, None), changes_only=True)
     else:
         show(f"no sweep has run in {store}", file=sys.stderr)
 
@@ -208,7 +209,7 @@ def table(
 
     airsweep table quickstart --format json
     """
-    from orchestrator.planning import plan_of, results_text
+    from orchestrator.planning.history import results_text
     from orchestrator.reporting import results_of, tables
     from orchestrator.reporting.summary import failed_lines
 
@@ -216,14 +217,13 @@ def table(
         fail(f"unknown --format {form!r}; allowed: {', '.join(tables.FORMATS)}")
     if columns not in tables.COLUMN_SETS:
         fail(f"unknown --columns {columns!r}; allowed: {', '.join(tables.COLUMN_SETS)}")
-    sweep, location = recorded_sweep(name, results_store(store, smoke), data_root)
-    plan = plan_of(sweep, location)
-    found = results_of(plan, location.store)
-    note_options(location)
-    if left := plan.to_run:
-        have = results_text(plan.results)
-        show(f"note: {left} of {plan.total} trials left to run; {have}", file=sys.stderr)
-        for line in failed_lines(plan, location):
+    ledger, location = recorded_sweep(name, results_store(store, smoke), data_root)
+    found = results_of(ledger, location.store)
+    note_options(ledger, location)
+    if left := ledger.to_run:
+        have = results_text(ledger.results)
+        show(f"note: {left} of {ledger.total} trials left to run; {have}", file=sys.stderr)
+        for line in failed_lines(ledger):
             show(f"note: failed: {line}", file=sys.stderr)
     show(tables.table(found, form, columns))
 
@@ -248,5 +248,5 @@ def report(
     location = location_named(name, results_store(store, smoke))
     output = output or Path(f"{location.name}.html")
     file = api.report(name, output, store=store, data_root=data_root, smoke=smoke)
-    note_options(location)
+    note_options(*recorded_sweep(name, results_store(store, smoke), data_root))
     show(f"{output}  {file.stat().st_size / 1e6:.1f} MB", file=sys.stderr)

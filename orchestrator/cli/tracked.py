@@ -69,8 +69,8 @@ def ui(
         fail(f"the server cannot listen on port {port}: {reason}; choose another --port")
     for name in names:
         try:
-            sweep, location = recorded_sweep(name, store, None)
-            Publisher(sweep, location, f"sqlite:///{database}").export()
+            ledger, location = recorded_sweep(name, store, None)
+            Publisher(ledger.about, location, f"sqlite:///{database}").export()
         except Exception as problem:  # show the other sweeps
             show(f"airsweep: {name}: {problem}", file=sys.stderr)
     if not database.exists():

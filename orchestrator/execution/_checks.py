@@ -17,12 +17,11 @@ from orchestrator.planning import (
     unused_gpus_reason,
 )
 from orchestrator.planning.requests import results_command
-from orchestrator.reporting import sweep_status
 from orchestrator.store import EventLog, SweepLocation, is_bucket
 
 
-def is_complete(plan: Plan, event_log: EventLog) -> bool:
-    return plan.ended == plan.total and sweep_status(event_log).exit_code == DONE
+def is_complete(plan: Plan) -> bool:
+    return plan.ended == plan.total and plan.history.exit_code == DONE
 
 
 def check_start(
@@ -37,11 +36,10 @@ def check_start(
             the GPUs.
         Refused, SweepBusy, TrackerUnreachable: it would not.
     """
-    event_log = location.event_log()
-    if is_complete(plan, event_log):
+    if is_complete(plan):
         return
     check_store_and_services(plan, location, tracker, screen)
-    if event_log.is_locked():
+    if location.event_log().is_locked():
         raise _busy(location)
     from orchestrator.cluster import ray_session, refuse_unfit_machine, refuse_unfit_nodes
 

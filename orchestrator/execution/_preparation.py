@@ -18,7 +18,7 @@ from orchestrator.execution._state import RunState
 from orchestrator.failures import first_line
 from orchestrator.formatting import plural
 from orchestrator.planning import Plan, Requirement, possible_trials, requirements_of
-from orchestrator.planning.plan import fp32_slots, independent_of, merge
+from orchestrator.planning.plan import independent_of, merge
 from orchestrator.spec import Cell
 from orchestrator.stages import FeaturesSpec, FolderImages, SyntheticFeaturesSpec
 from orchestrator.stages.context import WorkerContext
@@ -208,7 +208,7 @@ class Preparation:
 
 def cell_requirements(state: RunState, plan: Plan, cells: Sequence[Cell]) -> list[Requirement]:
     """The inputs of some cells, with those of trials that are repeated in fp32."""
-    ids, moved = {cell.id for cell in cells}, fp32_slots(state.event_log)
+    ids, moved = {cell.id for cell in cells}, plan.history.moved
     earlier = [slot.spec for slot in plan.slots if slot.cell.id in ids and slot.id in moved]
     possible = possible_trials(cells, state.sweep.seeds.assignments(), state.resolver)
     return requirements_of([*possible, *earlier, *state.fp32_trials])

@@ -31,10 +31,10 @@ from orchestrator.git import diff_digest
 from orchestrator.planning import Plan, Resolver
 from orchestrator.planning.checks import full_disk_message
 from orchestrator.planning.estimate import record_measurements
+from orchestrator.planning.plan import write_ledger
 from orchestrator.planning.requests import complete_origin
 from orchestrator.planning.resolve import text_digest
-from orchestrator.plugins import described_plugin
-from orchestrator.spec import SweepSpec, notes_of
+from orchestrator.spec import notes_of
 from orchestrator.spec.marked_yaml import SpecError
 from orchestrator.store import SweepLocation, read_outcome
 from orchestrator.store.artifacts import provenance
@@ -63,16 +63,15 @@ STATES = {
 
 def write_sweep_files(
     location: SweepLocation,
-    sweep: SweepSpec,
+    plan: Plan,
     origin: Mapping[str, Any] | None,
     resolver: Resolver,
     diff: bytes = b"",
 ) -> None:
-    """Write the sweep file, its resolved inputs and uncommitted changes into the sweep's folder."""
+    """Write ledger, sweep file, resolved inputs and uncommitted changes into the sweep's folder."""
+    sweep = plan.sweep
     location.folder.mkdir(parents=True, exist_ok=True)
     complete = complete_origin(origin or {}, sweep, location)
-    if sweep.plugins:
-        complete["plugins"] = [*map(described_plugin, sweep.plugins)]
     for plugin in sweep.plugins:
         # Not in a subfolder: folders are downloaded from buckets without theirs.
         location.write(f"plugin-{plugin.digest}.py", plugin.text)
@@ -83,6 +82,7 @@ def write_sweep_files(
     )
     inputs = {kind: {**before.get(kind, {}), **found} for kind, found in current.items()}
     resolved = sealed_json({**complete, "inputs": {**inputs, "code": current["code"]}})
+    write_ledger(location, plan, resolver)
     for name, data in {"spec.yaml": sweep.text.encode(), RESOLVED: resolved}.items():
         path = location.folder / name
         if not path.exists() or path.read_bytes() != data:

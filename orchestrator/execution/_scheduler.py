@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any, Literal
 
 from orchestrator.failures import CLASSES, Failure
+from orchestrator.keys import artifact_key
 from orchestrator.planning import Outcome, Resolver, Slot
-from orchestrator.planning.plan import ended_slots, fp32_slots, slots_of, suggested_points
+from orchestrator.planning.history import History
+from orchestrator.planning.ledger import lines_of
+from orchestrator.planning.plan import PlannedSlot, slots_of
 from orchestrator.spec import Cell, SweepSpec
 from orchestrator.spec.resources import ENCODER_BATCH
 from orchestrator.spec.space import Point, study_name
@@ -87,6 +90,7 @@ class TrialScheduler:
         store: ArtifactStore,
         resolver: Resolver,
         event_log: EventLog,
+        history: History,
         on_outcome: Callable[[Outcome], None],
         failed_dependency: Callable[[TrialSpec], Failure | None] = lambda spec: None,
         is_ready: Callable[[Cell], bool] = lambda cell: True,
@@ -100,21 +104,21 @@ class TrialScheduler:
             for index, cells in enumerate(groups)
             for cell in cells
         ]
-        self.suggested = suggested_points(event_log)
-        self.finished_before = ended_slots(event_log)
+        self.history = history
         self.job_count = 0
         self.failed_dependency = failed_dependency
         self.is_ready = is_ready
         self.device = "cuda" if sweep.resources.trial.gpu else "cpu"
         self.memory_share = sweep.resources.encoder.batch / ENCODER_BATCH
-        self.moved_before = fp32_slots(event_log)
         self.queued: deque[Job] = deque()  # not started yet
         self.tries: Counter[tuple[str, str]] = Counter()  # by trial key and failure class
         self.errors: Counter[Failure] = Counter()  # of classes that can stop a sweep
-        self.fp32_slots: list[Slot] = []  # to be repeated in fp32, with inputs that may be missing
+        self.fp32_slots: list[
+            PlannedSlot
+        ] = []  # to be repeated in fp32, with inputs that may be missing
         self.running: dict[int, Job] = {}
         # Slots whose trials run, each with its point: by trial key.
-        self.waiting: dict[str, list[tuple[_CellQueue, int, Slot]]] = {}
+        self.waiting: dict[str, list[tuple[_CellQueue, int, PlannedSlot]]] = {}
 
     @property
     def is_complete(self) -> bool:
@@ -186,14 +190,13 @@ class TrialScheduler:
         and queue the others."""
         point = queue.new.popleft()
         slots = slots_of(
-            queue.cell, point.number, point.params, self.assignments, self.resolver,
-            self.moved_before,
-        )  # fmt: skip
+            queue.cell, point.number, point.params, self.assignments, self.resolver, self.history
+        )
         queue.started += 1
         if queue.search is not None:
-            self._log_point(queue.cell, point)
+            self._log_point(queue.cell, point, slots)
         queue.running[point.number] = []
-        to_run: dict[TrialSpec, Slot] = {}
+        to_run: dict[TrialSpec, PlannedSlot] = {}
         for slot in slots:
             key = slot.key.digest
             if key in self.waiting:
@@ -208,17 +211,18 @@ class TrialScheduler:
         for group in side_by_side(list(to_run), self.device, self.memory_share):
             self._queue_job(queue.cell.id, point.number, [to_run[spec] for spec in group])
 
-    def _log_point(self, cell: Cell, point: Point) -> None:
+    def _log_point(self, cell: Cell, point: Point, slots: Sequence[Slot]) -> None:
         assert self.sweep.search is not None
         study = study_name(cell, self.sweep.search)
-        logged = self.suggested.setdefault(study, {})
+        logged = self.history.suggested.setdefault(study, {})
         if point.number not in logged:
             params = logged[point.number] = dict(point.params)
-            self.event_log.append(
-                "point_asked", cell=cell.id, study=study, point=point.number, params=params
-            )
+            fields = {"study": study, "point": point.number, "params": params}
+            self.event_log.append("point_asked", cell=cell.id, **fields, slots=lines_of(slots))
 
-    def _queue_job(self, cell: str, point: int, slots: Sequence[Slot], halvings: int = 0) -> None:
+    def _queue_job(
+        self, cell: str, point: int, slots: Sequence[PlannedSlot], halvings: int = 0
+    ) -> None:
         self.job_count += 1
         self.queued.append(
             Job(
@@ -234,11 +238,10 @@ class TrialScheduler:
 
     # ---------------------------------------------------------------- results of trials
 
-    def _reuse(self, queue: _CellQueue, point: int, slot: Slot) -> None:
+    def _reuse(self, queue: _CellQueue, point: int, slot: PlannedSlot) -> None:
         """Reuse a stored trial."""
-        digest, state = self.finished_before.get(slot.id, ("", ""))
-        known = digest == slot.key.digest
-        done = known and state == "done"
+        ended = self.history.ended(slot.id, slot.key.digest)
+        known, done = ended in ("done", "reused"), ended == "done"
         record = read_trial(slot.spec, self.store)
         outcome = Outcome(slot, "done" if done else "reused", record, already_logged=known)
         self._finish(queue, point, outcome)
@@ -254,7 +257,8 @@ class TrialScheduler:
         slots = [slot for _, _, slot in self.waiting[key]]
         if name == "nan" and spec.precision in ("fp16", "bf16"):
             for slot in slots:
-                self.event_log.append("trial_moved", slot=slot.id, key=key, precision="fp32")
+                moved = asdict(artifact_key(replace(slot.spec, precision="fp32")))
+                self.event_log.append("trial_moved", slot=slot.id, key=key, to=moved)
             self.fp32_slots += slots
         if self.stopping_failure() or self.tries[key, name] >= allowed:
             return False

@@ -26,7 +26,7 @@ from orchestrator.planning import (
     requirements_of,
 )
 from orchestrator.planning.estimate import START, Measured, Work, stage_work, trial_work
-from orchestrator.planning.plan import STAGE_TITLES
+from orchestrator.planning.plan import STAGE_TITLES, PlannedSlot
 from orchestrator.planning.resources import format_amount
 from orchestrator.spec import Resources, SweepSpec
 from orchestrator.stages import FeaturesSpec, TrialSpec
@@ -235,7 +235,9 @@ class RunState:
         """Add the work of a trial to the statistics."""
         if outcome.state == "done" and outcome.record is not None:
             record = outcome.record
-            spec = outcome.slot.spec
+            slot = outcome.slot
+            assert isinstance(slot, PlannedSlot)
+            spec = slot.spec
             pool = None if spec.train.steps else self.resolver.pool_size(spec)
             seeds = len(self.sweep.seeds.values)
             work, startup = trial_work(spec, seeds=seeds, pool=pool), record.startup

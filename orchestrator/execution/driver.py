@@ -47,6 +47,8 @@ from orchestrator.planning import (
     resolver_of,
     unschedulable_reason,
 )
+from orchestrator.planning.history import read_history
+from orchestrator.planning.plan import write_ledger
 from orchestrator.spec import Cell, SweepSpec
 from orchestrator.store import SweepLocation, user_name
 
@@ -82,15 +84,14 @@ def run_sweep(
         StoreLost: one of the same reasons, during the run.
         StoreFull: the disk is full.
     """
-    location = replace(location, recorded=False)  # read the inputs as they are now
     event_log, resolver = location.event_log(), resolver_of(location, sweep.folders)
     plan = plan_and_repair(sweep, location, resolver, screen)
     sweep = plan.sweep  # with memory of its trials and defaults of its generators
     for line in changed_inputs(earlier_results(plan, location)):
         screen.message(line)
-    if is_complete(plan, event_log):
+    if is_complete(plan):
         if event_log.path.exists():  # record the current file, which may have fewer cells
-            write_sweep_files(location, sweep, origin, resolver)
+            write_sweep_files(location, plan, origin, resolver)
         screen.message(f"{sweep.name}: nothing to do")
         tracker.export()
         return DONE
@@ -111,7 +112,7 @@ def run_sweep(
         state = RunState(sweep, location, screen, tracker, event_log, resolver)
         with recorded_end(state):
             handle_signals(state)
-            write_sweep_files(location, sweep, origin, resolver, diff)
+            write_sweep_files(location, plan, origin, resolver, diff)
             log_start(state, plan)
             state.exit_code = _run_cells(state, plan, prepare_only, ray_session)
     return state.exit_code
@@ -153,6 +154,9 @@ def _run_cells(state: RunState, plan: Plan, prepare_only: bool, ray_session: Exi
         state.fp32_trials += [replace(slot.spec, precision="fp32") for slot in scheduler.fp32_slots]
         moved = {slot.cell.id for slot in scheduler.fp32_slots}
         groups = [cells for cells in groups if any(cell.id in moved for cell in cells)]
+        if groups:
+            plan = plan.in_fp32(scheduler.fp32_slots)
+            write_ledger(state.location, plan, state.resolver)
     failed = state.statistics.states.get("failed", 0) or state.failed_requirements
     return FAILED if failed else DONE
 
@@ -201,10 +205,11 @@ def _trial_scheduler(
     state: RunState, plan: Plan, groups: Sequence[Sequence[Cell]], preparation: Preparation
 ) -> TrialScheduler:
     searches: Mapping[str, CellSearch] = {}
+    history = read_history(state.event_log)
     if state.sweep.search is not None and any(cell.space for cell in plan.cells):
         from orchestrator.planning.search import open_searches
 
-        searches = open_searches(plan, state.event_log)
+        searches = open_searches(plan, history)
     scheduler = TrialScheduler(
         state.sweep,
         groups,
@@ -212,6 +217,7 @@ def _trial_scheduler(
         state.location.store,
         state.resolver,
         state.event_log,
+        history,
         on_outcome=state.on_outcome,
         failed_dependency=state.failed_dependency,
         is_ready=preparation.is_ready,

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from air_core.printable import printable
 from orchestrator.environment import originals
 from orchestrator.formatting import format_duration, plural, printable_lines, show
-from orchestrator.planning import Plan, Requirement, artifact_title, results_text
+from orchestrator.planning import Plan, Requirement, artifact_title
+from orchestrator.planning.history import results_text
 
 if TYPE_CHECKING:
     from orchestrator.planning import Outcome

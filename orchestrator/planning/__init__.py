@@ -4,18 +4,17 @@ Also searches (one Optuna study per cell), and estimates of time and disk space.
 """
 
 from orchestrator.planning.checks import unschedulable_reason, unused_gpus_reason
+from orchestrator.planning.ledger import Slot
 from orchestrator.planning.outcome import Outcome, OutcomeTracker
 from orchestrator.planning.plan import (
     Plan,
     Requirement,
-    Slot,
     artifact_title,
     changed_inputs,
     contains_spec,
     earlier_results,
     possible_trials,
     requirements_of,
-    results_text,
 )
 from orchestrator.planning.requests import SweepRequest, plan_of, read_request
 from orchestrator.planning.resolve import Resolver, refs_of, resolver_of
@@ -41,7 +40,6 @@ __all__ = [
     "refs_of",
     "requirements_of",
     "resolver_of",
-    "results_text",
     "unschedulable_reason",
     "unused_gpus_reason",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from orchestrator.planning.plan import Slot
+from orchestrator.planning.ledger import Slot
 from orchestrator.store import TrialRecord
 
 

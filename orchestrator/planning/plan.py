@@ -8,19 +8,32 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 from air_core.components import is_component
 from air_core.methods import EMBEDDED
+from air_core.models.weights import local_path
 from air_core.paradigms import seen_unseen
 from air_core.specs.conditions import uses_evidence
 from air_core.specs.flat import trial_keys
-from air_core.specs.normal import used_components
+from air_core.specs.normal import normalised, used_components
 from orchestrator.keys import ArtifactKey, RowSpec, StageSpec, artifact_key
 from orchestrator.planning.estimate import Estimate, Work, estimate, stage_work, trial_work
-from orchestrator.planning.resolve import Resolver, with_model_defaults
+from orchestrator.planning.history import History, read_history
+from orchestrator.planning.ledger import (
+    LEDGER,
+    About,
+    Data,
+    Ledger,
+    Needs,
+    Slot,
+    ledger_json,
+    read_needs,
+    results_in,
+)
+from orchestrator.planning.resolve import Resolver, text_digest, with_model_defaults
 from orchestrator.planning.resources import trial_memory
 from orchestrator.planning.trial_checks import InvalidSetting
 from orchestrator.plugins import use_plugins
@@ -41,41 +54,11 @@ READS_IMAGES = (
 )
 
 
-# Where the result of a trial comes from: this sweep computed it; another sweep did; another trial
-# of this sweep has the same key; this sweep computed it and was stopped before it recorded that.
-ResultState = Literal["done", "reused", "shared", "recovered"]
-RESULT_STATES: dict[ResultState, str] = {
-    "done": "done",
-    "reused": "reused from another sweep",
-    "shared": "shared with another trial",
-    "recovered": "recovered after a stop",
-}
-
-
-def results_text(results: Mapping[Any, int]) -> str:
-    """Numbers of results by state in words.
-
-    >>> results_text({"done": 3, "reused": 0, "shared": 2, "recovered": 0})
-    '3 done, 2 shared with another trial'
-    """
-    return ", ".join(
-        f"{results[state]} {words}"
-        for state, words in RESULT_STATES.items()
-        if results[state] or state == "done"
-    )
-
-
 @dataclass(frozen=True)
-class Slot:
-    """One trial of a sweep: a cell, a point and seeds. Several slots may share a key."""
+class PlannedSlot(Slot):
+    """A slot with the spec of its trial."""
 
-    id: str
-    cell: Cell
-    point: int
-    params: Mapping[str, Any]
-    seeds: Mapping[str, int]
     spec: TrialSpec
-    key: ArtifactKey
 
 
 @dataclass(frozen=True)
@@ -152,39 +135,32 @@ def artifact_title(key: ArtifactKey) -> str:
     return f"{STAGE_TITLES[key.stage]} {key.slug}"
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The trials and artifacts of a sweep, and how many of them are left.
+@dataclass(frozen=True, kw_only=True)
+class Plan(Ledger):
+    """The ledger of a run before it starts, and the artifacts that its trials read.
 
-    `slots` has the trials whose point is known; a search suggests further points during the run.
+    Its states are those of an earlier run.
     """
 
     sweep: SweepSpec
-    cells: tuple[Cell, ...]
-    points: int
-    slots: tuple[Slot, ...]
-    total: int
-    left: Mapping[str, int]  # number of trials to run, by cell
-    results: Mapping[ResultState, int]  # number of trials that need not run, by state
-    unlogged: int  # results that the event log does not have yet
+    slots: tuple[PlannedSlot, ...]
     requirements: tuple[Requirement, ...]
     work: tuple[Work, ...]  # that is left
     estimate: Estimate
 
-    @property
-    def to_run(self) -> int:
-        return self.total - sum(self.results.values())
-
-    @property
-    def ended(self) -> int:
-        """Number of trials whose end the event log has."""
-        return self.total - self.to_run - self.unlogged
+    def in_fp32(self, moved: Iterable[PlannedSlot]) -> Plan:
+        """The plan with trials that are repeated in fp32."""
+        slots = {slot.id: slot for slot in self.slots}
+        for slot in moved:
+            spec = replace(slot.spec, precision="fp32")
+            slots[slot.id] = replace(slot, spec=spec, key=artifact_key(spec))
+        return replace(self, slots=tuple(slots.values()))
 
     def json(self, store: ArtifactStore) -> dict[str, Any]:
         """The output of `plan --json`; its keys are a contract."""
         return {
             "cells": len(self.cells),
-            "points": self.points,
+            "points": sum(self.points.values()),
             "trials": {"total": self.total, **self.results, "to_run": self.to_run},
             "artifacts": [_artifact(requirement, store) for requirement in self.requirements],
             "estimate": self.estimate.json(),
@@ -224,58 +200,45 @@ def _plan_sweep(
 ) -> Plan:
     sweep = with_model_defaults(sweep, resolver)
     cells, assignments = cells_of(sweep), sweep.seeds.assignments()
-    suggested = suggested_points(event_log)
-    moved = fp32_slots(event_log)
-    slots: list[Slot] = []
-    left: dict[str, int] = {}  # trials by cell
-    points = 0
+    history = read_history(event_log)
     if sweep.search is not None and sweep.search.objective == "validation_accuracy":
         for name in dict.fromkeys(str(cell.flat["dataset"]) for cell in cells):
             resolver.check_validation(name)
-    for cell in cells:
-        count = point_count(cell, sweep.search)
-        points += count
-        left[cell.id] = count * len(assignments)
-        for number, params in sorted(known_points(sweep, cell, suggested).items())[:count]:
-            slots += slots_of(cell, number, params, assignments, resolver, moved)
-    store.survey(slot.spec for slot in slots)
-    present = [store.has(slot.spec) for slot in slots]
-    logged = logged_results(event_log)
-    logged.assign({slot.id: slot.key.digest for slot in slots})
-    results: dict[ResultState, int] = dict.fromkeys(RESULT_STATES, 0)
-    unlogged = 0
-    to_run: set[str] = set()  # keys
-    for slot, is_present in zip(slots, present, strict=True):
-        if is_present or slot.key.digest in to_run:
-            result = logged.state(slot.id, slot.key.digest) if is_present else "shared"
-            results[result] += 1
-            is_logged = is_present and logged.keys.get(slot.id) == slot.key.digest
-            unlogged += not is_logged
-            left[slot.cell.id] -= 1
-        else:
-            to_run.add(slot.key.digest)
-    total = points * len(assignments)
-    # The file of a sweep does not list the trials that are repeated in fp32.
-    repeated = [slot.spec for slot in slots if slot.id in moved]
-    trials = [*possible_trials(cells, assignments, resolver)]
-    requirements = tuple(
-        requirement
-        for requirement in requirements_of(itertools.chain(trials, repeated))
-        if not requirement.is_replaced(store)
-    )
-    if any(left.values()):
-        sweep = _with_trial_memory(sweep, trials, resolver)
-    work = tuple(_remaining_work(requirements, left, cells, slots, assignments, resolver, store))
-    resolver.save()
-    return Plan(
-        sweep=sweep,
+    points = {cell.id: point_count(cell, sweep.search) for cell in cells}
+    slots = [
+        slot
+        for cell in cells
+        for number, params in sorted(known_points(sweep, cell, history).items())
+        if number < points[cell.id]
+        for slot in slots_of(cell, number, params, assignments, resolver, history)
+    ]
+    ledger = Ledger(
+        about=about(sweep, slots),
         cells=cells,
         points=points,
+        studies={cell.id: study_name(cell, sweep.search) for cell in cells if sweep.search},
         slots=tuple(slots),
-        total=total,
-        left=left,
-        results=results,
-        unlogged=unlogged,
+        data=_data(slots, resolver),
+        history=history,
+        alive=False,
+        has_result=results_in(store, slots),
+    )
+    # The file of a sweep does not list the trials that are repeated in fp32.
+    repeated = [slot.spec for slot in slots if slot.id in history.moved]
+    trials = {cell.id: [*possible_trials([cell], assignments, resolver)] for cell in cells}
+    every = [*itertools.chain(*trials.values())]
+    requirements = tuple(
+        requirement
+        for requirement in requirements_of([*every, *repeated])
+        if not requirement.is_replaced(store)
+    )
+    if ledger.to_run:
+        sweep = _with_trial_memory(sweep, every, resolver)
+    work = tuple(_remaining_work(requirements, ledger, slots, assignments, resolver, store))
+    resolver.save()
+    return Plan(
+        **{f.name: getattr(ledger, f.name) for f in fields(Ledger)},
+        sweep=sweep,
         requirements=requirements,
         work=work,
         estimate=estimate(work, store, sweep.resources),
@@ -284,9 +247,8 @@ def _plan_sweep(
 
 def _remaining_work(
     requirements: Sequence[Requirement],
-    left: Mapping[str, int],
-    cells: Sequence[Cell],
-    slots: Sequence[Slot],
+    ledger: Ledger,
+    slots: Sequence[PlannedSlot],
     assignments: Sequence[Mapping[str, int]],
     resolver: Resolver,
     store: ArtifactStore,
@@ -295,20 +257,20 @@ def _remaining_work(
 
     All trials of a cell count like its first one.
     """
-    if not any(left.values()):
+    if not ledger.to_run:
         return
     for requirement in requirements:
         missing = requirement.total() - requirement.have(store)
         if missing:
             yield stage_work(requirement.spec, missing)
     first_trials = {slot.cell.id: slot.spec for slot in reversed(slots)}
-    for cell in cells:
-        if left[cell.id]:
+    for cell in ledger.cells:
+        if left := ledger.left[cell.id]:
             # A search that has not started has no slots yet; its first point is the default.
             default = {**cell.flat, **default_params(cell), **assignments[0]}
             spec = first_trials.get(cell.id) or resolver.trial(default)
             pool = None if spec.train.steps else resolver.pool_size(spec)
-            yield trial_work(spec, left[cell.id], len(assignments), pool)
+            yield trial_work(spec, left, len(assignments), pool)
 
 
 def _with_trial_memory(
@@ -331,20 +293,33 @@ def _with_trial_memory(
     return replace(sweep, resources=replace(resources, trial=trial))
 
 
-def known_points(
-    sweep: SweepSpec, cell: Cell, suggested: Mapping[str, Mapping[int, dict[str, Any]]]
-) -> Mapping[int, dict[str, Any]]:
-    """The points of a cell whose settings are known, by number: all of a grid, and those that a
-    search has suggested.
+def about(sweep: SweepSpec, slots: Sequence[PlannedSlot] = ()) -> About:
+    """What tables and screens say of a sweep."""
+    return About(
+        name=sweep.name,
+        question=sweep.question,
+        options=sweep.options,
+        source=sweep.source,
+        digest=text_digest(sweep.text),
+        data_root=str(local_path(sweep.data_root)) if sweep.data_root else None,
+        objective=sweep.search.objective if sweep.search else None,
+        runs=len(sweep.seeds.values),
+        vary=sweep.seeds.vary,
+        grid=sweep.grid,
+        space=tuple(dimension.key for dimension in sweep.space),
+        is_smoke=sweep.is_smoke,
+        reads_images=any(slot.spec.synthetic_features for slot in slots),
+    )
 
-    Args:
-        suggested: from `suggested_points`.
-    """
+
+def known_points(sweep: SweepSpec, cell: Cell, history: History) -> Mapping[int, dict[str, Any]]:
+    """The points of a cell whose settings are known, by number: all of a grid, and those that a
+    search has suggested."""
     if sweep.search is None or not cell.space:
         return {0: {}}
     if sweep.search.sampler == "grid":
         return dict(enumerate(grid_points(cell)))
-    return suggested.get(study_name(cell, sweep.search), {})
+    return history.suggested.get(study_name(cell, sweep.search), {})
 
 
 def slots_of(
@@ -353,24 +328,36 @@ def slots_of(
     params: Mapping[str, Any],
     assignments: Sequence[Mapping[str, int]],
     resolver: Resolver,
-    moved: Mapping[str, str] = MappingProxyType({}),
-) -> list[Slot]:
-    """The slots of one point: one for each assignment of seeds.
-
-    Args:
-        moved: from `fp32_slots`; slots whose trial is repeated in fp32, with that trial's key.
-    """
+    history: History,
+) -> list[PlannedSlot]:
+    """The slots of one point: one for each assignment of seeds."""
     slots = []
     for seeds in assignments:
         spec = resolver.trial({**cell.flat, **params, **seeds})
         words = ",".join(f"{name}={value}" for name, value in seeds.items())
         slot_id = f"{cell.id}/{point}/{words}"
         key = artifact_key(spec)
-        if moved.get(slot_id) == key.digest:
+        if history.moved.get(slot_id, {}).get("key") == key.digest:
             spec = replace(spec, precision="fp32")
             key = artifact_key(spec)
-        slots.append(Slot(slot_id, cell, point, params, seeds, spec, key))
+        uses_seed = normalised(replace(spec, seed=1)).seed == 1
+        slots.append(PlannedSlot(slot_id, cell, point, params, seeds, key, uses_seed, spec))
     return slots
+
+
+def _data(slots: Iterable[PlannedSlot], resolver: Resolver) -> dict[str, Data]:
+    """The datasets of slots, by the names that their cells have."""
+    read: dict[str, dict[ArtifactKey, None]] = {}
+    for slot in slots:
+        features = {"dataset": slot.spec.features, "test_dataset": slot.spec.test_features}
+        for key, spec in features.items():
+            if spec is not None:
+                read.setdefault(slot.cell.flat[key], {})[artifact_key(spec)] = None
+    inputs = {name: resolver.dataset_by_name(name) for name in read}
+    return {
+        name: Data(inputs[name].ref, inputs[name].classnames, tuple(keys))
+        for name, keys in read.items()
+    }
 
 
 # ---------------------------------------------------------------- requirements
@@ -487,87 +474,33 @@ def build_level(spec: StageSpec) -> int:
     return 1 + max((build_level(needed.spec) for needed in spec.inputs(())), default=0)
 
 
-# ---------------------------------------------------------------- state in the event log
+def needs_of(plan: Plan, resolver: Resolver) -> dict[str, Needs]:
+    """The artifacts that the cells of a plan read, over their whole search space, by cell."""
+    needs: dict[str, Needs] = {cell.id: {} for cell in plan.cells}
+    for cell in plan.cells:
+        trials = [*possible_trials([cell], plan.sweep.seeds.assignments(), resolver)]
+        of_cell = [slot.spec for slot in plan.slots if slot.cell == cell]
+        trials += [spec for spec in of_cell if spec.precision == "fp32"]  # repeated, maybe
+        for each in requirements_of(trials):
+            whole = artifact_key(each.spec.whole) if each.spec.whole else None
+            for spec in each.rows or (each.spec,):
+                needs[cell.id][artifact_key(spec).digest[:12]] = whole
+        # A trial with another test dataset reads the prompt of the trial without it.
+        trained = (replace(spec, test_dataset=None) for spec in of_cell if spec.test_dataset)
+        needs[cell.id] |= dict.fromkeys(artifact_key(spec).digest[:12] for spec in trained)
+    return needs
 
 
-@dataclass
-class LoggedResults:
-    """The results in an event log, and where each comes from."""
-
-    keys: dict[str, str] = field(default_factory=dict)  # of trials whose last outcome is a result
-    started: set[str] = field(default_factory=set)  # slots of trials without an outcome
-    first: dict[str, tuple[str, ResultState]] = field(default_factory=dict)  # slot, state; by key
-
-    def read(self, event: Mapping[str, Any]) -> ResultState | None:
-        """Process the next event; returns the state of the result, if it is one."""
-        match event["event"]:
-            case "trials_started":
-                self.started.update(event["slots"])
-            case "trial_failed":
-                self.started.discard(event["slot"])
-                self.keys.pop(event["slot"], None)
-            case "trial_done" | "trial_reused" as name:
-                slot, key = event["slot"], event["key"]
-                self.keys[slot] = key
-                if name == "trial_done":
-                    self.first[key] = (slot, "done")
-                state = self.state(slot, key)
-                self.started.discard(slot)
-                return state
-        return None
-
-    def state(self, slot: str, key: str) -> ResultState:
-        """State of a result that the store has."""
-        found: ResultState = "recovered" if slot in self.started else "reused"
-        owner, state = self.first.setdefault(key, (slot, found))
-        return state if owner == slot else "shared"
-
-    def assign(self, planned: Mapping[str, str]) -> None:
-        """Assign results to the slots of a plan, if an edit moved them to other slots.
-
-        Args:
-            planned: keys of the planned trials, by slot.
-        """
-        for slot, key in planned.items():
-            if key in self.first and planned.get(self.first[key][0]) != key:
-                self.first[key] = (slot, self.first[key][1])
+def write_ledger(location: SweepLocation, plan: Plan, resolver: Resolver) -> None:
+    """Write the ledger of a plan, with the needs of the cells that `--only` leaves out."""
+    axes, needs = plan.sweep.axes, dict[str, Needs]()
+    with suppress(FileNotFoundError, ValueError):
+        every = {cell.id for cell in (cells_of(replace(plan.sweep, grid=axes)) if axes else ())}
+        needs = {cell: need for cell, need in read_needs(location).items() if cell in every}
+    location.write(LEDGER, ledger_json(plan, needs | needs_of(plan, resolver)))
 
 
-def logged_results(event_log: EventLog) -> LoggedResults:
-    """Read the results of an event log."""
-    results = LoggedResults()
-    for event in event_log.events():
-        results.read(event)
-    return results
-
-
-def ended_slots(event_log: EventLog) -> dict[str, tuple[str, str]]:
-    """Trial key and state (done or reused) by slot, without failed slots."""
-    ended: dict[str, tuple[str, str]] = {}
-    for event in event_log.events():
-        if event["event"] in ("trial_done", "trial_reused"):
-            ended[event["slot"]] = (event["key"], event["event"].removeprefix("trial_"))
-        elif event["event"] == "trial_failed":
-            ended.pop(event["slot"], None)
-    return ended
-
-
-def suggested_points(event_log: EventLog) -> dict[str, dict[int, dict[str, Any]]]:
-    """Settings of the points that searches have suggested, by study and number."""
-    suggested: dict[str, dict[int, dict[str, Any]]] = {}
-    for event in event_log.events():
-        if event["event"] == "point_asked":
-            suggested.setdefault(event["study"], {})[event["point"]] = event["params"]
-    return suggested
-
-
-def fp32_slots(event_log: EventLog) -> dict[str, str]:
-    """Slots whose trial had NaN or infinite values below fp32, with the key of that trial."""
-    return {
-        event["slot"]: event["key"]
-        for event in event_log.events()
-        if event["event"] == "trial_moved"
-    }
+# ---------------------------------------------------------------- changes since the last run
 
 
 def changed_inputs(earlier: Mapping[tuple[str, str], int]) -> list[str]:
@@ -590,13 +523,12 @@ def earlier_results(plan: Plan, location: SweepLocation) -> dict[tuple[str, str]
         inputs = read_resolved(location).get("inputs") or {"datasets": {}, "weights": {}}
     except (FileNotFoundError, ValueError):  # never run, or the file is damaged and rewritten
         return {}
-    before = {name: entry["ref"]["digest"] for name, entry in inputs["datasets"].items()}
-    before |= {words: ref["digest"] for words, ref in inputs["weights"].items()}
+    before = inputs["datasets"] | inputs["weights"]
     versions = inputs.get("code", {})
-    finished = logged_results(location.event_log()).keys
     earlier: dict[tuple[str, str], int] = {}
     for slot in plan.slots:
-        outdated = finished.get(slot.id, slot.key.digest) != slot.key.digest
+        event = plan.history.outcomes.get(slot.id, {"event": "trial_failed"})
+        outdated = event["event"] != "trial_failed" and event["key"] != slot.key.digest
         changed = [
             (name, "folder" if "folder:" in name else "content")
             for name, now in _inputs_of(slot)
@@ -622,7 +554,7 @@ def _changed_parts(spec: TrialSpec, before: Mapping[str, str]) -> list[str]:
     )
 
 
-def _inputs_of(slot: Slot) -> Iterator[tuple[str, str]]:
+def _inputs_of(slot: PlannedSlot) -> Iterator[tuple[str, str]]:
     """Inputs of a slot by the names of `Resolver.inputs`, with their digests."""
     spec = slot.spec
     yield slot.cell.flat["dataset"], spec.dataset.digest

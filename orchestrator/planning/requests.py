@@ -171,6 +171,18 @@ def location_named(name: str, store: str | Path) -> SweepLocation:
     return recorded_location(opened, project, short)
 
 
+def request_again(location: SweepLocation) -> SweepRequest:
+    """The request of a sweep's last run, from its file as it is now; of a dict, as it was.
+
+    Raises:
+        ValueError: the file does not exist, or is invalid.
+    """
+    origin = last_origin(location)
+    file = origin.get("source") or location.folder / "spec.yaml"
+    sets, only = (origin.get(name, ()) for name in ("sets", "only"))
+    return read_request(file, sets, only, bool(origin.get("smoke")))
+
+
 def relative_store_error(store: Path | str) -> Refused:
     """The error for a relative store path in a Ray job."""
     return Refused(

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from air_core.specs.conditions import (
 from air_core.specs.flat import to_flat
 from air_core.specs.normal import normalised
 from orchestrator.keys import CodeVersions, canonical_json, plain
-from orchestrator.planning.trial_checks import InvalidSetting, NotRecorded, check_trial, checking
+from orchestrator.planning.trial_checks import InvalidSetting, check_trial, checking
 from orchestrator.plugins import plugin_versions
 from orchestrator.spec import SweepSpec, presets
 from orchestrator.spec.sweep import split_name
@@ -50,7 +50,7 @@ from orchestrator.stages.inputs import (
     images_folder,
 )
 from orchestrator.stages.trial import reader_of, trial_of
-from orchestrator.store import SweepLocation, read_resolved
+from orchestrator.store import SweepLocation
 from orchestrator.store.code_version import changed_versions
 
 
@@ -71,32 +71,19 @@ class Resolver(Contents):
     Args:
         folders: names of datasets and models as the sweep file has them, and with the path from
             the working directory; see `SweepSpec.folders`.
-        recorded: `inputs` of the last run, which alone are known: no file of an input is read.
     """
 
     folders: Mapping[str, str] = field(default_factory=dict)
-    recorded: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.recorded is None:
-            super().__post_init__()
-        known = self.recorded or {}
-        self._datasets = {  # by name
-            name: DatasetInput(Ref(**entry["ref"]), tuple(entry["classnames"]), entry["template"])
-            for name, entry in known.get("datasets", {}).items()
-        }
-        self._weights = {  # by role and name
-            words: Ref(**ref) for words, ref in known.get("weights", {}).items()
-        }
-        self._code: dict[str, str] = dict(known.get("code", {}))
-        self._pool_sizes: dict[str, int] = dict(known.get("pools", {}))  # by `_split_name`
-        self._drawing: dict[str, dict[str, Any]] = dict(known.get("drawing", {}))  # by generator
+        super().__post_init__()
+        self._datasets: dict[str, DatasetInput] = {}  # by name
+        self._weights: dict[str, Ref] = {}  # by role and name
+        self._code: dict[str, str] = {}
+        self._pool_sizes: dict[str, int] = {}  # by `_split_name`
+        self._drawing: dict[str, dict[str, Any]] = {}  # by generator
         self._labels: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # labels, parts by dataset
         self._smallest: dict[str, tuple[int, str]] = {}  # class of the fewest images, by folder
-
-    def _refuse_unrecorded(self, what: str) -> None:
-        if self.recorded is not None:
-            raise NotRecorded(f"no run of this sweep has used {what}")
 
     def trial(self, flat: dict[str, Any]) -> TrialSpec:
         """Build a normalised TrialSpec from a flat dict of settings with names of inputs.
@@ -129,8 +116,7 @@ class Resolver(Contents):
         if uses_generator(trial):
             with checking("generator"):
                 trial = replace(trial, generator=self.weights("generator", flat["generator"]))
-        if self.recorded is None:
-            check_trial(trial, datasets, self)
+        check_trial(trial, datasets, self)
         with checking("dataset"):
             return self.with_scored_images(trial)
 
@@ -142,7 +128,6 @@ class Resolver(Contents):
         """
         name = _split_name(trial)
         if name not in self._pool_sizes:
-            self._refuse_unrecorded(f"the split {name}")
             dataset = get_dataset(trial.dataset.name)
             try:
                 positions, _ = split_positions(*self.labels_and_parts(dataset), trial.split)
@@ -169,7 +154,7 @@ class Resolver(Contents):
         Raises:
             InvalidSetting: it has none.
         """
-        if self.recorded is None and not self.has_images(name, "val"):
+        if not self.has_images(name, "val"):
             problem = InvalidSetting(
                 "dataset",
                 f"{name} has no validation images for the objective validation_accuracy; label "
@@ -202,8 +187,6 @@ class Resolver(Contents):
 
     def code_versions(self, datasets: Sequence[str]) -> CodeVersions:
         """Code versions that are not those of the recipes, by part, for trials on datasets."""
-        if self.recorded is not None:
-            return tuple(self._code.items())
         readers = [part for part in map(reader_of, datasets) if not is_component(part)]
         versions = (*changed_versions(tuple(STAGES.values()), *readers), *plugin_versions())
         self._code |= versions
@@ -217,7 +200,6 @@ class Resolver(Contents):
             MissingInput: a file of the dataset is missing.
         """
         if name not in self._datasets:
-            self._refuse_unrecorded(f"the dataset {name}")
             dataset = get_dataset(self.folders.get(name, name))
             ref = self.dataset(dataset)
             self._datasets[name] = DatasetInput(
@@ -250,20 +232,16 @@ class Resolver(Contents):
             raise ValueError(f"{problem}; `airsweep check {name}` opens all")
 
     def inputs(self) -> dict[str, Any]:
-        """Everything that was resolved so far, as plain data."""
-        return {
-            "datasets": {name: asdict(dataset) for name, dataset in self._datasets.items()},
-            "weights": {words: asdict(ref) for words, ref in self._weights.items()},
-            "code": self._code,
-            "pools": self._pool_sizes,
-            "drawing": self._drawing,
-        }
+        """Digests of everything that was resolved so far, by name."""
+        datasets = {name: dataset.ref.digest for name, dataset in self._datasets.items()}
+        weights = {words: ref.digest for words, ref in self._weights.items()}
+        return {"datasets": datasets, "weights": weights, "code": self._code}
 
     def model_defaults(self, role: str, name: str) -> dict[str, Any]:
         """Defaults of settings that the files of a model determine, by trial key."""
         if role != "generator":
             return {}
-        if self.recorded is None and name not in self._drawing and not name.startswith("folder:"):
+        if name not in self._drawing and not name.startswith("folder:"):
             with suppress(ValueError):  # `trial` explains what is wrong with the folder
                 folder = generator_folder(located_weights(name, self.folders))
                 self._drawing[name] = {
@@ -281,15 +259,9 @@ class Resolver(Contents):
         """
         words = f"{role} {name}"
         if words not in self._weights:
-            self._refuse_unrecorded(f"the {words}")
             located = located_weights(name, self.folders)
             self._weights[words] = self.weights_content(role, located)
         return self._weights[words]
-
-    def save(self) -> None:
-        """Write the digests of files that were read, for the next process."""
-        if self.recorded is None:
-            super().save()
 
 
 def with_model_defaults(sweep: SweepSpec, resolver: Resolver) -> SweepSpec:
@@ -344,14 +316,9 @@ def text_digest(text: str) -> str:
 
 
 def resolver_of(location: SweepLocation, folders: Mapping[str, str] | None = None) -> Resolver:
-    """The resolver for a sweep's inputs. For a `recorded` location, it reads recorded digests.
+    """The resolver for a sweep's inputs.
 
     Args:
         folders: of the sweep; None: it has no relative folders.
     """
-    cache = location.store.root / "digests.json"
-    recorded = None
-    if location.recorded:
-        with suppress(FileNotFoundError):
-            recorded = read_resolved(location).get("inputs")
-    return Resolver(cache, location.data_root, folders or {}, recorded)
+    return Resolver(location.store.root / "digests.json", location.data_root, folders or {})

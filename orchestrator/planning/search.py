@@ -8,7 +8,7 @@ that is killed at any time resumes with the points that it would have had withou
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from statistics import fmean
 from typing import Any, get_args
 
@@ -25,12 +25,14 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from air_core.specs import TrialSettings
 from air_core.specs.flat import trial_keys
 from orchestrator.components import SAMPLERS
-from orchestrator.planning.plan import Plan, Slot, suggested_points
-from orchestrator.spec import Cell, Dimension, SweepSpec
+from orchestrator.planning.history import RESULT_STATES, History
+from orchestrator.planning.ledger import Ledger, Slot
+from orchestrator.planning.plan import Plan
+from orchestrator.spec import Cell, Dimension
 from orchestrator.spec.cells import computation_of
 from orchestrator.spec.space import Point, default_params, grid_points, point_count, study_name
 from orchestrator.spec.sweep import Search
-from orchestrator.store import ArtifactStore, EventLog, read_trial
+from orchestrator.store import ArtifactStore, read_trial
 
 ATTEMPTS = 8  # to sample a point that is new
 STARTUP_POINTS = 4  # random points of TPE in searches below 30 points; Optuna's default is 10
@@ -38,13 +40,12 @@ STARTUP_POINTS = 4  # random points of TPE in searches below 30 points; Optuna's
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
-def open_searches(plan: Plan, event_log: EventLog) -> dict[str, CellSearch]:
+def open_searches(plan: Plan, history: History) -> dict[str, CellSearch]:
     """Open a search for each cell that has a search space."""
     search = plan.sweep.search
     assert search is not None
-    suggested = suggested_points(event_log)
     return {
-        cell.id: CellSearch(cell, search, suggested.get(study_name(cell, search), {}))
+        cell.id: CellSearch(cell, search, history.suggested.get(study_name(cell, search), {}))
         for cell in plan.cells
         if cell.space
     }
@@ -123,9 +124,7 @@ class CellSearch:
         return computation_of({**self.cell.flat, **params})
 
 
-def study_of(
-    plan: Plan, store: ArtifactStore, event_log: EventLog, cell: str | None
-) -> optuna.Study:
+def study_of(ledger: Ledger, store: ArtifactStore, cell: str | None) -> optuna.Study:
     """The points of one cell as a study in memory; trial i is point i.
 
     A point is COMPLETE with the objective that its search sees, FAIL if one of its trials failed,
@@ -137,46 +136,34 @@ def study_of(
     Raises:
         ValueError: the sweep does not search this cell, or several and `cell` is None.
     """
-    searched = {each.id: each for each in plan.cells if each.space}
+    searched = {each.id: each for each in ledger.cells if each.space}
     if not searched:
-        raise ValueError(f"{plan.sweep.name} has no search: its file has no `search.space`")
+        raise ValueError(f"{ledger.about.name} has no search: its file has no `search.space`")
     names = [*searched] if cell is None else [cell]
     if len(names) > 1 or names[0] not in searched:
         found = f"no searched cell {cell!r}" if cell else f"{len(searched)} searched cells"
         raise ValueError(
-            f"{plan.sweep.name} has {found}; give `cell`; allowed: {', '.join(searched)}"
+            f"{ledger.about.name} has {found}; give `cell`; allowed: {', '.join(searched)}"
         )
     points: dict[int, list[Slot]] = {}
-    for slot in plan.slots:
+    for slot in ledger.slots:
         if slot.cell.id == names[0]:
             points.setdefault(slot.point, []).append(slot)
-    events = list(event_log.events())
-    failed = {event["slot"] for event in events if event["event"] == "trial_failed"}
-    started = {
-        slot for event in events if event["event"] == "trials_started" for slot in event["slots"]
-    }
     study = optuna.create_study(study_name=names[0], direction="maximize")
     for _, slots in sorted(points.items()):
-        value, ids = _stored_objective(slots, plan.sweep, store), {s.id for s in slots}
-        if value is not None:
+        states, value = {ledger.states[slot.id] for slot in slots}, None
+        if states <= RESULT_STATES.keys():
+            objectives = [read_trial(slot.key, store).objectives for slot in slots]
             state = TrialState.COMPLETE
-        elif ids & failed:
+            value = fmean(each[str(ledger.about.objective)] for each in objectives)
+        elif "failed" in states:
             state = TrialState.FAIL
         else:
-            state = TrialState.RUNNING if ids & started else TrialState.WAITING
+            is_started = any(slot.id in ledger.history.started for slot in slots)
+            is_started |= states != {"waiting"}
+            state = TrialState.RUNNING if is_started else TrialState.WAITING
         study.add_trial(_frozen_trial(slots[0].cell, slots[0].params, state=state, value=value))
     return study
-
-
-def _stored_objective(
-    slots: Sequence[Slot], sweep: SweepSpec, store: ArtifactStore
-) -> float | None:
-    """Mean objective of the trials of a point; None if a trial or its objective is missing."""
-    assert sweep.search is not None
-    if not all(store.has(slot.spec) for slot in slots):
-        return None
-    values = [read_trial(slot.spec, store).objectives[sweep.search.objective] for slot in slots]
-    return fmean(values) if None not in values else None
 
 
 def _frozen_trial(cell: Cell, params: Mapping[str, Any], **outcome: Any) -> FrozenTrial:
@@ -201,7 +188,8 @@ def _distribution(dimension: Dimension) -> BaseDistribution:
     low, high = dimension.min, dimension.max
     assert low is not None
     assert high is not None
-    kind = trial_keys()[dimension.key].type
+    known = trial_keys().get(dimension.key)  # a plugin that is not in use may have declared it
+    kind = known.type if known else type(low)
     if int in (kind, *get_args(kind)):  # also for an optional integer
         return IntDistribution(int(low), int(high), log=dimension.log)
     return FloatDistribution(low, high, log=dimension.log)

@@ -30,10 +30,6 @@ if TYPE_CHECKING:
     from orchestrator.planning.resolve import DatasetInput, Resolver
 
 
-class NotRecorded(ValueError):
-    """A dataset, weights or a split that no run of a sweep has used."""
-
-
 class InvalidSetting(MissingInput):
     """The value of a trial key does not fit the inputs.
 
@@ -61,8 +57,6 @@ def checking(key: str) -> Iterator[None]:
     """
     try:
         yield
-    except NotRecorded:
-        raise
     except ValueError as problem:
         raise InvalidSetting(key, str(problem)) from problem
 

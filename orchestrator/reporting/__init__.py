@@ -4,14 +4,12 @@ Modules that import pandas are not imported here.
 """
 
 from orchestrator.reporting.comparisons import Results
-from orchestrator.reporting.results import plan_status, results_of, sweep_status
+from orchestrator.reporting.results import results_of
 from orchestrator.reporting.screens import plan_screen, summary_screen
 
 __all__ = [
     "Results",
     "plan_screen",
-    "plan_status",
     "results_of",
     "summary_screen",
-    "sweep_status",
 ]

@@ -20,8 +20,8 @@ import numpy as np
 
 from air_core.datasets.images import open_image
 from orchestrator.formatting import format_percent, plural
-from orchestrator.planning import Plan, plan_of
-from orchestrator.planning.plan import RESULT_STATES, results_text
+from orchestrator.planning.history import RESULT_STATES, results_text
+from orchestrator.planning.ledger import Ledger, read_ledger
 from orchestrator.planning.requests import results_command, run_command
 from orchestrator.reporting import charts
 from orchestrator.reporting._layouts import Layout
@@ -29,7 +29,7 @@ from orchestrator.reporting._statistics import Array
 from orchestrator.reporting.answers import answers, headlines
 from orchestrator.reporting.comparisons import MARKS, Results
 from orchestrator.reporting.notes import splits_and_seeds
-from orchestrator.reporting.results import SweepStatus, plan_status, results_of
+from orchestrator.reporting.results import results_of
 from orchestrator.reporting.rows import Task, row_text, task_text
 from orchestrator.reporting.summary import data_text, unused_lines
 from orchestrator.reporting.tables import (
@@ -38,8 +38,7 @@ from orchestrator.reporting.tables import (
     points_layouts,
     table_layout,
 )
-from orchestrator.spec import SweepSpec
-from orchestrator.stages.dataset_text import image_files, tested_classes, unused_by_dataset
+from orchestrator.stages.dataset_text import image_files, unused_by_dataset
 from orchestrator.store import SweepLocation, read_outcome, read_trial
 
 if TYPE_CHECKING:
@@ -54,16 +53,14 @@ READING = "Further right is better; a row whose interval reaches chance is no be
 
 @dataclass(frozen=True)
 class ReportData:
-    """A sweep with its plan, results and status."""
+    """A sweep with its results."""
 
-    sweep: SweepSpec
     location: SweepLocation
-    plan: Plan
+    ledger: Ledger
     results: Results
-    status: SweepStatus
 
 
-def page(sweep: SweepSpec, location: SweepLocation) -> str:
+def page(location: SweepLocation) -> str:
     """The report of a sweep as HTML.
 
     It depends only on the sweep's event log, records and pictures, and contains no time of its
@@ -74,23 +71,23 @@ def page(sweep: SweepSpec, location: SweepLocation) -> str:
     """
     from jinja2 import Environment, StrictUndefined
 
-    plan = plan_of(sweep, location)
-    results = results_of(plan, location.store)
+    ledger = read_ledger(location)
+    results = results_of(ledger, location.store)
     if not results.trials:
         raise ValueError(
             f"sweep {location.full_name} has no finished trial to report "
-            f"({plan.total} are planned); run `{run_command(location)}`, or see its status with "
+            f"({ledger.total} are planned); run `{run_command(location)}`, or see its status with "
             f"`{results_command('status', location)}`"
         )
-    data = ReportData(sweep, location, plan, results, plan_status(plan, location))
+    data = ReportData(location, ledger, results)
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     groups = {name: [*section(data)] for name, section in SECTIONS.items()}
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        title=sweep.name,
+        title=ledger.about.name,
         description=_description(data),
-        question=re.split(r"\n\s*\n", sweep.question.strip()),
+        question=re.split(r"\n\s*\n", ledger.about.question.strip()),
         sections={name: of_section for name, of_section in groups.items() if of_section},
         is_wide=_is_wide,
         footer=f"airsweep {_version()}, sweep {location.full_name}, {len(results.trials)} results.",
@@ -102,8 +99,10 @@ def _description(data: ReportData) -> str:
     """What was run, which can differ from what the comment of the sweep file says."""
     methods = plural(len({row.method for row in data.results.rows}), "method")
     runs = f", {splits_and_seeds(data.results.rows)}" if data.results.rows else "."
-    options = f" Options: {data.sweep.options}." if data.sweep.options else ""
-    return f"{data_text(data.plan)}; {methods}, {plural(data.plan.total, 'trial')}{runs}{options}"
+    options = f" Options: {data.ledger.about.options}." if data.ledger.about.options else ""
+    return (
+        f"{data_text(data.ledger)}; {methods}, {plural(data.ledger.total, 'trial')}{runs}{options}"
+    )
 
 
 def _is_wide(table: Layout) -> bool:
@@ -159,7 +158,7 @@ def answer(data: ReportData) -> Iterator[Group]:
     if results.tested:
         alt = f"Accuracy of {len(results.rows)} rows with intervals and chance"
         figures = [_chart(charts.accuracy(results), alt, READING)]
-    unused = unused_lines(data.plan, data.location, data.status)
+    unused = unused_lines(data.ledger, data.location)
     texts = [
         *headlines(results),
         *answers(results),
@@ -174,16 +173,16 @@ def answer(data: ReportData) -> Iterator[Group]:
 
 def _unused_files(data: ReportData) -> list[str]:
     """Names of unused images; of unreadable ones with the reason."""
-    unused = unused_by_dataset((slot.spec for slot in data.plan.slots), data.location.store)
+    unused = unused_by_dataset(data.ledger.features, data.location.store)
     files = [f"{file}  {why}" for images in unused.values() for file, why in images.files.items()]
-    return [*files, *(f"{file}  synthetic" for file in data.status.hole_files)]
+    return [*files, *(f"{file}  synthetic" for file in data.ledger.history.hole_files)]
 
 
 def _state(data: ReportData) -> str:
-    counts = data.status.counts(alive=False)
+    counts = data.ledger.counts
     left = {state: counts[state] for state in ("waiting", "failed") if counts[state]}
     done = sum(counts[state] for state in RESULT_STATES)
-    text = f"{plural(done, 'trial')} of {data.plan.total} have a result: {results_text(counts)}"
+    text = f"{plural(done, 'trial')} of {data.ledger.total} have a result: {results_text(counts)}"
     if left:
         text += "; " + ", ".join(f"{count} {state}" for state, count in left.items())
     return f"{text}."
@@ -192,16 +191,17 @@ def _state(data: ReportData) -> str:
 def unlabelled(data: ReportData) -> Iterator[Group]:
     """Unlabelled images by the class that the best classifier of a task predicts."""
     for task, best in data.results.best_classifiers.items():
-        slot = next(slot for slot in data.plan.slots if slot.key.digest == best.trial.key)
-        arrays = read_trial(slot.spec, data.location.store).pool_arrays()
+        slot = next(slot for slot in data.ledger.slots if slot.key.digest == best.trial.key)
+        arrays = read_trial(slot.key, data.location.store).pool_arrays()
         if not arrays or any(name.startswith("pool/accuracy") for name in best.trial.metrics):
             continue
         predicted = arrays[best.classifier]
         confidence = arrays[f"probability_{best.classifier}"].astype(float)
-        files = image_files(slot.spec.dataset.name, data.location.data_root)
-        if len(files) != slot.spec.dataset.images:  # the positions are of another folder's images
+        of = data.ledger.data[slot.cell.flat["dataset"]]
+        files = image_files(of.ref.name, data.location.data_root)
+        if len(files) != of.ref.images:  # the positions are of another folder's images
             files = ()
-        lines, figures, names = [], [], slot.spec.classnames
+        lines, figures, names = [], [], of.classnames
         counts = np.bincount(predicted, minlength=len(names))
         for c in np.argsort(-counts, kind="stable")[:SHOWN_CLASSES]:
             of_class = np.flatnonzero(predicted == c)
@@ -270,7 +270,7 @@ def by_setting(data: ReportData) -> Iterator[Group]:
     figures = [
         _chart(figure, f"Accuracy against {key}")
         for key in charts.numeric_settings(points)
-        for figure in charts.by_setting(data.results, points, key, data.plan.cells)
+        for figure in charts.by_setting(data.results, points, key, data.ledger.cells)
     ]
     if figures:
         yield Group(figures=figures)
@@ -302,8 +302,7 @@ def images(data: ReportData) -> Iterator[Group]:
     """The contact sheet."""
     sheet = data.location.folder / "contact_sheet.png"
     # Of an earlier run, if no trial of this one reads images.
-    reads_images = any(slot.spec.synthetic_features for slot in data.plan.slots)
-    if reads_images and sheet.exists() and sheet.stat().st_size:
+    if data.ledger.about.reads_images and sheet.exists() and sheet.stat().st_size:
         shares = read_outcome(data.location).get("run", {}).get("shares", {})
         by_group = ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items()))
         caption = f"Zero-shot CLIP recognises {by_group}." if by_group else ""
@@ -319,8 +318,8 @@ def confusions(data: ReportData) -> Iterator[Group]:
         best = results.best_classifiers.get(task)
         if best is None or best.test is None:
             continue
-        spec = next(slot.spec for slot in data.plan.slots if slot.cell.id == best.row.cell)
-        classes = tested_classes(spec, data.location.store)
+        slot = next(slot for slot in data.ledger.slots if slot.cell.id == best.row.cell)
+        classes = data.ledger.tested(slot).classnames
         names = [name.replace("_", " ") for name in classes]
         matrices = (
             charts.confusion(trial.labels, trial.by_classifier[best.classifier], len(names))

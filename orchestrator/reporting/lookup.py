@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
-from air_core.components import REGISTRIES
-from air_core.methods import EMBEDDED
-from air_core.specs import Ref
-from air_core.specs.flat import OWN, REFS, trial_keys
-from air_core.specs.normal import normalised
-from orchestrator.keys import artifact_key
-from orchestrator.plugins import recorded_plugin, use_plugins
-from orchestrator.reporting.selection import SelectedTrial
-from orchestrator.stages import TrialSpec, trial_of
+from orchestrator.keys import ArtifactKey
+from orchestrator.planning.history import read_history
+from orchestrator.reporting.selection import SelectedTrial, trial_spec
+from orchestrator.stages import TrialSpec
 from orchestrator.store import ArtifactStore, SweepLocation, read_trial, recorded_locations
-from orchestrator.store.location import read_resolved
 
 MIN_DIGITS = 6  # of a key
 
@@ -34,8 +26,8 @@ def named_trial(
             version of the code computed it.
     """
     slots = {} if location is None else _finished_slots(location)
-    spec = _recorded_spec(_record_of(slots.get(name, name), store), store)
-    record = read_trial(spec, store)
+    record = read_trial(_key_of(_record_of(slots.get(name, name), store)), store)
+    spec = trial_spec(record)
     if location is None:
         return SelectedTrial(spec, record, None, None)
     matches = [slot for slot, key in slots.items() if key == record.key]
@@ -46,6 +38,11 @@ def named_trial(
         )
     slot = name if name in matches else matches[0]
     return SelectedTrial(spec, record, location.full_name, slot)
+
+
+def _key_of(record: dict[str, Any]) -> ArtifactKey:
+    stage, recipe, folder = record["key"].split("/")
+    return ArtifactKey(stage, int(recipe[1:]), record["digest"], folder.rpartition("-")[0])
 
 
 def _record_of(name: str, store: ArtifactStore) -> dict[str, Any]:
@@ -73,64 +70,6 @@ def _record_of(name: str, store: ArtifactStore) -> dict[str, Any]:
     )
 
 
-def _recorded_spec(record: dict[str, Any], store: ArtifactStore) -> TrialSpec:
-    """The spec of a recorded trial.
-
-    Raises:
-        ValueError: another version of the code computed it.
-    """
-    flat = dict(_flattened(record["spec"], ""))
-    refs = {
-        name: Ref(name=flat.pop(name), digest=flat.pop(f"{name}.digest"))
-        for name in REFS
-        if f"{name}.digest" in flat
-    }
-    _use_plugins(flat | {name: ref.name for name, ref in refs.items()}, store)
-    known = trial_keys().keys() - {*REFS}  # a setting of another version may be without effect
-    settings = {key: value for key, value in flat.items() if key in known}
-    spec = trial_of(settings, refs, tuple(flat["classnames"]))
-    versions = tuple((part, version) for part, version in flat.get("versions", ()))
-    spec = normalised(replace(spec, versions=versions))
-    if artifact_key(spec).digest == record["digest"]:
-        return spec
-    raise ValueError(
-        f"{record['key'].rpartition('/')[2]} was computed by another version of the code, with "
-        f"which its prompt may not be compatible; check out commit {record.get('commit')}"
-    )
-
-
-def _flattened(spec: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    """The items of a record's nested spec, by dotted name."""
-    for name, value in spec.items():
-        if isinstance(value, Mapping) and value.keys() >= {"name", "digest"}:
-            yield prefix + name, value["name"]
-            yield f"{prefix}{name}.digest", value["digest"]
-        elif isinstance(value, Mapping):
-            yield from _flattened(value, f"{prefix}{name}.")
-        elif name == OWN:
-            yield from ((prefix + own, setting) for own, setting in value)
-        else:
-            yield prefix + name, value
-
-
-def _use_plugins(flat: Mapping[str, Any], store: ArtifactStore) -> None:
-    """Add the recorded components of plugins that a trial names; their code does not run."""
-    named = [*((key, key) for key in REGISTRIES), ("dataset", "test_dataset")]
-    wanted = {(key, flat[name]) for key, name in named if flat.get(name) is not None}
-    own = {
-        (k, n) for k, registry in REGISTRIES.items() for n, c in registry.items() if not c.source
-    }
-    for location in recorded_locations(store) if wanted - own - {*EMBEDDED.items()} else ():
-        try:
-            described = read_resolved(location).get("plugins", ())
-        except (FileNotFoundError, ValueError):  # another sweep, never run or with a damaged file
-            continue
-        added = {(one["key"], one["name"]) for about in described for one in about["components"]}
-        if added & wanted:
-            use_plugins([recorded_plugin(about) for about in described])
-            break
-
-
 def _key_of_slot(slot: str, store: ArtifactStore) -> str | None:
     """The last key of a slot; None if no sweep has finished it.
 
@@ -149,5 +88,5 @@ def _key_of_slot(slot: str, store: ArtifactStore) -> str | None:
 
 def _finished_slots(location: SweepLocation) -> dict[str, str]:
     """The last key of each finished slot of a sweep."""
-    events = location.event_log().events()
-    return {e["slot"]: e["key"] for e in events if e["event"] in ("trial_done", "trial_reused")}
+    outcomes = read_history(location.event_log()).outcomes.items()
+    return {slot: event["key"] for slot, event in outcomes if event["event"] != "trial_failed"}

@@ -1,14 +1,12 @@
-"""Results and status of a sweep, read from its event log and the store.
+"""Results of a sweep, read from its ledger and the store.
 
 This module does not import torch.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +14,14 @@ import numpy as np
 
 from air_core.bundle.checks import CLASSIFIERS
 from air_core.paradigms import seen_unseen
-from orchestrator.planning import Plan, Slot, plan_of
-from orchestrator.planning.plan import RESULT_STATES, LoggedResults
-from orchestrator.planning.recorded import read_sweep
+from orchestrator.planning.history import RESULT_STATES
+from orchestrator.planning.ledger import Ledger, Slot, read_ledger
 from orchestrator.reporting.comparisons import Results
 from orchestrator.reporting.rows import FinishedTrial, dataset_text
 from orchestrator.spec.space import first_point_text
-from orchestrator.stages.dataset_text import names_text, tested_classes
+from orchestrator.stages.dataset_text import names_text
 from orchestrator.store import (
     ArtifactStore,
-    EventLog,
     SweepLocation,
     TrialRecord,
     read_outcome,
@@ -41,37 +37,47 @@ TASK_KEYS = ("dataset", "test_dataset", "paradigm", "modality")
 TABLE_COLUMNS = (*TASK_KEYS, "method")
 
 
-def finished_records(plan: Plan, store: ArtifactStore) -> list[tuple[Slot, TrialRecord]]:
+Finished = tuple[Slot, TrialRecord]
+
+
+def finished_records(ledger: Ledger, store: ArtifactStore) -> list[Finished]:
     """The slots with a record in the store, and the records."""
-    slots = [slot for slot in plan.slots if store.has(slot.spec)]
-    store.fetch(slot.spec for slot in slots)
-    return [(slot, read_trial(slot.spec, store)) for slot in slots]
+    slots = [slot for slot in ledger.slots if slot.key.digest in ledger.has_result]
+    store.fetch(slot.key for slot in slots)
+    return [(slot, read_trial(slot.key, store)) for slot in slots]
 
 
 def finished_trial(
     slot: Slot, record: TrialRecord, objective: float | None = None
 ) -> FinishedTrial:
-    """Combine a slot of the plan with its record.
+    """Combine a slot with its record.
 
     Args:
         objective: of the slot's point, mean over its runs.
     """
-    arrays = record.test_arrays()
+    arrays, settings = record.test_arrays(), slot.settings
+    unseen = None
+    if settings["paradigm"] == "trzsl":
+        _, classes = seen_unseen(len(record.spec["classnames"]), settings["class_seed"])
+        unseen = np.isin(arrays["labels"], classes)
+    split: int | str = settings["split_seed"]
+    if unseen is not None and "class_seed" not in slot.cell.flat:  # runs of a point differ in it
+        split = f"{split}, class seed {settings['class_seed']}"
     return FinishedTrial(
         cell=slot.cell.id,
         method=slot.cell.method,
-        flat=all_settings(slot),
+        flat=settings,
         settings=varied_settings(slot),
         point=slot.point,
-        seed=slot.spec.seed,
-        split_seed=_split(slot),
+        seed=record.spec["seed"] if slot.uses_seed else None,
+        split_seed=split,
         objective=objective,
         metrics=record.metrics,
         image_ids=arrays["index"],
         predictions=arrays["predictions"],
         by_classifier={name: arrays[name] for name in CLASSIFIERS if name in arrays},
         labels=arrays["labels"],
-        unseen=_unseen(slot, arrays["labels"]),
+        unseen=unseen,
         searched=frozenset(slot.params),
         first_point=first_point_text(slot.cell),
         key=record.key,
@@ -79,50 +85,25 @@ def finished_trial(
     )
 
 
-def _split(slot: Slot) -> int | str:
-    """The split of a run; with its seen classes, where the runs of a point differ in them."""
-    spec = slot.spec
-    if spec.paradigm != "trzsl" or "class_seed" in slot.cell.flat:
-        return spec.split_seed
-    return f"{spec.split_seed}, class seed {spec.class_seed}"
-
-
 def results_of(
-    plan: Plan,
-    store: ArtifactStore,
-    records: Sequence[tuple[Slot, TrialRecord]] | None = None,
+    ledger: Ledger, store: ArtifactStore, records: Sequence[Finished] | None = None
 ) -> Results:
-    """The rows of a sweep's table and the trials behind them, in the order of the plan.
+    """The rows of a sweep's table and the trials behind them, in the order of the ledger.
 
     Args:
         records: the result of `finished_records`, if the caller has it already.
     """
-    search_objective = plan.sweep.search.objective if plan.sweep.search else None
-    records = finished_records(plan, store) if records is None else records
-    objectives = _objectives(records, search_objective, len(plan.sweep.seeds.values))
+    about = ledger.about
+    records = finished_records(ledger, store) if records is None else records
+    objectives = _objectives(records, about.objective, about.runs)
     trials = [
         finished_trial(slot, record, objectives.get((slot.cell.id, slot.point)))
         for slot, record in records
     ]
-    tested = {dataset_text(slot.cell.flat): slot.spec for slot, _ in records}
-    return Results(
-        trials,
-        search_objective,
-        {name: len(tested_classes(spec, store)) for name, spec in tested.items()},
-        plan.sweep.is_smoke,
-    )
-
-
-def _unseen(slot: Slot, labels: np.ndarray) -> np.ndarray | None:
-    if slot.spec.paradigm != "trzsl":
-        return None
-    _, unseen = seen_unseen(len(slot.spec.classnames), slot.spec.class_seed)
-    return np.isin(labels, unseen)
-
-
-def all_settings(slot: Slot) -> dict[str, Any]:
-    """All settings of a slot, by their dotted names."""
-    return {**slot.cell.flat, **slot.params, **slot.seeds}
+    classes = {
+        dataset_text(slot.cell.flat): len(ledger.tested(slot).classnames) for slot, _ in records
+    }
+    return Results(trials, about.objective, classes, about.is_smoke)
 
 
 def varied_settings(slot: Slot) -> dict[str, Any]:
@@ -136,7 +117,7 @@ def varied_settings(slot: Slot) -> dict[str, Any]:
 
 
 def _objectives(
-    records: Sequence[tuple[Slot, TrialRecord]], objective: str | None, runs: int
+    records: Sequence[Finished], objective: str | None, runs: int
 ) -> dict[tuple[str, int], float]:
     """Mean objective over the runs of each point that has all its runs, by cell and point."""
     if objective is None:
@@ -152,8 +133,8 @@ def _objectives(
 CURVES = ("trial", "metric", "iteration", "value")
 
 
-def trials_frame(plan: Plan, store: ArtifactStore, event_log: EventLog) -> DataFrame:
-    """One line per trial of the plan. Points that a search has not proposed yet have no trials.
+def trials_frame(ledger: Ledger, store: ArtifactStore) -> DataFrame:
+    """One line per trial. Points that a search has not proposed yet have no trials.
 
     Columns: `trial` (the slot) and `key` (12 digits), which `predictions` accepts; `cell`,
     `point`; `TABLE_COLUMNS`; every setting that the sweep varies; the seeds; `state` (done, reused,
@@ -162,18 +143,11 @@ def trials_frame(plan: Plan, store: ArtifactStore, event_log: EventLog) -> DataF
     """
     from pandas import DataFrame
 
-    status = sweep_status(event_log)
-    alive = "running" in status.last.values() and event_log.is_locked()
-    match_plan(status, plan, store, alive)
-    records = {slot.id: record for slot, record in finished_records(plan, store)}
-    settings = dict.fromkeys(key for slot in plan.slots for key in _settings(slot))
+    records = {slot.id: record for slot, record in finished_records(ledger, store)}
+    settings = dict.fromkeys(key for slot in ledger.slots for key in _settings(slot))
     lines = []
-    for slot in plan.slots:
-        record = records.get(slot.id)
-        state = status.last.get(slot.id, "waiting")
-        if state not in ENDED:
-            state = "running" if alive and state == "running" else "waiting"
-        failure = status.failures.get(slot.id, {}) if state == "failed" else {}
+    for slot in ledger.slots:
+        record, failure = records.get(slot.id), ledger.failures.get(slot.id, {})
         line = {
             "trial": slot.id,
             "key": slot.key.digest[:12],
@@ -181,9 +155,9 @@ def trials_frame(plan: Plan, store: ArtifactStore, event_log: EventLog) -> DataF
             "point": slot.point,
             **settings,
             **_settings(slot),
-            "seed": slot.spec.seed,
+            "seed": slot.settings["seed"],
             **slot.seeds,
-            "state": state,
+            "state": ledger.states[slot.id],
             "failure": failure.get("failure_class", ""),
             "message": failure.get("message", ""),
         }
@@ -193,7 +167,7 @@ def trials_frame(plan: Plan, store: ArtifactStore, event_log: EventLog) -> DataF
     return DataFrame(lines)
 
 
-def curves_frame(plan: Plan, store: ArtifactStore) -> DataFrame:
+def curves_frame(ledger: Ledger, store: ArtifactStore) -> DataFrame:
     """One line per value of each curve: `trial`, `metric`, `iteration` from 0, `value`.
 
     Trials without training have no curves.
@@ -202,7 +176,7 @@ def curves_frame(plan: Plan, store: ArtifactStore) -> DataFrame:
 
     lines = [
         (slot.id, metric, iteration, value)
-        for slot, record in finished_records(plan, store)
+        for slot, record in finished_records(ledger, store)
         for metric, values in record.curves.items()
         for iteration, value in enumerate(values)
     ]
@@ -229,117 +203,31 @@ def overviews(store: ArtifactStore) -> list[dict[str, Any]]:
 
 
 def _overview(location: SweepLocation) -> dict[str, Any]:
-    event_log = location.event_log()
-    alive, status, state, last = event_log.is_locked(), SweepStatus(), "damaged", None
-    best: list[dict[str, Any]] = []
-    options = ""
+    entry = {"sweep": location.full_name, "options": "", "state": "damaged", "finished": 0}
+    entry |= {"failed": 0, "total": 0, "last_event": None, "best": []}
     with suppress(ValueError, OSError):
-        last = max((event["time"] for event in event_log.events()), default=None)
-        status = sweep_status(event_log)
+        ledger = read_ledger(location)
         state = read_outcome(location).get("state", "unknown")
-        if status.exit_code is None:
-            state = "killed"
-        sweep, recorded = read_sweep(location, location.data_root)
-        options = sweep.options
-        plan = plan_of(sweep, recorded)
-        match_plan(status, plan, location.store, alive)
-        state = "removed" if status.removed else state
-        results = results_of(plan, location.store)
-        best = [
+        state = "killed" if ledger.history.exit_code is None else state
+        state = "removed" if ledger.removed else state
+        counts = ledger.counts
+        entry |= {
+            "options": ledger.about.options,
+            "state": "running" if ledger.alive else state,
+            "finished": sum(counts[state] for state in RESULT_STATES),
+            "failed": counts["failed"],
+            "total": ledger.total,
+            "last_event": ledger.history.last,
+        }
+        results = results_of(ledger, location.store)
+        entry["best"] = [
             found.as_json() | {"at_chance": results.is_at_chance(found.row, found.test)}
             for found in results.best_classifiers.values()
         ]
-    counts = status.counts(alive)
-    return {
-        "sweep": location.full_name,
-        "options": options,
-        "state": "running" if alive else state,
-        "finished": sum(counts[state] for state in RESULT_STATES),
-        "failed": counts["failed"],
-        "total": sum(counts.values()),
-        "last_event": last,
-        "best": best,
-    }
+    return entry
 
 
 # ---------------------------------------------------------------- status
-
-
-ENDED = (*RESULT_STATES, "failed")
-
-
-@dataclass
-class SweepStatus:
-    """The status of a sweep according to its event log."""
-
-    total: int = 0  # trials
-    last: dict[str, str] = field(default_factory=dict)  # state of each slot
-    keys: dict[str, str] = field(default_factory=dict)  # of the trials that ended, by slot
-    results: LoggedResults = field(default_factory=LoggedResults)
-    removed: int = 0  # results that the event log has and the store does not
-    last_run: Counter[str] = field(default_factory=Counter)  # ends of trials in it, by state
-    failures: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # last event, by slot
-    prepared: Counter[str] = field(default_factory=Counter)  # artifacts, by stage
-    images: Counter[str] = field(default_factory=Counter)  # drawn, redrawn, holes
-    hole_files: list[str] = field(default_factory=list)  # ready images that are holes
-    failed_artifacts: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # events, by key
-    pending_artifacts: dict[str, int] = field(default_factory=dict)  # units left to make, by key
-    waiting_cells: tuple[str, ...] = ()  # cells that need a pending artifact
-    retried: Counter[str] = field(default_factory=Counter)  # by failure class, in the last run
-    exit_code: int | None = None  # of the last run; None: it runs, or was killed
-
-    def counts(self, alive: bool) -> dict[str, int]:
-        """Number of trials by state.
-
-        Args:
-            alive: whether a driver is running; if not, running trials count as waiting.
-        """
-        counts = Counter(self.last.values())
-        running = counts["running"] if alive else 0
-        ended = {name: counts[name] for name in ENDED}
-        return {
-            **ended,
-            "running": running,
-            "waiting": max(0, self.total - sum(ended.values()) - running),
-        }
-
-
-def plan_status(plan: Plan, location: SweepLocation, alive: bool = False) -> SweepStatus:
-    """The status of a plan's trials, see `match_plan`."""
-    status = sweep_status(location.event_log())
-    match_plan(status, plan, location.store, alive)
-    return status
-
-
-def match_plan(status: SweepStatus, plan: Plan, store: ArtifactStore, alive: bool = False) -> None:
-    """Make the status that of a plan's trials.
-
-    The event log also has trials of earlier versions of the sweep file, some in the slots of other
-    trials; they are left out. Unless a driver is `alive`, results are added that the store has and
-    the event log does not: those of a killed run, and those of other sweeps. The next run logs them
-    in the same states.
-    """
-    planned = {slot.id: slot.key.digest for slot in plan.slots}
-    status.results.assign(planned)
-    for name, state in [*status.last.items()]:
-        other_trial = state in ENDED and status.keys[name] != planned.get(name)
-        if name not in planned or other_trial:
-            del status.last[name]
-            status.failures.pop(name, None)
-        elif state in RESULT_STATES:
-            status.last[name] = status.results.state(name, planned[name])
-    status.total = plan.total
-    for slot in () if alive else plan.slots:
-        ended, has_result = status.last.get(slot.id), store.has(slot.spec)
-        if ended in RESULT_STATES and not has_result:
-            status.removed += 1
-            del status.last[slot.id]
-        elif has_result and ended not in ENDED:
-            status.last[slot.id] = status.results.state(slot.id, slot.key.digest)
-            status.failures.pop(slot.id, None)
-
-
-IMAGE_COUNTS = ("drawn", "redrawn", "holes")
 
 
 def holes_text(images: Mapping[str, int], files: Sequence[str]) -> str:
@@ -353,45 +241,3 @@ def holes_text(images: Mapping[str, int], files: Sequence[str]) -> str:
     total = images["drawn"] + holes
     text = f"{holes:,} of {total:,} synthetic images given up, blank or unreadable{named}"
     return text if holes else ""
-
-
-def sweep_status(event_log: EventLog) -> SweepStatus:
-    """Read the status of a sweep from its event log."""
-    status = SweepStatus()
-    for event in event_log.events():
-        result = status.results.read(event)
-        match event["event"]:
-            case "sweep_started":
-                status.total, status.exit_code = event["total"], None
-                status.last_run = Counter()
-                status.retried, status.failed_artifacts = Counter(), {}
-                status.pending_artifacts, status.waiting_cells = {}, ()
-            case "cells_waiting":
-                status.pending_artifacts = dict(event["artifacts"])
-                status.waiting_cells = tuple(event["cells"])
-            case "cells_ready":
-                status.pending_artifacts, status.waiting_cells = {}, ()
-            case "artifact_failed":
-                status.failed_artifacts[event["key"]] = event
-            case "artifact_retried" | "trial_retried":
-                status.retried[event["failure_class"]] += 1
-            case "trials_started":
-                status.last |= dict.fromkeys(event["slots"], "running")
-            case "trial_done" | "trial_reused" | "trial_failed" as name:
-                status.last[event["slot"]] = result or name.removeprefix("trial_")
-                status.last_run[status.last[event["slot"]]] += 1
-                status.keys[event["slot"]] = event["key"]
-                status.failures.pop(event["slot"], None)
-                if name == "trial_failed":
-                    status.failures[event["slot"]] = event
-            case "artifact_prepared":
-                status.prepared[event["stage"]] += 1
-                if event["stage"] == "images":
-                    counts = event.get("facts", {})
-                    status.images.update({name: counts.get(name, 0) for name in IMAGE_COUNTS})
-                    status.hole_files += event.get("hole_files", [])
-                if event["key"] in status.pending_artifacts:
-                    status.pending_artifacts[event["key"]] -= 1
-            case "sweep_ended":
-                status.exit_code = event["exit_code"]
-    return status

@@ -17,7 +17,6 @@ This module works on predictions and metrics in memory. It reads no files.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,7 +26,6 @@ from typing import Any
 import numpy as np
 
 from air_core.methods import METHODS
-from air_core.specs.flat import trial_keys
 from orchestrator.formatting import format_percent, format_value
 from orchestrator.reporting._ranking import Ranking, ranking
 from orchestrator.reporting._statistics import (
@@ -38,7 +36,6 @@ from orchestrator.reporting._statistics import (
     mean_interval,
     mean_score,
 )
-from orchestrator.spec.cells import computation_of
 
 BOUND = " (bound)"  # after the method of a bound
 MODALITY = "modality"  # a part of the task whose values are compared like those of settings
@@ -60,7 +57,7 @@ class FinishedTrial:
     flat: dict[str, Any]  # every setting by its dotted name
     settings: dict[str, Any]  # settings that the sweep varies, except `results.TABLE_COLUMNS`
     point: int
-    seed: int
+    seed: int | None  # None: it has no effect
     split_seed: int | str  # with the class seed, if runs differ in it
     objective: float | None  # of the point, mean over its runs; None without a search
     metrics: dict[str, float]  # "test/accuracy_fused", "pseudo/accuracy", ...
@@ -74,12 +71,6 @@ class FinishedTrial:
     first_point: str = "default setting"  # what point 0 of the search is
     key: str = ""
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict)  # a value per iteration
-
-    @functools.cached_property
-    def ignores_seed(self) -> bool:
-        """Whether trials that differ in the seed alone are the same computation."""
-        settings = {key: value for key, value in self.flat.items() if key in trial_keys()}
-        return computation_of(settings | {"seed": 0}) == computation_of(settings | {"seed": 1})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,8 +255,7 @@ def _distinct(point: Sequence[FinishedTrial]) -> dict[RunName, FinishedTrial]:
     """One trial per run, by split and seed; the seed is None where the method ignores it."""
     distinct: dict[RunName, FinishedTrial] = {}
     for trial in point:
-        seed = None if point[0].ignores_seed else trial.seed
-        distinct.setdefault((trial.split_seed, seed), trial)
+        distinct.setdefault((trial.split_seed, trial.seed), trial)
     return distinct
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
@@ -30,24 +29,19 @@ from orchestrator.planning import (
     Plan,
     changed_inputs,
     earlier_results,
-    plan_of,
-    results_text,
     unschedulable_reason,
     unused_gpus_reason,
 )
-from orchestrator.planning.plan import RESULT_STATES, STAGE_TITLES
-from orchestrator.planning.recorded import read_sweep
+from orchestrator.planning.history import RESULT_STATES, History, results_text
+from orchestrator.planning.ledger import read_ledger
+from orchestrator.planning.plan import STAGE_TITLES
 from orchestrator.planning.requests import results_command, run_command
-from orchestrator.planning.resolve import resolver_of, with_model_defaults
 from orchestrator.reporting.results import (
-    SweepStatus,
     holes_text,
-    match_plan,
     results_of,
-    sweep_status,
 )
 from orchestrator.reporting.summary import data_text, next_fact, run_facts, summary, sweep_title
-from orchestrator.spec import Cell, SweepSpec, cells_of, notes_of, presets
+from orchestrator.spec import Cell, notes_of, presets
 from orchestrator.spec.cells import computation_of
 from orchestrator.spec.space import default_params
 from orchestrator.stages import STAGES, FeaturesSpec
@@ -75,7 +69,7 @@ def plan_screen(
     trials = content["trials"]
     lines = [
         f"{plan.sweep.name}: {plural(len(plan.cells), 'cell')}, "
-        f"{plural(plan.points, 'point')}, "
+        f"{plural(sum(plan.points.values()), 'point')}, "
         f"{plural(trials['total'], 'trial')}: {results_text(trials)}, "
         f"{trials['to_run']} to run",
         *([data_text(plan)] if plan.slots else []),
@@ -169,50 +163,34 @@ def _unusual_settings(plan: Plan, cell: Cell) -> Iterator[tuple[str, ...]]:
 
 def status_report(location: SweepLocation) -> dict[str, Any]:
     """The status of a sweep for `status --json`. New versions may add keys but never remove any."""
-    status = sweep_status(location.event_log())
-    alive = location.event_log().is_locked()
-    unused: dict[str, UnusedImages] = {}
-    options = ""
-    with suppress(ValueError, OSError):  # the sweep's file or records cannot be read
-        sweep, recorded = read_sweep(location, location.data_root)
-        options = sweep.options
-        match_plan(status, plan_of(sweep, recorded), location.store, alive)
-        unused = _unused(sweep, recorded)
+    ledger = read_ledger(location)
+    history, images = ledger.history, ledger.history.images
+    unused = unused_by_dataset(ledger.features, location.store)
     return {
         "sweep": location.full_name,
-        "options": options,
-        "running": alive,
-        "exit_code": status.exit_code,
-        "trials": status.counts(alive),
-        "prepared": dict(status.prepared),
+        "options": ledger.about.options,
+        "running": ledger.alive,
+        "exit_code": history.exit_code,
+        "trials": ledger.counts,
+        "prepared": dict(history.prepared),
         "unused": {name: asdict(images) for name, images in unused.items()},
-        "holes": {**status.images, "files": status.hole_files} if status.images["holes"] else None,
-        "waiting": _waiting(status, location) if alive else None,
-        "removed": status.removed,
-        "retried": dict(status.retried),
+        "holes": {**images, "files": history.hole_files} if images["holes"] else None,
+        "waiting": _waiting(history, location) if ledger.alive else None,
+        "removed": ledger.removed,
+        "retried": dict(history.retried),
         "failures": [
             {"slot": slot, "class": event["failure_class"], "message": event["message"]}
-            for slot, event in status.failures.items()
+            for slot, event in ledger.failures.items()
         ],
         "unmade": [
             {"artifact": key, "class": event["failure_class"], "message": event["message"]}
-            for key, event in status.failed_artifacts.items()
+            for key, event in history.failed_artifacts.items()
         ],
-        "last_run": _last_run(location, status),
+        "last_run": _last_run(location, history),
     }
 
 
-def _unused(sweep: SweepSpec, location: SweepLocation) -> dict[str, UnusedImages]:
-    """Unused images by dataset."""
-    resolver = resolver_of(location, sweep.folders)
-    sweep = with_model_defaults(sweep, resolver)
-    seeds = sweep.seeds.assignments()[0]
-    cells = cells_of(sweep)
-    trials = [resolver.trial({**cell.flat, **default_params(cell), **seeds}) for cell in cells]
-    return unused_by_dataset(trials, location.store)
-
-
-def _last_run(location: SweepLocation, status: SweepStatus) -> dict[str, Any] | None:
+def _last_run(location: SweepLocation, history: History) -> dict[str, Any] | None:
     """Work, time and memory of the last run, from its outcome; None: it has none."""
     outcome = read_outcome(location)
     run = outcome.get("run")
@@ -221,7 +199,7 @@ def _last_run(location: SweepLocation, status: SweepStatus) -> dict[str, Any] | 
     overheads = run.get("overheads")
     return {
         "seconds": outcome["seconds"],
-        "trials": status.last_run["done"],
+        "trials": history.computed,
         "phases": run.get("walls", {}),  # seconds
         "overhead": fmean(overheads) if overheads else None,  # seconds of a point
         "memory": run.get("memory", 0),  # bytes; 0: unknown
@@ -231,9 +209,9 @@ def _last_run(location: SweepLocation, status: SweepStatus) -> dict[str, Any] | 
     }
 
 
-def _waiting(status: SweepStatus, location: SweepLocation) -> dict[str, Any] | None:
+def _waiting(history: History, location: SweepLocation) -> dict[str, Any] | None:
     """The cells that wait for artifacts, those artifacts, and the other sweeps that make some."""
-    pending = {key: count for key, count in status.pending_artifacts.items() if count > 0}
+    pending = {key: count for key, count in history.pending_artifacts.items() if count > 0}
     if not pending:
         return None
     holders = {key: location.store.locks.holder(key.rpartition("-")[2]) for key in pending}
@@ -241,7 +219,7 @@ def _waiting(status: SweepStatus, location: SweepLocation) -> dict[str, Any] | N
     others = {
         key: holder for key, holder in holders.items() if holder and not holder.startswith(own)
     }
-    return {"cells": list(status.waiting_cells), "for": pending, "others": others}
+    return {"cells": list(history.waiting_cells), "for": pending, "others": others}
 
 
 def status_screen(content: dict[str, Any]) -> str:
@@ -321,12 +299,11 @@ def _last_run_lines(run: Mapping[str, Any]) -> Iterator[str]:
 WIDEST, NARROWEST = 100, 60  # columns
 
 
-def summary_screen(sweep: SweepSpec, location: SweepLocation) -> str:
+def summary_screen(location: SweepLocation) -> str:
     """The closing screen of `airsweep run`: results and facts about the run."""
-    location = replace(location, recorded=True)
-    plan = plan_of(sweep, location)
-    results = results_of(plan, location.store)
+    ledger = read_ledger(location)
+    results = results_of(ledger, location.store)
     commands = {name: results_command(name, location) for name in ("table", "report")}
     width = min(WIDEST, max(NARROWEST, shutil.get_terminal_size((WIDEST, 24)).columns))
-    facts = [*run_facts(plan, location), next_fact(plan, location, results, width)]
-    return summary(sweep_title(plan), results, facts, width=width, **commands)
+    facts = [*run_facts(ledger, location), next_fact(ledger, location, results, width)]
+    return summary(sweep_title(ledger), results, facts, width=width, **commands)

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.formatting import format_percent, plural, show
-from orchestrator.planning import plan_of
+from orchestrator.keys import from_plain
+from orchestrator.planning.ledger import read_ledger
 from orchestrator.planning.requests import run_command
 from orchestrator.reporting.candidates import MEASURES, SCORES, TEST, best_candidate
 from orchestrator.reporting.notes import at_chance_notes
 from orchestrator.reporting.results import TABLE_COLUMNS, TASK_KEYS, results_of
 from orchestrator.reporting.rows import Row, is_bound, tasks_of
-from orchestrator.spec import Cell, SweepSpec
+from orchestrator.spec import Cell
 from orchestrator.spec.sweep_file import only_values
 from orchestrator.stages import TrialSpec
 from orchestrator.store import SweepLocation, TrialRecord, read_trial
@@ -42,7 +43,6 @@ class SelectedTrial:
 
 
 def best_trial(
-    sweep: SweepSpec,
     location: SweepLocation,
     only: Sequence[str] = (),
     by: str | None = None,
@@ -61,23 +61,23 @@ def best_trial(
         ValueError: no trial is finished, the rows belong to several tasks, or a candidate lacks the
             measure.
     """
-    plan = plan_of(sweep, location)
-    results = results_of(plan, location.store)
-    cells = _cells(plan.cells, only_values(sweep, only))
+    ledger = read_ledger(location)
+    results, grid = results_of(ledger, location.store), ledger.about.grid
+    cells = _cells(ledger.cells, only_values(grid, only))
     rows = [row for row in results.rows if row.cell in cells and not is_bound(row.method)]
     if not rows:
         raise ValueError(_no_candidates(location, only, results.rows))
     tasks = tasks_of(rows)
     if len(tasks) > 1:
         listed = "; ".join("/".join(task) for task in tasks)
-        keys = [key for key in TASK_KEYS if key in sweep.grid] or ["method"]
+        keys = [key for key in TASK_KEYS if key in grid] or ["method"]
         raise ValueError(
-            f"{sweep.name} has a best classifier for each of {listed}, which cannot be compared; "
-            f"give --only KEY=VALUE with {', '.join(keys)}"
+            f"{location.name} has a best classifier for each of {listed}, which cannot be "
+            f"compared; give --only KEY=VALUE with {', '.join(keys)}"
         )
     found = best_candidate(rows, by, classifier)
     row, name = found.row, found.classifier
-    slot = next(slot for slot in plan.slots if slot.key.digest == found.trial.key)
+    slot = next(slot for slot in ledger.slots if slot.key.digest == found.trial.key)
     caveat = CAVEAT if found.by == TEST and found.candidates > 1 else None
     which = MEASURES[found.by] if found.score is not None else "the highest in mutual information"
     own = found.trial.metrics.get(f"{SCORES[TEST]}_{name}") if found.test else None
@@ -90,12 +90,13 @@ def best_trial(
     ]
     if caveat:
         lines.append(f"note:     {caveat}")
-    if plan.to_run:
-        left = plural(plan.to_run, "trial")
+    if ledger.to_run:
+        left = plural(ledger.to_run, "trial")
         lines.append(f"note:     the sweep has {left} left to run, which may change the selection")
+    record = read_trial(slot.key, location.store)
     return SelectedTrial(
-        slot.spec,
-        read_trial(slot.spec, location.store),
+        trial_spec(record),
+        record,
         location.full_name,
         slot.id,
         {
@@ -109,12 +110,28 @@ def best_trial(
             "candidates": found.candidates,
             "by": found.by,
             "score": found.score,
-            "trials_left": plan.to_run,
+            "trials_left": ledger.to_run,
             "note": caveat,
         },
         name,
         lines,
     )
+
+
+def trial_spec(record: TrialRecord) -> TrialSpec:
+    """The spec of a trial from its record.
+
+    Raises:
+        ValueError: the settings of this version of the code are others.
+    """
+    try:
+        spec: TrialSpec = from_plain(TrialSpec, record.spec)
+        return spec
+    except TypeError:
+        raise ValueError(
+            f"{record.path.name} was computed by another version of the code, with which its "
+            f"prompt may not be compatible; check out commit {record.provenance.get('commit')}"
+        ) from None
 
 
 def report_line(line: str) -> None:

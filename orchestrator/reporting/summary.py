@@ -13,7 +13,8 @@ from air_core.bundle.content import MODALITIES
 from air_core.datasets.image_folder import PREFIX
 from orchestrator.environment import in_ray_job
 from orchestrator.formatting import aligned, aligned_table, format_duration, format_value
-from orchestrator.planning import Plan, results_text
+from orchestrator.planning.history import results_text
+from orchestrator.planning.ledger import Ledger
 from orchestrator.planning.requests import (
     last_origin,
     results_command,
@@ -34,9 +35,7 @@ from orchestrator.reporting.notes import (
 )
 from orchestrator.reporting.results import (
     TASK_KEYS,
-    SweepStatus,
     holes_text,
-    plan_status,
 )
 from orchestrator.reporting.rows import is_bound, metric_text
 from orchestrator.reporting.tables import SPARE, column_notes, table_lines
@@ -149,75 +148,77 @@ def _wrap(text: str, width: int, lead: str = "") -> list[str]:
 # ---------------------------------------------------------------- facts
 
 
-def sweep_title(plan: Plan) -> str:
+def sweep_title(ledger: Ledger) -> str:
     """The name of a sweep and a description of its data."""
-    return f"airsweep {plan.sweep.name}   {data_text(plan)}"
+    return f"airsweep {ledger.about.name}   {data_text(ledger)}"
 
 
-def data_text(plan: Plan) -> str:
+def data_text(ledger: Ledger) -> str:
     """The datasets of a sweep, and whether their labels are used."""
-    datasets = {slot.spec.dataset for slot in plan.slots}
-    texts = sorted(f"{dataset_description(of.name)}{images_text(of)}" for of in datasets)
+    flats = [slot.cell.flat for slot in ledger.slots]
+    refs = {ledger.data[flat["dataset"]].ref for flat in flats}
+    texts = sorted(f"{dataset_description(ref.name)}{images_text(ref)}" for ref in refs)
     description = ", ".join(texts)
-    if all(slot.spec.paradigm == "ul" for slot in plan.slots):
+    if all(flat["paradigm"] == "ul" for flat in flats):
         description += ", trained without labels (ul)"
-    tested = {slot.spec.test_dataset and slot.spec.test_dataset.name for slot in plan.slots}
+    tested = {flat.get("test_dataset") for flat in flats}
     if len(tested) == 1 and (name := tested.pop()):  # of several, the table has a column
-        description += f", tested on {dataset_description(name)}"
+        description += f", tested on {dataset_description(ledger.data[name].ref.name)}"
     return description
 
 
-def run_facts(plan: Plan, location: SweepLocation) -> list[tuple[str, str]]:
+def run_facts(ledger: Ledger, location: SweepLocation) -> list[tuple[str, str]]:
     """Counts of trials and images, and the time of the last run, as (label, text)."""
-    status = plan_status(plan, location)
-    counts = status.counts(alive=False)
     seconds = read_outcome(location).get("seconds")
     time = "" if seconds is None else f"; the last run took {format_duration(seconds)}"
-    left = f", {plan.to_run} left to run" if plan.to_run else ""
-    trials = f"{plan.total}: {results_text(counts)}, {counts['failed']} failed{left}"
+    left = f", {ledger.to_run} left to run" if ledger.to_run else ""
+    counts = ledger.counts
+    trials = f"{ledger.total}: {results_text(counts)}, {counts['failed']} failed{left}"
     return [
-        ("options", plan.sweep.options),
-        ("not used", "\n".join(unused_lines(plan, location, status))),
+        ("options", ledger.about.options),
+        ("not used", "\n".join(unused_lines(ledger, location))),
         ("trials", f"{trials}{time}"),
-        ("failed", "\n".join(failed_lines(plan, location))),
+        ("failed", "\n".join(failed_lines(ledger))),
     ]
 
 
-def failed_lines(plan: Plan, location: SweepLocation) -> list[str]:
+def failed_lines(ledger: Ledger) -> list[str]:
     """The first reasons of failed trials, each with their cells."""
     cells: dict[str, dict[str, None]] = {}
-    for slot, event in plan_status(plan, location).failures.items():
+    for slot, event in ledger.failures.items():
         cells.setdefault(event["message"], {})[slot.split("/")[0]] = None
     return [f"{', '.join(of)}: {message}" for message, of in cells.items()][:MAX_ANSWERS]
 
 
-def unused_lines(plan: Plan, location: SweepLocation, status: SweepStatus) -> list[str]:
+def unused_lines(ledger: Ledger, location: SweepLocation) -> list[str]:
     """Real and synthetic images that no trial reads: a line for each dataset, one for holes."""
-    unused = unused_by_dataset((slot.spec for slot in plan.slots), location.store)
+    unused, history = unused_by_dataset(ledger.features, location.store), ledger.history
     lines = [f"{name}: {images}" for name, images in unused.items()]
-    return [*lines, *filter(None, [holes_text(status.images, status.hole_files)])]
+    return [*lines, *filter(None, [holes_text(history.images, history.hole_files)])]
 
 
-def next_fact(plan: Plan, location: SweepLocation, results: Results, width: int) -> tuple[str, str]:
+def next_fact(
+    ledger: Ledger, location: SweepLocation, results: Results, width: int
+) -> tuple[str, str]:
     """Commands to run next, each with its purpose: beside it, or below it if a line is too long."""
-    steps = _steps(plan, location, results)
+    steps = _steps(ledger, location, results)
     lines = aligned(steps)
     if max(map(len, lines)) > width - len(" caution   "):
         lines = [line for command, purpose in steps for line in (command, f"   {purpose}")]
     return NEXT, "\n".join(lines)
 
 
-def _steps(plan: Plan, location: SweepLocation, results: Results) -> list[tuple[str, str]]:
+def _steps(ledger: Ledger, location: SweepLocation, results: Results) -> list[tuple[str, str]]:
     if last_origin(location).get("smoke"):
         again = run_command(location)
         whole = shlex.join(w for w in shlex.split(again) if w != "--smoke")
         table = (results_command("table", location), "the table of this smoke run")
-        step = (again, "the rest of the smoke run") if plan.to_run else (whole, "the whole sweep")
-        if failed_lines(plan, location):  # the same run would fail again
+        step = (again, "the rest of the smoke run") if ledger.to_run else (whole, "the whole sweep")
+        if failed_lines(ledger):  # the same run would fail again
             step = (results_command("status", location), "the failures, and what to do")
         return [step, table] if results.rows else [step]
     steps = []
-    if plan.to_run:
+    if ledger.to_run:
         again = "submit it again" if in_ray_job() else run_command(location)
         steps.append((again, "the rest of the sweep"))
     if not results.rows:
@@ -231,13 +232,13 @@ def _steps(plan: Plan, location: SweepLocation, results: Results) -> list[tuple[
     bests = results.best_classifiers.values()
     if best := next((b for b in bests if b.row.modality in MODALITIES), None):
         words, several = list[str](), len(results.tasks) > 1
-        chosen = next(cell.chosen for cell in plan.cells if cell.id == best.row.cell)
+        chosen = next(cell.chosen for cell in ledger.cells if cell.id == best.row.cell)
         for key in filter(chosen.__contains__, TASK_KEYS if several else ()):
-            if len(plan.sweep.grid[key]) > 1:
+            if len(ledger.about.grid[key]) > 1:
                 words += ["--only", f"{key}={format_value(chosen[key])}"]
         command = results_command("export best --sweep", location, *words, "-o", "bundle")
         steps.append((command, f"{'a' if several else 'the'} classifier marked *"))
-    if not any(slot.spec.dataset.name.startswith(PREFIX) for slot in plan.slots):
+    if not any(data.ref.name.startswith(PREFIX) for data in ledger.data.values()):
         steps.append(("airsweep init mine --images DIR", "a sweep of your own images"))
     steps.append((store_command("ui", location), "all runs, on http://127.0.0.1:5000"))
     return steps

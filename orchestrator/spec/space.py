@@ -46,7 +46,8 @@ def default_params(cell: Cell) -> dict[str, Any]:
     """
     params: dict[str, Any] = {}
     for dimension in cell.space:
-        value = cell.flat.get(dimension.key, trial_keys()[dimension.key].default)
+        key, flat = dimension.key, cell.flat  # a plugin that is not in use may have declared it
+        value = flat[key] if key in flat else trial_keys()[key].default
         nearest = _nearest(value, dimension)
         if not nearest:
             return {}

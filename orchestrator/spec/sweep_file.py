@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from air_core.methods import EMBEDDED, METHODS
 from orchestrator.files import ROOT, SHIPPED
 from orchestrator.plugins import Plugin, components_of, read_plugin, use_plugins
 from orchestrator.redact import find_password
-from orchestrator.spec._trial_values import TEXTS, trial_names, typed_value, value_schema
+from orchestrator.spec._trial_values import TEXTS, trial_names
 from orchestrator.spec.cells import combinations
 from orchestrator.spec.checks import conflicting_keys, contradictions
 from orchestrator.spec.marked_yaml import (
@@ -61,13 +61,7 @@ def sweep_schema() -> Schema:
     return {**head, **_file_schema(), "title": "airsweep sweep file", "anyOf": with_method}
 
 
-def load_sweep(
-    path: Path,
-    *,
-    sets: Sequence[str] = (),
-    only: Sequence[str] = (),
-    plugins: Sequence[Plugin] | None = None,
-) -> SweepSpec:
+def load_sweep(path: Path, *, sets: Sequence[str] = (), only: Sequence[str] = ()) -> SweepSpec:
     """Read and check a sweep file. Runs the code of its plugins.
 
     Args:
@@ -75,19 +69,15 @@ def load_sweep(
         sets: options of the form `key=value`. A trial key is set under `fixed`; a path such as
             `search.points` replaces that part of the file.
         only: options of the form `key=value[,value]`: the values of this grid key to keep.
-        plugins: those that a run recorded, in place of the files.
 
     Raises:
         SpecError: the errors in the file and in `sets`, or the first error in `only`.
     """
-    return sweep_from_document(read(path), sets, only, plugins)
+    return sweep_from_document(read(path), sets, only)
 
 
 def sweep_from_document(
-    document: Document,
-    sets: Sequence[str] = (),
-    only: Sequence[str] = (),
-    plugins: Sequence[Plugin] | None = None,
+    document: Document, sets: Sequence[str] = (), only: Sequence[str] = ()
 ) -> SweepSpec:
     """Check a file that is already parsed; see `load_sweep`."""
     if document.value is None:
@@ -95,8 +85,7 @@ def sweep_from_document(
             f"{document.source}:1:1: the file is empty; a sweep file starts with `version: 1`"
         )
     _refuse_passwords(document, sets)
-    if plugins is None:
-        plugins = _plugins_of(document)
+    plugins = _plugins_of(document)
     use_plugins(plugins)
     relative = frozenset(_relative_names(document.value))
     conflicts: list[SpecError] = []
@@ -242,8 +231,8 @@ def _relative_names(value: Any, key: str = "") -> Iterator[str]:
             yield from _relative_names(item, name)
 
 
-def only_values(spec: SweepSpec, only: Sequence[str]) -> dict[str, list[Any]]:
-    """The grid values that `key=value[,value]` options select, by key.
+def only_values(grid: Mapping[str, Sequence[Any]], only: Sequence[str]) -> dict[str, list[Any]]:
+    """The values of a grid that `key=value[,value]` options select, by key.
 
     Raises:
         SpecError: an option names a key or a value that is not in the grid.
@@ -252,16 +241,15 @@ def only_values(spec: SweepSpec, only: Sequence[str]) -> dict[str, list[Any]]:
     for option in only:
         source = f"--only {option}"
         key, _, text = option.partition("=")
-        if key not in spec.grid:
+        if key not in grid:
             raise SpecError(
-                f"{source}: {key!r} is not a key of the grid; {allowed_choices(key, spec.grid)}"
-                f"{_only_hint(spec, key, text)}"
+                f"{source}: {key!r} is not a key of the grid; {allowed_choices(key, grid)}"
+                f"{_only_hint(grid, key, text)}"
             )
         for item in parse(f"[{text}]", source).value:
-            check(Document(source=source, value=item), value_schema(key))
-            value = typed_value(key, item)
-            if value not in spec.grid[key]:
-                allowed = allowed_choices(value, spec.grid[key])
+            value = tuple(item) if isinstance(item, list) else item
+            if value not in grid[key]:
+                allowed = allowed_choices(value, grid[key])
                 raise SpecError(f"{source}: {short_value(value)} is not in grid.{key}; {allowed}")
             selected.setdefault(key, []).append(value)
         if not selected.get(key):
@@ -271,9 +259,9 @@ def only_values(spec: SweepSpec, only: Sequence[str]) -> dict[str, list[Any]]:
     return selected
 
 
-def _only_hint(spec: SweepSpec, key: str, text: str) -> str:
+def _only_hint(grid: Mapping[str, Sequence[Any]], key: str, text: str) -> str:
     """The end of the message for a key that is not in the grid."""
-    of_value = [name for name, values in spec.grid.items() if key in map(str, values)]
+    of_value = [name for name, values in grid.items() if key in map(str, values)]
     if of_value and not text:
         return f"; did you mean --only {of_value[0]}={key}?"
     if text and key in (*trial_names(), *_file_schema()["properties"]):
@@ -282,7 +270,7 @@ def _only_hint(spec: SweepSpec, key: str, text: str) -> str:
 
 
 def _select(spec: SweepSpec, only: Sequence[str]) -> SweepSpec:
-    selected = only_values(spec, only)
+    selected = only_values(spec.grid, only)
     grid = {
         key: tuple(value for value in values if value in selected.get(key, values))
         for key, values in spec.grid.items()

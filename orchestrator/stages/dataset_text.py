@@ -18,6 +18,7 @@ from air_core.datasets.images import ImageFiles
 from air_core.printable import printable
 from air_core.specs import Ref
 from orchestrator.errors import MissingArtifact
+from orchestrator.keys import Keyed
 from orchestrator.store import ArtifactStore
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def names_text(names: Sequence[str]) -> str:
     return ", ".join([*map(printable, names[:SHOWN]), *(["..."] if len(names) > SHOWN else [])])
 
 
-def unused_images(features: FeaturesSpec, store: ArtifactStore) -> UnusedImages:
+def unused_images(features: Keyed, store: ArtifactStore) -> UnusedImages:
     """Read the unused images from the record of the features; none if it is missing."""
     info: Mapping[str, Any] = {}
     with suppress(MissingArtifact):
@@ -98,13 +99,11 @@ def unused_images(features: FeaturesSpec, store: ArtifactStore) -> UnusedImages:
     )
 
 
-def unused_by_dataset(trials: Iterable[TrialSpec], store: ArtifactStore) -> dict[str, UnusedImages]:
-    """The datasets of trials that have unused images."""
-    read = [spec for trial in trials for spec in (trial.features, trial.test_features)]
-    found = {
-        dataset_description(spec.dataset.name): unused_images(spec, store)
-        for spec in dict.fromkeys(filter(None, read))
-    }
+def unused_by_dataset(
+    features: Iterable[tuple[str, Keyed]], store: ArtifactStore
+) -> dict[str, UnusedImages]:
+    """The datasets, given by name with their features, that have unused images."""
+    found = {dataset_description(name): unused_images(key, store) for name, key in features}
     return {name: unused for name, unused in found.items() if unused}
 
 

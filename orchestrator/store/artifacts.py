@@ -30,10 +30,9 @@ from pathlib import Path
 from typing import Any
 
 from air_core.seal import sealed_json
-from air_core.specs import Ref
 from orchestrator.errors import DamagedArtifact, MissingArtifact
 from orchestrator.files import file_digest, make_folders, permission_message, sync
-from orchestrator.keys import ArtifactKey, StageSpec, artifact_key
+from orchestrator.keys import ArtifactKey, Keyed, StageSpec, artifact_key
 from orchestrator.store import code_version
 from orchestrator.store._locks import Locks
 from orchestrator.store.buckets import is_bucket, run_concurrently, store_folder
@@ -158,19 +157,19 @@ class ArtifactStore:
             return next(iter(others), path)
         return path
 
-    def _folder(self, spec: StageSpec) -> Path:
+    def _folder(self, spec: Keyed) -> Path:
         return self.path(artifact_key(spec))
 
-    def survey(self, specs: Iterable[StageSpec]) -> None:
+    def survey(self, specs: Iterable[Keyed]) -> None:
         """Prepare many `has` calls: list a bucket in few requests."""
         if isinstance(self.storage, Bucket):
             for stage in dict.fromkeys(self._folder(spec).parent for spec in specs):
                 self.storage.survey(stage)
 
-    def has(self, spec: StageSpec) -> bool:
+    def has(self, spec: Keyed) -> bool:
         return self.storage.has(self._folder(spec) / RECORD)
 
-    def record(self, spec: StageSpec) -> dict[str, Any]:
+    def record(self, spec: Keyed) -> dict[str, Any]:
         """The record of an artifact, without checking its other files. Raises as `get`."""
         key = artifact_key(spec)
         return self._record(key, self.path(key))
@@ -183,7 +182,7 @@ class ArtifactStore:
                 f"{key} is not in {self.name}; run `airsweep run SPEC --prepare` first"
             ) from None
 
-    def get(self, spec: StageSpec) -> Artifact:
+    def get(self, spec: Keyed) -> Artifact:
         """A complete artifact whose files were verified against its record (see `verification`).
 
         Raises:
@@ -208,14 +207,14 @@ class ArtifactStore:
         run_concurrently(lambda name: self.storage.local(path / name, files[name]), missing)
         return all((path / name).exists() for name in missing)
 
-    def fetch(self, specs: Iterable[StageSpec]) -> None:
+    def fetch(self, specs: Iterable[Keyed]) -> None:
         """Prepare many `get` calls: download existing artifacts from a bucket concurrently.
 
         Raises:
             MissingArtifact: a file in the bucket is damaged.
         """
 
-        def get(spec: StageSpec) -> None:
+        def get(spec: Keyed) -> None:
             if self.has(spec):
                 self.get(spec)
 
@@ -319,7 +318,7 @@ class ArtifactStore:
             record = {
                 "key": str(key),
                 "digest": key.digest,
-                "spec": _recorded(spec),
+                "spec": asdict(spec),
                 "info": work.info,
                 "started": started,
                 "seconds": round((time.monotonic() - clock) * share + work.earlier_seconds, 3),
@@ -355,7 +354,7 @@ class ArtifactStore:
         if not self.storage.local(file).exists():
             record = {
                 "digest": row.key.digest,
-                "spec": _recorded(spec),
+                "spec": asdict(spec),
                 "started": time.time(),
                 **provenance(),
                 "code": code_version.stage_version(type(spec)),
@@ -393,17 +392,6 @@ def store_of_smoke(name: str) -> str:
     """
     address, mark, query = name.partition("?")
     return address.removesuffix("smoke")[:-1] + mark + query
-
-
-def _recorded(spec: StageSpec) -> dict[str, Any]:
-    """A spec as plain data; of an input its name and digest only."""
-
-    def fields(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(items)
-        is_input = values.keys() == Ref.__dataclass_fields__.keys()
-        return {"name": values["name"], "digest": values["digest"]} if is_input else values
-
-    return asdict(spec, dict_factory=fields)
 
 
 def user_name() -> str:

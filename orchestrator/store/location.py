@@ -14,18 +14,12 @@ from orchestrator.store.verification import read_cache, read_sealed
 
 @dataclass(frozen=True)
 class SweepLocation:
-    """Store and folder of a sweep, and the root of its datasets.
-
-    Args:
-        recorded: use the digests and class names that the last run recorded, so that no images or
-            weights are needed to read its results.
-    """
+    """Store and folder of a sweep, and the root of its datasets."""
 
     store: ArtifactStore
     project: str
     name: str
     data_root: Path | None
-    recorded: bool = False
 
     def __post_init__(self) -> None:
         for name in (self.project, self.name):

@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from air_core.bundle.checks import CLASSIFIERS
-from orchestrator.keys import StageSpec
+from orchestrator.keys import Keyed
 from orchestrator.store.artifacts import ArtifactStore
 
 PREDICTIONS, PROMPT = "predictions.safetensors", "prompt.safetensors"
@@ -33,6 +33,7 @@ class TrialRecord:
     started: float  # seconds since the epoch
     seconds: float
     path: Path
+    spec: Mapping[str, Any]  # plain data of the normalised spec
     provenance: Mapping[str, Any] = field(default_factory=dict)  # PROVENANCE fields and `device`
     startup: float | None = None  # seconds that do not depend on the number of steps; None: unknown
 
@@ -95,7 +96,7 @@ class TrialRecord:
         return arrays["prompt"]
 
 
-def read_trial(spec: StageSpec, store: ArtifactStore) -> TrialRecord:
+def read_trial(spec: Keyed, store: ArtifactStore) -> TrialRecord:
     """Read the record of a complete trial. Imports no torch.
 
     Raises:
@@ -112,6 +113,7 @@ def read_trial(spec: StageSpec, store: ArtifactStore) -> TrialRecord:
         started=artifact.record["started"],
         seconds=artifact.record["seconds"],
         path=artifact.path,
+        spec=artifact.record["spec"],
         provenance={
             **{name: artifact.record[name] for name in PROVENANCE if name in artifact.record},
             "device": info.get("device", ""),

@@ -18,35 +18,30 @@ from typing import Any, Literal
 from air_core.datasets import DATASETS
 from air_core.datasets.image_folder import PREFIX
 from air_core.specs import Ref
-from air_core.specs.flat import to_flat
+from air_core.specs.flat import REFS
 from orchestrator.formatting import format_value
 from orchestrator.git import UNKNOWN
 from orchestrator.keys import digest
-from orchestrator.planning import Outcome, Slot, refs_of
-from orchestrator.planning.resolve import spec_json
+from orchestrator.planning.ledger import Ledger, Slot
+from orchestrator.planning.outcome import Outcome
 from orchestrator.reporting.comparisons import BEST, Results
-from orchestrator.reporting.results import all_settings, finished_trial, varied_settings
+from orchestrator.reporting.results import Finished, finished_trial, varied_settings
 from orchestrator.reporting.rows import is_bound, method_text
-from orchestrator.spec import SweepSpec
-from orchestrator.stages import TrialSpec
-from orchestrator.stages.dataset_text import tested_classes
-from orchestrator.store import ArtifactStore, TrialRecord
+from orchestrator.store import TrialRecord
 from orchestrator.tracking.types import ChildRun, DatasetUse, Numbers, SweepRun
 
 SPEC = "spec.json"
 MAX_NAME, MAX_PARAM = 250, 6000  # characters, in MLflow
 
-FinishedTrial = tuple[Slot, TrialRecord]
-
 
 class ChildRuns:
     """Builds the child runs of a sweep run."""
 
-    def __init__(self, sweep: SweepSpec, parent: SweepRun, store: ArtifactStore) -> None:
-        self.parent, self._store = parent, store
-        self._seeds = sweep.seeds.vary
-        self._planned = len(sweep.seeds.values)  # trials of a setting
-        self._varied = {*sweep.grid, *(axis.key for axis in sweep.space), *sweep.seeds.vary}
+    def __init__(self, ledger: Ledger, parent: SweepRun) -> None:
+        self.parent, self._ledger, about = parent, ledger, ledger.about
+        self._seeds = about.vary
+        self._planned = about.runs  # trials of a setting
+        self._varied = {*about.grid, *about.space, *about.vary}
         self._outcomes: dict[str, dict[str, Outcome]] = {}  # by setting and slot
 
     def trial(self, outcome: Outcome, at: float | None, driver: Mapping[str, Any]) -> ChildRun:
@@ -57,8 +52,7 @@ class ChildRuns:
             driver: user, commit and dirty of an outcome without a record.
         """
         slot, record = outcome.slot, outcome.record
-        spec = slot.spec
-        seed = slot.seeds.get("seed", slot.spec.seed)
+        seed = slot.settings["seed"]
         logged = int((at or 0.0) * 1000)
         started, ended = _times(record) if record else (logged, logged)
         numbers = Numbers(metrics=record.metrics, curves=record.curves) if record else Numbers()
@@ -66,22 +60,22 @@ class ChildRuns:
             kind="trial",
             id=slot.id,
             content=slot.key.digest,
-            name=_run_name(slot, {**self._settings(slot), **(slot.seeds or {"seed": seed})}),
+            name=self._run_name(slot, {**self._settings(slot), **(slot.seeds or {"seed": seed})}),
             status="FAILED" if outcome.state == "failed" else "FINISHED",
             tags={
-                **_tags(slot),
+                **self._tags(slot),
                 "air.state": outcome.state,
                 "air.failure_class": outcome.failure_class or "",
                 "air.seed": str(seed),
-                "air.split_seed": str(slot.spec.split_seed),
+                "air.split_seed": str(slot.settings["split_seed"]),
                 "air.trial_key": slot.key.digest,
                 "air.point": point_id(slot),
                 "air.message": outcome.message,
-                **self._lineage(spec, record.provenance if record else driver),
+                **self._lineage(slot, record, driver),
             },
             params=self._params(slot),
             numbers=lambda: numbers,
-            datasets=_datasets(slot.spec),
+            datasets=self._datasets(slot),
             started=started,
             ended=ended,
             files=self._files(outcome),
@@ -122,7 +116,7 @@ class ChildRuns:
             return None
         return self.setting(done)
 
-    def setting(self, done: Sequence[FinishedTrial], best: str = "") -> ChildRun:
+    def setting(self, done: Sequence[Finished], best: str = "") -> ChildRun:
         """The run of a setting.
 
         Args:
@@ -140,13 +134,11 @@ class ChildRuns:
             content=digest(
                 sorted([s.id, s.key.digest, record.started, record.seconds] for s, record in done)
             ),
-            name=_run_name(slot, self._settings(slot)),
+            name=self._run_name(slot, self._settings(slot)),
             tags={
-                **_tags(slot),
-                "air.seed": _join_values(
-                    trial.seeds.get("seed", trial.spec.seed) for trial, _ in done
-                ),
-                "air.split_seed": _join_values(trial.spec.split_seed for trial, _ in done),
+                **self._tags(slot),
+                "air.seed": _join_values(trial.settings["seed"] for trial, _ in done),
+                "air.split_seed": _join_values(trial.settings["split_seed"] for trial, _ in done),
                 "air.best_classifier": best and BEST + best,
                 "air.runs": f"{len(done)} of {self._planned}",
                 "air.user": ", ".join(sorted(users)),
@@ -154,7 +146,7 @@ class ChildRuns:
             params=params,
             numbers=lambda: _numbers(done),
             note=self._note(done),
-            datasets=_datasets(slot.spec),
+            datasets=self._datasets(slot),
             started=min(started for started, _ in times),
             ended=max(ended for _, ended in times),
         )
@@ -166,14 +158,14 @@ class ChildRuns:
 
     def _params(self, slot: Slot) -> dict[str, str]:
         """All settings that have a value, and those that the sweep varies."""
-        values = {**varied_settings(slot), **all_settings(slot), "method": slot.cell.method}
+        values = {**varied_settings(slot), **slot.settings, "method": slot.cell.method}
         return {
             key: str(value)[:MAX_PARAM]
             for key, value in values.items()
             if value is not None or key in self._varied
         }
 
-    def _note(self, done: Sequence[FinishedTrial]) -> str:
+    def _note(self, done: Sequence[Finished]) -> str:
         computed = len({slot.key.digest for slot, _ in done})
         text = f"Mean over {len(done)} of {self._planned} runs"
         if computed < len(done):
@@ -184,26 +176,67 @@ class ChildRuns:
         )
         return f"{text}. To find its trials, search for\n\n    {query}"
 
-    def _lineage(self, spec: TrialSpec, made: Mapping[str, Any]) -> dict[str, str]:
+    def _lineage(
+        self, slot: Slot, record: TrialRecord | None, driver: Mapping[str, Any]
+    ) -> dict[str, str]:
         """Tags with the inputs and the code that computed a trial."""
+        made, spec = (record.provenance, record.spec) if record else (driver, {})
         tags = {name: str(made.get(name, "")) for name in ("user", "commit", "dirty", "code")}
         if tags["user"] in ("", UNKNOWN):
             tags["user"] = self.parent.user
         tags |= {name: str(made.get(name, "")) for name in ("host", "device")}
         tags |= {name: json.dumps(made[name]) for name in ("versions", "files") if made.get(name)}
-        tags["seeds"] = json.dumps(
-            {key: value for key, value in to_flat(spec).items() if key.endswith("seed")}
-        )
-        digests = {f"{name}_digest": ref.digest for name, ref in refs_of(spec).items()}
-        return {f"air.{name}": value for name, value in {**tags, **digests}.items()}
+        seeds = {key: value for key, value in slot.settings.items() if key.endswith("seed")}
+        tags["seeds"] = json.dumps(seeds)
+        digests = {name: spec[name]["digest"] for name in REFS if spec.get(name)}
+        tags |= {f"{name}_digest": digest for name, digest in digests.items() if digest}
+        return {f"air.{name}": value for name, value in tags.items()}
 
     def _files(self, outcome: Outcome) -> dict[str, Callable[[], bytes]]:
-        """The resolved spec and, for a trial with test images, its confusion matrix."""
-        slot = outcome.slot
-        files = {SPEC: lambda: spec_json(slot.spec, slot.key.digest[:12]).encode()}
-        if outcome.record is not None and outcome.record.headline is not None:
-            files["confusion_matrix.png"] = lambda: _confusion(outcome, self._store)
+        """The spec of a trial and, if it has test images, its confusion matrix."""
+        record = outcome.record
+        if record is None:
+            return {}
+        spec = {"key": record.key[:12], **record.spec}
+        files = {SPEC: lambda: json.dumps(spec, indent=1, sort_keys=True).encode()}
+        if record.headline is not None:
+            classnames = self._ledger.tested(outcome.slot).classnames
+            files["confusion_matrix.png"] = lambda: _confusion(record, classnames)
         return files
+
+    def _datasets(self, slot: Slot) -> list[DatasetUse]:
+        """The pool and the test images of a trial."""
+        pool, tested = self._ledger.data[slot.cell.flat["dataset"]], self._ledger.tested(slot)
+        parts: dict[Literal["pool", "test"], Ref] = {"pool": pool.ref, "test": tested.ref}
+        uses = []
+        for context, ref in parts.items():
+            known = DATASETS.get(ref.name)
+            source = known.source if known else ref.name.removeprefix(PREFIX)
+            uses.append(DatasetUse(f"{_dataset_name(ref)}-{context}", context, ref.digest, source))
+        return uses
+
+    def _run_name(self, slot: Slot, settings: Mapping[str, Any]) -> str:
+        """The method and settings, then the task: MLflow's table shows the first 20 characters.
+
+        Args:
+            settings: that distinguish the run from others of its method.
+        """
+        flat = slot.cell.flat
+        dataset = _dataset_name(self._ledger.data[flat["dataset"]].ref)
+        task = "-".join([dataset, flat["paradigm"], flat["modality"]])
+        words = [f"{key}={format_value(value)}" for key, value in settings.items()]
+        return " ".join([method_text(slot.cell.method), *words, task])[:MAX_NAME]
+
+    def _tags(self, slot: Slot) -> dict[str, str]:
+        flat = slot.cell.flat
+        return {
+            "air.dataset": self._ledger.data[flat["dataset"]].ref.name,
+            "air.paradigm": flat["paradigm"],
+            "air.modality": flat["modality"],
+            "air.method": slot.cell.method,
+            "air.cell": slot.cell.id,
+            "air.bound": "true" if is_bound(slot.cell.method) else "",
+        }
 
 
 def point_id(slot: Slot) -> str:
@@ -211,55 +244,17 @@ def point_id(slot: Slot) -> str:
     return f"{slot.cell.id}/{slot.point}"
 
 
-def group_by_setting(done: Iterable[FinishedTrial]) -> list[list[FinishedTrial]]:
+def group_by_setting(done: Iterable[Finished]) -> list[list[Finished]]:
     """Group finished trials by setting."""
-    groups: dict[str, list[FinishedTrial]] = {}
+    groups: dict[str, list[Finished]] = {}
     for slot, record in done:
         groups.setdefault(point_id(slot), []).append((slot, record))
     return list(groups.values())
 
 
-def _run_name(slot: Slot, settings: Mapping[str, Any]) -> str:
-    """The method and settings, then the task: MLflow's table shows the first 20 characters.
-
-    Args:
-        settings: that distinguish the run from others of its method.
-    """
-    spec = slot.spec
-    task = "-".join([_dataset_name(slot.spec.dataset), spec.paradigm, spec.modality])
-    words = [f"{key}={format_value(value)}" for key, value in settings.items()]
-    return " ".join([method_text(slot.cell.method), *words, task])[:MAX_NAME]
-
-
 def _dataset_name(dataset: Ref) -> str:
     """The name of a dataset; of `folder:PATH` that of the folder."""
     return Path(dataset.name.removeprefix(PREFIX)).name
-
-
-def _datasets(spec: TrialSpec) -> list[DatasetUse]:
-    """The pool and the test images of a trial."""
-    parts: dict[Literal["pool", "test"], Ref] = {
-        "pool": spec.dataset,
-        "test": spec.test_dataset or spec.dataset,
-    }
-    uses = []
-    for context, ref in parts.items():
-        known = DATASETS.get(ref.name)
-        source = known.source if known else ref.name.removeprefix(PREFIX)
-        uses.append(DatasetUse(f"{_dataset_name(ref)}-{context}", context, ref.digest, source))
-    return uses
-
-
-def _tags(slot: Slot) -> dict[str, str]:
-    spec = slot.spec
-    return {
-        "air.dataset": slot.spec.dataset.name,
-        "air.paradigm": spec.paradigm,
-        "air.modality": spec.modality,
-        "air.method": slot.cell.method,
-        "air.cell": slot.cell.id,
-        "air.bound": "true" if is_bound(slot.cell.method) else "",
-    }
 
 
 def _times(record: TrialRecord) -> tuple[int, int]:
@@ -275,7 +270,7 @@ def _join_values(values: Iterable[int]) -> str:
 # ---------------------------------------------------------------- numbers of a setting
 
 
-def _numbers(done: Sequence[FinishedTrial]) -> Numbers:
+def _numbers(done: Sequence[Finished]) -> Numbers:
     """The numbers of the table's row, that of its best classifier, and the means of all others."""
     trials = [finished_trial(slot, record) for slot, record in done]
     results = Results(trials)
@@ -315,10 +310,8 @@ def _mean_curves(runs: Sequence[dict[str, list[float]]]) -> dict[str, list[float
 # ---------------------------------------------------------------- files
 
 
-def _confusion(outcome: Outcome, store: ArtifactStore) -> bytes:
+def _confusion(record: TrialRecord, classnames: Iterable[str]) -> bytes:
     from orchestrator.reporting.charts import confusion_picture
 
-    assert outcome.record is not None
-    _, predictions, labels = outcome.record.predictions()
-    names = [name.replace("_", " ") for name in tested_classes(outcome.slot.spec, store)]
-    return confusion_picture(labels, predictions, names)
+    _, predictions, labels = record.predictions()
+    return confusion_picture(labels, predictions, [name.replace("_", " ") for name in classnames])

@@ -15,34 +15,28 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from orchestrator.errors import DONE, FAILED, INTERRUPTED, TERMINATED, SweepBusy, TrackerUnreachable
 from orchestrator.failures import first_line
 from orchestrator.git import UNKNOWN
 from orchestrator.keys import digest
-from orchestrator.planning import Outcome, Plan, Slot, plan_of
-from orchestrator.planning.resolve import text_digest
+from orchestrator.planning.history import read_history
+from orchestrator.planning.ledger import About, Ledger, Slot, read_ledger
+from orchestrator.planning.outcome import Outcome
 from orchestrator.redact import without_credentials
-from orchestrator.reporting import Results, results_of, sweep_status
+from orchestrator.reporting import Results, results_of
 from orchestrator.reporting.answers import headlines
 from orchestrator.reporting.charts import pictures
 from orchestrator.reporting.comparisons import BEST
 from orchestrator.reporting.results import finished_records
 from orchestrator.reporting.rows import row_text
 from orchestrator.reporting.summary import run_facts, summary, sweep_title
-from orchestrator.spec import SweepSpec
-from orchestrator.store import (
-    EventLog,
-    SweepLocation,
-    TrialRecord,
-    read_outcome,
-    user_name,
-)
+from orchestrator.store import EventLog, SweepLocation, read_outcome, user_name
 from orchestrator.store.artifacts import provenance
 from orchestrator.tracking._child_runs import ChildRuns, group_by_setting
 from orchestrator.tracking.database import digest_in
@@ -85,12 +79,12 @@ class Publisher:
     takes seconds, so a run without outcomes does not.
 
     Args:
-        tracking_uri: from the command line. Default: from the sweep file.
+        tracking_uri: None: the default of MLflow, else a file in the store.
     """
 
-    def __init__(self, sweep: SweepSpec, location: SweepLocation, tracking_uri: str | None) -> None:
-        self.sweep, self.location, self.store = sweep, location, location.store
-        self.uri = effective_uri(tracking_uri or sweep.tracking.uri, self.store.root)
+    def __init__(self, about: About, location: SweepLocation, tracking_uri: str | None) -> None:
+        self.about, self.location, self.store = about, location, location.store
+        self.uri = effective_uri(tracking_uri, self.store.root)
         self.kind = uri_kind(self.uri)
         self._live = True
         self._tracker: SweepTracker | None = None
@@ -103,11 +97,11 @@ class Publisher:
     @cached_property
     def sweep_run(self) -> SweepRun:
         """The sweep run. Read it after the driver has set user and commit in the environment."""
-        return sweep_run_of(self.sweep, self.location, provenance())
+        return sweep_run_of(self.about, self.location, provenance())
 
     @cached_property
     def _children(self) -> ChildRuns:
-        return ChildRuns(self.sweep, self.sweep_run, self.store)
+        return ChildRuns(read_ledger(self.location), self.sweep_run)
 
     @property
     def in_store(self) -> bool:
@@ -147,13 +141,14 @@ class Publisher:
         database = resolve_uri(self.uri, self.store.root)[1]
         if database is not None and database.exists():  # ask without importing MLflow
             place = self.location.project, self.location.name
-            if digest_in(database, *place) == digest_of(self.sweep, self.location.event_log()):
+            if digest_in(database, *place) == digest_of(self.about, self.location.event_log()):
                 return
         try:
             with self.location.event_log().locked() as event_log:
-                self._live, made = False, _history(event_log).last
-                self.sweep_run = sweep_run_of(self.sweep, self.location, made)
-                self.finish(sweep_status(event_log).exit_code)
+                self._live, history = False, read_history(event_log)
+                made = {"user": user_name(), "commit": UNKNOWN, **history.made}
+                self.sweep_run = sweep_run_of(self.about, self.location, made)
+                self.finish(history.exit_code)
         except (SweepBusy, PermissionError):
             pass  # its driver sends it, or its owner may
 
@@ -178,7 +173,7 @@ class Publisher:
             complete = complete and not (self._unsent or self._warned)
         else:
             self._paused_until = 0.0
-            complete = self._call(lambda t: sync(self.sweep, self.location, t, status))
+            complete = self._call(lambda t: sync(self.location, t, status))
         if not complete:
             log.warning(
                 "MLflow at %s lacks part of this sweep; the store has all results, and the next "
@@ -222,12 +217,12 @@ class Publisher:
         return True
 
 
-def digest_of(sweep: SweepSpec, event_log: EventLog) -> str:
+def digest_of(about: About, event_log: EventLog) -> str:
     """Of everything that an ended sweep shows in MLflow."""
-    return digest([RECIPE, sweep.text, event_log.path.read_text(errors="replace")])
+    return digest([RECIPE, about.digest, about.options, event_log.path.read_text(errors="replace")])
 
 
-def sync(sweep: SweepSpec, location: SweepLocation, tracker: SweepTracker, status: Status) -> None:
+def sync(location: SweepLocation, tracker: SweepTracker, status: Status) -> None:
     """Send everything that MLflow lacks of a sweep, and end its run.
 
     The caller must hold the sweep's lock.
@@ -235,74 +230,39 @@ def sync(sweep: SweepSpec, location: SweepLocation, tracker: SweepTracker, statu
     Raises:
         ValueError, TrackerUnreachable: see `MlflowTracker.check`.
     """
-    location, event_log = replace(location, recorded=True), location.event_log()
-    content = digest_of(sweep, event_log)
+    ledger = replace(read_ledger(location), alive=False)  # the caller is its driver
+    content = digest_of(ledger.about, location.event_log())
     if (tracker.run.status, tracker.run.tags.get("air.digest")) == (status, content):
         return
-    history = _history(event_log)
-    plan = plan_of(sweep, location)
-    done = finished_records(plan, location.store)
+    done = finished_records(ledger, location.store)
     records = {slot.id: record for slot, record in done}
-    children = ChildRuns(sweep, tracker.sweep, location.store)
+    children = ChildRuns(ledger, tracker.sweep)
     states: Counter[str] = Counter()
-    for slot in plan.slots:
-        event = history.outcomes.get(slot.id)
-        if event is not None and (outcome := _outcome_of(slot, event, records.get(slot.id))):
-            states[outcome.state] += 1
+    for slot in ledger.slots:
+        state = ledger.history.ended(slot.id, slot.key.digest)
+        if state is not None and (state == "failed" or slot.id in records):
+            states[state] += 1
+            event = ledger.history.outcomes[slot.id]
+            outcome = Outcome(
+                slot,
+                state,
+                record=None if state == "failed" else records[slot.id],
+                failure_class=event.get("failure_class"),
+                message=event.get("message", ""),
+            )
             tracker.send(children.trial(outcome, event["time"], event["maker"]))
-    results = results_of(plan, location.store, done)
+    results = results_of(ledger, location.store, done)
     best = results.best_classifiers.values()
     marked = {(b.row.cell, b.row.point): b.classifier for b in best}
     for group in group_by_setting(done):
         slot = group[0][0]
         tracker.send(children.setting(group, marked.get((slot.cell.id, slot.point), "")))
-    note, files = note_and_files(plan, location, results, tracker.run.run_id)
+    note, files = note_and_files(ledger, location, results, tracker.run.run_id)
     names = (f"{BEST}{b.classifier} of {row_text(b.row)}" for b in best)
     tags = {f"air.{state}": str(states[state]) for state in ("done", "reused", "failed")}
     tags["air.best_classifier"] = "; ".join(names)
     tags["air.digest"] = content if tracker.accepts_files else ""
     tracker.finish(status, note, files, headline_metrics(results) | _cost_metrics(location), tags)
-
-
-@dataclass(frozen=True)
-class _History:
-    """The outcomes of a sweep as recorded in its event log."""
-
-    outcomes: Mapping[str, Mapping[str, Any]]  # by slot: its last event, and the maker
-    last: Mapping[str, Any]  # user and commit of the last run
-
-
-def _history(event_log: EventLog) -> _History:
-    outcomes: dict[str, dict[str, Any]] = {}
-    made: dict[str, Any] = {"user": user_name(), "commit": UNKNOWN, "dirty": ""}
-    for event in event_log.events():
-        match event["event"]:
-            case "sweep_started":
-                made = {name: event.get(name, value) for name, value in made.items()}
-            case "trial_done" | "trial_reused" | "trial_failed":
-                outcomes[event["slot"]] = {**event, "maker": made}
-    return _History(outcomes, made)
-
-
-def _outcome_of(slot: Slot, event: Mapping[str, Any], record: TrialRecord | None) -> Outcome | None:
-    """The outcome of a slot; None if the event is of another spec, or the record was removed."""
-    if event["key"] != slot.key.digest:
-        return None
-    match event["event"]:
-        case "trial_failed":
-            return Outcome(
-                slot,
-                "failed",
-                failure_class=event["failure_class"],
-                message=event["message"],
-                already_logged=True,
-            )
-        case "trial_done" | "trial_reused" if record is not None:
-            state: Literal["done", "reused"] = (
-                "done" if event["event"] == "trial_done" else "reused"
-            )
-            return Outcome(slot, state, record, already_logged=True)
-    return None
 
 
 # ---------------------------------------------------------------- sweep run
@@ -313,7 +273,7 @@ def status_of(code: int | None) -> Status:
     return "FINISHED" if code == DONE else "FAILED" if code == FAILED else "KILLED"
 
 
-def sweep_run_of(sweep: SweepSpec, location: SweepLocation, made: Mapping[str, Any]) -> SweepRun:
+def sweep_run_of(about: About, location: SweepLocation, made: Mapping[str, Any]) -> SweepRun:
     """The run of a sweep.
 
     Args:
@@ -322,28 +282,28 @@ def sweep_run_of(sweep: SweepSpec, location: SweepLocation, made: Mapping[str, A
     return SweepRun(
         sweep=location.name,
         project=location.project,
-        spec_hash=text_digest(sweep.text),
-        note=sweep.question,
+        spec_hash=about.digest,
+        note=about.question,
         user=made["user"],
         commit=made["commit"],
-        source=f"airsweep run {sweep.source}",
+        source=f"airsweep run {about.source}",
     )
 
 
 def note_and_files(
-    plan: Plan, location: SweepLocation, results: Results, run_id: str
+    ledger: Ledger, location: SweepLocation, results: Results, run_id: str
 ) -> tuple[str, dict[str, bytes]]:
     """The Markdown note with the results of a sweep, and the files of its run.
 
     Args:
         run_id: of the sweep run; the note shows charts among its files.
     """
-    charts = pictures(results, plan.cells)
-    screen = summary(sweep_title(plan), results, run_facts(plan, location))
+    charts = pictures(results, ledger.cells)
+    screen = summary(sweep_title(ledger), results, run_facts(ledger, location))
     note = [
         "\n\n".join(headlines(results)),  # first, since MLflow folds long notes
         *(_picture(name, run_id) for name in charts),
-        plan.sweep.question,
+        ledger.about.question,
         f"```\n{screen}\n```",
     ]
     # From the sweep's folder: contact sheet, uncommitted changes.

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from orchestrator.__main__ import app
 from orchestrator.errors import Refused
 from orchestrator.git import commit
 from orchestrator.planning import requests
+from orchestrator.planning.ledger import LEDGER, ledger_json, read_ledger
 from orchestrator.store import EventLog, open_store, user_name
 from tests.helpers.outcomes import by_method, record_sweep
 from tests.helpers.plugins import MARGIN
@@ -333,6 +334,9 @@ def test_printed_commands_and_tables_have_the_options_of_the_last_run(
     changed = (
         "the sweep file with --set 'seeds=[1]' --only method=fpl; its other cells are left out"
     )
+    ledger = read_ledger(location)
+    changed_ledger = replace(ledger, about=replace(ledger.about, options=changed))
+    location.write(LEDGER, ledger_json(changed_ledger, {}))
     with_store = f"{again} --store '{tmp_path / 'my runs'}' --data-root /data"
     for name in ("old", smoke / "files" / "old.yaml"):
         _, _, err = command("table", name, "--store", tmp_path / "my runs", "--smoke")

@@ -11,7 +11,8 @@ import pytest
 from orchestrator.execution._scheduler import Job, TrialScheduler
 from orchestrator.failures import Failure
 from orchestrator.planning import Outcome, Resolver, requirements_of
-from orchestrator.planning.plan import plan_sweep, suggested_points
+from orchestrator.planning.history import read_history
+from orchestrator.planning.plan import plan_sweep
 from orchestrator.planning.search import CellSearch
 from orchestrator.spec import Dimension, SweepSpec, cells_of
 from orchestrator.spec.space import study_name
@@ -51,13 +52,13 @@ class World:
         """A new scheduler that resumes the sweep of the earlier schedulers."""
         self.outcomes, self.searches = [], {}
         cells = cells_of(sweep)
+        history = read_history(self.event_log)
         if sweep.search is not None:
-            logged = suggested_points(self.event_log)
             for cell in cells:
                 if cell.space:
-                    points = logged.get(study_name(cell, sweep.search), {})
+                    points = history.suggested.get(study_name(cell, sweep.search), {})
                     self.searches[cell.id] = RecordedSearch(cell, sweep.search, points)
-        inputs = self.store, self.resolver, self.event_log
+        inputs = self.store, self.resolver, self.event_log, history
         return TrialScheduler(
             sweep, groups or [cells], self.searches, *inputs, self.on_outcome, **more
         )
@@ -107,7 +108,7 @@ class World:
     def points(self) -> list[tuple[int, dict[str, Any], float | None]]:
         """(number, parameters, value) of the points of the only search."""
         (search,) = self.searches.values()
-        (points,) = suggested_points(self.event_log).values()
+        (points,) = read_history(self.event_log).suggested.values()
         values = {number: value for of in search.rounds for number, value in of.items()}
         return [(number, points[number], values[number]) for number in sorted(values)]
 

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from air_core.seal import sealed_json
 from air_core.specs.conditions import uses_evidence
 from orchestrator.planning import Slot, plan_of
+from orchestrator.planning.ledger import LEDGER, ledger_json
 from orchestrator.planning.requests import SweepRequest, location_for
 from orchestrator.spec import load_sweep
 from orchestrator.store import ArtifactStore, SweepLocation
@@ -53,6 +54,7 @@ def record_sweep(
     location.write("spec.yaml", sweep.text)
     location.write("resolved.json", sealed_json({"sets": [], "only": [], "source": sweep.source}))
     plan = plan_of(sweep, location)
+    location.write(LEDGER, ledger_json(plan, {}))
     event_log.append("sweep_started", total=plan.total, spec="", to_run=plan.to_run)
     for index, slot in enumerate(plan.slots):
         if done(index):

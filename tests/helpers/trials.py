@@ -66,7 +66,7 @@ def trials(
                     settings=settings,
                     searched=frozenset(() if objective is None else settings),
                     point=point,
-                    seed=seed,
+                    seed=None if method == "zero_shot" else seed,
                     split_seed=split,
                     objective=objective,
                     metrics=metrics,

@@ -38,7 +38,7 @@ class World(Planned):
         return computed
 
     def points(self, sweep: SweepSpec) -> list[dict[str, Any]]:
-        study = study_of(self.plan(sweep), self.store, self.event_log, None)
+        study = study_of(self.plan(sweep), self.store, None)
         return [dict(trial.params) for trial in study.trials]
 
 

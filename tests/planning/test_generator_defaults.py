@@ -10,13 +10,10 @@ from typing import Any
 
 import pytest
 
-from air_core.models.weights import generator_folder, tiny_folder
-from air_core.seal import sealed_json
+from air_core.models.weights import generator_folder
 from air_core.specs import GenerationSettings
 from orchestrator.planning import plan_of, read_request
-from orchestrator.planning.recorded import read_sweep
 from orchestrator.planning.requests import location_for
-from orchestrator.planning.resolve import resolver_of
 from tests.helpers.sweeps import airsweep, write_sweep
 
 SWEEP = """
@@ -74,24 +71,3 @@ def test_plan_explains_where_the_size_comes_from(turbo, tmp_path):
     text = airsweep("plan", spec, "--store", tmp_path / "runs", "--explain").stdout
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert lines.count("generation.size 64 512 default of dataset or models") == 1
-
-
-def test_results_are_read_without_the_folder(turbo, tmp_path):
-    clip = tmp_path / "clip"
-    shutil.copytree(tiny_folder(), clip)
-    body = SWEEP.format(folder=turbo).replace("fixed: {", f"fixed: {{backbone: {clip}, ")
-    request = read_request(write_sweep(tmp_path, "mine", body))
-    location = location_for(request, tmp_path / "runs", None)
-    resolver = resolver_of(location, request.spec.folders)
-    plan = plan_of(request.spec, location)
-    for slot in plan.slots:
-        resolver.trial({**slot.cell.flat, **slot.seeds})
-    resolver.model_defaults("generator", str(turbo))
-    inputs = resolver.inputs()
-    shutil.rmtree(turbo)
-
-    location.write("spec.yaml", request.spec.text)
-    location.write("resolved.json", sealed_json({**request.origin, "inputs": inputs}))
-    recorded = plan_of(*read_sweep(location, None))
-    assert [slot.key for slot in recorded.slots] == [slot.key for slot in plan.slots]
-    assert {slot.spec.precision for slot in plan.slots} == {"tf32"}

@@ -26,9 +26,9 @@ from orchestrator.keys import artifact_key
 from orchestrator.planning import Plan, Requirement, Resolver, requirements_of
 from orchestrator.planning.checks import unschedulable_reason
 from orchestrator.planning.estimate import START, Measured, Work, estimate, record_measurements
+from orchestrator.planning.history import read_history
 from orchestrator.planning.plan import BASE_PER_CLASS, plan_sweep
 from orchestrator.planning.search import CellSearch, open_searches, study_of
-from orchestrator.reporting.results import match_plan, sweep_status
 from orchestrator.spec import Dimension, Resources, SweepSpec, cells_of, presets
 from orchestrator.spec.resources import GeneratorResources, TrialResources
 from orchestrator.spec.sweep import Search, Seeds, smoke_variant
@@ -90,8 +90,8 @@ class World:
     def scheduler(self, sweep: SweepSpec) -> TrialScheduler:
         self.searches = {}
         if sweep.search is not None:
-            self.searches = open_searches(self.plan(sweep), self.event_log)
-        parts = self.store, self.resolver, self.event_log
+            self.searches = open_searches(self.plan(sweep), read_history(self.event_log))
+        parts = self.store, self.resolver, self.event_log, read_history(self.event_log)
         return TrialScheduler(sweep, [cells_of(sweep)], self.searches, *parts, self.log)
 
     def log(self, outcome: Any) -> None:
@@ -162,13 +162,8 @@ def test_results_of_a_killed_run_are_recovered_before_and_after_the_next_run(wor
     job = world.scheduler(sweep).next()
     world.finish(job.trials)  # the driver is killed before it logs them
     assert counts(world.plan(sweep)) == (2, 0, 0, 0, 2, 0)
-    status = sweep_status(world.event_log)
-    match_plan(status, world.plan(sweep), world.store)
-    assert set(status.last.values()) == {"recovered"}
     assert world.run(sweep) == 0
     assert counts(world.plan(sweep)) == (2, 0, 0, 0, 2, 0)
-    status = sweep_status(world.event_log)
-    assert set(status.last.values()) == {"recovered"}
 
 
 def test_a_slot_whose_key_changed_is_to_run(world):
@@ -184,9 +179,6 @@ def test_results_that_an_edit_moves_to_other_slots_are_done(world):
     world.run(world.sweep("zero_shot", "fpl", seeds=seeds(1, 2)))
     edited = world.sweep("zero_shot", "fpl", seeds=seeds(2, 3), grid={"prompt.length": (16,)})
     assert counts(world.plan(edited)) == (4, 2, 0, 1, 0, 1)
-    status = sweep_status(world.event_log)
-    match_plan(status, world.plan(edited), world.store)
-    assert status.counts(alive=False).items() >= {"done": 2, "shared": 1, "waiting": 1}.items()
 
 
 def test_a_plan_without_work_needs_no_machine(world):
@@ -214,15 +206,18 @@ def test_trials_of_a_large_pool_reserve_memory_unless_the_file_sets_it(
     assert world.plan(given).sweep.resources == given.resources
 
 
-def test_the_status_counts_the_trials_of_the_edited_file_only(world):
+def test_the_states_are_those_of_the_trials_of_the_edited_file(world):
     world.run(world.sweep("zero_shot", "fpl", seeds=seeds(1, 2)))
     edited = world.sweep("fpl", seeds=seeds(1, 2, 3), fixed={"prompt.length": 4})
-    world.finish([world.plan(edited).slots[0].spec])
-    for alive, recovered in ((True, 0), (False, 1)):
-        status = sweep_status(world.event_log)
-        match_plan(status, world.plan(edited), world.store, alive)
-        ended = {"done": 0, "shared": 0, "reused": recovered}
-        assert status.counts(alive).items() >= {**ended, "waiting": 3 - recovered}.items()
+    first, second, third = world.plan(edited).slots
+    world.finish([first.spec])
+    failed = {"slot": second.id, "key": second.key.digest}
+    world.event_log.append("trial_failed", failure_class="nan", message="no", **failed)
+    world.event_log.append("trials_started", slots=[third.id])
+    for alive, state in ((True, "running"), (False, "waiting")):
+        plan = replace(world.plan(edited), alive=alive)
+        assert [*plan.states.values()] == ["reused", "failed", state]
+        assert plan.failures[second.id]["message"] == "no"
 
 
 def test_a_failure_after_success_is_to_run_again_once_its_record_is_gone(world):
@@ -391,7 +386,7 @@ def test_a_study_has_the_points_of_one_cell_with_values_and_states(world):
     scheduler = world.scheduler(sweep)
     world.measured = arbitrary  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="x has 2 searched cells; give `cell`; allowed: digits-"):
-        study_of(world.plan(sweep), world.store, world.event_log, None)
+        study_of(world.plan(sweep), world.store, None)
     values: dict[str, list[float]] = {}
     while (job := scheduler.next()) is not None and job.point < 2:
         if failures := {key: Failure("data", "") for key in job.keys if job.point == 1}:
@@ -401,7 +396,7 @@ def test_a_study_has_the_points_of_one_cell_with_values_and_states(world):
         values[job.cell] = [world.measured(spec)[search.objective] for spec in job.trials]
         scheduler.complete(job.number, {})
     for name, of_cell in values.items():
-        study = study_of(world.plan(sweep), world.store, world.event_log, name)
+        study = study_of(world.plan(sweep), world.store, name)
         assert study.direction.name == "MAXIMIZE"
         assert [(t.params["fusion_weight"], t.value) for t in study.trials] == [
             (0.8, fmean(of_cell)),  # the default
@@ -413,9 +408,9 @@ def test_a_study_has_the_points_of_one_cell_with_values_and_states(world):
         assert study.trials[2].distributions == study.best_trial.distributions
     assert len(values) == 2
     with pytest.raises(ValueError, match="x has no searched cell 'b'; give `cell`; allowed: digi"):
-        study_of(world.plan(sweep), world.store, world.event_log, "b")
+        study_of(world.plan(sweep), world.store, "b")
     with pytest.raises(ValueError, match="x has no search"):
-        study_of(world.plan(world.sweep("air")), world.store, world.event_log, None)
+        study_of(world.plan(world.sweep("air")), world.store, None)
 
 
 def test_a_smoke_run_of_a_search_tries_two_points_of_its_space(world):
@@ -425,7 +420,7 @@ def test_a_smoke_run_of_a_search_tries_two_points_of_its_space(world):
     )
     sweep = world.sweep("air", search=Search(points=12, width=4, space=space), seeds=seeds(1, 2))
     world.run(smoke_variant(sweep))
-    study = study_of(world.plan(smoke_variant(sweep)), world.store, world.event_log, None)
+    study = study_of(world.plan(smoke_variant(sweep)), world.store, None)
     assert [list(trial.params) for trial in study.trials] == [["fusion_weight"]] * 2
 
 

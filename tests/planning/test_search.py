@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.planning.plan import suggested_points
+from orchestrator.planning.history import read_history
 from orchestrator.planning.search import CellSearch
 from orchestrator.plugins import use_plugins
 from orchestrator.spec import Dimension, SpecError, cells_of, load_sweep, notes_of
@@ -58,7 +58,7 @@ class Log:
     def open(self, spec: Sweep) -> CellSearch:
         (cell,) = cells_of(spec)
         assert spec.search is not None
-        suggested = suggested_points(self.event_log).get(study_name(cell, spec.search), {})
+        suggested = read_history(self.event_log).suggested.get(study_name(cell, spec.search), {})
         return CellSearch(cell, spec.search, suggested)
 
     def play(
@@ -73,7 +73,7 @@ class Log:
         played: Played = []
         while points := searching.next_round():
             for point in points:
-                if point.number not in suggested_points(self.event_log).get(study, {}):
+                if point.number not in read_history(self.event_log).suggested.get(study, {}):
                     if not most:
                         return played
                     most -= 1
@@ -179,7 +179,7 @@ def test_every_prefix_of_the_event_log_resumes_with_the_same_points(tmp_path, sa
     for count in range(len(uninterrupted) + 1):
         log = Log(tmp_path / f"killed after {count}")
         log.play(spec, most=count)
-        assert len(suggested_points(log.event_log).get(study_of(spec), {})) == count
+        assert len(read_history(log.event_log).suggested.get(study_of(spec), {})) == count
         assert log.play(spec) == uninterrupted, f"killed after {count} points"
 
 

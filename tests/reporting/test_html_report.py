@@ -19,8 +19,7 @@ import pytest
 from PIL import Image
 
 from air_core.datasets import get_dataset
-from orchestrator.planning import plan_of
-from orchestrator.planning.recorded import read_sweep
+from orchestrator.planning import plan_of, read_request
 from orchestrator.reporting.html_report import frequent_confusions, page
 from orchestrator.reporting.screens import status_report, status_screen, summary_screen
 from orchestrator.stages.context import WorkerContext
@@ -62,7 +61,7 @@ def grid(tmp_path_factory, drawn_digits) -> Path:
 
 
 def report(store: Path, name: str) -> str:
-    return page(*read_sweep(recorded_location(open_store(store), "default", name), None))
+    return page(recorded_location(open_store(store), "default", name))
 
 
 def labels_of(text: str) -> Iterator[str]:
@@ -107,8 +106,8 @@ def test_unused_images_are_named_in_report_status_and_closing_screen(tmp_path):
     (folder / "phone.mov").write_bytes(b"")
     body = f"fixed: {{method: zero_shot, dataset: 'folder:{tmp_path / 'images'}'}}\nseeds: [1]\n"
     record_sweep(tmp_path, "mine", body, by_method({"zero_shot": 0.5}))
-    sweep, location = read_sweep(recorded_location(open_store(tmp_path), "default", "mine"), None)
-    [slot] = plan_of(sweep, location).slots
+    location = recorded_location(open_store(tmp_path), "default", "mine")
+    [slot] = plan_of(read_request(location.folder / "spec.yaml").spec, location).slots
     build_features(slot.spec.features, WorkerContext(location.store))
     facts = {"drawn": 14, "redrawn": 0, "holes": 2}
     location.event_log().append(
@@ -120,7 +119,7 @@ def test_unused_images_are_named_in_report_status_and_closing_screen(tmp_path):
         hole_files=["six/1.png"],
     )
     status = status_report(location)
-    shown = [status_screen(status), summary_screen(sweep, location)]
+    shown = [status_screen(status), summary_screen(location)]
     for text in [report(tmp_path, "mine"), *map(one_line, shown)]:
         assert f"1 unreadable ({folder.name}/3.png); skipped: 1 .mov" in text
         assert "2 of 16 synthetic images given up, blank or unreadable (six/1.png)" in text

@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 
 from orchestrator.planning.plan import plan_sweep
-from orchestrator.reporting import Results, results_of, sweep_status
+from orchestrator.reporting import Results, results_of
 from orchestrator.reporting.results import (
     CURVES,
-    SweepStatus,
-    all_settings,
     curves_frame,
     trials_frame,
     varied_settings,
@@ -65,9 +63,9 @@ def test_every_trial_with_a_record_is_finished(store, resolver, event_log):
     plan = plan_sweep(sweep, store, resolver, event_log)
     assert results_of(plan, store).trials == []
     records = [run_trial(slot.spec, store) for slot in plan.slots[:3]]
-    trials = results_of(plan, store).trials
+    trials = results_of(plan_sweep(sweep, store, resolver, event_log), store).trials
     assert [(t.method, t.point, t.seed) for t in trials] == [
-        *(("zero_shot", 0, 0), ("zero_shot", 0, 0)),  # it ignores the seed
+        *(("zero_shot", 0, None), ("zero_shot", 0, None)),  # it ignores the seed
         ("fpl", 0, 1),
     ]
     for trial, record in zip(trials, records, strict=True):
@@ -88,7 +86,7 @@ def test_runs_can_differ_in_their_seen_classes(store, resolver, event_log):
     plan = plan_sweep(sweep, store, resolver, event_log)
     for slot in plan.slots:
         run_trial(slot.spec, store)
-    ul, trzsl = results_of(plan, store).rows
+    ul, trzsl = results_of(plan_sweep(sweep, store, resolver, event_log), store).rows
     assert (ul.n, trzsl.n) == (1, 3)  # a trial without unseen classes ignores the seed
     assert trzsl.protocol["class_seed"] is None
 
@@ -105,7 +103,7 @@ def test_varied_settings_exclude_seeds_and_fixed_settings(store, resolver, event
         {"prompt.length": 2},
         {"prompt.length": 4},
     ]
-    flat = all_settings(plan.slots[1])
+    flat = plan.slots[1].settings
     assert (flat["prompt.length"], flat["train.steps"]) == (4, 2)
     assert (flat["seed"], flat["split_seed"]) == (1, 7)
     assert flat["iterations"] == 1  # pinned by the method
@@ -123,7 +121,7 @@ def test_a_points_objective_is_the_mean_over_its_runs(store, resolver, event_log
     plan = plan_sweep(sweep, store, resolver, event_log)
     for slot in plan.slots:
         run_trial(slot.spec, store)
-    trials = results_of(plan, store).trials
+    trials = results_of(plan_sweep(sweep, store, resolver, event_log), store).trials
     assert [(t.point, t.settings) for t in trials] == [
         *((0, {"prompt.length": 3}), (0, {"prompt.length": 3})),
         *((1, {"prompt.length": 1}), (1, {"prompt.length": 1})),
@@ -198,11 +196,11 @@ def plan(store, resolver, event_log):
     failure = {"failure_class": "oom", "message": "out of memory"}
     event_log.append("trial_failed", slot=slots[4].id, key=slots[4].key.digest, **failure)
     event_log.append("trials_started", slots=[slots[5].id])  # by a driver that was killed
-    return plan
+    return plan_sweep(SWEEP, store, resolver, event_log)
 
 
 def test_trials_frame_has_settings_state_and_metrics_of_each_trial(plan, store, event_log):
-    frame = trials_frame(plan, store, event_log)
+    frame = trials_frame(plan, store)
     states = ["done", "shared", "done", "reused", "failed", "waiting"]
     assert frame["state"].tolist() == states
     assert frame["trial"].tolist() == [slot.id for slot in plan.slots]
@@ -242,70 +240,6 @@ def test_rows_frame_has_settings_as_columns(plan, store):
 def test_frames_of_a_sweep_without_finished_trials_have_all_columns(store, resolver, tmp_path):
     empty = EventLog(tmp_path / "empty")
     plan = plan_sweep(SWEEP, store, resolver, empty)
-    assert trials_frame(plan, store, empty)["state"].tolist() == ["waiting"] * 6
+    assert trials_frame(plan, store)["state"].tolist() == ["waiting"] * 6
     assert tuple(curves_frame(plan, store).columns) == CURVES
     assert {"dataset", "method", "mean", "interval"} <= set(rows_frame(Results([], [])).columns)
-
-
-# ---------------------------------------------------------------- status
-
-
-def test_a_sweep_that_never_started_has_an_empty_status(event_log):
-    assert sweep_status(event_log) == SweepStatus()
-
-
-def slots(*numbers: int) -> list[str]:
-    return [f"cell/0/seed={number}" for number in numbers]
-
-
-@pytest.fixture
-def started(event_log) -> EventLog:
-    """Five trials: one done, one shared, one failed, one running, one waiting."""
-    event_log.append("sweep_started", spec="s", total=5, to_run=5, pid=1)
-    event_log.append("artifact_prepared", stage="features", key="k")
-    event_log.append("trials_started", slots=slots(1, 2, 3, 4))
-    one, two, three, _ = slots(1, 2, 3, 4)
-    event_log.append("trial_done", slot=one, cell="cell", key="a")
-    event_log.append("trial_reused", slot=two, cell="cell", key="a")
-    failure = {"failure_class": "nan", "message": "the loss became nan"}
-    event_log.append("trial_failed", slot=three, cell="cell", key="b", **failure)
-    return event_log
-
-
-def test_trials_are_counted_by_state(started):
-    status = sweep_status(started)
-    states = {"done": 1, "reused": 0, "shared": 1, "recovered": 0, "failed": 1}
-    assert status.counts(alive=True) == {**states, "running": 1, "waiting": 1}
-    assert status.exit_code is None
-    assert dict(status.prepared) == {"features": 1}
-    assert status.failures[slots(3)[0]]["message"] == "the loss became nan"
-
-
-def test_trials_of_a_killed_driver_count_as_waiting(started):
-    assert sweep_status(started).counts(alive=False)["running"] == 0
-    assert sweep_status(started).counts(alive=False)["waiting"] == 2
-
-
-def test_a_trial_that_succeeds_after_a_failure_is_no_failure(started):
-    started.append("trials_started", slots=slots(3))
-    started.append("trial_done", slot=slots(3)[0], cell="cell", key="b")
-    assert sweep_status(started).counts(alive=True)["failed"] == 0
-    assert sweep_status(started).failures == {}
-
-
-def test_a_restarted_sweep_has_no_exit_code(started):
-    started.append("sweep_ended", exit_code=1, seconds=3.0)
-    assert sweep_status(started).exit_code == 1
-    started.append("sweep_started", spec="s", total=7, to_run=3, pid=2)
-    assert sweep_status(started).exit_code is None
-    assert sweep_status(started).total == 7
-    assert sweep_status(started).counts(alive=True)["done"] == 1
-
-
-def test_the_last_run_is_counted_apart_from_the_sweep(started):
-    assert sweep_status(started).last_run == {"done": 1, "shared": 1, "failed": 1}
-    started.append("sweep_started", spec="s", total=5, to_run=2, pid=2)
-    started.append("trial_reused", slot=slots(4)[0], cell="cell", key="d")  # of the killed run
-    status = sweep_status(started)
-    assert status.last_run == {"recovered": 1}
-    assert status.counts(alive=False)["done"] == 1

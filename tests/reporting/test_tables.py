@@ -28,7 +28,7 @@ def test_the_frame_of_gains_has_those_of_the_table_and_intervals_of_tested_ones_
         "".join(c.mark for c in found.comparisons if c.row is row) for row in found.rows
     ]
     assert frame.loc["zero_shot"].filter(regex="^(host|control)").isna().all()
-    few = [trial for trial in quickstart() if trial.seed < 3]
+    few = [trial for trial in quickstart() if trial.flat["seed"] < 3]
     assert gains_frame(results(few)).filter(regex="_(low|high|p)$").isna().all(axis=None)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -13,10 +12,8 @@ from air_core.specs import Ref
 from air_core.specs.flat import from_flat, to_flat, trial_keys
 from air_core.specs.normal import normalised
 from orchestrator.plugins import (
-    described_plugin,
     plugin_versions,
     read_plugin,
-    recorded_plugin,
     use_plugins,
 )
 from orchestrator.spec import SpecError, cells_of, load_sweep, sweep_schema
@@ -163,19 +160,6 @@ def test_an_installed_plugin_is_named_by_its_entry_point(tmp_path, monkeypatch):
     assert plugin.version == "1.5"
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: margins\nVersion: 1.6\n")
     assert read_plugin("margins", Path()).digest != plugin.digest
-
-
-def test_a_recorded_plugin_names_its_components_and_runs_no_code(spec, tmp_path):
-    (spec.parent / "margin.py").write_text(MARGIN + f"\nopen({str(tmp_path / 'ran')!r}, 'a')\n")
-    sweep = load_sweep(spec)
-    (tmp_path / "ran").unlink()
-    recorded = recorded_plugin(json.loads(json.dumps(described_plugin(sweep.plugins[0]))))
-    again = load_sweep(spec, plugins=[recorded])
-    assert not (tmp_path / "ran").exists()
-    assert [cell.id for cell in cells_of(again)] == [cell.id for cell in cells_of(sweep)]
-    assert trial_keys()["pseudo_labels.margin.tau"].limits == {"ge": 0, "le": 1}
-    with pytest.raises(ValueError, match=r"plugin .*margin\.py, whose code was not loaded"):
-        STRATEGIES.load("margin")
 
 
 def test_plugin_check_runs_the_contract(command, spec):

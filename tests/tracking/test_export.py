@@ -17,7 +17,8 @@ import pytest
 from orchestrator.environment import environment
 from orchestrator.errors import FAILED, TERMINATED, TrackerUnreachable
 from orchestrator.planning import Outcome, plan_of, resolver_of
-from orchestrator.planning.plan import plan_sweep
+from orchestrator.planning.ledger import LEDGER, ledger_json
+from orchestrator.planning.plan import about, plan_sweep
 from orchestrator.reporting.results import results_of
 from orchestrator.spec import SweepSpec, load_sweep
 from orchestrator.stages.context import WorkerContext
@@ -86,7 +87,7 @@ def ended(
             event_log.append(f"trial_{state}", **fields)
     event_log.append("sweep_ended", exit_code=1, seconds=3.0)
     event_log.unlock()
-    (location.folder / "spec.yaml").write_text(sweep.text)
+    location.write(LEDGER, ledger_json(plan_of(sweep, location), {}))
     (location.folder / "uncommitted-feed.diff").write_text("+ a line\n")
     return location
 
@@ -98,7 +99,7 @@ def copy_of(ended: SweepLocation, folder: Path) -> SweepLocation:
 
 def export(sweep: SweepSpec, location: SweepLocation, uri: str | None = None) -> int:
     """Export an ended sweep; return how many runs were written."""
-    publisher = Publisher(sweep, location, uri)
+    publisher = Publisher(about(sweep), location, uri)
     publisher.export()
     return publisher._tracker.sent if publisher._tracker else 0
 
@@ -259,7 +260,7 @@ def test_an_untracked_sweep_is_sent_completely_and_once(ended, sweep, tracked):
     assert len(trial_run_of(uri, "air_fpl").data.tags["air.generator_digest"]) == 40
     files = [path.name for path in (ended.store.root / "mlartifacts").rglob("*.*")]
     assert files.count("uncommitted-feed.diff") == 1
-    assert files.count("spec.json") == 6
+    assert files.count("spec.json") == 5
     assert files.count("confusion_matrix.png") == 5
 
 
@@ -274,7 +275,7 @@ def test_a_run_and_a_later_export_send_the_same_runs(ended, sweep, tracked, tmp_
     parent = sweep_run(tracked)
     client = mlflow_client(f"sqlite:///{location.store.root}/mlflow.db")
     client.delete_run(parent.info.run_id)  # in the copy, so that everything is sent again
-    driver = Publisher(sweep, location, None)
+    driver = Publisher(about(sweep), location, None)
     first = outcomes(sweep, location)[2]
     driver.running(first.slot, {"train/loss": first.record.curves["train/loss"][:1]}, 1.0)
     driver._call(driver._send_queue)
@@ -315,11 +316,11 @@ def test_a_dead_server_fails_the_check_before_any_work_and_a_folder_is_bad_input
     location = copy_of(ended, tmp_path)
     dead = f"http://me:secret@127.0.0.1:{free_port()}"
     with pytest.raises(TrackerUnreachable, match="--tracking-uri none") as caught:
-        Publisher(sweep, location, dead).check(reach=True)
+        Publisher(about(sweep), location, dead).check(reach=True)
     assert "secret" not in str(caught.value)
-    Publisher(sweep, location, dead).check(reach=False)  # as for `airsweep run --prepare`
+    Publisher(about(sweep), location, dead).check(reach=False)  # as for `airsweep run --prepare`
     with pytest.raises(ValueError, match="allowed: "):
-        Publisher(sweep, location, "mlruns").check(reach=False)
+        Publisher(about(sweep), location, "mlruns").check(reach=False)
 
 
 @pytest.fixture(scope="module")
@@ -337,7 +338,7 @@ def test_an_outage_gives_one_warning_and_the_rest_is_sent_afterwards(
     location, trouble = copy_of(ended, tmp_path), []
     done = outcomes(sweep, location)
     with failing_server(server.url, trouble) as url:
-        driver = Publisher(sweep, location, url)
+        driver = Publisher(about(sweep), location, url)
         driver.trial(done[0], time.time())
         driver._call(driver._send_queue)
         trouble.append("away")
@@ -364,7 +365,7 @@ def test_training_does_not_wait_for_a_server_that_never_replies(
     monkeypatch.setattr(export_module, "INTERVAL", 0.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts requests and never answers
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        driver = Publisher(sweep, location, url)
+        driver = Publisher(about(sweep), location, url)
         for outcome in done:
             driver.trial(outcome, time.time())
         assert not caplog.records  # all three outcomes are queued during the first call
