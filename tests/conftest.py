@@ -28,7 +28,6 @@ import pytest
 from hypothesis.internal.conjecture import providers
 
 from air_core.arithmetic import sums_in_one_order
-from air_core.specs import Ref
 from orchestrator.environment import environment
 from orchestrator.planning import Resolver
 from orchestrator.planning.resources import this_machine
@@ -141,13 +140,6 @@ def ray_session() -> Iterator[None]:
 
     with session.ray_session():
         yield
-
-
-@pytest.fixture(scope="session")
-def digits_ref(resolver) -> Ref:
-    from air_core.datasets import get_dataset
-
-    return resolver.dataset(get_dataset("digits"))
 
 
 # Files, the longest first.
