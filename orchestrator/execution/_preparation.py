@@ -17,8 +17,8 @@ from orchestrator.execution._queue import WorkQueue
 from orchestrator.execution._state import RunState
 from orchestrator.failures import first_line
 from orchestrator.formatting import plural
-from orchestrator.planning import Plan, Requirement, possible_trials, requirements_of
-from orchestrator.planning.plan import independent_of, merge
+from orchestrator.planning import Plan, Requirement
+from orchestrator.planning.requirements import independent_of, merge
 from orchestrator.spec import Cell
 from orchestrator.stages import FeaturesSpec, FolderImages, SyntheticFeaturesSpec
 from orchestrator.stages.context import WorkerContext
@@ -64,7 +64,7 @@ class Preparation:
     ) -> None:
         self.state, self.plan, self.prepare_only = state, plan, prepare_only
         state.location.store.refresh_listings()  # of artifacts that another driver added
-        self.groups = [Group(cells, cell_requirements(state, plan, cells)) for cells in groups]
+        self.groups = [Group(cells, plan.inputs(cells)) for cells in groups]
         self.pending = [group for group in self.groups if self._is_pending(group)]
         self.unready = {cell.id for group in self.pending for cell in group.cells}
         self.queue: WorkQueue | None = None
@@ -206,14 +206,6 @@ class Preparation:
         self._draw_next()
 
 
-def cell_requirements(state: RunState, plan: Plan, cells: Sequence[Cell]) -> list[Requirement]:
-    """The inputs of some cells, with those of trials that are repeated in fp32."""
-    ids, moved = {cell.id for cell in cells}, plan.history.moved
-    earlier = [slot.spec for slot in plan.slots if slot.cell.id in ids and slot.id in moved]
-    possible = possible_trials(cells, state.sweep.seeds.assignments(), state.resolver)
-    return requirements_of([*possible, *earlier, *state.fp32_trials])
-
-
 def worker_context(state: RunState) -> WorkerContext:
     gpu = state.sweep.resources.trial.gpu
     batch = state.sweep.resources.encoder.batch
@@ -248,7 +240,7 @@ def _searches_for_copies(
     from orchestrator.execution._workers import find_copies
 
     splits: dict[tuple[SyntheticFeaturesSpec, FeaturesSpec], dict[SplitSettings, None]] = {}
-    for trial in possible_trials(plan.cells, state.sweep.seeds.assignments(), state.resolver):
+    for trial in chain(*plan.trials.values()):
         row = trial.synthetic_features
         if row is not None and row in rows:
             splits.setdefault((row, trial.features), {})[trial.split] = None

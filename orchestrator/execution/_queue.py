@@ -21,7 +21,7 @@ from orchestrator.failures import CLASSES, Failure, failure_of
 from orchestrator.keys import Process, RowSpec, artifact_key
 from orchestrator.planning import Requirement
 from orchestrator.planning.estimate import estimate, stage_work
-from orchestrator.planning.plan import independent_of
+from orchestrator.planning.requirements import independent_of
 
 if TYPE_CHECKING:
     from orchestrator.execution._state import RunState

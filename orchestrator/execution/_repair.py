@@ -17,7 +17,6 @@ from orchestrator.planning import (
     Requirement,
     Resolver,
     contains_spec,
-    possible_trials,
     requirements_of,
 )
 from orchestrator.planning.plan import plan_sweep
@@ -32,7 +31,7 @@ def plan_and_repair(
     while True:
         try:
             plan = plan_sweep(sweep, location.store, resolver, location.event_log())
-            damaged = _set_damaged_aside(plan, location.store, resolver)
+            damaged = _set_damaged_aside(plan, location.store)
         except DamagedArtifact as problem:  # planning itself reads some records
             location.store.set_aside(problem)
             damaged = [problem]
@@ -44,9 +43,7 @@ def plan_and_repair(
             return plan
 
 
-def _set_damaged_aside(
-    plan: Plan, store: ArtifactStore, resolver: Resolver
-) -> list[DamagedArtifact]:
+def _set_damaged_aside(plan: Plan, store: ArtifactStore) -> list[DamagedArtifact]:
     """Check the trials of a plan and the inputs of its missing trials, on this machine.
 
     The features and images of finished trials are not checked, since nothing will read them.
@@ -60,7 +57,7 @@ def _set_damaged_aside(
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         results = threads.map(
             lambda check: _run_check(check[0], check[1], store),
-            list(_checks(plan, store, resolver)),
+            list(_checks(plan, store)),
         )
         return [damaged for damaged in results if damaged is not None]
 
@@ -82,15 +79,13 @@ def _run_check(
                 return damaged
 
 
-def _checks(
-    plan: Plan, store: ArtifactStore, resolver: Resolver
-) -> Iterator[tuple[Callable[[], object], str]]:
+def _checks(plan: Plan, store: ArtifactStore) -> Iterator[tuple[Callable[[], object], str]]:
     """Checks that raise DamagedArtifact, each with the lock under which the artifact is made."""
     trials = {slot.key.digest: slot.spec for slot in plan.slots}
     for digest, trial in trials.items():
         yield partial(store.check, trial), digest
     unfinished = [cell for cell in plan.cells if plan.left[cell.id]]
-    possible = list(possible_trials(unfinished, plan.sweep.seeds.assignments(), resolver))
+    possible = [trial for cell in unfinished for trial in plan.trials[cell.id]]
     read = {needed.spec for trial in map(normalised, possible) for needed in trial.inputs(())}
     requirements = requirements_of(possible)
     for requirement in requirements:

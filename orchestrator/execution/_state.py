@@ -26,7 +26,8 @@ from orchestrator.planning import (
     requirements_of,
 )
 from orchestrator.planning.estimate import START, Measured, Work, stage_work, trial_work
-from orchestrator.planning.plan import STAGE_TITLES, PlannedSlot
+from orchestrator.planning.plan import PlannedSlot
+from orchestrator.planning.requirements import STAGE_TITLES
 from orchestrator.planning.resources import format_amount
 from orchestrator.spec import Resources, SweepSpec
 from orchestrator.stages import FeaturesSpec, TrialSpec
@@ -98,7 +99,6 @@ class RunState:
     signal_exit_code: int | None = None  # after a signal
     ray_died: bool = False  # the local Ray died
     failed_requirements: list[tuple[Requirement, Failure]] = field(default_factory=list)
-    fp32_trials: list[TrialSpec] = field(default_factory=list)  # repeated in fp32 by this run
     slot_states: dict[str, str] = field(default_factory=dict)
     running_slots: Callable[[], Mapping[str, Slot]] = dict
     process_died: bool = False  # a worker died, so that Ray's logs may explain a failure

@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.environment import joins_existing_cluster
@@ -42,8 +41,6 @@ from orchestrator.planning import (
     Plan,
     changed_inputs,
     earlier_results,
-    possible_trials,
-    requirements_of,
     resolver_of,
     unschedulable_reason,
 )
@@ -151,12 +148,11 @@ def _run_cells(state: RunState, plan: Plan, prepare_only: bool, ray_session: Exi
                 return FAILED
         preparation.finish()
         # Trials that are repeated in fp32 need inputs in fp32: the same cells again.
-        state.fp32_trials += [replace(slot.spec, precision="fp32") for slot in scheduler.fp32_slots]
         moved = {slot.cell.id for slot in scheduler.fp32_slots}
         groups = [cells for cells in groups if any(cell.id in moved for cell in cells)]
         if groups:
             plan = plan.in_fp32(scheduler.fp32_slots)
-            write_ledger(state.location, plan, state.resolver)
+            write_ledger(state.location, plan)
     failed = state.statistics.states.get("failed", 0) or state.failed_requirements
     return FAILED if failed else DONE
 
@@ -188,11 +184,9 @@ def _cell_groups(state: RunState, plan: Plan) -> list[list[Cell]]:
     then the group that lacks the fewest blocks."""
     groups: dict[tuple[str, ...], list[Cell]] = {}
     missing: dict[tuple[str, ...], int] = {}
-    assignments = state.sweep.seeds.assignments()
     store = state.location.store
     for cell in plan.cells:
-        requirements = requirements_of(possible_trials([cell], assignments, state.resolver))
-        row_requirements = [each for each in requirements if each.spec.is_drawn]
+        row_requirements = [each for each in plan.inputs([cell]) if each.spec.is_drawn]
         rows = tuple(sorted(str(requirement.key) for requirement in row_requirements))
         groups.setdefault(rows, []).append(cell)
         missing[rows] = sum(

@@ -9,17 +9,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from air_core.components import is_component
 from air_core.methods import EMBEDDED
 from air_core.models.weights import local_path
-from air_core.paradigms import seen_unseen
 from air_core.specs.conditions import uses_evidence
 from air_core.specs.flat import trial_keys
 from air_core.specs.normal import normalised, used_components
-from orchestrator.keys import ArtifactKey, RowSpec, StageSpec, artifact_key
+from orchestrator.keys import ArtifactKey, artifact_key
 from orchestrator.planning.estimate import Estimate, Work, estimate, stage_work, trial_work
 from orchestrator.planning.history import History, read_history
 from orchestrator.planning.ledger import (
@@ -33,16 +32,16 @@ from orchestrator.planning.ledger import (
     read_needs,
     results_in,
 )
+from orchestrator.planning.requirements import Requirement, requirements_of
 from orchestrator.planning.resolve import Resolver, text_digest, with_model_defaults
 from orchestrator.planning.resources import trial_memory
 from orchestrator.planning.trial_checks import InvalidSetting
 from orchestrator.plugins import use_plugins
 from orchestrator.spec import Cell, Dimension, SweepSpec, cells_of
 from orchestrator.spec.space import default_params, grid_points, point_count, study_name
-from orchestrator.stages import STAGES, SyntheticFeaturesSpec, TrialSpec
+from orchestrator.stages import TrialSpec
 from orchestrator.store import ArtifactStore, EventLog, SweepLocation, read_resolved
 
-BASE_PER_CLASS = 8  # images without LoRA, drawn to measure what LoRA changes
 # Settings that determine whether a trial reads synthetic images, and how many.
 READS_IMAGES = (
     "images_per_class",
@@ -61,80 +60,6 @@ class PlannedSlot(Slot):
     spec: TrialSpec
 
 
-@dataclass(frozen=True)
-class Requirement:
-    """An artifact that trials read; of a row, a number of images of some classes or draws."""
-
-    spec: StageSpec
-    images: int = 0  # per class or draw; 0 except for a row
-    classes: tuple[int, ...] = ()  # label indices, or numbers of draws; empty except for a row
-    # Of a row without LoRA that no trial reads: the rows that it is compared with.
-    compared_with: tuple[StageSpec, ...] = field(default=(), compare=False)
-
-    @property
-    def rows(self) -> tuple[StageSpec, ...]:
-        """The specs of the rows in the store; empty for other artifacts."""
-        return self.spec.rows
-
-    @property
-    def key(self) -> ArtifactKey:
-        return artifact_key(self.spec.maker)
-
-    @property
-    def stage(self) -> str:
-        return self.spec.maker.stage
-
-    def shards(self) -> list[tuple[int, int]]:
-        """The shards of a row as (class or draw, block), in the order in which they are made."""
-        assert isinstance(self.spec, RowSpec)
-        return self.spec.shards(self.images, self.classes)
-
-    def missing(self, store: ArtifactStore) -> list[tuple[int, int]]:
-        """The shards of a row of which images, features or errors are missing."""
-        present = self._present(store)
-        return [shard for shard in self.shards() if shard not in present]
-
-    def is_replaced(self, store: ArtifactStore) -> bool:
-        """Whether the store has the artifact that replaces this row."""
-        return self.spec.whole is not None and store.has(self.spec.whole)
-
-    def _present(self, store: ArtifactStore) -> frozenset[tuple[int, int]]:
-        """The shards of a row that are complete in the store, or no longer needed."""
-        if self.is_replaced(store):
-            return frozenset(self.shards())
-        shards = (store.row(spec).existing_shards() for spec in self.rows)
-        return frozenset.intersection(*shards)
-
-    def have(self, store: ArtifactStore) -> int:
-        """Number of parts in the store: shards of a row; 0 or 1 for any other artifact."""
-        if isinstance(self.spec, RowSpec):
-            classes, blocks = {*self.classes}, self.spec.blocks(self.images)
-            return sum(c in classes and block < blocks for c, block in self._present(store))
-        return int(store.has(self.spec))
-
-    def bytes(self, store: ArtifactStore) -> int:
-        """Bytes in the store; of a row, all its shards, even those that are not required here."""
-        return sum(store.bytes(spec) for spec in self.rows or (self.spec,))
-
-    def total(self) -> int:
-        """Number of required parts, as `have` counts them."""
-        if isinstance(self.spec, RowSpec):
-            return len(self.classes) * self.spec.blocks(self.images)
-        return 1
-
-    def is_complete(self, store: ArtifactStore) -> bool:
-        """Whether the store has all parts."""
-        return self.have(store) == self.total()
-
-
-STAGE_TITLES = {spec.stage: spec.title for spec in STAGES.values()}  # in messages and on screens
-
-
-def artifact_title(key: ArtifactKey) -> str:
-    """Name of an artifact in messages and on screens."""
-    return f"{STAGE_TITLES[key.stage]} {key.slug}"
-
-
 @dataclass(frozen=True, kw_only=True)
 class Plan(Ledger):
     """The ledger of a run before it starts, and the artifacts that its trials read.
@@ -144,17 +69,23 @@ class Plan(Ledger):
 
     sweep: SweepSpec
     slots: tuple[PlannedSlot, ...]
+    trials: Mapping[str, tuple[TrialSpec, ...]]  # that need the most artifacts, by cell
     requirements: tuple[Requirement, ...]
     work: tuple[Work, ...]  # that is left
     estimate: Estimate
 
     def in_fp32(self, moved: Iterable[PlannedSlot]) -> Plan:
         """The plan with trials that are repeated in fp32."""
-        slots = {slot.id: slot for slot in self.slots}
+        slots, trials = {slot.id: slot for slot in self.slots}, dict(self.trials)
         for slot in moved:
             spec = replace(slot.spec, precision="fp32")
             slots[slot.id] = replace(slot, spec=spec, key=artifact_key(spec))
-        return replace(self, slots=tuple(slots.values()))
+            trials[slot.cell.id] += (spec,)
+        return replace(self, slots=tuple(slots.values()), trials=trials)
+
+    def inputs(self, cells: Iterable[Cell]) -> list[Requirement]:
+        """The distinct artifacts that the trials of some cells read."""
+        return requirements_of(trial for cell in cells for trial in self.trials[cell.id])
 
     def json(self, store: ArtifactStore) -> dict[str, Any]:
         """The output of `plan --json`; its keys are a contract."""
@@ -223,15 +154,12 @@ def _plan_sweep(
         alive=False,
         has_result=results_in(store, slots),
     )
-    # The file of a sweep does not list the trials that are repeated in fp32.
-    repeated = [slot.spec for slot in slots if slot.id in history.moved]
-    trials = {cell.id: [*possible_trials([cell], assignments, resolver)] for cell in cells}
+    trials = {cell.id: [*possible_trials(cell, assignments, resolver)] for cell in cells}
+    for slot in slots:
+        if slot.id in history.moved:  # its trial was repeated in fp32
+            trials[slot.cell.id].append(slot.spec)
     every = [*itertools.chain(*trials.values())]
-    requirements = tuple(
-        requirement
-        for requirement in requirements_of([*every, *repeated])
-        if not requirement.is_replaced(store)
-    )
+    requirements = tuple(each for each in requirements_of(every) if not each.is_replaced(store))
     if ledger.to_run:
         sweep = _with_trial_memory(sweep, every, resolver)
     work = tuple(_remaining_work(requirements, ledger, slots, assignments, resolver, store))
@@ -239,6 +167,7 @@ def _plan_sweep(
     return Plan(
         **{f.name: getattr(ledger, f.name) for f in fields(Ledger)},
         sweep=sweep,
+        trials={cell: tuple(of_cell) for cell, of_cell in trials.items()},
         requirements=requirements,
         work=work,
         estimate=estimate(work, store, sweep.resources),
@@ -364,21 +293,20 @@ def _data(slots: Iterable[PlannedSlot], resolver: Resolver) -> dict[str, Data]:
 
 
 def possible_trials(
-    cells: Iterable[Cell], assignments: Sequence[Mapping[str, int]], resolver: Resolver
+    cell: Cell, assignments: Sequence[Mapping[str, int]], resolver: Resolver
 ) -> Iterator[TrialSpec]:
-    """The trials of each cell that need the most artifacts, over its whole search space.
+    """The trials of a cell that need the most artifacts, over its whole search space.
 
     Of assignments that differ in `seed` alone, which no artifact depends on, it takes the first.
     """
     distinct: dict[tuple[Any, ...], Mapping[str, int]] = {}
     for seeds in assignments:
         distinct.setdefault(tuple(item for item in seeds.items() if item[0] != "seed"), seeds)
-    for cell in cells:
-        ranges = [d for d in cell.space if d.key in (*READS_IMAGES, "prompt.length")]
-        for ends in itertools.product(*[_ends(d) for d in ranges]):
-            params = {d.key: end for d, end in zip(ranges, ends, strict=True)}
-            for seeds in distinct.values():
-                yield resolver.trial({**cell.flat, **params, **seeds})
+    ranges = [d for d in cell.space if d.key in (*READS_IMAGES, "prompt.length")]
+    for ends in itertools.product(*[_ends(d) for d in ranges]):
+        params = {d.key: end for d, end in zip(ranges, ends, strict=True)}
+        for seeds in distinct.values():
+            yield resolver.trial({**cell.flat, **params, **seeds})
 
 
 def _ends(dimension: Dimension) -> Sequence[Any]:
@@ -392,112 +320,28 @@ def _ends(dimension: Dimension) -> Sequence[Any]:
     return dimension.values
 
 
-def requirements_of(trials: Iterable[TrialSpec]) -> list[Requirement]:
-    """List the distinct artifacts that trials read, each after those that it is built from.
-
-    A row of images is required up to the largest count and all classes that any trial reads.
-    """
-    distinct = dict.fromkeys(replace(trial, seed=0) for trial in trials)
-    return merge(requirement for trial in distinct for requirement in _requirements(trial))
-
-
-def merge(requirements: Iterable[Requirement]) -> list[Requirement]:
-    """The distinct artifacts of some requirements, of a row the largest count and all classes."""
-    merged: dict[str, Requirement] = {}
-    for requirement in requirements:
-        identity = f"{requirement.key}/{artifact_key(requirement.spec).digest}"
-        earlier = merged.get(identity, requirement)
-        merged[identity] = replace(
-            requirement,
-            images=max(requirement.images, earlier.images),
-            classes=tuple(sorted({*requirement.classes, *earlier.classes})),
-            compared_with=(
-                (*earlier.compared_with, *requirement.compared_with)
-                if earlier.compared_with and requirement.compared_with
-                else ()
-            ),
-        )
-    return list(merged.values())
-
-
-def _requirements(trial: TrialSpec) -> Iterator[Requirement]:
-    classes = tuple(range(len(trial.classnames)))
-    if trial.paradigm == "trzsl" and len(classes) > 1:
-        _, classes = seen_unseen(len(classes), trial.class_seed)  # images of unseen classes only
-    yield from _inputs(trial, classes)
-    base, row = trial.base_features, trial.synthetic_features
-    if base is not None and row is not None:
-        yield Requirement(base, BASE_PER_CLASS, classes, (row,))
-
-
-def _inputs(spec: StageSpec, classes: tuple[int, ...]) -> Iterator[Requirement]:
-    """The artifacts that a spec is made from, each after its own inputs."""
-    for needed in spec.inputs(classes):
-        yield from _inputs(needed.spec, classes)
-        yield Requirement(*needed)
-
-
-def contains_spec(spec: Any, part: Any) -> bool:
-    """Whether `part` equals `spec` or one of the specs nested in it."""
-    if spec == part:
-        return True
-    if not is_dataclass(spec):
-        return False
-    return any(contains_spec(getattr(spec, f.name), part) for f in fields(spec))
-
-
-def independent_of(
-    failed: Iterable[Requirement], requirements: Iterable[Requirement]
-) -> list[Requirement]:
-    """The requirements that contain none of those that failed.
-
-    A row without LoRA is left out with the rows that it is compared with.
-    """
-    missing = [spec for each in failed for spec in (each.spec, *each.rows, each.spec.whole) if spec]
-
-    def is_stopped(spec: Any) -> bool:
-        return any(contains_spec(spec, part) for part in missing)
-
-    return [
-        each
-        for each in requirements
-        if not is_stopped(each.spec)
-        and not (each.compared_with and all(map(is_stopped, each.compared_with)))
-    ]
-
-
-def build_level(spec: StageSpec) -> int:
-    """Depth of an artifact in the build order, from 1; artifacts of one level are independent."""
-    if isinstance(spec, SyntheticFeaturesSpec) and spec.level == "tokens":
-        # After the images, which would otherwise be drawn twice.
-        return 1 + build_level(replace(spec, level="features"))
-    return 1 + max((build_level(needed.spec) for needed in spec.inputs(())), default=0)
-
-
-def needs_of(plan: Plan, resolver: Resolver) -> dict[str, Needs]:
+def needs_of(plan: Plan) -> dict[str, Needs]:
     """The artifacts that the cells of a plan read, over their whole search space, by cell."""
     needs: dict[str, Needs] = {cell.id: {} for cell in plan.cells}
     for cell in plan.cells:
-        trials = [*possible_trials([cell], plan.sweep.seeds.assignments(), resolver)]
-        of_cell = [slot.spec for slot in plan.slots if slot.cell == cell]
-        trials += [spec for spec in of_cell if spec.precision == "fp32"]  # repeated, maybe
-        for each in requirements_of(trials):
+        for each in plan.inputs([cell]):
             whole = artifact_key(each.spec.whole) if each.spec.whole else None
             for spec in each.rows or (each.spec,):
                 needs[cell.id][artifact_key(spec).digest[:12]] = whole
-        # A trial with another test dataset reads the prompt of the trial without it.
-        trained = (replace(spec, test_dataset=None) for spec in of_cell if spec.test_dataset)
-        needs[cell.id] |= dict.fromkeys(artifact_key(spec).digest[:12] for spec in trained)
+    for slot in plan.slots:
+        if slot.spec.test_dataset:  # it reads the prompt of the trial without it
+            trained = artifact_key(replace(slot.spec, test_dataset=None))
+            needs[slot.cell.id][trained.digest[:12]] = None
     return needs
 
 
-def write_ledger(location: SweepLocation, plan: Plan, resolver: Resolver) -> None:
+def write_ledger(location: SweepLocation, plan: Plan) -> None:
     """Write the ledger of a plan, with the needs of the cells that `--only` leaves out."""
     axes, needs = plan.sweep.axes, dict[str, Needs]()
     with suppress(FileNotFoundError, ValueError):
         every = {cell.id for cell in (cells_of(replace(plan.sweep, grid=axes)) if axes else ())}
         needs = {cell: need for cell, need in read_needs(location).items() if cell in every}
-    location.write(LEDGER, ledger_json(plan, needs | needs_of(plan, resolver)))
+    location.write(LEDGER, ledger_json(plan, needs | needs_of(plan)))
 
 
 # ---------------------------------------------------------------- changes since the last run

@@ -34,8 +34,8 @@ from orchestrator.planning import (
 )
 from orchestrator.planning.history import RESULT_STATES, History, results_text
 from orchestrator.planning.ledger import read_ledger
-from orchestrator.planning.plan import STAGE_TITLES
 from orchestrator.planning.requests import results_command, run_command
+from orchestrator.planning.requirements import STAGE_TITLES
 from orchestrator.reporting.results import (
     holes_text,
     results_of,

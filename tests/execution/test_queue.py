@@ -16,7 +16,7 @@ from orchestrator.execution._allocation import Allocation
 from orchestrator.execution._queue import WorkQueue
 from orchestrator.failures import Failure
 from orchestrator.planning import Requirement, requirements_of
-from orchestrator.planning.plan import independent_of, merge
+from orchestrator.planning.requirements import independent_of, merge
 from orchestrator.spec import Resources
 from orchestrator.spec.resources import GeneratorResources
 from orchestrator.store import ArtifactStore

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 
 from orchestrator.planning import requirements_of
-from orchestrator.planning.plan import build_level
 from orchestrator.stages import TrialSpec, stage_module
 from orchestrator.stages.context import WorkerContext
 
@@ -13,7 +12,9 @@ from orchestrator.stages.context import WorkerContext
 def build_inputs(trial: TrialSpec, worker: WorkerContext) -> None:
     """Make what a trial reads, in this process."""
     requirements = requirements_of([trial])
-    for requirement in sorted(requirements, key=lambda requirement: build_level(requirement.spec)):
+    for requirement in sorted(
+        requirements, key=lambda each: getattr(each.spec, "level", "") == "tokens"
+    ):
         spec, make = requirement.spec, stage_module(requirement.spec)
         if not requirement.rows:
             make.build(spec, worker)

@@ -27,7 +27,8 @@ from orchestrator.planning import Plan, Requirement, Resolver, requirements_of
 from orchestrator.planning.checks import unschedulable_reason
 from orchestrator.planning.estimate import START, Measured, Work, estimate, record_measurements
 from orchestrator.planning.history import read_history
-from orchestrator.planning.plan import BASE_PER_CLASS, plan_sweep
+from orchestrator.planning.plan import plan_sweep
+from orchestrator.planning.requirements import BASE_PER_CLASS
 from orchestrator.planning.search import CellSearch, open_searches, study_of
 from orchestrator.spec import Dimension, Resources, SweepSpec, cells_of, presets
 from orchestrator.spec.resources import GeneratorResources, TrialResources

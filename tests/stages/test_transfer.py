@@ -97,11 +97,12 @@ def test_a_table_names_both_and_compares_within_each(store, resolver, drawn, tmp
         fixed={"train.steps": 2},
         seeds=Seeds(values=((1,),)),
     )
-    plan = plan_sweep(sweep, store, resolver, EventLog(tmp_path / "sweep"))
+    event_log = EventLog(tmp_path / "sweep")
+    plan = plan_sweep(sweep, store, resolver, event_log)
     assert [requirement.have(store) for requirement in plan.requirements] == [1, 1]
     for slot in plan.slots:
         run_trial(slot.spec, store)
-    table = results_of(plan, store).rows
+    table = results_of(plan_sweep(sweep, store, resolver, event_log), store).rows
     assert [(row.dataset, row.method) for row in table] == [
         ("digits", "zero_shot"),
         ("digits", "fpl"),

@@ -13,7 +13,7 @@ import pytest
 
 from air_core.seal import BLANK, sealed, sealed_json
 from orchestrator.errors import StoreRefused
-from orchestrator.planning import Plan, plan_of, resolver_of
+from orchestrator.planning import Plan, plan_of
 from orchestrator.planning.plan import write_ledger
 from orchestrator.reporting.screens import status_report
 from orchestrator.spec import load_sweep
@@ -55,7 +55,7 @@ class World:
         location.event_log().lock()
         (location.folder / "spec.yaml").write_text(f"version: 1\nname: {name}\n{body}")
         (location.folder / "resolved.json").write_bytes(sealed_json(origin))
-        write_ledger(location, self.plan(location, **origin), resolver_of(location))
+        write_ledger(location, self.plan(location, **origin))
         location.event_log().append("sweep_started", total=1)
         return location
 
