@@ -17,7 +17,6 @@ from orchestrator.reporting.notes import UNTESTED, at_chance_notes
 from orchestrator.reporting.rows import (
     MODALITY,
     Row,
-    Task,
     is_bound,
     row_text,
     signed_percent,
@@ -42,18 +41,13 @@ MAX_VALUES = 3  # of a setting, with an answer each
 
 def headlines(results: Results) -> list[str]:
     """A warning of chance; for each of the first tasks the best classifier."""
-    tasks = results.tasks[:MAX_HEADLINES]
-    return [*at_chance_notes(results), *(_headline(results, task) for task in tasks)]
-
-
-def _headline(results: Results, task: Task) -> str:
-    best = results.best_classifiers.get(task)
-    text = f"{task_text(task)}. "
-    if best is not None:
-        text += f"Best classifier: {BEST}{best}. "
-    if not any(row.is_tested for row in results.rows if row.task == task):
-        text += UNTESTED
-    return text.strip()
+    lines = at_chance_notes(results)
+    for task in results.tasks[:MAX_HEADLINES]:
+        best = results.best_classifiers.get(task)
+        text = f"{task_text(task)}. " + (f"Best classifier: {BEST}{best}. " if best else "")
+        untested = not any(row.is_tested for row in results.rows if row.task == task)
+        lines.append((text + UNTESTED * untested).strip())
+    return lines
 
 
 def answers(results: Results, most: int | None = None, rest: str = "") -> list[str]:

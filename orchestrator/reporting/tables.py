@@ -172,23 +172,15 @@ def as_json(results: Results) -> list[dict[str, object]]:
             "comparisons": [c.as_json() for c in results.all_comparisons if c.row is row],
             "collapsed": [vars(run) for run in row.collapsed_runs()],
         }
-        | ({} if row.choice is None else {"points": _points(results, row)})
+        | ({} if row.choice is None else {"points": [*map(_point, results.best_points(row))]})
         for row in results.rows
     ]
 
 
-def _points(results: Results, row: Row) -> list[dict[str, Any]]:
-    """The best points of a searched cell and the default one, for JSON."""
-    return [
-        {
-            "point": point.point,
-            "settings": point.settings,
-            "objective": point.first.objective,
-            **{name: line[name] for name in ("mean", "low", "high", "n")},
-        }
-        for point in results.best_points(row)
-        for line in [point.as_json()]
-    ]
+def _point(row: Row) -> dict[str, Any]:
+    """One of the best points of a searched cell, or the default one, for JSON."""
+    about = {"point": row.point, "settings": row.settings, "objective": row.first.objective}
+    return about | {name: row.as_json()[name] for name in ("mean", "low", "high", "n")}
 
 
 def _marks(results: Results, row: Row) -> dict[str, Any]:
