@@ -118,6 +118,13 @@ def tiny_clip():
     return load_backbone(tiny_folder())
 
 
+@pytest.fixture
+def small_chunks(monkeypatch) -> None:
+    """Chunks of a few rows, where a plain reference has all rows; whole trials have one chunk."""
+    monkeypatch.setattr("air_core.chunks.ELEMENTS", 20)
+    monkeypatch.setattr("air_core.auxiliary.bank.COSINES", 100)
+
+
 @pytest.fixture(scope="session")
 def resolver(tmp_path_factory) -> Resolver:
     return Resolver(tmp_path_factory.mktemp("digests") / "digests.json", None)

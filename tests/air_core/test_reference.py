@@ -27,7 +27,7 @@ from air_core.pseudo_labels.top_k import balanced_choice
 from air_core.specs import PseudoLabelSettings
 from air_core.training import confidence
 from air_core.types import PseudoLabels, sparse
-from tests.fixtures.reference import inputs
+from tests.fixtures.reference import reference_inputs as inputs
 
 # N images, C classes. "Theirs" are the recorded outputs.
 
