@@ -76,9 +76,9 @@ class StageSpec(ABC):
         return self
 
     @property
-    def rows(self) -> tuple[StageSpec, ...]:
+    def rows(self) -> tuple[RowSpec, ...]:
         """Specs of the rows that are made together, shard by shard; empty: it is no row."""
-        return (self,) if self.shard else ()
+        return ()
 
     @property
     def maker(self) -> StageSpec:
@@ -119,6 +119,10 @@ class RowSpec(StageSpec):
     """Base of rows: shards by an index, such as a class or a draw, and a block of images."""
 
     process: ClassVar[Process] = "generator"
+
+    @property
+    def rows(self) -> tuple[RowSpec, ...]:
+        return (self,)
 
     @property
     @abstractmethod

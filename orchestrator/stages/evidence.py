@@ -112,35 +112,6 @@ class BlockScorer:
     latents: tuple[int, Tensor] | None = None  # block and its latents
     report: Callable[[int, int], None] = ignore  # receives the finished and all pairs of a shard
 
-    @staticmethod
-    def open(spec: EvidenceSpec, worker: WorkerContext) -> BlockScorer:
-        """Load the model with its LoRA from the store.
-
-        Raises:
-            MissingArtifact: the LoRA or the features are not made yet.
-        """
-        from air_core.classifiers import text_classifier
-        from air_core.diffusion.evidence import DenoisingScorer
-
-        target = read_target(spec.features, spec.split, worker.store)
-        backbone = worker.backbone(spec.features.backbone, spec.features.precision)
-        text = text_classifier(backbone, target.text.classnames, target.text.template)
-        pool, unseen = target.split.pool, target.split.unseen
-        order = pool_order(spec, len(pool))
-        logits = text.logits(target.batch(pool[order]))
-        classes = range(logits.shape[1]) if unseen is None else unseen.tolist()
-        scorer = DenoisingScorer(
-            images_folder(spec.model.name),
-            spec.scoring,
-            [target.text.classnames[c] for c in classes],
-            spec.size,
-            adapter=worker.store.get(spec.lora).path if spec.lora else None,
-            scale=spec.lora_scale,
-            device=worker.device,
-            thrift=worker.thrift,
-        )
-        return BlockScorer(spec, worker, scorer, pool[order], logits[:, list(classes)])
-
     def errors(self, block: int, draw: int, earlier: np.ndarray | None) -> np.ndarray:
         """(B, C) errors of one draw of a block; NaN for classes that are no candidates."""
         import torch
@@ -182,8 +153,32 @@ def pool_order(spec: EvidenceSpec, images: int) -> Tensor:
 
 
 def open_model(spec: EvidenceSpec, worker: WorkerContext) -> BlockScorer:
-    """As `BlockScorer.open`."""
-    return BlockScorer.open(spec, worker)
+    """Load the model with its LoRA from the store.
+
+    Raises:
+        MissingArtifact: the LoRA or the features are not made yet.
+    """
+    from air_core.classifiers import text_classifier
+    from air_core.diffusion.evidence import DenoisingScorer
+
+    target = read_target(spec.features, spec.split, worker.store)
+    backbone = worker.backbone(spec.features.backbone, spec.features.precision)
+    text = text_classifier(backbone, target.text.classnames, target.text.template)
+    pool, unseen = target.split.pool, target.split.unseen
+    order = pool_order(spec, len(pool))
+    logits = text.logits(target.batch(pool[order]))
+    classes = range(logits.shape[1]) if unseen is None else unseen.tolist()
+    scorer = DenoisingScorer(
+        images_folder(spec.model.name),
+        spec.scoring,
+        [target.text.classnames[c] for c in classes],
+        spec.size,
+        adapter=worker.store.get(spec.lora).path if spec.lora else None,
+        scale=spec.lora_scale,
+        device=worker.device,
+        thrift=worker.thrift,
+    )
+    return BlockScorer(spec, worker, scorer, pool[order], logits[:, list(classes)])
 
 
 def build(

@@ -60,7 +60,7 @@ class SyntheticFeaturesSpec(RowSpec):
         return self.images.block_size
 
     @property
-    def rows(self) -> tuple[StageSpec, ...]:
+    def rows(self) -> tuple[RowSpec, ...]:
         return self.images, self
 
     @property
@@ -166,59 +166,44 @@ def _read_row(
 ) -> tuple[Tensor, Tensor]:
     import torch
 
-    row = store.row(spec)
-    size = spec.images.block_size
+    size, names = spec.images.block_size, spec.images.classnames
+    drawn = range(len(names)) if classes is None else classes
+    shards = [(c, block) for c in drawn for block in range(spec.blocks(count))]
     features, labels = [], []
-    class_indices = range(len(spec.images.classnames)) if classes is None else classes
-    blocks = range(spec.blocks(count))
-    row.pull([(c, block) for c in class_indices for block in blocks])
-    for c in class_indices:
-        classname = spec.images.classnames[c]
-        for block in blocks:
-            try:
-                arrays = load(row.read(c, block))
-            except FileNotFoundError:
-                raise MissingArtifact(
-                    f"image {block * size} of {classname!r} is not in {row.key} under "
-                    f"{store.name}; run `airsweep run SPEC --prepare` first"
-                ) from None
-            ok = arrays["ok"][: count - block * size]
-            images = torch.from_numpy(arrays["features"][: len(ok)][ok])
-            features.append(images)
-            labels.append(torch.full((len(images),), c))
+    try:
+        for c, indices, images in read_blocks(spec, shards, store):
+            kept = sum(index < count for index in indices)
+            features.append(images[:kept])
+            labels.append(torch.full((kept,), c))
+    except FileNotFoundError:
+        c, block = shards[len(features)]
+        raise MissingArtifact(
+            f"image {block * size} of {names[c]!r} is not in {store.row(spec).key} under "
+            f"{store.name}; run `airsweep run SPEC --prepare` first"
+        ) from None
     return torch.cat(features), torch.cat(labels)
 
 
-def drawn_classes(spec: SyntheticFeaturesSpec, store: ArtifactStore) -> list[int]:
-    """Ascending indices of the classes with images: TRZSL draws only unseen classes."""
-    return sorted({c for c, _ in store.row(spec.images).existing_shards()})
-
-
-def drawn_per_class(spec: SyntheticFeaturesSpec, limit: int, store: ArtifactStore) -> int:
-    """The number of images that each drawn class has from the first on, at most `limit`."""
-    present = store.row(spec.images).existing_shards()
-    blocks = range(spec.blocks(limit))
-    first_gaps = (
-        next((block for block in blocks if (c, block) not in present), len(blocks))
-        for c in {c for c, _ in present}
-    )
-    return min(limit, min(first_gaps) * spec.images.block_size)
-
-
-def drawn_blocks(
-    spec: SyntheticFeaturesSpec, store: ArtifactStore
+def read_blocks(
+    spec: SyntheticFeaturesSpec, shards: Sequence[tuple[int, int]], store: ArtifactStore
 ) -> Iterator[tuple[int, list[int], Tensor]]:
-    """Read class, indices (B,) and features (B, D) of each block in the store, without holes."""
+    """Read class, indices (B,) and features (B, D) of some blocks, without holes."""
     import torch
 
     row = store.row(spec)
-    shards = sorted(row.existing_shards())
     row.pull(shards)
     for c, block in shards:
         arrays = load(row.read(c, block))
         ok = np.flatnonzero(arrays["ok"])
         indices = block * spec.images.block_size + ok
         yield c, indices.tolist(), torch.from_numpy(arrays["features"][ok])
+
+
+def drawn_blocks(
+    spec: SyntheticFeaturesSpec, store: ArtifactStore
+) -> Iterator[tuple[int, list[int], Tensor]]:
+    """As `read_blocks`, of all blocks in the store."""
+    return read_blocks(spec, sorted(store.row(spec).existing_shards()), store)
 
 
 def recognised_share(spec: SyntheticFeaturesSpec, worker: WorkerContext, template: str) -> float:

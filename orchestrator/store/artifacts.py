@@ -32,7 +32,7 @@ from typing import Any
 from air_core.seal import sealed_json
 from orchestrator.errors import DamagedArtifact, MissingArtifact
 from orchestrator.files import file_digest, make_folders, permission_message, sync
-from orchestrator.keys import ArtifactKey, Keyed, StageSpec, artifact_key
+from orchestrator.keys import ArtifactKey, Keyed, RowSpec, StageSpec, artifact_key
 from orchestrator.store import code_version
 from orchestrator.store._locks import Locks
 from orchestrator.store.buckets import is_bucket, run_concurrently, store_folder
@@ -341,7 +341,7 @@ class ArtifactStore:
         key = artifact_key(spec)
         return Row(key, self.path(key), self.storage, spec.shard)
 
-    def open_row(self, spec: StageSpec) -> Row:
+    def open_row(self, spec: RowSpec) -> Row:
         """A row that accepts shards.
 
         Raises:
@@ -355,6 +355,8 @@ class ArtifactStore:
             record = {
                 "digest": row.key.digest,
                 "spec": asdict(spec),
+                # Of a shard; draws of denoising errors have none of their own.
+                "info": {} if spec.counts == "pairs" else {"images": spec.block_size},
                 "started": time.time(),
                 **provenance(),
                 "code": code_version.stage_version(type(spec)),

@@ -114,12 +114,8 @@ def _item(store: ArtifactStore, path: Path, files: Mapping[str, Entry]) -> Item:
         raise
     except (OSError, DamagedArtifact):  # its owner is unknown
         pass
-    images = record.get("info", {}).get("images")
-    if shards and path.parent.parent.name != "evidence":
-        spec = record.get("spec", {})
-        spec = spec.get("images", spec)
-        block = spec.get("block") or spec.get("settings", {}).get("block")
-        images = block and block * shards
+    images = record.get("info", {}).get("images")  # of a row, in a shard
+    images = images and images * (shards or 1)
     digest, user = path.name.rpartition("-")[2], str(record.get("user", UNKNOWN))
     return _sized(path, files, digest=digest, user=user, images=images)
 

@@ -14,8 +14,8 @@ import torch
 from orchestrator.errors import MissingArtifact
 from orchestrator.stages import EvidenceSpec
 from orchestrator.stages.context import WorkerContext
-from orchestrator.stages.evidence import BlockScorer, read_evidence
 from orchestrator.stages.evidence import build as build_evidence_block
+from orchestrator.stages.evidence import open_model, read_evidence
 from tests.helpers.features import Arrays, digit_features, relabelled, store_with
 
 IMAGES, POOL, BLOCK = 60, 20, 8  # of the digits
@@ -52,7 +52,7 @@ def worker(tmp_path, spec, arrays) -> WorkerContext:
 def build(spec: EvidenceSpec, shards: Any, worker: WorkerContext) -> float:
     """Build shards with a model of its own, as an actor does; returns the pairs computed."""
     with LOADING:  # diffusers loads one model at a time
-        scorer = BlockScorer.open(spec, worker)
+        scorer = open_model(spec, worker)
     reports: list[tuple[int, int]] = []
     scorer.report = lambda done, total: reports.append((done, total))
     pairs = sum(
