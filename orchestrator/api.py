@@ -458,7 +458,7 @@ def predictions(
     from pandas import DataFrame
 
     from air_core.bundle.checks import CLASSIFIERS
-    from orchestrator.reporting.lookup import named_trial
+    from orchestrator.reporting.selection import named_trial
     from orchestrator.stages.dataset_text import image_files, tested_classes
     from orchestrator.store import open_store
 
@@ -606,7 +606,6 @@ def export(
     from orchestrator.planning import Resolver
     from orchestrator.planning.requests import only_options
     from orchestrator.reporting import bundles, selection
-    from orchestrator.reporting.lookup import named_trial
     from orchestrator.store import open_store
 
     limits = only_options(only)
@@ -625,7 +624,7 @@ def export(
                 "--only and --by are allowed with `best` only: they select rows, and you named a "
                 "trial"
             )
-        selected = replace(named_trial(trial, source, place), classifier=classifier)
+        selected = replace(selection.named_trial(trial, source, place), classifier=classifier)
     resolver = Resolver(source.root / "digests.json", data)
     if register is None:
         bundles.export(selected, source, resolver, Path(output), force, onnx)

@@ -9,7 +9,7 @@ import pytest
 
 from air_core.seal import sealed_json
 from orchestrator.planning.ledger import Slot, read_ledger
-from orchestrator.reporting.lookup import named_trial
+from orchestrator.reporting.selection import named_trial
 from orchestrator.store import SweepLocation
 from tests.helpers.outcomes import ACCURACIES, SWEEP, by_method, record_sweep
 
