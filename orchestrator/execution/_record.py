@@ -83,10 +83,8 @@ def write_sweep_files(
     inputs = {kind: {**before.get(kind, {}), **found} for kind, found in current.items()}
     resolved = sealed_json({**complete, "inputs": {**inputs, "code": current["code"]}})
     write_ledger(location, plan)
-    for name, data in {"spec.yaml": sweep.text.encode(), RESOLVED: resolved}.items():
-        path = location.folder / name
-        if not path.exists() or path.read_bytes() != data:
-            location.write(name, data)
+    location.write("spec.yaml", sweep.text)
+    location.write(RESOLVED, resolved)
     if diff:
         location.write(f"uncommitted-{diff_digest(diff)}.diff", diff)
 

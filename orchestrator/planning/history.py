@@ -49,7 +49,7 @@ class History:
     started: set[str] = field(default_factory=set)  # slots of trials without an outcome
     moved: dict[str, dict[str, Any]] = field(default_factory=dict)  # to fp32: event, by slot
     suggested: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)  # by study
-    points: list[dict[str, Any]] = field(default_factory=list)  # events of suggested points
+    points: list[dict[str, Any]] = field(default_factory=list)  # events, of the last run
     prepared: Counter[str] = field(default_factory=Counter)  # artifacts, by stage
     built: set[str] = field(default_factory=set)  # 12 digits of their keys
     images: Counter[str] = field(default_factory=Counter)  # IMAGE_COUNTS
@@ -93,6 +93,7 @@ class History:
             case "sweep_started":
                 self.made = {name: event.get(name, "") for name in MADE}
                 self.begun, self.exit_code, self.computed = event["time"], None, 0
+                self.points = []
                 self.retried, self.failed_artifacts = Counter(), {}
                 self.pending_artifacts, self.waiting_cells = {}, ()
             case "cells_waiting":

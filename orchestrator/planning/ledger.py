@@ -98,7 +98,7 @@ class Ledger:
     points: dict[str, int]
     studies: dict[str, str]
     slots: tuple[Slot, ...]
-    data: Mapping[str, Data]
+    data: dict[str, Data]
     history: History
     alive: bool
     has_result: frozenset[str]
@@ -218,14 +218,15 @@ class _File:
     lines: tuple[_Line, ...]
 
 
+def _lines(slots: Iterable[Slot]) -> tuple[_Line, ...]:
+    names = [f.name for f in fields(_Line)]
+    plain = ({name: getattr(slot, name) for name in names} for slot in slots)
+    return tuple(_Line(**{**line, "cell": line["cell"].id}) for line in plain)
+
+
 def lines_of(slots: Iterable[Slot]) -> list[dict[str, Any]]:
     """Slots as plain data."""
-    names = [f.name for f in fields(_Line)]
-    found = []
-    for slot in slots:
-        line = {name: getattr(slot, name) for name in names} | {"cell": slot.cell.id}
-        found.append(line | {"key": asdict(slot.key), "params": dict(slot.params)})
-    return found
+    return [asdict(line) for line in _lines(slots)]
 
 
 def ledger_json(ledger: Ledger, needs: Mapping[str, Needs]) -> bytes:
@@ -234,9 +235,9 @@ def ledger_json(ledger: Ledger, needs: Mapping[str, Needs]) -> bytes:
     Args:
         needs: what each cell reads.
     """
-    plain = {name: getattr(ledger, name) for name in ("about", "cells", "points", "studies")}
-    file = _File(**plain, data=dict(ledger.data), needs=dict(needs), lines=())
-    return sealed_json({**asdict(file), "lines": lines_of(ledger.slots)})
+    names = ("about", "cells", "points", "studies", "data")
+    plain = {name: getattr(ledger, name) for name in names}
+    return sealed_json(asdict(_File(**plain, needs=dict(needs), lines=_lines(ledger.slots))))
 
 
 def read_ledger(location: SweepLocation) -> Ledger:
@@ -256,8 +257,10 @@ def read_ledger(location: SweepLocation) -> Ledger:
         for line in event["slots"]
     } | {line.id: line for line in file.lines}
     slots = [_slot(line, cells[line.cell], file.about) for line in lines.values()]
-    moved = {name: ArtifactKey(**event["to"]) for name, event in history.moved.items()}
-    slots = [replace(slot, key=moved.get(slot.id, slot.key)) for slot in slots]
+    for index, slot in enumerate(slots):
+        event = history.moved.get(slot.id)
+        if event is not None and event["key"] == slot.key.digest:
+            slots[index] = replace(slot, key=ArtifactKey(**event["to"]))
     order = {cell: index for index, cell in enumerate(cells)}
     slots.sort(key=lambda slot: (order[slot.cell.id], slot.point))
     return Ledger(

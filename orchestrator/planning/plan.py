@@ -143,22 +143,22 @@ def _plan_sweep(
         if number < points[cell.id]
         for slot in slots_of(cell, number, params, assignments, resolver, history)
     ]
-    ledger = Ledger(
-        about=about(sweep, slots),
-        cells=cells,
-        points=points,
-        studies={cell.id: study_name(cell, sweep.search) for cell in cells if sweep.search},
-        slots=tuple(slots),
-        data=_data(slots, resolver),
-        history=history,
-        alive=False,
-        has_result=results_in(store, slots),
-    )
     trials = {cell.id: [*possible_trials(cell, assignments, resolver)] for cell in cells}
     for slot in slots:
         if slot.id in history.moved:  # its trial was repeated in fp32
             trials[slot.cell.id].append(slot.spec)
     every = [*itertools.chain(*trials.values())]
+    ledger = Ledger(
+        about=about(sweep, every),
+        cells=cells,
+        points=points,
+        studies={cell.id: study_name(cell, sweep.search) for cell in cells if sweep.search},
+        slots=tuple(slots),
+        data=_data(cells, trials, resolver),
+        history=history,
+        alive=False,
+        has_result=results_in(store, slots),
+    )
     requirements = tuple(each for each in requirements_of(every) if not each.is_replaced(store))
     if ledger.to_run:
         sweep = _with_trial_memory(sweep, every, resolver)
@@ -222,7 +222,7 @@ def _with_trial_memory(
     return replace(sweep, resources=replace(resources, trial=trial))
 
 
-def about(sweep: SweepSpec, slots: Sequence[PlannedSlot] = ()) -> About:
+def about(sweep: SweepSpec, trials: Iterable[TrialSpec] = ()) -> About:
     """What tables and screens say of a sweep."""
     return About(
         name=sweep.name,
@@ -237,7 +237,7 @@ def about(sweep: SweepSpec, slots: Sequence[PlannedSlot] = ()) -> About:
         grid=sweep.grid,
         space=tuple(dimension.key for dimension in sweep.space),
         is_smoke=sweep.is_smoke,
-        reads_images=any(slot.spec.synthetic_features for slot in slots),
+        reads_images=any(trial.synthetic_features for trial in trials),
     )
 
 
@@ -274,14 +274,17 @@ def slots_of(
     return slots
 
 
-def _data(slots: Iterable[PlannedSlot], resolver: Resolver) -> dict[str, Data]:
-    """The datasets of slots, by the names that their cells have."""
+def _data(
+    cells: Iterable[Cell], trials: Mapping[str, Iterable[TrialSpec]], resolver: Resolver
+) -> dict[str, Data]:
+    """The datasets of cells, by the names that these have."""
     read: dict[str, dict[ArtifactKey, None]] = {}
-    for slot in slots:
-        features = {"dataset": slot.spec.features, "test_dataset": slot.spec.test_features}
-        for key, spec in features.items():
-            if spec is not None:
-                read.setdefault(slot.cell.flat[key], {})[artifact_key(spec)] = None
+    for cell in cells:
+        for trial in trials[cell.id]:
+            features = {"dataset": trial.features, "test_dataset": trial.test_features}
+            for key, spec in features.items():
+                if spec is not None:
+                    read.setdefault(cell.flat[key], {})[artifact_key(spec)] = None
     inputs = {name: resolver.dataset_by_name(name) for name in read}
     return {
         name: Data(inputs[name].ref, inputs[name].classnames, tuple(keys))

@@ -51,8 +51,10 @@ class SweepLocation:
         return self
 
     def write(self, name: str, content: str | bytes) -> None:
-        """Write a file of the sweep."""
-        self.store.write(self.folder / name, content)
+        """Write a file of the sweep, unless it has this content."""
+        path, data = self.folder / name, content.encode() if isinstance(content, str) else content
+        if not path.exists() or path.read_bytes() != data:
+            self.store.write(path, data)
 
 
 def recorded_location(store: ArtifactStore, project: str, name: str) -> SweepLocation:
