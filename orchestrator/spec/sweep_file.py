@@ -20,7 +20,7 @@ from air_core.methods import EMBEDDED, METHODS
 from orchestrator.files import ROOT, SHIPPED
 from orchestrator.plugins import Plugin, components_of, read_plugin, use_plugins
 from orchestrator.redact import find_password
-from orchestrator.spec._trial_values import TEXTS, trial_names
+from orchestrator.spec._trial_values import TEXTS, trial_names, typed_value
 from orchestrator.spec.cells import combinations
 from orchestrator.spec.checks import conflicting_keys, contradictions
 from orchestrator.spec.marked_yaml import (
@@ -247,7 +247,8 @@ def only_values(grid: Mapping[str, Sequence[Any]], only: Sequence[str]) -> dict[
                 f"{_only_hint(grid, key, text)}"
             )
         for item in parse(f"[{text}]", source).value:
-            value = tuple(item) if isinstance(item, list) else item
+            # A plugin that is not in use may have declared the key.
+            value = typed_value(key, item) if key in trial_names() else item
             if value not in grid[key]:
                 allowed = allowed_choices(value, grid[key])
                 raise SpecError(f"{source}: {short_value(value)} is not in grid.{key}; {allowed}")

@@ -434,6 +434,8 @@ def test_only_selects_cells_by_values_of_the_grid(tmp_path):
     assert ids("method=air", "backbone=tiny") == ["air-backbone=tiny"]
     assert ids("method=air,cpl", "backbone=tiny") == ["cpl-backbone=tiny", "air-backbone=tiny"]
     assert ids("method=air", "method=cpl", "backbone=tiny") == ids("backbone=tiny")
+    (off,) = cells_of(load(tmp_path, AIR + "grid: {lora: [on, off]}", only=["lora=off"]))
+    assert off.flat["lora"] is None
 
 
 # ---------------------------------------------------------------- without some of its methods
