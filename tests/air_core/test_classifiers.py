@@ -65,6 +65,7 @@ def test_centring_removes_a_shift_between_synthetic_and_real():
     kinds = [AuxiliarySettings(kind="lda", center=center) for center in (True, False)]
     found = [auxiliary_classifier(kind, bank, None, target.batch, 3, 20.0) for kind in kinds]
     assert accuracy(found[0], target) > accuracy(found[1], target)
+    torch.testing.assert_close(found[0].center, target.batch.features.mean(dim=0))
 
 
 @pytest.mark.parametrize("copies", [1, 3])
