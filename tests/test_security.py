@@ -24,7 +24,6 @@ from hypothesis import strategies as st
 
 from orchestrator.formatting import show
 from orchestrator.redact import HIDDEN, redact
-from orchestrator.spec import SpecError, load_sweep
 from orchestrator.store import ArtifactStore, SweepLocation
 from tests.helpers.servers import MlflowServer
 from tests.helpers.sweeps import airsweep, python, write_sweep
@@ -91,14 +90,6 @@ def test_redaction_takes_linear_time():
 def test_a_short_secret_is_not_replaced_in_ordinary_text(monkeypatch):
     monkeypatch.setenv("MY_PASSWORD", "test")
     assert redact("test/accuracy") == "test/accuracy"
-
-
-def test_a_password_in_an_option_is_refused_and_not_shown(tmp_path):
-    spec = write_sweep(tmp_path, "leaky", "fixed: {method: fpl}\nseeds: [1]\n")
-    with pytest.raises(SpecError) as caught:
-        load_sweep(spec, sets=["tracking.uri=http://me:geheim@mlflow:5000"])
-    assert str(caught.value).startswith("--set tracking.uri: ")
-    assert "geheim" not in str(caught.value)
 
 
 @pytest.fixture
@@ -205,25 +196,13 @@ def test_a_warning_contains_no_control_characters(monkeypatch):
 # ---------------------------------------------------------------- paths outside the store
 
 
-OUTSIDE = ["..", "../x", "a/b", "/etc"]
-
-
-@pytest.mark.parametrize("name", [*OUTSIDE, "", "."])
+@pytest.mark.parametrize("name", ["..", "../x", "a/b", "/etc", "", "."])
 def test_names_that_leave_the_store_are_refused_in_a_location(name, tmp_path):
+    """Sweep files and options: `tests/golden/messages/sweep_options.txt`."""
     store = ArtifactStore(tmp_path / "runs")
     for names in ((name, "sweep"), ("default", name)):
         with pytest.raises(ValueError, match="leads to another folder"):
             SweepLocation(store, *names, None)
-
-
-@pytest.mark.parametrize("key", ["name", "project"])
-@pytest.mark.parametrize("value", [*OUTSIDE, ".hidden"])
-def test_names_that_leave_the_store_are_refused_in_a_sweep_file(key, value, tmp_path):
-    file, values = tmp_path / "fine.yaml", {"name": "fine", key: value}
-    lines = [f"{name}: {of!r}\n" for name, of in values.items()]
-    file.write_text("".join(["version: 1\nfixed: {method: fpl}\nseeds: [1]\n", *lines]))
-    with pytest.raises(SpecError, match=f":.*{key}"):
-        load_sweep(file)
 
 
 # ---------------------------------------------------------------- network addresses

@@ -408,7 +408,9 @@ def test_messages_about_options_equal_the_golden_ones(tmp_path):
             *("lora.rank", "lora.rank=", "lora.rnk=3", "serch.points=3", "search.points=x"),
             *("search.point=3", "search.points.x=3", "images_per_class=3", "seed=3", "name=a/b"),
             *("method=air", "method=[cpl]", "fusion_weight=["),
+            *("name=..", "name=/etc", "project=../x", "project=.hidden"),
             "fusion_weight=!!python/name:os.system x",
+            "tracking.uri=http://me:geheim@mlflow:5000",
         )
     }
     wrong |= {
