@@ -192,10 +192,3 @@ def test_wrong_options_are_reported_before_the_cluster_is_contacted(spec, argume
     assert (done.returncode, done.stdout) == (code, "")
     assert message in done.stderr
     assert "127.0.0.1" not in done.stderr
-
-
-def test_a_missing_address_is_an_error(spec):
-    none = {"RAY_API_SERVER_ADDRESS": "", "RAY_ADDRESS": ""}
-    done = airsweep("submit", spec, "--store", SHARED, check=False, **none)
-    assert done.returncode == 2
-    assert "give --address or set RAY_API_SERVER_ADDRESS" in done.stderr
