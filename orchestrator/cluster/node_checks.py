@@ -1,40 +1,59 @@
 """Node checks: compare every node of a cluster with the driver before a sweep starts.
 
-One task per node returns facts (`node_facts.py`), which pure functions compare with the facts of
-the driver. `airsweep plan --check` applies the same functions to this machine.
+One task per node returns facts as plain data, which pure functions compare with the facts of the
+driver. `airsweep plan --check` applies the same functions to this machine.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from platform import python_version
 from typing import Any
 
+from air_core.datasets import get_dataset
 from air_core.specs import Ref
-from orchestrator.cluster import node_facts
-from orchestrator.cluster.node_facts import (
-    DRIVER_ANSWER,
-    Facts,
-    Input,
-    NodeRequirements,
-    has_token,
-    store_token,
-)
 from orchestrator.errors import Refused
 from orchestrator.failures import first_line
+from orchestrator.files import ROOT
 from orchestrator.formatting import format_bytes, plural
+from orchestrator.git import PACKAGES
 from orchestrator.planning import Plan
-from orchestrator.planning.checks import GpuNeeds, gpu_needs
-from orchestrator.store import ArtifactStore, SweepLocation
+from orchestrator.planning.checks import GpuNeeds, gpu_needs, unfit_gpu
+from orchestrator.planning.resources import smallest_gpu
+from orchestrator.plugins import Plugin, use_plugins
+from orchestrator.stages.inputs import input_files
+from orchestrator.store import ArtifactStore, SweepLocation, is_bucket
+from orchestrator.store.buckets import parse
+from orchestrator.store.storage import Folder
+
+LIBRARIES = (
+    *("ray", "torch", "open_clip_torch", "diffusers", "peft", "transformers"),
+    *("numpy", "safetensors"),
+    "pillow-heif",  # without it a machine lists fewer images
+)
+# Start of the names of files in the store that exist while nodes are checked. `cache gc` removes
+# those of killed drivers.
+TOKENS = "unfinished/.nodes-"
+DRIVER, DRIVER_ANSWER = "driver", "here"  # the driver's token and the driver's answer
+TOKEN_BYTES = 1 << 16  # size of such a file; a full quota may still accept a few bytes
+VISIBLE = 2.0  # seconds until a network disk shows a file of another machine
+SAMPLE, ENDS = 200, 1 << 16  # files of an input to read; bytes to read at both ends of a file
 
 MIN_FREE = 100 * 2**20  # bytes; a sweep does not start with less
 ANSWER_TIMEOUT = 90.0  # seconds; on a slow disk a new process that imports torch takes a minute
 RETRY_DELAY = 1.0  # seconds
 REMEDIES = {
-    "answers": "restart its Ray, or remove the machine from the cluster, and try again",
+    "answers": "install the driver's airsweep there, restart its Ray, or remove the machine from "
+    "the cluster, and try again",
     "code": "install the driver's version there, or submit with --working-dir . from the checkout",
     "store": "give --store a folder that every machine mounts at the same path and may write to, "
     "or s3://bucket/prefix, with AWS_ENDPOINT_URL and credentials on every machine",
@@ -42,6 +61,21 @@ REMEDIES = {
     "files": "copy it to that machine, or let all machines read one shared folder",
     "gpu": "or start its Ray with --num-gpus=0",
 }
+
+
+Facts = dict[str, Any]
+Input = tuple[str, str]  # role (dataset, backbone, generator) and name
+
+
+@dataclass(frozen=True)
+class NodeRequirements:
+    """What a sweep requires of each node."""
+
+    inputs: tuple[Input, ...] = ()
+    data_root: Path | None = None
+    uses_gpus: bool = False
+    gpu: GpuNeeds | None = None  # None: the user selects the machines of the generators
+    plugins: tuple[Plugin, ...] = ()  # which may define the inputs
 
 
 def node_requirements(plan: Plan, location: SweepLocation) -> NodeRequirements:
@@ -52,8 +86,7 @@ def node_requirements(plan: Plan, location: SweepLocation) -> NodeRequirements:
         inputs=tuple(dict.fromkeys(inputs)),
         data_root=location.data_root,
         uses_gpus=bool(trial.gpu or generator.gpu),
-        # With custom resources, the user selects the machines of the generators.
-        gpu=GpuNeeds() if generator.custom else gpu_needs(plan, location.store),
+        gpu=None if generator.custom else gpu_needs(plan, location.store),
         plugins=plan.sweep.plugins,
     )
 
@@ -69,6 +102,158 @@ def _inputs(spec: Any) -> Iterator[Input]:
             yield ROLES.get(field.name, field.name), value.name
         elif is_dataclass(value):
             yield from _inputs(value)
+
+
+# ---------------------------------------------------------------- facts of a machine
+
+
+def node_facts(store: str, token: str, node: str, needs: NodeRequirements, use_gpu: bool) -> Facts:
+    """Collect facts about the machine that runs this function.
+
+    Args:
+        store: folder, or URI of a bucket.
+        token: random token that the driver has written into the store.
+        node: name of the file in which this machine answers.
+        needs: names the inputs to compare.
+        use_gpu: let torch compute on a GPU.
+    """
+    use_plugins(needs.plugins)
+    return {
+        "code": {**_versions(), **_code_digests()},
+        "store": _store_problem(store, token, node),
+        "files": [_input_facts(role, name, needs) for role, name in needs.inputs],
+        "gpu": _gpu_problem(needs.gpu) if use_gpu else "",
+    }
+
+
+def _versions() -> dict[str, str]:
+    """Major and minor versions, on which results depend; patches and builds do not count."""
+    found = {"python": python_version()}
+    for library in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[library] = version(library)
+    return {name: ".".join(each.split(".")[:2]) for name, each in found.items()}
+
+
+def _code_digests() -> dict[str, str]:
+    """Digests of airsweep's modules."""
+    files = (file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
+    return {
+        file.relative_to(ROOT).as_posix(): hashlib.blake2b(
+            file.read_bytes(), digest_size=6
+        ).hexdigest()
+        for file in files
+    }
+
+
+def _store_problem(store: str, token: str, node: str) -> str:
+    """Read the driver's token in the store and write the same token as this node's answer."""
+    try:
+        if has_token(store, token, DRIVER):
+            write_token(store, token, node)
+            return ""
+        exists = is_bucket(store) or os.path.isdir(store)
+        return "is not the store that the driver uses" if exists else "does not exist"
+    except OSError as problem:
+        return f"cannot be used ({problem.strerror or problem})"
+
+
+def has_token(store: str, token: str, name: str) -> bool:
+    """Whether a file in the store contains the token; waits VISIBLE seconds for the file."""
+    deadline, (storage, path) = time.monotonic() + VISIBLE, _token_file(store, token, name)
+    while (content := storage.get(path)) is None:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(VISIBLE / 8)
+    return bool(content.startswith(token.encode()))
+
+
+def write_token(store: str, token: str, name: str) -> None:
+    """Write the token into a file in the store."""
+    storage, path = _token_file(store, token, name)
+    storage.put(path, token.ljust(TOKEN_BYTES).encode())
+
+
+def _token_file(store: str, token: str, name: str) -> tuple[Any, Any]:
+    """What has the calls `get`, `put` and `delete`, and the path to give to them."""
+    path = f"{TOKENS}{token}-{name}"
+    return (parse(store), path) if is_bucket(store) else (Folder(Path(store)), Path(store, path))
+
+
+def _input_facts(role: str, name: str, needs: NodeRequirements) -> tuple[int, str] | str:
+    """Number of files of an input and a digest of samples, since reading all would take too long;
+    or why it cannot be used."""
+    try:
+        if role == "dataset":
+            files = get_dataset(name).files(needs.data_root)
+        else:
+            _, files = input_files(role, name)
+        return len(files), _sample_digest(sorted(files))
+    except (OSError, ValueError) as problem:
+        return str(problem)
+
+
+def _sample_digest(files: Sequence[Path]) -> str:
+    """Digest of names, sizes and both ends of up to SAMPLE files.
+
+    Sizes alone do not distinguish two sets of weights with the same shapes.
+    """
+    step = -(-len(files) // SAMPLE) or 1
+    common = os.path.commonpath([file.parent for file in files] or [Path("/")])
+    digest = hashlib.blake2b(digest_size=8)
+    for file in files[::step]:
+        length = file.stat().st_size
+        digest.update(f"{file.relative_to(common)} {length}\n".encode())
+        with open(file, "rb") as handle:
+            digest.update(handle.read(ENDS))
+            handle.seek(max(ENDS, length - ENDS))
+            digest.update(handle.read(ENDS))
+    return digest.hexdigest()
+
+
+def _gpu_problem(needs: GpuNeeds | None) -> str:
+    """Why the sweep cannot use the GPUs; empty if it can, or if their memory is in use."""
+    try:
+        import torch
+
+        if torch.cuda.is_available():
+            with suppress(torch.cuda.OutOfMemoryError):
+                torch.ones(8, device="cuda").sum().item()
+            return (unfit_gpu(needs, smallest_gpu()) if needs else None) or ""
+        reason = f"torch {torch.__version__} sees none"
+    except Exception as problem:
+        reason = f"{type(problem).__name__}: {first_line(problem)}"
+    return f"Ray counts a GPU, but {reason}: fix what `nvidia-smi` or torch reports there"
+
+
+# ---------------------------------------------------------------- the driver's token
+
+
+@contextmanager
+def store_token(store: ArtifactStore, nodes: Iterable[str]) -> Iterator[str]:
+    """Keep a random token in the store while the block runs.
+
+    If a node can read the token and the driver can read the node's answer, both use the same store.
+    Equal paths are not enough: they may be separate folders on two machines.
+
+    Args:
+        nodes: names of the nodes that may answer.
+
+    Raises:
+        OSError: the store is not writable, or the bucket does not answer.
+    """
+    token, folder = uuid.uuid4().hex, (store.root / TOKENS).parent
+    new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        write_token(store.name, token, DRIVER)
+        yield token
+    finally:
+        for name in (DRIVER, DRIVER_ANSWER, *nodes):
+            storage, path = _token_file(store.name, token, name)
+            storage.delete(path)
+        with suppress(OSError):  # not empty: another driver uses the store now
+            for new in new_folders:
+                new.rmdir()
 
 
 # ---------------------------------------------------------------- findings
@@ -96,6 +281,8 @@ def compare_facts(
         store: folder, or URI of a bucket.
     """
     found = [Finding(node, "code", problem) for problem in _code(facts["code"], driver["code"])]
+    if facts.keys() != driver.keys():  # of another airsweep
+        return found
     if facts["store"]:
         found.append(Finding(node, "store", f"{store} {facts['store']}"))
     for actual, expected, (role, name) in zip(
@@ -127,9 +314,7 @@ def _code(node: Mapping[str, str], driver: Mapping[str, str]) -> Iterator[str]:
         if node.get(name) != driver.get(name)
     ]
     more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-    if not any("/" in name for name in node):
-        yield "airsweep is not installed"
-    elif changed:
+    if changed:
         yield f"its code differs from the driver's: {', '.join(changed[:3])}{more}"
 
 
@@ -178,7 +363,7 @@ def refuse_unfit_machine(plan: Plan, location: SweepLocation, report: Report) ->
     """
     store, needs = location.store, node_requirements(plan, location)
     with store_token(store, ()) as token:
-        facts = node_facts.node_facts(store.name, token, DRIVER_ANSWER, needs, needs.uses_gpus)
+        facts = node_facts(store.name, token, DRIVER_ANSWER, needs, needs.uses_gpus)
     findings = compare_facts("this machine", facts, facts, store.name, needs)
     findings += _room(location.store)
     _refuse_fatal(findings, "this machine cannot", report)
@@ -198,32 +383,27 @@ def check_nodes(store: ArtifactStore, needs: NodeRequirements) -> dict[str, list
     Raises what `store_token` raises.
     """
     import ray
-    from ray import cloudpickle
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     nodes, found = _alive_nodes(), {}
-    cloudpickle.register_pickle_by_value(node_facts)
-    try:
-        task = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(node_facts.node_facts)
-        with store_token(store, nodes) as token:
+    task = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(node_facts)
+    with store_token(store, nodes) as token:
 
-            def start(key: str) -> Any:
-                this_node = NodeAffinitySchedulingStrategy(key, soft=False)
-                use_gpu = bool(needs.uses_gpus and nodes[key]["Resources"].get("GPU"))
-                task_on_node = task.options(scheduling_strategy=this_node)
-                return task_on_node.remote(store.name, token, key, needs, use_gpu)
+        def start(key: str) -> Any:
+            this_node = NodeAffinitySchedulingStrategy(key, soft=False)
+            use_gpu = bool(needs.uses_gpus and nodes[key]["Resources"].get("GPU"))
+            task_on_node = task.options(scheduling_strategy=this_node)
+            return task_on_node.remote(store.name, token, key, needs, use_gpu)
 
-            pending = {start(key): key for key in nodes}
-            driver = node_facts.node_facts(store.name, token, DRIVER_ANSWER, needs, False)
-            answers = _gather(pending, start)
-            for key, answer in answers.items():
-                if isinstance(answer, dict) and not answer["store"]:
-                    with suppress(OSError):
-                        if has_token(store.name, token, key):
-                            continue
-                    answer["store"] = "is not the store that the driver uses"
-    finally:
-        cloudpickle.unregister_pickle_by_value(node_facts)
+        pending = {start(key): key for key in nodes}
+        driver = node_facts(store.name, token, DRIVER_ANSWER, needs, False)
+        answers = _gather(pending, start)
+        for key, answer in answers.items():
+            if isinstance(answer, dict) and not answer["store"]:
+                with suppress(OSError):
+                    if has_token(store.name, token, key):
+                        continue
+                answer["store"] = "is not the store that the driver uses"
     alive = _alive_nodes()
     for key, node in nodes.items():
         name, answer = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})", answers[key]
