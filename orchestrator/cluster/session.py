@@ -43,7 +43,7 @@ QUIET = {
     "RAY_COLOR_PREFIX": "0",
     "RAY_DEDUP_LOGS_ALLOW_REGEX": "marked dead|memory pressure",
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
-    # After Ctrl-C a thread of Ray Data would start a second Ray, which warns on the terminal.
+    # After Ctrl-C a call of Ray would start a second Ray, which warns on the terminal.
     "RAY_ENABLE_AUTO_CONNECT": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # Ray's C++ code warns about arguments of actors otherwise
 }
@@ -89,7 +89,7 @@ def ray_session(
         return
     address = os.environ.get("RAY_ADDRESS")
     with _existing_cluster(address) if address else _local_cluster(on_death, keep_logs):
-        for name in ("ray", "ray.tune", "ray.data"):
+        for name in ("ray", "ray.tune"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         yield machines()
 
