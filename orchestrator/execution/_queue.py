@@ -86,6 +86,7 @@ class Maker:
     started: float
     calls: int = 1  # that have not returned; the first one is its start
     is_up: bool = False
+    is_long: bool = False  # it makes an artifact that takes longer than a start
     last: float = inf  # seconds of its last shards
 
     def has_room(self) -> bool:
@@ -99,7 +100,7 @@ class Pool:
     statistics: PoolStatistics
     makers: list[Maker] = field(default_factory=list)
     began: float = 0.0
-    startup: float = 0.0  # seconds from the start of a process to its first shards
+    loading: float = 0.0  # seconds that a process loads models, at most
 
     @property
     def kind(self) -> Process:
@@ -206,8 +207,7 @@ class WorkQueue:
             if self._remove(pool, maker):
                 self._try_again(part, failure_of(problem), is_counted=not part.is_row)
             return
-        if maker.last == inf:
-            pool.startup = time.monotonic() - maker.started
+        maker.is_long = False
         maker.last = sum(made.seconds for made in results)
         for shard, made in zip(shards, results, strict=True):
             if made.failure is not None:
@@ -216,6 +216,7 @@ class WorkQueue:
             if any(made.facts.get(name) for name in MADE):  # else the store had it
                 part.made += 1
                 part.seconds += made.seconds - made.facts["startup"]
+                pool.loading = max(pool.loading, made.facts["startup"])
             pool.statistics.add(made.facts)
             if not part.is_row:
                 pool.statistics.held -= made.seconds  # the statistics are of shards
@@ -329,8 +330,9 @@ class WorkQueue:
         """Whether a pool may have another process, and its share of the work takes longer than its
         start."""
         pool = self.pools[part.kind]
-        share = seconds / len(pool.makers) if pool.makers else inf
-        is_worth_it = share > max(PROCESS_START, pool.startup)
+        count = sum(not maker.is_long for maker in pool.makers)
+        share = seconds / count if count else inf
+        is_worth_it = share > PROCESS_START + pool.loading
         return is_worth_it and self.allocation.room(part.kind, is_task=not part.is_row) > 0
 
     def _start(self, pool: Pool) -> None:
@@ -347,6 +349,7 @@ class WorkQueue:
         shards = part.take()
         part.running += 1
         maker.calls += 1
+        maker.is_long = not part.is_row and part.pace > PROCESS_START
         self.listener.stage = part.requirement.stage
         thrift = part.tries["oom"]
         future = self.workers.make(maker.actor, part.requirement.spec, shards, thrift)

@@ -219,6 +219,17 @@ def test_a_pool_does_not_grow_if_its_work_ends_before_another_process_is_up(
     assert world(rows(), cores=8).run().workers.starts == 1
 
 
+def test_images_do_not_wait_for_a_process_that_trains_a_lora(trial, rows, world, monkeypatch):
+    monkeypatch.setattr(_queue, "PROCESS_START", 100.0)  # longer than the images take
+    spec = trial("air", split_seed=1, lora__steps=2000)
+    lora = [each for each in requirements_of([spec]) if not each.rows]
+    running = world([*lora, *rows(images_per_class=8)])
+    running.run(lambda: "lora" in running.stages())
+    before = running.stages().count("images")
+    running.run(lambda: not running.queue.lacks(lora[-1]))
+    assert running.stages().count("images") > before + 1
+
+
 def test_a_task_that_is_needed_first_gets_the_process_of_a_pool(trial, rows, world):
     labels = [each for each in requirements_of([trial("air", split_seed=1)]) if not each.rows]
     running = world([*labels, *rows()], cores=1).run()
