@@ -85,7 +85,8 @@ def write_rehearsal(folder: Path) -> None:
             sample_size=64, cross_attention_dim=768, attention_head_dim=8,
         ),
         scheduler=diffusers.PNDMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True,
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
+            skip_prk_steps=True,
         ),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(folder / "sd")  # fmt: skip

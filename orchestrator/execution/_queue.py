@@ -310,6 +310,7 @@ class WorkQueue:
                 and part.kind not in full
                 and self._may_start(part, seconds[part.kind])
             ):
+                self.listener.stage = part.requirement.stage
                 self._start(self.pools[part.kind])
                 starts[part.kind] -= 1
             if starts[part.kind] > 0 and part.is_row:
