@@ -13,7 +13,7 @@ that of `device.py`, `steps` has the seconds of each step.
 
 --rehearse needs no GPU and no download: two methods with Stable Diffusion 1.5 and CLIP ViT-B/32 at
 their full size and with random weights, written to build/rehearsal once, on 30 photographs, and an
-export with ONNX. It takes a quarter of an hour on two cores and 14 GiB of memory. `ratio` is then
+export with ONNX. It needs 6 GB of disk and two processes' memory of such models. `ratio` is then
 the share of the time that generators were busy, and `waits` how often one waited for another.
 """
 
