@@ -23,7 +23,7 @@ from air_core.datasets import get_dataset
 from air_core.specs import Ref
 from orchestrator.errors import Refused
 from orchestrator.failures import first_line
-from orchestrator.files import ROOT
+from orchestrator.files import ROOT, file_digest
 from orchestrator.formatting import format_bytes, plural
 from orchestrator.git import PACKAGES
 from orchestrator.planning import Plan
@@ -138,12 +138,7 @@ def _versions() -> dict[str, str]:
 def _code_digests() -> dict[str, str]:
     """Digests of airsweep's modules."""
     files = (file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
-    return {
-        file.relative_to(ROOT).as_posix(): hashlib.blake2b(
-            file.read_bytes(), digest_size=6
-        ).hexdigest()
-        for file in files
-    }
+    return {file.relative_to(ROOT).as_posix(): file_digest(file) for file in files}
 
 
 def _store_problem(store: str, token: str, node: str) -> str:
@@ -245,7 +240,10 @@ def store_token(store: ArtifactStore, nodes: Iterable[str]) -> Iterator[str]:
     token, folder = uuid.uuid4().hex, (store.root / TOKENS).parent
     new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        write_token(store.name, token, DRIVER)
+        try:
+            write_token(store.name, token, DRIVER)
+        except FileNotFoundError:  # another driver has removed the folder, which was empty
+            write_token(store.name, token, DRIVER)
         yield token
     finally:
         for name in (DRIVER, DRIVER_ANSWER, *nodes):
