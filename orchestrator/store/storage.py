@@ -206,7 +206,9 @@ class Bucket:
     def survey(self, stage: Path) -> None:
         """Find all artifacts of a stage by one listing, before many `has` calls."""
         name = self.object(stage)
-        self._records |= {f"{name}/{each}" for each in self._listing(name) if RECORD in each}
+        self._records |= {
+            f"{name}/{each}" for each in self._listing(name) if each.endswith(f"/{RECORD}")
+        }
 
     def get(self, path: Path) -> bytes | None:
         return self.client.get(self.object(path))
