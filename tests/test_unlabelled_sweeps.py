@@ -57,12 +57,13 @@ def finished(folder: Path, modality: str = "text") -> tuple[Results, list[dict[s
     sets = ["iterations=1", "train.steps=2", "seeds=[1]", f"modality={modality}"]
     sweep = read_request("mine.yaml", sets, ["method=zero_shot,cpl"]).spec
     store = ArtifactStore(folder / "runs")
-    plan = plan_of(sweep, SweepLocation(store, "default", "mine", None))
+    location = SweepLocation(store, "default", "mine", None)
+    plan = plan_of(sweep, location)
     for spec in {spec for slot in plan.slots for spec in (slot.spec.features, slot.spec.tokens)}:
         if spec is not None:
             build_features(spec, WorkerContext(store))
     records = [run_trial(slot.spec, store) for slot in plan.slots]
-    return results_of(plan, store), [record.metrics for record in records]
+    return results_of(plan_of(sweep, location), store), [record.metrics for record in records]
 
 
 @pytest.mark.parametrize("modality", ["text", "visual"])
