@@ -48,7 +48,7 @@ finally: print(*sorted({*libraries} & {*sys.modules}), file=sys.stderr)
 @pytest.mark.parametrize(
     ("words", "libraries", "shown"),
     [
-        ("--help", "torch ray mlflow numpy pydantic yaml", "Start Run Look Use After plan cache"),
+        ("--help", "torch ray mlflow numpy pydantic yaml", "Start Run Look Use after plan cache"),
         ("check --help", "numpy PIL torch ray", "DATASET"),
         ("--version", "torch ray diffusers open_clip", "airsweep ray torch CUDA"),
     ],

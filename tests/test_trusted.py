@@ -202,10 +202,10 @@ def test_finished_results_do_not_change_with_the_folder_until_the_sweep_runs_aga
         shutil.copytree(original, folder)
     assert "0 to run" in command("plan", sweep, "--store", store)[1]
 
-    resolved = flip(store / "sweeps/default/own/resolved.json", at=40)
+    ledger = flip(store / "sweeps/default/own/ledger.json", at=40)
     code, _, err = command("table", "own", "--store", store)
     assert code == 2
-    assert f"{resolved} is damaged" in err
+    assert f"{ledger} is damaged" in err
     caches = [flip(store / name, at=40) for name in ("history.json", "digests.json")]
     assert command("run", sweep, "--store", store)[0] == 0  # there is nothing to do
     assert all(f"{file} is damaged and is computed again" in caplog.text for file in caches)
