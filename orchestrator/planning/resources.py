@@ -147,7 +147,7 @@ def remaining_resources(
     >>> from orchestrator.spec.resources import GeneratorResources
     >>> machines = [{"CPU": 8, "GPU": 2}, {"CPU": 8, "GPU": 1}]
     >>> remaining_resources(machines, GeneratorResources(gpu=1), 2)
-    [{'CPU': 6.0, 'GPU': 0.0}, {'CPU': 8, 'GPU': 1}]
+    [{'CPU': 6.0, 'GPU': 0}, {'CPU': 8, 'GPU': 1}]
     """
     remaining: list[Machine] = []
     for machine in machines:
