@@ -109,6 +109,8 @@ def run_sweep(
         state = RunState(sweep, location, screen, tracker, event_log, resolver)
         with recorded_end(state):
             handle_signals(state)
+            if read_history(event_log).last != plan.history.last:  # another driver ran meanwhile
+                plan = plan_and_repair(sweep, location, resolver, screen)
             write_sweep_files(location, plan, origin, resolver, diff)
             log_start(state, plan)
             state.exit_code = _run_cells(state, plan, prepare_only, ray_session)

@@ -24,9 +24,11 @@ from orchestrator.git import UNKNOWN
 from orchestrator.keys import digest
 from orchestrator.planning.ledger import Ledger, Slot
 from orchestrator.planning.outcome import Outcome
+from orchestrator.planning.resolve import spec_json
 from orchestrator.reporting.comparisons import BEST, Results
 from orchestrator.reporting.results import Finished, finished_trial, varied_settings
 from orchestrator.reporting.rows import is_bound, method_text
+from orchestrator.reporting.selection import trial_spec
 from orchestrator.store import TrialRecord
 from orchestrator.tracking.types import ChildRun, DatasetUse, Numbers, SweepRun
 
@@ -197,8 +199,7 @@ class ChildRuns:
         record = outcome.record
         if record is None:
             return {}
-        spec = {"key": record.key[:12], **record.spec}
-        files = {SPEC: lambda: json.dumps(spec, indent=1, sort_keys=True).encode()}
+        files = {SPEC: lambda: spec_json(trial_spec(record), record.key[:12]).encode()}
         if record.headline is not None:
             classnames = self._ledger.tested(outcome.slot).classnames
             files["confusion_matrix.png"] = lambda: _confusion(record, classnames)
