@@ -501,7 +501,7 @@ def report(
     if file.is_dir() or not file.absolute().parent.is_dir():
         raise ValueError(f"{file}: give a file name in an existing folder, such as report.html")
     store = results_store(store, smoke)
-    write_atomic(file, page(recorded_sweep(name, store, data_root)[1]))
+    write_atomic(file, page(*recorded_sweep(name, store, data_root)))
     return file
 
 
@@ -615,9 +615,9 @@ def export(
     if trial == selection.BEST:
         if sweep is None:
             raise ValueError("`best` needs the name of a sweep; give --sweep NAME")
-        _, location = recorded_sweep(sweep, store, data_root)
+        ledger, location = recorded_sweep(sweep, store, data_root)
         data = location.data_root
-        selected = selection.best_trial(location, limits, by, classifier)
+        selected = selection.best_trial(ledger, location, limits, by, classifier)
     else:
         if limits or by:
             raise ValueError(

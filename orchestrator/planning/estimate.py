@@ -177,7 +177,7 @@ def estimate(work: Iterable[Work], store: ArtifactStore, resources: Resources) -
     """
     work = list(work)
     smoke = _read(Path(smoke_store(store.root)) / HISTORY)
-    paces = _fastest(read_history(store), smoke)
+    paces = _fastest(read_paces(store), smoke)
     stages: dict[str, float] = defaultdict(float)
     jobs: dict[str, float] = defaultdict(float)
     sources: dict[str, str] = {}
@@ -241,7 +241,7 @@ def _fastest(*histories: Paces) -> Paces:
     }
 
 
-def read_history(store: ArtifactStore) -> Paces:
+def read_paces(store: ArtifactStore) -> Paces:
     """Read the paces of a store."""
     return _read(store.refresh(store.root / HISTORY))
 
@@ -254,4 +254,4 @@ def record_measurements(store: ArtifactStore, measured: Mapping[str, Measured]) 
     """Compare the measurements of a run, by stage and kind, with the history of a store."""
     if measured:
         paces = {name: each.pace for name, each in measured.items()}
-        store.write(store.root / HISTORY, sealed_json(_fastest(read_history(store), paces)))
+        store.write(store.root / HISTORY, sealed_json(_fastest(read_paces(store), paces)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -51,7 +51,6 @@ class History:
     suggested: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)  # by study
     points: list[dict[str, Any]] = field(default_factory=list)  # events, of the last run
     prepared: Counter[str] = field(default_factory=Counter)  # artifacts, by stage
-    built: set[str] = field(default_factory=set)  # 12 digits of their keys
     images: Counter[str] = field(default_factory=Counter)  # IMAGE_COUNTS
     hole_files: list[str] = field(default_factory=list)  # ready images that are holes
     made: dict[str, str] = field(default_factory=dict)  # MADE, of the last run
@@ -123,7 +122,6 @@ class History:
                 self.started.discard(slot)
             case "artifact_prepared":
                 self.prepared[event["stage"]] += 1
-                self.built.add(event["key"].rpartition("-")[2])
                 counts = event.get("facts", {}) if event["stage"] == "images" else {}
                 self.images.update({name: counts.get(name, 0) for name in IMAGE_COUNTS})
                 self.hole_files += event.get("hole_files", [])
@@ -133,13 +131,13 @@ class History:
                 self.exit_code = event["exit_code"]
 
 
-def read_history(events: EventLog | Iterable[dict[str, Any]]) -> History:
+def read_history(event_log: EventLog) -> History:
     """Read the events of a sweep.
 
     Raises:
         ValueError: a line of the event log is damaged.
     """
     history = History()
-    for event in events.events() if isinstance(events, EventLog) else events:
+    for event in event_log.events():
         history._read(event)
     return history

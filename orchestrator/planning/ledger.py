@@ -143,7 +143,8 @@ class Ledger:
     def results(self) -> dict[ResultState, int]:
         """Number of trials that need not run, by state; of those with one key, one must run."""
         left = [slot for slot in self.slots if self.states[slot.id] not in RESULT_STATES]
-        results = {state: self.counts[state] for state in RESULT_STATES}
+        counts = self.counts
+        results = {state: counts[state] for state in RESULT_STATES}
         results["shared"] += len(left) - len({slot.key for slot in left})
         return results
 

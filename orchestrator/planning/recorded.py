@@ -23,6 +23,8 @@ def changed_folders(ledger: Ledger, location: SweepLocation) -> Iterator[str]:
     A folder is read only if a text file or the list of files changed after the run had begun.
     """
     refs = [data.ref for data in ledger.data.values() if data.ref.name.startswith("folder:")]
+    if not refs:
+        return
     resolver = Resolver(location.store.root / "digests.json", location.data_root)
     for ref in refs:
         folder, what, counts = local_path(ref.name.removeprefix("folder:")), ref.name, ""

@@ -21,7 +21,7 @@ import numpy as np
 from air_core.datasets.images import open_image
 from orchestrator.formatting import format_percent, plural
 from orchestrator.planning.history import RESULT_STATES, results_text
-from orchestrator.planning.ledger import Ledger, read_ledger
+from orchestrator.planning.ledger import Ledger
 from orchestrator.planning.requests import results_command, run_command
 from orchestrator.reporting import charts
 from orchestrator.reporting._layouts import Layout
@@ -60,7 +60,7 @@ class ReportData:
     results: Results
 
 
-def page(location: SweepLocation) -> str:
+def page(ledger: Ledger, location: SweepLocation) -> str:
     """The report of a sweep as HTML.
 
     It depends only on the sweep's event log, records and pictures, and contains no time of its
@@ -71,7 +71,6 @@ def page(location: SweepLocation) -> str:
     """
     from jinja2 import Environment, StrictUndefined
 
-    ledger = read_ledger(location)
     results = results_of(ledger, location.store)
     if not results.trials:
         raise ValueError(

@@ -145,9 +145,9 @@ def trials_frame(ledger: Ledger, store: ArtifactStore) -> DataFrame:
 
     records = {slot.id: record for slot, record in finished_records(ledger, store)}
     settings = dict.fromkeys(key for slot in ledger.slots for key in _settings(slot))
-    lines = []
+    failures, lines = ledger.failures, []
     for slot in ledger.slots:
-        record, failure = records.get(slot.id), ledger.failures.get(slot.id, {})
+        record, failure = records.get(slot.id), failures.get(slot.id, {})
         line = {
             "trial": slot.id,
             "key": slot.key.digest[:12],

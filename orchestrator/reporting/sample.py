@@ -1,4 +1,4 @@
-"""A sample of the pool of a sweep, for somebody to label: a contact sheet and a CSV file.
+"""A sample of the pool of a sweep to label by hand: a contact sheet and a CSV file.
 
 The pool is sorted by the class and the probability that zero-shot CLIP predicts, and cut into as
 many equal groups as images are wanted; one image is drawn from each group. So every image has

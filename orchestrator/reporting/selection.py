@@ -12,7 +12,7 @@ from typing import Any
 from orchestrator.formatting import format_percent, plural, show
 from orchestrator.keys import ArtifactKey, from_plain
 from orchestrator.planning.history import read_history
-from orchestrator.planning.ledger import read_ledger
+from orchestrator.planning.ledger import Ledger
 from orchestrator.planning.requests import run_command
 from orchestrator.reporting.candidates import MEASURES, SCORES, TEST, best_candidate
 from orchestrator.reporting.notes import at_chance_notes
@@ -50,6 +50,7 @@ class SelectedTrial:
 
 
 def best_trial(
+    ledger: Ledger,
     location: SweepLocation,
     only: Sequence[str] = (),
     by: str | None = None,
@@ -68,7 +69,6 @@ def best_trial(
         ValueError: no trial is finished, the rows belong to several tasks, or a candidate lacks the
             measure.
     """
-    ledger = read_ledger(location)
     results, grid = results_of(ledger, location.store), ledger.about.grid
     cells = _cells(ledger.cells, only_values(grid, only))
     rows = [row for row in results.rows if row.cell in cells and not is_bound(row.method)]

@@ -110,7 +110,7 @@ class Listener:
 
 
 class World:
-    """A queue on a cluster of so many cores, a generator on each."""
+    """A queue on a cluster of `cores` cores, with one generator on each."""
 
     def __init__(
         self, requirements: Any, folder: Any, cores: int, monkeypatch: Any, **faults: Any
