@@ -89,9 +89,8 @@ class Run:
     split_seed: int | str
     seed: int | None
     image_ids: Array  # (T,) index in the dataset, so that images can be paired
-    correct: Array  # (C, T) bool, of one classifier, or of several of which a sum is scored
+    correct: Array  # (C, T) bool, of one classifier, or of two whose difference is scored
     unseen: Array | None = None  # (T,) bool: TRZSL, scored by the harmonic mean of the two parts
-    weights: tuple[float, ...] = (1,)  # of the classifiers; (1, -1) scores a difference
 
     def columns(self) -> Array:
         """(G + G C, T) bool: all images, in TRZSL the unseen and the seen ones; of these the right
@@ -102,7 +101,7 @@ class Run:
         return np.concatenate([groups, *(correct & groups for correct in self.correct)])
 
     def score(self, sums: Array) -> Array:
-        """The accuracy (TRZSL: harmonic mean of two accuracies) of a classifier, or a weighted sum.
+        """The accuracy (TRZSL: harmonic mean of two accuracies) of a classifier, or a difference.
 
         Args:
             sums: the (weighted) sum over images of each of `columns`.
@@ -114,7 +113,7 @@ class Run:
             for other in rest:
                 score = 2 * score * other / np.maximum(score + other, 1e-12)
             scores.append(score)
-        return np.asarray(sum(w * s for w, s in zip(self.weights, scores, strict=True)))
+        return np.asarray(scores[0] if len(scores) == 1 else scores[0] - scores[1])
 
     def plain(self) -> float:
         """The score with equal weights of all images."""
@@ -174,7 +173,7 @@ def paired_difference(a: Runs, b: Runs, *, samples: int = SAMPLES) -> Difference
     Returns:
         The difference with its interval, where n counts pairs; None if no runs pair.
     """
-    scores = list(_joined((a, b), (1, -1)))
+    scores = list(_paired(a, b))
     if not scores:
         return None
     interval = _interval(scores, samples, lowest=-1.0)
@@ -189,28 +188,6 @@ def paired_difference(a: Runs, b: Runs, *, samples: int = SAMPLES) -> Difference
         skew=skew,
         reason_not_tested=_reason_not_tested(scores, len(np.unique(np.concatenate(differing)))),
     )
-
-
-def gain_share(a: Runs, host: Runs, ceiling: Runs) -> Interval | None:
-    """The share of the gain from `host` to `ceiling` that `a` reaches, on common runs and images.
-
-    With the share r, the interval is that of a - host - r (ceiling - host) over the mean gain
-    (delta method), so it holds where the gain is far from 0.
-
-    Returns:
-        The share, 1 where `a` equals the ceiling; None if no runs pair, or if the interval of the
-        gain contains 0.
-    """
-    gain = paired_difference(ceiling, host)
-    reached = list(_joined((a, host, ceiling), (1, -1, 0)))
-    if gain is None or gain.low <= 0 or not reached:
-        return None
-    possible = mean_score([replace(runs, weights=(0, -1, 1)) for runs in reached])
-    share = mean_score(reached) / possible
-    rest = [replace(runs, weights=(1, share - 1, -share)) for runs in reached]
-    interval = _interval(rest, SAMPLES, lowest=-1.0)
-    low, high = (share + side / possible for side in (interval.low, interval.high))
-    return replace(interval, mean=share, std=None, low=low, high=high)
 
 
 def table_tests(
@@ -280,21 +257,21 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def _joined(settings: Sequence[Runs], weights: tuple[float, ...]) -> Iterator[Run]:
-    """Runs of several settings with the same split and seed, on the images that all of them tested.
+def _paired(a: Runs, b: Runs) -> Iterator[Run]:
+    """Runs of two settings with the same split and seed, on the images that both tested.
 
-    A run without a seed is joined with every seed of its split.
+    A run without a seed is paired with every seed of its split.
     """
-    for runs in itertools.product(*settings):
-        seeds = {run.seed for run in runs} - {None}
-        if len({run.split_seed for run in runs}) > 1 or len(seeds) > 1:
+    for one, other in itertools.product(a, b):
+        seeds = {one.seed, other.seed} - {None}
+        if one.split_seed != other.split_seed or len(seeds) > 1:
             continue
-        if any(not np.array_equal(run.image_ids, runs[0].image_ids) for run in runs[1:]):
-            ids = functools.reduce(np.intersect1d, [run.image_ids for run in runs])
-            runs = tuple(_on_images(run, ids) for run in runs)
-        if len(runs[0].image_ids):
-            correct = np.concatenate([run.correct for run in runs])
-            yield replace(runs[0], seed=next(iter(seeds), None), correct=correct, weights=weights)
+        if not np.array_equal(one.image_ids, other.image_ids):
+            ids = np.intersect1d(one.image_ids, other.image_ids)
+            one, other = _on_images(one, ids), _on_images(other, ids)
+        if len(one.image_ids):
+            correct = np.concatenate([one.correct, other.correct])
+            yield replace(one, seed=next(iter(seeds), None), correct=correct)
 
 
 def _on_images(run: Run, ids: Array) -> Run:

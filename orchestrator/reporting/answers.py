@@ -7,11 +7,11 @@ host and its control, does a modality beat another one?
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from air_core.methods import METHODS
 from orchestrator.formatting import format_percent, plural
-from orchestrator.reporting._statistics import Interval, Verdict, gain_share
+from orchestrator.reporting._statistics import Verdict
 from orchestrator.reporting.comparisons import BEST, MARKS, Comparison, Results, compared
 from orchestrator.reporting.notes import UNTESTED, at_chance_notes
 from orchestrator.reporting.rows import (
@@ -28,12 +28,6 @@ ANSWERS: dict[Verdict, str] = {
     "lower": "no",
     "not significant": "cannot be told",
     "not tested": "cannot be told",
-}
-# The method that reads true labels in the place of synthetic images, by its host.
-CEILINGS = {
-    method.host: name
-    for name, method in METHODS.items()
-    if method.pins.get("images_from") == "true_labels"
 }
 MAX_HEADLINES = 3
 MAX_VALUES = 3  # of a setting, with an answer each
@@ -67,8 +61,7 @@ def answers(results: Results, most: int | None = None, rest: str = "") -> list[s
 def _questions(results: Results) -> Iterator[list[str]]:
     """The answers to each question; empty without test images.
 
-    Methods with a diffusion model come first, and the last sentence on methods is on shares of a
-    possible gain, that of the ceiling over the host.
+    Methods with a diffusion model come first.
     """
     if not results.tested:
         return
@@ -78,14 +71,12 @@ def _questions(results: Results) -> Iterator[list[str]]:
     yield from (_answers(of_key) for of_key in by_key.values())
     comparisons = [c for c in results.comparisons if not is_bound(c.row.method)]
     comparisons.sort(key=lambda c: not uses_diffusion(c.row.method))
-    diffusion = [row for row in results.rows if uses_diffusion(row.method)]
+    diffusion = any(uses_diffusion(row.method) for row in results.rows)
     asked = [c for c in comparisons if uses_diffusion(c.row.method) or not diffusion]
     fused = compared(((c.row, c.baseline, c.role) for c in asked), "fused")
     yield [
         *_answers(comparisons),
-        *_missing_controls(diffusion, results),
         *(f"Fused classifiers: {text[0].lower()}{text[1:]}" for text in _answers(fused)),
-        *_shares(diffusion, results),
     ]
     yield _answers(modalities)
 
@@ -156,8 +147,9 @@ def _joint_answer(comparisons: Sequence[Comparison]) -> str:
             named = f" ({', '.join(values)})" if values and word != "cannot be told" else ""
             parts.append(f"{word} in {len(found)}{of}{named}")
     parts[0] = f"{parts[0][0].upper()}{parts[0][1:]}"
-    means = _range([c.difference.mean for c in comparisons], signed_percent)
-    return f"{', '.join(parts)}; {means} points"
+    means = sorted(c.difference.mean for c in comparisons)
+    ends = dict.fromkeys(map(signed_percent, (means[0], means[-1])))
+    return f"{', '.join(parts)}; {' to '.join(ends)} points"
 
 
 def uses_diffusion(method: str) -> bool:
@@ -165,67 +157,3 @@ def uses_diffusion(method: str) -> bool:
     pins = METHODS[method].pins
     has_images = "images_per_class" not in pins and pins.get("images_from") == "generator"
     return not is_bound(method) and (has_images or "evidence.draws" not in pins)
-
-
-def _missing_controls(rows: Sequence[Row], results: Results) -> Iterator[str]:
-    """Questions that need a control without diffusion of which some row of the sweep is missing."""
-    every = Counter(row.method for row in rows)
-    found = {row.method for row in results.rows}
-    missing = Counter(
-        row.method
-        for row in rows
-        if _control(row.method) in found and "control" not in results.comparisons_of(row)
-    )
-    for method, count in missing.items():
-        control = _control(method)
-        some = "" if count == every[method] else f" in {count} of {every[method]} rows"
-        why = f"{control} has no result to compare"
-        yield f"Does {method} beat {control}? Cannot be told{some}: {why}."
-
-
-def _control(method: str) -> str | None:
-    """The control of a method; None if it has none, or one that uses the diffusion model too."""
-    control = METHODS[method].control
-    return None if control is None or uses_diffusion(control) else control
-
-
-def _shares(rows: Sequence[Row], results: Results) -> list[str]:
-    possible: dict[str, list[float]] = {}  # gains, by the names of ceiling and host
-    shares: dict[str, dict[tuple[str, int], Interval]] = {}  # by method and row
-    for row in rows:
-        method = METHODS[row.method]
-        ceiling, host, control = (
-            results.baseline(row, name) if name else None
-            for name in (CEILINGS.get(method.host), method.host, _control(row.method))
-        )
-        gain = results.comparisons_of(ceiling).get("host") if ceiling else None
-        if ceiling is None or host is None or gain is None or gain.verdict != "higher":
-            continue
-        for each in filter(None, (row, control)):
-            share = gain_share(each.runs(), host.runs(), ceiling.runs())
-            if share is not None:
-                shares.setdefault(each.method, {})[each.cell, each.point] = share
-                gains = possible.setdefault(f"{ceiling.method} over {host.method}", [])
-                gains.append(ceiling.mean - host.mean)
-    of = "; ".join(
-        f"{_range(gains, signed_percent)} points of {names}" for names, gains in possible.items()
-    )
-    parts = ", ".join(f"{name} {_share([*found.values()])}" for name, found in shares.items())
-    return [f"Of the {of}, methods reach: {parts}."] if parts else []
-
-
-def _share(shares: Sequence[Interval]) -> str:
-    if len(shares) > 1:
-        means = [share.mean for share in shares]
-        return f"{_range(means, _percent)} in {len(means)} rows"
-    [share] = shares
-    return f"{_percent(share.mean)} [{100 * share.low:.0f}, {100 * share.high:.0f}]"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share + 0.0:.0f} %"
-
-
-def _range(values: Sequence[float], text: Callable[[float], str]) -> str:
-    """The smallest and the largest value."""
-    return " to ".join(dict.fromkeys([text(min(values)), text(max(values))]))

@@ -12,10 +12,8 @@ from orchestrator.reporting._statistics import (
     ALPHA,
     Run,
     Runs,
-    gain_share,
     holm,
     mean_interval,
-    mean_score,
     paired_difference,
     table_tests,
     verdict,
@@ -196,31 +194,6 @@ def test_a_perfect_accuracy_has_an_interval_of_width_0() -> None:
 
 
 # ---------------------------------------------------------------- p values and marks
-
-
-def test_the_interval_of_a_share_of_a_gain_covers_the_true_share_in_about_95_of_100() -> None:
-    rng, covered = np.random.default_rng(5), 0
-    for _ in range(100):
-        ease = rng.random(400)
-        host, part, best = (
-            Runs(
-                tuple(
-                    one_run(list(map(int, ease + 0.2 * rng.standard_normal(400) < x)), seed=k)
-                    for k in range(3)
-                )
-            )
-            for x in (0.4, 0.52, 0.7)
-        )
-        found = gain_share(part, host, best)
-        covered += found.low <= 0.4 <= found.high
-        assert found.mean == pytest.approx(
-            (mean_score(part) - mean_score(host)) / (mean_score(best) - mean_score(host))
-        )
-        [none, all_of_it] = (gain_share(runs, host, best) for runs in (host, best))
-        assert (none.low, none.mean, none.high) == (0, 0, 0)
-        assert (all_of_it.low, all_of_it.mean, all_of_it.high) == (1, 1, 1)
-        assert gain_share(part, best, host) is None  # nothing could be gained
-    assert 90 <= covered <= 99
 
 
 def test_holm_equals_a_plain_implementation() -> None:
