@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import gzip
 import json
-import math
 import os
 import sys
 import zlib
@@ -529,24 +528,6 @@ def _check_part(folder: Path, part: str, library: str, kind: str) -> None:
         _check_tokenizer(part_folder)
     for file in _part_weights(part_folder, library, kind):
         check_whole(file)
-
-
-def parameter_count(folder: Path) -> int:
-    """Number of parameters of a diffusers folder, from the headers of the files that a pipeline
-    reads.
-
-    Raises:
-        ValueError: a part has no weights in safetensors format.
-    """
-    from safetensors import safe_open
-
-    count = 0
-    for part, (library, kind) in generator_parts(folder).items():
-        for file in _part_weights(folder / part, library, kind):
-            with safe_open(file, framework="np") as tensors:
-                shapes = (tensors.get_slice(name).get_shape() for name in tensors.keys())  # noqa: SIM118
-                count += sum(map(math.prod, shapes))
-    return count
 
 
 def _read_files(part: Path, library: str, kind: str) -> list[Path]:

@@ -5,25 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from typing import NamedTuple
 
 from air_core.methods import EMBEDDED
-from air_core.models.weights import generator_folder, parameter_count
 from orchestrator.formatting import format_bytes, plural
 from orchestrator.keys import RowSpec, StageSpec
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.resources import (
-    Gpu,
     Machine,
-    gpu_share,
-    host_share,
+    gpu_capability,
     resource_shortage,
-    smallest_gpu,
     this_machine,
 )
 from orchestrator.spec.resources import gpu_lines
-from orchestrator.stages import GeneratedImages
 from orchestrator.store import ArtifactStore
 
 
@@ -43,21 +36,10 @@ def unschedulable_reason(
         return None
     resources = plan.sweep.resources
     # The GPUs of other machines are known once these are asked, see `cluster.node_checks`.
-    gpu = smallest_gpu() if is_local and (resources.generator.gpu or resources.trial.gpu) else None
-    return (
-        resource_shortage(resources, machines, prepares)
-        or unfit_gpu(gpu_needs(plan, store), gpu)
-        or _too_large_model(plan, store, machines)
+    uses_gpus = is_local and (resources.generator.gpu or resources.trial.gpu)
+    return resource_shortage(resources, machines, prepares) or unfit_gpu(
+        bf16_settings(plan, store), gpu_capability() if uses_gpus else None
     )
-
-
-class GpuNeeds(NamedTuple):
-    """What missing work requires of each GPU that it may run on."""
-
-    bf16: tuple[str, ...] = ()  # settings that require bf16
-    share: float = 0.0  # GPUs of a generator
-    model: str = ""  # the largest one that a generator loads
-    size: int = 0  # bytes of its weights
 
 
 # Settings of the precision of the work of a stage.
@@ -68,19 +50,18 @@ PRECISIONS = {
     "evidence": "evidence.precision",
 }
 HAS_BF16 = 8.0  # computing capability from which on a GPU has instructions for bf16
-BYTES = {"fp32": 4, "bf16": 2}  # of a parameter
 
 
-def gpu_needs(plan: Plan, store: ArtifactStore) -> GpuNeeds:
-    resources = plan.sweep.resources
-    bf16 = dict.fromkeys(
-        PRECISIONS[spec.stage]
-        for spec in _missing_specs(plan, store)
-        if spec.stage in PRECISIONS and resources.process_resources(spec.process).gpu
-        if any(getattr(part, "precision", "") == "bf16" for part in (spec, *vars(spec).values()))
-    )
-    share = resources.generator.gpu
-    return GpuNeeds(tuple(bf16), share, *(_largest_model(plan, store) if share else ("", 0)))
+def bf16_settings(plan: Plan, store: ArtifactStore) -> tuple[str, ...]:
+    """Settings with which missing work on GPUs requires bf16."""
+    found: dict[str, None] = {}
+    for spec in _missing_specs(plan, store):
+        parts = (spec, *vars(spec).values())
+        is_bf16 = any(getattr(part, "precision", "") == "bf16" for part in parts)
+        uses_gpu = plan.sweep.resources.process_resources(spec.process).gpu
+        if spec.stage in PRECISIONS and is_bf16 and uses_gpu:
+            found[PRECISIONS[spec.stage]] = None
+    return tuple(found)
 
 
 def _missing_specs(plan: Plan, store: ArtifactStore) -> Iterator[StageSpec]:
@@ -90,52 +71,13 @@ def _missing_specs(plan: Plan, store: ArtifactStore) -> Iterator[StageSpec]:
             yield from requirement.rows or (requirement.spec,)
 
 
-def _largest_model(plan: Plan, store: ArtifactStore) -> tuple[str, int]:
-    """The generator with the most bytes of weights that is left to run, as the start of a message,
-    and its bytes, or 0. It is loaded in the precision of generation."""
-    found = [("", 0)]
-    for spec in _missing_specs(plan, store):
-        if isinstance(spec, GeneratedImages):
-            with suppress(ValueError):  # of a plugin
-                precision, name = spec.settings.precision, spec.model.name
-                size = BYTES[precision] * parameter_count(generator_folder(name))
-                found.append((f"{name} has {format_bytes(size)} of weights in {precision}", size))
-    return max(found, key=lambda model: model[1])
-
-
-def unfit_gpu(needs: GpuNeeds, gpu: Gpu | None) -> str | None:
-    """Explain what a GPU lacks; None: it suffices, or is unknown."""
-    if gpu is None:
+def unfit_gpu(bf16: Sequence[str], capability: float | None) -> str | None:
+    """Explain that a GPU has no bf16, which settings require; None: it has, or is unknown."""
+    if capability is None or capability >= HAS_BF16 or not bf16:
         return None
-    if needs.bf16 and gpu.capability < HAS_BF16:
-        return (
-            f"GPUs of computing capability {gpu.capability:g} have no bf16, which needs "
-            f"{HAS_BF16:g}: set {' and '.join(needs.bf16)} to fp32"
-        )
-    if not needs.size or needs.size <= (room := gpu_share(needs.share, gpu.memory)):
-        return None
-    fits = needs.size <= gpu.memory
     return (
-        f"{needs.model}, but a generator with {needs.share:g} GPU has {format_bytes(room)} of a "
-        f"GPU with {format_bytes(gpu.memory)}: "
-        f"{'raise resources.generator.gpu' if fits else 'use a larger GPU'}, or use a smaller model"
-    )
-
-
-def _too_large_model(plan: Plan, store: ArtifactStore, machines: Sequence[Machine]) -> str | None:
-    """Explain that the weights of a generator on CPUs do not fit the memory of an actor; None: they
-    do."""
-    want = plan.sweep.resources.generator
-    model, size = _largest_model(plan, store)
-    room = host_share(want, machines, want.actors)
-    if want.gpu or room is None or size <= room:
-        return None
-    memory = min(machine["memory"] for machine in machines if "memory" in machine)
-    count = int(memory // size)
-    remedy = f"set resources.generator.actors to {count}" if count else "use a larger machine"
-    return (
-        f"{model}, but a generator without a GPU has {format_bytes(room)} of a machine with "
-        f"{format_bytes(memory)}: {remedy}, or use a smaller model"
+        f"GPUs of computing capability {capability:g} have no bf16, which needs "
+        f"{HAS_BF16:g}: set {' and '.join(bf16)} to fp32"
     )
 
 

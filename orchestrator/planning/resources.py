@@ -12,12 +12,10 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import NamedTuple
 
 from orchestrator.formatting import format_bytes
 from orchestrator.spec import ProcessResources, Resources
 from orchestrator.stages import TrialSpec
-from orchestrator.stages.context import memory_fraction
 from orchestrator.stages.trial import side_by_side
 
 # Amounts of "CPU", "GPU", "memory" (bytes) and custom resources, as Ray counts them.
@@ -36,25 +34,13 @@ def this_machine() -> Machine:
     return {"CPU": float(os.cpu_count() or 1), "GPU": float(gpus), "memory": memory}
 
 
-class Gpu(NamedTuple):
-    """The least that the GPUs of a machine have."""
-
-    memory: int  # bytes
-    capability: float  # of computing, as Nvidia counts it
-
-
 @cache
-def smallest_gpu() -> Gpu | None:
-    """As `nvidia-smi` reports for this machine; None: unknown."""
-    query = "--query-gpu=memory.total,compute_cap"
-    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
+def gpu_capability() -> float | None:
+    """The least computing capability of the GPUs, as `nvidia-smi` reports; None: unknown."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
-        found = [line.split(",") for line in done.stdout.splitlines()]
-        return Gpu(
-            min(int(memory) << 20 for memory, _ in found),
-            min(float(capability) for _, capability in found),
-        )
+        return min(map(float, done.stdout.split()))
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
 
@@ -156,27 +142,6 @@ def remaining_resources(
         used = {kind: amount * placed for kind, amount in ray_resources(want).items() if placed}
         remaining.append({kind: total - used.get(kind, 0) for kind, total in machine.items()})
     return remaining
-
-
-def gpu_share(gpu: float, total: float) -> float:
-    """Bytes that a process with this amount of GPUs, above 0, may allocate; it uses one of them."""
-    return total * (memory_fraction(gpu, total) or 1.0)
-
-
-def host_share(
-    want: ProcessResources, machines: Sequence[Machine], most: int | None = None
-) -> float | None:
-    """Bytes of memory for each process, on the machine where it has least; None: unknown.
-
-    Args:
-        most: number of processes; None: as many as fit.
-    """
-    shares = [
-        machine["memory"] / min(count, most or count)
-        for machine in machines
-        if "memory" in machine and (count := _capacity_of(machine, want))
-    ]
-    return min(shares, default=None)
 
 
 # Float arrays of pool images x classes that a trial holds: cached logits, scores, targets, a copy.
