@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any, Literal
 
 from air_core.specs.flat import trial_keys
-from orchestrator.components import SAMPLERS
 from orchestrator.plugins import Plugin
 from orchestrator.spec import presets
 from orchestrator.spec._trial_values import (
@@ -43,8 +42,8 @@ from orchestrator.spec.schema import (
 class Search:
     """The hyperparameter search of each cell."""
 
-    sampler: str = setting(
-        "tpe", SAMPLERS.summary(), lambda: {"enum": [*SAMPLERS], "type": "string"}
+    sampler: Literal["tpe", "random", "grid"] = setting(
+        "tpe", "tpe: Optuna's TPE; random: random values; grid: every combination of values"
     )
     seed: int = setting(0, "seed of the sampler", minimum=0, maximum=2**32 - 1)
     objective: Literal["mutual_information", "validation_accuracy"] = setting(
