@@ -7,8 +7,6 @@ in the workers of its runs, which get the code with their context. Results are r
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-import importlib.util
 import linecache
 import sys
 import traceback
@@ -28,63 +26,38 @@ from air_core.components import (
     use_components,
 )
 
-GROUP = "airsweep.plugins"  # of entry points
-
 
 @dataclass(frozen=True)
 class Plugin:
     """The code of a plugin.
 
     Args:
-        name: as in the sweep file: a path, a module or an entry point.
-        digest: of its code and, if it is installed, of the version of its package.
+        name: its path, as in the sweep file.
+        digest: of its code.
         file: where the code was read, for messages.
         text: the code.
-        version: of the package, if it is installed.
-        package: for relative imports of an installed module.
     """
 
     name: str
     digest: str
     file: str = field(compare=False)
     text: str = field(repr=False)
-    version: str = ""
-    package: str = ""
 
 
 def read_plugin(name: str, folder: Path) -> Plugin:
     """Read the code of a plugin without running it.
 
     Args:
-        name: path of a .py file, relative to `folder`; or an entry point of the group
-            `airsweep.plugins`; or an installed module.
+        name: path of a .py file, relative to `folder`.
 
     Raises:
-        ValueError: there is no such file, entry point or module.
+        ValueError: there is no such file.
     """
-    if name.endswith(".py"):
-        file = folder / name
-        if not file.is_file():
-            raise ValueError(f"the plugin {file} does not exist")
-        text = file.read_text(encoding="utf-8")
-        return Plugin(name, _digest(text), str(file), text)
-    entries = importlib.metadata.entry_points(group=GROUP)
-    entry = next((entry for entry in entries if entry.name == name), None)
-    module = entry.value if entry else name
-    try:
-        found = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        found = None
-    if found is None or not found.origin or not found.origin.endswith(".py"):
-        known = ", ".join(sorted(entry.name for entry in entries)) or "none"
-        raise ValueError(
-            f"the plugin {name!r} is not a .py file, an installed module or one of the installed "
-            f"plugins ({known})"
-        )
-    text = Path(found.origin).read_text(encoding="utf-8")
-    version = entry.dist.version if entry and entry.dist else ""
-    package = found.parent or ""
-    return Plugin(name, _digest(version + text), found.origin, text, version, package)
+    file = folder / name
+    if file.suffix != ".py" or not file.is_file():
+        raise ValueError(f"the plugin {file} is not a .py file that exists")
+    text = file.read_text(encoding="utf-8")
+    return Plugin(name, _digest(text), str(file), text)
 
 
 def _digest(text: str) -> str:
@@ -109,7 +82,7 @@ def components_of(plugin: Plugin) -> tuple[tuple[Registry, Component], ...]:
         ValueError: as `use_plugins`.
     """
     module = types.ModuleType(f"airsweep_plugin_{plugin.digest[:12]}")
-    module.__file__, module.__package__ = plugin.file, plugin.package
+    module.__file__ = plugin.file
     sys.modules[module.__name__] = module  # type hints of its dataclasses are evaluated there
     lines = plugin.text.splitlines(keepends=True)
     linecache.cache[plugin.file] = (len(plugin.text), None, lines, plugin.file)

@@ -101,9 +101,7 @@ def components(
 
 @plugin_app.command("check")
 def check_plugin(
-    name: Annotated[
-        str, typer.Argument(metavar="PLUGIN", help="A .py file, or an installed module.")
-    ],
+    name: Annotated[str, typer.Argument(metavar="PLUGIN", help="A .py file.")],
 ) -> None:
     """Run the code of a plugin, and check that its components keep the contracts of their keys.
 

@@ -68,15 +68,14 @@ def pack(request: SweepRequest, folder: Path, code: bool) -> str:
     (folder / "sweeps").mkdir()
     (folder / spec).write_bytes(request.spec.text.encode())
     for plugin in request.spec.plugins:
-        if plugin.name.endswith(".py"):  # others are installed on the cluster
-            file = folder / "sweeps" / plugin.name
-            if not file.resolve().is_relative_to((folder / "sweeps").resolve()):
-                raise Refused(
-                    f"the plugin {plugin.name} is outside of the folder of {request.spec.source}; "
-                    "put it beside the sweep file or below"
-                )
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(plugin.text.encode())
+        file = folder / "sweeps" / plugin.name
+        if not file.resolve().is_relative_to((folder / "sweeps").resolve()):
+            raise Refused(
+                f"the plugin {plugin.name} is outside of the folder of {request.spec.source}; "
+                "put it beside the sweep file or below"
+            )
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(plugin.text.encode())
     return spec
 
 

@@ -190,7 +190,7 @@ class SweepSpec:
     )
     plugins: tuple[Plugin, ...] = setting(
         (),
-        "code with components of your own: .py files beside this file, or installed modules",
+        "code with components of your own: .py files beside this file",
         {"type": "array", "items": LINE},
         lambda names: (),  # `load_sweep` reads their code
     )
