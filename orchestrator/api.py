@@ -154,8 +154,7 @@ class Planned:
         from orchestrator.execution import check_start, make_screen
         from orchestrator.tracking import Publisher
 
-        uri = tracking_uri or self.plan.sweep.tracking.uri
-        publisher = Publisher(self.plan.about, self.location, uri)
+        publisher = Publisher(self.plan.about, self.location, tracking_uri)
         with _restored_process():
             check_start(self.plan, self.location, publisher, make_screen(quiet=False))
 
@@ -193,7 +192,7 @@ def plan(
 
     request = load(spec, sets=sets, only=only, smoke=smoke)
     location = location_for(request, store, data_root)
-    origin = complete_origin(request.origin, request.spec, location)
+    origin = complete_origin(request.origin, location)
     return Planned(plan_of(request.spec, location), location, origin)
 
 
@@ -311,7 +310,7 @@ def execute(
     from orchestrator.planning.plan import about
     from orchestrator.tracking import Publisher
 
-    publisher = Publisher(about(sweep), location, tracking_uri or sweep.tracking.uri)
+    publisher = Publisher(about(sweep), location, tracking_uri)
     screen = make_screen(quiet)
     code = run_sweep(sweep, location, screen, publisher, origin=origin, prepare_only=prepare)
     return Outcome(code, sweep, location)
@@ -716,10 +715,8 @@ def recorded_sweep(
     from orchestrator.planning.ledger import read_ledger
 
     location = location_named(name, store)
-    ledger = read_ledger(location)
-    root = ledger.about.data_root
-    data = _folder(data_root) or location.data_root or (Path(root) if root else None)
-    return ledger, replace(location, data_root=data)
+    data = _folder(data_root) or location.data_root
+    return read_ledger(location), replace(location, data_root=data)
 
 
 def location_named(name: str | Outcome, store: str | Path | None) -> SweepLocation:

@@ -28,7 +28,6 @@ fixed:
   lora.steps: 2
   generation.num_inference_steps: 2
 seeds: [1]
-tracking: {{uri: none}}
 """
 OWN = """
 grid: {{method: [zero_shot, fpl, air_fpl]}}
@@ -40,7 +39,6 @@ fixed:
   generation.block: 2
   generation.num_inference_steps: 2
 seeds: [1]
-tracking: {{uri: none}}
 """
 
 CLASSES = ("digit 0", "digit 1")
@@ -52,6 +50,11 @@ def flip(file: Path, at: int = -2) -> Path:
     data[at] ^= 4
     file.write_bytes(data)
     return file
+
+
+@pytest.fixture(autouse=True)
+def no_tracking(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "none")
 
 
 @pytest.fixture

@@ -104,13 +104,11 @@ def job_paths(
         parse(store)
     elif not store_folder(store).is_absolute():
         raise relative_store_error(store)
-    if not request.spec.tracking.uri:
-        tracking_uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    for uri in filter(None, (tracking_uri, request.spec.tracking.uri)):
-        _check_tracking(uri)
-    data = data_root or request.spec.data_root
-    if data is not None:
-        _check_absolute(str(data), "data_root", str(data))
+    tracking_uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if tracking_uri:
+        _check_tracking(tracking_uri)
+    if data_root is not None:
+        _check_absolute(str(data_root), "--data-root", str(data_root))
     for key, name, path in sorted(_input_paths(request)):
         _check_absolute(path, key, name)
     return JobPaths(store, str(data_root) if data_root else None, tracking_uri)

@@ -71,7 +71,7 @@ def write_sweep_files(
     """Write ledger, sweep file, resolved inputs and uncommitted changes into the sweep's folder."""
     sweep = plan.sweep
     location.folder.mkdir(parents=True, exist_ok=True)
-    complete = complete_origin(origin or {}, sweep, location)
+    complete = complete_origin(origin or {}, location)
     for plugin in sweep.plugins:
         # Not in a subfolder: folders are downloaded from buckets without theirs.
         location.write(f"plugin-{plugin.digest}.py", plugin.text)

@@ -44,7 +44,6 @@ class About:
     options: str = ""
     source: str = ""
     digest: str = ""  # of the file's text
-    data_root: str | None = None
     objective: str | None = None
     runs: int = 1
     vary: tuple[str, ...] = ("seed",)

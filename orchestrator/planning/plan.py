@@ -14,7 +14,6 @@ from typing import Any
 
 from air_core.components import is_component
 from air_core.methods import EMBEDDED
-from air_core.models.weights import local_path
 from air_core.specs.conditions import uses_evidence
 from air_core.specs.flat import trial_keys
 from air_core.specs.normal import normalised, used_components
@@ -230,7 +229,6 @@ def about(sweep: SweepSpec, trials: Iterable[TrialSpec] = ()) -> About:
         options=sweep.options,
         source=sweep.source,
         digest=text_digest(sweep.text),
-        data_root=str(local_path(sweep.data_root)) if sweep.data_root else None,
         objective=sweep.search.objective if sweep.search else None,
         runs=len(sweep.seeds.values),
         vary=sweep.seeds.vary,

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from air_core.models.weights import local_path
 from orchestrator.environment import in_ray_job
 from orchestrator.errors import Refused
 from orchestrator.formatting import relative_path
@@ -109,7 +108,7 @@ def location_for(sweep: SweepRequest, store: str | Path, data_root: Path | None)
 
     Args:
         store: folder or bucket URI.
-        data_root: folder of real datasets; None: AIRSWEEP_DATA, else `data_root` of the sweep file.
+        data_root: folder of real datasets; None: AIRSWEEP_DATA.
 
     Raises:
         Refused: the store is a relative path inside a Ray job.
@@ -120,11 +119,6 @@ def location_for(sweep: SweepRequest, store: str | Path, data_root: Path | None)
     if not is_bucket(store) and not store_folder(store).is_absolute() and in_ray_job():
         raise relative_store_error(store)
     data = data_root or os.environ.get("AIRSWEEP_DATA")
-    if not data and spec.data_root:
-        try:
-            data = local_path(spec.data_root)
-        except ValueError as problem:
-            raise spec.document.error(("data_root",), str(problem)) from None
     data_folder = Path(data) if data else None
     location = SweepLocation(open_store(store), project_of(spec), spec.name, data_folder)
     return location.refresh()
@@ -242,14 +236,10 @@ def last_origin(location: SweepLocation) -> Mapping[str, Any]:
     return {}
 
 
-def complete_origin(
-    origin: Mapping[str, Any], sweep: SweepSpec, location: SweepLocation
-) -> dict[str, Any]:
-    """`SweepRequest.origin`, and the data root unless the sweep file names it."""
-    root = location.data_root and location.data_root.absolute()
-    if root is None or (sweep.data_root and root == local_path(sweep.data_root)):
-        return dict(origin)
-    return {**origin, "data_root": str(root)}
+def complete_origin(origin: Mapping[str, Any], location: SweepLocation) -> dict[str, Any]:
+    """`SweepRequest.origin`, and the data root."""
+    root = location.data_root
+    return {**origin, **({} if root is None else {"data_root": str(root.absolute())})}
 
 
 def _store_words(store: str) -> list[str]:

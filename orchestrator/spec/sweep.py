@@ -116,13 +116,6 @@ class Override:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tracking:
-    uri: str | None = setting(
-        None, "address of MLflow: http(s)://..., sqlite:///...; none: no tracking", LINE
-    )
-
-
 def split_name(name: str) -> tuple[str, str]:
     """What is before the path in the name of a dataset or model, and the path.
 
@@ -183,10 +176,6 @@ class SweepSpec:
         None,
         "the MLflow experiment is air/<project>; default: $AIRSWEEP_PROJECT, else `default`",
         NAME,
-    )
-    tracking: Tracking = setting(Tracking(), "address of the MLflow tracker (docs/tracking.md)")
-    data_root: str | None = setting(
-        None, "folder that contains the datasets; it does not change results", LINE
     )
     plugins: tuple[Plugin, ...] = setting(
         (),

@@ -47,8 +47,6 @@ search:
 seeds: {values: [1, [2, 100]], vary: [seed, split_seed]}
 resources: {trial: {gpu: 0.25}, generator: {gpu: 1, actors: 4}}
 project: default
-tracking: {uri: "sqlite:///mlflow.db"}
-data_root: /data
 """
 HEAD = "version: 1\nname: x\n"  # two lines, so that what a test adds starts on line 3
 AIR = HEAD + "fixed: {method: air}\n"
@@ -95,8 +93,6 @@ RESOURCES = AIR + "resources: {"
         (FULL, "resources.generator.gpu", 1.0),
         (FULL, "resources.generator.actors", 4),
         (FULL, "project", "default"),
-        (FULL, "tracking.uri", "sqlite:///mlflow.db"),
-        (FULL, "data_root", "/data"),
         (AIR, "seeds", Seeds(values=((1,), (2,), (3,)))),
         (AIR + "seeds: [7, 5]", "seeds", Seeds(values=((7,), (5,)))),
         (RESOURCES + "trial: {memory: 500MiB}}", "resources.trial.memory", 500 << 20),
@@ -410,7 +406,7 @@ def test_messages_about_options_equal_the_golden_ones(tmp_path):
             *("method=air", "method=[cpl]", "fusion_weight=["),
             *("name=..", "name=/etc", "project=../x", "project=.hidden"),
             "fusion_weight=!!python/name:os.system x",
-            "tracking.uri=http://me:geheim@mlflow:5000",
+            "project=http://me:geheim@mlflow:5000",
         )
     }
     wrong |= {
