@@ -17,7 +17,7 @@ from air_core.datasets.image_folder import OWNERS, PREFIX
 from air_core.datasets.images import ImageFiles
 from air_core.printable import printable
 from air_core.specs import Ref
-from orchestrator.errors import MissingArtifact
+from orchestrator.errors import DamagedArtifact, MissingArtifact
 from orchestrator.keys import Keyed
 from orchestrator.store import ArtifactStore
 
@@ -90,9 +90,9 @@ def names_text(names: Sequence[str]) -> str:
 
 
 def unused_images(features: Keyed, store: ArtifactStore) -> UnusedImages:
-    """Read the unused images from the record of the features; none if it is missing."""
+    """Read the unused images from the record of the features; none if it is missing or damaged."""
     info: Mapping[str, Any] = {}
-    with suppress(MissingArtifact):
+    with suppress(MissingArtifact, DamagedArtifact):
         info = store.record(features)["info"]
     return UnusedImages(
         info.get("unreadable", 0), info.get("unreadable_files", {}), info.get("skipped", {})

@@ -176,11 +176,14 @@ class ArtifactStore:
 
     def _record(self, key: ArtifactKey, path: Path) -> dict[str, Any]:
         try:
-            return read_record(self.storage.local(path / RECORD))
+            record = read_record(self.storage.local(path / RECORD))
         except FileNotFoundError:
             raise MissingArtifact(
                 f"{key} is not in {self.name}; run `airsweep run SPEC --prepare` first"
             ) from None
+        if record.get("digest") != key.digest:
+            raise DamagedArtifact(path, "its record is that of another artifact")
+        return record
 
     def get(self, spec: Keyed) -> Artifact:
         """A complete artifact whose files were verified against its record (see `verification`).

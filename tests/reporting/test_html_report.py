@@ -127,6 +127,8 @@ def test_unused_images_are_named_in_report_status_and_closing_screen(tmp_path):
         assert "2 of 16 synthetic images given up, blank or unreadable (six/1.png)" in text
     [unused] = status["unused"].values()
     assert unused["files"] == {f"{folder.name}/3.png": "it is empty"}
+    (location.store.get(slot.spec.features).path / "record.json").write_bytes(b"{}")
+    assert status_report(location)["unused"] == {}  # not worth an error
 
 
 def test_a_report_is_self_contained_and_reproducible(grid):

@@ -127,6 +127,14 @@ def test_an_invalid_record_is_reported_as_damage(store, content):
         store.get(SPEC)
 
 
+def test_a_folder_with_the_files_of_another_artifact_is_damaged(store):
+    path, other = (store.get_or_build(spec, numbers).path for spec in (SPEC, OTHER))
+    shutil.rmtree(path)
+    shutil.copytree(other, path)
+    with pytest.raises(DamagedArtifact, match="that of another artifact"):
+        store.get(SPEC)
+
+
 def test_an_artifact_is_found_by_digest_under_another_slug(store):
     """Another name of the same weights changes the slug, but not the digest."""
     built = store.get_or_build(SPEC, numbers)
