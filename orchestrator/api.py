@@ -494,13 +494,14 @@ def report(
     Raises:
         ValueError: the store has no such sweep, or the folder of `output` does not exist.
     """
+    from orchestrator.reporting import results_of
     from orchestrator.reporting.html_report import page
 
     file = Path(output)
     if file.is_dir() or not file.absolute().parent.is_dir():
         raise ValueError(f"{file}: give a file name in an existing folder, such as report.html")
-    store = results_store(store, smoke)
-    write_atomic(file, page(*recorded_sweep(name, store, data_root)))
+    ledger, location = recorded_sweep(name, results_store(store, smoke), data_root)
+    write_atomic(file, page(ledger, location, results_of(ledger, location.store)))
     return file
 
 

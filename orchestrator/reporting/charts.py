@@ -1,14 +1,13 @@
-"""Charts of results for the HTML report and for notes in MLflow.
+"""Charts of results for the HTML report.
 
-Charts of a report are SVG with the width of a phone, so that a page can arrange them side by side
-or one below the other and hardly scales their labels. Charts of a note are wide PNG files. The same
-data give the same bytes.
+They are SVG with the width of a phone, so that the page can arrange them side by side or one below
+the other and hardly scales their labels. The same data give the same bytes.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -34,12 +33,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from orchestrator.spec import Cell
-
-WIDTH = 4.4  # of a chart in a report, in inches of 96 px
-WIDE = 7.0  # of a chart in a note: the largest width that MLflow shows without scaling
+WIDTH = 4.4  # in inches of 96 px
 LINE = 0.21  # height of a line of `dots`
-DPI = 100  # of a chart in a note
 STYLE = Path(__file__).with_name("templates") / "charts.mplstyle"
 BLUE, ORANGE, GREEN, INK, FAINT = "#0072b2", "#d55e00", "#009e73", "#1b1f24", "#6a737d"
 VERDICT_COLORS: dict[Verdict | None, str] = {None: BLUE, "higher": GREEN, "lower": ORANGE}
@@ -48,8 +43,7 @@ VERDICT_COLORS |= {"not significant": FAINT, "not tested": FAINT}
 MIN_SPAN = 5.0  # smallest range of an axis in percent, in points
 MAX_CURVES = 7  # per chart: one per colour of the style
 MAX_HEADING = 40  # characters
-MAX_DOTS = 24  # per chart in a note; a report shows more
-MAX_SETTINGS = 4  # with a chart in a note
+MAX_LINES = 150  # of a chart of dots, with its headings
 
 # The curves of pseudo-labels: label of the axis, title.
 PSEUDO = {
@@ -88,19 +82,11 @@ class Dot(NamedTuple):
 
 def svg(figure: Figure) -> str:
     """The figure as an <svg> element."""
-    text = _saved(figure, format="svg", metadata={"Date": None, "Creator": None}).decode()
-    return text[text.index("<svg") :]
-
-
-def png(figure: Figure) -> bytes:
-    return _saved(figure, format="png", dpi=DPI, metadata={"Software": None})
-
-
-def _saved(figure: Figure, **options: Any) -> bytes:
-    buffer = io.BytesIO()
+    buffer = io.StringIO()
     with _style():
-        figure.savefig(buffer, **options)
-    return buffer.getvalue()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
 
 
 def _style() -> Any:
@@ -110,11 +96,11 @@ def _style() -> Any:
 
 
 @contextmanager
-def _drawing(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
+def _drawing(height: float) -> Iterator[tuple[Figure, Axes]]:
     from matplotlib.figure import Figure  # slow to import; unlike pyplot it has no global state
 
     with _style():
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
         yield figure, figure.add_subplot()
 
 
@@ -126,9 +112,6 @@ def curves(
     title: str = "",
     level: Mapping[str, float] = MappingProxyType({}),
     chance: Mapping[str, float] = MappingProxyType({}),
-    joined: bool = True,
-    log: bool = False,
-    width: float = WIDTH,
 ) -> Figure:
     """A line in percent per series of fractions, over its band.
 
@@ -136,21 +119,12 @@ def curves(
         level: horizontal reference lines, by name.
         chance: more lines, named in the title. The axis does not extend to them, since it would
             then show no differences between the curves.
-        joined: whether points are joined by a line over the band; else only dots are drawn.
-        log: whether the axis of x is logarithmic.
     """
-    from matplotlib.ticker import LogLocator, StrMethodFormatter
-
-    with _drawing(width, 2.6 if width == WIDTH else 3.6) as (figure, axes):
+    with _drawing(2.6) as (figure, axes):
         for curve in series:
             y, low, high = 100 * curve.values
             [line] = axes.plot(curve.x, y, label=curve.label)
-            if joined:
-                axes.fill_between(
-                    curve.x, low, high, color=line.get_color(), alpha=0.15, linewidth=0
-                )
-            else:
-                line.set_linestyle("none")
+            axes.fill_between(curve.x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         line_style: dict[str, Any] = {"color": FAINT, "linewidth": 1, "linestyle": (0, (2, 2))}
         small: dict[str, Any] = {"fontsize": 7, "color": FAINT}
         for name, value in level.items():
@@ -158,12 +132,7 @@ def curves(
             end = {**small, "ha": "right", "va": "bottom"}
             axes.text(1, 100 * value, name, end, transform=axes.get_yaxis_transform())
         ticks = sorted({float(x) for curve in series for x in curve.x})
-        if log:
-            axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-            axes.minorticks_off()
-        if joined and 1 < len(ticks) <= 7:
+        if 1 < len(ticks) <= 7:
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         _limit_axis(axes)
         axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
@@ -172,7 +141,7 @@ def curves(
             axes.axhline(100 * value, marker="", **line_style)
         if len(series) > 1 or series[0].label:
             longest = max(len(curve.label) for curve in series)
-            columns = min(max(1, int(13 * width / (7 + longest))), len(series))
+            columns = min(max(1, int(13 * WIDTH / (7 + longest))), len(series))
             figure.legend(loc="outside lower center", ncols=columns, handlelength=2.4)
     return figure
 
@@ -190,21 +159,18 @@ def dots(
     xlabel: str,
     *,
     value: str = "",
-    most: int = 150,
-    width: float = WIDTH,
 ) -> Figure:
     """Values in percent with their intervals, one per line under the heading of their group.
 
     Args:
         value: name of the values in the legend. Empty: differences, with a line at 0, no legend.
-        most: largest number of lines, including headings.
     """
     # Headings and dots.
     lines: list[Any] = [line for heading, group in groups.items() for line in (heading, *group)]
-    title = f"the first {most} of {len(lines)}" if len(lines) > most else ""
-    lines = lines[:most]
+    title = f"the first {MAX_LINES} of {len(lines)}" if len(lines) > MAX_LINES else ""
+    lines = lines[:MAX_LINES]
     legend = 0.4 if value else 0.0
-    with _drawing(width, 0.75 + legend + LINE * len(lines)) as (figure, axes):
+    with _drawing(0.75 + legend + LINE * len(lines)) as (figure, axes):
         if not value:
             axes.axvline(0, color=INK, linewidth=0.8, marker="")
         for index, dot in enumerate(lines):
@@ -241,9 +207,7 @@ def dots(
     return figure
 
 
-def heatmap(
-    counts: Array, names: Sequence[str], *, title: str = "", width: float = WIDTH
-) -> Figure:
+def heatmap(counts: Array, names: Sequence[str], title: str) -> Figure:
     """A confusion matrix, shaded by share of the true class.
 
     Args:
@@ -251,14 +215,13 @@ def heatmap(
             classes show the counts.
         names: C class names.
     """
-    large = width > WIDTH
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    few = len(names) <= (30 if large else 12)
-    with _drawing(width, width if large else 3.9) as (figure, axes):
+    few = len(names) <= 12
+    with _drawing(3.9) as (figure, axes):
         axes.imshow(shares, vmin=0, vmax=1, cmap="cividis")
         axes.grid(visible=False)
-        if len(names) <= (110 if large else 25):
-            labels = [shorten(name, 24 if large else 12) for name in names]
+        if len(names) <= 25:
+            labels = [shorten(name, 12) for name in names]
             rotated: dict[str, Any] = {"rotation": 55, "ha": "right", "rotation_mode": "anchor"}
             axes.set_xticks(range(len(names)), labels, **rotated)
             axes.set_yticks(range(len(names)), labels)
@@ -284,7 +247,7 @@ def shorten(text: str, most: int = 40) -> str:
 # ---------------------------------------------------------------- charts of results
 
 
-def accuracy(results: Results, *, most: int = 150, width: float = WIDTH) -> Figure:
+def accuracy(results: Results) -> Figure:
     """Each row with its interval, by task from the highest mean, with chance and best classifier.
 
     Bounds, which are no methods, follow in a group of their own.
@@ -298,11 +261,11 @@ def accuracy(results: Results, *, most: int = 150, width: float = WIDTH) -> Figu
             BEST: best.test.mean if best and best.test else None,
             CHANCE: results.chance(row),
         }
-        label = shorten(row_text(row, results.varied_settings), 40 if width == WIDTH else 60)
+        label = shorten(row_text(row, results.varied_settings))
         heading = "bounds, " * is_bound(row.method) + _heading(row.task)
         groups.setdefault(heading, []).append(Dot(label, row, others=others))
     metric = metric_text(results.rows)
-    return dots(groups, metric, value=metric.replace("%", "95 %"), most=most, width=width)
+    return dots(groups, metric, value=metric.replace("%", "95 %"))
 
 
 def _heading(task: Task) -> str:
@@ -324,34 +287,19 @@ def differences(results: Results) -> Figure:
     return dots(groups, "difference, points")
 
 
-def by_setting(
-    results: Results,
-    points: Sequence[Row],
-    key: str,
-    cells: Iterable[Cell],
-    *,
-    width: float = WIDTH,
-) -> list[Figure]:
+def by_setting(results: Results, key: str) -> list[Figure]:
     """Accuracy against a setting, split into charts of at most `MAX_CURVES` curves.
 
-    Without a search: a line for rows that differ in this setting only, over the band of their
-    intervals, and a dashed line for each method without the setting. With a search: a dot for the
-    mean of each point, by cell, because points rarely agree in all other settings.
-
-    Args:
-        points: one row per point, also for a search.
-        cells: if one of them searches the setting on a logarithmic scale, the charts have it too.
+    A line for rows that differ in this setting only, over the band of their intervals, and a dashed
+    line for each method without the setting.
     """
-    log = any(dimension.log for cell in cells for dimension in cell.space if dimension.key == key)
-    searched = len(points) > len(results.rows)
     lines: dict[str, list[Row]] = {}
-    for row in points:
+    for row in results.tested:
         if key in row.settings:
-            label = row.cell if searched else _label(results, points, row, key)
-            lines.setdefault(label, []).append(row)
+            lines.setdefault(_label(results, results.tested, row, key), []).append(row)
     series = []
     for label, line in lines.items():
-        if searched or len(line) > 1:
+        if len(line) > 1:
             line.sort(key=lambda row: float(row.settings[key]))
             values = np.array([(row.mean, row.low, row.high) for row in line]).T
             series.append(Series(shorten(label), [float(r.settings[key]) for r in line], values))
@@ -365,10 +313,7 @@ def by_setting(
             metric_text(results.rows),
             title=f"{number} of {len(parts)}" if len(parts) > 1 else "",
             level=fixed,
-            chance=_chance(results, points),
-            joined=not searched,
-            log=log,
-            width=width,
+            chance=_chance(results, results.tested),
         )
         for number, part in enumerate(parts, 1)
     ]
@@ -386,20 +331,20 @@ def _chance(results: Results, rows: Sequence[Row]) -> dict[str, float]:
     return {f"chance {format_percent(level)}": level for level in levels if level is not None}
 
 
-def numeric_settings(rows: Sequence[Row]) -> list[str]:
-    """Settings with at least two values, all of them numbers."""
+def numeric_settings(results: Results) -> list[str]:
+    """Settings of the grid with at least two values, all of them numbers."""
     values: dict[str, set[Any]] = {}
-    for row in rows:
-        for key, value in row.settings.items():
-            values.setdefault(key, set()).add(value)
+    for row in results.tested:
+        for key in row.settings.keys() - row.first.searched:
+            values.setdefault(key, set()).add(row.settings[key])
     return [
-        key for key in values if len(values[key]) > 1 and {*map(type, values[key])} <= {int, float}
+        key
+        for key in results.varied_settings
+        if len(values.get(key, ())) > 1 and {*map(type, values[key])} <= {int, float}
     ]
 
 
-def pseudo_labels(
-    results: Results, rows: Sequence[Row], metric: str, *, width: float = WIDTH
-) -> Figure | None:
+def pseudo_labels(results: Results, rows: Sequence[Row], metric: str) -> Figure | None:
     """A metric of `PSEUDO` by iteration, for the first rows that have it; None if none has.
 
     Lines are means over runs; bands span the lowest and the highest run.
@@ -420,31 +365,10 @@ def pseudo_labels(
     chance = _chance(results, same) if metric == "pseudo/accuracy" else {}
     if not series:
         return None
-    return curves(series[:MAX_CURVES], "iteration", ylabel, title=title, chance=chance, width=width)
+    return curves(series[:MAX_CURVES], "iteration", ylabel, title=title, chance=chance)
 
 
 def confusion(labels: Array, predictions: Array, classes: int) -> Array:
     """(C, C) test images by true class (rows) and predicted class (columns)."""
     pairs = labels.astype(np.int64) * classes + predictions
     return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
-
-
-def confusion_picture(labels: Array, predictions: Array, names: Sequence[str]) -> bytes:
-    """The confusion matrix of one trial for a tracker; larger for more classes."""
-    counts = confusion(labels, predictions, len(names))
-    return png(heatmap(counts, names, width=min(12.0, 2.4 + 0.42 * len(names))))
-
-
-def pictures(results: Results, cells: Iterable[Cell] = ()) -> dict[str, bytes]:
-    """The charts of a note, by file name; charts without data are left out."""
-    figures: dict[str, Figure | None] = {}
-    if len(results.tested) > 1:
-        figures["accuracy.png"] = accuracy(results, most=MAX_DOTS, width=WIDE)
-    points = [row for row in results.points() if row.is_tested]
-    for key in numeric_settings(points)[:MAX_SETTINGS]:
-        for part in by_setting(results, points, key, cells, width=WIDE)[:1]:
-            figures[f"accuracy_by_{key}.png"] = part
-    figures["pseudo_labels.png"] = pseudo_labels(
-        results, results.rows, "pseudo/accuracy", width=WIDE
-    )
-    return {name: png(figure) for name, figure in figures.items() if figure is not None}

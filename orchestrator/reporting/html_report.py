@@ -29,7 +29,6 @@ from orchestrator.reporting._statistics import Array
 from orchestrator.reporting.answers import answers, headlines
 from orchestrator.reporting.comparisons import MARKS, Results
 from orchestrator.reporting.notes import splits_and_seeds
-from orchestrator.reporting.results import results_of
 from orchestrator.reporting.rows import Task, row_text, task_text
 from orchestrator.reporting.summary import data_text, unused_lines
 from orchestrator.reporting.tables import (
@@ -60,7 +59,7 @@ class ReportData:
     results: Results
 
 
-def page(ledger: Ledger, location: SweepLocation) -> str:
+def page(ledger: Ledger, location: SweepLocation, results: Results) -> str:
     """The report of a sweep as HTML.
 
     It depends only on the sweep's event log, records and pictures, and contains no time of its
@@ -71,7 +70,6 @@ def page(ledger: Ledger, location: SweepLocation) -> str:
     """
     from jinja2 import Environment, StrictUndefined
 
-    results = results_of(ledger, location.store)
     if not results.trials:
         raise ValueError(
             f"sweep {location.full_name} has no finished trial to report "
@@ -262,14 +260,11 @@ def differences(data: ReportData) -> Iterator[Group]:
 
 
 def by_setting(data: ReportData) -> Iterator[Group]:
-    """Accuracy against each numeric setting that the sweep varies."""
-    if not data.results.tested:
-        return
-    points = data.results.points()  # also those of a search that no row shows
+    """Accuracy against each numeric setting of the grid."""
     figures = [
         _chart(figure, f"Accuracy against {key}")
-        for key in charts.numeric_settings(points)
-        for figure in charts.by_setting(data.results, points, key, data.ledger.cells)
+        for key in charts.numeric_settings(data.results)
+        for figure in charts.by_setting(data.results, key)
     ]
     if figures:
         yield Group(figures=figures)
@@ -326,7 +321,7 @@ def confusions(data: ReportData) -> Iterator[Group]:
         )
         matrix = np.sum([*matrices], axis=0)
         title = f"{best.classifier} classifier of {row_text(best.row)}"
-        figure = charts.heatmap(matrix, names, title=title)
+        figure = charts.heatmap(matrix, names, title)
         lines = [
             {"class": true, "predicted": wrong, "share of the class": f"{share:.0%}"}
             for true, wrong, share in frequent_confusions(matrix, names)

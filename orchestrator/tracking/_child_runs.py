@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -80,7 +80,9 @@ class ChildRuns:
             datasets=self._datasets(slot),
             started=started,
             ended=ended,
-            files=self._files(outcome),
+            files={SPEC: lambda: spec_json(trial_spec(record), record.key[:12]).encode()}
+            if record
+            else {},
         )
 
     def running(
@@ -194,17 +196,6 @@ class ChildRuns:
         tags |= {f"{name}_digest": digest for name, digest in digests.items() if digest}
         return {f"air.{name}": value for name, value in tags.items()}
 
-    def _files(self, outcome: Outcome) -> dict[str, Callable[[], bytes]]:
-        """The spec of a trial and, if it has test images, its confusion matrix."""
-        record = outcome.record
-        if record is None:
-            return {}
-        files = {SPEC: lambda: spec_json(trial_spec(record), record.key[:12]).encode()}
-        if record.headline is not None:
-            classnames = self._ledger.tested(outcome.slot).classnames
-            files["confusion_matrix.png"] = lambda: _confusion(record, classnames)
-        return files
-
     def _datasets(self, slot: Slot) -> list[DatasetUse]:
         """The pool and the test images of a trial."""
         pool, tested = self._ledger.data[slot.cell.flat["dataset"]], self._ledger.tested(slot)
@@ -306,13 +297,3 @@ def _mean_curves(runs: Sequence[dict[str, list[float]]]) -> dict[str, list[float
     common = [name for name, curve in runs[0].items() if curve]
     common = [n for n in common if len({len(run.get(n, ())) for run in runs}) == 1]
     return {n: [fmean(at) for at in zip(*(run[n] for run in runs), strict=True)] for n in common}
-
-
-# ---------------------------------------------------------------- files
-
-
-def _confusion(record: TrialRecord, classnames: Iterable[str]) -> bytes:
-    from orchestrator.reporting.charts import confusion_picture
-
-    _, predictions, labels = record.predictions()
-    return confusion_picture(labels, predictions, [name.replace("_", " ") for name in classnames])

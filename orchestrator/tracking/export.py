@@ -19,7 +19,6 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 from orchestrator.errors import DONE, FAILED, INTERRUPTED, TERMINATED, SweepBusy, TrackerUnreachable
 from orchestrator.failures import first_line
@@ -31,8 +30,8 @@ from orchestrator.planning.outcome import Outcome
 from orchestrator.redact import without_credentials
 from orchestrator.reporting import Results, results_of
 from orchestrator.reporting.answers import headlines
-from orchestrator.reporting.charts import pictures
 from orchestrator.reporting.comparisons import BEST
+from orchestrator.reporting.html_report import page
 from orchestrator.reporting.results import finished_records
 from orchestrator.reporting.rows import row_text
 from orchestrator.reporting.summary import run_facts, summary, sweep_title
@@ -257,7 +256,7 @@ def sync(location: SweepLocation, tracker: SweepTracker, status: Status) -> None
     for group in group_by_setting(done):
         slot = group[0][0]
         tracker.send(children.setting(group, marked.get((slot.cell.id, slot.point), "")))
-    note, files = note_and_files(ledger, location, results, tracker.run.run_id)
+    note, files = note_and_files(ledger, location, results)
     names = (f"{BEST}{b.classifier} of {row_text(b.row)}" for b in best)
     tags = {f"air.{state}": str(states[state]) for state in ("done", "reused", "failed")}
     tags["air.best_classifier"] = "; ".join(names)
@@ -291,25 +290,17 @@ def sweep_run_of(about: About, location: SweepLocation, made: Mapping[str, Any])
 
 
 def note_and_files(
-    ledger: Ledger, location: SweepLocation, results: Results, run_id: str
+    ledger: Ledger, location: SweepLocation, results: Results
 ) -> tuple[str, dict[str, bytes]]:
-    """The Markdown note with the results of a sweep, and the files of its run.
-
-    Args:
-        run_id: of the sweep run; the note shows charts among its files.
-    """
-    charts = pictures(results, ledger.cells)
+    """The Markdown note with the results of a sweep, and the files of its run."""
     screen = summary(sweep_title(ledger), results, run_facts(ledger, location))
-    note = [
-        "\n\n".join(headlines(results)),  # first, since MLflow folds long notes
-        *(_picture(name, run_id) for name in charts),
-        ledger.about.question,
-        f"```\n{screen}\n```",
-    ]
+    note = [*headlines(results), ledger.about.question, f"```\n{screen}\n```"]
     # From the sweep's folder: contact sheet, uncommitted changes.
     patterns = ("contact_sheet.png", "uncommitted-*.diff")
     extra = [file for pattern in patterns for file in location.folder.glob(pattern)]
-    files = charts | {file.name: file.read_bytes() for file in extra}
+    files = {file.name: file.read_bytes() for file in extra}
+    if results.trials:
+        files["report.html"] = page(ledger, location, results).encode()
     return "\n\n".join(filter(None, note)), files
 
 
@@ -346,9 +337,3 @@ def _cost_metrics(location: SweepLocation) -> dict[str, float]:
     costs = {f"time/{phase}_s": seconds for phase, seconds in run.get("walls", {}).items() if phase}
     memory = run.get("memory", 0)  # bytes; 0: unknown
     return costs | ({"system/memory_peak_gib": memory / 2**30} if memory else {})
-
-
-def _picture(name: str, run_id: str) -> str:
-    # A relative address works under any address of the MLflow server.
-    title = name.partition(".")[0].replace("_", " ")
-    return f"![{title}](get-artifact?path={quote(name)}&run_uuid={run_id})"

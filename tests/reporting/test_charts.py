@@ -1,65 +1,41 @@
-"""Charts of a note: which are drawn, their size, and that their bytes are reproducible."""
+"""Charts of the report: which are drawn, and that their bytes are reproducible."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 
-from PIL import Image
-
-from orchestrator.reporting.charts import VERDICT_COLORS, differences, pictures, svg
-from orchestrator.reporting.rows import FinishedTrial
+from orchestrator.reporting.charts import (
+    VERDICT_COLORS,
+    accuracy,
+    by_setting,
+    differences,
+    numeric_settings,
+    svg,
+)
+from orchestrator.reporting.comparisons import Results
 from tests.helpers.sweeps import python
-from tests.helpers.trials import results, trials
+from tests.helpers.trials import results, searched, trials
 
 
-def with_curves(finished: list[FinishedTrial]) -> list[FinishedTrial]:
-    curves = {"pseudo/accuracy": [0.7, 0.75, 0.8], "pseudo/coverage": [0.2, 0.6, 1.0]}
-    return [dataclasses.replace(trial, curves=curves) for trial in finished]
-
-
-def grid() -> list[FinishedTrial]:
+def grid() -> Results:
     found = []
     for method in ("cpl", "air"):
         for count in (25, 100):
-            found += trials(
-                method,
-                settings={"images_per_class": count},
-                cell=f"{method}-{count}",
-                better=count / 1e4,
-            )
-    return with_curves(found)
+            settings = {"images_per_class": count, "train.loss": "rc"}
+            cell = f"{method}-{count}"
+            found += trials(method, settings=settings, cell=cell, better=count / 1e4)
+    losses = {"images_per_class": 25, "train.loss": "ce"}
+    return results([*found, *trials("cpl", settings=losses, cell="ce")])
 
 
-def search() -> list[FinishedTrial]:
-    found: list[FinishedTrial] = []
-    for point, weight in enumerate((0.1, 0.4, 0.7)):
-        found += trials(
-            "air",
-            settings={"fusion_weight": weight},
-            point=point,
-            objective=0.1,
-            better=weight / 10,
-        )
-    return found
-
-
-def test_charts_follow_from_the_trials() -> None:
-    names = ["accuracy.png", "accuracy_by_images_per_class.png", "pseudo_labels.png"]
-    charts = pictures(results(grid()))
-    assert [*charts] == names
-    points = pictures(results(search(), "validation"))
-    assert [*points] == ["accuracy_by_fusion_weight.png"]  # no chart of a single row
-    for content in (*charts.values(), *points.values()):
-        image = Image.open(io.BytesIO(content)).convert("RGB")
-        assert image.width == 700
-        assert len(image.getcolors(1 << 20)) > 20  # not blank
-        assert len(content) < 100_000
-    # A setting that is no number has no chart.
-    losses = [t for k in ("ce", "rc") for t in trials("cpl", settings={"train.loss": k}, cell=k)]
-    assert [*pictures(results(losses))] == ["accuracy.png"]
-    assert pictures(results([])) == {}
+def test_a_numeric_setting_of_the_grid_has_a_chart_and_no_searched_one() -> None:
+    assert numeric_settings(grid()) == ["images_per_class"]
+    assert numeric_settings(results(searched(), "mutual_information")) == []
+    assert numeric_settings(results([])) == []
+    [chart] = by_setting(grid(), "images_per_class")
+    names = {text.get_text() for text in chart.legends[0].get_texts()}
+    assert names == {"air, train.loss rc", "cpl, train.loss rc"}  # lines of two values
 
 
 def test_colours_of_differences_follow_the_corrected_test_and_not_the_interval() -> None:
@@ -76,13 +52,12 @@ def test_colours_of_differences_follow_the_corrected_test_and_not_the_interval()
 
 DRAW = """
 import hashlib
-from orchestrator.reporting.charts import pictures
+from orchestrator.reporting.charts import accuracy, svg
 from tests.reporting.test_charts import grid
-from tests.helpers.trials import results
-print([hashlib.sha256(png).hexdigest() for png in pictures(results(grid())).values()])
+print(hashlib.sha256(svg(accuracy(grid())).encode()).hexdigest())
 """
 
 
 def test_equal_data_give_equal_bytes_in_another_process() -> None:
-    digests = [hashlib.sha256(png).hexdigest() for png in pictures(results(grid())).values()]
-    assert python("-c", DRAW).stdout.strip() == str(digests)
+    digest = hashlib.sha256(svg(accuracy(grid())).encode()).hexdigest()
+    assert python("-c", DRAW).stdout.strip() == digest

@@ -21,6 +21,7 @@ from PIL import Image
 from air_core.datasets import get_dataset
 from orchestrator.planning import plan_of, read_request
 from orchestrator.planning.ledger import read_ledger
+from orchestrator.reporting import results_of
 from orchestrator.reporting.html_report import frequent_confusions, page
 from orchestrator.reporting.screens import status_report, status_screen, summary_screen
 from orchestrator.stages.context import WorkerContext
@@ -63,7 +64,8 @@ def grid(tmp_path_factory, drawn_digits) -> Path:
 
 def report(store: Path, name: str) -> str:
     location = recorded_location(open_store(store), "default", name)
-    return page(read_ledger(location), location)
+    ledger = read_ledger(location)
+    return page(ledger, location, results_of(ledger, location.store))
 
 
 def labels_of(text: str) -> Iterator[str]:
