@@ -13,11 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
-from air_core.datasets import DATASETS
 from air_core.datasets.image_folder import PREFIX
-from air_core.specs import Ref
 from air_core.specs.flat import REFS
 from orchestrator.formatting import format_value
 from orchestrator.git import UNKNOWN
@@ -30,7 +28,7 @@ from orchestrator.reporting.results import Finished, finished_trial, varied_sett
 from orchestrator.reporting.rows import is_bound, method_text
 from orchestrator.reporting.selection import trial_spec
 from orchestrator.store import TrialRecord
-from orchestrator.tracking.types import ChildRun, DatasetUse, Numbers, SweepRun
+from orchestrator.tracking.types import ChildRun, Numbers, SweepRun
 
 SPEC = "spec.json"
 MAX_NAME, MAX_PARAM = 250, 6000  # characters, in MLflow
@@ -77,7 +75,6 @@ class ChildRuns:
             },
             params=self._params(slot),
             numbers=lambda: numbers,
-            datasets=self._datasets(slot),
             started=started,
             ended=ended,
             files={SPEC: lambda: spec_json(trial_spec(record), record.key[:12]).encode()}
@@ -150,7 +147,6 @@ class ChildRuns:
             params=params,
             numbers=lambda: _numbers(done),
             note=self._note(done),
-            datasets=self._datasets(slot),
             started=min(started for started, _ in times),
             ended=max(ended for _, ended in times),
         )
@@ -196,17 +192,6 @@ class ChildRuns:
         tags |= {f"{name}_digest": digest for name, digest in digests.items() if digest}
         return {f"air.{name}": value for name, value in tags.items()}
 
-    def _datasets(self, slot: Slot) -> list[DatasetUse]:
-        """The pool and the test images of a trial."""
-        pool, tested = self._ledger.data[slot.cell.flat["dataset"]], self._ledger.tested(slot)
-        parts: dict[Literal["pool", "test"], Ref] = {"pool": pool.ref, "test": tested.ref}
-        uses = []
-        for context, ref in parts.items():
-            known = DATASETS.get(ref.name)
-            source = known.source if known else ref.name.removeprefix(PREFIX)
-            uses.append(DatasetUse(f"{_dataset_name(ref)}-{context}", context, ref.digest, source))
-        return uses
-
     def _run_name(self, slot: Slot, settings: Mapping[str, Any]) -> str:
         """The method and settings, then the task: MLflow's table shows the first 20 characters.
 
@@ -214,7 +199,7 @@ class ChildRuns:
             settings: that distinguish the run from others of its method.
         """
         flat = slot.cell.flat
-        dataset = _dataset_name(self._ledger.data[flat["dataset"]].ref)
+        dataset = Path(flat["dataset"].removeprefix(PREFIX)).name  # of a path that of the folder
         task = "-".join([dataset, flat["paradigm"], flat["modality"]])
         words = [f"{key}={format_value(value)}" for key, value in settings.items()]
         return " ".join([method_text(slot.cell.method), *words, task])[:MAX_NAME]
@@ -242,11 +227,6 @@ def group_by_setting(done: Iterable[Finished]) -> list[list[Finished]]:
     for slot, record in done:
         groups.setdefault(point_id(slot), []).append((slot, record))
     return list(groups.values())
-
-
-def _dataset_name(dataset: Ref) -> str:
-    """The name of a dataset; of `folder:PATH` that of the folder."""
-    return Path(dataset.name.removeprefix(PREFIX)).name
 
 
 def _times(record: TrialRecord) -> tuple[int, int]:

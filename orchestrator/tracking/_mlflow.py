@@ -26,7 +26,6 @@ from orchestrator.tracking._runs import (  # first: it configures MLflow
     StoredRun,
     artifact_repository,
     create_database,
-    dataset_input,
     digests_of,
     explained_errors,
     log_batch,
@@ -305,9 +304,6 @@ class SweepTracker:
         tags |= {MLFLOW_PARENT_RUN_ID: self.run.run_id}
         created = self.client.create_run(self.experiment, run.started, valid_tags(tags), run.name)
         stored = self.children[run.kind, run.id] = stored_run(created)
-        inputs = [dataset_input(use) for use in run.datasets]
-        if inputs:
-            self.client.log_inputs(stored.run_id, inputs)
         return stored
 
     def _write(self, run: ChildRun, stored: StoredRun) -> None:

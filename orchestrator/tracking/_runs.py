@@ -22,7 +22,6 @@ os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
 import contextlib
 import errno
 import hashlib
-import json
 import logging
 import math
 import shutil
@@ -30,26 +29,24 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils.credentials import read_mlflow_creds
-from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
 from orchestrator.errors import TrackerUnreachable
 from orchestrator.redact import without_credentials
 from orchestrator.tracking.database import check_database
-from orchestrator.tracking.types import ChildRun, DatasetUse, Numbers
+from orchestrator.tracking.types import ChildRun, Numbers
 from orchestrator.tracking_uri import ARTIFACTS, resolve_uri
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # Ray may have imported MLflow before
 
-MAX_TAG, MAX_DIGEST = 8000, 36  # characters
+MAX_TAG = 8000  # characters
 BATCH, PARAMS = 800, 100  # metrics and params per request, which may have 1000 in all
 UNAUTHORIZED, FORBIDDEN = 401, 403  # HTTP status codes
 DATABASE_BYTES = 2 * 2**20  # an empty MLflow database with its journal
@@ -150,26 +147,9 @@ def metrics_of(numbers: Numbers, started: int, ended: int) -> list[Metric]:
     ]
 
 
-def dataset_input(use: DatasetUse) -> DatasetInput:
-    source_type: str = "code"
-    source: dict[str, Any] = {"tags": {"source": use.source}}
-    if use.source.startswith("/"):
-        source_type, source = "local", {"uri": use.source}
-    dataset = Dataset(use.name, use.digest[:MAX_DIGEST], source_type, json.dumps(source))
-    return DatasetInput(dataset, [InputTag(MLFLOW_DATASET_CONTEXT, use.context)])
-
-
 def valid_tags(values: Mapping[str, str]) -> dict[str, str]:
     """The tags that are not empty, cut to the length that MLflow accepts."""
-    return {key: _cut(value) for key, value in values.items() if value}
-
-
-def _cut(text: str) -> str:
-    if len(text) <= MAX_TAG:
-        return text
-    end = "\n\n*(cut)*"
-    head = text[: MAX_TAG - len(end)]  # ends with a complete line if the text has several
-    return (head.rpartition("\n")[0] or head) + end
+    return {key: value[:MAX_TAG] for key, value in values.items() if value}
 
 
 def digests_of(files: Mapping[str, bytes]) -> str:

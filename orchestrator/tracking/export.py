@@ -35,7 +35,7 @@ from orchestrator.reporting.html_report import page
 from orchestrator.reporting.results import finished_records
 from orchestrator.reporting.rows import row_text
 from orchestrator.reporting.summary import run_facts, summary, sweep_title
-from orchestrator.store import EventLog, SweepLocation, read_outcome, user_name
+from orchestrator.store import EventLog, SweepLocation, user_name
 from orchestrator.store.artifacts import provenance
 from orchestrator.tracking._child_runs import ChildRuns, group_by_setting
 from orchestrator.tracking.database import digest_in
@@ -261,7 +261,7 @@ def sync(location: SweepLocation, tracker: SweepTracker, status: Status) -> None
     tags = {f"air.{state}": str(states[state]) for state in ("done", "reused", "failed")}
     tags["air.best_classifier"] = "; ".join(names)
     tags["air.digest"] = content if tracker.accepts_files else ""
-    tracker.finish(status, note, files, headline_metrics(results) | _cost_metrics(location), tags)
+    tracker.finish(status, note, files, headline_metrics(results), tags)
 
 
 # ---------------------------------------------------------------- sweep run
@@ -329,11 +329,3 @@ def headline_metrics(results: Results) -> dict[str, float]:
             names = (f"{prefix}{name}{end}" for end in ("", "_low", "_high"))
             metrics |= zip(names, values, strict=True)
     return {name: round(value, 4) for name, value in metrics.items() if math.isfinite(value)}
-
-
-def _cost_metrics(location: SweepLocation) -> dict[str, float]:
-    """Seconds of each phase of the last run, and its peak of memory."""
-    run = read_outcome(location).get("run", {})
-    costs = {f"time/{phase}_s": seconds for phase, seconds in run.get("walls", {}).items() if phase}
-    memory = run.get("memory", 0)  # bytes; 0: unknown
-    return costs | ({"system/memory_peak_gib": memory / 2**30} if memory else {})

@@ -28,16 +28,6 @@ class Numbers:
     classifier: str = ""  # of a setting: that of best/test/accuracy
 
 
-@dataclass(frozen=True)
-class DatasetUse:
-    """A part of a dataset that a run reads. MLflow distinguishes the parts by their names."""
-
-    name: str
-    context: Literal["pool", "test"]
-    digest: str  # of the whole dataset
-    source: str  # a folder, or the origin of a dataset that airsweep knows
-
-
 @dataclass(frozen=True, kw_only=True)
 class SweepRun:
     """The run of a sweep, the parent of its trial runs and setting runs."""
@@ -77,7 +67,6 @@ class ChildRun:
     params: Mapping[str, str] = field(default_factory=dict)
     numbers: Callable[[], Numbers] = Numbers
     note: str = ""  # Markdown
-    datasets: Sequence[DatasetUse] = ()
     started: int
     ended: int
     files: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
@@ -85,6 +74,5 @@ class ChildRun:
     @cached_property
     def digest(self) -> str:
         """Of everything that the run shows."""
-        shown = {k: v for k, v in vars(self).items() if k not in ("numbers", "datasets", "files")}
-        datasets = [vars(use) for use in self.datasets]
-        return digest([RECIPE, shown, datasets, sorted(self.files)])
+        shown = {k: v for k, v in vars(self).items() if k not in ("numbers", "files")}
+        return digest([RECIPE, shown, sorted(self.files)])
