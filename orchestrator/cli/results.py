@@ -194,14 +194,6 @@ def table(
         str,
         typer.Option("--format", metavar="FORMAT", help="Output format: md, csv or json."),
     ] = "md",
-    columns: Annotated[
-        str,
-        typer.Option(
-            metavar="COLUMNS",
-            help="Columns in Markdown: fit, those that fit 100 characters; or all. Other formats "
-            "have all.",
-        ),
-    ] = "fit",
 ) -> None:
     """Print results: mean, spread, confidence interval and significance.
 
@@ -215,8 +207,6 @@ def table(
 
     if form not in tables.FORMATS:
         fail(f"unknown --format {form!r}; allowed: {', '.join(tables.FORMATS)}")
-    if columns not in tables.COLUMN_SETS:
-        fail(f"unknown --columns {columns!r}; allowed: {', '.join(tables.COLUMN_SETS)}")
     ledger, location = recorded_sweep(name, results_store(store, smoke), data_root)
     found = results_of(ledger, location.store)
     note_options(ledger, location)
@@ -225,7 +215,7 @@ def table(
         show(f"note: {left} of {ledger.total} trials left to run; {have}", file=sys.stderr)
         for line in failed_lines(ledger):
             show(f"note: failed: {line}", file=sys.stderr)
-    show(tables.table(found, form, columns))
+    show(tables.table(found, form))
 
 
 @app.command(rich_help_panel=LOOK)

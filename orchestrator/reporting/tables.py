@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 FORMATS = ("md", "csv", "json")
-COLUMN_SETS = ("fit", "all")
 WIDTH = 100  # characters of a line
 # Columns in the order in which they are left out of a table that is wider.
 SPARE = ("test images", "pseudo-labels", "auxiliary", "95 %", "fused", "n")
@@ -129,12 +128,10 @@ def column_notes(header: Collection[str]) -> list[str]:
 # ---------------------------------------------------------------- one line per row
 
 
-def table(results: Results, format: str, columns: str = "all") -> str:
+def table(results: Results, format: str) -> str:
     """The table in one of `FORMATS`, without a newline at the end.
 
-    Args:
-        columns: `all`, or `fit`: in Markdown, a table of rows with those columns that fit `WIDTH`
-            characters, and one of differences.
+    In Markdown, one of rows with those columns that fit `WIDTH` characters, and one of differences.
     """
     match format:
         case "json":
@@ -143,15 +140,11 @@ def table(results: Results, format: str, columns: str = "all") -> str:
             return _csv(results)
         case _ if not results.rows:
             return f"{EMPTY.capitalize()}."
-        case _ if columns == "fit":
-            layouts = [*_fitted(results), *points_layouts(results)]
-        case _:
-            values = [c for of_key in results.value_comparisons.values() for c in of_key]
-            layouts = [
-                table_layout(results),
-                *difference_layouts(results, values),
-                *points_layouts(results),
-            ]
+    layouts = [
+        _fitted(results),
+        *difference_layouts(results),
+        *points_layouts(results),
+    ]
     return "\n\n".join(map(markdown, layouts))
 
 
@@ -267,28 +260,26 @@ def _csv_setting(value: Any) -> Any:
     return format_value(value) if value is None or isinstance(value, bool) else value
 
 
-def _fitted(results: Results) -> Iterator[Layout]:
-    """The rows without the columns that do not fit, and the differences."""
-    gains = [f"gain over {role}" for role in MARKS]
+def _fitted(results: Results) -> Layout:
+    """The rows without the columns that do not fit."""
     marked = {best.classifier for best in results.best_classifiers.values()}
     for dropped in range(len(SPARE) + 1):
         left_out = [name for name in SPARE[:dropped] if name not in marked]
-        layout = table_layout(results, [*gains, *left_out])
+        layout = table_layout(results, left_out)
         if max(map(len, grid(layout).splitlines())) <= WIDTH:
             break
     shown = table_lines(results)[0]
     # The caption has the number of test images.
     if absent := [name for name in left_out if name in shown and name != "test images"]:
-        note = f"Not shown: {', '.join(absent)}; --columns all shows them."
+        note = f"Not shown: {', '.join(absent)}; `airsweep report` shows them."
         layout = replace(layout, notes=[*layout.notes, note])
-    yield layout
-    yield from difference_layouts(results, results.all_comparisons)
+    return layout
 
 
-def difference_layouts(results: Results, comparisons: Sequence[Comparison]) -> Iterator[Layout]:
+def difference_layouts(results: Results) -> Iterator[Layout]:
     """One table with a line per comparison; none without comparisons."""
-    if comparisons:
-        notes = [*significance_notes(comparisons, marks=False), *comparison_notes(comparisons)]
+    if comparisons := results.all_comparisons:
+        notes = [*significance_notes(comparisons), *comparison_notes(comparisons)]
         yield Layout(lines=_comparison_lines(results, comparisons), notes=notes)
 
 
@@ -329,11 +320,6 @@ def table_layout(results: Results, left_out: Sequence[str] = ()) -> Layout:
     """The rows, with all columns but those that are left out."""
     lines = table_lines(results, left_out)
     caption = [*_caption(results, [*lines[0]])]
-    if not left_out:
-        caption += [
-            *significance_notes(results.comparisons),
-            *comparison_notes(results.comparisons),
-        ]
     return Layout(lines=lines, caption=caption, notes=collapse_notes(results))
 
 
@@ -356,11 +342,6 @@ def table_lines(results: Results, left_out: Sequence[str] = ()) -> list[dict[str
             "n": str(row.n),
             "test images": str(row.n_test or ""),
             **_texts(row, "table"),
-            **{f"gain over {role}": "" for role in MARKS},
-            **{
-                f"gain over {role}": f"{c.text} {c.baseline.method}{c.mark}"
-                for role, c in results.comparisons_of(row).items()
-            },
         }
         for row in results.rows
     ]
@@ -425,5 +406,3 @@ def _caption(results: Results, header: Sequence[str]) -> Iterator[str]:
         ends = dict.fromkeys(f"{count:,}" for count in (min(counts), max(counts)))
         yield f"{' to '.join(ends)} test images per run."
     yield from column_notes(header)
-    if any(name.startswith("gain") for name in header):
-        yield "Gains in points, with 95 % interval if tested, paired by image and run."
