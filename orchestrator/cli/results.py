@@ -103,36 +103,14 @@ def status(
 
 
 @app.command(rich_help_panel=LOOK)
-def logs(
-    name: NameArgument,
-    of: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="TRIAL",
-            help="Only events of this trial (slot, or beginning of its key), cell or artifact.",
-        ),
-    ] = None,
-    store: StoreOption = STORE,
-    as_json: JsonOption = False,
-) -> None:
+def logs(name: NameArgument, store: StoreOption = STORE, as_json: JsonOption = False) -> None:
     """Print the event log of a sweep: what ran when, and why it failed.
 
     airsweep logs quickstart
 
-    airsweep logs quickstart digits-ul-text-cpl/0/seed=1
+    airsweep logs quickstart | grep digits-ul-text-cpl
     """
-    from orchestrator.planning.requests import results_command
-
-    location = location_named(name, store)
     events = api.logs(name, store=store)
-    if of is not None:
-        events = [event for event in events if _is_of(event, of)]
-        if not events:
-            fail(
-                f"{name} has no event of {of}; give a slot CELL/POINT/SEEDS, the beginning of a "
-                "trial's key, a cell or an artifact, as "
-                f"`{results_command('logs', location)}` shows them"
-            )
     if as_json:
         for event in events:
             show(json.dumps(event))
@@ -153,12 +131,6 @@ def _joined_blocks(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         seconds, count = before["seconds"] + event["seconds"], before["blocks"] + 1
         joined[run, event["key"]] = {**event, "seconds": seconds, "blocks": count}
     return [*joined.values()]
-
-
-def _is_of(event: dict[str, Any], name: str) -> bool:
-    """Whether an event is about a trial, a cell or an artifact."""
-    is_key = str(event.get("key", "")).startswith(name)
-    return is_key or any(f"{each}/".startswith(f"{name}/") for each in _names(event))
 
 
 def _names(event: dict[str, Any]) -> list[str]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import sys
-import time
-from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -30,11 +28,8 @@ def ui(
     port: Annotated[
         int, typer.Option(metavar="PORT", min=1, max=65535, help="Port to listen on.")
     ] = 5000,
-    browser: Annotated[
-        bool, typer.Option(help="Open the page in a browser, if this machine has a desktop.")
-    ] = True,
 ) -> None:
-    """Serve the store's MLflow runs as a web page, and open the table of runs.
+    """Serve the store's MLflow runs as a web page, and print the address of the table of runs.
 
     Runs that MLflow lacks are sent first.
 
@@ -80,22 +75,5 @@ def ui(
     for page in pages:
         show(page, file=sys.stderr)
     show("Ctrl-C stops the server", file=sys.stderr)
-    if browser and any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY"))):
-        _open_when_served(server, pages[0])
     argv = serve_command(root, port)
     os.execvpe(argv[0], argv, {**os.environ, **SERVER_ENVIRONMENT})
-
-
-def _open_when_served(server: str, page: str) -> None:
-    """Open a page in the browser as soon as the server answers, in a process of its own."""
-    import urllib.request
-    import webbrowser
-
-    if os.fork():
-        return
-    for _ in range(120):  # seconds
-        time.sleep(1.0)
-        with suppress(OSError), urllib.request.urlopen(f"{server}/health", timeout=5):
-            webbrowser.open(page)
-            break
-    os._exit(0)
