@@ -223,30 +223,6 @@ class Outcome:
     def store(self) -> str | Path:
         return self.location.store.name
 
-    def table(self) -> DataFrame:
-        """The rows of `airsweep.table`."""
-        return table(self)
-
-    def results(self) -> DataFrame:
-        """The trials, as `airsweep.results`."""
-        return results(self)
-
-    def status(self) -> dict[str, Any]:
-        """Progress and failures, as `airsweep.status`."""
-        return status(self)
-
-    def report(self, output: str | Path) -> Path:
-        """Write the report, as `airsweep.report`."""
-        return report(self, output)
-
-    def export(self, output: str | Path, trial: str = "best", **options: Any) -> Path:
-        """Export a trial as a bundle; `options` are those of `airsweep.export`."""
-        return export(trial, output, sweep=self, store=self.store, **options)
-
-    def predictions(self, trial: str) -> DataFrame:
-        """Predictions of a trial for its test images, as `airsweep.predictions`."""
-        return predictions(trial, store=self.store, data_root=self.location.data_root)
-
     def __repr__(self) -> str:
         from orchestrator.reporting import summary_screen
 
@@ -360,35 +336,31 @@ def logs(name: str | Outcome, *, store: str | Path | None = None) -> list[dict[s
     return list(location_named(name, store).event_log().events())
 
 
-def results(
-    name: str | Outcome, *, store: str | Path | None = None, data_root: str | Path | None = None
-) -> DataFrame:
+def results(name: str | Outcome, *, store: str | Path | None = None) -> DataFrame:
     """Return one row per trial: varied settings, seeds, state and metrics.
 
     Args:
         name: name of a recorded sweep, PROJECT/NAME, its sweep file, or the Outcome that `run`
             returned.
-        store, data_root: as for `plan`; `store` is ignored if `name` is an Outcome.
+        store: as for `plan`; ignored if `name` is an Outcome.
 
     Raises:
         ValueError: the store has no such sweep.
     """
     from orchestrator.reporting.results import trials_frame
 
-    ledger, location = recorded_sweep(name, store, data_root)
+    ledger, location = recorded_sweep(name, store)
     return trials_frame(ledger, location.store)
 
 
-def curves(
-    name: str | Outcome, *, store: str | Path | None = None, data_root: str | Path | None = None
-) -> DataFrame:
+def curves(name: str | Outcome, *, store: str | Path | None = None) -> DataFrame:
     """Return the learning curves, one row per value: trial, metric, iteration, value.
 
     Arguments and exceptions are those of `results`.
     """
     from orchestrator.reporting.results import curves_frame
 
-    ledger, location = recorded_sweep(name, store, data_root)
+    ledger, location = recorded_sweep(name, store)
     return curves_frame(ledger, location.store)
 
 
@@ -396,7 +368,6 @@ def table(
     name: str | Outcome,
     *,
     store: str | Path | None = None,
-    data_root: str | Path | None = None,
     smoke: bool = False,
 ) -> DataFrame:
     """Return the rows of `airsweep table`: mean, std and interval of each setting over its seeds,
@@ -407,7 +378,7 @@ def table(
     from orchestrator.reporting import results_of
     from orchestrator.reporting.tables import gains_frame
 
-    ledger, location = recorded_sweep(name, results_store(store, smoke), data_root)
+    ledger, location = recorded_sweep(name, results_store(store, smoke))
     return gains_frame(results_of(ledger, location.store))
 
 
@@ -416,7 +387,6 @@ def study(
     cell: str | None = None,
     *,
     store: str | Path | None = None,
-    data_root: str | Path | None = None,
 ) -> Study:
     """Return the search of one cell as an Optuna study in memory: trial i is point i.
 
@@ -424,7 +394,7 @@ def study(
     RUNNING if it has started, else WAITING. The search itself does not read this copy.
 
     Args:
-        name, store, data_root: as for `results`.
+        name, store: as for `results`.
         cell: the value of `cell` in `results`. Default: the only cell that is searched.
 
     Raises:
@@ -432,7 +402,7 @@ def study(
     """
     from orchestrator.planning.search import study_of
 
-    ledger, location = recorded_sweep(name, store, data_root)
+    ledger, location = recorded_sweep(name, store)
     return study_of(ledger, location.store, cell)
 
 
@@ -449,7 +419,7 @@ def predictions(
 
     Args:
         trial: value of `key` or `trial` in `results`.
-        store, data_root: as for `results`.
+        store, data_root: as for `plan`.
 
     Raises:
         ValueError: no trial or several trials match.
@@ -478,13 +448,12 @@ def report(
     output: str | Path,
     *,
     store: str | Path | None = None,
-    data_root: str | Path | None = None,
     smoke: bool = False,
 ) -> Path:
     """Write the report of a sweep, as one self-contained HTML file.
 
     Args:
-        name, store, data_root: as for `results`.
+        name, store: as for `results`.
         output: the file to write.
         smoke: as for `status`.
 
@@ -494,13 +463,17 @@ def report(
     Raises:
         ValueError: the store has no such sweep, or the folder of `output` does not exist.
     """
+    return write_report(*recorded_sweep(name, results_store(store, smoke)), output)
+
+
+def write_report(ledger: Ledger, location: SweepLocation, output: str | Path) -> Path:
+    """Write the report of a sweep whose ledger is read; the command uses this as well."""
     from orchestrator.reporting import results_of
     from orchestrator.reporting.html_report import page
 
     file = Path(output)
     if file.is_dir() or not file.absolute().parent.is_dir():
         raise ValueError(f"{file}: give a file name in an existing folder, such as report.html")
-    ledger, location = recorded_sweep(name, results_store(store, smoke), data_root)
     write_atomic(file, page(ledger, location, results_of(ledger, location.store)))
     return file
 
@@ -523,7 +496,7 @@ def sample(
         name: recorded sweep, or the file or bare name of one that has not run.
         count: number of images.
         output: beginning of the two file names. None: the name of the sweep.
-        store, data_root: as for `results`.
+        store, data_root: as for `plan`.
         report: called with the number of encoded images and of all images.
 
     Returns:
@@ -586,7 +559,7 @@ def export(
         only: values of the grid to which `best` is limited, as for `load`.
         classifier: text, auxiliary or fused, which the bundle uses if no other is named. Default:
             the one with the highest score.
-        store, data_root: as for `results`.
+        store, data_root: as for `plan`.
         tracking_uri: as for `run`.
         force: replace an existing bundle.
         onnx: also write `model.onnx`, which needs no torch.
@@ -702,7 +675,7 @@ class Classifier:
 
 
 def recorded_sweep(
-    name: str | Outcome, store: str | Path | None, data_root: str | Path | None
+    name: str | Outcome, store: str | Path | None, data_root: str | Path | None = None
 ) -> tuple[Ledger, SweepLocation]:
     """Return the ledger of a recorded sweep, as it was last run, and its location.
 

@@ -14,7 +14,6 @@ import typer
 
 from orchestrator.cli.common import (
     STORE,
-    DataOption,
     JsonOption,
     StoreOption,
     fail,
@@ -32,9 +31,7 @@ NAME_WIDTH = 56
 
 
 @app.command("ls")
-def cache_ls(
-    store: StoreOption = STORE, data_root: DataOption = None, as_json: JsonOption = False
-) -> None:
+def cache_ls(store: StoreOption = STORE, as_json: JsonOption = False) -> None:
     """List artifacts with their size, owner, and the sweeps that need them.
 
     airsweep cache ls
@@ -146,7 +143,6 @@ def _listing_screen(listing: dict[str, Any]) -> str:
 @app.command("gc")
 def cache_gc(
     store: StoreOption = STORE,
-    data_root: DataOption = None,
     yes: Annotated[
         bool, typer.Option("--yes", help="Remove the artifacts instead of listing them.")
     ] = False,

@@ -102,11 +102,11 @@ def load(
     return read_request(spec, sets or (), only or (), smoke)
 
 
-def note_options(ledger: Ledger, location: SweepLocation, changes_only: bool = False) -> None:
+def note_options(ledger: Ledger, location: SweepLocation) -> None:
     """Note on stderr the options of the last run, to which results belong, and later changes."""
     from orchestrator.planning.recorded import changed_folders
 
-    if ledger.about.options and not changes_only:
+    if ledger.about.options:
         show(f"note: {ledger.about.options}", file=sys.stderr)
     for sentence in changed_folders(ledger, location):
         show(f"note: {sentence}", file=sys.stderr)

@@ -13,7 +13,6 @@ from orchestrator import api
 from orchestrator.cli.common import (
     LOOK,
     STORE,
-    DataOption,
     JsonOption,
     NameArgument,
     OptionalNameArgument,
@@ -54,9 +53,8 @@ def list_sweeps(store: StoreOption = STORE, as_json: JsonOption = False) -> None
     elif sweeps:
         options = [f"{each['sweep']}: {each['options']}" for each in sweeps if each["options"]]
         show("\n".join([*aligned([LISTED, *map(_listed, sweeps)]), *options]))
-        for sweep in sweeps:
-            if sweep["state"] != "damaged":
-                note_options(*recorded_sweep(sweep["sweep"], store, None), changes_only=True)
+        for sentence in (each for sweep in sweeps for each in sweep["changed"]):
+            show(f"note: {sentence}", file=sys.stderr)
     else:
         show(f"no sweep has run in {store}", file=sys.stderr)
 
@@ -161,7 +159,6 @@ def table(
     name: NameArgument,
     store: StoreOption = STORE,
     smoke: SmokeResultsOption = False,
-    data_root: DataOption = None,
     form: Annotated[
         str,
         typer.Option("--format", metavar="FORMAT", help="Output format: md, csv or json."),
@@ -179,7 +176,7 @@ def table(
 
     if form not in tables.FORMATS:
         fail(f"unknown --format {form!r}; allowed: {', '.join(tables.FORMATS)}")
-    ledger, location = recorded_sweep(name, results_store(store, smoke), data_root)
+    ledger, location = recorded_sweep(name, results_store(store, smoke))
     found = results_of(ledger, location.store)
     note_options(ledger, location)
     if left := ledger.to_run:
@@ -199,7 +196,6 @@ def report(
     ] = None,
     store: StoreOption = STORE,
     smoke: SmokeResultsOption = False,
-    data_root: DataOption = None,
 ) -> None:
     """Write a report of a sweep, as one self-contained HTML file.
 
@@ -207,8 +203,8 @@ def report(
 
     airsweep report vision/digits_main -o digits.html --store /shared/runs
     """
-    location = location_named(name, results_store(store, smoke))
+    ledger, location = recorded_sweep(name, results_store(store, smoke))
     output = output or Path(f"{location.name}.html")
-    file = api.report(name, output, store=store, data_root=data_root, smoke=smoke)
-    note_options(*recorded_sweep(name, results_store(store, smoke), data_root))
+    file = api.write_report(ledger, location, output)
+    note_options(ledger, location)
     show(f"{output}  {file.stat().st_size / 1e6:.1f} MB", file=sys.stderr)

@@ -64,7 +64,7 @@ def ui(
         fail(f"the server cannot listen on port {port}: {reason}; choose another --port")
     for name in names:
         try:
-            ledger, location = recorded_sweep(name, store, None)
+            ledger, location = recorded_sweep(name, store)
             Publisher(ledger.about, location, f"sqlite:///{database}").export()
         except Exception as problem:  # show the other sweeps
             show(f"airsweep: {name}: {problem}", file=sys.stderr)

@@ -90,6 +90,7 @@ class Ledger:
         data: by the name that cells have.
         alive: whether a driver runs the sweep.
         has_result: keys with a result in the store.
+        needs: what each cell reads, also cells that the options of the run left out.
     """
 
     about: About
@@ -101,6 +102,7 @@ class Ledger:
     history: History
     alive: bool
     has_result: frozenset[str]
+    needs: Mapping[str, Needs] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -273,6 +275,7 @@ def read_ledger(location: SweepLocation) -> Ledger:
         history=history,
         alive=event_log.is_locked(),
         has_result=results_in(location.store, slots),
+        needs=file.needs,
     )
 
 

@@ -10,7 +10,7 @@ from air_core.models.weights import local_path
 from orchestrator.errors import StoreRefused
 from orchestrator.formatting import relative_path
 from orchestrator.planning.history import read_history
-from orchestrator.planning.ledger import Ledger, read_ledger, read_needs
+from orchestrator.planning.ledger import Ledger, read_ledger
 from orchestrator.planning.requests import run_command
 from orchestrator.planning.resolve import Resolver
 from orchestrator.store import ArtifactStore, SweepLocation, recorded_locations
@@ -78,7 +78,7 @@ def _needed(location: SweepLocation) -> Iterator[str]:
     ledger = read_ledger(location)
     yield from (slot.key.digest[:12] for slot in ledger.slots)
     yield from (digest[:12] for digest in ledger.history.first)
-    for needs in read_needs(location).values():
+    for needs in ledger.needs.values():
         for digest, whole in needs.items():
             if whole is None or not location.store.has(whole):
                 yield digest

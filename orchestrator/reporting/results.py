@@ -16,6 +16,7 @@ from air_core.bundle.checks import CLASSIFIERS
 from air_core.paradigms import seen_unseen
 from orchestrator.planning.history import RESULT_STATES
 from orchestrator.planning.ledger import Ledger, Slot, read_ledger
+from orchestrator.planning.recorded import changed_folders
 from orchestrator.reporting.comparisons import Results
 from orchestrator.reporting.rows import FinishedTrial, dataset_text
 from orchestrator.spec.space import first_point_text
@@ -197,14 +198,15 @@ def overviews(store: ArtifactStore) -> list[dict[str, Any]]:
 
     `best` has the row of each task's best classifier, with mean, deviation and interval of this
     `classifier`. It is empty if no trial is finished, or if a file of the sweep is damaged, which
-    `airsweep table` reports; the state is `damaged` if it is the event log.
+    `airsweep table` reports; the state is `damaged` if it is the event log. `changed` has sentences
+    on folders of images that have changed since.
     """
     return [_overview(location) for location in recorded_locations(store)]
 
 
 def _overview(location: SweepLocation) -> dict[str, Any]:
     entry = {"sweep": location.full_name, "options": "", "state": "damaged", "finished": 0}
-    entry |= {"failed": 0, "total": 0, "last_event": None, "best": []}
+    entry |= {"failed": 0, "total": 0, "last_event": None, "best": [], "changed": []}
     with suppress(ValueError, OSError):
         ledger = read_ledger(location)
         state = read_outcome(location).get("state", "unknown")
@@ -218,6 +220,7 @@ def _overview(location: SweepLocation) -> dict[str, Any]:
             "failed": counts["failed"],
             "total": ledger.total,
             "last_event": ledger.history.last,
+            "changed": [*changed_folders(ledger, location)],
         }
         results = results_of(ledger, location.store)
         entry["best"] = [
