@@ -14,7 +14,7 @@ from pathlib import Path
 
 from orchestrator.errors import Refused
 from orchestrator.files import ROOT
-from orchestrator.git import PACKAGES, SENT_DIFF, commit, uncommitted_diff
+from orchestrator.git import PACKAGES, commit
 from orchestrator.planning import SweepRequest
 from orchestrator.planning.requests import project_of, relative_store_error
 from orchestrator.redact import contains_secret, without_credentials
@@ -62,8 +62,6 @@ def pack(request: SweepRequest, folder: Path, code: bool) -> str:
     for package in PACKAGES if code else ():
         ignored = shutil.ignore_patterns(".*", "__pycache__")
         shutil.copytree(ROOT / package, folder / package, ignore=ignored)
-    if code and (diff := uncommitted_diff()):
-        (folder / SENT_DIFF).write_bytes(diff)
     spec = f"sweeps/{Path(request.spec.source).name}"
     (folder / "sweeps").mkdir()
     (folder / spec).write_bytes(request.spec.text.encode())

@@ -27,7 +27,6 @@ from orchestrator.errors import (
 from orchestrator.execution._signals import restore_interrupts
 from orchestrator.execution._state import RunState
 from orchestrator.failures import first_line, is_disk_full
-from orchestrator.git import diff_digest
 from orchestrator.planning import Plan, Resolver
 from orchestrator.planning.checks import full_disk_message
 from orchestrator.planning.estimate import record_measurements
@@ -66,9 +65,8 @@ def write_sweep_files(
     plan: Plan,
     origin: Mapping[str, Any] | None,
     resolver: Resolver,
-    diff: bytes = b"",
 ) -> None:
-    """Write ledger, sweep file, resolved inputs and uncommitted changes into the sweep's folder."""
+    """Write ledger, sweep file and resolved inputs into the sweep's folder."""
     sweep = plan.sweep
     location.folder.mkdir(parents=True, exist_ok=True)
     complete = complete_origin(origin or {}, location)
@@ -85,8 +83,6 @@ def write_sweep_files(
     write_ledger(location, plan)
     location.write("spec.yaml", sweep.text)
     location.write(RESOLVED, resolved)
-    if diff:
-        location.write(f"uncommitted-{diff_digest(diff)}.diff", diff)
 
 
 def log_start(state: RunState, plan: Plan) -> None:

@@ -35,7 +35,7 @@ from orchestrator.execution._state import RunState
 from orchestrator.execution.screen import Screen
 from orchestrator.failures import CLASSES
 from orchestrator.formatting import format_duration
-from orchestrator.git import commit, diff_digest, uncommitted_diff
+from orchestrator.git import commit
 from orchestrator.planning import (
     OutcomeTracker,
     Plan,
@@ -95,9 +95,7 @@ def run_sweep(
     check_store_and_services(plan, location, tracker, screen, prepare_only)
     # Shut Ray down last: after SIGTERM only seconds remain before SIGKILL, so record the end first.
     with ExitStack() as ray_session, location.store.locks.shared_store():
-        diff = uncommitted_diff()
         os.environ |= {  # `PROVENANCE`, which the `WorkerContext` passes to the workers
-            "AIRSWEEP_DIRTY": diff_digest(diff),
             "AIRSWEEP_COMMIT": commit(),
             "AIRSWEEP_USER": user_name(),
             "AIRSWEEP_SWEEP": location.full_name,
@@ -111,7 +109,7 @@ def run_sweep(
             handle_signals(state)
             if read_history(event_log).last != plan.history.last:  # another driver ran meanwhile
                 plan = plan_and_repair(sweep, location, resolver, screen)
-            write_sweep_files(location, plan, origin, resolver, diff)
+            write_sweep_files(location, plan, origin, resolver)
             log_start(state, plan)
             state.exit_code = _run_cells(state, plan, prepare_only, ray_session)
     return state.exit_code

@@ -25,7 +25,7 @@ ENDED: dict[str, Ended] = {
     "trial_failed": "failed",
 }
 IMAGE_COUNTS = ("drawn", "redrawn", "holes")
-MADE = ("user", "commit", "dirty")  # of a run
+MADE = ("user", "commit")  # of a run
 
 
 def results_text(results: Mapping[Any, int]) -> str:

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from air_core.bundle.classifier import Bundle
 
 # Provenance fields of a record that a bundle contains.
-PROVENANCE_FIELDS = ("commit", "dirty", "code", "device", "versions")
+PROVENANCE_FIELDS = ("commit", "code", "device", "versions")
 CHUNK = 64  # images that are decoded at once
 
 

@@ -57,7 +57,7 @@ UNFINISHED = "unfinished"  # folder of checkpoints, named by the first 12 digits
 DAMAGED = ".damaged-"  # prefix of damaged artifacts and shards that were set aside
 # Folders that a run writes to.
 WRITTEN = ("*", "artifacts/*", "artifacts/*/*", "sweeps/*", "mlartifacts/*/*")
-PROVENANCE = ("AIRSWEEP_USER", "AIRSWEEP_COMMIT", "AIRSWEEP_DIRTY", "AIRSWEEP_SWEEP")
+PROVENANCE = ("AIRSWEEP_USER", "AIRSWEEP_COMMIT", "AIRSWEEP_SWEEP")
 DEVICES = "AIRSWEEP_DEVICES"  # JSON: the cores and GPUs that the cluster assigned to this process
 LIBRARIES = ("torch", "open_clip_torch", "diffusers", "peft", "transformers", "numpy")
 
@@ -408,11 +408,10 @@ def user_name() -> str:
 
 
 def provenance() -> dict[str, str]:
-    """User, commit and uncommitted changes; workers receive those of the driver."""
+    """User and commit; workers receive those of the driver."""
     return {
         "user": user_name(),
         "commit": os.environ.get("AIRSWEEP_COMMIT", "unknown"),
-        "dirty": os.environ.get("AIRSWEEP_DIRTY", ""),  # digest of the uncommitted changes
     }
 
 

@@ -17,8 +17,8 @@ from orchestrator.store.artifacts import ArtifactStore
 
 PREDICTIONS, PROMPT = "predictions.safetensors", "prompt.safetensors"
 FUSED, POOL = "fused.safetensors", "pool.safetensors"
-# Fields of a record on its origin; `code` and `dirty` are digests, `files` has one digest per file.
-PROVENANCE = ("user", "commit", "dirty", "code", "host", "versions", "files")
+# Fields of a record on its origin; `code` is a digest, `files` has one digest per file.
+PROVENANCE = ("user", "commit", "code", "host", "versions", "files")
 
 
 @dataclass(frozen=True)

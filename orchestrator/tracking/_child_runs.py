@@ -49,7 +49,7 @@ class ChildRuns:
 
         Args:
             at: when an outcome without a record was logged, in seconds since the epoch.
-            driver: user, commit and dirty of an outcome without a record.
+            driver: user and commit of an outcome without a record.
         """
         slot, record = outcome.slot, outcome.record
         seed = slot.settings["seed"]
@@ -181,7 +181,7 @@ class ChildRuns:
     ) -> dict[str, str]:
         """Tags with the inputs and the code that computed a trial."""
         made, spec = (record.provenance, record.spec) if record else (driver, {})
-        tags = {name: str(made.get(name, "")) for name in ("user", "commit", "dirty", "code")}
+        tags = {name: str(made.get(name, "")) for name in ("user", "commit", "code")}
         if tags["user"] in ("", UNKNOWN):
             tags["user"] = self.parent.user
         tags |= {name: str(made.get(name, "")) for name in ("host", "device")}

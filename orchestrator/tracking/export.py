@@ -295,10 +295,7 @@ def note_and_files(
     """The Markdown note with the results of a sweep, and the files of its run."""
     screen = summary(sweep_title(ledger), results, run_facts(ledger, location))
     note = [*headlines(results), ledger.about.question, f"```\n{screen}\n```"]
-    # From the sweep's folder: contact sheet, uncommitted changes.
-    patterns = ("contact_sheet.png", "uncommitted-*.diff")
-    extra = [file for pattern in patterns for file in location.folder.glob(pattern)]
-    files = {file.name: file.read_bytes() for file in extra}
+    files = {f.name: f.read_bytes() for f in location.folder.glob("contact_sheet.png")}
     if results.trials:
         files["report.html"] = page(ledger, location, results).encode()
     return "\n\n".join(filter(None, note)), files

@@ -69,22 +69,6 @@ def test_a_checkout_sends_its_code_and_the_sweep_but_no_other_file(tmp_path, spe
     assert (tmp_path / "sent" / "sweeps" / "small.yaml").read_text() == spec.read_text()
 
 
-def test_uncommitted_changes_are_sent_as_a_diff(tmp_path, spec):
-    checkout = checkout_in(tmp_path / "checkout")
-    author = ("-c", "user.name=a", "-c", "user.email=a@b")
-    for words in (("init", "-q"), ("add", "."), (*author, "commit", "-qm", "all")):
-        run_command(["git", *words], cwd=checkout)
-    files = packed(checkout, spec, tmp_path / "clean")
-    assert "uncommitted.diff" not in files
-    with (checkout / "orchestrator" / "api.py").open("a") as handle:
-        handle.write("CHANGED = 1\n")
-    packed(checkout, spec, tmp_path / "sent")
-    code = "import orchestrator.git as l; print(l.uncommitted_diff().decode())"
-    variables = environment(PYTHONPATH="", AIRSWEEP_COMMIT="0123abc")
-    on_cluster = run_command([sys.executable, "-c", code], cwd=tmp_path / "sent", env=variables)
-    assert "+CHANGED = 1" in on_cluster.stdout
-
-
 def test_an_installed_airsweep_sends_only_the_sweep_and_its_plugins(tmp_path, spec):
     checkout = checkout_in(tmp_path / "installed")
     (checkout / "pyproject.toml").unlink()

@@ -39,13 +39,13 @@ fixed: {{train.steps: 2, prompt.length: 2, images_per_class: 4, generation.block
 seeds: [1, 2]
 """
 STATES = ("done", "reused", "done", "failed", "done", "done")
-MADE = {"user": "ada", "commit": "0123abc", "dirty": "feed"}
+MADE = {"user": "ada", "commit": "0123abc"}
 TAGS = {  # names of air.* tags, which other tools read
     "sweep": "artifacts best_classifier done failed kind project reused spec_hash sweep user",
     "point": "cell dataset digest interval kind method modality paradigm point runs seed "
     "split_seed sweep user",
     "trial": "artifacts backbone_digest cell code commit dataset dataset_digest device digest "
-    "dirty files host kind method modality paradigm point seed seeds slot split_seed state sweep "
+    "files host kind method modality paradigm point seed seeds slot split_seed state sweep "
     "trial_key user versions",
 }
 
@@ -75,7 +75,7 @@ def ended(
     arrays = digit_features(tiny_clip.encode_images, IMAGES)
     store_with(store.root, slots[0].spec.features, arrays)
     build_inputs(slots[-1].spec, WorkerContext(store))
-    names = {"AIRSWEEP_USER": "ada", "AIRSWEEP_COMMIT": "0123abc", "AIRSWEEP_DIRTY": "feed"}
+    names = {"AIRSWEEP_USER": "ada", "AIRSWEEP_COMMIT": "0123abc"}
     event_log.append("sweep_started", spec="s", total=6, to_run=6, pid=1, **MADE)
     with environment(names):
         for slot, state in zip(slots, STATES, strict=True):
@@ -88,7 +88,6 @@ def ended(
     event_log.append("sweep_ended", exit_code=1, seconds=3.0)
     event_log.unlock()
     location.write(LEDGER, ledger_json(plan_of(sweep, location), {}))
-    (location.folder / "uncommitted-feed.diff").write_text("+ a line\n")
     return location
 
 
@@ -242,7 +241,7 @@ def test_an_untracked_sweep_is_sent_completely_and_once(ended, sweep, tracked):
 
     # Lineage tags come from the record.
     tags = trial_run_of(uri, "fpl").data.tags
-    assert (tags["air.user"], tags["air.commit"], tags["air.dirty"]) == ("ada", "0123abc", "feed")
+    assert (tags["air.user"], tags["air.commit"]) == ("ada", "0123abc")
     assert tags["mlflow.source.git.commit"] == "0123abc"
     assert json.loads(tags["air.versions"]).keys() >= {"torch", "numpy", "python"}
     assert json.loads(tags["air.seeds"])["seed"] == 1
@@ -250,7 +249,6 @@ def test_an_untracked_sweep_is_sent_completely_and_once(ended, sweep, tracked):
     assert "air.generator_digest" not in tags  # fpl draws no images
     assert len(trial_run_of(uri, "air_fpl").data.tags["air.generator_digest"]) == 40
     files = [path.name for path in (ended.store.root / "mlartifacts").rglob("*.*")]
-    assert files.count("uncommitted-feed.diff") == 1
     assert files.count("spec.json") == 5
 
 
