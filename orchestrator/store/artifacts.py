@@ -377,14 +377,12 @@ def open_store(address: Path | str) -> ArtifactStore:
 def smoke_store(address: Path | str) -> Path | str:
     """Address of the store of `--smoke`, beside the given one.
 
-    >>> smoke_store("runs"), smoke_store("s3://bucket/team/runs?region=eu-1"), smoke_store("s3://b")
-    (PosixPath('runs-smoke'), 's3://bucket/team/runs-smoke?region=eu-1', 's3://b/smoke')
+    >>> smoke_store("runs"), smoke_store("s3://bucket/team/runs"), smoke_store("s3://b")
+    (PosixPath('runs-smoke'), 's3://bucket/team/runs-smoke', 's3://b/smoke')
     """
     if is_bucket(address):
-        name, mark, query = str(address).partition("?")
-        name = name.rstrip("/")
-        smoke = f"{name}-smoke" if "/" in name.partition("://")[2] else f"{name}/smoke"
-        return smoke + mark + query
+        name = str(address).rstrip("/")
+        return f"{name}-smoke" if "/" in name.partition("://")[2] else f"{name}/smoke"
     folder = store_folder(address)
     return folder.with_name(folder.name + "-smoke")
 
@@ -392,11 +390,10 @@ def smoke_store(address: Path | str) -> Path | str:
 def store_of_smoke(name: str) -> str:
     """Address of the store beside which `--smoke` wrote: the inverse of `smoke_store`.
 
-    >>> [store_of_smoke(str(smoke_store(name))) for name in ("/runs", "s3://b/runs?region=eu-1")]
-    ['/runs', 's3://b/runs?region=eu-1']
+    >>> [store_of_smoke(str(smoke_store(name))) for name in ("/runs", "s3://b/runs", "s3://b")]
+    ['/runs', 's3://b/runs', 's3://b']
     """
-    address, mark, query = name.partition("?")
-    return address.removesuffix("smoke")[:-1] + mark + query
+    return name.removesuffix("smoke")[:-1]
 
 
 def user_name() -> str:

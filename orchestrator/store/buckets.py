@@ -2,7 +2,7 @@
 
 The correctness of a store in a bucket rests on `put_once`: of several writers of a name exactly one
 succeeds, and each learns whether it did. obstore reads credentials, region and endpoint from the
-environment; a URI may give region and endpoint, but never a secret.
+environment.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeVar
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import urlsplit
 
 from orchestrator.errors import BucketUnreachable
 from orchestrator.redact import redact
@@ -37,7 +37,6 @@ CREDENTIALS = {
     "gs": "set GOOGLE_APPLICATION_CREDENTIALS on every machine",
     "az": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY on every machine",
 }
-OPTIONS = {"region", "endpoint_override", "scheme"}  # of an s3:// URI, named as in pyarrow.fs
 MAX_REQUESTS = 32  # at the same time
 PART = 16 << 20  # bytes: larger files are uploaded in parts of this size
 POLL = 0.5  # seconds before a refused request is repeated
@@ -110,31 +109,22 @@ def store_folder(address: str | Path) -> Path:
 
 
 def parse(uri: str) -> BucketClient:
-    """The client for `s3://bucket/prefix?region=...&endpoint_override=...&scheme=http`.
+    """The client for `s3://bucket/prefix`.
 
     Raises:
-        ValueError: the URI is invalid or contains a secret.
+        ValueError: the URI is invalid, or contains a secret or an option.
     """
     parts = urlsplit(uri)
-    if "@" in parts.netloc or "@" in parts.query:  # do not print the URI: logs would show it
+    if "@" in parts.netloc or parts.query:  # do not print the URI: logs would show it
         raise ValueError(
-            f"the store's URI contains credentials: leave them out, and {CREDENTIALS[parts.scheme]}"
-        )
-    options = dict(parse_qsl(parts.query))
-    unknown = options.keys() - (OPTIONS if parts.scheme == S3 else set())
-    if unknown:
-        raise ValueError(
-            f"{parts.scheme}://{parts.netloc}: unknown option {', '.join(sorted(unknown))} in the "
-            f"store's URI; allowed: {', '.join(sorted(OPTIONS))} of s3://; for credentials, "
-            f"{CREDENTIALS[parts.scheme]}"
+            "the store's URI contains credentials or options: leave them out, and "
+            f"{CREDENTIALS[parts.scheme]}; region and endpoint are AWS_REGION and AWS_ENDPOINT_URL"
         )
     if not parts.netloc or parts.fragment:
         raise ValueError(f"{uri!r} is not {parts.scheme}://bucket/prefix")
-    endpoint = options.get("endpoint_override")
-    if endpoint and "://" not in endpoint:
-        endpoint = f"{options.get('scheme', 'https')}://{endpoint}"
-    prefix = parts.path.strip("/")
-    return BucketClient(parts.netloc, prefix, endpoint, options.get("region"), parts.scheme)
+    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") if parts.scheme == S3 else ()
+    endpoint = next(filter(None, map(os.environ.get, names)), "")
+    return BucketClient(parts.netloc, parts.path.strip("/"), parts.scheme, endpoint)
 
 
 @dataclass(frozen=True)
@@ -143,19 +133,11 @@ class BucketClient:
 
     bucket: str
     prefix: str = ""
-    endpoint: str | None = None  # None: from the environment
-    region: str | None = None
     scheme: str = S3
+    endpoint: str = ""  # of s3://; empty: Amazon's
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.bucket}/{self.prefix}".rstrip("/")
-
-    @property
-    def uri(self) -> str:
-        """URI with region and endpoint, which `parse` reads."""
-        options = {"region": self.region, "endpoint_override": self.endpoint}
-        query = "&".join(f"{name}={value}" for name, value in options.items() if value)
-        return f"{self}?{query}" if query else str(self)
 
     # ---------------------------------------------------------------- reading
 
@@ -280,7 +262,7 @@ class BucketClient:
         if status == "507" or code in FULL:
             return f"{self} is full {response}; free some space, or choose another --store"
         if not status and "HTTP error" in text:
-            server = self.endpoint or _environment_endpoint() or self.scheme
+            server = self.endpoint or self.scheme
             return (
                 f"{self}: {server} does not answer ({text.rpartition('HTTP error: ')[2]}): check "
                 "that it runs, that this machine can reach it, and that AWS_ENDPOINT_URL is right"
@@ -314,10 +296,6 @@ def _version(meta: Any) -> UpdateVersion:
     return found
 
 
-def _environment_endpoint() -> str | None:
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-
-
 @cache
 def _object_store(bucket: BucketClient) -> Any:
     # A store in a folder must not need obstore, so import it here.
@@ -327,11 +305,9 @@ def _object_store(bucket: BucketClient) -> Any:
     client: dict[str, Any] = {"connect_timeout": "5s", "read_timeout": "60s", "timeout": "10min"}
     if bucket.scheme == S3:
         config["disable_bulk_delete"] = True  # some servers do not support it
-        config |= {"region": bucket.region} if bucket.region else {}
-        endpoint = bucket.endpoint or _environment_endpoint()
-        if endpoint:
-            config["endpoint"] = endpoint
-            client["allow_http"] = endpoint.startswith("http://")
+        if bucket.endpoint:
+            config["endpoint"] = bucket.endpoint
+            client["allow_http"] = bucket.endpoint.startswith("http://")
     if bundle := os.environ.get("AWS_CA_BUNDLE"):  # as in the AWS CLI
         client["root_certificate"] = Path(bundle).read_bytes()
     opened: Any = from_url  # its overloads are typed by scheme

@@ -176,11 +176,11 @@ class Bucket:
 
     def __reduce__(self) -> Any:
         """Reopen in another process, with the copies of its machine."""
-        return open_storage, (self.client.uri,)
+        return open_storage, (self.name,)
 
     @property
     def name(self) -> str:
-        return self.client.uri
+        return str(self.client)
 
     def object(self, path: Path, digest: str = "") -> str:
         """Object name of a file. An artifact is named by its digest alone, without the slug.
@@ -325,8 +325,8 @@ def copy_folder(client: BucketClient) -> Path:
     cache = os.environ.get(CACHE) or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / (
         "airsweep/stores"
     )
-    identity = f"{client.endpoint or os.environ.get('AWS_ENDPOINT_URL', '')} {client}"
-    digest = hashlib.blake2b(identity.encode(), digest_size=6).hexdigest()
+    identity = f"{client.endpoint} {client}".encode()
+    digest = hashlib.blake2b(identity, digest_size=6).hexdigest()
     name = f"{client.bucket}/{client.prefix}".rpartition("/")[2] or client.bucket
     return Path(cache).expanduser().absolute() / f"{name}-{digest}"
 

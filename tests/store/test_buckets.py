@@ -16,6 +16,7 @@ import pytest
 
 from air_core.seal import sealed_json
 from air_core.specs import Ref
+from orchestrator.environment import environment
 from orchestrator.errors import BucketUnreachable, DamagedArtifact, Refused, StoreRefused, SweepBusy
 from orchestrator.keys import artifact_key
 from orchestrator.planning.requests import SweepRequest, location_for
@@ -52,7 +53,8 @@ def counted(bucket, s3_server, tmp_path, monkeypatch) -> Iterator[tuple[Any, lis
 
         def opened(name: str) -> ArtifactStore:
             monkeypatch.setenv("AIRSWEEP_CACHE", str(tmp_path / name))
-            return open_store(f"{bucket}?endpoint_override={url}")
+            with environment({"AWS_ENDPOINT_URL": url}):
+                return open_store(bucket)
 
         yield opened, requests
 
@@ -160,7 +162,9 @@ def losing(bucket, s3_server) -> Iterator[tuple[BucketClient, list[str]]]:
     """A client that loses responses, and the list of responses that it loses next."""
     to_lose: list[str] = []
     with losing_responses(s3_server, to_lose) as url:
-        yield parse(f"{bucket}?endpoint_override={url}"), to_lose
+        with environment({"AWS_ENDPOINT_URL": url}):
+            unreliable = parse(bucket)
+        yield unreliable, to_lose
 
 
 @pytest.mark.parametrize("former", [None, "dead"])
@@ -224,7 +228,6 @@ def test_a_driver_whose_sweep_was_taken_over_stops_at_its_next_event(machine, cl
     [
         ("s3://key:secret@air/x", "AWS_PROFILE"),
         ("s3://air/x?secret_key=secret", "AWS_"),
-        ("s3://air/x?endpoint_override=http://key:secret@host", "AWS_PROFILE"),
         ("s3:///x", "s3://bucket/prefix"),
         ("gs://key:secret@air/x", "GOOGLE_APPLICATION_CREDENTIALS"),
         ("az://air/x?sas=secret", "AZURE_STORAGE_ACCOUNT_KEY"),
@@ -240,13 +243,14 @@ def test_an_invalid_store_uri_is_refused_without_printing_its_secret(uri, remedy
     assert "=secret" not in err
 
 
-def test_a_missing_bucket_and_an_unreachable_server_are_reported(bucket, command):
+def test_a_missing_bucket_and_an_unreachable_server_are_reported(bucket, command, monkeypatch):
     code, out, err = command("cache", "ls", "--store", "s3://nowhere/x")
     assert (code, out) == (3, "")
     assert "bucket 'nowhere' does not exist; create it" in err
     started = time.monotonic()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     with pytest.raises(BucketUnreachable, match=r"127\.0\.0\.1:1 does not answer"):
-        open_store("s3://air/x?endpoint_override=127.0.0.1:1&scheme=http")
+        open_store("s3://air/x")
     assert time.monotonic() - started < 60  # obstore's default is 180
 
 
