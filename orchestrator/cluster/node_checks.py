@@ -229,8 +229,8 @@ def _gpu_problem(bf16: Sequence[str]) -> str:
 def store_token(store: ArtifactStore, nodes: Iterable[str]) -> Iterator[str]:
     """Keep a random token in the store while the block runs.
 
-    If a node can read the token and the driver can read the node's answer, both use the same store.
-    Equal paths are not enough: they may be separate folders on two machines.
+    A node that can read the token uses the same store. Equal paths are not enough: they may be
+    separate folders on two machines.
 
     Args:
         nodes: names of the nodes that may answer.
@@ -260,12 +260,11 @@ def store_token(store: ArtifactStore, nodes: Iterable[str]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Finding:
-    """A problem of one machine. A sweep runs in spite of findings that are not fatal."""
+    """A problem of one machine."""
 
     node: str
     check: str  # a key of REMEDIES
     problem: str
-    fatal: bool = True
 
 
 def compare_facts(
@@ -332,7 +331,7 @@ def finding_lines(findings: Iterable[Finding]) -> list[str]:
 # ---------------------------------------------------------------- checking machines
 
 
-Report = Callable[[str], None]  # receives warnings and a summary
+Report = Callable[[str], None]  # receives a summary
 
 
 def refuse_unfit_nodes(plan: Plan, location: SweepLocation, report: Report) -> None:
@@ -344,14 +343,10 @@ def refuse_unfit_nodes(plan: Plan, location: SweepLocation, report: Report) -> N
     started = time.monotonic()
     nodes = check_nodes(location.store, node_requirements(plan, location))
     findings = [finding for found in (*nodes.values(), _room(location.store)) for finding in found]
-    unfit = sum(any(finding.fatal for finding in found) for found in nodes.values())
-    _refuse_fatal(
-        findings, f"{unfit} of {plural(len(nodes), 'machine')} of the cluster cannot", report
-    )
+    unfit = sum(bool(found) for found in nodes.values())
+    _refuse(findings, f"{unfit} of {plural(len(nodes), 'machine')} of the cluster cannot")
     seconds = time.monotonic() - started
-    # A node without an answer that is not fatal has left the cluster.
-    checked = len(nodes) - sum(finding.check == "answers" for finding in findings)
-    report(f"checked {plural(checked, 'machine')} of the cluster: ok, {seconds:.1f} s")
+    report(f"checked {plural(len(nodes), 'machine')} of the cluster: ok, {seconds:.1f} s")
 
 
 def refuse_unfit_machine(plan: Plan, location: SweepLocation, report: Report) -> None:
@@ -365,19 +360,18 @@ def refuse_unfit_machine(plan: Plan, location: SweepLocation, report: Report) ->
         facts = node_facts(store.name, token, DRIVER_ANSWER, needs, needs.uses_gpus)
     findings = compare_facts("this machine", facts, facts, store.name, needs)
     findings += _room(location.store)
-    _refuse_fatal(findings, "this machine cannot", report)
+    _refuse(findings, "this machine cannot")
     report("checked this machine: ok")
 
 
-def _refuse_fatal(findings: Sequence[Finding], subject: str, report: Report) -> None:
-    if fatal := [finding for finding in findings if finding.fatal]:
-        raise Refused("\n  ".join([f"{subject} run this sweep:", *finding_lines(fatal)]))
-    for line in finding_lines(findings):
-        report(line)
+def _refuse(findings: Sequence[Finding], subject: str) -> None:
+    if findings:
+        raise Refused("\n  ".join([f"{subject} run this sweep:", *finding_lines(findings)]))
 
 
 def check_nodes(store: ArtifactStore, needs: NodeRequirements) -> dict[str, list[Finding]]:
-    """Findings of each node of the joined cluster, from a task that reserves no core and no GPU.
+    """Findings of each node of the joined cluster, from a task that reserves no core and no GPU;
+    without nodes that have left it meanwhile.
 
     Raises what `store_token` raises.
     """
@@ -397,19 +391,13 @@ def check_nodes(store: ArtifactStore, needs: NodeRequirements) -> dict[str, list
         pending = {start(key): key for key in nodes}
         driver = node_facts(store.name, token, DRIVER_ANSWER, needs, False)
         answers = _gather(pending, start)
-        for key, answer in answers.items():
-            if isinstance(answer, dict) and not answer["store"]:
-                with suppress(OSError):
-                    if has_token(store.name, token, key):
-                        continue
-                answer["store"] = "is not the store that the driver uses"
     alive = _alive_nodes()
     for key, node in nodes.items():
         name, answer = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})", answers[key]
         if isinstance(answer, str):
-            problem = f"the machine could not be checked ({answer})"
-            # Not fatal if the node has left the cluster meanwhile: an autoscaler may remove it.
-            found[key] = [Finding(name, "answers", problem, fatal=key in alive)]
+            if key in alive:  # an autoscaler may have removed it meanwhile
+                problem = f"the machine could not be checked ({answer})"
+                found[key] = [Finding(name, "answers", problem)]
         else:
             found[key] = compare_facts(name, answer, driver, store.name, needs)
     return found
