@@ -431,7 +431,7 @@ def predictions(
     from orchestrator.stages.dataset_text import image_files, tested_classes
     from orchestrator.store import open_store
 
-    opened = open_store(_store(store)).read_only()
+    opened = open_store(_store(store))
     found = named_trial(trial, opened)
     arrays, classes = found.record.test_arrays(), tested_classes(found.spec, opened)
     named = {"label": arrays["labels"], "prediction": arrays["predictions"]}
@@ -581,7 +581,7 @@ def export(
     limits = only_options(only)
     data = _folder(data_root)
     place = location_named(sweep, store) if sweep else None
-    source = (place.store if place else open_store(_store(store))).read_only()
+    source = place.store if place else open_store(_store(store))
     if trial == selection.BEST:
         if sweep is None:
             raise ValueError("`best` needs the name of a sweep; give --sweep NAME")

@@ -27,14 +27,13 @@ def read_data(spec: TrialSpec, target: Target, worker: WorkerContext) -> TrialDa
     Raises:
         MissingArtifact: an input was not prepared.
     """
-    reader = worker.store.read_only()
-    synthetic = _bank(spec, target, reader)
+    synthetic = _bank(spec, target, worker.store)
     backbone = worker.backbone(spec.backbone, spec.precision)
     data = trial_data(target, backbone, synthetic)
     if spec.evidence_errors is None:
         return data
     settings = spec.evidence
-    errors = read_evidence(spec.evidence_errors, settings.draws, settings.images, reader)
+    errors = read_evidence(spec.evidence_errors, settings.draws, settings.images, worker.store)
     return replace(data, evidence=errors)
 
 
@@ -54,7 +53,7 @@ def trial_data(target: Target, backbone: Backbone, synthetic: Labelled | None) -
     )
 
 
-def _bank(spec: TrialSpec, target: Target, reader: ArtifactStore) -> Labelled | None:
+def _bank(spec: TrialSpec, target: Target, store: ArtifactStore) -> Labelled | None:
     """The images that `images_from` names, the first of each class; None: the trial reads none.
 
     The ceiling alone reads true labels of the pool: it is a bound and no method.
@@ -64,11 +63,11 @@ def _bank(spec: TrialSpec, target: Target, reader: ArtifactStore) -> Labelled | 
     unseen = target.split.unseen
     match spec.images_from:
         case "lora_images":
-            images = _lora_images(spec, target, reader)
+            images = _lora_images(spec, target, store)
         case "true_labels":
             images = target.labelled(target.split.pool)
         case _:
-            return _synthetic(spec, unseen, reader)
+            return _synthetic(spec, unseen, store)
     names = target.text.classnames
     classes = range(len(names)) if unseen is None else unseen.tolist()
     lacking = sorted(set(classes) - set(images.labels.tolist()))
@@ -84,12 +83,12 @@ def _bank(spec: TrialSpec, target: Target, reader: ArtifactStore) -> Labelled | 
     return shuffled[first_of_each_class(shuffled.labels, spec.images_per_class)]
 
 
-def _synthetic(spec: TrialSpec, unseen: Tensor | None, reader: ArtifactStore) -> Labelled:
+def _synthetic(spec: TrialSpec, unseen: Tensor | None, store: ArtifactStore) -> Labelled:
     """Synthetic images; in TRZSL only those of unseen classes."""
     classes = None if unseen is None else unseen.tolist()
     row, tokens = spec.synthetic_features, spec.synthetic_tokens
     assert row is not None
-    images = read_synthetic(row, spec.images_per_class, reader, classes, tokens)
+    images = read_synthetic(row, spec.images_per_class, store, classes, tokens)
     if not len(images):
         raise ValueError(
             f"every image that {row.images.model.name} has drawn is blank; check generation.size, "
@@ -102,9 +101,9 @@ def _synthetic(spec: TrialSpec, unseen: Tensor | None, reader: ArtifactStore) ->
     return Labelled(images.batch, shifted)
 
 
-def _lora_images(spec: TrialSpec, target: Target, reader: ArtifactStore) -> Labelled:
+def _lora_images(spec: TrialSpec, target: Target, store: ArtifactStore) -> Labelled:
     """The images that a LoRA is trained on, with the labels of its captions."""
     assert spec.lora_labels is not None
-    selected = load_file(reader.get(spec.lora_labels).path / "labels.safetensors")
+    selected = load_file(store.get(spec.lora_labels).path / "labels.safetensors")
     batch = target.batch(torch.from_numpy(selected["index"]))
     return Labelled(batch, torch.from_numpy(selected["labels"]))

@@ -367,10 +367,9 @@ def _test_on_other_dataset(
     torch.set_num_threads(1)  # as in `open_trial`, which does not run where the prompt exists
     learned = run_trial(replace(spec, test_dataset=None), worker.store, worker.device, report)
     started = time.monotonic()
-    reader = worker.store.read_only()
     assert spec.test_features is not None
     split = SplitSettings(split_seed=spec.split_seed)
-    target = read_target(spec.test_features, split, reader, spec.test_tokens)
+    target = read_target(spec.test_features, split, worker.store, spec.test_tokens)
     test = target.labelled(target.split.test)
     classnames, template = target.text.classnames, target.text.template
     backbone = worker.backbone(spec.backbone, spec.precision)

@@ -24,7 +24,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from functools import cache, partial
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -81,25 +81,21 @@ class Building:
 
 
 class ArtifactStore:
-    """Artifacts in a folder or a bucket. A `read_only()` store cannot build."""
+    """Artifacts in a folder or a bucket."""
 
-    def __init__(self, root: Path | Folder | Bucket, *, writable: bool = True) -> None:
+    def __init__(self, root: Path | Folder | Bucket) -> None:
         self.storage = Folder(root) if isinstance(root, Path) else root
         self.root = self.storage.root
         self.artifacts = self.root / "artifacts"
-        self.writable = writable
         self.locks = Locks(self.storage)
 
     def __reduce__(self) -> Any:
-        return partial(ArtifactStore, writable=self.writable), (self.storage,)
+        return ArtifactStore, (self.storage,)
 
     @property
     def name(self) -> str:
         """The value for --store."""
         return self.storage.name
-
-    def read_only(self) -> ArtifactStore:
-        return ArtifactStore(self.storage, writable=False)
 
     def initialize(self) -> None:
         """Write `store.json` if it is missing. Raises as `storage.initialize`."""
@@ -276,11 +272,8 @@ class ArtifactStore:
         Args:
             build: writes files into the given folder and returns the `info` of the record (plain
                 data).
-
-        Raises:
-            MissingArtifact: it is missing and this store is read-only.
         """
-        if self.writable and not self.has(spec):
+        if not self.has(spec):
             # A builder may build the specs nested in its own: locks are acquired upstream, so
             # there is no cycle.
             with self.locks.exclusive(artifact_key(spec).digest):
@@ -298,13 +291,8 @@ class ArtifactStore:
         Args:
             share: fraction of the elapsed time that counts for this artifact, where several are
                 built side by side.
-
-        Raises:
-            MissingArtifact: this store is read-only.
         """
         key = artifact_key(spec)
-        if not self.writable:
-            raise MissingArtifact(f"{key} does not exist, and this store is read-only")
         path = self.path(key)
         make_folders(path.parent)
         folder = path.parent / f".{key.digest[:12]}-{uuid.uuid4().hex[:8]}"
@@ -345,14 +333,8 @@ class ArtifactStore:
         return Row(key, self.path(key), self.storage, spec.shard)
 
     def open_row(self, spec: RowSpec) -> Row:
-        """A row that accepts shards.
-
-        Raises:
-            MissingArtifact: this store is read-only.
-        """
+        """A row that accepts shards."""
         row = self.row(spec)
-        if not self.writable:
-            raise MissingArtifact(f"{row.key}: this store is read-only")
         file = row.path / ROW
         if not self.storage.local(file).exists():
             record = {
