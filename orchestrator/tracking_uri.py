@@ -30,23 +30,11 @@ def uri_kind(uri: str) -> Literal["none", "http", "sqlite"]:
             return "http"
         case "sqlite" if rest.startswith("///") and rest != "///":
             return "sqlite"
-    raise ValueError(_unsupported_message(scheme, uri))
-
-
-def _unsupported_message(scheme: str, uri: str) -> str:
     # Show only the scheme: the address of a database often contains a password.
-    allowed = "allowed: http(s)://<server>, sqlite:///<file>, none"
-    if scheme in ("postgresql", "mysql", "mssql") or scheme.startswith(("postgresql+", "mysql+")):
-        return (
-            f"the tracking URI is a {scheme} database; only an MLflow server should write to it; "
-            f"run `mlflow server --backend-store-uri ...` and use its http address; {allowed}"
-        )
-    if scheme == "file" or ":" not in uri:
-        return (
-            "the tracking URI is a folder, and MLflow no longer stores runs in folders; "
-            f"use sqlite:///<file> instead; {allowed}"
-        )
-    return f"the tracking URI {scheme}:... is not supported; {allowed}"
+    raise ValueError(
+        f"the tracking URI {scheme}:... is not supported; allowed: http(s)://<server>, "
+        "sqlite:///<file>, none; another database is used through an MLflow server"
+    )
 
 
 def resolve_uri(uri: str | None, store: Path) -> tuple[str, Path | None]:

@@ -467,7 +467,7 @@ def test_an_unsupported_tracking_uri_is_explained(tmp_path: Path) -> None:
     for uri in ("s3://bucket/x", "file:///x", "./mlruns", "mlruns", "sqlite:///"):
         with pytest.raises(ValueError, match="allowed: "):
             make_tracker(uri, store=tmp_path, project="p")
-    with pytest.raises(ValueError, match="mlflow server") as caught:
+    with pytest.raises(ValueError, match="through an MLflow server") as caught:
         make_tracker("postgresql://me:secret@db/x", store=tmp_path, project="p")
     assert "secret" not in str(caught.value)
 
