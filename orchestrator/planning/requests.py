@@ -19,7 +19,6 @@ from orchestrator.planning.plan import Plan, plan_sweep
 from orchestrator.planning.resolve import resolver_of
 from orchestrator.spec import SweepSpec, cells_of, find_sweep, load_sweep
 from orchestrator.spec.marked_yaml import DICT, document_of
-from orchestrator.spec.notes import refuse_unused_grid
 from orchestrator.spec.sweep import option_words, smoke_variant
 from orchestrator.spec.sweep_file import sweep_from_document
 from orchestrator.store import (
@@ -96,7 +95,6 @@ def read_request(
         sweep = sweep_from_document(document_of(spec), sets, only)
     else:
         sweep = load_sweep(find_sweep(str(spec)), sets=sets, only=only)
-    refuse_unused_grid(sweep)
     return SweepRequest(smoke_variant(sweep) if smoke else sweep, tuple(sets), tuple(only), smoke)
 
 

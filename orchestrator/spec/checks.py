@@ -25,11 +25,9 @@ from orchestrator.spec.marked_yaml import (
     short_value,
 )
 from orchestrator.spec.schema import error_message
-from orchestrator.spec.space import point_count
 from orchestrator.spec.sweep import Search, Seeds, SweepSpec
 
 MAX_CELLS = 10_000
-MAX_TRIALS = 100_000
 
 
 def conflicting_keys(document: Document) -> Iterator[SpecError]:
@@ -111,16 +109,8 @@ def contradictions(spec: SweepSpec) -> Iterator[SpecError]:
         return
     for cell in cells:
         yield from _cell_errors(document, cell)
-    in_search = [*_search_errors(spec, spec.search, cells)] if spec.search else []
-    yield from in_search
-    if in_search:
-        return
-    enumerated = spec.search if spec.search and spec.search.sampler == "grid" else None
-    points = sum(point_count(cell, enumerated) for cell in cells)
-    if (trials := points * len(spec.seeds.values)) > MAX_TRIALS:
-        yield document.key_error(
-            ("seeds",), f"the sweep has {trials:,} trials; allowed: up to {MAX_TRIALS:,}"
-        )
+    if spec.search:
+        yield from _search_errors(spec, spec.search, cells)
 
 
 def _exclude_errors(spec: SweepSpec) -> Iterator[SpecError]:
@@ -198,26 +188,6 @@ def _cell_errors(document: Document, cell: Cell) -> Iterator[SpecError]:
             f"paradigm trzsl in {cell.id} needs seen and unseen classes, which {other} does not "
             "have; allowed: paradigm ul or ssl",
         )
-    source = flat["auxiliary.source"]
-    if flat["auxiliary.kind"] != "lda" or not flat["fusion_weight"]:
-        return
-    if source == "real" and flat["paradigm"] == "ssl":  # the labelled images are used as well
-        return
-    for key in IMAGE_COUNTS[source]:
-        if 1 in _values_in(cell, key):
-            yield error(
-                key,
-                f"{key} is 1 in {cell.id}, but auxiliary.kind lda needs two or more images of each "
-                "class; allowed: >= 2, or auxiliary.kind prototype, knn, cache or linear_probe",
-            )
-
-
-# The keys that limit the images per class, by source of the auxiliary classifier.
-IMAGE_COUNTS = {
-    "synthetic": ("images_per_class", "fidelity.keep"),
-    "real": ("auxiliary.k",),
-    "both": (),  # one image of each source makes two
-}
 
 
 def _values_in(cell: Cell, key: str) -> set[Any]:

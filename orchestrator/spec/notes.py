@@ -82,19 +82,6 @@ def _is_reduced(spec: SweepSpec) -> bool:
     return has_fewer or spec.is_smoke
 
 
-def refuse_unused_grid(spec: SweepSpec) -> None:
-    """Refuse a grid of which no key changes what a cell computes.
-
-    Raises:
-        SpecError: all combinations of the grid are one cell.
-    """
-    axes = [key for key, values in spec.grid.items() if len(values) > 1]
-    if not axes or _is_reduced(spec) or any(key in ID_KEYS for key in axes):
-        return  # listing the cells takes time
-    if _unused_axes(spec, cells_of(spec)) == axes:
-        raise spec.document.key_error(("grid", axes[0]), f"no cell uses this key; {UNUSED}")
-
-
 def _unused_axes(spec: SweepSpec, cells: Sequence[Cell]) -> list[str]:
     """Keys of the grid with several values that all give the same trials."""
     used = {*ID_KEYS}.union(*(cell.chosen for cell in cells))

@@ -305,8 +305,6 @@ ODD = {
             *("train.synthetic_batch", "fidelity.keep", "auxiliary.k"),
         )
     ),
-    "a million trials": AIR
-    + f"grid: {{iterations: {[*range(1, 1001)]}}}\nseeds: {[*range(1000)]}\n",
 }
 MESSAGES = "messages/sweep_file.txt"  # `-> ` precedes each line of a message
 BAD = {case: HEAD + text.partition("-> ")[0] for case, text in golden_cases(MESSAGES).items()} | ODD
@@ -528,15 +526,11 @@ def test_a_mistyped_name_lists_similar_names(tmp_path, monkeypatch, name, hint):
         find_sweep(name)
 
 
-def test_a_key_that_no_cell_uses_is_noted_and_as_an_axis_refused(tmp_path):
+def test_a_key_that_no_cell_uses_is_noted(tmp_path):
     fixed = write_sweep(tmp_path, "fixed", "fixed: {method: cpl, lora.steps: 10}\n")
     (note,) = notes_of(load_sweep(fixed))
     assert note.startswith("fixed.lora.steps: no cell uses it; allowed: remove it, or use methods ")
     axis = "grid: {lora.steps: [10, 20], method: [METHODS]}\n"
-    refused = write_sweep(tmp_path, "axis", axis.replace("METHODS", "cpl"))
-    with pytest.raises(SpecError, match=r"axis.yaml:3:8: grid.lora.steps: no cell uses this key; "):
-        read_request(refused)
-    assert load_sweep(refused).name == "axis"  # recorded sweeps stay readable
     noted = write_sweep(tmp_path, "noted", axis.replace("METHODS", "cpl, grip"))
     assert any(
         "grid.lora.steps: no cell uses it; " in n for n in notes_of(read_request(noted).spec)
