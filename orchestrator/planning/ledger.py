@@ -246,8 +246,7 @@ def read_ledger(location: SweepLocation) -> Ledger:
     """Read the ledger of a sweep's last run, and the states of its slots.
 
     Raises:
-        ValueError: the file or the event log is damaged.
-        FileNotFoundError: the sweep has not been run.
+        ValueError: the file or the event log is damaged, or the file is missing.
     """
     file, event_log = _read(location), location.event_log()
     history = read_history(event_log)
@@ -283,7 +282,7 @@ def read_needs(location: SweepLocation) -> dict[str, Needs]:
     """What each cell of a sweep's last run reads, and those that its options left out.
 
     Raises:
-        ValueError, FileNotFoundError: as `read_ledger`.
+        ValueError: as `read_ledger`.
     """
     return _read(location).needs
 
@@ -293,10 +292,12 @@ def _read(location: SweepLocation) -> _File:
     try:
         found: _File = from_plain(_File, read_sealed(file))
         return found
-    except (ValueError, TypeError) as problem:
+    except (ValueError, TypeError, FileNotFoundError) as problem:
+        is_missing = isinstance(problem, FileNotFoundError)
+        state = "missing" if is_missing else f"damaged: {first_line(problem)}"
         raise ValueError(
-            f"{file} is damaged: {first_line(problem)}; run `airsweep run` with the sweep file and "
-            "its options, which writes it again"
+            f"{file} is {state}; run `airsweep run` with the sweep file and its options, which "
+            "writes it again"
         ) from None
 
 

@@ -339,7 +339,7 @@ def needs_of(plan: Plan) -> dict[str, Needs]:
 def write_ledger(location: SweepLocation, plan: Plan) -> None:
     """Write the ledger of a plan, with the needs of the cells that `--only` leaves out."""
     axes, needs = plan.sweep.axes, dict[str, Needs]()
-    with suppress(FileNotFoundError, ValueError):
+    with suppress(ValueError):
         every = {cell.id for cell in (cells_of(replace(plan.sweep, grid=axes)) if axes else ())}
         needs = {cell: need for cell, need in read_needs(location).items() if cell in every}
     location.write(LEDGER, ledger_json(plan, needs | needs_of(plan)))

@@ -95,3 +95,6 @@ def test_a_damaged_ledger_is_refused(location):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=r"ledger\.json is damaged: .*; run `airsweep run`"):
             read_ledger(location)
+    file.unlink()
+    with pytest.raises(ValueError, match=r"ledger\.json is missing; run `airsweep run`"):
+        read_ledger(location)
