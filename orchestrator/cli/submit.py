@@ -54,15 +54,6 @@ def submit(
             help="Environment variable of the job, not a secret; repeatable.",
         ),
     ] = None,
-    code: Annotated[
-        str | None,
-        typer.Option(
-            "--code",
-            metavar="SOURCE",
-            help="Code that the job runs: checkout (sent with the job) or installed (on the "
-            "cluster). Default: checkout, if this is one.",
-        ),
-    ] = None,
     python: Annotated[
         str,
         typer.Option("--python", metavar="PATH", help="Python interpreter on the cluster."),
@@ -86,8 +77,7 @@ def submit(
 
     request = load(spec, sets, only, smoke)
     paths = job_package.job_paths(request, store, data_root, tracking_uri)
-    with_code = job_package.sends_code(code)
-    variables = job_package.job_variables(request, with_code, env or [])
+    variables = job_package.job_variables(request, env or [])
     client = jobs.connect(address)
     job = jobs.Job.new(f"{variables['AIRSWEEP_PROJECT']}/{request.spec.name}", client.get_address())
 
@@ -95,7 +85,7 @@ def submit(
         show(f"airsweep: {job.id}: {text}", file=sys.stderr, flush=True)
 
     with TemporaryDirectory(prefix="airsweep-job-") as folder:
-        packed_spec = job_package.pack(request, Path(folder), with_code)
+        packed_spec = job_package.pack(request, Path(folder))
         command = jobs.entrypoint(request, paths, packed_spec, python, check)
         submission = jobs.start_submission(job, Path(folder), variables, command, no_wait)
         try:

@@ -34,24 +34,11 @@ def is_checkout() -> bool:
     return (ROOT / "pyproject.toml").is_file()
 
 
-def sends_code(option: str | None) -> bool:
-    """Whether a job gets the code of this checkout, by the value of `--code`.
-
-    Raises:
-        ValueError: the value is unknown, or `checkout` outside of a checkout.
-    """
-    allowed = ("checkout", "installed") if is_checkout() else ("installed",)
-    if option not in (None, *allowed):
-        raise ValueError(f"--code {option}: allowed here: {', '.join(allowed)}")
-    return is_checkout() and option != "installed"
-
-
-def pack(request: SweepRequest, folder: Path, code: bool) -> str:
-    """Write a job package into an empty folder.
+def pack(request: SweepRequest, folder: Path) -> str:
+    """Write a job package into an empty folder, with the code if this is a checkout.
 
     Args:
         folder: the empty folder.
-        code: include the code of this checkout.
 
     Returns:
         Path of the sweep file in the package.
@@ -59,7 +46,7 @@ def pack(request: SweepRequest, folder: Path, code: bool) -> str:
     Raises:
         Refused: a plugin lies outside of the folder of the sweep file.
     """
-    for package in PACKAGES if code else ():
+    for package in PACKAGES if is_checkout() else ():
         ignored = shutil.ignore_patterns(".*", "__pycache__")
         shutil.copytree(ROOT / package, folder / package, ignore=ignored)
     spec = f"sweeps/{Path(request.spec.source).name}"
@@ -163,19 +150,18 @@ def path_in_name(key: str, name: str) -> str | None:
 # ---------------------------------------------------------------- variables
 
 
-def job_variables(request: SweepRequest, code: bool, env: Iterable[str]) -> dict[str, str]:
+def job_variables(request: SweepRequest, env: Iterable[str]) -> dict[str, str]:
     """Environment variables of a job.
 
     Args:
-        code: the job gets the code of this checkout.
         env: NAME of a variable of this process, or NAME=VALUE.
 
     Raises:
         ValueError: a variable is not set, or looks like a secret.
     """
     passed = {"AIRSWEEP_PROJECT": project_of(request.spec), "AIRSWEEP_USER": user_name()}
-    # The commit of this checkout does not describe code that is installed on the cluster.
-    if code:
+    # Another commit does not describe the code that is installed on the cluster.
+    if is_checkout():
         passed["AIRSWEEP_COMMIT"] = commit()
     return {**STOP_WAIT, **passed, **dict(map(_variable, env))}
 

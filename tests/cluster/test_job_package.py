@@ -21,8 +21,8 @@ PACK = """
 import sys
 from pathlib import Path
 from orchestrator.planning import read_request
-from orchestrator.cluster.job_package import is_checkout, pack
-pack(read_request(sys.argv[1]), Path(sys.argv[2]), is_checkout())
+from orchestrator.cluster.job_package import pack
+pack(read_request(sys.argv[1]), Path(sys.argv[2]))
 """
 
 
@@ -82,13 +82,7 @@ def test_an_installed_airsweep_sends_only_the_sweep_and_its_plugins(tmp_path, sp
     spec.write_text(spec.read_text().replace("own/", "../"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(Refused, match=r"outside of the folder of .*; put it beside the sweep"):
-        pack(read_request(spec), tmp_path / "empty", False)
-
-
-def test_a_job_with_installed_code_does_not_get_the_commit_of_this_checkout(spec):
-    sweep = read_request(spec)
-    assert "AIRSWEEP_COMMIT" in job_package.job_variables(sweep, True, ())
-    assert "AIRSWEEP_COMMIT" not in job_package.job_variables(sweep, False, ())
+        pack(read_request(spec), tmp_path / "empty")
 
 
 @pytest.mark.parametrize(
@@ -143,7 +137,7 @@ def test_passwords_are_refused_and_not_shown(spec, monkeypatch):
     sweep = read_request(spec)
     for env in ("MLFLOW_TRACKING_PASSWORD", "HF_TOKEN=hunter2", "SERVER", "A=x://b:hunter2@c"):
         with pytest.raises(ValueError, match="looks like a secret") as caught:
-            job_package.job_variables(sweep, True, [env])
+            job_package.job_variables(sweep, [env])
         assert "hunter2" not in str(caught.value)
     for to in (
         {"store": SHARED, "tracking_uri": "http://me:hunter2@host"},
@@ -160,12 +154,10 @@ def test_passwords_are_refused_and_not_shown(spec, monkeypatch):
 
 def test_variables_are_given_by_name_or_with_a_value(spec, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://minio:9000")
-    sent = job_package.job_variables(
-        read_request(spec), True, ["AWS_ENDPOINT_URL", "HF_HOME=/shared/hf"]
-    )
+    sent = job_package.job_variables(read_request(spec), ["AWS_ENDPOINT_URL", "HF_HOME=/shared/hf"])
     assert (sent["AWS_ENDPOINT_URL"], sent["HF_HOME"]) == ("http://minio:9000", "/shared/hf")
     with pytest.raises(ValueError, match="not set on this machine"):
-        job_package.job_variables(read_request(spec), True, ["NOT_SET_ANYWHERE"])
+        job_package.job_variables(read_request(spec), ["NOT_SET_ANYWHERE"])
 
 
 @pytest.mark.parametrize(
@@ -174,7 +166,6 @@ def test_variables_are_given_by_name_or_with_a_value(spec, monkeypatch):
         (["--set", "fixed.iterations=-1"], 2, "--set fixed.iterations=-1"),
         ([], 3, "the store 'runs' is relative, and this is a Ray job"),
         (["--store", SHARED, "--env", "HF_TOKEN=x"], 2, "looks like a secret"),
-        (["--store", SHARED, "--code", "mine"], 2, "allowed here: checkout, installed"),
     ],
 )
 def test_wrong_options_are_reported_before_the_cluster_is_contacted(spec, arguments, code, message):
