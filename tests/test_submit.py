@@ -85,10 +85,10 @@ def test_a_cluster_with_a_token_accepts_only_this_token_and_no_output_shows_it(t
         command = ("submit", sweep, "--address", address, "--store", tmp_path / "runs")
         none = airsweep(*command, check=False, **OPEN)
         assert none.returncode == 3
-        assert "requires a token, but none was sent; export RAY_AUTH_MODE=token" in none.stderr
+        assert "RAY_AUTH_MODE is currently" in none.stderr
         other = airsweep(*command, check=False, **{**right, "RAY_AUTH_TOKEN_PATH": str(wrong)})
         assert other.returncode == 3
-        assert "rejected the token; export RAY_AUTH_MODE=token" in other.stderr
+        assert "RAY_AUTH_TOKEN_PATH" in other.stderr
 
         done = airsweep(*command, **right)
         assert [row["method"] for row in table(tmp_path / "runs", "small")] == ["zero_shot"]

@@ -88,12 +88,7 @@ def connect(address: str) -> Any:
         with environment({ADDRESS: address}):
             return JobSubmissionClient(address)
     except AuthenticationError as problem:
-        rejected = "Authentication failed" in str(problem)
-        reason = "rejected the token" if rejected else "requires a token, but none was sent"
-        raise Refused(
-            f"{address} {reason}; export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=<file with "
-            "the cluster's token>"
-        ) from None
+        raise Refused(f"{address}: {problem}") from None
     except (RuntimeError, OSError, ValueError, KeyError, TypeError) as problem:
         # The others are exceptions of Ray's code about an answer that is not Ray's.
         is_said = type(problem) in (RuntimeError, ConnectionError)
