@@ -50,7 +50,6 @@ SAMPLE, ENDS = 200, 1 << 16  # files of an input to read; bytes to read at both 
 
 MIN_FREE = 100 * 2**20  # bytes; a sweep does not start with less
 ANSWER_TIMEOUT = 90.0  # seconds; on a slow disk a new process that imports torch takes a minute
-RETRY_DELAY = 1.0  # seconds
 REMEDIES = {
     "answers": "install the driver's airsweep there, restart its Ray, or remove the machine from "
     "the cluster, and try again",
@@ -238,21 +237,14 @@ def store_token(store: ArtifactStore, nodes: Iterable[str]) -> Iterator[str]:
     Raises:
         OSError: the store is not writable, or the bucket does not answer.
     """
-    token, folder = uuid.uuid4().hex, (store.root / TOKENS).parent
-    new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
+    token = uuid.uuid4().hex
     try:
-        try:
-            write_token(store.name, token, DRIVER)
-        except FileNotFoundError:  # another driver has removed the folder, which was empty
-            write_token(store.name, token, DRIVER)
+        write_token(store.name, token, DRIVER)
         yield token
     finally:
         for name in (DRIVER, DRIVER_ANSWER, *nodes):
             storage, path = _token_file(store.name, token, name)
             storage.delete(path)
-        with suppress(OSError):  # not empty: another driver uses the store now
-            for new in new_folders:
-                new.rmdir()
 
 
 # ---------------------------------------------------------------- findings
@@ -390,7 +382,7 @@ def check_nodes(store: ArtifactStore, needs: NodeRequirements) -> dict[str, list
 
         pending = {start(key): key for key in nodes}
         driver = node_facts(store.name, token, DRIVER_ANSWER, needs, False)
-        answers = _gather(pending, start)
+        answers = _gather(pending)
     alive = _alive_nodes()
     for key, node in nodes.items():
         name, answer = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})", answers[key]
@@ -403,10 +395,9 @@ def check_nodes(store: ArtifactStore, needs: NodeRequirements) -> dict[str, list
     return found
 
 
-def _gather(pending: dict[Any, str], start: Callable[[str], Any]) -> dict[str, Facts | str]:
+def _gather(pending: dict[Any, str]) -> dict[str, Facts | str]:
     """For each node its facts, or the reason why it returned none."""
     import ray
-    from ray.exceptions import TaskUnschedulableError
 
     deadline = time.monotonic() + ANSWER_TIMEOUT
     answers: dict[str, Facts | str] = {}
@@ -420,11 +411,6 @@ def _gather(pending: dict[Any, str], start: Callable[[str], Any]) -> dict[str, F
             answers[key] = ray.get(done[0])
         except Exception as problem:
             answers[key] = f"{type(problem).__name__}: {first_line(problem)}"
-            # Ray's scheduler may not know yet a node that has just joined: retry.
-            is_unknown = isinstance(problem, TaskUnschedulableError) and key in _alive_nodes()
-            if is_unknown and remaining > RETRY_DELAY:
-                time.sleep(RETRY_DELAY)
-                pending[start(key)] = key
     for task, key in pending.items():
         ray.cancel(task, force=True)
         answers[key] = f"no answer within {ANSWER_TIMEOUT:.0f} s"
