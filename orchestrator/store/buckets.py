@@ -10,10 +10,9 @@ from __future__ import annotations
 import errno
 import os
 import re
-import threading
 import time
 from collections.abc import Callable, Collection, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -238,7 +237,7 @@ class BucketClient:
         from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 
         try:
-            return _interruptible(lambda: do(_object_store(self)))
+            return do(_object_store(self))
         except (AlreadyExistsError, PreconditionError):
             return None
         except (BaseError, FileNotFoundError) as problem:
@@ -312,22 +311,6 @@ def _object_store(bucket: BucketClient) -> Any:
         client["root_certificate"] = Path(bundle).read_bytes()
     opened: Any = from_url  # its overloads are typed by scheme
     return opened(str(bucket), config=config, client_options=client, retry_config=RETRIES)
-
-
-def _interruptible(do: Callable[[], T]) -> T:
-    """Run a request so that Ctrl-C interrupts it: obstore itself blocks signals while it waits."""
-    if threading.current_thread() is not threading.main_thread():
-        return do()  # only the main thread receives signals
-    done: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            done.set_result(do())
-        except BaseException as problem:
-            done.set_exception(problem)
-
-    threading.Thread(target=run, daemon=True).start()
-    return done.result()
 
 
 def run_concurrently(do: Callable[[T], object], items: Collection[T]) -> None:
