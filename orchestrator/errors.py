@@ -13,10 +13,6 @@ class Refused(RuntimeError):
     """A run cannot start, and nothing was started. Exit code 3."""
 
 
-class OutOfTime(TimeoutError):
-    """A trial exceeded its time limit."""
-
-
 class MissingArtifact(LookupError):
     """An artifact that a trial needs is missing in the store."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from orchestrator.errors import DamagedArtifact, MissingArtifact, OutOfTime, StoreFull
+from orchestrator.errors import DamagedArtifact, MissingArtifact, StoreFull
 from orchestrator.redact import redact
 
 
@@ -41,9 +41,6 @@ CLASSES: dict[str, FailureClass] = {
     "oom": FailureClass(2, "retried with half the batch size"),
     "nan": FailureClass(1, "retried in fp32 if the precision was lower"),
     "preempted": FailureClass(1000, "retried on another node, without using up a retry"),
-    "timeout": FailureClass(
-        1, "retried; increase resources.trial.timeout if a trial needs more time"
-    ),
     "infra": FailureClass(2, "retried; see Ray's logs"),
     "data": FailureClass(0, "an input is missing or unreadable; run `airsweep run SPEC --prepare`"),
     # Other trials would fail as well, possibly after GPU-hours of work.
@@ -57,7 +54,6 @@ KINDS: tuple[tuple[type[BaseException], str], ...] = (
     (MissingArtifact, "data"),
     (DamagedArtifact, "data"),
     (StoreFull, "disk"),
-    (OutOfTime, "timeout"),  # before OSError, its base class
     (FloatingPointError, "nan"),
     (MemoryError, "oom"),
     (OSError, "infra"),

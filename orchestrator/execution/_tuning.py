@@ -19,7 +19,6 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from orchestrator.cluster.session import prepare_worker
-from orchestrator.errors import OutOfTime
 from orchestrator.execution._progress import ProgressReporter, report_working
 from orchestrator.execution._scheduler import Job, TrialScheduler
 from orchestrator.failures import Failure, classify, classify_death
@@ -40,10 +39,9 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]
         config: dict[str, Any],
         worker: WorkerContext,
         progress_actor: Any,
-        limit: float | None,
         gpu: float,
     ) -> None:
-        self.worker, self.progress_actor, self.limit = worker, progress_actor, limit
+        self.worker, self.progress_actor = worker, progress_actor
         self.job: Job = config["job"]
         limit_gpu_memory(gpu)
         prepare_worker(worker.variables, worker.plugins)
@@ -77,17 +75,13 @@ class TrialRunner(tune.Trainable):  # type: ignore[misc]
     def _failures(
         self, worker: WorkerContext, reporters: Sequence[ProgressReporter]
     ) -> Mapping[str, Failure]:
-        """Run the trials of the job; the failures by key. Together, the trials may use the sum of
-        their time limits."""
+        """Run the trials of the job; the failures by key."""
         from orchestrator.stages.trial_run import run_trials
 
-        started, job, limit = time.monotonic(), self.job, self.limit
+        job = self.job
 
-        # Called after each step, so that a trial over its limit ends without killing its process.
         def report(index: int, done: int, total: int) -> None:
             reporters[index](done, total)
-            if limit is not None and time.monotonic() - started > limit * len(job.trials):
-                raise OutOfTime(f"over {limit:g} s a trial at {done / total:.0%} of its training")
 
         def report_curves(index: int, curves: Curves) -> None:
             reporters[index].report_curves(curves)
@@ -223,7 +217,6 @@ def run_points(
             TrialRunner,
             worker=worker,
             progress_actor=progress_actor,
-            limit=resources.trial.timeout,
             gpu=resources.trial.gpu,
         ),
         ray_resources(resources.trial),

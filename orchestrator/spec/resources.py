@@ -69,7 +69,6 @@ class TrialResources:
         _amount,
     )
     custom: dict[str, float] = setting(dict, CUSTOM_HELP, CUSTOM)
-    timeout: float | None = setting(None, "time limit of one trial; null: none", SECONDS, _amount)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -155,8 +155,7 @@ def open_trial(
     The block calls `TrialRun.end`. It receives None if another process has run the trial meanwhile.
 
     Args:
-        replicas: number of trials that run side by side, this one included. The record contains
-            it where it is above one, since the last digits may depend on it.
+        replicas: number of trials that run side by side, this one included.
     """
     # A CPU trial is reproducible bit by bit on one thread only.
     torch.set_num_threads(1)
@@ -239,16 +238,11 @@ class TrialRun:
         arrays = {"prompts": np.stack([prompt.numpy() for prompt in state.prompts])}
         if state.labels is not None:
             arrays |= _label_arrays(state.labels)
-        return Checkpoint(
-            arrays, self.curves, round(self._seconds(), 3), replicas=self._max_replicas()
-        )
+        return Checkpoint(arrays, self.curves, round(self._seconds(), 3))
 
     def _seconds(self) -> float:
         """Seconds of this trial: its share of the time of all trials side by side."""
         return self.resumed_from.seconds + (time.monotonic() - self.started) / self.replicas
-
-    def _max_replicas(self) -> int:
-        return max(self.resumed_from.replicas, self.replicas)
 
     def _write(self, result: TrialResult, folder: Path) -> dict[str, Any]:
         """Write predictions and prompt of a record; return its info."""
@@ -299,8 +293,6 @@ class TrialRun:
         }
         if (startup := startup_seconds(self.steps, self._seconds())) is not None:
             info["startup"] = round(max(0.0, startup), 3)
-        if self._max_replicas() > 1:
-            info["replicas"] = self._max_replicas()
         return info
 
     def _lora_label_accuracy(self) -> float | None:

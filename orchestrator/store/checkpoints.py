@@ -35,7 +35,6 @@ class Checkpoint:
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
     curves: Curves = field(default_factory=dict)
     seconds: float = 0.0  # spent so far
-    replicas: int = 1  # largest number of trials that were trained side by side
 
 
 START = Checkpoint()

@@ -225,7 +225,7 @@ def test_a_cell_without_its_inputs_waits_and_the_other_cells_run(world):
 @pytest.mark.parametrize(
     ("classes", "state"),
     [
-        *[([name], "done") for name in ("oom", "infra", "preempted", "timeout")],
+        *[([name], "done") for name in ("oom", "infra", "preempted")],
         *[([name], "failed") for name in ("user", "data", "nan")],
         (["oom", "infra", "oom", "infra", "infra"], "failed"),  # each class has its own limit
     ],
