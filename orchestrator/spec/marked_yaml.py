@@ -176,7 +176,10 @@ def parse(text: str, source: str) -> Document:
         loader = _Loader(text)
         node = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
-        raise _error(source, error.problem_mark or error.context_mark, _problem(error)) from None
+        why = " ".join(filter(None, (error.context, error.problem)))
+        why += "; indent with spaces" if r"'\t'" in why else ""
+        mark = error.problem_mark or error.context_mark
+        raise _error(source, mark, f"the file is not valid YAML: {why}") from None
     except yaml.reader.ReaderError as error:
         line, column = line_column(text[: error.position])
         raise SpecError(f"{source}:{line}:{column}: YAML does not allow this character") from None
@@ -205,14 +208,6 @@ def _position(source: str, mark: yaml.Mark) -> str:
 def line_column(before: str) -> tuple[int, int]:
     """Line and column, from 1, of the character that follows a text."""
     return before.count("\n") + 1, len(before) - before.rfind("\n")
-
-
-def _problem(error: yaml.MarkedYAMLError) -> str:
-    if "another document" in (error.problem or ""):
-        return "a second document starts here; allowed: one document per file"
-    if r"'\t'" in (error.problem or ""):
-        return "YAML does not allow a tab here; indent with spaces"
-    return f"the file is not valid YAML: {error.problem or error.context}"
 
 
 class _Loader(yaml.SafeLoader):

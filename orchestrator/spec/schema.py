@@ -266,22 +266,16 @@ def _unknown_key(document: Document, keys: Keys, part: Schema, schema: Schema) -
 
 def _section_message(document: Document, keys: Keys, schema: Schema) -> str:
     """The message for a mapping in place of keys with a dot; empty for any other value."""
-    if isinstance(keys[-1], int):  # a mapping in a list
-        keys = keys[:-1]
     section, value = keys[-1], document.value_at(keys)
     allowed = _keys(_part(schema, keys[:-1]))
-    known = [name for name in allowed if name.startswith(f"{section}.")]
-    items = value if isinstance(value, list) else [value]
-    items = [item for item in items if isinstance(item, dict) and item]
-    if not known or not items:
+    is_section = any(name.startswith(f"{section}.") for name in allowed)
+    if not is_section or not isinstance(value, dict) or not value:
         return ""
-    inner = next(iter(items[0]))
+    inner = next(iter(value))
     name = f"{section}.{inner}"
-    if name not in known:
+    if name not in allowed:
         return f"unknown key {name}; {key_choices(name, allowed)}"
-    values = [item[inner] for item in items if inner in item]
-    is_axis = keys[:1] == ("grid",) and not isinstance(values[0], list)
-    wanted = f"{name}: {short_value(values if is_axis else values[0])}"
+    wanted = f"{name}: {short_value(value[inner])}"
     return f"the settings of {section} are keys with a dot; write `{wanted}`"
 
 

@@ -98,13 +98,9 @@ def write_starter(
         facts = facts | {"dataset": f"{PREFIX}{os.path.relpath(images, folder)}"}
     text = _text(name, facts, gpus)
     sweep_from_document(parse(text, str(file)))
-    listed = None if given is None else _write_classes(Path(str(images)).expanduser(), given)
-    try:
-        _write(file, text, CHOOSE)
-    except ValueError:
-        if listed is not None:
-            listed.unlink()
-        raise
+    if given is not None:
+        _write_classes(Path(str(images)).expanduser(), given)
+    _write(file, text, CHOOSE)
     return Starter(file, facts["about"], facts.get("skipped", ()), not facts["tests"])
 
 
@@ -124,8 +120,8 @@ def _given_classes(classes: str, images: str | Path | None) -> Classes:
     return parse_classes(f"--classes {classes}", [("--classes", name) for name in names])
 
 
-def _write_classes(images: Path, classes: Classes) -> Path | None:
-    """Write `classes.txt` beside the images; None if it exists with these classes.
+def _write_classes(images: Path, classes: Classes) -> None:
+    """Write `classes.txt` beside the images, unless it exists with these classes.
 
     Raises:
         ValueError: it exists with other classes, or cannot be written.
@@ -133,13 +129,11 @@ def _write_classes(images: Path, classes: Classes) -> Path | None:
     file = images / CLASSES
     if not file.exists():
         _write(file, classes.text(), "put it there by hand, and leave --classes out")
-        return file
-    if (found := read_classes(file)) != classes:
+    elif (found := read_classes(file)) != classes:
         raise ValueError(
             f"{file} exists with other classes ({some(found.names)}); edit that file and leave "
             "--classes out, or remove it"
         )
-    return None
 
 
 CHOOSE = "choose another name or remove the file"
