@@ -46,8 +46,6 @@ if TYPE_CHECKING:
 
 FORMATS = ("md", "csv", "json")
 WIDTH = 100  # characters of a line
-# Columns in the order in which they are left out of a table that is wider.
-SPARE = ("test images", "pseudo-labels", "auxiliary", "95 %", "fused", "n")
 TASK = ("dataset", "paradigm", "modality")  # columns; left out if all rows have the same value
 TESTED = ("text", "fused", "auxiliary")  # classifiers that a trial tests on the same images
 AGREEMENT = "objective/agreement_text"
@@ -106,6 +104,13 @@ COLUMNS = (
         on=("table",),
     ),
     Column("lora_labels", "pseudo/accuracy_lora", on=("data",)),
+)
+# Columns in the order in which they are left out of a table that is wider.
+LAST = ("95 %", "fused", "n")
+SPARE = (
+    "test images",
+    *(c.key for c in reversed(COLUMNS) if "table" in c.on and c.key not in ("text", *LAST)),
+    *LAST,
 )
 
 

@@ -12,7 +12,7 @@ from air_core.captions import OF
 from air_core.components import DATASETS, computed_from_registries
 from air_core.datasets.dataset import is_template
 from air_core.methods import EMBEDDED, METHODS
-from air_core.specs import EvidenceScoring
+from air_core.specs import EvidenceScoring, SplitSettings
 from air_core.specs.flat import trial_keys
 from orchestrator.spec.schema import (
     FORMATS,
@@ -156,9 +156,8 @@ def read_values(given: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
 # LoRA training and image generation depend on these keys. A search over one of them would need new
 # images for each point, which costs GPU-hours; a grid prepares each value once.
 IMAGES_DEPEND_ON = (
-    *("dataset", "backbone", "precision", "paradigm", "shots", "class_seed"),
-    *("pool", "pool_size", "pool_ratio", "pool_missing", "labelled_size", "leaky_pool"),
-    *("initial_labels", "lora", "generator", "generation"),
+    *("dataset", "backbone", "precision", "initial_labels", "lora", "generator", "generation"),
+    *(field.name for field in dataclasses.fields(SplitSettings)),
 )
 # These change the denoising errors of the pool.
 ERRORS_DEPEND_ON = (

@@ -102,7 +102,7 @@ def test_the_token_of_a_killed_driver_is_a_leftover_for_gc(tmp_path, command):
 
 @pytest.fixture
 def spec(tmp_path) -> Path:
-    return write_sweep(tmp_path, "small", "fixed: {method: fpl, train.steps: 3}\nseeds: [1]\n")
+    return write_sweep(tmp_path, "small", "fixed: {method: zero_shot}\n")
 
 
 def test_a_check_of_a_healthy_machine_passes_and_leaves_no_file(spec, tmp_path, command):

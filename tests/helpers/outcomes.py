@@ -24,7 +24,7 @@ TESTED = 400  # images of a run
 # Methods of which each is better than the one before.
 SWEEP = """
 grid: {method: [zero_shot, fpl, cpl]}
-fixed: {dataset: digits, train.steps: 2}
+fixed: {dataset: digits}
 seeds: [1, 2, 3]
 """
 ACCURACIES = {"zero_shot": 0.5, "fpl": 0.62, "cpl": 0.7}

@@ -24,7 +24,7 @@ def slots_of(location: SweepLocation) -> list[Slot]:
 
 
 def test_a_slot_with_other_trials_in_two_sweeps_needs_a_key_or_the_sweep(location) -> None:
-    longer = SWEEP.replace("train.steps: 2", "train.steps: 3")
+    longer = SWEEP.replace("digits", "digits, prompt.length: 3")
     other = record_sweep(location.store.root, "other", longer, by_method(ACCURACIES))
     slot, later = slots_of(location)[-1], slots_of(other)[-1]
     assert slot.id == later.id
@@ -39,7 +39,7 @@ def test_a_trial_of_another_version_is_refused(location) -> None:
     slot = slots_of(location)[-1]
     file = location.store.path(slot.key) / "record.json"
     record = json.loads(file.read_text())
-    record["spec"]["train"]["strides"] = record["spec"]["train"].pop("steps")
+    record["spec"]["train"]["renamed"] = record["spec"]["train"].popitem()[1]
     file.write_bytes(sealed_json({**record, "commit": "0123abc"}))
     with pytest.raises(ValueError, match=r"another version of the code.*commit 0123abc"):
         named_trial(slot.id, location.store)

@@ -17,7 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from air_core.methods import EMBEDDED, METHODS
-from air_core.specs import EvidenceScoring, Ref
+from air_core.specs import (
+    EvidenceScoring,
+    GenerationSettings,
+    InitialLabelsSettings,
+    LoraTraining,
+    Ref,
+    SplitSettings,
+)
 from air_core.specs.flat import to_flat, trial_keys
 from air_core.specs.normal import normalised
 from orchestrator import keys
@@ -165,31 +172,27 @@ def reversed_keys(value: Any) -> Any:
 # ---------------------------------------------------------------- stages that a setting changes
 
 STAGES = ("features", "labels", "lora", "images", "synthetic", "evidence", "trials")
+
+
+def names(settings: type, group: str = "") -> set[str]:
+    return {f"{group}.{f.name}".strip(".") for f in dataclasses.fields(settings)}
+
+
 # The settings by the first stage that they change; later stages change too. All other settings
 # change the trial alone.
 CHANGES = {
-    "features": ("precision",),
-    "labels": (
-        *("paradigm", "shots", "split_seed", "class_seed", "pool", "leaky_pool"),
-        *("pool_size", "pool_ratio", "pool_missing", "initial_labels.k", "lora.source"),
-        *("labelled_size", "initial_labels.kind", "initial_labels.true_share"),
-    ),
-    "lora": (
-        *("lora.rank", "lora.steps", "lora.batch", "lora.learning_rate", "lora.caption"),
-        *(
-            "lora.precision",
-            "lora.passes",
-            "lora.flip",
-            "generation.size",
-        ),  # the LoRA is trained at the size of the images
-    ),
-    "images": (
-        *("lora.scale", "generation.seed", "generation.template", "generation.guidance_scale"),
-        *("generation.num_inference_steps", "generation.block", "generation.precision"),
-    ),
-    "evidence": tuple(f"evidence.{f.name}" for f in dataclasses.fields(EvidenceScoring)),
+    "features": {"precision"},
+    "labels": {
+        "lora.source",
+        *names(SplitSettings),
+        *names(InitialLabelsSettings, "initial_labels"),
+    },
+    # The LoRA is trained at the size of the images.
+    "lora": {"generation.size", *names(LoraTraining, "lora")},
+    "images": {"lora.scale", *names(GenerationSettings, "generation")} - {"generation.size"},
+    "evidence": names(EvidenceScoring, "evidence"),
 }
-FIRST = {name: stage for stage, names in CHANGES.items() for name in names}
+FIRST = {name: stage for stage, of in CHANGES.items() for name in of}
 SSL, TRZSL, VISUAL = {"paradigm": "ssl"}, {"paradigm": "trzsl"}, {"modality": "visual"}
 REFRESHED = {"auxiliary__source": "both", "auxiliary__refresh": True}
 CONTEXT: dict[str, dict[str, Any]] = {  # the settings with which a setting has an effect
