@@ -39,7 +39,7 @@ EQUAL_ERRORS = 3  # equal failures of class `user` after which further trials wo
 
 CLASSES: dict[str, FailureClass] = {
     "oom": FailureClass(2, "retried with half the batch size"),
-    "nan": FailureClass(1, "retried in fp32 if the precision was lower"),
+    "nan": FailureClass(0, "set a lower learning rate or a higher precision"),
     "preempted": FailureClass(1000, "retried on another node, without using up a retry"),
     "infra": FailureClass(2, "retried; see Ray's logs"),
     "data": FailureClass(0, "an input is missing or unreadable; run `airsweep run SPEC --prepare`"),

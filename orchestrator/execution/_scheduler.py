@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal
 
 from orchestrator.failures import CLASSES, Failure
-from orchestrator.keys import artifact_key
 from orchestrator.planning import Outcome, Resolver, Slot
 from orchestrator.planning.history import History
 from orchestrator.planning.ledger import lines_of
@@ -113,9 +112,6 @@ class TrialScheduler:
         self.queued: deque[Job] = deque()  # not started yet
         self.tries: Counter[tuple[str, str]] = Counter()  # by trial key and failure class
         self.errors: Counter[Failure] = Counter()  # of classes that can stop a sweep
-        self.fp32_slots: list[
-            PlannedSlot
-        ] = []  # to be repeated in fp32, with inputs that may be missing
         self.running: dict[int, Job] = {}
         # Slots whose trials run, each with its point: by trial key.
         self.waiting: dict[str, list[tuple[_CellQueue, int, PlannedSlot]]] = {}
@@ -171,9 +167,9 @@ class TrialScheduler:
             failures: by trial key.
         """
         job = self.running.pop(number)
-        for key, spec in zip(job.keys, job.trials, strict=True):
+        for key in job.keys:
             failure = failures.get(key)
-            if failure is not None and self._retry(job, key, spec, failure):
+            if failure is not None and self._retry(job, key, failure):
                 continue
             for index, (queue, point, slot) in enumerate(self.waiting.pop(key)):
                 if failure is not None:
@@ -189,9 +185,7 @@ class TrialScheduler:
         """Start a cell's next point: reuse stored trials, wait for trials that another job runs,
         and queue the others."""
         point = queue.new.popleft()
-        slots = slots_of(
-            queue.cell, point.number, point.params, self.assignments, self.resolver, self.history
-        )
+        slots = slots_of(queue.cell, point.number, point.params, self.assignments, self.resolver)
         queue.started += 1
         if queue.search is not None:
             self._log_point(queue.cell, point, slots)
@@ -246,21 +240,13 @@ class TrialScheduler:
         outcome = Outcome(slot, "done" if done else "reused", record, already_logged=known)
         self._finish(queue, point, outcome)
 
-    def _retry(self, job: Job, key: str, spec: TrialSpec, failure: Failure) -> bool:
+    def _retry(self, job: Job, key: str, failure: Failure) -> bool:
         """Queue a failed trial again, if its class of failure allows it."""
         name = failure.failure_class
         if CLASSES[name].stops_after:
             self.errors[failure] += 1
-        # Repeating a trial with a loss that is not finite gives the same loss. A sweep in half
-        # precision repeats it in fp32, which is another trial; TF32 has the range of fp32.
-        allowed = 0 if name == "nan" else CLASSES[name].retries
         slots = [slot for _, _, slot in self.waiting[key]]
-        if name == "nan" and spec.precision in ("fp16", "bf16"):
-            for slot in slots:
-                moved = asdict(artifact_key(replace(slot.spec, precision="fp32")))
-                self.event_log.append("trial_moved", slot=slot.id, key=key, to=moved)
-            self.fp32_slots += slots
-        if self.stopping_failure() or self.tries[key, name] >= allowed:
+        if self.stopping_failure() or self.tries[key, name] >= CLASSES[name].retries:
             return False
         self.tries[key, name] += 1
         self.event_log.append(

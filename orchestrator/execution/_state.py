@@ -210,7 +210,6 @@ class RunState:
 
     def on_outcome(self, outcome: Outcome) -> None:
         self._take_news()
-        # A slot that is repeated in fp32 has two outcomes; the last one counts.
         self.slot_states[outcome.slot.id] = outcome.state
         self.statistics.states = dict(Counter(self.slot_states.values()))
         self.process_died |= outcome.failure_class == "infra"

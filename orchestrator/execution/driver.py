@@ -45,7 +45,6 @@ from orchestrator.planning import (
     unschedulable_reason,
 )
 from orchestrator.planning.history import read_history
-from orchestrator.planning.plan import write_ledger
 from orchestrator.spec import Cell, SweepSpec
 from orchestrator.store import SweepLocation, user_name
 
@@ -129,30 +128,23 @@ def _run_cells(state: RunState, plan: Plan, prepare_only: bool, ray_session: Exi
         StoreFull: a trial found the disk full.
     """
     groups = _cell_groups(state, plan)
-    while groups:
-        preparation = Preparation(state, plan, groups, prepare_only)
-        scheduler = _trial_scheduler(state, plan, groups, preparation)
-        while (job := None if prepare_only else scheduler.peek()) or preparation.pending:
-            if state.allocation is None:
-                _start_ray(state, plan, ray_session)
-            preparation.start()
-            if job is not None:
-                _run_trials(state, scheduler, preparation)
-            else:
-                preparation.wait()
-            if failure := scheduler.stopping_failure():
-                if failure.failure_class == "disk":
-                    raise StoreFull(failure.message)
-                count = CLASSES[failure.failure_class].stops_after
-                state.screen.message(f"stopped after {count} equal errors: {failure.message}")
-                return FAILED
-        preparation.finish()
-        # Trials that are repeated in fp32 need inputs in fp32: the same cells again.
-        moved = {slot.cell.id for slot in scheduler.fp32_slots}
-        groups = [cells for cells in groups if any(cell.id in moved for cell in cells)]
-        if groups:
-            plan = plan.in_fp32(scheduler.fp32_slots)
-            write_ledger(state.location, plan)
+    preparation = Preparation(state, plan, groups, prepare_only)
+    scheduler = _trial_scheduler(state, plan, groups, preparation)
+    while (job := None if prepare_only else scheduler.peek()) or preparation.pending:
+        if state.allocation is None:
+            _start_ray(state, plan, ray_session)
+        preparation.start()
+        if job is not None:
+            _run_trials(state, scheduler, preparation)
+        else:
+            preparation.wait()
+        if failure := scheduler.stopping_failure():
+            if failure.failure_class == "disk":
+                raise StoreFull(failure.message)
+            count = CLASSES[failure.failure_class].stops_after
+            state.screen.message(f"stopped after {count} equal errors: {failure.message}")
+            return FAILED
+    preparation.finish()
     failed = state.statistics.states.get("failed", 0) or state.failed_requirements
     return FAILED if failed else DONE
 

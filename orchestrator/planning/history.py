@@ -47,7 +47,6 @@ class History:
 
     outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)  # last event, by slot
     started: set[str] = field(default_factory=set)  # slots of trials without an outcome
-    moved: dict[str, dict[str, Any]] = field(default_factory=dict)  # to fp32: event, by slot
     suggested: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)  # by study
     points: list[dict[str, Any]] = field(default_factory=list)  # events, of the last run
     prepared: Counter[str] = field(default_factory=Counter)  # artifacts, by stage
@@ -107,8 +106,6 @@ class History:
             case "point_asked":
                 self.suggested.setdefault(event["study"], {})[event["point"]] = event["params"]
                 self.points.append(event)
-            case "trial_moved":
-                self.moved[event["slot"]] = event
             case "trials_started":
                 self.started.update(event["slots"])
             case "trial_done" | "trial_reused" | "trial_failed" as name:

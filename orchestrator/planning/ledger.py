@@ -1,15 +1,15 @@
 """The ledger of a sweep: its slots as the last run planned them, and the state of each.
 
 The driver writes it when a run starts. Commands that show results read it, and neither the sweep
-file, its plugins, its datasets nor its models. Points that a search suggests later, and trials that
-are repeated in fp32, are in the event log.
+file, its plugins, its datasets nor its models. Points that a search suggests later are in the event
+log.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -258,10 +258,6 @@ def read_ledger(location: SweepLocation) -> Ledger:
         for line in event["slots"]
     } | {line.id: line for line in file.lines}
     slots = [_slot(line, cells[line.cell], file.about) for line in lines.values()]
-    for index, slot in enumerate(slots):
-        event = history.moved.get(slot.id)
-        if event is not None and event["key"] == slot.key.digest:
-            slots[index] = replace(slot, key=ArtifactKey(**event["to"]))
     order = {cell: index for index, cell in enumerate(cells)}
     slots.sort(key=lambda slot: (order[slot.cell.id], slot.point))
     return Ledger(

@@ -73,15 +73,6 @@ class Plan(Ledger):
     work: tuple[Work, ...]  # that is left
     estimate: Estimate
 
-    def in_fp32(self, moved: Iterable[PlannedSlot]) -> Plan:
-        """The plan with trials that are repeated in fp32."""
-        slots, trials = {slot.id: slot for slot in self.slots}, dict(self.trials)
-        for slot in moved:
-            spec = replace(slot.spec, precision="fp32")
-            slots[slot.id] = replace(slot, spec=spec, key=artifact_key(spec))
-            trials[slot.cell.id] += (spec,)
-        return replace(self, slots=tuple(slots.values()), trials=trials)
-
     def inputs(self, cells: Iterable[Cell]) -> list[Requirement]:
         """The distinct artifacts that the trials of some cells read."""
         return requirements_of(trial for cell in cells for trial in self.trials[cell.id])
@@ -140,12 +131,9 @@ def _plan_sweep(
         for cell in cells
         for number, params in sorted(known_points(sweep, cell, history).items())
         if number < points[cell.id]
-        for slot in slots_of(cell, number, params, assignments, resolver, history)
+        for slot in slots_of(cell, number, params, assignments, resolver)
     ]
     trials = {cell.id: [*possible_trials(cell, assignments, resolver)] for cell in cells}
-    for slot in slots:
-        if slot.id in history.moved:  # its trial was repeated in fp32
-            trials[slot.cell.id].append(slot.spec)
     every = [*itertools.chain(*trials.values())]
     ledger = Ledger(
         about=about(sweep, every),
@@ -255,7 +243,6 @@ def slots_of(
     params: Mapping[str, Any],
     assignments: Sequence[Mapping[str, int]],
     resolver: Resolver,
-    history: History,
 ) -> list[PlannedSlot]:
     """The slots of one point: one for each assignment of seeds."""
     slots = []
@@ -264,9 +251,6 @@ def slots_of(
         words = ",".join(f"{name}={value}" for name, value in seeds.items())
         slot_id = f"{cell.id}/{point}/{words}"
         key = artifact_key(spec)
-        if history.moved.get(slot_id, {}).get("key") == key.digest:
-            spec = replace(spec, precision="fp32")
-            key = artifact_key(spec)
         uses_seed = normalised(replace(spec, seed=1)).seed == 1
         slots.append(PlannedSlot(slot_id, cell, point, params, seeds, key, uses_seed, spec))
     return slots

@@ -12,7 +12,6 @@ from orchestrator.execution._scheduler import Job, TrialScheduler
 from orchestrator.failures import Failure
 from orchestrator.planning import Outcome, Resolver, requirements_of
 from orchestrator.planning.history import read_history
-from orchestrator.planning.plan import plan_sweep
 from orchestrator.planning.search import CellSearch
 from orchestrator.spec import Dimension, SweepSpec, cells_of
 from orchestrator.spec.space import study_name
@@ -254,31 +253,6 @@ def test_a_trial_that_fails_beside_others_is_retried_alone(world):
     jobs = world.run_all(scheduler)
     assert [job.keys for job in jobs if job.cell.endswith("grip")] == [(lost,)]
     assert world.states() == ["done"] * 6
-
-
-@pytest.mark.parametrize(("precision", "repeated"), [("bf16", "fp32"), ("tf32", None)])
-def test_a_trial_whose_loss_is_not_finite_in_half_precision_is_repeated_in_fp32(
-    world, precision, repeated
-):
-    half = sweep("fpl", "zero_shot", seeds=(1,), fixed={"precision": precision})
-    scheduler = world.scheduler(half)
-    first = scheduler.next()
-    nan = Failure("nan", "the loss became nan")
-    scheduler.complete(first.number, dict.fromkeys(first.keys, nan))
-    if repeated is None:
-        assert scheduler.fp32_slots == []
-        return
-    assert [slot.id for slot in scheduler.fp32_slots] == ["digits-ul-text-fpl/0/seed=1"]
-    again = world.scheduler(sweep("fpl", seeds=(1,), fixed={"precision": precision}))
-    (job,) = world.run_all(again)
-    assert [spec.precision for spec in (*first.trials, *job.trials)] == ["bf16", "fp32"]
-    (outcome,) = world.outcomes
-    assert (outcome.state, outcome.slot.key.digest) == ("done", job.keys[0])
-    # Later plans of the sweep have the trial in fp32.
-    plan = plan_sweep(half, world.store, world.resolver, world.event_log)
-    by_slot = {slot.cell.method: slot.spec.precision for slot in plan.slots}
-    assert by_slot == {"fpl": "fp32", "zero_shot": "bf16"}
-    assert {requirement.spec.precision for requirement in plan.requirements} == {"bf16", "fp32"}
 
 
 @pytest.mark.parametrize(

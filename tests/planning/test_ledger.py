@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from orchestrator.planning import Plan, plan_of
-from orchestrator.planning.history import read_history
 from orchestrator.planning.ledger import LEDGER, Ledger, lines_of, read_ledger
 from orchestrator.planning.plan import slots_of, write_ledger
 from orchestrator.planning.resolve import resolver_of
@@ -63,27 +61,20 @@ def test_a_ledger_is_what_the_run_planned(location):
     assert [*ledger.about.grid] == ["method", "prompt.length"]
 
 
-def test_points_and_repeated_trials_of_the_last_run_are_in_the_event_log(location):
+def test_points_of_the_last_run_are_in_the_event_log(location):
     plan, event_log = started(location, SEARCH), location.event_log()
     (cell,), search = plan.cells, plan.sweep.search
     assert read_ledger(location).slots == ()
-    resolver, history = resolver_of(location), read_history(event_log)
+    resolver = resolver_of(location)
     for number, weight in enumerate((0.5, 0.25)):
         params = {"fusion_weight": weight}
-        slots = slots_of(cell, number, params, plan.sweep.seeds.assignments(), resolver, history)
+        slots = slots_of(cell, number, params, plan.sweep.seeds.assignments(), resolver)
         fields = {"study": study_name(cell, search), "point": number, "params": params}
         event_log.append("point_asked", cell=cell.id, **fields, slots=lines_of(slots))
     ledger = read_ledger(location)
     assert same(ledger, plan_of(plan.sweep, location))
     assert [slot.point for slot in ledger.slots] == [0, 0, 1, 1]
     assert [*ledger.slots[0].seeds] == ["split_seed", "seed"]
-    first = ledger.slots[0]
-    to = replace(first.key, digest="f" * 40)
-    fields = {"slot": first.id, "to": vars(to)}
-    event_log.append("trial_moved", key="0" * 40, **fields)  # of another version of the slot
-    assert read_ledger(location).slots == ledger.slots
-    event_log.append("trial_moved", key=first.key.digest, **fields)
-    assert read_ledger(location).slots == (replace(first, key=to), *ledger.slots[1:])
     started(location, SEARCH.replace("[2, 2]", "[3, 3]"))
     assert {tuple(slot.seeds.values()) for slot in read_ledger(location).slots} == {(1, 1), (3, 3)}
 
