@@ -53,7 +53,7 @@ StoreOption = Annotated[
         "--store",
         envvar="AIRSWEEP_STORE",
         metavar="STORE",
-        help="Store of all results: a folder, file:///folder or s3://bucket/prefix.",
+        help="Store of all results: a folder or s3://bucket/prefix.",
     ),
 ]
 DataOption = Annotated[

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-FILE, S3 = "file", "s3"
+S3 = "s3"
 # Schemes of buckets that can hold a store, and how to set their credentials.
 CREDENTIALS = {
     S3: "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY on every machine; for AWS_PROFILE, run "
@@ -67,44 +67,32 @@ def is_bucket(address: str | Path) -> bool:
     Raises:
         ValueError: it is a URI that cannot be the address of a store.
 
-    >>> [is_bucket(address) for address in ("runs", "s3://bucket/team", "file:///shared/runs")]
-    [False, True, False]
+    >>> [is_bucket(address) for address in ("runs", "s3://bucket/team")]
+    [False, True]
     """
     scheme, colon, _ = str(address).partition("://")
-    if not colon or scheme == FILE:
-        return False
-    if scheme in CREDENTIALS:
-        return True
-    raise ValueError(
-        f"{scheme}:// cannot hold a store; allowed: a folder, file:///..., s3://bucket/prefix of "
-        "any server that honours If-None-Match, gs://bucket/prefix, and az://container/prefix"
-    )
+    if colon and scheme not in CREDENTIALS:
+        raise ValueError(
+            f"{scheme}:// cannot hold a store; allowed: a folder, s3://bucket/prefix of any server "
+            "that honours If-None-Match, gs://bucket/prefix, and az://container/prefix"
+        )
+    return bool(colon)
 
 
 def store_folder(address: str | Path) -> Path:
-    """The folder of a path or a file:// URI.
+    """The folder of a path.
 
     Raises:
-        ValueError: the URI names a host, or no folder; or the path is empty or in the home of an
-            unknown user.
-
-    >>> str(store_folder("file:///shared/runs")), str(store_folder("runs"))
-    ('/shared/runs', 'runs')
+        ValueError: the path is empty or in the home of an unknown user.
     """
-    text = str(address)
-    if not text:
+    if not str(address):
         raise ValueError("the store is empty; give a folder or s3://bucket/prefix with --store")
-    if not text.startswith(f"{FILE}://"):
-        try:
-            return Path(address).expanduser()
-        except RuntimeError:
-            raise ValueError(
-                f"the store {text} is in the home of an unknown user; choose another with --store"
-            ) from None
-    parts = urlsplit(text)
-    if parts.netloc or not parts.path.strip("/") or parts.query:
-        raise ValueError(f"{text} is not file:///<absolute folder>")
-    return Path(parts.path)
+    try:
+        return Path(address).expanduser()
+    except RuntimeError:
+        raise ValueError(
+            f"the store {address} is in the home of an unknown user; choose another with --store"
+        ) from None
 
 
 def parse(uri: str) -> BucketClient:

@@ -348,7 +348,7 @@ def open_storage(address: Path | str) -> Folder | Bucket:
     """The storage of a store, which may be empty or missing.
 
     Args:
-        address: a path, `file:///...`, or the URI of a bucket such as `s3://bucket/prefix`.
+        address: a path, or the URI of a bucket such as `s3://bucket/prefix`.
 
     Raises:
         StoreRefused: the store has another format, or the folder of copies is of another store.

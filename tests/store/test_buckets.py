@@ -232,7 +232,6 @@ def test_a_driver_whose_sweep_was_taken_over_stops_at_its_next_event(machine, cl
         ("gs://key:secret@air/x", "GOOGLE_APPLICATION_CREDENTIALS"),
         ("az://air/x?sas=secret", "AZURE_STORAGE_ACCOUNT_KEY"),
         ("hdfs://air/x", "gs://bucket/prefix"),
-        ("file://host/x", "file:///<absolute folder>"),
     ],
 )
 def test_an_invalid_store_uri_is_refused_without_printing_its_secret(uri, remedy, command):
