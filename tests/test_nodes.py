@@ -130,7 +130,7 @@ def test_an_autoscaler_starts_machines_for_a_sweep_with_resources_wait(tmp_path,
         refused = airsweep(*command, check=False, RAY_ADDRESS=address)
         assert refused.returncode == 3
         assert "a trial requires 1 CPU" in refused.stderr
-        waited = ("--set", "resources.wait=10m")
+        waited = ("--set", "resources.wait=600")
         assert "fpl" in airsweep(*command, *waited, RAY_ADDRESS=address).stdout
     status = airsweep("status", NAME, "--store", tmp_path / "runs").stdout
     assert "peak memory of the driver" in status  # workers are no children of it

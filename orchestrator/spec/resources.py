@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from orchestrator.keys import Process
 from orchestrator.spec.schema import NULL, Schema, setting
@@ -24,33 +22,6 @@ CUSTOM: Schema = {
 }
 
 
-def _with_unit(title: str, pattern: str, number: Schema) -> Schema:
-    """The schema of a text with a unit, of a number, or null."""
-    text = {"type": "string", "pattern": pattern}
-    return {"anyOf": [{"title": title, "anyOf": [text, number]}, NULL]}
-
-
-SECONDS = _with_unit(
-    "a duration such as 90s, 30m or 12h, or a number of seconds > 0",
-    r"^[0-9]{1,9}(\.[0-9]{1,9})?[smh]$",
-    {"type": "number", "exclusiveMinimum": 0},
-)
-BYTES = _with_unit(
-    "a size such as 500MiB or 12GiB, or a number of bytes",
-    r"^[0-9]{1,9}[MG]iB$",
-    {"type": "integer", "minimum": 0},
-)
-UNITS = {"s": 1, "m": 60, "h": 3600, "MiB": 1 << 20, "GiB": 1 << 30}
-
-
-def _amount(value: Any) -> Any:
-    """A number with its unit, in seconds or bytes."""
-    if not isinstance(value, str):
-        return value
-    number, unit = re.split(r"(?<=[0-9])(?=[a-zA-Z])", value.strip())
-    return float(number) * UNITS[unit] if unit in "smh" else int(number) * UNITS[unit]
-
-
 ENCODER_BATCH = 256
 CUSTOM_HELP = "amounts of custom resources, named as in `ray start --resources`"
 
@@ -61,12 +32,12 @@ class TrialResources:
 
     cpu: float = setting(1.0, "CPU cores of one trial", minimum=0)
     gpu: float = setting(0.0, "GPUs of one trial, or a share of one GPU", GPUS)
-    memory: int | None = setting(
+    memory: int | None = setting(  # bytes
         None,
-        "memory of the machine for the seeds of a point; 0: none is reserved; null: computed from "
-        "pool and classes, none for small ones",
-        BYTES,
-        _amount,
+        "GiB of memory of the machine for the seeds of a point; 0: none is reserved; null: "
+        "computed from pool and classes, none for small ones",
+        {"anyOf": [{"type": "number", "minimum": 0}, NULL]},
+        lambda gib: gib and int(gib * 2**30),
     )
     custom: dict[str, float] = setting(dict, CUSTOM_HELP, CUSTOM)
 
@@ -114,7 +85,9 @@ class Resources:
     generator: GeneratorResources = setting(GeneratorResources(), GeneratorResources.__doc__ or "")
     encoder: EncoderResources = setting(EncoderResources(), EncoderResources.__doc__ or "")
     wait: float | None = setting(
-        None, "time to wait for an autoscaler to add nodes; null: do not wait", SECONDS, _amount
+        None,
+        "seconds to wait for an autoscaler to add nodes; null: do not wait",
+        exclusiveMinimum=0,
     )
 
     @property
