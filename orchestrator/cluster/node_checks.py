@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from air_core.specs import Ref
 from orchestrator.errors import Refused
 from orchestrator.failures import first_line
 from orchestrator.files import ROOT, file_digest
-from orchestrator.formatting import format_bytes, plural
+from orchestrator.formatting import plural
 from orchestrator.git import PACKAGES
 from orchestrator.planning import Plan
 from orchestrator.planning.checks import bf16_settings, unfit_gpu
@@ -48,7 +47,6 @@ TOKEN_BYTES = 1 << 16  # size of such a file; a full quota may still accept a fe
 VISIBLE = 2.0  # seconds until a network disk shows a file of another machine
 SAMPLE, ENDS = 200, 1 << 16  # files of an input to read; bytes to read at both ends of a file
 
-MIN_FREE = 100 * 2**20  # bytes; a sweep does not start with less
 ANSWER_TIMEOUT = 90.0  # seconds; on a slow disk a new process that imports torch takes a minute
 REMEDIES = {
     "answers": "install the driver's airsweep there, restart its Ray, or remove the machine from "
@@ -56,7 +54,6 @@ REMEDIES = {
     "code": "install the driver's version there, or submit with --working-dir . from the checkout",
     "store": "give --store a folder that every machine mounts at the same path and may write to, "
     "or s3://bucket/prefix, with AWS_ENDPOINT_URL and credentials on every machine",
-    "room": "free some space: `airsweep cache gc` lists artifacts that no sweep needs",
     "files": "copy it to that machine, or let all machines read one shared folder",
     "gpu": "or start its Ray with --num-gpus=0",
 }
@@ -288,14 +285,6 @@ def compare_facts(
     return found
 
 
-def _room(store: ArtifactStore) -> Iterator[Finding]:
-    """Whether the disk of the store, or of this machine's copy of a bucket, is full."""
-    existing = next(path for path in (store.root, *store.root.parents) if path.exists())
-    if (free := shutil.disk_usage(existing).free) < MIN_FREE:
-        problem = f"the disk of {store.root} has {format_bytes(free)} free"
-        yield Finding("this machine", "room", problem)
-
-
 def _code(node: Mapping[str, str], driver: Mapping[str, str]) -> Iterator[str]:
     """Versions and modules that differ."""
     changed = [
@@ -334,7 +323,7 @@ def refuse_unfit_nodes(plan: Plan, location: SweepLocation, report: Report) -> N
     """
     started = time.monotonic()
     nodes = check_nodes(location.store, node_requirements(plan, location))
-    findings = [finding for found in (*nodes.values(), _room(location.store)) for finding in found]
+    findings = [finding for found in nodes.values() for finding in found]
     unfit = sum(bool(found) for found in nodes.values())
     _refuse(findings, f"{unfit} of {plural(len(nodes), 'machine')} of the cluster cannot")
     seconds = time.monotonic() - started
@@ -351,7 +340,6 @@ def refuse_unfit_machine(plan: Plan, location: SweepLocation, report: Report) ->
     with store_token(store, ()) as token:
         facts = node_facts(store.name, token, DRIVER_ANSWER, needs, needs.uses_gpus)
     findings = compare_facts("this machine", facts, facts, store.name, needs)
-    findings += _room(location.store)
     _refuse(findings, "this machine cannot")
     report("checked this machine: ok")
 

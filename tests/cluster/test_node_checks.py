@@ -121,18 +121,10 @@ def test_an_unreachable_tracker_is_refused(spec, tmp_path, command):
     assert "--tracking-uri none" in err
 
 
-def test_a_full_disk_and_a_read_only_disk_are_refused(spec, tmp_path):
+def test_a_read_only_disk_is_refused(spec, tmp_path):
     with SmallDisk(tmp_path / "disk", 1 << 20) as disk:
-
-        def check() -> subprocess.CompletedProcess[str]:
-            words = ("plan", spec, "--store", disk.place / "runs", "--check")
-            return python("-m", "orchestrator", *words, inside=disk.inside, check=False)
-
-        done = check()
-        assert done.returncode == 3
-        assert "this machine cannot run this sweep:\n  this machine: room: " in done.stderr
-        assert "airsweep cache gc" in done.stderr
         subprocess.run([*disk.inside, "mount", "-o", "remount,ro", str(disk.place)], check=True)
-        done = check()
+        words = ("plan", spec, "--store", disk.place / "runs", "--check")
+        done = python("-m", "orchestrator", *words, inside=disk.inside, check=False)
         assert done.returncode == 2
         assert f"the file system of {disk.place / 'runs'} is read-only" in done.stderr
