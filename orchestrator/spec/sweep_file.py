@@ -243,8 +243,8 @@ def only_values(grid: Mapping[str, Sequence[Any]], only: Sequence[str]) -> dict[
         key, _, text = option.partition("=")
         if key not in grid:
             raise SpecError(
-                f"{source}: {key!r} is not a key of the grid; {allowed_choices(key, grid)}"
-                f"{_only_hint(grid, key, text)}"
+                f"{source}: {key!r} is not a key of the grid; {allowed_choices(key, grid)}; --set "
+                "changes other settings"
             )
         for item in parse(f"[{text}]", source).value:
             # A plugin that is not in use may have declared the key.
@@ -258,16 +258,6 @@ def only_values(grid: Mapping[str, Sequence[Any]], only: Sequence[str]) -> dict[
                 f"{source}: the option has no value; allowed: {key}=VALUE or {key}=VALUE,VALUE"
             )
     return selected
-
-
-def _only_hint(grid: Mapping[str, Sequence[Any]], key: str, text: str) -> str:
-    """The end of the message for a key that is not in the grid."""
-    of_value = [name for name, values in grid.items() if key in map(str, values)]
-    if of_value and not text:
-        return f"; did you mean --only {of_value[0]}={key}?"
-    if text and key in (*trial_names(), *_file_schema()["properties"]):
-        return f"; --only keeps values of the grid, --set {key}={text} changes a setting"
-    return ""
 
 
 def _select(spec: SweepSpec, only: Sequence[str]) -> SweepSpec:

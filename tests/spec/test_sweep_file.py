@@ -246,14 +246,6 @@ def test_settings_of_lora_do_not_apply_to_cells_without_lora(tmp_path):
     assert from_flat(eight.flat, REFS).lora.rank == 8
 
 
-def test_one_image_per_class_is_allowed_where_lda_is_not_used(tmp_path):
-    fixed = "images_per_class: 1, auxiliary.kind: prototype"
-    assert cells_of(load(tmp_path, f"{HEAD}fixed: {{method: air, {fixed}}}"))
-    assert cells_of(load(tmp_path, f"{HEAD}fixed: {{method: fpl}}"))
-    few = "paradigm: ssl, auxiliary.k: 1"  # the labelled images are used as well
-    assert cells_of(load(tmp_path, f"{HEAD}fixed: {{method: cpl_real, {few}}}"))
-
-
 def test_a_cell_holds_every_setting_but_the_varied_seeds(tmp_path):
     (cell,) = cells_of(load(tmp_path, AIR))
     assert cell.flat.keys() == trial_keys().keys() - {"seed", "lora"}
