@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -142,14 +141,12 @@ class RunState:
     def on_prepared(self, requirement: Requirement, seconds: float, facts: dict[str, Any]) -> None:
         self._take_news()
         numbers = {name: value for name, value in facts.items() if isinstance(value, int | float)}
-        holes = json.loads(facts.get("hole_files", "[]"))
         self.event_log.append(
             "artifact_prepared",
             stage=requirement.stage,
             key=str(requirement.key),
             seconds=round(seconds, 3),
             facts=numbers,
-            **({"hole_files": holes} if holes else {}),
         )
         if isinstance(requirement.spec, FeaturesSpec) and (
             unused := unused_images(requirement.spec, self.location.store)

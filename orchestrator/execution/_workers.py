@@ -27,7 +27,7 @@ from orchestrator.store.artifacts import devices
 
 MAX_THRIFT = 2  # lacks of memory after which a shard fails
 # Of a shard: numbers of images drawn, drawn again and given up, of pairs of image and class
-# scored, and of real images encoded; seconds; files of ready images given up, as JSON.
+# scored, and of real images encoded; seconds.
 NO_COUNTS = {
     "drawn": 0,
     "redrawn": 0,
@@ -35,7 +35,6 @@ NO_COUNTS = {
     "pairs": 0,
     "encoded": 0,
     "on_device": 0.0,
-    "hole_files": "[]",
 }
 
 

@@ -51,7 +51,6 @@ class History:
     points: list[dict[str, Any]] = field(default_factory=list)  # events, of the last run
     prepared: Counter[str] = field(default_factory=Counter)  # artifacts, by stage
     images: Counter[str] = field(default_factory=Counter)  # IMAGE_COUNTS
-    hole_files: list[str] = field(default_factory=list)  # ready images that are holes
     made: dict[str, str] = field(default_factory=dict)  # MADE, of the last run
     begun: float = 0.0  # of the last run, in seconds since the epoch
     last: float | None = None  # time of the last event
@@ -121,7 +120,6 @@ class History:
                 self.prepared[event["stage"]] += 1
                 counts = event.get("facts", {}) if event["stage"] == "images" else {}
                 self.images.update({name: counts.get(name, 0) for name in IMAGE_COUNTS})
-                self.hole_files += event.get("hole_files", [])
                 if event["key"] in self.pending_artifacts:
                     self.pending_artifacts[event["key"]] -= 1
             case "sweep_ended":

@@ -171,8 +171,7 @@ def answer(data: ReportData) -> Iterator[Group]:
 def _unused_files(data: ReportData) -> list[str]:
     """Names of unused images; of unreadable ones with the reason."""
     unused = unused_by_dataset(data.ledger.features, data.location.store)
-    files = [f"{file}  {why}" for images in unused.values() for file, why in images.files.items()]
-    return [*files, *(f"{file}  synthetic" for file in data.ledger.history.hole_files)]
+    return [f"{file}  {why}" for images in unused.values() for file, why in images.files.items()]
 
 
 def _state(data: ReportData) -> str:

@@ -20,7 +20,6 @@ from orchestrator.planning.recorded import changed_folders
 from orchestrator.reporting.comparisons import Results
 from orchestrator.reporting.rows import FinishedTrial, dataset_text
 from orchestrator.spec.space import first_point_text
-from orchestrator.stages.dataset_text import names_text
 from orchestrator.store import (
     ArtifactStore,
     SweepLocation,
@@ -233,14 +232,13 @@ def _overview(location: SweepLocation) -> dict[str, Any]:
 # ---------------------------------------------------------------- status
 
 
-def holes_text(images: Mapping[str, int], files: Sequence[str]) -> str:
+def holes_text(images: Mapping[str, int]) -> str:
     """Synthetic images that no trial reads; empty if there are none.
 
-    >>> holes_text({"drawn": 14, "holes": 2}, ["cat/1.png"])
-    '2 of 16 synthetic images given up, blank or unreadable (cat/1.png)'
+    >>> holes_text({"drawn": 14, "holes": 2})
+    '2 of 16 synthetic images given up, blank or unreadable'
     """
     holes = images["holes"]
-    named = f" ({names_text(files)})" if files else ""
     total = images["drawn"] + holes
-    text = f"{holes:,} of {total:,} synthetic images given up, blank or unreadable{named}"
+    text = f"{holes:,} of {total:,} synthetic images given up, blank or unreadable"
     return text if holes else ""

@@ -174,7 +174,7 @@ def status_report(location: SweepLocation) -> dict[str, Any]:
         "trials": ledger.counts,
         "prepared": dict(history.prepared),
         "unused": {name: asdict(images) for name, images in unused.items()},
-        "holes": {**images, "files": history.hole_files} if images["holes"] else None,
+        "holes": dict(images) if images["holes"] else None,
         "waiting": _waiting(history, location) if ledger.alive else None,
         "removed": ledger.removed,
         "retried": dict(history.retried),
@@ -242,7 +242,7 @@ def status_screen(content: dict[str, Any]) -> str:
     for name, unused in content["unused"].items():
         lines.append(f"  not used  {name}: {UnusedImages(**unused)}")
     if content["holes"]:
-        lines.append(f"  not used  {holes_text(content['holes'], content['holes']['files'])}")
+        lines.append(f"  not used  {holes_text(content['holes'])}")
     if content["waiting"]:
         cells, pending = content["waiting"]["cells"], content["waiting"]["for"]
         lines.append(f"  waiting   {plural(len(cells), 'cell')}, such as {cells[0]}, for")

@@ -194,7 +194,7 @@ def unused_lines(ledger: Ledger, location: SweepLocation) -> list[str]:
     """Real and synthetic images that no trial reads: a line for each dataset, one for holes."""
     unused, history = unused_by_dataset(ledger.features, location.store), ledger.history
     lines = [f"{name}: {images}" for name, images in unused.items()]
-    return [*lines, *filter(None, [holes_text(history.images, history.hole_files)])]
+    return [*lines, *filter(None, [holes_text(history.images)])]
 
 
 def next_fact(

@@ -7,19 +7,15 @@ and a trial reads the first images of each class.
 from __future__ import annotations
 
 import io
-import json
 import time
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from air_core.captions import text_of
 from air_core.components import GENERATORS
-from air_core.datasets.class_folders import class_files
 from air_core.datasets.images import open_png
 from air_core.seal import BLANK, sealed
 from air_core.specs import GenerationSettings, Ref
@@ -63,10 +59,6 @@ class ImagesSpec(RowSpec):
     def origin(self, class_index: int, index: int, attempt: int) -> tuple[str, int]:
         """Prompt and seed of an image; empty and 0: it was not drawn."""
         return "", 0
-
-    def files(self, class_index: int) -> Sequence[Path] | None:
-        """Ready images of a class; None: images are drawn."""
-        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,14 +138,6 @@ class FolderImages(ImagesSpec):
         worker.check_ready_images(self.model)
         return generator
 
-    def files(self, class_index: int) -> Sequence[Path]:
-        return _ready_files(self.model.name, self.classnames[class_index])
-
-
-@cache
-def _ready_files(generator: str, classname: str) -> Sequence[Path]:
-    return class_files(images_folder(generator), [classname])[classname]
-
 
 @dataclass(frozen=True)
 class Drawn:
@@ -177,29 +161,9 @@ def draw_block(
     pixels, attempts, ok = draw(generator, classname, indices)
     on_device = time.monotonic() - started
     drawn = Drawn([Image.fromarray(image) for image in pixels.numpy()], attempts, ok)
+    counts = {"drawn": sum(ok), "holes": len(ok) - sum(ok)}
     redrawn = sum(attempt > 0 for attempt in attempts)
-    counts = block_counts(spec, class_index, block, ok)
     return drawn, {**counts, "redrawn": redrawn, "on_device": on_device}
-
-
-def block_counts(
-    spec: ImagesSpec, class_index: int, block: int, ok: Sequence[bool]
-) -> dict[str, Any]:
-    """Numbers of images and holes of a block.
-
-    Args:
-        ok: whether an image is not a hole.
-
-    Returns:
-        `drawn`, `holes`, and of ready images `hole_files`, `<class folder>/<file>`, as JSON.
-    """
-    files = spec.files(class_index)
-    if files is None:
-        return {"drawn": sum(ok), "holes": len(ok) - sum(ok)}
-    # The last block can extend beyond the files.
-    holes = [file for file, whole in zip(files[block * len(ok) :], ok, strict=False) if not whole]
-    names = [f"{file.parent.name}/{file.name}" for file in holes]
-    return {"drawn": sum(ok), "holes": len(holes), "hole_files": json.dumps(names)}
 
 
 def _indices(spec: ImagesSpec, block: int) -> list[int]:

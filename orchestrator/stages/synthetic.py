@@ -98,9 +98,8 @@ def build(
     sweeps; the second finds the block in the store.
 
     Returns:
-        Numbers of drawn images, redrawn images and holes, all 0 if the store had the images; the
-        seconds of drawing and encoding on the device; and, as JSON, the files of ready images
-        that became holes.
+        Numbers of drawn images, redrawn images and holes, all 0 if the store had the images, and
+        the seconds of drawing and encoding on the device.
 
     Raises:
         RuntimeError: the block has killed the last processes that drew it.

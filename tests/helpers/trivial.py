@@ -156,7 +156,7 @@ class Made(NamedTuple):
 
 FACTS: dict[str, Any] = {
     **dict.fromkeys(("redrawn", "holes", "pairs", "encoded"), 0),
-    **{"drawn": 1, "startup": 0.0, "on_device": 0.0, "hole_files": "[]"},
+    **{"drawn": 1, "startup": 0.0, "on_device": 0.0},
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event, Semaphore
@@ -163,17 +162,3 @@ def test_features_record_the_files_that_no_trial_reads(store, tmp_path):
     assert str(found) == (
         "1 unreadable (dog/07.png); skipped: 2 .mov, 1 beside class folders, 1 in subfolders"
     )
-
-
-def test_ready_images_that_become_holes_are_named(store, tmp_path):
-    ready = tmp_path / "ready"
-    for i in range(3):
-        draw(ready / "cat" / f"{i}.png")
-    (ready / "cat" / "1.png").write_bytes(b"")
-    spec = row_of(str(ready))
-    made = [
-        build_image_block(spec, 0, block, WorkerContext(store), lambda: generator_of(spec))
-        for block in (0, 1)  # the second ends after the last file
-    ]
-    assert [counts["holes"] for counts in made] == [1, 0]
-    assert [json.loads(counts["hole_files"]) for counts in made] == [["cat/1.png"], []]
