@@ -111,7 +111,7 @@ class Publisher:
         if self.kind != "http" or not reach:
             return
         try:
-            make_tracker(self.uri, store=self.store.root, project=self.sweep_run.project).check()
+            make_tracker(self.uri, store=self.store.root, project=self.location.project).check()
         except TrackerUnreachable as error:
             raise TrackerUnreachable(
                 f"{error}; start it, give another --tracking-uri, or run with --tracking-uri none: "

@@ -321,12 +321,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
 
 
 def test_an_outage_gives_one_warning_and_the_rest_is_sent_afterwards(
-    ended, sweep, server, tmp_path, caplog
+    ended, sweep, server, tmp_path, caplog, monkeypatch
 ):
     location, trouble = copy_of(ended, tmp_path), []
     done = outcomes(sweep, location)
     with failing_server(server.url, trouble) as url:
         driver = Publisher(about(sweep), location, url)
+        driver.check(reach=True)
+        monkeypatch.setenv("AIRSWEEP_COMMIT", "0123abc")  # as the driver after its checks
+        assert driver.sweep_run.commit == "0123abc"
         driver.trial(done[0], time.time())
         driver._call(driver._send_queue)
         trouble.append("away")
