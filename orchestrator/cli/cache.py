@@ -159,13 +159,12 @@ def cache_gc(
 
     airsweep cache gc --sweep old_question --yes
     """
-    from orchestrator.planning.recorded import all_requirements, refuse_running
+    from orchestrator.planning.recorded import all_requirements
     from orchestrator.store import open_store
     from orchestrator.store.gc import NOT_REMOVED, contents, removable, remove
 
     opened = open_store(store)
     name = location_named(sweep, store).full_name if sweep else None
-    refuse_running(opened)
     with opened.locks.exclusive_store():  # no sweep may start before the removal is complete
         requirements = all_requirements(opened)
         found = removable(contents(opened), requirements, name)

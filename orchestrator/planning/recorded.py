@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 
 from air_core.datasets.unlabelled import LABELS
 from air_core.models.weights import local_path
-from orchestrator.errors import StoreRefused
 from orchestrator.formatting import relative_path
 from orchestrator.planning.history import read_history
 from orchestrator.planning.ledger import Ledger, read_ledger
@@ -42,24 +41,6 @@ def changed_folders(ledger: Ledger, location: SweepLocation) -> Iterator[str]:
         except (ValueError, OSError):  # the folder has no images any more
             pass
         yield f"{what} has changed since this run{counts}: `{run_command(location)}` uses it"
-
-
-def refuse_running(store: ArtifactStore) -> None:
-    """Refuse to remove anything while a sweep runs.
-
-    Raises:
-        StoreRefused: sweeps of the store are running; the message names them.
-    """
-    running = [
-        location.full_name
-        for location in recorded_locations(store)
-        if location.event_log().is_locked()
-    ]
-    if running:
-        verb, them = ("runs", "it") if len(running) == 1 else ("run", "them")
-        raise StoreRefused(
-            f"{', '.join(running)} {verb} in {store.root} now; wait for {them}, or stop {them}"
-        )
 
 
 def all_requirements(store: ArtifactStore) -> StoreRequirements:
