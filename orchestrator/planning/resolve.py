@@ -81,7 +81,6 @@ class Resolver(Contents):
         self._weights: dict[str, Ref] = {}  # by role and name
         self._code: dict[str, str] = {}
         self._pool_sizes: dict[str, int] = {}  # by `_split_name`
-        self._drawing: dict[str, dict[str, Any]] = {}  # by generator
         self._labels: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # labels, parts by dataset
         self._smallest: dict[str, tuple[int, str]] = {}  # class of the fewest images, by folder
 
@@ -239,16 +238,12 @@ class Resolver(Contents):
 
     def model_defaults(self, role: str, name: str) -> dict[str, Any]:
         """Defaults of settings that the files of a model determine, by trial key."""
-        if role != "generator":
+        if role != "generator" or name.startswith("folder:"):
             return {}
-        if name not in self._drawing and not name.startswith("folder:"):
-            with suppress(ValueError):  # `trial` explains what is wrong with the folder
-                folder = generator_folder(located_weights(name, self.folders))
-                self._drawing[name] = {
-                    f"generation.{setting}": value
-                    for setting, value in drawing_defaults(folder).items()
-                }
-        return self._drawing.get(name, {})
+        with suppress(ValueError):  # `trial` explains what is wrong with the folder
+            found = drawing_defaults(generator_folder(located_weights(name, self.folders)))
+            return {f"generation.{setting}": value for setting, value in found.items()}
+        return {}
 
     def weights(self, role: str, name: str) -> Ref:
         """Resolve a backbone or generator, once for each name.

@@ -8,6 +8,7 @@ values. It does not depend on the sweep format.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -155,17 +156,10 @@ def document_of(content: Mapping[str, Any]) -> Document:
         SpecError: a value is not plain data.
     """
     try:
-        text = yaml.safe_dump(_plain_lists(dict(content)), sort_keys=False, allow_unicode=True)
-    except yaml.YAMLError as problem:
+        plain = json.loads(json.dumps(dict(content)))  # with lists for tuples, which YAML lacks
+    except (TypeError, ValueError) as problem:
         raise SpecError(f"the sweep has a value that is not plain data: {problem}") from None
-    return parse(text, DICT)
-
-
-def _plain_lists(value: Any) -> Any:
-    """Tuples as lists, which YAML has."""
-    if isinstance(value, Mapping):
-        return {key: _plain_lists(item) for key, item in value.items()}
-    return [_plain_lists(item) for item in value] if isinstance(value, list | tuple) else value
+    return parse(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), DICT)
 
 
 def parse(text: str, source: str) -> Document:

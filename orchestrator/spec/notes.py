@@ -33,7 +33,7 @@ def _notes(spec: SweepSpec) -> Iterator[str]:
     cells, skipped = cells_of(spec), [cell for cell in of_grid if not is_defined(cell)]
     if skipped:
         names = sorted({cell.method for cell in skipped})
-        yield f"{_list_text(names)}: no cells with paradigm ul, which has no labelled images"
+        yield f"{', '.join(names)}: no cells with paradigm ul, which has no labelled images"
     if len(cells) < (total := len(every) - len(skipped)):
         yield f"{total} combinations of the grid are {len(cells)} different cells"
     if spec.is_smoke:
@@ -59,7 +59,7 @@ def _notes(spec: SweepSpec) -> Iterator[str]:
         names = [n for n in {c.method: None for c in cells} if (n, key) not in searched]
         if names:
             why = "pinned, without effect, or a bound"
-            yield f"search.space.{key} is not searched with {_list_text(names)}: {why}"
+            yield f"search.space.{key} is not searched with {', '.join(names)}: {why}"
 
 
 def _key_notes(place: str, key: str, methods: Sequence[str], is_used: bool) -> Iterator[str]:
@@ -68,7 +68,7 @@ def _key_notes(place: str, key: str, methods: Sequence[str], is_used: bool) -> I
     pins = {name: METHODS[name].pins[key] for name in methods if key in METHODS[name].pins}
     surprising = list(pins) if len(pins) == len(methods) else [name for name in pins if pins[name]]
     if surprising:
-        yield f"{place} does not apply to {_list_text(surprising)}: the method pins it"
+        yield f"{place} does not apply to {', '.join(surprising)}: the method pins it"
     elif not is_used:
         yield f"{place}: no cell uses it; {UNUSED}"
 
@@ -98,8 +98,3 @@ def _is_used(cells: Sequence[Cell], key: str, value: Any) -> bool:
         for cell in cells
         if key in cell.flat
     )
-
-
-def _list_text(names: list[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

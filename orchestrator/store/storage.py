@@ -71,13 +71,11 @@ class Folder:
         return path.is_file()
 
     def get(self, path: Path) -> bytes | None:
-        """Content of a file; None: it does not exist. A folder has none."""
+        """Content of a file; None: it does not exist."""
         try:
             return path.read_bytes()
         except FileNotFoundError:
             return None
-        except IsADirectoryError:
-            return b""
 
     def put(self, path: Path, content: bytes) -> None:
         """Write a small file atomically and durably, for all machines."""

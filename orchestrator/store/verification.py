@@ -29,10 +29,7 @@ def read_record(file: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: it does not exist.
     """
-    try:
-        return parse_record(file.read_bytes(), file)
-    except IsADirectoryError:
-        raise DamagedArtifact(file.parent, f"{file.name} is a folder") from None
+    return parse_record(file.read_bytes(), file)
 
 
 def parse_record(data: bytes, file: Path) -> dict[str, Any]:
@@ -91,8 +88,6 @@ def verify_files(
             found = file_digest(file)
         except FileNotFoundError:
             raise DamagedArtifact(folder, f"{name} is missing") from None
-        except IsADirectoryError:
-            raise DamagedArtifact(folder, f"{name} is a folder") from None
         if found != digest:
             raise DamagedArtifact(folder, f"{name} does not match its digest in the record")
         _verified[file, digest] = stamp

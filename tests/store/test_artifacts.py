@@ -115,14 +115,9 @@ def test_a_damaged_artifact_is_refused_and_can_be_set_aside(store):
     assert store.get_or_build(SPEC, numbers).record["info"] == {"count": 3}
 
 
-@pytest.mark.parametrize("content", [b"[]", b"\xff\xfe", b"[" * 100_000, None], ids=range(4))
+@pytest.mark.parametrize("content", [b"[]", b"\xff\xfe", b"[" * 100_000], ids=range(3))
 def test_an_invalid_record_is_reported_as_damage(store, content):
-    record = store.get_or_build(SPEC, numbers).path / "record.json"
-    record.unlink()
-    record.mkdir() if content is None else record.write_bytes(content)
-    if content is None:  # a folder is no record, so the artifact does not exist
-        assert not store.has(SPEC)
-        return
+    (store.get_or_build(SPEC, numbers).path / "record.json").write_bytes(content)
     with pytest.raises(DamagedArtifact, match=r"record\.json"):
         store.get(SPEC)
 
