@@ -418,7 +418,7 @@ def predictions(
     if the dataset has files and is on this machine.
 
     Args:
-        trial: value of `key` or `trial` in `results`.
+        trial: value of `key` in `results`, or its first digits.
         store, data_root: as for `plan`.
 
     Raises:

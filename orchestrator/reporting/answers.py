@@ -13,7 +13,7 @@ from air_core.methods import METHODS
 from orchestrator.formatting import format_percent, plural
 from orchestrator.reporting._statistics import Verdict
 from orchestrator.reporting.comparisons import BEST, MARKS, Comparison, Results, compared
-from orchestrator.reporting.notes import UNTESTED, at_chance_notes
+from orchestrator.reporting.notes import UNTESTED, at_chance_notes, best_texts
 from orchestrator.reporting.rows import (
     MODALITY,
     Row,
@@ -29,19 +29,13 @@ ANSWERS: dict[Verdict, str] = {
     "not significant": "cannot be told",
     "not tested": "cannot be told",
 }
-MAX_HEADLINES = 3
 MAX_VALUES = 3  # of a setting, with an answer each
 
 
 def headlines(results: Results) -> list[str]:
-    """A warning of chance; for each of the first tasks the best classifier."""
-    lines = at_chance_notes(results)
-    for task in results.tasks[:MAX_HEADLINES]:
-        best = results.best_classifiers.get(task)
-        text = f"{task_text(task)}. " + (f"Best classifier: {BEST}{best}. " if best else "")
-        untested = not any(row.is_tested for row in results.rows if row.task == task)
-        lines.append((text + UNTESTED * untested).strip())
-    return lines
+    """A warning of chance, the best classifiers, and whether images are labelled for test."""
+    bests = [f"Best classifier: {BEST}{text}." for text in best_texts(results)]
+    return [*at_chance_notes(results), *bests, *([] if results.tested else [UNTESTED])]
 
 
 def answers(results: Results, most: int | None = None, rest: str = "") -> list[str]:

@@ -29,7 +29,6 @@ from air_core.datasets import get_dataset
 from air_core.paradigms import seen_unseen
 from air_core.specs import Ref
 from air_core.specs.conditions import has_context
-from orchestrator.errors import MissingArtifact
 from orchestrator.keys import artifact_key
 from orchestrator.planning import Resolver, refs_of
 from orchestrator.planning.resolve import spec_json
@@ -66,8 +65,8 @@ def export(
         onnx: whether to write `model.onnx`.
 
     Raises:
-        ValueError: a package for ONNX is missing, the trial does not have the selected classifier,
-            an input has changed, or the folder is not empty.
+        ValueError: a package for ONNX or the features of the trial are missing, the trial does not
+            have the selected classifier, an input has changed, or the folder is not empty.
         PredictionsDifferError: a classifier does not reproduce the recorded predictions.
     """
     from air_core.bundle.classifier import Bundle
@@ -92,7 +91,7 @@ def export(
             f"{trial.slot or record.path.name} has no {trial.classifier} classifier to export; it "
             f"has: {', '.join(recorded)}"
         )
-    tested = _tested_text(spec, store, resolver)
+    tested = _tested_text(spec, store)
     cautions = _cautions(trial, recorded, len(tested.classnames))
     selected = trial.classifier or record.default_classifier()
     for line in filter(None, [cautions.get(selected), *trial.lines]):
@@ -177,18 +176,15 @@ def _cautions(
     return {name: text for name, text in cautions.items() if text}
 
 
-def _tested_text(spec: TrialSpec, store: ArtifactStore, resolver: Resolver) -> DatasetText:
-    """The class names and template that the trial was tested with.
-
-    They come from the record of the features or, if they are missing, from the unchanged dataset.
-    """
-    recorded = recorded_text(spec.test_features or spec.features, store)
-    if recorded is not None:
-        return recorded
-    ref = spec.test_dataset or spec.dataset
-    dataset = get_dataset(ref.name)
-    _check_unchanged(ref, resolver.dataset(dataset))
-    return DatasetText(dataset.classnames, dataset.template)
+def _tested_text(spec: TrialSpec, store: ArtifactStore) -> DatasetText:
+    """The class names and template that the trial was tested with."""
+    text = recorded_text(spec.test_features or spec.features, store)
+    if text is None:
+        raise ValueError(
+            "the store lacks the features of the trial, with which a bundle is compared; run its "
+            "sweep again, then export it"
+        )
+    return text
 
 
 def _check_unchanged(recorded: Ref, current: Ref) -> None:
@@ -249,15 +245,7 @@ def _check_predictions(
         return load_file(store.get(features).path / "features.safetensors")["features"][rows]
 
     tokens = spec.test_tokens if spec.test_dataset else spec.tokens
-    try:
-        batch = Batch(
-            encoded(spec.test_features or spec.features), encoded(tokens) if tokens else None
-        )
-    except MissingArtifact as missing:
-        report_line(
-            f"note:     predictions not compared with the record of the trial, because {missing}"
-        )
-        return
+    batch = Batch(encoded(spec.test_features or spec.features), encoded(tokens) if tokens else None)
     for name, predictions in recorded.items():
         found = bundle.logits_of(batch, name).argmax(dim=-1).numpy()
         if different := int((found != predictions).sum()):

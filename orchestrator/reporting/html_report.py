@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +37,7 @@ from orchestrator.reporting.tables import (
     points_layouts,
     table_layout,
 )
-from orchestrator.stages.dataset_text import image_files, unused_by_dataset
+from orchestrator.stages.dataset_text import image_files
 from orchestrator.store import SweepLocation, read_outcome, read_trial
 
 if TYPE_CHECKING:
@@ -86,8 +86,8 @@ def page(ledger: Ledger, location: SweepLocation, results: Results) -> str:
         description=_description(data),
         question=re.split(r"\n\s*\n", ledger.about.question.strip()),
         sections={name: of_section for name, of_section in groups.items() if of_section},
-        is_wide=_is_wide,
-        footer=f"airsweep {_version()}, sweep {location.full_name}, {len(results.trials)} results.",
+        footer=f"airsweep {version('airsweep')}, sweep {location.full_name}, "
+        f"{len(results.trials)} results.",
     )
     return text + "\n"
 
@@ -100,19 +100,6 @@ def _description(data: ReportData) -> str:
     return (
         f"{data_text(data.ledger)}; {methods}, {plural(data.ledger.total, 'trial')}{runs}{options}"
     )
-
-
-def _is_wide(table: Layout) -> bool:
-    """Whether a table is wider than a phone: 7 px a character and 12 px a column."""
-    widths = (max(map(len, (name, *cells))) for name, cells in table.columns.items())
-    return sum(7 * min(width, 40) + 12 for width in widths) > 390
-
-
-def _version() -> str:
-    try:
-        return version("airsweep")
-    except PackageNotFoundError:  # a checkout on PYTHONPATH without installation
-        return "(not installed)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,16 +149,8 @@ def answer(data: ReportData) -> Iterator[Group]:
         _state(data),
         *(f"Not used: {line}." for line in unused),
     ]
-    files = "\n".join(_unused_files(data))
-    details = [("Images that were not used", files)] if files else []
-    yield Group(texts=texts, figures=figures, details=details)
+    yield Group(texts=texts, figures=figures)
     yield from unlabelled(data)
-
-
-def _unused_files(data: ReportData) -> list[str]:
-    """Names of unused images; of unreadable ones with the reason."""
-    unused = unused_by_dataset(data.ledger.features, data.location.store)
-    return [f"{file}  {why}" for images in unused.values() for file, why in images.files.items()]
 
 
 def _state(data: ReportData) -> str:

@@ -26,7 +26,6 @@ from orchestrator.store import (
     SweepLocation,
     TrialRecord,
     read_trial,
-    recorded_locations,
 )
 
 BEST = "best"
@@ -164,21 +163,29 @@ def _no_candidates(location: SweepLocation, only: Sequence[str], every: Sequence
 def named_trial(
     name: str, store: ArtifactStore, location: SweepLocation | None = None
 ) -> SelectedTrial:
-    """Find a trial by its slot, its key or the first digits of its key, and read its record.
+    """Find a trial by its key, the first digits of it or its slot, and read its record.
 
     Args:
-        location: the sweep that the trial must be part of. None: any sweep.
+        location: the sweep that the trial must be part of. None: any sweep; then by key only.
 
     Raises:
         ValueError: no trial or several trials match, the trial is not part of the sweep, or another
             version of the code computed it.
     """
     slots = {} if location is None else _finished_slots(location)
-    record = read_trial(_key_of(_record_of(slots.get(name, name), store)), store)
+    key = slots.get(name, name)
+    found = store.find_by_digest(TrialSpec, key) if len(key) >= MIN_DIGITS else []
+    if len(found) != 1:
+        raise ValueError(
+            f"{len(found) or 'no'} trial keys in {store.name} start with {name!r}; give at least "
+            f"{MIN_DIGITS} digits of a key, or a slot CELL/POINT/SEEDS and its sweep; "
+            "`airsweep logs NAME` shows both"
+        )
+    record = read_trial(_key_of(found[0]), store)
     spec = trial_spec(record)
     if location is None:
         return SelectedTrial(spec, record, None, None)
-    matches = [slot for slot, key in slots.items() if key == record.key]
+    matches = [slot for slot, digest in slots.items() if digest == record.key]
     if not matches:
         raise ValueError(
             f"{record.path.name} is not a finished trial of the sweep {location.full_name}; omit "
@@ -191,47 +198,6 @@ def named_trial(
 def _key_of(record: dict[str, Any]) -> ArtifactKey:
     stage, recipe, folder = record["key"].split("/")
     return ArtifactKey(stage, int(recipe[1:]), record["digest"], folder.rpartition("-")[0])
-
-
-def _record_of(name: str, store: ArtifactStore) -> dict[str, Any]:
-    """The record of a trial in the store.
-
-    Raises:
-        ValueError: no trial or several trials match.
-    """
-    key = _key_of_slot(name, store) if "/" in name else name
-    records = store.find_by_digest(TrialSpec, key) if key and len(key) >= MIN_DIGITS else []
-    if len(records) > 1:
-        raise ValueError(
-            f"the keys of several trials in {store.name} start with {name!r}; give more digits"
-        )
-    if records:
-        return records[0]
-    if "/" in name:
-        raise ValueError(
-            f"no slot {name!r} has a finished trial in {store.name}; a slot is CELL/POINT/SEEDS, "
-            "as in the event log and the tag air.slot"
-        )
-    raise ValueError(
-        f"no trial key in {store.name} starts with {name!r}; give at least {MIN_DIGITS} digits of "
-        "a key, or a slot CELL/POINT/SEEDS; `airsweep logs NAME` shows both"
-    )
-
-
-def _key_of_slot(slot: str, store: ArtifactStore) -> str | None:
-    """The last key of a slot; None if no sweep has finished it.
-
-    Raises:
-        ValueError: sweeps of the store have different trials in this slot.
-    """
-    slots = {each.full_name: _finished_slots(each) for each in recorded_locations(store)}
-    keys = {sweep: finished[slot] for sweep, finished in slots.items() if slot in finished}
-    if len(set(keys.values())) > 1:
-        found = ", ".join(f"{key[:12]} of {sweep}" for sweep, key in keys.items())
-        raise ValueError(
-            f"several sweeps have other trials in the slot {slot!r}; give a key: {found}"
-        )
-    return next(iter(keys.values()), None)
 
 
 def _finished_slots(location: SweepLocation) -> dict[str, str]:

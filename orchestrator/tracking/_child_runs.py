@@ -146,7 +146,6 @@ class ChildRuns:
             },
             params=params,
             numbers=lambda: _numbers(done),
-            note=self._note(done),
             started=min(started for started, _ in times),
             ended=max(ended for _, ended in times),
         )
@@ -164,17 +163,6 @@ class ChildRuns:
             for key, value in values.items()
             if value is not None or key in self._varied
         }
-
-    def _note(self, done: Sequence[Finished]) -> str:
-        computed = len({slot.key.digest for slot, _ in done})
-        text = f"Mean over {len(done)} of {self._planned} runs"
-        if computed < len(done):
-            text += f"; {computed} computed, since the other seeds give the same trial"
-        query = (
-            f"tags.`air.kind` = 'trial' and tags.`air.sweep` = '{self.parent.sweep}' "
-            f"and tags.`air.point` = '{point_id(done[0][0])}'"
-        )
-        return f"{text}. To find its trials, search for\n\n    {query}"
 
     def _lineage(
         self, slot: Slot, record: TrialRecord | None, driver: Mapping[str, Any]

@@ -57,10 +57,8 @@ from orchestrator.tracking.database import (
     EXPERIMENT_TAGS,
     artifact_location,
     check_database,
-    page_of,
 )
 from orchestrator.tracking.types import ChildRun, Status, SweepRun
-from orchestrator.tracking_uri import DATABASE
 
 log = logging.getLogger(__name__)
 
@@ -130,15 +128,6 @@ class MlflowTracker:
             tracker = SweepTracker(self, client, experiment, sweep, run)
             tracker.begin(live)
             return tracker
-
-    def url(self, page: str) -> str:
-        """The URL of an MLflow page, or the command that serves it."""
-        if self.database is None:
-            return f"{self.address.rstrip('/')}/{page}"
-        folder = self.database.parent
-        if self.database.name == DATABASE:
-            return f"`airsweep ui --store {folder}`, then http://127.0.0.1:5000/{page}"
-        return f"`mlflow ui --backend-store-uri {self._uri}`, then http://127.0.0.1:5000/{page}"
 
     def _connect(self) -> MlflowClient:
         if self.database is None:
@@ -279,9 +268,6 @@ class SweepTracker:
                 self.client.set_terminated(self.run.run_id, status)
                 self.run.status = status
 
-    def url(self) -> str:
-        return self.mlflow.url(page_of(self.experiment, self.run.run_id))
-
     def _tag_sweep(self, tags: Mapping[str, str], metrics: Mapping[str, float] = {}) -> None:
         changed = {k: v for k, v in valid_tags(tags).items() if self.run.tags.get(k) != v}
         values = {k: v for k, v in metrics.items() if self.run.metrics.get(k) != v}
@@ -345,7 +331,6 @@ class SweepTracker:
         tags = {
             "air.sweep": self.sweep.sweep,
             MLFLOW_RUN_NAME: run.name,
-            MLFLOW_RUN_NOTE: run.note,
         }
         return tags | self._system_tags() | valid_tags(computed_by)
 

@@ -66,7 +66,6 @@ class ChildRun:
     tags: Mapping[str, str] = field(default_factory=dict)
     params: Mapping[str, str] = field(default_factory=dict)
     numbers: Callable[[], Numbers] = Numbers
-    note: str = ""  # Markdown
     started: int
     ended: int
     files: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)

@@ -186,11 +186,10 @@ def test_functions_return_what_commands_print(spec, finished):
 def test_results_are_read_further_from_python(finished, tmp_path):
     done, store = finished.outcome, finished.outcome.store
     trials = api.results(done).set_index("trial")
-    for name in (trials.index[2], trials["key"].iloc[2]):
-        predicted = api.predictions(name, store=store)
-        assert predicted["prediction"].isin(predicted["label"].unique()).all()
-        correct = (predicted["prediction"] == predicted["label"]).mean()
-        assert correct == pytest.approx(trials["test/accuracy"].iloc[2])
+    predicted = api.predictions(trials["key"].iloc[2], store=store)
+    assert predicted["prediction"].isin(predicted["label"].unique()).all()
+    correct = (predicted["prediction"] == predicted["label"]).mean()
+    assert correct == pytest.approx(trials["test/accuracy"].iloc[2])
     assert len(predicted) == 540 == predicted["image"].nunique()
 
     assert api.table(done).equals(api.table("small", store=store))

@@ -211,8 +211,8 @@ def test_an_export_says_what_it_compared(location, command, tmp_path):
     assert expected in command(*words)[2]
     shutil.rmtree(store.get(slot.spec.features).path)
     code, _, err = command(*words, "--force")
-    assert code == 0
-    assert "predictions not compared with the record of the trial, because features/v" in err
+    assert code == 2
+    assert "the store lacks the features of the trial" in err
 
 
 def test_a_prompt_with_other_predictions_is_not_exported(location, command, tmp_path):

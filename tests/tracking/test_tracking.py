@@ -93,7 +93,6 @@ def a_setting(
         "name": "digits-ul-text-air",
         "tags": {"air.dataset": "digits", "air.method": "air", "air.runs": f"{len(seeds)} of 3"},
         "params": {"images_per_class": "25"},
-        "note": "Its trials.",
         "numbers": numbers,
         "started": 1_700_000_000_001,
         "ended": 1_700_000_009_000 + max(seeds),
