@@ -311,21 +311,18 @@ def _restored_process() -> Iterator[None]:
 # ---------------------------------------------------------------- results
 
 
-def status(
-    name: str | Outcome, *, store: str | Path | None = None, smoke: bool = False
-) -> dict[str, Any]:
+def status(name: str | Outcome, *, store: str | Path | None = None) -> dict[str, Any]:
     """Return the progress of a sweep, read from its event log: the JSON of `airsweep status`.
 
     Args:
         name, store: as for `results`.
-        smoke: read the smoke run, in `<store>-smoke`.
 
     Raises:
         ValueError: the store has no such sweep.
     """
     from orchestrator.reporting import screens
 
-    return screens.status_report(location_named(name, results_store(store, smoke)))
+    return screens.status_report(location_named(name, store))
 
 
 def logs(name: str | Outcome, *, store: str | Path | None = None) -> list[dict[str, Any]]:
@@ -368,17 +365,16 @@ def table(
     name: str | Outcome,
     *,
     store: str | Path | None = None,
-    smoke: bool = False,
 ) -> DataFrame:
     """Return the rows of `airsweep table`: mean, std and interval of each setting over its seeds,
     and its gains over host and control with interval, p value and marks.
 
-    Arguments and exceptions are those of `results` and `status`.
+    Arguments and exceptions are those of `results`.
     """
     from orchestrator.reporting import results_of
     from orchestrator.reporting.tables import gains_frame
 
-    ledger, location = recorded_sweep(name, results_store(store, smoke))
+    ledger, location = recorded_sweep(name, store)
     return gains_frame(results_of(ledger, location.store))
 
 
@@ -448,14 +444,12 @@ def report(
     output: str | Path,
     *,
     store: str | Path | None = None,
-    smoke: bool = False,
 ) -> Path:
     """Write the report of a sweep, as one self-contained HTML file.
 
     Args:
         name, store: as for `results`.
         output: the file to write.
-        smoke: as for `status`.
 
     Returns:
         Path of the file.
@@ -463,7 +457,7 @@ def report(
     Raises:
         ValueError: the store has no such sweep, or the folder of `output` does not exist.
     """
-    return write_report(*recorded_sweep(name, results_store(store, smoke)), output)
+    return write_report(*recorded_sweep(name, store), output)
 
 
 def write_report(ledger: Ledger, location: SweepLocation, output: str | Path) -> Path:
@@ -700,13 +694,6 @@ def location_named(name: str | Outcome, store: str | Path | None) -> SweepLocati
     if isinstance(name, Outcome):
         return name.location
     return requests.location_named(name, _store(store))
-
-
-def results_store(store: str | Path | None, smoke: bool) -> str | Path:
-    """Return the address of a store, or of its smoke store."""
-    from orchestrator.store import smoke_store
-
-    return smoke_store(_store(store)) if smoke else _store(store)
 
 
 def location_for(

@@ -118,7 +118,7 @@ def test_unlabelled_images_run_from_init_to_the_report(photos, ray_session):
     assert "No image is labelled for test" in " ".join(screen.stdout.split())
     assert "accuracy  " not in screen.stdout
     assert "Warning" not in screen.stderr
-    rows = json.loads(airsweep("table", "mine", "--smoke", "--format", "json").stdout)
+    rows = json.loads(airsweep("table", "mine", "--store", "runs-smoke", "--format", "json").stdout)
     assert [(row["method"], row["n_test"], row["mean"]) for row in rows] == [
         ("zero_shot", 0, None),
         ("air", 0, None),
@@ -130,9 +130,9 @@ def test_unlabelled_images_run_from_init_to_the_report(photos, ray_session):
     for stage in ("lora", "images"):
         [pace] = [each for name, each in history.items() if name.startswith(f"{stage}: ")]
         assert min(pace) > 0
-    airsweep("report", "mine", "--smoke", "-o", "report.html")
+    airsweep("report", "mine", "--store", "runs-smoke", "-o", "report.html")
     assert "; 36 images, of " in Path("report.html").read_text()
-    airsweep("status", "mine", "--smoke")
+    airsweep("status", "mine", "--store", "runs-smoke")
     airsweep("list", "--store", "runs-smoke")
     drawn = airsweep("sample", "mine", "--store", "runs-smoke", "-n", "9")
     assert "spread over the predictions of zero-shot tiny" in drawn.stdout
@@ -143,6 +143,6 @@ def test_unlabelled_images_run_from_init_to_the_report(photos, ray_session):
     (photos / "labels.csv").write_text("\n".join(filled_in))
     screen = airsweep(*words)
     assert "accuracy" in screen.stdout
-    rows = json.loads(airsweep("table", "mine", "--smoke", "--format", "json").stdout)
+    rows = json.loads(airsweep("table", "mine", "--store", "runs-smoke", "--format", "json").stdout)
     assert [row["n_test"] for row in rows] == [6, 6]
     assert all(0 <= row["mean"] <= 1 for row in rows)

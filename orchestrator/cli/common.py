@@ -15,7 +15,6 @@ from orchestrator.api import STORE as STORE  # typer reads defaults at import
 from orchestrator.api import location_for as location_for
 from orchestrator.api import location_named as location_named
 from orchestrator.api import recorded_sweep as recorded_sweep
-from orchestrator.api import results_store as results_store
 from orchestrator.formatting import show
 
 if TYPE_CHECKING:
@@ -32,21 +31,10 @@ SPEC_HELP = "Sweep file, or the bare name of one below ./sweeps, in . or shipped
 SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help=SPEC_HELP)]
 
 
-def _recorded_names(context: typer.Context, incomplete: str) -> list[str]:
-    """Names of recorded sweeps, for the completion of a shell."""
-    from orchestrator.store import open_store
-
-    sweeps = open_store(context.params.get("store") or STORE).sweeps()
-    return [name for _, name in sweeps if name.startswith(incomplete)]
-
-
-_NAME = typer.Argument(
-    metavar="NAME",
-    help="Recorded sweep: NAME, PROJECT/NAME or its sweep file.",
-    autocompletion=_recorded_names,
-)
-NameArgument = Annotated[str, _NAME]
-OptionalNameArgument = Annotated[str | None, _NAME]
+NameArgument = Annotated[
+    str,
+    typer.Argument(metavar="NAME", help="Recorded sweep: NAME, PROJECT/NAME or its sweep file."),
+]
 StoreOption = Annotated[
     str,
     typer.Option(
@@ -77,9 +65,6 @@ SmokeOption = Annotated[
         help="Reduce every cell to one seed and iteration with 8 images, and a search to two "
         "points, in <store>-smoke.",
     ),
-]
-SmokeResultsOption = Annotated[
-    bool, typer.Option("--smoke", help="Read the smoke run, in <store>-smoke.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]

@@ -15,14 +15,11 @@ from orchestrator.cli.common import (
     STORE,
     JsonOption,
     NameArgument,
-    OptionalNameArgument,
-    SmokeResultsOption,
     StoreOption,
     fail,
     location_named,
     note_options,
     recorded_sweep,
-    results_store,
 )
 from orchestrator.formatting import (
     aligned,
@@ -79,24 +76,16 @@ def _listed(sweep: dict[str, Any]) -> tuple[str, ...]:
 
 
 @app.command(rich_help_panel=LOOK)
-def status(
-    name: OptionalNameArgument = None,
-    store: StoreOption = STORE,
-    smoke: SmokeResultsOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Show the progress of a sweep: trials by state, failures, and time. Without NAME: all sweeps.
+def status(name: NameArgument, store: StoreOption = STORE, as_json: JsonOption = False) -> None:
+    """Show the progress of a sweep: trials by state, failures, and time.
 
     airsweep status quickstart
 
-    airsweep status quickstart --smoke --json
+    airsweep status quickstart --json
     """
     from orchestrator.reporting import screens
 
-    if name is None:
-        list_sweeps(str(results_store(store, smoke)), as_json)
-        return
-    status = screens.status_report(location_named(name, results_store(store, smoke)))
+    status = screens.status_report(location_named(name, store))
     show(json.dumps(status, indent=1) if as_json else screens.status_screen(status))
 
 
@@ -158,7 +147,6 @@ SHOWN_FIELDS = ("to_run", "total", "user", "commit", "seconds", "exit_code")
 def table(
     name: NameArgument,
     store: StoreOption = STORE,
-    smoke: SmokeResultsOption = False,
     form: Annotated[
         str,
         typer.Option("--format", metavar="FORMAT", help="Output format: md, csv or json."),
@@ -176,7 +164,7 @@ def table(
 
     if form not in tables.FORMATS:
         fail(f"unknown --format {form!r}; allowed: {', '.join(tables.FORMATS)}")
-    ledger, location = recorded_sweep(name, results_store(store, smoke))
+    ledger, location = recorded_sweep(name, store)
     found = results_of(ledger, location.store)
     note_options(ledger, location)
     if left := ledger.to_run:
@@ -195,7 +183,6 @@ def report(
         typer.Option("-o", "--output", metavar="FILE", help="HTML file to write [NAME.html]."),
     ] = None,
     store: StoreOption = STORE,
-    smoke: SmokeResultsOption = False,
 ) -> None:
     """Write a report of a sweep, as one self-contained HTML file.
 
@@ -203,7 +190,7 @@ def report(
 
     airsweep report vision/digits_main -o digits.html --store /shared/runs
     """
-    ledger, location = recorded_sweep(name, results_store(store, smoke))
+    ledger, location = recorded_sweep(name, store)
     output = output or Path(f"{location.name}.html")
     file = api.write_report(ledger, location, output)
     note_options(ledger, location)
