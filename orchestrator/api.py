@@ -589,14 +589,11 @@ def export(
             )
         selected = replace(selection.named_trial(trial, source, place), classifier=classifier)
     resolver = Resolver(source.root / "digests.json", data)
-    if register is None:
-        bundles.export(selected, source, resolver, Path(output), force, onnx)
-        return Path(output)
-    from orchestrator.tracking.models import check_model_name, register_bundle
+    bundles.export(selected, source, resolver, Path(output), force, onnx or register is not None)
+    if register is not None:
+        from orchestrator.tracking.models import register_bundle
 
-    check_model_name(register)
-    bundles.export(selected, source, resolver, Path(output), force, onnx=True)
-    register_bundle(Path(output), register, tracking_uri, source.root)
+        register_bundle(Path(output), register, tracking_uri, source.root)
     return Path(output)
 
 

@@ -243,12 +243,6 @@ def encoded(content: bytes) -> str:
     return base64.b64encode(content).decode()
 
 
-def test_a_model_name_is_checked_before_anything_is_written(export, tmp_path):
-    stderr = export("--register", "team/digits", code=2)
-    assert "MLflow does not accept the model name 'team/digits'" in stderr
-    assert not (tmp_path / "bundle").exists()
-
-
 def test_an_outage_leaves_the_bundle_and_says_how_to_register_it(
     export, command, photos, tmp_path, monkeypatch
 ):

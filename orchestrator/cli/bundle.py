@@ -148,7 +148,7 @@ def classify(
 ) -> None:
     """Classify images with a bundle, without a store.
 
-    If the images are in folders that are named like classes, the accuracy and a confusion matrix
+    If the images are in folders that are named like classes, the accuracy and frequent confusions
     follow: on stdout, with --json, --csv or -o on stderr. Exits with 1 if some files cannot be
     read, with 2 if no file can be read. With --json, --csv and -o there is one row per image;
     `error` is the reason why an image is unreadable. With -o prints FILE.

@@ -6,7 +6,6 @@ host and its control, does a modality beat another one?
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from air_core.methods import METHODS
@@ -29,7 +28,6 @@ ANSWERS: dict[Verdict, str] = {
     "not significant": "cannot be told",
     "not tested": "cannot be told",
 }
-MAX_VALUES = 3  # of a setting, with an answer each
 
 
 def headlines(results: Results) -> list[str]:
@@ -104,18 +102,13 @@ def _search_answer(results: Results, row: Row) -> str:
 
 
 def _answers(comparisons: Sequence[Comparison]) -> list[str]:
-    """One question and its answer for each pair of methods, or of values with a method; one for all
-    values of a setting that has many.
-    """
-    values = Counter((c.row.method, c.role) for c in {c.name: c for c in comparisons}.values())
+    """One question and its answer for each pair of methods, or of values with a method."""
     pairs: dict[tuple[str, str], list[Comparison]] = {}
     for c in comparisons:
         method, sides = c.row.method, c.methods
         if c.role not in MARKS:
             value, default = c.values
-            joint = values[method, c.role] > MAX_VALUES
-            with_value = f"another {c.role}" if joint else f"{c.role} {value}"
-            sides = f"{method} with {with_value}", f"{method} with {default}"
+            sides = f"{method} with {c.role} {value}", f"{method} with {default}"
         pairs.setdefault(sides, []).append(c)
     answers = []
     for (one, other), of_pair in pairs.items():
@@ -133,13 +126,10 @@ def _single_answer(c: Comparison) -> str:
 
 def _joint_answer(comparisons: Sequence[Comparison]) -> str:
     parts: list[str] = []
-    several = len({c.name for c in comparisons}) > 1
     for word in dict.fromkeys(ANSWERS.values()):
         if found := [c for c in comparisons if ANSWERS[c.verdict] == word]:
             of = "" if parts else f" of {len(comparisons)} comparisons"
-            values = dict.fromkeys(c.values[0] for c in found if several)
-            named = f" ({', '.join(values)})" if values and word != "cannot be told" else ""
-            parts.append(f"{word} in {len(found)}{of}{named}")
+            parts.append(f"{word} in {len(found)}{of}")
     parts[0] = f"{parts[0][0].upper()}{parts[0][1:]}"
     means = sorted(c.difference.mean for c in comparisons)
     ends = dict.fromkeys(map(signed_percent, (means[0], means[-1])))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]  # by column; None where an image has no value
 GROUP = 8192  # rows of a row group, which a reader of Parquet holds in memory
 PATH_WIDTH = 44  # largest width of the printed table's first column
-MATRIX = 12  # classes of a confusion matrix that fits a screen
+CONFUSIONS = 12  # that are printed
 
 
 def classified_rows(bundle: Bundle, files: Sequence[Path], topk: int) -> Iterator[Row]:
@@ -57,9 +57,7 @@ class Tally:
             yield row
 
     def confusion_lines(self, classnames: Sequence[str]) -> Iterator[str]:
-        """Accuracy, and the confusion matrix or, of many classes, the most frequent confusions;
-        nothing without images in class folders.
-        """
+        """Accuracy and most frequent confusions; nothing without images in class folders."""
         counts, total = self.pairs, self.pairs.total()
         if not total:
             return
@@ -69,19 +67,11 @@ class Tally:
         yield ""
         yield from filter(None, [chance_caution(right, total, len(classnames))])
         yield f"accuracy {right / total:.1%}: {right:,} of {total:,} images in class folders{note}"
-        shown = [name for name in classnames if any(name in pair for pair in counts)]
-        if len(shown) > MATRIX:
+        wrong = [(pair, count) for pair, count in counts.most_common() if pair[0] != pair[1]]
+        if wrong:
             yield "most frequent confusions (folder -> predicted class)"
-            wrong = [(pair, count) for pair, count in counts.most_common() if pair[0] != pair[1]]
-            for (true, predicted), count in wrong[:MATRIX]:
-                yield f"  {count:>5,}  {printable(true)} -> {printable(predicted)}"
-            return
-        width = max(len(printable(name)) for name in shown)
-        yield "confusion matrix (rows: folder, columns: predicted class)"
-        yield f"      {'':<{width}} " + "".join(f"{c:>6}" for c in range(1, len(shown) + 1))
-        for c, true in enumerate(shown, start=1):
-            row = "".join(f"{counts[true, predicted]:>6,}" for predicted in shown)
-            yield f"  {c:>2}  {printable(true):<{width}} {row}"
+        for (true, predicted), count in wrong[:CONFUSIONS]:
+            yield f"  {count:>5,}  {printable(true)} -> {printable(predicted)}"
 
 
 # ---------------------------------------------------------------- formats

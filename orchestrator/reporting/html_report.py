@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
 TEMPLATE = Path(__file__).with_name("templates") / "report.html"
 SHOWN_CLASSES, THUMB_PX = 20, 56
-THRESHOLDS = (0.5, 0.7, 0.9, 0.95)  # of confidence
 MAX_TASKS = 12  # with learning curves and confusion matrices
 READING = "Further right is better; a row whose interval reaches chance is no better than guessing."
 
@@ -188,15 +187,13 @@ def unlabelled(data: ReportData) -> Iterator[Group]:
             if files and len(of_class):
                 ends = arrays["index"][[*of_class[:4], *of_class[4:][-4:]]]
                 figures.append(_strip([files[i] for i in ends], f"{names[c]}: {images} images"))
-        left = ", ".join(f"{np.mean(confidence >= t):.0%} over {t:g}" for t in THRESHOLDS)
         after = f"label a sample, {results_command('sample', data.location)}"
         if best.row.is_tested:
             after = results_command("export best --sweep", data.location, "-o", "bundle")
         texts = [
             f"{best.classifier.capitalize()} classifier of "
             f"{row_text(best.row)}; {len(predicted):,} images, of "
-            f"{np.count_nonzero(counts)} of {plural(len(names), 'class')}. Share over a threshold "
-            f"of confidence: {left} (airsweep classify --min-probability).",
+            f"{np.count_nonzero(counts)} of {plural(len(names), 'class')}.",
             f"Confidence does not tell how often the classifier is right. Next: {after}.",
         ]
         note = "Share of the images and mean confidence, in %; the most frequent classes first."

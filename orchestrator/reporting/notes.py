@@ -71,9 +71,7 @@ def at_chance_notes(results: Results) -> list[str]:
         names = [*dict.fromkeys(map(row_text, rows))]
         if len(names) > MAX_NAMES:
             names[MAX_NAMES:] = [f"{len(names) - MAX_NAMES} more"]
-        if len(rows) == len(methods) > 1:
-            names = ["all methods" if guesses else "the text classifiers of all methods"]
-        elif guesses:
+        if guesses:
             names = ["the best classifier", *names]
         if test and plain and test.mean < plain.mean:
             below.append(

@@ -7,12 +7,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from itertools import chain
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from air_core.datasets import get_dataset
-from air_core.datasets.class_folders import skipped_lines
 from air_core.methods import EMBEDDED, METHODS
 from air_core.specs.flat import to_flat, trial_keys
 from orchestrator.failures import CLASSES
@@ -21,9 +18,7 @@ from orchestrator.formatting import (
     format_bytes,
     format_duration,
     format_value,
-    own_name,
     plural,
-    relative_path,
 )
 from orchestrator.planning import (
     Plan,
@@ -44,7 +39,7 @@ from orchestrator.reporting.summary import data_text, next_fact, run_facts, summ
 from orchestrator.spec import Cell, notes_of, presets
 from orchestrator.spec.cells import computation_of
 from orchestrator.spec.space import default_params
-from orchestrator.stages import STAGES, FeaturesSpec
+from orchestrator.stages import STAGES
 from orchestrator.stages.dataset_text import UnusedImages, unused_by_dataset
 from orchestrator.store import SweepLocation, read_outcome
 
@@ -89,23 +84,10 @@ def plan_screen(
         unused_gpus_reason(plan, location.store),
     ):
         lines += [f"  cannot start: {problem}"] if problem else []
-    lines += [f"  note: {note}" for note in (*notes_of(plan.sweep), *_skipped(plan))]
-    varied = plan.sweep.seeds.vary
-    rows = sum(requirement.stage == "images" for requirement in plan.requirements)
-    if {"split_seed", "class_seed"}.intersection(varied) and rows:
-        lines.append(f"  note: seeds vary {', '.join(varied)}, so {rows} rows of images are needed")
+    lines += [f"  note: {note}" for note in notes_of(plan.sweep)]
     if explain:
         lines += ["", *_explain(plan)]
     return "\n".join(lines)
-
-
-def _skipped(plan: Plan) -> Iterator[str]:
-    """The files of datasets that are not read, and commands after which they can be read."""
-    read = (requirement.spec for requirement in plan.requirements)
-    names = dict.fromkeys(spec.dataset.name for spec in read if isinstance(spec, FeaturesSpec))
-    for dataset in map(get_dataset, names):
-        if lines := skipped_lines(dataset.skipped(), relative_path(Path(dataset.source))):
-            yield "\n    ".join([f"{own_name(dataset.name)}: skipped: {lines[0]}", *lines[1:]])
 
 
 def _time_left(plan: Plan, command: str) -> str:

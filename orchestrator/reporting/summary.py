@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from air_core.bundle.content import MODALITIES
 from air_core.datasets.image_folder import PREFIX
 from orchestrator.environment import in_ray_job
-from orchestrator.formatting import aligned, aligned_table, format_duration, format_value
+from orchestrator.formatting import aligned, aligned_table, format_duration
 from orchestrator.planning.history import results_text
 from orchestrator.planning.ledger import Ledger
 from orchestrator.planning.requests import (
@@ -34,7 +34,6 @@ from orchestrator.reporting.notes import (
     one_split_notes,
 )
 from orchestrator.reporting.results import (
-    TASK_KEYS,
     holes_text,
 )
 from orchestrator.reporting.rows import is_bound, metric_text
@@ -229,15 +228,10 @@ def _steps(ledger: Ledger, location: SweepLocation, results: Results) -> list[tu
         )
     steps.append((results_command("table", location), "differences, notes and more columns"))
     steps.append((results_command("report", location), "curves and images in one page"))
-    bests = results.best_classifiers.values()
-    if best := next((b for b in bests if b.row.modality in MODALITIES), None):
-        words, several = list[str](), len(results.tasks) > 1
-        chosen = next(cell.chosen for cell in ledger.cells if cell.id == best.row.cell)
-        for key in filter(chosen.__contains__, TASK_KEYS if several else ()):
-            if len(ledger.about.grid[key]) > 1:
-                words += ["--only", f"{key}={format_value(chosen[key])}"]
-        command = results_command("export best --sweep", location, *words, "-o", "bundle")
-        steps.append((command, f"{'a' if several else 'the'} classifier marked *"))
+    bests = [*results.best_classifiers.values()]
+    if len(bests) == 1 and bests[0].row.modality in MODALITIES:
+        command = results_command("export best --sweep", location, "-o", "bundle")
+        steps.append((command, "the classifier marked *"))
     if not any(data.ref.name.startswith(PREFIX) for data in ledger.data.values()):
         steps.append(("airsweep init mine --images DIR", "a sweep of your own images"))
     steps.append((store_command("ui", location), "all runs, on http://127.0.0.1:5000"))

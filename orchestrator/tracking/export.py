@@ -8,9 +8,7 @@ MLflow never fails a sweep.
 from __future__ import annotations
 
 import logging
-import math
 import os
-import re
 import threading
 import time
 from collections import Counter
@@ -302,27 +300,22 @@ def note_and_files(
 
 
 def headline_metrics(results: Results) -> dict[str, float]:
-    """For each task the best classifier's accuracy, and its row's gain over control or else host.
+    """The best classifier's accuracy, and its row's gain over control or else host.
 
-    Fractions, with intervals. With several tasks the names begin with the task.
+    Fractions, with intervals. None with several tasks, whose settings have theirs.
     """
-    metrics: dict[str, float] = {}
-    for task in results.tasks:
-        best = results.best_classifiers.get(task)
-        gains = {} if best is None else results.comparisons_of(best.row)
-        gain, shown = gains.get("control", gains.get("host")), {}
-        if best is not None and best.test is not None:
-            shown["best/test/accuracy"] = (best.test.mean, best.test.low, best.test.high)
-        if gain is not None:
-            difference = gain.difference
-            low, high = difference.low, difference.high
-            interval = (low, high) if gain.is_tested else (math.nan, math.nan)
-            shown["gain"] = (difference.mean, *interval)
-        prefix = ""
-        if len(results.tasks) > 1:
-            words = (Path(task[0]).name, *task[1:])  # the dataset can be a path
-            prefix = re.sub(r"[^\w. -]+", "-", "-".join(words)) + "/"
-        for name, values in shown.items():
-            names = (f"{prefix}{name}{end}" for end in ("", "_low", "_high"))
-            metrics |= zip(names, values, strict=True)
-    return {name: round(value, 4) for name, value in metrics.items() if math.isfinite(value)}
+    if len(results.best_classifiers) != 1:
+        return {}
+    [best] = results.best_classifiers.values()
+    gains, shown = results.comparisons_of(best.row), {}
+    if best.test is not None:
+        shown["best/test/accuracy"] = (best.test.mean, best.test.low, best.test.high)
+    if gain := gains.get("control", gains.get("host")):
+        difference = gain.difference
+        interval = (difference.low, difference.high) if gain.is_tested else ()
+        shown["gain"] = (difference.mean, *interval)
+    return {
+        f"{name}{end}": round(value, 4)
+        for name, values in shown.items()
+        for end, value in zip(("", "_low", "_high"), values, strict=False)
+    }

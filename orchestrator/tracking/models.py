@@ -7,7 +7,6 @@ import shutil
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
-from posixpath import normpath
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
@@ -25,24 +24,9 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 MAX_SHOWN = 500  # characters of class names in a description
-MAX_NAME = 256  # characters of a model name, in MLflow's database
 # Modules that `served_model` needs; both import nothing of airsweep.
 MODULES = (air_core.bundle.preprocessing, air_core.datasets.images)
 PACKAGES = ("mlflow", "numpy", "onnxruntime", "pandas", "pillow")
-
-
-def check_model_name(name: str) -> None:
-    """Check the name of a model before anything is written.
-
-    Raises:
-        ValueError: MLflow would refuse it.
-    """
-    unique = normpath(name) == name and not name.startswith(".")
-    if not name.strip() or not unique or "/" in name or ":" in name or len(name) > MAX_NAME:
-        raise ValueError(
-            f"MLflow does not accept the model name {name[:MAX_NAME]!r}; allowed: 1 to {MAX_NAME} "
-            "characters without / and :, and no dot at the start"
-        )
 
 
 def register_bundle(folder: Path, name: str, uri: str | None, store: Path) -> None:
@@ -59,7 +43,6 @@ def register_bundle(folder: Path, name: str, uri: str | None, store: Path) -> No
             or refuses name or access.
         TrackerUnreachable: MLflow does not answer.
     """
-    check_model_name(name)
     manifest = read_bundle(folder)
     try:
         version = _registered(manifest, name, uri, store)
