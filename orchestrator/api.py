@@ -597,21 +597,14 @@ def export(
     return Path(output)
 
 
-def load_bundle(
-    folder: str | Path,
-    weights: str | None = None,
-    device: str = "cpu",
-    classifier: str | None = None,
-    min_probability: float = 0.0,
-    runtime: str = "torch",
-) -> Bundle:
+def load_bundle(folder: str | Path, **options: Any) -> Bundle:
     """Load a bundle, to classify images: `load_bundle("bundle").classify(["new/*.png"])`.
 
     Arguments and errors are those of `air_core.bundle.load_bundle`.
     """
     from air_core.bundle import load_bundle
 
-    return load_bundle(folder, weights, device, classifier, min_probability, runtime)
+    return load_bundle(folder, **options)
 
 
 def classify(

@@ -125,10 +125,6 @@ def _listing_screen(listing: dict[str, Any]) -> str:
         more = f" and {len(names) - 2} more" if len(names) > 2 else ""
         needed = f"needed by {', '.join(names[:2])}{more}" if names else "no sweep needs it"
         lines.append(f"{'':14}{artifact['user']}; {needed}")
-    lines += ["", "by owner"]
-    for user, group in sorted(listing["users"].items(), key=lambda item: -item[1]["bytes"]):
-        size = f"{format_bytes(group['bytes']):>10}"
-        lines.append(f"  {size}  {user}, {group['artifacts']:,} artifacts")
     titles = {"unfinished": "unfinished trainings", "leftovers": "leftovers of killed processes"}
     for key, title in titles.items():
         if listing[key]:

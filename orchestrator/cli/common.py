@@ -18,7 +18,6 @@ from orchestrator.api import recorded_sweep as recorded_sweep
 from orchestrator.formatting import show
 
 if TYPE_CHECKING:
-    from orchestrator.planning import SweepRequest
     from orchestrator.planning.ledger import Ledger
     from orchestrator.store import SweepLocation
 
@@ -76,15 +75,6 @@ TrackingOption = Annotated[
         help="MLflow server, or none. Default: MLFLOW_TRACKING_URI, else a file in the store.",
     ),
 ]
-
-
-def load(
-    spec: str, sets: list[str] | None, only: list[str] | None, smoke: bool = False
-) -> SweepRequest:
-    """Read and check a sweep file with the options of a command."""
-    from orchestrator.planning import read_request
-
-    return read_request(spec, sets or (), only or (), smoke)
 
 
 def note_options(ledger: Ledger, location: SweepLocation) -> None:

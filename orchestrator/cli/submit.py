@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from orchestrator import api
 from orchestrator.cli.common import (
     RUN,
     STORE,
@@ -19,7 +20,6 @@ from orchestrator.cli.common import (
     SpecArgument,
     StoreOption,
     TrackingOption,
-    load,
 )
 from orchestrator.errors import INTERRUPTED, Refused
 from orchestrator.formatting import show
@@ -75,7 +75,7 @@ def submit(
     """
     from orchestrator.cluster import job_package, jobs
 
-    request = load(spec, sets, only, smoke)
+    request = api.load(spec, sets=sets or (), only=only or (), smoke=smoke)
     paths = job_package.job_paths(request, store, data_root, tracking_uri)
     variables = job_package.job_variables(request, env or [])
     client = jobs.connect(address)

@@ -24,7 +24,6 @@ from orchestrator.cli.common import (
     StoreOption,
     TrackingOption,
     fail,
-    load,
     location_for,
 )
 from orchestrator.environment import redirect_descriptor
@@ -148,7 +147,8 @@ def plan(
 
     airsweep plan sweeps/quickstart.yaml --check --json
     """
-    planned = api.plan(load(spec, sets, only, smoke), store=store, data_root=data_root)
+    request = api.load(spec, sets=sets or (), only=only or (), smoke=smoke)
+    planned = api.plan(request, store=store, data_root=data_root)
     show(json.dumps(planned.json(), indent=1) if as_json else planned.screen(explain))
     if check:
         planned.check(tracking_uri)
@@ -175,7 +175,7 @@ def run(
 
     airsweep run sweeps/quickstart.yaml --only method=air --set seeds=[1]
     """
-    request = load(spec, sets, only, smoke)
+    request = api.load(spec, sets=sets or (), only=only or (), smoke=smoke)
     location = location_for(request, store, data_root)
     with redirect_descriptor(1, 2):  # stdout is for data
         outcome = api.execute(

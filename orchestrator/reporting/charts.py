@@ -113,13 +113,16 @@ def curves(
     level: Mapping[str, float] = MappingProxyType({}),
     chance: Mapping[str, float] = MappingProxyType({}),
 ) -> Figure:
-    """A line in percent per series of fractions, over its band.
+    """A line in percent per series of fractions, over its band, for the first `MAX_CURVES`.
 
     Args:
         level: horizontal reference lines, by name.
         chance: more lines, named in the title. The axis does not extend to them, since it would
             then show no differences between the curves.
     """
+    if len(series) > MAX_CURVES:
+        title = ", ".join(filter(None, [title, f"the first {MAX_CURVES} of {len(series)}"]))
+        series = series[:MAX_CURVES]
     with _drawing(2.6) as (figure, axes):
         for curve in series:
             y, low, high = 100 * curve.values
@@ -287,8 +290,8 @@ def differences(results: Results) -> Figure:
     return dots(groups, "difference, points")
 
 
-def by_setting(results: Results, key: str) -> list[Figure]:
-    """Accuracy against a setting, split into charts of at most `MAX_CURVES` curves.
+def by_setting(results: Results, key: str) -> Figure | None:
+    """Accuracy against a setting; None if no rows differ in it alone.
 
     A line for rows that differ in this setting only, over the band of their intervals, and a dashed
     line for each method without the setting.
@@ -305,18 +308,10 @@ def by_setting(results: Results, key: str) -> list[Figure]:
             series.append(Series(shorten(label), [float(r.settings[key]) for r in line], values))
     single = len(results.tasks) == 1
     fixed = {row.method: row.mean for row in results.rows if single and key not in row.settings}
-    parts = [series[i : i + MAX_CURVES] for i in range(0, len(series), MAX_CURVES)]
-    return [
-        curves(
-            part,
-            key,
-            metric_text(results.rows),
-            title=f"{number} of {len(parts)}" if len(parts) > 1 else "",
-            level=fixed,
-            chance=_chance(results, results.tested),
-        )
-        for number, part in enumerate(parts, 1)
-    ]
+    if not series:
+        return None
+    chance = _chance(results, results.tested)
+    return curves(series, key, metric_text(results.rows), level=fixed, chance=chance)
 
 
 def _label(results: Results, rows: Sequence[Row], row: Row, *left_out: str) -> str:
@@ -359,13 +354,12 @@ def pseudo_labels(results: Results, rows: Sequence[Row], metric: str) -> Figure 
         if (runs := row.curve(metric)) is not None and runs.shape[1] > 1
     ]
     ylabel, title = PSEUDO[metric]
-    title += f", the first {MAX_CURVES} of {len(series)}" if len(series) > MAX_CURVES else ""
     # Pseudo-labels can be of other classes than the test: of the unseen ones, of another dataset.
     same = [row for row in rows if row.paradigm != "trzsl" and " -> " not in row.dataset]
     chance = _chance(results, same) if metric == "pseudo/accuracy" else {}
     if not series:
         return None
-    return curves(series[:MAX_CURVES], "iteration", ylabel, title=title, chance=chance)
+    return curves(series, "iteration", ylabel, title=title, chance=chance)
 
 
 def confusion(labels: Array, predictions: Array, classes: int) -> Array:

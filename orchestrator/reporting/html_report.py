@@ -20,7 +20,6 @@ import numpy as np
 
 from air_core.datasets.images import open_image
 from orchestrator.formatting import format_percent, plural
-from orchestrator.planning.history import RESULT_STATES, results_text
 from orchestrator.planning.ledger import Ledger
 from orchestrator.planning.requests import results_command, run_command
 from orchestrator.reporting import charts
@@ -30,7 +29,7 @@ from orchestrator.reporting.answers import answers, headlines
 from orchestrator.reporting.comparisons import Results
 from orchestrator.reporting.notes import splits_and_seeds
 from orchestrator.reporting.rows import Task, row_text, task_text
-from orchestrator.reporting.summary import data_text, unused_lines
+from orchestrator.reporting.summary import data_text, run_facts
 from orchestrator.reporting.tables import (
     column_notes,
     difference_layouts,
@@ -95,10 +94,7 @@ def _description(data: ReportData) -> str:
     """What was run, which can differ from what the comment of the sweep file says."""
     methods = plural(len({row.method for row in data.results.rows}), "method")
     runs = f", {splits_and_seeds(data.results.rows)}" if data.results.rows else "."
-    options = f" Options: {data.ledger.about.options}." if data.ledger.about.options else ""
-    return (
-        f"{data_text(data.ledger)}; {methods}, {plural(data.ledger.total, 'trial')}{runs}{options}"
-    )
+    return f"{data_text(data.ledger)}; {methods}, {plural(data.ledger.total, 'trial')}{runs}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,25 +137,14 @@ def answer(data: ReportData) -> Iterator[Group]:
     if results.tested:
         alt = f"Accuracy of {len(results.rows)} rows with intervals and chance"
         figures = [_chart(charts.accuracy(results), alt, READING)]
-    unused = unused_lines(data.ledger, data.location)
+    facts = [(label, text) for label, text in run_facts(data.ledger, data.location) if text]
     texts = [
         *headlines(results),
         *answers(results),
-        _state(data),
-        *(f"Not used: {line}." for line in unused),
+        *(f"{label.capitalize()} {text}." for label, text in facts),
     ]
     yield Group(texts=texts, figures=figures)
     yield from unlabelled(data)
-
-
-def _state(data: ReportData) -> str:
-    counts = data.ledger.counts
-    left = {state: counts[state] for state in ("waiting", "failed") if counts[state]}
-    done = sum(counts[state] for state in RESULT_STATES)
-    text = f"{plural(done, 'trial')} of {data.ledger.total} have a result: {results_text(counts)}"
-    if left:
-        text += "; " + ", ".join(f"{count} {state}" for state, count in left.items())
-    return f"{text}."
 
 
 def unlabelled(data: ReportData) -> Iterator[Group]:
@@ -239,7 +224,7 @@ def by_setting(data: ReportData) -> Iterator[Group]:
     figures = [
         _chart(figure, f"Accuracy against {key}")
         for key in charts.numeric_settings(data.results)
-        for figure in charts.by_setting(data.results, key)
+        if (figure := charts.by_setting(data.results, key))
     ]
     if figures:
         yield Group(figures=figures)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import shutil
 from importlib.metadata import version
-from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -122,7 +120,6 @@ def _create_name(client: MlflowClient, name: str) -> None:
 def _save(manifest: Manifest, model: OnnxModel, folder: Path) -> None:
     """Write an MLflow model from code: `served_model`, the modules that it needs, the ONNX file."""
     import mlflow.pyfunc
-    import pandas
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
     from mlflow.types.schema import Array, DataType, Object, Property
@@ -152,16 +149,6 @@ def _save(manifest: Manifest, model: OnnxModel, folder: Path) -> None:
             artifacts={"onnx": str(manifest.onnx_file())},
             code_paths=[str(package)],
             signature=signature,
-            input_example=pandas.DataFrame({"image": [_example(model.preprocess["size"])]}),
             pip_requirements=[f"{name}=={version(name)}" for name in PACKAGES],
             metadata={"classnames": list(model.classnames), "classifier": model.classifier},
         )
-
-
-def _example(size: list[int]) -> str:
-    """A grey PNG of this height and width in base64."""
-    from PIL import Image
-
-    content = BytesIO()
-    Image.new("RGB", (size[1], size[0]), (128, 128, 128)).save(content, "PNG")
-    return base64.b64encode(content.getvalue()).decode()

@@ -33,7 +33,7 @@ def test_a_numeric_setting_of_the_grid_has_a_chart_and_no_searched_one() -> None
     assert numeric_settings(grid()) == ["images_per_class"]
     assert numeric_settings(results(searched(), "mutual_information")) == []
     assert numeric_settings(results([])) == []
-    [chart] = by_setting(grid(), "images_per_class")
+    chart = by_setting(grid(), "images_per_class")
     names = {text.get_text() for text in chart.legends[0].get_texts()}
     assert names == {"air, train.loss rc", "cpl, train.loss rc"}  # lines of two values
 
