@@ -143,7 +143,7 @@ def assert_tracked_once(store: Path) -> None:
 def assert_sound(store: Path) -> None:
     """All artifacts are undamaged and needed by a sweep."""
     assert damaged_files(store) == []
-    removable = airsweep("cache", "gc", "--store", store, "--json")
+    removable = airsweep("cache", "gc", "--store", store, "--all-users", "--json")
     assert json.loads(removable.stdout)["removals"] == []
 
 

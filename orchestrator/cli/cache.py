@@ -4,6 +4,7 @@ largest artifacts."""
 from __future__ import annotations
 
 import json
+import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -147,32 +148,38 @@ def cache_gc(
             "--sweep", metavar="NAME", help="Only artifacts that just this recorded sweep needs."
         ),
     ] = None,
+    all_users: Annotated[
+        bool, typer.Option("--all-users", help="Include artifacts of other and unknown users.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """List the artifacts that no recorded sweep needs; with --yes, remove them.
+    """List your artifacts that no recorded sweep needs; with --yes, remove them.
 
     airsweep cache gc
 
     airsweep cache gc --sweep old_question --yes
     """
     from orchestrator.planning.recorded import all_requirements
-    from orchestrator.store import open_store
-    from orchestrator.store.gc import NOT_REMOVED, contents, removable, remove
+    from orchestrator.store import open_store, user_name
+    from orchestrator.store.gc import NOT_REMOVED, UNKNOWN, contents, removable, remove
 
-    opened = open_store(store)
+    opened, me = open_store(store), user_name()
     name = location_named(sweep, store).full_name if sweep else None
     with opened.locks.exclusive_store():  # no sweep may start before the removal is complete
         requirements = all_requirements(opened)
-        found = removable(contents(opened), requirements, name)
-        failed = remove(found) if yes else []
-    left = {item.path for item in failed}
-    removals = sorted((i for i in found if i.path not in left), key=lambda item: -item.bytes)
+        found = sorted(
+            removable(contents(opened), requirements, me, name), key=lambda item: -item.bytes
+        )
+        own = [item for item in found if all_users or item.user == me != UNKNOWN]
+        failed = {item.path: item for item in (remove(own) if yes else ())}
+    removals = [item for item in own if item.path not in failed]
+    others = [item for item in found if item not in own] + [*failed.values()]
     report = {
         "store": str(opened.root),
         "removed": yes,
         "bytes": sum(item.bytes for item in removals),
         "removals": [_plain(item, opened.root, "why", "bytes", "user") for item in removals],
-        "others": [_plain(item, opened.root, "why", "bytes", "user") for item in failed],
+        "others": [_plain(item, opened.root, "why", "bytes", "user") for item in others],
     }
     show(json.dumps(report, indent=1) if as_json else _gc_screen(report, name))
     if failed:
@@ -181,7 +188,7 @@ def cache_gc(
 
 def _gc_screen(report: dict[str, Any], sweep: str | None) -> str:
     """The artifacts that were removed, or that `--yes` would remove."""
-    lines, removals = [], report["removals"]
+    lines, removals, others = [], report["removals"], report["others"]
     for item in removals[:SHOWN]:
         name = _shorten_key(item["path"].removeprefix("artifacts/"))
         lines += [f"{format_bytes(item['bytes']):>10}  {name}"]
@@ -197,6 +204,11 @@ def _gc_screen(report: dict[str, Any], sweep: str | None) -> str:
     if sweep and removals:
         lines += [f"{sweep} keeps its event log; a new run makes the artifacts again"]
         lines += [f"to delete it, remove sweeps/{sweep} in the store, and its MLflow runs"]
+    if others:
+        size = format_bytes(sum(item["bytes"] for item in others))
+        users = textwrap.shorten(", ".join(sorted({item["user"] for item in others})), 30)
+        lines += [f"{len(others):,} of other users ({users}) stay, {size}:"]
+        lines += ["  --all-users includes them, and removes them with --yes"]
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ artifact or a row is kept or removed as a whole.
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections import defaultdict
@@ -128,9 +129,12 @@ def _sized(path: Path, files: Mapping[str, Entry], **fields: Any) -> Item:
 
 
 def removable(
-    found: Contents, requirements: StoreRequirements, sweep: str | None = None
+    found: Contents, requirements: StoreRequirements, me: str, sweep: str | None = None
 ) -> list[Item]:
     """What no recorded sweep needs, and leftovers; or what one sweep alone needs.
+
+    A row belongs to the user who created it, a file without a record to `me` if this process owns
+    it.
 
     Args:
         sweep: PROJECT/NAME of the sweep.
@@ -161,7 +165,8 @@ def removable(
             files.append(replace(item, why="its artifact is complete"))
         elif not requirements.sweeps_needing(item.digest):
             files.append(replace(item, why=needless))
-    return artifacts + files
+    uid = os.getuid()
+    return artifacts + [replace(i, user=me) if i.path.lstat().st_uid == uid else i for i in files]
 
 
 def remove(items: Sequence[Item]) -> list[Item]:

@@ -228,6 +228,23 @@ def test_gc_reports_what_it_cannot_remove_and_removes_the_rest(world, cache):
     assert (elsewhere / "record.json").exists()
 
 
+def test_gc_removes_artifacts_of_other_users_only_with_all_users(world, cache, monkeypatch):
+    for rank, user in ((4, "me"), (8, "you"), (2, "unknown")):
+        world.finish(user, AIR.format(count=8, rank=rank), user=user)
+        world.give_up(user)
+    own, everything = gc_removals(cache), gc_removals(cache, "--all-users")
+    assert {one["user"] for one in own.values()} == {"me"}
+    assert {one["user"] for one in everything.values()} == {"me", "you", "unknown"}
+    assert set(everything) == world.holdings()
+    first, last = cache("gc")[1].splitlines()[-2:]
+    assert first.startswith(f"{len(everything) - len(own)} of other users (unknown, you)")
+    assert "--all-users" in last
+    cache("gc", "--yes")
+    assert world.holdings() == set(everything) - set(own)
+    monkeypatch.setenv("AIRSWEEP_USER", "unknown")
+    assert gc_removals(cache) == {}
+
+
 def test_gc_removes_nothing_if_a_sweep_cannot_be_read(world, cache):
     world.finish("one", AIR.format(count=8, rank=4))
     two = world.finish("two", AIR.format(count=8, rank=8))
