@@ -106,7 +106,7 @@ def check_plugin(
 
     airsweep plugin check mine.py
     """
-    from air_core.contracts import check_contract
+    from orchestrator.planning.contracts import check_contract
     from orchestrator.plugins import components_of, place_of, read_plugin, use_plugins
     from orchestrator.spec.components import component_lines
 

@@ -19,11 +19,12 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
-from optuna.samplers import RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from air_core.specs import TrialSettings
 from air_core.specs.flat import trial_keys
+from orchestrator.components import SAMPLERS
 from orchestrator.planning.history import RESULT_STATES, History
 from orchestrator.planning.ledger import Ledger, Slot
 from orchestrator.planning.plan import Plan
@@ -59,6 +60,7 @@ class CellSearch:
 
     def __init__(self, cell: Cell, search: Search, suggested: Mapping[int, dict[str, Any]]) -> None:
         self.cell, self.search = cell, search
+        self._sampler = SAMPLERS.load(search.sampler)
         self._grid = grid_points(cell)
         self._total = point_count(cell, search)
         self._suggested = dict(suggested)
@@ -107,11 +109,9 @@ class CellSearch:
         for attempt in range(ATTEMPTS):
             # A study and a sampler for each attempt: no state but the objectives has an effect.
             seed = zlib.crc32((f"{words}/{attempt}" if attempt else words).encode())
-            # TPE that keeps suggesting the same point is replaced by random values.
-            is_tpe = self.search.sampler == "tpe" and attempt < ATTEMPTS // 2
-            startup = STARTUP_POINTS if self.search.points < 30 else 10
-            tpe = TPESampler(seed=seed, n_startup_trials=startup)
-            sampler = tpe if is_tpe else RandomSampler(seed=seed)
+            # A sampler that keeps suggesting the same point is replaced by a random one.
+            stuck = attempt >= ATTEMPTS // 2
+            sampler = RandomSampler(seed=seed) if stuck else self._sampler(self.search, seed)
             study = optuna.create_study(direction="maximize", sampler=sampler)
             study.add_trials(earlier)
             params = study.ask({each.key: _distribution(each) for each in self.cell.space}).params
@@ -169,6 +169,17 @@ def study_of(ledger: Ledger, store: ArtifactStore, cell: str | None) -> optuna.S
 def _frozen_trial(cell: Cell, params: Mapping[str, Any], **outcome: Any) -> FrozenTrial:
     distributions = {d.key: _distribution(d) for d in cell.space if d.key in params}
     return create_trial(params=dict(params), distributions=distributions, **outcome)
+
+
+def at_random(search: Search, seed: int) -> BaseSampler:
+    """A sampler that suggests independent random points."""
+    return RandomSampler(seed=seed)
+
+
+def tpe(search: Search, seed: int) -> BaseSampler:
+    """Optuna's TPE, which starts with random points."""
+    startup = STARTUP_POINTS if search.points < 30 else 10
+    return TPESampler(seed=seed, n_startup_trials=startup)
 
 
 def _distribution(dimension: Dimension) -> BaseDistribution:

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, Literal
 
 from air_core.specs.flat import trial_keys
+from orchestrator.components import SAMPLERS
 from orchestrator.plugins import Plugin
 from orchestrator.spec import presets
 from orchestrator.spec._trial_values import (
@@ -42,8 +43,8 @@ from orchestrator.spec.schema import (
 class Search:
     """The hyperparameter search of each cell."""
 
-    sampler: Literal["tpe", "random", "grid"] = setting(
-        "tpe", "tpe: Optuna's TPE; random: random values; grid: every combination of values"
+    sampler: str = setting(
+        "tpe", SAMPLERS.summary(), lambda: {"enum": [*SAMPLERS], "type": "string"}
     )
     seed: int = setting(0, "seed of the sampler", minimum=0, maximum=2**32 - 1)
     objective: Literal["mutual_information", "validation_accuracy"] = setting(

@@ -1,4 +1,4 @@
-"""Plugins for tests: those of docs/extending.md and docs/plugins, and a generator."""
+"""Plugins for tests: those of docs/extending.md and docs/plugins, a generator and a search."""
 
 from __future__ import annotations
 
@@ -79,4 +79,23 @@ class Noise:
             drawn = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed))
             images.append(drawn.to(torch.uint8))
         return torch.stack(images)
+'''
+
+SEARCH = '''"""A sampler."""
+
+import optuna
+
+from orchestrator.components import SAMPLERS
+
+
+class Mine(optuna.samplers.RandomSampler):
+    """Suggests the lower end of each range."""
+
+    def sample_independent(self, study, trial, name, distribution):
+        return distribution.low
+
+
+@SAMPLERS.add("mine", summary="lower ends")
+def mine(search, seed):
+    return Mine(seed=seed)
 '''

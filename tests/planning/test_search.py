@@ -11,12 +11,15 @@ import pytest
 
 from orchestrator.planning.history import read_history
 from orchestrator.planning.search import CellSearch
-from orchestrator.spec import Dimension, cells_of, notes_of
+from orchestrator.plugins import use_plugins
+from orchestrator.spec import Dimension, SpecError, cells_of, load_sweep, notes_of
 from orchestrator.spec import SweepSpec as Sweep
 from orchestrator.spec.cells import computation_of
 from orchestrator.spec.space import Point, study_name
 from orchestrator.spec.sweep import Search
 from orchestrator.store import EventLog
+from tests.helpers.plugins import SEARCH
+from tests.helpers.sweeps import write_sweep
 
 COUNTS = Dimension(key="images_per_class", values=(0, 20, 40))
 WEIGHTS = Dimension(key="fusion_weight", min=0.0, max=1.0)
@@ -223,3 +226,31 @@ def test_a_failed_point_counts_and_runs_again_in_the_next_run(log):
     assert again == [0, 1, 2, 3, 4]
     assert params(complete) == params(failed)
     assert None not in [objective for _, _, objective in complete]
+
+
+# ---------------------------------------------------------------- plugins
+
+
+def test_a_plugin_adds_a_sampler(command, tmp_path):
+    (tmp_path / "mine.py").write_text(SEARCH)
+    code, out, err = command("plugin", "check", tmp_path / "mine.py")
+    assert (code, "search.sampler" in out) == (0, True), err
+    body = """plugins: [mine.py]
+fixed: {method: air}
+search:
+  sampler: mine
+  points: 4
+  width: 2
+  space: {fusion_weight: {min: 0, max: 1}}
+"""
+    spec = load_sweep(write_sweep(tmp_path, "mine", body))
+    played = Log(tmp_path / "log").play(spec)
+    weights = [point["fusion_weight"] for point in params(played)]
+    assert weights[:2] == [0.8, 0.0]  # the default; a plugin that repeats itself is left out
+    assert all(0.0 < weight < 1.0 for weight in weights[2:])
+    wrong = write_sweep(tmp_path, "wrong", body.replace(": mine", ": mien"))
+    with pytest.raises(
+        SpecError, match=r":6:12: .* did you mean \w+\? allowed: tpe, random, grid, mine"
+    ):
+        load_sweep(wrong)
+    use_plugins([])

@@ -10,12 +10,12 @@ from dataclasses import replace
 import pytest
 
 from air_core.components import REGISTRIES, STRATEGIES
-from air_core.contracts import check_contract
 from air_core.datasets import Dataset
 from air_core.specs import Ref
 from air_core.specs.flat import trial_keys
 from air_core.specs.normal import used_components
 from orchestrator.keys import artifact_key
+from orchestrator.planning.contracts import check_contract
 from orchestrator.stages import TrialSpec, trial_of
 
 COMPONENTS = [(registry, name) for registry in REGISTRIES.values() for name in registry]
