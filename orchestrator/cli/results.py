@@ -151,6 +151,14 @@ def table(
         str,
         typer.Option("--format", metavar="FORMAT", help="Output format: md, csv or json."),
     ] = "md",
+    columns: Annotated[
+        str,
+        typer.Option(
+            metavar="COLUMNS",
+            help="Columns in Markdown: fit, those that fit 100 characters; or all. Other formats "
+            "have all.",
+        ),
+    ] = "fit",
 ) -> None:
     """Print results: mean, spread, confidence interval and significance.
 
@@ -164,6 +172,8 @@ def table(
 
     if form not in tables.FORMATS:
         fail(f"unknown --format {form!r}; allowed: {', '.join(tables.FORMATS)}")
+    if columns not in tables.COLUMN_SETS:
+        fail(f"unknown --columns {columns!r}; allowed: {', '.join(tables.COLUMN_SETS)}")
     ledger, location = recorded_sweep(name, store)
     found = results_of(ledger, location.store)
     note_options(ledger, location)
@@ -172,7 +182,7 @@ def table(
         show(f"note: {left} of {ledger.total} trials left to run; {have}", file=sys.stderr)
         for line in failed_lines(ledger):
             show(f"note: failed: {line}", file=sys.stderr)
-    show(tables.table(found, form))
+    show(tables.table(found, form, columns))
 
 
 @app.command(rich_help_panel=LOOK)

@@ -43,6 +43,7 @@ from orchestrator.spec import presets
 
 BEST = "* "  # before the number of the best classifier
 MARKS = {"host": "†", "control": "‡"}  # by role
+WORSE = "↓"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +103,7 @@ class Comparison:
         """† for the host, ‡ for the control, with ↓ if the row is worse; empty: not significant."""
         if not self.is_significant:
             return ""
-        return MARKS.get(self.role, "") + ("↓" if self.verdict == "lower" else "")
+        return MARKS.get(self.role, "") + (WORSE if self.verdict == "lower" else "")
 
     def as_json(self) -> dict[str, Any]:
         difference = self.difference

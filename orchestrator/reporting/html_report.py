@@ -26,7 +26,7 @@ from orchestrator.reporting import charts
 from orchestrator.reporting._layouts import Layout
 from orchestrator.reporting._statistics import Array
 from orchestrator.reporting.answers import answers, headlines
-from orchestrator.reporting.comparisons import Results
+from orchestrator.reporting.comparisons import MARKS, Results
 from orchestrator.reporting.notes import splits_and_seeds
 from orchestrator.reporting.rows import Task, row_text, task_text
 from orchestrator.reporting.summary import data_text, run_facts
@@ -204,7 +204,7 @@ def _strip(files: Sequence[Path], caption: str) -> Picture:
 
 def table(data: ReportData) -> Iterator[Group]:
     """All rows, as in `airsweep table`; the next section has their differences."""
-    layout = table_layout(data.results)
+    layout = table_layout(data.results, [f"gain over {role}" for role in MARKS])
     points = [replace(each, notes=each.caption) for each in points_layouts(data.results)]
     notes = ("Notes on the table", "\n".join(layout.caption))
     meanings = [] if data.results.tested else column_notes(layout.columns)
@@ -213,7 +213,7 @@ def table(data: ReportData) -> Iterator[Group]:
 
 def differences(data: ReportData) -> Iterator[Group]:
     """Each comparison of two rows, as in `airsweep table`."""
-    for layout in difference_layouts(data.results):
+    for layout in difference_layouts(data.results, data.results.all_comparisons):
         figure = _chart(charts.differences(data.results), "Differences with intervals, line at 0")
         notes = [("Notes on the tests", "\n".join(layout.notes))] if layout.notes else []
         yield Group(figures=[figure], tables=[replace(layout, notes=())], details=notes)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from air_core.methods import METHODS
 from orchestrator.formatting import format_percent, plural
 from orchestrator.reporting._statistics import ALPHA, Z_95
-from orchestrator.reporting.comparisons import MARKS, Comparison, Results
+from orchestrator.reporting.comparisons import MARKS, WORSE, Comparison, Results
 from orchestrator.reporting.rows import Row, is_bound, row_text, task_text
 from orchestrator.spec import presets
 from orchestrator.spec.sweep import SMOKE_ONLY
@@ -145,16 +145,26 @@ def collapse_notes(results: Results, most: int = 4) -> list[str]:
 # ---------------------------------------------------------------- tests
 
 
-def significance_notes(comparisons: Sequence[Comparison]) -> list[str]:
-    """Sentences on the columns `significant` and `detectable`; empty if nothing is tested."""
+def significance_notes(comparisons: Sequence[Comparison], *, marks: bool = True) -> list[str]:
+    """Sentences for a caption on the level of significance; empty if nothing is tested.
+
+    Args:
+        marks: whether the table has marks, else it has columns `significant` and `detectable`.
+    """
     if not any(c.is_tested for c in comparisons):
         return []
-    return [
-        f"Significant: p < {ALPHA:g}{_corrected_over(comparisons)}.",
+    over = _corrected_over(comparisons)
+    notes = [
+        f"Significant: p < {ALPHA:g}{over}.",
         "Detectable: smallest difference, in points, that is significant with 80 % power; it grows "
         "with the number of comparisons and the variance between all their runs.",
-        *one_split_notes(comparisons),
     ]
+    if marks:
+        roles = {c.role for c in comparisons}
+        signs = ", ".join(f"{MARKS[role]} from the {role}" for role in MARKS if role in roles)
+        worse = f" ({WORSE} below it)" if any(c.mark.endswith(WORSE) for c in comparisons) else ""
+        notes = [f"Significantly different: {signs}{worse} (p < {ALPHA:g}{over})."]
+    return [*notes, *one_split_notes(comparisons)]
 
 
 def _corrected_over(comparisons: Sequence[Comparison]) -> str:

@@ -43,7 +43,7 @@ from orchestrator.store import SweepLocation, read_outcome
 
 MAX_ROWS, MAX_ANSWERS = 10, 3
 # Columns that the screen leaves out; `airsweep table` has them.
-HIDDEN = ("test images", "auxiliary", "pseudo-labels")
+HIDDEN = ("test images", "auxiliary", "pseudo-labels", "gain over host", "gain over control")
 NEXT = "next"  # label of the commands, which are not broken
 
 

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 FORMATS = ("md", "csv", "json")
+COLUMN_SETS = ("fit", "all")
 WIDTH = 100  # characters of a line
 TASK = ("dataset", "paradigm", "modality")  # columns; left out if all rows have the same value
 TESTED = ("text", "fused", "auxiliary")  # classifiers that a trial tests on the same images
@@ -133,10 +134,12 @@ def column_notes(header: Collection[str]) -> list[str]:
 # ---------------------------------------------------------------- one line per row
 
 
-def table(results: Results, format: str) -> str:
+def table(results: Results, format: str, columns: str = "all") -> str:
     """The table in one of `FORMATS`, without a newline at the end.
 
-    In Markdown, one of rows with those columns that fit `WIDTH` characters, and one of differences.
+    Args:
+        columns: `all`, or `fit`: in Markdown, a table of rows with those columns that fit `WIDTH`
+            characters, and one of differences.
     """
     match format:
         case "json":
@@ -145,11 +148,15 @@ def table(results: Results, format: str) -> str:
             return _csv(results)
         case _ if not results.rows:
             return f"{EMPTY.capitalize()}."
-    layouts = [
-        _fitted(results),
-        *difference_layouts(results),
-        *points_layouts(results),
-    ]
+        case _ if columns == "fit":
+            layouts = [*_fitted(results), *points_layouts(results)]
+        case _:
+            values = [c for of_key in results.value_comparisons.values() for c in of_key]
+            layouts = [
+                table_layout(results),
+                *difference_layouts(results, values),
+                *points_layouts(results),
+            ]
     return "\n\n".join(map(markdown, layouts))
 
 
@@ -265,26 +272,28 @@ def _csv_setting(value: Any) -> Any:
     return format_value(value) if value is None or isinstance(value, bool) else value
 
 
-def _fitted(results: Results) -> Layout:
-    """The rows without the columns that do not fit."""
+def _fitted(results: Results) -> Iterator[Layout]:
+    """The rows without the columns that do not fit, and the differences."""
+    gains = [f"gain over {role}" for role in MARKS]
     marked = {best.classifier for best in results.best_classifiers.values()}
     for dropped in range(len(SPARE) + 1):
         left_out = [name for name in SPARE[:dropped] if name not in marked]
-        layout = table_layout(results, left_out)
+        layout = table_layout(results, [*gains, *left_out])
         if max(map(len, grid(layout).splitlines())) <= WIDTH:
             break
     shown = table_lines(results)[0]
     # The caption has the number of test images.
     if absent := [name for name in left_out if name in shown and name != "test images"]:
-        note = f"Not shown: {', '.join(absent)}; `airsweep report` shows them."
+        note = f"Not shown: {', '.join(absent)}; --columns all shows them."
         layout = replace(layout, notes=[*layout.notes, note])
-    return layout
+    yield layout
+    yield from difference_layouts(results, results.all_comparisons)
 
 
-def difference_layouts(results: Results) -> Iterator[Layout]:
+def difference_layouts(results: Results, comparisons: Sequence[Comparison]) -> Iterator[Layout]:
     """One table with a line per comparison; none without comparisons."""
-    if comparisons := results.all_comparisons:
-        notes = [*significance_notes(comparisons), *comparison_notes(comparisons)]
+    if comparisons:
+        notes = [*significance_notes(comparisons, marks=False), *comparison_notes(comparisons)]
         yield Layout(lines=_comparison_lines(results, comparisons), notes=notes)
 
 
@@ -325,6 +334,11 @@ def table_layout(results: Results, left_out: Sequence[str] = ()) -> Layout:
     """The rows, with all columns but those that are left out."""
     lines = table_lines(results, left_out)
     caption = [*_caption(results, [*lines[0]])]
+    if not left_out:
+        caption += [
+            *significance_notes(results.comparisons),
+            *comparison_notes(results.comparisons),
+        ]
     return Layout(lines=lines, caption=caption, notes=collapse_notes(results))
 
 
@@ -347,6 +361,11 @@ def table_lines(results: Results, left_out: Sequence[str] = ()) -> list[dict[str
             "n": str(row.n),
             "test images": str(row.n_test or ""),
             **_texts(row, "table"),
+            **{f"gain over {role}": "" for role in MARKS},
+            **{
+                f"gain over {role}": f"{c.text} {c.baseline.method}{c.mark}"
+                for role, c in results.comparisons_of(row).items()
+            },
         }
         for row in results.rows
     ]
@@ -411,3 +430,5 @@ def _caption(results: Results, header: Sequence[str]) -> Iterator[str]:
         ends = dict.fromkeys(f"{count:,}" for count in (min(counts), max(counts)))
         yield f"{' to '.join(ends)} test images per run."
     yield from column_notes(header)
+    if any(name.startswith("gain") for name in header):
+        yield "Gains in points, with 95 % interval if tested, paired by image and run."

@@ -97,7 +97,9 @@ def grids() -> dict[str, list[FinishedTrial]]:
         "rows that are not above chance are named first": (
             trials("cpl", better=-0.56) + trials("fpl", better=-0.6) + trials("air")
         ),
-        "a method is worse than its host": (trials("cpl") + trials("air", better=-0.4)),
+        "a method that is worse than its host has an arrow": (
+            trials("cpl") + trials("air", better=-0.4)
+        ),
         "the text classifier has a column where the tested one is fused": (
             trials("cpl") + measured(trials("air"), test__accuracy_text=0.25)
         ),
@@ -174,16 +176,22 @@ SPECIAL = [*searches()][:1] + [*grids()][:8]
 
 
 def test_tables_equal_the_golden_file() -> None:
-    check_golden_cases("tables.md", {name: table(found, "md") for name, found in cases().items()})
+    fitted = {name: table(found, "md", "fit") for name, found in cases().items()}
+    check_golden_cases("tables.md", fitted)
+    worse = one_line(table(cases()["a method that is worse than its host has an arrow"], "md"))
+    assert "cpl†↓ |" in worse
+    assert "† from the host (↓ below it)" in worse
 
 
 def test_the_main_table_equals_the_golden_file() -> None:
+    """All columns, and those that fit."""
     check_golden("main_table.md", table(results(quickstart()), "md") + "\n")
+    check_golden("fitted_table.md", table(results(quickstart()), "md", "fit") + "\n")
     many = [
         replace(t, settings={"a_setting_with_a_long_name": 1.5 * t.flat["seed"]})
         for t in quickstart()
     ]
-    assert max(map(len, table(results(many), "md").splitlines())) <= 100
+    assert max(map(len, table(results(many), "md", "fit").splitlines())) <= 100
 
 
 def rounded(value: Any) -> Any:

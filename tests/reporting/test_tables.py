@@ -1,4 +1,4 @@
-"""The columns of tables, CSV that spreadsheets do not evaluate."""
+"""The columns of tables, CSV that spreadsheets do not evaluate, and the command."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from orchestrator.reporting import tables
 from orchestrator.reporting.summary import summary
 from orchestrator.reporting.tables import gains_frame, table
+from tests.helpers.outcomes import ACCURACIES, SWEEP, by_method, record_sweep
 from tests.helpers.trials import cells, one_line, quickstart, results, trials
 
 
@@ -27,8 +28,6 @@ def test_the_frame_of_gains_has_those_of_the_table_and_intervals_of_tested_ones_
         "".join(c.mark for c in found.comparisons if c.row is row) for row in found.rows
     ]
     assert frame.loc["zero_shot"].filter(regex="^(host|control)").isna().all()
-    worse = results([*trials("cpl"), *trials("air", better=-0.4)])
-    assert gains_frame(worse)["marks"].tolist() == ["", "†↓"]
     few = [trial for trial in quickstart() if trial.flat["seed"] < 3]
     assert gains_frame(results(few)).filter(regex="_(low|high|p)$").isna().all(axis=None)
 
@@ -54,3 +53,19 @@ def test_control_characters_and_formulas_are_escaped_in_csv() -> None:
     assert ",'=1+1," in table(results(finished), "csv")
     assert r"folder:/a\u001b[2J\u000ab" in table(results(finished), "csv")
     assert "\x1b" not in table(results(finished), "csv")
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_the_command_table_prints_columns_that_fit_or_all(tmp_path, command) -> None:
+    record_sweep(tmp_path, "small", SWEEP, by_method(ACCURACIES))
+
+    def airsweep_table(*words: str) -> tuple[int, str, str]:
+        return command("table", "small", "--store", tmp_path, *words)
+
+    code, out, _ = airsweep_table("--columns", "all")
+    assert code == 0
+    assert "zero_shot†" in out
+    assert "cpl - zero_shot" in airsweep_table()[1]
+    assert airsweep_table("--columns", "some")[0] == 2
