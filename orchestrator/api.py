@@ -534,6 +534,7 @@ def export(
     *,
     sweep: str | Outcome | None = None,
     only: Options = (),
+    by: str | None = None,
     classifier: str | None = None,
     store: str | Path | None = None,
     data_root: str | Path | None = None,
@@ -545,12 +546,14 @@ def export(
     """Export the classifiers of a trial as a bundle, a folder that works without the store.
 
     Args:
-        trial: trial key, slot, or `best`: row, run and classifier of a sweep with the highest
-            validation accuracy; without validation images the first in the order of methods in
-            docs/experiments.md.
+        trial: trial key, slot, or `best`: row, run and classifier of a sweep with
+            the highest score, by default without test labels.
         output: folder to create.
         sweep: sweep of the trial; `best` needs it.
         only: values of the grid to which `best` is limited, as for `load`.
+        by: the score of `best`: validation_accuracy, experiments or test_accuracy. Default:
+            validation_accuracy where there are validation images, else experiments: the order
+            of methods in docs/experiments.md.
         classifier: text, auxiliary or fused, which the bundle uses if no other is named. Default:
             the one with the highest score.
         store, data_root: as for `plan`.
@@ -581,11 +584,12 @@ def export(
             raise ValueError("`best` needs the name of a sweep; give --sweep NAME")
         ledger, location = recorded_sweep(sweep, store, data_root)
         data = location.data_root
-        selected = selection.best_trial(ledger, location, limits, classifier)
+        selected = selection.best_trial(ledger, location, limits, by, classifier)
     else:
-        if limits:
+        if limits or by:
             raise ValueError(
-                "--only is allowed with `best` only: it selects rows, and you named a trial"
+                "--only and --by are allowed with `best` only: they select rows, and you named a "
+                "trial"
             )
         selected = replace(selection.named_trial(trial, source, place), classifier=classifier)
     resolver = Resolver(source.root / "digests.json", data)

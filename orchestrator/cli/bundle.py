@@ -40,11 +40,20 @@ def export(
         str | None, typer.Option(metavar="NAME", help="Sweep of the trial: NAME or PROJECT/NAME.")
     ] = None,
     only: OnlyOption = None,
+    by: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SCORE",
+            help="Score of `best`: validation_accuracy, experiments or test_accuracy. Default: "
+            "validation_accuracy if there are validation images, else experiments: the order of "
+            "methods in docs/experiments.md.",
+        ),
+    ] = None,
     classifier: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="text, auxiliary or fused: the default of the bundle. Default: the best.",
+            help="text, auxiliary or fused: the default of the bundle. Default: the best by SCORE.",
         ),
     ] = None,
     store: StoreOption = STORE,
@@ -64,8 +73,7 @@ def export(
     """Export the classifiers of a trial as a bundle.
 
     A bundle is a folder that works without the store. `best` selects row, run and classifier of a
-    sweep by accuracy on validation images, without any by the order of methods in
-    docs/experiments.md. Exits with 4 if a classifier does not reproduce the trial's
+    sweep without test labels. Exits with 4 if a classifier does not reproduce the trial's
     predictions. Prints DIR.
 
     airsweep export best --sweep quickstart -o bundle
@@ -77,7 +85,7 @@ def export(
     from orchestrator.reporting.bundles import PredictionsDifferError
 
     options: dict[str, Any] = {"store": store, "data_root": data_root, "force": force}
-    options |= {"classifier": classifier, "tracking_uri": tracking_uri}
+    options |= {"by": by, "classifier": classifier, "tracking_uri": tracking_uri}
     options |= {"onnx": onnx, "register": register}
     try:
         show(api.export(trial, output, sweep=sweep, only=only or (), **options))

@@ -1,5 +1,5 @@
 """The best of the classifiers of some rows: the one that every screen marks with `*`, and that
-`airsweep export best` exports. Test labels do not select it.
+`airsweep export best` exports. Test labels do not select it, unless `test_accuracy` is named.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from orchestrator.reporting._statistics import Interval, mean_interval
 from orchestrator.reporting.rows import FinishedTrial, Row, row_text
 
 MUTUAL_INFORMATION = "objective/mutual_information"  # of the text classifier on the pool
-VALIDATION, EXPERIMENTS = "validation_accuracy", "experiments"
+VALIDATION, EXPERIMENTS, TEST = "validation_accuracy", "experiments", "test_accuracy"
+SCORES = {VALIDATION: "objective/validation_accuracy", TEST: "test/accuracy"}  # metrics
 MEASURES = {
     VALIDATION: "the highest on validation images",
     EXPERIMENTS: (
         "first in the order of docs/experiments.md, without validation images to choose by"
     ),
+    TEST: "the highest on test images",
 }
 
 
@@ -61,7 +63,9 @@ class Candidate:
         return row.as_json() | {"classifier": self.classifier}
 
 
-def best_candidate(rows: Sequence[Row], classifier: str | None = None) -> Candidate:
+def best_candidate(
+    rows: Sequence[Row], by: str | None = None, classifier: str | None = None
+) -> Candidate:
     """The best of the classifiers of rows.
 
     A trial has up to three classifiers, and each classifier of a row is a candidate. Its score is
@@ -70,11 +74,14 @@ def best_candidate(rows: Sequence[Row], classifier: str | None = None) -> Candid
     without labels choose worse.
 
     Args:
+        by: of `MEASURES`. Default: validation_accuracy; experiments without validation images.
         classifier: text, auxiliary or fused, as the only candidate of each row.
 
     Raises:
-        ValueError: there is no candidate.
+        ValueError: `by` is not a measure, there is no candidate, or some lack the measure.
     """
+    if by is not None and by not in MEASURES:
+        raise ValueError(f"unknown --by {by!r}; allowed: {', '.join(MEASURES)}")
     ranked = [
         (row, name)
         for row in rows
@@ -91,21 +98,27 @@ def best_candidate(rows: Sequence[Row], classifier: str | None = None) -> Candid
         runs = row.trials.values()
         return [trial.metrics.get(f"{metric}_{name}", math.nan) for trial in runs]
 
-    by, metric = VALIDATION, "objective/validation_accuracy"
+    metric = SCORES.get(by or VALIDATION, "")
     # Rounded, since equal ones differ in the last digits.
     means = [round(fmean(scores(metric, *of)), 9) for of in ranked]
     best, score, tied = 0, None, list[str]()
     if not any(map(math.isnan, means)):
+        by = by or VALIDATION
         score = max(means)
         best, *same = (i for i, mean in enumerate(means) if mean == score)
         tied = [f"{name} of {row_text(row)}" for row, name in (ranked[i] for i in same)]
-    else:
+    elif by in (None, EXPERIMENTS):
         by, metric = EXPERIMENTS, MUTUAL_INFORMATION
+    else:
+        raise ValueError(
+            f"some classifiers have no {by}: there are no images for it; give another --by: "
+            f"{', '.join(name for name in MEASURES if name != by)}"
+        )
     row, name = ranked[best]
     of_runs = scores(metric, row, name)
     trial = [*row.trials.values()][of_runs.index(max(of_runs))]
     test: Interval | None = None
-    mean = row.average(f"test/accuracy_{name}") if row.is_tested else None
+    mean = row.average(f"{SCORES[TEST]}_{name}") if row.is_tested else None
     if mean is not None:  # the table's number
         test = replace(mean_interval(row.runs(name)), mean=mean)
     images = row.average("validation/images") if by == VALIDATION else None

@@ -14,7 +14,7 @@ from orchestrator.keys import ArtifactKey, from_plain
 from orchestrator.planning.history import read_history
 from orchestrator.planning.ledger import Ledger
 from orchestrator.planning.requests import run_command
-from orchestrator.reporting.candidates import MEASURES, best_candidate
+from orchestrator.reporting.candidates import MEASURES, SCORES, TEST, best_candidate
 from orchestrator.reporting.notes import at_chance_notes
 from orchestrator.reporting.results import TABLE_COLUMNS, TASK_KEYS, results_of
 from orchestrator.reporting.rows import Row, is_bound, tasks_of
@@ -30,6 +30,9 @@ from orchestrator.store import (
 
 BEST = "best"
 MIN_DIGITS = 6  # of a key
+CAVEAT = (
+    "The test images selected the classifier, so its accuracy on new images is likely to be lower."
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ def best_trial(
     ledger: Ledger,
     location: SweepLocation,
     only: Sequence[str] = (),
+    by: str | None = None,
     classifier: str | None = None,
 ) -> SelectedTrial:
     """The best run of the best classifier of a task, see `best_candidate`.
@@ -57,10 +61,12 @@ def best_trial(
 
     Args:
         only: `key=value[,value]` each; restrict the rows to these cells of the grid.
+        by: of `MEASURES`. Default: validation_accuracy; experiments without validation images.
         classifier: restrict the candidates to text, auxiliary or fused.
 
     Raises:
-        ValueError: no trial is finished, or the rows belong to several tasks.
+        ValueError: no trial is finished, the rows belong to several tasks, or a candidate lacks the
+            measure.
     """
     results, grid = results_of(ledger, location.store), ledger.about.grid
     cells = _cells(ledger.cells, only_values(grid, only))
@@ -75,11 +81,12 @@ def best_trial(
             f"{location.name} has a best classifier for each of {listed}, which cannot be "
             f"compared; give --only KEY=VALUE with {', '.join(keys)}"
         )
-    found = best_candidate(rows, classifier)
+    found = best_candidate(rows, by, classifier)
     row, name = found.row, found.classifier
     slot = next(slot for slot in ledger.slots if slot.key.digest == found.trial.key)
+    caveat = CAVEAT if found.by == TEST and found.candidates > 1 else None
     which = MEASURES[found.by] if found.score is not None else "the highest in mutual information"
-    own = found.trial.metrics.get(f"test/accuracy_{name}") if found.test else None
+    own = found.trial.metrics.get(f"{SCORES[TEST]}_{name}") if found.test else None
     lines = at_chance_notes(results) if results.is_smoke else []
     lines += [
         f"selected: {found}",
@@ -87,6 +94,8 @@ def best_trial(
         + (f", of {row.n} runs {which}" if row.n > 1 else "")
         + ("" if own is None else f", test {format_percent(own)} %"),
     ]
+    if caveat:
+        lines.append(f"note:     {caveat}")
     if ledger.to_run:
         left = plural(ledger.to_run, "trial")
         lines.append(f"note:     the sweep has {left} left to run, which may change the selection")
@@ -108,7 +117,7 @@ def best_trial(
             "by": found.by,
             "score": found.score,
             "trials_left": ledger.to_run,
-            "note": None,
+            "note": caveat,
         },
         name,
         lines,

@@ -229,8 +229,10 @@ def test_a_prompt_with_other_predictions_is_not_exported(location, command, tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
 
 
-def test_best_is_the_classifier_with_the_highest_score_of_all_rows(location, command, tmp_path):
-    metric = "objective/validation_accuracy"
+@pytest.mark.parametrize("by", [None, "test_accuracy"])
+def test_best_is_the_classifier_with_the_highest_score_of_all_rows(by, location, command, tmp_path):
+    option = ("--by", by) if by else ()
+    metric = "test/accuracy" if by else "objective/validation_accuracy"
     plan = plan_of(load_sweep(location.folder / "spec.yaml"), location)
     scores: dict[tuple[str, str], dict[str, float]] = {}
     for slot in plan.slots:
@@ -241,17 +243,18 @@ def test_best_is_the_classifier_with_the_highest_score_of_all_rows(location, com
                 runs[record.key] = record.metrics[f"{metric}_{name}"]
     method, name = best = max(scores, key=lambda of: np.mean([*scores[of].values()]))
     code, out, err = command(
-        *("export", "best", "--sweep", "small", "--only", "paradigm=ul"),
+        *("export", "best", "--sweep", "small", "--only", "paradigm=ul", *option),
         *("-o", tmp_path / "b", *store_option(location)),
     )
     assert (code, out) == (0, f"{tmp_path / 'b'}\n")
     assert f"selected: {name} classifier of {method}, test accuracy " in err
     assert ": of 6 classifiers the highest on " in err
+    assert ("The test images selected the classifier" in err) == (by is not None)
     manifest = read_bundle(tmp_path / "b").content
     assert manifest.classifier == name
     assert manifest.lineage["trial_key"] == max(scores[best], key=lambda key: scores[best][key])
     chosen = manifest.chosen
-    assert (chosen["row"]["method"], chosen["by"]) == (method, "validation_accuracy")
+    assert (chosen["row"]["method"], chosen["by"]) == (method, by or "validation_accuracy")
     assert (chosen["candidates"], chosen["trials_left"]) == (6, 0)
 
 
@@ -263,6 +266,7 @@ def test_exports_of_unknown_trials_equal_the_golden_messages(command, location, 
         small,
         (*small, "--only", "metod=fpl"),
         (*small, "--only", "method=air"),
+        (*small, "--only", "paradigm=ul", "--by", "x"),
         ("best",),
         ("best", "--sweep", "large"),
         ("cell/0/seed=1", "--sweep", "small"),
