@@ -95,7 +95,7 @@ def logs(name: NameArgument, store: StoreOption = STORE, as_json: JsonOption = F
 
     airsweep logs quickstart
 
-    airsweep logs quickstart | grep digits-ul-text-cpl
+    airsweep logs quickstart
     """
     events = api.logs(name, store=store)
     if as_json:
