@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import re
 import typing
 from abc import ABC, abstractmethod
@@ -258,16 +257,10 @@ def canonical_json(value: Any) -> str:
 
 
 def _canonical(value: Any) -> Any:
-    if isinstance(value, SCALARS):
-        return value
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise ValueError(f"a key cannot contain {value}; allowed: finite numbers")
-        return int(value) if value.is_integer() else value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
     if isinstance(value, Mapping):
-        if not all(isinstance(name, str) for name in value):
-            raise TypeError("the name of a field in a key must be text")
         return {name: _canonical(item) for name, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
+    if isinstance(value, list | tuple):
         return [_canonical(item) for item in value]
-    raise TypeError(f"a key cannot contain {type(value).__name__}; allowed: plain data")
+    return value

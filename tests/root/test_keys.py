@@ -137,11 +137,11 @@ ROW: dict[str, Any] = {"classnames": CLASSES, "size": 32, "block": 8}
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_key_refuses_numbers_that_are_not_finite(value):
-    with pytest.raises(ValueError, match=r"a key cannot contain .*; allowed: finite numbers"):
+    with pytest.raises(ValueError, match="float values"):
         artifact_key(trial(train__learning_rate=value))
 
 
-@pytest.mark.parametrize("value", [Path("x"), b"x", {1: "x"}, {"x"}, object()])
+@pytest.mark.parametrize("value", [Path("x"), b"x", {"x"}, object()])
 def test_a_key_contains_only_plain_data(value):
     with pytest.raises(TypeError):
         canonical_json({"value": value})
