@@ -117,7 +117,7 @@ def test_healthy_machines_are_checked_once_and_no_token_is_left(cluster, spec, t
         checked = run(cluster, spec, store, "--check", do="plan")
         assert checked.returncode == 0, checked.stderr
         assert "checked 2 machines of the cluster: ok" in checked.stderr
-        assert not store.exists()
+        assert not [path for path in store.rglob("*") if path.is_file()]
         done = run(cluster, spec, store)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("checked 2 machines of the cluster: ok") == 1
@@ -210,14 +210,13 @@ def test_a_machine_that_does_not_answer_is_refused(cluster, spec, tmp_path):
     assert "no answer within 90 s" in done.stderr
 
 
-def test_a_machine_that_leaves_during_the_check_is_only_a_warning(cluster, spec, tmp_path):
+def test_a_machine_that_leaves_during_the_check_is_left_out(cluster, spec, tmp_path):
     """An autoscaler may remove a machine. Here the processes of a machine are stopped when the
     check starts, and the head declares it dead during the check."""
     with cluster.joined() as machine:
         program = ("-c", LEAVING.format(group=machine.pid))
         done = run(cluster, spec, tmp_path / "runs", "--prepare", program=program)
     assert done.returncode == 0, done.stderr
-    assert "answers: the machine could not be checked" in done.stderr
     assert "checked 1 machine of the cluster: ok" in done.stderr
 
 
