@@ -86,14 +86,8 @@ def _shortage(name: str, want: ProcessResources, machines: Sequence[Machine]) ->
         kind: max((machine.get(kind, 0.0) for machine in machines), default=0.0)
         for kind in required
     }
-    missing = [kind for kind in want.custom if not most[kind]]
     advice = f"lower resources.{name}.cpu or .gpu"
-    if missing:
-        advice = (
-            f"start nodes that have {missing[0]} with `ray start --resources`, or remove "
-            f"{missing[0]} from resources.{name}.custom"
-        )
-    elif want.gpu and not most["GPU"]:
+    if want.gpu and not most["GPU"]:
         advice = f"without a GPU, use --set resources.{name}.gpu=0"
     elif most.get("memory", 0.0) < required.get("memory", 0.0):
         advice = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 from air_core.methods import METHODS
 from air_core.specs.flat import trial_keys
@@ -175,7 +174,7 @@ def _cell_errors(document: Document, cell: Cell) -> Iterator[SpecError]:
         )
         return document.key_error(path, message)
 
-    if flat["paradigm"] == "ul" and "labelled" in _values_in(cell, "supervision"):
+    if flat["paradigm"] == "ul" and flat["supervision"] == "labelled":
         yield error(
             "supervision",
             f"supervision is labelled in {cell.id}, but paradigm ul has no labelled images; "
@@ -188,12 +187,6 @@ def _cell_errors(document: Document, cell: Cell) -> Iterator[SpecError]:
             f"paradigm trzsl in {cell.id} needs seen and unseen classes, which {other} does not "
             "have; allowed: paradigm ul or ssl",
         )
-
-
-def _values_in(cell: Cell, key: str) -> set[Any]:
-    """The values of a key in a cell; of a range, its lower end."""
-    searched = {v for d in cell.space if d.key == key for v in d.values or (d.min,)}
-    return {cell.flat[key]} | searched
 
 
 def _search_errors(spec: SweepSpec, search: Search, cells: tuple[Cell, ...]) -> Iterator[SpecError]:
