@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from air_core.specs import Ref
-from orchestrator.errors import DamagedArtifact, StoreRefused, SweepBusy
+from orchestrator.errors import DamagedArtifact, StoreRefused
 from orchestrator.files import file_digest
 from orchestrator.keys import artifact_key
 from orchestrator.stages import FeaturesSpec
@@ -221,26 +221,6 @@ def group_folder() -> Iterator[Path]:
         path.chmod(0o2775)
     yield folder
     shutil.rmtree(folder)
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to switch users")
-@pytest.mark.parametrize("umask", [0o002, 0o022])
-def test_two_users_of_a_group_wait_for_the_locks_of_each_other(umask, group_folder):
-    locks, log = ArtifactStore(group_folder).locks, group_folder / "sweep"
-    waited: list[str] = []
-    locks.on_wait = lambda name, holder, seconds: waited.append(name) or held.close()
-    with as_user(1001, 2000, umask), ExitStack() as held, EventLog(log).locked():
-        held.enter_context(ArtifactStore(group_folder).locks.exclusive("x"))
-        held.enter_context(ArtifactStore(group_folder).locks.shared_store())
-        with as_user(1002, 2000):
-            with pytest.raises(StoreRefused, match="a sweep runs"), locks.exclusive_store():
-                pass
-            with pytest.raises(SweepBusy), EventLog(log).locked():
-                pass
-            with locks.exclusive("x"):
-                assert waited[0] == "x"
-    with as_user(1002, 2000), EventLog(log).locked():
-        pass
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to switch users")
