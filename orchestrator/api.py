@@ -117,19 +117,12 @@ class Planned:
 
     def json(self) -> dict[str, Any]:
         """The JSON of `airsweep plan --json`."""
-        from orchestrator.planning import changed_inputs, earlier_results
+        from orchestrator.planning import changed_inputs
 
-        plan, location = self.plan, self.location
-        earlier = earlier_results(plan, location)
         return {
-            **plan.json(location.store),
+            **self.plan.json(self.location.store),
             "reused_from": self._sources(),
-            "changed_inputs": changed_inputs(earlier),
-            "stale": [
-                {"stage": stage, "artifacts": count}
-                for (stage, cause), count in earlier.items()
-                if cause == "code"
-            ],
+            "changed_inputs": changed_inputs(self.plan, self.location),
         }
 
     def screen(self, explain: bool = False) -> str:
