@@ -15,14 +15,13 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-import torch
 from PIL import Image
 
 from air_core.bundle import load_bundle
 from air_core.bundle.checks import TEXT
 from air_core.bundle.manifest import write_bundle
 from air_core.datasets import get_dataset
-from air_core.datasets.images import ImageFiles, Unreadable
+from air_core.datasets.images import Unreadable
 from orchestrator import api
 from tests.helpers.bundles import zero_shot
 from tests.helpers.documents import ROOT
@@ -64,22 +63,6 @@ def photos(tmp_path_factory) -> list[Path]:
 
 
 # ---------------------------------------------------------------- images in Python
-
-
-def test_threads_change_neither_results_nor_order(bundle, photos):
-    step = 64
-    batches = [ImageFiles(tuple(photos[i : i + step])) for i in range(0, len(photos), step)]
-    shares = torch.cat([bundle.scores(batch) for batch in batches])  # no threads
-    before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    results = list(bundle.rows(photos, topk=10))
-    torch.set_num_threads(before)
-    assert [row["path"] for row in results] == [str(file) for file in photos]
-    for row, expected in zip(results, shares, strict=True):
-        ranks = ["", *(f"_{rank}" for rank in range(2, 11))]
-        by_class = {row[f"class{rank}"]: row[f"probability{rank}"] for rank in ranks}
-        found = [by_class[name] for name in bundle.classnames]
-        assert found == pytest.approx(expected.tolist(), abs=1e-6)
 
 
 def test_paths_pil_images_and_arrays_give_the_same_result_in_one_call(bundle, photos):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -18,7 +17,7 @@ import pytest
 from air_core.models.weights import tiny_folder
 from orchestrator.store import open_store
 from tests.helpers.servers import free_port
-from tests.helpers.sweeps import airsweep, count, events, python, write_sweep
+from tests.helpers.sweeps import airsweep, python, write_sweep
 
 # Libraries that take long to import, or are not installed everywhere.
 UNUSED = {
@@ -83,23 +82,6 @@ def test_a_mistyped_name_of_a_sweep_is_an_error_with_the_three_most_similar_ones
     assert code == 2
     assert "recorded sweeps: default/context, default/contexts, default/" in err
     assert "and 2 more, see `airsweep list`" in err
-
-
-def test_cells_of_equal_images_are_one_computation(tmp_path, drawn_digits):
-    other = shutil.copytree(drawn_digits, tmp_path / "copied")
-    body = f"""
-grid: {{generator: ["folder:{drawn_digits}", "folder:{other}"]}}
-fixed: {{method: air_fpl, generation.block: 8, images_per_class: 8}}
-seeds: [1, 2]
-"""
-    spec, store = write_sweep(tmp_path, "twins", body), tmp_path / "runs"
-    command = ("run", spec, "--store", store, "--tracking-uri", "none")
-    airsweep(*command, module="tests.helpers.trivial")
-    log = events(store, "twins")
-    assert count(log, "trial_done") == count(log, "trial_reused") == 2
-    assert count(log, "trial_failed") == 0
-    rows = json.loads(airsweep("table", "twins", "--store", store, "--format", "json").stdout)
-    assert [row["n"] for row in rows] == [2, 2]
 
 
 @pytest.fixture

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,31 +14,11 @@ from PIL import Image
 
 from air_core.datasets import get_dataset
 from air_core.models.weights import generator_folder, tiny_folder
-from orchestrator.planning import (
-    plan_of,
-    read_request,
-    unused_gpus_reason,
-)
+from orchestrator import api
+from orchestrator.planning import plan_of, read_request, unused_gpus_reason
 from orchestrator.planning.requests import location_for
-from tests.helpers.disks import UNSHARE
-from tests.helpers.machines import keep, mounts_of
+from orchestrator.planning.resources import gpu_capability
 from tests.helpers.sweeps import python, write_sweep
-
-
-@contextmanager
-def fake_gpus(folder: Path, count: int) -> Iterator[list[str]]:
-    """The prefix of commands that find `count` GPUs in /dev."""
-    dev = folder / "dev"
-    dev.mkdir()
-    commands = [f"mount -t tmpfs none {dev}", f"mkdir {dev}/shm", f"ln -s /proc/self/fd {dev}/fd"]
-    for name in ("null", "zero", "random", "urandom"):
-        commands.append(f"touch {dev}/{name} && mount --bind /dev/{name} {dev}/{name}")
-    commands += [f"touch {dev}/nvidia{number}" for number in range(count)]
-    commands += [f"mount --bind /dev/shm {dev}/shm", f"mount --rbind {dev} /dev"]
-    keeper = keep(UNSHARE, *commands)
-    yield mounts_of(keeper)
-    keeper.communicate()
-
 
 SWEEP = """
 grid: {{method: [cpl, air]}}
@@ -95,61 +74,59 @@ def test_a_generator_encodes_ready_images_with_a_real_backbone(models, tmp_path)
 
 
 @pytest.fixture
-def machine(tmp_path, monkeypatch) -> Iterator[list[str]]:
-    """The prefix of commands on a machine with two GPUs."""
+def two_gpus(monkeypatch) -> None:
+    """This machine has two GPUs in /dev."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    with fake_gpus(tmp_path, 2) as inside:
-        yield inside
+    devices = SimpleNamespace(glob=lambda pattern: ["/dev/nvidia0", "/dev/nvidia1"])
+    monkeypatch.setattr("orchestrator.planning.resources.glob", devices)
 
 
-def test_plan_and_run_name_the_missing_lines(machine, models, tmp_path):
+@pytest.mark.usefixtures("two_gpus")
+def test_plan_and_run_name_the_missing_lines(models, tmp_path, command):
     spec = write_sweep(tmp_path, "mine", SWEEP.format(**models))
     store = ("--store", tmp_path / "runs")
-
-    def command(name: str, *words: str) -> Any:
-        return python("-m", "orchestrator", name, spec, *store, *words, check=False, inside=machine)
-
-    done = command("run")
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"{spec}:1:1: resources: the machines have 2 GPUs, but")
-    assert f"write `{BOTH}` into the sweep file, or `gpu: 0` there" in done.stderr
+    code, _, err = command("run", spec, *store)
+    assert (code, err.count("\n")) == (2, 1), err
+    assert err.startswith(f"{spec}:1:1: resources: the machines have 2 GPUs, but")
+    assert f"write `{BOTH}` into the sweep file, or `gpu: 0` there" in err
     assert not (tmp_path / "runs" / "sweeps").exists()
-    done = command("plan")
-    assert done.returncode == 0, done.stderr
-    assert "  cannot start: the machines have 2 GPUs, but" in done.stdout
-    assert command("plan", "--check").returncode == 2
+    code, out, _ = command("plan", spec, *store)
+    assert code == 0
+    assert "  cannot start: the machines have 2 GPUs, but" in out
+    assert command("plan", spec, *store, "--check")[0] == 2
     spec.write_text(spec.read_text() + "resources: {trial: {gpu: 0}, generator: {gpu: 0}}\n")
-    assert "cannot start" not in command("plan").stdout
+    assert "cannot start" not in command("plan", spec, *store)[1]
 
 
-def test_a_first_sweep_file_on_a_machine_with_gpus_uses_them(machine, tmp_path):
-    code = (
-        "import os, sys; os.chdir(sys.argv[1]); from orchestrator import api; "
-        "print(api.init('mine').read_text())"
-    )
-    assert f"\n{BOTH}\n" in python("-c", code, tmp_path, inside=machine).stdout
-    assert f"\n# {BOTH}\n" in python("-c", code, tmp_path / "dev").stdout
+@pytest.mark.parametrize(("visible", "line"), [(None, f"\n{BOTH}\n"), ("", f"\n# {BOTH}\n")])
+def test_a_first_sweep_file_uses_the_gpus_of_the_machine(
+    two_gpus, tmp_path, monkeypatch, visible, line
+):
+    monkeypatch.chdir(tmp_path)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert line in api.init("mine").read_text()
 
 
-def test_a_gpu_without_bf16_is_refused_where_settings_require_it(machine, models, tmp_path):
+@pytest.mark.usefixtures("two_gpus")
+def test_a_gpu_without_bf16_is_refused_where_settings_require_it(
+    models, tmp_path, monkeypatch, command
+):
     """`nvidia-smi` is a script here."""
     spec = write_sweep(tmp_path, "mine", SWEEP.format(**models) + BOTH)
-    (tmp_path / "bin").mkdir()
-    smi = tmp_path / "bin" / "nvidia-smi"
-    smi.write_text("#!/bin/sh\necho 9.0\necho 8.0\n")
-    smi.chmod(0o755)
-    path = f"{smi.parent}:{os.environ['PATH']}"
+    smi = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
 
-    def checked() -> Any:
-        words = ("plan", str(spec), "--store", str(tmp_path / "runs"), "--check")
-        return python("-m", "orchestrator", *words, check=False, inside=machine, PATH=path)
+    def checked(capabilities: str) -> tuple[int, str, str]:
+        smi.write_text(f"#!/bin/sh\nprintf '{capabilities}'\n")
+        smi.chmod(0o755)
+        gpu_capability.cache_clear()
+        return command("plan", spec, "--store", tmp_path / "runs", "--check")
 
-    done = checked()  # the devices of this machine are only files
-    assert done.returncode == 3
-    assert "this machine: gpu: Ray counts a GPU, but torch" in done.stderr
-    smi.write_text("#!/bin/sh\necho 7.5\n")
-    assert checked().stderr == (
+    code, _, err = checked("9.0\\n8.0\\n")  # the devices of this machine are only names
+    assert code == 3
+    assert "this machine: gpu: Ray counts a GPU, but torch" in err
+    assert checked("9.0\\n7.5")[2] == (
         "airsweep: GPUs of computing capability 7.5 have no bf16, which needs 8: set "
         "lora.precision and generation.precision to fp32\n"
     )

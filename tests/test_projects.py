@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-
 from orchestrator.store import open_store
 from orchestrator.store.gc import contents
-from tests.helpers.sweeps import airsweep, events, write_sweep
+from tests.helpers.sweeps import airsweep, write_sweep
 
 TWO_CELLS = "grid: {method: [zero_shot, cpl]}\nseeds: [1, 2]\n"
 
@@ -48,28 +46,3 @@ def test_equal_names_in_two_projects_share_artifacts_but_not_events_or_experimen
         # Both projects show the trials with the user who computed them.
         assert tags == {("sweep", user), ("trial", "mina"), ("point", "mina")}
     assert {item.user for item in contents(open_store(store)).artifacts} == {"mina"}
-
-
-@pytest.mark.integration
-@pytest.mark.ray
-def test_a_real_run_records_the_devices_of_each_worker(
-    tmp_path, drawn_digits, ray_session, monkeypatch
-):
-    text = "grid: {{method: [fpl, air_fpl]}}\nfixed: {{generator: 'folder:{folder}', "
-    text += "images_per_class: {count}, generation.block: 8, train.steps: 2}}\nseeds: [1]\n"
-    runs = tmp_path / "runs"
-    for user, name, count in (("mina", "few", 8), ("tom", "more", 16)):
-        spec = write_sweep(tmp_path, name, text.format(folder=drawn_digits, count=count))
-        monkeypatch.setenv("AIRSWEEP_USER", user)
-        airsweep("run", spec, "--store", runs, "--quiet")
-    for file in runs.glob("artifacts/*/*/*/record.json"):
-        record = json.loads(file.read_bytes())
-        assert (record["cpu"], record["gpu"]) == (1.0, 0.0), file
-    drawn = [
-        event["facts"]
-        for name in ("few", "more")
-        for event in events(runs, name)
-        if event["event"] == "artifact_prepared" and event["stage"] == "images"
-    ]
-    assert len({(facts["class"], facts["block"]) for facts in drawn}) == 20
-    assert all((facts["cpu"], facts["gpu"]) == (1.0, 0.0) for facts in drawn)

@@ -171,7 +171,11 @@ def test_a_second_run_does_no_work_and_imports_neither_torch_nor_ray(spec, whole
     assert len(events(whole, "search")) == before
 
 
-def test_the_store_of_a_run_has_no_damaged_or_unneeded_files(whole):
+def test_the_store_of_a_run_has_no_damaged_or_unneeded_files_and_names_its_devices(whole):
     assert_sound(whole)
+    records = [json.loads(file.read_bytes()) for file in whole.glob("artifacts/*/*/*/record.json")]
+    made = [e for e in events(whole, "search") if e["event"] == "artifact_prepared"]
+    blocks = [event["facts"] for event in made if event["stage"] == "images"]
+    assert {(used["cpu"], used["gpu"]) for used in (*records, *blocks)} == {(1.0, 0.0)}
     listed = json.loads(airsweep("cache", "ls", "--store", whole, "--json").stdout)
     assert listed["leftovers"] == []  # which only killed processes leave

@@ -132,17 +132,3 @@ def test_unlabelled_images_run_from_init_to_the_report(photos, ray_session):
         assert min(pace) > 0
     airsweep("report", "mine", "--store", "runs-smoke", "-o", "report.html")
     assert "; 36 images, of " in Path("report.html").read_text()
-    airsweep("status", "mine", "--store", "runs-smoke")
-    airsweep("list", "--store", "runs-smoke")
-    drawn = airsweep("sample", "mine", "--store", "runs-smoke", "-n", "9")
-    assert "spread over the predictions of zero-shot tiny" in drawn.stdout
-
-    header, *lines = Path("mine-labels.csv").read_text().splitlines()
-    cells = (line.split(",") for line in lines)
-    filled_in = [header, *(f"{n},{path},{TRUE[path]},{part}" for n, path, _, part in cells)]
-    (photos / "labels.csv").write_text("\n".join(filled_in))
-    screen = airsweep(*words)
-    assert "accuracy" in screen.stdout
-    rows = json.loads(airsweep("table", "mine", "--store", "runs-smoke", "--format", "json").stdout)
-    assert [row["n_test"] for row in rows] == [6, 6]
-    assert all(0 <= row["mean"] <= 1 for row in rows)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
-import typing
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -231,16 +229,6 @@ def test_ready_images_make_a_classifier_far_better_than_chance(spec, with_images
 
 
 # ---------------------------------------------------------------- used data
-
-
-def test_trial_data_hold_no_label_of_a_pool_image():
-    kinds = typing.get_type_hints(TrialData)
-    assert {f.name for f in dataclasses.fields(TrialData)} == {
-        *("backbone", "classnames", "template", "pool", "labelled", "unseen", "validation"),
-        *("test", "synthetic", "evidence"),
-    }
-    assert kinds["pool"] is Batch
-    assert [f.name for f in dataclasses.fields(Batch)] == ["features", "tokens"]
 
 
 def permuted(images: Labelled) -> Labelled:

@@ -19,7 +19,6 @@ from PIL import Image, UnidentifiedImageError
 
 from air_core.datasets import DATASETS
 from air_core.datasets.class_folders import SUFFIXES
-from air_core.datasets.fashion_mnist import DEBIAN
 from air_core.datasets.images import ImageFiles, Unreadable
 from air_core.datasets.published import PUBLISHED
 from air_core.datasets.split_files import held_out
@@ -329,22 +328,6 @@ def test_a_damaged_file_of_fashion_mnist_is_an_error(tmp_path, damage, message):
     file.with_name("train-labels-idx1-ubyte.gz").unlink()
     with pytest.raises(ValueError, match=r"has no train-labels-idx1-ubyte\.gz; apt-get install"):
         DATASETS["fashion_mnist"].files(tmp_path)
-
-
-@pytest.mark.integration
-@pytest.mark.skipif(not DEBIAN.is_dir(), reason="apt-get install dataset-fashion-mnist")
-@pytest.mark.parametrize("root", [None, DEBIAN, DEBIAN.parent])
-def test_debians_fashion_mnist_has_the_published_parts(root):
-    examples = DATASETS["fashion_mnist"].load(root)
-    assert Counter(examples.parts.tolist()) == {"train": 54000, "val": 6000, "test": 10000}
-    for part, each in (("val", 600), ("test", 1000)):
-        assert set(np.bincount(examples.labels[examples.parts == part])) == {each}
-    # Trousers are dark at the sides and light in the middle.
-    shown = np.stack(
-        [np.asarray(examples.images[i]) for i in np.flatnonzero(examples.labels == 1)[:9]]
-    )
-    assert shown[:, :, 10:18].mean() > 4 * shown[:, :, :4].mean()
-    assert DATASETS["fashion_mnist"].classnames[1] == "trouser"
 
 
 # ---------------------------------------------------------------- errors
