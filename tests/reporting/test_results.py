@@ -14,7 +14,6 @@ from orchestrator.reporting.results import (
     CURVES,
     curves_frame,
     trials_frame,
-    varied_settings,
 )
 from orchestrator.reporting.tables import rows_frame
 from orchestrator.spec import Dimension, SweepSpec, cells_of
@@ -89,24 +88,6 @@ def test_runs_can_differ_in_their_seen_classes(store, resolver, event_log):
     ul, trzsl = results_of(plan_sweep(sweep, store, resolver, event_log), store).rows
     assert (ul.n, trzsl.n) == (1, 3)  # a trial without unseen classes ignores the seed
     assert trzsl.protocol["class_seed"] is None
-
-
-def test_varied_settings_exclude_seeds_and_fixed_settings(store, resolver, event_log):
-    sweep = SweepSpec(
-        name="x",
-        grid={"method": ("fpl", "cpl"), "prompt.length": (2, 4)},
-        fixed={"train.steps": 2},
-        seeds=Seeds(values=((1, 7),), vary=("seed", "split_seed")),
-    )
-    plan = plan_sweep(sweep, store, resolver, event_log)
-    assert [varied_settings(slot) for slot in plan.slots] == 2 * [
-        {"prompt.length": 2},
-        {"prompt.length": 4},
-    ]
-    flat = plan.slots[1].settings
-    assert (flat["prompt.length"], flat["train.steps"]) == (4, 2)
-    assert (flat["seed"], flat["split_seed"]) == (1, 7)
-    assert flat["iterations"] == 1  # pinned by the method
 
 
 def test_a_points_objective_is_the_mean_over_its_runs(store, resolver, event_log):
@@ -224,17 +205,6 @@ def test_curves_frame_has_one_line_per_value(plan, store):
             assert found[slot.id, metric] == values
     assert set(frame["trial"]) == {slot.id for slot in plan.slots[2:4]}  # zero-shot has none
     assert sorted(set(frame["iteration"])) == [0, 1]
-
-
-def test_rows_frame_has_settings_as_columns(plan, store):
-    results = results_of(plan, store)
-    frame = rows_frame(results)
-    assert frame["method"].tolist() == ["zero_shot", "cpl"]
-    assert frame["prompt.length"].tolist()[1] == 2
-    assert frame["mean"].tolist() == [row.mean for row in results.rows]
-    assert frame["text"].tolist() == pytest.approx(frame["mean"].tolist())
-    assert frame["fused"].tolist() == frame["auxiliary"].tolist() == [None, None]
-    assert "settings" not in frame.columns
 
 
 def test_frames_of_a_sweep_without_finished_trials_have_all_columns(store, resolver, tmp_path):

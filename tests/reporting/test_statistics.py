@@ -12,7 +12,6 @@ from orchestrator.reporting._statistics import (
     ALPHA,
     Run,
     Runs,
-    holm,
     mean_interval,
     paired_difference,
     table_tests,
@@ -194,16 +193,6 @@ def test_a_perfect_accuracy_has_an_interval_of_width_0() -> None:
 
 
 # ---------------------------------------------------------------- p values and marks
-
-
-def test_holm_equals_a_plain_implementation() -> None:
-    rng = np.random.default_rng(10)
-    for size in (1, 2, 7):
-        p = rng.random(size) ** 3
-        order = np.argsort(p)
-        plain = np.minimum(1, np.maximum.accumulate(p[order] * (size - np.arange(size))))
-        assert np.array(holm(list(p)))[order] == pytest.approx(plain)
-    assert holm([]) == []
 
 
 @pytest.mark.parametrize(

@@ -351,22 +351,6 @@ def test_a_resumed_sweep_keeps_its_run(file: World) -> None:
     assert (file.seen().run.status, len(file.seen().trials)) == ("FINISHED", 2)
 
 
-def curves_of(setting: ChildRun) -> dict[str, list[tuple[int, float]]]:
-    numbers = setting.numbers()
-    curves = {key: [value] for key, value in numbers.metrics.items()} | dict(numbers.curves)
-    return {key: list(enumerate(curve)) for key, curve in curves.items()}
-
-
-def test_a_setting_with_other_seeds_has_the_new_numbers_only(file: World) -> None:
-    for seeds in ((1, 2, 3), (1,), (1, 2)):
-        file.send(*(a_trial(seed=seed) for seed in seeds), a_setting(seeds))
-
-    seen = file.seen()
-    (point,) = seen.settings.values()
-    assert len(seen.trials) == 3
-    assert point.curves == curves_of(a_setting((1, 2)))
-
-
 LATER = {"started": 1_800_000_000_000, "ended": 1_800_000_001_000, "metrics": {}}
 EDITED = {"content": "edited", "params": {"images_per_class": "50"}}
 
@@ -401,17 +385,6 @@ def test_a_long_history_is_complete_and_a_long_note_is_cut(world: World) -> None
     (trial,) = seen.trials.values()
     assert {key: len(curve) for key, curve in trial.curves.items()} == dict.fromkeys(long, 450)
     assert seen.run.tags["mlflow.note.content"] == "a" * 8000
-
-
-def test_a_run_id_in_the_environment_has_no_effect(
-    file: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    other = file.open(a_sweep("other")).run.run_id
-    monkeypatch.setenv("MLFLOW_RUN_ID", other)
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "elsewhere")
-    file.send(a_trial())
-    assert file.seen("other").trials == {}
-    assert len(file.seen("quickstart").trials) == 1
 
 
 def test_a_rejected_outcome_does_not_block_the_others(
