@@ -39,7 +39,6 @@ def classified_rows(bundle: Bundle, files: Sequence[Path], topk: int) -> Iterato
 class Tally:
     """Counts of rows."""
 
-    images: int = 0
     pairs: Counter[tuple[str, str]] = field(default_factory=Counter)  # true and predicted class
     unsure: int = 0
     unreadable: list[str] = field(default_factory=list)  # reasons
@@ -47,7 +46,6 @@ class Tally:
     def counted(self, rows: Iterable[Row]) -> Iterator[Row]:
         """The rows, which are counted when they are read."""
         for row in rows:
-            self.images += 1
             if row["error"] is not None:
                 self.unreadable.append(row["error"])
             elif row["class"] == UNSURE:
@@ -62,11 +60,9 @@ class Tally:
         if not total:
             return
         right = sum(count for (true, predicted), count in counts.items() if true == predicted)
-        others = self.images - len(self.unreadable) - self.unsure - total
-        note = f"; {others:,} in other folders do not count" if others else ""
         yield ""
         yield from filter(None, [chance_caution(right, total, len(classnames))])
-        yield f"accuracy {right / total:.1%}: {right:,} of {total:,} images in class folders{note}"
+        yield f"accuracy {right / total:.1%}: {right:,} of {total:,} images in class folders"
         wrong = [(pair, count) for pair, count in counts.most_common() if pair[0] != pair[1]]
         if wrong:
             yield "most frequent confusions (folder -> predicted class)"

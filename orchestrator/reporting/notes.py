@@ -17,6 +17,10 @@ from orchestrator.spec.sweep import SMOKE_ONLY
 EMPTY = "no finished trial yet"
 MAX_NAMES = 5  # of methods in a sentence
 AT_CHANCE = "Not better than chance"
+CORRECTED = (
+    "Holm-corrected over the comparisons of a question: those with the host, with the control, or "
+    "of a setting, in one dataset, paradigm and modality; intervals are not corrected"
+)
 UNTESTED = "No image is labelled for test, so no accuracy is known."
 
 
@@ -153,9 +157,8 @@ def significance_notes(comparisons: Sequence[Comparison], *, marks: bool = True)
     """
     if not any(c.is_tested for c in comparisons):
         return []
-    over = _corrected_over(comparisons)
     notes = [
-        f"Significant: p < {ALPHA:g}{over}.",
+        f"Significant: p < {ALPHA:g}, {CORRECTED}.",
         "Detectable: smallest difference, in points, that is significant with 80 % power; it grows "
         "with the number of comparisons and the variance between all their runs.",
     ]
@@ -163,24 +166,8 @@ def significance_notes(comparisons: Sequence[Comparison], *, marks: bool = True)
         roles = {c.role for c in comparisons}
         signs = ", ".join(f"{MARKS[role]} from the {role}" for role in MARKS if role in roles)
         worse = f" ({WORSE} below it)" if any(c.mark.endswith(WORSE) for c in comparisons) else ""
-        notes = [f"Significantly different: {signs}{worse} (p < {ALPHA:g}{over})."]
+        notes = [f"Significantly different: {signs}{worse} (p < {ALPHA:g}, {CORRECTED})."]
     return [*notes, *one_split_notes(comparisons)]
-
-
-def _corrected_over(comparisons: Sequence[Comparison]) -> str:
-    """The comparisons that p values are corrected over; empty if there is one of each question."""
-    sizes = Counter((c.baseline.task, c.role) for c in comparisons)
-    if max(sizes.values()) < 2:
-        return ""
-    largest: dict[str, int] = {}
-    for (_, role), size in sizes.items():
-        largest[role] = max(size, largest.get(role, 0))
-    several = len({task for task, _ in sizes}) > 1
-    tasks = " in each dataset, paradigm and modality" if several else ""
-    up_to = "up to " if several else ""
-    named = {role: f"with the {role}" if role in MARKS else f"of {role}" for role in largest}
-    counts = (f"over {up_to}{plural(n, 'comparison')} {named[r]}" for r, n in largest.items())
-    return f", Holm-corrected{tasks} {' and '.join(counts)}; intervals are not corrected"
 
 
 def one_split_notes(comparisons: Sequence[Comparison]) -> list[str]:
@@ -194,24 +181,17 @@ def one_split_notes(comparisons: Sequence[Comparison]) -> list[str]:
 def comparison_notes(comparisons: Sequence[Comparison]) -> list[str]:
     """A sentence on differences that contain the gain of a search, and one for each reason why
     differences are not tested."""
-    every = Counter(c.name for c in comparisons)
     unequal = dict.fromkeys(
         c.name for c in comparisons if c.role in MARKS and c.row.is_chosen != c.baseline.is_chosen
     )
-    reasons: dict[str, Counter[str]] = {}
+    reasons: dict[str, dict[str, None]] = {}
     for c in comparisons:
         if reason := c.difference.reason_not_tested:
-            reasons.setdefault(reason, Counter())[c.name] += 1
+            reasons.setdefault(reason, {})[c.name] = None
     notes = []
     if unequal:
         notes.append(
             "Only one side has settings that a search chose, and the difference contains what it "
             f"gained: {', '.join(unequal)}."
         )
-    for reason, untested in reasons.items():
-        names = (
-            name if count == every[name] else f"{name} in {count} of {every[name]} comparisons"
-            for name, count in untested.items()
-        )
-        notes.append(f"Not tested: {', '.join(names)} ({reason}).")
-    return notes
+    return [*notes, *(f"Not tested: {', '.join(of)} ({why})." for why, of in reasons.items())]
