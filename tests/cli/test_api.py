@@ -206,7 +206,7 @@ def test_results_are_read_further_from_python(finished, tmp_path):
     rows = api.classify(folder, [image], topk=2)
     assert rows["class"].tolist() == [found.top[0][0]]
     assert rows["class_2"].tolist() == [found.top[1][0]]
-    best = done.export(tmp_path / "best", by="test_accuracy")
+    best = api.export("best", tmp_path / "best", sweep=done, by="test_accuracy")
     assert api.load_bundle(best).classnames == api.load_bundle(folder).classnames
 
 
