@@ -22,7 +22,7 @@ from tests.helpers.sweeps import python, write_sweep
 
 SWEEP = """
 grid: {{method: [cpl, air]}}
-fixed: {{backbone: {backbone}, generator: {generator}, train.steps: 3, generation.size: 32}}
+fixed: {{backbone: {backbone}, generator: {generator}, generation.size: 32}}
 seeds: [1]
 """
 MACHINES = [{"CPU": 8.0, "GPU": 8.0}, {"CPU": 8.0}]
