@@ -117,12 +117,19 @@ class Planned:
 
     def json(self) -> dict[str, Any]:
         """The JSON of `airsweep plan --json`."""
-        from orchestrator.planning import changed_inputs
+        from orchestrator.planning import changed_inputs, earlier_results
 
+        plan, location = self.plan, self.location
+        earlier = earlier_results(plan, location)
         return {
-            **self.plan.json(self.location.store),
+            **plan.json(location.store),
             "reused_from": self._sources(),
-            "changed_inputs": changed_inputs(self.plan, self.location),
+            "changed_inputs": changed_inputs(earlier),
+            "stale": [
+                {"stage": stage, "artifacts": count}
+                for (stage, cause), count in earlier.items()
+                if cause == "code"
+            ],
         }
 
     def screen(self, explain: bool = False) -> str:

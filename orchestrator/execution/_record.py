@@ -73,13 +73,13 @@ def write_sweep_files(
     for plugin in sweep.plugins:
         # Not in a subfolder: folders are downloaded from buckets without theirs.
         location.write(f"plugin-{plugin.digest}.py", plugin.text)
-    # With `--only` a run has fewer inputs than earlier ones.
+    # With `--only` a run has fewer inputs than earlier ones; the code is that of this run only.
     current: dict[str, Any] = resolver.inputs()
     before: dict[str, Any] = read_cache(
         location.folder / RESOLVED, lambda resolved: resolved.get("inputs") or {}, {}
     )
     inputs = {kind: {**before.get(kind, {}), **found} for kind, found in current.items()}
-    resolved = sealed_json({**complete, "inputs": inputs})
+    resolved = sealed_json({**complete, "inputs": {**inputs, "code": current["code"]}})
     write_ledger(location, plan)
     location.write("spec.yaml", sweep.text)
     location.write(RESOLVED, resolved)

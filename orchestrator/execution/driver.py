@@ -40,6 +40,7 @@ from orchestrator.planning import (
     OutcomeTracker,
     Plan,
     changed_inputs,
+    earlier_results,
     resolver_of,
     unschedulable_reason,
 )
@@ -82,7 +83,7 @@ def run_sweep(
     event_log, resolver = location.event_log(), resolver_of(location, sweep.folders)
     plan = plan_and_repair(sweep, location, resolver, screen)
     sweep = plan.sweep  # with memory of its trials and defaults of its generators
-    for line in changed_inputs(plan, location):
+    for line in changed_inputs(earlier_results(plan, location)):
         screen.message(line)
     if is_complete(plan):
         if event_log.path.exists():  # record the current file, which may have fewer cells

@@ -6,7 +6,7 @@ Also searches (one Optuna study per cell), and estimates of time and disk space.
 from orchestrator.planning.checks import unschedulable_reason, unused_gpus_reason
 from orchestrator.planning.ledger import Slot
 from orchestrator.planning.outcome import Outcome, OutcomeTracker
-from orchestrator.planning.plan import Plan, changed_inputs
+from orchestrator.planning.plan import Plan, changed_inputs, earlier_results
 from orchestrator.planning.requests import SweepRequest, plan_of, read_request
 from orchestrator.planning.requirements import (
     Requirement,
@@ -29,6 +29,7 @@ __all__ = [
     "artifact_title",
     "changed_inputs",
     "contains_spec",
+    "earlier_results",
     "plan_of",
     "ray_resources",
     "read_request",

@@ -7,15 +7,16 @@ and starts nothing.
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from air_core.components import is_component
 from air_core.methods import EMBEDDED
+from air_core.specs.conditions import uses_evidence
 from air_core.specs.flat import trial_keys
-from air_core.specs.normal import normalised
+from air_core.specs.normal import normalised, used_components
 from orchestrator.keys import ArtifactKey, artifact_key
 from orchestrator.planning.estimate import Estimate, Work, estimate, stage_work, trial_work
 from orchestrator.planning.history import History, read_history
@@ -331,25 +332,55 @@ def write_ledger(location: SweepLocation, plan: Plan) -> None:
 # ---------------------------------------------------------------- changes since the last run
 
 
-def changed_inputs(plan: Plan, location: SweepLocation) -> list[str]:
-    """A sentence on each dataset and model whose content changed since the last run, with the
-    number of results of its earlier content."""
+def changed_inputs(earlier: Mapping[tuple[str, str], int]) -> list[str]:
+    """Describe each result of `earlier_results` in a sentence."""
+    return [
+        f"{name}: the {kind} changed since: {count} "
+        f"{'result is' if count == 1 else 'results are'} of the earlier "
+        f"{'code' if kind == 'code' else 'content'}"
+        for (name, kind), count in earlier.items()
+    ]
+
+
+def earlier_results(plan: Plan, location: SweepLocation) -> dict[tuple[str, str], int]:
+    """Count the results of a plan's slots that were computed from inputs or code that changed.
+
+    Returns:
+        Number of results by name and kind of the change: `folder`, `content` or `code`.
+    """
     try:
         inputs = read_resolved(location).get("inputs") or {"datasets": {}, "weights": {}}
     except (FileNotFoundError, ValueError):  # never run, or the file is damaged and rewritten
-        return []
+        return {}
     before = inputs["datasets"] | inputs["weights"]
-    earlier = Counter[str]()
+    versions = inputs.get("code", {})
+    earlier: dict[tuple[str, str], int] = {}
     for slot in plan.slots:
         event = plan.history.outcomes.get(slot.id, {"event": "trial_failed"})
         outdated = event["event"] != "trial_failed" and event["key"] != slot.key.digest
-        changed = [name for name, now in _inputs_of(slot) if now and before.get(name, now) != now]
-        earlier.update(dict.fromkeys(changed, int(outdated)))
-    return [
-        f"{name}: the {'folder' if 'folder:' in name else 'content'} changed since: {count} "
-        f"{'result is' if count == 1 else 'results are'} of the earlier content"
-        for name, count in earlier.items()
-    ]
+        changed = [
+            (name, "folder" if "folder:" in name else "content")
+            for name, now in _inputs_of(slot)
+            if now and before.get(name, now) != now
+        ]
+        if outdated:
+            changed += [(part, "code") for part in _changed_parts(slot.spec, versions)]
+        for change in changed:
+            earlier[change] = earlier.get(change, 0) + outdated
+    return earlier
+
+
+def _changed_parts(spec: TrialSpec, before: Mapping[str, str]) -> list[str]:
+    versions = dict(spec.versions)
+    components = {registry.part(name) for registry, name in used_components(spec)}
+    return sorted(
+        part
+        for part in {*versions, *before}
+        if versions.get(part) != before.get(part)
+        and (
+            part in components if is_component(part) else uses_evidence(spec) or part != "evidence"
+        )
+    )
 
 
 def _inputs_of(slot: PlannedSlot) -> Iterator[tuple[str, str]]:

@@ -79,6 +79,7 @@ class Resolver(Contents):
         super().__post_init__()
         self._datasets: dict[str, DatasetInput] = {}  # by name
         self._weights: dict[str, Ref] = {}  # by role and name
+        self._code: dict[str, str] = {}
         self._pool_sizes: dict[str, int] = {}  # by `_split_name`
         self._labels: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # labels, parts by dataset
         self._smallest: dict[str, tuple[int, str]] = {}  # class of the fewest images, by folder
@@ -186,7 +187,9 @@ class Resolver(Contents):
     def code_versions(self, datasets: Sequence[str]) -> CodeVersions:
         """Code versions that are not those of the recipes, by part, for trials on datasets."""
         readers = [part for part in map(reader_of, datasets) if not is_component(part)]
-        return (*changed_versions(tuple(STAGES.values()), *readers), *plugin_versions())
+        versions = (*changed_versions(tuple(STAGES.values()), *readers), *plugin_versions())
+        self._code |= versions
+        return versions
 
     def dataset_by_name(self, name: str) -> DatasetInput:
         """Resolve a dataset by name.
@@ -231,7 +234,7 @@ class Resolver(Contents):
         """Digests of everything that was resolved so far, by name."""
         datasets = {name: dataset.ref.digest for name, dataset in self._datasets.items()}
         weights = {words: ref.digest for words, ref in self._weights.items()}
-        return {"datasets": datasets, "weights": weights}
+        return {"datasets": datasets, "weights": weights, "code": self._code}
 
     def model_defaults(self, role: str, name: str) -> dict[str, Any]:
         """Defaults of settings that the files of a model determine, by trial key."""

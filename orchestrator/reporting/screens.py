@@ -23,6 +23,7 @@ from orchestrator.formatting import (
 from orchestrator.planning import (
     Plan,
     changed_inputs,
+    earlier_results,
     unschedulable_reason,
     unused_gpus_reason,
 )
@@ -67,7 +68,7 @@ def plan_screen(
         f"{plural(trials['total'], 'trial')}: {results_text(trials)}, "
         f"{trials['to_run']} to run",
         *([data_text(plan)] if plan.slots else []),
-        *changed_inputs(plan, location),
+        *changed_inputs(earlier_results(plan, location)),
         "",
     ]
     lines += [f"  reused   {plural(count, 'trial')} of {name}" for name, count in sources.items()]
