@@ -30,10 +30,9 @@ SPEC_HELP = "Sweep file, or the bare name of one below ./sweeps, in . or shipped
 SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help=SPEC_HELP)]
 
 
-NameArgument = Annotated[
-    str,
-    typer.Argument(metavar="NAME", help="Recorded sweep: NAME, PROJECT/NAME or its sweep file."),
-]
+_NAME = typer.Argument(metavar="NAME", help="Recorded sweep: NAME, PROJECT/NAME or its sweep file.")
+NameArgument = Annotated[str, _NAME]
+OptionalNameArgument = Annotated[str | None, _NAME]
 StoreOption = Annotated[
     str,
     typer.Option(

@@ -15,6 +15,7 @@ from orchestrator.cli.common import (
     STORE,
     JsonOption,
     NameArgument,
+    OptionalNameArgument,
     StoreOption,
     fail,
     location_named,
@@ -76,8 +77,10 @@ def _listed(sweep: dict[str, Any]) -> tuple[str, ...]:
 
 
 @app.command(rich_help_panel=LOOK)
-def status(name: NameArgument, store: StoreOption = STORE, as_json: JsonOption = False) -> None:
-    """Show the progress of a sweep: trials by state, failures, and time.
+def status(
+    name: OptionalNameArgument = None, store: StoreOption = STORE, as_json: JsonOption = False
+) -> None:
+    """Show the progress of a sweep: trials by state, failures, and time. Without NAME: all sweeps.
 
     airsweep status quickstart
 
@@ -85,6 +88,9 @@ def status(name: NameArgument, store: StoreOption = STORE, as_json: JsonOption =
     """
     from orchestrator.reporting import screens
 
+    if name is None:
+        list_sweeps(store, as_json)
+        return
     status = screens.status_report(location_named(name, store))
     show(json.dumps(status, indent=1) if as_json else screens.status_screen(status))
 

@@ -303,6 +303,7 @@ def test_a_signal_stops_a_run_after_the_event_log_is_closed(tmp_path, number, co
 def test_the_sweeps_of_a_store_are_listed_with_state_and_best_row(finished, command):
     store = finished.outcome.location.store.root
     code, out, _ = command("list", "--store", store)
+    assert command("status", "--store", store)[1] == out
     header, line, options = out.splitlines()
     assert (code, header.split()[:3]) == (0, ["sweep", "state", "trials"])
     assert options.startswith("default/small: the sweep file with --set ")
