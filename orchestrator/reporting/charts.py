@@ -80,6 +80,13 @@ class Dot(NamedTuple):
 # ---------------------------------------------------------------- kinds of charts
 
 
+def png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    with _style():
+        figure.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
+    return buffer.getvalue()
+
+
 def svg(figure: Figure) -> str:
     """The figure as an <svg> element."""
     buffer = io.StringIO()
@@ -210,7 +217,7 @@ def dots(
     return figure
 
 
-def heatmap(counts: Array, names: Sequence[str], title: str) -> Figure:
+def heatmap(counts: Array, names: Sequence[str], title: str = "") -> Figure:
     """A confusion matrix, shaded by share of the true class.
 
     Args:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -77,9 +77,7 @@ class ChildRuns:
             numbers=lambda: numbers,
             started=started,
             ended=ended,
-            files={SPEC: lambda: spec_json(trial_spec(record), record.key[:12]).encode()}
-            if record
-            else {},
+            files=self._files(outcome),
         )
 
     def running(
@@ -180,6 +178,17 @@ class ChildRuns:
         tags |= {f"{name}_digest": digest for name, digest in digests.items() if digest}
         return {f"air.{name}": value for name, value in tags.items()}
 
+    def _files(self, outcome: Outcome) -> dict[str, Callable[[], bytes]]:
+        """The spec of a trial and, if it has test images, its confusion matrix."""
+        record = outcome.record
+        if record is None:
+            return {}
+        files = {SPEC: lambda: spec_json(trial_spec(record), record.key[:12]).encode()}
+        if record.headline is not None:
+            classnames = self._ledger.tested(outcome.slot).classnames
+            files["confusion_matrix.png"] = lambda: _confusion_matrix(record, classnames)
+        return files
+
     def _run_name(self, slot: Slot, settings: Mapping[str, Any]) -> str:
         """The method and settings, then the task: MLflow's table shows the first 20 characters.
 
@@ -265,3 +274,12 @@ def _mean_curves(runs: Sequence[dict[str, list[float]]]) -> dict[str, list[float
     common = [name for name, curve in runs[0].items() if curve]
     common = [n for n in common if len({len(run.get(n, ())) for run in runs}) == 1]
     return {n: [fmean(at) for at in zip(*(run[n] for run in runs), strict=True)] for n in common}
+
+
+def _confusion_matrix(record: TrialRecord, classnames: Sequence[str]) -> bytes:
+    from orchestrator.reporting import charts
+
+    _, predictions, labels = record.predictions()
+    names = [name.replace("_", " ") for name in classnames]
+    counts = charts.confusion(labels, predictions, len(names))
+    return charts.png(charts.heatmap(counts, names))

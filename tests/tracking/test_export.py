@@ -246,7 +246,7 @@ def test_an_untracked_sweep_is_sent_completely_and_once(ended, sweep, tracked):
     assert "air.generator_digest" not in tags  # fpl draws no images
     assert len(trial_run_of(uri, "air_fpl").data.tags["air.generator_digest"]) == 40
     files = [path.name for path in (ended.store.root / "mlartifacts").rglob("*.*")]
-    assert files.count("spec.json") == 5
+    assert files.count("spec.json") == files.count("confusion_matrix.png") == 5
 
 
 def outcomes(sweep: SweepSpec, location: SweepLocation) -> list[Outcome]:
