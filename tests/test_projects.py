@@ -14,7 +14,8 @@ TWO_CELLS = "grid: {method: [zero_shot, cpl]}\nseeds: [1, 2]\n"
 
 def trivial(spec: Path, store: Path | str, user: str, project: str, **more: str) -> None:
     variables = {"AIRSWEEP_USER": user, "AIRSWEEP_PROJECT": project, **more}
-    airsweep("run", spec, "--store", store, module="tests.helpers.trivial", **variables)
+    run = airsweep("run", spec, "--store", store, module="tests.helpers.trivial", **variables)
+    assert "lacks part of this sweep" not in run.stderr
 
 
 def test_equal_names_in_two_projects_share_artifacts_but_not_events_or_experiments(

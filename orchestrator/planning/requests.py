@@ -152,9 +152,13 @@ def location_named(name: str, store: str | Path) -> SweepLocation:
         recorded = ", ".join(difflib.get_close_matches(wanted, known, n=SHOWN, cutoff=0.0))
         if len(known) > SHOWN:
             recorded += f" and {len(known) - SHOWN} more, see `airsweep list`"
+        smoke = smoke_store(store)
+        in_smoke = (project, short) in open_store(smoke).sweeps()
+        hint = "if it ran with --store, give the same"
+        if in_smoke:
+            hint = f"its smoke run is in another store: --store {shlex.quote(str(smoke))}"
         raise ValueError(
-            f"no sweep {wanted} in {store}; recorded sweeps: {recorded or 'none'}; if it ran with "
-            "--store, give the same"
+            f"no sweep {wanted} in {store}; recorded sweeps: {recorded or 'none'}; {hint}"
         )
     return recorded_location(opened, project, short)
 
