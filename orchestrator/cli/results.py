@@ -101,7 +101,7 @@ def logs(name: NameArgument, store: StoreOption = STORE, as_json: JsonOption = F
 
     airsweep logs quickstart
 
-    airsweep logs quickstart
+    airsweep logs quickstart --json
     """
     events = api.logs(name, store=store)
     if as_json:
