@@ -3,7 +3,6 @@ makes them again."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -54,7 +53,7 @@ def _set_damaged_aside(plan: Plan, store: ArtifactStore) -> list[DamagedArtifact
     Raises:
         PermissionError: this user may not rename a damaged artifact.
     """
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    with ThreadPoolExecutor() as threads:
         results = threads.map(
             lambda check: _run_check(check[0], check[1], store),
             list(_checks(plan, store)),

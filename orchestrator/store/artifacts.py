@@ -166,11 +166,32 @@ class ArtifactStore:
         return self.storage.has(self._folder(spec) / RECORD)
 
     def record(self, spec: Keyed) -> dict[str, Any]:
-        """The record of an artifact, without checking its other files. Raises as `get`."""
-        key = artifact_key(spec)
-        return self._record(key, self.path(key))
+        """The record of an artifact, without reading its other files. Raises as `get`."""
+        return self._open(spec, with_files=False).record
 
-    def _record(self, key: ArtifactKey, path: Path) -> dict[str, Any]:
+    def get(self, spec: Keyed) -> Artifact:
+        """A complete artifact whose files were verified against its record (see `verification`).
+
+        Raises:
+            MissingArtifact: the artifact does not exist.
+            DamagedArtifact: one of its files was changed; in a bucket, one of its objects.
+        """
+        return self._open(spec, with_files=True)
+
+    def _open(self, spec: Keyed, with_files: bool) -> Artifact:
+        key = artifact_key(spec)
+        path, is_copy = self.path(key), isinstance(self.storage, Bucket)
+        while True:
+            try:
+                return self._read(key, path, with_files)
+            except DamagedArtifact as damaged:
+                if not is_copy:
+                    name = self.storage.label(path)
+                    raise DamagedArtifact(path, damaged.reason, name) from None
+            shutil.rmtree(path, ignore_errors=True)  # a damaged or outdated copy: download again
+            is_copy = False
+
+    def _read(self, key: ArtifactKey, path: Path, with_files: bool) -> Artifact:
         try:
             record = read_record(self.storage.local(path / RECORD))
         except FileNotFoundError:
@@ -179,39 +200,15 @@ class ArtifactStore:
             ) from None
         if record.get("digest") != key.digest:
             raise DamagedArtifact(path, "its record is that of another artifact")
-        return record
-
-    def get(self, spec: Keyed) -> Artifact:
-        """A complete artifact whose files were verified against its record (see `verification`).
-
-        Raises:
-            MissingArtifact: the artifact does not exist.
-            DamagedArtifact: one of its files was changed.
-        """
-        key = artifact_key(spec)
-        path = self.path(key)
-        record = self._record(key, path)
-        if isinstance(self.storage, Bucket) and not self._download(path, record):
-            # Removed by hand, and maybe rebuilt, since this machine copied the record.
-            shutil.rmtree(path, ignore_errors=True)
-            record = self._record(key, path)
-            self._download(path, record)
-        verify_files(path, record)
+        if with_files:
+            files = recorded_files(path, record)
+            missing = [name for name in files if not (path / name).exists()]
+            run_concurrently(lambda name: self.storage.local(path / name, files[name]), missing)
+            verify_files(path, files)
         return Artifact(key, path, record)
 
-    def _download(self, path: Path, record: dict[str, Any]) -> bool:
-        """Download the missing files of an artifact; whether all exist."""
-        files = recorded_files(path, record)
-        missing = [name for name in files if not (path / name).exists()]
-        run_concurrently(lambda name: self.storage.local(path / name, files[name]), missing)
-        return all((path / name).exists() for name in missing)
-
     def fetch(self, specs: Iterable[Keyed]) -> None:
-        """Prepare many `get` calls: download existing artifacts from a bucket concurrently.
-
-        Raises:
-            MissingArtifact: a file in the bucket is damaged.
-        """
+        """Prepare many `get` calls: download existing artifacts from a bucket concurrently."""
 
         def get(spec: Keyed) -> None:
             if self.has(spec):
@@ -221,29 +218,29 @@ class ArtifactStore:
             run_concurrently(get, [s for s in specs if not (self._folder(s) / RECORD).is_file()])
 
     def check(self, spec: StageSpec) -> None:
-        """Verify the files of an artifact of which this machine has copies. Raises as `get`."""
-        path = self._folder(spec)
-        if (path / RECORD).exists():
-            files = None if isinstance(self.storage, Folder) else os.listdir(path)
-            verify_files(path, self.record(spec), files)
+        """Verify the files of an artifact, if it exists. Raises as `get`."""
+        if self.has(spec):
+            with suppress(MissingArtifact):  # another process has set it aside
+                self.get(spec)
 
     def set_aside(self, damaged: DamagedArtifact) -> None:
-        """Rename a damaged artifact, so that it counts as missing and `cache gc` removes it later.
+        """Let a damaged artifact or shard count as missing.
 
-        In a bucket store this removes the local copy, and the next reader downloads it again.
+        In a folder it is renamed, and `cache gc` removes it later. In a bucket the damaged objects
+        are deleted or, when the artifact is built again, replaced.
 
         Raises:
             OSError: this user may not rename it.
-            DamagedArtifact: no local copy exists, so the object in the bucket is damaged.
         """
-        path, in_bucket = damaged.path, isinstance(self.storage, Bucket)
-        if in_bucket and not path.exists():
-            raise damaged
+        path = damaged.path
         hidden = path.with_name(f"{DAMAGED}{path.name}-{uuid.uuid4().hex[:8]}")
         with suppress(FileNotFoundError):  # another process has renamed it
             os.rename(path, hidden)
-            if in_bucket:
-                shutil.rmtree(hidden) if hidden.is_dir() else hidden.unlink()
+        if isinstance(self.storage, Bucket):
+            shutil.rmtree(hidden) if hidden.is_dir() else hidden.unlink(missing_ok=True)
+            for file in (path / RECORD, path):  # of an artifact; a shard
+                self.storage.delete(file)
+            self.storage.refresh_listings()
 
     def bytes(self, spec: StageSpec) -> int:
         """Bytes that an artifact or a row occupies now."""

@@ -54,13 +54,12 @@ class Row:
             DamagedArtifact: the shard has no valid checksum.
             FileNotFoundError: the shard does not exist.
         """
-        shard = self.storage.local(self.shard(class_index, block))
-        data = shard.read_bytes()
-        if not intact(data):
-            label = self.storage.label(shard)
-            name = label if label == str(shard) else f"{label} or its copy {shard}"
-            raise DamagedArtifact(shard, "it has no valid checksum", name)
-        return data
+        shard = self.shard(class_index, block)
+        for fresh in (False, True):  # the copy of an object may be damaged or outdated
+            data = self.storage.local(shard, fresh=fresh).read_bytes()
+            if intact(data):
+                return data
+        raise DamagedArtifact(shard, "it has no valid checksum", self.storage.label(shard))
 
     def check(self, class_index: int, block: int) -> None:
         """Verify a shard if this machine has a copy. Raises DamagedArtifact as `read`."""

@@ -26,11 +26,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import MissingArtifact, StoreRefused
+from orchestrator.errors import StoreRefused
 from orchestrator.failures import is_disk_full
 from orchestrator.files import (
     Stamp,
-    file_digest,
     file_stamp,
     permission_message,
     sync,
@@ -150,9 +149,6 @@ class Folder:
         Args:
             digest: of the content of an artifact's file.
             fresh: replace an existing copy.
-
-        Raises:
-            MissingArtifact: the file does not match its digest.
         """
         return path
 
@@ -167,7 +163,7 @@ class Bucket:
     def __init__(self, client: BucketClient) -> None:
         self.client, self.copies = client, Folder(copy_folder(client))
         self.root = self.copies.root
-        self._records: set[str] = set()  # of artifacts that exist; they are never removed
+        self._records: set[str] = set()  # of artifacts that exist
         # Each listed folder with the time of its listing, and its objects by name.
         self._listings: dict[str, tuple[float, dict[str, Entry]]] = {}
         self._pushed: dict[Path, Stamp] = {}  # local files that equal their objects
@@ -271,6 +267,7 @@ class Bucket:
     def delete(self, path: Path) -> None:
         self.copies.delete(path)
         self.client.delete(self.object(path))
+        self._records.discard(self.object(path))
 
     def local(self, path: Path, digest: str = "", fresh: bool = False) -> Path:
         if path.exists() and not fresh:
@@ -280,11 +277,6 @@ class Bucket:
         try:
             with open(temporary, "wb") as handle:
                 exists = self.client.download(self.object(path, digest), handle)
-            if exists and digest and file_digest(temporary) != digest:
-                raise MissingArtifact(
-                    f"{self.client}/{self.object(path, digest)} does not match its digest; remove "
-                    f"the {RECORD} beside it and run again"
-                )
             if exists:
                 os.replace(temporary, path)
                 self._pushed[path] = file_stamp(path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,20 +66,13 @@ def recorded_files(folder: Path, record: dict[str, Any]) -> dict[str, str]:
     return files
 
 
-def verify_files(
-    folder: Path, record: dict[str, Any], names: Collection[str] | None = None
-) -> None:
+def verify_files(folder: Path, files: Mapping[str, str]) -> None:
     """Compare the files of an artifact with the digests in its record.
-
-    Args:
-        names: compare only these files; None: all.
 
     Raises:
         DamagedArtifact: a file was changed or is missing.
     """
-    for name, digest in recorded_files(folder, record).items():
-        if names is not None and name not in names:
-            continue
+    for name, digest in files.items():
         file = folder / name
         try:
             stamp = file_stamp(file)

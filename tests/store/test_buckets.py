@@ -27,7 +27,7 @@ from orchestrator.store._leases import LOCK_SECONDS, Lease
 from orchestrator.store.buckets import BucketClient, parse, run_concurrently
 from tests.helpers.servers import counting_requests, losing_responses
 from tests.helpers.sweeps import write_sweep
-from tests.store.test_storage import SPEC, event_log_of, numbers, recorded_numbers
+from tests.store.test_storage import PIXELS, ROW, SPEC, event_log_of, numbers, recorded_numbers
 
 
 @pytest.fixture
@@ -94,6 +94,18 @@ def test_a_record_in_a_bucket_cannot_write_outside_of_its_folder(machine, client
         with pytest.raises(DamagedArtifact, match="does not list files of this folder"):
             machine(f"reader of {len(name)}").get(SPEC)
     assert not list(tmp_path.rglob("out"))
+
+
+def test_a_damaged_copy_is_downloaded_again(machine):
+    path, row = (
+        machine("one").get_or_build(SPEC, numbers("fine")).path,
+        machine("one").open_row(ROW),
+    )
+    row.publish(0, 0, PIXELS)
+    for file in (path / "numbers", path / "record.json", row.shard(0, 0)):
+        file.write_bytes(b"damaged")
+        assert (machine("one").get(SPEC).path / "numbers").read_text() == "fine"
+        assert row.read(0, 0) == PIXELS
 
 
 def test_an_artifact_that_was_removed_and_rebuilt_is_downloaded_again(machine, client):

@@ -147,15 +147,39 @@ def test_a_store_can_be_pickled_for_a_worker(machine):
     assert on_worker.get(SPEC).record["info"] == {"text": "1 2 3"}
 
 
-def test_a_damaged_file_is_refused_by_name(machine):
+@pytest.mark.parametrize("name", ["numbers", RECORD])
+@pytest.mark.parametrize("content", [b"1 2 4", b"", None])
+def test_a_damaged_artifact_is_refused_by_name_and_made_again(machine, address, name, content):
     machine("one").get_or_build(SPEC, numbers("1 2 3"))
-    storage, folder = machine("one").storage, machine("one").path(artifact_key(SPEC))
-    (name,) = (name for name in storage.list(folder) if name != RECORD)
-    storage.put(folder / name, b"1 2 4")
-    in_bucket = storage.name.startswith("s3:")  # no run can make it again
-    error, remedy = (MissingArtifact, "remove") if in_bucket else (DamagedArtifact, "run the sweep")
-    with pytest.raises(error, match=f"numbers.*; {remedy}"):
-        machine("two").get(SPEC)
+    store = machine("two")
+    folder = store.path(artifact_key(SPEC))
+    (file,) = (folder / each for each in store.storage.list(folder) if each.endswith(name))
+    store.storage.delete(file) if content is None else store.storage.put(file, content)
+    if content is not None or name != RECORD:  # without a record it does not exist
+        store = machine("three")
+        assert store.has(SPEC)
+        with pytest.raises(
+            DamagedArtifact, match=f"^{address}/artifacts/.*{name}.*; run"
+        ) as damaged:
+            store.get(SPEC)
+        store.set_aside(damaged.value)
+    assert not store.has(SPEC)
+    store.check(SPEC)
+    assert store.get_or_build(SPEC, numbers("1 2 3")).record["info"] == {"text": "1 2 3"}
+    assert (machine("four").get(SPEC).path / "numbers").read_text() == "1 2 3"
+
+
+def test_a_damaged_shard_is_refused_by_name_and_made_again(machine, address):
+    row = machine("one").open_row(ROW)
+    row.publish(0, 0, PIXELS)
+    row.storage.put(row.shard(0, 0), PIXELS[:-1])
+    store = machine("two")
+    with pytest.raises(DamagedArtifact, match=f"^{address}/.*/0000-00000") as damaged:
+        store.row(ROW).read(0, 0)
+    store.set_aside(damaged.value)
+    assert store.row(ROW).existing_shards() == frozenset()
+    store.open_row(ROW).publish(0, 0, PIXELS)
+    assert machine("three").row(ROW).read(0, 0) == PIXELS
 
 
 # ---------------------------------------------------------------- files and rows
