@@ -26,8 +26,6 @@ from orchestrator.files import ROOT, file_digest
 from orchestrator.formatting import plural
 from orchestrator.git import PACKAGES
 from orchestrator.planning import Plan
-from orchestrator.planning.checks import bf16_settings, unfit_gpu
-from orchestrator.planning.resources import gpu_capability
 from orchestrator.plugins import Plugin, use_plugins
 from orchestrator.stages.inputs import input_files
 from orchestrator.store import ArtifactStore, SweepLocation, is_bucket
@@ -70,7 +68,6 @@ class NodeRequirements:
     inputs: tuple[Input, ...] = ()
     data_root: Path | None = None
     uses_gpus: bool = False
-    bf16: tuple[str, ...] = ()  # settings that require it
     plugins: tuple[Plugin, ...] = ()  # which may define the inputs
 
 
@@ -82,8 +79,6 @@ def node_requirements(plan: Plan, location: SweepLocation) -> NodeRequirements:
         inputs=tuple(dict.fromkeys(inputs)),
         data_root=location.data_root,
         uses_gpus=bool(trial.gpu or generator.gpu),
-        # With custom resources, the user selects the machines of the generators.
-        bf16=() if generator.custom else bf16_settings(plan, location.store),
         plugins=plan.sweep.plugins,
     )
 
@@ -119,7 +114,7 @@ def node_facts(store: str, token: str, node: str, needs: NodeRequirements, use_g
         "code": {**_versions(), **_code_digests()},
         "store": _store_problem(store, token, node),
         "files": [_input_facts(role, name, needs) for role, name in needs.inputs],
-        "gpu": _gpu_problem(needs.bf16) if use_gpu else "",
+        "gpu": _gpu_problem() if use_gpu else "",
     }
 
 
@@ -203,15 +198,15 @@ def _sample_digest(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _gpu_problem(bf16: Sequence[str]) -> str:
-    """Why the sweep cannot use the GPUs; empty if it can, or if their memory is in use."""
+def _gpu_problem() -> str:
+    """Why torch cannot use the GPUs; empty if it can, or if their memory is in use."""
     try:
         import torch
 
         if torch.cuda.is_available():
             with suppress(torch.cuda.OutOfMemoryError):
                 torch.ones(8, device="cuda").sum().item()
-            return unfit_gpu(bf16, gpu_capability()) or ""
+            return ""
         reason = f"torch {torch.__version__} sees none"
     except Exception as problem:
         reason = f"{type(problem).__name__}: {first_line(problem)}"

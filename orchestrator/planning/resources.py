@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import glob
 import os
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 
 from orchestrator.formatting import format_bytes
 from orchestrator.spec import ProcessResources, Resources
@@ -32,17 +30,6 @@ def this_machine() -> Machine:
         gpus = min(gpus, len(visible.split(",")) if visible not in ("", "NoDevFiles") else 0)
     memory = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return {"CPU": float(os.cpu_count() or 1), "GPU": float(gpus), "memory": memory}
-
-
-@cache
-def gpu_capability() -> float | None:
-    """The least computing capability of the GPUs, as `nvidia-smi` reports; None: unknown."""
-    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
-        return min(map(float, done.stdout.split()))
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return None
 
 
 def ray_resources(want: ProcessResources) -> dict[str, float]:
