@@ -197,49 +197,33 @@ def results_in(store: ArtifactStore, slots: Sequence[Slot]) -> frozenset[str]:
 
 
 @dataclass(frozen=True)
-class _Line:
-    """A slot in the file, and in the event of a suggested point."""
+class LedgerFile:
+    """The content of the file; states are in event log and store."""
 
-    id: str
-    cell: str
-    point: int
-    params: dict[str, Any]
-    seeds: dict[str, int]
-    key: ArtifactKey
-    uses_seed: bool
-
-
-@dataclass(frozen=True)
-class _File:
     about: About
     cells: tuple[Cell, ...]
     points: dict[str, int]
     studies: dict[str, str]
     data: dict[str, Data]
     needs: dict[str, Needs]
-    lines: tuple[_Line, ...]
-
-
-def _lines(slots: Iterable[Slot]) -> tuple[_Line, ...]:
-    names = [f.name for f in fields(_Line)]
-    plain = ({name: getattr(slot, name) for name in names} for slot in slots)
-    return tuple(_Line(**{**line, "cell": line["cell"].id}) for line in plain)
+    lines: tuple[dict[str, Any], ...]
 
 
 def lines_of(slots: Iterable[Slot]) -> list[dict[str, Any]]:
-    """Slots as plain data."""
-    return [asdict(line) for line in _lines(slots)]
+    """Slots as plain data, for the file and for the event of a suggested point."""
+    plain = ({f.name: getattr(slot, f.name) for f in fields(Slot)} for slot in slots)
+    return [{**line, "cell": line["cell"].id, "key": asdict(line["key"])} for line in plain]
 
 
-def ledger_json(ledger: Ledger, needs: Mapping[str, Needs]) -> bytes:
-    """The content of the file; states are in event log and store.
+def ledger_json(ledger: Ledger, needs: dict[str, Needs]) -> bytes:
+    """A ledger as a file.
 
     Args:
         needs: what each cell reads.
     """
     names = ("about", "cells", "points", "studies", "data")
     plain = {name: getattr(ledger, name) for name in names}
-    return sealed_json(asdict(_File(**plain, needs=dict(needs), lines=_lines(ledger.slots))))
+    return sealed_json(asdict(LedgerFile(**plain, needs=needs, lines=(*lines_of(ledger.slots),))))
 
 
 def read_ledger(location: SweepLocation) -> Ledger:
@@ -248,16 +232,16 @@ def read_ledger(location: SweepLocation) -> Ledger:
     Raises:
         ValueError: the file or the event log is damaged, or the file is missing.
     """
-    file, event_log = _read(location), location.event_log()
+    file, event_log = read_file(location), location.event_log()
     history = read_history(event_log)
     cells = {cell.id: cell for cell in file.cells}
     lines = {
-        line["id"]: from_plain(_Line, line)
+        line["id"]: from_plain(dict, line)
         for event in history.points
         if file.studies.get(event["cell"]) == event["study"]
         for line in event["slots"]
-    } | {line.id: line for line in file.lines}
-    slots = [_slot(line, cells[line.cell], file.about) for line in lines.values()]
+    } | {line["id"]: line for line in file.lines}
+    slots = [_slot(line, cells[line["cell"]], file.about) for line in lines.values()]
     order = {cell: index for index, cell in enumerate(cells)}
     slots.sort(key=lambda slot: (order[slot.cell.id], slot.point))
     return Ledger(
@@ -274,19 +258,11 @@ def read_ledger(location: SweepLocation) -> Ledger:
     )
 
 
-def read_needs(location: SweepLocation) -> dict[str, Needs]:
-    """What each cell of a sweep's last run reads, and those that its options left out.
-
-    Raises:
-        ValueError: as `read_ledger`.
-    """
-    return _read(location).needs
-
-
-def _read(location: SweepLocation) -> _File:
+def read_file(location: SweepLocation) -> LedgerFile:
+    """Read the file of a sweep's last run. Raises as `read_ledger`."""
     file = location.folder / LEDGER
     try:
-        found: _File = from_plain(_File, read_sealed(file))
+        found: LedgerFile = from_plain(LedgerFile, read_sealed(file))
         return found
     except (ValueError, TypeError, FileNotFoundError) as problem:
         is_missing = isinstance(problem, FileNotFoundError)
@@ -297,8 +273,9 @@ def _read(location: SweepLocation) -> _File:
         ) from None
 
 
-def _slot(line: _Line, cell: Cell, about: About) -> Slot:
+def _slot(line: dict[str, Any], cell: Cell, about: About) -> Slot:
     # An event has its fields in another order.
-    params = {d.key: line.params[d.key] for d in cell.space if d.key in line.params}
-    seeds = {name: line.seeds[name] for name in about.vary}
-    return Slot(**{**vars(line), "cell": cell, "params": params, "seeds": seeds})
+    params = {d.key: line["params"][d.key] for d in cell.space if d.key in line["params"]}
+    seeds = {name: line["seeds"][name] for name in about.vary}
+    key = ArtifactKey(**line["key"])
+    return Slot(**{**line, "cell": cell, "params": params, "seeds": seeds, "key": key})

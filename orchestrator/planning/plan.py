@@ -28,7 +28,7 @@ from orchestrator.planning.ledger import (
     Needs,
     Slot,
     ledger_json,
-    read_needs,
+    read_file,
     results_in,
 )
 from orchestrator.planning.requirements import Requirement, requirements_of
@@ -325,7 +325,7 @@ def write_ledger(location: SweepLocation, plan: Plan) -> None:
     axes, needs = plan.sweep.axes, dict[str, Needs]()
     with suppress(ValueError):
         every = {cell.id for cell in (cells_of(replace(plan.sweep, grid=axes)) if axes else ())}
-        needs = {cell: need for cell, need in read_needs(location).items() if cell in every}
+        needs = {cell: need for cell, need in read_file(location).needs.items() if cell in every}
     location.write(LEDGER, ledger_json(plan, needs | needs_of(plan)))
 
 
