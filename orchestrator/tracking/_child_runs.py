@@ -11,13 +11,11 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from air_core.datasets.image_folder import PREFIX
 from air_core.specs.flat import REFS
-from orchestrator.formatting import format_value
+from orchestrator.formatting import format_value, own_name
 from orchestrator.git import UNKNOWN
 from orchestrator.keys import digest
 from orchestrator.planning.ledger import Ledger, Slot
@@ -28,17 +26,21 @@ from orchestrator.reporting.results import Finished, finished_trial, varied_sett
 from orchestrator.reporting.rows import is_bound, method_text
 from orchestrator.reporting.selection import trial_spec
 from orchestrator.store import TrialRecord
-from orchestrator.tracking.types import ChildRun, Numbers, SweepRun
+from orchestrator.tracking.types import ChildRun, Numbers
 
 SPEC = "spec.json"
 MAX_NAME, MAX_PARAM = 250, 6000  # characters, in MLflow
 
 
 class ChildRuns:
-    """Builds the child runs of a sweep run."""
+    """Builds the child runs of a sweep run.
 
-    def __init__(self, ledger: Ledger, parent: SweepRun) -> None:
-        self.parent, self._ledger, about = parent, ledger, ledger.about
+    Args:
+        user: of trials whose records do not name theirs.
+    """
+
+    def __init__(self, ledger: Ledger, user: str) -> None:
+        self._user, self._ledger, about = user, ledger, ledger.about
         self._seeds = about.vary
         self._planned = about.runs  # trials of a setting
         self._varied = {*about.grid, *about.space, *about.vary}
@@ -169,7 +171,7 @@ class ChildRuns:
         made, spec = (record.provenance, record.spec) if record else (driver, {})
         tags = {name: str(made.get(name, "")) for name in ("user", "commit", "code")}
         if tags["user"] in ("", UNKNOWN):
-            tags["user"] = self.parent.user
+            tags["user"] = self._user
         tags |= {name: str(made.get(name, "")) for name in ("host", "device")}
         tags |= {name: json.dumps(made[name]) for name in ("versions", "files") if made.get(name)}
         seeds = {key: value for key, value in slot.settings.items() if key.endswith("seed")}
@@ -196,8 +198,7 @@ class ChildRuns:
             settings: that distinguish the run from others of its method.
         """
         flat = slot.cell.flat
-        dataset = Path(flat["dataset"].removeprefix(PREFIX)).name  # of a path that of the folder
-        task = "-".join([dataset, flat["paradigm"], flat["modality"]])
+        task = "-".join([own_name(flat["dataset"]), flat["paradigm"], flat["modality"]])
         words = [f"{key}={format_value(value)}" for key, value in settings.items()]
         return " ".join([method_text(slot.cell.method), *words, task])[:MAX_NAME]
 

@@ -18,14 +18,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from filelock import FileLock
-
 from orchestrator.tracking._runs import (  # first: it configures MLflow
     IDENTITY,
     MLFLOW_ERRORS,
     StoredRun,
     artifact_repository,
-    create_database,
+    connect,
     digests_of,
     explained_errors,
     log_batch,
@@ -40,27 +38,17 @@ from orchestrator.tracking._runs import (  # first: it configures MLflow
 from mlflow import MlflowClient
 from mlflow.entities import Experiment, Metric
 from mlflow.exceptions import MlflowException
-from mlflow.utils.mlflow_tags import (
-    MLFLOW_GIT_COMMIT,
-    MLFLOW_PARENT_RUN_ID,
-    MLFLOW_RUN_NAME,
-    MLFLOW_RUN_NOTE,
-    MLFLOW_SOURCE_NAME,
-    MLFLOW_SOURCE_TYPE,
-    MLFLOW_USER,
-)
 
 from orchestrator.environment import environment
-from orchestrator.files import lock_mode
 from orchestrator.redact import without_credentials
-from orchestrator.tracking.database import (
-    EXPERIMENT_TAGS,
-    artifact_location,
-    check_database,
-)
-from orchestrator.tracking.types import ChildRun, Status, SweepRun
+from orchestrator.tracking.database import EXPERIMENT_TAGS, artifact_location
+from orchestrator.tracking.types import COMMIT, NOTE, PARENT, USER, ChildRun, Status
+from orchestrator.tracking_uri import resolve_uri
 
 log = logging.getLogger(__name__)
+
+# The tags of a sweep that its child runs have, too.
+INHERITED = ("air.sweep", USER, COMMIT, "mlflow.source.name", "mlflow.source.type")
 
 # For the check before a run, which should fail quickly.
 QUICK = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
@@ -73,16 +61,18 @@ class MlflowTracker:
     """MLflow tracker for the experiment `air/<project>`.
 
     Args:
-        uri: of a server or an sqlite file.
-        project: the second part of the experiment's name.
-        database: the sqlite file, or None for a server. The artifacts lie in a folder beside the
-            file. Both can be moved together.
+        uri: `http(s)://...` of a server or `sqlite:///<file>`; see `resolve_uri`. The artifacts lie
+            in a folder beside the file. Both can be moved together.
+        store: folder of the store.
+
+    Raises:
+        ValueError: the URI is not supported, or turns tracking off.
     """
 
-    def __init__(self, uri: str, *, project: str, database: Path | None) -> None:
-        self.address = without_credentials(uri)
-        self.database = database
-        self._uri, self._project, self._name = uri, project, f"air/{project}"
+    def __init__(self, uri: str | None, store: Path, project: str) -> None:
+        self._uri, self.database = resolve_uri(uri, store)
+        self.address = without_credentials(self._uri)
+        self._project, self._name = project, f"air/{project}"
 
     def check(self) -> None:
         """Try to write to a server, quickly and before any work.
@@ -105,41 +95,31 @@ class MlflowTracker:
                 if error.error_code not in REJECTED:
                     raise
 
-    def open(self, sweep: SweepRun, *, live: bool = True) -> SweepTracker:
+    def open(self, sweep: Mapping[str, str], *, live: bool = True) -> SweepTracker:
         """Find or create the run of a sweep.
 
         Args:
+            sweep: its tags.
             live: whether the sweep is running. If not, a run that has ended keeps its status.
 
         Raises:
             ValueError, TrackerUnreachable: see `check`.
         """
         with explained_errors(self.address, f"the experiment {self._name}"):
-            client = self._connect()
+            client = connect(self._uri, self.database)
             experiment = self._experiment(client)
-            query = f"tags.`air.kind` = 'sweep' and tags.`air.sweep` = '{sweep.sweep}'"
+            name = sweep["air.sweep"]
+            query = f"tags.`air.kind` = 'sweep' and tags.`air.sweep` = '{name}'"
             runs = search(client, experiment, query)
             for duplicate in runs[1:]:
                 if duplicate.status == "RUNNING":  # created by a repeated request
                     client.delete_run(duplicate.run_id)
-            tags = {"air.kind": "sweep", "air.sweep": sweep.sweep}
+            tags = {"air.kind": "sweep", "air.sweep": name}
             run = runs[0] if runs else None
-            run = run or stored_run(client.create_run(experiment, None, tags, sweep.sweep))
+            run = run or stored_run(client.create_run(experiment, None, tags, name))
             tracker = SweepTracker(self, client, experiment, sweep, run)
             tracker.begin(live)
             return tracker
-
-    def _connect(self) -> MlflowClient:
-        if self.database is None:
-            return MlflowClient(self._uri)
-        self.database.parent.mkdir(parents=True, exist_ok=True)
-        # If two processes create the same database at the same time, one of them fails.
-        mode = lock_mode(self.database.parent)
-        with FileLock(f"{self.database}.lock", timeout=120, mode=mode):
-            if not self.database.exists():
-                create_database(self.database)
-            check_database(self.database)
-            return MlflowClient(self._uri)
 
     def _experiment(self, client: MlflowClient) -> str:
         name = self._name
@@ -166,13 +146,14 @@ class SweepTracker:
     """A sweep run and its child runs.
 
     Args:
+        sweep: tags of the sweep run.
         sent: number of child runs that were written.
     """
 
     mlflow: MlflowTracker
     client: MlflowClient
     experiment: str
-    sweep: SweepRun
+    sweep: Mapping[str, str]
     run: StoredRun
     sent: int = 0
     current: set[tuple[str, str]] = field(default_factory=set)  # kind and id of runs of this sweep
@@ -184,19 +165,13 @@ class SweepTracker:
         if live and self.run.status != "RUNNING":
             self.client.update_run(self.run.run_id, "RUNNING")
             self.run.status = "RUNNING"
-        tags = {
-            "air.project": self.sweep.project,
-            "air.spec_hash": self.sweep.spec_hash,
-            "air.user": self.sweep.user,
-            MLFLOW_RUN_NOTE: self.sweep.note if live else "",
-        }
-        self._tag_sweep(tags | self._system_tags())
+        self._tag_sweep(self.sweep if live else {**self.sweep, NOTE: ""})
 
     @cached_property
     def children(self) -> dict[tuple[str, str], StoredRun]:
         """The child runs, by kind and id."""
         children: dict[tuple[str, str], StoredRun] = {}
-        query = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.run.run_id}'"
+        query = f"tags.`{PARENT}` = '{self.run.run_id}'"
         found = search(self.client, self.experiment, query)
         for child in sorted(found, key=lambda run: run.status == "RUNNING"):
             first = children.setdefault(child.name, child)
@@ -247,7 +222,7 @@ class SweepTracker:
         Raises:
             ValueError, TrackerUnreachable: see `MlflowTracker.check`.
         """
-        with explained_errors(self.mlflow.address, f"the run {self.sweep.sweep}"):
+        with explained_errors(self.mlflow.address, f"the run {self.sweep['air.sweep']}"):
             for run in self.children.values():
                 if run.status == "RUNNING":
                     self.client.set_terminated(run.run_id, "KILLED")
@@ -262,7 +237,7 @@ class SweepTracker:
                 if self.run.tags.get("air.artifacts", "") != digests_of(files):
                     sent = self._upload(self.run, sorted(files.items()))
                     files = {name: files[name] for name in sent}
-                changed |= {MLFLOW_RUN_NOTE: note, "air.artifacts": digests_of(files)}
+                changed |= {NOTE: note, "air.artifacts": digests_of(files)}
             self._tag_sweep(changed, values)
             if self.run.status != status:
                 self.client.set_terminated(self.run.run_id, status)
@@ -287,7 +262,7 @@ class SweepTracker:
     def _create(self, run: ChildRun) -> StoredRun:
         """Create a run with the tags by which the next driver can find it."""
         tags = {"air.kind": run.kind, IDENTITY[run.kind]: run.id}
-        tags |= {MLFLOW_PARENT_RUN_ID: self.run.run_id}
+        tags |= {PARENT: self.run.run_id}
         created = self.client.create_run(self.experiment, run.started, valid_tags(tags), run.name)
         stored = self.children[run.kind, run.id] = stored_run(created)
         return stored
@@ -298,9 +273,12 @@ class SweepTracker:
         is_running = run.status == "RUNNING"
         uploaded = self._upload(stored, ((k, content()) for k, content in run.files.items()))
         is_whole = not is_running and len(uploaded) == len(run.files)
+        # The user and commit that computed the trial override those that send it.
+        own = {**run.tags, USER: run.tags.get("air.user"), COMMIT: run.tags.get("air.commit")}
         tags = {
-            **run.tags,
-            **self._child_tags(run),
+            **{name: self.sweep[name] for name in INHERITED},
+            **{name: value for name, value in own.items() if value},
+            "mlflow.runName": run.name,
             "air.interval": numbers.interval,
             "air.classifier": numbers.classifier,
             "air.artifacts": ", ".join(sorted(uploaded)),
@@ -321,27 +299,6 @@ class SweepTracker:
             self.client.set_terminated(stored.run_id, run.status, run.ended)
         # A run whose files were refused is sent again by the next process, not by this one.
         stored.status, stored.tags = run.status, tags | {"air.digest": run.digest}
-
-    def _child_tags(self, run: ChildRun) -> dict[str, str]:
-        # The user and commit that computed the trial override those that send it.
-        computed_by = {
-            MLFLOW_USER: run.tags.get("air.user", ""),
-            MLFLOW_GIT_COMMIT: run.tags.get("air.commit", ""),
-        }
-        tags = {
-            "air.sweep": self.sweep.sweep,
-            MLFLOW_RUN_NAME: run.name,
-        }
-        return tags | self._system_tags() | valid_tags(computed_by)
-
-    def _system_tags(self) -> dict[str, str]:
-        """The tags that MLflow sets itself in a process with a git checkout and a user name."""
-        return {
-            MLFLOW_USER: self.sweep.user,
-            MLFLOW_SOURCE_NAME: self.sweep.source,
-            MLFLOW_SOURCE_TYPE: "JOB",
-            MLFLOW_GIT_COMMIT: self.sweep.commit,
-        }
 
     def _upload(self, run: StoredRun, files: Iterable[tuple[str, bytes]]) -> list[str]:
         """Upload small files; return the names of the uploaded ones.

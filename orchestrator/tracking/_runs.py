@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
@@ -39,10 +40,10 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from mlflow.utils.credentials import read_mlflow_creds
 
 from orchestrator.errors import TrackerUnreachable
-from orchestrator.redact import without_credentials
+from orchestrator.files import lock_mode
 from orchestrator.tracking.database import check_database
 from orchestrator.tracking.types import ChildRun, Numbers
-from orchestrator.tracking_uri import ARTIFACTS, resolve_uri
+from orchestrator.tracking_uri import ARTIFACTS
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # Ray may have imported MLflow before
 
@@ -218,6 +219,19 @@ def _rejection(error: Exception, address: str, resource: str) -> str | None:
     )
 
 
+def connect(address: str, database: Path | None) -> MlflowClient:
+    """A client of the server at an address, or of a database file, which is created."""
+    if database is not None:
+        database.parent.mkdir(parents=True, exist_ok=True)
+        # If two processes create the same database at the same time, one of them fails.
+        mode = lock_mode(database.parent)
+        with FileLock(f"{database}.lock", timeout=120, mode=mode):
+            if not database.exists():
+                create_database(database)
+            check_database(database)
+    return MlflowClient(address)
+
+
 def create_database(path: Path) -> None:
     """Create an MLflow database under a temporary name and rename it when it is complete.
 
@@ -248,22 +262,3 @@ def artifact_repository(artifact_uri: str, tracking_uri: str) -> ArtifactReposit
     if own and artifact_uri.startswith("/") and not tracking_uri.startswith("sqlite:"):
         artifact_uri = f"mlflow-artifacts:/{path}"
     return get_artifact_repository(artifact_uri, tracking_uri=tracking_uri)
-
-
-# ---------------------------------------------------------------- reading
-
-
-@contextlib.contextmanager
-def opened_client(uri: str | None, store: Path, resource: str) -> Iterator[MlflowClient]:
-    """A client of an MLflow that exists. Translates exceptions as `explained_errors` does.
-
-    Raises:
-        ValueError: tracking is off, or the database does not exist.
-    """
-    address, database = resolve_uri(uri, store)
-    if database is not None and not database.exists():
-        raise ValueError(f"{database} does not exist: nothing was tracked in this store yet")
-    with explained_errors(without_credentials(address), resource):
-        if database is not None:
-            check_database(database)
-        yield MlflowClient(address)

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import DONE, FAILED, INTERRUPTED, TERMINATED, SweepBusy, TrackerUnreachable
@@ -37,7 +36,7 @@ from orchestrator.store import EventLog, SweepLocation, user_name
 from orchestrator.store.artifacts import provenance
 from orchestrator.tracking._child_runs import ChildRuns, group_by_setting
 from orchestrator.tracking.database import digest_in
-from orchestrator.tracking.types import RECIPE, ChildRun, Status, SweepRun
+from orchestrator.tracking.types import COMMIT, NOTE, RECIPE, USER, ChildRun, Status
 from orchestrator.tracking_uri import effective_uri, resolve_uri, uri_kind
 
 if TYPE_CHECKING:
@@ -49,24 +48,6 @@ INTERVAL = 15.0  # seconds
 # Seconds between a failed call and the next one. A server that accepts a request and never replies
 # blocks the thread for half a minute per call.
 PAUSE = 300.0
-
-
-def make_tracker(uri: str | None, *, store: Path, project: str) -> MlflowTracker:
-    """Create the tracker for a tracking URI.
-
-    Args:
-        uri: `http(s)://...` of a server or `sqlite:///<file>`. Default: MLFLOW_TRACKING_URI, or a
-            database in the store's folder if that is not set.
-        store: the folder of the store.
-        project: runs go to the experiment `air/<project>`.
-
-    Raises:
-        ValueError: the URI is not supported, or turns tracking off.
-    """
-    address, database = resolve_uri(uri, store)
-    from orchestrator.tracking._mlflow import MlflowTracker  # seconds to import
-
-    return MlflowTracker(address, project=project, database=database)
 
 
 class Publisher:
@@ -92,13 +73,18 @@ class Publisher:
         self._warned = False
 
     @cached_property
-    def sweep_run(self) -> SweepRun:
-        """The sweep run. Read it after the driver has set user and commit in the environment."""
-        return sweep_run_of(self.about, self.location, provenance())
+    def tags(self) -> dict[str, str]:
+        """Of the sweep run; read after the driver has set user and commit in the environment."""
+        return sweep_tags(self.about, self.location, provenance())
 
     @cached_property
     def _children(self) -> ChildRuns:
-        return ChildRuns(read_ledger(self.location), self.sweep_run)
+        return ChildRuns(read_ledger(self.location), self.tags["air.user"])
+
+    def _mlflow(self) -> MlflowTracker:
+        from orchestrator.tracking._mlflow import MlflowTracker  # seconds to import
+
+        return MlflowTracker(self.uri, self.store.root, self.location.project)
 
     @property
     def in_store(self) -> bool:
@@ -109,7 +95,7 @@ class Publisher:
         if self.kind != "http" or not reach:
             return
         try:
-            make_tracker(self.uri, store=self.store.root, project=self.location.project).check()
+            self._mlflow().check()
         except TrackerUnreachable as error:
             raise TrackerUnreachable(
                 f"{error}; start it, give another --tracking-uri, or run with --tracking-uri none: "
@@ -144,7 +130,7 @@ class Publisher:
             with self.location.event_log().locked() as event_log:
                 self._live, history = False, read_history(event_log)
                 made = {"user": user_name(), "commit": UNKNOWN, **history.made}
-                self.sweep_run = sweep_run_of(self.about, self.location, made)
+                self.tags = sweep_tags(self.about, self.location, made)
                 self.finish(history.exit_code)
         except (SweepBusy, PermissionError):
             pass  # its driver sends it, or its owner may
@@ -197,10 +183,7 @@ class Publisher:
             return False
         try:
             if self._tracker is None:
-                mlflow = make_tracker(
-                    self.uri, store=self.store.root, project=self.location.project
-                )
-                self._tracker = mlflow.open(self.sweep_run, live=self._live)
+                self._tracker = self._mlflow().open(self.tags, live=self._live)
             work(self._tracker)
         except Exception as error:  # no error of the tracker may end the sweep
             # A failed call may have written its run, so the next call reads the runs again.
@@ -233,7 +216,7 @@ def sync(location: SweepLocation, tracker: SweepTracker, status: Status) -> None
         return
     done = finished_records(ledger, location.store)
     records = {slot.id: record for slot, record in done}
-    children = ChildRuns(ledger, tracker.sweep)
+    children = ChildRuns(ledger, tracker.sweep["air.user"])
     states: Counter[str] = Counter()
     for slot in ledger.slots:
         state = ledger.history.ended(slot.id, slot.key.digest)
@@ -270,21 +253,23 @@ def status_of(code: int | None) -> Status:
     return "FINISHED" if code == DONE else "FAILED" if code == FAILED else "KILLED"
 
 
-def sweep_run_of(about: About, location: SweepLocation, made: Mapping[str, Any]) -> SweepRun:
-    """The run of a sweep.
+def sweep_tags(about: About, location: SweepLocation, made: Mapping[str, Any]) -> dict[str, str]:
+    """The tags of a sweep run.
 
     Args:
         made: user and commit of the driver.
     """
-    return SweepRun(
-        sweep=location.name,
-        project=location.project,
-        spec_hash=about.digest,
-        note=about.question,
-        user=made["user"],
-        commit=made["commit"],
-        source=f"airsweep run {about.source}",
-    )
+    return {
+        "air.sweep": location.name,
+        "air.project": location.project,
+        "air.spec_hash": about.digest,
+        "air.user": made["user"],
+        USER: made["user"],
+        COMMIT: made["commit"],
+        NOTE: about.question,
+        "mlflow.source.name": f"airsweep run {about.source}",
+        "mlflow.source.type": "JOB",
+    }
 
 
 def note_and_files(

@@ -17,6 +17,7 @@ from orchestrator.environment import environment
 from orchestrator.errors import TrackerUnreachable
 from orchestrator.redact import without_credentials
 from orchestrator.reporting.selection import report_line
+from orchestrator.tracking_uri import resolve_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -33,7 +34,7 @@ def register_bundle(folder: Path, name: str, uri: str | None, store: Path) -> No
     Args:
         folder: of the bundle.
         name: of the registered model; created if it does not exist.
-        uri: a tracking URI, as for `make_tracker`.
+        uri: a tracking URI; see `resolve_uri`.
         store: folder of the store.
 
     Raises:
@@ -58,7 +59,8 @@ def _registered(manifest: Manifest, name: str, uri: str | None, store: Path) -> 
     """URI of the registered version, such as `models:/digits/1`; see `register_bundle`."""
     from orchestrator.tracking._runs import (  # first: it configures MLflow
         artifact_repository,
-        opened_client,
+        connect,
+        explained_errors,
         short_reason,
     )
 
@@ -66,8 +68,10 @@ def _registered(manifest: Manifest, name: str, uri: str | None, store: Path) -> 
     from mlflow.exceptions import MlflowException
 
     key = str(manifest.content.lineage["trial_key"])
-    with opened_client(uri, store, f"the model {name}") as client, TemporaryDirectory() as scratch:
-        shown = without_credentials(client.tracking_uri)
+    address, database = resolve_uri(uri, store)
+    shown = without_credentials(address)
+    with explained_errors(shown, f"the model {name}"), TemporaryDirectory() as scratch:
+        client = connect(address, database)
         query = f"tags.`air.kind` = 'trial' and tags.`air.trial_key` = '{key}'"
         latest = ["attributes.start_time DESC"]
         experiments = client.search_experiments(filter_string="name LIKE 'air/%'")

@@ -1,4 +1,4 @@
-"""Data types of sweep runs and child runs. Imports no MLflow.
+"""Data types of child runs, and names of tags. Imports no MLflow.
 
 The store and the event log are authoritative. MLflow is a view of them, which `export` brings up to
 date. This module does not depend on Ray, the store or the trial code.
@@ -17,6 +17,10 @@ Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 Kind = Literal["trial", "point"]  # a point is a setting over its seeds and splits
 RECIPE = 1  # increase when a change computes other numbers from the same records
 
+# Tags of MLflow itself, which a client sets in a process with a git checkout and a user name.
+USER, COMMIT = "mlflow.user", "mlflow.source.git.commit"
+NOTE, PARENT = "mlflow.note.content", "mlflow.parentRunId"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Numbers:
@@ -26,19 +30,6 @@ class Numbers:
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict)  # one value per iteration
     interval: str = ""  # of a setting: kind of interval between _low and _high
     classifier: str = ""  # of a setting: that of best/test/accuracy
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepRun:
-    """The run of a sweep, the parent of its trial runs and setting runs."""
-
-    sweep: str
-    project: str
-    spec_hash: str
-    note: str  # Markdown
-    user: str
-    commit: str
-    source: str
 
 
 @dataclass(frozen=True, kw_only=True)

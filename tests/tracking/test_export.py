@@ -326,7 +326,7 @@ def test_an_outage_gives_one_warning_and_the_rest_is_sent_afterwards(
         driver = Publisher(about(sweep), location, url)
         driver.check(reach=True)
         monkeypatch.setenv("AIRSWEEP_COMMIT", "0123abc")  # as the driver after its checks
-        assert driver.sweep_run.commit == "0123abc"
+        assert driver.tags["mlflow.source.git.commit"] == "0123abc"
         driver.trial(done[0], time.time())
         driver._call(driver._send_queue)
         trouble.append("away")

@@ -19,25 +19,19 @@ from unittest.mock import ANY
 import pytest
 
 from orchestrator.errors import TrackerUnreachable
-from orchestrator.tracking.export import make_tracker
-from orchestrator.tracking.types import ChildRun, Numbers, SweepRun
+from orchestrator.tracking.types import COMMIT, NOTE, USER, ChildRun, Numbers
 from tests.helpers.servers import MlflowServer, failing_server
 from tests.helpers.sweeps import TIMEOUT, python
 
 ROOT = Path(__file__).parents[2]
 
 
-def a_sweep(name: str = "quickstart", **changes: Any) -> SweepRun:
-    values: dict[str, Any] = {
-        "sweep": name,
-        "project": "default",
-        "spec_hash": "5f3a9c",
-        "note": "How many images are enough?",
-        "user": "ada",
-        "commit": "0123abc",
-        "source": "airsweep",
+def a_sweep(name: str = "quickstart") -> dict[str, str]:
+    return {
+        **{"air.sweep": name, "air.project": "default", "air.spec_hash": "5f3a9c"},
+        **{"air.user": "ada", USER: "ada", COMMIT: "0123abc", NOTE: "How many images are enough?"},
+        **{"mlflow.source.name": "airsweep", "mlflow.source.type": "JOB"},
     }
-    return SweepRun(**values | changes)
 
 
 def a_trial(cell: str = "digits-ul-text-air", seed: int = 1, **changes: Any) -> ChildRun:
@@ -103,6 +97,12 @@ def a_setting(
 # ---------------------------------------------------------------- what MLflow shows
 
 
+def tracker_of(*arguments: Any) -> Any:
+    from orchestrator.tracking._mlflow import MlflowTracker  # takes seconds
+
+    return MlflowTracker(*arguments)
+
+
 @dataclass
 class SeenRun:
     id: str
@@ -127,7 +127,7 @@ class World:
     uri: str
     project: str
 
-    def send(self, *runs: ChildRun, sweep: SweepRun | None = None, status: Any = "FINISHED") -> int:
+    def send(self, *runs: ChildRun, sweep: Any = None, status: Any = "FINISHED") -> int:
         """Send runs as a driver does, from start to end; return how many were written."""
         tracker = self.open(sweep)
         for run in runs:
@@ -135,9 +135,8 @@ class World:
         tracker.finish(status, "25 are enough.", {})
         return int(tracker.sent)
 
-    def open(self, sweep: SweepRun | None = None, **how: Any) -> Any:
-        mlflow = make_tracker(self.uri, store=Path("unused"), project=self.project)
-        return mlflow.open(sweep or a_sweep(), **how)
+    def open(self, sweep: Any = None, **how: Any) -> Any:
+        return tracker_of(self.uri, Path("unused"), self.project).open(sweep or a_sweep(), **how)
 
     @property
     def client(self) -> Any:
@@ -338,7 +337,7 @@ def test_a_resumed_sweep_keeps_its_run(file: World) -> None:
     file.send(a_trial(), status="KILLED")
     before = file.seen().run
     assert before.status == "KILLED"
-    later = a_sweep(note="resumed", spec_hash="another")
+    later = a_sweep() | {NOTE: "resumed", "air.spec_hash": "another"}
     file.open(later, live=False)  # an ended sweep keeps its status
     assert file.seen().run.status == "KILLED"
 
@@ -438,16 +437,16 @@ def test_artifacts_that_failed_to_upload_are_sent_by_the_next_run(
 def test_an_unsupported_tracking_uri_is_explained(tmp_path: Path) -> None:
     for uri in ("s3://bucket/x", "file:///x", "./mlruns", "mlruns", "sqlite:///"):
         with pytest.raises(ValueError, match="allowed: "):
-            make_tracker(uri, store=tmp_path, project="p")
+            tracker_of(uri, tmp_path, "p")
     with pytest.raises(ValueError, match="through an MLflow server") as caught:
-        make_tracker("postgresql://me:secret@db/x", store=tmp_path, project="p")
+        tracker_of("postgresql://me:secret@db/x", tmp_path, "p")
     assert "secret" not in str(caught.value)
 
 
 def test_a_broken_database_is_explained(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_bytes(b"not a database" * 100)
     with pytest.raises(TrackerUnreachable, match="file is not a database"):
-        make_tracker(None, store=tmp_path, project="p").open(a_sweep())
+        tracker_of(None, tmp_path, "p").open(a_sweep())
 
 
 def test_a_deleted_experiment_is_restored(fresh_store: Path, tmp_path: Path) -> None:
