@@ -25,16 +25,10 @@ from air_core.datasets.images import BAD_SHARE, too_many_unreadable
 from air_core.datasets.unlabelled import LABELS
 from air_core.methods import EMBEDDED
 from air_core.models.drawing import drawing_defaults
-from air_core.models.weights import (
-    generator_folder,
-    local_path,
-)
+from air_core.models.weights import generator_folder, local_path
 from air_core.paradigms import TooFewImages, split_positions
 from air_core.specs import Ref
-from air_core.specs.conditions import (
-    uses_evidence,
-    uses_generator,
-)
+from air_core.specs.conditions import uses_evidence, uses_generator
 from air_core.specs.flat import to_flat
 from air_core.specs.normal import normalised
 from orchestrator.keys import CodeVersions, canonical_json, plain
@@ -43,12 +37,7 @@ from orchestrator.plugins import plugin_versions
 from orchestrator.spec import SweepSpec, presets
 from orchestrator.spec.sweep import split_name
 from orchestrator.stages import STAGES, TrialSpec
-from orchestrator.stages.inputs import (
-    Contents,
-    count_images,
-    dataset_ref,
-    images_folder,
-)
+from orchestrator.stages.inputs import Contents, count_images, dataset_ref, images_folder
 from orchestrator.stages.trial import reader_of, trial_of
 from orchestrator.store import SweepLocation
 from orchestrator.store.code_version import changed_versions
@@ -64,7 +53,7 @@ class DatasetInput:
     pool_labels: str = "known"  # see `Dataset`
 
 
-@dataclass
+@dataclass(eq=False)
 class Resolver(Contents):
     """Resolves the names in one sweep to Refs, each of which has a name and a digest.
 
@@ -116,8 +105,11 @@ class Resolver(Contents):
             with checking("generator"):
                 trial = replace(trial, generator=self.weights("generator", flat["generator"]))
         check_trial(trial, datasets, self)
+        if not uses_evidence(trial):
+            return trial
         with checking("dataset"):
-            return self.with_scored_images(trial)
+            size = self.pool_images(trial)
+        return replace(trial, scored_images=min(size, trial.evidence.images or size))
 
     def pool_images(self, trial: TrialSpec) -> int:
         """Number of pool images of a trial.
@@ -154,21 +146,12 @@ class Resolver(Contents):
             InvalidSetting: it has none.
         """
         if not self.has_images(name, "val"):
-            problem = InvalidSetting(
+            raise InvalidSetting(
                 "dataset",
                 f"{name} has no validation images for the objective validation_accuracy; label "
                 f"some in its {LABELS} with the part val, or set objective: mutual_information",
+                name,
             )
-            problem.value = name
-            raise problem
-
-    def with_scored_images(self, trial: TrialSpec) -> TrialSpec:
-        """Set the number of pool images that the evidence scores, if it is used."""
-        if not uses_evidence(trial):
-            return trial
-        size = self.pool_images(trial)
-        scored = min(size, trial.evidence.images or size)
-        return replace(trial, scored_images=scored)
 
     def pool_size(self, trial: TrialSpec) -> int | None:
         """Number of pool images of a trial; None if it cannot be known."""
@@ -210,25 +193,18 @@ class Resolver(Contents):
         """Resolve a dataset and check its images.
 
         Raises:
-            ValueError: too many images are visibly damaged, or test images of a folder are also
-                training images.
+            ValueError: too many images are visibly damaged (the stage of the features decodes all,
+                and refuses more than the same share), or test images of a folder are also training
+                images.
         """
         files = dataset.files(self.data_root)
         digests = self.file_digests(files)
-        self._check_images(dataset.name, files)
+        problems = [self.unreadable[file] for file in files if file in self.unreadable]
+        if problem := too_many_unreadable(dataset.name, problems, count_images(files), BAD_SHARE):
+            raise ValueError(f"{problem}; `airsweep check {dataset.name}` opens all")
         if dataset.name.startswith(PREFIX):
             check_no_leak(Path(dataset.source), dict(zip(files, digests, strict=True)))
         return dataset_ref(dataset, files, digests)
-
-    def _check_images(self, name: str, files: Sequence[Path]) -> None:
-        """
-        Raises:
-            ValueError: too many images are visibly damaged. The stage of the features decodes all,
-                and refuses more than the same share of them.
-        """
-        problems = [self.unreadable[file] for file in files if file in self.unreadable]
-        if problem := too_many_unreadable(name, problems, count_images(files), BAD_SHARE):
-            raise ValueError(f"{problem}; `airsweep check {name}` opens all")
 
     def inputs(self) -> dict[str, Any]:
         """Digests of everything that was resolved so far, by name."""

@@ -36,13 +36,12 @@ class InvalidSetting(MissingInput):
     Args:
         key: the trial key.
         message: what is wrong with its value, and what is allowed.
+        value: that of the setting; `Resolver.trial` fills it in.
     """
 
-    value: Any = None
-
-    def __init__(self, key: str, message: str) -> None:
-        super().__init__(key, message)  # pickle needs all arguments
-        self.key, self.message = key, message
+    def __init__(self, key: str, message: str, value: Any = None) -> None:
+        super().__init__(key, message, value)  # pickle needs all arguments
+        self.key, self.message, self.value = key, message, value
 
     def __str__(self) -> str:
         return self.message
@@ -138,7 +137,7 @@ def _check_generator(trial: TrialSpec, resolver: Resolver) -> None:
     name = trial.generator.name
     if not is_folder(trial.generator):
         if trial.generator.kind and trial.generator.kind not in FAMILIES:
-            _check_draws(generator_folder(name))
+            _check_classes(generator_folder(name))
         remedies = {"lora: null": trial.lora, "evidence.draws: 0": uses_evidence(trial)}
         if needed := " and ".join(setting for setting, used in remedies.items() if used):
             check_denoiser(generator_folder(name), f"set {needed} to draw images only")
@@ -156,13 +155,8 @@ def _check_generator(trial: TrialSpec, resolver: Resolver) -> None:
         )
 
 
-@functools.cache
-def _check_draws(folder: Path) -> None:
-    """Check that a pipeline outside of the families draws from text.
-
-    Raises:
-        ValueError: it does not.
-    """
-    from air_core.diffusion.pipeline import check_classes  # diffusers takes seconds
+@functools.cache  # importing the classes of a pipeline outside of the families takes seconds
+def _check_classes(folder: Path) -> None:
+    from air_core.diffusion.pipeline import check_classes
 
     check_classes(folder)

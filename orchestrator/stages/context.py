@@ -67,7 +67,7 @@ class WorkerContext:
         Raises:
             ChangedInput: the dataset's files do not match its digest.
         """
-        return _examples(dataset, self._digests, self.data_root)
+        return _examples(dataset, self.contents)
 
     @contextmanager
     def unchanged_examples(self, dataset: Ref) -> Iterator[Examples]:
@@ -76,7 +76,7 @@ class WorkerContext:
         try:
             yield examples
         finally:  # also after another error, which a file raises that disappears during the block
-            _check_content(dataset, self._digests, self.data_root)
+            _check_content(dataset, self.contents)
 
     def images(self, dataset: Ref, positions: Sequence[int]) -> list[Image.Image]:
         """Some images. Only their files are checked again, since a dataset may have many.
@@ -94,7 +94,7 @@ class WorkerContext:
         images = self.examples(dataset).images
         if isinstance(images, ImageFiles):
             files = [images.files[i] for i in positions]
-            if not _contents(self._digests, self.data_root).has_digests_of(files):
+            if not self.contents.has_digests_of(files):
                 raise ChangedInput(f"{dataset.name} {CHANGED}")
 
     def check_ready_images(self, folder: Ref) -> None:
@@ -102,12 +102,12 @@ class WorkerContext:
         Raises:
             ChangedInput: the images of a `folder:` generator do not match its digest.
         """
-        contents = _contents(self._digests, self.data_root)
-        _check_unchanged(folder, lambda: contents.weights_content("generator", folder.name))
+        _check_unchanged(folder, lambda: self.contents.weights_content("generator", folder.name))
 
     @property
-    def _digests(self) -> Path:
-        return self.store.root / "digests.json"
+    def contents(self) -> Contents:
+        """Datasets and models as their files are now; one object in a process."""
+        return _contents(self.store.root / "digests.json", self.data_root)
 
     def backbone(self, backbone: Ref, precision: str) -> Backbone:
         loaded = _backbone(backbone.name, self.device, precision)
@@ -225,16 +225,18 @@ def has_intact_shard(row: Row, index: int, block: int, store: ArtifactStore) -> 
     return True
 
 
+_contents = cache(Contents)
+
+
 @cache
-def _examples(dataset: Ref, digests: Path, data_root: Path | None) -> Examples:
+def _examples(dataset: Ref, contents: Contents) -> Examples:
     try:
-        return get_dataset(dataset.name).load(data_root)
+        return get_dataset(dataset.name).load(contents.data_root)
     finally:  # also after an error, which files raise that change meanwhile
-        _check_content(dataset, digests, data_root)
+        _check_content(dataset, contents)
 
 
-def _check_content(dataset: Ref, digests: Path, data_root: Path | None) -> None:
-    contents = _contents(digests, data_root)
+def _check_content(dataset: Ref, contents: Contents) -> None:
     _check_unchanged(dataset, lambda: contents.dataset_content(get_dataset(dataset.name)))
 
 
@@ -245,11 +247,6 @@ def _check_unchanged(planned: Ref, read: Callable[[], Ref]) -> None:
         raise ChangedInput(f"{planned.name} {CHANGED} ({problem})") from None
     if current.digest != planned.digest:
         raise ChangedInput(f"{planned.name} {CHANGED}")
-
-
-@cache
-def _contents(digests: Path, data_root: Path | None) -> Contents:
-    return Contents(digests, data_root)
 
 
 @cache

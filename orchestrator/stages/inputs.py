@@ -41,7 +41,7 @@ class MissingInput(ValueError):
     """Weights or images that a sweep names are missing."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Contents:
     """Datasets and models as their files are now.
 
