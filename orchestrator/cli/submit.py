@@ -76,7 +76,7 @@ def submit(
     from orchestrator.cluster import job_package, jobs
 
     request = api.load(spec, sets=sets or (), only=only or (), smoke=smoke)
-    paths = job_package.job_paths(request, store, data_root, tracking_uri)
+    options = job_package.job_options(request, store, data_root, tracking_uri)
     variables = job_package.job_variables(request, env or [])
     client = jobs.connect(address)
     job = jobs.Job.new(f"{variables['AIRSWEEP_PROJECT']}/{request.spec.name}", client.get_address())
@@ -86,7 +86,8 @@ def submit(
 
     with TemporaryDirectory(prefix="airsweep-job-") as folder:
         packed_spec = job_package.pack(request, Path(folder))
-        command = jobs.entrypoint(request, paths, packed_spec, python, check)
+        words = ["plan", "--check"] if check else ["run"]
+        command = [python, "-m", "orchestrator", *words, packed_spec, *options]
         submission = jobs.start_submission(job, Path(folder), variables, command, no_wait)
         try:
             if not no_wait:

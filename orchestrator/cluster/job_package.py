@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.errors import Refused
@@ -67,19 +66,10 @@ def pack(request: SweepRequest, folder: Path) -> str:
 # ---------------------------------------------------------------- paths
 
 
-@dataclass(frozen=True)
-class JobPaths:
-    """Store, data and tracker of a job, as every node sees them."""
-
-    store: str
-    data_root: str | None
-    tracking_uri: str | None
-
-
-def job_paths(
+def job_options(
     request: SweepRequest, store: str, data_root: Path | None, tracking_uri: str | None
-) -> JobPaths:
-    """Check the paths and addresses of a job.
+) -> list[str]:
+    """The options of the command of a job: store, data and tracker, as every node sees them.
 
     Raises:
         Refused: a path is relative. A job runs in a temporary copy of its working directory.
@@ -89,14 +79,22 @@ def job_paths(
         parse(store)
     elif not store_folder(store).is_absolute():
         raise relative_store_error(store)
-    tracking_uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if tracking_uri:
-        _check_tracking(tracking_uri)
+    words = ["--store", store]
+    paths = sorted(_input_paths(request))
     if data_root is not None:
-        _check_absolute(str(data_root), "--data-root", str(data_root))
-    for key, name, path in sorted(_input_paths(request)):
-        _check_absolute(path, key, name)
-    return JobPaths(store, str(data_root) if data_root else None, tracking_uri)
+        paths.insert(0, ("--data-root", str(data_root), str(data_root)))
+        words += ["--data-root", str(data_root)]
+    if uri := tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"):
+        _check_tracking(uri)
+        words += ["--tracking-uri", uri]
+    for key, name, path in paths:
+        if not Path(path).is_absolute():
+            raise Refused(
+                f"{key}: {name!r} is relative, but a Ray job runs in another folder, without your "
+                "data; give an absolute path that every node sees (docs/datasets.md shows how to "
+                "put datasets and models there)"
+            )
+    return [*words, *request.options]
 
 
 def _check_tracking(uri: str) -> None:
@@ -110,15 +108,6 @@ def _check_tracking(uri: str) -> None:
         raise Refused(
             f"the tracking URI {uri!r} is relative, but Ray deletes the working directory of a job "
             "at its end; give http://<server>, or an absolute path"
-        )
-
-
-def _check_absolute(path: str, key: str, name: str) -> None:
-    if not Path(path).is_absolute():
-        raise Refused(
-            f"{key}: {name!r} is relative, but a Ray job runs in another folder, without your "
-            "data; give an absolute path that every node sees (docs/datasets.md shows how to put "
-            "datasets and models there)"
         )
 
 

@@ -19,10 +19,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from orchestrator.cluster.job_package import JobPaths
 from orchestrator.environment import environment
 from orchestrator.errors import FAILED, TERMINATED, Refused
-from orchestrator.planning import SweepRequest
 
 POLL_INTERVAL = 0.5  # seconds
 LOST_AFTER = 300.0  # seconds without an answer before the cluster counts as lost
@@ -50,17 +48,6 @@ class Job:
         follow = ["ray", "job", "logs", "--address", self.address, "--follow", self.id]
         stop = ["ray", "job", "stop", "--address", self.address, self.id]
         return f"to follow its log: {shlex.join(follow)}; to stop it: {shlex.join(stop)}"
-
-
-def entrypoint(
-    request: SweepRequest, paths: JobPaths, spec: str, python: str, check: bool
-) -> list[str]:
-    """The command that a job runs; with `check` it checks the machines and runs no sweep."""
-    command = ["plan", "--check"] if check else ["run"]
-    words = [python, "-m", "orchestrator", *command, spec, "--store", paths.store]
-    for option, value in (("--data-root", paths.data_root), ("--tracking-uri", paths.tracking_uri)):
-        words += [option, value] if value else []
-    return [*words, *request.options]
 
 
 def connect(address: str) -> Any:

@@ -97,7 +97,7 @@ def test_an_installed_airsweep_sends_only_the_sweep_and_its_plugins(tmp_path, sp
 def test_a_relative_path_is_refused_with_the_remedy(spec, option, remedy):
     sweep = read_request(spec, sets=[option])
     with pytest.raises(Refused, match=r"relative\b.*absolute path") as caught:
-        job_package.job_paths(sweep, SHARED, None, None)
+        job_package.job_options(sweep, SHARED, None, None)
     assert remedy in str(caught.value)
 
 
@@ -110,7 +110,7 @@ def test_a_relative_path_is_refused_with_the_remedy(spec, option, remedy):
 )
 def test_relative_options_are_refused(spec, data_root, uri, remedy):
     with pytest.raises(Refused, match=rf"relative\b.*{remedy}"):
-        job_package.job_paths(read_request(spec), SHARED, data_root, uri)
+        job_package.job_options(read_request(spec), SHARED, data_root, uri)
 
 
 def test_absolute_paths_and_published_names_are_accepted(spec):
@@ -121,14 +121,15 @@ def test_absolute_paths_and_published_names_are_accepted(spec):
         "generator=stable-diffusion-v1-5/stable-diffusion-v1-5",
     ):
         sweep = read_request(spec, sets=[option])
-        assert job_package.job_paths(sweep, SHARED, Path("/data"), None).data_root == "/data"
+        options = job_package.job_options(sweep, SHARED, Path("/data"), None)
+        assert options[:4] == ["--store", SHARED, "--data-root", "/data"]
 
 
 def test_a_job_uses_the_tracking_uri_of_this_environment(spec, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
     sweep = read_request(spec)
-    assert job_package.job_paths(sweep, SHARED, None, None).tracking_uri == "http://mlflow:5000"
-    assert job_package.job_paths(sweep, SHARED, None, "none").tracking_uri == "none"
+    assert "http://mlflow:5000" in job_package.job_options(sweep, SHARED, None, None)
+    assert job_package.job_options(sweep, SHARED, None, "none")[2:] == ["--tracking-uri", "none"]
 
 
 def test_passwords_are_refused_and_not_shown(spec, monkeypatch):
@@ -144,11 +145,11 @@ def test_passwords_are_refused_and_not_shown(spec, monkeypatch):
         {"store": "s3://me:hunter2@bucket", "tracking_uri": None},
     ):
         with pytest.raises(ValueError, match=r"password|credentials") as caught:
-            job_package.job_paths(sweep, data_root=None, **to)
+            job_package.job_options(sweep, data_root=None, **to)
         assert "hunter2" not in str(caught.value)
     spec.write_text(f"# see http://me:hunter2@host\n{spec.read_text()}")
     with pytest.raises(ValueError, match="contains a password") as caught:
-        job_package.job_paths(read_request(spec), SHARED, None, None)
+        job_package.job_options(read_request(spec), SHARED, None, None)
     assert "hunter2" not in str(caught.value)
 
 
