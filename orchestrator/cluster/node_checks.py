@@ -40,7 +40,6 @@ LIBRARIES = (
 # Start of the names of files in the store that exist while nodes are checked. `cache gc` removes
 # those of killed drivers.
 TOKENS = "unfinished/.nodes-"
-DRIVER, DRIVER_ANSWER = "driver", "here"  # the driver's token and the driver's answer
 TOKEN_BYTES = 1 << 16  # size of such a file; a full quota may still accept a few bytes
 VISIBLE = 2.0  # seconds until a network disk shows a file of another machine
 SAMPLE, ENDS = 200, 1 << 16  # files of an input to read; bytes to read at both ends of a file
@@ -99,20 +98,19 @@ def _inputs(spec: Any) -> Iterator[Input]:
 # ---------------------------------------------------------------- facts of a machine
 
 
-def node_facts(store: str, token: str, node: str, needs: NodeRequirements, use_gpu: bool) -> Facts:
+def node_facts(store: str, token: str, needs: NodeRequirements, use_gpu: bool) -> Facts:
     """Collect facts about the machine that runs this function.
 
     Args:
         store: folder, or URI of a bucket.
         token: random token that the driver has written into the store.
-        node: name of the file in which this machine answers.
         needs: names the inputs to compare.
         use_gpu: let torch compute on a GPU.
     """
     use_plugins(needs.plugins)
     return {
         "code": {**_versions(), **_code_digests()},
-        "store": _store_problem(store, token, node),
+        "store": _store_problem(store, token),
         "files": [_input_facts(role, name, needs) for role, name in needs.inputs],
         "gpu": _gpu_problem() if use_gpu else "",
     }
@@ -133,37 +131,50 @@ def _code_digests() -> dict[str, str]:
     return {file.relative_to(ROOT).as_posix(): file_digest(file) for file in files}
 
 
-def _store_problem(store: str, token: str, node: str) -> str:
-    """Read the driver's token in the store and write the same token as this node's answer."""
+def _store_problem(store: str, token: str) -> str:
+    """Why this machine cannot read the driver's token in the store, or write a file there."""
     try:
-        if has_token(store, token, DRIVER):
-            write_token(store, token, node)
-            return ""
+        if _has_token(store, token):
+            with store_token(store):
+                return ""
         exists = is_bucket(store) or os.path.isdir(store)
         return "is not the store that the driver uses" if exists else "does not exist"
     except OSError as problem:
         return f"cannot be used ({problem.strerror or problem})"
 
 
-def has_token(store: str, token: str, name: str) -> bool:
-    """Whether a file in the store contains the token; waits VISIBLE seconds for the file."""
-    deadline, (storage, path) = time.monotonic() + VISIBLE, _token_file(store, token, name)
-    while (content := storage.get(path)) is None:
+def _has_token(store: str, token: str) -> bool:
+    """Whether the store has the file of a token; waits VISIBLE seconds for it."""
+    deadline, (storage, path) = time.monotonic() + VISIBLE, _place(store, token)
+    while storage.get(path) is None:
         if time.monotonic() > deadline:
             return False
         time.sleep(VISIBLE / 8)
-    return bool(content.startswith(token.encode()))
+    return True
 
 
-def write_token(store: str, token: str, name: str) -> None:
-    """Write the token into a file in the store."""
-    storage, path = _token_file(store, token, name)
-    storage.put(path, token.ljust(TOKEN_BYTES).encode())
+@contextmanager
+def store_token(store: str) -> Iterator[str]:
+    """Keep the file of a random token in the store while the block runs.
+
+    A node that can read the driver's token uses the same store. Equal paths are not enough: they
+    may be separate folders on two machines.
+
+    Raises:
+        OSError: the store is not writable, or the bucket does not answer.
+    """
+    token = uuid.uuid4().hex
+    storage, path = _place(store, token)
+    try:
+        storage.put(path, bytes(TOKEN_BYTES))
+        yield token
+    finally:
+        storage.delete(path)
 
 
-def _token_file(store: str, token: str, name: str) -> tuple[Any, Any]:
+def _place(store: str, token: str) -> tuple[Any, Any]:
     """What has the calls `get`, `put` and `delete`, and the path to give to them."""
-    path = f"{TOKENS}{token}-{name}"
+    path = f"{TOKENS}{token}"
     return (parse(store), path) if is_bucket(store) else (Folder(Path(store)), Path(store, path))
 
 
@@ -211,32 +222,6 @@ def _gpu_problem() -> str:
     except Exception as problem:
         reason = f"{type(problem).__name__}: {first_line(problem)}"
     return f"Ray counts a GPU, but {reason}: fix what `nvidia-smi` or torch reports there"
-
-
-# ---------------------------------------------------------------- the driver's token
-
-
-@contextmanager
-def store_token(store: ArtifactStore, nodes: Iterable[str]) -> Iterator[str]:
-    """Keep a random token in the store while the block runs.
-
-    A node that can read the token uses the same store. Equal paths are not enough: they may be
-    separate folders on two machines.
-
-    Args:
-        nodes: names of the nodes that may answer.
-
-    Raises:
-        OSError: the store is not writable, or the bucket does not answer.
-    """
-    token = uuid.uuid4().hex
-    try:
-        write_token(store.name, token, DRIVER)
-        yield token
-    finally:
-        for name in (DRIVER, DRIVER_ANSWER, *nodes):
-            storage, path = _token_file(store.name, token, name)
-            storage.delete(path)
 
 
 # ---------------------------------------------------------------- findings
@@ -332,8 +317,8 @@ def refuse_unfit_machine(plan: Plan, location: SweepLocation, report: Report) ->
         Refused: it cannot run the sweep.
     """
     store, needs = location.store, node_requirements(plan, location)
-    with store_token(store, ()) as token:
-        facts = node_facts(store.name, token, DRIVER_ANSWER, needs, needs.uses_gpus)
+    with store_token(store.name) as token:
+        facts = node_facts(store.name, token, needs, needs.uses_gpus)
     findings = compare_facts("this machine", facts, facts, store.name, needs)
     _refuse(findings, "this machine cannot")
     report("checked this machine: ok")
@@ -355,16 +340,16 @@ def check_nodes(store: ArtifactStore, needs: NodeRequirements) -> dict[str, list
 
     nodes, found = _alive_nodes(), {}
     task = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(node_facts)
-    with store_token(store, nodes) as token:
+    with store_token(store.name) as token:
 
         def start(key: str) -> Any:
             this_node = NodeAffinitySchedulingStrategy(key, soft=False)
             use_gpu = bool(needs.uses_gpus and nodes[key]["Resources"].get("GPU"))
             task_on_node = task.options(scheduling_strategy=this_node)
-            return task_on_node.remote(store.name, token, key, needs, use_gpu)
+            return task_on_node.remote(store.name, token, needs, use_gpu)
 
         pending = {start(key): key for key in nodes}
-        driver = node_facts(store.name, token, DRIVER_ANSWER, needs, False)
+        driver = node_facts(store.name, token, needs, False)
         answers = _gather(pending)
     alive = _alive_nodes()
     for key, node in nodes.items():

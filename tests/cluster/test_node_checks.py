@@ -16,7 +16,6 @@ from orchestrator.cluster.node_checks import (
     NodeRequirements,
     compare_facts,
     finding_lines,
-    has_token,
     node_facts,
     store_token,
 )
@@ -58,19 +57,17 @@ def test_each_wrong_fact_is_a_line_with_the_machines_and_a_remedy(facts, line):
     assert re.match(f"a, b and 2 more: {line}", text)
 
 
-def store_problem(store: Any, token: str, node: str) -> str:
-    return str(node_facts(str(store), token, node, NodeRequirements(), False)["store"])
+def store_problem(store: Any, token: str) -> str:
+    return str(node_facts(str(store), token, NodeRequirements(), False)["store"])
 
 
 def test_a_token_exists_in_the_driver_s_store_only(tmp_path):
     shared, other = open_store(tmp_path / "shared"), open_store(tmp_path / "other")
     other.root.mkdir()
-    with store_token(shared, ["one", "two"]) as token:
-        assert store_problem(shared.name, token, "one") == ""
-        assert "is not the store" in store_problem(other.name, token, "two")
-        assert store_problem(tmp_path / "gone", token, "none") == "does not exist"
-        assert has_token(shared.name, token, "one")
-        assert not has_token(shared.name, token, "two")
+    with store_token(shared.name) as token:
+        assert store_problem(shared.name, token) == ""
+        assert "is not the store" in store_problem(other.name, token)
+        assert store_problem(tmp_path / "gone", token) == "does not exist"
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
@@ -78,8 +75,8 @@ def test_many_drivers_at_the_same_time_leave_no_token(tmp_path):
     store = open_store(tmp_path)
 
     def read_own_token(number: int) -> bool:
-        with store_token(store, ["me"]) as token:
-            return store_problem(store.name, token, "me") == ""
+        with store_token(store.name) as token:
+            return store_problem(store.name, token) == ""
 
     with ThreadPoolExecutor(16) as threads:
         assert all(threads.map(read_own_token, range(64)))
