@@ -117,20 +117,9 @@ class Planned:
 
     def json(self) -> dict[str, Any]:
         """The JSON of `airsweep plan --json`."""
-        from orchestrator.planning import changed_inputs, earlier_results
+        from orchestrator.reporting import plan_report
 
-        plan, location = self.plan, self.location
-        earlier = earlier_results(plan, location)
-        return {
-            **plan.json(location.store),
-            "reused_from": self._sources(),
-            "changed_inputs": changed_inputs(earlier),
-            "stale": [
-                {"stage": stage, "artifacts": count}
-                for (stage, cause), count in earlier.items()
-                if cause == "code"
-            ],
-        }
+        return plan_report(self.plan, self.location)
 
     def screen(self, explain: bool = False) -> str:
         """Text of `airsweep plan`.
@@ -140,7 +129,7 @@ class Planned:
         """
         from orchestrator.reporting import plan_screen
 
-        return plan_screen(self.plan, self.location, self.origin, explain, self._sources())
+        return plan_screen(self.plan, self.location, self.origin, explain)
 
     def check(self, tracking_uri: str | None = None) -> None:
         """Check that `run` would start now on this machine, or on the cluster at RAY_ADDRESS.
@@ -157,14 +146,6 @@ class Planned:
         publisher = Publisher(self.plan.about, self.location, tracking_uri)
         with _restored_process():
             check_start(self.plan, self.location, publisher, make_screen(quiet=False))
-
-    def _sources(self) -> dict[str, int]:
-        """Number of reused trials, by the sweep that computed them."""
-        from orchestrator.planning.recorded import count_by_sweep
-
-        if not self.plan.results["reused"]:
-            return {}
-        return dict(count_by_sweep(self.location.store, self.plan.has_result, self.location))
 
     def __repr__(self) -> str:
         return self.screen()
@@ -188,10 +169,10 @@ def plan(
         sets, only, smoke: as for `load`.
     """
     from orchestrator.planning import plan_of
-    from orchestrator.planning.requests import complete_origin
+    from orchestrator.planning.requests import complete_origin, location_for
 
     request = load(spec, sets=sets, only=only, smoke=smoke)
-    location = location_for(request, store, data_root)
+    location = location_for(request, _store(store), data_root)
     origin = complete_origin(request.origin, location)
     return Planned(plan_of(request.spec, location), location, origin)
 
@@ -259,8 +240,10 @@ def run(
         ValueError: the file, an option, or a dataset or model that they name is wrong.
         RuntimeError: the run was refused to start, or the disk of the store is full.
     """
+    from orchestrator.planning.requests import location_for
+
     request = load(spec, sets=sets, only=only, smoke=smoke)
-    location = location_for(request, store, data_root)
+    location = location_for(request, _store(store), data_root)
     with _restored_process():
         outcome = execute(
             request.spec, location, request.origin, quiet, tracking_uri, prepare=prepare
@@ -457,14 +440,10 @@ def report(
     Raises:
         ValueError: the store has no such sweep, or the folder of `output` does not exist.
     """
-    return write_report(*recorded_sweep(name, store), output)
-
-
-def write_report(ledger: Ledger, location: SweepLocation, output: str | Path) -> Path:
-    """Write the report of a sweep whose ledger is read; the command uses this as well."""
     from orchestrator.reporting import results_of
     from orchestrator.reporting.html_report import page
 
+    ledger, location = recorded_sweep(name, store)
     file = Path(output)
     if file.is_dir() or not file.absolute().parent.is_dir():
         raise ValueError(f"{file}: give a file name in an existing folder, such as report.html")
@@ -500,7 +479,7 @@ def sample(
         ValueError: no such sweep, it has no unlabelled images, or a file exists already.
     """
     from orchestrator.planning import plan_of
-    from orchestrator.planning.requests import request_again
+    from orchestrator.planning.requests import location_for, request_again
     from orchestrator.reporting.sample import write_sample
     from orchestrator.spec import find_sweep
 
@@ -511,7 +490,7 @@ def sample(
             request = load(find_sweep(str(name)))
         except ValueError:
             raise unknown from None
-    location = location_for(request, store, data_root)
+    location = location_for(request, _store(store), data_root)
     plan = plan_of(request.spec, location)  # labels may be new
     output = Path(location.name if output is None else output)
     return write_sample(plan, location, count, output, report)
@@ -571,20 +550,19 @@ def export(
         PredictionsDifferError: a classifier does not reproduce the trial's predictions.
     """
     from orchestrator.planning import Resolver
+    from orchestrator.planning.ledger import read_ledger
     from orchestrator.planning.requests import only_options
     from orchestrator.reporting import bundles, selection
     from orchestrator.store import open_store
 
     limits = only_options(only)
-    data = _folder(data_root)
     place = location_named(sweep, store) if sweep else None
     source = place.store if place else open_store(_store(store))
+    data = _folder(data_root) or (place and place.data_root)
     if trial == selection.BEST:
-        if sweep is None:
+        if place is None:
             raise ValueError("`best` needs the name of a sweep; give --sweep NAME")
-        ledger, location = recorded_sweep(sweep, store, data_root)
-        data = location.data_root
-        selected = selection.best_trial(ledger, location, limits, by, classifier)
+        selected = selection.best_trial(read_ledger(place), place, limits, by, classifier)
     else:
         if limits or by:
             raise ValueError(
@@ -688,15 +666,6 @@ def location_named(name: str | Outcome, store: str | Path | None) -> SweepLocati
     if isinstance(name, Outcome):
         return name.location
     return requests.location_named(name, _store(store))
-
-
-def location_for(
-    sweep: SweepRequest, store: str | Path | None, data_root: str | Path | None
-) -> SweepLocation:
-    """Return the location of a sweep; a smoke run has a separate store."""
-    from orchestrator.planning import requests
-
-    return requests.location_for(sweep, _store(store), _folder(data_root))
 
 
 # ---------------------------------------------------------------- sweep files

@@ -12,7 +12,6 @@ import typer
 
 from orchestrator import errors
 from orchestrator.api import STORE as STORE  # typer reads defaults at import
-from orchestrator.api import location_for as location_for
 from orchestrator.api import location_named as location_named
 from orchestrator.api import recorded_sweep as recorded_sweep
 from orchestrator.formatting import show

@@ -208,6 +208,6 @@ def report(
     """
     ledger, location = recorded_sweep(name, store)
     output = output or Path(f"{location.name}.html")
-    file = api.write_report(ledger, location, output)
+    file = api.report(name, output, store=store)
     note_options(ledger, location)
     show(f"{output}  {file.stat().st_size / 1e6:.1f} MB", file=sys.stderr)

@@ -24,7 +24,6 @@ from orchestrator.cli.common import (
     StoreOption,
     TrackingOption,
     fail,
-    location_for,
 )
 from orchestrator.environment import redirect_descriptor
 from orchestrator.formatting import aligned, show
@@ -175,6 +174,8 @@ def run(
 
     airsweep run sweeps/quickstart.yaml --only method=air --set seeds=[1]
     """
+    from orchestrator.planning.requests import location_for
+
     request = api.load(spec, sets=sets or (), only=only or (), smoke=smoke)
     location = location_for(request, store, data_root)
     with redirect_descriptor(1, 2):  # stdout is for data

@@ -98,7 +98,9 @@ def read_request(
     return SweepRequest(smoke_variant(sweep) if smoke else sweep, tuple(sets), tuple(only), smoke)
 
 
-def location_for(sweep: SweepRequest, store: str | Path, data_root: Path | None) -> SweepLocation:
+def location_for(
+    sweep: SweepRequest, store: str | Path, data_root: str | Path | None
+) -> SweepLocation:
     """Locate a requested sweep: its store, its project, and the folder of its event log.
 
     The sweep need not have run before. A smoke request uses the smoke store beside `store`, so its

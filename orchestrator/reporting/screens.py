@@ -29,6 +29,7 @@ from orchestrator.planning import (
 )
 from orchestrator.planning.history import RESULT_STATES, History, results_text
 from orchestrator.planning.ledger import read_ledger
+from orchestrator.planning.recorded import count_by_sweep
 from orchestrator.planning.requests import results_command, run_command
 from orchestrator.planning.requirements import STAGE_TITLES
 from orchestrator.reporting.results import (
@@ -46,21 +47,34 @@ from orchestrator.store import SweepLocation, read_outcome
 # ---------------------------------------------------------------- plan
 
 
+def plan_report(plan: Plan, location: SweepLocation) -> dict[str, Any]:
+    """The plan of a sweep for `plan --json`. New versions may add keys but never remove any."""
+    earlier = earlier_results(plan, location)
+    reused = plan.results["reused"]
+    return {
+        **plan.json(location.store),
+        "reused_from": dict(count_by_sweep(location.store, plan.has_result, location))
+        if reused
+        else {},
+        "changed_inputs": changed_inputs(earlier),
+        "stale": [
+            {"stage": stage, "artifacts": count}
+            for (stage, cause), count in earlier.items()
+            if cause == "code"
+        ],
+    }
+
+
 def plan_screen(
-    plan: Plan,
-    location: SweepLocation,
-    origin: Mapping[str, Any],
-    explain: bool,
-    sources: Mapping[str, int],
+    plan: Plan, location: SweepLocation, origin: Mapping[str, Any], explain: bool
 ) -> str:
     """The screen of `airsweep plan`: trials, artifacts, time.
 
     Args:
         origin: the file and options of the request; see `complete_origin`.
         explain: also list the settings that differ from the methods' presets, with their source.
-        sources: number of trials that are reused from each other sweep.
     """
-    content = plan.json(location.store)
+    content = plan_report(plan, location)
     trials = content["trials"]
     lines = [
         f"{plan.sweep.name}: {plural(len(plan.cells), 'cell')}, "
@@ -68,10 +82,11 @@ def plan_screen(
         f"{plural(trials['total'], 'trial')}: {results_text(trials)}, "
         f"{trials['to_run']} to run",
         *([data_text(plan)] if plan.slots else []),
-        *changed_inputs(earlier_results(plan, location)),
+        *content["changed_inputs"],
         "",
     ]
-    lines += [f"  reused   {plural(count, 'trial')} of {name}" for name, count in sources.items()]
+    sources = content["reused_from"].items()
+    lines += [f"  reused   {plural(count, 'trial')} of {name}" for name, count in sources]
     for artifact in content["artifacts"]:
         count = "" if artifact["need"] == 1 else f"  {artifact['have']}/{artifact['need']} blocks"
         size = f"  {artifact['bytes'] / 1e6:.1f} MB" if artifact["bytes"] else ""
