@@ -558,7 +558,7 @@ def export(
     limits = only_options(only)
     place = location_named(sweep, store) if sweep else None
     source = place.store if place else open_store(_store(store))
-    data = _folder(data_root) or (place and place.data_root)
+    data = _folder(data_root) or (place.data_root if place else None)
     if trial == selection.BEST:
         if place is None:
             raise ValueError("`best` needs the name of a sweep; give --sweep NAME")
