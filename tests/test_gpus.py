@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from air_core.datasets import get_dataset
@@ -108,6 +109,19 @@ def test_a_first_sweep_file_uses_the_gpus_of_the_machine(
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert line in api.init("mine").read_text()
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_a_gpu_without_bf16_is_refused_where_settings_require_it(
+    models, tmp_path, monkeypatch, command
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    body = SWEEP.format(**models) + BOTH
+    spec = write_sweep(tmp_path, "mine", body)
+    code, _, err = command("plan", spec, "--store", tmp_path / "runs", "--check")
+    assert (code, "has no bf16 (computing capability 7.5, which" in err) == (3, True)
+    assert "set lora.precision" in err
 
 
 @pytest.mark.ray

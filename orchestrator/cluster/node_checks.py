@@ -67,17 +67,21 @@ class NodeRequirements:
     inputs: tuple[Input, ...] = ()
     data_root: Path | None = None
     uses_gpus: bool = False
+    uses_bf16: bool = False
     plugins: tuple[Plugin, ...] = ()  # which may define the inputs
 
 
 def node_requirements(plan: Plan, location: SweepLocation) -> NodeRequirements:
     """What the missing work of a plan requires of each node."""
-    inputs = (item for requirement in plan.requirements for item in _inputs(requirement.spec))
+    values = [each for requirement in plan.requirements for each in _values(requirement.spec)]
+    inputs = [(ROLES.get(name, name), ref.name) for name, ref in values if isinstance(ref, Ref)]
     trial, generator = plan.sweep.resources.trial, plan.sweep.resources.generator
     return NodeRequirements(
         inputs=tuple(dict.fromkeys(inputs)),
         data_root=location.data_root,
         uses_gpus=bool(trial.gpu or generator.gpu),
+        # With custom resources, the user selects the machines of the generators.
+        uses_bf16=bool(generator.gpu and not generator.custom) and ("precision", "bf16") in values,
         plugins=plan.sweep.plugins,
     )
 
@@ -85,14 +89,14 @@ def node_requirements(plan: Plan, location: SweepLocation) -> NodeRequirements:
 ROLES = {"test_dataset": "dataset", "model": "generator"}
 
 
-def _inputs(spec: Any) -> Iterator[Input]:
-    """Datasets and models that a spec refers to."""
+def _values(spec: Any) -> Iterator[tuple[str, Any]]:
+    """Names and values of the fields of a spec and of the specs in it."""
     for field in fields(spec):
         value = getattr(spec, field.name)
-        if isinstance(value, Ref):
-            yield ROLES.get(field.name, field.name), value.name
-        elif is_dataclass(value):
-            yield from _inputs(value)
+        if is_dataclass(value) and not isinstance(value, Ref):
+            yield from _values(value)
+        else:
+            yield field.name, value
 
 
 # ---------------------------------------------------------------- facts of a machine
@@ -112,7 +116,7 @@ def node_facts(store: str, token: str, needs: NodeRequirements, use_gpu: bool) -
         "code": {**_versions(), **_code_digests()},
         "store": _store_problem(store, token),
         "files": [_input_facts(role, name, needs) for role, name in needs.inputs],
-        "gpu": _gpu_problem() if use_gpu else "",
+        "gpu": _gpu_problem(needs.uses_bf16) if use_gpu else "",
     }
 
 
@@ -209,12 +213,17 @@ def _sample_digest(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _gpu_problem() -> str:
-    """Why torch cannot use the GPUs; empty if it can, or if their memory is in use."""
+def _gpu_problem(uses_bf16: bool) -> str:
+    """Why the sweep cannot use the GPUs; empty if it can, or if their memory is in use."""
     try:
         import torch
 
         if torch.cuda.is_available():
+            if uses_bf16 and (capability := torch.cuda.get_device_capability()) < (8, 0):
+                return (
+                    "the GPU has no bf16 (computing capability {}.{}, which is below 8.0): set "
+                    "lora.precision, generation.precision and evidence.precision to fp32"
+                ).format(*capability)
             with suppress(torch.cuda.OutOfMemoryError):
                 torch.ones(8, device="cuda").sum().item()
             return ""
