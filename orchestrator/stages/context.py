@@ -197,8 +197,10 @@ def one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def exclusive_shard(row: Row, index: int, block: int, store: ArtifactStore) -> Iterator[None]:
+def exclusive_shard(row: Row, index: int, block: int, store: ArtifactStore) -> Iterator[bool]:
     """Lock a shard of a row while it is made, by its class or draw and its block.
+
+    The block receives whether the shard exists and can be read; a damaged one is set aside.
 
     Raises:
         RuntimeError: the shard has killed the last processes that made it.
@@ -210,19 +212,14 @@ def exclusive_shard(row: Row, index: int, block: int, store: ArtifactStore) -> I
     ):
         if deaths >= DEATHS:
             raise RuntimeError(f"killed its process {deaths} times")
-        yield
-
-
-def has_intact_shard(row: Row, index: int, block: int, store: ArtifactStore) -> bool:
-    """Whether a shard exists and can be read; a damaged one is set aside."""
-    if not row.has_shard(index, block):
-        return False
-    try:
-        row.read(index, block)
-    except DamagedArtifact as damaged:
-        store.set_aside(damaged)
-        return False
-    return True
+        exists = row.has_shard(index, block)
+        try:
+            if exists:
+                row.read(index, block)
+        except DamagedArtifact as damaged:
+            store.set_aside(damaged)
+            exists = False
+        yield exists
 
 
 _contents = cache(Contents)

@@ -74,19 +74,12 @@ class UnusedImages:
         """Such as `2 unreadable (cat/3.png, dog/7.png); skipped: 3 .heic, 1 in subfolders`."""
         parts = []
         if self.unreadable:
-            parts.append(f"{self.unreadable:,} unreadable ({names_text([*self.files])})")
+            names = [*map(printable, [*self.files][:SHOWN])]
+            names += ["..."] if len(self.files) > SHOWN else []
+            parts.append(f"{self.unreadable:,} unreadable ({', '.join(names)})")
         if self.skipped:
             parts.append(f"skipped: {skipped_text(self.skipped)}")
         return "; ".join(parts)
-
-
-def names_text(names: Sequence[str]) -> str:
-    """The first names.
-
-    >>> names_text(["cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png"])
-    'cat/1.png, cat/2.png, dog/1.png, ...'
-    """
-    return ", ".join([*map(printable, names[:SHOWN]), *(["..."] if len(names) > SHOWN else [])])
 
 
 def unused_images(features: Keyed, store: ArtifactStore) -> UnusedImages:

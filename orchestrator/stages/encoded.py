@@ -19,12 +19,7 @@ from safetensors.numpy import load, save
 from air_core.datasets.images import Unreadable
 from air_core.seal import BLANK, sealed
 from orchestrator.keys import RowSpec, StageSpec
-from orchestrator.stages.context import (
-    WorkerContext,
-    exclusive_shard,
-    has_intact_shard,
-    ignore,
-)
+from orchestrator.stages.context import WorkerContext, exclusive_shard, ignore
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -155,8 +150,8 @@ def build(
     if worker.store.has(spec.features):
         return counts
     row = worker.store.open_row(spec)
-    with exclusive_shard(row, index, block, worker.store):
-        if has_intact_shard(row, index, block, worker.store):
+    with exclusive_shard(row, index, block, worker.store) as exists:
+        if exists:
             return counts
         backbone()
         started = time.monotonic()

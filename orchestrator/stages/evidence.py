@@ -19,12 +19,7 @@ from air_core.seal import BLANK, sealed
 from air_core.specs import EvidenceScoring, Ref, SplitSettings
 from orchestrator.errors import DamagedArtifact, MissingArtifact
 from orchestrator.keys import Indices, Needed, RowSpec
-from orchestrator.stages.context import (
-    WorkerContext,
-    exclusive_shard,
-    has_intact_shard,
-    ignore,
-)
+from orchestrator.stages.context import WorkerContext, exclusive_shard, ignore
 from orchestrator.stages.features import FeaturesSpec, read_target
 from orchestrator.stages.inputs import images_folder
 from orchestrator.stages.lora import LoraSpec
@@ -212,8 +207,8 @@ def build(
                 counts = {name: counts[name] + made[name] for name in counts}
                 first_draws.append(_read(row, first, block))
         earlier = np.stack(first_draws)
-    with exclusive_shard(row, draw, block, worker.store):
-        if has_intact_shard(row, draw, block, worker.store):
+    with exclusive_shard(row, draw, block, worker.store) as exists:
+        if exists:
             return counts
         loaded = scorer()
         started = time.monotonic()

@@ -15,7 +15,7 @@ from air_core.seal import BLANK, sealed
 from air_core.specs import ClipPrecision, Level, Ref
 from orchestrator.errors import MissingArtifact
 from orchestrator.keys import Indices, Needed, RowSpec, StageSpec
-from orchestrator.stages.context import WorkerContext, exclusive_shard, has_intact_shard
+from orchestrator.stages.context import WorkerContext, exclusive_shard
 from orchestrator.stages.images import (
     FolderImages,
     GeneratedImages,
@@ -106,13 +106,9 @@ def build(
     """
     row, features = worker.store.open_row(spec.images), worker.store.open_row(spec)
     shard = (class_index, block)
-    with exclusive_shard(row, *shard, worker.store):
+    with exclusive_shard(row, *shard, worker.store) as has_images:
         counts: dict[str, Any] = {"drawn": 0, "redrawn": 0, "holes": 0, "on_device": 0.0}
         encoded_before = features.has_shard(*shard)
-        # The images are read only where their features are missing.
-        has_images = (
-            row.has_shard(*shard) if encoded_before else has_intact_shard(row, *shard, worker.store)
-        )
         drawn = None
         with ThreadPoolExecutor(1) as writer:  # while CLIP encodes the images, they are written
             writing: list[Future[None]] = []

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from air_core.backbone import Backbone
 from air_core.lora_labels import first_of_each_class
 from air_core.method import TrialData
 from air_core.specs.conditions import fills_bank
@@ -27,21 +24,11 @@ def read_data(spec: TrialSpec, target: Target, worker: WorkerContext) -> TrialDa
     Raises:
         MissingArtifact: an input was not prepared.
     """
-    synthetic = _bank(spec, target, worker.store)
-    backbone = worker.backbone(spec.backbone, spec.precision)
-    data = trial_data(target, backbone, synthetic)
-    if spec.evidence_errors is None:
-        return data
-    settings = spec.evidence
-    errors = read_evidence(spec.evidence_errors, settings.draws, settings.images, worker.store)
-    return replace(data, evidence=errors)
-
-
-def trial_data(target: Target, backbone: Backbone, synthetic: Labelled | None) -> TrialData:
-    """The data that the method learns from and is tested on."""
-    split = target.split
+    split, scored, errors = target.split, spec.evidence_errors, None
+    if scored is not None:
+        errors = read_evidence(scored, spec.evidence.draws, spec.evidence.images, worker.store)
     return TrialData(
-        backbone=backbone,
+        backbone=worker.backbone(spec.backbone, spec.precision),
         classnames=target.text.classnames,
         template=target.text.template,
         pool=target.batch(split.pool),
@@ -49,7 +36,8 @@ def trial_data(target: Target, backbone: Backbone, synthetic: Labelled | None) -
         unseen=split.unseen,
         validation=target.labelled(split.validation) if len(split.validation) else None,
         test=target.labelled(split.test),
-        synthetic=synthetic,
+        synthetic=_bank(spec, target, worker.store),
+        evidence=errors,
     )
 
 

@@ -55,6 +55,8 @@ from orchestrator.store.checkpoints import (
 from orchestrator.store.records import FUSED, POOL, PREDICTIONS, PROMPT
 
 CHECKPOINT_INTERVAL = 10.0  # seconds between two checkpoints of a trial, at least
+# They receive the finished and all steps of a trial, and after each round its curves.
+Reports = tuple[Callable[[int, int], None], Callable[[Curves], None]]
 
 
 def run_trials(
@@ -96,7 +98,7 @@ def run_trials(
 def _run_group(
     group: Sequence[TrialSpec],
     worker: WorkerContext,
-    reports: Mapping[TrialSpec, tuple[Callable[[int, int], None], Callable[[Curves], None]]],
+    reports: Mapping[TrialSpec, Reports],
 ) -> dict[TrialSpec, Exception]:
     """Run and record trials side by side; the exception of each trial that fails."""
     problems: dict[TrialSpec, Exception] = {}
@@ -104,19 +106,17 @@ def _run_group(
     trials: list[Trial] = []
     with ExitStack() as group_stack:
         for spec in group:
-            report, report_curves = reports[spec]
             stack = group_stack.enter_context(ExitStack())
             try:
                 if spec.test_dataset is not None:
-                    test = partial(_test_on_other_dataset, spec, worker, report)
+                    test = partial(_test_on_other_dataset, spec, worker, reports[spec][0])
                     worker.store.get_or_build(spec, test)
                     continue
-                opened = stack.enter_context(open_trial(spec, worker, report, len(group)))
+                opened = stack.enter_context(open_trial(spec, worker, reports[spec], len(group)))
             except Exception as problem:
                 problems[spec] = problem
             else:
                 if opened is not None:
-                    opened[0].report_curves = report_curves
                     runs.append((spec, stack, opened[0]))
                     trials.append(opened[1])
         for index, outcome in learn_side_by_side(trials):
@@ -147,8 +147,8 @@ def run_trial(
 def open_trial(
     spec: TrialSpec,
     worker: WorkerContext,
-    report: Callable[[int, int], None],
-    replicas: int = 1,
+    reports: Reports,
+    replicas: int,
 ) -> Iterator[tuple[TrialRun, Trial] | None]:
     """Lock a trial, and read its inputs and its checkpoint.
 
@@ -165,7 +165,7 @@ def open_trial(
             yield None
             return
         with store.building(spec, share=1 / replicas) as building:
-            run = TrialRun(spec, worker, report, replicas, building)
+            run = TrialRun(spec, worker, reports, replicas, building)
             yield run, run.trial()
         delete_checkpoint(spec, store)
 
@@ -177,13 +177,13 @@ class TrialRun:
         self,
         spec: TrialSpec,
         worker: WorkerContext,
-        report: Callable[[int, int], None],
+        reports: Reports,
         replicas: int,
         building: Building,
     ) -> None:
         self.started = self.saved = time.monotonic()  # `saved`: the last checkpoint
         self.steps: list[tuple[int, float]] = []  # the first and the last one; seconds until then
-        self.spec, self.worker, self.report = spec, worker, report
+        self.spec, self.worker, (self.report, self.report_curves) = spec, worker, reports
         self.replicas, self.building = replicas, building
         self.resumed_from = begun = read_checkpoint(spec, worker.store)
         target = read_target(spec.features, spec.split, worker.store, spec.tokens)
@@ -191,7 +191,6 @@ class TrialRun:
         self.true_labels = target.labels[target.split.pool]
         self.test_index, self.pool_index = target.split.test, target.split.pool
         self.curves = {name: list(values) for name, values in begun.curves.items()}
-        self.report_curves: Callable[[Curves], None] = lambda curves: None  # called after a round
 
     def trial(self) -> Trial:
         # Not an attribute: the trial refers to this object, and a cycle would keep its tensors.
