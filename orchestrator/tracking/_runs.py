@@ -37,6 +37,7 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.utils import get_results_from_paginated_fn
 from mlflow.utils.credentials import read_mlflow_creds
 
 from orchestrator.errors import TrackerUnreachable
@@ -97,20 +98,11 @@ def stored_run(run: Run) -> StoredRun:
 
 def search(client: MlflowClient, experiment: str, query: str) -> list[StoredRun]:
     """All runs that match a query, oldest first."""
-    runs: list[StoredRun] = []
-    token = None
-    while True:
-        page = client.search_runs(
-            [experiment],
-            query,
-            max_results=1000,
-            order_by=["attributes.start_time ASC"],
-            page_token=token,
-        )
-        runs += map(stored_run, page)
-        token = page.token
-        if not token:
-            return runs
+    oldest = ["attributes.start_time ASC"]
+    runs = get_results_from_paginated_fn(  # type: ignore[no-untyped-call]
+        lambda count, token: client.search_runs([experiment], query, 1, count, oldest, token), 1000
+    )
+    return [*map(stored_run, runs)]
 
 
 def log_batch(

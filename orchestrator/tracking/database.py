@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import sqlite3
 import sys
 from pathlib import Path
@@ -84,7 +83,7 @@ def artifact_location(database: Path, experiment: str) -> str:
     It is a plain path, so `mlflow ui` and MLflow's clients find the artifacts without a server of
     airsweep.
     """
-    return str(database.parent / ARTIFACTS / slug(experiment))
+    return str(database.parent / ARTIFACTS / experiment)
 
 
 def run_tables(database: Path) -> list[str]:
@@ -99,7 +98,9 @@ def run_tables(database: Path) -> list[str]:
     )
     with contextlib.closing(sqlite3.connect(database)) as connection:
         found = connection.execute(query).fetchall()
-    return [f"{page_of(experiment)}&viewStateShareKey={VIEW}" for (experiment,) in found]
+    # Without the parameter `workflowType`, MLflow opens its page for prompts.
+    page = f"runs?workflowType=machine_learning&viewStateShareKey={VIEW}"
+    return [f"#/experiments/{experiment}/{page}" for (experiment,) in found]
 
 
 def digest_in(database: Path, project: str, sweep: str) -> str | None:
@@ -117,16 +118,6 @@ def digest_in(database: Path, project: str, sweep: str) -> str | None:
     return None
 
 
-def page_of(experiment: str, run: str = "") -> str:
-    """The address of a page with the runs of an experiment or with one run, below the server's."""
-    # Without the parameter, MLflow opens its page for prompts.
-    return f"#/experiments/{experiment}/runs{run and f'/{run}'}?workflowType=machine_learning"
-
-
-def slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_/-]+", "-", name)
-
-
 def _correct_artifact_paths(connection: sqlite3.Connection, database: Path) -> None:
     """Correct the paths of artifacts after a move: MLflow keeps absolute paths and has no call to
     change them."""
@@ -135,7 +126,7 @@ def _correct_artifact_paths(connection: sqlite3.Connection, database: Path) -> N
         return  # MLflow has not created its tables
     for experiment, name, stored in connection.execute(query).fetchall():
         current = artifact_location(database, name)
-        if stored == current or not stored.endswith(f"/{ARTIFACTS}/{slug(name)}"):
+        if stored == current or not stored.endswith(f"/{ARTIFACTS}/{name}"):
             continue
         with connection:  # one transaction
             connection.execute(

@@ -6,7 +6,6 @@ import shutil
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 import air_core.bundle.preprocessing
 import air_core.datasets.images
@@ -18,9 +17,6 @@ from orchestrator.errors import TrackerUnreachable
 from orchestrator.redact import without_credentials
 from orchestrator.reporting.selection import report_line
 from orchestrator.tracking_uri import resolve_uri
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
 
 MAX_SHOWN = 500  # characters of class names in a description
 # Modules that `served_model` needs; both import nothing of airsweep.
@@ -89,7 +85,8 @@ def _registered(manifest: Manifest, name: str, uri: str | None, store: Path) -> 
         artifacts = artifact_repository(run.artifact_uri, client.tracking_uri)
         artifacts.log_artifacts(str(Path(scratch, "model")), path)  # type: ignore[no-untyped-call]
         try:
-            _create_name(client, name)
+            if not client.search_registered_models(f"name = '{name}'"):
+                client.create_registered_model(name)
             made = client.create_model_version(
                 name,
                 f"{run.artifact_uri}/{path}",
@@ -109,16 +106,6 @@ def _registered(manifest: Manifest, name: str, uri: str | None, store: Path) -> 
             reason = short_reason(error)
             raise ValueError(f"MLflow at {shown} refuses the model {name!r}: {reason}") from error
     return f"models:/{name}/{made.version}"
-
-
-def _create_name(client: MlflowClient, name: str) -> None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
 
 
 def _save(manifest: Manifest, model: OnnxModel, folder: Path) -> None:
