@@ -29,7 +29,6 @@ from orchestrator.cli.common import (
     START,
     exit_code_of,
     fail,
-    refuse_bare_settings,
 )
 from orchestrator.errors import BAD_INPUT, StoreFull
 from orchestrator.files import permission_message
@@ -109,7 +108,6 @@ def main() -> None:
     logging.lastResort.addFilter(Redacting())
     logging.lastResort.addFilter(Printable())
     try:
-        refuse_bare_settings(sys.argv[1:])
         app(prog_name="airsweep")
     except Exception as problem:
         if debug:

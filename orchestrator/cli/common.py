@@ -90,14 +90,6 @@ def fail(message: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
-def refuse_bare_settings(words: list[str]) -> None:
-    """Exit with 2 if several settings follow one `--set` or `--only`."""
-    for option, first, word in zip(words, words[1:], words[2:], strict=False):
-        if option in ("--set", "--only") and "=" in first and "=" in word and word[0] != "-":
-            both = f"{option} {first} {option} {word}"
-            fail(f"{word}: each setting needs an option of its own: {both}")
-
-
 REFUSALS = (
     errors.Refused,
     errors.SweepBusy,
