@@ -185,24 +185,12 @@ class Outcome:
     """Result of a run. Its repr is the final screen of `airsweep run`.
 
     Attributes:
-        exit_code: 0 if all trials are done, 1 if some failed
-            (docs/troubleshooting.md).
-        sweep: the sweep that was run.
+        exit_code: 0 if all trials are done, 1 if some failed (docs/troubleshooting.md).
         location: location of its results.
     """
 
     exit_code: int
-    sweep: SweepSpec
     location: SweepLocation
-
-    @property
-    def name(self) -> str:
-        """PROJECT/NAME."""
-        return self.location.full_name
-
-    @property
-    def store(self) -> str | Path:
-        return self.location.store.name
 
     def __repr__(self) -> str:
         from orchestrator.reporting import summary_screen
@@ -272,7 +260,7 @@ def execute(
     publisher = Publisher(about(sweep), location, tracking_uri)
     screen = make_screen(quiet)
     code = run_sweep(sweep, location, screen, publisher, origin=origin, prepare_only=prepare)
-    return Outcome(code, sweep, location)
+    return Outcome(code, location)
 
 
 @contextmanager

@@ -108,12 +108,6 @@ def test_a_function_has_the_parameters_of_its_command(name):
 # ---------------------------------------------------------------- loading
 
 
-def test_two_settings_of_one_option_are_refused_with_the_remedy(command):
-    code, _, err = command("plan", "quickstart", "--set", "seeds=[1]", "iterations=3")
-    assert code == 2
-    assert "--set seeds=[1] --set iterations=3" in err
-
-
 def test_python_values_equal_options_of_the_command_line(spec):
     request = api.load(spec, sets={"seeds": [4], "lora": None}, only={"method": ["fpl"]})
     assert request.spec.seeds.values == ((4,),)
@@ -159,7 +153,7 @@ def test_bad_input_raises_with_the_message_of_the_command(spec, tmp_path):
 @pytest.mark.ray
 def test_a_run_returns_its_exit_code_and_restores_the_process(finished):
     outcome, before, after = finished.outcome, finished.before, finished.after
-    assert (outcome.exit_code, outcome.name) == (0, "default/small")
+    assert (outcome.exit_code, outcome.location.full_name) == (0, "default/small")
     assert after == before
     assert "fpl" in str(outcome)
 
@@ -182,7 +176,7 @@ def test_functions_return_what_commands_print(spec, finished):
 
 @pytest.mark.ray
 def test_results_are_read_further_from_python(finished, tmp_path):
-    done, store = finished.outcome, finished.outcome.store
+    done, store = finished.outcome, finished.outcome.location.store.root
     trials = api.results(done).set_index("trial")
     predicted = api.predictions(trials["key"].iloc[2], store=store)
     assert predicted["prediction"].isin(predicted["label"].unique()).all()
