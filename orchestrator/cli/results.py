@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -17,7 +17,6 @@ from orchestrator.cli.common import (
     NameArgument,
     OptionalNameArgument,
     StoreOption,
-    fail,
     location_named,
     note_options,
     recorded_sweep,
@@ -154,11 +153,11 @@ def table(
     name: NameArgument,
     store: StoreOption = STORE,
     form: Annotated[
-        str,
+        Literal["md", "csv", "json"],
         typer.Option("--format", metavar="FORMAT", help="Output format: md, csv or json."),
     ] = "md",
     columns: Annotated[
-        str,
+        Literal["fit", "all"],
         typer.Option(
             metavar="COLUMNS",
             help="Columns in Markdown: fit, those that fit 100 characters; or all. Other formats "
@@ -176,10 +175,6 @@ def table(
     from orchestrator.reporting import results_of, tables
     from orchestrator.reporting.summary import failed_lines
 
-    if form not in tables.FORMATS:
-        fail(f"unknown --format {form!r}; allowed: {', '.join(tables.FORMATS)}")
-    if columns not in tables.COLUMN_SETS:
-        fail(f"unknown --columns {columns!r}; allowed: {', '.join(tables.COLUMN_SETS)}")
     ledger, location = recorded_sweep(name, store)
     found = results_of(ledger, location.store)
     note_options(ledger, location)

@@ -44,8 +44,6 @@ from orchestrator.reporting.rows import (
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-FORMATS = ("md", "csv", "json")
-COLUMN_SETS = ("fit", "all")
 WIDTH = 100  # characters of a line
 TASK = ("dataset", "paradigm", "modality")  # columns; left out if all rows have the same value
 TESTED = ("text", "fused", "auxiliary")  # classifiers that a trial tests on the same images
@@ -135,9 +133,10 @@ def column_notes(header: Collection[str]) -> list[str]:
 
 
 def table(results: Results, format: str, columns: str = "all") -> str:
-    """The table in one of `FORMATS`, without a newline at the end.
+    """The table, without a newline at the end.
 
     Args:
+        format: md, csv or json.
         columns: `all`, or `fit`: in Markdown, a table of rows with those columns that fit `WIDTH`
             characters, and one of differences.
     """
@@ -392,7 +391,7 @@ def _comparison_lines(results: Results, comparisons: Sequence[Comparison]) -> li
     lines = []
     for c in comparisons:
         line = {
-            "task": task_text(c.row.task) if len(results.tasks) > 1 else "",
+            "task": results.task_text(c.row.task),
             "difference": c.name + BOUND * is_bound(c.row.method),
             **{
                 key: "" if key == c.role else format_value(c.row.settings.get(key, ""))
