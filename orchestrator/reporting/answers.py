@@ -19,7 +19,6 @@ from orchestrator.reporting.rows import (
     is_bound,
     row_text,
     signed_percent,
-    task_text,
 )
 
 ANSWERS: dict[Verdict, str] = {
@@ -82,7 +81,7 @@ def _search_answer(results: Results, row: Row) -> str:
     assert row.choice is not None
     objective, found = row.choice.objective, row.choice.ranking
     name = row_text(row, [k for k in results.varied_settings if k not in row.first.searched])
-    task = f", {task_text(row.task)}" if len(results.tasks) > 1 else ""
+    task = results.task_text(row.task, ", ")
     if not row.is_tested:
         known = f"set aside, since no test image shows whether {objective} finds good points"
         return f"Search of {name}{task}: {known}."

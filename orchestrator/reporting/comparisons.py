@@ -37,6 +37,7 @@ from orchestrator.reporting.rows import (
     is_bound,
     row_of,
     signed_percent,
+    task_text,
     tasks_of,
 )
 from orchestrator.spec import presets
@@ -46,7 +47,7 @@ MARKS = {"host": "†", "control": "‡"}  # by role
 WORSE = "↓"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Comparison:
     """A row minus a baseline: the difference, its interval and its significance."""
 
@@ -138,24 +139,12 @@ def compared(
         if baseline is not None
         and (difference := paired_difference(row.runs(classifier), baseline.runs(classifier)))
     ]
-    tasks: dict[Task, list[int]] = {}
-    for position, (_, baseline, *_) in enumerate(found):
-        tasks.setdefault(baseline.task, []).append(position)
-    tests: dict[int, tuple[float, float]] = {}
-    for positions in tasks.values():
-        _, _, roles, differences = zip(*(found[position] for position in positions), strict=True)
-        tests |= zip(positions, table_tests(differences, roles), strict=True)
-    return [
-        Comparison(
-            row=row,
-            baseline=baseline,
-            role=role,
-            difference=difference,
-            p_corrected=tests[position][0],
-            detectable=tests[position][1],
-        )
-        for position, (row, baseline, role, difference) in enumerate(found)
-    ]
+    tests: dict[int, tuple[float, float]] = {}  # p value and detectable difference, by position
+    for task in {baseline.task for _, baseline, *_ in found}:
+        of_task = {at: each for at, each in enumerate(found) if each[1].task == task}
+        _, _, roles, differences = zip(*of_task.values(), strict=True)
+        tests |= zip(of_task, table_tests(differences, roles), strict=True)
+    return [Comparison(*each, *tests[at]) for at, each in enumerate(found)]
 
 
 # ---------------------------------------------------------------- all results of a sweep
@@ -218,6 +207,10 @@ class Results:
     @functools.cached_property
     def tasks(self) -> list[Task]:
         return tasks_of(self.rows)
+
+    def task_text(self, task: Task, before: str = "", after: str = "") -> str:
+        """A task between two texts; empty if all rows are of one task."""
+        return f"{before}{task_text(task)}{after}" if len(self.tasks) > 1 else ""
 
     @property
     def tested(self) -> list[Row]:

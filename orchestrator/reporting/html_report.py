@@ -28,7 +28,7 @@ from orchestrator.reporting._statistics import Array
 from orchestrator.reporting.answers import answers, headlines
 from orchestrator.reporting.comparisons import MARKS, Results
 from orchestrator.reporting.notes import splits_and_seeds
-from orchestrator.reporting.rows import Task, row_text, task_text
+from orchestrator.reporting.rows import row_text
 from orchestrator.reporting.summary import data_text, run_facts
 from orchestrator.reporting.tables import (
     column_notes,
@@ -183,7 +183,7 @@ def unlabelled(data: ReportData) -> Iterator[Group]:
         ]
         note = "Share of the images and mean confidence, in %; the most frequent classes first."
         tables = [Layout(lines=lines, notes=[note])]
-        yield Group(heading=_heading(data, task), texts=texts, tables=tables)
+        yield Group(heading=data.results.task_text(task), texts=texts, tables=tables)
         shown = "Of each class the four surest images, then the four least sure ones."
         yield Group(texts=[shown] if figures else [], figures=figures)
 
@@ -245,11 +245,7 @@ def learning_curves(data: ReportData) -> Iterator[Group]:
         if figures:
             if len(figures) < len(charts.PSEUDO):
                 figures[-1] = replace(figures[-1], caption="Their accuracy needs labels.")
-            yield Group(heading=_heading(data, task), figures=figures)
-
-
-def _heading(data: ReportData, task: Task) -> str:
-    return task_text(task) if len(data.results.tasks) > 1 else ""
+            yield Group(heading=data.results.task_text(task), figures=figures)
 
 
 def images(data: ReportData) -> Iterator[Group]:
@@ -287,7 +283,7 @@ def confusions(data: ReportData) -> Iterator[Group]:
             for true, wrong, share in frequent_confusions(matrix, names)
         ]
         yield Group(
-            heading=_heading(data, task),
+            heading=data.results.task_text(task),
             figures=[_chart(figure, f"Confusion matrix of the {title}")],
             tables=[Layout(lines=lines)] if lines else [],
         )

@@ -10,7 +10,7 @@ from air_core.methods import METHODS
 from orchestrator.formatting import format_percent, plural
 from orchestrator.reporting._statistics import ALPHA, Z_95
 from orchestrator.reporting.comparisons import MARKS, WORSE, Comparison, Results
-from orchestrator.reporting.rows import Row, is_bound, row_text, task_text
+from orchestrator.reporting.rows import Row, is_bound, row_text
 from orchestrator.spec import presets
 from orchestrator.spec.sweep import SMOKE_ONLY
 
@@ -66,7 +66,7 @@ def at_chance_notes(results: Results) -> list[str]:
         return [f"{SMOKE_ONLY[0].upper()}{SMOKE_ONLY[1:]}."]
     parts, below = [], []
     for task in results.tasks:
-        where = f" in {task_text(task)}" if len(results.tasks) > 1 else ""
+        where = results.task_text(task, " in ")
         methods = [row for row in results.tested if row.task == task and not is_bound(row.method)]
         rows = [row for row in methods if results.is_at_chance(row)]
         best = results.best_classifiers.get(task)
@@ -114,11 +114,8 @@ def chance_caution(right: int, total: int, classes: int, images: str = "images")
 
 def best_texts(results: Results) -> list[str]:
     """Texts on the best classifiers, which begin with the task if there are several."""
-    several = len(results.tasks) > 1
-    return [
-        f"{task_text(task)}: {best}" if several else str(best)
-        for task, best in results.best_classifiers.items()
-    ]
+    bests = results.best_classifiers.items()
+    return [f"{results.task_text(task, after=': ')}{best}" for task, best in bests]
 
 
 def splits_and_seeds(rows: Sequence[Row]) -> str:
@@ -134,7 +131,7 @@ def collapse_notes(results: Results, most: int = 4) -> list[str]:
     collapses = [(row, run) for row in results.rows for run in row.collapsed_runs()]
     notes = []
     for row, run in collapses[:most]:
-        task = f"{task_text(row.task)}, " if len(results.tasks) > 1 else ""
+        task = results.task_text(row.task, after=", ")
         seed = "" if run.seed is None else f", seed {run.seed}"
         notes.append(
             f"Collapsed run: {task}{row_text(row)}, split {run.split_seed}"
