@@ -15,25 +15,12 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli import (
-    bundle,
-    cache,
-    inputs,
-    results,
-    submit,
-    sweeps,
-    tracked,
-)
-from orchestrator.cli.common import (
-    LOOK_AFTER,
-    START,
-    exit_code_of,
-    fail,
-)
+from orchestrator.cli import bundle, cache, inputs, results, submit, sweeps, tracked
+from orchestrator.cli.common import LOOK_AFTER, START, exit_code_of, fail
 from orchestrator.errors import BAD_INPUT, StoreFull
 from orchestrator.files import permission_message
 from orchestrator.formatting import Printable, show
-from orchestrator.redact import Redacting, redact
+from orchestrator.redact import redact
 
 app = typer.Typer(
     name="airsweep",
@@ -105,7 +92,6 @@ def main() -> None:
         fail("the working directory was deleted; change to one that exists")
     assert logging.lastResort is not None
     # The last resort prints records that no other handler takes; commands configure no handler.
-    logging.lastResort.addFilter(Redacting())
     logging.lastResort.addFilter(Printable())
     try:
         app(prog_name="airsweep")

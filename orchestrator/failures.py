@@ -58,23 +58,18 @@ KINDS: tuple[tuple[type[BaseException], str], ...] = (
     (MemoryError, "oom"),
     (OSError, "infra"),
 )
-# Messages of the kernel and of sqlite; safetensors raises them without an OSError.
-DISK_FULL = (
+# Messages of exceptions without a type of their own, from the kernel, sqlite, torch and airsweep.
+MESSAGES = (
     ("no space left on device", "disk"),
     ("disk quota exceeded", "disk"),
     ("database or disk is full", "disk"),
-)
-# Messages of exceptions without a type of their own, from torch and from airsweep.
-MESSAGES = (
-    *DISK_FULL,
     ("out of memory", "oom"),
     ("can't allocate memory", "oom"),
     ("killed its process", "infra"),
 )
-# Messages about a dead process, from Ray, torch and the kernel.
+# Messages about a dead process, also from Ray.
 DEATH_MESSAGES = (
-    *DISK_FULL,
-    ("out of memory", "oom"),
+    *MESSAGES,
     ("outofmemory", "oom"),
     ("memory monitor", "oom"),
     ("preempted: true", "preempted"),

@@ -58,16 +58,6 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     sync(path.parent)
 
 
-def write_new(path: Path, content: str) -> None:
-    """Write a new file of the user.
-
-    Raises:
-        FileExistsError: the file exists.
-    """
-    with open(path, "x") as handle:
-        handle.write(content)
-
-
 def file_digest(path: Path) -> str:
     """The blake2b digest of a file's content."""
     with open(path, "rb") as handle:

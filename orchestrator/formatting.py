@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from air_core.printable import printable
 from orchestrator.environment import originals
+from orchestrator.redact import redact
 
 
 def show(text: object, file: TextIO | None = None, end: str = "\n", flush: bool = False) -> None:
@@ -130,10 +131,10 @@ def csv_cell(value: Any) -> Any:
 
 
 class Printable(logging.Filter):
-    """Escapes control characters in log records."""
+    """Removes secrets from log records, and escapes control characters."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = printable_lines(record.getMessage()), ()
+        record.msg, record.args = printable_lines(redact(record.getMessage())), ()
         return True
 
 

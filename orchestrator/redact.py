@@ -6,7 +6,6 @@ variable whose name suggests a secret. Other secrets are not recognized.
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import string
@@ -71,14 +70,6 @@ def contains_secret(name: str, value: str) -> bool:
     (True, False)
     """
     return looks_secret(name) or find_password(value) is not None
-
-
-class Redacting(logging.Filter):
-    """Removes secrets from log records."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = redact(record.getMessage()), ()
-        return True
 
 
 def without_credentials(uri: str) -> str:

@@ -203,7 +203,9 @@ def run_command(location: SweepLocation, origin: Mapping[str, Any] | None = None
     origin = last_origin(location) if origin is None else origin
     store = location.store.name
     given = store_of_smoke(store) if origin.get("smoke") else store
-    words = [*sweep_words(location, origin), *_store_words(given)]
+    options = (origin.get("sets", []), origin.get("only", []), bool(origin.get("smoke")))
+    file = origin.get("source") or str(location.folder / "spec.yaml")
+    words = [file, *option_words(*options), *_store_words(given)]
     root, usual = origin.get("data_root"), os.environ.get("AIRSWEEP_DATA")
     if root and not (usual and Path(root) == Path(usual).absolute()):
         words += ["--data-root", relative_path(Path(root))]
@@ -221,12 +223,6 @@ def results_command(command: str, location: SweepLocation, *options: str) -> str
 def store_command(command: str, location: SweepLocation) -> str:
     """A command without a sweep, such as `airsweep ui --store STORE`."""
     return shlex.join(["airsweep", *command.split(), *_store_words(location.store.name)])
-
-
-def sweep_words(location: SweepLocation, origin: Mapping[str, Any]) -> list[str]:
-    """The sweep file and the options that change or select it, as words of a command line."""
-    options = (origin.get("sets", []), origin.get("only", []), bool(origin.get("smoke")))
-    return [origin.get("source") or str(location.folder / "spec.yaml"), *option_words(*options)]
 
 
 def last_origin(location: SweepLocation) -> Mapping[str, Any]:

@@ -22,7 +22,7 @@ from air_core.classifiers import text_classifier
 from air_core.datasets import get_dataset
 from air_core.datasets.images import ImageFiles, Unreadable
 from air_core.datasets.unlabelled import COLUMNS, LABELS, listed_images
-from orchestrator.files import write_atomic, write_new
+from orchestrator.files import write_atomic
 from orchestrator.planning import Plan
 from orchestrator.stages import features
 from orchestrator.stages.context import WorkerContext, ignore, one_thread
@@ -112,7 +112,8 @@ def write_sample(
     lines = [pictures[i : i + PER_LINE] for i in range(0, len(pictures), PER_LINE)]
     write_atomic(sheet, tile_sheet([""] * len(lines), {heading: lines}, PER_LINE, THUMB_PX))
     try:
-        write_new(labels, _csv(paths))
+        with open(labels, "x") as new:
+            new.write(_csv(paths))
     except OSError:
         sheet.unlink()
         raise

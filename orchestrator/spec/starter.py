@@ -34,7 +34,6 @@ from air_core.datasets.unlabelled import (
 )
 from air_core.models.weights import local_path
 from air_core.paradigms import TEST_SHARE
-from orchestrator.files import write_new
 from orchestrator.spec.marked_yaml import parse
 from orchestrator.spec.resources import gpu_lines
 from orchestrator.spec.schema import NAME_PATTERN, NAME_WORDS
@@ -141,7 +140,8 @@ CHOOSE = "choose another name or remove the file"
 
 def _write(file: Path, text: str, advice: str) -> None:
     try:
-        write_new(file, text)
+        with open(file, "x") as new:
+            new.write(text)
     except OSError as problem:
         is_there = isinstance(problem, FileExistsError)
         why = "already exists" if is_there else f"cannot be written: {problem.strerror}"
