@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli import bundle, cache, inputs, results, submit, sweeps, tracked
+from orchestrator.cli import bundle, cache, look, run, start
 from orchestrator.cli.common import LOOK_AFTER, START, exit_code_of, fail
 from orchestrator.errors import BAD_INPUT, StoreFull
 from orchestrator.files import permission_message
@@ -32,9 +32,9 @@ app = typer.Typer(
     "  airsweep run quickstart\n\n  airsweep table quickstart",
 )
 
-for commands in (sweeps, inputs, submit, results, tracked, bundle):
+for commands in (start, run, look, bundle):
     app.add_typer(commands.app)
-app.add_typer(sweeps.plugin_app, name="plugin", rich_help_panel=START)
+app.add_typer(start.plugin_app, name="plugin", rich_help_panel=START)
 app.add_typer(cache.app, name="cache", rich_help_panel=LOOK_AFTER)
 for group in app.registered_groups:  # typer keeps the line breaks of docstrings, of 100 columns
     for command in group.typer_instance.registered_commands if group.typer_instance else ():

@@ -1,8 +1,10 @@
-"""Commands that show the status and results of a recorded sweep."""
+"""Commands that show recorded sweeps: their state, results and MLflow runs."""
 
 from __future__ import annotations
 
 import json
+import os
+import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -17,6 +19,7 @@ from orchestrator.cli.common import (
     NameArgument,
     OptionalNameArgument,
     StoreOption,
+    fail,
     location_named,
     note_options,
     recorded_sweep,
@@ -29,6 +32,7 @@ from orchestrator.formatting import (
     format_value,
     show,
 )
+from orchestrator.tracking_uri import DATABASE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -206,3 +210,60 @@ def report(
     file = api.report(name, output, store=store)
     note_options(ledger, location)
     show(f"{output}  {file.stat().st_size / 1e6:.1f} MB", file=sys.stderr)
+
+
+@app.command(rich_help_panel=LOOK)
+def ui(
+    store: StoreOption = STORE,
+    port: Annotated[
+        int, typer.Option(metavar="PORT", min=1, max=65535, help="Port to listen on.")
+    ] = 5000,
+) -> None:
+    """Serve the store's MLflow runs as a web page, and print the address of the table of runs.
+
+    Runs that MLflow lacks are sent first.
+
+    Only this machine can open the page; from another, use `ssh -L 5000:127.0.0.1:5000 MACHINE`.
+
+    airsweep ui
+
+    airsweep ui --port 5001
+    """
+    from orchestrator.store import open_store
+    from orchestrator.tracking import Publisher
+    from orchestrator.tracking.database import (
+        LOOPBACK,
+        SERVER_ENVIRONMENT,
+        check_database,
+        run_tables,
+        serve_command,
+    )
+
+    opened = open_store(store)
+    root, names = opened.root, ["/".join(parts) for parts in opened.sweeps()]
+    database = root / DATABASE
+    try:
+        if database.exists():
+            check_database(database)
+    except OSError as problem:
+        fail(f"{problem}; move the file, and `airsweep ui` writes all runs again")
+    try:
+        socket.create_server((LOOPBACK, port)).close()
+    except OSError as problem:
+        reason = str(problem.strerror).partition(" (")[0]
+        fail(f"the server cannot listen on port {port}: {reason}; choose another --port")
+    for name in names:
+        try:
+            ledger, location = recorded_sweep(name, store)
+            Publisher(ledger.about, location, f"sqlite:///{database}").export()
+        except Exception as problem:  # show the other sweeps
+            show(f"airsweep: {name}: {problem}", file=sys.stderr)
+    if not database.exists():
+        fail(f"{store} has no recorded sweep; run a sweep first, or give another --store")
+    server = f"http://{LOOPBACK}:{port}"
+    pages = [f"{server}/{page}" for page in run_tables(database)] or [server]
+    for page in pages:
+        show(page, file=sys.stderr)
+    show("Ctrl-C stops the server", file=sys.stderr)
+    argv = serve_command(root, port)
+    os.execvpe(argv[0], argv, {**os.environ, **SERVER_ENVIRONMENT})

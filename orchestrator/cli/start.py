@@ -1,9 +1,7 @@
-"""Commands that write, check, plan and run sweep files."""
+"""Commands to start with: write a sweep file, check its inputs, draw images to label."""
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,22 +9,15 @@ import typer
 
 from orchestrator import api
 from orchestrator.cli.common import (
-    RUN,
     START,
     STORE,
     DataOption,
-    JsonOption,
-    OnlyOption,
-    QuietOption,
-    SetOption,
-    SmokeOption,
-    SpecArgument,
     StoreOption,
-    TrackingOption,
     fail,
+    progress_bar,
+    with_progress_bar,
 )
-from orchestrator.environment import redirect_descriptor
-from orchestrator.formatting import aligned, show
+from orchestrator.formatting import aligned, plural, relative_path, show
 
 app = typer.Typer()
 plugin_app = typer.Typer(no_args_is_help=True, help="Check plugins.")
@@ -120,68 +111,90 @@ def check_plugin(
     show(f"{name}: its components keep their contracts; digest {plugin.digest}")
 
 
-@app.command(rich_help_panel=RUN)
-def plan(
-    spec: SpecArgument,
+@app.command(rich_help_panel=START)
+def sample(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Sweep: recorded, or a file that has not run.")
+    ],
+    count: Annotated[int, typer.Option("-n", "--images", min=1, help="Number of images.")] = 100,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="START",
+            help="Beginning of the two file names. Default: the name of the sweep.",
+            show_default=False,
+        ),
+    ] = None,
     store: StoreOption = STORE,
     data_root: DataOption = None,
-    sets: SetOption = None,
-    only: OnlyOption = None,
-    smoke: SmokeOption = False,
-    as_json: JsonOption = False,
-    explain: Annotated[
-        bool, typer.Option("--explain", help="Show settings that differ from the method's preset.")
-    ] = False,
-    check: Annotated[
-        bool,
-        typer.Option("--check", help="Check the machines; exit with 2 or 3 if it would not start."),
-    ] = False,
-    tracking_uri: TrackingOption = None,
 ) -> None:
-    """Show what a sweep would run, without running anything.
+    """Draw unlabelled images to label, spread over predicted classes and confidence.
 
-    Lists trials to run, existing results and the expected duration.
+    The predictions are those of zero-shot CLIP. Images in labels.csv or in START-labels.csv of an
+    earlier sample are not drawn again.
 
-    airsweep plan quickstart
+    Writes START-sample.png, a sheet of the images, and START-labels.csv with an empty column
+    `class` to fill in and to move to labels.csv beside the images. Every third one has `val` in
+    the column `part`: it is for validation, to choose the best classifier; the others are for test.
 
-    airsweep plan sweeps/quickstart.yaml --check --json
+    airsweep sample mine -n 100
+
+    airsweep sample mine -n 30 -o second
     """
-    request = api.load(spec, sets=sets or (), only=only or (), smoke=smoke)
-    planned = api.plan(request, store=store, data_root=data_root)
-    show(json.dumps(planned.json(), indent=1) if as_json else planned.screen(explain))
-    if check:
-        planned.check(tracking_uri)
+    with progress_bar("encoding images") as report:
+        drawn = api.sample(name, count, output, store=store, data_root=data_root, report=report)
+    show(f"{plural(drawn.images, 'image')}, {drawn.basis}")
+    show(f"wrote {drawn.sheet} and {drawn.labels}")
+    show(f"next: fill in the column class, and add the lines to {relative_path(drawn.target)};")
+    show("      a line without a class stays unlabelled; labelled images leave the pool;")
+    show("      those with `val` choose the best classifier, the others test it")
 
 
-@app.command(rich_help_panel=RUN)
-def run(
-    spec: SpecArgument,
-    store: StoreOption = STORE,
+@app.command(rich_help_panel=START)
+def check(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATASET|MODEL",
+            help="Dataset, folder:PATH for your own images, or a backbone or generator, written as "
+            "in a sweep file.",
+        ),
+    ],
     data_root: DataOption = None,
-    tracking_uri: TrackingOption = None,
-    sets: SetOption = None,
-    only: OnlyOption = None,
-    smoke: SmokeOption = False,
-    prepare: Annotated[
-        bool,
-        typer.Option("--prepare", help="Make features, LoRA weights and images; run no trial."),
-    ] = False,
-    quiet: QuietOption = False,
+    weights: Annotated[
+        str,
+        typer.Option(
+            "--name",
+            metavar="NAME",
+            help="Expected weights of a backbone, such as ViT-B-32/openai. Default: any.",
+            show_default=False,
+        ),
+    ] = "",
 ) -> None:
-    """Run a sweep, or resume it: finished trials are skipped.
+    """Check that the files of a dataset or a model are complete.
 
-    airsweep run quickstart
+    Opens every image of a dataset, searches duplicates, and compares the published counts. Loads
+    the weights of a CLIP; reads every part of a diffusers folder. Uses neither the network nor code
+    of the model. Exits with 0, or with 2 and the first problem.
 
-    airsweep run sweeps/quickstart.yaml --only method=air --set seeds=[1]
+    airsweep check flowers102 --data-root /data
+
+    airsweep check folder:photos
+
+    airsweep check /shared/models/clip --name ViT-B-32/openai
     """
-    from orchestrator.planning.requests import location_for
+    from orchestrator.cluster.input_checks import check_dataset, check_model, is_dataset
 
-    request = api.load(spec, sets=sets or (), only=only or (), smoke=smoke)
-    location = location_for(request, store, data_root)
-    with redirect_descriptor(1, 2):  # stdout is for data
-        outcome = api.execute(
-            request.spec, location, request.origin, quiet, tracking_uri, prepare=prepare
-        )
-    if not quiet and not prepare:
-        show(outcome)
-    sys.exit(outcome.exit_code)
+    if not is_dataset(name):
+        show("\n".join(check_model(name, weights)))
+        return
+    if weights:
+        raise ValueError(f"--name is of the weights of a backbone, but {name} is a dataset")
+    lines, difference = check_dataset(
+        name, data_root, lambda each, n: with_progress_bar("opening images", each, n)
+    )
+    show("\n".join(lines))
+    if difference:
+        fail(difference)

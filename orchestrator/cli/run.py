@@ -1,7 +1,8 @@
-"""Command that submits a sweep as a job of a Ray cluster."""
+"""Commands that plan a sweep, and run it here or as a job of a Ray cluster."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,17 +15,87 @@ from orchestrator.cli.common import (
     RUN,
     STORE,
     DataOption,
+    JsonOption,
     OnlyOption,
+    QuietOption,
     SetOption,
     SmokeOption,
     SpecArgument,
     StoreOption,
     TrackingOption,
 )
+from orchestrator.environment import redirect_descriptor
 from orchestrator.errors import INTERRUPTED, Refused
 from orchestrator.formatting import show
 
 app = typer.Typer()
+
+
+@app.command(rich_help_panel=RUN)
+def plan(
+    spec: SpecArgument,
+    store: StoreOption = STORE,
+    data_root: DataOption = None,
+    sets: SetOption = None,
+    only: OnlyOption = None,
+    smoke: SmokeOption = False,
+    as_json: JsonOption = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show settings that differ from the method's preset.")
+    ] = False,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Check the machines; exit with 2 or 3 if it would not start."),
+    ] = False,
+    tracking_uri: TrackingOption = None,
+) -> None:
+    """Show what a sweep would run, without running anything.
+
+    Lists trials to run, existing results and the expected duration.
+
+    airsweep plan quickstart
+
+    airsweep plan sweeps/quickstart.yaml --check --json
+    """
+    request = api.load(spec, sets=sets or (), only=only or (), smoke=smoke)
+    planned = api.plan(request, store=store, data_root=data_root)
+    show(json.dumps(planned.json(), indent=1) if as_json else planned.screen(explain))
+    if check:
+        planned.check(tracking_uri)
+
+
+@app.command(rich_help_panel=RUN)
+def run(
+    spec: SpecArgument,
+    store: StoreOption = STORE,
+    data_root: DataOption = None,
+    tracking_uri: TrackingOption = None,
+    sets: SetOption = None,
+    only: OnlyOption = None,
+    smoke: SmokeOption = False,
+    prepare: Annotated[
+        bool,
+        typer.Option("--prepare", help="Make features, LoRA weights and images; run no trial."),
+    ] = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Run a sweep, or resume it: finished trials are skipped.
+
+    airsweep run quickstart
+
+    airsweep run sweeps/quickstart.yaml --only method=air --set seeds=[1]
+    """
+    from orchestrator.planning.requests import location_for
+
+    request = api.load(spec, sets=sets or (), only=only or (), smoke=smoke)
+    location = location_for(request, store, data_root)
+    with redirect_descriptor(1, 2):  # stdout is for data
+        outcome = api.execute(
+            request.spec, location, request.origin, quiet, tracking_uri, prepare=prepare
+        )
+    if not quiet and not prepare:
+        show(outcome)
+    sys.exit(outcome.exit_code)
 
 
 @app.command(rich_help_panel=RUN)
