@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from air_core.specs.flat import REFS
 from orchestrator.formatting import format_value, own_name
@@ -26,10 +27,63 @@ from orchestrator.reporting.results import Finished, finished_trial, varied_sett
 from orchestrator.reporting.rows import is_bound, method_text
 from orchestrator.reporting.selection import trial_spec
 from orchestrator.store import TrialRecord
-from orchestrator.tracking.types import ChildRun, Numbers
+
+Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
+Kind = Literal["trial", "point"]  # a point is a setting over its seeds and splits
+RECIPE = 1  # increase when a change computes other numbers from the same records
+
+# Tags of MLflow itself, which a client sets in a process with a git checkout and a user name.
+USER, COMMIT = "mlflow.user", "mlflow.source.git.commit"
+NOTE, PARENT = "mlflow.note.content", "mlflow.parentRunId"
 
 SPEC = "spec.json"
 MAX_NAME, MAX_PARAM = 250, 6000  # characters, in MLflow
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numbers:
+    """Metrics of a run. Accuracies and other shares are fractions, not percentages."""
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    curves: Mapping[str, Sequence[float]] = field(default_factory=dict)  # one value per iteration
+    interval: str = ""  # of a setting: kind of interval between _low and _high
+    classifier: str = ""  # of a setting: that of best/test/accuracy
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChildRun:
+    """A child of the sweep run: the outcome of a trial, or a setting over its trials.
+
+    Times come from records, never from the clock, so an outcome has the same digest whenever it is
+    sent.
+
+    Args:
+        id: the slot of a trial or the point of a setting. Unique within the sweep and kind, and
+            stable over resumes.
+        content: identifies the records that `numbers` and `files` read.
+        numbers: computes the metrics, which takes time for a setting; called only if MLflow lacks
+            the run.
+        started: ms since the epoch, like `ended`. A running trial ends now.
+        files: small files by name; each function is called only if MLflow lacks the run.
+    """
+
+    kind: Kind
+    id: str
+    content: str
+    name: str
+    status: Status = "FINISHED"
+    tags: Mapping[str, str] = field(default_factory=dict)
+    params: Mapping[str, str] = field(default_factory=dict)
+    numbers: Callable[[], Numbers] = Numbers
+    started: int
+    ended: int
+    files: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of everything that the run shows."""
+        shown = {k: v for k, v in vars(self).items() if k not in ("numbers", "files")}
+        return digest([RECIPE, shown, sorted(self.files)])
 
 
 class ChildRuns:

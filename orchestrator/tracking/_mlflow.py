@@ -41,8 +41,8 @@ from mlflow.exceptions import MlflowException
 
 from orchestrator.environment import environment
 from orchestrator.redact import without_credentials
+from orchestrator.tracking._child_runs import COMMIT, NOTE, PARENT, USER, ChildRun, Status
 from orchestrator.tracking.database import EXPERIMENT_TAGS, artifact_location
-from orchestrator.tracking.types import COMMIT, NOTE, PARENT, USER, ChildRun, Status
 from orchestrator.tracking_uri import resolve_uri
 
 log = logging.getLogger(__name__)

@@ -42,8 +42,8 @@ from mlflow.utils.credentials import read_mlflow_creds
 
 from orchestrator.errors import TrackerUnreachable
 from orchestrator.files import lock_mode
+from orchestrator.tracking._child_runs import ChildRun, Numbers
 from orchestrator.tracking.database import check_database
-from orchestrator.tracking.types import ChildRun, Numbers
 from orchestrator.tracking_uri import ARTIFACTS
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # Ray may have imported MLflow before

@@ -34,9 +34,17 @@ from orchestrator.reporting.rows import row_text
 from orchestrator.reporting.summary import run_facts, summary, sweep_title
 from orchestrator.store import EventLog, SweepLocation, user_name
 from orchestrator.store.artifacts import provenance
-from orchestrator.tracking._child_runs import ChildRuns, group_by_setting
+from orchestrator.tracking._child_runs import (
+    COMMIT,
+    NOTE,
+    RECIPE,
+    USER,
+    ChildRun,
+    ChildRuns,
+    Status,
+    group_by_setting,
+)
 from orchestrator.tracking.database import digest_in
-from orchestrator.tracking.types import COMMIT, NOTE, RECIPE, USER, ChildRun, Status
 from orchestrator.tracking_uri import effective_uri, resolve_uri, uri_kind
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from unittest.mock import ANY
 import pytest
 
 from orchestrator.errors import TrackerUnreachable
-from orchestrator.tracking.types import COMMIT, NOTE, USER, ChildRun, Numbers
+from orchestrator.tracking._child_runs import COMMIT, NOTE, USER, ChildRun, Numbers
 from tests.helpers.servers import MlflowServer, failing_server
 from tests.helpers.sweeps import TIMEOUT, python
 
