@@ -164,7 +164,7 @@ def test_a_run_with_an_unusable_store_exits_with_2_and_writes_nothing(
     assert list(tmp_path.iterdir()) == [spec]
 
 
-@pytest.mark.parametrize("address", ["nonsense", "127.0.0.1:1"])
+@pytest.mark.parametrize("address", ["nonsense", "127.0.0.1:1", "http://127.0.0.1:8265"])
 def test_a_run_whose_cluster_does_not_answer_leaves_no_store(
     tmp_path, command, address, monkeypatch
 ):

@@ -204,7 +204,7 @@ def check_address() -> None:
     address = os.environ.get("RAY_ADDRESS")
     if not address or ("ray" in sys.modules and sys.modules["ray"].is_initialized()):
         return
-    if ":" not in address and address not in ("auto", "local"):
+    if address.startswith("http") or (":" not in address and address not in ("auto", "local")):
         raise Refused(
             f"RAY_ADDRESS={address} is no address of a cluster; set it to host and port of the "
             "head, such as 10.0.0.1:6379, or unset it"
