@@ -191,11 +191,10 @@ def _trial_scheduler(
     state: RunState, plan: Plan, groups: Sequence[Sequence[Cell]], preparation: Preparation
 ) -> TrialScheduler:
     searches: Mapping[str, CellSearch] = {}
-    history = read_history(state.event_log)
     if state.sweep.search is not None and any(cell.space for cell in plan.cells):
         from orchestrator.planning.search import open_searches
 
-        searches = open_searches(plan, history)
+        searches = open_searches(plan)
     scheduler = TrialScheduler(
         state.sweep,
         groups,
@@ -203,7 +202,7 @@ def _trial_scheduler(
         state.location.store,
         state.resolver,
         state.event_log,
-        history,
+        plan.history,
         on_outcome=state.on_outcome,
         failed_dependency=state.failed_dependency,
         is_ready=preparation.is_ready,

@@ -25,7 +25,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from air_core.specs import TrialSettings
 from air_core.specs.flat import trial_keys
 from orchestrator.components import SAMPLERS
-from orchestrator.planning.history import RESULT_STATES, History
+from orchestrator.planning.history import RESULT_STATES
 from orchestrator.planning.ledger import Ledger, Slot
 from orchestrator.planning.plan import Plan
 from orchestrator.spec import Cell, Dimension
@@ -40,12 +40,12 @@ STARTUP_POINTS = 4  # random points of TPE in searches below 30 points; Optuna's
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
-def open_searches(plan: Plan, history: History) -> dict[str, CellSearch]:
+def open_searches(plan: Plan) -> dict[str, CellSearch]:
     """Open a search for each cell that has a search space."""
-    search = plan.sweep.search
+    search, suggested = plan.sweep.search, plan.history.suggested
     assert search is not None
     return {
-        cell.id: CellSearch(cell, search, history.suggested.get(study_name(cell, search), {}))
+        cell.id: CellSearch(cell, search, suggested.get(study_name(cell, search), {}))
         for cell in plan.cells
         if cell.space
     }

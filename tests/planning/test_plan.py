@@ -91,7 +91,7 @@ class World:
     def scheduler(self, sweep: SweepSpec) -> TrialScheduler:
         self.searches = {}
         if sweep.search is not None:
-            self.searches = open_searches(self.plan(sweep), read_history(self.event_log))
+            self.searches = open_searches(self.plan(sweep))
         parts = self.store, self.resolver, self.event_log, read_history(self.event_log)
         return TrialScheduler(sweep, [cells_of(sweep)], self.searches, *parts, self.log)
 
