@@ -285,11 +285,7 @@ def _restored_process() -> Iterator[None]:
 def status(name: str | Outcome, *, store: str | Path | None = None) -> dict[str, Any]:
     """Return the progress of a sweep, read from its event log: the JSON of `airsweep status`.
 
-    Args:
-        name, store: as for `results`.
-
-    Raises:
-        ValueError: the store has no such sweep.
+    Arguments and exceptions are those of `results`.
     """
     from orchestrator.reporting import screens
 
@@ -332,11 +328,7 @@ def curves(name: str | Outcome, *, store: str | Path | None = None) -> DataFrame
     return curves_frame(ledger, location.store)
 
 
-def table(
-    name: str | Outcome,
-    *,
-    store: str | Path | None = None,
-) -> DataFrame:
+def table(name: str | Outcome, *, store: str | Path | None = None) -> DataFrame:
     """Return the rows of `airsweep table`: mean, std and interval of each setting over its seeds,
     and its gains over host and control with interval, p value and marks.
 
@@ -350,10 +342,7 @@ def table(
 
 
 def study(
-    name: str | Outcome,
-    cell: str | None = None,
-    *,
-    store: str | Path | None = None,
+    name: str | Outcome, cell: str | None = None, *, store: str | Path | None = None
 ) -> Study:
     """Return the search of one cell as an Optuna study in memory: trial i is point i.
 
@@ -374,10 +363,7 @@ def study(
 
 
 def predictions(
-    trial: str,
-    *,
-    store: str | Path | None = None,
-    data_root: str | Path | None = None,
+    trial: str, *, store: str | Path | None = None, data_root: str | Path | None = None
 ) -> DataFrame:
     """Return one row per test image of a trial: `image`, its index in the dataset; `label` and
     `prediction`, class names; `text`, `auxiliary` and `fused`, predictions of the classifiers that
@@ -410,20 +396,12 @@ def predictions(
     return DataFrame({"image": arrays["index"], **columns, **probabilities, **paths})
 
 
-def report(
-    name: str | Outcome,
-    output: str | Path,
-    *,
-    store: str | Path | None = None,
-) -> Path:
-    """Write the report of a sweep, as one self-contained HTML file.
+def report(name: str | Outcome, output: str | Path, *, store: str | Path | None = None) -> Path:
+    """Write the report of a sweep, as one self-contained HTML file; return its path.
 
     Args:
         name, store: as for `results`.
         output: the file to write.
-
-    Returns:
-        Path of the file.
 
     Raises:
         ValueError: the store has no such sweep, or the folder of `output` does not exist.
@@ -631,11 +609,7 @@ class Classifier:
 def recorded_sweep(
     name: str | Outcome, store: str | Path | None, data_root: str | Path | None = None
 ) -> tuple[Ledger, SweepLocation]:
-    """Return the ledger of a recorded sweep, as it was last run, and its location.
-
-    Raises:
-        ValueError: the store has no such sweep.
-    """
+    """Return the ledger of a recorded sweep, as it was last run, and its location."""
     from orchestrator.planning.ledger import read_ledger
 
     location = location_named(name, store)
@@ -644,11 +618,7 @@ def recorded_sweep(
 
 
 def location_named(name: str | Outcome, store: str | Path | None) -> SweepLocation:
-    """Return the location of a recorded sweep.
-
-    Raises:
-        ValueError: the store has no such sweep.
-    """
+    """Return the location of a recorded sweep."""
     from orchestrator.planning import requests
 
     if isinstance(name, Outcome):
