@@ -17,18 +17,6 @@ image in one run is then counted three times (Owen 2007, "The pigeonhole bootstr
 at their own level and again between splits (Davison and Hinkley 1997, section 3.8), and k resampled
 units underestimate their variance by the factor (k - 1)/k. Such intervals covered 72 to 100 %.
 
-Coverage of the intervals of this module in %, for the difference of two equally good methods: 540
-test images out of 1,797, both methods right on about 74 % of them, 1,000 repetitions. Columns:
-standard deviation of a method's accuracy over seeds / over splits, in points.
-
-| splits x seeds | 0 / 0 | 0.9 / 0 | 1.8 / 0 | 0.9 / 1.8 | 0.9 / 4.4 |
-| -------------- | ----- | ------- | ------- | --------- | --------- |
-| 1 x 3          | 96.3  | 95.2    | 94.0    |           |           |
-| 5 x 2          | 96.0  | 96.5    | 95.1    | 94.0      | 94.6      |
-| 3 x 1          | 97.1  | 94.9    | 91.8    | 92.0      | 92.8      |
-| 2 x 2          | 96.0  | 94.7    | 91.6    | 87.9      | 89.1      |
-
-Two splits are too few where splits matter: the interval is wide and still covers too little.
 An interval does not include variation of inputs that all runs share: the pretrained models and,
 with one split, its LoRA and its synthetic images.
 
@@ -45,7 +33,7 @@ is here the differences of one dataset, paradigm and modality: `orchestrator.rep
   least the mean runs part of all differences, with half of their summed degrees of freedom
   (methods share a host, so differences are not independent).
 
-`benchmarks/README.md` has the error rates of both, by simulation.
+`benchmarks/README.md` has the coverage of intervals and the error rates of tests, by simulation.
 """
 
 from __future__ import annotations
