@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -60,12 +61,8 @@ POINTS: dict[str, dict[str, Any]] = {
 }
 
 
-class Series(NamedTuple):
-    """One curve with its band."""
-
-    label: str
-    x: Sequence[float]
-    values: Array  # (3, X): the curve, lower and upper edge of the band
+# Label and X values of a curve; (3, X) values: the curve, lower and upper edge of its band.
+Series = tuple[str, Sequence[float], Array]
 
 
 class Dot(NamedTuple):
@@ -131,17 +128,18 @@ def curves(
         title = ", ".join(filter(None, [title, f"the first {MAX_CURVES} of {len(series)}"]))
         series = series[:MAX_CURVES]
     with _drawing(2.6) as (figure, axes):
-        for curve in series:
-            y, low, high = 100 * curve.values
-            [line] = axes.plot(curve.x, y, label=curve.label)
-            axes.fill_between(curve.x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        labels, xs, _ = zip(*series, strict=True)
+        for label, x, values in series:
+            y, low, high = 100 * values
+            [line] = axes.plot(x, y, label=label)
+            axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         line_style: dict[str, Any] = {"color": FAINT, "linewidth": 1, "linestyle": (0, (2, 2))}
         small: dict[str, Any] = {"fontsize": 7, "color": FAINT}
         for name, value in level.items():
             axes.axhline(100 * value, marker="", **line_style)
             end = {**small, "ha": "right", "va": "bottom"}
             axes.text(1, 100 * value, name, end, transform=axes.get_yaxis_transform())
-        ticks = sorted({float(x) for curve in series for x in curve.x})
+        ticks = sorted({*map(float, chain.from_iterable(xs))})
         if 1 < len(ticks) <= 7:
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         _limit_axis(axes)
@@ -149,10 +147,8 @@ def curves(
         axes.set_title(", ".join(chance), small, loc="right")
         for value in chance.values():
             axes.axhline(100 * value, marker="", **line_style)
-        if len(series) > 1 or series[0].label:
-            longest = max(len(curve.label) for curve in series)
-            columns = min(max(1, int(13 * WIDTH / (7 + longest))), len(series))
-            figure.legend(loc="outside lower center", ncols=columns, handlelength=2.4)
+        columns = min(max(1, int(13 * WIDTH / (7 + max(map(len, labels))))), len(series))
+        figure.legend(loc="outside lower center", ncols=columns, handlelength=2.4)
     return figure
 
 
@@ -312,7 +308,7 @@ def by_setting(results: Results, key: str) -> Figure | None:
         if len(line) > 1:
             line.sort(key=lambda row: float(row.settings[key]))
             values = np.array([(row.mean, row.low, row.high) for row in line]).T
-            series.append(Series(shorten(label), [float(r.settings[key]) for r in line], values))
+            series.append((shorten(label), [float(r.settings[key]) for r in line], values))
     single = len(results.tasks) == 1
     fixed = {row.method: row.mean for row in results.rows if single and key not in row.settings}
     if not series:
@@ -352,7 +348,7 @@ def pseudo_labels(results: Results, rows: Sequence[Row], metric: str) -> Figure 
     Lines are means over runs; bands span the lowest and the highest run.
     """
     series = [
-        Series(
+        (
             shorten(_label(results, rows, row), 60),
             range(1, runs.shape[1] + 1),
             np.stack([runs.mean(axis=0), runs.min(axis=0), runs.max(axis=0)]),
