@@ -129,7 +129,18 @@ class EventLog:
                     try:
                         yield parse_event(line)
                     except ValueError as problem:
-                        raise ValueError(f"{self.path}:{number}: {problem}; {REMEDY}") from None
+                        raise ValueError(
+                            f"{self.path}:{number}: {problem}; {self._remedy(number)}"
+                        ) from None
+
+    def _remedy(self, number: int) -> str:
+        if self._bucket is None:
+            return "remove this line; the results stay in the store"
+        event = f"{self._bucket.client}/{self._prefix}/events/{_name(number)}"
+        return (
+            f"remove this file, which is a copy; if {event} is damaged, also remove that and all "
+            "later events: the results stay in the store"
+        )
 
     # ---------------------------------------------------------------- in a bucket
 
@@ -180,10 +191,6 @@ def _name(number: int) -> str:
     return f"{number:08d}.json"
 
 
-REMEDY = (
-    "remove this line; the results stay in the store (if the store is in a bucket, remove this "
-    "file, which is a copy)"
-)
 CHECKSUM = re.compile(rb', "crc": "(.{8})"}$')
 
 

@@ -219,6 +219,25 @@ def test_a_machine_downloads_only_the_events_that_it_lacks(machine, client, coun
     first.unlock()
 
 
+def test_the_remedy_for_a_damaged_event_lets_the_sweep_continue(machine, client):
+    with event_log_of(machine("one")).locked() as first:
+        for number in range(3):
+            first.append("counted", number=number)
+    event = "sweeps/default/x/events/00000002.json"
+    client.put(event, b"damaged")
+    second = event_log_of(machine("two"))
+    with pytest.raises(
+        ValueError, match=rf":2: it has no checksum; remove this .*{event} is .*later"
+    ):
+        recorded_numbers(second)
+    second.path.unlink()
+    client.delete(event)
+    client.delete(event.replace("2", "3"))
+    with second.locked():
+        second.append("counted", number=3)
+    assert recorded_numbers(event_log_of(machine("three"))) == [0, 3]
+
+
 def test_a_driver_whose_sweep_was_taken_over_stops_at_its_next_event(machine, client):
     first, second = event_log_of(machine("one")), event_log_of(machine("two"))
     first.lock()
