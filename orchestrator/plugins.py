@@ -57,11 +57,8 @@ def read_plugin(name: str, folder: Path) -> Plugin:
     if file.suffix != ".py" or not file.is_file():
         raise ValueError(f"the plugin {file} is not a .py file that exists")
     text = file.read_text(encoding="utf-8")
-    return Plugin(name, _digest(text), str(file), text)
-
-
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return Plugin(name, digest, str(file), text)
 
 
 def use_plugins(plugins: Sequence[Plugin]) -> None:

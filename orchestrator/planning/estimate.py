@@ -77,8 +77,6 @@ GUESS["trials"] = (0.0025, 1.5)
 # Until the first work of a run begins: Ray, then a process with its imports.
 START = Work("start", "run", 1, starts=0)
 GUESS["start"] = (15.0, 0.0)
-# Stages whose shards a pool of generators makes.
-_DRAWN = {spec.stage for spec in STAGES.values() if spec.shard and spec.process == "generator"}
 
 
 @dataclass(frozen=True)
@@ -176,7 +174,7 @@ def estimate(work: Iterable[Work], store: ArtifactStore, resources: Resources) -
     if RAY_ADDRESS is set.
     """
     work = list(work)
-    smoke = _read(Path(smoke_store(store.root)) / HISTORY)
+    smoke: Paces = read_cache(Path(smoke_store(store.root)) / HISTORY, dict, {})
     paces = _fastest(read_paces(store), smoke)
     stages: dict[str, float] = defaultdict(float)
     jobs: dict[str, float] = defaultdict(float)
@@ -217,12 +215,11 @@ def _wall(
     """Seconds of a start, then of stages one after another, each on as many workers as this machine
     holds; None: it holds none."""
     for stage, seconds in stages.items():
-        workers = process_capacity(
-            resources.process_resources(STAGES[stage].process), [this_machine()]
-        )
+        spec = STAGES[stage]
+        workers = process_capacity(resources.process_resources(spec.process), [this_machine()])
         if not workers:
             return None
-        if stage in _DRAWN:
+        if spec.shard and spec.process == "generator":  # a pool makes its shards
             workers = min(workers, resources.generator.actors or workers)
         total += seconds / min(workers, jobs[stage])
     return total
@@ -243,11 +240,7 @@ def _fastest(*histories: Paces) -> Paces:
 
 def read_paces(store: ArtifactStore) -> Paces:
     """Read the paces of a store."""
-    return _read(store.refresh(store.root / HISTORY))
-
-
-def _read(file: Path) -> Paces:
-    return read_cache(file, dict, {})
+    return read_cache(store.refresh(store.root / HISTORY), dict, {})
 
 
 def record_measurements(store: ArtifactStore, measured: Mapping[str, Measured]) -> None:

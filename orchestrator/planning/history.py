@@ -19,11 +19,6 @@ RESULT_STATES: dict[ResultState, str] = {
     "recovered": "recovered after a stop",
 }
 Ended = Literal["done", "reused", "failed"]
-ENDED: dict[str, Ended] = {
-    "trial_done": "done",
-    "trial_reused": "reused",
-    "trial_failed": "failed",
-}
 IMAGE_COUNTS = ("drawn", "redrawn", "holes")
 MADE = ("user", "commit")  # of a run
 
@@ -72,7 +67,10 @@ class History:
     def ended(self, slot: str, key: str) -> Ended | None:
         """Logged end of the trial with this key; None: it has none."""
         event = self.outcomes.get(slot)
-        return ENDED[event["event"]] if event is not None and event["key"] == key else None
+        if event is None or event["key"] != key:
+            return None
+        ended: Ended = event["event"].removeprefix("trial_")
+        return ended
 
     def assign(self, planned: Mapping[str, str]) -> None:
         """Assign results to the slots of a plan, if an edit moved them to other slots.

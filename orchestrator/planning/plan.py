@@ -15,7 +15,6 @@ from typing import Any
 from air_core.components import is_component
 from air_core.methods import EMBEDDED
 from air_core.specs.conditions import uses_evidence
-from air_core.specs.flat import trial_keys
 from air_core.specs.normal import normalised, used_components
 from orchestrator.keys import ArtifactKey, artifact_key
 from orchestrator.planning.estimate import Estimate, Work, estimate, stage_work, trial_work
@@ -296,13 +295,8 @@ def possible_trials(
 
 def _ends(dimension: Dimension) -> Sequence[Any]:
     """The largest number of a dimension; all its values if they are not numbers."""
-    if dimension.values is None:
-        high = dimension.max
-        assert high is not None
-        return [int(high) if trial_keys()[dimension.key].type is int else high]
-    if all(isinstance(value, int | float) for value in dimension.values):
-        return [max(dimension.values)]
-    return dimension.values
+    values: Sequence[Any] = dimension.values or (dimension.max,)
+    return [max(values)] if all(isinstance(each, int | float) for each in values) else values
 
 
 def needs_of(plan: Plan) -> dict[str, Needs]:

@@ -165,7 +165,7 @@ def document_of(content: Mapping[str, Any]) -> Document:
 def parse(text: str, source: str) -> Document:
     """Parse YAML text; error messages name `source`."""
     document = Document(source=source, text=text)
-    loader = None
+    loader: Any = None
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -178,17 +178,12 @@ def parse(text: str, source: str) -> Document:
         line, column = line_column(text[: error.position])
         raise SpecError(f"{source}:{line}:{column}: YAML does not allow this character") from None
     except RecursionError:
-        raise _error(source, _mark(loader), TOO_LARGE) from None
+        raise _error(source, loader.get_mark(), TOO_LARGE) from None
     except (ValueError, OverflowError):  # PyYAML passes the number of "\U00110000" to chr()
-        raise _error(source, _mark(loader), "an escape is not a character") from None
+        raise _error(source, loader.get_mark(), "an escape is not a character") from None
     if node is not None:
         document.value = _Reader(document).plain(node, ())
     return document
-
-
-def _mark(loader: Any) -> yaml.Mark:
-    mark: yaml.Mark = loader.get_mark()
-    return mark
 
 
 def _error(source: str, mark: yaml.Mark | None, message: str) -> SpecError:

@@ -40,14 +40,16 @@ def _notes(spec: SweepSpec) -> Iterator[str]:
         yield SMOKE_ONLY
     if any(presets.tests_setup_only(cell.flat["backbone"], cell.flat["dataset"]) for cell in cells):
         yield presets.SETUP_ONLY
-    if _is_reduced(spec):  # the cells that are left out may use a key
+    has_fewer = any(spec.grid.get(key, values) != values for key, values in spec.axes.items())
+    if has_fewer or spec.is_smoke:  # the cells and rounds that are left out may use a key
         return
     for key, value in spec.fixed.items():
         is_used = _is_used(cells, key, value)
         yield from _key_notes(f"fixed.{key}", key, spec.methods, is_used)
-    unused = _unused_axes(spec, cells)
-    for key in spec.grid:
-        yield from _key_notes(f"grid.{key}", key, spec.methods, key not in unused)
+    chosen = {*ID_KEYS}.union(*(cell.chosen for cell in cells))
+    for key, values in spec.grid.items():
+        is_used = len(values) == 1 or key in chosen
+        yield from _key_notes(f"grid.{key}", key, spec.methods, is_used)
     for i, override in enumerate(spec.overrides):
         if not any(i in matching_overrides(spec, entry) for entry in every):
             yield f"overrides[{i}] applies to no cell: its condition never holds"
@@ -74,18 +76,6 @@ def _key_notes(place: str, key: str, methods: Sequence[str], is_used: bool) -> I
 
 
 UNUSED = "allowed: remove it, or use methods and settings with which it has an effect"
-
-
-def _is_reduced(spec: SweepSpec) -> bool:
-    """Whether --only or --smoke leaves out cells or rounds."""
-    has_fewer = any(spec.grid.get(key, values) != values for key, values in spec.axes.items())
-    return has_fewer or spec.is_smoke
-
-
-def _unused_axes(spec: SweepSpec, cells: Sequence[Cell]) -> list[str]:
-    """Keys of the grid with several values that all give the same trials."""
-    used = {*ID_KEYS}.union(*(cell.chosen for cell in cells))
-    return [key for key, values in spec.grid.items() if len(values) > 1 and key not in used]
 
 
 def _is_used(cells: Sequence[Cell], key: str, value: Any) -> bool:

@@ -94,11 +94,8 @@ def setting(
 
 def object_schema(owner: Any) -> Schema:
     """The schema of the settings of a dataclass."""
-    hints, settings = (
-        typing.get_type_hints(owner),
-        [f for f in dataclasses.fields(owner) if f.metadata],
-    )
-    properties = {}
+    settings = [f for f in dataclasses.fields(owner) if f.metadata]
+    hints, properties = typing.get_type_hints(owner), {}
     for f in settings:
         schema = f.metadata["schema"] or schema_of(hints[f.name], **f.metadata["limits"])
         schema = schema() if callable(schema) else schema

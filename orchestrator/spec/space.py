@@ -11,7 +11,6 @@ from typing import Any
 from air_core.specs import TrialSettings
 from air_core.specs.flat import trial_keys
 from orchestrator.keys import digest
-from orchestrator.spec._trial_values import Dimension
 from orchestrator.spec.cells import MAX_POINTS, Cell, computation_of
 from orchestrator.spec.sweep import Search
 
@@ -48,10 +47,16 @@ def default_params(cell: Cell) -> dict[str, Any]:
     for dimension in cell.space:
         key, flat = dimension.key, cell.flat  # a plugin that is not in use may have declared it
         value = flat[key] if key in flat else trial_keys()[key].default
-        nearest = _nearest(value, dimension)
-        if not nearest:
-            return {}
-        params[dimension.key] = nearest[0]
+        options: tuple[Any, ...] = dimension.values or (dimension.min, dimension.max)
+        if dimension.values is None or value not in options:
+            if not all(map(_is_number, (value, *options))):
+                return {}
+            low, high = min(options), max(options)
+            inside = min(max(value, low), high)
+            value = (
+                inside if dimension.values is None else min(options, key=lambda v: abs(v - value))
+            )
+        params[key] = value
     return params
 
 
@@ -83,17 +88,3 @@ def grid_points(cell: Cell) -> list[dict[str, Any]]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _nearest(value: Any, dimension: Dimension) -> list[Any]:
-    """A list of the value or the nearest number in the dimension; empty if neither exists."""
-    is_number = _is_number(value)
-    if dimension.values is None:
-        assert dimension.min is not None
-        assert dimension.max is not None
-        return [min(max(value, dimension.min), dimension.max)] if is_number else []
-    if value in dimension.values:
-        return [value]
-    if is_number and all(isinstance(v, int | float) for v in dimension.values):
-        return [min(dimension.values, key=lambda v: abs(v - value))]
-    return []

@@ -7,6 +7,7 @@ resolved. This module is independent of Ray, Optuna and the store.
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -279,11 +280,6 @@ MODELINE = re.compile(r"#\s*yaml-language-server:")  # for editors; not part of 
 
 
 def _question(text: str) -> str:
-    lines = []
-    for line in text.lstrip("\n").splitlines():
-        if not line.startswith("#"):
-            break
-        if MODELINE.match(line):
-            continue
-        lines.append(line[1:].removeprefix(" ").rstrip())
+    comment = itertools.takewhile(lambda line: line[:1] == "#", text.lstrip("\n").splitlines())
+    lines = (line[1:].removeprefix(" ").rstrip() for line in comment if not MODELINE.match(line))
     return "\n".join(lines).strip()
