@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -124,6 +124,20 @@ class WorkerContext:
 
             return np.asarray(backbone.image_tokens(images, torch.float16))
         return np.asarray(backbone.encode_images(images))
+
+
+@dataclass(frozen=True)
+class Opened(Sequence[Any]):
+    """Some images of a dataset, opened on access: a photograph takes 50 MB."""
+
+    positions: Sequence[int]
+    open: Callable[[int], Any]  # given a position
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.open(self.positions[index])
 
 
 CONTEXT = 2**29  # bytes of GPU memory that the CUDA context of each process takes

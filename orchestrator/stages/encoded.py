@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,11 +19,9 @@ from safetensors.numpy import load, save
 from air_core.datasets.images import Unreadable
 from air_core.seal import BLANK, sealed
 from orchestrator.keys import RowSpec, StageSpec
-from orchestrator.stages.context import WorkerContext, exclusive_shard, ignore
+from orchestrator.stages.context import Opened, WorkerContext, exclusive_shard, ignore
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from air_core.backbone import Backbone
     from air_core.datasets import Examples
     from orchestrator.stages.features import FeaturesSpec
@@ -93,36 +91,25 @@ def encode(
     Args:
         report: called with the number of finished images and of all images.
     """
+    from PIL import Image
+
     bad: dict[int, str] = {}
-    images = _Readable(examples.images, positions, bad)
+
+    def readable(position: int) -> Image.Image:
+        """The image; a blank one in place of one that is unreadable."""
+        try:
+            return examples.images[position]
+        except Unreadable as problem:
+            bad[position] = str(problem)
+            return Image.new("RGB", (8, 8))
+
+    images = Opened(positions, readable)
     prepared = worker.backbone(spec.backbone, spec.precision).prepared(images)
     rows = []
     for start in range(0, len(positions), CHUNK):
         rows.append(worker.encode(itertools.islice(prepared, CHUNK), spec))
         report(min(start + CHUNK, len(positions)), len(positions))
     return np.concatenate(rows), dict(sorted(bad.items()))
-
-
-@dataclass(frozen=True)
-class _Readable(Sequence[Any]):
-    """Some images, opened on access: a photograph takes 50 MB. Unreadable ones are blank."""
-
-    images: Sequence[Image]
-    positions: range
-    bad: dict[int, str]  # receives the reasons, by position
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __getitem__(self, index: Any) -> Any:
-        from PIL import Image
-
-        position = self.positions[index]
-        try:
-            return self.images[position]
-        except Unreadable as problem:
-            self.bad[position] = str(problem)
-            return Image.new("RGB", (8, 8))
 
 
 def open_model(spec: EncodedSpec, worker: WorkerContext) -> Backbone:

@@ -85,24 +85,21 @@ def build(
 
     def write(folder: Path) -> dict[str, Any]:
         with worker.unchanged_examples(spec.dataset) as examples:
-            return write_features(examples, folder)
-
-    def write_features(examples: Examples, folder: Path) -> dict[str, Any]:
-        parts = np.array([PARTS.index(part) for part in examples.parts], dtype=np.int8)
-        if row is None:
-            features, bad = encode(spec, examples, range(len(parts)), worker, report)
-        else:
-            features, bad = read_blocks(row, len(parts), worker, report)
-        parts[list(bad)] = PARTS.index("bad")
-        name, problems = spec.dataset.name, list(bad.values())
-        if problem := too_many_unreadable(name, problems, len(parts), BAD_SHARE):
-            raise ValueError(f"{problem}; `airsweep check {name}` opens all")
-        arrays = {"features": features, "labels": examples.labels, "parts": parts}
-        save_file(arrays, folder / "features.safetensors")
-        counts = {"images": len(parts) - len(bad), "unreadable": len(bad), "batch": worker.batch}
-        unused = _unused(examples, bad) | {"skipped": get_dataset(spec.dataset.name).skipped()}
-        text = asdict(read_dataset_text(spec, worker.store))
-        return counts | {name: value for name, value in unused.items() if value} | text
+            parts = np.array([PARTS.index(part) for part in examples.parts], dtype=np.int8)
+            if row is None:
+                features, bad = encode(spec, examples, range(len(parts)), worker, report)
+            else:
+                features, bad = read_blocks(row, len(parts), worker, report)
+            parts[list(bad)] = PARTS.index("bad")
+            name, problems = spec.dataset.name, list(bad.values())
+            if problem := too_many_unreadable(name, problems, len(parts), BAD_SHARE):
+                raise ValueError(f"{problem}; `airsweep check {name}` opens all")
+            arrays = {"features": features, "labels": examples.labels, "parts": parts}
+            save_file(arrays, folder / "features.safetensors")
+            info = {"images": len(parts) - len(bad), "unreadable": len(bad), "batch": worker.batch}
+            unused = _unused(examples, bad) | {"skipped": get_dataset(name).skipped()}
+            info |= {kind: value for kind, value in unused.items() if value}
+            return info | asdict(read_dataset_text(spec, worker.store))
 
     row = spec.encoded
     artifact = worker.store.get_or_build(spec, write)

@@ -143,6 +143,7 @@ class FolderImages(ImagesSpec):
 class Drawn:
     """A block of images, each drawn in some attempt; one that is not `ok` is a hole."""
 
+    indices: list[int]
     images: list[Image]
     attempts: list[int]
     ok: list[bool]
@@ -157,32 +158,28 @@ def draw_block(
     from air_core.diffusion import draw
 
     started = time.monotonic()
-    classname, indices = spec.classnames[class_index], _indices(spec, block)
-    pixels, attempts, ok = draw(generator, classname, indices)
+    indices = list(range(block * spec.block_size, (block + 1) * spec.block_size))
+    pixels, attempts, ok = draw(generator, spec.classnames[class_index], indices)
     on_device = time.monotonic() - started
-    drawn = Drawn([Image.fromarray(image) for image in pixels.numpy()], attempts, ok)
+    images = [Image.fromarray(image) for image in pixels.numpy()]
+    drawn = Drawn(indices, images, attempts, ok)
     counts = {"drawn": sum(ok), "holes": len(ok) - sum(ok)}
     redrawn = sum(attempt > 0 for attempt in attempts)
     return drawn, {**counts, "redrawn": redrawn, "on_device": on_device}
-
-
-def _indices(spec: ImagesSpec, block: int) -> list[int]:
-    return list(range(block * spec.block_size, (block + 1) * spec.block_size))
 
 
 def publish(row: Row, spec: ImagesSpec, class_index: int, block: int, drawn: Drawn) -> None:
     """Write a block of images with their prompts and seeds."""
     import pyarrow as pa
 
-    indices = _indices(spec, block)
-    numbered = zip(indices, drawn.attempts, strict=True)
+    numbered = zip(drawn.indices, drawn.attempts, strict=True)
     prompts, seeds = zip(*(spec.origin(class_index, *each) for each in numbered), strict=True)
     with ThreadPoolExecutor() as threads:
         pngs = list(threads.map(_png, drawn.images))
     table = pa.table(
         {
-            "index": pa.array(indices, pa.int32()),
-            "class": [spec.classnames[class_index]] * len(indices),
+            "index": pa.array(drawn.indices, pa.int32()),
+            "class": [spec.classnames[class_index]] * len(drawn.indices),
             "prompt": prompts,
             "seed": pa.array(seeds, pa.uint64()),
             "attempt": pa.array(drawn.attempts, pa.int8()),

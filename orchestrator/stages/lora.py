@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 from safetensors.numpy import load_file
 
 from air_core.captions import text_of
 from air_core.specs import LoraTraining, Ref
 from orchestrator.keys import Indices, Needed, StageSpec
-from orchestrator.stages.context import WorkerContext, ignore
+from orchestrator.stages.context import Opened, WorkerContext, ignore
 from orchestrator.stages.dataset_text import read_dataset_text
 from orchestrator.stages.inputs import images_folder
 from orchestrator.stages.labels import LabelsSpec
 from orchestrator.store.artifacts import Artifact
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +56,7 @@ def build(
     Args:
         report: called with the step and the number of all steps.
     """
-    from air_core.diffusion.lora import train_lora
+    from air_core.diffusion.lora import square, train_lora
 
     def write(folder: Path) -> dict[str, Any]:
         labels = worker.store.get(spec.labels)
@@ -71,7 +67,7 @@ def build(
         pairs = zip(index, selected["labels"], strict=True)
         with worker.unchanged_examples(spec.labels.features.dataset) as examples:
             return train_lora(
-                _Squares(examples.images, index, spec.size),
+                Opened(index, lambda position: square(examples.images[position], spec.size)),
                 [text_of(texts, classnames[c], i) for i, c in pairs],
                 images_folder(spec.model.name),
                 spec.training,
@@ -95,21 +91,3 @@ def build(
     if checkpoint.exists():
         worker.store.storage.delete(checkpoint)
     return artifact
-
-
-@dataclass(frozen=True)
-class _Squares:
-    """Some images as squares (size, size, 3) uint8, opened on access: a pool does not fit into
-    memory."""
-
-    images: Sequence[Image]
-    positions: Sequence[int]
-    size: int
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __getitem__(self, at: int) -> np.ndarray:
-        from air_core.diffusion.lora import square
-
-        return square(self.images[self.positions[at]], self.size)
