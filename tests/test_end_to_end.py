@@ -23,7 +23,7 @@ from tests.helpers.sweeps import airsweep, python, write_sweep
 UNUSED = {
     "orchestrator.api": "torch ray mlflow numpy pandas pydantic yaml typer",
     "orchestrator.execution.driver": "torch obstore pyarrow",
-    "orchestrator.tracking.types, orchestrator.tracking_uri": "mlflow",
+    "orchestrator.tracking.export, orchestrator.tracking_uri": "mlflow",
     "orchestrator.reporting.html_report": "torch ray mlflow optuna sklearn",
     "air_core.bundle": "torch PIL open_clip",
 }

@@ -129,18 +129,13 @@ def _joined_blocks(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [*joined.values()]
 
 
-def _names(event: dict[str, Any]) -> list[str]:
-    """Trials, cells and artifacts of an event."""
-    single = (event.get(field) for field in ("slot", "key", "cell"))
-    return [name for name in single if name] + [*event.get("slots", ()), *event.get("cells", ())]
-
-
 def _event_line(event: dict[str, Any]) -> str:
     words = [format_time(event["time"]), f"{event['event']:<17}"]
     if "slot" in event:
         words += [event["slot"], event.get("key", "")[:12]]
     else:
-        words += [", ".join(_names(event))]
+        single = [event[field] for field in ("key", "cell") if event.get(field)]
+        words += [", ".join([*single, *event.get("slots", ()), *event.get("cells", ())])]
     if "failure_class" in event:
         words.append(f"{event['failure_class']}: {event['message']}")
     if event.get("blocks", 1) > 1:
