@@ -128,8 +128,9 @@ def log_batch(
 def metrics_of(numbers: Numbers, started: int, ended: int) -> list[Metric]:
     """All finite values with their step and timestamp.
 
-    >>> [(m.step, m.timestamp) for m in metrics_of(Numbers(curves={"loss": [2.0, 1.0]}), 0, 90)]
-    [(0, 45), (1, 90)]
+    >>> loss = [2.0, math.nan, 1.0]
+    >>> [(m.step, m.timestamp) for m in metrics_of(Numbers(curves={"loss": loss}), 0, 90)]
+    [(0, 30), (2, 90)]
     """
     curves = {key: [value] for key, value in numbers.metrics.items()} | dict(numbers.curves)
     return [

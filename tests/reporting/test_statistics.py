@@ -119,18 +119,6 @@ def test_intervals_cover_the_truth_in_about_95_of_100_experiments(
         assert 0.91 <= share <= 0.985
 
 
-def test_the_interval_of_one_run_has_the_width_of_a_binomial_interval() -> None:
-    run = one_run([1] * 350 + [0] * 150)
-    interval = mean_interval((run,))
-    half = 1.96 * math.sqrt(0.7 * 0.3 / 500)
-    assert interval.mean == pytest.approx(0.7)
-    assert interval.low == pytest.approx(0.7 - half, abs=0.004)
-    assert interval.high == pytest.approx(0.7 + half, abs=0.004)
-    assert interval.std is None
-    assert (interval.n, interval.n_test) == (1, 500)
-    assert interval.interval == "95 % bootstrap over images (1 split, 1 seed)"
-
-
 def test_interval_and_p_of_one_pair_of_runs_are_those_of_mcnemar() -> None:
     # Of 500 images 60 are right in a only and 40 in b only.
     a = one_run([1] * 60 + [0] * 40 + [1] * 400, seed=None)
@@ -170,21 +158,6 @@ def test_only_common_runs_are_compared() -> None:
     interval = paired_difference(a, b)
     assert (interval.n, interval.mean) == (1, 0.5)
     assert paired_difference(a, (one_run([1, 0], split=9, seed=1),)) is None
-
-
-def test_few_splits_that_disagree_give_a_wider_interval_than_images_alone() -> None:
-    # Splits with different images, 60, 70 and 80 % right: t with 2 dof, 4.3 x 0.1 / 1.7.
-    runs = tuple(
-        Run(
-            split_seed=k,
-            seed=0,
-            image_ids=np.arange(300) + 300 * k,
-            correct=(np.arange(300) < share * 300)[None],
-        )
-        for k, share in enumerate((0.6, 0.7, 0.8))
-    )
-    interval = mean_interval(Runs(runs), samples=20_000)
-    assert interval.high - interval.low == pytest.approx(2 * 4.303 * 0.1 / math.sqrt(3), rel=0.05)
 
 
 def test_a_perfect_accuracy_has_an_interval_of_width_0() -> None:
