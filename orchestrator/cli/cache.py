@@ -12,13 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestrator.cli.common import (
-    STORE,
-    JsonOption,
-    StoreOption,
-    fail,
-    location_named,
-)
+from orchestrator.cli.common import STORE, JsonOption, StoreOption, fail, location_named
 from orchestrator.formatting import aligned, format_bytes, relative_path, show
 
 if TYPE_CHECKING:

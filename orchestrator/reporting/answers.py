@@ -13,13 +13,7 @@ from orchestrator.formatting import format_percent, plural
 from orchestrator.reporting._statistics import Verdict
 from orchestrator.reporting.comparisons import BEST, MARKS, Comparison, Results, compared
 from orchestrator.reporting.notes import UNTESTED, at_chance_notes, best_texts
-from orchestrator.reporting.rows import (
-    MODALITY,
-    Row,
-    is_bound,
-    row_text,
-    signed_percent,
-)
+from orchestrator.reporting.rows import MODALITY, Row, is_bound, row_text, signed_percent
 
 ANSWERS: dict[Verdict, str] = {
     "higher": "yes",

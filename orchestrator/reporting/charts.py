@@ -160,12 +160,7 @@ def _limit_axis(axes: Axes) -> None:
     axes.set_ylim(min(middle - half, top - MIN_SPAN), top)
 
 
-def dots(
-    groups: Mapping[str, Sequence[Dot]],
-    xlabel: str,
-    *,
-    value: str = "",
-) -> Figure:
+def dots(groups: Mapping[str, Sequence[Dot]], xlabel: str, *, value: str = "") -> Figure:
     """Values in percent with their intervals, one per line under the heading of their group.
 
     Args:

@@ -28,14 +28,7 @@ import numpy as np
 from air_core.methods import METHODS
 from orchestrator.formatting import format_percent, format_value
 from orchestrator.reporting._ranking import Ranking, ranking
-from orchestrator.reporting._statistics import (
-    Array,
-    Interval,
-    Run,
-    Runs,
-    mean_interval,
-    mean_score,
-)
+from orchestrator.reporting._statistics import Array, Interval, Run, Runs, mean_interval, mean_score
 
 BOUND = " (bound)"  # after the method of a bound
 MODALITY = "modality"  # a part of the task whose values are compared like those of settings

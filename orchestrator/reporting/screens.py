@@ -13,13 +13,7 @@ from typing import Any
 from air_core.methods import EMBEDDED, METHODS
 from air_core.specs.flat import to_flat, trial_keys
 from orchestrator.failures import CLASSES
-from orchestrator.formatting import (
-    aligned,
-    format_bytes,
-    format_duration,
-    format_value,
-    plural,
-)
+from orchestrator.formatting import aligned, format_bytes, format_duration, format_value, plural
 from orchestrator.planning import (
     Plan,
     changed_inputs,
@@ -32,10 +26,7 @@ from orchestrator.planning.ledger import read_ledger
 from orchestrator.planning.recorded import count_by_sweep
 from orchestrator.planning.requests import results_command, run_command
 from orchestrator.planning.requirements import STAGE_TITLES
-from orchestrator.reporting.results import (
-    holes_text,
-    results_of,
-)
+from orchestrator.reporting.results import holes_text, results_of
 from orchestrator.reporting.summary import data_text, next_fact, run_facts, summary, sweep_title
 from orchestrator.spec import Cell, notes_of, presets
 from orchestrator.spec.cells import computation_of

@@ -21,12 +21,7 @@ from orchestrator.reporting.rows import Row, is_bound, tasks_of
 from orchestrator.spec import Cell
 from orchestrator.spec.sweep_file import only_values
 from orchestrator.stages import TrialSpec
-from orchestrator.store import (
-    ArtifactStore,
-    SweepLocation,
-    TrialRecord,
-    read_trial,
-)
+from orchestrator.store import ArtifactStore, SweepLocation, TrialRecord, read_trial
 
 BEST = "best"
 MIN_DIGITS = 6  # of a key

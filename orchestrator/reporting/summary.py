@@ -15,12 +15,7 @@ from orchestrator.environment import in_ray_job
 from orchestrator.formatting import aligned, aligned_table, format_duration
 from orchestrator.planning.history import results_text
 from orchestrator.planning.ledger import Ledger
-from orchestrator.planning.requests import (
-    last_origin,
-    results_command,
-    run_command,
-    store_command,
-)
+from orchestrator.planning.requests import last_origin, results_command, run_command, store_command
 from orchestrator.reporting.answers import answers
 from orchestrator.reporting.candidates import Candidate
 from orchestrator.reporting.comparisons import BEST, Results
@@ -33,9 +28,7 @@ from orchestrator.reporting.notes import (
     comparison_notes,
     one_split_notes,
 )
-from orchestrator.reporting.results import (
-    holes_text,
-)
+from orchestrator.reporting.results import holes_text
 from orchestrator.reporting.rows import is_bound, metric_text
 from orchestrator.reporting.tables import SPARE, column_notes, table_lines
 from orchestrator.stages.dataset_text import dataset_description, images_text, unused_by_dataset

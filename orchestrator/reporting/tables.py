@@ -12,12 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.formatting import (
-    csv_cell,
-    format_interval,
-    format_percent,
-    format_value,
-)
+from orchestrator.formatting import csv_cell, format_interval, format_percent, format_value
 from orchestrator.reporting._layouts import Layout, grid, markdown, without
 from orchestrator.reporting.answers import search_answers
 from orchestrator.reporting.candidates import MUTUAL_INFORMATION
