@@ -25,9 +25,8 @@ from orchestrator.planning.requests import results_command, run_command
 from orchestrator.reporting import charts
 from orchestrator.reporting._layouts import Layout
 from orchestrator.reporting._statistics import Array
-from orchestrator.reporting.answers import answers, headlines
 from orchestrator.reporting.comparisons import MARKS, Results
-from orchestrator.reporting.notes import splits_and_seeds
+from orchestrator.reporting.notes import answers, headlines, splits_and_seeds
 from orchestrator.reporting.rows import row_text
 from orchestrator.reporting.summary import data_text, run_facts
 from orchestrator.reporting.tables import (

@@ -16,12 +16,12 @@ from orchestrator.formatting import aligned, aligned_table, format_duration
 from orchestrator.planning.history import results_text
 from orchestrator.planning.ledger import Ledger
 from orchestrator.planning.requests import last_origin, results_command, run_command, store_command
-from orchestrator.reporting.answers import answers
 from orchestrator.reporting.candidates import Candidate
 from orchestrator.reporting.comparisons import BEST, Results
 from orchestrator.reporting.notes import (
     EMPTY,
     UNTESTED,
+    answers,
     at_chance_notes,
     best_texts,
     collapse_notes,

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.formatting import csv_cell, format_interval, format_percent, format_value
 from orchestrator.reporting._layouts import Layout, grid, markdown, without
-from orchestrator.reporting.answers import search_answers
 from orchestrator.reporting.candidates import MUTUAL_INFORMATION
 from orchestrator.reporting.comparisons import BEST, MARKS, Comparison, Results
 from orchestrator.reporting.notes import (
@@ -24,6 +23,7 @@ from orchestrator.reporting.notes import (
     collapse_notes,
     comparison_notes,
     protocol_notes,
+    search_answers,
     significance_notes,
 )
 from orchestrator.reporting.rows import (

@@ -26,9 +26,9 @@ from orchestrator.planning.ledger import About, Ledger, Slot, read_ledger
 from orchestrator.planning.outcome import Outcome
 from orchestrator.redact import without_credentials
 from orchestrator.reporting import Results, results_of
-from orchestrator.reporting.answers import headlines
 from orchestrator.reporting.comparisons import BEST
 from orchestrator.reporting.html_report import page
+from orchestrator.reporting.notes import headlines
 from orchestrator.reporting.results import finished_records
 from orchestrator.reporting.rows import row_text
 from orchestrator.reporting.summary import run_facts, summary, sweep_title

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestrator.reporting.answers import answers
 from orchestrator.reporting.comparisons import Results
+from orchestrator.reporting.notes import answers
 from orchestrator.reporting.rows import FinishedTrial
 from orchestrator.reporting.summary import summary
 from orchestrator.reporting.tables import table
