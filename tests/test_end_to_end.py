@@ -50,9 +50,14 @@ finally: print(*sorted({*libraries} & {*sys.modules}), file=sys.stderr)
         ("--help", "torch ray mlflow numpy pydantic yaml", "Start Run Look Use after plan cache"),
         ("check --help", "numpy PIL torch ray", "DATASET"),
         ("--version", "torch ray diffusers open_clip", "airsweep ray torch CUDA"),
+        (
+            "plan quickstart --store /nowhere/runs --json",
+            "torch ray mlflow optuna diffusers transformers peft open_clip sklearn matplotlib",
+            "artifacts estimate",
+        ),
     ],
 )
-def test_help_imports_no_heavy_library(words, libraries, shown):
+def test_a_command_that_computes_nothing_imports_no_heavy_library(words, libraries, shown):
     done = python("-c", HELP, libraries, *words.split())
     assert done.stderr == "\n"
     for word in shown.split():

@@ -264,7 +264,6 @@ def resized(home: Path) -> None:
 FREE_PAIR = "split_seed can put one image of a pair into train, one into test"
 # Accepted, with what `check` states after the numbers of images.
 REPORTED: list[tuple[str, str, Harm, str]] = [
-    ("nothing", "free", lambda h: None, "unreadable  0"),
     ("subfolder", "free", lambda h: draw(h / "cat/more/deep/1.png"), "skipped     1 in subfolders"),
     ("no suffix", "free", written("cat/IMG_0001", "x"), "skipped     1 without suffix"),
     ("some raw", "free", written("cat/1.NEF", "x"), "-exec dcraw_emu -w {} +"),

@@ -44,15 +44,6 @@ def test_missing_images_are_reported_for_their_class():
     assert check_dataset("resisc45", small_root("resisc45"))[1] == difference
 
 
-def test_a_different_split_is_a_difference(tmp_path, monkeypatch):
-    shutil.copytree(small_root("eurosat"), tmp_path, dirs_exist_ok=True)
-    monkeypatch.setitem(PUBLISHED, "eurosat", as_published("eurosat"))
-    names = [folder.name for folder in (tmp_path / "eurosat/2750").iterdir()]
-    (tmp_path / "eurosat/test.txt").write_text("".join(f"{c}_1.jpg\n" for c in names))
-    difference = "eurosat: train+val has 90 images, published 81 ()"
-    assert check_dataset("eurosat", tmp_path)[1] == difference
-
-
 def test_unreadable_images_of_a_published_dataset_are_a_difference(tmp_path, monkeypatch):
     shutil.copytree(small_root("dtd"), tmp_path, dirs_exist_ok=True)
     monkeypatch.setitem(PUBLISHED, "dtd", as_published("dtd"))

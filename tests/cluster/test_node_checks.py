@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -68,18 +67,6 @@ def test_a_token_exists_in_the_driver_s_store_only(tmp_path):
         assert store_problem(shared.name, token) == ""
         assert "is not the store" in store_problem(other.name, token)
         assert store_problem(tmp_path / "gone", token) == "does not exist"
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-
-
-def test_many_drivers_at_the_same_time_leave_no_token(tmp_path):
-    store = open_store(tmp_path)
-
-    def read_own_token(number: int) -> bool:
-        with store_token(store.name) as token:
-            return store_problem(store.name, token) == ""
-
-    with ThreadPoolExecutor(16) as threads:
-        assert all(threads.map(read_own_token, range(64)))
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 

@@ -36,9 +36,7 @@ from orchestrator.spec.sweep import Search, Seeds, smoke_variant
 from orchestrator.stages import TrialSpec, trial_of
 from orchestrator.store import ArtifactStore, EventLog
 from tests.helpers.dataset_trees import draw as draw_picture
-from tests.helpers.sweeps import python
 
-ROOT = Path(__file__).parents[2]
 OBJECTIVES = ("mutual_information", "validation_accuracy")
 REFS = {name: Ref(name="tiny", digest=name) for name in EMBEDDED}
 CLASSES = ("zero", "one")
@@ -509,35 +507,6 @@ def test_the_json_of_a_plan_has_counts_artifacts_and_estimate(world):
     assert features["key"].startswith("features/v1/digits-tiny-")
     assert found["estimate"].keys() >= {"seconds", "calibrated", "reason", "gpu_hours"}
     assert json.loads(json.dumps(found)) == found
-
-
-PLANNING = """
-import sys
-from pathlib import Path
-from orchestrator.planning import Resolver
-from orchestrator.planning.plan import plan_sweep
-from orchestrator.spec import load_sweep
-from orchestrator.store import ArtifactStore, EventLog
-
-folder = Path(sys.argv[1])
-sweep = load_sweep(folder / "x.yaml")
-store, event_log = ArtifactStore(folder / "runs"), EventLog(folder / "sweep")
-plan = plan_sweep(sweep, store, Resolver(folder / "digests.json", None), event_log)
-plan.json(store)
-print(plan.total, plan.ended, *sorted(set(sys.argv[2:]) & set(sys.modules)))
-"""
-HEAVY = [
-    *("torch", "ray", "mlflow", "optuna", "diffusers", "transformers", "peft", "open_clip"),
-    *("sklearn", "matplotlib"),
-]
-
-
-def test_planning_imports_nothing_heavy_even_if_trials_are_done(world):
-    folder = world.event_log.folder.parent
-    text = "version: 1\nname: x\ngrid: {method: [fpl, air]}\nseeds: [1, 2]\n"
-    (folder / "x.yaml").write_text(text + f"fixed: {{generator: '{world.pictures}'}}\n")
-    world.run(world.sweep("fpl", seeds=seeds(1)))
-    assert python("-c", PLANNING, folder, *HEAVY).stdout.split() == ["4", "1"]
 
 
 # ---------------------------------------------------------------- a run executes its plan

@@ -94,16 +94,6 @@ def test_a_folder_of_ready_images_needs_no_model(fresh, pictures):
     assert another(fresh).weights("generator", f"folder:{pictures}").digest != ref.digest
 
 
-@pytest.mark.parametrize(
-    ("role", "marker"), [("backbone", "open_clip_config.json"), ("generator", "model_index.json")]
-)
-def test_the_error_for_a_folder_without_a_model_names_the_missing_file(
-    fresh, pictures, role, marker
-):
-    with pytest.raises(MissingInput, match=f"it has no {marker}|has no {marker}"):
-        fresh.weights(role, str(pictures))
-
-
 def test_the_error_for_missing_weights_lists_what_is_allowed(fresh, tmp_path):
     with pytest.raises(MissingInput, match=r"backbone .*nowhere.*allowed: tiny, a folder with"):
         fresh.weights("backbone", str(tmp_path / "nowhere"))

@@ -11,10 +11,7 @@ import jsonschema
 
 from orchestrator.spec import sweep_schema
 from orchestrator.spec._trial_values import trial_names
-from orchestrator.spec.marked_yaml import parse
-from orchestrator.spec.sweep_file import sweep_from_document
 from tests.helpers.spec_reference import refresh_tables
-from tests.spec.test_sweep_file import FULL
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = sweep_schema()
@@ -50,11 +47,3 @@ def test_golden_the_spec_reference_matches_the_schema():
     assert page == file.read_text()
     for name in trial_names():
         assert f"| `{name}` |" in page
-
-
-def test_the_modeline_of_an_editor_is_not_part_of_the_question():
-    line = "# yaml-language-server: $schema=airsweep.schema.json\n"
-    assert (
-        sweep_from_document(parse(line + FULL, "x")).question
-        == sweep_from_document(parse(FULL, "x")).question
-    )

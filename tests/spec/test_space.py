@@ -86,12 +86,6 @@ def test_the_number_of_points_is_limited_by_the_search_and_by_the_grid(sampler, 
     assert point_count(cell(COUNTS, WEIGHTS), search(sampler, points)) == count
 
 
-def test_a_cell_with_nothing_to_search_has_one_point():
-    plain = cells_of(SweepSpec(name="x", fixed={"method": "air"}))[0]
-    assert point_count(plain, None) == 1
-    assert point_count(plain, search("tpe", 12)) == 1
-
-
 # ---------------------------------------------------------------- studies
 
 

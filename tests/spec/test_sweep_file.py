@@ -48,6 +48,7 @@ seeds: {values: [1, [2, 100]], vary: [seed, split_seed]}
 resources: {trial: {gpu: 0.25}, generator: {gpu: 1, actors: 4}}
 project: default
 """
+EDITORS = "# yaml-language-server: $schema=airsweep.schema.json\n"
 HEAD = "version: 1\nname: x\n"  # two lines, so that what a test adds starts on line 3
 AIR = HEAD + "fixed: {method: air}\n"
 GRID = HEAD + "grid:\n  method: [cpl, air]\n"
@@ -79,7 +80,7 @@ RESOURCES = AIR + "resources: {"
 @pytest.mark.parametrize(
     ("text", "part", "value"),
     [
-        (FULL, "question", "Does the share matter?\n\nExpect: a hump."),
+        (EDITORS + FULL, "question", "Does the share matter?\n\nExpect: a hump."),
         (FULL, "text", FULL),
         (FULL, "grid", {"backbone": ("tiny", "ViT-B-32/openai"), "method": ("cpl", "air")}),
         (FULL, "exclude", ({"backbone": "ViT-B-32/openai", "method": "cpl"},)),
