@@ -27,10 +27,10 @@ import numpy as np
 
 from air_core.methods import METHODS
 from orchestrator.formatting import format_percent, format_value
-from orchestrator.reporting._ranking import Ranking, ranking
 from orchestrator.reporting._statistics import Array, Interval, Run, Runs, mean_interval, mean_score
 
 BOUND = " (bound)"  # after the method of a bound
+FEWEST_POINTS = 3  # the correlation of two points is always 1 or -1
 MODALITY = "modality"  # a part of the task whose values are compared like those of settings
 FIELDS = (
     *("dataset", "paradigm", "modality", "method", "settings", "metric", "n", "n_test"),
@@ -64,6 +64,25 @@ class FinishedTrial:
     first_point: str = "default setting"  # what point 0 of the search is
     key: str = ""
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict)  # a value per iteration
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """A rank correlation, in [-1, 1], with its 95 % interval."""
+
+    rho: float | None  # None: too few points, or all points are equal
+    low: float
+    high: float
+    points: int
+
+    @property
+    def predicts_accuracy(self) -> bool:
+        """Whether the objective predicts test accuracy: the whole interval is above 0."""
+        return self.low > 0
+
+    def __str__(self) -> str:
+        rho = "unknown" if self.rho is None else f"{self.rho:.2f}"
+        return f"{rho} [{self.low:.2f}, {self.high:.2f}]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +255,36 @@ def chosen_point(points: Sequence[list[FinishedTrial]], objective: str) -> tuple
     numbers = tuple(point[0].point for point in ranked if _objective(point) > -math.inf)
     choice = Choice(objective=objective, default=set_aside, ranking=found, points=numbers)
     return (0 if set_aside else ranked[0][0].point), choice
+
+
+def ranking(objectives: Array, accuracies: Array, *, samples: int = 2000) -> Ranking:
+    """How well objectives (P,) rank points by their test accuracies (P,): Spearman's correlation.
+
+    The interval is a bootstrap for other points of the same search space. It is slightly too narrow
+    for few points: of cells with 4 to 12 points and a random objective, 3 to 7 % pass as predicted
+    instead of 2.5 %.
+    """
+    count = len(objectives)
+    unknown = Ranking(rho=None, low=-1.0, high=1.0, points=count)
+    if count < FEWEST_POINTS or len({*objectives}) == 1 or len({*accuracies}) == 1:
+        return unknown
+    index = np.random.default_rng(0).integers(0, count, (samples, count))
+    rho = float(_correlations(objectives[None], accuracies[None])[0])
+    drawn = _correlations(objectives[index], accuracies[index])
+    low, high = (float(end) for end in np.quantile(drawn, [0.025, 0.975]))
+    return Ranking(rho=rho, low=min(low, rho), high=max(high, rho), points=count)
+
+
+def _correlations(objectives: Array, accuracies: Array) -> Array:
+    """Spearman's correlation of each of B samples, (B, P) each -> (B,)."""
+    from scipy.stats import rankdata  # takes half a second; only searches need it
+
+    x, y = (rankdata(each, axis=1) for each in (objectives, accuracies))
+    x, y = (each - each.mean(axis=1, keepdims=True) for each in (x, y))
+    scale = np.sqrt((x * x).sum(axis=1) * (y * y).sum(axis=1))
+    # A sample of equal points has no ranking; its correlation counts as 0.
+    cross = (x * y).sum(axis=1)
+    return np.asarray(np.divide(cross, scale, out=np.zeros_like(cross), where=scale > 0))
 
 
 def _objective(point: Sequence[FinishedTrial]) -> float:

@@ -56,6 +56,7 @@ INTERVAL = 15.0  # seconds
 # Seconds between a failed call and the next one. A server that accepts a request and never replies
 # blocks the thread for half a minute per call.
 PAUSE = 300.0
+STATUSES: dict[int | None, Status] = {DONE: "FINISHED", FAILED: "FAILED"}  # by exit code
 
 
 class Publisher:
@@ -156,7 +157,7 @@ class Publisher:
         self._ended.set()
         if was_used:
             self._thread.join()
-        status = status_of(code)
+        status = STATUSES.get(code, "KILLED")
         if self.kind == "none" or (code == INTERRUPTED and not was_used):  # opening takes seconds
             return
         if code == TERMINATED:
@@ -254,11 +255,6 @@ def sync(location: SweepLocation, tracker: SweepTracker, status: Status) -> None
 
 
 # ---------------------------------------------------------------- sweep run
-
-
-def status_of(code: int | None) -> Status:
-    """The MLflow status for an exit code; None means that the driver was killed."""
-    return "FINISHED" if code == DONE else "FAILED" if code == FAILED else "KILLED"
 
 
 def sweep_tags(about: About, location: SweepLocation, made: Mapping[str, Any]) -> dict[str, str]:

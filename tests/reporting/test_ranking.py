@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from orchestrator.reporting._ranking import ranking
+from orchestrator.reporting.rows import ranking
 
 
 def noisy(points: int, noise: float, seed: int = 0):
