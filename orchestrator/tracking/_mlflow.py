@@ -117,8 +117,11 @@ class MlflowTracker:
             tags = {"air.kind": "sweep", "air.sweep": name}
             run = runs[0] if runs else None
             run = run or stored_run(client.create_run(experiment, None, tags, name))
+            if live and run.status != "RUNNING":
+                client.update_run(run.run_id, "RUNNING")
+                run.status = "RUNNING"
             tracker = SweepTracker(self, client, experiment, sweep, run)
-            tracker.begin(live)
+            tracker.tag(sweep if live else {**sweep, NOTE: ""})
             return tracker
 
     def _experiment(self, client: MlflowClient) -> str:
@@ -159,13 +162,6 @@ class SweepTracker:
     current: set[tuple[str, str]] = field(default_factory=set)  # kind and id of runs of this sweep
     rejected: set[str] = field(default_factory=set)  # digests
     accepts_files: bool = True
-
-    def begin(self, live: bool) -> None:
-        """Update the sweep run."""
-        if live and self.run.status != "RUNNING":
-            self.client.update_run(self.run.run_id, "RUNNING")
-            self.run.status = "RUNNING"
-        self._tag_sweep(self.sweep if live else {**self.sweep, NOTE: ""})
 
     @cached_property
     def children(self) -> dict[tuple[str, str], StoredRun]:
@@ -238,12 +234,13 @@ class SweepTracker:
                     sent = self._upload(self.run, sorted(files.items()))
                     files = {name: files[name] for name in sent}
                 changed |= {NOTE: note, "air.artifacts": digests_of(files)}
-            self._tag_sweep(changed, values)
+            self.tag(changed, values)
             if self.run.status != status:
                 self.client.set_terminated(self.run.run_id, status)
                 self.run.status = status
 
-    def _tag_sweep(self, tags: Mapping[str, str], metrics: Mapping[str, float] = {}) -> None:
+    def tag(self, tags: Mapping[str, str], metrics: Mapping[str, float] = {}) -> None:
+        """Write the tags and metrics of the sweep run that have changed."""
         changed = {k: v for k, v in valid_tags(tags).items() if self.run.tags.get(k) != v}
         values = {k: v for k, v in metrics.items() if self.run.metrics.get(k) != v}
         if changed or values:
