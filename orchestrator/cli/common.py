@@ -25,10 +25,8 @@ T = TypeVar("T")
 # Groups of commands in `airsweep --help`.
 START, RUN, LOOK, USE, LOOK_AFTER = "Start", "Run", "Look", "Use", "Look after"
 
-SPEC_HELP = "Sweep file, or the bare name of one below ./sweeps, in . or shipped with airsweep."
-SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help=SPEC_HELP)]
-
-
+_SPEC_HELP = "Sweep file, or the bare name of one below ./sweeps, in . or shipped with airsweep."
+SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help=_SPEC_HELP)]
 _NAME = typer.Argument(metavar="NAME", help="Recorded sweep: NAME, PROJECT/NAME or its sweep file.")
 NameArgument = Annotated[str, _NAME]
 OptionalNameArgument = Annotated[str | None, _NAME]

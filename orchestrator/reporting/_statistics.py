@@ -400,16 +400,9 @@ def _variance_of_mean(values: Array, share: Array) -> Array:
 
 
 def _interval_text(scores: Sequence[Run]) -> str:
-    splits = len({s.split_seed for s in scores})
-    seeds = len({s.seed for s in scores} - {None})
-    over, only = ["images"], []
-    if splits > 1:
-        over.append("splits")
-    else:
-        only.append("1 split")
-    if seeds > 1:
-        over.append("seeds")
-    elif seeds == 1:
-        only.append("1 seed")
+    seeds = {s.seed for s in scores} - {None}
+    counts = {"split": len({s.split_seed for s in scores}), "seed": len(seeds)}
+    over = ["images", *(f"{name}s" for name, count in counts.items() if count > 1)]
+    only = [f"1 {name}" for name, count in counts.items() if count == 1]
     text = " and ".join(filter(None, [", ".join(over[:-1]), over[-1]]))
     return f"95 % bootstrap over {text}" + (f" ({', '.join(only)})" if only else "")

@@ -64,8 +64,9 @@ def write_sample(
         ValueError: no dataset of the sweep has unlabelled images, or a file exists already or
             would become one of the images.
     """
-    trials = (slot.spec for slot in plan.slots)
-    spec = next(filter(_is_unlabelled, trials), None)
+    specs = (slot.spec for slot in plan.slots)
+    unlabelled = (s for s in specs if get_dataset(s.dataset.name).pool_labels == "unknown")
+    spec = next(unlabelled, None)
     if spec is None:
         raise ValueError(
             f"{plan.sweep.name} has no unlabelled images to label: allowed is a dataset "
@@ -118,10 +119,6 @@ def write_sample(
         sheet.unlink()
         raise
     return Sample(sheet, labels, home / LABELS, len(paths), basis)
-
-
-def _is_unlabelled(spec: TrialSpec) -> bool:
-    return get_dataset(spec.dataset.name).pool_labels == "unknown"
 
 
 @one_thread()
