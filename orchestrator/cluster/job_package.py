@@ -36,9 +36,6 @@ def is_checkout() -> bool:
 def pack(request: SweepRequest, folder: Path) -> str:
     """Write a job package into an empty folder, with the code if this is a checkout.
 
-    Args:
-        folder: the empty folder.
-
     Returns:
         Path of the sweep file in the package.
 

@@ -69,7 +69,7 @@ class Resolver(Contents):
         self._datasets: dict[str, DatasetInput] = {}  # by name
         self._weights: dict[str, Ref] = {}  # by role and name
         self._code: dict[str, str] = {}
-        self._pool_sizes: dict[str, int] = {}  # by `_split_name`
+        self._pool_sizes: dict[str, int] = {}  # by dataset and split
         self._labels: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # labels, parts by dataset
         self._smallest: dict[str, tuple[int, str]] = {}  # class of the fewest images, by folder
 
@@ -117,7 +117,7 @@ class Resolver(Contents):
         Raises:
             ValueError: a class has too few images for the split.
         """
-        name = _split_name(trial)
+        name = f"{trial.dataset.name} {canonical_json(plain(trial.split))}"
         if name not in self._pool_sizes:
             dataset = get_dataset(trial.dataset.name)
             try:
@@ -212,9 +212,9 @@ class Resolver(Contents):
         weights = {words: ref.digest for words, ref in self._weights.items()}
         return {"datasets": datasets, "weights": weights, "code": self._code}
 
-    def model_defaults(self, role: str, name: str) -> dict[str, Any]:
-        """Defaults of settings that the files of a model determine, by trial key."""
-        if role != "generator" or name.startswith("folder:"):
+    def generator_defaults(self, name: str) -> dict[str, Any]:
+        """Defaults of settings that the files of a generator determine, by trial key."""
+        if name.startswith("folder:"):
             return {}
         with suppress(ValueError):  # `trial` explains what is wrong with the folder
             found = drawing_defaults(generator_folder(located_weights(name, self.folders)))
@@ -236,14 +236,11 @@ class Resolver(Contents):
 
 
 def with_model_defaults(sweep: SweepSpec, resolver: Resolver) -> SweepSpec:
-    """The sweep with the defaults of its models, without the embedded ones."""
-    choices = (sweep.fixed, *(override.set for override in sweep.overrides))
-    worlds = {}
-    for role in ("backbone", "generator"):
-        names = {str(each[role]) for each in choices if role in each}
-        names |= {str(name) for name in (sweep.axes or sweep.grid).get(role, ())}
-        for name in sorted(names - {EMBEDDED[role]}):
-            worlds[role, name] = resolver.model_defaults(role, name)
+    """The sweep with the defaults of its generators, without the embedded one."""
+    role, choices = "generator", (sweep.fixed, *(override.set for override in sweep.overrides))
+    names = {str(each[role]) for each in choices if role in each} - {EMBEDDED[role]}
+    names |= {*map(str, (sweep.axes or sweep.grid).get(role, ()))} - {EMBEDDED[role]}
+    worlds = {(role, name): resolver.generator_defaults(name) for name in sorted(names)}
     return replace(sweep, worlds={**presets.WORLDS, **worlds}) if any(worlds.values()) else sweep
 
 
@@ -256,10 +253,6 @@ def located_weights(name: str, folders: Mapping[str, str] | None = None) -> str:
         if name not in known and (located := local_path(path)).exists():
             return before + os.path.normpath(located)
     return before + path
-
-
-def _split_name(trial: TrialSpec) -> str:
-    return f"{trial.dataset.name} {canonical_json(plain(trial.split))}"
 
 
 REFS = ("dataset", "test_dataset", "backbone", "generator")

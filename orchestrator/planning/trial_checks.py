@@ -14,7 +14,6 @@ from air_core.models.families import FAMILIES, check_denoiser
 from air_core.models.tokens import check_room
 from air_core.models.weights import check_image_tower, generator_folder
 from air_core.paradigms import label_problem
-from air_core.specs import Templates
 from air_core.specs.conditions import (
     can_transfer,
     has_context,
@@ -89,8 +88,13 @@ def _problems(
     for key, dataset in datasets.items():
         with checking(key):
             check_room(trial.backbone.name, dataset.classnames, dataset.template, learned)
-    for key, texts in _captions(trial).items():
-        yield key, caption_problem(texts, trial.classnames)
+    captions = {  # the texts that the diffusion model reads
+        "lora.caption": trial.lora and trial.lora.caption,
+        "generation.template": trial.generation.template,
+        "evidence.template": trial.evidence.template,
+    }
+    for key, texts in captions.items():
+        yield key, caption_problem(texts, trial.classnames) if texts else None
     if reads_tokens(trial):
         with checking("backbone"):
             check_image_tower(trial.backbone.name)
@@ -119,13 +123,6 @@ NEEDS_LABELS = (
     "air_labels) read the classes of the pool images, but they have no labels; leave the "
     "method out, or sort your images into class folders"
 )
-
-
-def _captions(trial: TrialSpec) -> dict[str, Templates]:
-    """The texts that the diffusion model reads, by key."""
-    lora = {} if trial.lora is None else {"lora.caption": trial.lora.caption}
-    drawn = {"generation.template": trial.generation.template}
-    return {**lora, **drawn, "evidence.template": trial.evidence.template}
 
 
 def _check_generator(trial: TrialSpec, resolver: Resolver) -> None:

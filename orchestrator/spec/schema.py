@@ -248,7 +248,8 @@ def _spec_errors(document: Document, error: ValidationError, schema: Schema) -> 
         allowed = f"allowed: {allowed_values(part)}"
         if keys[:1] == ("fixed",) and isinstance(value, list):
             allowed += "; a list of values is allowed under grid"
-        meant = suggestion(str(value), map(str, _enum_values(part)))
+        listed = (each for option in _options(part) for each in option.get("enum", []))
+        meant = suggestion(str(value), map(str, listed))
         yield document.error(keys, f"{short_value(value)} is not allowed; {meant}{allowed}")
 
 
@@ -310,10 +311,6 @@ def _keys(schema: Schema) -> list[str]:
     """The keys of a mapping, from the first option that lists them."""
     listed = (option["properties"] for option in _options(schema) if "properties" in option)
     return list(next(listed, ()))
-
-
-def _enum_values(schema: Schema) -> list[Any]:
-    return [value for option in _options(schema) for value in option.get("enum", [])]
 
 
 # ---------------------------------------------------------------- a schema in words
