@@ -13,6 +13,7 @@ is cheap; torch, Ray and pandas are imported when a function needs them.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -521,6 +522,11 @@ def export(
     from orchestrator.reporting import bundles, selection
     from orchestrator.store import open_store
 
+    if register is not None and re.search(r"^\s*$|^\.|[/:']", register):
+        raise ValueError(
+            f"{register!r} cannot be the name of a model in MLflow; allowed: names without `/`, "
+            "`:` and `'` that do not start with `.`"
+        )
     limits = only_options(only)
     place = location_named(sweep, store) if sweep else None
     source = place.store if place else open_store(_store(store))

@@ -248,6 +248,9 @@ def test_an_outage_leaves_the_bundle_and_says_how_to_register_it(
 ):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     uri = f"http://127.0.0.1:{free_port()}"
+    for name in ("a/b", "..", " "):
+        assert "the name of a model" in export("--register", name, "--tracking-uri", uri, code=2)
+    assert not (tmp_path / "bundle").exists()
     stderr = export("--register", "digits", "--tracking-uri", uri, code=3)
     assert f"MLflow at {uri} does not answer" in stderr
     assert f"The bundle in {tmp_path / 'bundle'} is complete: to register it later" in stderr

@@ -35,7 +35,7 @@ def register_bundle(folder: Path, name: str, uri: str | None, store: Path) -> No
 
     Raises:
         ValueError: the bundle has no `model.onnx`, tracking is off, MLflow has no run of the trial,
-            or refuses name or access.
+            or refuses access.
         TrackerUnreachable: MLflow does not answer.
     """
     manifest = read_bundle(folder)
@@ -57,11 +57,7 @@ def _registered(manifest: Manifest, name: str, uri: str | None, store: Path) -> 
         artifact_repository,
         connect,
         explained_errors,
-        short_reason,
     )
-
-    # isort: split
-    from mlflow.exceptions import MlflowException
 
     key = str(manifest.content.lineage["trial_key"])
     address, database = resolve_uri(uri, store)
@@ -84,27 +80,21 @@ def _registered(manifest: Manifest, name: str, uri: str | None, store: Path) -> 
         path = f"model-{manifest.content.files[ONNX][:12]}"
         artifacts = artifact_repository(run.artifact_uri, client.tracking_uri)
         artifacts.log_artifacts(str(Path(scratch, "model")), path)  # type: ignore[no-untyped-call]
-        try:
-            if not client.search_registered_models(f"name = '{name}'"):
-                client.create_registered_model(name)
-            made = client.create_model_version(
-                name,
-                f"{run.artifact_uri}/{path}",
-                run.run_id,
-                tags={"air.trial_key": key, "air.classifier": model.classifier},
-                description=" ".join(
-                    [
-                        *filter(None, [manifest.content.cautions.get(model.classifier)]),
-                        f"{model.classifier} classifier of {len(model.classnames)} classes: "
-                        f"{', '.join(model.classnames)[:MAX_SHOWN]}",
-                    ]
-                ),
-            )
-        except MlflowException as error:
-            if error.error_code != "INVALID_PARAMETER_VALUE":
-                raise
-            reason = short_reason(error)
-            raise ValueError(f"MLflow at {shown} refuses the model {name!r}: {reason}") from error
+        if not client.search_registered_models(f"name = '{name}'"):
+            client.create_registered_model(name)
+        made = client.create_model_version(
+            name,
+            f"{run.artifact_uri}/{path}",
+            run.run_id,
+            tags={"air.trial_key": key, "air.classifier": model.classifier},
+            description=" ".join(
+                [
+                    *filter(None, [manifest.content.cautions.get(model.classifier)]),
+                    f"{model.classifier} classifier of {len(model.classnames)} classes: "
+                    f"{', '.join(model.classnames)[:MAX_SHOWN]}",
+                ]
+            ),
+        )
     return f"models:/{name}/{made.version}"
 
 
