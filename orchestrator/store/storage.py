@@ -285,19 +285,9 @@ class Bucket:
         return path
 
     def refresh(self, folder: Path) -> None:
-        """Download the changed files of a folder, without subfolders."""
-        tags_file = folder / ".tags.json"
-        old: dict[str, Any] = json.loads(tags_file.read_text()) if tags_file.exists() else {}
-        _, listed = self.client.folder(self.object(folder))
-        tags = {entry.name: entry.etag for entry in listed}
-        changed = [
-            folder / name
-            for name, tag in tags.items()
-            if old.get(name) != tag or not (folder / name).exists()
-        ]
-        run_concurrently(lambda file: self.local(file, fresh=True), changed)
-        if changed:
-            write_atomic_unsynced(tags_file, json.dumps(tags).encode())
+        """Download the files of a folder, without subfolders."""
+        files = [folder / entry.name for entry in self.client.folder(self.object(folder))[1]]
+        run_concurrently(lambda file: self.local(file, fresh=True), files)
 
     def push(self, path: Path) -> None:
         """Upload a file that this process has written, if it has changed since."""
