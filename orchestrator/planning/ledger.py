@@ -15,12 +15,11 @@ from typing import Any
 
 from air_core.seal import sealed_json
 from air_core.specs import Ref
-from orchestrator.failures import first_line
 from orchestrator.keys import ArtifactKey, from_plain
 from orchestrator.planning.history import RESULT_STATES, History, ResultState, read_history
 from orchestrator.spec import Cell
 from orchestrator.store import ArtifactStore, SweepLocation
-from orchestrator.store.verification import read_sealed
+from orchestrator.store.verification import read_written
 
 LEDGER = "ledger.json"
 # By the first 12 digits of an artifact's key: the artifact that replaces it, if there is one.
@@ -261,16 +260,8 @@ def read_ledger(location: SweepLocation) -> Ledger:
 def read_file(location: SweepLocation) -> LedgerFile:
     """Read the file of a sweep's last run. Raises as `read_ledger`."""
     file = location.folder / LEDGER
-    try:
-        found: LedgerFile = from_plain(LedgerFile, read_sealed(file))
-        return found
-    except (ValueError, TypeError, FileNotFoundError) as problem:
-        is_missing = isinstance(problem, FileNotFoundError)
-        state = "missing" if is_missing else f"damaged: {first_line(problem)}"
-        raise ValueError(
-            f"{file} is {state}; run `airsweep run` with the sweep file and its options, which "
-            "writes it again"
-        ) from None
+    found: LedgerFile = read_written(file, lambda plain: from_plain(LedgerFile, plain))
+    return found
 
 
 def _slot(line: dict[str, Any], cell: Cell, about: About) -> Slot:

@@ -344,7 +344,7 @@ def earlier_results(plan: Plan, location: SweepLocation) -> dict[tuple[str, str]
     """
     try:
         inputs = read_resolved(location).get("inputs") or {"datasets": {}, "weights": {}}
-    except (FileNotFoundError, ValueError):  # never run, or the file is damaged and rewritten
+    except ValueError:  # the file is damaged and rewritten
         return {}
     before = inputs["datasets"] | inputs["weights"]
     versions = inputs.get("code", {})

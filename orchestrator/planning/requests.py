@@ -7,7 +7,6 @@ import json
 import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,7 +170,7 @@ def request_again(location: SweepLocation) -> SweepRequest:
     Raises:
         ValueError: the file does not exist, or is invalid.
     """
-    origin = last_origin(location)
+    origin = read_resolved(location)
     file = origin.get("source") or location.folder / "spec.yaml"
     sets, only = (origin.get(name, ()) for name in ("sets", "only"))
     return read_request(file, sets, only, bool(origin.get("smoke")))
@@ -200,7 +199,7 @@ def run_command(location: SweepLocation, origin: Mapping[str, Any] | None = None
     Args:
         origin: see `complete_origin`. Default: that of the last run.
     """
-    origin = last_origin(location) if origin is None else origin
+    origin = read_resolved(location) if origin is None else origin
     store = location.store.name
     given = store_of_smoke(store) if origin.get("smoke") else store
     options = (origin.get("sets", []), origin.get("only", []), bool(origin.get("smoke")))
@@ -223,13 +222,6 @@ def results_command(command: str, location: SweepLocation, *options: str) -> str
 def store_command(command: str, location: SweepLocation) -> str:
     """A command without a sweep, such as `airsweep ui --store STORE`."""
     return shlex.join(["airsweep", *command.split(), *_store_words(location.store.name)])
-
-
-def last_origin(location: SweepLocation) -> Mapping[str, Any]:
-    """The options and the file of the last run; empty before the first one."""
-    with suppress(FileNotFoundError):
-        return read_resolved(location)
-    return {}
 
 
 def complete_origin(origin: Mapping[str, Any], location: SweepLocation) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from orchestrator.environment import in_ray_job
 from orchestrator.formatting import aligned, aligned_table, format_duration
 from orchestrator.planning.history import results_text
 from orchestrator.planning.ledger import Ledger
-from orchestrator.planning.requests import last_origin, results_command, run_command, store_command
+from orchestrator.planning.requests import results_command, run_command, store_command
 from orchestrator.reporting.candidates import Candidate
 from orchestrator.reporting.comparisons import BEST, Results
 from orchestrator.reporting.notes import (
@@ -32,7 +32,7 @@ from orchestrator.reporting.results import holes_text
 from orchestrator.reporting.rows import is_bound, metric_text
 from orchestrator.reporting.tables import SPARE, column_notes, table_lines
 from orchestrator.stages.dataset_text import dataset_description, images_text, unused_by_dataset
-from orchestrator.store import SweepLocation, read_outcome
+from orchestrator.store import SweepLocation, read_outcome, read_resolved
 
 MAX_ROWS, MAX_ANSWERS = 10, 3
 # Columns that the screen leaves out; `airsweep table` has them.
@@ -201,7 +201,7 @@ def next_fact(
 
 
 def _steps(ledger: Ledger, location: SweepLocation, results: Results) -> list[tuple[str, str]]:
-    if last_origin(location).get("smoke"):
+    if read_resolved(location).get("smoke"):
         again = run_command(location)
         whole = shlex.join(w for w in shlex.split(again) if w != "--smoke")
         table = (results_command("table", location), "the table of this smoke run")

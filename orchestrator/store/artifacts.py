@@ -46,7 +46,6 @@ from orchestrator.store.storage import (
     recorded_sweeps,
 )
 from orchestrator.store.verification import (
-    parse_record,
     read_record,
     recorded_files,
     verify_files,
@@ -193,7 +192,8 @@ class ArtifactStore:
 
     def _read(self, key: ArtifactKey, path: Path, with_files: bool) -> Artifact:
         try:
-            record = read_record(self.storage.local(path / RECORD))
+            file = self.storage.local(path / RECORD)
+            record = read_record(file.read_bytes(), file)
         except FileNotFoundError:
             raise MissingArtifact(
                 f"{key} is not in {self.name}; run `airsweep run SPEC --prepare` first"
@@ -258,7 +258,7 @@ class ArtifactStore:
                 continue
             content = self.storage.get(stage / name / RECORD)
             if content is not None:
-                found.append(parse_record(content, stage / name / RECORD))
+                found.append(read_record(content, stage / name / RECORD))
         return [record for record in found if str(record.get("digest")).startswith(digest)]
 
     # ---------------------------------------------------------------- building

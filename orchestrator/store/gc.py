@@ -21,7 +21,7 @@ from orchestrator.store.artifacts import DAMAGED, ROW, UNFINISHED, ArtifactStore
 from orchestrator.store.buckets import Entry, run_concurrently
 from orchestrator.store.rows import SHARD
 from orchestrator.store.storage import RECORD
-from orchestrator.store.verification import parse_record
+from orchestrator.store.verification import read_record
 
 UNKNOWN = "unknown"  # owner of a file without a recorded user
 NOT_REMOVED = "could not be removed: it is a link, or in a folder of another user"
@@ -109,7 +109,7 @@ def _item(store: ArtifactStore, path: Path, files: Mapping[str, Entry]) -> Item:
         return _sized(path, files, why="a folder without a record")
     record: dict[str, Any] = {}
     try:
-        record = parse_record(store.storage.get(path / name) or b"", path / name)
+        record = read_record(store.storage.get(path / name) or b"", path / name)
     except BucketUnreachable:
         raise
     except (OSError, DamagedArtifact):  # its owner is unknown

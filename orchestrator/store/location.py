@@ -9,7 +9,7 @@ from typing import Any
 from orchestrator.store.artifacts import ArtifactStore
 from orchestrator.store.event_log import EventLog
 from orchestrator.store.storage import Bucket
-from orchestrator.store.verification import read_cache, read_sealed
+from orchestrator.store.verification import read_cache, read_written
 
 
 @dataclass(frozen=True)
@@ -71,20 +71,14 @@ RESOLVED = "resolved.json"
 
 
 def read_resolved(location: SweepLocation) -> dict[str, Any]:
-    """resolved.json of the last run: its options, and the digests of its inputs.
+    """resolved.json of the last run: its options, and the digests of its inputs; empty before the
+    first one.
 
     Raises:
         ValueError: the file is damaged.
-        FileNotFoundError: the sweep has not been run.
     """
     file = location.folder / RESOLVED
-    try:
-        return read_sealed(file)
-    except ValueError as problem:
-        raise ValueError(
-            f"{file} is damaged: {problem}; run `airsweep run` with the sweep file and its "
-            "options, which writes it again"
-        ) from None
+    return read_written(file, dict) if file.exists() else {}
 
 
 def read_outcome(location: SweepLocation) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from air_core.seal import intact
 from orchestrator.errors import DamagedArtifact
+from orchestrator.failures import first_line
 from orchestrator.files import Stamp, file_digest, file_stamp
 
 T = TypeVar("T")
@@ -23,33 +24,35 @@ log = logging.getLogger(__name__)
 _verified: dict[tuple[Path, str], Stamp] = {}  # by file and digest
 
 
-def read_record(file: Path) -> dict[str, Any]:
-    """Read `record.json` or `row.json`, as `parse_record`.
-
-    Raises:
-        FileNotFoundError: it does not exist.
-    """
-    return parse_record(file.read_bytes(), file)
-
-
-def parse_record(data: bytes, file: Path) -> dict[str, Any]:
+def read_sealed(data: bytes, name: str) -> dict[str, Any]:
     """Parse a JSON object written by `sealed_json`, and verify its checksum.
 
     Raises:
-        DamagedArtifact: the content cannot be parsed, was changed or has no checksum.
+        ValueError: the content cannot be parsed, was changed or has no checksum.
     """
     try:
         content = json.loads(data)
-        reason = "" if isinstance(content, dict) else f"{file.name} is not a JSON object"
     except (ValueError, RecursionError) as problem:
-        reason = f"{file.name} is not JSON ({problem})"
-    if not reason and not (checked := intact(data)):
-        checksum = f"the checksum of {file.name} does not match"
-        reason = f"{file.name} has no checksum" if checked is None else checksum
-    if reason:
-        raise DamagedArtifact(file.parent, reason)
+        raise ValueError(f"{name} is not JSON ({problem})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{name} is not a JSON object")
+    if not (checked := intact(data)):
+        checksum = f"the checksum of {name} does not match"
+        raise ValueError(f"{name} has no checksum" if checked is None else checksum)
     del content["seal"]
-    return dict(content)
+    return content
+
+
+def read_record(data: bytes, file: Path) -> dict[str, Any]:
+    """Parse `record.json` or `row.json`, as `read_sealed`.
+
+    Raises:
+        DamagedArtifact: the content was changed.
+    """
+    try:
+        return read_sealed(data, file.name)
+    except ValueError as problem:
+        raise DamagedArtifact(file.parent, str(problem)) from None
 
 
 def recorded_files(folder: Path, record: dict[str, Any]) -> dict[str, str]:
@@ -86,17 +89,24 @@ def verify_files(folder: Path, files: Mapping[str, str]) -> None:
         _verified[file, digest] = stamp
 
 
-def read_sealed(file: Path) -> dict[str, Any]:
-    """Read a JSON object written by `sealed_json`.
+def read_written(file: Path, parse: Callable[[dict[str, Any]], T]) -> T:
+    """Read a file that each run writes into the folder of its sweep.
+
+    Args:
+        parse: converts the JSON object.
 
     Raises:
-        ValueError: the file is damaged.
-        FileNotFoundError: it does not exist.
+        ValueError: the file is damaged or missing.
     """
     try:
-        return read_record(file)
-    except DamagedArtifact as damaged:
-        raise ValueError(damaged.reason) from None
+        return parse(read_sealed(file.read_bytes(), file.name))
+    except (ValueError, TypeError, FileNotFoundError) as problem:
+        is_missing = isinstance(problem, FileNotFoundError)
+        state = "missing" if is_missing else f"damaged: {first_line(problem)}"
+        raise ValueError(
+            f"{file} is {state}; run `airsweep run` with the sweep file and its options, which "
+            "writes it again"
+        ) from None
 
 
 def read_cache(file: Path, parse: Callable[[dict[str, Any]], T], empty: T) -> T:
@@ -106,7 +116,7 @@ def read_cache(file: Path, parse: Callable[[dict[str, Any]], T], empty: T) -> T:
         parse: converts the JSON object.
     """
     try:
-        return parse(read_sealed(file))
+        return parse(read_sealed(file.read_bytes(), file.name))
     except FileNotFoundError:
         return empty
     except (ValueError, TypeError, KeyError, AttributeError) as problem:
