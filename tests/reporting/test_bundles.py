@@ -17,13 +17,17 @@ from air_core.bundle.checks import CLASSIFIERS, PROMPT, TEXT
 from air_core.bundle.manifest import MANIFEST
 from air_core.datasets import get_dataset
 from air_core.models.weights import tiny_folder
+from air_core.seal import sealed_json
 from orchestrator.planning import Slot, plan_of
+from orchestrator.planning.ledger import read_ledger
+from orchestrator.reporting.selection import named_trial
 from orchestrator.spec import load_sweep
 from orchestrator.stages.trial_run import run_trial
 from orchestrator.store import ArtifactStore, SweepLocation, read_trial
+from tests.helpers import outcomes
 from tests.helpers.features import encode
 from tests.helpers.golden import check_refusals
-from tests.helpers.outcomes import record_sweep, trained
+from tests.helpers.outcomes import ACCURACIES, by_method, record_sweep, trained
 from tests.helpers.sweeps import python, record_again
 
 SWEEP = """
@@ -284,3 +288,23 @@ def test_best_of_a_sweep_without_finished_trials_is_bad_input(command, tmp_path)
     code, _, err = command(*words)
     assert code == 2
     assert "no trial of small is done yet" in err
+
+
+def test_a_trial_is_found_in_its_sweep_and_refused_if_another_version_computed_it(tmp_path) -> None:
+    write = by_method(ACCURACIES)
+    location = record_sweep(tmp_path, "small", outcomes.SWEEP, write)
+    longer = outcomes.SWEEP.replace("digits", "digits, prompt.length: 3")
+    other = record_sweep(tmp_path, "other", longer, write)
+    slot, later = (read_ledger(each).slots[-1] for each in (location, other))
+    assert slot.id == later.id
+    with pytest.raises(ValueError, match="no trial keys"):
+        named_trial(slot.id, location.store)
+    assert named_trial(slot.id, location.store, other).record.key == later.key.digest
+    with pytest.raises(ValueError, match="is not a finished trial of the sweep default/small"):
+        named_trial(later.key.digest, location.store, location)
+    file = location.store.path(slot.key) / "record.json"
+    record = json.loads(file.read_text())
+    record["spec"]["train"]["renamed"] = record["spec"]["train"].popitem()[1]
+    file.write_bytes(sealed_json({**record, "commit": "0123abc"}))
+    with pytest.raises(ValueError, match=r"another version of the code.*commit 0123abc"):
+        named_trial(slot.key.digest, location.store)

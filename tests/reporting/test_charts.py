@@ -1,20 +1,17 @@
-"""Charts of the report: which are drawn, and that their bytes are reproducible."""
+"""Charts of the report: which are drawn, and their colours."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 
 from orchestrator.reporting.charts import (
     VERDICT_COLORS,
-    accuracy,
     by_setting,
     differences,
     numeric_settings,
     svg,
 )
 from orchestrator.reporting.comparisons import Results
-from tests.helpers.sweeps import python
 from tests.helpers.trials import results, searched, trials
 
 
@@ -48,16 +45,3 @@ def test_colours_of_differences_follow_the_corrected_test_and_not_the_interval()
         alone.comparisons = [comparison]
         drawn = VERDICT_COLORS["higher"] in svg(differences(alone))
         assert drawn == (comparison is green)
-
-
-DRAW = """
-import hashlib
-from orchestrator.reporting.charts import accuracy, svg
-from tests.reporting.test_charts import grid
-print(hashlib.sha256(svg(accuracy(grid())).encode()).hexdigest())
-"""
-
-
-def test_equal_data_give_equal_bytes_in_another_process() -> None:
-    digest = hashlib.sha256(svg(accuracy(grid())).encode()).hexdigest()
-    assert python("-c", DRAW).stdout.strip() == digest
