@@ -37,7 +37,7 @@ BLOCK, SHARDS = 4, 40  # 10 classes of 16 images
 ALL_OF_RAY = ("raylet", "trials_started")
 KILLS: list[tuple[str, tuple[str, ...]]] = [
     ("event:3", ()),
-    ("artifact_prepared:12", ("ray::ArtifactMaker", "images")),
+    ("artifact_prepared:12", ("ray::MapWorker", "images")),
     ("", ALL_OF_RAY),
     ("trial_retried:1", ("ray::ResourceTrainable", "trials_started")),
     ("", ()),

@@ -301,6 +301,19 @@ def _is_alive(process: psutil.Process) -> bool:
         return False
 
 
+@contextmanager
+def quiet_data_context() -> Iterator[None]:
+    """Within the block, Ray Data makes datasets that print nothing."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    with DataContext.current(context):
+        yield
+
+
 def prepare_worker(variables: Mapping[str, str], plugins: Sequence[Plugin]) -> None:
     """Prepare a worker for a sweep: open_clip, its plugins, and what the records of its artifacts
     have: the assigned CPUs and GPUs, and the user and commit of the driver (`variables`)."""

@@ -106,7 +106,7 @@ class Allocation:
     def reserve(self) -> int:
         """Generators that work while trials run; 0 if the cluster is too small for both."""
         want = self.resources.generator
-        fit = self._fitting("generator")
+        fit = self.fitting("generator")
         reserve = max(1, fit // RESERVE_DIVISOR) if want.reserve is None else min(want.reserve, fit)
         while reserve and not process_capacity(
             self.resources.trial, remaining_resources(self.machines(), want, reserve)
@@ -120,12 +120,12 @@ class Allocation:
         While trials run, these are the reserved generators, or encoders in their place.
         """
         if not self.trials_running:
-            return self._fitting(process)
+            return self.fitting(process)
         generator = ray_resources(self.resources.generator)
         in_place = process_capacity(self.resources.process_resources(process), [generator])
         return self.reserve() * (1 if process == "generator" else in_place)
 
-    def _fitting(self, process: Process) -> int:
+    def fitting(self, process: Process) -> int:
         """Processes of a kind that fit the whole cluster."""
         fit = process_capacity(self.resources.process_resources(process), self.machines())
         return min(self.resources.generator.actors or fit, fit) if process == "generator" else fit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.store.checkpoints import Curves
 
@@ -20,13 +22,37 @@ CURVES_INTERVAL = 10.0  # seconds between two reports of the curves of a trial
 
 
 class ProgressActor:
-    """Ray actor that keeps the latest report on each piece of work until the driver reads it."""
+    """Ray actor that keeps the latest report on each piece of work until the driver reads it, and
+    the calls of the driver for pools of processes."""
 
     def __init__(self) -> None:
         self.reports: dict[tuple[str, str], tuple[Any, ...]] = {}  # by name and kind
+        self.calls: dict[tuple[str, int], Any] = {}  # by pool and number; None: it has been made
+        self.ended: set[str] = set()  # pools
+        self.changed = asyncio.Condition()
 
     def write(self, name: str, kind: str, *arguments: Any) -> None:
         self.reports[name, kind] = arguments
+
+    async def give(self, pool: str, number: int, call: Any) -> None:
+        """Set a call; None: it needs no process any more."""
+        async with self.changed:
+            self.calls[pool, number] = call
+            self.changed.notify_all()
+
+    async def end(self, pool: str) -> None:
+        """Give a pool no further call."""
+        async with self.changed:
+            self.ended.add(pool)
+            self.calls = {key: call for key, call in self.calls.items() if key[0] != pool}
+            self.changed.notify_all()
+
+    async def call(self, pool: str, number: int) -> Any:
+        """Wait for a call and return it; None: there is nothing to make."""
+        key = pool, number
+        async with self.changed:
+            await self.changed.wait_for(lambda: pool in self.ended or key in self.calls)
+        return self.calls.get(key)
 
     def take(self) -> dict[tuple[str, str], tuple[Any, ...]]:
         """Return the reports since the last call."""
@@ -90,7 +116,10 @@ class ProgressMonitor:
     """
 
     def __init__(self) -> None:
-        self.actor = ray.remote(ProgressActor).options(num_cpus=0, max_restarts=-1).remote()
+        # On the driver's machine, since the calls are lost with it.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor = ray.remote(ProgressActor).options(num_cpus=0, scheduling_strategy=here)
+        self.actor = actor.remote()
         self._pending: Any = None  # the call of `take` that has not returned
         self._last = 0.0
 
@@ -106,5 +135,5 @@ class ProgressMonitor:
         pending, self._pending = self._pending, None
         try:
             return ray.get(pending)  # type: ignore[no-any-return]
-        except RayError:  # the actor's machine died: only progress is lost
+        except RayError:  # the actor died: its pools fail, and are started again
             return {}

@@ -3,7 +3,7 @@
 Work begins in the order of the queue, as soon as its inputs exist and the allocation has room for a
 process. A shard belongs to one process until that process returns it or dies. A pool of generators
 or encoders grows while each of its processes has more work than its start takes, and shrinks when
-trials need its resources: a process ends after the shards that it has begun.
+trials need its resources: processes end after the shards that they have begun.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +27,7 @@ from orchestrator.planning.requirements import independent_of
 
 if TYPE_CHECKING:
     from orchestrator.execution._state import RunState
-    from orchestrator.execution._workers import Workers
+    from orchestrator.execution._workers import Processes, Workers
 
 Result = Callable[[], Any]  # returns the result of a call, or raises its exception
 Shard = tuple[int, int]  # class or draw, block
@@ -35,6 +37,10 @@ PROCESS_START = 10.0
 MADE = ("drawn", "pairs", "encoded")  # facts of a shard: the numbers of what a process has made
 # An actor gets its next shards before it has ended the present ones if these take fewer seconds.
 SHORT = 2.0
+# Seconds for which ended processes keep Ray running. On a lost machine they do not end.
+MAX_END = 10.0
+# Of a pool of Ray Data, which takes 8 kB of the driver's memory for each.
+MAX_CALLS = 20_000
 
 
 @dataclass(eq=False)
@@ -80,17 +86,21 @@ class Part:
 
 @dataclass(eq=False)
 class Maker:
-    """A process of a pool. It makes shards, one after another."""
+    """Processes that started together. Each makes shards, one after another; or a single one makes
+    artifacts that are no rows."""
 
-    actor: Any
+    processes: Processes
+    size: int
     started: float
-    calls: int = 1  # that have not returned; the first one is its start
-    is_up: bool = False
+    left: int  # calls that it can still get
+    of_rows: bool
+    calls: int = 0  # that have not returned
     is_long: bool = False  # it makes an artifact that takes longer than a start
     last: float = inf  # seconds of its last shards
 
-    def has_room(self) -> bool:
-        return self.is_up and self.calls < (2 if self.last < SHORT else 1)
+    def has_room(self, part: Part) -> bool:
+        most = self.size * (2 if self.last < SHORT else 1)
+        return part.is_row == self.of_rows and bool(self.left) and self.calls < most
 
 
 @dataclass(eq=False)
@@ -106,8 +116,9 @@ class Pool:
     def kind(self) -> Process:
         return self.statistics.process
 
-    def starting(self) -> int:
-        return sum(not maker.is_up for maker in self.makers)
+    @property
+    def size(self) -> int:
+        return sum(maker.size for maker in self.makers)
 
 
 class WorkQueue:
@@ -129,11 +140,12 @@ class WorkQueue:
     ) -> None:
         self.workers, self.allocation, self.listener = workers, allocation, listener
         self.store = workers.worker.store
-        self.calls: dict[Any, Callable[[Result], None]] = {}  # by future
+        self.calls: dict[Future[Any], Callable[[Result], None]] = {}  # by future
         self.pools: dict[Process, Pool] = {}
         for kind in ("encoder", "generator"):
             gpu = bool(allocation.resources.process_resources(kind).gpu)
             self.pools[kind] = Pool(PoolStatistics(kind, gpu))
+        self.ending: list[tuple[Processes, float]] = []  # with the time of their end
         self.parts: dict[str, Part] = {}  # that have not ended, by the digest of their key
         self.store.refresh_listings()
         for requirement in requirements:
@@ -166,7 +178,9 @@ class WorkQueue:
 
     @property
     def is_over(self) -> bool:
-        return not (self.parts or self.calls)
+        now = time.monotonic()
+        ending = (each.is_alive() and now - at < MAX_END for each, at in self.ending)
+        return not (self.parts or self.calls or any(ending))
 
     def run(
         self, take: Callable[[Result], None], function: Callable[..., Any], *arguments: Any
@@ -179,21 +193,10 @@ class WorkQueue:
     def take(self) -> bool:
         """Process the calls that have returned; returns whether a requirement has ended."""
         before = len(self.parts)
-        for future in self.workers.finished([*self.calls]):
-            self.calls.pop(future)(partial(self.workers.result, future))
+        for future in [*self.calls]:
+            if future.done():
+                self.calls.pop(future)(future.result)
         return len(self.parts) < before
-
-    def _on_start(self, pool: Pool, maker: Maker, result: Result) -> None:
-        maker.calls -= 1
-        try:
-            result()
-        except Exception as problem:
-            parts = (part for part in self.parts.values() if part.kind == pool.kind)
-            part = next(filter(Part.can_begin, parts), None)
-            if self._remove(pool, maker) and part is not None:
-                self._try_again(part, failure_of(problem))
-        else:
-            maker.is_up = True
 
     def _on_made(
         self, pool: Pool, maker: Maker, part: Part, shards: Sequence[Shard], result: Result
@@ -202,10 +205,11 @@ class WorkQueue:
         part.running -= 1
         try:
             results = result()
-        except Exception as problem:  # the process died
-            part.todo += reversed(shards)
-            if self._remove(pool, maker):
-                self._try_again(part, failure_of(problem), is_counted=not part.is_row)
+        except Exception as problem:  # the processes died
+            part.todo += reversed(() if part.ended else shards)
+            if self._remove(pool, maker) and not part.ended:
+                is_counted = not part.is_row or maker.last == inf  # it has made nothing
+                self._try_again(part, failure_of(problem), is_counted)
             return
         maker.is_long = False
         maker.last = sum(made.seconds for made in results)
@@ -280,91 +284,107 @@ class WorkQueue:
     def begin(self) -> None:
         """Begin the work for which the allocation has room, in the order of the queue."""
         self.allocation.preparing = bool(self.parts)
+        self._end_lost()
         able = [part for part in self.parts.values() if part.can_begin()]
-        sizes = {kind: self._size(pool, able) for kind, pool in self.pools.items()}
+        kept = {kind: self._kept(pool, able) for kind, pool in self.pools.items()}
         waiting: list[Part] = []
         for part in able:
             pool = self.pools[part.kind]
-            for maker in pool.makers[: max(sizes[part.kind], not part.is_row)]:
-                while part.todo and maker.has_room():
+            for maker in kept[part.kind]:
+                while part.todo and maker.has_room(part):
                     self._give(pool, maker, part)
             if part.todo:
                 waiting.append(part)
                 if not (pool.makers or self.allocation.room(part.kind, not part.is_row)):
                     break  # what is needed later leaves it room
-        for kind, pool in self.pools.items():
-            parts = [part for part in waiting if part.kind == kind]
-            size = max(sizes[kind], any(not part.is_row for part in parts))
-            starting = [maker for maker in pool.makers[:size] if not maker.is_up]
-            needed = starting[: sum(len(part.todo) for part in parts)]
-            for maker in [*pool.makers]:
-                if not maker.calls or not (maker.is_up or maker in needed):
-                    self._remove(pool, maker)
-        starts = Counter({kind: -pool.starting() for kind, pool in self.pools.items()})
+        for pool in self.pools.values():
+            for maker in [each for each in pool.makers if not each.calls]:
+                self._remove(pool, maker)
         seconds = {kind: _seconds(waiting, kind) for kind in self.pools}
         full: set[Process] = set()
         for part in waiting:
-            starts[part.kind] += len(part.todo)
+            pool, count = self.pools[part.kind], 0
             while (
-                starts[part.kind] > 0
+                count < (len(part.todo) if part.is_row else 1)
                 and part.kind not in full
                 and self._may_start(part, seconds[part.kind])
             ):
+                count += 1
+                self.allocation.pools[part.kind] += 1
+            if count:
                 self.listener.stage = part.requirement.stage
-                self._start(self.pools[part.kind])
-                starts[part.kind] -= 1
-            if starts[part.kind] > 0 and part.is_row:
+                self._start(pool, part, count)
+            if part.is_row and count < len(part.todo):
                 full.add(part.kind)
 
-    def _size(self, pool: Pool, able: Iterable[Part]) -> int:
-        """Number of processes of a pool that get further shards."""
-        count, capacity = len(pool.makers), self.allocation.capacity(pool.kind)
+    def _end_lost(self) -> None:
+        """End processes that do not fit the cluster, since it has lost a machine: Ray Data would
+        wait for room for them, and keep their shards."""
+        for pool in self.pools.values():
+            for maker in [maker for maker in reversed(pool.makers) if maker.of_rows]:
+                if pool.size > self.allocation.fitting(pool.kind):
+                    self._remove(pool, maker)
+
+    def _kept(self, pool: Pool, able: Iterable[Part]) -> list[Maker]:
+        """The processes of a pool that get further shards."""
+        capacity = self.allocation.capacity(pool.kind)
         parts = [part for part in able if part.kind == pool.kind]
         # Trials wait for a pool that ends soon, but not for images that only a picture shows.
         is_awaited = any(not part.requirement.compared_with for part in parts)
-        left = _seconds(parts, pool.kind) / max(count, 1)
-        if count > capacity and not (is_awaited and left <= MAX_POOL_WAIT):
-            return capacity
-        return count
+        left = _seconds(parts, pool.kind) / max(pool.size, 1)
+        if pool.size <= capacity or (is_awaited and left <= MAX_POOL_WAIT):
+            return pool.makers
+        sizes = accumulate(maker.size for maker in pool.makers)
+        fit = [m for m, size in zip(pool.makers, sizes, strict=True) if size <= capacity]
+        return [*fit, *(maker for maker in pool.makers if not maker.of_rows and maker not in fit)]
 
     def _may_start(self, part: Part, seconds: float) -> bool:
         """Whether a pool may have another process, and its share of the work takes longer than its
         start."""
         pool = self.pools[part.kind]
-        count = sum(not maker.is_long for maker in pool.makers)
+        count = self.allocation.pools[part.kind] - sum(maker.is_long for maker in pool.makers)
         share = seconds / count if count else inf
         is_worth_it = share > PROCESS_START + pool.loading
         return is_worth_it and self.allocation.room(part.kind, is_task=not part.is_row) > 0
 
-    def _start(self, pool: Pool) -> None:
+    def _start(self, pool: Pool, part: Part, count: int) -> None:
+        """Start processes, and give them their first shards: those that fit beside trials, and the
+        others, which end when trials need their resources."""
         now = time.monotonic()
         pool.began = pool.began if pool.makers else now
-        actor, future = self.workers.start(pool.kind)
-        maker = Maker(actor, now)
-        pool.makers.append(maker)
-        self.calls[future] = partial(self._on_start, pool, maker)
-        self.allocation.pools[pool.kind] = len(pool.makers)
-        pool.statistics.actors = max(pool.statistics.actors, len(pool.makers))
+        reserve = self.allocation.reserve() if pool.kind == "generator" else 0
+        first = min(count, reserve - pool.size) if pool.size < reserve else count
+        for size in filter(None, (first, count - first)) if part.is_row else (1,):
+            calls = min(MAX_CALLS, 2 * len(part.todo) + size) if part.is_row else 0
+            processes = self.workers.start(pool.kind, size, calls)
+            maker = Maker(processes, size, now, calls or 1, part.is_row)
+            pool.makers.append(maker)
+            while part.todo and maker.has_room(part):
+                self._give(pool, maker, part)
+        self.allocation.pools[pool.kind] = pool.size
+        pool.statistics.actors = max(pool.statistics.actors, pool.size)
 
     def _give(self, pool: Pool, maker: Maker, part: Part) -> None:
         shards = part.take()
         part.running += 1
         maker.calls += 1
+        maker.left -= 1
         maker.is_long = not part.is_row and part.pace > PROCESS_START
         self.listener.stage = part.requirement.stage
         thrift = part.tries["oom"]
-        future = self.workers.make(maker.actor, part.requirement.spec, shards, thrift)
+        future = maker.processes.make(part.requirement.spec, shards, thrift)
         self.calls[future] = partial(self._on_made, pool, maker, part, shards)
 
     def _remove(self, pool: Pool, maker: Maker) -> bool:
-        """End a process; returns False if it has been ended before."""
+        """End processes; returns False if they have been ended before."""
         if maker not in pool.makers:
             return False
         pool.makers.remove(maker)
-        self.workers.end(maker.actor)
-        self.allocation.pools[pool.kind] = len(pool.makers)
+        maker.processes.end()
+        self.ending.append((maker.processes, time.monotonic()))
+        self.allocation.pools[pool.kind] = pool.size
         statistics, now = pool.statistics, time.monotonic()
-        statistics.held += now - maker.started
+        statistics.held += maker.size * (now - maker.started)
         if not pool.makers:
             statistics.seconds = now - pool.began
             if statistics.images or statistics.pairs:

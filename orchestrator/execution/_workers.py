@@ -1,22 +1,29 @@
-"""Processes that prepare artifacts on the cluster: actors of Ray.
+"""Processes that prepare artifacts on the cluster: pools of Ray Data for shards, and actors of Ray
+for artifacts that are no rows.
 
-A process makes one artifact, or one shard of a row, after another. A shard is one block of images
-of a class, one draw of denoising errors of a block of pool images, or the features of a block of
-real images. Its content does not depend on which process makes it. Each shard is renamed into place
-when it is complete, so that a killed run resumes with the missing ones.
+A shard is one block of images of a class, one draw of denoising errors of a block of pool images,
+or the features of a block of real images. Its content does not depend on which process makes it.
+Each shard is renamed into place when it is complete, so that a killed run resumes with the missing
+ones.
 """
 
 from __future__ import annotations
 
+import json
+import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from concurrent.futures import Future
+from dataclasses import astuple, replace
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import ray
 
-from orchestrator.cluster.session import prepare_worker
+from orchestrator.cluster.session import prepare_worker, quiet_data_context
 from orchestrator.execution._progress import ProgressReporter, report_working
+from orchestrator.execution._queue import Shard
 from orchestrator.failures import Failure, classify
 from orchestrator.keys import Process, RowSpec, StageSpec, artifact_key
 from orchestrator.planning import artifact_title
@@ -38,6 +45,9 @@ NO_COUNTS = {
 }
 
 
+ENDED = RuntimeError("the processes of the pool have ended")
+
+
 class Made(NamedTuple):
     """What became of an artifact or a shard."""
 
@@ -46,54 +56,148 @@ class Made(NamedTuple):
     failure: Failure | None = None
 
 
-class Workers:
-    """Starts processes with the resources of their kind, and returns the future of each call."""
+class Processes(Protocol):
+    """Processes that started together."""
 
-    def __init__(self, worker: WorkerContext, resources: Resources, progress_actor: Any) -> None:
-        self.worker, self.want = worker, resources.process_resources
-        self.progress_actor = progress_actor
-
-    def start(self, kind: Process) -> tuple[Any, Any]:
-        """Start a process; returns it with the future of its start."""
-        want = self.want(kind)
-        resources = dict(want.custom) or None
-        options = {"num_cpus": want.cpu, "num_gpus": want.gpu, "resources": resources}
-        actor = ray.remote(ArtifactMaker).options(**options).remote()
-        worker = replace(self.worker, device="cuda" if want.gpu else "cpu")
-        return actor, actor.prepare.remote(worker, want.gpu, self.progress_actor)
-
-    def make(
-        self, actor: Any, spec: StageSpec, shards: Sequence[tuple[int, int]], thrift: int
-    ) -> Any:
+    def make(self, spec: StageSpec, shards: Sequence[Shard], thrift: int) -> Future[list[Made]]:
         """Make an artifact, or shards of a row; the result has a `Made` for each.
 
         Args:
             thrift: how often the artifact ran out of memory.
         """
-        return actor.make.remote(spec, shards, thrift)
 
-    def end(self, actor: Any) -> None:
-        ray.kill(actor)
+    def end(self) -> None:
+        """End the processes. Calls that have not returned raise an exception."""
 
-    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    def is_alive(self) -> bool:
+        """Whether they still end; Ray must not end before."""
+
+
+class Workers:
+    """Starts processes with the resources of their kind."""
+
+    def __init__(self, worker: WorkerContext, resources: Resources, progress_actor: Any) -> None:
+        self.worker, self.want = worker, resources.process_resources
+        self.progress_actor = progress_actor
+
+    def start(self, kind: Process, count: int, calls: int) -> Processes:
+        """Start some processes that make at most so many calls; 0 calls: one that makes artifacts
+        that are no rows."""
+        want = self.want(kind)
+        worker = replace(self.worker, device="cuda" if want.gpu else "cpu")
+        arguments = (worker, want.gpu, self.progress_actor)
+        options: dict[str, Any] = {"num_cpus": want.cpu, "num_gpus": want.gpu}
+        options["resources"] = dict(want.custom) or None
+        return _DataPool(count, calls, arguments, options) if calls else _Actor(arguments, options)
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """Run a task on no core, since trials hold all of them while they run."""
-        return ray.remote(function).options(num_cpus=0).remote(*arguments)
+        future: Future[Any] = ray.remote(function).options(num_cpus=0).remote(*arguments).future()
+        return future
 
-    def finished(self, futures: Sequence[Any]) -> Any:
-        """The calls that have ended by now."""
-        if not futures:
-            return []
-        return ray.wait(list(futures), num_returns=len(futures), timeout=0)[0]
 
-    def result(self, future: Any) -> Any:
-        """The result of a call; raises its exception, or Ray's of a dead process."""
-        return ray.get(future)
+class _Actor:
+    """An actor of Ray."""
+
+    def __init__(self, arguments: Sequence[Any], options: Mapping[str, Any]) -> None:
+        self._actor = ray.remote(ArtifactMaker).options(**options).remote(*arguments)
+
+    def make(self, spec: StageSpec, shards: Sequence[Shard], thrift: int) -> Future[list[Made]]:
+        future: Future[list[Made]] = self._actor.make.remote(spec, shards, thrift).future()
+        return future
+
+    def end(self) -> None:
+        ray.kill(self._actor)
+
+    def is_alive(self) -> bool:
+        return False
+
+
+class _DataPool:
+    """A pool of Ray Data. Row n of its dataset stands for call n: the process that gets the row
+    waits for this call, so the queue decides what a process makes until the process is free. A row
+    that Ray computes again, after the loss of a machine, is the same call.
+
+    A thread reads the results, since reading blocks. It is a daemon, so that it does not keep the
+    process of a stopped driver alive.
+    """
+
+    def __init__(
+        self, count: int, calls: int, arguments: Sequence[Any], options: Mapping[str, Any]
+    ) -> None:
+        self._name, self._progress_actor = uuid.uuid4().hex, arguments[-1]
+        self._given = 0
+        self._futures: dict[int, Future[list[Made]]] = {}  # of calls without a result, by number
+        self._ended = False
+        read = partial(self._read, count, calls, arguments, options)
+        self._thread = threading.Thread(target=read, daemon=True)
+        self._thread.start()
+
+    def make(self, spec: StageSpec, shards: Sequence[Shard], thrift: int) -> Future[list[Made]]:
+        number, future = self._given, Future[list[Made]]()
+        self._given += 1
+        self._futures[number] = future
+        self._progress_actor.give.remote(self._name, number, (spec, shards, thrift))
+        if self._ended:
+            self._fail(ENDED)
+        return future
+
+    def end(self) -> None:
+        self._ended = True
+        self._progress_actor.end.remote(self._name)
+        self._fail(ENDED)
+
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def _read(
+        self, count: int, calls: int, arguments: Sequence[Any], options: Mapping[str, Any]
+    ) -> None:
+        from ray.data import ActorPoolStrategy, from_items
+
+        # A process waits for one call at a time. It has a second thread for rows that Ray computes
+        # again: behind a row that waits for a call, which may never come, they would not end.
+        processes = ActorPoolStrategy(
+            size=count,
+            max_tasks_in_flight_per_actor=1,
+            max_concurrent_calls_per_actor=2,
+            enable_true_multi_threading=True,
+        )
+        problem: BaseException = ENDED
+        try:
+            with quiet_data_context():
+                pool = from_items(range(calls), override_num_blocks=calls).map_batches(
+                    PoolMaker,
+                    fn_constructor_args=(*arguments, self._name),
+                    batch_size=1,
+                    compute=processes,
+                    **options,
+                )
+                # Prefetching would hold a result back until the next one has come.
+                results = iter(pool.iter_batches(batch_size=1, prefetch_batches=0))
+                for result in results:
+                    number = int(result["number"][0])
+                    self._progress_actor.give.remote(self._name, number, None)
+                    if future := self._futures.pop(number, None):
+                        future.set_result([_made(*each) for each in json.loads(result["made"][0])])
+                    if self._ended:
+                        results.close()
+                        break
+        except BaseException as error:
+            problem = error
+        self._ended = True
+        self._fail(problem)
+
+    def _fail(self, problem: BaseException) -> None:
+        for number in [*self._futures]:
+            if future := self._futures.pop(number, None):
+                future.set_exception(problem)
 
 
 class ArtifactMaker:
     """Actor that keeps the diffusion model or CLIP of a row loaded until the row changes."""
 
-    def prepare(self, worker: WorkerContext, gpu: float, progress_actor: Any) -> None:
+    def __init__(self, worker: WorkerContext, gpu: float, progress_actor: Any) -> None:
         import torch  # not in the driver, which does not compute
 
         torch.set_num_threads(1)  # one process a core; more threads would compete for it
@@ -103,7 +207,7 @@ class ArtifactMaker:
         self.loaded: tuple[StageSpec, Any] | None = None  # spec of the row, generator or scorer
         self.startup = 0.0  # seconds of loading models for the current shard
 
-    def make(self, spec: StageSpec, shards: Sequence[tuple[int, int]], thrift: int) -> list[Made]:
+    def make(self, spec: StageSpec, shards: Sequence[Shard], thrift: int) -> list[Made]:
         return [self._made(spec, *shard, thrift) for shard in shards]
 
     def _made(self, spec: StageSpec, index: int, block: int, thrift: int) -> Made:
@@ -170,6 +274,27 @@ class ArtifactMaker:
             name = f"{title}, {spec.name_of(index)}, block {block}"
             model.report = ProgressReporter(self.progress_actor, name, spec.maker.counts)
         return model
+
+
+class PoolMaker(ArtifactMaker):
+    """Process of a pool of Ray Data; see `_DataPool`."""
+
+    def __init__(self, worker: WorkerContext, gpu: float, progress_actor: Any, pool: str) -> None:
+        super().__init__(worker, gpu, progress_actor)
+        self.pool, self.lock = pool, threading.Lock()
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
+        number = int(batch["item"][0])
+        call = ray.get(self.progress_actor.call.remote(self.pool, number))
+        with self.lock:
+            made = self.make(*call) if call else []
+        plain = [(*each[:2], each.failure and astuple(each.failure)) for each in made]
+        text = json.dumps(plain, default=lambda each: each.item())
+        return {"number": [number], "made": [text]}
+
+
+def _made(seconds: float, facts: dict[str, Any], failure: Sequence[str] | None) -> Made:
+    return Made(seconds, facts, Failure(*failure) if failure else None)
 
 
 def draw_contact_sheet(*arguments: Any) -> tuple[bytes, dict[str, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import time
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -18,7 +20,12 @@ import torch
 from orchestrator.cluster.session import machines, waits_for_resources
 from orchestrator.execution import _queue
 from orchestrator.execution._allocation import Allocation
-from orchestrator.execution._progress import ProgressMonitor, ProgressReporter, report_working
+from orchestrator.execution._progress import (
+    ProgressActor,
+    ProgressMonitor,
+    ProgressReporter,
+    report_working,
+)
 from orchestrator.execution._queue import WorkQueue
 from orchestrator.execution._workers import ArtifactMaker, Workers
 from orchestrator.failures import Failure
@@ -31,7 +38,7 @@ from orchestrator.stages.images import FolderImages
 from orchestrator.stages.synthetic import read_synthetic
 from orchestrator.store import ArtifactStore
 from tests.execution.test_queue import Listener
-from tests.helpers.sweeps import wait_until
+from tests.helpers.sweeps import TIMEOUT, wait_until
 
 pytestmark = pytest.mark.ray
 
@@ -60,8 +67,7 @@ class Reports:
 
 def maker(store: ArtifactStore, reports: Any = None) -> ArtifactMaker:
     """The actor, in this process."""
-    made = ArtifactMaker()
-    made.prepare(WorkerContext(store), 0.0, reports or Reports())
+    made = ArtifactMaker(WorkerContext(store), 0.0, reports or Reports())
     return made
 
 
@@ -92,6 +98,51 @@ def test_only_missing_blocks_are_drawn(ray_session, resolver, drawn_digits, tmp_
     again = read_synthetic(many.spec, 8, store)
     assert (again.batch.features == first.batch.features).all()
     assert read_synthetic(many.spec, 16, store).labels.bincount().tolist() == [16] * 10
+
+
+def test_a_row_of_a_pool_that_is_computed_again_is_the_same_call():
+    async def check() -> None:
+        actor = ProgressActor()
+        early = asyncio.create_task(actor.call("pool", 1))
+        await actor.give("pool", 0, "shard")
+        assert [await actor.call("pool", 0) for _ in range(2)] == ["shard", "shard"]
+        await actor.give("pool", 0, None)
+        assert await actor.call("pool", 0) is None
+        assert not early.done()
+        await actor.end("pool")
+        assert await early is None
+
+    asyncio.run(check())
+
+
+def test_a_killed_process_of_a_pool_makes_its_shard_again_but_an_ended_pool_does_not(
+    ray_session, resolver, drawn_digits, tmp_path
+):
+    requirement, store = row_requirement(resolver, drawn_digits, 8), ArtifactStore(tmp_path)
+    progress = ProgressMonitor()
+    workers = Workers(WorkerContext(store), Resources(), progress.actor)
+    digest = artifact_key(requirement.spec.images).digest
+
+    def waits() -> bool:
+        return any(kind == "waiting" for _, kind in progress.read())
+
+    for number, is_killed in enumerate((False, True)):
+        pool = workers.start("generator", 1, 2)
+        with store.locks.exclusive(f"{digest}-{number}-0"):
+            made = pool.make(requirement.spec, [(number, 0)], 0)
+            wait_until(waits)
+            if is_killed:
+                processes = psutil.Process().children(recursive=True)
+                makers = [each for each in processes if "PoolMaker" in " ".join(each.cmdline())]
+                assert makers
+                for process in makers:
+                    process.kill()
+            else:
+                pool.end()
+                assert "have ended" in str(made.exception())
+    assert made.result(timeout=TIMEOUT)[0].facts["drawn"] == 8
+    pool.end()
+    wait_until(lambda: not pool.is_alive())
 
 
 def test_a_block_counts_the_processes_that_it_has_killed_until_the_next_run(

@@ -23,6 +23,7 @@ import tempfile
 import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,15 +109,15 @@ def run_points(
 
 
 class Workers:
-    """Makes everything at once; a call is its result."""
+    """Makes everything at once."""
 
     def __init__(self, worker: Any, *others: Any) -> None:
         self.worker = worker
 
-    def start(self, kind: str) -> tuple[Any, Any]:
-        return "actor", Call(None)
+    def start(self, kind: str, count: int, calls: int) -> Any:
+        return self
 
-    def make(self, actor: Any, spec: Any, shards: Sequence[tuple[int, int]], thrift: int) -> Any:
+    def make(self, spec: Any, shards: Sequence[tuple[int, int]], thrift: int) -> Any:
         store, made = self.worker.store, []
         for c, block in shards:
             if spec.rows:
@@ -128,24 +129,22 @@ class Workers:
                 store.get_or_build(spec, lambda folder: {})
             counts = FACTS if spec.rows else {"startup": 0.0}
             made.append(Made(0.0, counts, None))
-        return Call(made)
+        return ended(made)
 
-    def end(self, actor: Any) -> None:
+    def end(self) -> None:
         pass
 
+    def is_alive(self) -> bool:
+        return False
+
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return Call(function(*arguments))
-
-    def finished(self, calls: Sequence[Any]) -> Sequence[Any]:
-        return calls[:1]
-
-    def result(self, call: Any) -> Any:
-        return call.result
+        return ended(function(*arguments))
 
 
-class Call:
-    def __init__(self, result: Any) -> None:
-        self.result = result
+def ended(result: Any) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(result)
+    return future
 
 
 class Made(NamedTuple):
