@@ -253,12 +253,6 @@ def test_screens_of_special_tables_equal_the_golden_file() -> None:
     check_golden_cases("screens.txt", {name: summary("s", cases()[name], []) for name in SPECIAL})
 
 
-def test_the_test_images_do_not_choose_between_equal_classifiers() -> None:
-    found = results(tied("zero_shot", "cpl", "fpl", "air"))
-    assert found.best_classifiers[found.tasks[0]].row.method == "cpl"
-    assert one_line(table(found, "md")).startswith("The best classifier is below zero_shot (45.3 %")
-
-
 # ---------------------------------------------------------------- answers
 
 
