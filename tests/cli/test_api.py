@@ -92,13 +92,7 @@ def test_the_installed_module_airsweep_exports_the_whole_api():
 ONLY_COMMAND_LINE = {"as_json", "explain", "form", "check", "tracking_uri"}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("plan", "run", "status", "init"),
-        *("export", "report", "sample"),
-    ],
-)
+@pytest.mark.parametrize("name", ["plan", "run", "status", "init", "export", "report", "sample"])
 def test_a_function_has_the_parameters_of_its_command(name):
     command = typer.main.get_command(app).commands[name]
     options = {param.name for param in command.params} - ONLY_COMMAND_LINE

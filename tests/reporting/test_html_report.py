@@ -77,9 +77,8 @@ def labels_of(text: str) -> Iterator[str]:
 
 def test_the_report_of_a_grid_has_all_sections_in_order(grid):
     text = report(grid, "grid")
-    assert re.findall(r'<section id="(\w+)">', text) == [
-        *("answer", "table", "differences", "settings", "curves", "images", "confusion"),
-    ]
+    sections = "answer table differences settings curves images confusion"
+    assert " ".join(re.findall(r'<section id="(\w+)">', text)) == sections
     for tag in set(re.findall(r"<(\w+)", text)) - {"img", "meta"}:
         assert len(re.findall(rf"<{tag}[ >]", text)) == text.count(f"</{tag}>")
     assert all(re.findall(r'<img [^>]*alt="([^"]*)"', text))

@@ -143,10 +143,8 @@ def test_setting_runs_have_the_numbers_of_the_table(ended, sweep, tracked):
     plan = plan_of(sweep, ended)
     expected = {row.method: row for row in results_of(plan, ended.store).points()}
     for method, row in expected.items():
-        metrics, tags = (
-            setting_run_of(tracked, method).data.metrics,
-            setting_run_of(tracked, method).data.tags,
-        )
+        data = setting_run_of(tracked, method).data
+        metrics, tags = data.metrics, data.tags
         assert metrics["test/accuracy"] == round(row.mean, 4)
         assert metrics["test/accuracy_low"] == round(row.low, 4)
         assert metrics["test/accuracy_high"] == round(row.high, 4)
@@ -188,13 +186,8 @@ def test_a_sweep_run_has_the_best_classifier_with_its_interval_and_the_gain(ende
     [gain] = [c.difference for c in results.comparisons if c.methods == ("air_fpl", "fpl")]
     parent = sweep_run(tracked)
     assert gain.reason_not_tested  # so it has no interval
-    shown = {
-        **{"best/test/accuracy": best.test.mean, "gain": gain.mean},
-        **{
-            "best/test/accuracy_low": best.test.low,
-            "best/test/accuracy_high": best.test.high,
-        },
-    }
+    ends = {"best/test/accuracy_low": best.test.low, "best/test/accuracy_high": best.test.high}
+    shown = {"best/test/accuracy": best.test.mean, "gain": gain.mean, **ends}
     assert parent.data.metrics == {name: round(value, 4) for name, value in shown.items()}
     settings = {m: setting_run_of(tracked, m).data for m in ("zero_shot", "fpl", "air_fpl")}
     marked = {m: data.tags.get("air.best_classifier") for m, data in settings.items()}
