@@ -143,10 +143,8 @@ class Opened(Sequence[Any]):
 CONTEXT = 2**29  # bytes of GPU memory that the CUDA context of each process takes
 
 
-def memory_fraction(gpu: float, total: float) -> float | None:
-    """Fraction of a GPU's memory that a process may allocate; None if it does not share the GPU.
-
-    The CUDA context of the process is not part of the fraction.
+def memory_fraction(gpu: float, total: float) -> float:
+    """Fraction of a GPU's memory that a process may allocate beside its CUDA context.
 
     Args:
         gpu: fraction of a GPU that a trial reserves.
@@ -155,10 +153,9 @@ def memory_fraction(gpu: float, total: float) -> float | None:
     >>> memory_fraction(0.25, 80 * 2**30)
     0.24375
     >>> memory_fraction(1, 80 * 2**30)
+    1.0
     """
-    if not 0 < gpu < 1:
-        return None
-    return max(gpu / 2, gpu - CONTEXT / total)
+    return max(gpu / 2, gpu - CONTEXT / total) if gpu < 1 else 1.0
 
 
 def limit_gpu_memory(gpu: float) -> None:
@@ -172,7 +169,7 @@ def limit_gpu_memory(gpu: float) -> None:
     if not gpu or not torch.cuda.is_available():
         return
     total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(memory_fraction(gpu, total) or 1.0)
+    torch.cuda.set_per_process_memory_fraction(memory_fraction(gpu, total))
 
 
 def ignore(done: int, total: int) -> None:

@@ -252,11 +252,6 @@ def stages(requirements: Iterable[Requirement]) -> list[str]:
     return [requirement.stage for requirement in requirements]
 
 
-def test_methods_without_images_need_features_only(world):
-    plan = world.plan(world.sweep("zero_shot", "fpl", "grip", "cpl", "cpl_real"))
-    assert stages(plan.requirements) == ["features"]
-
-
 def test_a_trial_with_images_needs_their_inputs_in_build_order():
     requirements = requirements_of([trial()])
     assert stages(requirements) == ["features", "labels", "lora", "images", "images"]

@@ -106,12 +106,6 @@ SWEEPS = {
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
-def test_the_default_point_comes_first(log, sampler):
-    searching = log.open(sweep(sampler))
-    assert searching.next_round()[0] == Point(0, {"images_per_class": 40, "fusion_weight": 0.8})
-
-
-@pytest.mark.parametrize("sampler", ["tpe", "random"])
 def test_the_points_depend_on_the_seed(tmp_path, sampler):
     first, again, other = (
         params(Log(tmp_path / name).play(sweep(sampler, seed=seed)))
