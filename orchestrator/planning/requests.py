@@ -29,7 +29,6 @@ from orchestrator.store import (
     store_folder,
     store_of_smoke,
 )
-from orchestrator.store.location import recorded_location
 
 SHOWN = 3  # recorded sweeps in a message, those with the most similar names
 
@@ -161,7 +160,7 @@ def location_named(name: str, store: str | Path) -> SweepLocation:
         raise ValueError(
             f"no sweep {wanted} in {store}; recorded sweeps: {recorded or 'none'}; {hint}"
         )
-    return recorded_location(opened, project, short)
+    return SweepLocation(opened, project, short, None).refresh()
 
 
 def request_again(location: SweepLocation) -> SweepRequest:

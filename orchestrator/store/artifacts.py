@@ -38,12 +38,12 @@ from orchestrator.store._locks import Locks
 from orchestrator.store.buckets import is_bucket, run_concurrently, store_folder
 from orchestrator.store.rows import Row
 from orchestrator.store.storage import (
+    EVENTS,
     RECORD,
     Bucket,
     Folder,
     initialize,
     open_storage,
-    recorded_sweeps,
 )
 from orchestrator.store.verification import (
     read_record,
@@ -102,7 +102,15 @@ class ArtifactStore:
 
     def sweeps(self) -> list[tuple[str, str]]:
         """Project and name of each recorded sweep."""
-        return recorded_sweeps(self.storage)
+        if isinstance(self.storage, Folder):
+            logs = (self.root / "sweeps").glob(f"*/*/{EVENTS}")
+            return sorted((log.parent.parent.name, log.parent.name) for log in logs)
+        client = self.storage.client
+        return [
+            (p, name)
+            for p in client.folder("sweeps")[0]
+            for name in client.folder(f"sweeps/{p}")[0]
+        ]
 
     def refresh_listings(self) -> None:
         """Forget cached listings, so that new artifacts of other processes are found."""

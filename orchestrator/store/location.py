@@ -57,14 +57,9 @@ class SweepLocation:
             self.store.write(path, data)
 
 
-def recorded_location(store: ArtifactStore, project: str, name: str) -> SweepLocation:
-    """Location of a recorded sweep, with its files downloaded."""
-    return SweepLocation(store, project, name, None).refresh()
-
-
 def recorded_locations(store: ArtifactStore) -> list[SweepLocation]:
-    """Locations of the sweeps of a store, sorted by name."""
-    return [recorded_location(store, project, name) for project, name in store.sweeps()]
+    """Locations of the sweeps of a store, sorted by name, with their files downloaded."""
+    return [SweepLocation(store, *names, None).refresh() for names in store.sweeps()]
 
 
 RESOLVED = "resolved.json"

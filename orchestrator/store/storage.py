@@ -311,16 +311,6 @@ def copy_folder(client: BucketClient) -> Path:
     return Path(cache).expanduser().absolute() / f"{name}-{digest}"
 
 
-def recorded_sweeps(storage: Folder | Bucket) -> list[tuple[str, str]]:
-    """Project and name of each recorded sweep."""
-    if isinstance(storage, Folder):
-        logs = (storage.root / "sweeps").glob(f"*/*/{EVENTS}")
-        return sorted((log.parent.parent.name, log.parent.name) for log in logs)
-    client = storage.client
-    projects, _ = client.folder("sweeps")
-    return [(p, name) for p in projects for name in client.folder(f"sweeps/{p}")[0]]
-
-
 # ---------------------------------------------------------------- opening
 
 

@@ -26,8 +26,7 @@ from orchestrator.reporting.html_report import frequent_confusions, page
 from orchestrator.reporting.screens import status_report, status_screen, summary_screen
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.features import build as build_features
-from orchestrator.store import open_store
-from orchestrator.store.location import recorded_location
+from orchestrator.store import SweepLocation, open_store
 from tests.helpers.browser import CHROMIUM, MISSING, Browser
 from tests.helpers.golden import check_refusals
 from tests.helpers.outcomes import by_method, record_sweep
@@ -63,7 +62,7 @@ def grid(tmp_path_factory, drawn_digits) -> Path:
 
 
 def report(store: Path, name: str) -> str:
-    location = recorded_location(open_store(store), "default", name)
+    location = SweepLocation(open_store(store), "default", name, None)
     ledger = read_ledger(location)
     return page(ledger, location, results_of(ledger, location.store))
 
@@ -109,7 +108,7 @@ def test_unused_images_are_named_in_report_status_and_closing_screen(tmp_path):
     (folder / "phone.mov").write_bytes(b"")
     body = f"fixed: {{method: zero_shot, dataset: 'folder:{tmp_path / 'images'}'}}\nseeds: [1]\n"
     record_sweep(tmp_path, "mine", body, by_method({"zero_shot": 0.5}))
-    location = recorded_location(open_store(tmp_path), "default", "mine")
+    location = SweepLocation(open_store(tmp_path), "default", "mine", None)
     [slot] = plan_of(read_request(location.folder / "spec.yaml").spec, location).slots
     build_features(slot.spec.features, WorkerContext(location.store))
     facts = {"drawn": 14, "redrawn": 0, "holes": 2}

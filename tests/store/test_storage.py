@@ -28,7 +28,7 @@ from orchestrator.errors import (
 )
 from orchestrator.keys import artifact_key
 from orchestrator.stages import FeaturesSpec, FolderImages
-from orchestrator.store import ArtifactStore, EventLog, open_store
+from orchestrator.store import ArtifactStore, EventLog, SweepLocation, open_store
 from orchestrator.store._leases import LOCK_SECONDS
 from orchestrator.store.buckets import BucketClient
 from orchestrator.store.checkpoints import (
@@ -38,7 +38,6 @@ from orchestrator.store.checkpoints import (
     read_checkpoint,
     write_checkpoint,
 )
-from orchestrator.store.location import recorded_location
 from orchestrator.store.storage import RECORD
 from tests.helpers.sweeps import TIMEOUT
 
@@ -147,24 +146,24 @@ def test_a_store_can_be_pickled_for_a_worker(machine):
     assert on_worker.get(SPEC).record["info"] == {"text": "1 2 3"}
 
 
-@pytest.mark.parametrize("name", ["numbers", RECORD])
-@pytest.mark.parametrize("content", [b"1 2 4", b"", None])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("numbers", b"1 2 4"), ("numbers", None), (RECORD, b"1 2 4"), (RECORD, b"")],
+)
 def test_a_damaged_artifact_is_refused_by_name_and_made_again(machine, address, name, content):
     machine("one").get_or_build(SPEC, numbers("1 2 3"))
-    store = machine("two")
-    folder = store.path(artifact_key(SPEC))
-    (file,) = (folder / each for each in store.storage.list(folder) if each.endswith(name))
-    store.storage.delete(file) if content is None else store.storage.put(file, content)
-    if content is not None or name != RECORD:  # without a record it does not exist
-        store = machine("three")
-        assert store.has(SPEC)
+    storage, folder = machine("two").storage, machine("two").path(artifact_key(SPEC))
+    (file,) = (folder / each for each in storage.list(folder) if each.endswith(name))
+    storage.delete(file) if content is None else storage.put(file, content)
+    store = machine("three")
+    for read in (store.get, store.check):
         with pytest.raises(
             DamagedArtifact, match=f"^{address}/artifacts/.*{name}.*; run"
         ) as damaged:
-            store.get(SPEC)
-        store.set_aside(damaged.value)
-    assert not store.has(SPEC)
+            read(SPEC)
+    store.set_aside(damaged.value)
     store.check(SPEC)
+    assert not store.has(SPEC)
     assert store.get_or_build(SPEC, numbers("1 2 3")).record["info"] == {"text": "1 2 3"}
     assert (machine("four").get(SPEC).path / "numbers").read_text() == "1 2 3"
 
@@ -259,7 +258,7 @@ def test_crashes_of_a_shard_are_counted_on_all_machines_until_a_reset(machine):
 
 def event_log_of(store: ArtifactStore) -> EventLog:
     store.initialize()
-    return recorded_location(store, "default", "x").event_log()
+    return SweepLocation(store, "default", "x", None).refresh().event_log()
 
 
 def recorded_numbers(event_log: EventLog) -> list[int]:
