@@ -122,20 +122,14 @@ def settings_schema(names: Iterable[str] | None = None, **more: Any) -> Schema:
 
 def axes_schema() -> Schema:
     """The schema of values for some trial keys."""
-    return mapping_schema(
-        {name: {**values_schema(name), "description": _description(name)} for name in trial_names()}
-    )
+    values = {name: values_schema(name) for name in trial_names()}
+    return mapping_schema({n: described(of, None, _description(n)) for n, of in values.items()})
 
 
 def condition_schema() -> Schema:
     """The schema of `when`: for each key the value or values with which it holds."""
-    properties = {
-        name: {
-            "anyOf": [value_schema(name), values_schema(name)],
-            "description": _description(name),
-        }
-        for name in trial_names()
-    }
+    either = {name: {"anyOf": [value_schema(name), values_schema(name)]} for name in trial_names()}
+    properties = {n: described(of, None, _description(n)) for n, of in either.items()}
     return mapping_schema(properties, minProperties=1)
 
 

@@ -75,15 +75,12 @@ class Document:
                 )
             current = keys[: depth + 1]
             if step not in parent or current == keys:
-                self._drop_positions(current)
+                for positions in (self.positions, self.key_positions):
+                    for path in [p for p in positions if p[: len(current)] == current]:
+                        del positions[path]
                 self.positions[current] = self.key_positions[current] = position
                 parent[step] = value if current == keys else {}
             parent = parent[step]
-
-    def _drop_positions(self, keys: Keys) -> None:
-        for positions in (self.positions, self.key_positions):
-            for path in [path for path in positions if path[: len(keys)] == keys]:
-                del positions[path]
 
     def error(self, keys: Keys, message: str) -> SpecError:
         """An error at the value; if the value is missing, at the closest mapping above it."""

@@ -72,10 +72,8 @@ def _key_notes(place: str, key: str, methods: Sequence[str], is_used: bool) -> I
     if surprising:
         yield f"{place} does not apply to {', '.join(surprising)}: the method pins it"
     elif not is_used:
-        yield f"{place}: no cell uses it; {UNUSED}"
-
-
-UNUSED = "allowed: remove it, or use methods and settings with which it has an effect"
+        remedy = "remove it, or use methods and settings with which it has an effect"
+        yield f"{place}: no cell uses it; allowed: {remedy}"
 
 
 def _is_used(cells: Sequence[Cell], key: str, value: Any) -> bool:

@@ -87,9 +87,8 @@ def setting(
         read: converts a valid value; None: `typed`.
     """
     facts = {"help": help, "schema": schema, "read": read, "limits": limits}
-    if callable(default):
-        return dataclasses.field(default_factory=default, metadata=facts)
-    return dataclasses.field(default=default, metadata=facts)
+    of: Any = {"default_factory" if callable(default) else "default": default}
+    return dataclasses.field(**of, metadata=facts)
 
 
 def object_schema(owner: Any) -> Schema:
