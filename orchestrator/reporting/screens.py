@@ -40,13 +40,12 @@ from orchestrator.store import SweepLocation, read_outcome
 
 def plan_report(plan: Plan, location: SweepLocation) -> dict[str, Any]:
     """The plan of a sweep for `plan --json`. New versions may add keys but never remove any."""
-    earlier = earlier_results(plan, location)
-    reused = plan.results["reused"]
+    earlier, sources = earlier_results(plan, location), {}
+    if plan.results["reused"]:
+        sources = dict(count_by_sweep(location.store, plan.has_result, location))
     return {
         **plan.json(location.store),
-        "reused_from": dict(count_by_sweep(location.store, plan.has_result, location))
-        if reused
-        else {},
+        "reused_from": sources,
         "changed_inputs": changed_inputs(earlier),
         "stale": [
             {"stage": stage, "artifacts": count}
