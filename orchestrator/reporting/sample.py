@@ -54,15 +54,7 @@ def write_sample(
 ) -> Sample:
     """Draw unlabelled images of a sweep; write `<output>-sample.png` and `<output>-labels.csv`.
 
-    Features of the images are made if the store lacks them.
-
-    Args:
-        count: number of images; at most the whole pool.
-        report: called with the number of encoded images and of all images.
-
-    Raises:
-        ValueError: no dataset of the sweep has unlabelled images, or a file exists already or
-            would become one of the images.
+    The other arguments and the exceptions are those of `airsweep.sample`.
     """
     specs = (slot.spec for slot in plan.slots)
     unlabelled = (s for s in specs if get_dataset(s.dataset.name).pool_labels == "unknown")

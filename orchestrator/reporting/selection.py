@@ -56,8 +56,7 @@ def best_trial(
 
     Args:
         only: `key=value[,value]` each; restrict the rows to these cells of the grid.
-        by: of `MEASURES`. Default: validation_accuracy; experiments without validation images.
-        classifier: restrict the candidates to text, auxiliary or fused.
+        by, classifier: as for `best_candidate`.
 
     Raises:
         ValueError: no trial is finished, the rows belong to several tasks, or a candidate lacks the

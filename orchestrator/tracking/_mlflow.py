@@ -3,8 +3,8 @@
 A run is written once. Its tag `air.digest` identifies its content, and its status is written last,
 so a run with both is complete and is skipped. A running trial of this process is continued; any
 other run of its slot is deleted and written anew. Every call passes a run id explicitly, so
-MLFLOW_RUN_ID has no effect. Any call can raise; the caller then discards its `SweepTracker` and
-opens the sweep again.
+MLFLOW_RUN_ID has no effect. Any call can raise as `MlflowTracker.check`; the caller then discards
+its `SweepTracker` and opens the sweep again.
 """
 
 from __future__ import annotations
@@ -101,9 +101,6 @@ class MlflowTracker:
         Args:
             sweep: its tags.
             live: whether the sweep is running. If not, a run that has ended keeps its status.
-
-        Raises:
-            ValueError, TrackerUnreachable: see `check`.
         """
         with explained_errors(self.address, f"the experiment {self._name}"):
             client = connect(self._uri, self.database)
@@ -177,11 +174,7 @@ class SweepTracker:
         return children
 
     def send(self, run: ChildRun) -> None:
-        """Write a trial or setting, unless MLflow has it.
-
-        Raises:
-            ValueError, TrackerUnreachable: see `MlflowTracker.check`.
-        """
+        """Write a trial or setting, unless MLflow has it."""
         with explained_errors(self.mlflow.address, f"the run {run.name}"):
             stored = self.children.get((run.kind, run.id))
             self.current.add((run.kind, run.id))
@@ -214,9 +207,6 @@ class SweepTracker:
         Args:
             note: Markdown; None skips the note and the files, which take time to send.
             metrics, tags: of the sweep run.
-
-        Raises:
-            ValueError, TrackerUnreachable: see `MlflowTracker.check`.
         """
         with explained_errors(self.mlflow.address, f"the run {self.sweep['air.sweep']}"):
             for run in self.children.values():

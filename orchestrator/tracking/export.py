@@ -215,9 +215,6 @@ def sync(location: SweepLocation, tracker: SweepTracker, status: Status) -> None
     """Send everything that MLflow lacks of a sweep, and end its run.
 
     The caller must hold the sweep's lock.
-
-    Raises:
-        ValueError, TrackerUnreachable: see `MlflowTracker.check`.
     """
     ledger = replace(read_ledger(location), alive=False)  # the caller is its driver
     content = digest_of(ledger.about, location.event_log())
