@@ -24,6 +24,7 @@ UNUSED = {
     "orchestrator.api": "torch ray mlflow numpy pandas pydantic yaml typer",
     "orchestrator.execution.driver": "torch obstore pyarrow",
     "orchestrator.tracking.export, orchestrator.tracking_uri": "mlflow",
+    "orchestrator.cli.cache, orchestrator.planning.recorded": "torch ray mlflow optuna pyarrow",
     "orchestrator.reporting.html_report": "torch ray mlflow optuna sklearn",
     "air_core.bundle": "torch PIL open_clip",
 }

@@ -33,6 +33,7 @@ from orchestrator.files import (
     file_stamp,
     permission_message,
     sync,
+    temporary_for,
     write_atomic,
     write_atomic_unsynced,
 )
@@ -273,15 +274,11 @@ class Bucket:
         if path.exists() and not fresh:
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
-        try:
-            with open(temporary, "wb") as handle:
-                exists = self.client.download(self.object(path, digest), handle)
-            if exists:
-                os.replace(temporary, path)
-                self._pushed[path] = file_stamp(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            with temporary_for(path) as temporary, open(temporary, "wb") as handle:
+                if not self.client.download(self.object(path, digest), handle):
+                    raise FileNotFoundError
+            self._pushed[path] = file_stamp(path)
         return path
 
     def refresh(self, folder: Path) -> None:

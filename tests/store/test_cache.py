@@ -21,7 +21,6 @@ from orchestrator.stages import SyntheticFeaturesSpec
 from orchestrator.store import ArtifactStore, SweepLocation
 from orchestrator.store.gc import contents
 from orchestrator.store.records import PREDICTIONS
-from tests.helpers.sweeps import python
 
 AIR = """
 grid: {{method: [cpl, air]}}
@@ -347,20 +346,3 @@ def test_links_folders_and_invalid_json_stop_neither_ls_nor_gc(world, cache):
     for words in (["ls"], ["gc"]):
         code, _, err = cache(*words)
         assert code == 0, err
-
-
-# ---------------------------------------------------------------- cost
-
-
-def test_cache_imports_neither_torch_nor_ray(world):
-    world.finish("one", AIR.format(count=8, rank=4))
-    code = (
-        "import sys\n"
-        "from orchestrator.__main__ import app\n"
-        "for word in ('ls', 'gc'):\n"
-        "    try: app(['cache', word, '--store', sys.argv[1]])\n"
-        "    except SystemExit as end: assert not end.code\n"
-        "heavy = {'torch', 'ray', 'mlflow', 'optuna', 'pyarrow'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
-    )
-    assert "nothing to remove" in python("-c", code, world.store.root).stdout
