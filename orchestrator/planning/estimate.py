@@ -240,11 +240,11 @@ def _fastest(*histories: Paces) -> Paces:
 
 def read_paces(store: ArtifactStore) -> Paces:
     """Read the paces of a store."""
-    return read_cache(store.refresh(store.root / HISTORY), dict, {})
+    return read_cache(store.storage.local(store.root / HISTORY, fresh=True), dict, {})
 
 
 def record_measurements(store: ArtifactStore, measured: Mapping[str, Measured]) -> None:
     """Compare the measurements of a run, by stage and kind, with the history of a store."""
     if measured:
         paces = {name: each.pace for name, each in measured.items()}
-        store.write(store.root / HISTORY, sealed_json(_fastest(read_paces(store), paces)))
+        store.storage.put(store.root / HISTORY, sealed_json(_fastest(read_paces(store), paces)))

@@ -106,11 +106,8 @@ class ArtifactStore:
             logs = (self.root / "sweeps").glob(f"*/*/{EVENTS}")
             return sorted((log.parent.parent.name, log.parent.name) for log in logs)
         client = self.storage.client
-        return [
-            (p, name)
-            for p in client.folder("sweeps")[0]
-            for name in client.folder(f"sweeps/{p}")[0]
-        ]
+        projects, _ = client.folder("sweeps")
+        return [(p, name) for p in projects for name in client.folder(f"sweeps/{p}")[0]]
 
     def refresh_listings(self) -> None:
         """Forget cached listings, so that new artifacts of other processes are found."""
@@ -129,14 +126,6 @@ class ArtifactStore:
                 raise ValueError(f"{permission_message(denied)} with --store")
 
     # ---------------------------------------------------------------- small files
-
-    def write(self, path: Path, content: str | bytes) -> None:
-        """Write a small file of the store atomically, for all machines."""
-        self.storage.put(path, content.encode() if isinstance(content, str) else content)
-
-    def refresh(self, path: Path) -> Path:
-        """Download the current version of a small file, if it exists; its path."""
-        return self.storage.local(path, fresh=True)
 
     def push(self, path: Path) -> None:
         """Upload a file that this process has written to a bucket, if it has changed since."""

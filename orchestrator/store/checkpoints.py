@@ -42,7 +42,7 @@ START = Checkpoint()
 
 def read_checkpoint(spec: StageSpec, store: ArtifactStore) -> Checkpoint:
     """The checkpoint of a trial; `START` if it has none, or a damaged one."""
-    file = store.refresh(store.checkpoint_path(spec))
+    file = store.storage.local(store.checkpoint_path(spec), fresh=True)
     if not file.exists():
         return START
     if intact(file.read_bytes()):
@@ -60,7 +60,7 @@ def write_checkpoint(spec: StageSpec, store: ArtifactStore, checkpoint: Checkpoi
     about = asdict(replace(checkpoint, arrays={})) | {"digest": artifact_key(spec).digest}
     del about["arrays"]
     content = save(dict(checkpoint.arrays), metadata={ABOUT: json.dumps(about), "seal": BLANK})
-    store.write(store.checkpoint_path(spec), sealed(content))
+    store.storage.put(store.checkpoint_path(spec), sealed(content))
 
 
 def delete_checkpoint(spec: StageSpec, store: ArtifactStore) -> None:

@@ -54,7 +54,7 @@ class SweepLocation:
         """Write a file of the sweep, unless it has this content."""
         path, data = self.folder / name, content.encode() if isinstance(content, str) else content
         if not path.exists() or path.read_bytes() != data:
-            self.store.write(path, data)
+            self.store.storage.put(path, data)
 
 
 def recorded_locations(store: ArtifactStore) -> list[SweepLocation]:

@@ -187,8 +187,9 @@ def test_a_damaged_shard_is_refused_by_name_and_made_again(machine, address):
 def test_all_machines_see_the_last_version_of_a_small_file(machine):
     one, two = machine("one"), machine("two")
     for writer, reader, text in ((one, two, "{}"), (two, one, '{"a": 1}')):
-        writer.write(writer.root / "history.json", text)
-        assert reader.refresh(reader.root / "history.json").read_text() == text
+        writer.storage.put(writer.root / "history.json", text.encode())
+        copy = reader.storage.local(reader.root / "history.json", fresh=True)
+        assert copy.read_text() == text
 
 
 def test_another_machine_continues_a_lora_from_its_checkpoint_file(machine):
@@ -200,9 +201,9 @@ def test_another_machine_continues_a_lora_from_its_checkpoint_file(machine):
     assert two.storage.local(copy).read_text() == "half"
     copy.write_text("nearly all")
     two.push(copy)
-    assert one.refresh(file).read_text() == "nearly all"
+    assert one.storage.local(file, fresh=True).read_text() == "nearly all"
     two.storage.delete(copy)
-    assert not machine("three").refresh(machine("three").checkpoint_path(SPEC)).exists()
+    assert machine("three").storage.get(machine("three").checkpoint_path(SPEC)) is None
 
 
 def test_another_machine_continues_a_trial_from_its_last_round(machine):
@@ -301,7 +302,7 @@ def test_a_second_driver_is_refused_while_the_first_runs(machine, monkeypatch):
 )
 def test_a_store_of_another_format_is_refused_with_a_remedy(machine, content, why):
     store = machine("one")
-    store.write(store.root / "store.json", content)
+    store.storage.put(store.root / "store.json", content)
     with pytest.raises(StoreRefused, match=rf'{why}.* reads format 1: .* --store.*{{"format": 1}}'):
         machine("three")
 
@@ -350,7 +351,7 @@ def all_work(store: ArtifactStore) -> list[object]:
     with row.count_crashes(0, 0):
         if not row.has_shard(0, 0):
             row.publish(0, 0, PIXELS)
-    store.write(store.root / "history.json", "{}")
+    store.storage.put(store.root / "history.json", b"{}")
     with event_log_of(store).locked() as event_log:
         if not recorded_numbers(event_log):
             event_log.append("counted", number=0)
