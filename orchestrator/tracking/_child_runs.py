@@ -116,7 +116,7 @@ class ChildRuns:
             kind="trial",
             id=slot.id,
             content=slot.key.digest,
-            name=self._run_name(slot, {**self._settings(slot), **(slot.seeds or {"seed": seed})}),
+            name=self._run_name(slot, {**varied_settings(slot), **(slot.seeds or {"seed": seed})}),
             status="FAILED" if outcome.state == "failed" else "FINISHED",
             tags={
                 **self._tags(slot),
@@ -189,7 +189,7 @@ class ChildRuns:
             content=digest(
                 sorted([s.id, s.key.digest, record.started, record.seconds] for s, record in done)
             ),
-            name=self._run_name(slot, self._settings(slot)),
+            name=self._run_name(slot, varied_settings(slot)),
             tags={
                 **self._tags(slot),
                 "air.seed": _join_values(trial.settings["seed"] for trial, _ in done),
@@ -203,11 +203,6 @@ class ChildRuns:
             started=min(started for started, _ in times),
             ended=max(ended for _, ended in times),
         )
-
-    def _settings(self, slot: Slot) -> dict[str, Any]:
-        """The settings that distinguish the runs of a method, without the seeds."""
-        varied = self._varied - {*self._seeds}
-        return {key: value for key, value in varied_settings(slot).items() if key in varied}
 
     def _params(self, slot: Slot) -> dict[str, str]:
         """All settings that have a value, and those that the sweep varies."""

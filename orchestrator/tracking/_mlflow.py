@@ -112,8 +112,7 @@ class MlflowTracker:
                 if duplicate.status == "RUNNING":  # created by a repeated request
                     client.delete_run(duplicate.run_id)
             tags = {"air.kind": "sweep", "air.sweep": name}
-            run = runs[0] if runs else None
-            run = run or stored_run(client.create_run(experiment, None, tags, name))
+            run = runs[0] if runs else stored_run(client.create_run(experiment, None, tags, name))
             if live and run.status != "RUNNING":
                 client.update_run(run.run_id, "RUNNING")
                 run.status = "RUNNING"
