@@ -48,7 +48,6 @@ class Entry:
 
     name: str  # below the listed folder
     size: int  # bytes
-    etag: str | None
     modified: float  # seconds since the epoch
 
 
@@ -177,8 +176,7 @@ class BucketClient:
     def _entries(self, found: Iterable[Any], folder: str) -> list[Entry]:
         above = len(folder) + 1 if folder else 0
         entries = [
-            Entry(o["path"][above:], o["size"], o["e_tag"], o["last_modified"].timestamp())
-            for o in found
+            Entry(o["path"][above:], o["size"], o["last_modified"].timestamp()) for o in found
         ]
         # Without folder markers: empty objects, named as the folder, that some tools create.
         return sorted((entry for entry in entries if entry.name), key=lambda entry: entry.name)

@@ -131,7 +131,7 @@ class Folder:
                     about = each.stat(follow_symlinks=False)
                     is_folder = depth > 1 and each.is_dir()
                     name = each.name + "/" * is_folder
-                    found.append(Entry(name, about.st_size * (not is_folder), None, about.st_mtime))
+                    found.append(Entry(name, about.st_size * (not is_folder), about.st_mtime))
                     if is_folder:
                         below = self.entries(path / each.name, depth - 1)
                         found += [replace(entry, name=name + entry.name) for entry in below]
@@ -219,7 +219,7 @@ class Bucket:
         created = self.client.put_once(self.object(path), content or os.urandom(16))
         if content:
             listed = self._fresh_listing(self.object(path.parent)) or {}
-            listed[path.name] = Entry(path.name, len(content), None, time.time())
+            listed[path.name] = Entry(path.name, len(content), time.time())
         if created and content:
             write_atomic_unsynced(path, content)
         return created
