@@ -256,7 +256,10 @@ def compare_facts(
         driver: result of `node_facts` on the driver's machine.
         store: folder, or URI of a bucket.
     """
-    found = [Finding(node, "code", problem) for problem in _code(facts["code"], driver["code"])]
+    found = []
+    if changed := _changed(facts["code"], driver["code"]):
+        problem = f"its code differs from the driver's: {changed}"
+        found.append(Finding(node, "code", problem))
     if facts.keys() != driver.keys():  # of another airsweep
         return found
     if facts["store"]:
@@ -274,16 +277,15 @@ def compare_facts(
     return found
 
 
-def _code(node: Mapping[str, str], driver: Mapping[str, str]) -> Iterator[str]:
-    """Versions and modules that differ."""
+def _changed(node: Mapping[str, str], driver: Mapping[str, str]) -> str:
+    """Versions and modules that differ; empty if none does."""
     changed = [
         name if "/" in name else f"{name} {node.get(name, 'is missing')}"
         for name in sorted({*node, *driver})
         if node.get(name) != driver.get(name)
     ]
     more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-    if changed:
-        yield f"its code differs from the driver's: {', '.join(changed[:3])}{more}"
+    return ", ".join(changed[:3]) + more
 
 
 def finding_lines(findings: Iterable[Finding]) -> list[str]:
@@ -350,14 +352,12 @@ def check_nodes(store: ArtifactStore, needs: NodeRequirements) -> dict[str, list
     nodes, found = _alive_nodes(), {}
     task = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(node_facts)
     with store_token(store.name) as token:
-
-        def start(key: str) -> Any:
+        pending = {}
+        for key, node in nodes.items():
             this_node = NodeAffinitySchedulingStrategy(key, soft=False)
-            use_gpu = bool(needs.uses_gpus and nodes[key]["Resources"].get("GPU"))
-            task_on_node = task.options(scheduling_strategy=this_node)
-            return task_on_node.remote(store.name, token, needs, use_gpu)
-
-        pending = {start(key): key for key in nodes}
+            use_gpu = bool(needs.uses_gpus and node["Resources"].get("GPU"))
+            on_node = task.options(scheduling_strategy=this_node)
+            pending[on_node.remote(store.name, token, needs, use_gpu)] = key
         driver = node_facts(store.name, token, needs, False)
         answers = _gather(pending)
     alive = _alive_nodes()
@@ -376,21 +376,16 @@ def _gather(pending: dict[Any, str]) -> dict[str, Facts | str]:
     """For each node its facts, or the reason why it returned none."""
     import ray
 
-    deadline = time.monotonic() + ANSWER_TIMEOUT
     answers: dict[str, Facts | str] = {}
-    while pending:
-        remaining = max(0.0, deadline - time.monotonic())
-        done, _ = ray.wait(list(pending), num_returns=1, timeout=remaining)
-        if not done:
-            break
-        key = pending.pop(done[0])
+    done, late = ray.wait(list(pending), num_returns=len(pending), timeout=ANSWER_TIMEOUT)
+    for task in done:
         try:
-            answers[key] = ray.get(done[0])
+            answers[pending[task]] = ray.get(task)
         except Exception as problem:
-            answers[key] = f"{type(problem).__name__}: {first_line(problem)}"
-    for task, key in pending.items():
+            answers[pending[task]] = f"{type(problem).__name__}: {first_line(problem)}"
+    for task in late:
         ray.cancel(task, force=True)
-        answers[key] = f"no answer within {ANSWER_TIMEOUT:.0f} s"
+        answers[pending[task]] = f"no answer within {ANSWER_TIMEOUT:.0f} s"
     return answers
 
 
