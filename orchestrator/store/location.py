@@ -73,7 +73,11 @@ def read_resolved(location: SweepLocation) -> dict[str, Any]:
         ValueError: the file is damaged.
     """
     file = location.folder / RESOLVED
-    return read_written(file, dict) if file.exists() else {}
+    try:
+        file.stat()  # not `exists`, which is False if the folder of the store is a file
+    except FileNotFoundError:
+        return {}
+    return read_written(file, dict)
 
 
 def read_outcome(location: SweepLocation) -> dict[str, Any]:
