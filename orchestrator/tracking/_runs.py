@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 
-for _name, _value in {
+DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",  # otherwise alembic lists its migrations on stderr
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # by default MLflow retries for four minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT": "30",
-}.items():
-    os.environ.setdefault(_name, _value)
+}
+os.environ |= {**DEFAULTS, **os.environ}
 # Not a default: stdout carries the output of airsweep, and MLflow prints two lines per run there.
 os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
 
@@ -214,6 +214,7 @@ def _rejection(error: Exception, address: str, resource: str) -> str | None:
 
 def connect(address: str, database: Path | None) -> MlflowClient:
     """A client of the server at an address, or of a database file, which is created."""
+    os.environ |= {**DEFAULTS, **os.environ}  # again: `airsweep.run` restores the environment
     if database is not None:
         database.parent.mkdir(parents=True, exist_ok=True)
         # If two processes create the same database at the same time, one of them fails.
