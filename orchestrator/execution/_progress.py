@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +29,7 @@ class ProgressActor:
     def __init__(self) -> None:
         self.reports: dict[tuple[str, str], tuple[Any, ...]] = {}  # by name and kind
         self.calls: dict[tuple[str, int], Any] = {}  # by pool and number; None: it has been made
+        self.taken: Counter[tuple[str, int]] = Counter()  # how often a process took each call
         self.ended: set[str] = set()  # pools
         self.changed = asyncio.Condition()
 
@@ -47,12 +49,16 @@ class ProgressActor:
             self.calls = {key: call for key, call in self.calls.items() if key[0] != pool}
             self.changed.notify_all()
 
-    async def call(self, pool: str, number: int) -> Any:
-        """Wait for a call and return it; None: there is nothing to make."""
+    async def call(self, pool: str, number: int) -> tuple[Any, bool]:
+        """Wait for a call; returns it, and whether a process took it before and died.
+
+        The call is None if there is nothing to make.
+        """
         key = pool, number
         async with self.changed:
             await self.changed.wait_for(lambda: pool in self.ended or key in self.calls)
-        return self.calls.get(key)
+        self.taken[key] += 1
+        return self.calls.get(key), self.taken[key] > 1
 
     def take(self) -> dict[tuple[str, str], tuple[Any, ...]]:
         """Return the reports since the last call."""

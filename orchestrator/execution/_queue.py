@@ -27,7 +27,7 @@ from orchestrator.planning.requirements import independent_of
 
 if TYPE_CHECKING:
     from orchestrator.execution._state import RunState
-    from orchestrator.execution._workers import Processes, Workers
+    from orchestrator.execution._workers import DataPool, Workers
 
 Result = Callable[[], Any]  # returns the result of a call, or raises its exception
 Shard = tuple[int, int]  # class or draw, block
@@ -35,12 +35,12 @@ ARTIFACT: Shard = (0, 0)  # stands for an artifact that is no row
 # Seconds that a process takes to start, at least: it imports torch and diffusers.
 PROCESS_START = 10.0
 MADE = ("drawn", "pairs", "encoded")  # facts of a shard: the numbers of what a process has made
-# An actor gets its next shards before it has ended the present ones if these take fewer seconds.
+# A process gets its next shards before it has ended the present ones if these take fewer seconds.
 SHORT = 2.0
 # Seconds for which ended processes keep Ray running. On a lost machine they do not end.
 MAX_END = 10.0
-# Of a pool of Ray Data, which takes 8 kB of the driver's memory for each.
-MAX_CALLS = 20_000
+# Calls of a process of a pool, and of a pool; Ray Data takes 8 kB of the driver's memory for each.
+MAX_CALLS = (1000, 20_000)
 
 
 @dataclass(eq=False)
@@ -66,6 +66,11 @@ class Part:
     def kind(self) -> Process:
         return self.requirement.spec.maker.process
 
+    @property
+    def is_long(self) -> bool:
+        """Whether it is one artifact that takes longer than the start of a process."""
+        return not self.is_row and self.pace > PROCESS_START
+
     def can_begin(self) -> bool:
         return bool(self.todo) and all(part.ended for part in self.needs)
 
@@ -86,21 +91,18 @@ class Part:
 
 @dataclass(eq=False)
 class Maker:
-    """Processes that started together. Each makes shards, one after another; or a single one makes
-    artifacts that are no rows."""
+    """Processes that started together. Each makes artifacts and shards, one after another."""
 
-    processes: Processes
+    processes: DataPool
     size: int
     started: float
     left: int  # calls that it can still get
-    of_rows: bool
     calls: int = 0  # that have not returned
-    is_long: bool = False  # it makes an artifact that takes longer than a start
+    long: int = 0  # of these, for artifacts that take longer than the start of a process
     last: float = inf  # seconds of its last shards
 
-    def has_room(self, part: Part) -> bool:
-        most = self.size * (2 if self.last < SHORT else 1)
-        return part.is_row == self.of_rows and bool(self.left) and self.calls < most
+    def has_room(self) -> bool:
+        return bool(self.left) and self.calls < self.size * (2 if self.last < SHORT else 1)
 
 
 @dataclass(eq=False)
@@ -119,6 +121,10 @@ class Pool:
     @property
     def size(self) -> int:
         return sum(maker.size for maker in self.makers)
+
+    @property
+    def long(self) -> int:
+        return sum(maker.long for maker in self.makers)
 
 
 class WorkQueue:
@@ -145,7 +151,7 @@ class WorkQueue:
         for kind in ("encoder", "generator"):
             gpu = bool(allocation.resources.process_resources(kind).gpu)
             self.pools[kind] = Pool(PoolStatistics(kind, gpu))
-        self.ending: list[tuple[Processes, float]] = []  # with the time of their end
+        self.ending: list[tuple[DataPool, float]] = []  # with the time of their end
         self.parts: dict[str, Part] = {}  # that have not ended, by the digest of their key
         self.store.refresh_listings()
         for requirement in requirements:
@@ -202,6 +208,7 @@ class WorkQueue:
         self, pool: Pool, maker: Maker, part: Part, shards: Sequence[Shard], result: Result
     ) -> None:
         maker.calls -= 1
+        maker.long -= part.is_long
         part.running -= 1
         try:
             results = result()
@@ -211,7 +218,6 @@ class WorkQueue:
                 is_counted = not part.is_row or maker.last == inf  # it has made nothing
                 self._try_again(part, failure_of(problem), is_counted)
             return
-        maker.is_long = False
         maker.last = sum(made.seconds for made in results)
         for shard, made in zip(shards, results, strict=True):
             if made.failure is not None:
@@ -290,9 +296,8 @@ class WorkQueue:
         waiting: list[Part] = []
         for part in able:
             pool = self.pools[part.kind]
-            for maker in kept[part.kind]:
-                while part.todo and maker.has_room(part):
-                    self._give(pool, maker, part)
+            for maker in kept[part.kind] or ([] if part.is_row else pool.makers[:1]):
+                self._fill(pool, maker, part)
             if part.todo:
                 waiting.append(part)
                 if not (pool.makers or self.allocation.room(part.kind, not part.is_row)):
@@ -300,30 +305,16 @@ class WorkQueue:
         for pool in self.pools.values():
             for maker in [each for each in pool.makers if not each.calls]:
                 self._remove(pool, maker)
-        seconds = {kind: _seconds(waiting, kind) for kind in self.pools}
-        full: set[Process] = set()
-        for part in waiting:
-            pool, count = self.pools[part.kind], 0
-            while (
-                count < (len(part.todo) if part.is_row else 1)
-                and part.kind not in full
-                and self._may_start(part, seconds[part.kind])
-            ):
-                count += 1
-                self.allocation.pools[part.kind] += 1
-            if count:
-                self.listener.stage = part.requirement.stage
-                self._start(pool, part, count)
-            if part.is_row and count < len(part.todo):
-                full.add(part.kind)
+        self._grow(waiting)
 
     def _end_lost(self) -> None:
         """End processes that do not fit the cluster, since it has lost a machine: Ray Data would
-        wait for room for them, and keep their shards."""
+        wait for room for them, and keep their shards. Those end that lose the least."""
         for pool in self.pools.values():
-            for maker in [maker for maker in reversed(pool.makers) if maker.of_rows]:
-                if pool.size > self.allocation.fitting(pool.kind):
-                    self._remove(pool, maker)
+            while pool.size > self.allocation.fitting(pool.kind):
+                self._remove(
+                    pool, min(pool.makers[::-1], key=lambda maker: (maker.long, maker.size))
+                )
 
     def _kept(self, pool: Pool, able: Iterable[Part]) -> list[Maker]:
         """The processes of a pool that get further shards."""
@@ -335,41 +326,60 @@ class WorkQueue:
         if pool.size <= capacity or (is_awaited and left <= MAX_POOL_WAIT):
             return pool.makers
         sizes = accumulate(maker.size for maker in pool.makers)
-        fit = [m for m, size in zip(pool.makers, sizes, strict=True) if size <= capacity]
-        return [*fit, *(maker for maker in pool.makers if not maker.of_rows and maker not in fit)]
+        return [m for m, size in zip(pool.makers, sizes, strict=True) if size <= capacity]
 
-    def _may_start(self, part: Part, seconds: float) -> bool:
-        """Whether a pool may have another process, and its share of the work takes longer than its
-        start."""
-        pool = self.pools[part.kind]
-        count = self.allocation.pools[part.kind] - sum(maker.is_long for maker in pool.makers)
-        share = seconds / count if count else inf
-        is_worth_it = share > PROCESS_START + pool.loading
-        return is_worth_it and self.allocation.room(part.kind, is_task=not part.is_row) > 0
+    def _grow(self, waiting: Sequence[Part]) -> None:
+        """Start the processes that pools may have for parts that wait, in the order of the queue,
+        while the share of the work of each takes longer than its start."""
+        sizes = self.allocation.pools
+        seconds = {kind: _seconds(waiting, kind) for kind in self.pools}
+        # Processes that share the work.
+        free = {kind: pool.size - pool.long for kind, pool in self.pools.items()}
+        full: set[Process] = set()
+        for part in waiting:
+            kind, wanted = part.kind, len(part.todo)
+            start = PROCESS_START + self.pools[kind].loading
+            while (
+                wanted
+                and kind not in full
+                and (not free[kind] or seconds[kind] > start * free[kind])
+                and self.allocation.room(kind, is_task=not part.is_row) > 0
+            ):
+                sizes[kind] += 1
+                free[kind] += not part.is_long
+                wanted -= 1
+            if wanted and part.is_row:
+                full.add(kind)
+        for kind, pool in self.pools.items():
+            if count := sizes[kind] - pool.size:
+                self._start(pool, count, [part for part in waiting if part.kind == kind])
 
-    def _start(self, pool: Pool, part: Part, count: int) -> None:
+    def _start(self, pool: Pool, count: int, parts: Sequence[Part]) -> None:
         """Start processes, and give them their first shards: those that fit beside trials, and the
         others, which end when trials need their resources."""
         now = time.monotonic()
         pool.began = pool.began if pool.makers else now
+        left = sum(len(part.todo) for part in self.parts.values() if part.kind == pool.kind)
         reserve = self.allocation.reserve() if pool.kind == "generator" else 0
         first = min(count, reserve - pool.size) if pool.size < reserve else count
-        for size in filter(None, (first, count - first)) if part.is_row else (1,):
-            calls = min(MAX_CALLS, 2 * len(part.todo) + size) if part.is_row else 0
-            processes = self.workers.start(pool.kind, size, calls)
-            maker = Maker(processes, size, now, calls or 1, part.is_row)
+        for size in filter(None, (first, count - first)):
+            calls = min(2 * left + size, MAX_CALLS[0] * size, MAX_CALLS[1])
+            maker = Maker(self.workers.start(pool.kind, size, calls), size, now, calls)
             pool.makers.append(maker)
-            while part.todo and maker.has_room(part):
-                self._give(pool, maker, part)
-        self.allocation.pools[pool.kind] = pool.size
+            for part in parts:
+                self._fill(pool, maker, part)
         pool.statistics.actors = max(pool.statistics.actors, pool.size)
+
+    def _fill(self, pool: Pool, maker: Maker, part: Part) -> None:
+        while part.todo and maker.has_room():
+            self._give(pool, maker, part)
 
     def _give(self, pool: Pool, maker: Maker, part: Part) -> None:
         shards = part.take()
         part.running += 1
         maker.calls += 1
+        maker.long += part.is_long
         maker.left -= 1
-        maker.is_long = not part.is_row and part.pace > PROCESS_START
         self.listener.stage = part.requirement.stage
         thrift = part.tries["oom"]
         future = maker.processes.make(part.requirement.spec, shards, thrift)

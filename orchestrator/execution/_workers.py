@@ -1,5 +1,4 @@
-"""Processes that prepare artifacts on the cluster: pools of Ray Data for shards, and actors of Ray
-for artifacts that are no rows.
+"""Processes that prepare artifacts on the cluster, in pools of Ray Data.
 
 A shard is one block of images of a class, one draw of denoising errors of a block of pool images,
 or the features of a block of real images. Its content does not depend on which process makes it.
@@ -17,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import astuple, replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import ray
 
@@ -56,23 +55,6 @@ class Made(NamedTuple):
     failure: Failure | None = None
 
 
-class Processes(Protocol):
-    """Processes that started together."""
-
-    def make(self, spec: StageSpec, shards: Sequence[Shard], thrift: int) -> Future[list[Made]]:
-        """Make an artifact, or shards of a row; the result has a `Made` for each.
-
-        Args:
-            thrift: how often the artifact ran out of memory.
-        """
-
-    def end(self) -> None:
-        """End the processes. Calls that have not returned raise an exception."""
-
-    def is_alive(self) -> bool:
-        """Whether they still end; Ray must not end before."""
-
-
 class Workers:
     """Starts processes with the resources of their kind."""
 
@@ -80,15 +62,14 @@ class Workers:
         self.worker, self.want = worker, resources.process_resources
         self.progress_actor = progress_actor
 
-    def start(self, kind: Process, count: int, calls: int) -> Processes:
-        """Start some processes that make at most so many calls; 0 calls: one that makes artifacts
-        that are no rows."""
+    def start(self, kind: Process, count: int, calls: int) -> DataPool:
+        """Start some processes that make at most so many calls."""
         want = self.want(kind)
         worker = replace(self.worker, device="cuda" if want.gpu else "cpu")
         arguments = (worker, want.gpu, self.progress_actor)
         options: dict[str, Any] = {"num_cpus": want.cpu, "num_gpus": want.gpu}
         options["resources"] = dict(want.custom) or None
-        return _DataPool(count, calls, arguments, options) if calls else _Actor(arguments, options)
+        return DataPool(count, calls, arguments, options)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """Run a task on no core, since trials hold all of them while they run."""
@@ -96,24 +77,7 @@ class Workers:
         return future
 
 
-class _Actor:
-    """An actor of Ray."""
-
-    def __init__(self, arguments: Sequence[Any], options: Mapping[str, Any]) -> None:
-        self._actor = ray.remote(ArtifactMaker).options(**options).remote(*arguments)
-
-    def make(self, spec: StageSpec, shards: Sequence[Shard], thrift: int) -> Future[list[Made]]:
-        future: Future[list[Made]] = self._actor.make.remote(spec, shards, thrift).future()
-        return future
-
-    def end(self) -> None:
-        ray.kill(self._actor)
-
-    def is_alive(self) -> bool:
-        return False
-
-
-class _DataPool:
+class DataPool:
     """A pool of Ray Data. Row n of its dataset stands for call n: the process that gets the row
     waits for this call, so the queue decides what a process makes until the process is free. A row
     that Ray computes again, after the loss of a machine, is the same call.
@@ -134,6 +98,11 @@ class _DataPool:
         self._thread.start()
 
     def make(self, spec: StageSpec, shards: Sequence[Shard], thrift: int) -> Future[list[Made]]:
+        """Make an artifact, or shards of a row; the result has a `Made` for each.
+
+        Args:
+            thrift: how often the artifact ran out of memory.
+        """
         number, future = self._given, Future[list[Made]]()
         self._given += 1
         self._futures[number] = future
@@ -143,11 +112,13 @@ class _DataPool:
         return future
 
     def end(self) -> None:
+        """End the processes. Calls that have not returned raise an exception."""
         self._ended = True
         self._progress_actor.end.remote(self._name)
         self._fail(ENDED)
 
     def is_alive(self) -> bool:
+        """Whether they still end; Ray must not end before."""
         return self._thread.is_alive()
 
     def _read(
@@ -167,7 +138,7 @@ class _DataPool:
         try:
             with quiet_data_context():
                 pool = from_items(range(calls), override_num_blocks=calls).map_batches(
-                    PoolMaker,
+                    ArtifactMaker,
                     fn_constructor_args=(*arguments, self._name),
                     batch_size=1,
                     compute=processes,
@@ -195,22 +166,40 @@ class _DataPool:
 
 
 class ArtifactMaker:
-    """Actor that keeps the diffusion model or CLIP of a row loaded until the row changes."""
+    """Process of a `DataPool`. It keeps the diffusion model or CLIP of a row loaded until the row
+    changes."""
 
-    def __init__(self, worker: WorkerContext, gpu: float, progress_actor: Any) -> None:
+    def __init__(
+        self, worker: WorkerContext, gpu: float, progress_actor: Any, pool: str = ""
+    ) -> None:
         import torch  # not in the driver, which does not compute
 
         torch.set_num_threads(1)  # one process a core; more threads would compete for it
         limit_gpu_memory(gpu)
         prepare_worker(worker.variables, worker.plugins)
         self.worker, self.progress_actor = worker, progress_actor
+        self.pool, self.lock = pool, threading.Lock()
         self.loaded: tuple[StageSpec, Any] | None = None  # spec of the row, generator or scorer
         self.startup = 0.0  # seconds of loading models for the current shard
 
-    def make(self, spec: StageSpec, shards: Sequence[Shard], thrift: int) -> list[Made]:
-        return [self._made(spec, *shard, thrift) for shard in shards]
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
+        number = int(batch["item"][0])
+        call, has_died = ray.get(self.progress_actor.call.remote(self.pool, number))
+        made: list[Made] = []
+        if call:
+            spec, shards, thrift = call
+            with self.lock:
+                made = self.make(spec, shards, thrift, has_died)
+        plain = [(*each[:2], each.failure and astuple(each.failure)) for each in made]
+        text = json.dumps(plain, default=lambda each: each.item())
+        return {"number": [number], "made": [text]}
 
-    def _made(self, spec: StageSpec, index: int, block: int, thrift: int) -> Made:
+    def make(
+        self, spec: StageSpec, shards: Sequence[Shard], thrift: int, has_died: bool = False
+    ) -> list[Made]:
+        return [self._made(spec, *shard, thrift, has_died) for shard in shards]
+
+    def _made(self, spec: StageSpec, index: int, block: int, thrift: int, has_died: bool) -> Made:
         started, self.startup = time.monotonic(), 0.0
         title = artifact_title(artifact_key(spec.maker))
         reporter = ProgressReporter(self.progress_actor, title, spec.counts)
@@ -221,6 +210,9 @@ class ArtifactMaker:
             with report_working(self.progress_actor):
                 if isinstance(spec, RowSpec):
                     facts = self._shard(spec, index, block)
+                # The store counts the processes that a shard has killed, the queue those of others.
+                elif has_died and not self.worker.store.has(spec):
+                    raise RuntimeError("it killed its process")
                 else:
                     worker = self.worker.with_thrift(max(thrift, self.worker.thrift))
                     facts = self._artifact(spec, worker, reporter)
@@ -274,23 +266,6 @@ class ArtifactMaker:
             name = f"{title}, {spec.name_of(index)}, block {block}"
             model.report = ProgressReporter(self.progress_actor, name, spec.maker.counts)
         return model
-
-
-class PoolMaker(ArtifactMaker):
-    """Process of a pool of Ray Data; see `_DataPool`."""
-
-    def __init__(self, worker: WorkerContext, gpu: float, progress_actor: Any, pool: str) -> None:
-        super().__init__(worker, gpu, progress_actor)
-        self.pool, self.lock = pool, threading.Lock()
-
-    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
-        number = int(batch["item"][0])
-        call = ray.get(self.progress_actor.call.remote(self.pool, number))
-        with self.lock:
-            made = self.make(*call) if call else []
-        plain = [(*each[:2], each.failure and astuple(each.failure)) for each in made]
-        text = json.dumps(plain, default=lambda each: each.item())
-        return {"number": [number], "made": [text]}
 
 
 def _made(seconds: float, facts: dict[str, Any], failure: Sequence[str] | None) -> Made:

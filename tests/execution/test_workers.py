@@ -105,12 +105,15 @@ def test_a_row_of_a_pool_that_is_computed_again_is_the_same_call():
         actor = ProgressActor()
         early = asyncio.create_task(actor.call("pool", 1))
         await actor.give("pool", 0, "shard")
-        assert [await actor.call("pool", 0) for _ in range(2)] == ["shard", "shard"]
+        assert [await actor.call("pool", 0) for _ in range(2)] == [
+            ("shard", False),
+            ("shard", True),
+        ]
         await actor.give("pool", 0, None)
-        assert await actor.call("pool", 0) is None
+        assert (await actor.call("pool", 0))[0] is None
         assert not early.done()
         await actor.end("pool")
-        assert await early is None
+        assert (await early)[0] is None
 
     asyncio.run(check())
 
@@ -133,7 +136,7 @@ def test_a_killed_process_of_a_pool_makes_its_shard_again_but_an_ended_pool_does
             wait_until(waits)
             if is_killed:
                 processes = psutil.Process().children(recursive=True)
-                makers = [each for each in processes if "PoolMaker" in " ".join(each.cmdline())]
+                makers = [each for each in processes if "ArtifactMaker" in " ".join(each.cmdline())]
                 assert makers
                 for process in makers:
                     process.kill()
@@ -158,6 +161,13 @@ def test_a_block_counts_the_processes_that_it_has_killed_until_the_next_run(
     workers = SimpleNamespace(worker=WorkerContext(store))
     WorkQueue([requirement], workers, Allocation(Resources(), lambda: []), Listener())
     assert maker(store).make(requirement.spec, [(3, 0)], 0)[0].facts["drawn"] == 8
+
+
+def test_the_death_of_the_process_that_makes_an_artifact_is_a_failure(resolver, tmp_path):
+    requirements = requirements_of([resolver.trial({"images_per_class": 8})])
+    lora = next(each.spec for each in requirements if each.stage == "lora")
+    (made,) = maker(ArtifactStore(tmp_path)).make(lora, [_queue.ARTIFACT], 0, has_died=True)
+    assert made.failure == Failure("infra", "RuntimeError: it killed its process")
 
 
 def test_a_generator_short_of_memory_saves_memory_and_keeps_its_block_size(
