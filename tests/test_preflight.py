@@ -249,7 +249,7 @@ def test_a_full_bucket_is_refused_before_the_cluster_is_joined(cluster, spec, bu
 def test_an_address_that_ray_cannot_join_is_refused(spec, tmp_path):
     done = run_at("http://127.0.0.1:8265", spec, tmp_path / "runs")
     assert done.returncode == 3
-    assert "http://127.0.0.1:8265 cannot be joined" in done.stderr
+    assert "RAY_ADDRESS=http://127.0.0.1:8265 is no address of a cluster" in done.stderr
     assert "Traceback" not in done.stderr
 
 

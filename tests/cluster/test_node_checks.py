@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 
 from orchestrator.cluster.node_checks import (
-    TOKENS,
     NodeRequirements,
     compare_facts,
     finding_lines,
@@ -68,17 +66,6 @@ def test_a_token_exists_in_the_driver_s_store_only(tmp_path):
         assert "is not the store" in store_problem(other.name, token)
         assert store_problem(tmp_path / "gone", token) == "does not exist"
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-
-
-def test_the_token_of_a_killed_driver_is_a_leftover_for_gc(tmp_path, command):
-    killed = tmp_path / f"{TOKENS}killed-driver"
-    killed.parent.mkdir()
-    killed.write_text("killed")
-    os.utime(killed, (0, 0))
-    (tmp_path / "artifacts" / "images").mkdir(parents=True)
-    (tmp_path / "store.json").write_text('{"format": 1}')
-    code, out, err = command("cache", "gc", "--store", tmp_path, "--yes")
-    assert (code, killed.exists()) == (0, False), out + err
 
 
 # ---------------------------------------------------------------- this machine

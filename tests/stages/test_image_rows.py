@@ -17,7 +17,6 @@ from air_core.datasets import get_dataset
 from air_core.diffusion.folder import FolderGenerator
 from air_core.specs import Ref
 from air_core.types import Batch
-from orchestrator.errors import DamagedArtifact
 from orchestrator.planning import Resolver
 from orchestrator.stages import FolderImages, SyntheticFeaturesSpec
 from orchestrator.stages.context import WorkerContext
@@ -34,7 +33,6 @@ from orchestrator.stages.pictures import (
 )
 from orchestrator.stages.synthetic import build as build_image_block
 from orchestrator.store import ArtifactStore
-from orchestrator.store.rows import DEATHS
 from tests.helpers.dataset_trees import draw
 
 
@@ -79,18 +77,6 @@ def test_a_block_that_two_processes_need_at_once_is_drawn_once(store, drawn_digi
     assert list((store.root / "locks").iterdir()) == []
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".parquet"])
-def test_a_damaged_shard_is_an_error_that_names_it(store, drawn_digits, suffix):
-    spec = row_of(str(drawn_digits))
-    build_image_block(spec, 0, 0, WorkerContext(store), lambda: generator_of(spec))
-    of = spec if suffix == ".safetensors" else spec.images
-    shard = store.row(of).shard(0, 0)
-    sound = shard.read_bytes()
-    shard.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
-    with pytest.raises(DamagedArtifact, match=rf"0000-00000\{suffix} is damaged: it has no valid"):
-        store.row(of).read(0, 0)
-
-
 def test_a_contact_sheet_shows_the_images_that_exist_and_counts_all_that_clip_recognises(
     store, drawn_digits, trial, tiny_clip
 ):
@@ -115,27 +101,6 @@ def test_a_contact_sheet_shows_the_images_that_exist_and_counts_all_that_clip_re
     )
     right = (logits.argmax(dim=-1) == torch.tensor([0, 0, 1, 1, 1, 1])).double().mean()
     assert shares == {"synthetic": pytest.approx(float(right))}
-
-
-def test_a_block_that_killed_its_processes_fails_and_exceptions_do_not_count_as_deaths(
-    store, drawn_digits
-):
-    spec = row_of(str(drawn_digits))
-
-    def broken():
-        raise OSError("no generator today")
-
-    for _ in range(DEATHS + 1):
-        with pytest.raises(OSError, match="no generator today"):
-            build_image_block(spec, 0, 0, WorkerContext(store), broken)
-    killed = [store.row(spec.images).count_crashes(0, 0) for _ in range(DEATHS)]
-    for process in killed:
-        process.__enter__()  # and never exits
-    with pytest.raises(RuntimeError, match="killed its process 2 times"):
-        build_image_block(spec, 0, 0, WorkerContext(store), lambda: generator_of(spec))
-    # The failure has reset the count, so the next run tries again.
-    build_image_block(spec, 0, 0, WorkerContext(store), lambda: generator_of(spec))
-    assert list(store.root.rglob("*.tries")) == []
 
 
 def test_features_record_the_files_that_no_trial_reads(store, tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from air_core.seal import BLANK, sealed, sealed_json
+from orchestrator.cluster.node_checks import TOKENS
 from orchestrator.errors import StoreRefused
 from orchestrator.planning import Plan, plan_of
 from orchestrator.planning.plan import write_ledger
@@ -296,7 +297,7 @@ def test_gc_removes_leftovers_of_killed_builders_after_a_day(world, cache):
     row = next(world.store.artifacts.glob("images/v*/*"))
     killed, lost = features / ".0123456789ab-01234567", features / "digits-tiny-0123456789ab"
     files = [killed / "features.safetensors", lost / "features.safetensors"]
-    files += [row / ".0000-00000.parquet-host-4711", world.store.root / "unfinished/.0123"]
+    files += [row / ".0000-00000.parquet-host-4711", world.store.root / f"{TOKENS}0123"]
     for file in files:
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(b"x" * 5000)
