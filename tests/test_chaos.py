@@ -17,14 +17,7 @@ from orchestrator import api
 from orchestrator.store.event_log import CRASH_AT
 from orchestrator.tracking._runs import create_database
 from tests.helpers.disks import PAGE, SmallDisk
-from tests.helpers.sweeps import (
-    all_runs,
-    begun_twice,
-    events,
-    search_sweep,
-    table,
-    write_sweep,
-)
+from tests.helpers.sweeps import all_runs, begun_twice, events, search_sweep, table, write_sweep
 from tests.helpers.trivial import Trivial
 
 UNTRACKED = ("--tracking-uri", "none")

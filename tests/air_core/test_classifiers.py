@@ -8,12 +8,7 @@ from torch.nn.functional import normalize
 
 from air_core.auxiliary import auxiliary_classifier, high_fidelity
 from air_core.auxiliary.bank import CACHE_SHARPNESS
-from air_core.classifiers import (
-    LinearClassifier,
-    fuse,
-    fused_scores,
-    matching_sharpness,
-)
+from air_core.classifiers import LinearClassifier, fuse, fused_scores, matching_sharpness
 from air_core.components import AUXILIARIES
 from air_core.specs import AuxiliarySettings, FidelitySettings
 from air_core.transduction import transductive

@@ -98,11 +98,7 @@ class S3Server:
         self.url = f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        from moto.server import (
-            DomainDispatcherApplication,
-            MotoRequestHandler,
-            create_backend_app,
-        )
+        from moto.server import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
         from werkzeug.serving import make_server
 
         logging.getLogger("werkzeug").setLevel(logging.ERROR)  # no line per request

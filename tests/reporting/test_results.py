@@ -10,11 +10,7 @@ import pytest
 
 from orchestrator.planning.plan import plan_sweep
 from orchestrator.reporting import Results, results_of
-from orchestrator.reporting.results import (
-    CURVES,
-    curves_frame,
-    trials_frame,
-)
+from orchestrator.reporting.results import CURVES, curves_frame, trials_frame
 from orchestrator.reporting.tables import rows_frame
 from orchestrator.spec import Dimension, SweepSpec, cells_of
 from orchestrator.spec.space import study_name

@@ -7,12 +7,7 @@ from typing import Any
 import pytest
 
 from orchestrator.spec import Cell, Dimension, SweepSpec, cells_of
-from orchestrator.spec.space import (
-    default_params,
-    grid_points,
-    point_count,
-    study_name,
-)
+from orchestrator.spec.space import default_params, grid_points, point_count, study_name
 from orchestrator.spec.sweep import Search
 
 COUNTS = Dimension(key="images_per_class", values=(0, 20, 40))

@@ -9,14 +9,7 @@ from air_core.specs import Ref
 from air_core.specs.flat import from_flat, trial_keys
 from orchestrator.files import ROOT
 from orchestrator.planning import read_request
-from orchestrator.spec import (
-    Dimension,
-    SpecError,
-    cells_of,
-    find_sweep,
-    load_sweep,
-    notes_of,
-)
+from orchestrator.spec import Dimension, SpecError, cells_of, find_sweep, load_sweep, notes_of
 from orchestrator.spec._trial_values import value_schema
 from orchestrator.spec.schema import error_message
 from orchestrator.spec.sweep import Seeds, smoke_variant

@@ -97,10 +97,8 @@ def test_a_record_in_a_bucket_cannot_write_outside_of_its_folder(machine, client
 
 
 def test_a_damaged_copy_is_downloaded_again(machine):
-    path, row = (
-        machine("one").get_or_build(SPEC, numbers("fine")).path,
-        machine("one").open_row(ROW),
-    )
+    path = machine("one").get_or_build(SPEC, numbers("fine")).path
+    row = machine("one").open_row(ROW)
     row.publish(0, 0, PIXELS)
     for file in (path / "numbers", path / "record.json", row.shard(0, 0)):
         file.write_bytes(b"damaged")
