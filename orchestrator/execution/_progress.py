@@ -46,7 +46,8 @@ class ProgressActor:
         """Give a pool no further call."""
         async with self.changed:
             self.ended.add(pool)
-            self.calls = {key: call for key, call in self.calls.items() if key[0] != pool}
+            for key in [key for key in self.calls if key[0] == pool]:
+                del self.calls[key], self.taken[key]
             self.changed.notify_all()
 
     async def call(self, pool: str, number: int) -> tuple[Any, bool]:
@@ -57,8 +58,10 @@ class ProgressActor:
         key = pool, number
         async with self.changed:
             await self.changed.wait_for(lambda: pool in self.ended or key in self.calls)
+        if pool in self.ended:
+            return None, False
         self.taken[key] += 1
-        return self.calls.get(key), self.taken[key] > 1
+        return self.calls[key], self.taken[key] > 1
 
     def take(self) -> dict[tuple[str, str], tuple[Any, ...]]:
         """Return the reports since the last call."""

@@ -63,7 +63,7 @@ class Workers:
         self.progress_actor = progress_actor
 
     def start(self, kind: Process, count: int, calls: int) -> DataPool:
-        """Start some processes that make at most so many calls."""
+        """Start `count` processes, which make at most `calls` calls together."""
         want = self.want(kind)
         worker = replace(self.worker, device="cuda" if want.gpu else "cpu")
         arguments = (worker, want.gpu, self.progress_actor)

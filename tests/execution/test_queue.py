@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from math import inf
 from types import SimpleNamespace
 from typing import Any
 
@@ -209,6 +210,22 @@ def test_a_pool_with_much_left_shrinks_when_trials_start_and_makes_no_shard_twic
     assert running.allocation.max_trials() == (3 if left == 1 else 0)
     running.run()
     assert running.prepared() == len(running.workers.begun)
+
+
+@pytest.mark.parametrize(("max_wait", "starts"), [(0.0, 7), (1e6, 4)])
+def test_a_pool_makes_a_shard_of_the_next_row_before_it_shrinks_when_trials_start(
+    rows, world, monkeypatch, max_wait, starts
+):
+    monkeypatch.setattr(_queue, "MAX_POOL_WAIT", max_wait)
+    first, second = rows(2)
+    running = world([first, second], cores=4)
+    for part in running.queue.parts.values():
+        part.pace = inf  # as of models that were never measured
+    running.run(lambda: len(running.workers.begun) == first.total())
+    running.allocation.trials_running = True
+    running.run(lambda: running.prepared() > first.total() + 8)
+    running.allocation.trials_running = False
+    assert running.run().workers.starts == starts
 
 
 def test_a_pool_grows_when_trials_end(rows, world):

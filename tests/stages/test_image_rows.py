@@ -67,7 +67,7 @@ def test_a_block_that_two_processes_need_at_once_is_drawn_once(store, drawn_digi
         block = (spec, 3, 0, WorkerContext(store), generator)
         both = [pool.submit(build_image_block, *block) for _ in range(2)]
         assert draws.acquire(timeout=600)
-        # The second would have begun by then if it did not wait.
+        # The second one waits, otherwise it would have begun by now.
         assert not draws.acquire(timeout=0.3)
         proceed.set()
         assert sorted(future.result(600)["drawn"] for future in both) == [0, 2]
