@@ -29,13 +29,10 @@ def normalised(spec: S) -> S:
 
 
 @computed_from_registries
-@lru_cache(maxsize=4096)  # a plan normalises each trial three times
+@lru_cache(maxsize=4096)  # a plan normalises each trial twice
 def _normalised(spec: TrialSettings) -> TrialSettings:
-    while True:
-        reset = _with_unused_reset(_with_equal_results(spec))
-        if reset == spec:
-            return spec
-        spec = reset
+    reset = _with_unused_reset(_with_equal_results(spec))
+    return spec if reset == spec else _normalised(reset)
 
 
 def _with_unused_reset(spec: TrialSettings) -> TrialSettings:

@@ -245,12 +245,12 @@ def slots_of(
 ) -> list[PlannedSlot]:
     """The slots of one point: one for each assignment of seeds."""
     slots = []
-    for seeds in assignments:
-        spec = resolver.trial({**cell.flat, **params, **seeds})
+    trials = [resolver.trial({**cell.flat, **params, **seeds}) for seeds in assignments]
+    uses_seed = any(normalised(replace(spec, seed=1)).seed for spec in trials[:1])
+    for seeds, spec in zip(assignments, trials, strict=True):
         words = ",".join(f"{name}={value}" for name, value in seeds.items())
         slot_id = f"{cell.id}/{point}/{words}"
         key = artifact_key(spec)
-        uses_seed = normalised(replace(spec, seed=1)).seed == 1
         slots.append(PlannedSlot(slot_id, cell, point, params, seeds, key, uses_seed, spec))
     return slots
 

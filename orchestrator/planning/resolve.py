@@ -97,9 +97,8 @@ class Resolver(Contents):
             refs["backbone"] = self.weights("backbone", flat["backbone"])
         refs["generator"] = Ref(name=flat["generator"], digest="")
         dataset = datasets["dataset"]
-        trial = normalised(trial_of(flat, refs, dataset.classnames))
-        names = [each.ref.name for each in datasets.values()]
-        trial = replace(trial, versions=self.code_versions(names))
+        versions = self.code_versions([each.ref.name for each in datasets.values()])
+        trial = normalised(trial_of(flat, refs, dataset.classnames, versions))
         # A trial that does not use the generator does not need it to exist.
         if uses_generator(trial):
             with checking("generator"):

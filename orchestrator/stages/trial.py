@@ -227,10 +227,14 @@ def reader_of(dataset: str) -> str:
 
 
 def trial_of(
-    flat: Mapping[str, Any], refs: Mapping[str, Ref], classnames: tuple[str, ...] = ()
+    flat: Mapping[str, Any],
+    refs: Mapping[str, Ref],
+    classnames: tuple[str, ...] = (),
+    versions: CodeVersions = (),
 ) -> TrialSpec:
     """The trial of dotted keys, as `air_core.specs.flat.from_flat`."""
-    return TrialSpec(**{**fields_of(flat), **refs}, classnames=classnames)
+    settings = {**fields_of(flat), **refs}
+    return TrialSpec(**settings, classnames=classnames, versions=versions)
 
 
 # Class texts in one pass. Each keeps 1 to 2 MB for the gradient with ViT-B/32, and beyond these

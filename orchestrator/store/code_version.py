@@ -15,7 +15,7 @@ import ast
 import hashlib
 import json
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ def _parsed(module: str) -> tuple[list[str], list[str]]:
     """Hash of each top-level statement of a module, and the modules of air_core that it imports."""
     with _parsing:
         tree = ast.parse(_source(module).read_text(encoding="utf-8"))
-    definitions = [_hash("".join(_tokens(node))) for node in tree.body if not _is_passive(node)]
+    definitions = [_hash(_text(node)) for node in tree.body if not _is_passive(node)]
     imports = []
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith("air_core"):
@@ -134,24 +134,21 @@ def _is_passive(node: ast.stmt) -> bool:
     return False
 
 
-def _tokens(node: Any) -> Iterator[str]:
-    """Tokens of a syntax tree that do not depend on the version of Python."""
-    if isinstance(node, ast.AST):
-        yield type(node).__name__
-        for name in node._fields:
-            value = getattr(node, name, None)
-            if name in ("ctx", "kind", "type_comment", "type_params") or value is None:
-                continue
-            if name == "body" and isinstance(value, list):
-                value = [child for child in value if not _is_passive(child)]
-            yield from _tokens(value)
-    elif isinstance(node, list):
-        yield "["
-        for child in node:
-            yield from _tokens(child)
-        yield "]"
-    else:
-        yield repr(node)
+def _text(node: Any) -> str:
+    """A syntax tree as text that does not depend on the version of Python."""
+    if isinstance(node, list):
+        return f"[{''.join(map(_text, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    parts = [type(node).__name__]
+    for name in node._fields:
+        value = getattr(node, name, None)
+        if name in ("ctx", "kind", "type_comment", "type_params") or value is None:
+            continue
+        if name == "body" and isinstance(value, list):
+            value = [child for child in value if not _is_passive(child)]
+        parts.append(_text(value))
+    return "".join(parts)
 
 
 def _hash(text: str) -> str:
