@@ -28,24 +28,30 @@ def chunks(count: int, width: int, elements: int | None = None) -> Iterator[slic
 
 
 def by_rows(
-    function: Callable[[slice], Tensor], like: Tensor, width: int, elements: int | None = None
+    function: Callable[..., Tensor],
+    first: Tensor,
+    *others: Tensor | None,
+    width: int | None = None,
+    elements: int | None = None,
 ) -> Tensor:
-    """Compute a tensor whose first dimension is that of `like`, in chunks of rows.
+    """`function(first, *others)`, computed in chunks of the rows that all of them have.
 
     Args:
-        function: gives the result of some rows.
-        width: numbers that it needs at a time for each row.
+        others: None is passed on.
+        width: numbers that the function needs at a time for each row; None: columns of `first`.
         elements: see `chunks`.
     """
     if torch.compiler.is_compiling():  # torch.export: the number of rows is a symbol
-        return function(slice(None))
+        return function(first, *others)
     result = None
-    for rows in chunks(len(like), width, elements):
-        found = function(rows)
-        if len(found) == len(like):
+    for rows in chunks(len(first), width or first.shape[1], elements):
+        found = function(
+            first[rows], *(other if other is None else other[rows] for other in others)
+        )
+        if len(found) == len(first):
             return found
         if result is None:
-            result = found.new_empty(len(like), *found.shape[1:])
+            result = found.new_empty(len(first), *found.shape[1:])
         result[rows] = found
     assert result is not None
     return result

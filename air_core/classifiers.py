@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -37,13 +37,13 @@ class LinearClassifier:
     sharpness: float
 
     def logits(self, batch: Batch) -> Tensor:
-        def of_rows(rows: slice) -> Tensor:
-            x = batch.features[rows] - self.center
-            if self.unit:
-                x = normalize(x, dim=-1)
-            return self.sharpness * (x @ self.weight.T + self.bias)
+        return by_rows(self._logits, batch.features, width=len(self.weight))
 
-        return by_rows(of_rows, batch.features, len(self.weight))
+    def _logits(self, x: Tensor) -> Tensor:
+        x = x - self.center
+        if self.unit:
+            x = normalize(x, dim=-1)
+        return self.sharpness * (x @ self.weight.T + self.bias)
 
 
 def class_texts(backbone: Backbone, classnames: Sequence[str], template: str) -> Tensor:
@@ -140,17 +140,15 @@ class FusedClassifier:
 
     def scores(self, batch: Batch) -> Tensor:
         """(N, C) over all classes; rows sum to 1."""
-        logits = self.text.logits(batch)
+        return by_rows(self._scores, self.text.logits(batch), batch.features)
 
-        def of_rows(rows: slice) -> Tensor:
-            fused = self._fused(logits[rows], batch.features[rows])
-            if self.unseen is None:
-                return fused
-            scores = logits[rows].softmax(dim=-1)
-            mass = scores[:, self.unseen].sum(dim=-1, keepdim=True)
-            return scores.index_copy(1, self.unseen, mass * fused)
-
-        return by_rows(of_rows, logits, logits.shape[1])
+    def _scores(self, logits: Tensor, features: Tensor) -> Tensor:
+        fused = self._fused(logits, features)
+        if self.unseen is None:
+            return fused
+        scores = logits.softmax(dim=-1)
+        mass = scores[:, self.unseen].sum(dim=-1, keepdim=True)
+        return scores.index_copy(1, self.unseen, mass * fused)
 
     def logits(self, batch: Batch) -> Tensor:
         """(N, C) logarithms of the scores."""
@@ -174,38 +172,27 @@ class FusedClassifier:
 
     def pool_scores(self, pool: Batch) -> Tensor:
         """(N, C), or in TRZSL (N, U) over the classes of pool images; rows sum to 1."""
-        logits = self.text.logits(pool)
+        return by_rows(self._pool_scores, self.text.logits(pool), pool.features, self.evidence)
 
-        def of_rows(rows: slice) -> Tensor:
-            scores = self._fused(logits[rows], pool.features[rows])
-            if self.evidence is None:
-                return scores
-            q = self.evidence[rows]
-            blended = (1 - self.evidence_weight) * scores + self.evidence_weight * q
-            return torch.where(q.isfinite(), blended, scores)  # NaN: the image was not scored
-
-        return by_rows(of_rows, logits, logits.shape[1])
+    def _pool_scores(self, logits: Tensor, features: Tensor, q: Tensor | None) -> Tensor:
+        """p*, and (1 - v) p* + v q of images with evidence q."""
+        scores, v = self._fused(logits, features), self.evidence_weight
+        if q is None:
+            return scores
+        return torch.where(q.isfinite(), (1 - v) * scores + v * q, scores)  # NaN: no evidence
 
     def votes(self, text: Classifier, pool: Batch) -> dict[str, Tensor]:
         """Classes (P,) that text, auxiliary and evidence predict, those that there are.
 
         They are counted among the classes of the pool; -1 where an image has no evidence.
         """
-        logits, q = text.logits(pool), self.evidence
-
-        def auxiliary_vote(rows: slice) -> Tensor:
-            logits: Tensor = self.auxiliary.logits(Batch(pool.features[rows]))
-            return logits.argmax(dim=1)
-
-        def vote(rows: slice) -> Tensor:
-            assert q is not None
-            return q[rows].argmax(dim=1).where(q[rows].isfinite().any(dim=1), -1)
-
+        logits = text.logits(pool)
         found = {"text": _among(logits, self.unseen).argmax(dim=1)}
         if self.auxiliary is not None:
-            found["auxiliary"] = by_rows(auxiliary_vote, logits, logits.shape[1])
-        if q is not None:
-            found["evidence"] = by_rows(vote, q, q.shape[1])
+            best = partial(_best, self.auxiliary)
+            found["auxiliary"] = by_rows(best, pool.features, width=logits.shape[1])
+        if self.evidence is not None:
+            found["evidence"] = by_rows(_vote, self.evidence)
         return found
 
     def _fused(self, logits: Tensor, features: Tensor) -> Tensor:
@@ -215,6 +202,14 @@ class FusedClassifier:
             return logits.softmax(dim=-1)
         auxiliary = self.auxiliary.logits(Batch(features))
         return fused_scores(logits, auxiliary, self.weight, self.space)
+
+
+def _best(classifier: Classifier, features: Tensor) -> Tensor:
+    return classifier.logits(Batch(features)).argmax(dim=1)
+
+
+def _vote(q: Tensor) -> Tensor:
+    return q.argmax(dim=1).where(q.isfinite().any(dim=1), -1)
 
 
 def _among(logits: Tensor, classes: Tensor | None) -> Tensor:  # None: all classes
@@ -269,6 +264,4 @@ def matching_sharpness(logits: Tensor, confidence: float, images: Tensor | None 
 
 def _confidence(logits: Tensor, factor: float = 1.0) -> Tensor:
     """(N,) largest scores of logits (N, C) times a factor."""
-    return by_rows(
-        lambda rows: (logits[rows] * factor).softmax(dim=-1).amax(dim=-1), logits, logits.shape[1]
-    )
+    return by_rows(lambda z: (z * factor).softmax(dim=-1).amax(dim=-1), logits)

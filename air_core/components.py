@@ -356,9 +356,9 @@ STRATEGIES.declare(
 )
 
 LOSSES = Registry("pseudo_labels.loss", "logits, targets")  # (B, C) each -> the mean loss
-LOSSES.declare("cc", "air_core.training:candidate_loss", "mass of the set", modules=())
-LOSSES.declare("ce", "air_core.training:soft_cross_entropy", "soft cross-entropy", modules=())
-LOSSES.declare("rc", "air_core.training:soft_cross_entropy", "ce, re-weighted", modules=())
+LOSSES.declare("cc", "air_core.losses:candidate_loss", "mass of the set", modules=())
+LOSSES.declare("ce", "air_core.losses:soft_cross_entropy", "soft cross-entropy", modules=())
+LOSSES.declare("rc", "air_core.losses:soft_cross_entropy", "ce, re-weighted", modules=())
 
 AUXILIARIES = Registry("auxiliary.kind", "bank")  # air_core.auxiliary.bank.Bank -> classifier
 AUXILIARIES.declare("prototype", "air_core.auxiliary.prototype:prototype", "class means")

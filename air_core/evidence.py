@@ -33,7 +33,7 @@ def evidence_probabilities(errors: Tensor, confidence: float, balance: str = "no
         (P, C) float32; 0 for a class that was left out; rows of images without score are NaN.
     """
     q = mean_scores(errors)
-    scored = by_rows(lambda rows: q[rows].isfinite().any(dim=1), q, q.shape[1])
+    scored = by_rows(lambda part: part.isfinite().any(dim=1), q)
     sharpness = matching_sharpness(q, confidence, scored)
     for rows in chunks(*q.shape):  # without a finite score, the softmax is NaN
         q[rows] = (q[rows] * sharpness).softmax(dim=1)
@@ -46,14 +46,12 @@ def mean_scores(errors: Tensor) -> Tensor:
     A class that pruning left out after some draws is out: it had a larger error than the others.
     """
 
-    def of_rows(rows: slice) -> Tensor:
-        part = errors[:, rows]
-        complete = part.isfinite().all(dim=0)
-        means = part.nan_to_num(torch.inf).mean(dim=0).masked_fill(~complete, torch.inf)
-        best = means.amin(dim=1, keepdim=True)
-        return torch.where(complete, best - means, -torch.inf)
+    def scores(errors: Tensor) -> Tensor:  # (P, draws, C)
+        complete = errors.isfinite().all(dim=1)
+        means = errors.nan_to_num(torch.inf).mean(dim=1).masked_fill(~complete, torch.inf)
+        return torch.where(complete, means.amin(dim=1, keepdim=True) - means, -torch.inf)
 
-    return by_rows(of_rows, errors[0], len(errors) * errors.shape[2])
+    return by_rows(scores, errors.transpose(0, 1), width=len(errors) * errors.shape[2])
 
 
 def balanced(q: Tensor) -> Tensor:

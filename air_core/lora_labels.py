@@ -77,9 +77,7 @@ def _pseudo_labelled(
     """Positions in the pool of the selected images, and their classes: one of each image."""
     logits = text.logits(pool)
     classes = torch.arange(logits.shape[1]) if unseen is None else unseen
-    scores = by_rows(
-        lambda rows: logits[rows][:, classes].softmax(dim=-1), logits, logits.shape[1]
-    )  # (P, C)
+    scores = by_rows(lambda z: z[:, classes].softmax(dim=-1), logits)  # (P, C)
     if settings.kind == "pool":
         return torch.arange(len(scores)), classes[scores.argmax(dim=1)]
     if settings.true_share is None:

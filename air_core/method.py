@@ -38,7 +38,6 @@ from air_core.classifiers import (
     CachedClassifier,
     Classifier,
     FusedClassifier,
-    LinearClassifier,
     fuse,
     text_classifier,
 )
@@ -199,41 +198,49 @@ class Trial:
         _check(spec, data)
         self.started = time.monotonic()
         self.spec, self.callback = spec, callback
-        self.text = text_classifier(data.backbone, data.classnames, data.template)
         self.data = data
-        self.teacher: Classifier = CachedClassifier(self.text)  # p_c
+        self.zero_shot = text_classifier(data.backbone, data.classnames, data.template)
+        self.text: Classifier = CachedClassifier(self.zero_shot)  # p_c
         self.evidence = pool_evidence(spec, data)  # q_c
-        self.auxiliary = build_auxiliary(
-            spec, self.data, self.text, self.teacher, self.evidence, None, 0
-        )  # p̂_c
+        self.auxiliary: AuxiliaryClassifier | None = None  # p̂_c
         self.learner: PromptLearner | None = None
+        self.update_auxiliary(0)
         # The auxiliary classifier of a round depends on that of the round before.
         for t, prompt in enumerate(resume_from.prompts):
             self.update_auxiliary(t)
             self.learner = self._new_prompt()
             self.learner.prompt.data.copy_(prompt)
-            self.teacher = CachedClassifier(self.learner)
+            self.text = CachedClassifier(self.learner)
         self.state = resume_from
 
     @property
     def rounds_done(self) -> int:
         return len(self.state.prompts)
 
+    @torch.no_grad()
     def update_auxiliary(self, t: int) -> None:
-        """Rebuild the auxiliary classifier with the prompt of the round before (step 3)."""
-        if self.spec.auxiliary.refresh and t > 0:
-            self.auxiliary = build_auxiliary(
-                self.spec, self.data, self.text, self.teacher, self.evidence, self.auxiliary, t
+        """Build p̂_c, the class means of synthetic images (step 3): once, or with
+        `auxiliary.refresh` for each round, with the prompt of the round before.
+
+        Its classes are those of the pool images: in TRZSL the unseen ones, counted from 0.
+        """
+        spec, data, settings = self.spec, self.data, self.spec.auxiliary
+        is_ready = self.auxiliary is not None and not (settings.refresh and t > 0)
+        if is_ready or not uses_auxiliary(spec):
+            return
+        for _ in range(settings.rounds):
+            synthetic, real = self._auxiliary_images(t)
+            classes, scale = len(self._pool_classes()), data.backbone.logit_scale
+            self.auxiliary = auxiliary_classifier(
+                settings, synthetic, real, data.pool, classes, scale
             )
 
     def update_labels(self, t: int) -> None:
-        """Pseudo-label the pool with the fused classifier (step 4 of docs/method.md)."""
-        spec, data = self.spec, self.data
+        """Pseudo-label the pool with the fused classifier (step 4)."""
+        spec = self.spec
         if spec.supervision == "pseudo":
-            classifier = fused(spec, data, self.teacher, self.auxiliary, self.evidence, t)
-            scores = classifier.pool_scores(data.pool)
             labels = assign(
-                scores,
+                self.fused(t).pool_scores(self.data.pool),
                 spec.pseudo_labels,
                 iteration=t,
                 iterations=spec.iterations,
@@ -241,8 +248,21 @@ class Trial:
             )
             self.state = replace(self.state, labels=labels)
 
+    def fused(self, t: int) -> FusedClassifier:
+        """p* = (p + λ p̂) / (1 + λ); with evidence the pool's p* becomes (1 - v) p* + v q."""
+        spec, data = self.spec, self.data
+        w, v = spec.fusion_weight, spec.evidence.weight
+        if spec.fusion.schedule == "annealed":
+            w *= 1 - progress(spec, t)
+        if spec.evidence.schedule == "annealed":
+            v *= 1 - progress(spec, t)
+        text = TRANSDUCTIONS.load(spec.transduction)(self.text, data.pool, data.unseen)
+        temperature, space = spec.auxiliary.temperature, spec.fusion.space
+        fused = fuse(text, self.auxiliary, data.pool, w, temperature, space, data.unseen)
+        return replace(fused, evidence=self.evidence, evidence_weight=v)
+
     def training(self, t: int) -> Training:
-        """Prompt, images and loss of this round (step 5 of docs/method.md)."""
+        """Prompt, images and loss of this round (step 5)."""
         spec, data = self.spec, self.data
         learner = None if spec.prompt.restart else self.learner
         training = Training(
@@ -271,7 +291,7 @@ class Trial:
         if isinstance(loss, Exception):
             raise loss
         assert self.learner is not None
-        self.teacher = CachedClassifier(self.learner)
+        self.text = CachedClassifier(self.learner)
         prompt = self.learner.prompt.detach().cpu().clone()
         self.state = replace(self.state, prompts=(*self.state.prompts, prompt))
         self.callback.on_round(Round(t, self._selected(), loss, self.learner, self.state))
@@ -280,17 +300,15 @@ class Trial:
     def evaluate(self) -> TrialResult:
         """Test text, auxiliary and fused classifier."""
         spec, data = self.spec, self.data
-        classifier = fused(
-            spec, data, self.teacher, self.auxiliary, self.evidence, max(0, spec.iterations - 1)
-        )
-        votes = classifier.votes(self.teacher, data.pool)
+        classifier = self.fused(max(0, spec.iterations - 1))
+        votes = classifier.votes(self.text, data.pool)
         classifiers = {
             name: self._tested(
                 # Several measures read the logits of the same batches.
                 CachedClassifier(each),
                 [vote for voter, vote in votes.items() if voter != name],
             )
-            for name, each in classifier.each(self.teacher).items()
+            for name, each in classifier.each(self.text).items()
         }
         text, last = classifiers["text"], [*classifiers.values()][-1]
         predictions = classifier.pool_scores(data.pool).argmax(dim=-1)
@@ -304,6 +322,37 @@ class Trial:
             prompt=None if self.learner is None else self.learner.prompt.detach().cpu(),
             seconds=time.monotonic() - self.started,
         )
+
+    def _auxiliary_images(self, t: int) -> tuple[Labelled | None, Labelled | None]:
+        """Synthetic and real images of the auxiliary classifier; those that it is built from.
+
+        The real ones are the k pool images of each class with the highest fused scores; each round
+        takes `k_step` more, while `fade` drops synthetic ones. Labelled images of the same classes
+        join them.
+        """
+        spec, data, settings = self.spec, self.data, self.spec.auxiliary
+        classes = self._pool_classes()
+        synthetic = real = None
+        if settings.source != "synthetic" or spec.fidelity.kind == "real_mean":
+            # With more slots than images, a class that is no image's first choice would get none.
+            largest = max(1, len(data.pool) // len(classes))
+            capacity = torch.full((len(classes),), min(settings.k + settings.k_step * t, largest))
+            labels = balanced_choice(self.fused(t).pool_scores(data.pool), capacity)
+            selected = (labels >= 0).nonzero().flatten()
+            real = Labelled(data.pool[selected], labels[selected])
+            if data.labelled is not None:
+                real = Labelled.joined([real, data.labelled.among(classes)])
+        if settings.source != "real" and data.synthetic is not None:
+            bank = data.synthetic.among(classes)
+            if settings.fade:
+                bank = faded(bank, progress(spec, t))
+            synthetic = high_fidelity(bank, spec.fidelity, self.zero_shot.weight[classes], real)
+        return synthetic, real if settings.source != "synthetic" else None
+
+    def _pool_classes(self) -> Tensor:
+        """(C,) or in TRZSL (U,) the classes of pool images."""
+        unseen = self.data.unseen
+        return torch.arange(len(self.data.classnames)) if unseen is None else unseen
 
     def _new_prompt(self) -> PromptLearner:
         spec, data = self.spec, self.data
@@ -399,113 +448,12 @@ def progress(spec: TrialSettings, t: int) -> float:
     return t / max(1, spec.iterations - 1)
 
 
-# ---------------------------------------------------------------- fused and auxiliary classifier
-
-
-def fused(
-    spec: TrialSettings,
-    data: TrialData,
-    teacher: Classifier,
-    auxiliary: AuxiliaryClassifier | None,
-    evidence: Tensor | None,
-    t: int,
-) -> FusedClassifier:
-    """p* = (p + λ p̂) / (1 + λ): the teacher fused with the auxiliary classifier.
-
-    With evidence the pool's p* becomes (1 - v) p* + v q.
-    """
-    w, v = spec.fusion_weight, spec.evidence.weight
-    if spec.fusion.schedule == "annealed":
-        w *= 1 - progress(spec, t)
-    if spec.evidence.schedule == "annealed":
-        v *= 1 - progress(spec, t)
-    teacher = TRANSDUCTIONS.load(spec.transduction)(teacher, data.pool, data.unseen)
-    classifier = fuse(
-        teacher,
-        auxiliary,
-        data.pool,
-        w,
-        spec.auxiliary.temperature,
-        spec.fusion.space,
-        data.unseen,
-    )
-    return replace(classifier, evidence=evidence, evidence_weight=v)
-
-
 def pool_evidence(spec: TrialSettings, data: TrialData) -> Tensor | None:
     """(P, C), or in TRZSL (P, U), probabilities by denoising errors; None: not used."""
     if not uses_evidence(spec) or data.evidence is None:
         return None
     settings = spec.evidence
     return evidence_probabilities(data.evidence, settings.confidence, settings.balance)
-
-
-@torch.no_grad()
-def build_auxiliary(
-    spec: TrialSettings,
-    data: TrialData,
-    text: LinearClassifier,
-    teacher: Classifier,
-    evidence: Tensor | None,
-    previous: AuxiliaryClassifier | None,
-    t: int,
-) -> AuxiliaryClassifier | None:
-    """p̂_c, the auxiliary classifier of round t; None where no auxiliary classifier is fused.
-
-    Its real images are the k pool images of each class with the highest scores of the teacher
-    fused with the `previous` auxiliary classifier and the evidence; each round takes `k_step` more,
-    while `fade` drops synthetic ones. Labelled images of the same classes join them. Its classes
-    are those of the pool images: in TRZSL the unseen ones, counted from 0.
-    """
-    if not uses_auxiliary(spec):
-        return None
-    auxiliary = previous
-    for _ in range(spec.auxiliary.rounds):
-        fused_classifier = fused(spec, data, teacher, auxiliary, evidence, t)
-        auxiliary = _auxiliary(spec, data, text, fused_classifier, t)
-    return auxiliary
-
-
-def _auxiliary(
-    spec: TrialSettings,
-    data: TrialData,
-    text: LinearClassifier,
-    fused_classifier: FusedClassifier,
-    t: int,
-) -> AuxiliaryClassifier:
-    settings = spec.auxiliary
-    classes = torch.arange(len(data.classnames)) if data.unseen is None else data.unseen
-    synthetic = real = None
-    if settings.source != "synthetic" or spec.fidelity.kind == "real_mean":
-        # With more slots than images, a class that is no image's first choice would get none.
-        largest = max(1, len(data.pool) // len(classes))
-        capacity = torch.full((len(classes),), min(settings.k + settings.k_step * t, largest))
-        fused_scores = fused_classifier.pool_scores(data.pool)
-        assignment = balanced_choice(fused_scores, capacity)
-        selected = (assignment >= 0).nonzero().flatten()
-        real = _with_labelled(Labelled(data.pool[selected], assignment[selected]), data, classes)
-    if settings.source != "real" and data.synthetic is not None:
-        bank = data.synthetic.among(classes)
-        if settings.fade:
-            bank = faded(bank, progress(spec, t))
-        synthetic = high_fidelity(bank, spec.fidelity, text.weight[classes], real)
-    return auxiliary_classifier(
-        settings,
-        synthetic,
-        real if settings.source != "synthetic" else None,
-        data.pool,
-        len(classes),
-        data.backbone.logit_scale,
-    )
-
-
-def _with_labelled(real: Labelled, data: TrialData, classes: Tensor) -> Labelled:
-    if data.labelled is None:
-        return real
-    labelled = data.labelled.among(classes)
-    return Labelled(
-        Batch.joined([real.batch, labelled.batch]), torch.cat([real.labels, labelled.labels])
-    )
 
 
 def faded(bank: Labelled, progress: float) -> Labelled:

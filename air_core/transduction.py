@@ -36,18 +36,16 @@ class MixtureClassifier:
 
     def logits(self, batch: Batch) -> Tensor:
         """(N, C); in TRZSL the total score of the unseen classes does not change."""
-        found = self.text.logits(batch)
+        return by_rows(self._refined, self.text.logits(batch), batch.features)
 
-        def of_rows(rows: slice) -> Tensor:
-            logits = found[rows].log_softmax(dim=-1)
-            likelihood = _log_likelihood(batch.features[rows], self.means, self.precision)
-            if self.unseen is None:
-                return logits + likelihood
-            text = logits[:, self.unseen]
-            refined = (text + likelihood).log_softmax(dim=-1) + text.logsumexp(dim=-1, keepdim=True)
-            return logits.index_copy(1, self.unseen, refined)
-
-        return by_rows(of_rows, found, found.shape[1])
+    def _refined(self, logits: Tensor, features: Tensor) -> Tensor:
+        logits = logits.log_softmax(dim=-1)
+        likelihood = _log_likelihood(features, self.means, self.precision)
+        if self.unseen is None:
+            return logits + likelihood
+        text = logits[:, self.unseen]
+        refined = (text + likelihood).log_softmax(dim=-1) + text.logsumexp(dim=-1, keepdim=True)
+        return logits.index_copy(1, self.unseen, refined)
 
 
 @torch.no_grad()
@@ -64,18 +62,17 @@ def transductive(text: Classifier, pool: Batch, unseen: Tensor | None = None) ->
     features, classes = pool.features, logits.shape[1]
     near, affinity = _neighbours(features)
 
-    def refined(rows: slice) -> Tensor:
-        log_scores = logits[rows].log_softmax(dim=-1)
-        likelihood = _log_likelihood(features[rows], means, precision)
-        neighbours = (affinity[rows, :, None] * shares[near[rows]]).sum(dim=1)
-        return (log_scores + likelihood + neighbours).softmax(dim=-1)
+    def refined(logits: Tensor, features: Tensor, near: Tensor, affinity: Tensor) -> Tensor:
+        likelihood = _log_likelihood(features, means, precision)
+        neighbours = (affinity[:, :, None] * shares[near]).sum(dim=1)
+        return (logits.log_softmax(dim=-1) + likelihood + neighbours).softmax(dim=-1)
 
-    shares = by_rows(lambda rows: logits[rows].log_softmax(dim=-1).exp(), logits, classes)
+    shares = by_rows(lambda logits: logits.log_softmax(dim=-1).exp(), logits)
     precision = torch.full_like(features[0], float(features.shape[1]))
     sums, second = shares.T @ features, _mean_square(features, classes)
     means = _means(sums)
     for _ in range(ROUNDS):
-        shares = by_rows(refined, logits, classes)
+        shares = by_rows(refined, logits, features, near, affinity)
         sums = shares.T @ features  # (U, D)
         means = _means(sums)
         precision = 1 / _variance(second, sums, shares, means)

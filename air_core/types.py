@@ -56,6 +56,11 @@ class Labelled:
     def __getitem__(self, index: Tensor) -> Labelled:
         return Labelled(self.batch[index], self.labels[index])
 
+    @staticmethod
+    def joined(parts: Sequence[Labelled]) -> Labelled:
+        labels = torch.cat([part.labels for part in parts])
+        return Labelled(Batch.joined([part.batch for part in parts]), labels)
+
     def of(self, classes: Tensor | None) -> Labelled:
         """The images of some classes; None: all images."""
         return self if classes is None else self[torch.isin(self.labels, classes)]

@@ -37,14 +37,11 @@ class BankClassifier:
 
     def logits(self, batch: Batch) -> Tensor:
         """(B, C)"""
+        return by_rows(self._logits, batch.features, width=len(self.bank), elements=COSINES)
 
-        def of_rows(rows: slice) -> Tensor:
-            x = normalize(batch.features[rows] - self.center, dim=-1)
-            cosines = x @ self.bank.T  # (B, N)
-            found = self._nearest(cosines) if self.nearest else self._cache(cosines)
-            return self.sharpness * found
-
-        return by_rows(of_rows, batch.features, len(self.bank), COSINES)
+    def _logits(self, x: Tensor) -> Tensor:
+        cosines = normalize(x - self.center, dim=-1) @ self.bank.T  # (B, N)
+        return self.sharpness * (self._nearest if self.nearest else self._cache)(cosines)
 
     def _nearest(self, cosines: Tensor) -> Tensor:
         padded = cosines[:, self._places.clamp(min=0)].masked_fill(self._places < 0, -torch.inf)

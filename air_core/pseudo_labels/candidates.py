@@ -62,16 +62,16 @@ def candidate_sets(scores: Tensor, alpha: float, beta: float) -> Tensor:
     enough = scores.amax(dim=-1).quantile(alpha)
     least = _column_quantiles(scores, beta)
 
-    def of_rows(rows: slice) -> Tensor:
-        ordered, order = scores[rows].sort(dim=-1, descending=True, stable=True)
+    def plausible(scores: Tensor) -> Tensor:
+        ordered, order = scores.sort(dim=-1, descending=True, stable=True)
         # Mass of the classes ranked before. A difference of sums would not be exactly `enough`.
         before = pad(ordered.cumsum(dim=-1)[:, :-1], (1, 0))
         within_image = torch.empty_like(order, dtype=torch.bool).scatter_(
             1, order, before <= enough
         )
-        return within_image & (scores[rows] >= least)
+        return within_image & (scores >= least)
 
-    return by_rows(of_rows, scores, scores.shape[1])
+    return by_rows(plausible, scores)
 
 
 def _column_quantiles(scores: Tensor, q: float) -> Tensor:

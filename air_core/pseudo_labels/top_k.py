@@ -41,7 +41,7 @@ def predicted(
 
     A class that no image is assigned to gets none.
     """
-    best = by_rows(lambda rows: scores[rows].argmax(dim=1), scores, scores.shape[1])
+    best = by_rows(lambda scores: scores.argmax(dim=1), scores)
     images = torch.arange(len(scores), device=scores.device)
     return _selected(scores, best.where(_ranks(scores, images, best) < capacity, -1))
 
@@ -72,9 +72,8 @@ def balanced_choice(scores: Tensor, capacity: Tensor, allowed: Tensor | None = N
     least = torch.where(capacity > 0, -torch.inf, torch.inf).to(scores.dtype)  # (C,) its score
     last = torch.full_like(capacity, images)  # (C,) its position
 
-    def best(rows: slice) -> Tensor:
+    def best(at: Tensor) -> Tensor:
         """The class that images propose to next, -1 where there is none."""
-        at = proposing[rows]
         own = scores[at]
         open_to = (own > least) | ((own == least) & (at[:, None] < last))
         if allowed is not None:
@@ -85,7 +84,7 @@ def balanced_choice(scores: Tensor, capacity: Tensor, allowed: Tensor | None = N
     choice = torch.full((images,), -1, device=scores.device)
     proposing = torch.arange(images, device=scores.device)
     while len(proposing):
-        choice[proposing] = by_rows(best, proposing, classes)
+        choice[proposing] = by_rows(best, proposing, width=classes)
         is_overfull = (choice + 1).bincount(minlength=classes + 1)[1:] > capacity
         held = ((choice >= 0) & is_overfull[choice]).nonzero().flatten()
         classes_held = choice[held]

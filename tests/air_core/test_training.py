@@ -15,15 +15,9 @@ from torch.nn.functional import one_hot
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from air_core.losses import candidate_loss, confidence
 from air_core.specs import TrainSettings
-from air_core.training import (
-    Targeted,
-    Training,
-    candidate_loss,
-    confidence,
-    fit,
-    learning_rate_factor,
-)
+from air_core.training import Targeted, Training, fit, learning_rate_factor
 from air_core.types import Batch, Labelled
 
 PLAIN = TrainSettings(
