@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from air_core.backbone import Backbone
 from air_core.chunks import by_rows
-from air_core.types import Batch
+from air_core.types import Batch, Classes
 
 # N images, C classes, U unseen classes, D feature width.
 
@@ -65,7 +65,7 @@ def text_classifier(
     )
 
 
-def unchanged(text: Classifier, pool: Batch, unseen: Tensor | None) -> Classifier:
+def unchanged(text: Classifier, pool: Batch, classes: Classes) -> Classifier:
     """The text classifier itself: the transduction `none`."""
     return text
 
@@ -126,7 +126,7 @@ def fused_scores(
 class FusedClassifier:
     """A text classifier fused with an auxiliary classifier and, for pool images, with evidence.
 
-    In TRZSL the auxiliary classifier has the `unseen` classes only. It then redistributes the
+    In TRZSL the auxiliary classifier has the unseen classes only. It then redistributes the
     scores that the text classifier gives to these; those of seen classes do not change.
     """
 
@@ -134,7 +134,7 @@ class FusedClassifier:
     auxiliary: Any  # a Classifier over C or U classes; None: the text classifier alone
     weight: float
     space: str
-    unseen: Tensor | None  # (U,)
+    classes: Classes
     evidence: Tensor | None = None  # (P, C) or (P, U), see air_core.evidence; of pool images only
     evidence_weight: float = 0.0
 
@@ -144,11 +144,11 @@ class FusedClassifier:
 
     def _scores(self, logits: Tensor, features: Tensor) -> Tensor:
         fused = self._fused(logits, features)
-        if self.unseen is None:
+        if self.classes.unseen is None:
             return fused
         scores = logits.softmax(dim=-1)
-        mass = scores[:, self.unseen].sum(dim=-1, keepdim=True)
-        return scores.index_copy(1, self.unseen, mass * fused)
+        mass = self.classes.columns(scores).sum(dim=-1, keepdim=True)
+        return scores.index_copy(1, self.classes.unseen, mass * fused)
 
     def logits(self, batch: Batch) -> Tensor:
         """(N, C) logarithms of the scores."""
@@ -164,7 +164,7 @@ class FusedClassifier:
             text: the text classifier before `transductive` refines it.
         """
         found = {"text": text}
-        if self.auxiliary is not None and self.unseen is None:
+        if self.auxiliary is not None and self.classes.unseen is None:
             found["auxiliary"] = self.auxiliary
         if self.auxiliary is not None or self.text is not text:
             found["fused"] = self
@@ -187,7 +187,7 @@ class FusedClassifier:
         They are counted among the classes of the pool; -1 where an image has no evidence.
         """
         logits = text.logits(pool)
-        found = {"text": _among(logits, self.unseen).argmax(dim=1)}
+        found = {"text": self.classes.columns(logits).argmax(dim=1)}
         if self.auxiliary is not None:
             best = partial(_best, self.auxiliary)
             found["auxiliary"] = by_rows(best, pool.features, width=logits.shape[1])
@@ -197,7 +197,7 @@ class FusedClassifier:
 
     def _fused(self, logits: Tensor, features: Tensor) -> Tensor:
         """Scores (N, C), or in TRZSL (N, U), of images by the logits (N, C) of the text."""
-        logits = _among(logits, self.unseen)
+        logits = self.classes.columns(logits)
         if self.auxiliary is None:
             return logits.softmax(dim=-1)
         auxiliary = self.auxiliary.logits(Batch(features))
@@ -212,19 +212,15 @@ def _vote(q: Tensor) -> Tensor:
     return q.argmax(dim=1).where(q.isfinite().any(dim=1), -1)
 
 
-def _among(logits: Tensor, classes: Tensor | None) -> Tensor:  # None: all classes
-    return logits if classes is None else logits[:, classes]
-
-
 @torch.no_grad()
 def fuse(
     text: Classifier,
     auxiliary: Any,
     pool: Batch,
+    classes: Classes,
     weight: float,
     temperature: str,
     space: str = "probability",
-    unseen: Tensor | None = None,
 ) -> FusedClassifier:
     """Fuse a text classifier with an auxiliary classifier.
 
@@ -232,10 +228,10 @@ def fuse(
     confidence: the mean largest score over the pool, which needs no label.
     """
     if auxiliary is not None and temperature == "match_entropy":
-        confidence = _confidence(_among(text.logits(pool), unseen)).mean().item()
+        confidence = _confidence(classes.columns(text.logits(pool))).mean().item()
         factor = matching_sharpness(auxiliary.logits(pool), confidence)
         auxiliary = replace(auxiliary, sharpness=auxiliary.sharpness * factor)
-    return FusedClassifier(text, auxiliary, weight, space, unseen)
+    return FusedClassifier(text, auxiliary, weight, space, classes)
 
 
 def matching_sharpness(logits: Tensor, confidence: float, images: Tensor | None = None) -> float:

@@ -389,8 +389,8 @@ FIDELITIES.declare(
 FIDELITIES.declare("random", "air_core.auxiliary.fidelity:random", "`keep` images", {"keep"})
 FIDELITIES.declare("none", "air_core.auxiliary.fidelity:none", "all images")
 
-# Text classifier, pool, and in TRZSL the unseen classes -> classifier
-TRANSDUCTIONS = Registry("transduction", "text, pool, unseen", is_open=False)
+# Text classifier, pool and air_core.types.Classes -> classifier
+TRANSDUCTIONS = Registry("transduction", "text, pool, classes", is_open=False)
 TRANSDUCTIONS.declare("none", "air_core.classifiers:unchanged", "no refinement", modules=())
 TRANSDUCTIONS.declare(
     "gmm",

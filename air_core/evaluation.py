@@ -10,31 +10,28 @@ from torch import Tensor
 
 from air_core.chunks import chunks
 from air_core.classifiers import Classifier, matching_sharpness
-from air_core.types import Batch, Labelled, Metrics
+from air_core.types import Batch, Classes, Labelled, Metrics
 
 # N images, C classes, U unseen classes.
 
 CALIBRATION_BINS = 15
 
 
-def measured(
-    predictions: Tensor, labels: Tensor, num_classes: int, unseen: Tensor | None = None
-) -> Metrics:
+def measured(predictions: Tensor, labels: Tensor, classes: Classes) -> Metrics:
     """Accuracy over all images, per class and, in TRZSL, over seen and over unseen classes.
 
     Args:
         predictions: (N,) class indices, out of all classes.
         labels: (N,) true classes.
-        unseen: (U,) TRZSL: the classes without labels.
 
     Source: GRIP (arXiv:2306.01669) reports TRZSL by the harmonic mean of both accuracies.
     """
     right = (predictions == labels).double()
-    per_class = tuple(right[labels == c].mean().item() for c in range(num_classes))
+    per_class = tuple(right[labels == c].mean().item() for c in range(classes.count))
     metrics = Metrics(accuracy=right.mean().item(), per_class=per_class, predictions=predictions)
-    if unseen is None:
+    if classes.unseen is None:
         return metrics
-    is_unseen = torch.isin(labels, unseen)
+    is_unseen = torch.isin(labels, classes.unseen)
     seen_accuracy, unseen_accuracy = right[~is_unseen].mean().item(), right[is_unseen].mean().item()
     return replace(
         metrics,
@@ -59,7 +56,7 @@ def objectives(
     classifier: Classifier,
     pool: Batch,
     validation: Labelled | None,
-    unseen: Tensor | None = None,
+    classes: Classes,
 ) -> dict[str, float]:
     """Objectives of a search. They read no test image and no test label.
 
@@ -67,10 +64,10 @@ def objectives(
     `mutual_information` reads no label (in TRZSL it is over unseen classes, those of the pool).
     """
     logits = classifier.logits(pool)
-    values = {"mutual_information": _mutual_information(_scores(logits, unseen), len(logits))}
+    values = {"mutual_information": _mutual_information(_scores(logits, classes), len(logits))}
     if validation is not None:
         logits = classifier.logits(validation.batch)
-        metrics = measured(logits.argmax(dim=-1), validation.labels, logits.shape[1], unseen)
+        metrics = measured(logits.argmax(dim=-1), validation.labels, classes)
         values["validation_accuracy"] = metrics.headline
     return values
 
@@ -133,26 +130,19 @@ def _mutual_information(parts: Iterable[Tensor], images: int) -> float:
     return float(_entropy(mean) - torch.cat(entropies).mean())
 
 
-def _scores(
-    logits: Tensor, classes: Tensor | None = None, temperature: float = 1.0
-) -> Iterator[Tensor]:
-    """Softmax of logits (N, C), in chunks of rows.
-
-    Args:
-        classes: those that it is over; None: all.
-    """
+def _scores(logits: Tensor, classes: Classes, temperature: float = 1.0) -> Iterator[Tensor]:
+    """Softmax of logits (N, C) over the classes of the pool, in chunks of rows."""
     for rows in chunks(*logits.shape):
-        part = logits[rows] if classes is None else logits[rows][:, classes]
-        yield (part / temperature).softmax(dim=-1)
+        yield (classes.columns(logits[rows]) / temperature).softmax(dim=-1)
 
 
 def most_probable(
-    logits: Tensor, classes: Tensor | None = None, temperature: float = 1.0
+    logits: Tensor, classes: Classes, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Largest score (N,) and its position (N,) of each row of logits (N, C).
 
     Args:
-        classes: those that the softmax is over, and that positions count; None: all.
+        classes: the softmax is over those of the pool, and positions count these.
         temperature: divides the logits.
     """
     best = [scores.max(dim=-1) for scores in _scores(logits, classes, temperature)]

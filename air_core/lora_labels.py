@@ -13,9 +13,9 @@ from air_core.chunks import by_rows
 from air_core.classifiers import LinearClassifier
 from air_core.pseudo_labels.top_k import balanced_choice
 from air_core.specs import InitialLabelsSettings, LoraSource
-from air_core.types import Batch, Labelled, Split
+from air_core.types import Batch, Classes, Labelled, Split
 
-# P pool images, C classes of the pool (in TRZSL the unseen ones), M selected images.
+# P pool images, U classes of the pool (in TRZSL the unseen ones), M selected images.
 
 
 def lora_images(
@@ -50,8 +50,9 @@ def lora_images(
     """
     parts = []
     if source != "labelled":
-        selected, classes = _pseudo_labelled(text, pool, split.unseen, settings, truth)
-        parts.append((split.pool[selected], classes))
+        classes = Classes(len(text.weight), split.unseen)
+        selected, labels = _pseudo_labelled(text, pool, classes, settings, truth)
+        parts.append((split.pool[selected], labels))
     if source != "pseudo" and labelled is not None:
         order = _order(len(labelled), drawn_by)
         first = order[first_of_each_class(labelled.labels[order], settings.k)]
@@ -70,27 +71,26 @@ def _order(images: int, seed: int | None) -> Tensor:
 def _pseudo_labelled(
     text: LinearClassifier,
     pool: Batch,
-    unseen: Tensor | None,
+    classes: Classes,
     settings: InitialLabelsSettings,
     truth: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Positions in the pool of the selected images, and their classes: one of each image."""
-    logits = text.logits(pool)
-    classes = torch.arange(logits.shape[1]) if unseen is None else unseen
-    scores = by_rows(lambda z: z[:, classes].softmax(dim=-1), logits)  # (P, C)
+    scores = by_rows(lambda z: classes.columns(z).softmax(dim=-1), text.logits(pool))  # (P, U)
+    among = classes.of_pool
     if settings.kind == "pool":
-        return torch.arange(len(scores)), classes[scores.argmax(dim=1)]
+        return torch.arange(len(scores)), among[scores.argmax(dim=1)]
     if settings.true_share is None:
         # With more slots than images, a class that is no image's first choice would get none.
-        largest = max(1, len(scores) // len(classes))
-        capacity = torch.full((len(classes),), min(settings.k, largest))
+        largest = max(1, len(scores) // len(among))
+        capacity = torch.full((len(among),), min(settings.k, largest))
         assignment = balanced_choice(scores, capacity)
     else:
         assert truth is not None
-        is_right = truth[:, None] == classes
+        is_right = truth[:, None] == among
         assignment = _with_errors(scores, is_right, settings.k, settings.true_share)
     selected = (assignment >= 0).nonzero().flatten()
-    return selected, classes[assignment[selected]]
+    return selected, among[assignment[selected]]
 
 
 def _with_errors(scores: Tensor, is_right: Tensor, k: int, share: float) -> Tensor:

@@ -56,7 +56,7 @@ from air_core.specs.conditions import (
     uses_evidence,
 )
 from air_core.training import Targeted, Training, fit
-from air_core.types import Batch, ClassifierResult, Labelled, PseudoLabels, TrialResult
+from air_core.types import Batch, Classes, ClassifierResult, Labelled, PseudoLabels, TrialResult
 
 MIN_FADED = 8  # synthetic images per class that `auxiliary.fade` keeps in the last round
 
@@ -74,7 +74,11 @@ class TrialData:
     validation: Labelled | None
     test: Labelled
     synthetic: Labelled | None  # labels are the classes that the images were drawn for
-    evidence: Tensor | None = None  # (draws, P, C) or (draws, P, U) denoising errors of the pool
+    evidence: Tensor | None = None  # (draws, P, U) denoising errors of the pool
+
+    @property
+    def classes(self) -> Classes:
+        return Classes(len(self.classnames), self.unseen)
 
     @staticmethod
     def of(
@@ -230,7 +234,7 @@ class Trial:
             return
         for _ in range(settings.rounds):
             synthetic, real = self._auxiliary_images(t)
-            classes, scale = len(self._pool_classes()), data.backbone.logit_scale
+            classes, scale = len(data.classes.of_pool), data.backbone.logit_scale
             self.auxiliary = auxiliary_classifier(
                 settings, synthetic, real, data.pool, classes, scale
             )
@@ -256,9 +260,9 @@ class Trial:
             w *= 1 - progress(spec, t)
         if spec.evidence.schedule == "annealed":
             v *= 1 - progress(spec, t)
-        text = TRANSDUCTIONS.load(spec.transduction)(self.text, data.pool, data.unseen)
+        text = TRANSDUCTIONS.load(spec.transduction)(self.text, data.pool, data.classes)
         temperature, space = spec.auxiliary.temperature, spec.fusion.space
-        fused = fuse(text, self.auxiliary, data.pool, w, temperature, space, data.unseen)
+        fused = fuse(text, self.auxiliary, data.pool, data.classes, w, temperature, space)
         return replace(fused, evidence=self.evidence, evidence_weight=v)
 
     def training(self, t: int) -> Training:
@@ -318,7 +322,7 @@ class Trial:
             test=(text if spec.iterations else last).test,
             classifiers=classifiers,
             fused=classifier,
-            pool_predictions=self._of_all_classes(predictions),
+            pool_predictions=data.classes.numbers(predictions),
             prompt=None if self.learner is None else self.learner.prompt.detach().cpu(),
             seconds=time.monotonic() - self.started,
         )
@@ -331,7 +335,7 @@ class Trial:
         join them.
         """
         spec, data, settings = self.spec, self.data, self.spec.auxiliary
-        classes = self._pool_classes()
+        classes = data.classes.of_pool
         synthetic = real = None
         if settings.source != "synthetic" or spec.fidelity.kind == "real_mean":
             # With more slots than images, a class that is no image's first choice would get none.
@@ -341,18 +345,13 @@ class Trial:
             selected = (labels >= 0).nonzero().flatten()
             real = Labelled(data.pool[selected], labels[selected])
             if data.labelled is not None:
-                real = Labelled.joined([real, data.labelled.among(classes)])
+                real = Labelled.joined([real, data.labelled.among(data.classes)])
         if settings.source != "real" and data.synthetic is not None:
-            bank = data.synthetic.among(classes)
+            bank = data.synthetic.among(data.classes)
             if settings.fade:
                 bank = faded(bank, progress(spec, t))
             synthetic = high_fidelity(bank, spec.fidelity, self.zero_shot.weight[classes], real)
         return synthetic, real if settings.source != "synthetic" else None
-
-    def _pool_classes(self) -> Tensor:
-        """(C,) or in TRZSL (U,) the classes of pool images."""
-        unseen = self.data.unseen
-        return torch.arange(len(self.data.classnames)) if unseen is None else unseen
 
     def _new_prompt(self) -> PromptLearner:
         spec, data = self.spec, self.data
@@ -370,37 +369,33 @@ class Trial:
         labels = self.state.labels
         if labels is None:
             return None
-        return spread(labels, self.data.unseen, len(self.data.classnames))
+        return spread(labels, self.data.classes)
 
     def _tested(self, classifier: Classifier, votes: Sequence[Tensor]) -> ClassifierResult:
-        data, unseen = self.data, self.data.unseen
+        data, classes = self.data, self.data.classes
         logits = classifier.logits(data.test.batch)
         temperature = evaluation.calibrated_temperature(classifier, data.validation)
-        confidence, predictions = evaluation.most_probable(logits)
-        probability, _ = evaluation.most_probable(logits, temperature=temperature)
+        every = Classes(classes.count)
+        confidence, predictions = evaluation.most_probable(logits, every)
+        probability, _ = evaluation.most_probable(logits, every, temperature)
         right = predictions == data.test.labels
         pool_logits = classifier.logits(data.pool)
-        pool_probability, pool = evaluation.most_probable(pool_logits, unseen, temperature)
-        found = evaluation.objectives(classifier, data.pool, data.validation, unseen)
+        pool_probability, pool = evaluation.most_probable(pool_logits, classes, temperature)
+        found = evaluation.objectives(classifier, data.pool, data.validation, classes)
         if votes:
             found["agreement"] = evaluation.agreement(pool, votes)
         return ClassifierResult(
-            test=evaluation.measured(predictions, data.test.labels, len(data.classnames), unseen),
+            test=evaluation.measured(predictions, data.test.labels, classes),
             temperature=temperature,
             probability=probability,
             calibration_error=(
                 evaluation.calibration_error(confidence, right),
                 evaluation.calibration_error(probability, right),
             ),
-            pool=self._of_all_classes(pool),
+            pool=classes.numbers(pool),
             pool_probability=pool_probability,
             objectives=found,
         )
-
-    def _of_all_classes(self, predictions: Tensor) -> Tensor:
-        """Predictions (P,) among the classes of the pool, counted among all classes."""
-        unseen = self.data.unseen
-        return predictions if unseen is None else unseen[predictions]
 
 
 def _check(spec: TrialSettings, data: TrialData) -> None:
@@ -440,7 +435,7 @@ def synthetic_batch(spec: TrialSettings, data: TrialData) -> Labelled | None:
     """Synthetic images of L_s; in TRZSL of unseen classes, since seen ones have real labels."""
     if data.synthetic is None or not trains_on_synthetic(spec):
         return None
-    return data.synthetic.of(data.unseen)
+    return data.synthetic.of(data.classes)
 
 
 def progress(spec: TrialSettings, t: int) -> float:
@@ -449,7 +444,7 @@ def progress(spec: TrialSettings, t: int) -> float:
 
 
 def pool_evidence(spec: TrialSettings, data: TrialData) -> Tensor | None:
-    """(P, C), or in TRZSL (P, U), probabilities by denoising errors; None: not used."""
+    """(P, U) probabilities by denoising errors; None: not used."""
     if not uses_evidence(spec) or data.evidence is None:
         return None
     settings = spec.evidence

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from air_core.chunks import by_rows, chunks
 from air_core.classifiers import Classifier
-from air_core.types import Batch
+from air_core.types import Batch, Classes
 
 # N images, U classes of the pool (all classes, in TRZSL the unseen ones), D feature width.
 
@@ -32,7 +32,7 @@ class MixtureClassifier:
     text: Classifier
     means: Tensor  # (U, D), unit length
     precision: Tensor  # (D,) of the shared covariance
-    unseen: Tensor | None
+    classes: Classes
 
     def logits(self, batch: Batch) -> Tensor:
         """(N, C); in TRZSL the total score of the unseen classes does not change."""
@@ -41,25 +41,21 @@ class MixtureClassifier:
     def _refined(self, logits: Tensor, features: Tensor) -> Tensor:
         logits = logits.log_softmax(dim=-1)
         likelihood = _log_likelihood(features, self.means, self.precision)
-        if self.unseen is None:
+        if self.classes.unseen is None:
             return logits + likelihood
-        text = logits[:, self.unseen]
+        text = self.classes.columns(logits)
         refined = (text + likelihood).log_softmax(dim=-1) + text.logsumexp(dim=-1, keepdim=True)
-        return logits.index_copy(1, self.unseen, refined)
+        return logits.index_copy(1, self.classes.unseen, refined)
 
 
 @torch.no_grad()
-def transductive(text: Classifier, pool: Batch, unseen: Tensor | None = None) -> MixtureClassifier:
+def transductive(text: Classifier, pool: Batch, classes: Classes) -> MixtureClassifier:
     """Fit the mixture on the pool, starting from the text classifier's scores.
 
     Args:
         pool: at least two images.
-        unseen: (U,) TRZSL: the classes of the pool images.
     """
-    logits = text.logits(pool)
-    if unseen is not None:
-        logits = logits[:, unseen]
-    features, classes = pool.features, logits.shape[1]
+    logits, features = classes.columns(text.logits(pool)), pool.features
     near, affinity = _neighbours(features)
 
     def refined(logits: Tensor, features: Tensor, near: Tensor, affinity: Tensor) -> Tensor:
@@ -69,14 +65,14 @@ def transductive(text: Classifier, pool: Batch, unseen: Tensor | None = None) ->
 
     shares = by_rows(lambda logits: logits.log_softmax(dim=-1).exp(), logits)
     precision = torch.full_like(features[0], float(features.shape[1]))
-    sums, second = shares.T @ features, _mean_square(features, classes)
+    sums, second = shares.T @ features, _mean_square(features, logits.shape[1])
     means = _means(sums)
     for _ in range(ROUNDS):
         shares = by_rows(refined, logits, features, near, affinity)
         sums = shares.T @ features  # (U, D)
         means = _means(sums)
         precision = 1 / _variance(second, sums, shares, means)
-    return MixtureClassifier(text, means, precision, unseen)
+    return MixtureClassifier(text, means, precision, classes)
 
 
 def _means(sums: Tensor) -> Tensor:  # (U, D)

@@ -44,6 +44,30 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Classes:
+    """The classes of a dataset, 0 .. C - 1, and among them the U classes of its pool.
+
+    In TRZSL these are the unseen ones, counted from 0 in ascending order; otherwise all, and U = C.
+    """
+
+    count: int  # C
+    unseen: Tensor | None = None  # (U,)
+
+    @property
+    def of_pool(self) -> Tensor:
+        """(U,) numbers among all classes."""
+        return torch.arange(self.count) if self.unseen is None else self.unseen
+
+    def columns(self, scores: Tensor) -> Tensor:
+        """(N, C) -> (N, U)"""
+        return scores if self.unseen is None else scores[:, self.unseen]
+
+    def numbers(self, predictions: Tensor) -> Tensor:
+        """(N,) classes of the pool, counted among all classes."""
+        return predictions if self.unseen is None else self.unseen[predictions]
+
+
+@dataclass(frozen=True)
 class Labelled:
     """Images with their classes."""
 
@@ -61,14 +85,16 @@ class Labelled:
         labels = torch.cat([part.labels for part in parts])
         return Labelled(Batch.joined([part.batch for part in parts]), labels)
 
-    def of(self, classes: Tensor | None) -> Labelled:
-        """The images of some classes; None: all images."""
-        return self if classes is None else self[torch.isin(self.labels, classes)]
+    def of(self, classes: Classes) -> Labelled:
+        """The images of the pool's classes."""
+        if classes.unseen is None:
+            return self
+        return self[torch.isin(self.labels, classes.unseen)]
 
-    def among(self, classes: Tensor) -> Labelled:
-        """The images of some classes; labels become positions in `classes`, which ascend."""
+    def among(self, classes: Classes) -> Labelled:
+        """The images of the pool's classes, with labels that count these."""
         kept = self.of(classes)
-        return Labelled(kept.batch, torch.searchsorted(classes, kept.labels))
+        return Labelled(kept.batch, torch.searchsorted(classes.of_pool, kept.labels))
 
 
 @dataclass(frozen=True)
@@ -151,9 +177,10 @@ class SparseTargets:
         """(M, C)"""
         return self[torch.arange(len(self), device=self.starts.device)]
 
-    def among(self, classes: Tensor, num_classes: int) -> SparseTargets:
-        """The same targets, whose classes are now positions in `classes`, over all classes."""
-        return replace(self, classes=classes[self.classes.long()].int(), num_classes=num_classes)
+    def among_all(self, classes: Classes) -> SparseTargets:
+        """The same targets, of classes of the pool, over all classes."""
+        numbers = classes.numbers(self.classes.long()).int()
+        return replace(self, classes=numbers, num_classes=classes.count)
 
     def to(self, device: torch.device) -> SparseTargets:
         """The same targets on a device."""

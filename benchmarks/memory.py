@@ -46,7 +46,7 @@ from air_core.pseudo_labels.candidates import candidate_sets
 from air_core.pseudo_labels.top_k import balanced_choice
 from air_core.specs import AuxiliarySettings, PseudoLabelSettings
 from air_core.transduction import transductive
-from air_core.types import Batch, Labelled, PseudoLabels
+from air_core.types import Batch, Classes, Labelled, PseudoLabels
 from benchmarks.harness import environment, measure_time, options, progress, report
 
 GIB = 2**30
@@ -96,6 +96,10 @@ class Pool:
         return cached
 
     @cached_property
+    def every(self) -> Classes:
+        return Classes(self.classes)
+
+    @cached_property
     def prototype(self) -> AuxiliaryClassifier:
         return self._auxiliary("prototype")
 
@@ -110,7 +114,13 @@ class Pool:
     @cached_property
     def fused(self) -> FusedClassifier:
         return FusedClassifier(
-            self.teacher, self.prototype, 0.5, "probability", None, self.scores, 0.3
+            self.teacher,
+            self.prototype,
+            0.5,
+            "probability",
+            self.every,
+            self.scores,
+            0.3,
         )
 
     def _auxiliary(self, kind: str) -> AuxiliaryClassifier:
@@ -145,13 +155,21 @@ STEPS: dict[str, tuple[tuple[str, ...], Callable[[Pool], Any]]] = {
     "cache": (("cache",), lambda pool: pool.cache.logits(pool.batch)),
     "fuse": (
         ("teacher", "prototype"),
-        lambda pool: fuse(pool.teacher, pool.prototype, pool.batch, 0.5, "match_entropy"),
+        lambda pool: fuse(
+            pool.teacher, pool.prototype, pool.batch, pool.every, 0.5, "match_entropy"
+        ),
     ),
     "pool_scores": (("fused",), lambda pool: pool.fused.pool_scores(pool.batch)),
     "evidence": (("errors",), lambda pool: evidence_probabilities(pool.errors, 0.8)),
     "sinkhorn": (("scores",), lambda pool: balanced(pool.scores)),
-    "objectives": (("teacher",), lambda pool: objectives(pool.teacher, pool.batch, None)),
-    "transductive": (("teacher",), lambda pool: transductive(pool.teacher, pool.batch)),
+    "objectives": (
+        ("teacher",),
+        lambda pool: objectives(pool.teacher, pool.batch, None, pool.every),
+    ),
+    "transductive": (
+        ("teacher",),
+        lambda pool: transductive(pool.teacher, pool.batch, pool.every),
+    ),
     "candidate_sets": (("scores",), lambda pool: candidate_sets(pool.scores, ALPHA, BETA)),
     "balanced_choice": (("scores",), lambda pool: balanced_choice(pool.scores, quarter(pool))),
     "predicted": (("scores",), lambda pool: last_round(pool, "predicted")),

@@ -20,6 +20,7 @@ from torch import Tensor
 from air_core.auxiliary import BankClassifier
 from air_core.classifiers import Classifier, FusedClassifier, LinearClassifier
 from air_core.transduction import MixtureClassifier
+from air_core.types import Classes
 
 AUXILIARY, MIXTURE = "auxiliary.", "mixture."
 
@@ -36,20 +37,20 @@ def fused_arrays(fused: FusedClassifier) -> dict[str, Tensor]:
 
 
 def fused_classifier(
-    arrays: Mapping[str, Tensor], text: Classifier, space: str, unseen: Tensor | None
+    arrays: Mapping[str, Tensor], text: Classifier, space: str, classes: Classes
 ) -> FusedClassifier:
     """The classifier of `fused_arrays`, bit for bit.
 
     Args:
         text: the text classifier, without the mixture.
-        space, unseen: as of `FusedClassifier`.
+        space, classes: as of `FusedClassifier`.
     """
     auxiliary, mixture = _below(AUXILIARY, arrays), _below(MIXTURE, arrays)
     if mixture:
-        text = MixtureClassifier(text, unseen=unseen, **mixture)
+        text = MixtureClassifier(text, classes=classes, **mixture)
     kind: Any = BankClassifier if "bank" in auxiliary else LinearClassifier
     weight = float(arrays["weight"])
-    return FusedClassifier(text, kind(**auxiliary) if auxiliary else None, weight, space, unseen)
+    return FusedClassifier(text, kind(**auxiliary) if auxiliary else None, weight, space, classes)
 
 
 def _array(value: Tensor | float | bool) -> Tensor:

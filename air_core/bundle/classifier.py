@@ -22,7 +22,7 @@ from air_core.bundle.files import UNSURE, image_files
 from air_core.bundle.manifest import Manifest
 from air_core.classifiers import Classifier
 from air_core.datasets.images import Unreadable, open_image, rgb_image
-from air_core.types import Batch
+from air_core.types import Batch, Classes
 
 # N images, C classes, D feature width.
 
@@ -110,9 +110,9 @@ class Bundle:
         self._of: dict[str, Classifier] = {"text": text}
         if FUSED in manifest.arrays:
             arrays = {name: torch.from_numpy(a) for name, a in manifest.arrays[FUSED].items()}
-            classes = manifest.content.unseen
-            unseen = None if classes is None else torch.tensor(classes)
-            fused = fused_classifier(arrays, text, manifest.content.space, unseen)
+            unseen = manifest.content.unseen
+            classes = Classes(len(texts), None if unseen is None else torch.tensor(unseen))
+            fused = fused_classifier(arrays, text, manifest.content.space, classes)
             self._of = fused.each(text)
 
     def classify(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from air_core.components import STRATEGIES
 from air_core.specs import PseudoLabelSettings
-from air_core.types import PseudoLabels, SparseTargets, sparse
+from air_core.types import Classes, PseudoLabels, SparseTargets, sparse
 
 
 class Strategy(Protocol):
@@ -83,12 +83,10 @@ def _compact(labels: PseudoLabels, num_classes: int) -> SparseTargets:
     return sparse(targets)
 
 
-def spread(labels: PseudoLabels, classes: Tensor | None, num_classes: int) -> PseudoLabels:
-    """Map pseudo-labels over `classes` (TRZSL) to all classes; None: they are over all classes."""
-    if classes is None:
-        return labels
-    targets = sparse(labels.targets).among(classes, num_classes)
-    return PseudoLabels(labels.indices, targets, classes[labels.labels])
+def spread(labels: PseudoLabels, classes: Classes) -> PseudoLabels:
+    """Pseudo-labels of classes of the pool, over all classes."""
+    targets = sparse(labels.targets).among_all(classes)
+    return PseudoLabels(labels.indices, targets, classes.numbers(labels.labels))
 
 
 def capacity(

@@ -155,14 +155,15 @@ def open_model(spec: EvidenceSpec, worker: WorkerContext) -> BlockScorer:
     """
     from air_core.classifiers import text_classifier
     from air_core.diffusion.evidence import DenoisingScorer
+    from air_core.types import Classes
 
     target = read_target(spec.features, spec.split, worker.store)
     backbone = worker.backbone(spec.features.backbone, spec.features.precision)
     text = text_classifier(backbone, target.text.classnames, target.text.template)
-    pool, unseen = target.split.pool, target.split.unseen
+    pool = target.split.pool
     order = pool_order(spec, len(pool))
     logits = text.logits(target.batch(pool[order]))
-    classes = range(logits.shape[1]) if unseen is None else unseen.tolist()
+    classes = Classes(logits.shape[1], target.split.unseen).of_pool.tolist()
     scorer = DenoisingScorer(
         images_folder(spec.model.name),
         spec.scoring,

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 from safetensors.numpy import load_file
-from torch import Tensor
 
 from air_core.lora_labels import first_of_each_class
 from air_core.method import TrialData
 from air_core.specs.conditions import fills_bank
-from air_core.types import Labelled
+from air_core.types import Classes, Labelled
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.evidence import read_evidence
 from orchestrator.stages.features import Target
@@ -48,35 +47,33 @@ def _bank(spec: TrialSpec, target: Target, store: ArtifactStore) -> Labelled | N
     """
     if not fills_bank(spec):
         return None
-    unseen = target.split.unseen
+    names = target.text.classnames
+    classes = Classes(len(names), target.split.unseen)
     match spec.images_from:
         case "lora_images":
             images = _lora_images(spec, target, store)
         case "true_labels":
             images = target.labelled(target.split.pool)
         case _:
-            return _synthetic(spec, unseen, store)
-    names = target.text.classnames
-    classes = range(len(names)) if unseen is None else unseen.tolist()
-    lacking = sorted(set(classes) - set(images.labels.tolist()))
+            return _synthetic(spec, classes, store)
+    lacking = sorted(set(classes.of_pool.tolist()) - set(images.labels.tolist()))
     if lacking:
         raise ValueError(
             f"the pool of {len(target.split.pool)} images has none for class "
             f"{names[lacking[0]]!r} (images_from: {spec.images_from}); use a larger pool, or leave "
             "the control and the bounds of AiR out"
         )
-    images = images.of(unseen)
+    images = images.of(classes)
     generator = torch.Generator().manual_seed(spec.split_seed)
     shuffled = images[torch.randperm(len(images), generator=generator)]
     return shuffled[first_of_each_class(shuffled.labels, spec.images_per_class)]
 
 
-def _synthetic(spec: TrialSpec, unseen: Tensor | None, store: ArtifactStore) -> Labelled:
+def _synthetic(spec: TrialSpec, classes: Classes, store: ArtifactStore) -> Labelled:
     """Synthetic images; in TRZSL only those of unseen classes."""
-    classes = None if unseen is None else unseen.tolist()
     row, tokens = spec.synthetic_features, spec.synthetic_tokens
     assert row is not None
-    images = read_synthetic(row, spec.images_per_class, store, classes, tokens)
+    images = read_synthetic(row, spec.images_per_class, store, classes.of_pool.tolist(), tokens)
     if not len(images):
         raise ValueError(
             f"every image that {row.images.model.name} has drawn is blank; check generation.size, "

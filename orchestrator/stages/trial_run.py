@@ -35,7 +35,7 @@ from air_core.prompts import restored_learner
 from air_core.side_by_side import learn_side_by_side
 from air_core.specs import SplitSettings
 from air_core.specs.conditions import reads_tokens
-from air_core.types import Metrics, PseudoLabels, SparseTargets, TrialResult, sparse
+from air_core.types import Classes, Metrics, PseudoLabels, SparseTargets, TrialResult, sparse
 from orchestrator.keys import artifact_key
 from orchestrator.spec.resources import ENCODER_BATCH
 from orchestrator.stages.context import WorkerContext, ignore, startup_seconds
@@ -207,7 +207,7 @@ class TrialRun:
         if not reads_tokens(self.spec):
             with torch.no_grad():
                 guess = result.learner.logits(data.test.batch).argmax(dim=-1)
-            tested = measured(guess, data.test.labels, len(data.classnames), data.unseen)
+            tested = measured(guess, data.test.labels, data.classes)
             values |= _test_metrics(tested)
         selected = result.labels
         if selected is not None:
@@ -306,8 +306,8 @@ class TrialRun:
 
     def _evidence_accuracy(self, errors: Tensor) -> dict[str, float]:
         """Share of the scored pool images whose smallest mean error is that of the true class."""
-        scores, unseen = mean_scores(errors), self.data.unseen
-        predicted = scores.argmax(dim=1) if unseen is None else unseen[scores.argmax(dim=1)]
+        scores = mean_scores(errors)
+        predicted = self.data.classes.numbers(scores.argmax(dim=1))
         scored = scores.isfinite().any(dim=1)
         right = known_accuracy(predicted[scored], self.true_labels[scored])
         return {} if right is None else {"pool/accuracy_evidence": right}
@@ -316,7 +316,7 @@ class TrialRun:
 def balance(labels: Tensor, data: TrialData) -> float:
     """Balance of labels (M,) over the classes of the pool: their entropy divided by its maximum.
     1: all classes have equally many labels."""
-    classes = len(data.classnames) if data.unseen is None else len(data.unseen)
+    classes = len(data.classes.of_pool)
     counts = labels.bincount(minlength=classes).double()
     shares = counts[counts > 0] / counts.sum()
     return abs(-(shares * shares.log()).sum().item()) / math.log(max(2, classes))
@@ -374,7 +374,7 @@ def _test_on_other_dataset(
         )
     with torch.no_grad():
         best = classifier.logits(test.batch).softmax(dim=-1).max(dim=-1)
-    metrics = measured(best.indices, test.labels, len(classnames))
+    metrics = measured(best.indices, test.labels, Classes(len(classnames)))
     of = {"text": (metrics.predictions, best.values)}
     labels = test.labels.int()
     _write(folder / PREDICTIONS, target.split.test, metrics.predictions, of, labels=labels)

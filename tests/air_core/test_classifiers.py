@@ -12,7 +12,7 @@ from air_core.classifiers import LinearClassifier, fuse, fused_scores, matching_
 from air_core.components import AUXILIARIES
 from air_core.specs import AuxiliarySettings, FidelitySettings
 from air_core.transduction import transductive
-from air_core.types import Batch, Labelled
+from air_core.types import Batch, Classes, Labelled
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
 
@@ -135,7 +135,7 @@ def test_in_trzsl_the_auxiliary_redistributes_the_scores_of_unseen_classes():
     text = LinearClassifier(torch.eye(8)[:5], torch.zeros(5), torch.zeros(8), False, 5.0)
     auxiliary = LinearClassifier(torch.eye(8)[:2], torch.zeros(2), torch.zeros(8), False, 5.0)
     unseen = torch.tensor([1, 4])
-    both = fuse(text, auxiliary, images.batch, 0.5, "logit_scale", "probability", unseen)
+    both = fuse(text, auxiliary, images.batch, Classes(5, unseen), 0.5, "logit_scale")
     scores, alone = both.scores(images.batch), text.logits(images.batch).softmax(dim=-1)
     seen = torch.tensor([0, 2, 3])
     torch.testing.assert_close(scores[:, seen], alone[:, seen])
@@ -182,8 +182,8 @@ def test_a_mixture_over_the_pool_equals_a_plain_reference(unseen):
     mass = alone[:, unseen].sum(dim=1, keepdim=True)
     expected = alone.clone()
     expected[:, unseen] = mass * plain_mixture(alone[:, unseen] / mass, pool.features)
-    of = torch.tensor(unseen) if len(unseen) < 3 else None
-    found = transductive(text, pool, of).logits(pool).softmax(dim=1)
+    classes = Classes(3, torch.tensor(unseen) if len(unseen) < 3 else None)
+    found = transductive(text, pool, classes).logits(pool).softmax(dim=1)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -17,7 +17,7 @@ from air_core.evaluation import (
     mutual_information,
     objectives,
 )
-from air_core.types import Batch, Labelled
+from air_core.types import Batch, Classes, Labelled
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
 
@@ -40,19 +40,19 @@ def test_mutual_information_equals_a_plain_reference(sharpness):
     assert mutual_information(scores) == pytest.approx(expected, abs=1e-7)
 
 
-@pytest.mark.parametrize("classes", [None, torch.tensor([1, 4, 5])])
-def test_the_most_probable_class_is_among_some_classes_at_a_temperature(classes):
+@pytest.mark.parametrize("unseen", [None, torch.tensor([1, 4, 5])])
+def test_the_most_probable_class_is_among_those_of_the_pool_at_a_temperature(unseen):
     logits = some_scores(50, 6, 3.0).log()
     logits[7, 4] = logits[7, 1] = 9.0  # of equal ones the first
-    probability, positions = most_probable(logits, classes, 1.7)
-    expected = ((logits if classes is None else logits[:, classes]) / 1.7).softmax(dim=1).max(dim=1)
+    probability, positions = most_probable(logits, Classes(6, unseen), 1.7)
+    expected = ((logits if unseen is None else logits[:, unseen]) / 1.7).softmax(dim=1).max(dim=1)
     assert torch.equal(probability, expected.values)
     assert torch.equal(positions, expected.indices)
-    assert positions[7] == (1 if classes is None else 0)
+    assert positions[7] == (1 if unseen is None else 0)
 
 
 def test_accuracy_is_over_all_images_and_recall_per_class():
-    found = measured(torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 1, 0]), 4)
+    found = measured(torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 1, 0]), Classes(4))
     assert found.accuracy == 0.5
     assert found.per_class[:2] == (0.5, 0.5)
     assert all(math.isnan(recall) for recall in found.per_class[2:])  # classes without images
@@ -61,13 +61,16 @@ def test_accuracy_is_over_all_images_and_recall_per_class():
 
 def test_the_main_metric_of_trzsl_is_the_harmonic_mean():
     labels = torch.tensor([0, 0, 0, 0, 1, 2])
-    found = measured(torch.tensor([0, 0, 0, 3, 1, 0]), labels, 4, torch.tensor([1, 2]))
+    found = measured(torch.tensor([0, 0, 0, 3, 1, 0]), labels, Classes(4, torch.tensor([1, 2])))
     assert (found.seen, found.unseen) == (0.75, 0.5)
     assert found.harmonic_mean == found.headline == pytest.approx(0.6)
-    assert measured(labels, labels, 4).headline == 1.0
+    assert measured(labels, labels, Classes(4)).headline == 1.0
 
 
 # ---------------------------------------------------------------- objectives
+
+
+THREE = Classes(3)
 
 
 def plain(sharpness: float = 5.0) -> LinearClassifier:
@@ -81,16 +84,18 @@ def some_images(count: int, seed: int) -> Batch:
 def test_mutual_information_is_computed_on_the_pool_without_labels():
     pool = some_images(40, 0)
     expected = mutual_information(plain().logits(pool).softmax(dim=-1))
-    assert objectives(plain(), pool, None) == {"mutual_information": expected}
+    assert objectives(plain(), pool, None, THREE) == {"mutual_information": expected}
 
 
 def test_validation_accuracy_needs_validation_images():
     pool, images = some_images(40, 0), some_images(20, 1)
     labels = images.features.argmax(dim=-1)
     labels[:5] = (labels[:5] + 1) % 3
-    found = objectives(plain(), pool, Labelled(images, labels))
+    found = objectives(plain(), pool, Labelled(images, labels), THREE)
     assert found["validation_accuracy"] == 0.75
-    assert found["mutual_information"] == objectives(plain(), pool, None)["mutual_information"]
+    assert (
+        found["mutual_information"] == objectives(plain(), pool, None, THREE)["mutual_information"]
+    )
 
 
 # ---------------------------------------------------------------- calibration

@@ -26,7 +26,7 @@ from air_core.classifiers import FusedClassifier, text_classifier
 from air_core.datasets import get_dataset
 from air_core.specs import AuxiliarySettings, PromptSettings
 from air_core.transduction import transductive
-from air_core.types import Batch, Labelled
+from air_core.types import Batch, Classes, Labelled
 from tests.helpers.bundles import zero_shot
 
 ROUNDING = 1e-4  # of probabilities: half-precision tokens can round to the other neighbour
@@ -100,15 +100,15 @@ def fused_bundle(
     examples = dataset.load(None)
     pool = Batch(tiny_clip.encode_images(list(examples.images[:100])))
     labels = torch.from_numpy(examples.labels[:100]).long()
-    of = None if unseen is None else torch.tensor(unseen)
+    classes = Classes(10, None if unseen is None else torch.tensor(unseen))
     text, auxiliary = text_classifier(tiny_clip, dataset.classnames, dataset.template), None
     if kind == "mixture":
-        text = transductive(text, pool, of)
+        text = transductive(text, pool, classes)
     else:
         settings, real = AuxiliarySettings(kind=kind), Labelled(pool, labels)
         scale = tiny_clip.logit_scale
         auxiliary = auxiliary_classifier(settings, None, real, pool, 10, scale)
-    fused = FusedClassifier(text, auxiliary, 0.4, "probability", of)
+    fused = FusedClassifier(text, auxiliary, 0.4, "probability", classes)
     about, arrays = zero_shot()
     about |= {"classifier": classifier, "temperatures": {classifier: 1.7}, "unseen": unseen}
     arrays[FUSED] = {name: array.numpy() for name, array in fused_arrays(fused).items()}

@@ -10,7 +10,7 @@ from air_core.pseudo_labels import assign, capacity, spread
 from air_core.pseudo_labels.candidates import candidate_sets
 from air_core.pseudo_labels.top_k import balanced_choice
 from air_core.specs import PseudoLabelSettings
-from air_core.types import ROWS, PseudoLabels, SparseTargets, sparse
+from air_core.types import ROWS, Classes, PseudoLabels, SparseTargets, sparse
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
 
@@ -142,7 +142,7 @@ def test_an_update_keeps_the_zeros_of_sparse_targets():
 def test_targets_of_unseen_classes_are_spread_to_all_classes():
     dense, unseen = some_targets(20, 3), torch.tensor([1, 2, 5])
     labels = PseudoLabels(torch.arange(20), dense, torch.zeros(20, dtype=torch.int64))
-    every = spread(labels, unseen, 6)
+    every = spread(labels, Classes(6, unseen))
     assert torch.equal(every.targets.dense()[:, unseen], dense)
     assert every.targets.dense()[:, [0, 3, 4]].sum() == 0
     assert set(every.labels.tolist()) == {1}
