@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from air_core.backbone import Backbone
 from air_core.chunks import by_rows
-from air_core.types import Batch, Classes
+from air_core.types import Classes, Encoded
 
 # N images, C classes, U unseen classes, D feature width.
 
@@ -21,7 +21,7 @@ from air_core.types import Batch, Classes
 class Classifier(Protocol):
     """Gives logits for images."""
 
-    def logits(self, batch: Batch) -> Tensor:
+    def logits(self, batch: Encoded) -> Tensor:
         """(N, C) before softmax, with the temperature applied."""
         ...
 
@@ -36,7 +36,7 @@ class LinearClassifier:
     unit: bool
     sharpness: float
 
-    def logits(self, batch: Batch) -> Tensor:
+    def logits(self, batch: Encoded) -> Tensor:
         return by_rows(self._logits, batch.features, width=len(self.weight))
 
     def _logits(self, x: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def text_classifier(
     )
 
 
-def unchanged(text: Classifier, pool: Batch, classes: Classes) -> Classifier:
+def unchanged(text: Classifier, pool: Encoded, classes: Classes) -> Classifier:
     """The text classifier itself: the transduction `none`."""
     return text
 
@@ -75,10 +75,10 @@ class CachedClassifier:
     """A frozen classifier that computes the logits of a batch once, since towers are slow."""
 
     classifier: Classifier
-    _logits: dict[int, tuple[Batch, Tensor]] = field(default_factory=dict)
+    _logits: dict[int, tuple[Encoded, Tensor]] = field(default_factory=dict)
 
     @torch.no_grad()
-    def logits(self, batch: Batch) -> Tensor:
+    def logits(self, batch: Encoded) -> Tensor:
         """(N, C)"""
         if id(batch) not in self._logits:
             # Keeping the batch prevents another one from getting the same address.
@@ -138,7 +138,7 @@ class FusedClassifier:
     evidence: Tensor | None = None  # (P, C) or (P, U), see air_core.evidence; of pool images only
     evidence_weight: float = 0.0
 
-    def scores(self, batch: Batch) -> Tensor:
+    def scores(self, batch: Encoded) -> Tensor:
         """(N, C) over all classes; rows sum to 1."""
         return by_rows(self._scores, self.text.logits(batch), batch.features)
 
@@ -150,7 +150,7 @@ class FusedClassifier:
         mass = self.classes.columns(scores).sum(dim=-1, keepdim=True)
         return scores.index_copy(1, self.classes.unseen, mass * fused)
 
-    def logits(self, batch: Batch) -> Tensor:
+    def logits(self, batch: Encoded) -> Tensor:
         """(N, C) logarithms of the scores."""
         return self.scores(batch).log_()
 
@@ -170,7 +170,7 @@ class FusedClassifier:
             found["fused"] = self
         return found
 
-    def pool_scores(self, pool: Batch) -> Tensor:
+    def pool_scores(self, pool: Encoded) -> Tensor:
         """(N, C), or in TRZSL (N, U) over the classes of pool images; rows sum to 1."""
         return by_rows(self._pool_scores, self.text.logits(pool), pool.features, self.evidence)
 
@@ -181,7 +181,7 @@ class FusedClassifier:
             return scores
         return torch.where(q.isfinite(), (1 - v) * scores + v * q, scores)  # NaN: no evidence
 
-    def votes(self, text: Classifier, pool: Batch) -> dict[str, Tensor]:
+    def votes(self, text: Classifier, pool: Encoded) -> dict[str, Tensor]:
         """Classes (P,) that text, auxiliary and evidence predict, those that there are.
 
         They are counted among the classes of the pool; -1 where an image has no evidence.
@@ -200,12 +200,12 @@ class FusedClassifier:
         logits = self.classes.columns(logits)
         if self.auxiliary is None:
             return logits.softmax(dim=-1)
-        auxiliary = self.auxiliary.logits(Batch(features))
+        auxiliary = self.auxiliary.logits(Encoded(features))
         return fused_scores(logits, auxiliary, self.weight, self.space)
 
 
 def _best(classifier: Classifier, features: Tensor) -> Tensor:
-    return classifier.logits(Batch(features)).argmax(dim=1)
+    return classifier.logits(Encoded(features)).argmax(dim=1)
 
 
 def _vote(q: Tensor) -> Tensor:
@@ -216,7 +216,7 @@ def _vote(q: Tensor) -> Tensor:
 def fuse(
     text: Classifier,
     auxiliary: Any,
-    pool: Batch,
+    pool: Encoded,
     classes: Classes,
     weight: float,
     temperature: str,
@@ -224,10 +224,10 @@ def fuse(
 ) -> FusedClassifier:
     """Fuse a text classifier with an auxiliary classifier.
 
-    `match_entropy` first scales the logits of the auxiliary classifier until both have the same
+    `match_confidence` first scales the logits of the auxiliary classifier until both have the same
     confidence: the mean largest score over the pool, which needs no label.
     """
-    if auxiliary is not None and temperature == "match_entropy":
+    if auxiliary is not None and temperature == "match_confidence":
         confidence = _confidence(classes.columns(text.logits(pool))).mean().item()
         factor = matching_sharpness(auxiliary.logits(pool), confidence)
         auxiliary = replace(auxiliary, sharpness=auxiliary.sharpness * factor)

@@ -32,7 +32,7 @@ from air_core.specs import (
     PromptSettings,
     PseudoLabelSettings,
 )
-from air_core.types import Batch, Labelled, PseudoLabels, sparse
+from air_core.types import Encoded, Labelled, PseudoLabels, sparse
 
 # N images, C classes, D feature width.
 
@@ -97,7 +97,7 @@ def _loss(name: str) -> None:
 
 def _auxiliary(name: str) -> None:
     settings, bank = AuxiliarySettings(kind=name), _bank()
-    batch = Batch(normalize(_random(10, WIDTH, 2), dim=-1))
+    batch = Encoded(normalize(_random(10, WIDTH, 2), dim=-1))
     logits = []
     for _ in range(2):
         classifier = auxiliary_classifier(settings, bank, None, batch, CLASSES, 100.0)
@@ -113,8 +113,8 @@ def _fidelity(name: str) -> None:
     bank, settings = _bank(), FidelitySettings(kind=name, keep=3)
     text = normalize(_random(CLASSES, WIDTH, 3), dim=-1)
     chosen = high_fidelity(bank, settings, text, _bank())
-    known = {tuple(row) for row in bank.batch.features.tolist()}
-    subset = {tuple(row) for row in chosen.batch.features.tolist()} <= known
+    known = {tuple(row) for row in bank.images.features.tolist()}
+    subset = {tuple(row) for row in chosen.images.features.tolist()} <= known
     need(subset, "the selected images must be images of the bank")
     every = set(chosen.labels.tolist()) == set(range(CLASSES))
     need(every, "an image of each class must be selected")
@@ -124,7 +124,7 @@ def _learner(name: str) -> None:
     """See air_core.prompts.PromptLearner."""
     backbone, batch = _encoded()
     if "tokens" not in LEARNERS[name].facts:
-        batch = Batch(batch.features)
+        batch = Encoded(batch.features)
     classnames = tuple(f"class {c}" for c in range(CLASSES))
     made = (name, PromptSettings(length=4), backbone, classnames, "a photo of a {}")
     one, again = (build_learner(*made, seed=1) for _ in range(2))
@@ -205,11 +205,11 @@ def _images() -> list[Image.Image]:
 
 
 @cache
-def _encoded() -> tuple[Backbone, Batch]:
+def _encoded() -> tuple[Backbone, Encoded]:
     """The tiny CLIP, and images with their features and tokens."""
     backbone = load_backbone("tiny")
     images = _images()
-    return backbone, Batch(backbone.encode_images(images), backbone.image_tokens(images))
+    return backbone, Encoded(backbone.encode_images(images), backbone.image_tokens(images))
 
 
 def _random(rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -218,7 +218,7 @@ def _random(rows: int, columns: int, seed: int = 0) -> Tensor:
 
 def _bank() -> Labelled:
     features = normalize(_random(IMAGES, WIDTH), dim=-1)
-    return Labelled(Batch(features), torch.arange(IMAGES) % CLASSES)
+    return Labelled(Encoded(features), torch.arange(IMAGES) % CLASSES)
 
 
 CONTRACTS: dict[str, Callable[[str], Any]] = {

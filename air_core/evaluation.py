@@ -10,7 +10,7 @@ from torch import Tensor
 
 from air_core.chunks import chunks
 from air_core.classifiers import Classifier, matching_sharpness
-from air_core.types import Batch, Classes, Labelled, Metrics
+from air_core.types import Classes, Encoded, Labelled, Metrics
 
 # N images, C classes, U unseen classes.
 
@@ -54,7 +54,7 @@ def harmonic_mean(a: float, b: float) -> float:
 @torch.no_grad()
 def objectives(
     classifier: Classifier,
-    pool: Batch,
+    pool: Encoded,
     validation: Labelled | None,
     classes: Classes,
 ) -> dict[str, float]:
@@ -66,7 +66,7 @@ def objectives(
     logits = classifier.logits(pool)
     values = {"mutual_information": _mutual_information(_scores(logits, classes), len(logits))}
     if validation is not None:
-        logits = classifier.logits(validation.batch)
+        logits = classifier.logits(validation.images)
         metrics = measured(logits.argmax(dim=-1), validation.labels, classes)
         values["validation_accuracy"] = metrics.headline
     return values
@@ -93,7 +93,7 @@ def calibrated_temperature(classifier: Classifier, validation: Labelled | None) 
     """
     if validation is None:
         return 1.0
-    logits = classifier.logits(validation.batch)
+    logits = classifier.logits(validation.images)
     right = int((logits.argmax(dim=-1) == validation.labels).sum())
     # One image right and one wrong are added, so that no temperature is 0.
     return 1 / matching_sharpness(logits, (right + 1) / (len(validation) + 2))

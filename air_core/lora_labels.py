@@ -13,14 +13,14 @@ from air_core.chunks import by_rows
 from air_core.classifiers import LinearClassifier
 from air_core.pseudo_labels.top_k import balanced_choice
 from air_core.specs import InitialLabelsSettings, LoraSource
-from air_core.types import Batch, Classes, Labelled, Split
+from air_core.types import Classes, Encoded, Labelled, Split
 
 # P pool images, U classes of the pool (in TRZSL the unseen ones), M selected images.
 
 
 def lora_images(
     text: LinearClassifier,
-    pool: Batch,
+    pool: Encoded,
     labelled: Labelled | None,
     split: Split,
     settings: InitialLabelsSettings,
@@ -70,7 +70,7 @@ def _order(images: int, seed: int | None) -> Tensor:
 
 def _pseudo_labelled(
     text: LinearClassifier,
-    pool: Batch,
+    pool: Encoded,
     classes: Classes,
     settings: InitialLabelsSettings,
     truth: Tensor | None,

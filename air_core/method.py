@@ -56,7 +56,7 @@ from air_core.specs.conditions import (
     uses_evidence,
 )
 from air_core.training import Targeted, Training, fit
-from air_core.types import Batch, Classes, ClassifierResult, Labelled, PseudoLabels, TrialResult
+from air_core.types import Classes, ClassifierResult, Encoded, Labelled, PseudoLabels, TrialResult
 
 MIN_FADED = 8  # synthetic images per class that `auxiliary.fade` keeps in the last round
 
@@ -68,7 +68,7 @@ class TrialData:
     backbone: Backbone
     classnames: Sequence[str]
     template: str
-    pool: Batch
+    pool: Encoded
     labelled: Labelled | None  # SSL: the shots; TRZSL: images of seen classes; UL: None
     unseen: Tensor | None  # (U,) TRZSL: the classes of the pool images
     validation: Labelled | None
@@ -99,19 +99,19 @@ class TrialData:
             evidence: denoising errors of the pool, see `air_core.evidence`.
         """
         examples = dataset.load(data_root)
-        images = Labelled(
-            Batch(backbone.encode_images(examples.images)), torch.from_numpy(examples.labels)
+        every = Labelled(
+            Encoded(backbone.encode_images(examples.images)), torch.from_numpy(examples.labels)
         )
         parts = make_split(examples.labels, examples.parts, split)
         return TrialData(
             backbone=backbone,
             classnames=dataset.classnames,
             template=dataset.template,
-            pool=images.batch[parts.pool],
-            labelled=images[parts.labelled] if len(parts.labelled) else None,
+            pool=every.images[parts.pool],
+            labelled=every[parts.labelled] if len(parts.labelled) else None,
             unseen=parts.unseen,
-            validation=images[parts.validation] if len(parts.validation) else None,
-            test=images[parts.test],
+            validation=every[parts.validation] if len(parts.validation) else None,
+            test=every[parts.test],
             synthetic=synthetic,
             evidence=evidence,
         )
@@ -373,7 +373,7 @@ class Trial:
 
     def _tested(self, classifier: Classifier, votes: Sequence[Tensor]) -> ClassifierResult:
         data, classes = self.data, self.data.classes
-        logits = classifier.logits(data.test.batch)
+        logits = classifier.logits(data.test.images)
         temperature = evaluation.calibrated_temperature(classifier, data.validation)
         every = Classes(classes.count)
         confidence, predictions = evaluation.most_probable(logits, every)

@@ -17,7 +17,7 @@ from air_core.components import LOSSES
 from air_core.losses import confidence, only
 from air_core.prompts import PromptLearner, logits_together
 from air_core.specs import TrainSettings
-from air_core.types import Batch, Labelled, Targets, sparse
+from air_core.types import Encoded, Labelled, Targets, sparse
 
 # M selected pool images, C classes; of a step B images: x, u, s of the pool, labelled and synthetic
 # ones, with their targets y, v, c.
@@ -33,11 +33,11 @@ CHECKED = 50  # steps between two reads of the losses, since a read waits for th
 class Targeted:
     """Images with their targets."""
 
-    batch: Batch
+    images: Encoded
     targets: Targets  # (M, C) one-hot, multi-hot or soft; or classes (M,)
 
     def __len__(self) -> int:
-        return len(self.batch)
+        return len(self.images)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,15 +76,15 @@ class Training:
                 "there is nothing to train on: no pseudo-labelled, labelled or drawn image"
             )
 
-    def images(self, classes: int) -> tuple[Batch, Tensor]:
+    def images(self, classes: int) -> tuple[Encoded, Tensor]:
         """All M training images with their targets (M, classes)."""
         real = self.real
-        parts = [] if real is None else [(real.batch, real.targets[torch.arange(len(real))])]
+        parts = [] if real is None else [(real.images, real.targets[torch.arange(len(real))])]
         for known in (self.labelled, self.synthetic):
             if known:
-                parts.append((known.batch, one_hot(known.labels, classes).float()))
+                parts.append((known.images, one_hot(known.labels, classes).float()))
         batches, targets = zip(*parts, strict=True)
-        return Batch.joined(batches), torch.cat(targets)
+        return Encoded.joined(batches), torch.cat(targets)
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -108,7 +108,7 @@ class Training:
         return next(len(images) // size for images, size in sources if images)
 
 
-def step_losses(training: Training) -> Generator[Batch | Tensor, Tensor, None]:
+def step_losses(training: Training) -> Generator[Encoded | Tensor, Tensor, None]:
     """For each step yields the images, is sent their logits (B, C), and yields the loss.
 
     L = L_r + labelled_weight L_labelled + β L_s; each term is the mean over its own batch.
@@ -134,7 +134,7 @@ def step_losses(training: Training) -> Generator[Batch | Tensor, Tensor, None]:
         if reweighted and step and step % training.steps_per_pass == 0:
             reweighted.update(learner)
         (x, y), (u, v), (s, c) = next(pool), next(labelled), next(synthetic)
-        logits = yield Batch.joined([images for images in (x, u, s) if images is not None])
+        logits = yield Encoded.joined([images for images in (x, u, s) if images is not None])
         z_r, z_l, z_s = torch.split(logits, [len(y), len(v), len(c)])
         l_r, l_s = _mean(loss, z_r, y), _mean(cross_entropy, z_s, c)
         l_l = _mean(cross_entropy, only(z_l, among), v)
@@ -228,21 +228,21 @@ def _mean(loss: Loss, logits: Tensor, targets: Tensor) -> Tensor | float:
 
 
 def _batches(
-    images: Targeted | Labelled | None, size: int, order: torch.Generator, device: torch.device
+    source: Targeted | Labelled | None, size: int, order: torch.Generator, device: torch.device
 ) -> Iterator[tuple[Any, Any]]:
     """Batches of images and targets without end, on a device. Each pass has a new order and drops
     a short last batch."""
-    if not images:
+    if not source:
         yield from repeat((None, ()))
         return
-    targets = images.labels if isinstance(images, Labelled) else images.targets
-    near = images.batch.features.device
+    targets = source.labels if isinstance(source, Labelled) else source.targets
+    near = source.images.features.device
     while True:
-        permutation = torch.randperm(len(images), generator=order)
+        permutation = torch.randperm(len(source), generator=order)
         here, there = permutation.to(near), permutation.to(device)
-        for start in range(0, len(images) - size + 1, size):
+        for start in range(0, len(source) - size + 1, size):
             where, at = here[start : start + size], there[start : start + size]
-            yield images.batch[where].to(device), targets[at]
+            yield source.images[where].to(device), targets[at]
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
@@ -263,7 +263,7 @@ class _Confidences:
     def __init__(self, real: Targeted) -> None:
         self.candidates = sparse(real.targets)
         self.weights = replace(self.candidates, values=self.candidates.values.clone())
-        self.real = Targeted(real.batch, self.weights)
+        self.real = Targeted(real.images, self.weights)
         self.weights.update(self._even)
 
     def _even(self, rows: Tensor) -> Tensor:
@@ -273,7 +273,7 @@ class _Confidences:
 
     @torch.no_grad()
     def update(self, learner: PromptLearner) -> None:
-        logits = learner.logits(self.real.batch).to(self.weights.values.device)
+        logits = learner.logits(self.real.images).to(self.weights.values.device)
         self.weights.update(lambda rows: confidence(logits[rows], self.candidates[rows]))
 
 
@@ -285,15 +285,15 @@ def _near_prompt(training: Training) -> Training:
     device = training.learner.prompt.device
     real, known = training.real, (training.labelled, training.synthetic)
     labelled, synthetic = (
-        each and Labelled(_near(each.batch, device), each.labels.to(device)) for each in known
+        each and Labelled(_near(each.images, device), each.labels.to(device)) for each in known
     )
     if real is not None:
         targets = real.targets if training.loss != "rc" else sparse(real.targets)
-        real = Targeted(_near(real.batch, device), targets.to(device))
+        real = Targeted(_near(real.images, device), targets.to(device))
     return replace(training, real=real, labelled=labelled, synthetic=synthetic)
 
 
-def _near(images: Batch, device: torch.device) -> Batch:
+def _near(images: Encoded, device: torch.device) -> Encoded:
     """Images on a device; where they do not fit, as they are."""
     arrays = [images.features] if images.tokens is None else [images.features, images.tokens]
     fits = sum(array.nbytes for array in arrays) <= IMAGES_SHARE * _free_memory(device)

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from air_core.chunks import by_rows, chunks
 from air_core.classifiers import Classifier
-from air_core.types import Batch, Classes
+from air_core.types import Classes, Encoded
 
 # N images, U classes of the pool (all classes, in TRZSL the unseen ones), D feature width.
 
@@ -34,7 +34,7 @@ class MixtureClassifier:
     precision: Tensor  # (D,) of the shared covariance
     classes: Classes
 
-    def logits(self, batch: Batch) -> Tensor:
+    def logits(self, batch: Encoded) -> Tensor:
         """(N, C); in TRZSL the total score of the unseen classes does not change."""
         return by_rows(self._refined, self.text.logits(batch), batch.features)
 
@@ -49,7 +49,7 @@ class MixtureClassifier:
 
 
 @torch.no_grad()
-def transductive(text: Classifier, pool: Batch, classes: Classes) -> MixtureClassifier:
+def transductive(text: Classifier, pool: Encoded, classes: Classes) -> MixtureClassifier:
     """Fit the mixture on the pool, starting from the text classifier's scores.
 
     Args:

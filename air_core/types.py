@@ -15,7 +15,7 @@ ROWS = 4096  # images whose dense targets are in memory at a time
 
 
 @dataclass(frozen=True)
-class Batch:
+class Encoded:
     """Images as encoded by a frozen CLIP."""
 
     features: Tensor  # (N, D), unit length
@@ -24,20 +24,20 @@ class Batch:
     def __len__(self) -> int:
         return len(self.features)
 
-    def __getitem__(self, index: Tensor) -> Batch:
+    def __getitem__(self, index: Tensor) -> Encoded:
         tokens = None if self.tokens is None else self.tokens[index]
-        return Batch(features=self.features[index], tokens=tokens)
+        return Encoded(features=self.features[index], tokens=tokens)
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> Encoded:
         """The same images, from the CPU on a device; the host does not wait for the copy."""
         tokens = None if self.tokens is None else self.tokens.to(device, non_blocking=True)
-        return Batch(self.features.to(device, non_blocking=True), tokens)
+        return Encoded(self.features.to(device, non_blocking=True), tokens)
 
     @staticmethod
-    def joined(parts: Sequence[Batch]) -> Batch:
+    def joined(parts: Sequence[Encoded]) -> Encoded:
         """Concatenate batches, with tokens where all of them have tokens."""
         tokens = [part.tokens for part in parts if part.tokens is not None]
-        return Batch(
+        return Encoded(
             features=torch.cat([part.features for part in parts]),
             tokens=torch.cat(tokens) if len(tokens) == len(parts) else None,
         )
@@ -71,19 +71,19 @@ class Classes:
 class Labelled:
     """Images with their classes."""
 
-    batch: Batch
+    images: Encoded
     labels: Tensor  # (N,) int64
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: Tensor) -> Labelled:
-        return Labelled(self.batch[index], self.labels[index])
+        return Labelled(self.images[index], self.labels[index])
 
     @staticmethod
     def joined(parts: Sequence[Labelled]) -> Labelled:
         labels = torch.cat([part.labels for part in parts])
-        return Labelled(Batch.joined([part.batch for part in parts]), labels)
+        return Labelled(Encoded.joined([part.images for part in parts]), labels)
 
     def of(self, classes: Classes) -> Labelled:
         """The images of the pool's classes."""
@@ -94,7 +94,7 @@ class Labelled:
     def among(self, classes: Classes) -> Labelled:
         """The images of the pool's classes, with labels that count these."""
         kept = self.of(classes)
-        return Labelled(kept.batch, torch.searchsorted(classes.of_pool, kept.labels))
+        return Labelled(kept.images, torch.searchsorted(classes.of_pool, kept.labels))
 
 
 @dataclass(frozen=True)

@@ -250,7 +250,7 @@ def prompt(arguments: Any) -> Figures:
     from air_core.prompts import build_learner
     from air_core.specs import PromptSettings, TrainSettings
     from air_core.training import Training, fit
-    from air_core.types import Batch, Labelled
+    from air_core.types import Encoded, Labelled
 
     clip = load_backbone("tiny", arguments.device, "fp32")
     features = torch.nn.functional.normalize(torch.randn(64, 128), dim=1).to(arguments.device)
@@ -258,7 +258,7 @@ def prompt(arguments: Any) -> Figures:
     step = Step()
     learner = build_learner("text", PromptSettings(), clip, CLASSES, "a photo of a {}", 0)
     training = Training(
-        learner=learner, real=None, labelled=Labelled(Batch(features), labels), synthetic=None,
+        learner=learner, real=None, labelled=Labelled(Encoded(features), labels), synthetic=None,
         synthetic_weight=0.0, loss="cc", settings=TrainSettings(steps=3, batch=16), seed=0,
         report=step,
     )  # fmt: skip

@@ -46,7 +46,7 @@ from air_core.pseudo_labels.candidates import candidate_sets
 from air_core.pseudo_labels.top_k import balanced_choice
 from air_core.specs import AuxiliarySettings, PseudoLabelSettings
 from air_core.transduction import transductive
-from air_core.types import Batch, Classes, Labelled, PseudoLabels
+from air_core.types import Classes, Encoded, Labelled, PseudoLabels
 from benchmarks.harness import environment, measure_time, options, progress, report
 
 GIB = 2**30
@@ -66,11 +66,11 @@ class Pool:
         self.centers = self._unit_noise(self.classes)
 
     @cached_property
-    def batch(self) -> Batch:
+    def batch(self) -> Encoded:
         features = torch.empty(self.images, self.width)
         for part in features.split(PART):
             part.copy_(self._features(len(part)))
-        return Batch(features)
+        return Encoded(features)
 
     @cached_property
     def scores(self) -> Tensor:
@@ -126,7 +126,7 @@ class Pool:
     def _auxiliary(self, kind: str) -> AuxiliaryClassifier:
         labels = torch.arange(self.classes).repeat_interleave(PER_CLASS)
         features = normalize(0.5 * self.centers[labels] + self._unit_noise(len(labels)), dim=1)
-        bank, settings = Labelled(Batch(features), labels), AuxiliarySettings(kind=kind)
+        bank, settings = Labelled(Encoded(features), labels), AuxiliarySettings(kind=kind)
         return auxiliary_classifier(settings, bank, None, self.batch, self.classes, SHARPNESS)
 
     def _features(self, count: int) -> Tensor:
@@ -156,7 +156,7 @@ STEPS: dict[str, tuple[tuple[str, ...], Callable[[Pool], Any]]] = {
     "fuse": (
         ("teacher", "prototype"),
         lambda pool: fuse(
-            pool.teacher, pool.prototype, pool.batch, pool.every, 0.5, "match_entropy"
+            pool.teacher, pool.prototype, pool.batch, pool.every, 0.5, "match_confidence"
         ),
     ),
     "pool_scores": (("fused",), lambda pool: pool.fused.pool_scores(pool.batch)),

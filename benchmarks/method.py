@@ -53,7 +53,7 @@ from air_core.prompts.text import TextPrompt
 from air_core.pseudo_labels import assign, capacity
 from air_core.specs import PromptSettings, PseudoLabelSettings, TrainSettings
 from air_core.training import Targeted, Training, fit
-from air_core.types import Batch
+from air_core.types import Encoded
 from benchmarks.harness import (
     Times,
     measure_time,
@@ -246,7 +246,7 @@ SELECTION = PseudoLabelSettings(kind="candidates", growth="growing")
 class PaddedPrompt(TextPrompt):
     """A text prompt encoded as in CPL: for every batch of images, padded to 77 tokens."""
 
-    def logits(self, batch: Batch) -> Tensor:
+    def logits(self, batch: Encoded) -> Tensor:
         parts = []
         for features in torch.split(batch.features, BATCH):
             weight = padded_text_features(self.backbone, self.context, self.classnames)
@@ -274,7 +274,7 @@ def trial(args: argparse.Namespace) -> None:
     backbone = random_clip(device=args.device)
     names = get_dataset("dtd").classnames
     classes, width = len(names), backbone.model.text_projection.shape[1]
-    pool = Batch(normalize(torch.randn(POOL, width), dim=-1))
+    pool = Encoded(normalize(torch.randn(POOL, width), dim=-1))
     capacities = [capacity(SELECTION, POOL, classes, t, ROUNDS) for t in range(ROUNDS)]
     chosen = torch.arange(classes * capacities[4])
     targets = (torch.rand(len(chosen), classes) < 3 / classes).float()
@@ -335,7 +335,7 @@ def trainings(world: str, backbone: Backbone, replicas: int, steps: int) -> list
     names, width = get_dataset(dataset).classnames, backbone.model.text_projection.shape[1]
     features = torch.randn(1000, width, generator=torch.Generator().manual_seed(0))
     targets = one_hot(torch.arange(1000) % len(names), len(names)).float()
-    real = Targeted(Batch(normalize(features, dim=-1)), targets)
+    real = Targeted(Encoded(normalize(features, dim=-1)), targets)
     settings = TrainSettings(batch=BATCH, steps=steps)
     return [
         plain_training(

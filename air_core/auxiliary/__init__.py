@@ -12,7 +12,7 @@ from torch import Tensor
 from air_core.auxiliary.bank import AuxiliaryClassifier, Bank, BankClassifier
 from air_core.components import AUXILIARIES, FIDELITIES
 from air_core.specs import AuxiliarySettings, FidelitySettings
-from air_core.types import Batch, Labelled
+from air_core.types import Encoded, Labelled
 
 __all__ = [
     "AuxiliaryClassifier",
@@ -41,7 +41,7 @@ def auxiliary_classifier(
     settings: AuxiliarySettings,
     synthetic: Labelled | None,
     real: Labelled | None,
-    pool: Batch,
+    pool: Encoded,
     num_classes: int,
     logit_scale: float,
 ) -> AuxiliaryClassifier:
@@ -63,10 +63,10 @@ def auxiliary_classifier(
     mean = pool.features.mean(dim=0) if settings.center else torch.zeros(pool.features.shape[1])
     parts = []
     if synthetic is not None and len(synthetic):
-        synthetic_mean = synthetic.batch.features.mean(dim=0) if settings.center else mean
-        parts.append((synthetic.batch.features - synthetic_mean, synthetic.labels))
+        synthetic_mean = synthetic.images.features.mean(dim=0) if settings.center else mean
+        parts.append((synthetic.images.features - synthetic_mean, synthetic.labels))
     if real is not None and len(real):
-        parts.append((real.batch.features - mean, real.labels))
+        parts.append((real.images.features - mean, real.labels))
     if not parts:
         raise ValueError("the auxiliary classifier has no image at all")
     features = torch.cat([part[0] for part in parts])  # (N, D)

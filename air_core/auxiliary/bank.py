@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from air_core.chunks import by_rows
 from air_core.classifiers import LinearClassifier
-from air_core.types import Batch
+from air_core.types import Encoded
 
 # N images, C classes, D feature width.
 
@@ -35,7 +35,7 @@ class BankClassifier:
     nearest: int
     sharpness: float
 
-    def logits(self, batch: Batch) -> Tensor:
+    def logits(self, batch: Encoded) -> Tensor:
         """(B, C)"""
         return by_rows(self._logits, batch.features, width=len(self.bank), elements=COSINES)
 

@@ -39,7 +39,7 @@ def real_mean(
     def target(features: Tensor, c: int) -> Tensor:
         if real is None or not bool((real.labels == c).any()):
             return _mean(features)
-        return _mean(real.batch.features[real.labels == c])
+        return _mean(real.images.features[real.labels == c])
 
     return _nearest(bank, settings, target)
 
@@ -91,5 +91,5 @@ def _of_each_class(bank: Labelled, choose: Callable[[Tensor, int], Tensor]) -> L
     kept = []
     for c in sorted(set(bank.labels.tolist())):
         members = (bank.labels == c).nonzero().flatten()
-        kept.append(members[choose(bank.batch.features[members], c)])
+        kept.append(members[choose(bank.images.features[members], c)])
     return bank[torch.cat(kept)]

@@ -22,7 +22,7 @@ from air_core.bundle.files import UNSURE, image_files
 from air_core.bundle.manifest import Manifest
 from air_core.classifiers import Classifier
 from air_core.datasets.images import Unreadable, open_image, rgb_image
-from air_core.types import Batch, Classes
+from air_core.types import Classes, Encoded
 
 # N images, C classes, D feature width.
 
@@ -62,7 +62,7 @@ class _Text:
     scale: float
     prompt: Tensor | None
 
-    def logits(self, batch: Batch) -> Tensor:
+    def logits(self, batch: Encoded) -> Tensor:
         features = batch.features
         if self.prompt is not None:
             assert batch.tokens is not None
@@ -225,25 +225,25 @@ class Bundle:
         """
         return self.scores_of(self.encode(images), self.classifier)
 
-    def encode(self, images: Sequence[Image.Image | Tensor]) -> Batch:
+    def encode(self, images: Sequence[Image.Image | Tensor]) -> Encoded:
         """Images as the classifiers of the bundle read them."""
         if not self._reads_tokens:
-            return Batch(self.backbone.encode_images(images))
+            return Encoded(self.backbone.encode_images(images))
         # Half precision, as in the stored image tokens of trials.
         tokens = self.backbone.image_tokens(images, torch.float16)
         others = self.classifiers != ("text",)
         features = (
             self.backbone.encode_images(images) if others else tokens.new_zeros(len(tokens), 0)
         )
-        return Batch(features, tokens)
+        return Encoded(features, tokens)
 
-    def scores_of(self, batch: Batch, classifier: str) -> Tensor:
+    def scores_of(self, batch: Encoded, classifier: str) -> Tensor:
         """Probabilities (N, C): logits at the temperature of the classifier."""
         logits = self.logits_of(batch, classifier)
         return (logits / self.manifest.temperature(classifier)).softmax(dim=-1)
 
     @torch.no_grad()
-    def logits_of(self, batch: Batch, classifier: str) -> Tensor:
+    def logits_of(self, batch: Encoded, classifier: str) -> Tensor:
         """Logits (N, C) of encoded images."""
         return self._of[classifier].logits(batch)
 

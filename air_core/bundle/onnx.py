@@ -153,7 +153,7 @@ def _module(bundle: Bundle, classifier: str) -> Any:
     from torch import Tensor, nn
 
     from air_core.backbone.vision import vision_tower
-    from air_core.types import Batch
+    from air_core.types import Encoded
 
     class Classifier(nn.Module):
         def __init__(self) -> None:
@@ -163,10 +163,10 @@ def _module(bundle: Bundle, classifier: str) -> Any:
         def forward(self, pixels: Tensor) -> Tensor:
             features = self.model.encode_image(pixels, normalize=True)
             if bundle.manifest.visual_prompt is None:
-                return bundle.scores_of(Batch(features), classifier)
+                return bundle.scores_of(Encoded(features), classifier)
             # Rounded as the stored image tokens of trials.
             tokens = vision_tower(self.model.visual).tokens(pixels).to(torch.float16)
-            return bundle.scores_of(Batch(features, tokens), classifier)
+            return bundle.scores_of(Encoded(features, tokens), classifier)
 
     return Classifier().eval()
 

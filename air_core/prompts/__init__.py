@@ -12,7 +12,7 @@ from air_core.backbone import Backbone
 from air_core.components import LEARNERS
 from air_core.prompts.text import TextPrompt, text_logits
 from air_core.specs import PromptSettings
-from air_core.types import Batch
+from air_core.types import Encoded
 
 
 class PromptLearner(Protocol):
@@ -22,7 +22,7 @@ class PromptLearner(Protocol):
     the prompt these give the same logits again; the shape of the prompt depends on them alone.
     """
 
-    def logits(self, batch: Batch) -> Tensor:
+    def logits(self, batch: Encoded) -> Tensor:
         """(N, C) on the device of the images, differentiable in the prompt.
 
         In training the images are on the device of the prompt, otherwise on the CPU.
@@ -39,7 +39,7 @@ class PromptLearner(Protocol):
 class StartsFromImages(Protocol):
     """A learner whose prompt starts from the images that it is trained on, such as a cache."""
 
-    def start_from(self, batch: Batch, targets: Tensor) -> None:
+    def start_from(self, batch: Encoded, targets: Tensor) -> None:
         """Set the prompt before the training of a round.
 
         Args:
@@ -49,7 +49,7 @@ class StartsFromImages(Protocol):
         ...
 
 
-def logits_together(learners: Sequence[PromptLearner], batches: Sequence[Batch]) -> list[Tensor]:
+def logits_together(learners: Sequence[PromptLearner], batches: Sequence[Encoded]) -> list[Tensor]:
     """(N, C) of each learner for its own batch, differentiable in all prompts.
 
     Text prompts with the same backbone, length and class names share one pass of the text tower.

@@ -10,7 +10,7 @@ from torch.nn import Parameter
 
 from air_core.backbone import Backbone
 from air_core.specs import PromptSettings
-from air_core.types import Batch
+from air_core.types import Encoded
 
 START_STD = 0.02
 
@@ -32,7 +32,7 @@ class TextPrompt:
         self.backbone = backbone
         self.classnames = tuple(classnames)
 
-    def logits(self, batch: Batch) -> Tensor:
+    def logits(self, batch: Encoded) -> Tensor:
         """(N, C) cosine to each class's text, at CLIP's temperature."""
         [logits] = text_logits([self], [batch])
         return logits
@@ -48,7 +48,7 @@ class TextPrompt:
         return id(self.backbone), len(self.context), self.classnames
 
 
-def text_logits(prompts: Sequence[TextPrompt], batches: Sequence[Batch]) -> list[Tensor]:
+def text_logits(prompts: Sequence[TextPrompt], batches: Sequence[Encoded]) -> list[Tensor]:
     """Logits (N, C) of each prompt for its own batch, from one pass of the text tower.
 
     The prompts have the same `pass_key`; all batches are on one device, and the logits too.

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from air_core.backbone import Backbone
 from air_core.classifiers import class_texts
 from air_core.specs import PromptSettings
-from air_core.types import Batch
+from air_core.types import Encoded
 
 
 class VisualPrompt:
@@ -36,7 +36,7 @@ class VisualPrompt:
         self.backbone = backbone
         self.weight = class_texts(backbone, classnames, template)  # (C, D)
 
-    def logits(self, batch: Batch) -> Tensor:
+    def logits(self, batch: Encoded) -> Tensor:
         """(N, C) cosine to each class's text, at CLIP's temperature."""
         if batch.tokens is None:
             raise ValueError("a visual prompt needs image tokens; these images have features only")

@@ -240,8 +240,8 @@ class AuxiliarySettings:
         "synthetic", "real: pseudo-labelled pool images, the control without diffusion"
     )
     center: bool = knob(True, "subtract the mean synthetic and the mean real feature")
-    temperature: Literal["match_entropy", "logit_scale", "kappa"] = knob(
-        "match_entropy", "match_entropy: same confidence on the pool as the text classifier"
+    temperature: Literal["match_confidence", "logit_scale", "kappa"] = knob(
+        "match_confidence", "match_confidence: same confidence on the pool as the text classifier"
     )
     kappa: float = knob(
         100.0,

@@ -237,7 +237,7 @@ def _check_predictions(
     import torch
     from safetensors.torch import load_file
 
-    from air_core.types import Batch
+    from air_core.types import Encoded
 
     spec, rows = trial.spec, torch.from_numpy(index)
 
@@ -245,7 +245,9 @@ def _check_predictions(
         return load_file(store.get(features).path / "features.safetensors")["features"][rows]
 
     tokens = spec.test_tokens if spec.test_dataset else spec.tokens
-    batch = Batch(encoded(spec.test_features or spec.features), encoded(tokens) if tokens else None)
+    batch = Encoded(
+        encoded(spec.test_features or spec.features), encoded(tokens) if tokens else None
+    )
     for name, predictions in recorded.items():
         found = bundle.logits_of(batch, name).argmax(dim=-1).numpy()
         if different := int((found != predictions).sum()):

@@ -27,7 +27,7 @@ from orchestrator.store.artifacts import Artifact
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from air_core.types import Batch, Labelled, Split
+    from air_core.types import Encoded, Labelled, Split
 
 PARTS = ("train", "val", "test", "free", "bad")
 LISTED = 100  # unreadable images whose names are recorded
@@ -134,10 +134,10 @@ class Target:
     text: DatasetText
     tokens: Tensor | None = None  # (N, T, V)
 
-    def batch(self, index: Tensor) -> Batch:
-        from air_core.types import Batch
+    def batch(self, index: Tensor) -> Encoded:
+        from air_core.types import Encoded
 
-        return Batch(self.features[index], None if self.tokens is None else self.tokens[index])
+        return Encoded(self.features[index], None if self.tokens is None else self.tokens[index])
 
     def labelled(self, index: Tensor) -> Labelled:
         from air_core.types import Labelled

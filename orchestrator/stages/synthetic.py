@@ -146,11 +146,11 @@ def read_synthetic(
         MissingArtifact: the images are not drawn yet.
         DamagedArtifact: a shard is damaged.
     """
-    from air_core.types import Batch, Labelled
+    from air_core.types import Encoded, Labelled
 
     features, labels = _read_row(spec, count, store, classes)
     patches = None if tokens is None else _read_row(tokens, count, store, classes)[0]
-    return Labelled(Batch(features, patches), labels)
+    return Labelled(Encoded(features, patches), labels)
 
 
 def _read_row(
@@ -204,12 +204,12 @@ def drawn_blocks(
 def recognised_share(spec: SyntheticFeaturesSpec, worker: WorkerContext, template: str) -> float:
     """Share of all drawn images that zero-shot CLIP assigns to the class they were drawn for."""
     from air_core.classifiers import text_classifier
-    from air_core.types import Batch
+    from air_core.types import Encoded
 
     backbone = worker.backbone(spec.backbone, spec.precision)
     text = text_classifier(backbone, spec.images.classnames, template)
     right = total = 0
     for c, indices, features in drawn_blocks(spec, worker.store):
-        right += int((text.logits(Batch(features)).argmax(dim=-1) == c).sum())
+        right += int((text.logits(Encoded(features)).argmax(dim=-1) == c).sum())
         total += len(indices)
     return right / max(total, 1)

@@ -73,17 +73,17 @@ def _synthetic(spec: TrialSpec, classes: Classes, store: ArtifactStore) -> Label
     """Synthetic images; in TRZSL only those of unseen classes."""
     row, tokens = spec.synthetic_features, spec.synthetic_tokens
     assert row is not None
-    images = read_synthetic(row, spec.images_per_class, store, classes.of_pool.tolist(), tokens)
-    if not len(images):
+    drawn = read_synthetic(row, spec.images_per_class, store, classes.of_pool.tolist(), tokens)
+    if not len(drawn):
         raise ValueError(
             f"every image that {row.images.model.name} has drawn is blank; check generation.size, "
             "num_inference_steps, guidance_scale and precision"
         )
     if spec.images_from != "shifted_labels":
-        return images
-    present = torch.tensor(sorted(set(images.labels.tolist())))
-    shifted = present.roll(-1)[torch.searchsorted(present, images.labels)]
-    return Labelled(images.batch, shifted)
+        return drawn
+    present = torch.tensor(sorted(set(drawn.labels.tolist())))
+    shifted = present.roll(-1)[torch.searchsorted(present, drawn.labels)]
+    return Labelled(drawn.images, shifted)
 
 
 def _lora_images(spec: TrialSpec, target: Target, store: ArtifactStore) -> Labelled:

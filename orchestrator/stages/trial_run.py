@@ -206,7 +206,7 @@ class TrialRun:
         # With image tokens, testing needs a pass of the vision tower.
         if not reads_tokens(self.spec):
             with torch.no_grad():
-                guess = result.learner.logits(data.test.batch).argmax(dim=-1)
+                guess = result.learner.logits(data.test.images).argmax(dim=-1)
             tested = measured(guess, data.test.labels, data.classes)
             values |= _test_metrics(tested)
         selected = result.labels
@@ -373,7 +373,7 @@ def _test_on_other_dataset(
             spec.modality, spec.prompt, backbone, classnames, template, prompt
         )
     with torch.no_grad():
-        best = classifier.logits(test.batch).softmax(dim=-1).max(dim=-1)
+        best = classifier.logits(test.images).softmax(dim=-1).max(dim=-1)
     metrics = measured(best.indices, test.labels, Classes(len(classnames)))
     of = {"text": (metrics.predictions, best.values)}
     labels = test.labels.int()

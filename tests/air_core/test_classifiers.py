@@ -12,7 +12,7 @@ from air_core.classifiers import LinearClassifier, fuse, fused_scores, matching_
 from air_core.components import AUXILIARIES
 from air_core.specs import AuxiliarySettings, FidelitySettings
 from air_core.transduction import transductive
-from air_core.types import Batch, Classes, Labelled
+from air_core.types import Classes, Encoded, Labelled
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
 
@@ -23,14 +23,14 @@ def toy(seed: int, per_class: int, shift: float = 0.0) -> Labelled:
     labels = torch.arange(3).repeat_interleave(per_class)
     noise = 0.3 * torch.randn(len(labels), 8, generator=generator)
     moved = shift * torch.eye(8)[0]
-    return Labelled(Batch(normalize(torch.eye(8)[labels] + noise + moved, dim=-1)), labels)
+    return Labelled(Encoded(normalize(torch.eye(8)[labels] + noise + moved, dim=-1)), labels)
 
 
 TEXT = torch.eye(8)[:3]  # what the classes' texts would be
 
 
 def accuracy(classifier: LinearClassifier, images: Labelled) -> float:
-    guess = classifier.logits(images.batch).argmax(dim=-1)
+    guess = classifier.logits(images.images).argmax(dim=-1)
     return (guess == images.labels).double().mean().item()
 
 
@@ -51,16 +51,16 @@ def test_fusing_other_shapes_is_an_error():
 def test_an_auxiliary_classifier_learns_from_images_of_known_class(kind, center):
     bank, target = toy(0, 40), toy(1, 40)
     settings = AuxiliarySettings(kind=kind, center=center)
-    found = auxiliary_classifier(settings, bank, None, target.batch, 3, 20.0)
+    found = auxiliary_classifier(settings, bank, None, target.images, 3, 20.0)
     assert accuracy(found, target) > 0.9
 
 
 def test_centring_removes_a_shift_between_synthetic_and_real():
     bank, target = toy(0, 40, shift=0.8), toy(1, 40)
     kinds = [AuxiliarySettings(kind="lda", center=center) for center in (True, False)]
-    found = [auxiliary_classifier(kind, bank, None, target.batch, 3, 20.0) for kind in kinds]
+    found = [auxiliary_classifier(kind, bank, None, target.images, 3, 20.0) for kind in kinds]
     assert accuracy(found[0], target) > accuracy(found[1], target)
-    torch.testing.assert_close(found[0].center, target.batch.features.mean(dim=0))
+    torch.testing.assert_close(found[0].center, target.images.features.mean(dim=0))
 
 
 @pytest.mark.parametrize("copies", [1, 3])
@@ -68,7 +68,7 @@ def test_lda_of_identical_images_is_an_error_that_explains_it(copies):
     bank, target = toy(0, 1), toy(1, 40)
     same = bank[torch.arange(len(bank)).repeat(copies)]
     with pytest.raises(ValueError, match=r"auxiliary\.kind lda.*one image of each class"):
-        auxiliary_classifier(AuxiliarySettings(kind="lda"), same, None, target.batch, 3, 20.0)
+        auxiliary_classifier(AuxiliarySettings(kind="lda"), same, None, target.images, 3, 20.0)
 
 
 def test_lda_equals_scikit_learn():
@@ -76,28 +76,28 @@ def test_lda_equals_scikit_learn():
 
     bank, target = toy(0, 40), toy(1, 40)
     ours = auxiliary_classifier(
-        AuxiliarySettings(kind="lda", center=False), bank, None, target.batch, 3, 1.0
+        AuxiliarySettings(kind="lda", center=False), bank, None, target.images, 3, 1.0
     )
     theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.2, priors=[1 / 3] * 3).fit(
-        bank.batch.features.double().numpy(), bank.labels.numpy()
+        bank.images.features.double().numpy(), bank.labels.numpy()
     )
-    guess = ours.logits(target.batch).argmax(dim=-1).numpy()
-    assert (guess == theirs.predict(target.batch.features.double().numpy())).mean() == 1.0
+    guess = ours.logits(target.images).argmax(dim=-1).numpy()
+    assert (guess == theirs.predict(target.images.features.double().numpy())).mean() == 1.0
 
 
 def test_synthetic_and_real_images_are_centred_separately():
     real, synthetic = toy(2, 40), toy(3, 40, shift=0.8)
     settings = AuxiliarySettings(kind="prototype", source="both")
-    both = auxiliary_classifier(settings, synthetic, real, real.batch, 3, 20.0)
+    both = auxiliary_classifier(settings, synthetic, real, real.images, 3, 20.0)
     assert accuracy(both, toy(4, 40)) > 0.9
 
 
 def test_the_error_for_a_class_without_images_names_the_class():
     bank = toy(0, 5)
     some = bank.labels < 2
-    only = Labelled(bank.batch[some], bank.labels[some])
+    only = Labelled(bank.images[some], bank.labels[some])
     with pytest.raises(ValueError, match=r"class \[2\]"):
-        auxiliary_classifier(AuxiliarySettings(), only, None, bank.batch, 3, 20.0)
+        auxiliary_classifier(AuxiliarySettings(), only, None, bank.images, 3, 20.0)
 
 
 @pytest.mark.parametrize("kind", ["text", "real_mean", "random", "class_mean"])
@@ -105,21 +105,21 @@ def test_fidelity_keeps_the_nearest_images_of_each_class(kind):
     bank = toy(0, 20)
     kept = high_fidelity(bank, FidelitySettings(kind=kind, keep=5), TEXT, toy(5, 9))
     assert kept.labels.bincount().tolist() == [5, 5, 5]
-    members = bank.batch.features[bank.labels == 1]
+    members = bank.images.features[bank.labels == 1]
     to = {"text": TEXT[1], "class_mean": normalize(members.mean(dim=0), dim=-1)}.get(kind)
     if to is not None:
-        least = (kept.batch.features[kept.labels == 1] @ to).min()
+        least = (kept.images.features[kept.labels == 1] @ to).min()
         assert least >= (members @ to).sort(descending=True).values[4] - 1e-6
     assert high_fidelity(bank, FidelitySettings(kind="none"), TEXT, None) is bank
 
 
 def test_fidelity_by_argmax_keeps_recognised_images_and_at_least_one_per_class():
     bank = toy(0, 20)
-    wrong = Labelled(bank.batch, (bank.labels + 1) % 3)  # no image looks like its class
+    wrong = Labelled(bank.images, (bank.labels + 1) % 3)  # no image looks like its class
     kept = high_fidelity(wrong, FidelitySettings(kind="argmax"), TEXT, None)
     assert kept.labels.bincount(minlength=3).tolist() == [2, 1, 1]
     right = high_fidelity(bank, FidelitySettings(kind="argmax"), TEXT, None)
-    guess = (right.batch.features @ TEXT.T).argmax(dim=-1)
+    guess = (right.images.features @ TEXT.T).argmax(dim=-1)
     assert torch.equal(guess, right.labels)
 
 
@@ -135,12 +135,12 @@ def test_in_trzsl_the_auxiliary_redistributes_the_scores_of_unseen_classes():
     text = LinearClassifier(torch.eye(8)[:5], torch.zeros(5), torch.zeros(8), False, 5.0)
     auxiliary = LinearClassifier(torch.eye(8)[:2], torch.zeros(2), torch.zeros(8), False, 5.0)
     unseen = torch.tensor([1, 4])
-    both = fuse(text, auxiliary, images.batch, Classes(5, unseen), 0.5, "logit_scale")
-    scores, alone = both.scores(images.batch), text.logits(images.batch).softmax(dim=-1)
+    both = fuse(text, auxiliary, images.images, Classes(5, unseen), 0.5, "logit_scale")
+    scores, alone = both.scores(images.images), text.logits(images.images).softmax(dim=-1)
     seen = torch.tensor([0, 2, 3])
     torch.testing.assert_close(scores[:, seen], alone[:, seen])
     torch.testing.assert_close(scores.sum(dim=-1), torch.ones(30))
-    own = both.pool_scores(images.batch)
+    own = both.pool_scores(images.images)
     assert own.shape == (30, 2)
     mass = alone[:, unseen].sum(dim=-1, keepdim=True)
     torch.testing.assert_close(scores[:, unseen], own * mass)
@@ -175,7 +175,7 @@ def plain_mixture(prior: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def test_a_mixture_over_the_pool_equals_a_plain_reference(unseen):
     """In TRZSL it redistributes the scores of the unseen classes."""
     pool, text = (
-        toy(1, 30).batch,
+        toy(1, 30).images,
         LinearClassifier(TEXT, torch.zeros(3), torch.zeros(8), False, 5.0),
     )
     alone = text.logits(pool).softmax(dim=1)
@@ -188,12 +188,12 @@ def test_a_mixture_over_the_pool_equals_a_plain_reference(unseen):
 
 
 def test_knn_and_cache_equal_a_plain_reference_where_classes_differ_in_size():
-    images, pool = toy(0, 6), toy(1, 10).batch
+    images, pool = toy(0, 6), toy(1, 10).images
     images = images[torch.tensor([0, 1, 2, 6, 7, 8, 9, 12, 13])]  # 3, 4 and 2 of the classes
     for kind in ("knn", "cache"):
         settings = AuxiliarySettings(kind=kind, center=False, neighbours=2)
         found = auxiliary_classifier(settings, images, None, pool, 3, 20.0).logits(pool)
-        cosines = pool.features @ images.batch.features.T
+        cosines = pool.features @ images.images.features.T
         for c in range(3):
             own = cosines[:, images.labels == c]
             near = own.sort(descending=True).values[:, :2].mean(dim=1)

@@ -17,7 +17,7 @@ from air_core.evaluation import (
     mutual_information,
     objectives,
 )
-from air_core.types import Batch, Classes, Labelled
+from air_core.types import Classes, Encoded, Labelled
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
 
@@ -77,8 +77,8 @@ def plain(sharpness: float = 5.0) -> LinearClassifier:
     return LinearClassifier(torch.eye(3), torch.zeros(3), torch.zeros(3), False, sharpness)
 
 
-def some_images(count: int, seed: int) -> Batch:
-    return Batch(torch.randn(count, 3, generator=torch.Generator().manual_seed(seed)))
+def some_images(count: int, seed: int) -> Encoded:
+    return Encoded(torch.randn(count, 3, generator=torch.Generator().manual_seed(seed)))
 
 
 def test_mutual_information_is_computed_on_the_pool_without_labels():
@@ -108,11 +108,11 @@ def test_a_temperature_from_validation_images_lowers_the_calibration_error():
         """Images that a classifier of the axes takes for their class in about two of three."""
         labels = torch.arange(count) % 3
         noise = torch.randn(count, 3, generator=generator)
-        return Labelled(Batch(torch.eye(3)[labels] + 0.9 * noise), labels)
+        return Labelled(Encoded(torch.eye(3)[labels] + 0.9 * noise), labels)
 
     classifier, test = plain(sharpness=20.0), labelled(3000)
     temperature = calibrated_temperature(classifier, labelled(600))
-    logits = classifier.logits(test.batch)
+    logits = classifier.logits(test.images)
     right = logits.argmax(dim=-1) == test.labels
     before, after = (
         calibration_error((logits / t).softmax(dim=-1).amax(dim=-1), right)

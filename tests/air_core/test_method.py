@@ -21,7 +21,7 @@ from air_core.methods import METHODS
 from air_core.paradigms import PARADIGMS, make_split
 from air_core.specs import SplitSettings
 from air_core.specs.normal import normalised
-from air_core.types import Batch, Labelled, TrialResult, sparse
+from air_core.types import Encoded, Labelled, TrialResult, sparse
 from orchestrator.stages import TrialSpec
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "digits_metrics.json"
@@ -45,7 +45,7 @@ def worlds(tiny_clip, drawn_digits) -> dict[str, TrialData]:
             backbone=tiny_clip,
             classnames=dataset.classnames,
             template=dataset.template,
-            pool=every.batch[split.pool],
+            pool=every.images[split.pool],
             labelled=every[split.labelled] if len(split.labelled) else None,
             unseen=split.unseen,
             validation=every[split.validation],
@@ -72,8 +72,8 @@ def fewer(data: TrialData) -> TrialData:
     return replace(data, pool=data.pool[some], test=data.test[some], validation=None)
 
 
-def encoded(clip: Any, images: Any) -> Batch:
-    return Batch(clip.encode_images(images), clip.image_tokens(images))
+def encoded(clip: Any, images: Any) -> Encoded:
+    return Encoded(clip.encode_images(images), clip.image_tokens(images))
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +214,7 @@ def test_a_trial_without_rounds_is_zero_shot_clip(spec, digits):
     result, rounds = watched(spec("zero_shot"), digits)
     text = text_classifier(digits.backbone, digits.classnames, digits.template)
     assert rounds == []
-    assert torch.equal(result.test.predictions, text.logits(digits.test.batch).argmax(dim=-1))
+    assert torch.equal(result.test.predictions, text.logits(digits.test.images).argmax(dim=-1))
     assert torch.equal(result.pool_predictions, text.logits(digits.pool).argmax(dim=-1))
     assert result.inference == {"text": result.test.accuracy}
     assert 0.3 < result.test.accuracy < 0.8
@@ -233,7 +233,7 @@ def test_ready_images_make_a_classifier_far_better_than_chance(spec, with_images
 
 def permuted(images: Labelled) -> Labelled:
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    return Labelled(images.batch, images.labels[order])
+    return Labelled(images.images, images.labels[order])
 
 
 @pytest.mark.parametrize("method", ["cpl", "air"])
@@ -404,7 +404,7 @@ def test_a_class_that_no_image_prefers_has_real_images_too(spec, digits):
     """Even if the pool has fewer images than the classes have slots."""
     text = text_classifier(digits.backbone, digits.classnames, digits.template)
     others = text.logits(digits.pool).argmax(dim=-1) != 3
-    few = replace(digits, pool=Batch(digits.pool.features[others][:50]))
+    few = replace(digits, pool=Encoded(digits.pool.features[others][:50]))
     assert watched(spec("cpl_real"), few)[0].inference.keys() == {"text", "auxiliary", "fused"}
 
 
@@ -412,8 +412,8 @@ def test_a_class_that_no_image_prefers_has_real_images_too(spec, digits):
 def test_synthetic_images_fade_to_a_few_of_each_class(with_images, progress, kept):
     left = faded(with_images.synthetic, progress)
     assert left.labels.bincount().tolist() == [kept] * 10
-    first = with_images.synthetic.batch.features[:kept]
-    assert torch.equal(left.batch.features[:kept], first)
+    first = with_images.synthetic.images.features[:kept]
+    assert torch.equal(left.images.features[:kept], first)
 
 
 # ---------------------------------------------------------------- numbers

@@ -26,7 +26,7 @@ from air_core.classifiers import FusedClassifier, text_classifier
 from air_core.datasets import get_dataset
 from air_core.specs import AuxiliarySettings, PromptSettings
 from air_core.transduction import transductive
-from air_core.types import Batch, Classes, Labelled
+from air_core.types import Classes, Encoded, Labelled
 from tests.helpers.bundles import zero_shot
 
 ROUNDING = 1e-4  # of probabilities: half-precision tokens can round to the other neighbour
@@ -98,7 +98,7 @@ def fused_bundle(
     """A bundle with all classifiers of the first digits; `mixture` has no auxiliary one."""
     dataset = get_dataset("digits")
     examples = dataset.load(None)
-    pool = Batch(tiny_clip.encode_images(list(examples.images[:100])))
+    pool = Encoded(tiny_clip.encode_images(list(examples.images[:100])))
     labels = torch.from_numpy(examples.labels[:100]).long()
     classes = Classes(10, None if unseen is None else torch.tensor(unseen))
     text, auxiliary = text_classifier(tiny_clip, dataset.classnames, dataset.template), None

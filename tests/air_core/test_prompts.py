@@ -7,7 +7,7 @@ import torch
 
 from air_core.prompts import PromptLearner, build_learner
 from air_core.specs import PromptSettings
-from air_core.types import Batch
+from air_core.types import Encoded
 
 TEMPLATE = "a photo of a {}"
 NAMES = ("digit zero", "digit seven", "ankle_boot")
@@ -18,12 +18,12 @@ def learner(tiny_clip, modality: str = "text", seed: int = 0, length: int = 4) -
     return build_learner(modality, settings, tiny_clip, NAMES, TEMPLATE, seed)
 
 
-def some_images(tiny_clip, count: int = 5) -> Batch:
+def some_images(tiny_clip, count: int = 5) -> Encoded:
     width = tiny_clip.model.text_projection.shape[1]
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(count, width, generator=generator)
     tokens = torch.randn(count, 17, tiny_clip.patch_width, generator=generator)
-    return Batch(torch.nn.functional.normalize(features, dim=-1), tokens)
+    return Encoded(torch.nn.functional.normalize(features, dim=-1), tokens)
 
 
 @pytest.mark.parametrize("modality", ["text", "visual"])
@@ -52,6 +52,6 @@ def test_a_visual_prompt_is_near_zero_and_deep_ones_have_tokens_for_every_block(
 
 
 def test_a_visual_prompt_without_tokens_is_an_error(tiny_clip):
-    without = Batch(some_images(tiny_clip).features)
+    without = Encoded(some_images(tiny_clip).features)
     with pytest.raises(ValueError, match="needs image tokens"):
         learner(tiny_clip, "visual").logits(without)

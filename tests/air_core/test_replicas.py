@@ -18,7 +18,7 @@ from air_core.backbone.loading import load_backbone
 from air_core.prompts import PromptLearner, build_learner
 from air_core.specs import PromptSettings, TrainSettings
 from air_core.training import CHECKED, Targeted, Training, fit
-from air_core.types import Batch, Labelled
+from air_core.types import Encoded, Labelled
 
 NAMES = ("tree", "annual crop land", "river", "highway or road")
 CLOSE = {torch.float32: 1e-5, torch.float64: 1e-10}  # of the norm
@@ -45,7 +45,7 @@ def tower(request) -> Iterator[tuple[Backbone, float]]:
 def images(clip: Backbone, count: int, seed: int) -> Labelled:
     width = clip.model.text_projection.shape[1]
     features = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
-    return Labelled(Batch(normalize(features, dim=-1)), torch.arange(count) % len(NAMES))
+    return Labelled(Encoded(normalize(features, dim=-1)), torch.arange(count) % len(NAMES))
 
 
 def relative_error(one: Tensor, other: Tensor) -> float:
@@ -61,7 +61,7 @@ def training(clip: Backbone, seed: int, **changes: Any) -> Training:
     real = images(clip, 24, seed)
     given: dict[str, Any] = {
         "learner": learner(clip, seed),
-        "real": Targeted(real.batch, one_hot(real.labels, len(NAMES)).to(real.batch.features)),
+        "real": Targeted(real.images, one_hot(real.labels, len(NAMES)).to(real.images.features)),
         "labelled": None,
         "synthetic": None,
         "synthetic_weight": 0.0,
@@ -92,7 +92,7 @@ def visual_training(clip: Backbone, **changes: Any) -> Training:
     targets = one_hot(real.labels, len(NAMES)).to(pixels)
     given = {
         "learner": learner(clip, 7, 2, "visual"),
-        "real": Targeted(Batch(real.batch.features, pixels), targets),
+        "real": Targeted(Encoded(real.images.features, pixels), targets),
     }
     return training(clip, 7, **(given | changes))
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from air_core.losses import candidate_loss, confidence
 from air_core.specs import TrainSettings
 from air_core.training import Targeted, Training, fit, learning_rate_factor
-from air_core.types import Batch, Labelled
+from air_core.types import Encoded, Labelled
 
 PLAIN = TrainSettings(
     steps=60, batch=8, synthetic_batch=8, learning_rate=0.5, weight_decay=0.0, warmup=0.0, clip=10.0
@@ -31,7 +31,7 @@ class Linear:
     def __init__(self, width: int = 6, classes: int = 3, device: str = "cpu") -> None:
         self.weight = Parameter(torch.zeros(width, classes, device=device))
 
-    def logits(self, batch: Batch) -> Tensor:
+    def logits(self, batch: Encoded) -> Tensor:
         return batch.features @ self.weight
 
     @property
@@ -43,7 +43,7 @@ def images(count: int = 24, seed: int = 0) -> Labelled:
     """Three classes around three axes of six dimensions."""
     labels = torch.arange(count) % 3
     noise = 0.3 * torch.randn(count, 6, generator=torch.Generator().manual_seed(seed))
-    return Labelled(Batch(torch.eye(6)[labels] + noise), labels)
+    return Labelled(Encoded(torch.eye(6)[labels] + noise), labels)
 
 
 def trained(
@@ -52,7 +52,7 @@ def trained(
     """A learner after training on `images()` or on the given images, and its last loss."""
     learner = learner or Linear()
     if isinstance(real := given.get("real", images()), Labelled):
-        given["real"] = Targeted(real.batch, one_hot(real.labels, 3).float())
+        given["real"] = Targeted(real.images, one_hot(real.labels, 3).float())
     usual = {"labelled": None, "synthetic": None, "synthetic_weight": 1.0, "loss": "cc", "seed": 0}
     [last] = fit([Training(learner=learner, settings=settings, **(usual | given))])
     if isinstance(last, FloatingPointError):
@@ -61,7 +61,7 @@ def trained(
 
 
 def accuracy(learner: Linear, on: Labelled) -> float:
-    return (learner.logits(on.batch).argmax(dim=-1) == on.labels).double().mean().item()
+    return (learner.logits(on.images).argmax(dim=-1) == on.labels).double().mean().item()
 
 
 # ---------------------------------------------------------------- the loss
@@ -95,7 +95,7 @@ def test_the_shortest_schedules_learn_something(steps, warmup):
 
 
 def test_fitting_lowers_the_loss_and_learns_the_classes():
-    start = candidate_loss(Linear().logits(images().batch), one_hot(images().labels, 3).float())
+    start = candidate_loss(Linear().logits(images().images), one_hot(images().labels, 3).float())
     learner, loss = trained()
     assert loss < 0.5 * start.item()
     assert accuracy(learner, images(60, seed=1)) > 0.9
@@ -116,7 +116,7 @@ def test_the_same_seed_gives_the_same_bits_another_seed_another_order():
 
 def marked(count: int) -> Labelled:
     """Image i has a value in column i only, so the weights show which images were used."""
-    return Labelled(Batch(torch.eye(count)), torch.zeros(count, dtype=torch.long))
+    return Labelled(Encoded(torch.eye(count)), torch.zeros(count, dtype=torch.long))
 
 
 @pytest.mark.parametrize(
@@ -162,15 +162,17 @@ def test_rc_concentrates_on_one_of_the_candidates():
     data = images(60)
     targets = one_hot(data.labels, 3).float()
     targets[::2] = (targets[::2] + targets[::2].roll(1, dims=1)).clamp(max=1)
-    learner, _ = trained(replace(PLAIN, steps=200), real=Targeted(data.batch, targets), loss="rc")
+    learner, _ = trained(replace(PLAIN, steps=200), real=Targeted(data.images, targets), loss="rc")
     with torch.no_grad():
-        believed = confidence(learner.logits(data.batch), targets)[::2]
+        believed = confidence(learner.logits(data.images), targets)[::2]
     assert (believed.gather(1, data.labels[::2, None]) > 0.8).double().mean() > 0.9
 
 
 def test_rc_starts_from_even_confidence_as_in_cpl():
     """A candidate set of three classes has the same weight as a set of one class."""
-    real = Targeted(Batch(torch.eye(2)), torch.tensor([[1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]]))
+    real = Targeted(
+        Encoded(torch.eye(2)), torch.tensor([[1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
+    )
     _, loss = trained(replace(PLAIN, steps=1), learner=Linear(2, 4), real=real, loss="rc")
     assert loss == pytest.approx(math.log(4))
 
@@ -198,7 +200,7 @@ class Watched(Linear):
         super().__init__()
         self.seen: set[str] = set()
 
-    def logits(self, batch: Batch) -> Tensor:
+    def logits(self, batch: Encoded) -> Tensor:
         logits = super().logits(batch)
         logits.register_hook(lambda _: self.seen.add(torch.get_float32_matmul_precision()))
         return logits

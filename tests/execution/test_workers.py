@@ -96,7 +96,7 @@ def test_only_missing_blocks_are_drawn(ray_session, resolver, drawn_digits, tmp_
     assert sum(b["drawn"] for b in blocks) == 80
     assert run(many, store) == []
     again = read_synthetic(many.spec, 8, store)
-    assert (again.batch.features == first.batch.features).all()
+    assert (again.images.features == first.images.features).all()
     assert read_synthetic(many.spec, 16, store).labels.bincount().tolist() == [16] * 10
 
 

@@ -64,7 +64,7 @@ def test_the_control_reads_the_images_that_a_lora_is_trained_on(
     selected = load_file(worker.store.get(spec.lora_labels).path / "labels.safetensors")
     target = read_target(spec.features, spec.split, worker.store)
     features = target.features[selected["index"]]
-    for feature, label in zip(found.batch.features, found.labels, strict=True):
+    for feature, label in zip(found.images.features, found.labels, strict=True):
         [place] = (features == feature).all(dim=1).nonzero().flatten().tolist()
         assert selected["labels"][place] == label
     classes = range(10) if target.split.unseen is None else target.split.unseen.tolist()
@@ -77,18 +77,18 @@ def test_the_ceiling_reads_pool_images_under_their_true_labels(worker, resolver,
     found = bank(spec, worker)
     target = read_target(spec.features, spec.split, worker.store)
     pool = target.features[target.split.pool]
-    for feature, label in zip(found.batch.features, found.labels, strict=True):
+    for feature, label in zip(found.images.features, found.labels, strict=True):
         places = (pool == feature).all(dim=1).nonzero().flatten()
         assert (target.labels[target.split.pool[places]] == label).any()
     assert found.labels.bincount().tolist() == [COUNT] * 10
     other = replace(spec, split_seed=1)
-    assert not torch.equal(bank(other, worker).batch.features, found.batch.features)
+    assert not torch.equal(bank(other, worker).batch.features, found.images.features)
 
 
 def test_the_floor_reads_synthetic_images_as_the_next_class(worker, resolver, drawn_digits):
     as_drawn = bank(spec_of("air", resolver, drawn_digits), worker)
     shifted = bank(spec_of("air_floor", resolver, drawn_digits), worker)
-    assert torch.equal(as_drawn.batch.features, shifted.batch.features)
+    assert torch.equal(as_drawn.images.features, shifted.images.features)
     assert torch.equal((as_drawn.labels + 1) % 10, shifted.labels)
 
 

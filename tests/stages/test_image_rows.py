@@ -16,7 +16,7 @@ from air_core.classifiers import text_classifier
 from air_core.datasets import get_dataset
 from air_core.diffusion.folder import FolderGenerator
 from air_core.specs import Ref
-from air_core.types import Batch
+from air_core.types import Encoded
 from orchestrator.planning import Resolver
 from orchestrator.stages import FolderImages, SyntheticFeaturesSpec
 from orchestrator.stages.context import WorkerContext
@@ -96,7 +96,7 @@ def test_a_contact_sheet_shows_the_images_that_exist_and_counts_all_that_clip_re
     files = [*sorted((drawn_digits / names[0]).iterdir())[:2]]
     files += sorted((drawn_digits / names[1]).iterdir())[:4]
     logits = text_classifier(tiny_clip, names, get_dataset("digits").template).logits(
-        Batch(tiny_clip.encode_images([Image.open(file).convert("RGB") for file in files]))
+        Encoded(tiny_clip.encode_images([Image.open(file).convert("RGB") for file in files]))
     )
     right = (logits.argmax(dim=-1) == torch.tensor([0, 0, 1, 1, 1, 1])).double().mean()
     assert shares == {"synthetic": pytest.approx(float(right))}

@@ -14,7 +14,7 @@ from air_core.datasets import get_dataset
 from air_core.lora_labels import lora_images
 from air_core.pseudo_labels.top_k import balanced_choice
 from air_core.specs import InitialLabelsSettings
-from air_core.types import Batch, Split
+from air_core.types import Encoded, Split
 from orchestrator.planning import Resolver
 from orchestrator.spec import presets
 from orchestrator.stages import LabelsSpec, TrialSpec
@@ -106,7 +106,7 @@ def test_a_bound_has_a_share_of_right_labels_in_each_class(tiny_clip):
     dataset = get_dataset("digits")
     examples = dataset.load(None)
     text = text_classifier(tiny_clip, dataset.classnames, dataset.template)
-    pool = Batch(tiny_clip.encode_images(examples.images[:200]))
+    pool = Encoded(tiny_clip.encode_images(examples.images[:200]))
     truth = torch.tensor(examples.labels[:200])
     split = Split(torch.arange(200), *[torch.empty(0, dtype=torch.long)] * 3, None)
     for share, right in ((0.0, 0), (0.75, 3), (1.0, 4)):
