@@ -82,7 +82,7 @@ def test_the_ceiling_reads_pool_images_under_their_true_labels(worker, resolver,
         assert (target.labels[target.split.pool[places]] == label).any()
     assert found.labels.bincount().tolist() == [COUNT] * 10
     other = replace(spec, split_seed=1)
-    assert not torch.equal(bank(other, worker).batch.features, found.images.features)
+    assert not torch.equal(bank(other, worker).images.features, found.images.features)
 
 
 def test_the_floor_reads_synthetic_images_as_the_next_class(worker, resolver, drawn_digits):
