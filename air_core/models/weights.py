@@ -18,11 +18,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
-from importlib import import_module
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile
 
@@ -60,8 +58,6 @@ CONFIGS = tuple(
 TOKENIZERS = ("Tokenizer", "TokenizerFast")
 WEIGHTLESS = (*TOKENIZERS, "Scheduler", "Processor", "Extractor")
 VIT = ("vit_", "eva", "test_vit")  # beginnings of names of vision transformers in timm
-OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
-OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 TEXTS = (".json", ".txt", ".model", ".tiktoken", ".jinja")  # files of a tokenizer
 # What a pipeline reads of a repository: others hold the same weights in several formats.
@@ -307,7 +303,7 @@ def _own_weights(architecture: str, tag: str, file: Path) -> ClipFile:
     """`<architecture>@<file>`, or `<architecture>/<tag>@<file>` with the preprocessing of a tag."""
     if tag:
         model, known = _tagged(architecture, tag)
-        pixels = _pixels(known)
+        pixels = known["preprocess"]
     else:
         model = _architecture(architecture, f"{architecture}@{file}")
         pixels = _common_pixels(architecture, file)
@@ -324,22 +320,17 @@ def _common_pixels(architecture: str, file: Path) -> dict[str, Any]:
     """The preprocessing of all known weights of an architecture; empty if there are none.
 
     Raises:
-        ValueError: they were trained with different pixel values.
+        ValueError: they were trained with different ones.
     """
-    known = {tag: _pixels(_tag(architecture, tag)) for tag in _tags(architecture)}
-    first = next(iter(known.values()), {})
-    if all(_values(each) == _values(first) for each in known.values()):
-        return first if all(each == first for each in known.values()) else {}
+    known = _tags(architecture)
+    found: list[dict[str, Any]] = [row["preprocess"] for row in known.values()] or [{}]
+    if all(each == found[0] for each in found):
+        return found[0]
     raise ValueError(
-        f"weights of {architecture} were trained with different pixel values; write "
+        f"weights of {architecture} were trained with different preprocessing; write "
         f"{architecture}/<tag>@{file} with the tag that the file is of, or is fine-tuned from: "
         f"{', '.join(known)}"
     )
-
-
-def _values(pixels: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Mean and standard deviation of pixels; OpenAI's are the default."""
-    return pixels.get("mean", OPENAI_MEAN), pixels.get("std", OPENAI_STD)
 
 
 def _known_weights(architecture: str, tag: str) -> ClipFile:
@@ -347,7 +338,7 @@ def _known_weights(architecture: str, tag: str) -> ClipFile:
     model, known = _tagged(architecture, tag)
     weights = _fetched(architecture, tag, known)
     tokenizer = _tokenizer_files(architecture, model, beside=None)
-    return ClipFile(architecture, weights, model, _pixels(known), tokenizer)
+    return ClipFile(architecture, weights, model, known["preprocess"], tokenizer)
 
 
 def _tagged(architecture: str, tag: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -386,26 +377,18 @@ def _architecture(name: str, backbone: str) -> dict[str, Any]:
 
 
 def _fetched(architecture: str, tag: str, known: dict[str, Any]) -> Path:
-    """The weights file of a tag in the caches of open_clip and huggingface_hub."""
-    how = f"open_clip.create_model({architecture!r}, pretrained={tag!r})"
-    if known["hf_hub"]:
-        repository, _, file = known["hf_hub"].rpartition("/")
-        wanted = (*_safe_twin(file), file) if file else HUB_WEIGHTS
-        for one in wanted:
-            found = _in_hub_cache(repository, one)
-            if found is not None:
-                check_whole(found, architecture)
-                return found
-        how = f"hf download {repository} {file or wanted[0]}"
-    if known["url"]:
-        found = Path("~/.cache/clip").expanduser() / Path(known["url"]).name
-        if found.is_file():
+    """The weights file of a tag in the cache of huggingface_hub."""
+    repository, _, file = known["hf_hub"].rpartition("/")
+    wanted = (f"{file.rpartition('.')[0]}.safetensors", file) if file else HUB_WEIGHTS
+    for one in wanted:
+        found = _in_hub_cache(repository, one)
+        if found is not None:
             check_whole(found, architecture)
             return found
     raise ValueError(
         f"backbone {architecture}/{tag}: its weights are not on this machine, and airsweep "
-        f"downloads nothing; get them with `{how}`, or write {architecture}/{tag}@<file> for a "
-        "copied file"
+        f"downloads nothing; get them with `hf download {repository} {file or wanted[0]}`, or "
+        f"write {architecture}/{tag}@<file> for a copied file"
     )
 
 
@@ -428,11 +411,6 @@ def _tokenizer_files(
             f"{where}"
         )
     return tuple(found)
-
-
-def _pixels(tag: dict[str, Any]) -> dict[str, Any]:
-    names = ("mean", "std", "interpolation", "resize_mode")
-    return {name: tag[name] for name in names if name in tag}
 
 
 def public_backbone(name: str) -> ClipFolder | ClipFile | None:
@@ -660,41 +638,22 @@ def _in_hub_cache(repository: str, file: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def _safe_twin(file: str) -> list[str]:
-    """The file name of the same weights as safetensors, unless `file` is safetensors."""
-    stem, _, suffix = file.rpartition(".")
-    return [f"{stem}.safetensors"] if suffix in ("bin", "pt", "pth") else []
-
-
-def _tags(architecture: str) -> list[str]:
-    """The weights tags of an architecture in open_clip."""
-    return list(_pretrained().list_pretrained_tags_by_model(architecture))
+def _tags(architecture: str) -> dict[str, dict[str, Any]]:
+    """The weights of an architecture that open_clip knows, by their tag."""
+    table = files("air_core") / "models" / "open_clip_weights.json"
+    return _table(str(table)).get(architecture, {})
 
 
 def _tag(architecture: str, tag: str) -> dict[str, Any]:
-    """open_clip's configuration of a weights tag; empty if the tag does not exist."""
-    return dict(_pretrained().get_pretrained_cfg(architecture, tag))
+    """A row of the table of weights; empty if open_clip does not know the tag."""
+    return _tags(architecture).get(tag.lower().replace("-", "_"), {})
 
 
 @cache
-def _pretrained() -> ModuleType:
-    """Import open_clip.pretrained, the table of weights, without the rest of open_clip.
-
-    open_clip and safetensors.torch import torch, which takes seconds that planning does not need.
-    Therefore the module is loaded as part of a package with another name, and safetensors.torch is
-    hidden during the import.
-    """
-    package = ModuleType("_open_clip_tables")
-    package.__path__ = [str(_open_clip())]
-    hidden = "safetensors.torch" not in sys.modules
-    sys.modules[package.__name__] = package
-    if hidden:
-        sys.modules["safetensors.torch"] = None  # type: ignore[assignment]
-    try:
-        return import_module(f"{package.__name__}.pretrained")
-    finally:
-        if hidden:
-            del sys.modules["safetensors.torch"]
+def _table(file: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """Weights by architecture and tag. A test compares the table with the installed open_clip."""
+    table: dict[str, dict[str, dict[str, Any]]] = json_object(Path(file))
+    return table
 
 
 def _open_clip() -> Path:

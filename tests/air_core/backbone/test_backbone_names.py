@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from air_core.backbone.loading import load_backbone
+from air_core.models import weights
 from air_core.models.configs import check_clip_config
 from air_core.models.tokens import check_room
 from air_core.models.weights import (
@@ -28,6 +29,7 @@ from air_core.models.weights import (
     weights_files,
     weights_settings,
 )
+from tests.helpers.golden import check_golden
 from tests.helpers.sweeps import python
 
 NAMES = ["tree frog", "heart", "boot"]
@@ -64,7 +66,6 @@ def some_file(tmp_path: Path) -> Path:
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A function that puts a file into an otherwise empty cache of the Hugging Face hub."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
     def put(repository: str, file: Path) -> Path:
         repo = tmp_path / "hub" / f"models--{repository.replace('/', '--')}"
@@ -112,15 +113,32 @@ def test_the_error_for_an_unknown_name_lists_what_is_allowed(name, message):
         weights_files(name)
 
 
-def test_openais_torchscript_archive_is_rejected_with_an_alternative(tmp_path, hub):
-    archive = tmp_path / "home" / ".cache" / "clip" / "ViT-B-32.pt"
-    archive.parent.mkdir(parents=True)
+def test_the_golden_table_of_weights_is_that_of_the_installed_open_clip():
+    import open_clip
+
+    pixels = ("mean", "std", "interpolation", "resize_mode")
+    table: dict[str, dict[str, Any]] = {}
+    for architecture, tag in open_clip.list_pretrained():
+        known = open_clip.get_pretrained_cfg(architecture, tag)
+        row = {"hf_hub": known["hf_hub"], "quick_gelu": known.get("quick_gelu", False)}
+        row["preprocess"] = {name: known[name] for name in pixels}
+        table.setdefault(architecture, {})[tag] = row
+    architectures = [
+        f"{json.dumps(name)}: {{\n"
+        + ",\n".join(f"  {json.dumps(tag)}: {json.dumps(row)}" for tag, row in rows.items())
+        for name, rows in table.items()
+    ]
+    text = "{\n" + "},\n".join(architectures) + "}\n}\n"
+    check_golden(str(Path(weights.__file__).with_name("open_clip_weights.json")), text)
+
+
+def test_openais_torchscript_archive_is_rejected_with_an_alternative(tmp_path):
+    archive = tmp_path / "ViT-B-32.pt"
     with ZipFile(archive, "w") as scripted:
         for entry in ("constants.pkl", "data.pkl", "code/__torch__.py"):
             scripted.writestr(f"ViT-B-32/{entry}", "")
-    for name in ("ViT-B-32/openai", f"ViT-B-32-quickgelu@{archive}"):
-        with pytest.raises(ValueError, match=r"TorchScript archive.*ViT-B-32/openai"):
-            weights_files(name)
+    with pytest.raises(ValueError, match=r"TorchScript archive.*ViT-B-32/openai"):
+        weights_files(f"ViT-B-32-quickgelu@{archive}")
 
 
 def test_a_damaged_weights_file_is_named(tmp_path):
@@ -183,11 +201,11 @@ def test_weights_of_another_architecture_are_rejected_with_the_first_wrong_tenso
 
 
 def test_the_error_for_missing_weights_has_the_download_command(some_file, hub):
-    weights = (
+    download = (
         r"`hf download timm/vit_base_patch32_clip_224\.openai open_clip_model\.safetensors`, or "
         r"write ViT-B-32/openai@<file>"
     )
-    with pytest.raises(ValueError, match=weights):
+    with pytest.raises(ValueError, match=download):
         weights_files("ViT-B-32/openai")
     tokenizer = r"`hf download timm/ViT-B-16-SigLIP .* beside the weights"
     with pytest.raises(ValueError, match=tokenizer):
@@ -198,7 +216,7 @@ def test_preprocessing_is_that_of_all_known_weights_of_the_architecture(some_fil
     (tmp_path / "tokenizer.json").touch()
     found = find_backbone(f"ViT-B-16-SigLIP@{some_file}")
     assert isinstance(found, ClipFile)
-    assert found.preprocess["mean"] == (0.5, 0.5, 0.5)
+    assert found.preprocess["mean"] == [0.5, 0.5, 0.5]
     assert found.preprocess["resize_mode"] == "squash"
     assert found.tokenizer == (tmp_path / "tokenizer.json",)
 
@@ -213,7 +231,7 @@ def test_a_file_of_an_architecture_with_two_preprocessings_needs_a_tag(some_file
         assert isinstance(found, ClipFile)
         assert found.weights == some_file
         means[tag] = found.preprocess["mean"]
-    assert means["laion2b_s32b_b82k"] == (0.5, 0.5, 0.5) != means["openai"]
+    assert means["laion2b_s32b_b82k"] == [0.5, 0.5, 0.5] != means["openai"]
     assert weights_settings(f"ViT-B-32/openai@{some_file}")["model_cfg"]["quick_gelu"]
 
 
