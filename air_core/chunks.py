@@ -1,4 +1,8 @@
-"""Large matrices in chunks of rows, so that a computation needs no second matrix of that size."""
+"""Large matrices in chunks of rows, so that a computation needs no second matrix of that size.
+
+Formulas with a number for each image and class need it, since a pool can have a million images:
+logits of classifiers, fused scores, evidence, the mixture, and the choice of pseudo-labels.
+"""
 
 from __future__ import annotations
 

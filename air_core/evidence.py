@@ -65,14 +65,7 @@ def balanced(q: Tensor) -> Tensor:
     images = (~q[:, 0].isnan()).nonzero().flatten()
     parts = [images[rows] for rows in chunks(len(images), q.shape[1])]
     share = len(images) / q.shape[1]
-    if len(parts) == 1:
-        scores = q[images].double()
-        for _ in range(SINKHORN_STEPS):
-            scores = scores * (share / scores.sum(dim=0, keepdim=True).clamp(min=1e-12))
-            scores = scores / scores.sum(dim=1, keepdim=True)
-        q[images] = scores.float()
-        return q
-    # The same with a factor of each class and image: float64 scores need twice the memory of q.
+    # A factor of each class and image: float64 scores need twice the memory of q.
     factors = torch.ones(q.shape[1], dtype=torch.float64, device=q.device)  # of classes
     sums = torch.stack([q[part].double().sum(dim=0) for part in parts]).sum(dim=0)
     for _ in range(SINKHORN_STEPS):
