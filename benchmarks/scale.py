@@ -328,24 +328,25 @@ def _visual(cell: Any) -> bool:
 
 
 def _classes(dataset: str, paradigm: str) -> int:
-    from air_core.datasets.published import PUBLISHED
+    from air_core.datasets import DATASETS
 
-    every = PUBLISHED[dataset].classes
+    every = len(DATASETS[dataset].classnames)
     return every - round(0.62 * every) if paradigm == "trzsl" else every
 
 
 def _steps(flat: dict[str, Any]) -> int:
     """Upper bound of the training steps, as counted in `docs/method.md`."""
-    from air_core.datasets.published import PUBLISHED
+    from air_core.datasets import DATASETS
 
-    size = PUBLISHED[flat["dataset"]]
-    pool = sum(count for part, count in size.parts.items() if part != "test")
+    size = DATASETS[flat["dataset"]]
+    assert size.published is not None
+    pool = sum(count for part, count in size.published.parts.items() if part != "test")
     classes = _classes(flat["dataset"], flat["paradigm"])
-    pool = pool * classes // size.classes
+    pool = pool * classes // len(size.classnames)
     if not flat["iterations"]:
         return 0
     if flat["supervision"] == "labelled":
-        chosen = [2 * size.classes]
+        chosen = [2 * len(size.classnames)]
     elif flat["pseudo_labels.growth"] == "fixed":
         chosen = [min(16 * classes, pool)] * flat["iterations"]
     else:

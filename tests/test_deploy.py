@@ -233,7 +233,10 @@ def refused_images() -> list[tuple[str, str]]:
         ("no base64!", "image 1 is not base64"),
         (encoded(b"no image"), "image 1 cannot be read: not an image of an allowed format"),
         (encoded(tiff.getvalue()), "allowed format (JPEG, PNG)"),
-        (encoded(huge.getvalue()), "image 1 is too large; allowed: 50,000,000 pixels"),
+        (
+            encoded(huge.getvalue()),
+            "image 1 cannot be read: it is too large, over 50,000,000 pixels",
+        ),
         (encoded(cut), "image 1 "),
         (encoded(bytes(21 * 2**20)), "image 1 is too large; allowed: 20 MiB"),
     ]

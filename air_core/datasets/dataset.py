@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,22 +37,35 @@ class Examples:
 
 
 @dataclass(frozen=True)
+class Counts:
+    """A published size. A key of `parts` is one part, or several that are counted together.
+
+    Sizes of training pools follow GRIP and CPL, which use train and val together.
+    """
+
+    parts: dict[str, int]
+    each: int | None = None  # images per class, if the same for all classes
+    source: str = ""
+
+
+@dataclass(frozen=True)
 class Dataset:
     """A dataset: class names and template, how to find and read its files, where to get them."""
 
     name: str
     about: str  # a few words, for the header of a table
     classnames: tuple[str, ...]
-    template: str  # {} is the class name
-    recipe: int  # increase it when the same files give other pixels or parts
     source: str
     licence: str
     files: Callable[[Path | None], list[Path]]  # sorted; all files that `load` reads
     load: Callable[[Path | None], Examples]
+    template: str = TEMPLATE  # {} is the class name
+    recipe: int = 1  # increase it when the same files give other pixels or parts
     split: str = ""  # origin of the parts
     get: str = ""  # instructions for getting the files
     skipped: Callable[[], dict[str, int]] = dict  # number of files that are not read, by kind
     pool_labels: Literal["known", "unknown"] = "known"  # unknown: nothing can be measured on it
+    published: Counts | None = None  # `airsweep check` compares the files with it
 
 
 class Row(NamedTuple):
@@ -87,6 +100,17 @@ class Listing:
             np.array([row.label for row in self.rows], dtype=np.int64),
             np.array([row.part for row in self.rows]),
         )
+
+
+def listed(rows: Callable[[Path | None], Listing], **facts: Any) -> Dataset:
+    """A dataset of image files, which `rows` lists below a data root.
+
+    Args:
+        facts: the other fields of `Dataset`.
+    """
+    return Dataset(
+        files=lambda root: rows(root).files, load=lambda root: rows(root).examples(), **facts
+    )
 
 
 def listing(

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from air_core.datasets.dataset import TEMPLATE, Dataset, Listing, Row, listing
-from air_core.datasets.places import classnames_of, find_home, read_lines
+from air_core.datasets.dataset import Counts, Listing, listed
+from air_core.datasets.places import classnames_of, find_home
+from air_core.datasets.split_files import lists_listing
 
 CLASSNAMES = classnames_of("dtd")
 GET = "unpack https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.gz in dtd/"
@@ -23,27 +24,19 @@ def rows(root: Path | None) -> Listing:
     """
     home = find_home("dtd", root, ("dtd", "."), ("labels",), GET)
     lists = {part: home / "labels" / f"{part}1.txt" for part in ("train", "val", "test")}
-    label = {name: i for i, name in enumerate(CLASSNAMES)}
-    found = []
-    for part, file in lists.items():
-        for line in read_lines("dtd", file):
-            folder = line.partition("/")[0]
-            if folder not in label:
-                raise ValueError(f"dtd: {file} names {line}, but {folder!r} is none of 47 textures")
-            found.append(Row(f"images/{line}", label[folder], part))
-    return listing("dtd", home, found, CLASSNAMES, beside=lists.values())
+    return lists_listing(
+        "dtd", home, lists, CLASSNAMES, lambda line: (f"images/{line}", line.partition("/")[0])
+    )
 
 
-DATASET = Dataset(
+DATASET = listed(
+    rows,
     name="dtd",
     about="5,640 textures of 47 kinds",
     classnames=CLASSNAMES,
-    template=TEMPLATE,
-    recipe=1,
     source="https://www.robots.ox.ac.uk/~vgg/data/dtd",
     licence="for research purposes",
-    files=lambda root: rows(root).files,
-    load=lambda root: rows(root).examples(),
     split="the source's first partition: 1,880 train, 1,880 val, 1,880 test",
     get=GET,
+    published=Counts({"train": 1880, "val": 1880, "test": 1880}, 120, "Cimpoi et al. 2014"),
 )

@@ -12,7 +12,7 @@ from __future__ import annotations
 from fractions import Fraction
 from pathlib import Path
 
-from air_core.datasets.dataset import TEMPLATE, Dataset, Listing
+from air_core.datasets.dataset import Counts, Listing, listed
 from air_core.datasets.places import classnames_of, find_home
 from air_core.datasets.split_files import find_split, split_listing
 
@@ -47,16 +47,14 @@ def rows(root: Path | None) -> Listing:
     return split_listing("eurosat", home, FOLDERS, CLASSNAMES, split, TEST_SHARE)
 
 
-DATASET = Dataset(
+DATASET = listed(
+    rows,
     name="eurosat",
     about="27,000 satellite images of 10 land uses",
     classnames=CLASSNAMES,
-    template=TEMPLATE,
-    recipe=1,
     source="https://github.com/phelber/EuroSAT",
     licence="MIT",
-    files=lambda root: rows(root).files,
-    load=lambda root: rows(root).examples(),
     split="split files if there; else fixed: 22,000 train, of which a tenth val, and 5,000 test",
     get=GET,
+    published=Counts({"train+val": 22000, "test": 5000}, source="ELEVATER's split"),
 )

@@ -13,7 +13,7 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from air_core.datasets.dataset import TEMPLATE, Dataset, Examples, Row
+from air_core.datasets.dataset import Counts, Dataset, Examples, Row
 from air_core.datasets.places import classnames_of
 from air_core.datasets.split_files import with_validation
 
@@ -84,15 +84,9 @@ def _pairs(root: Path | None) -> dict[str, tuple[Path, Path]]:
 def _home(root: Path | None) -> Path:
     places = [DEBIAN]
     if root is not None:
-        if not root.is_dir():
-            raise ValueError(f"the data root {root} does not exist or is not a folder")
+        # Not the root itself: MNIST has files of the same names.
         named = root / "fashion_mnist"
-        places = [*(named / below for below in BELOW), named, *(root / below for below in BELOW)]
-        # MNIST has files of the same names, so the path of a root with such files must contain
-        # "fashion".
-        if "fashion" in str(root.absolute()).lower():
-            places += [root / "raw", root]
-        places.append(DEBIAN)
+        places = [*(home / below for home in (named, root) for below in BELOW), named, DEBIAN]
     for place in places:
         if _packed_or_not(place, FILES["test"][0]).is_file():
             return place
@@ -130,12 +124,11 @@ DATASET = Dataset(
     name="fashion_mnist",
     about="70,000 pictures of 10 kinds of clothes",
     classnames=CLASSNAMES,
-    template=TEMPLATE,
-    recipe=1,
     source="https://github.com/zalandoresearch/fashion-mnist",
     licence="MIT",
     files=files,
     load=load,
     split="the source's 60,000 train, of which a tenth val, and 10,000 test",
     get=GET,
+    published=Counts({"train+val": 60000, "test": 10000}, 7000, "Xiao et al. 2017"),
 )

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from air_core.datasets.dataset import TEMPLATE, Dataset, Listing, Row, listing
-from air_core.datasets.places import classnames_of, find_home, read_lines
+from air_core.datasets.dataset import Counts, Listing, listed
+from air_core.datasets.places import classnames_of, find_home
+from air_core.datasets.split_files import lists_listing
 
 CLASSNAMES = classnames_of("fgvc_aircraft")
 GET = (
@@ -30,28 +31,22 @@ def rows(root: Path | None) -> Listing:
     marks = ("images", "images_variant_test.txt")
     home = find_home("fgvc_aircraft", root, HOMES, marks, GET)
     lists = {part: home / f"images_variant_{part}.txt" for part in ("train", "val", "test")}
-    label = {name: i for i, name in enumerate(CLASSNAMES)}
-    found = []
-    for part, file in lists.items():
-        for line in read_lines("fgvc_aircraft", file):
-            number, _, variant = line.partition(" ")
-            name = variant.replace("/", "-")
-            if name not in label:
-                raise ValueError(f"fgvc_aircraft: {file} names {variant!r}, none of 100 variants")
-            found.append(Row(f"images/{number}.jpg", label[name], part))
-    return listing("fgvc_aircraft", home, found, CLASSNAMES, beside=lists.values())
+    return lists_listing("fgvc_aircraft", home, lists, CLASSNAMES, _image)
 
 
-DATASET = Dataset(
+def _image(line: str) -> tuple[str, str]:  # path and class name
+    number, _, variant = line.partition(" ")
+    return f"images/{number}.jpg", variant.replace("/", "-")
+
+
+DATASET = listed(
+    rows,
     name="fgvc_aircraft",
     about="10,000 aircraft of 100 variants",
     classnames=CLASSNAMES,
-    template=TEMPLATE,
-    recipe=1,
     source="https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft",
     licence="non-commercial research only",
-    files=lambda root: rows(root).files,
-    load=lambda root: rows(root).examples(),
     split="the source's: 3,334 train, 3,333 val, 3,333 test",
     get=GET,
+    published=Counts({"train": 3334, "val": 3333, "test": 3333}, 100, "Maji et al. 2013"),
 )

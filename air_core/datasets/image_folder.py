@@ -21,9 +21,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from air_core.datasets.class_folders import (
     READ_TEXT,
@@ -41,17 +42,17 @@ from air_core.datasets.dataset import (
     Listing,
     Row,
     is_template,
+    listed,
     listing,
     some,
 )
-from air_core.datasets.places import name_problem, optional_text
+from air_core.datasets.places import class_entries, name_problem, said, text_lines
 from air_core.datasets.split_files import VAL_SHARE, held_out, with_validation
 from air_core.datasets.unlabelled import (
     CLASSES,
     LABELS,
     Classes,
     is_unlabelled,
-    leaks,
     read_classes,
     unlabelled_listing,
 )
@@ -89,16 +90,10 @@ def folder_dataset(name: str) -> Dataset:
     if is_unlabelled(home):
         return unlabelled_dataset(home, read_classes(home / CLASSES))
     tree = _tree(home)
-    return Dataset(
-        name=f"{PREFIX}{home}",
-        about=f"{home.name}, {len(tree.classnames)} classes",
-        classnames=tree.classnames,
-        template=_template(home / "template.txt"),
-        recipe=1,
-        source=str(home),
-        licence=OWNERS,
-        files=lambda root: _rows(tree).files,
-        load=lambda root: _rows(tree).examples(),
+    return _dataset(
+        home,
+        tree.classnames,
+        lambda: _rows(tree),
         split=" and ".join(tree.parts) if "free" not in tree.parts else "split_seed",
         skipped=lambda: _skipped(tree),
     )
@@ -106,19 +101,28 @@ def folder_dataset(name: str) -> Dataset:
 
 def unlabelled_dataset(home: Path, classes: Classes) -> Dataset:
     """The dataset of a folder without class folders, see `air_core.datasets.unlabelled`."""
-    return Dataset(
-        name=f"{PREFIX}{home}",
-        about=f"{home.name}, {len(classes.names)} classes",
-        classnames=classes.classnames,
-        template=_template(home / "template.txt"),
-        recipe=1,
-        source=str(home),
-        licence=OWNERS,
-        files=lambda root: unlabelled_listing(home, classes).files,
-        load=lambda root: unlabelled_listing(home, classes).examples(),
+    return _dataset(
+        home,
+        classes.classnames,
+        lambda: unlabelled_listing(home, classes),
         split=f"{LABELS}; images without a label are the pool",
         skipped=lambda: other_files(home),
         pool_labels="unknown",
+    )
+
+
+def _dataset(
+    home: Path, classnames: tuple[str, ...], rows: Callable[[], Listing], **facts: Any
+) -> Dataset:
+    return listed(
+        lambda root: rows(),
+        name=f"{PREFIX}{home}",
+        about=f"{home.name}, {len(classnames)} classes",
+        classnames=classnames,
+        template=_template(home / "template.txt"),
+        source=str(home),
+        licence=OWNERS,
+        **facts,
     )
 
 
@@ -133,26 +137,24 @@ def check_no_leak(home: Path, digests: Mapping[Path, str]) -> None:
             compared, since `split_seed` chooses their parts.
 
     Raises:
-        ValueError: a file in test/ equals one in train/ or val/, and this is not permitted.
+        ValueError: a file for test equals another one, and this is not permitted.
     """
     if len(set(digests.values())) == len(digests) or permits_duplicates(home):
         return
-    pairs = leaks(home, digests) if is_unlabelled(home) else _part_leaks(home, digests)
+    if is_unlabelled(home):
+        found = unlabelled_listing(home, read_classes(home / CLASSES))
+    else:
+        found = _rows(_tree(home))
+    part_of = {home / row.path: row.part for row in found.rows}
+    tests = {digests[file]: file for file, part in part_of.items() if part == "test"}
+    pairs = [
+        (tests[digests[file]], file)
+        for file, part in part_of.items()
+        if part != "test" and digests[file] in tests
+    ]
     if pairs:
         first = [str(path.relative_to(home)) for path in pairs[0]]
         raise ValueError(leak_message(home, len(pairs), first))
-
-
-def _part_leaks(home: Path, digests: Mapping[Path, str]) -> list[tuple[Path, Path]]:
-    part_of = {file: file.relative_to(home).parts[0] for file in digests}
-    if not {"train", "test"} <= set(part_of.values()):
-        return []
-    tests = {digest: file for file, digest in digests.items() if part_of[file] == "test"}
-    return [
-        (tests[digest], file)
-        for file, digest in digests.items()
-        if part_of[file] in ("train", "val") and digest in tests
-    ]
 
 
 def permits_duplicates(home: Path) -> bool:
@@ -236,35 +238,25 @@ def given_classnames(file: Path, folders: Sequence[str] | None = None) -> dict[s
     Raises:
         ValueError: a line is not allowed.
     """
-    given: dict[str, str] = {}
-    for number, line in enumerate(_lines(file), start=1):
-        if not line or line.startswith("#"):
-            continue
-        folder, equals, name = (text.strip() for text in line.partition("="))
-        if not equals or not name or "/" in name or folder in given:
-            raise ValueError(
-                f"{file}:{number}: {line!r} is not allowed; expected one line per folder, "
-                "`folder = class name`, without / in the name"
-            )
+    given = class_entries(text_lines(file))
+    for folder, (_, place) in given.items():
         if folders is not None and folder not in folders:
             raise ValueError(
-                f"{file}:{number}: no class folder is named {folder!r}; class folders: "
-                f"{some(folders, 9)}"
+                f"{place}: no class folder is named {folder!r}; class folders: {some(folders, 9)}"
             )
-        given[folder] = name
-    return given
+    return {folder: classname for folder, (classname, _) in given.items()}
 
 
 def _classnames(file: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
     given = given_classnames(file, folders)
-    names = tuple(given.get(folder, folder.replace("_", " ")) for folder in folders)
+    names = tuple(given.get(folder, said(folder)) for folder in folders)
     if problem := name_problem(names):
         raise ValueError(f"{file.parent}: {problem.text}; rename a class in {file.name}")
     return names
 
 
 def _template(file: Path) -> str:
-    lines = [line for line in _lines(file) if line]
+    lines = [line for _, line in text_lines(file)]
     if not lines:
         return TEMPLATE
     if len(lines) > 1 or not is_template(lines[0]):
@@ -274,10 +266,6 @@ def _template(file: Path) -> str:
             + (" and more lines" if len(lines) > 1 else "")
         )
     return lines[0]
-
-
-def _lines(file: Path) -> list[str]:
-    return [line.strip() for line in (optional_text(file) or "").splitlines()]
 
 
 def _folders(folder: Path) -> list[str]:

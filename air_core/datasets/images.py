@@ -1,7 +1,7 @@
 """Sequences of images that are opened on access, as RGB.
 
 A dataset of 30,000 photographs does not fit in memory, so sequences contain paths or small arrays.
-`open_image` is the only function that opens image files, `open_png` the only one for stored PNGs.
+`open_image` is the only function that opens image files.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import shlex
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any
 
 from air_core.datasets.class_folders import COMMANDS, READS_HEIC
 from air_core.printable import printable
@@ -32,7 +33,6 @@ ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # the last bytes of a complete fil
 TAIL = 1 << 16  # bytes at the end of a file among which ENDS are searched; others may follow
 ORIENTATION = 0x0112  # tag of EXIF; 1 is upright
 MAX_PIXELS = 178_956_970  # 0.5 GB as RGB; the header of a small file can claim any size
-TOO_LARGE = f"it is too large, over {MAX_PIXELS:,} pixels; make it smaller"
 
 
 class Unreadable(ValueError):
@@ -53,11 +53,7 @@ class ImageFiles(Sequence["Image"]):
     def __len__(self) -> int:
         return len(self.files)
 
-    @overload
-    def __getitem__(self, index: int) -> Image: ...
-    @overload
-    def __getitem__(self, index: slice) -> ImageFiles: ...
-    def __getitem__(self, index: int | slice) -> Image | ImageFiles:
+    def __getitem__(self, index: Any) -> Any:
         """Raises: Unreadable, if the index is of a file that cannot be decoded."""
         if isinstance(index, slice):
             return ImageFiles(self.files[index])
@@ -73,11 +69,7 @@ class GreyImages(Sequence["Image"]):
     def __len__(self) -> int:
         return len(self.pixels)
 
-    @overload
-    def __getitem__(self, index: int) -> Image: ...
-    @overload
-    def __getitem__(self, index: slice) -> GreyImages: ...
-    def __getitem__(self, index: int | slice) -> Image | GreyImages:
+    def __getitem__(self, index: Any) -> Any:
         from PIL import Image
 
         if isinstance(index, slice):
@@ -85,19 +77,44 @@ class GreyImages(Sequence["Image"]):
         return Image.fromarray(self.pixels[index]).convert("RGB")
 
 
-def open_image(file: Path) -> Image:
+def open_image(
+    file: Path | BytesIO,
+    name: str = "",
+    formats: tuple[str, ...] = FORMATS,
+    most_pixels: int = MAX_PIXELS,
+) -> Image:
     """Open an image as upright RGB; 16-bit grey is scaled, transparent pixels are put on white.
 
     The content determines the format, not the file name. Of an animation or a TIFF with several
     pages only the first image is read.
 
+    Args:
+        name: of the image in messages; by default its path.
+        formats: allowed ones, of FORMATS.
+
     Raises:
-        Unreadable: its format is not in FORMATS, it exceeds MAX_PIXELS, or cannot be decoded.
+        Unreadable: its format is not allowed, it exceeds `most_pixels`, or cannot be decoded.
         OSError: the file does not exist, or the disk fails.
     """
-    if not file.is_file() and file.exists():  # opening a pipe would block
-        raise Unreadable(f"{file} cannot be read: it is a folder or a device")
-    return _opened(file, FORMATS, str(file))
+    from PIL import Image, UnidentifiedImageError
+
+    _prepare_pillow()
+    name = name or str(file)
+    with _decoding(name):
+        if isinstance(file, Path) and not file.is_file() and file.exists():
+            raise ValueError("it is a folder or a device")  # opening a pipe would block
+        too_large = f"it is too large, over {most_pixels:,} pixels; make it smaller"
+        try:
+            image = Image.open(file, formats=formats)
+        except UnidentifiedImageError:
+            raise ValueError(_why_unidentified(file, formats)) from None
+        except Image.DecompressionBombError:
+            raise ValueError(too_large) from None
+        with image:
+            if image.width * image.height > most_pixels:
+                raise ValueError(too_large)
+            image.load()
+            return _rgb(_upright(image))
 
 
 def rgb_image(image: Image | np.ndarray, name: str) -> Image:
@@ -126,39 +143,9 @@ def rgb_image(image: Image | np.ndarray, name: str) -> Image:
         raise ValueError(
             f"image {name} is a {type(image).__name__}; allowed: paths, PIL images and numpy arrays"
         )
-    try:
+    with _decoding(f"image {name}"):
         image.load()
         return _rgb(_upright(image))
-    except MemoryError:
-        raise
-    except Exception as problem:  # as in `_opened`
-        why = str(problem) or type(problem).__name__
-        raise Unreadable(f"image {name} cannot be read: {why}") from None
-
-
-def open_bytes(content: bytes, formats: tuple[str, ...], name: str) -> Image:
-    """Open the content of an image file, as `open_image` opens the file.
-
-    Args:
-        formats: of FORMATS.
-        name: of the image in messages.
-
-    Raises:
-        Unreadable: its format is not allowed, it exceeds MAX_PIXELS, or cannot be decoded.
-    """
-    return _opened(BytesIO(content), formats, name)
-
-
-def pixel_count(file: Path | BytesIO) -> int:
-    """Width times height from the header of an image; 0 if it cannot be read."""
-    from PIL import Image
-
-    _prepare_pillow()
-    try:
-        with Image.open(file, formats=FORMATS) as image:
-            return image.width * image.height
-    except Exception:  # `open_image` gives the reason
-        return 0
 
 
 def too_many_unreadable(name: str, problems: Sequence[str], images: int, share: float) -> str:
@@ -184,8 +171,14 @@ def visible_problem(file: Path) -> str:
 
     Takes 0.1 ms, since only an image without its end is decoded. Damage inside remains unnoticed.
     """
-    if _looks_complete(file):
-        return ""
+    from PIL import Image
+
+    _prepare_pillow()
+    with suppress(Exception), Image.open(file, formats=FORMATS) as image, open(file, "rb") as tail:
+        tail.seek(max(0, tail.seek(0, os.SEEK_END) - TAIL))
+        is_whole = ENDS.get(image.format or "", b"") in tail.read()
+        if is_whole and image.width * image.height <= MAX_PIXELS:
+            return ""
     try:
         open_image(file)
     except Unreadable as problem:
@@ -193,59 +186,31 @@ def visible_problem(file: Path) -> str:
     return ""
 
 
-def _looks_complete(file: Path) -> bool:
-    from PIL import Image
-
-    _prepare_pillow()
+@contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    """Turns errors of an image, which decoders raise as any exception, into Unreadable."""
     try:
-        with Image.open(file, formats=FORMATS) as image, open(file, "rb") as handle:
-            handle.seek(max(0, handle.seek(0, os.SEEK_END) - TAIL))
-            whole = ENDS.get(image.format or "", b"") in handle.read()
-            return whole and image.width * image.height <= MAX_PIXELS
-    except Exception:  # `open_image` gives the reason
-        return False
-
-
-def open_png(content: bytes) -> Image:
-    """Decode a PNG that airsweep has stored, as RGB.
-
-    Raises:
-        Unreadable: it is not a PNG, exceeds MAX_PIXELS, or cannot be decoded.
-    """
-    return _opened(BytesIO(content), ("PNG",), "a stored image")
-
-
-def _opened(source: Path | BytesIO, formats: tuple[str, ...], name: str) -> Image:
-    from PIL import Image, UnidentifiedImageError
-
-    _prepare_pillow()
-    try:
-        with Image.open(source, formats=formats) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(TOO_LARGE)
-            image.load()
-            return _rgb(_upright(image))
-    except UnidentifiedImageError:
-        empty = isinstance(source, Path) and source.stat().st_size == 0
-        allowed = (
-            f"not an image of an allowed format ({', '.join(f for f in formats if f not in HEIF)})"
-        )
-        why = "it is empty" if empty else f"{allowed}, or its header is damaged"
-        if isinstance(source, Path) and not empty and (kind := source.suffix.lower()) in COMMANDS:
-            place = shlex.quote(printable(str(source.parent)))
-            why = f"{allowed}; read {kind} after `{COMMANDS[kind].replace('FOLDER', place)}`"
-    except Image.DecompressionBombError:
-        why = TOO_LARGE
-    except OSError as problem:
-        # An error with a number comes from the operating system, so the disk fails, not the image.
-        if problem.errno is not None:
-            raise
-        why = str(problem)
+        yield
     except MemoryError:
         raise
-    except Exception as problem:  # decoders raise any exception on damaged bytes
+    except Exception as problem:
+        # An error with a number comes from the operating system, so the disk fails, not the image.
+        if isinstance(problem, OSError) and problem.errno is not None:
+            raise
         why = str(problem) or type(problem).__name__
-    raise Unreadable(f"{name} cannot be read: {why}")
+        raise Unreadable(f"{name} cannot be read: {why}") from None
+
+
+def _why_unidentified(file: Path | BytesIO, formats: tuple[str, ...]) -> str:
+    path = file if isinstance(file, Path) else Path()
+    if path is file and path.stat().st_size == 0:
+        return "it is empty"
+    allowed = ", ".join(f for f in formats if f not in HEIF)
+    why = f"not an image of an allowed format ({allowed})"
+    if (kind := path.suffix.lower()) not in COMMANDS:
+        return f"{why}, or its header is damaged"
+    place = shlex.quote(printable(str(path.parent)))
+    return f"{why}; read {kind} after `{COMMANDS[kind].replace('FOLDER', place)}`"
 
 
 @cache

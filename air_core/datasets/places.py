@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,6 +112,60 @@ def name_problem(names: Sequence[str]) -> NameProblem | None:
             return NameProblem(i, f"two classes are named {name!r}{both}")
         known[read] = name
     return None
+
+
+def text_lines(file: Path) -> list[tuple[str, str]]:
+    """Place and text of each line that is not empty, without spaces around it; of a missing file
+    none.
+
+    Raises:
+        ValueError: see `optional_text`.
+    """
+    lines = enumerate((optional_text(file) or "").splitlines(), start=1)
+    return [(f"{file}:{number}", line.strip()) for number, line in lines if line.strip()]
+
+
+class Said(NamedTuple):
+    """The class name that CLIP reads, and where it is defined."""
+
+    classname: str
+    place: str
+
+
+def said(name: str) -> str:
+    """The class name for the name of a folder or class."""
+    return name.replace("_", " ")
+
+
+def class_entries(entries: Iterable[tuple[str, str]]) -> dict[str, Said]:
+    """Class names in `name` or `name = how to say it`, by name.
+
+    Args:
+        entries: each with its place for messages. Those that begin with # are comments.
+
+    Raises:
+        ValueError: an entry is invalid or listed twice, or CLIP reads two names alike.
+    """
+    found: dict[str, Said] = {}
+    for place, entry in entries:
+        if entry.startswith("#"):
+            continue
+        name, equals, text = (part.strip() for part in entry.partition("="))
+        if not name or "/" in entry or (equals and not text):
+            raise ValueError(
+                f"{place}: {entry!r} is not allowed; expected `name` or `name = how to say it`, "
+                "without /"
+            )
+        if name in found:
+            raise ValueError(
+                f"{place}: the class {name!r} is listed twice, first in {found[name].place}; "
+                "remove one of them"
+            )
+        found[name] = Said(text or said(name), place)
+    every = [*found.values()]
+    if problem := name_problem([each.classname for each in every]):
+        raise ValueError(f"{every[problem.position].place}: {problem.text}; write another name")
+    return found
 
 
 def read_lines(name: str, file: Path) -> list[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from fractions import Fraction
 from pathlib import Path
 
-from air_core.datasets.dataset import TEMPLATE, Dataset, Listing
+from air_core.datasets.dataset import Counts, Listing, listed
 from air_core.datasets.places import classnames_of, find_home
 from air_core.datasets.split_files import find_split, split_listing
 
@@ -34,16 +34,14 @@ def rows(root: Path | None) -> Listing:
     return split_listing("resisc45", home, FOLDERS, CLASSNAMES, split, TEST_SHARE)
 
 
-DATASET = Dataset(
+DATASET = listed(
+    rows,
     name="resisc45",
     about="31,500 aerial images of 45 scenes",
     classnames=CLASSNAMES,
-    template=TEMPLATE,
-    recipe=1,
     source="https://gcheng-nwpu.github.io/#Datasets (Cheng, Han and Lu 2017)",
     licence="for research; TorchGeo's copy states CC BY-NC 4.0",
-    files=lambda root: rows(root).files,
-    load=lambda root: rows(root).examples(),
     split="split files if there; else fixed: 6,300 train, of which a tenth val, and 25,200 test",
     get=GET,
+    published=Counts({"train+val": 6300, "test": 25200}, 700, "ELEVATER's split"),
 )

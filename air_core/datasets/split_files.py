@@ -7,7 +7,7 @@ out the first ones. Parts therefore depend on file names only, not on the versio
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from hashlib import blake2b
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from air_core.datasets.class_folders import class_files
 from air_core.datasets.dataset import Listing, Row, listing
-from air_core.datasets.places import read_text
+from air_core.datasets.places import read_lines, read_text
 
 T = TypeVar("T")
 
@@ -58,6 +58,36 @@ def find_split(name: str, folders: Sequence[Path], coop: str | None = None) -> S
                 rest=None,
             )
     return None
+
+
+def lists_listing(
+    name: str,
+    home: Path,
+    lists: Mapping[str, Path],
+    classnames: Sequence[str],
+    read: Callable[[str], tuple[str, str]],
+) -> Listing:
+    """All images of a dataset that has a list of images for each part.
+
+    Args:
+        lists: by part; opens no other file.
+        read: path and class name of the image in a line.
+
+    Raises:
+        ValueError: a list names an unknown class, or files are missing.
+    """
+    label = {classname: i for i, classname in enumerate(classnames)}
+    rows = []
+    for part, file in lists.items():
+        for line in read_lines(name, file):
+            path, classname = read(line)
+            if classname not in label:
+                raise ValueError(
+                    f"{name}: {file} names {line!r}, but {classname!r} is none of "
+                    f"{len(label)} classes"
+                )
+            rows.append(Row(path, label[classname], part))
+    return listing(name, home, rows, classnames, beside=lists.values())
 
 
 def split_listing(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -28,7 +28,7 @@ from air_core.datasets.class_folders import (
     skipped_clause,
 )
 from air_core.datasets.dataset import Listing, Row, some
-from air_core.datasets.places import name_problem, optional_text
+from air_core.datasets.places import class_entries, optional_text, said, text_lines
 from air_core.specs import UNKNOWN
 
 CLASSES, LABELS = "classes.txt", "labels.csv"
@@ -46,7 +46,7 @@ class Classes:
     def text(self) -> str:
         """Content of a `classes.txt`."""
         pairs = zip(self.names, self.classnames, strict=True)
-        lines = (name if _said(name) == said else f"{name} = {said}" for name, said in pairs)
+        lines = (name if said(name) == text else f"{name} = {text}" for name, text in pairs)
         return "".join(f"{line}\n" for line in lines)
 
 
@@ -56,52 +56,28 @@ def is_unlabelled(home: Path) -> bool:
 
 
 def read_classes(file: Path) -> Classes:
-    """The classes in a file such as `classes.txt`; empty lines and lines that begin with # are
-    comments.
+    """The classes in a file such as `classes.txt`.
 
     Raises:
         ValueError: the file is missing, or see `parse_classes`.
     """
-    text = optional_text(file)
-    if text is None:
+    if not os.path.lexists(file):
         raise ValueError(f"{file} does not exist; expected a text file with one class per line")
-    lines = enumerate(text.splitlines(), start=1)
-    entries = [(f"{file}:{number}", line.strip()) for number, line in lines]
-    return parse_classes(str(file), [e for e in entries if e[1] and not e[1].startswith("#")])
+    return parse_classes(str(file), text_lines(file))
 
 
 def parse_classes(source: str, entries: Iterable[tuple[str, str]]) -> Classes:
-    """The classes in entries `name` or `name = how to say it`, each with its place for messages.
+    """The classes in entries, see `class_entries`.
 
     Raises:
-        ValueError: an entry is invalid, CLIP reads two names alike, or there are fewer than two.
+        ValueError: an entry is invalid, or there are fewer than two classes.
     """
-    found: dict[str, tuple[str, str]] = {}  # class name and place, by name
-    for place, entry in entries:
-        name, equals, said = (text.strip() for text in entry.partition("="))
-        if not name or "/" in entry or (equals and not said):
-            raise ValueError(
-                f"{place}: {entry!r} is not allowed; expected `name` or `name = how to say it`, "
-                "without /"
-            )
-        if name in found:
-            raise ValueError(
-                f"{place}: the class {name!r} is listed twice, first in {found[name][1]}; "
-                "remove one of them"
-            )
-        found[name] = said or _said(name), place
-    classnames = tuple(said for said, _ in found.values())
-    if problem := name_problem(classnames):
-        place = [place for _, place in found.values()][problem.position]
-        raise ValueError(f"{place}: {problem.text}; write another name")
+    found = class_entries(entries)
+    classnames = tuple(entry.classname for entry in found.values())
     if len(found) < 2:
         only = f"only one class, {classnames[0]!r}" if found else "no class"
         raise ValueError(f"{source} has {only}; a classifier needs two or more")
     return Classes(tuple(found), classnames)
-
-
-def _said(name: str) -> str:
-    return name.replace("_", " ")
 
 
 # ---------------------------------------------------------------- images and labels
@@ -220,18 +196,6 @@ def _lines(file: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
                 yield rows.line_num, dict(zip(columns, cells, strict=True))
     except csv.Error as problem:
         raise ValueError(f"{file}:{rows.line_num}: this is not CSV: {problem}") from None
-
-
-def leaks(home: Path, digests: Mapping[Path, str]) -> list[tuple[Path, Path]]:
-    """Pairs of equal files of which one is a test image, the other a pool or validation image."""
-    classes = read_classes(home / CLASSES)
-    part_of = {home / row.path: row.part for row in unlabelled_listing(home, classes).rows}
-    tests = {digests[file]: file for file, part in part_of.items() if part == "test"}
-    return [
-        (tests[digests[file]], file)
-        for file, part in part_of.items()
-        if part != "test" and digests[file] in tests
-    ]
 
 
 def _walk(home: Path) -> Iterator[Path]:

@@ -1,7 +1,7 @@
 """Checks of a dataset or a model on this machine, for `airsweep check`.
 
 Every image of a dataset is opened, duplicates are searched, and the dataset is compared with the
-published counts (`air_core.datasets.published`); image folders of the user have no such counts.
+published counts (`Dataset.published`); image folders of the user have no such counts.
 CLIP weights are loaded like in a trial. Of a diffusers folder, which may hold gigabytes, each
 part's configuration and the header of each weights file are read.
 """
@@ -22,7 +22,6 @@ from air_core.datasets.class_folders import skipped_lines
 from air_core.datasets.duplicates import difference_hash, exact_pairs, near_pairs, pixel_digest
 from air_core.datasets.image_folder import PREFIX, leak_message, permits_duplicates
 from air_core.datasets.images import BAD_SHARE, ImageFiles, Unreadable, too_many_unreadable
-from air_core.datasets.published import PUBLISHED
 from air_core.models.configs import json_object
 from air_core.models.families import check_denoiser
 from air_core.models.weights import (
@@ -180,10 +179,8 @@ def _differences(
     exact: Sequence[Pair],
 ) -> Iterator[str]:
     """Differences from the published dataset; too many unreadable images; test images in train."""
-    name, published = dataset.name, PUBLISHED.get(dataset.name)
+    name, published = dataset.name, dataset.published
     if published is not None:
-        if len(dataset.classnames) != published.classes:
-            yield f"{name} has {len(dataset.classnames)} classes, published {published.classes}"
         # Classes before parts: a difference in a class shows where images are missing.
         counts = np.bincount(examples.labels, minlength=len(dataset.classnames))
         each = published.each

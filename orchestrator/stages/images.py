@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from air_core.captions import text_of
 from air_core.components import GENERATORS
-from air_core.datasets.images import open_png
+from air_core.datasets.images import open_image
 from air_core.seal import BLANK, sealed
 from air_core.specs import GenerationSettings, Ref
 from orchestrator.keys import Indices, Needed, RowSpec
@@ -212,7 +212,9 @@ def stored_block(shard: bytes) -> tuple[list[Image], list[bool]]:
     import pyarrow.parquet as pq
 
     table = pq.read_table(io.BytesIO(shard), columns=["image", "ok"])
-    return [open_png(png) for png in table["image"].to_pylist()], table["ok"].to_pylist()
+    stored = map(io.BytesIO, table["image"].to_pylist())
+    images = [open_image(png, "a stored image", ("PNG",)) for png in stored]
+    return images, table["ok"].to_pylist()
 
 
 def read_pictures(

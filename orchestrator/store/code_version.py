@@ -33,7 +33,6 @@ _parsing = threading.Lock()
 NOT_COUNTED = {
     "air_core.components",  # which modules belong to a component
     "air_core.datasets",  # the table of datasets
-    "air_core.datasets.published",  # citations
     "air_core.models.configs",  # refuses models; their content is in the key
     "air_core.models.families",  # the same, and the table of families
     "air_core.models.weights",  # paths of models; their content is in the key

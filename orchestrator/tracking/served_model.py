@@ -19,11 +19,11 @@ from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
 
 try:
-    from airsweep_model.images import Unreadable, open_bytes, pixel_count
+    from airsweep_model.images import Unreadable, open_image
     from airsweep_model.preprocessing import image_pixels
 except ModuleNotFoundError:  # the process that saves the model
     from air_core.bundle.preprocessing import image_pixels
-    from air_core.datasets.images import Unreadable, open_bytes, pixel_count
+    from air_core.datasets.images import Unreadable, open_image
 
 FORMATS = ("JPEG", "PNG")
 MOST_BYTES = 20 * 2**20  # of a file
@@ -71,9 +71,7 @@ class ServedBundle(PythonModel):
             if len(text) > MOST_BYTES * 4 // 3 + 4:
                 raise Unreadable(f"{name} is too large; allowed: {MOST_BYTES // 2**20} MiB")
             content = base64.b64decode(text, validate=True)
-            if pixel_count(BytesIO(content)) > MOST_PIXELS:
-                raise Unreadable(f"{name} is too large; allowed: {MOST_PIXELS:,} pixels")
-            image = open_bytes(content, FORMATS, name)
+            image = open_image(BytesIO(content), name, FORMATS, MOST_PIXELS)
         except binascii.Error:
             problem = f"{name} is not base64: encode the bytes of a JPEG or PNG file"
         except Unreadable as error:

@@ -161,7 +161,12 @@ REFUSED: list[tuple[str, str, Harm, str]] = [
         written(f"{CUB}/image_class_labels.txt", "".join(f"{i} 999\n" for i in range(1, 801))),
         "image_class_labels.txt has the value '999'; allowed: '1', '2', '3' and 197 more",
     ),
-    ("aircraft: no variant", "fgvc_aircraft", written(AIRCRAFT, "0034956\n"), "names ''"),
+    (
+        "aircraft: no variant",
+        "fgvc_aircraft",
+        written(AIRCRAFT, "0034956\n"),
+        "but '' is none of 100",
+    ),
 ]
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from zipfile import ZIP_LZMA, ZIP_STORED, ZipFile
 
 import pytest
 
 from air_core.datasets import DATASETS
-from air_core.datasets.published import PUBLISHED, Counts
+from air_core.datasets.dataset import Counts
 from air_core.models.weights import generator_folder, tiny_folder
 from orchestrator.cluster.input_checks import check_dataset, check_model
 from tests.helpers.dataset_trees import draw, small, small_root
@@ -23,15 +24,13 @@ CLIP = "open_clip_model.safetensors"
 def as_published(name: str) -> Counts:
     """Counts of the small dataset, to take the place of the published counts."""
     counts = {part: (small(name).parts == part).sum() for part in ("train", "val", "test", "free")}
-    parts = {
-        part: int(sum(counts[one] for one in part.split("+"))) for part in PUBLISHED[name].parts
-    }
-    return Counts(len(DATASETS[name].classnames), parts)
+    published = DATASETS[name].published.parts
+    return Counts({part: int(sum(counts[one] for one in part.split("+"))) for part in published})
 
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_a_dataset_as_published_has_no_difference(name, monkeypatch):
-    monkeypatch.setitem(PUBLISHED, name, as_published(name))
+    monkeypatch.setitem(DATASETS, name, replace(DATASETS[name], published=as_published(name)))
     lines, difference = check_dataset(name, small_root(name))
     assert difference is None
     images, classes = len(small(name).labels), len(DATASETS[name].classnames)
@@ -46,7 +45,7 @@ def test_missing_images_are_reported_for_their_class():
 
 def test_unreadable_images_of_a_published_dataset_are_a_difference(tmp_path, monkeypatch):
     shutil.copytree(small_root("dtd"), tmp_path, dirs_exist_ok=True)
-    monkeypatch.setitem(PUBLISHED, "dtd", as_published("dtd"))
+    monkeypatch.setitem(DATASETS, "dtd", replace(DATASETS["dtd"], published=as_published("dtd")))
     for file in sorted((tmp_path / "dtd/dtd/images/lined").iterdir())[:5]:
         file.write_bytes(b"")
     lines, difference = check_dataset("dtd", tmp_path)

@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 
 from air_core.datasets import DATASETS
-from air_core.datasets.published import PUBLISHED
 from air_core.methods import METHODS
 from orchestrator.reporting.tables import table
 from tests.helpers.documents import ROOT, blocks
@@ -29,8 +28,8 @@ def test_published_numbers_name_datasets_and_methods_of_airsweep(published) -> N
     assert set(published["method"]) <= {*METHODS, "upt"}
     assert set(levels["metric"][levels["paradigm"] == "trzsl"]) == {"harmonic_mean"}
     for dataset, images in zip(levels["dataset"], levels["n_test"], strict=True):
-        if dataset in PUBLISHED:
-            assert PUBLISHED[dataset].parts["test"] == images
+        if dataset in DATASETS:
+            assert DATASETS[dataset].published.parts["test"] == images
     assert published["source"].str.contains(r"arXiv:\d{4}\.\d{5}").all()
 
 

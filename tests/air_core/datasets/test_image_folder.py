@@ -132,13 +132,10 @@ def test_a_file_from_windows_is_read(tree):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("tabby\n", r"classnames.txt:1: 'tabby' is not allowed; expected one line per folder"),
-        ("\ncat = a/b\n", r"classnames.txt:2: .*without / in the name"),
-        ("cat = a\ncat = b\n", r"classnames.txt:2: 'cat = b' is not allowed"),
-        ("cow = a\n", r"no class folder is named 'cow'; class folders: 'cat', 'dog', 'sea_lion'"),
+        ("tabby\n", r"classnames.txt:1: no class folder is named 'tabby'; class folders: 'cat', "),
         ("cat = dog\n", r"two classes are named 'dog'; rename a class in classnames.txt"),
         ("cat = DOG\n", r"two classes are named 'dog' and 'DOG', which CLIP reads alike"),
-        ("cat = _\n", r"the class name '_' is empty to CLIP"),
+        ("cat = _\n", r"classnames.txt:1: the class name '_' is empty to CLIP; write another"),
         ("cat = c\u202eat\n", r"the class name 'c\\u202eat' has an invisible character"),
     ],
 )
