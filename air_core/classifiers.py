@@ -86,42 +86,6 @@ class CachedClassifier:
         return self._logits[id(batch)][1]
 
 
-def fused_scores(
-    text_logits: Tensor, auxiliary_logits: Tensor, weight: float, space: str = "probability"
-) -> Tensor:
-    """p* = (p + λ p̂) / (1 + λ): blend the text with the auxiliary classifier.
-
-    Each is softmaxed first, since their temperatures differ and logits are not comparable.
-
-    Args:
-        text_logits: (N, C).
-        auxiliary_logits: (N, C), same images and classes in the same order.
-        weight: λ / (1 + λ), the share of the auxiliary classifier, in [0, 1].
-        space: `probability` is the weighted mean of the two, `logit` the weighted geometric mean.
-
-    Returns:
-        Scores (N, C); rows sum to 1.
-
-    Raises:
-        ValueError: the shapes differ.
-
-    Source: AiR's sum p + λ p̂ (docs/method.md, step 4). Dividing by 1 + λ changes no ranking and
-    gives a distribution, which candidate sets need.
-
-    >>> fused_scores(torch.zeros(1, 2), torch.tensor([[0.0, 100.0]]), 0.5)
-    tensor([[0.2500, 0.7500]])
-    """
-    if text_logits.shape != auxiliary_logits.shape:
-        raise ValueError(
-            f"text logits are {tuple(text_logits.shape)} but auxiliary logits "
-            f"{tuple(auxiliary_logits.shape)}: same images, same classes?"
-        )
-    if space == "logit":
-        text, auxiliary = text_logits.log_softmax(dim=-1), auxiliary_logits.log_softmax(dim=-1)
-        return ((1 - weight) * text + weight * auxiliary).softmax(dim=-1)
-    return (1 - weight) * text_logits.softmax(dim=-1) + weight * auxiliary_logits.softmax(dim=-1)
-
-
 @dataclass(frozen=True)
 class FusedClassifier:
     """A text classifier fused with an auxiliary classifier and, for pool images, with evidence.
@@ -132,23 +96,55 @@ class FusedClassifier:
 
     text: Classifier
     auxiliary: Any  # a Classifier over C or U classes; None: the text classifier alone
-    weight: float
-    space: str
+    weight: float  # λ / (1 + λ), the share of the auxiliary classifier, in [0, 1]
+    space: str  # `probability`: weighted mean of the two; `logit`: weighted geometric mean
     classes: Classes
     evidence: Tensor | None = None  # (P, C) or (P, U), see air_core.evidence; of pool images only
     evidence_weight: float = 0.0
+
+    def pool_scores(self, pool: Encoded) -> Tensor:
+        """(N, C), or in TRZSL (N, U) over the classes of pool images; rows sum to 1."""
+        return by_rows(self.fused_scores, self.text.logits(pool), pool.features, self.evidence)
+
+    def fused_scores(self, text: Tensor, features: Tensor, q: Tensor | None = None) -> Tensor:
+        """p* = (p + λ p̂) / (1 + λ), and (1 - v) p* + v q of images with evidence q.
+
+        The logits of both classifiers are softmaxed first, since their temperatures differ.
+
+        Args:
+            text: (N, C) logits.
+            features: (N, D) of the same images.
+            q: (N, C) or (N, U); NaN where an image was not scored.
+
+        Returns:
+            (N, C), or in TRZSL (N, U); rows sum to 1.
+
+        Source: AiR's sum p + λ p̂ (docs/method.md, step 4). Dividing by 1 + λ changes no ranking and
+        gives a distribution, which candidate sets need.
+        """
+        w, v, text = self.weight, self.evidence_weight, self.classes.columns(text)
+        if self.auxiliary is None:
+            fused = text.softmax(dim=-1)
+        else:
+            auxiliary: Tensor = self.auxiliary.logits(Encoded(features))
+            if self.space == "logit":
+                logs = (1 - w) * text.log_softmax(dim=-1) + w * auxiliary.log_softmax(dim=-1)
+                fused = logs.softmax(dim=-1)
+            else:
+                fused = (1 - w) * text.softmax(dim=-1) + w * auxiliary.softmax(dim=-1)
+        return fused if q is None else torch.where(q.isfinite(), (1 - v) * fused + v * q, fused)
 
     def scores(self, batch: Encoded) -> Tensor:
         """(N, C) over all classes; rows sum to 1."""
         return by_rows(self._scores, self.text.logits(batch), batch.features)
 
-    def _scores(self, logits: Tensor, features: Tensor) -> Tensor:
-        fused = self._fused(logits, features)
-        if self.classes.unseen is None:
+    def _scores(self, text: Tensor, features: Tensor) -> Tensor:
+        fused, classes = self.fused_scores(text, features), self.classes
+        if classes.unseen is None:
             return fused
-        scores = logits.softmax(dim=-1)
-        mass = self.classes.columns(scores).sum(dim=-1, keepdim=True)
-        return scores.index_copy(1, self.classes.unseen, mass * fused)
+        scores = text.softmax(dim=-1)
+        mass = classes.columns(scores).sum(dim=-1, keepdim=True)
+        return scores.index_copy(1, classes.unseen, mass * fused)
 
     def logits(self, batch: Encoded) -> Tensor:
         """(N, C) logarithms of the scores."""
@@ -170,17 +166,6 @@ class FusedClassifier:
             found["fused"] = self
         return found
 
-    def pool_scores(self, pool: Encoded) -> Tensor:
-        """(N, C), or in TRZSL (N, U) over the classes of pool images; rows sum to 1."""
-        return by_rows(self._pool_scores, self.text.logits(pool), pool.features, self.evidence)
-
-    def _pool_scores(self, logits: Tensor, features: Tensor, q: Tensor | None) -> Tensor:
-        """p*, and (1 - v) p* + v q of images with evidence q."""
-        scores, v = self._fused(logits, features), self.evidence_weight
-        if q is None:
-            return scores
-        return torch.where(q.isfinite(), (1 - v) * scores + v * q, scores)  # NaN: no evidence
-
     def votes(self, text: Classifier, pool: Encoded) -> dict[str, Tensor]:
         """Classes (P,) that text, auxiliary and evidence predict, those that there are.
 
@@ -194,14 +179,6 @@ class FusedClassifier:
         if self.evidence is not None:
             found["evidence"] = by_rows(_vote, self.evidence)
         return found
-
-    def _fused(self, logits: Tensor, features: Tensor) -> Tensor:
-        """Scores (N, C), or in TRZSL (N, U), of images by the logits (N, C) of the text."""
-        logits = self.classes.columns(logits)
-        if self.auxiliary is None:
-            return logits.softmax(dim=-1)
-        auxiliary = self.auxiliary.logits(Encoded(features))
-        return fused_scores(logits, auxiliary, self.weight, self.space)
 
 
 def _best(classifier: Classifier, features: Tensor) -> Tensor:

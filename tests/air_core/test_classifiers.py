@@ -8,7 +8,12 @@ from torch.nn.functional import normalize
 
 from air_core.auxiliary import auxiliary_classifier, high_fidelity
 from air_core.auxiliary.bank import CACHE_SHARPNESS
-from air_core.classifiers import LinearClassifier, fuse, fused_scores, matching_sharpness
+from air_core.classifiers import (
+    FusedClassifier,
+    LinearClassifier,
+    fuse,
+    matching_sharpness,
+)
 from air_core.components import AUXILIARIES
 from air_core.specs import AuxiliarySettings, FidelitySettings
 from air_core.transduction import transductive
@@ -34,16 +39,18 @@ def accuracy(classifier: LinearClassifier, images: Labelled) -> float:
     return (guess == images.labels).double().mean().item()
 
 
+class OfLogits:
+    """A classifier of images whose features are their logits."""
+
+    def logits(self, images: Encoded) -> torch.Tensor:
+        return images.features
+
+
 def test_fused_scores_rank_like_the_sum_of_the_paper():
     text, auxiliary = torch.randn(50, 4), torch.randn(50, 4)
     paper = text.softmax(dim=-1) + 2.0 * auxiliary.softmax(dim=-1)
-    ours = fused_scores(text, auxiliary, 2 / 3)
-    torch.testing.assert_close(ours, paper / 3)
-
-
-def test_fusing_other_shapes_is_an_error():
-    with pytest.raises(ValueError, match=r"\(2, 3\).*\(2, 4\)"):
-        fused_scores(torch.zeros(2, 3), torch.zeros(2, 4), 0.5)
+    fused = FusedClassifier(OfLogits(), OfLogits(), 2 / 3, "probability", Classes(4))
+    torch.testing.assert_close(fused.fused_scores(text, auxiliary), paper / 3)
 
 
 @pytest.mark.parametrize("kind", AUXILIARIES)
@@ -127,7 +134,8 @@ def test_a_geometric_mean_is_fused_where_the_space_is_logits():
     text, auxiliary = torch.randn(50, 4), torch.randn(50, 4)
     product = text.softmax(-1) ** 0.25 * auxiliary.softmax(-1) ** 0.75
     expected = product / product.sum(dim=-1, keepdim=True)
-    torch.testing.assert_close(fused_scores(text, auxiliary, 0.75, "logit"), expected)
+    fused = FusedClassifier(OfLogits(), OfLogits(), 0.75, "logit", Classes(4))
+    torch.testing.assert_close(fused.fused_scores(text, auxiliary), expected)
 
 
 def test_in_trzsl_the_auxiliary_redistributes_the_scores_of_unseen_classes():
