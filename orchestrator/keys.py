@@ -108,8 +108,11 @@ class StageSpec(ABC):
         return ()
 
     def work(self) -> tuple[str, float]:
-        """Kind of the work, which names all that the cost of a unit depends on, and the units of
-        the artifact, or of one shard."""
+        """Kind of the work, and the units of the artifact, or of one shard.
+
+        The kind names all that the cost of a unit depends on. `guess` holds where it names the tiny
+        model, and for work that depends on nothing.
+        """
         return "", 1
 
 

@@ -184,7 +184,8 @@ def estimate(work: Iterable[Work], store: ArtifactStore, resources: Resources) -
         pace, source = paces.get(part.name), "history"
         if pace is None:
             unmeasured.append(f"{part.stage} ({part.kind})")
-            has_guess = not {EMBEDDED["backbone"], "ready"}.isdisjoint(part.kind.split())
+            words = part.kind.split()
+            has_guess = not words or not {EMBEDDED["backbone"], "ready"}.isdisjoint(words)
             pace, source = (GUESS[part.stage], "guess") if has_guess else (None, "unknown")
         sources[part.stage] = max(source, sources.get(part.stage, source), key=SOURCES.index)
         if pace is not None:
