@@ -425,9 +425,19 @@ LEARNERS.declare(
 )
 
 # -> air_core.datasets.Dataset. The versions of their modules are parts of their own, `reader_of`.
-DATASETS = Registry("dataset", "")
+DATASETS = Registry(
+    "dataset",
+    "",
+    facts=("validation",),  # its validation images choose a classifier: no pool has them by default
+)
+DATASETS.declare(
+    "digits",
+    "air_core.datasets.digits:DATASET",
+    "1,797 real digits",
+    modules=(),
+    facts=("validation",),
+)
 for _name, _about in {
-    "digits": "1,797 real digits",
     "flowers102": "8,189 flowers of 102 kinds",
     "resisc45": "31,500 aerial images of 45 scenes",
     "dtd": "5,640 textures of 47 kinds",

@@ -12,7 +12,7 @@ from air_core import components
 from air_core.datasets.dataset import Dataset, Examples
 from air_core.datasets.image_folder import PREFIX, folder_dataset
 
-__all__ = ["DATASETS", "Dataset", "Examples", "get_dataset"]
+__all__ = ["DATASETS", "Dataset", "Examples", "get_dataset", "keeps_validation"]
 
 # Those of this package.
 DATASETS: dict[str, Dataset] = {
@@ -42,6 +42,13 @@ def get_dataset(name: str) -> Dataset:
             f"the dataset {name!r} of a plugin must have this name, not {dataset.name!r}"
         )
     return dataset
+
+
+def keeps_validation(name: str) -> bool:
+    """Whether the validation images of a dataset are for choosing a classifier, so that by default
+    no pool has them. Folders of images do; others say it where they are added."""
+    known = components.DATASETS.get(name)
+    return name.startswith(PREFIX) or (known is not None and "validation" in known.facts)
 
 
 @cache

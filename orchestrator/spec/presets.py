@@ -1,8 +1,8 @@
 """Defaults of a sweep file's settings, by method and by the names that a cell picks.
 
-A *world* is the value of `dataset`, `backbone` or `generator`. The table of methods is
-`air_core.methods.METHODS`. Precedence: default < world < method's defaults < method's pins <
-fixed < overrides < grid < space. The worlds of other generators are read from their files
+A *world* is the value of `backbone` or `generator`. The table of methods is
+`air_core.methods.METHODS`. Precedence: default < dataset < world < method's defaults < method's
+pins < fixed < overrides < grid < space. The worlds of other generators are read from their files
 (`orchestrator.planning.resolve`).
 """
 
@@ -11,17 +11,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from air_core.datasets import keeps_validation
 from air_core.methods import EMBEDDED, METHODS
 
 Worlds = Mapping[tuple[str, str], Mapping[str, Any]]  # settings by key and value
 
-FOLDER = "folder:PATH"  # stands for every folder of images
+KEPT = {"pool": "train"}  # of datasets that keep their validation images
 # Defaults of a world, by key and value; the last one wins. All other defaults are those of
 # air_core.specs, for Stable Diffusion 1.5 and CLIP ViT-B/32.
 WORLDS: dict[tuple[str, str], dict[str, Any]] = {
-    # Their validation images stay out of the pool: they choose the best classifier.
-    ("dataset", "digits"): {"pool": "train"},
-    ("dataset", FOLDER): {"pool": "train"},
     ("generator", "tiny"): {
         "initial_labels.k": 32,
         "lora.rank": 8,
@@ -76,7 +74,9 @@ def defaults(method: str, chosen: Mapping[str, Any], worlds: Worlds = WORLDS) ->
     """
     names = {key: chosen.get(key, default) for key, default in EMBEDDED.items()}
     flat: dict[str, Any] = dict(names)
+    if keeps_validation(str(names["dataset"])):
+        flat |= KEPT
     for (key, value), settings in worlds.items():
-        if names[key] == value or (value == FOLDER and str(names[key]).startswith("folder:")):
+        if names[key] == value:
             flat |= settings
     return flat | METHODS[method].sets | METHODS[method].pins

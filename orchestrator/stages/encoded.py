@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 READING = (
     "air_core.backbone",
     "air_core.backbone.loading",
-    "air_core.datasets.split_files",
-    "air_core.datasets.stratified",
-    "air_core.datasets.unlabelled",
     "air_core.types",
 )
 CHUNK = 512  # images after which batches start anew and progress is reported

@@ -53,8 +53,8 @@ COMPONENTS: dict[str, tuple[str, ...]] = {
 
 
 def modules_of(part: str) -> tuple[str, ...]:
-    """Modules of a component or a dataset's reader."""
-    return COMPONENTS.get(part) or (f"air_core.{part}",)
+    """Modules of a component, or of a dataset's reader with all that it imports."""
+    return COMPONENTS.get(part) or (*imported([f"air_core.{part}"]),)
 
 
 @cache

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
+from air_core.datasets import DATASETS, keeps_validation
 from air_core.methods import METHODS
 from air_core.specs import Paradigm
 from orchestrator.spec import presets, sweep_schema
@@ -71,10 +72,9 @@ def _not_searched() -> str:
 
 
 def _worlds() -> str:
-    lines = [
-        [f"`{key}: {value}`", _several(settings)]
-        for (key, value), settings in presets.WORLDS.items()
-    ]
+    datasets = [name for name in [*DATASETS, "folder:PATH"] if keeps_validation(name)]
+    worlds = {("dataset", name): presets.KEPT for name in datasets} | presets.WORLDS
+    lines = [[f"`{key}: {value}`", _several(settings)] for (key, value), settings in worlds.items()]
     return _table(("with", "defaults"), lines)
 
 
