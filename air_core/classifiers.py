@@ -65,11 +65,6 @@ def text_classifier(
     )
 
 
-def unchanged(text: Classifier, pool: Encoded, classes: Classes) -> Classifier:
-    """The text classifier itself: the transduction `none`."""
-    return text
-
-
 @dataclass(frozen=True)
 class CachedClassifier:
     """A frozen classifier that computes the logits of a batch once, since towers are slow."""

@@ -1,31 +1,32 @@
 """Components: what a choice in a sweep file names, such as `pseudo_labels.kind: threshold`.
 
-A registry has the components of one key. An entry says what other code needs to know about a
-component without importing it: its summary for help and documentation, its settings, and the
-modules whose code is part of the keys of its trials. The component itself is imported when it is
-first used, so reading a registry does not import torch.
-
-A new component of this package is a module, a line below and a test. A component of one's own is a
+A registry has the components of one key. A decorator adds a component, in this package and in a
 plugin, a file that a sweep names under `plugins:`:
 
     @STRATEGIES.add("margin", settings=Margin, summary="images whose two best classes differ")
     def margin(scores, settings, *, capacity, iteration, previous): ...
+
+The decorators of this package are read, not run: their arguments are literals. A component is
+imported when it is first used, so reading a registry does not import torch.
 
 Imports the standard library only.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
 import inspect
 import re
+import threading
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -42,7 +43,6 @@ class Component:
         summary: what it does, in one line.
         reads: settings of the registry's group that it reads. Settings of the group that other
             components read and this one does not cannot change its results.
-        modules: modules whose code determines its results, beside those of all trials.
         settings: of a plugin: the dataclass of its own settings.
         source: of a plugin: the digest of its file, which is part of the keys of its trials.
         facts: properties that other code depends on, of `Registry.facts`.
@@ -52,7 +52,6 @@ class Component:
     target: str
     summary: str
     reads: frozenset[str] = frozenset()
-    modules: tuple[str, ...] = ()
     settings: type | None = None
     source: str = ""
     facts: frozenset[str] = frozenset()
@@ -72,6 +71,7 @@ class Registry(Mapping[str, Component]):
     Args:
         key: the key, such as `pseudo_labels.kind`.
         signature: parameters of a component, which is a function or a class.
+        components: those of this package.
         is_open: whether plugins can add components.
         group: group of the settings in `reads` and of own settings. Default: that of the key.
         facts: properties that components can have.
@@ -84,6 +84,7 @@ class Registry(Mapping[str, Component]):
         self,
         key: str,
         signature: str,
+        components: Iterable[Component] = (),
         group: str | None = None,
         is_open: bool = True,
         facts: Iterable[str] = (),
@@ -94,7 +95,7 @@ class Registry(Mapping[str, Component]):
         self.of_trials = of_trials
         self.facts, self.has_files = frozenset(facts), has_files
         self.group = key.rpartition(".")[0] if group is None else group
-        self._components: dict[str, Component] = {}
+        self._components = {one.name: one for one in components}
         self._plugins: dict[str, Component] = {}
         REGISTRIES[key] = self
 
@@ -110,53 +111,46 @@ class Registry(Mapping[str, Component]):
     def __setitem__(self, name: str, value: Any) -> None:
         raise TypeError(f"{self.key} {name!r} cannot be set here: {NOT_HERE}")
 
-    def declare(
+    def add(
         self,
         name: str,
-        target: str,
+        *,
         summary: str,
-        reads: Iterable[str] = (),
-        modules: Iterable[str] | None = None,
+        settings: type | None = None,
+        reads: Iterable[str] | None = None,
         facts: Iterable[str] = (),
-    ) -> None:
-        """Add a component of this package; see `Component`.
-
-        Args:
-            modules: by default the module of the target.
-        """
-        own = (target.partition(":")[0],) if modules is None else tuple(modules)
-        self._components[name] = Component(
-            name, target, summary, frozenset(reads), own, facts=frozenset(facts)
-        )
-
-    def add(
-        self, name: str, *, settings: type | None = None, summary: str, facts: Iterable[str] = ()
     ) -> Callable[[F], F]:
-        """Add a component in a plugin; decorates a function or class.
+        """Add a component; decorates a function or class.
 
         Args:
             name: lower case, with digits and `_`.
-            settings: frozen dataclass of its own settings, with fields from `setting`, which are
-                keys such as `pseudo_labels.<name>.<field>`. Without it the component gets the
-                settings of the group.
             summary: what it does, in one line.
+            settings: of a plugin: frozen dataclass of its own settings, with fields from
+                `setting`, which are keys such as `pseudo_labels.<name>.<field>`. Without it the
+                component gets the settings of the group.
+            reads: see `Component`; by default none, in a plugin all. A strategy that uses
+                `capacity` reads `growth` and `k`.
             facts: its properties, of those that the registry has.
 
         Raises:
             TypeError: outside of a plugin, or the signature or the settings are wrong.
-            ValueError: the name is taken or invalid, or a fact is unknown.
+            ValueError: the name is taken or invalid, or a fact or setting is unknown.
         """
 
         def register(component: F) -> F:
             plugin = _loading.get()
+            own = getattr(component, "__name__", name)
             if plugin is None:
+                here = name in self._components and self._components[name].target
+                if here == f"{component.__module__}:{own}":
+                    return component
                 raise TypeError(f"{self.key} {name!r} cannot be added here: {NOT_HERE}")
-            self._check(name, settings, summary, facts, component)
-            target = f"{plugin.file}:{getattr(component, '__name__', name)}"
+            self._check(name, settings, summary, reads, facts, component)
             # It may read every setting of the group: the number of images per class, for example,
             # depends on settings that a strategy does not see.
             added = Component(
-                name, target, summary, self.conditional, (), settings, plugin.digest,
+                name, f"{plugin.file}:{own}", summary,
+                self.conditional if reads is None else frozenset(reads), settings, plugin.digest,
                 frozenset(facts), component,
             )  # fmt: skip
             plugin.components.append((self, added))
@@ -169,6 +163,7 @@ class Registry(Mapping[str, Component]):
         name: str,
         settings: type | None,
         summary: str,
+        reads: Iterable[str] | None,
         facts: Iterable[str],
         component: Any,
     ) -> None:
@@ -181,9 +176,14 @@ class Registry(Mapping[str, Component]):
             raise ValueError(f"{self.key} has a component {name!r} already; choose another name")
         if not summary.strip() or "\n" in summary:
             raise ValueError(f"the summary of {name!r} must be one line of text")
-        if unknown := sorted(set(facts) - self.facts):
-            known = ", ".join(sorted(self.facts)) or "none"
-            raise ValueError(f"{name!r} has the unknown fact {unknown[0]!r}; allowed: {known}")
+        for what, given, all_known in (
+            ("fact", facts, self.facts), ("setting", reads or (), self.conditional)
+        ):  # fmt: skip
+            if unknown := sorted(set(given) - all_known):
+                known = ", ".join(sorted(all_known)) or "none"
+                raise ValueError(
+                    f"{name!r} has the unknown {what} {unknown[0]!r}; allowed: {known}"
+                )
         positional, _, keyword = self.signature.partition(", *, ")
         arguments = dict.fromkeys(filter(None, keyword.split(", ")))
         try:
@@ -327,81 +327,67 @@ def _imported(target: str) -> Any:
 
 # ---------------------------------------------------------------- components of this package
 
-# air_core.pseudo_labels.Strategy
-STRATEGIES = Registry("pseudo_labels.kind", "scores, settings, *, capacity, iteration, previous")
-_PER_CLASS = {"growth", "k"}
-STRATEGIES.declare(
-    "top_k",
-    "air_core.pseudo_labels.top_k:top_k",
-    "K most confident images of each class",
-    _PER_CLASS,
-)
-STRATEGIES.declare(
-    "predicted",
-    "air_core.pseudo_labels.top_k:predicted",
-    "the same among images with this best class",
-    _PER_CLASS,
-)
-STRATEGIES.declare(
-    "threshold",
-    "air_core.pseudo_labels.threshold:threshold",
-    "all images of at least this confidence",
-    {"threshold"},
-)
-STRATEGIES.declare(
-    "candidates",
-    "air_core.pseudo_labels.candidates:candidates",
-    "CPL's sets of classes",
-    {*_PER_CLASS, "alpha", "beta", "loss"},
-)
+_parsing = threading.Lock()  # Python 3.11 fails if two threads make a syntax tree at once
 
-LOSSES = Registry("pseudo_labels.loss", "logits, targets")  # (B, C) each -> the mean loss
-LOSSES.declare("cc", "air_core.losses:candidate_loss", "mass of the set", modules=())
-LOSSES.declare("ce", "air_core.losses:soft_cross_entropy", "soft cross-entropy", modules=())
-LOSSES.declare("rc", "air_core.losses:soft_cross_entropy", "ce, re-weighted", modules=())
 
-AUXILIARIES = Registry("auxiliary.kind", "bank")  # air_core.auxiliary.bank.Bank -> classifier
-AUXILIARIES.declare("prototype", "air_core.auxiliary.prototype:prototype", "class means")
-AUXILIARIES.declare("lda", "air_core.auxiliary.lda:lda", "linear discriminant")
-AUXILIARIES.declare("knn", "air_core.auxiliary.nearest:knn", "nearest images", {"neighbours"})
-AUXILIARIES.declare("cache", "air_core.auxiliary.nearest:cache", "Tip-Adapter's")
-AUXILIARIES.declare(
-    "linear_probe", "air_core.auxiliary.linear_probe:linear_probe", "logistic regression"
-)
+def syntax(module: str) -> ast.Module:
+    """The code of a module of airsweep, which is not imported."""
+    path = Path(__file__).parents[1].joinpath(*module.split("."))
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    with _parsing:
+        return ast.parse(file.read_text(encoding="utf-8"))
 
-# See air_core.auxiliary.fidelity.
-FIDELITIES = Registry("fidelity.kind", "bank, settings, text, real")
-_NEAREST = "`keep` images nearest to"
-FIDELITIES.declare(
-    "class_mean",
-    "air_core.auxiliary.fidelity:class_mean",
-    f"{_NEAREST} the mean of the class",
-    {"keep"},
-)
-FIDELITIES.declare("text", "air_core.auxiliary.fidelity:text", f"{_NEAREST} its text", {"keep"})
-FIDELITIES.declare("argmax", "air_core.auxiliary.fidelity:argmax", "images that CLIP recognises")
-FIDELITIES.declare(
-    "real_mean",
-    "air_core.auxiliary.fidelity:real_mean",
-    f"{_NEAREST} the mean of its pseudo-labelled images",
-    {"keep"},
-)
-FIDELITIES.declare("random", "air_core.auxiliary.fidelity:random", "`keep` images", {"keep"})
-FIDELITIES.declare("none", "air_core.auxiliary.fidelity:none", "all images")
 
-# Text classifier, pool and air_core.types.Classes -> classifier
-TRANSDUCTIONS = Registry("transduction", "text, pool, classes", is_open=False)
-TRANSDUCTIONS.declare("none", "air_core.classifiers:unchanged", "no refinement", modules=())
-TRANSDUCTIONS.declare(
-    "gmm",
-    "air_core.transduction:transductive",
-    "text scores are refined by a mixture model over the whole pool",
-)
+def decorated(registry: str, module: str) -> Iterator[Component]:
+    """The components that a module adds to a registry, read from its decorators.
 
+    Args:
+        registry: the name of its variable.
+    """
+    for node in syntax(module).body:
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef):
+            continue
+        for call in node.decorator_list:
+            if added := added_by(call, registry):
+                told = {one.arg: ast.literal_eval(one.value) for one in call.keywords}  # type: ignore[attr-defined]
+                reads, facts = (frozenset(told.get(key, ())) for key in ("reads", "facts"))
+                yield Component(added, f"{module}:{node.name}", told["summary"], reads, facts=facts)
+
+
+def added_by(decorator: ast.expr, registry: str | None = None) -> str | None:
+    """The name of the component that a decorator adds to the registry, or to any."""
+    match decorator:
+        case ast.Call(ast.Attribute(ast.Name(variable), "add"), [ast.Constant(str(name))]):
+            return name if registry in (None, variable) else None
+    return None
+
+
+# See air_core.pseudo_labels.Strategy.
+STRATEGIES = Registry(
+    "pseudo_labels.kind",
+    "scores, settings, *, capacity, iteration, previous",
+    decorated("STRATEGIES", "air_core.pseudo_labels"),
+)
+# (B, C) each -> the mean loss
+LOSSES = Registry("pseudo_labels.loss", "logits, targets", decorated("LOSSES", "air_core.losses"))
+# air_core.auxiliary.Bank -> classifier
+AUXILIARIES = Registry("auxiliary.kind", "bank", decorated("AUXILIARIES", "air_core.auxiliary"))
+# See air_core.auxiliary.high_fidelity.
+FIDELITIES = Registry(
+    "fidelity.kind", "bank, settings, text, real", decorated("FIDELITIES", "air_core.auxiliary")
+)
+# Text classifier, pool, and its classes -> classifier
+TRANSDUCTIONS = Registry(
+    "transduction",
+    "text, pool, classes",
+    decorated("TRANSDUCTIONS", "air_core.transduction"),
+    is_open=False,
+)
 # -> air_core.prompts.PromptLearner
 LEARNERS = Registry(
     "modality",
     "settings, backbone, classnames, template, seed",
+    decorated("LEARNERS", "air_core.prompts"),
     group="prompt",
     facts=(
         "context",  # `prompt.length` vectors stand before each class name in the text tower
@@ -409,44 +395,30 @@ LEARNERS = Registry(
         "transfers",  # what it learned on some classes also works with other class names
     ),
 )
-LEARNERS.declare(
-    "text",
-    "air_core.prompts.text:TextPrompt",
-    "CoOp context vectors",
-    modules=(),
-    facts=("context", "transfers"),
-)
-LEARNERS.declare(
-    "visual",
-    "air_core.prompts.visual:VisualPrompt",
-    "VPT tokens",
-    {"depth", "init"},
-    facts=("tokens", "transfers"),
-)
-
-# -> air_core.datasets.Dataset. The versions of their modules are parts of their own, `reader_of`.
+# -> air_core.datasets.Dataset
 DATASETS = Registry(
     "dataset",
     "",
+    (
+        Component(
+            name,
+            f"air_core.datasets.{name}:DATASET",
+            about,
+            facts=frozenset(("validation",) if name == "digits" else ()),
+        )
+        for name, about in {
+            "digits": "1,797 real digits",
+            "flowers102": "8,189 flowers of 102 kinds",
+            "resisc45": "31,500 aerial images of 45 scenes",
+            "dtd": "5,640 textures of 47 kinds",
+            "cub": "11,788 birds of 200 kinds",
+            "eurosat": "27,000 satellite images of 10 land uses",
+            "fgvc_aircraft": "10,000 aircraft of 100 variants",
+            "fashion_mnist": "70,000 pictures of 10 kinds of clothes",
+        }.items()
+    ),
     facts=("validation",),  # its validation images choose a classifier: no pool has them by default
 )
-DATASETS.declare(
-    "digits",
-    "air_core.datasets.digits:DATASET",
-    "1,797 real digits",
-    modules=(),
-    facts=("validation",),
-)
-for _name, _about in {
-    "flowers102": "8,189 flowers of 102 kinds",
-    "resisc45": "31,500 aerial images of 45 scenes",
-    "dtd": "5,640 textures of 47 kinds",
-    "cub": "11,788 birds of 200 kinds",
-    "eurosat": "27,000 satellite images of 10 land uses",
-    "fgvc_aircraft": "10,000 aircraft of 100 variants",
-    "fashion_mnist": "70,000 pictures of 10 kinds of clothes",
-}.items():
-    DATASETS.declare(_name, f"air_core.datasets.{_name}:DATASET", _about, modules=())
 
 # Of plugins, beside the names that air_core.models.weights reads.
 BACKBONES = Registry("backbone", "device, precision", has_files=True)  # air_core.backbone.Backbone

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from air_core.chunks import by_rows
 from air_core.classifiers import LinearClassifier
-from air_core.pseudo_labels.top_k import balanced_choice
+from air_core.pseudo_labels import balanced_choice
 from air_core.specs import InitialLabelsSettings, LoraSource
 from air_core.types import Classes, Encoded, Labelled, Split
 

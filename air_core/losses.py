@@ -7,9 +7,12 @@ import math
 import torch
 from torch import Tensor
 
+from air_core.components import LOSSES
+
 # B images of a step, C classes, M selected pool images.
 
 
+@LOSSES.add("cc", summary="mass of the set")
 def candidate_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean over images of `-log sum_c y_c softmax(z)_c`; cross-entropy where y is one-hot.
 
@@ -22,6 +25,8 @@ def candidate_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return -(logits.log_softmax(dim=-1) + targets.log()).logsumexp(dim=-1).mean()
 
 
+@LOSSES.add("ce", summary="soft cross-entropy")
+@LOSSES.add("rc", summary="ce, re-weighted")
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean over images of `-sum_c y_c log softmax(z)_c`.
 

@@ -46,8 +46,7 @@ from air_core.datasets import Dataset
 from air_core.evidence import evidence_probabilities
 from air_core.paradigms import make_split
 from air_core.prompts import PromptLearner, StartsFromImages, build_learner
-from air_core.pseudo_labels import assign, spread
-from air_core.pseudo_labels.top_k import balanced_choice
+from air_core.pseudo_labels import assign, balanced_choice, spread
 from air_core.specs import SplitSettings, TrialSettings
 from air_core.specs.conditions import (
     trains_on_real,

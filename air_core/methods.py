@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from air_core.components import Registry
+from air_core.components import Component, Registry
 from air_core.specs import Ref, TrialSettings
 from air_core.specs.flat import from_flat, trial_keys
 from air_core.specs.normal import normalised
@@ -278,9 +278,13 @@ _METHODS = {
     ),
 }
 METHODS: Mapping[str, Method] = MappingProxyType(_METHODS)
-_REGISTRY = Registry("method", "", group="", is_open=False, of_trials=False)
-for _name, _method in METHODS.items():
-    _REGISTRY.declare(_name, "air_core.methods:METHODS", _method.summary, modules=())
+Registry(
+    "method",
+    "",
+    (Component(name, "air_core.methods:METHODS", one.summary) for name, one in METHODS.items()),
+    is_open=False,
+    of_trials=False,
+)
 
 # Methods by their accuracy on the digits without labels (docs/experiments.md). Where no image is
 # labelled, this order selects a better classifier than any score that needs no labels.

@@ -15,6 +15,7 @@ from torch.nn.functional import normalize
 
 from air_core.chunks import by_rows, chunks
 from air_core.classifiers import Classifier
+from air_core.components import TRANSDUCTIONS
 from air_core.types import Classes, Encoded
 
 # N images, U classes of the pool (all classes, in TRZSL the unseen ones), D feature width.
@@ -48,6 +49,12 @@ class MixtureClassifier:
         return logits.index_copy(1, self.classes.unseen, refined)
 
 
+@TRANSDUCTIONS.add("none", summary="no refinement")
+def unchanged(text: Classifier, pool: Encoded, classes: Classes) -> Classifier:
+    return text
+
+
+@TRANSDUCTIONS.add("gmm", summary="text scores are refined by a mixture model over the whole pool")
 @torch.no_grad()
 def transductive(text: Classifier, pool: Encoded, classes: Classes) -> MixtureClassifier:
     """Fit the mixture on the pool, starting from the text classifier's scores.

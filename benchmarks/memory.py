@@ -41,9 +41,7 @@ from air_core.auxiliary import AuxiliaryClassifier, auxiliary_classifier
 from air_core.classifiers import CachedClassifier, FusedClassifier, LinearClassifier, fuse
 from air_core.evaluation import objectives
 from air_core.evidence import balanced, evidence_probabilities
-from air_core.pseudo_labels import assign
-from air_core.pseudo_labels.candidates import candidate_sets
-from air_core.pseudo_labels.top_k import balanced_choice
+from air_core.pseudo_labels import assign, balanced_choice, candidate_sets
 from air_core.specs import AuxiliarySettings, PseudoLabelSettings
 from air_core.transduction import transductive
 from air_core.types import Classes, Encoded, Labelled, PseudoLabels

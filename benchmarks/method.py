@@ -49,7 +49,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from air_core.backbone import Backbone
 from air_core.backbone.loading import load_backbone
 from air_core.datasets import get_dataset
-from air_core.prompts.text import TextPrompt
+from air_core.prompts import TextPrompt
 from air_core.pseudo_labels import assign, capacity
 from air_core.specs import PromptSettings, PseudoLabelSettings, TrainSettings
 from air_core.training import Targeted, Training, fit

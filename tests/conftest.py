@@ -122,7 +122,7 @@ def tiny_clip():
 def small_chunks(monkeypatch) -> None:
     """Chunks of a few rows, where a plain reference has all rows; whole trials have one chunk."""
     monkeypatch.setattr("air_core.chunks.ELEMENTS", 20)
-    monkeypatch.setattr("air_core.auxiliary.bank.COSINES", 100)
+    monkeypatch.setattr("air_core.auxiliary.COSINES", 100)
 
 
 @pytest.fixture(scope="session")

@@ -113,12 +113,15 @@ def used_components(spec: TrialSettings) -> tuple[tuple[Registry, str], ...]:
 @computed_from_registries
 @cache
 def _conditions() -> tuple[tuple[Registry, list[Condition]], ...]:
-    """The registries, each with the conditions under which a trial uses it."""
+    """The registries, each with the conditions under which a trial uses it.
+
+    A loss that a strategy does not read is the default, which is used.
+    """
     found = []
     for registry in (one for one in REGISTRIES.values() if one.of_trials):
         group, _, name = registry.key.rpartition(".")
-        names = {("", registry.group), ("", group), (group, name)}
-        conditions = [rule.used_if for rule in rules() if (rule.group, rule.name) in names]
+        names = {registry.group, group or name}
+        conditions = [rule.used_if for rule in rules() if not rule.group and rule.name in names]
         found.append((registry, conditions))
     return tuple(found)
 

@@ -171,15 +171,18 @@ def _frozen_trial(cell: Cell, params: Mapping[str, Any], **outcome: Any) -> Froz
     return create_trial(params=dict(params), distributions=distributions, **outcome)
 
 
-def at_random(search: Search, seed: int) -> BaseSampler:
-    """A sampler that suggests independent random points."""
-    return RandomSampler(seed=seed)
-
-
+@SAMPLERS.add("tpe", summary="Optuna's TPE")
 def tpe(search: Search, seed: int) -> BaseSampler:
     """Optuna's TPE, which starts with random points."""
     startup = STARTUP_POINTS if search.points < 30 else 10
     return TPESampler(seed=seed, n_startup_trials=startup)
+
+
+@SAMPLERS.add("random", summary="random values")
+@SAMPLERS.add("grid", summary="every combination of values")
+def at_random(search: Search, seed: int) -> BaseSampler:
+    """A sampler that suggests independent random points."""
+    return RandomSampler(seed=seed)
 
 
 def _distribution(dimension: Dimension) -> BaseDistribution:

@@ -5,8 +5,10 @@ version does not appear in keys. Any other version, for example after an edit, i
 spec, so that its artifacts get new keys. If the edit changes no result, `make golden` records its
 version, and the artifacts keep their keys.
 
-The version of a part is a hash of the definitions in its modules, without docstrings, comments,
-layout and imports. Names and order of the modules do not count.
+The version of a stage is a hash of the definitions in its modules, without docstrings, comments,
+layout and imports. Names and order of the modules do not count. That of a component is a hash of
+its definition and of those in its module that it uses. Of such a module, a stage counts what other
+modules import from it and what that uses: an edit of a strategy changes the keys of its trials.
 """
 
 from __future__ import annotations
@@ -14,20 +16,17 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from air_core.components import REGISTRIES
+from air_core.components import DATASETS, REGISTRIES, added_by, syntax
 from air_core.models.families import FAMILIES
-from orchestrator.files import ROOT
 from orchestrator.keys import CodeVersions, StageSpec
 
 RECORDED = Path(__file__).with_name("code_versions.json")
-# Python 3.11 fails with "AST constructor recursion depth mismatch" if two threads parse at once.
-_parsing = threading.Lock()
 
 # Modules that do not affect results, or whose effect is in the key.
 NOT_COUNTED = {
@@ -43,45 +42,54 @@ NOT_COUNTED = {
     "air_core.specs.flat",  # spelling of keys
     "air_core.specs.normal",  # which settings are in the key
 }
-# Parts beside stages and readers of datasets: components with modules of their own.
-COMPONENTS: dict[str, tuple[str, ...]] = {
-    registry.part(name): component.modules
+# Parts beside stages and readers of datasets: components, `module:name`, and families of models.
+COMPONENTS: dict[str, str] = {
+    registry.part(name): component.target
     for registry in REGISTRIES.values()
     for name, component in registry.items()
-    if component.modules
-} | {f"family:{kind}": (family.module,) for kind, family in FAMILIES.items()}
-
-
-def modules_of(part: str) -> tuple[str, ...]:
-    """Modules of a component, or of a dataset's reader with all that it imports."""
-    return COMPONENTS.get(part) or (*imported([f"air_core.{part}"]),)
+    if registry.of_trials and registry is not DATASETS and not component.source
+}
+_OF_COMPONENTS = {target.partition(":")[0] for target in COMPONENTS.values()}
+PARTS = COMPONENTS | {f"family:{kind}": family.module for kind, family in FAMILIES.items()}
 
 
 @cache
 def part_version(part: str) -> str:
-    """Code version of a component or a dataset's reader, from the files on disk: 12 hex digits."""
-    return _version(modules_of(part))
+    """Code version of a part that is no stage, from the files on disk: 12 hex digits."""
+    if part not in PARTS:  # a dataset's reader, with all that it imports
+        return _version(_counted([f"air_core.{part}"]))
+    module, _, name = PARTS[part].partition(":")
+    return _version(_definitions(module, {name or ALL}))
 
 
 @cache
 def stage_version(spec: type[StageSpec]) -> str:
     """Code version of a stage: of its modules and of all that they import."""
-    return _version(imported(spec.modules))
+    return _version(_counted(spec.modules))
 
 
-def imported(modules: Iterable[str]) -> set[str]:
-    """Some modules of air_core with all that they import, but for NOT_COUNTED."""
-    found, waiting = set[str](), [*modules]
+def imported(modules: Iterable[str]) -> dict[str, set[str]]:
+    """Some modules of air_core with all that they import, but for NOT_COUNTED, and the names that
+    are imported from each."""
+    found = {module: {ALL} for module in modules}
+    waiting = [*found]
     while waiting:
-        module = waiting.pop()
-        if module not in found | NOT_COUNTED:
-            found.add(module)
-            waiting += _parsed(module)[1]
+        for module, names in _parsed(waiting.pop())[1].items():
+            if module not in found.keys() | NOT_COUNTED:
+                waiting.append(module)
+            if module not in NOT_COUNTED:
+                found.setdefault(module, set()).update(names)
     return found
 
 
-def _version(modules: Iterable[str]) -> str:
-    return _hash("".join(sorted(digest for module in modules for digest in _parsed(module)[0])))
+def _counted(modules: Iterable[str]) -> Iterator[str]:
+    """Hashes of the definitions in some modules and in all that they import."""
+    for module, names in imported(modules).items():
+        yield from _definitions(module, names if module in _OF_COMPONENTS else {ALL})
+
+
+def _version(digests: Iterable[str]) -> str:
+    return _hash("".join(sorted(digests)))
 
 
 @cache
@@ -96,29 +104,54 @@ def changed_versions(stages: tuple[type[StageSpec], ...], *readers: str) -> Code
     """Stages, components and dataset readers whose code is not that of the recipe, with its
     version."""
     versions = {spec.stage: stage_version(spec) for spec in stages}
-    versions |= {part: part_version(part) for part in (*COMPONENTS, *readers)}
+    versions |= {part: part_version(part) for part in (*PARTS, *readers)}
     recorded = recorded_versions()
     return tuple((part, found) for part, found in versions.items() if found != recorded.get(part))
 
 
+ALL = "*"  # every name of a module
+
+
+@dataclass(frozen=True)
+class _Definition:
+    """A top-level statement: its hash, the names that it binds, and those that it contains."""
+
+    digest: str
+    names: frozenset[str]
+    uses: frozenset[str]
+
+
+def _definitions(module: str, names: set[str]) -> list[str]:
+    """Hashes of the definitions of these names in a module, and of all that they use there."""
+    left, uses = _parsed(module)[0], names
+    while reached := [one for one in left if ALL in names or not one.names or one.names & uses]:
+        left = [one for one in left if one not in reached]
+        uses = uses.union(*(one.uses for one in reached))
+    return [one.digest for one in _parsed(module)[0] if one not in left]
+
+
 @cache
-def _parsed(module: str) -> tuple[list[str], list[str]]:
-    """Hash of each top-level statement of a module, and the modules of air_core that it imports."""
-    with _parsing:
-        tree = ast.parse(_source(module).read_text(encoding="utf-8"))
-    definitions = [_hash(_text(node)) for node in tree.body if not _is_passive(node)]
-    imports = []
+def _parsed(module: str) -> tuple[list[_Definition], dict[str, set[str]]]:
+    """The definitions of a module, and the modules of air_core with the names that it imports."""
+    tree = syntax(module)
+    definitions = [_definition(node) for node in tree.body if not _is_passive(node)]
+    imports: dict[str, set[str]] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith("air_core"):
-            names = [f"air_core.{alias.name}" for alias in node.names]
-            imports += names if node.module == "air_core" else [str(node.module)]
+            for alias in node.names:
+                at_top = node.module == "air_core"
+                source = f"air_core.{alias.name}" if at_top else str(node.module)
+                imports.setdefault(source, set()).add(ALL if at_top else alias.name)
     return definitions, imports
 
 
-def _source(module: str) -> Path:
-    path = ROOT.joinpath(*module.split("."))
-    file = path / "__init__.py"
-    return file if file.is_file() else path.with_suffix(".py")
+def _definition(node: ast.stmt) -> _Definition:
+    names = [each for each in ast.walk(node) if isinstance(each, ast.Name)]
+    binds = {each.id for each in names if isinstance(each.ctx, ast.Store)}
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        binds = {node.name}
+    uses = frozenset(each.id for each in names)
+    return _Definition(_hash(_text(node)), frozenset(binds), uses)
 
 
 def _is_passive(node: ast.stmt) -> bool:
@@ -144,6 +177,8 @@ def _text(node: Any) -> str:
         value = getattr(node, name, None)
         if name in ("ctx", "kind", "type_comment", "type_params") or value is None:
             continue
+        if name == "decorator_list":  # what a registry says about a component is no code of it
+            value = [each for each in value if not added_by(each)]
         if name == "body" and isinstance(value, list):
             value = [child for child in value if not _is_passive(child)]
         parts.append(_text(value))

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from air_core.auxiliary import auxiliary_classifier, high_fidelity
-from air_core.auxiliary.bank import CACHE_SHARPNESS
+from air_core.auxiliary import CACHE_SHARPNESS, auxiliary_classifier, high_fidelity
 from air_core.classifiers import (
     FusedClassifier,
     LinearClassifier,

@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from air_core.components import STRATEGIES
-from air_core.pseudo_labels import assign, capacity, spread
-from air_core.pseudo_labels.candidates import candidate_sets
-from air_core.pseudo_labels.top_k import balanced_choice
+from air_core.pseudo_labels import assign, balanced_choice, candidate_sets, capacity, spread
 from air_core.specs import PseudoLabelSettings
 from air_core.types import ROWS, Classes, PseudoLabels, SparseTargets, sparse
 

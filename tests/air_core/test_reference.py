@@ -22,9 +22,7 @@ from air_core.components import LOSSES, STRATEGIES
 from air_core.datasets.places import classnames_of
 from air_core.losses import confidence
 from air_core.paradigms import labelled_positions, seen_unseen
-from air_core.pseudo_labels import capacity
-from air_core.pseudo_labels.candidates import candidate_sets
-from air_core.pseudo_labels.top_k import balanced_choice
+from air_core.pseudo_labels import balanced_choice, candidate_sets, capacity
 from air_core.specs import PseudoLabelSettings
 from air_core.types import PseudoLabels, sparse
 from tests.fixtures.reference import reference_inputs as inputs

@@ -87,7 +87,7 @@ def test_the_command_lists_components_with_what_they_read(command):
         key for key, registry in REGISTRIES.items() if registry
     ]
     code, out, _ = command("components", "threshold")
-    assert "in air_core.pseudo_labels.threshold:threshold" in out
+    assert "in air_core.pseudo_labels:threshold" in out
     assert "pseudo_labels.threshold: 0.7  (a number >= 0 and <= 1)" in out
     code, out, _ = command("components", "none")
     assert [line for line in out.splitlines() if line[0] != " "] == [

@@ -98,6 +98,11 @@ MISTAKES = [
         2,
         "context, tokens, transf",
     ),
+    (
+        f"@STRATEGIES.add('mine', summary='x', reads=['tau'])\n{STRATEGY}",
+        2,
+        "unknown setting 'tau'; allowed: alpha, beta, growth, k, loss, threshold",
+    ),
     (SETTINGS.format("float") + ADD + STRATEGY, 6, "'tau' of 'mine' has no default or no help"),
     (SETTINGS.format("list = setting(0, 'x')") + ADD + STRATEGY, 6, "allowed: bool, int, float"),
 ]

@@ -18,9 +18,9 @@ from orchestrator.stages import STAGES
 from orchestrator.stages.trial import reader_of
 from orchestrator.store.code_version import (
     COMPONENTS,
+    PARTS,
     RECORDED,
     imported,
-    modules_of,
     part_version,
     stage_version,
 )
@@ -34,17 +34,26 @@ def test_golden_every_version_is_that_of_its_recipe():
     spec (for a dataset, that of features), so that its artifacts get new keys; then, or if results
     are the same, `make golden` records the version."""
     now = {name: stage_version(spec) for name, spec in STAGES.items()}
-    now |= {part: part_version(part) for part in (*COMPONENTS, *READERS)}
+    now |= {part: part_version(part) for part in (*PARTS, *READERS)}
     if os.environ.get("AIRSWEEP_UPDATE_GOLDEN"):
         RECORDED.write_text(json.dumps(now, indent=1, sort_keys=True) + "\n")
     assert json.loads(RECORDED.read_text()) == now
 
 
-@pytest.mark.parametrize("part", [*COMPONENTS, *READERS])
+@pytest.mark.parametrize("part", PARTS)
 def test_modules_imported_by_a_part_belong_to_it_or_to_the_stage_that_uses_it(part):
     stage = "lora" if part.startswith("family:") else "trials"
-    counted = imported(STAGES[stage if part in COMPONENTS else "features"].modules)
-    assert imported(modules_of(part)) <= {*modules_of(part), *counted}
+    counted = imported(STAGES[stage].modules)
+    module = PARTS[part].partition(":")[0]
+    assert imported([module]).keys() <= {module, *counted}
+
+
+def test_a_stage_counts_no_component_that_it_does_not_name():
+    """A component is found through its registry; it would change the keys of all trials."""
+    named = {"TextPrompt"}  # `logits_together` names it
+    for target in COMPONENTS.values():
+        module, _, name = target.partition(":")
+        assert name in named or name not in imported(STAGES["trials"].modules).get(module, ())
 
 
 # ---------------------------------------------------------------- edits, in a copy of the code
@@ -64,10 +73,12 @@ EDITS = [
     # file, old, new, which of EDITED change
     ("training.py", "MOMENTUM = 0.9", "MOMENTUM = 0.8", {"trials"}),
     ("training.py", "MOMENTUM = 0.9", "MOMENTUM  =  0.9  # a comment", set()),
-    ("pseudo_labels/threshold.py", ">=", ">", {"pseudo_labels.kind:threshold"}),
-    ("prompts/visual.py", "-0.5", "-0.4", {"modality:visual"}),
-    ("auxiliary/lda.py", "SHRINKAGE = 0.2", "SHRINKAGE = 0.3", {"auxiliary.kind:lda"}),
-    ("classifiers.py", "blend the text", "mix the text", set()),
+    ("pseudo_labels.py", "confidence >= min", "confidence > min", {"pseudo_labels.kind:threshold"}),
+    ("pseudo_labels.py", "all images of at least this", "images of this", set()),
+    ("pseudo_labels.py", "choice[proposing] = -1", "choice[proposing] = -2", {"labels", "trials"}),
+    ("prompts.py", "-0.5", "-0.4", {"modality:visual"}),
+    ("auxiliary.py", "SHRINKAGE = 0.2", "SHRINKAGE = 0.3", {"auxiliary.kind:lda"}),
+    ("classifiers.py", "Gives logits for", "Makes logits of", set()),
     ("datasets/digits.py", "16", "17", {"datasets.digits"}),
     ("diffusion/lora.py", "WARMUP = 0.1", "WARMUP = 0.2", {"lora"}),
     ("diffusion/families/flux.py", "GUIDANCE = 1.0", "GUIDANCE = 2.0", {"family:FluxPipeline"}),
