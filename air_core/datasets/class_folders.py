@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -101,12 +101,23 @@ def suffixes(names: Iterable[str]) -> Iterator[str]:
     )
 
 
-def other_files(folder: Path) -> dict[str, int]:
-    """Number of files below a folder that are no images, by suffix."""
+def other_files(folder: Path, read: Collection[Path] | None = None) -> dict[str, int]:
+    """Number of files below a folder that are not read, by kind: images in wrong places, other
+    files by their suffix.
+
+    Args:
+        read: the class folders whose images are read; None: all images are.
+    """
     found: Counter[str] = Counter()
-    for _, below, files in os.walk(folder):
+    for at, below, files in os.walk(folder):
         below[:] = [name for name in below if not is_system_folder(name)]
-        found.update(s or "without suffix" for s in suffixes(files) if s not in SUFFIXES)
+        home = Path(at)
+        place = "in subfolders" if {*home.parents} & {*(read or ())} else "beside class folders"
+        for suffix in suffixes(files):
+            if suffix not in SUFFIXES:
+                found[suffix or "without suffix"] += 1
+            elif read is not None and home not in read:
+                found[place] += 1
     return dict(sorted(found.items()))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from air_core.datasets.dataset import Counts, Listing, listed
 from air_core.datasets.places import classnames_of, find_home
-from air_core.datasets.split_files import lists_listing
+from air_core.datasets.split_files import PARTS, lists_listing
 
 CLASSNAMES = classnames_of("dtd")
 GET = "unpack https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.gz in dtd/"
@@ -23,7 +23,7 @@ def rows(root: Path | None) -> Listing:
         ValueError: a list names an unknown class, or files are missing.
     """
     home = find_home("dtd", root, ("dtd", "."), ("labels",), GET)
-    lists = {part: home / "labels" / f"{part}1.txt" for part in ("train", "val", "test")}
+    lists = {part: home / "labels" / f"{part}1.txt" for part in PARTS}
     return lists_listing(
         "dtd", home, lists, CLASSNAMES, lambda line: (f"images/{line}", line.partition("/")[0])
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from air_core.datasets.dataset import Counts, Listing, listed
 from air_core.datasets.places import classnames_of, find_home
-from air_core.datasets.split_files import find_split, split_listing
+from air_core.datasets.split_files import split_listing
 
 CLASSNAMES = classnames_of("eurosat")
 FOLDERS = (  # in the order of the class names
@@ -43,8 +43,8 @@ def rows(root: Path | None) -> Listing:
     marks = ("AnnualCrop", "SeaLake")
     home = find_home("eurosat", root, (*ARCHIVE, "."), marks, GET)
     beside = [home, home.parent] if home.name in ARCHIVE else [home]
-    split = find_split("eurosat", beside, coop="split_zhou_EuroSAT.json")
-    return split_listing("eurosat", home, FOLDERS, CLASSNAMES, split, TEST_SHARE)
+    coop = "split_zhou_EuroSAT.json"
+    return split_listing("eurosat", home, FOLDERS, CLASSNAMES, beside, TEST_SHARE, coop)
 
 
 DATASET = listed(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from air_core.datasets.dataset import Counts, Listing, listed
 from air_core.datasets.places import classnames_of, find_home
-from air_core.datasets.split_files import lists_listing
+from air_core.datasets.split_files import PARTS, lists_listing
 
 CLASSNAMES = classnames_of("fgvc_aircraft")
 GET = (
@@ -30,7 +30,7 @@ def rows(root: Path | None) -> Listing:
     """
     marks = ("images", "images_variant_test.txt")
     home = find_home("fgvc_aircraft", root, HOMES, marks, GET)
-    lists = {part: home / f"images_variant_{part}.txt" for part in ("train", "val", "test")}
+    lists = {part: home / f"images_variant_{part}.txt" for part in PARTS}
     return lists_listing("fgvc_aircraft", home, lists, CLASSNAMES, _image)
 
 

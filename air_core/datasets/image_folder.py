@@ -19,7 +19,6 @@ read; `Dataset.skipped` counts them.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,13 +27,11 @@ from typing import Any
 
 from air_core.datasets.class_folders import (
     READ_TEXT,
-    SUFFIXES,
     check_utf8,
     images_in,
     is_system_folder,
     other_files,
     skipped_clause,
-    suffixes,
 )
 from air_core.datasets.dataset import (
     TEMPLATE,
@@ -95,7 +92,7 @@ def folder_dataset(name: str) -> Dataset:
         tree.classnames,
         lambda: _rows(tree),
         split=" and ".join(tree.parts) if "free" not in tree.parts else "split_seed",
-        skipped=lambda: _skipped(tree),
+        skipped=lambda: other_files(home, _class_folders(tree)),
     )
 
 
@@ -286,6 +283,10 @@ def _folders(folder: Path) -> list[str]:
 # ---------------------------------------------------------------- images
 
 
+def _class_folders(tree: Tree) -> set[Path]:
+    return {folder / name for folder in tree.parts.values() for name in tree.folders}
+
+
 def _rows(tree: Tree) -> Listing:
     rows = [
         Row(file.relative_to(tree.home).as_posix(), label, part)
@@ -315,24 +316,6 @@ def _images(home: Path, folder: Path) -> list[Path]:
             f"{skipped_clause(folder)}"
         )
     return found
-
-
-def _skipped(tree: Tree) -> dict[str, int]:
-    """Number of files that are not read: images in wrong places, other files by their suffix."""
-    classes = [folder / name for folder in tree.parts.values() for name in tree.folders]
-    found: Counter[str] = Counter()
-    for top in classes:
-        for at, below, files in os.walk(top):
-            below[:] = [name for name in below if not is_system_folder(name)]
-            found.update(
-                "in subfolders" if suffix in SUFFIXES else suffix or "without suffix"
-                for suffix in suffixes(files)
-                if suffix not in SUFFIXES or Path(at) != top
-            )
-    for folder in {tree.home, *tree.parts.values()}:
-        names = [entry.name for entry in os.scandir(folder) if os.path.isfile(entry)]
-        found["beside class folders"] += sum(map(SUFFIXES.__contains__, suffixes(names)))
-    return dict(sorted((+found).items()))
 
 
 def _with_free(tree: Tree, rows: list[Row]) -> list[Row]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from air_core.datasets.dataset import Counts, Listing, listed
 from air_core.datasets.places import classnames_of, find_home
-from air_core.datasets.split_files import find_split, split_listing
+from air_core.datasets.split_files import split_listing
 
 CLASSNAMES = classnames_of("resisc45")
 FOLDERS = tuple(name.replace(" ", "_") for name in CLASSNAMES)
@@ -30,8 +30,8 @@ def rows(root: Path | None) -> Listing:
         ValueError: class folders or listed files are missing, or an image has two parts.
     """
     home = find_home("resisc45", root, (ARCHIVE, "."), ("airplane", "wetland"), GET)
-    split = find_split("resisc45", [home, home.parent] if home.name == ARCHIVE else [home])
-    return split_listing("resisc45", home, FOLDERS, CLASSNAMES, split, TEST_SHARE)
+    beside = [home, home.parent] if home.name == ARCHIVE else [home]
+    return split_listing("resisc45", home, FOLDERS, CLASSNAMES, beside, TEST_SHARE)
 
 
 DATASET = listed(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from hashlib import blake2b
 from pathlib import Path
@@ -20,44 +19,9 @@ from air_core.datasets.places import read_lines, read_text
 
 T = TypeVar("T")
 
+PARTS = ("train", "val", "test")
 VAL_SHARE = Fraction(1, 10)  # of the training part, if the source defines no validation part
 SEED = "airsweep"  # another seed gives another split
-
-
-@dataclass(frozen=True)
-class SplitFiles:
-    """The parts of the paths in split files. `rest` is the part of all other images."""
-
-    parts: tuple[tuple[str, str], ...]  # (path, part)
-    files: tuple[Path, ...]
-    rest: str | None
-
-
-def find_split(name: str, folders: Sequence[Path], coop: str | None = None) -> SplitFiles | None:
-    """Find the split files of a dataset, in the first folder that contains any.
-
-    `test.txt` is required. Without `train.txt` all images that no file names are for training. The
-    names `<dataset>-test.txt` (TorchGeo) and `test.json` (ELEVATER, in COCO's format) work as well.
-
-    Args:
-        coop: name of CoOp's single file for all parts.
-    """
-    for folder in folders:
-        found = {part: _split_file(name, folder, part) for part in ("train", "val", "test")}
-        if found["test"] is not None:
-            files = {part: file for part, file in found.items() if file is not None}
-            return SplitFiles(
-                tuple((path, part) for part, file in files.items() for path in _paths(name, file)),
-                tuple(files.values()),
-                rest=None if "train" in files else "train",
-            )
-        if coop is not None and (folder / coop).is_file():
-            return SplitFiles(
-                tuple(_from_json(name, folder / coop, _coop_rows, '{"train": [[PATH, ...]], ...}')),
-                (folder / coop,),
-                rest=None,
-            )
-    return None
 
 
 def lists_listing(
@@ -95,55 +59,45 @@ def split_listing(
     home: Path,
     folders: Sequence[str],
     classnames: Sequence[str],
-    split: SplitFiles | None,
+    beside: Sequence[Path],
     test_share: Fraction,
+    coop: str | None = None,
 ) -> Listing:
-    """All images of a dataset of class folders, with label and part; see `_split_rows`."""
-    found = class_files(home, folders)
-    on_disk = [f"{folder}/{file.name}" for folder, of in found.items() for file in of]
-    return listing(
-        name,
-        home,
-        _split_rows(name, on_disk, folders, split, test_share),
-        classnames,
-        beside=split.files if split else (),
-    )
+    """All images of a dataset of class folders. A test image is never in another part.
 
-
-def _split_rows(
-    name: str,
-    on_disk: Iterable[str],
-    folders: Sequence[str],
-    split: SplitFiles | None,
-    test_share: Fraction,
-) -> list[Row]:
-    """The rows of a dataset of class folders. A test image is never in another part.
+    Split files are searched in `beside`; the first folder that contains any is used. `test.txt` is
+    required. Without `train.txt` all images that no file names are for training. The names
+    `<dataset>-test.txt` (TorchGeo) and `test.json` (ELEVATER, in COCO's format) work as well.
 
     Args:
-        on_disk: paths, `<folder>/<file>`.
         folders: class folders in the order of labels.
         test_share: of each class, without split files.
+        coop: name of CoOp's single file for all parts.
 
     Raises:
-        ValueError: a split file names a folder that is not a class.
+        ValueError: class folders or listed files are missing, a split file names a folder that is
+            not a class, or an image has two parts.
     """
     label = {folder: i for i, folder in enumerate(folders)}
+    found = class_files(home, folders)
+    on_disk = sorted(f"{folder}/{file.name}" for folder, of in found.items() for file in of)
+    split = next(filter(None, (_split_files(name, folder, coop) for folder in beside)), None)
     if split is None:
-        paths = sorted(on_disk)
-        test = held_out(paths, [label[_folder(path)] for path in paths], test_share)
-        parts = [(path, "test" if path in test else "train") for path in paths]
+        test = held_out(on_disk, [label[_folder(path)] for path in on_disk], test_share)
+        parts = [(path, "test" if path in test else "train") for path in on_disk]
     else:
-        parts = list(split.parts)
-        named = {path for path, _ in parts}
-        if split.rest is not None:
-            parts += [(path, split.rest) for path in sorted(on_disk) if path not in named]
+        parts = [(path, part) for part, paths in split[0].items() for path in paths]
+        if "train" not in split[0]:
+            named = dict(parts)
+            parts += [(path, "train") for path in on_disk if path not in named]
         for path, part in parts:
             if _folder(path) not in label:
                 raise ValueError(
                     f"{name}: the {part} list names {path}, but {_folder(path)!r} is not a "
                     f"class folder; expected <class>/<file> with a class of {', '.join(folders)}"
                 )
-    return with_validation(Row(path, label[_folder(path)], part) for path, part in parts)
+    rows = with_validation(Row(path, label[_folder(path)], part) for path, part in parts)
+    return listing(name, home, rows, classnames, beside=split[1] if split else ())
 
 
 def with_validation(rows: Iterable[Row]) -> list[Row]:
@@ -185,20 +139,34 @@ def _folder(path: str) -> str:
     return path.split("/")[0]
 
 
+def _split_files(
+    name: str, folder: Path, coop: str | None
+) -> tuple[dict[str, list[str]], list[Path]] | None:
+    """Paths by part, and the split files; None: the folder has none."""
+    every = {part: _split_file(name, folder, part) for part in PARTS}
+    files = {part: file for part, file in every.items() if file is not None}
+    if "test" in files:
+        return {part: _paths(name, file) for part, file in files.items()}, [*files.values()]
+    if coop is None or not (folder / coop).is_file():
+        return None
+    expected = '{"train": [[PATH, ...]], ...}'
+    return _from_json(name, folder / coop, _coop_paths, expected), [folder / coop]
+
+
 def _split_file(name: str, folder: Path, part: str) -> Path | None:
     names = (f"{part}.txt", f"{name}-{part}.txt", f"{part}.json")
     return next((folder / n for n in names if (folder / n).is_file()), None)
 
 
-def _coop_rows(content: Any) -> list[tuple[str, str]]:
-    return [(str(row[0]), part) for part in ("train", "val", "test") for row in content[part]]
+def _coop_paths(content: Any) -> dict[str, list[str]]:
+    return {part: [str(row[0]) for row in content[part]] for part in PARTS}
 
 
 def _coco_names(content: Any) -> list[str]:
     return [str(image["file_name"]) for image in content["images"]]
 
 
-def _from_json(name: str, file: Path, read: Callable[[Any], list[T]], expected: str) -> list[T]:
+def _from_json(name: str, file: Path, read: Callable[[Any], T], expected: str) -> T:
     try:
         return read(json.loads(read_text(file)))
     except (json.JSONDecodeError, LookupError, TypeError, RecursionError) as problem:
