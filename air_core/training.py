@@ -119,10 +119,10 @@ def step_losses(training: Training) -> Generator[Encoded | Tensor, Tensor, None]
     weight, beta = settings.labelled_weight, training.synthetic_weight
     if not (training.real or known):
         beta = 1.0
-    among = (
-        torch.unique(known.labels) if known and settings.labelled_among == "seen" else slice(None)
-    )
-    loss: Loss = LOSSES.load(training.loss)
+    among: Tensor | slice = slice(None)
+    if known and settings.labelled_among == "seen":
+        among = torch.unique(known.labels)
+    loss = LOSSES.load(training.loss)
     reweighted = _Confidences(training.real) if training.loss == "rc" and training.real else None
     real = reweighted.real if reweighted else training.real
     order = torch.Generator().manual_seed(training.seed)
@@ -134,10 +134,13 @@ def step_losses(training: Training) -> Generator[Encoded | Tensor, Tensor, None]
         if reweighted and step and step % training.steps_per_pass == 0:
             reweighted.update(learner)
         (x, y), (u, v), (s, c) = next(pool), next(labelled), next(synthetic)
-        logits = yield Encoded.joined([images for images in (x, u, s) if images is not None])
-        z_r, z_l, z_s = torch.split(logits, [len(y), len(v), len(c)])
-        l_r, l_s = _mean(loss, z_r, y), _mean(cross_entropy, z_s, c)
-        l_l = _mean(cross_entropy, only(z_l, among), v)
+        joined = Encoded.joined([images for images in (x, u, s) if images is not None])
+        del x, u, s  # the pass needs their memory
+        logits = yield joined
+        z = iter(torch.split(logits, [len(of) for of in (y, v, c) if len(of)]))
+        l_r = loss(next(z), y) if len(y) else 0.0
+        l_l = cross_entropy(only(next(z), among), v) if len(v) else 0.0
+        l_s = cross_entropy(next(z), c) if len(c) else 0.0
         yield l_r + weight * l_l + beta * l_s  # type: ignore[misc]  # some source has images
 
 
@@ -218,13 +221,6 @@ class _Run:
     def last_loss(self) -> float:
         last = self.read[-max(1, self.steps // 10) :]
         return sum(last) / len(last)
-
-
-Loss = Callable[[Tensor, Tensor], Tensor]  # logits (B, C) and targets -> the mean loss
-
-
-def _mean(loss: Loss, logits: Tensor, targets: Tensor) -> Tensor | float:
-    return loss(logits, targets) if len(targets) else 0.0
 
 
 def _batches(
