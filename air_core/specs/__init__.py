@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import MISSING, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from air_core.components import (
     AUXILIARIES,
@@ -32,6 +32,8 @@ from air_core.specs.conditions import (
     uses_images,
 )
 
+S = TypeVar("S")
+
 
 def knob(default: Any, help: str, **facts: Any) -> Any:
     """A settings field with a default and one line of help.
@@ -56,9 +58,10 @@ def group(default: Any, **facts: Any) -> Any:
     return field(default=default, metadata=facts)
 
 
-def _only(kind: Any, settings: Any) -> Any:
+def _only(kind: type[S], settings: Any) -> S:
     """The part of settings that their base class `kind` declares."""
-    return kind(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(kind)})
+    names = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    return kind(**{name: getattr(settings, name) for name in names})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +85,6 @@ Paradigm = Literal["ul", "ssl", "trzsl"]
 
 
 # ---------------------------------------------------------------- settings
-
-MAX_IMAGES = 1_000_000  # of a class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,9 +158,6 @@ class InitialLabelsSettings:
 
 
 LoraSource = Literal["all", "pseudo", "labelled"]
-LORA_SOURCE = "training images where some have labels: all, pseudo or labelled"
-
-
 Templates = str | tuple[str, ...]
 SEVERAL = "; of a list, image i has text i modulo their number; `class = text` is of one class"
 
@@ -192,11 +190,14 @@ class LoraSettings(LoraTraining):
     """`lora: null` turns LoRA off."""
 
     scale: float = knob(1.0, "weight of the adapters when images are generated", ge=0, le=2)
-    source: LoraSource = knob("all", LORA_SOURCE, used_if=lambda s: s.paradigm != "ul")
+    source: LoraSource = knob(
+        "all",
+        "training images where some have labels: all, pseudo or labelled",
+        used_if=lambda s: s.paradigm != "ul",
+    )
 
     def training(self) -> LoraTraining:
-        part: LoraTraining = _only(LoraTraining, self)
-        return part
+        return _only(LoraTraining, self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,19 +206,14 @@ class GenerationSettings:
 
     seed: int = knob(0, "changes every image", ge=0, used_if=draws_images)
     template: Templates = knob(
-        "a photo of a {}",
-        "prompt, with one {} for the class name" + SEVERAL,
-        used_if=draws_images,
+        "a photo of a {}", "prompt, with one {} for the class name" + SEVERAL, used_if=draws_images
     )
     guidance_scale: float = knob(7.5, "classifier-free guidance", ge=0, used_if=draws_images)
     num_inference_steps: int = knob(25, "denoising steps", ge=1, used_if=draws_images)
     size: int = knob(512, "side of the square image, in pixels", ge=8)
     # Pixels depend on the composition of a batch, so a block is one batch and part of the key.
     block: int = knob(
-        8,
-        "images of one class that are generated together",
-        ge=1,
-        used_if=uses_images,
+        8, "images of one class that are generated together", ge=1, used_if=uses_images
     )
     precision: Precision = knob("bf16", "of the weights and the computation", used_if=draws_images)
 
@@ -251,10 +247,7 @@ class AuxiliarySettings:
     )
     neighbours: int = knob(16, "knn: nearest images per class that are averaged", ge=1)
     rounds: int = knob(
-        1,
-        "selections of real images in each iteration",
-        ge=1,
-        used_if=selects_real_images,
+        1, "selections of real images in each iteration", ge=1, used_if=selects_real_images
     )
     k: int = knob(
         32,
@@ -394,49 +387,23 @@ class EvidenceScoring:
 class EvidenceSettings(EvidenceScoring):
     """Classification of pool images by the denoising error of the diffusion model."""
 
-    draws: int = knob(
-        0,
-        "draws of noise per image and class; 0: no evidence",
-        ge=0,
-        le=1000,
-    )
+    draws: int = knob(0, "draws of noise per image and class; 0: no evidence", ge=0, le=1000)
     images: int | None = knob(
-        None,
-        "pool images that are scored, a random sample; null: all of the pool",
-        ge=1,
+        None, "pool images that are scored, a random sample; null: all of the pool", ge=1
     )
-    weight: float = knob(
-        0.3,
-        "share of the evidence in the scores of the pool",
-        ge=0,
-        le=1,
-    )
+    weight: float = knob(0.3, "share of the evidence in the scores of the pool", ge=0, le=1)
     schedule: Literal["fixed", "annealed"] = knob(
         "fixed",
         "annealed: the weight falls linearly to 0 over the iterations",
         used_if=lambda s: s.iterations > 1,
     )
-    confidence: float = knob(
-        0.8,
-        "mean largest probability of the evidence",
-        gt=0,
-        lt=1,
-    )
+    confidence: float = knob(0.8, "mean largest probability of the evidence", gt=0, lt=1)
     balance: Literal["none", "sinkhorn"] = knob(
-        "none",
-        "sinkhorn: all classes get the same share of the pool",
+        "none", "sinkhorn: all classes get the same share of the pool"
     )
 
     def scoring(self) -> EvidenceScoring:
-        part: EvidenceScoring = _only(EvidenceScoring, self)
-        return part
-
-
-ImagesFrom = Literal["generator", "lora_images", "true_labels", "shifted_labels"]
-IMAGES_FROM = (
-    "lora_images: the images that the LoRA is trained on (control); bounds: true_labels: pool "
-    "images under their true labels; shifted_labels: synthetic ones, each as the next class"
-)
+        return _only(EvidenceScoring, self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -471,11 +438,16 @@ class TrialSettings(SplitSettings):
         120,
         "synthetic images per class that the trial reads",
         ge=0,
-        le=MAX_IMAGES,
+        le=1_000_000,
         used_if=fills_bank,
         unused=0,
     )
-    images_from: ImagesFrom = knob("generator", IMAGES_FROM, used_if=fills_bank)
+    images_from: Literal["generator", "lora_images", "true_labels", "shifted_labels"] = knob(
+        "generator",
+        "lora_images: the images that the LoRA is trained on (control); bounds: true_labels: pool "
+        "images under their true labels; shifted_labels: synthetic ones, each as the next class",
+        used_if=fills_bank,
+    )
     fidelity: FidelitySettings = group(FidelitySettings(), used_if=selects_images)
     auxiliary: AuxiliarySettings = group(AuxiliarySettings(), used_if=uses_auxiliary)
     fusion_weight: float = knob(
@@ -511,5 +483,4 @@ class TrialSettings(SplitSettings):
 
     @property
     def split(self) -> SplitSettings:
-        part: SplitSettings = _only(SplitSettings, self)
-        return part
+        return _only(SplitSettings, self)

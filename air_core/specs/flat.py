@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from air_core.components import REGISTRIES, Registry, computed_from_registries
 from air_core.specs import Ref, TrialSettings
@@ -70,10 +69,8 @@ def fields_of(flat: Mapping[str, Any]) -> dict[str, Any]:
             nested.setdefault(head, {})[rest] = value
         else:
             plain[head] = value
-    for head, values in nested.items():
-        if head not in plain:
-            plain[head] = _settings_classes()[head](**values)
-    return plain
+    groups = {head: settings_groups()[head](**values) for head, values in nested.items()}
+    return groups | plain
 
 
 def to_flat(spec: TrialSettings) -> dict[str, Any]:
@@ -99,7 +96,7 @@ def _keys(owner: Any, prefix: str) -> Iterator[Key]:
     for f in dataclasses.fields(owner):
         if f.name == OWN:
             continue
-        inner = _settings_class(hints[f.name])
+        inner = _settings_in(hints[f.name])
         if inner is Ref:
             yield Key(name=prefix + f.name, type=str, default=None, limits={}, help=REFS[f.name])
         elif inner is not None:
@@ -128,22 +125,18 @@ REFS = {
 }
 
 
-@cache
-def _settings_classes() -> dict[str, Any]:  # evaluating annotations is slow
-    hints = typing.get_type_hints(TrialSettings)
-    return {name: _settings_class(hint) for name, hint in hints.items()}
+@cache  # evaluating annotations is slow
+def settings_groups() -> dict[str, Any]:
+    """The dataclass of each group of settings, such as `lora`."""
+    found = {
+        name: _settings_in(hint) for name, hint in typing.get_type_hints(TrialSettings).items()
+    }
+    return {name: kind for name, kind in found.items() if kind not in (None, Ref)}
 
 
-def _settings_class(hint: Any) -> Any:
-    """The dataclass inside an annotation, through `| None`; None if there is none."""
-    if typing.get_origin(hint) is Annotated:
-        hint = typing.get_args(hint)[0]
-    options = (
-        typing.get_args(hint)
-        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-        else (hint,)
-    )
-    return next((o for o in options if dataclasses.is_dataclass(o)), None)
+def _settings_in(hint: Any) -> Any:
+    """The dataclass in an annotation such as `LoraSettings | None`; None if there is none."""
+    return next(filter(dataclasses.is_dataclass, (hint, *typing.get_args(hint))), None)
 
 
 def _flat(spec: Any, kind: Any, prefix: str) -> Iterator[tuple[str, Any]]:

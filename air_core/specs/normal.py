@@ -6,7 +6,7 @@ Imports the standard library only.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from operator import attrgetter
@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 from air_core.components import DATASETS, REGISTRIES, Own, Registry, computed_from_registries
 from air_core.specs import LoraSettings, Ref, TrialSettings
 from air_core.specs.conditions import reads_lora_images
-from air_core.specs.flat import trial_keys
+from air_core.specs.flat import settings_groups
 
 Condition = Callable[[TrialSettings], bool]
 
@@ -37,18 +37,16 @@ def _normalised(spec: TrialSettings) -> TrialSettings:
 
 def _with_unused_reset(spec: TrialSettings) -> TrialSettings:
     """Reset the fields whose conditions in `air_core.specs`, or components, do not use them."""
-    changes: dict[str, Any] = {}
-    inner: dict[str, dict[str, Any]] = {}
+    changes: dict[str, dict[str, Any]] = {}
     for rule in rules():
         settings = getattr(spec, rule.group) if rule.group else spec
         if settings is None or getattr(settings, rule.name) == rule.unused:
             continue
         if not rule.used_if(spec):
-            (inner.setdefault(rule.group, {}) if rule.group else changes)[rule.name] = rule.unused
-    for group, values in inner.items():
-        if group not in changes:
-            changes[group] = replace(getattr(spec, group), **values)
-    return replace(spec, **changes) if changes else spec
+            changes.setdefault(rule.group, {})[rule.name] = rule.unused
+    own = changes.pop("", {})
+    groups = {name: replace(getattr(spec, name), **values) for name, values in changes.items()}
+    return replace(spec, **groups | own) if groups or own else spec
 
 
 @dataclass(frozen=True)
@@ -65,26 +63,15 @@ class Rule:
 @cache
 def rules() -> tuple[Rule, ...]:
     """One rule for each field with a condition, or that only some components read."""
-    groups = {key.name.partition(".")[0] for key in trial_keys().values() if "." in key.name}
-    owners = {"": TrialSettings} | {g: type(_default(TrialSettings, g)) for g in sorted(groups)}
-    found = [rule for group, owner in owners.items() for rule in _rules_of(group, owner)]
-    for registry in REGISTRIES.values():
-        owner = owners[registry.group]
-        found += [
-            Rule(registry.group, name, _reader(registry, name), _default(owner, name))
-            for name in sorted(registry.conditional)
-        ]
+    found = []
+    for group, owner in {"": TrialSettings, **settings_groups()}.items():
+        readers = [one for one in REGISTRIES.values() if one.group == group]
+        for f in dataclasses.fields(owner):
+            conditions = [f.metadata["used_if"]] if "used_if" in f.metadata else []
+            conditions += [_reader(one, f.name) for one in readers if f.name in one.conditional]
+            unused = f.metadata.get("unused", f.default)
+            found += [Rule(group, f.name, condition, unused) for condition in conditions]
     return tuple(found)
-
-
-def _rules_of(group: str, owner: type) -> Iterator[Rule]:
-    for f in dataclasses.fields(owner):
-        if used_if := f.metadata.get("used_if"):
-            yield Rule(group, f.name, used_if, f.metadata.get("unused", f.default))
-
-
-def _default(owner: type, name: str) -> Any:
-    return next(f.default for f in dataclasses.fields(owner) if f.name == name)
 
 
 def _reader(registry: Registry, name: str) -> Condition:
