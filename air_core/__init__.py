@@ -2,7 +2,7 @@
 
 Read in this order: `method` (the paper, top to bottom) and `methods` (the table of methods), then
 `specs` and `types` (inputs and results), `backbone`, `classifiers`, `auxiliary`, `pseudo_labels`,
-`prompts`, `training`, `evaluation`, and `lora_labels` and `diffusion` for LoRA and images. The
-package does not depend on a store, cluster or tracker. Loading a model turns off downloads from the
-Hugging Face hub in the process, see `weights.stay_offline`.
+`prompts`, `losses`, `training`, `evaluation`, and `diffusion` for LoRA and images. The package does
+not depend on a store, cluster or tracker. Loading a model turns off downloads from the Hugging Face
+hub in the process, see `weights.stay_offline`.
 """

@@ -11,9 +11,9 @@ round uses the learned prompt as its text classifier. `Trial` has the steps of a
     K_t   images per class that are pseudo-labelled in round t
     β     weight of the loss on synthetic images, `synthetic_weight`
 
-LoRA and image generation come before (`air_core.lora_labels`, `air_core.diffusion`); here images
-are features. Without synthetic images this is the host method, with labelled images alone CoOp or
-VPT. docs/method.md lists which details are from the paper and which are inferred.
+LoRA and image generation come before (`air_core.diffusion`); here images are features. Without
+synthetic images this is the host method, with labelled images alone CoOp or VPT. docs/method.md
+lists which details are from the paper and which are inferred.
 """
 
 from __future__ import annotations

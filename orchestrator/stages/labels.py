@@ -23,7 +23,7 @@ class LabelsSpec(StageSpec):
     stage, title = "labels", "pseudo-labels"
     modules = (
         "air_core.backbone.loading",
-        "air_core.lora_labels",
+        "air_core.diffusion.lora_labels",
         "air_core.models.tokens",
         "air_core.paradigms",
     )
@@ -51,7 +51,7 @@ def build(
 ) -> Artifact:
     """Select the images that a LoRA is trained on: pseudo-labelled and labelled ones."""
     from air_core.classifiers import text_classifier
-    from air_core.lora_labels import lora_images
+    from air_core.diffusion.lora_labels import lora_images
 
     def write(folder: Path) -> dict[str, Any]:
         target = read_target(spec.features, spec.split, worker.store)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from safetensors.numpy import load_file
 
-from air_core.lora_labels import first_of_each_class
+from air_core.diffusion.lora_labels import first_of_each_class
 from air_core.method import TrialData
 from air_core.specs.conditions import fills_bank
 from air_core.types import Classes, Labelled
