@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from types import ModuleType
 from typing import Any
 
@@ -14,11 +15,11 @@ from air_core.arithmetic import sums_in_one_order
 from air_core.backbone.clip import Backbone
 from air_core.components import BACKBONES
 from air_core.models.configs import check_tokenizer_config
-from air_core.models.weights import MERGES, ClipFile, ClipFolder, find_backbone, stay_offline
+from air_core.models.weights import MERGES, ClipWeights, find_backbone, stay_offline
 
 
 def load_backbone(
-    name: str | Path | ClipFolder | ClipFile, device: str = "cpu", precision: str = "fp32"
+    name: str | Path | ClipWeights, device: str = "cpu", precision: str = "fp32"
 ) -> Backbone:
     """Load a frozen CLIP or SigLIP. Downloads nothing and runs no code from a folder.
 
@@ -42,44 +43,37 @@ def load_backbone(
     return backbone
 
 
-def _loaded(name: str | Path | ClipFolder | ClipFile, device: str, precision: str) -> Backbone:
+def _loaded(name: str | Path | ClipWeights, device: str, precision: str) -> Backbone:
     if isinstance(name, str) and name in BACKBONES:
         plugin: Backbone = BACKBONES.load(name)(device, precision)
         return plugin
-    match find_backbone(str(name) if isinstance(name, Path) else name):
-        case ClipFolder() as found:
-            return _from_folder(found, device, precision)
-        case ClipFile() as found:
-            return _from_file(found, device, precision)
-
-
-def _from_folder(found: ClipFolder, device: str, precision: str) -> Backbone:
-    # Without require_pretrained, open_clip only warns of missing weights and returns random ones.
-    with _explained(found.weights, str(found.path), found.model):
+    found = find_backbone(str(name) if isinstance(name, Path) else name)
+    options: dict[str, Any] = {}
+    if found.preprocess is not None:
+        options = {f"image_{name}": value for name, value in found.preprocess.items()}
+        # For a file open_clip does not know the activation function of the pretrained tag.
+        options["force_quick_gelu"] = bool(found.model.get("quick_gelu"))
+        options["pretrained"] = str(found.path)
+    with _named(found):
+        # Without require_pretrained, open_clip only warns of missing weights and returns random
+        # ones.
         model, _, preprocess = _open_clip(found.model).create_model_and_transforms(
-            f"local-dir:{found.path}",
-            device=device,
-            precision=precision,
-            require_pretrained=True,
-            weights_only=True,
+            found.name, precision=precision, require_pretrained=True, weights_only=True, **options
         )
-    return Backbone(model, preprocess, _tokenizer(found.model, found.path))
+        tokenizer = _tokenizer(found.model, found.tokenizer)
+    return Backbone(model.to(device), preprocess, tokenizer)
 
 
-def _from_file(found: ClipFile, device: str, precision: str) -> Backbone:
-    with _explained(found.weights, found.architecture, found.model):
-        model, _, preprocess = _open_clip(found.model).create_model_and_transforms(
-            found.architecture,
-            pretrained=str(found.weights),
-            device=device,
-            precision=precision,
-            weights_only=True,
-            # For a file open_clip does not know the activation function of the pretrained tag.
-            force_quick_gelu=bool(found.model.get("quick_gelu")),
-            **{f"image_{name}": value for name, value in found.preprocess.items()},
-        )
-    folder = found.tokenizer[0].parent if found.tokenizer else None
-    return Backbone(model, preprocess, _tokenizer(found.model, folder))
+@contextmanager
+def _named(found: ClipWeights) -> Iterator[None]:
+    """Name the file or folder in errors of open_clip and transformers, which are of many types."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {shorten(str(error), 500)}"
+        raise ValueError(f"{found.path} cannot be loaded as {found.name}: {why}") from error
 
 
 OPTIONAL = ("timm", "transformers")  # optional dependencies of open_clip
@@ -125,16 +119,13 @@ def _tokenizer(config: dict[str, Any], folder: Path | None) -> Any:
     if text.get("hf_tokenizer_name"):
         assert folder is not None
         check_tokenizer_config(folder)
-        try:
-            tokenizer = HFTokenizer(
-                str(folder),
-                tokenizer_mode=text.get("tokenizer_mode"),
-                trust_remote_code=False,
-                local_files_only=True,
-                **options,
-            )
-        except Exception as error:  # transformers raises many types for invalid files
-            raise ValueError(f"{folder} contains no readable tokenizer: {error}") from error
+        tokenizer = HFTokenizer(
+            str(folder),
+            tokenizer_mode=text.get("tokenizer_mode"),
+            trust_remote_code=False,
+            local_files_only=True,
+            **options,
+        )
         if tokenizer.tokenizer.padding_side != "right":
             raise ValueError(
                 f"the tokenizer in {folder} pads texts on the left, but CLIP and SigLIP read "
@@ -145,59 +136,3 @@ def _tokenizer(config: dict[str, Any], folder: Path | None) -> Any:
     if folder is not None and (folder / MERGES).is_file():
         options = {"bpe_path": str(folder / MERGES), **options}
     return SimpleTokenizer(**options)
-
-
-# ---------------------------------------------------------------- weights that do not fit
-
-
-@contextmanager
-def _explained(weights: Path, architecture: str, config: dict[str, Any]) -> Iterator[None]:
-    """Turn errors of open_clip about weights into one message."""
-    try:
-        yield
-    except Exception as error:
-        why = _misfit(weights, config)
-        if why is None:
-            raise
-        raise ValueError(f"{weights} does not fit {architecture}: {why}") from error
-
-
-def _misfit(weights: Path, config: dict[str, Any]) -> str | None:
-    """Why weights do not fit, by the first tensor that does not match; None if they fit."""
-    import torch
-    from open_clip.convert import convert_state_dict
-    from open_clip.factory import load_state_dict
-    from open_clip.model import CLIP, CustomTextCLIP, convert_to_custom_text_state_dict
-
-    try:
-        found = load_state_dict(str(weights))
-    except Exception as error:  # each file format raises other types
-        first = str(error).strip().partition("\n")[0]
-        return (
-            f"it cannot be read ({first}); save the state_dict, which "
-            "contains only tensors, as .safetensors"
-        )
-    kind = CustomTextCLIP if config.get("custom_text") else CLIP
-    built = {name: value for name, value in config.items() if name != "custom_text"}
-    # open_clip does the same if a file has all weights.
-    built["vision_cfg"] = {**config["vision_cfg"], "timm_model_pretrained": False}
-    try:
-        with torch.device("meta"):
-            model = kind(**built)
-    except Exception as error:  # inconsistent sizes, or an unknown architecture of timm
-        first = str(error).strip().partition("\n")[0]
-        return f"open_clip cannot build its configuration ({type(error).__name__}: {first})"
-    found = convert_state_dict(model, found)
-    if kind is CustomTextCLIP and "positional_embedding" in found:
-        found = convert_to_custom_text_state_dict(found)
-    wanted = model.state_dict()
-    for name, tensor in wanted.items():
-        if name not in found:
-            if name == "logit_bias":  # open_clip uses 0
-                continue
-            return f"it has no tensor {name}"
-        here, there = tuple(tensor.shape), tuple(found[name].shape)
-        # open_clip interpolates positions of another grid.
-        if here != there and not name.endswith("positional_embedding"):
-            return f"{name} has shape {there}, but {here} in the architecture"
-    return next((f"the architecture has no tensor {n}" for n in found if n not in wanted), None)

@@ -30,12 +30,9 @@ from safetensors.numpy import load, save
 from air_core.bundle.checks import FUSED, PROMPT, TEXT, Arrays, check_arrays, classifiers
 from air_core.bundle.content import ONNX, BackboneContent, Content, checked_content
 from air_core.models.weights import (
-    ClipFile,
-    ClipFolder,
+    ClipWeights,
     find_backbone,
     public_backbone,
-    weights_files,
-    weights_settings,
 )
 from air_core.seal import intact, sealed_json
 
@@ -112,7 +109,7 @@ class Manifest:
             )
         return self.folder / ONNX
 
-    def backbone(self, weights: str | None = None) -> ClipFolder | ClipFile:
+    def backbone(self, weights: str | None = None) -> ClipWeights:
         """Find the backbone on this machine and compare its digests with the recorded ones.
 
         Args:
@@ -156,7 +153,7 @@ def weights_description(name: str) -> dict[str, Any]:
         ValueError: the backbone is not on this machine.
     """
     found = find_backbone(name)
-    public = name == "tiny" or (isinstance(found, ClipFile) and "@" not in name)
+    public = name == "tiny" or (bool(found.settings) and "@" not in name)
     return {
         "name": name if public else None,
         "open_clip": _arguments(name, found),
@@ -165,27 +162,26 @@ def weights_description(name: str) -> dict[str, Any]:
     }
 
 
-def _digests(found: ClipFolder | ClipFile) -> dict[str, str]:
+def _digests(found: ClipWeights) -> dict[str, str]:
     """SHA-256 of each file, by its path relative to the common folder."""
-    files = weights_files(found)
+    files = found.files
     top = os.path.commonpath([path.parent for path in files])
     return {path.relative_to(top).as_posix(): _file_digest(path) for path in files}
 
 
-def _settings(found: ClipFolder | ClipFile) -> dict[str, Any]:
-    settings = weights_settings(found)
-    return dict(json.loads(json.dumps(settings)))  # turns tuples into lists, as JSON does
+def _settings(found: ClipWeights) -> dict[str, Any]:
+    return dict(json.loads(json.dumps(found.settings)))  # turns tuples into lists, as JSON does
 
 
-def _arguments(name: str, found: ClipFolder | ClipFile) -> dict[str, Any]:
+def _arguments(name: str, found: ClipWeights) -> dict[str, Any]:
     """Arguments of open_clip.create_model_and_transforms, without paths of this machine."""
-    if not isinstance(found, ClipFile):
+    if not found.settings:
         return {"model_name": "local-dir:FOLDER"}
     _, slash, tag = name.partition("/")
     known = slash and "@" not in name
     return {
-        "model_name": found.architecture,
-        "pretrained": tag if known else found.weights.name,
+        "model_name": found.name,
+        "pretrained": tag if known else found.path.name,
         "force_quick_gelu": bool(found.model.get("quick_gelu")),
     }
 
@@ -200,7 +196,7 @@ def _in_words(backbone: BackboneContent) -> str:
     return f"{architecture} ({', '.join(files[:SHOWN])}{more})"
 
 
-def _difference(wanted: BackboneContent, found: ClipFolder | ClipFile) -> str:
+def _difference(wanted: BackboneContent, found: ClipWeights) -> str:
     """The first difference between two backbones; empty if they are the same."""
     then, now = wanted.files, _digests(found)
     for name in sorted({*then, *now}):

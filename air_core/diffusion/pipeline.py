@@ -27,14 +27,14 @@ from air_core.arithmetic import sums_in_one_order
 from air_core.captions import text_of
 from air_core.diffusion import image_seed
 from air_core.diffusion.denoiser import denoiser_class, network, network_name
-from air_core.models.configs import check_part_configs, pipeline_index, pipeline_parts
-from air_core.models.families import check_denoiser
-from air_core.models.weights import (
+from air_core.models.configs import (
     PIPELINE_CONFIG,
-    generator_parts,
-    is_distilled,
-    stay_offline,
+    check_part_configs,
+    pipeline_index,
+    pipeline_parts,
 )
+from air_core.models.families import check_denoiser
+from air_core.models.weights import is_distilled, stay_offline
 from air_core.specs import GenerationSettings, Precision
 
 # B images, H height, W width.
@@ -212,11 +212,8 @@ def load_pipeline(model: Path, dtype: torch.dtype = torch.float32) -> Any:
     """
     sums_in_one_order()
     stay_offline()
-    index = model / PIPELINE_CONFIG
-    if not index.is_file():  # otherwise diffusers tries the network
-        raise ValueError(f"{model} is not a diffusers folder: it has no {PIPELINE_CONFIG}")
-    named = pipeline_index(index)
-    for part in pipeline_parts(named):
+    named = pipeline_index(model)
+    for part in pipeline_parts(model):
         check_part_configs(model / part)
     check_classes(model)
     import diffusers
@@ -262,7 +259,7 @@ def check_classes(model: Path) -> None:
     import diffusers
 
     index = model / PIPELINE_CONFIG
-    name = pipeline_index(index)["_class_name"]
+    name = pipeline_index(model)["_class_name"]
     kind = getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
         raise ValueError(
@@ -275,7 +272,7 @@ def check_classes(model: Path) -> None:
             "holds all parts of its pipeline"
         )
     _check_draws_from_text(kind, model)
-    for part, (library, name) in generator_parts(model).items():
+    for part, (library, name) in pipeline_parts(model).items():
         kind = getattr(diffusers, name, None)
         plain = (diffusers.ModelMixin, diffusers.SchedulerMixin)
         if library == "diffusers" and not (isinstance(kind, type) and issubclass(kind, plain)):

@@ -15,6 +15,7 @@ from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any
 
+PIPELINE_CONFIG = "model_index.json"
 LIBRARIES = ("diffusers", "transformers")  # of a pipeline's parts; other libraries are not trusted
 UNREAD = "safety_checker"  # part of a pipeline that is never loaded
 PLAIN_ATTENTION = (None, "eager", "sdpa")  # transformers downloads compiled code for others
@@ -30,16 +31,27 @@ TOKENIZER = ("clean", "strip_sep_token", "language")  # the constructor also acc
 CLEAN = ("canonicalize", "lower", "whitespace")
 
 
+def plain_file(file: Path) -> Path:
+    """The file; reading a pipe would block.
+
+    Raises:
+        ValueError: there is no file.
+    """
+    if not file.is_file():
+        raise ValueError(
+            f"{file} is missing, or is no file but a broken link, a folder or a device"
+        )
+    return file
+
+
 def json_object(file: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
         ValueError: the file cannot be read, is not JSON, or contains no object.
     """
-    if not file.is_file():  # reading a pipe would block
-        raise ValueError(f"{file} is a broken link, a folder or a device, not a file")
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(plain_file(file).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as problem:
         raise ValueError(
             f"{file} cannot be read: {problem}; correct, download or copy it again"
@@ -130,12 +142,13 @@ def check_tokenizer_config(folder: Path) -> None:
 # ---------------------------------------------------------------- diffusers
 
 
-def pipeline_index(file: Path) -> dict[str, Any]:
+def pipeline_index(folder: Path) -> dict[str, Any]:
     """Read the `model_index.json` of a diffusers folder and check the classes that it names.
 
     Raises:
         ValueError: it cannot be read, or names code of the folder or of another package.
     """
+    file = folder / PIPELINE_CONFIG
     index = json_object(file)
     kind = index.get("_class_name")
     if not _is_name(kind):
@@ -160,15 +173,15 @@ def pipeline_index(file: Path) -> dict[str, Any]:
     return index
 
 
-def pipeline_parts(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """The parts of a pipeline that are loaded, each with its library and class.
+def pipeline_parts(folder: Path) -> dict[str, tuple[str, str]]:
+    """Subfolders of a pipeline, each with its library and class, without the safety checker.
 
-    >>> pipeline_parts({"_class_name": "P", "vae": ["diffusers", "V"], "unet": [None, None]})
-    {'vae': ('diffusers', 'V')}
+    Raises:
+        ValueError: see `pipeline_index`.
     """
     return {
         part: (value[0], value[1])
-        for part, value in index.items()
+        for part, value in pipeline_index(folder).items()
         if not part.startswith("_")
         and part != UNREAD
         and isinstance(value, list)

@@ -10,7 +10,7 @@ from typing import Any
 
 from air_core.models.configs import json_object, pipeline_index
 from air_core.models.families import family_of
-from air_core.models.weights import PIPELINE_CONFIG, is_distilled, scheduler_config
+from air_core.models.weights import is_distilled, scheduler_config
 
 FEW_STEPS = {"num_inference_steps": 4, "guidance_scale": 0.0}  # of distilled models
 # FLUX.1: the configuration of its transformer has no size; diffusers' pipeline has this number.
@@ -28,7 +28,7 @@ def drawing_defaults(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: a file cannot be read.
     """
-    is_flux = pipeline_index(folder / PIPELINE_CONFIG)["_class_name"] == FLUX
+    is_flux = pipeline_index(folder)["_class_name"] == FLUX
     denoiser = _config(folder, "unet") or _config(folder, "transformer")
     vae = _config(folder, "vae")
     found: dict[str, Any] = {}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from air_core.models.configs import pipeline_index
-from air_core.models.weights import PIPELINE_CONFIG, scheduler_config
+from air_core.models.weights import scheduler_config
 
 PREDICTIONS = ("epsilon", "v_prediction")
 
@@ -61,7 +61,7 @@ def family_of(folder: Path) -> Family | None:
     Raises:
         ValueError: its index cannot be read.
     """
-    return FAMILIES.get(pipeline_index(folder / PIPELINE_CONFIG)["_class_name"])
+    return FAMILIES.get(pipeline_index(folder)["_class_name"])
 
 
 def check_denoiser(folder: Path, remedy: str = "") -> None:
@@ -75,7 +75,7 @@ def check_denoiser(folder: Path, remedy: str = "") -> None:
     """
     remedy = remedy and f"; {remedy}"
     if family_of(folder) is None:
-        kind = pipeline_index(folder / PIPELINE_CONFIG)["_class_name"]
+        kind = pipeline_index(folder)["_class_name"]
         names = ", ".join(family.name for family in FAMILIES.values())
         raise ValueError(
             f"{folder} is a {kind}, which can only draw; LoRA and evidence support {names}{remedy}"

@@ -12,10 +12,10 @@ import string
 from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from air_core.components import BACKBONES
-from air_core.models.weights import MERGES, MOST_MERGES, ClipFolder, find_backbone
+from air_core.models.weights import MERGES, MOST_MERGES, find_backbone
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -70,7 +70,8 @@ def check_room(backbone: str, classnames: tuple[str, ...], template: str, length
     """
     if backbone in BACKBONES:  # its own tokenizer reads the names
         return
-    text, folder = _text_tower(backbone)
+    found = find_backbone(backbone)
+    text, folder = found.model["text_cfg"], found.tokenizer
     context = text.get("context_length", CONTEXT_LENGTH)
     hugging_face = bool(text.get("hf_tokenizer_name"))
     options = text.get("tokenizer_kwargs") or {}
@@ -120,15 +121,6 @@ def _count(text: str, room: int, clean: str, hugging_face: bool, folder: Path | 
     own = folder / MERGES if folder is not None else None
     tokenizer = _of_clip(own if own is not None and own.is_file() else _clip_merges())
     return len(tokenizer.encode(_cleaned(text, clean)).ids) + 2
-
-
-def _text_tower(backbone: str) -> tuple[dict[str, Any], Path | None]:
-    """The text configuration of a backbone, and the folder of its tokenizer."""
-    found = find_backbone(backbone)
-    if isinstance(found, ClipFolder):
-        return found.model["text_cfg"], found.path
-    folder = found.tokenizer[0].parent if found.tokenizer else None
-    return found.model["text_cfg"], folder
 
 
 def _clip_merges() -> Path:

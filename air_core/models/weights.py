@@ -15,27 +15,28 @@ import os
 import sys
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile
+from zipfile import BadZipFile, ZipFile
 
 from air_core import components
 from air_core.models.configs import (
+    PIPELINE_CONFIG,
     check_clip_config,
     check_part_configs,
     json_object,
-    pipeline_index,
     pipeline_parts,
+    plain_file,
 )
 
 CLIP_CONFIG = "open_clip_config.json"
-PIPELINE_CONFIG = "model_index.json"
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+WEIGHTS = (*SUFFIXES, ".ckpt")
 HUB_WEIGHTS = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
@@ -50,15 +51,9 @@ BACKBONES = (
 )
 GENERATORS = f"tiny, a folder with {PIPELINE_CONFIG}, or owner/name of the Hugging Face hub"
 AGAIN = "download or copy it again"
-LFS = b"version https://git-lfs"  # start of a Git LFS pointer
-CONFIGS = tuple(
-    f"{prefix}config.json"
-    for prefix in ("", "scheduler_", "tokenizer_", "preprocessor_", "processor_")
-)
 TOKENIZERS = ("Tokenizer", "TokenizerFast")
 WEIGHTLESS = (*TOKENIZERS, "Scheduler", "Processor", "Extractor")
 VIT = ("vit_", "eva", "test_vit")  # beginnings of names of vision transformers in timm
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 TEXTS = (".json", ".txt", ".model", ".tiktoken", ".jinja")  # files of a tokenizer
 # What a pipeline reads of a repository: others hold the same weights in several formats.
 DOWNLOAD = (
@@ -84,23 +79,26 @@ def scheduler_config(generator: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class ClipFolder:
-    """An open_clip folder, with the configuration of its model."""
+class ClipWeights:
+    """The files of a CLIP, and the settings with which open_clip reads them."""
 
-    path: Path
-    model: dict[str, Any]  # checked configuration
-    weights: Path  # the file that open_clip reads
+    name: str  # for open_clip: an architecture, or local-dir:<folder>
+    path: Path  # of the weights file, or of the folder
+    model: dict[str, Any]  # open_clip's configuration; that of a folder is checked
+    files: tuple[Path, ...]  # which the digest covers, in a stable order
+    tokenizer: Path | None  # the folder of its files; None: CLIP's tokenizer
+    preprocess: dict[str, Any] | None = None  # mean, std and others; None: as the folder says
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings that determine the results besides the files; empty for a folder.
 
-@dataclass(frozen=True)
-class ClipFile:
-    """Weights of an architecture that open_clip knows."""
-
-    architecture: str
-    weights: Path
-    model: dict[str, Any]  # open_clip's configuration of the architecture
-    preprocess: dict[str, Any]  # mean, std, interpolation, resize_mode; empty for OpenAI's values
-    tokenizer: tuple[Path, ...] = field(default=())  # files of a Hugging Face tokenizer
+        One weights file gives other results under another architecture, because of the activation
+        function and the preprocessing.
+        """
+        if self.preprocess is None:
+            return {}
+        return {"model_cfg": self.model, "preprocess_cfg": self.preprocess}
 
 
 def stay_offline() -> None:
@@ -139,31 +137,7 @@ def local_path(name: str | Path) -> Path:
 # ---------------------------------------------------------------- backbones
 
 
-def weights_files(name: str | ClipFolder | ClipFile) -> list[Path]:
-    """All files of a backbone, which its digest covers, in a stable order.
-
-    Raises:
-        ValueError: the name is unknown, or the files are not on this machine.
-    """
-    found = find_backbone(name)
-    if isinstance(found, ClipFolder):
-        return sorted(path for path in found.path.rglob("*") if path.is_file())
-    return [found.weights, *found.tokenizer]
-
-
-def weights_settings(name: str | ClipFolder | ClipFile) -> dict[str, Any]:
-    """Settings that determine a backbone's results besides its files; empty for a folder.
-
-    One weights file gives other results under another architecture, because of the activation
-    function and the preprocessing.
-    """
-    found = find_backbone(name)
-    if isinstance(found, ClipFolder):
-        return {}
-    return {"model_cfg": found.model, "preprocess_cfg": found.preprocess}
-
-
-def find_backbone(name: str | ClipFolder | ClipFile) -> ClipFolder | ClipFile:
+def find_backbone(name: str | ClipWeights) -> ClipWeights:
     """Find the weights of a backbone by name. A result of this function is returned unchanged.
 
     Raises:
@@ -180,16 +154,11 @@ def find_backbone(name: str | ClipFolder | ClipFile) -> ClipFolder | ClipFile:
         return _clip_folder(tiny_folder())
     folder = local_path(name)
     if folder.is_dir():
-        if not (folder / CLIP_CONFIG).is_file():
-            raise ValueError(f"{folder} has no {CLIP_CONFIG}: not an open_clip folder")
         return _clip_folder(folder)
     known, at, file = name.partition("@")
     architecture, slash, tag = known.partition("/")
-    if at and "/" not in tag and architecture.strip(".~"):
-        return _own_weights(architecture, tag, local_path(file))
-    architecture, slash, tag = name.partition("/")
-    if slash and "/" not in tag and architecture.strip(".~"):
-        return _known_weights(architecture, tag)
+    if (at or slash) and "/" not in tag and architecture.strip(".~"):
+        return _clip_file(architecture, tag, local_path(file) if at else None)
     allowed = ", ".join([*components.BACKBONES, BACKBONES])
     raise ValueError(f"backbone {name!r}: {_no_folder(folder)}; allowed: {allowed}")
 
@@ -210,9 +179,8 @@ def named_model(name: str) -> dict[str, Any] | None:
         ValueError: open_clip knows the architecture but not the tag.
     """
     architecture, _, tag = name.partition("/")
-    if not (_open_clip() / "model_configs" / f"{architecture}.json").is_file():
-        return None
-    return _tagged(architecture, tag)[0] if tag else _architecture(architecture, name)
+    known = (_open_clip() / "model_configs" / f"{architecture}.json").is_file()
+    return _named(architecture, tag)[0] if known else None
 
 
 def tiny_folder() -> Path:
@@ -256,7 +224,7 @@ def check_image_tower(name: str) -> None:
     )
 
 
-def _clip_folder(folder: Path) -> ClipFolder:
+def _clip_folder(folder: Path) -> ClipWeights:
     file = folder / CLIP_CONFIG
     config = json_object(file)
     model = config.get("model_cfg")
@@ -268,30 +236,22 @@ def _clip_folder(folder: Path) -> ClipFolder:
     check_text_tower(model, str(folder))
     check_clip_config(file, config)
     if model["text_cfg"].get("hf_tokenizer_name"):
-        _check_tokenizer(folder)
+        _check_vocabulary(folder)
     if os.path.lexists(folder / MERGES):
         _check_merges(folder / MERGES)
-    return ClipFolder(folder, model, _weights_inside(folder))
-
-
-def _weights_inside(folder: Path) -> Path:
-    """The weights file that open_clip reads."""
-    found = [
-        path for suffix in ("safetensors", "bin", "pth") for path in folder.glob(f"*.{suffix}")
-    ]
-    if not found:
-        raise ValueError(
-            f"{folder} contains no weights: no .safetensors, .bin or .pth beside its JSON file"
-        )
-    weights = next((path for path in found if path.name in HUB_WEIGHTS), found[0])
-    check_whole(weights)
-    return weights
+    found = (sorted(folder.glob(f"*.{suffix}")) for suffix in ("safetensors", "bin", "pth"))
+    weights = next(filter(None, found), [])
+    if not weights:
+        raise ValueError(f"{folder} contains no weights: no .safetensors, .bin or .pth")
+    for each in weights:
+        check_whole(each)
+    files = tuple(sorted(path for path in folder.rglob("*") if path.is_file()))
+    return ClipWeights(f"local-dir:{folder}", folder, model, files, folder)
 
 
 def _check_merges(file: Path) -> None:
-    _check_is_file(file)
     try:
-        with gzip.open(file) as packed:
+        with gzip.open(plain_file(file)) as packed:
             problem: object = "" if packed.read(MOST_MERGES).strip() else "it is empty"
     except (OSError, EOFError, zlib.error) as error:
         problem = error
@@ -299,63 +259,50 @@ def _check_merges(file: Path) -> None:
         raise ValueError(f"{file} holds no byte-pair merges: {problem}; {AGAIN}")
 
 
-def _own_weights(architecture: str, tag: str, file: Path) -> ClipFile:
-    """`<architecture>@<file>`, or `<architecture>/<tag>@<file>` with the preprocessing of a tag."""
-    if tag:
-        model, known = _tagged(architecture, tag)
-        pixels = known["preprocess"]
-    else:
-        model = _architecture(architecture, f"{architecture}@{file}")
-        pixels = _common_pixels(architecture, file)
-    if not file.is_file():
-        raise ValueError(f"backbone {architecture}@{file}: {file} does not exist")
-    if file.suffix not in SUFFIXES:
-        raise ValueError(f"{file} is not a weights file; allowed suffixes: {', '.join(SUFFIXES)}")
-    check_whole(file, architecture)
-    tokenizer = _tokenizer_files(architecture, model, beside=file.parent)
-    return ClipFile(architecture, file, model, pixels, tokenizer)
-
-
-def _common_pixels(architecture: str, file: Path) -> dict[str, Any]:
-    """The preprocessing of all known weights of an architecture; empty if there are none.
-
-    Raises:
-        ValueError: they were trained with different ones.
-    """
-    known = _tags(architecture)
-    found: list[dict[str, Any]] = [row["preprocess"] for row in known.values()] or [{}]
-    if all(each == found[0] for each in found):
-        return found[0]
-    raise ValueError(
-        f"weights of {architecture} were trained with different preprocessing; write "
-        f"{architecture}/<tag>@{file} with the tag that the file is of, or is fine-tuned from: "
-        f"{', '.join(known)}"
+def _clip_file(architecture: str, tag: str, file: Path | None) -> ClipWeights:
+    """`<architecture>/<tag>`, or the file of `<architecture>[/<tag>]@<file>`."""
+    model, rows = _named(architecture, tag)
+    preprocess: dict[str, Any] = next(iter(rows.values()))["preprocess"] if rows else {}
+    if any(row["preprocess"] != preprocess for row in rows.values()):
+        raise ValueError(
+            f"weights of {architecture} were trained with different preprocessing; write "
+            f"{architecture}/<tag>@{file} with the tag that the file is of, or is fine-tuned from: "
+            f"{', '.join(rows)}"
+        )
+    weights = _downloaded(architecture, tag, rows[tag]["hf_hub"]) if file is None else file
+    if weights.suffix not in SUFFIXES:
+        raise ValueError(
+            f"{weights} is not a weights file; allowed suffixes: {', '.join(SUFFIXES)}"
+        )
+    check_whole(weights, architecture)
+    beside = None if file is None else file.parent
+    tokenizer = _tokenizer_files(architecture, model, beside)
+    return ClipWeights(
+        architecture,
+        weights,
+        model,
+        (weights, *tokenizer),
+        tokenizer[0].parent if tokenizer else None,
+        preprocess,
     )
 
 
-def _known_weights(architecture: str, tag: str) -> ClipFile:
-    """`<architecture>/<tag>`."""
-    model, known = _tagged(architecture, tag)
-    weights = _fetched(architecture, tag, known)
-    tokenizer = _tokenizer_files(architecture, model, beside=None)
-    return ClipFile(architecture, weights, model, known["preprocess"], tokenizer)
+def _named(architecture: str, tag: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """open_clip's configuration of an architecture, and a row of the table for each of its weights.
 
-
-def _tagged(architecture: str, tag: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """open_clip's model configuration and weights configuration of `<architecture>/<tag>`."""
-    name = f"{architecture}/{tag}"
-    model = _architecture(architecture, name)
-    known = _tag(architecture, tag)
-    if not known:
-        tags = ", ".join(_tags(architecture)) or "none"
+    With a tag: as these weights were trained, and their row alone.
+    """
+    name = f"{architecture}/{tag}" if tag else architecture
+    model, rows = _architecture(architecture, name), _tags(architecture)
+    if not tag:
+        return model, rows
+    if (row := rows.get(_as_tag(tag))) is None:
         raise ValueError(
             f"backbone {name!r}: open_clip knows no weights {tag!r} of {architecture}; known: "
-            f"{tags}; for another weights file write {architecture}@<file>"
+            f"{', '.join(rows) or 'none'}; for another weights file write {architecture}@<file>"
         )
     # If a tag was trained with another activation function, open_clip only warns.
-    if known.get("quick_gelu"):
-        model = model | {"quick_gelu": True}
-    return model, known
+    return model | ({"quick_gelu": True} if row["quick_gelu"] else {}), {tag: row}
 
 
 def _architecture(name: str, backbone: str) -> dict[str, Any]:
@@ -376,14 +323,12 @@ def _architecture(name: str, backbone: str) -> dict[str, Any]:
     return model
 
 
-def _fetched(architecture: str, tag: str, known: dict[str, Any]) -> Path:
+def _downloaded(architecture: str, tag: str, address: str) -> Path:
     """The weights file of a tag in the cache of huggingface_hub."""
-    repository, _, file = known["hf_hub"].rpartition("/")
+    repository, _, file = address.rpartition("/")
     wanted = (f"{file.rpartition('.')[0]}.safetensors", file) if file else HUB_WEIGHTS
-    for one in wanted:
-        found = _in_hub_cache(repository, one)
-        if found is not None:
-            check_whole(found, architecture)
+    for name in wanted:
+        if (found := _in_hub_cache(repository, name)) is not None:
             return found
     raise ValueError(
         f"backbone {architecture}/{tag}: its weights are not on this machine, and airsweep "
@@ -413,7 +358,7 @@ def _tokenizer_files(
     return tuple(found)
 
 
-def public_backbone(name: str) -> ClipFolder | ClipFile | None:
+def public_backbone(name: str) -> ClipWeights | None:
     """Find the weights of `tiny` or `<architecture>/<tag>`; None for any other name.
 
     Unlike `find_backbone` this reads no folder or file by that name, so it is safe for names from
@@ -425,7 +370,7 @@ def public_backbone(name: str) -> ClipFolder | ClipFile | None:
     if name == "tiny":
         return _clip_folder(tiny_folder())
     architecture, _, tag = name.partition("/")
-    return _known_weights(architecture, tag) if _tag(architecture, tag) else None
+    return _clip_file(architecture, tag, None) if _as_tag(tag) in _tags(architecture) else None
 
 
 # ---------------------------------------------------------------- generators
@@ -446,19 +391,16 @@ def generator_folder(name: str) -> Path:
         return Path(str(files("air_core") / "tiny" / "weights" / "diffusion"))
     folder = local_path(name)
     if folder.is_dir():
-        if not (folder / PIPELINE_CONFIG).is_file():
-            raise ValueError(f"{folder} is not a diffusers folder: it has no {PIPELINE_CONFIG}")
         return folder
     owner, _, rest = name.partition("/")
     if not rest or "/" in rest or not owner.strip(".~"):
         allowed = ", ".join([*components.GENERATORS, GENERATORS])
         raise ValueError(f"generator {name!r}: {_no_folder(folder)}; allowed: {allowed}")
     index = _in_hub_cache(name, PIPELINE_CONFIG)
-    missing = [PIPELINE_CONFIG] if index is None else _missing_parts(index.parent)
-    if index is None or missing:
+    if index is None:
         raise ValueError(
             f"generator {name!r}: no such folder, and the cache of the Hugging Face hub lacks its "
-            f"{', '.join(missing)}; airsweep downloads nothing, so get it with "
+            f"{PIPELINE_CONFIG}; airsweep downloads nothing, so get it with "
             f"`hf download {name} {DOWNLOAD}`"
         )
     return index.parent
@@ -471,85 +413,38 @@ def generator_files(folder: Path) -> list[Path]:
         ValueError: a part is missing, damaged, or refers to code in its folder.
     """
     found = [folder / PIPELINE_CONFIG]
-    for part, (library, kind) in generator_parts(folder).items():
-        _check_part(folder, part, library, kind)
-        found += _read_files(folder / part, library, kind)
+    for part, (library, kind) in pipeline_parts(folder).items():
+        if not (folder / part).is_dir():
+            raise ValueError(f"{folder} is incomplete: it has no folder {part}; {AGAIN}")
+        check_part_configs(folder / part)
+        found += _part_files(folder / part, library, kind)
     return sorted(found)
 
 
-def generator_parts(folder: Path) -> dict[str, tuple[str, str]]:
-    """Subfolders of a pipeline, each with its library and class, without the safety checker.
-
-    Raises:
-        ValueError: the index cannot be read, or names code of the folder or of another package.
-    """
-    return pipeline_parts(pipeline_index(folder / PIPELINE_CONFIG))
-
-
-def _missing_parts(folder: Path) -> list[str]:
-    return [part for part in generator_parts(folder) if not (folder / part).is_dir()]
-
-
-def _check_part(folder: Path, part: str, library: str, kind: str) -> None:
-    part_folder = folder / part
-    if not part_folder.is_dir():
-        raise ValueError(
-            f"{folder} is incomplete: {PIPELINE_CONFIG} lists the part {part}, but the folder "
-            f"{part} is missing; {AGAIN}"
-        )
-    if not any((part_folder / config).is_file() for config in CONFIGS):
-        raise ValueError(
-            f"{part_folder} is incomplete: it has none of {', '.join(CONFIGS)}; {AGAIN}"
-        )
-    check_part_configs(part_folder)
+def _part_files(part: Path, library: str, kind: str) -> list[Path]:
+    """The files of a part that are read: a tokenizer, or configurations and weights."""
     if kind.endswith(TOKENIZERS):
-        _check_tokenizer(part_folder)
-    for file in _part_weights(part_folder, library, kind):
-        check_whole(file)
-
-
-def _read_files(part: Path, library: str, kind: str) -> list[Path]:
-    """The files of a part that are read: configurations and weights, or a tokenizer."""
-    weights = _part_weights(part, library, kind)
-    if weights:
-        index = part.glob("*.safetensors.index.json") if "-of-" in weights[0].name else ()
-        return [*part.glob("*config.json"), *index, *weights]
-    return [path for path in part.rglob("*") if path.is_file() and path.suffix in TEXTS]
-
-
-def _part_weights(part: Path, library: str, kind: str) -> list[Path]:
-    """The files with the weights of a part; none of a tokenizer or a scheduler.
-
-    Raises:
-        ValueError: the part has no weights in safetensors format.
-    """
+        _check_vocabulary(part)
     if kind.endswith(WEIGHTLESS):
-        return []
+        return [path for path in part.rglob("*") if path.is_file() and path.suffix in TEXTS]
     stem = "model" if library == "transformers" else "diffusion_pytorch_model"
-    if (single := part / f"{stem}.safetensors").is_file():
-        return [single]
-    if (index := part / f"{stem}.safetensors.index.json").is_file():
+    single, index = part / f"{stem}.safetensors", part / f"{stem}.safetensors.index.json"
+    files, weights = [*part.glob("*config.json")], [single]
+    if not single.is_file() and index.is_file():
         listed = json_object(index).get("weight_map")
-        names = sorted({*map(str, listed.values())}) if isinstance(listed, dict) else []
-        missing = [name for name in names if not (part / name).is_file()]
-        if missing or not names:
-            problem = f"{', '.join(missing)}: missing" if missing else "no file"
-            raise ValueError(f"{part} is incomplete: {index.name} lists {problem}")
-        return [part / name for name in names]
-    variants = sorted(file.name for file in part.glob(f"{stem}.*.safetensors"))
-    if variants:
-        raise ValueError(
-            f"{part} has {variants[0]} but no {stem}.safetensors, and only the latter is read; "
-            f"download it too, or rename {variants[0]} to use those weights"
-        )
-    pickled = sorted(file.name for pattern in PICKLES for file in part.glob(pattern))
-    if pickled:
-        raise ValueError(
-            f"{part} has only {pickled[0]}, a pickle, which can run code when it is loaded; "
-            f"download {stem}.safetensors of the same model, or, if you trust the folder, load it "
-            "with diffusers and convert it by save_pretrained(FOLDER, safe_serialization=True)"
-        )
-    raise ValueError(f"{part} has no weights: {stem}.safetensors is missing; {AGAIN}")
+        if isinstance(listed, dict) and listed:
+            weights = [part / name for name in sorted({*map(str, listed.values())})]
+        files += part.glob("*.safetensors.index.json")
+    for file in weights:
+        if not file.is_file():
+            others = sorted(path.name for path in part.iterdir() if path.suffix in WEIGHTS)
+            raise ValueError(
+                f"{part} has no {file.name}; other weights ({', '.join(others) or 'none'}) are not "
+                "read, since pickles can run code and variants hold other numbers; download the "
+                "file, or write the folder again with save_pretrained of diffusers"
+            )
+        check_whole(file)
+    return files + weights
 
 
 # ---------------------------------------------------------------- files
@@ -561,70 +456,36 @@ def check_whole(file: Path, architecture: str = "<architecture>") -> None:
     The file of `torch.save` before PyTorch 1.6 is no archive, so nothing shows that it is complete.
 
     Raises:
-        ValueError: bytes are missing, as after an interrupted copy, or it has no tensors.
+        ValueError: bytes are missing, as after an interrupted copy, or it is a Git LFS pointer.
     """
-    _check_is_file(file)
-    with open(file, "rb") as handle:
-        start = handle.read(len(LFS))
-    if start == LFS:
-        problem = "it is a Git LFS pointer; run `git lfs pull` to get the file"
-    elif file.suffix == ".safetensors":
-        problem = _tensors_problem(file)
-    elif start.startswith(b"PK"):
-        problem = _archive_problem(file, architecture)
-    else:
-        problem = "" if start.startswith(b"\x80") else f"it is not written by torch.save; {AGAIN}"
-    if problem:
-        raise ValueError(f"{file} cannot be read: {problem}")
-
-
-def _tensors_problem(file: Path) -> str:
     from safetensors import SafetensorError, safe_open
 
+    members = []
     try:
-        with safe_open(file, framework="np") as tensors:
-            return "" if tensors.keys() else "it contains no tensors"
-    except SafetensorError as problem:
-        return f"{problem}; {AGAIN}"
+        with open(plain_file(file), "rb") as handle:
+            is_old = handle.read(1) == b"\x80"
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="np"):
+                pass
+        elif not is_old:
+            with ZipFile(file) as archive:
+                members = archive.namelist()
+    except (SafetensorError, BadZipFile) as problem:
+        raise ValueError(f"{file} cannot be read: {problem}; {AGAIN}") from problem
+    if any(name.endswith("/constants.pkl") for name in members):
+        raise ValueError(
+            f"{file} cannot be read: it is a TorchScript archive, as published by OpenAI, and "
+            f"reading it runs its code; use {architecture.removesuffix('-quickgelu')}/openai, the "
+            "same weights as plain tensors"
+        )
 
 
-def _archive_problem(file: Path, architecture: str) -> str:
-    try:
-        with ZipFile(file) as archive:
-            members = archive.infolist()
-    except (BadZipFile, NotImplementedError) as problem:
-        return f"it is damaged ({problem}); {AGAIN}"
-    for member in members:
-        if member.filename.endswith("/constants.pkl"):
-            plain = architecture.removesuffix("-quickgelu")
-            return (
-                "it is a TorchScript archive, as published by OpenAI, and reading it runs its "
-                f"code; use {plain}/openai, the same weights as plain tensors"
-            )
-        if member.flag_bits & 1 or member.compress_type not in (ZIP_STORED, ZIP_DEFLATED):
-            return (
-                f"its member {member.filename} is encrypted, or compressed in a way that PyTorch "
-                "does not read; write the file again with torch.save"
-            )
-    return ""
-
-
-def _check_tokenizer(folder: Path) -> None:
-    files = [file for pattern in VOCABULARIES for file in folder.glob(pattern) if file.is_file()]
-    if not files:
+def _check_vocabulary(folder: Path) -> None:
+    if not any(file.is_file() for pattern in VOCABULARIES for file in folder.glob(pattern)):
         raise ValueError(
             f"{folder} is incomplete: it has no vocabulary of a tokenizer, none of "
             f"{', '.join(VOCABULARIES)}; {AGAIN}"
         )
-    for file in files:
-        # Parsing a tokenizer can take half a second, as its file has up to 34 MB.
-        if file.suffix == ".json" and not file.read_bytes().rstrip().endswith(b"}"):
-            raise ValueError(f"{file} is empty or cut off; {AGAIN}")
-
-
-def _check_is_file(file: Path) -> None:
-    if not file.is_file():
-        raise ValueError(f"{file} is a broken link, a folder or a device, not a file; {AGAIN}")
 
 
 # ---------------------------------------------------------------- open_clip, huggingface_hub
@@ -640,19 +501,19 @@ def _in_hub_cache(repository: str, file: str) -> Path | None:
 
 def _tags(architecture: str) -> dict[str, dict[str, Any]]:
     """The weights of an architecture that open_clip knows, by their tag."""
-    table = files("air_core") / "models" / "open_clip_weights.json"
-    return _table(str(table)).get(architecture, {})
+    return _table().get(architecture, {})
 
 
-def _tag(architecture: str, tag: str) -> dict[str, Any]:
-    """A row of the table of weights; empty if open_clip does not know the tag."""
-    return _tags(architecture).get(tag.lower().replace("-", "_"), {})
+def _as_tag(tag: str) -> str:
+    return tag.lower().replace("-", "_")  # as open_clip does
 
 
 @cache
-def _table(file: str) -> dict[str, dict[str, dict[str, Any]]]:
+def _table() -> dict[str, dict[str, dict[str, Any]]]:
     """Weights by architecture and tag. A test compares the table with the installed open_clip."""
-    table: dict[str, dict[str, dict[str, Any]]] = json_object(Path(file))
+    table: dict[str, dict[str, dict[str, Any]]] = json_object(
+        Path(__file__).with_name("open_clip_weights.json")
+    )
     return table
 
 

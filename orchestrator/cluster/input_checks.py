@@ -22,11 +22,10 @@ from air_core.datasets.class_folders import skipped_lines
 from air_core.datasets.duplicates import difference_hash, exact_pairs, near_pairs, pixel_digest
 from air_core.datasets.image_folder import PREFIX, leak_message, permits_duplicates
 from air_core.datasets.images import BAD_SHARE, ImageFiles, Unreadable, too_many_unreadable
-from air_core.models.configs import json_object
+from air_core.models.configs import PIPELINE_CONFIG, json_object
 from air_core.models.families import check_denoiser
 from air_core.models.weights import (
     CLIP_CONFIG,
-    PIPELINE_CONFIG,
     find_backbone,
     generator_files,
     generator_folder,

@@ -18,17 +18,15 @@ from air_core.datasets import Dataset
 from air_core.datasets.class_folders import SUFFIXES, check_utf8
 from air_core.datasets.image_folder import PREFIX
 from air_core.datasets.images import visible_problem
-from air_core.models.configs import pipeline_index
+from air_core.models.configs import PIPELINE_CONFIG, pipeline_index
 from air_core.models.weights import GENERATORS as PIPELINES
 from air_core.models.weights import (
-    PIPELINE_CONFIG,
+    find_backbone,
     generator_files,
     generator_folder,
     is_distilled,
     local_path,
     scheduler_config,
-    weights_files,
-    weights_settings,
 )
 from air_core.seal import sealed_json
 from air_core.specs import Ref
@@ -69,12 +67,12 @@ class Contents:
         try:
             folder, files = input_files(role, name)
             is_open_clip = role == "backbone" and name not in BACKBONES
-            settings = weights_settings(name) if is_open_clip else {}
+            settings = find_backbone(name).settings if is_open_clip else {}
         except ValueError as problem:
             raise MissingInput(str(problem)) from None
         kind = ""
         if role == "generator" and (folder / PIPELINE_CONFIG).is_file():
-            kind = pipeline_index(folder / PIPELINE_CONFIG)["_class_name"]
+            kind = pipeline_index(folder)["_class_name"]
         paths = [str(file.relative_to(folder)) for file in files]
         content: dict[str, Any] = dict(zip(paths, self.file_digests(files), strict=True))
         if role == "generator" and is_distilled(scheduler_config(folder)):
@@ -170,7 +168,7 @@ def input_files(role: str, name: str) -> tuple[Path, list[Path]]:
         files = sorted(REGISTRIES[role].load(name).files())
         return Path(os.path.commonpath([file.parent for file in files] or ["/"])), files
     if role == "backbone":
-        files = weights_files(name)
+        files = list(find_backbone(name).files)
         return Path(os.path.commonpath([file.parent for file in files])), files
     folder = images_folder(name)
     if not name.startswith("folder:"):

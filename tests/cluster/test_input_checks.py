@@ -7,7 +7,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from zipfile import ZIP_LZMA, ZIP_STORED, ZipFile
+from zipfile import ZipFile
 
 import pytest
 
@@ -119,7 +119,7 @@ def test_a_model_that_differs_from_the_expected_one_is_refused(tmp_path, command
     for name, model, message in (
         ("ViT-B-32/openai", clip, "embed_dim is 128, but 512"),
         ("ViT-B-32/opnai", clip, "open_clip knows no weights 'opnai' of ViT-B-32"),
-        ("", f"ViT-B-32@{clip / CLIP}", "text_projection has shape (128, 128)"),
+        ("", f"ViT-B-32@{clip / CLIP}", f"{CLIP} cannot be loaded as ViT-B-32"),
         ("ViT-B-32/openai", sd, "is a diffusers folder"),
         ("ViT-B-32/openai", "digits", "digits is a dataset"),
         ("", tmp_path, f"for a folder of images, write folder:{tmp_path}"),
@@ -165,11 +165,11 @@ def piped(folder: Path, file: str) -> None:
     os.mkfifo(folder / file)
 
 
-def pickled(folder: Path, method: int = ZIP_STORED, size: int | None = None) -> None:
+def pickled(folder: Path, size: int) -> None:
     """Replace the weights by an archive as of torch.save."""
     (folder / CLIP).unlink()
     file = folder / "open_clip_pytorch_model.bin"
-    with ZipFile(file, "w", method) as archive:
+    with ZipFile(file, "w") as archive:
         archive.writestr("model/data.pkl", b"pickled")
     file.write_bytes(file.read_bytes()[:size])
 
@@ -180,24 +180,21 @@ TOKENIZER = "tokenizer/tokenizer.json"
 @pytest.mark.parametrize(
     ("role", "harm", "arguments", "message"),
     [
-        ("generator", renamed, ("vae", "other"), "the folder vae is missing"),
+        ("generator", renamed, ("vae", "other"), "it has no folder vae"),
         ("generator", cut, (UNET,), f"{UNET} cannot be read: .*download or copy it again"),
-        ("generator", pointer, (UNET,), "a Git LFS pointer"),
-        ("generator", piped, (UNET,), "diffusion_pytorch_model.safetensors is missing"),
-        ("generator", renamed, (UNET, PICKLE), "a pickle"),
-        ("generator", renamed, (UNET, HALF), "no diffusion_pytorch_model.safetensors"),
-        ("generator", sharded, ('{"weight_map": {"a": 3}}',), "index.json lists 3: missing"),
-        ("generator", renamed, ("vae/config.json", "vae/a.json"), "it has none of config.json"),
+        ("generator", pointer, (UNET,), f"{UNET} cannot be read: .*header"),
+        ("generator", piped, (UNET,), "unet has no diffusion_pytorch_model.safetensors"),
+        ("generator", renamed, (UNET, PICKLE), "other weights .*pytorch_model.bin.* pickles"),
+        ("generator", renamed, (UNET, HALF), "other weights .*fp16.safetensors.* variants"),
+        ("generator", sharded, ('{"weight_map": {"a": 3}}',), "unet has no 3;"),
         ("generator", cut, ("vae/config.json",), "vae/config.json cannot be read"),
-        ("generator", cut, (TOKENIZER,), f"{TOKENIZER} is empty or cut off"),
         ("generator", renamed, (TOKENIZER, "tokenizer/a"), "it has no vocabulary"),
         ("backbone", zipped, (), "model is a file; unpack an archive first|model is not a model"),
         ("backbone", cut, (CLIP,), f"{CLIP} cannot be read: .*download or copy it again"),
-        ("backbone", piped, (CLIP,), f"{CLIP} is a broken link, a folder or a device"),
+        ("backbone", piped, (CLIP,), f"{CLIP} is missing, or is no file but a broken link"),
         ("backbone", renamed, (CLIP, "other"), "contains no weights"),
         ("backbone", cut, ("merges.txt.gz",), "merges.txt.gz holds no byte-pair merges"),
-        ("backbone", pickled, (ZIP_STORED, -30), "model.bin cannot be read: it is damaged"),
-        ("backbone", pickled, (ZIP_LZMA,), "member model/data.pkl is encrypted, or compressed"),
+        ("backbone", pickled, (-30,), "model.bin cannot be read: File is not a zip file"),
     ],
 )
 def test_check_and_plan_refuse_a_damaged_model(role, harm, arguments, message, tmp_path, command):

@@ -22,12 +22,9 @@ from air_core.models import weights
 from air_core.models.configs import check_clip_config
 from air_core.models.tokens import check_room
 from air_core.models.weights import (
-    ClipFile,
     check_image_tower,
     find_backbone,
     tiny_folder,
-    weights_files,
-    weights_settings,
 )
 from tests.helpers.golden import check_golden
 from tests.helpers.sweeps import python
@@ -83,15 +80,15 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_tiny_and_a_folder_name_all_their_files(tmp_path):
-    assert [path.name for path in weights_files("tiny")] == [
+    assert [path.name for path in find_backbone("tiny").files] == [
         "merges.txt.gz",
         "open_clip_config.json",
         "open_clip_model.safetensors",
     ]
-    for file in weights_files("tiny"):
+    for file in find_backbone("tiny").files:
         (tmp_path / file.name).symlink_to(file)
-    assert [path.parent for path in weights_files(str(tmp_path))] == [tmp_path] * 3
-    assert weights_settings(str(tmp_path)) == {}
+    assert [path.parent for path in find_backbone(str(tmp_path)).files] == [tmp_path] * 3
+    assert find_backbone(str(tmp_path)).settings == {}
     assert load_backbone(tmp_path).logit_scale == load_backbone("tiny").logit_scale
 
 
@@ -103,14 +100,14 @@ def test_tiny_and_a_folder_name_all_their_files(tmp_path):
         ("ViT-B32/openai", "no architecture 'ViT-B32'; did you mean ViT-B-32"),
         ("ViT-B/32", "did you mean .*ViT-B-32"),
         ("ViT-B-32/openia", "no weights 'openia' of ViT-B-32; known: openai, laion400m_e31"),
-        ("ViT-B-32@/nowhere.pt", "/nowhere.pt does not exist"),
+        ("ViT-B-32@/nowhere.pt", "/nowhere.pt is missing"),
         ("roberta-ViT-B-32/laion2b_s12b_b32k", "neither CLIP's nor SigLIP's"),
         ("coca_ViT-B-32/laion2b_s13b_b90k", "neither CLIP's nor SigLIP's"),
     ],
 )
 def test_the_error_for_an_unknown_name_lists_what_is_allowed(name, message):
     with pytest.raises(ValueError, match=message):
-        weights_files(name)
+        find_backbone(name)
 
 
 def test_the_golden_table_of_weights_is_that_of_the_installed_open_clip():
@@ -138,7 +135,7 @@ def test_openais_torchscript_archive_is_rejected_with_an_alternative(tmp_path):
         for entry in ("constants.pkl", "data.pkl", "code/__torch__.py"):
             scripted.writestr(f"ViT-B-32/{entry}", "")
     with pytest.raises(ValueError, match=r"TorchScript archive.*ViT-B-32/openai"):
-        weights_files(f"ViT-B-32-quickgelu@{archive}")
+        find_backbone(f"ViT-B-32-quickgelu@{archive}")
 
 
 def test_a_damaged_weights_file_is_named(tmp_path):
@@ -146,8 +143,8 @@ def test_a_damaged_weights_file_is_named(tmp_path):
     with ZipFile(file, "w") as archive:
         archive.writestr("archive/data.pkl", "")
     file.write_bytes(file.read_bytes().replace(b"PK\x01\x02", b"PK\x00\x00"))
-    with pytest.raises(ValueError, match=r"copied\.pt cannot be read: it is damaged"):
-        weights_files(f"ViT-B-32@{file}")
+    with pytest.raises(ValueError, match=r"copied\.pt cannot be read: Bad magic number"):
+        find_backbone(f"ViT-B-32@{file}")
 
 
 # ---------------------------------------------------------------- the real architectures
@@ -160,7 +157,7 @@ def test_a_tag_is_loaded_from_the_cache_with_its_activation_function(hub, random
     if not whole.exists():
         whole.symlink_to(file)
     cached = hub(repository, whole)
-    assert weights_files("ViT-B-32/openai") == [cached]
+    assert find_backbone("ViT-B-32/openai").files == (cached,)
     context, image = torch.zeros(2, 512), Image.new("RGB", (300, 200))
 
     def loaded(name: str) -> tuple[Any, ...]:  # one after the other, since each takes 600 MB
@@ -175,9 +172,9 @@ def test_a_tag_is_loaded_from_the_cache_with_its_activation_function(hub, random
     assert activations == ("QuickGELU", "QuickGELU", "GELU")
     assert torch.equal(features[0], features[1])
     # The file does not contain the activation function, so the settings must.
-    settings = weights_settings("ViT-B-32/openai")
-    assert settings == weights_settings(f"ViT-B-32-quickgelu@{file}")
-    assert settings != weights_settings(f"ViT-B-32@{file}")
+    settings = find_backbone("ViT-B-32/openai").settings
+    assert settings == find_backbone(f"ViT-B-32-quickgelu@{file}").settings
+    assert settings != find_backbone(f"ViT-B-32@{file}").settings
 
 
 def test_a_checkpoint_with_tensors_is_read(tmp_path, random_weights):
@@ -192,12 +189,12 @@ def test_a_checkpoint_with_tensors_is_read(tmp_path, random_weights):
         _ = backbone.patch_width
 
 
-def test_weights_of_another_architecture_are_rejected_with_the_first_wrong_tensor(random_weights):
-    file = random_weights("ViT-B-32")
-    # Only the patch embedding differs.
-    match = r"does not fit ViT-B-16: visual\.conv1\.weight has shape \(768, 3, 32, 32\), but"
-    with pytest.raises(ValueError, match=match):
-        load_backbone(f"ViT-B-16@{file}")
+def test_weights_of_another_architecture_are_rejected_with_the_file(random_weights):
+    file = random_weights("RN50")
+    with pytest.raises(
+        ValueError, match=rf"{file} cannot be loaded as RN101: RuntimeError: .*state_dict"
+    ):
+        load_backbone(f"RN101@{file}")
 
 
 def test_the_error_for_missing_weights_has_the_download_command(some_file, hub):
@@ -206,7 +203,7 @@ def test_the_error_for_missing_weights_has_the_download_command(some_file, hub):
         r"write ViT-B-32/openai@<file>"
     )
     with pytest.raises(ValueError, match=download):
-        weights_files("ViT-B-32/openai")
+        find_backbone("ViT-B-32/openai")
     tokenizer = r"`hf download timm/ViT-B-16-SigLIP .* beside the weights"
     with pytest.raises(ValueError, match=tokenizer):
         find_backbone(f"ViT-B-16-SigLIP@{some_file}")
@@ -215,10 +212,9 @@ def test_the_error_for_missing_weights_has_the_download_command(some_file, hub):
 def test_preprocessing_is_that_of_all_known_weights_of_the_architecture(some_file, tmp_path):
     (tmp_path / "tokenizer.json").touch()
     found = find_backbone(f"ViT-B-16-SigLIP@{some_file}")
-    assert isinstance(found, ClipFile)
     assert found.preprocess["mean"] == [0.5, 0.5, 0.5]
     assert found.preprocess["resize_mode"] == "squash"
-    assert found.tokenizer == (tmp_path / "tokenizer.json",)
+    assert found.files == (some_file, tmp_path / "tokenizer.json")
 
 
 def test_a_file_of_an_architecture_with_two_preprocessings_needs_a_tag(some_file):
@@ -228,11 +224,10 @@ def test_a_file_of_an_architecture_with_two_preprocessings_needs_a_tag(some_file
     means = {}
     for tag in ("openai", "laion2b_s32b_b82k"):
         found = find_backbone(f"ViT-L-14/{tag}@{some_file}")
-        assert isinstance(found, ClipFile)
-        assert found.weights == some_file
+        assert found.path == some_file
         means[tag] = found.preprocess["mean"]
     assert means["laion2b_s32b_b82k"] == [0.5, 0.5, 0.5] != means["openai"]
-    assert weights_settings(f"ViT-B-32/openai@{some_file}")["model_cfg"]["quick_gelu"]
+    assert find_backbone(f"ViT-B-32/openai@{some_file}").settings["model_cfg"]["quick_gelu"]
 
 
 @pytest.mark.parametrize(
@@ -460,7 +455,7 @@ def test_a_setting_that_is_not_allowed_in_a_folder_is_rejected_by_name(
     where, value, message, tmp_path
 ):
     folder = with_setting(tiny_folder(), tmp_path / "folder", f"model_cfg.{where}", value)
-    for read in (weights_files, load_backbone):  # when planning, and when loading
+    for read in (find_backbone, load_backbone):  # when planning, and when loading
         with pytest.raises(ValueError, match=rf"{folder}/{CONFIG}: .*{message}"):
             read(str(folder))
 
@@ -483,17 +478,11 @@ def test_a_folder_without_configuration_or_weights_is_an_error_not_a_random_clip
 
 @pytest.mark.parametrize(
     ("where", "value"),
-    [
-        ("text_cfg.heads", 3),
-        ("text_cfg.width", None),
-        ("text_cfg.setting", 1),
-        ("vision_cfg.layers", "many"),
-        ("vision_cfg.timm_model_name", "nothing_224"),
-    ],
+    [("text_cfg.width", None), ("text_cfg.setting", 1), ("vision_cfg.timm_model_name", "none_224")],
 )
 def test_a_configuration_that_open_clip_cannot_build_is_rejected(where, value, tmp_path):
     folder = with_setting(tiny_folder(), tmp_path / "folder", f"model_cfg.{where}", value)
-    with pytest.raises(ValueError, match=rf"{folder}: open_clip cannot build its configuration"):
+    with pytest.raises(ValueError, match=rf"{folder} cannot be loaded as "):
         load_backbone(folder)
 
 
@@ -542,7 +531,7 @@ def test_reading_pickled_weights_runs_no_code(is_folder, tmp_path):
     (folder / "open_clip_model.safetensors").unlink()
     file = folder / "open_clip_pytorch_model.bin"
     torch.save({"state_dict": Pickled(tmp_path / "ran")}, file)
-    with pytest.raises(ValueError, match=f"{file.name} does not fit .*: it cannot be read"):
+    with pytest.raises(ValueError, match=r"cannot be loaded as .*weights_only"):
         load_backbone(folder if is_folder else f"RN50@{file}")
     assert not (tmp_path / "ran").exists()
 
