@@ -95,7 +95,9 @@ def restored_learner(
     return learner
 
 
-@LEARNERS.add("text", summary="CoOp context vectors", facts=["context", "transfers"])
+@LEARNERS.add(
+    "text", summary="CoOp context vectors", reads={"length"}, facts=["context", "transfers"]
+)
 class TextPrompt:
     """Context vectors before the class name, shared by all classes (CoOp, arXiv:2109.01134).
 
@@ -149,7 +151,7 @@ def text_logits(prompts: Sequence[TextPrompt], batches: Sequence[Encoded]) -> li
 
 
 @LEARNERS.add(
-    "visual", summary="VPT tokens", reads={"depth", "init"}, facts=["tokens", "transfers"]
+    "visual", summary="VPT tokens", reads={"length", "depth", "init"}, facts=["tokens", "transfers"]
 )
 class VisualPrompt:
     """Tokens beside the image patches (VPT, arXiv:2203.12119); class texts stay as they are.

@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from air_core.bundle.checks import FUSED, PROMPT, TEXT, ClassifierName
+from air_core.components import LEARNERS
 from air_core.datasets.dataset import is_template
 from air_core.printable import UNPRINTABLE, printable
 from air_core.specs import ClipPrecision, FusionSpace
@@ -42,14 +43,25 @@ def _checked_template(template: str) -> str:
     return template
 
 
+def modalities() -> list[str]:
+    """Learners that a bundle can have: those of this package, since a bundle contains no code,
+    whose prompt is in the class vectors or is read beside image tokens."""
+    computed = {"context", "tokens"}
+    return [name for name, one in LEARNERS.items() if not one.source and one.facts & computed]
+
+
+def _checked_modality(name: str) -> str:
+    if name not in modalities():
+        raise ValueError(f"allowed are {', '.join(modalities())}")
+    return name
+
+
 Classname = Annotated[str, AfterValidator(_checked_classname)]
 Classnames = Annotated[list[Classname], Field(min_length=1), AfterValidator(_checked_classnames)]
-Modality = Literal["text", "visual"]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 File = Literal["text_features.safetensors", "prompt.safetensors", "fused.safetensors", "model.onnx"]
 Values = dict[str, JsonValue]
 
-MODALITIES = get_args(Modality)
 assert get_args(File) == (TEXT, PROMPT, FUSED, ONNX)
 
 
@@ -76,7 +88,7 @@ class Content(_Strict):
     made_by: str = ""
     classnames: Classnames
     template: Annotated[str, AfterValidator(_checked_template)]
-    modality: Modality
+    modality: Annotated[str, AfterValidator(_checked_modality)]
     prompt: Values | None
     classifier: ClassifierName  # selected at the export
     space: FusionSpace

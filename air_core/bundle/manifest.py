@@ -29,6 +29,7 @@ from safetensors.numpy import load, save
 
 from air_core.bundle.checks import FUSED, PROMPT, TEXT, Arrays, check_arrays, classifiers
 from air_core.bundle.content import ONNX, BackboneContent, Content, checked_content
+from air_core.components import LEARNERS
 from air_core.models.weights import (
     ClipWeights,
     find_backbone,
@@ -93,7 +94,7 @@ class Manifest:
     @property
     def visual_prompt(self) -> np.ndarray | None:
         """(P, V) or (layers, P, V), tokens beside the patches; None without a visual prompt."""
-        if self.content.modality != "visual" or PROMPT not in self.arrays:
+        if "tokens" not in LEARNERS[self.content.modality].facts or PROMPT not in self.arrays:
             return None
         return self.arrays[PROMPT]["prompt"]
 

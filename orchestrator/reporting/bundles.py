@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from air_core.bundle.checks import CLASSIFIERS, FUSED, PROMPT, TEXT
-from air_core.bundle.content import MODALITIES
+from air_core.bundle.content import modalities
 from air_core.bundle.manifest import (
     LICENCE,
     Manifest,
@@ -77,10 +77,10 @@ def export(
 
         check_packages()
     spec, record = trial.spec, trial.record
-    if spec.iterations and spec.modality not in MODALITIES:
+    if spec.iterations and spec.modality not in modalities():
         raise ValueError(
             f"{trial.slot or record.path.name} has the learner {spec.modality!r}; a "
-            f"bundle, which contains no code, can have: {', '.join(MODALITIES)}; add --only "
+            f"bundle, which contains no code, can have: {', '.join(modalities())}; add --only "
             "modality=text, or read the predictions by airsweep.predictions(TRIAL) in Python"
         )
     tests = record.test_arrays()

@@ -9,7 +9,7 @@ import shlex
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from air_core.bundle.content import MODALITIES
+from air_core.bundle.content import modalities
 from air_core.datasets.image_folder import PREFIX
 from orchestrator.environment import in_ray_job
 from orchestrator.formatting import aligned, aligned_table, format_duration
@@ -222,7 +222,7 @@ def _steps(ledger: Ledger, location: SweepLocation, results: Results) -> list[tu
     steps.append((results_command("table", location), "differences, notes and more columns"))
     steps.append((results_command("report", location), "curves and images in one page"))
     bests = [*results.best_classifiers.values()]
-    if len(bests) == 1 and bests[0].row.modality in MODALITIES:
+    if len(bests) == 1 and bests[0].row.modality in modalities():
         command = results_command("export best --sweep", location, "-o", "bundle")
         steps.append((command, "the classifier marked *"))
     if not any(data.ref.name.startswith(PREFIX) for data in ledger.data.values()):

@@ -212,7 +212,7 @@ def with_value(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("classnames.0", CLASSNAMES[1], "class names are different texts"),
         ("classnames", [], "its classnames is []"),
         ("template", "{} {0.__class__}", "with {} once"),
-        ("modality", "smell", "modality is 'smell': Input should be 'text' or 'visual'"),
+        ("modality", "smell", "modality is 'smell': Value error, allowed are text, visual"),
         ("prompt", None, f"it has no prompt, but contains {PROMPT}"),
         ("temperatures", {"text": 0}, "temperatures.text is 0: Input should be greater than 0"),
         ("backbone.files", {"a": "../b"}, "backbone.files.a is '../b': String should match"),
