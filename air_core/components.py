@@ -22,7 +22,6 @@ import re
 import threading
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
@@ -133,19 +132,18 @@ class Registry(Mapping[str, Component]):
             facts: its properties, of those that the registry has.
 
         Raises:
-            TypeError: outside of a plugin, or the signature or the settings are wrong.
-            ValueError: the name is taken or invalid, or a fact or setting is unknown.
+            TypeError: outside of a plugin.
+            ValueError: in a plugin: the name is taken or invalid, or another argument is wrong.
         """
 
         def register(component: F) -> F:
-            plugin = _loading.get()
+            plugin = LOADING.get()
             own = getattr(component, "__name__", name)
             if plugin is None:
                 here = name in self._components and self._components[name].target
                 if here == f"{component.__module__}:{own}":
                     return component
                 raise TypeError(f"{self.key} {name!r} cannot be added here: {NOT_HERE}")
-            self._check(name, settings, summary, reads, facts, component)
             # It may read every setting of the group: the number of images per class, for example,
             # depends on settings that a strategy does not see.
             added = Component(
@@ -153,52 +151,45 @@ class Registry(Mapping[str, Component]):
                 self.conditional if reads is None else frozenset(reads), settings, plugin.digest,
                 frozenset(facts), component,
             )  # fmt: skip
+            if mistake := next(self._mistakes(added), None):
+                raise ValueError(mistake)
             plugin.components.append((self, added))
             return component
 
         return register
 
-    def _check(
-        self,
-        name: str,
-        settings: type | None,
-        summary: str,
-        reads: Iterable[str] | None,
-        facts: Iterable[str],
-        component: Any,
-    ) -> None:
+    def _mistakes(self, added: Component) -> Iterator[str]:
+        """What is wrong with a component of a plugin."""
+        name, settings = repr(added.name), added.settings
         if not self.is_open:
             others = ", ".join(key for key, registry in REGISTRIES.items() if registry.is_open)
-            raise ValueError(f"a plugin cannot add a component of {self.key}; it can of {others}")
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-            raise ValueError(f"{name!r} is no name; allowed: lower case letters, digits and _")
-        if name in self._components:
-            raise ValueError(f"{self.key} has a component {name!r} already; choose another name")
-        if not summary.strip() or "\n" in summary:
-            raise ValueError(f"the summary of {name!r} must be one line of text")
-        for what, given, all_known in (
-            ("fact", facts, self.facts), ("setting", reads or (), self.conditional)
-        ):  # fmt: skip
-            if unknown := sorted(set(given) - all_known):
-                known = ", ".join(sorted(all_known)) or "none"
-                raise ValueError(
-                    f"{name!r} has the unknown {what} {unknown[0]!r}; allowed: {known}"
-                )
+            yield f"a plugin cannot add a component of {self.key}; it can of {others}"
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", added.name):
+            yield f"{name} is no name; allowed: lower case letters, digits and _"
+        if added.name in self._components:
+            yield f"{self.key} has a component {name} already; choose another name"
+        if not added.summary.strip() or "\n" in added.summary:
+            yield f"the summary of {name} must be one line of text"
+        for what, given, known in (
+            ("fact", added.facts, self.facts),
+            ("setting", added.reads, self.conditional),
+        ):
+            for unknown in sorted(given - known):
+                allowed = ", ".join(sorted(known)) or "none"
+                yield f"{name} has the unknown {what} {unknown!r}; allowed: {allowed}"
         positional, _, keyword = self.signature.partition(", *, ")
         arguments = dict.fromkeys(filter(None, keyword.split(", ")))
+        parameters = inspect.signature(added.function)
         try:
-            inspect.signature(component).bind(*filter(None, positional.split(", ")), **arguments)
+            parameters.bind(*filter(None, positional.split(", ")), **arguments)
         except TypeError:
-            raise TypeError(
-                f"{name!r} must have the parameters ({self.signature}), but it has "
-                f"{inspect.signature(component)}"
-            ) from None
-        if self.has_files and not callable(getattr(component, "files", None)):
-            raise TypeError(f"{name!r} must have a static method files() -> list[Path]")
+            yield f"{name} must have the parameters ({self.signature}), but it has {parameters}"
+        if self.has_files and not callable(getattr(added.function, "files", None)):
+            yield f"{name} must have a static method files() -> list[Path]"
         if settings is not None and not self.group:
-            raise TypeError(f"{name!r} has settings, which a component of {self.key} cannot have")
+            yield f"{name} has settings, which a component of {self.key} cannot have"
         if settings is not None:
-            _check_settings(name, settings)
+            yield from _mistakes_of_settings(name, settings)
 
     def part(self, name: str) -> str:
         """Name of a component's code among the parts of orchestrator.store.code_version."""
@@ -228,19 +219,20 @@ class Registry(Mapping[str, Component]):
         return "; ".join(f"{name}: {one.summary}" for name, one in self.items())
 
 
-def _check_settings(name: str, settings: type) -> None:
-    if not dataclasses.is_dataclass(settings) or not settings.__dataclass_params__.frozen:  # type: ignore[attr-defined]
-        raise TypeError(f"the settings of {name!r} must be a frozen dataclass")
+def _mistakes_of_settings(name: str, settings: Any) -> Iterator[str]:
+    if not getattr(getattr(settings, "__dataclass_params__", None), "frozen", False):
+        yield f"the settings of {name} must be a frozen dataclass"
+        return
     types = typing.get_type_hints(settings)
     for f in dataclasses.fields(settings):
         if "help" not in f.metadata or f.default is dataclasses.MISSING:
-            raise TypeError(
-                f"the setting {f.name!r} of {name!r} has no default or no help; write "
+            yield (
+                f"the setting {f.name!r} of {name} has no default or no help; write "
                 f'`{f.name}: float = setting(0.2, "what it is", ge=0)`'
             )
         if types[f.name] not in (bool, int, float, str):
-            raise TypeError(
-                f"the setting {f.name!r} of {name!r} has the type {types[f.name]}; allowed: bool, "
+            yield (
+                f"the setting {f.name!r} of {name} has the type {types[f.name]}; allowed: bool, "
                 "int, float, str"
             )
 
@@ -263,17 +255,7 @@ class Loading:
     components: list[tuple[Registry, Component]] = field(default_factory=list)
 
 
-_loading: ContextVar[Loading | None] = ContextVar("loading", default=None)
-
-
-@contextmanager
-def loading(plugin: Loading) -> Iterator[None]:
-    """Let the code in this block add components to the plugin."""
-    token = _loading.set(plugin)
-    try:
-        yield
-    finally:
-        _loading.reset(token)
+LOADING: ContextVar[Loading | None] = ContextVar("loading", default=None)
 
 
 def use_components(components: Sequence[tuple[Registry, Component]]) -> None:
@@ -293,21 +275,16 @@ def use_components(components: Sequence[tuple[Registry, Component]]) -> None:
     if wanted != {key: registry._plugins for key, registry in REGISTRIES.items()}:
         for key, registry in REGISTRIES.items():
             registry._plugins = wanted[key]
-        for update in _updates:
-            update()
+        for function in _computed:
+            function.cache_clear()
 
 
-_updates: list[Callable[[], object]] = []
-
-
-def when_plugins_change(function: Callable[[], object]) -> None:
-    """Call a function after each change of the plugins in use, in the order of registration."""
-    _updates.append(function)
+_computed: list[Any] = []
 
 
 def computed_from_registries(function: C) -> C:
     """Decorates a function with a cache that is cleared when plugins change."""
-    when_plugins_change(function.cache_clear)  # type: ignore[attr-defined]
+    _computed.append(function)
     return function
 
 

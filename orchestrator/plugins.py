@@ -17,12 +17,12 @@ from functools import cache
 from pathlib import Path
 
 from air_core.components import (
+    LOADING,
     REGISTRIES,
     Component,
     Loading,
     Registry,
     computed_from_registries,
-    loading,
     use_components,
 )
 
@@ -84,11 +84,13 @@ def components_of(plugin: Plugin) -> tuple[tuple[Registry, Component], ...]:
     lines = plugin.text.splitlines(keepends=True)
     linecache.cache[plugin.file] = (len(plugin.text), None, lines, plugin.file)
     found = Loading(plugin.file, plugin.digest)
+    token = LOADING.set(found)
     try:
-        with loading(found):
-            exec(compile(plugin.text, plugin.file, "exec"), vars(module))
+        exec(compile(plugin.text, plugin.file, "exec"), vars(module))
     except Exception as problem:
         raise ValueError(_where_and_why(plugin, problem)) from problem
+    finally:
+        LOADING.reset(token)
     if not found.components:
         raise ValueError(f"{plugin.file}: the plugin adds no component; use STRATEGIES.add(...)")
     return tuple(found.components)
