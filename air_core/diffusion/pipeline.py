@@ -16,7 +16,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -32,6 +32,7 @@ from air_core.models.configs import (
     check_part_configs,
     pipeline_index,
     pipeline_parts,
+    plain_file,
 )
 from air_core.models.families import check_denoiser
 from air_core.models.weights import is_distilled, stay_offline
@@ -42,9 +43,6 @@ from air_core.specs import GenerationSettings, Precision
 ADAPTER = "air"  # name of the LoRA in peft
 LORA_FILE = "pytorch_lora_weights.safetensors"
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-TEXT_TO_IMAGE = {
-    "prompt", "height", "width", "num_inference_steps", "guidance_scale", "generator", "output_type"
-}  # fmt: skip
 
 
 class PipelineGenerator:
@@ -235,8 +233,6 @@ def load_pipeline(model: Path, dtype: torch.dtype = torch.float32) -> Any:
             trust_remote_code=False,
             **parts,
         )
-    except OSError as error:  # partly downloaded, or in another precision
-        raise ValueError(f"{model} is incomplete: {error}") from error
     except (MemoryError, RuntimeError):  # not caused by the folder
         raise
     except Exception as error:  # both libraries raise many types for invalid values
@@ -248,7 +244,7 @@ def load_pipeline(model: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def check_classes(model: Path) -> None:
-    """Check that a pipeline draws from text, and that its parts contain only settings and tensors.
+    """Check that the parts of a pipeline contain only settings and tensors.
 
     diffusers can also load pipelines inside pipelines, whose settings would not be checked.
 
@@ -271,7 +267,6 @@ def check_classes(model: Path) -> None:
             f"{index}: a {name} loads a second model that its README names; give a folder that "
             "holds all parts of its pipeline"
         )
-    _check_draws_from_text(kind, model)
     for part, (library, name) in pipeline_parts(model).items():
         kind = getattr(diffusers, name, None)
         plain = (diffusers.ModelMixin, diffusers.SchedulerMixin)
@@ -293,10 +288,8 @@ def read_adapter(adapter: Path, part: str) -> dict[str, tuple[Tensor, Tensor]]:
         ValueError: the folder contains no LoRA, or it is not a safetensors file.
     """
     file = adapter / LORA_FILE
-    if not file.is_file():
-        raise ValueError(f"{adapter} contains no LoRA: it has no {LORA_FILE}")
     try:
-        tensors = load_file(file)
+        tensors = load_file(plain_file(file))
     except SafetensorError as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
     down = ".lora_A.weight"
@@ -308,20 +301,6 @@ def read_adapter(adapter: Path, part: str) -> dict[str, tuple[Tensor, Tensor]]:
         for name in tensors
         if name.endswith(down)
     }
-
-
-def _check_draws_from_text(kind: type, model: Path) -> None:
-    takes = inspect.signature(kind.__call__).parameters
-    lacking = sorted(TEXT_TO_IMAGE - takes.keys())
-    # Some pipelines can also edit an image; others need one although its default is None.
-    may_edit = "image" in takes and type(None) in get_args(takes["image"].annotation)
-    needs_image = "image" in takes and ("strength" in takes or not may_edit)
-    if lacking or needs_image:
-        why = f"does not take {', '.join(lacking)}" if lacking else "starts from an image"
-        raise ValueError(
-            f"{model} is a {kind.__name__}, which {why}; a generator is a pipeline from text to "
-            "image, such as StableDiffusionPipeline"
-        )
 
 
 def _sampler(scheduler: Any) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any
@@ -28,7 +28,6 @@ OBJECTS = (
     *("act_kwargs", "norm_kwargs", "tokenizer_kwargs"),
 )
 TOKENIZER = ("clean", "strip_sep_token", "language")  # the constructor also accepts paths
-CLEAN = ("canonicalize", "lower", "whitespace")
 
 
 def plain_file(file: Path) -> Path:
@@ -75,18 +74,11 @@ def check_clip_config(file: Path, config: Mapping[str, Any]) -> None:
         ValueError: a value that could, or an option of the tokenizer that is not supported.
     """
     _check_plain(file, "", config)
-    text = config["model_cfg"]["text_cfg"]
-    options = text.get("tokenizer_kwargs") or {}
-    allowed = TOKENIZER if text.get("hf_tokenizer_name") else TOKENIZER[:1]
-    if not isinstance(options, dict) or not {*options} <= {*allowed}:
+    options = config["model_cfg"]["text_cfg"].get("tokenizer_kwargs") or {}
+    if not isinstance(options, dict) or not {*options} <= {*TOKENIZER}:
         raise ValueError(
             f"{file}: model_cfg.text_cfg.tokenizer_kwargs is {shortened(options)}; allowed: "
-            f"{', '.join(allowed)}"
-        )
-    if options.get("clean", "lower") not in CLEAN:
-        raise ValueError(
-            f"{file}: model_cfg.text_cfg.tokenizer_kwargs.clean is {shortened(options['clean'])}; "
-            f"allowed: {', '.join(CLEAN)}"
+            f"{', '.join(TOKENIZER)}"
         )
 
 
@@ -99,7 +91,7 @@ def _check_plain(file: Path, where: str, found: Mapping[str, Any]) -> None:
         word = isinstance(value, str) and (
             key == "hf_tokenizer_name" or re.fullmatch(r"[\w.-]*", value)
         )
-        if not (value is None or word or _is_number(value) or _is_list(value, _is_number)):
+        if not (value is None or word or _is_number(value) or _is_numbers(value)):
             raise ValueError(
                 f"{file}: {where}{key[:99]} is {shortened(value)}; allowed in a model folder: "
                 "numbers, lists of numbers, true, false, null, and words without : and /"
@@ -110,8 +102,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
 
 
-def _is_list(value: Any, fits: Callable[[Any], bool]) -> bool:
-    return isinstance(value, list) and all(map(fits, value))
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_number, value))
 
 
 def check_tokenizer_config(folder: Path) -> None:
@@ -150,25 +142,19 @@ def pipeline_index(folder: Path) -> dict[str, Any]:
     """
     file = folder / PIPELINE_CONFIG
     index = json_object(file)
-    kind = index.get("_class_name")
-    if not _is_name(kind):
-        raise ValueError(
-            f"{file}: _class_name is {shortened(kind)}; allowed: the name of a pipeline of "
-            "diffusers, since anything else is code that comes with the weights"
-        )
-    for part, value in index.items():
-        if part.startswith("_") or not isinstance(value, list) or _is_list(value, _is_number):
-            continue
+    parts = {
+        name: value
+        for name, value in index.items()
+        if not name.startswith("_") and isinstance(value, list) and not _is_numbers(value)
+    }
+    for name, value in {"_class_name": [LIBRARIES[0], index.get("_class_name")], **parts}.items():
         named = len(value) == 2 and (value == [None, None] or all(map(_is_name, value)))
-        if not part.isidentifier() or not named:
+        trusted = named and (value[0] in (None, *LIBRARIES) or name == UNREAD)
+        if not trusted or not name.isidentifier():
             raise ValueError(
-                f"{file}: {shortened(part)} is {shortened(value)}; allowed: a library and a class, "
-                "or two nulls"
-            )
-        if value[0] not in (None, *LIBRARIES) and part != UNREAD:
-            raise ValueError(
-                f"{file}: its {part} is of {value[0]}; allowed: {' and '.join(LIBRARIES)}, since "
-                "anything else is code that comes with the weights"
+                f"{file}: {shortened(name)} is {shortened(value)}; allowed: a class of "
+                f"{' or '.join(LIBRARIES)}, or two nulls, since anything else is code that comes "
+                "with the weights"
             )
     return index
 
@@ -182,11 +168,11 @@ def pipeline_parts(folder: Path) -> dict[str, tuple[str, str]]:
     return {
         part: (value[0], value[1])
         for part, value in pipeline_index(folder).items()
-        if not part.startswith("_")
-        and part != UNREAD
-        and isinstance(value, list)
+        if isinstance(value, list)
         and value
         and isinstance(value[0], str)
+        and part != UNREAD
+        and not part.startswith("_")
     }
 
 

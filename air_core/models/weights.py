@@ -128,9 +128,7 @@ def local_path(name: str | Path) -> Path:
     except OSError as problem:
         if problem.errno != errno.ENAMETOOLONG:
             raise
-        raise ValueError(
-            f"{str(name)[:40]}... is too long for a path; allowed: 255 bytes per name, 4095 in all"
-        ) from None
+        raise ValueError(f"{str(name)[:40]}... is too long for a path") from None
     return path
 
 

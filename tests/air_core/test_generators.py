@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ from air_core.datasets.images import ImageFiles
 from air_core.diffusion import FLAT, rejected
 from air_core.diffusion.folder import FolderGenerator
 from air_core.diffusion.lora import add_adapters, save_adapters
-from air_core.diffusion.pipeline import PipelineGenerator, check_classes, load_pipeline
+from air_core.diffusion.pipeline import PipelineGenerator, load_pipeline
 from air_core.models.weights import generator_files, generator_folder
 from air_core.specs import GenerationSettings
 from benchmarks import device
@@ -155,7 +155,7 @@ def test_loading_and_drawing_print_nothing(capfd):
 def test_a_folder_without_a_pipeline_or_a_lora_is_an_error(adapter):
     with pytest.raises(ValueError, match=r"model_index\.json is missing"):
         PipelineGenerator(adapter, QUICK)
-    with pytest.raises(ValueError, match="contains no LoRA"):
+    with pytest.raises(ValueError, match="no file but a broken link"):
         PipelineGenerator(MODEL, QUICK, adapter=MODEL)
 
 
@@ -177,17 +177,6 @@ def test_a_distilled_model_keeps_its_sampler_and_other_models_do_not(tmp_path, s
         config.write_text(json.dumps(scheduler | {"timestep_spacing": spacing}))
         pipeline = PipelineGenerator(model, QUICK).pipeline
         assert type(pipeline.scheduler).__name__ == expected
-
-
-def test_a_pipeline_that_starts_from_an_image_is_rejected_unless_it_also_draws_from_text(tmp_path):
-    for kind, why in (
-        ("Flux2KleinPipeline", None),
-        ("FluxFillPipeline", "starts from an image"),
-        ("StableDiffusionImg2ImgPipeline", "does not take height, width;"),
-    ):
-        (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
-        with pytest.raises(ValueError, match=f"{kind}, which {why}") if why else nullcontext():
-            check_classes(tmp_path)
 
 
 def test_a_size_that_a_model_cannot_draw_is_an_error(tmp_path):
@@ -252,15 +241,13 @@ def changed(folder: Path, file: str, **values: object) -> Path:
 @pytest.mark.parametrize(
     ("file", "values", "message"),
     [
-        (INDEX, {"_class_name": ["evil", "Evil"]}, "_class_name is .*name of a pipeline"),
+        (INDEX, {"_class_name": ["evil", "Evil"]}, "_class_name.* is .*'evil'.* allowed: a class"),
         (INDEX, {"_class_name": "AutoModel"}, "AutoModel, which is not a pipeline of diffusers"),
         (INDEX, {"_class_name": "KandinskyV22CombinedPipeline"}, "second model that its README"),
-        (INDEX, {"unet": ["evil", "Evil"]}, "its unet is of evil; allowed: diffusers and transf"),
-        (INDEX, {"unet": ["stable_diffusion", "StableDiffusionPipeline"]}, "of stable_diffusion"),
+        (INDEX, {"unet": ["evil", "Evil"]}, "'unet' is .*'evil'.* of diffusers or transformers"),
         (INDEX, {"unet": ["diffusers", "StableDiffusionPipeline"]}, "not a model or scheduler"),
-        (INDEX, {"unet": ["diffusers"]}, r"'unet' is \['diffusers'\]; allowed: a library and a"),
-        (INDEX, {"unet": ["diffusers", {}]}, "'unet' is .*; allowed: a library and a class"),
-        (INDEX, {"../up": ["diffusers", "UNet2DModel"]}, "'../up' is .*; allowed: a library and"),
+        (INDEX, {"unet": ["diffusers", {}]}, "'unet' is .*; allowed: a class"),
+        (INDEX, {"../up": ["diffusers", "UNet2DModel"]}, "'../up' is .*; allowed: a class"),
         ("text_encoder/config.json", {"auto_map": {"AutoModel": "evil.Evil"}}, "has auto_map"),
         ("tokenizer/tokenizer_config.json", {"x": [{"auto_map": "evil.Evil"}]}, "has auto_map"),
         (
