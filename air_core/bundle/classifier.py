@@ -176,12 +176,22 @@ class Bundle:
     def _results(
         self, sources: Iterable[tuple[Any, Source]], topk: int
     ) -> Iterator[ClassifiedImage | Unreadable]:
-        for batch in self._prepared(sources):
+        """While the model computes a batch, threads prepare the next one."""
+        step = min(STEP, self.backbone.at_once)
+        threads = min(torch.get_num_threads(), MAX_THREADS)
+        # PIL images are decoded here: decoding one in two threads is not safe.
+        loaded = (
+            (name, source if isinstance(source, Path) else rgb_image(source, str(name)))
+            for name, source in sources
+        )
+        prepared = computed_ahead(
+            lambda each: (each[0], self._pixels(each[1])), loaded, threads, ahead=step
+        )
+        while batch := [*itertools.islice(prepared, step)]:
             pixels = [image for _, image in batch if isinstance(image, Tensor)]
-            if pixels:
-                shares = self.scores(pixels)
-                found = shares.topk(min(topk, len(self.classnames)), dim=-1)
-                tops = iter(zip(*map(Tensor.tolist, found), strict=True))
+            scores = self.scores(pixels) if pixels else torch.empty(0, len(self.classnames))
+            found = scores.topk(min(topk, len(self.classnames)), dim=-1)
+            tops = zip(*map(Tensor.tolist, found), strict=True)
             for name, image in batch:
                 if isinstance(image, Unreadable):
                     yield image
@@ -190,22 +200,6 @@ class Bundle:
                 names = (self.classnames[c] for c in classes)
                 top = tuple(zip(names, values, strict=True))
                 yield ClassifiedImage(str(name), top, values[0] < self.min_probability)
-
-    def _prepared(
-        self, sources: Iterable[tuple[Any, Source]]
-    ) -> Iterator[list[tuple[Any, Tensor | Unreadable]]]:
-        """Batches of names with preprocessed images.
-
-        While the caller works on a batch, threads prepare the next one.
-        """
-        step = min(STEP, self.backbone.at_once)
-        threads = min(torch.get_num_threads(), MAX_THREADS)
-        # PIL images are decoded here: decoding one in two threads is not safe.
-        loaded = ((name, _loaded(name, source)) for name, source in sources)
-        prepared = computed_ahead(
-            lambda each: (each[0], self._pixels(each[1])), loaded, threads, ahead=step
-        )
-        return iter(lambda: [*itertools.islice(prepared, step)], [])
 
     def _pixels(self, source: Path | Image.Image) -> Tensor | Unreadable:
         try:
@@ -259,7 +253,3 @@ def check_device(device: str) -> None:
     except (RuntimeError, AssertionError) as problem:
         first = str(problem).strip().partition("\n")[0]
         raise ValueError(f"device {device!r} cannot be used ({first}); cpu always works") from None
-
-
-def _loaded(name: Any, source: Source) -> Path | Image.Image:
-    return source if isinstance(source, Path) else rgb_image(source, str(name))
