@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from air_core.components import LEARNERS
 from air_core.prompts import PromptLearner, build_learner
 from air_core.specs import PromptSettings
 from air_core.types import Encoded
@@ -26,7 +27,7 @@ def some_images(tiny_clip, count: int = 5) -> Encoded:
     return Encoded(torch.nn.functional.normalize(features, dim=-1), tokens)
 
 
-@pytest.mark.parametrize("modality", ["text", "visual"])
+@pytest.mark.parametrize("modality", LEARNERS)
 def test_another_seed_gives_another_initial_prompt(tiny_clip, modality):
     one, other = (learner(tiny_clip, modality, seed).prompt for seed in (1, 2))
     assert not torch.equal(one, other)
