@@ -1,4 +1,4 @@
-"""Prompt learners, beside the contract that all keep (air_core.contracts)."""
+"""Prompt learners, beside the contract that all keep (orchestrator.planning.contracts)."""
 
 from __future__ import annotations
 
