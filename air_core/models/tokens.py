@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from air_core.components import BACKBONES
-from air_core.models.weights import MERGES, MOST_MERGES, find_backbone
+from air_core.models.weights import MERGES, find_backbone
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 CONTEXT_LENGTH = 77  # CLIP's, the default of a configuration
+MOST_MERGES = 1 << 24  # bytes of unpacked merges to read; CLIP's are 3 MB
 MOST_LINES = 49152 - 256 - 2 + 1  # as in open_clip
 # CLIP splits texts by this pattern before it merges byte pairs, as open_clip.tokenizer does.
 PIECES = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"

@@ -136,6 +136,10 @@ def cut(folder: Path, file: str) -> None:
     (folder / file).write_bytes(data[:-10])
 
 
+def emptied(folder: Path, file: str) -> None:
+    (folder / file).write_bytes(b"")
+
+
 def pointer(folder: Path, file: str) -> None:
     (folder / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
 
@@ -193,7 +197,7 @@ TOKENIZER = "tokenizer/tokenizer.json"
         ("backbone", cut, (CLIP,), f"{CLIP} cannot be read: .*download or copy it again"),
         ("backbone", piped, (CLIP,), f"{CLIP} is missing, or is no file but a broken link"),
         ("backbone", renamed, (CLIP, "other"), "contains no weights"),
-        ("backbone", cut, ("merges.txt.gz",), "merges.txt.gz holds no byte-pair merges"),
+        ("backbone", emptied, ("merges.txt.gz",), "merges.txt.gz is empty"),
         ("backbone", pickled, (-30,), "model.bin cannot be read: File is not a zip file"),
     ],
 )
