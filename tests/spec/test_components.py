@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-from air_core.components import REGISTRIES, STRATEGIES
+from air_core.components import LOSSES, REGISTRIES, STRATEGIES
 from air_core.datasets import Dataset
 from air_core.specs import Ref
 from air_core.specs.flat import trial_keys
-from air_core.specs.normal import used_components
+from air_core.specs.normal import normalised, used_components
 from orchestrator.keys import artifact_key
 from orchestrator.planning.contracts import check_contract
 from orchestrator.stages import TrialSpec, trial_of
@@ -72,9 +72,11 @@ def test_an_edit_of_a_component_changes_the_keys_of_its_trials_alone(part):
         assert changed == (spec in uses)
 
 
-def test_an_unused_group_names_no_component():
-    names = {registry.key for registry, _ in used_components(trial(iterations=0))}
-    assert names.isdisjoint({"pseudo_labels.kind", "pseudo_labels.loss", "modality"})
+def test_a_strategy_that_names_no_loss_is_trained_with_the_default():
+    """An edit of a loss that a trial does not use changes no key."""
+    spec = trial(pseudo_labels__kind="top_k", pseudo_labels__loss="ce")
+    losses = {loss for registry, loss in used_components(normalised(spec)) if registry is LOSSES}
+    assert losses == {"cc"}
 
 
 def test_the_command_lists_components_with_what_they_read(command):

@@ -11,7 +11,7 @@ from air_core.components import STRATEGIES
 from air_core.specs import Ref
 from air_core.specs.flat import from_flat, to_flat, trial_keys
 from air_core.specs.normal import normalised
-from orchestrator.plugins import plugin_versions, use_plugins
+from orchestrator.plugins import use_plugins
 from orchestrator.spec import SpecError, cells_of, load_sweep, sweep_schema
 from tests.helpers.plugins import MARGIN, TIP_ADAPTER
 from tests.helpers.sweeps import write_sweep
@@ -130,15 +130,6 @@ def test_two_plugins_cannot_add_the_same_component(spec):
     spec.write_text(spec.read_text().replace("[margin.py]", "[margin.py, again.py]"))
     with pytest.raises(ValueError, match=r"'margin' is added twice: by .*margin\.py:margin and by"):
         load_sweep(spec)
-
-
-def test_an_edit_changes_the_version_of_the_components_of_the_plugin_alone(spec):
-    load_sweep(spec)
-    [(part, version)] = plugin_versions()
-    assert part == "pseudo_labels.kind:margin"
-    (spec.parent / "margin.py").write_text(MARGIN + "\n# edited\n")
-    load_sweep(spec)
-    assert plugin_versions()[0][1] != version
 
 
 def test_plugin_check_runs_the_contract(command, spec):
