@@ -31,7 +31,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from air_core.captions import text_of
+from air_core.tools.captions import text_of
 from benchmarks.harness import options, progress, report
 from orchestrator.planning import Requirement, Resolver
 from orchestrator.spec import presets

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, TextIO
 
-from air_core.printable import printable
+from air_core.tools.printable import printable
 from orchestrator.environment import originals
 from orchestrator.redact import redact
 

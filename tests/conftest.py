@@ -27,7 +27,7 @@ import psutil
 import pytest
 from hypothesis.internal.conjecture import providers
 
-from air_core.arithmetic import sums_in_one_order
+from air_core.tools.arithmetic import sums_in_one_order
 from orchestrator.environment import environment
 from orchestrator.planning import Resolver
 from orchestrator.planning.resources import this_machine

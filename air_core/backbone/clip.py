@@ -16,10 +16,10 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from air_core.ahead import computed_ahead
 from air_core.backbone.blocks import weights_dtype
 from air_core.backbone.text import context_encoder
 from air_core.backbone.vision import VisionTower, vision_tower
+from air_core.tools.ahead import computed_ahead
 
 # B images, C classes, D feature width, W token width, L context length; T tokens of an image,
 # P learned ones, V their width.

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from air_core.ahead import computed_ahead
 from air_core.backbone import Backbone
 from air_core.backbone.clip import MAX_THREADS
 from air_core.bundle.arrays import fused_classifier
@@ -22,6 +21,7 @@ from air_core.bundle.files import UNSURE, image_files
 from air_core.bundle.manifest import Manifest
 from air_core.classifiers import Classifier
 from air_core.datasets.images import Unreadable, open_image, rgb_image
+from air_core.tools.ahead import computed_ahead
 from air_core.types import Classes, Encoded
 
 # N images, C classes, D feature width.

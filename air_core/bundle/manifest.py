@@ -6,9 +6,9 @@
     fused.safetensors            auxiliary classifier and fusion, see `arrays`; missing without them
     model.onnx                   image tower and a classifier in one file; missing without --onnx
 
-Digests are SHA-256, as for published weights; `bundle.json` has a seal (`air_core.seal`). Both do
-not make a bundle trustworthy, so its contents are checked as well, and paths in it are never used.
-Imports no torch and opens no image.
+Digests are SHA-256, as for published weights; `bundle.json` has a seal (`air_core.tools.seal`).
+Both do not make a bundle trustworthy, so its contents are checked as well, and paths in it are
+never used. Imports no torch and opens no image.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from air_core.models.weights import (
     find_backbone,
     public_backbone,
 )
-from air_core.seal import intact, sealed_json
+from air_core.tools.seal import intact, sealed_json
 
 MANIFEST = "bundle.json"
 FILES = (TEXT, PROMPT, FUSED)  # no other file is opened

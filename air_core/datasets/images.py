@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from air_core.datasets.class_folders import COMMANDS, READS_HEIC
-from air_core.printable import printable
+from air_core.tools.printable import printable
 
 if TYPE_CHECKING:
     import numpy as np

@@ -29,7 +29,6 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from air_core.ahead import computed_ahead
 from air_core.diffusion.denoiser import (
     Denoiser,
     Latents,
@@ -41,8 +40,9 @@ from air_core.diffusion.denoiser import (
 from air_core.diffusion.noise import Noise
 from air_core.diffusion.pipeline import ADAPTER, DTYPES, LORA_FILE, load_pipeline
 from air_core.models.families import check_denoiser
-from air_core.seal import BLANK, intact, sealed
 from air_core.specs import LoraTraining, Precision
+from air_core.tools.ahead import computed_ahead
+from air_core.tools.seal import BLANK, intact, sealed
 
 # N training images, B images per step, H height, W width; latents are (c, h, w).
 

@@ -23,8 +23,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from air_core.arithmetic import sums_in_one_order
-from air_core.captions import text_of
 from air_core.diffusion import image_seed
 from air_core.diffusion.denoiser import denoiser_class, network, network_name
 from air_core.models.configs import (
@@ -37,6 +35,8 @@ from air_core.models.configs import (
 from air_core.models.families import check_denoiser
 from air_core.models.weights import is_distilled, stay_offline
 from air_core.specs import GenerationSettings, Precision
+from air_core.tools.arithmetic import sums_in_one_order
+from air_core.tools.captions import text_of
 
 # B images, H height, W width.
 

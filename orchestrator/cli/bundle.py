@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from air_core.printable import printable
+from air_core.tools.printable import printable
 from orchestrator import api
 from orchestrator.cli.common import (
     STORE,

@@ -32,8 +32,8 @@ from air_core.models.weights import (
     local_path,
     named_model,
 )
-from air_core.printable import printable
 from air_core.specs import UNKNOWN
+from air_core.tools.printable import printable
 from orchestrator.formatting import plural
 
 SHOWN = 3  # unreadable files and duplicates to list

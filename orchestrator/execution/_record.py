@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from air_core.seal import sealed_json
+from air_core.tools.seal import sealed_json
 from orchestrator.errors import (
     BAD_INPUT,
     DONE,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from air_core.printable import printable
+from air_core.tools.printable import printable
 from orchestrator.environment import originals
 from orchestrator.formatting import format_duration, plural, printable_lines, show
 from orchestrator.planning import Plan, Requirement, artifact_title

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from air_core.captions import caption_problem
 from air_core.datasets.unlabelled import LABELS
 from air_core.models.families import FAMILIES, check_denoiser
 from air_core.models.tokens import check_room
@@ -22,6 +21,7 @@ from air_core.specs.conditions import (
     uses_evidence,
     uses_generator,
 )
+from air_core.tools.captions import caption_problem
 from orchestrator.stages import TrialSpec
 from orchestrator.stages.inputs import MissingInput
 

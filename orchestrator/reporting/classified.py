@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from air_core.bundle.files import UNSURE, true_classes
-from air_core.printable import printable
+from air_core.tools.printable import printable
 from orchestrator.files import make_folders, sync, temporary_for
 from orchestrator.formatting import csv_cell
 from orchestrator.reporting.notes import chance_caution

@@ -15,8 +15,8 @@ from air_core.datasets import get_dataset
 from air_core.datasets.class_folders import skipped_text
 from air_core.datasets.image_folder import OWNERS, PREFIX
 from air_core.datasets.images import ImageFiles
-from air_core.printable import printable
 from air_core.specs import Ref
+from air_core.tools.printable import printable
 from orchestrator.errors import DamagedArtifact, MissingArtifact
 from orchestrator.keys import Keyed
 from orchestrator.store import ArtifactStore

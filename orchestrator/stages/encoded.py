@@ -17,7 +17,7 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from air_core.datasets.images import Unreadable
-from air_core.seal import BLANK, sealed
+from air_core.tools.seal import BLANK, sealed
 from orchestrator.keys import RowSpec, StageSpec
 from orchestrator.stages.context import Opened, WorkerContext, exclusive_shard, ignore
 

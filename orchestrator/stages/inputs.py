@@ -28,8 +28,8 @@ from air_core.models.weights import (
     local_path,
     scheduler_config,
 )
-from air_core.seal import sealed_json
 from air_core.specs import Ref
+from air_core.tools.seal import sealed_json
 from orchestrator.files import file_digest, file_stamp, write_atomic
 from orchestrator.keys import digest
 from orchestrator.store.verification import read_cache

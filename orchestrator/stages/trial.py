@@ -38,7 +38,7 @@ class TrialSpec(TrialSettings, StageSpec):
     """One trial: its settings, and what follows from its inputs and from the installed code."""
 
     stage, title, process = "trials", "trials", "trial"
-    modules = ("air_core.arithmetic", "air_core.models.tokens", "air_core.side_by_side")
+    modules = ("air_core.tools.arithmetic", "air_core.models.tokens", "air_core.side_by_side")
 
     classnames: tuple[str, ...] = derived(())  # of the dataset
     versions: CodeVersions = derived(())

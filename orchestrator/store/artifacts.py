@@ -4,7 +4,8 @@ Layout: `artifacts/<stage>/v<recipe>/<slug>-<digest12>/`. An artifact is built i
 beside its path and then renamed. Its record is written last, so a folder with a record is complete.
 A row (images, or their features) has no final state: it grows by shards, and each shard is renamed
 into place. All paths inside are relative, so the store can be moved. A record contains the digests
-of its files. Records and shards carry a checksum (`air_core/seal.py`) that reveals a changed byte.
+of its files. Records and shards carry a checksum (`air_core/tools/seal.py`): it reveals a changed
+byte.
 
 Builders hold a lock below `locks/` while they build. Locks only avoid duplicate work; correctness
 does not depend on them. `storage.py` keeps the files in a folder or in a bucket.
@@ -29,7 +30,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from air_core.seal import sealed_json
+from air_core.tools.seal import sealed_json
 from orchestrator.errors import DamagedArtifact, MissingArtifact
 from orchestrator.files import file_digest, make_folders, permission_message, sync
 from orchestrator.keys import ArtifactKey, Keyed, RowSpec, StageSpec, artifact_key

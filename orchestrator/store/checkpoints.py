@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from air_core.seal import BLANK, intact, sealed
+from air_core.tools.seal import BLANK, intact, sealed
 from orchestrator.keys import StageSpec, artifact_key
 from orchestrator.store.artifacts import ArtifactStore
 

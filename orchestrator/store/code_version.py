@@ -35,8 +35,8 @@ NOT_COUNTED = {
     "air_core.models.configs",  # refuses models; their content is in the key
     "air_core.models.families",  # the same, and the table of families
     "air_core.models.weights",  # paths of models; their content is in the key
-    "air_core.printable",  # messages
-    "air_core.seal",  # how files are written
+    "air_core.tools.printable",  # messages
+    "air_core.tools.seal",  # how files are written
     "air_core.specs",  # what is in the key
     "air_core.specs.conditions",  # which settings and inputs are in the key
     "air_core.specs.flat",  # spelling of keys

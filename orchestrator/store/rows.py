@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from air_core.seal import intact
+from air_core.tools.seal import intact
 from orchestrator.errors import DamagedArtifact
 from orchestrator.keys import ArtifactKey
 from orchestrator.store.buckets import run_concurrently

@@ -1,8 +1,8 @@
 """Verify stored files against their records and checksums.
 
-A record carries its own checksum (`air_core/seal.py`) and the digests of the other files of its
-artifact. Each process reads a file once: a verified file is identified by size, modification time
-and inode, and read again when one of them changes.
+A record carries its own checksum (`air_core/tools/seal.py`) and the digests of the other files of
+its artifact. Each process reads a file once: a verified file is identified by size, modification
+time and inode, and read again when one of them changes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from air_core.seal import intact
+from air_core.tools.seal import intact
 from orchestrator.errors import DamagedArtifact
 from orchestrator.failures import first_line
 from orchestrator.files import Stamp, file_digest, file_stamp

@@ -26,7 +26,7 @@ from air_core.bundle.manifest import FILES, MANIFEST, weights_description, write
 from air_core.datasets import get_dataset
 from air_core.datasets.digits import CLASSNAMES
 from air_core.models.weights import tiny_folder
-from air_core.seal import BLANK, sealed_json
+from air_core.tools.seal import BLANK, sealed_json
 from tests.helpers.bundles import text_logits, zero_shot
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 from safetensors.numpy import save
 
-from air_core.seal import BLANK, intact, sealed, sealed_json
+from air_core.tools.seal import BLANK, intact, sealed, sealed_json
 from orchestrator.stages.images import _parquet
 
 ARRAYS = {"features": np.arange(6, dtype=np.float32).reshape(2, 3), "ok": np.array([True, False])}

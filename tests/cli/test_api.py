@@ -20,7 +20,7 @@ import typer
 import yaml
 from PIL import Image
 
-from air_core.seal import sealed_json
+from air_core.tools.seal import sealed_json
 from orchestrator import api
 from orchestrator.__main__ import app
 from orchestrator.errors import Refused

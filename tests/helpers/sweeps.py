@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from air_core.seal import intact, sealed_json
+from air_core.tools.seal import intact, sealed_json
 from orchestrator.files import file_digest
 
 TIMEOUT = 900  # seconds; long enough for a busy machine, short enough to end a hanging test

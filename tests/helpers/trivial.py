@@ -32,7 +32,7 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import save_file
 
-from air_core.seal import BLANK, sealed
+from air_core.tools.seal import BLANK, sealed
 from orchestrator.failures import Failure
 from orchestrator.keys import artifact_key
 from orchestrator.planning import requirements_of

@@ -17,7 +17,7 @@ from air_core.bundle.checks import CLASSIFIERS, PROMPT, TEXT
 from air_core.bundle.manifest import MANIFEST
 from air_core.datasets import get_dataset
 from air_core.models.weights import tiny_folder
-from air_core.seal import sealed_json
+from air_core.tools.seal import sealed_json
 from orchestrator.planning import Slot, plan_of
 from orchestrator.planning.ledger import read_ledger
 from orchestrator.reporting.selection import named_trial

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from air_core.seal import BLANK, sealed, sealed_json
+from air_core.tools.seal import BLANK, sealed, sealed_json
 from orchestrator.cluster.node_checks import TOKENS
 from orchestrator.errors import StoreRefused
 from orchestrator.planning import Plan, plan_of

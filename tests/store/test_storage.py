@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from air_core.seal import BLANK, sealed
 from air_core.specs import Ref
+from air_core.tools.seal import BLANK, sealed
 from orchestrator.errors import (
     BucketUnreachable,
     DamagedArtifact,

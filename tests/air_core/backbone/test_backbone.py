@@ -20,12 +20,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from air_core.ahead import computed_ahead
 from air_core.backbone import Backbone
 from air_core.backbone.clip import tf32_products
 from air_core.backbone.loading import load_backbone
 from air_core.backbone.vision import vision_tower
 from air_core.datasets.images import ImageFiles, open_image
+from air_core.tools.ahead import computed_ahead
 from benchmarks.harness import random_clip
 from benchmarks.method import padded_text_features, whole_tower
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from air_core.specs import Templates
+if TYPE_CHECKING:
+    from air_core.specs import Templates
 
 OF = " = "  # between a class and its own caption
 

@@ -1,0 +1,1 @@
+"""Helpers of several packages: checksums, captions, threads, printable text. Imports no torch."""
