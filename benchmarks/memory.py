@@ -87,7 +87,7 @@ class Pool:
         return LinearClassifier(self.centers, *zeros, False, SHARPNESS)
 
     @cached_property
-    def teacher(self) -> CachedClassifier:
+    def cached(self) -> CachedClassifier:
         """The text classifier with the logits of the pool."""
         cached = CachedClassifier(self.text)
         cached.logits(self.batch)
@@ -112,7 +112,7 @@ class Pool:
     @cached_property
     def fused(self) -> FusedClassifier:
         return FusedClassifier(
-            self.teacher,
+            self.cached,
             self.prototype,
             0.5,
             "probability",
@@ -152,21 +152,21 @@ STEPS: dict[str, tuple[tuple[str, ...], Callable[[Pool], Any]]] = {
     "knn": (("knn",), lambda pool: pool.knn.logits(pool.batch)),
     "cache": (("cache",), lambda pool: pool.cache.logits(pool.batch)),
     "fuse": (
-        ("teacher", "prototype"),
+        ("cached", "prototype"),
         lambda pool: fuse(
-            pool.teacher, pool.prototype, pool.batch, pool.every, 0.5, "match_confidence"
+            pool.cached, pool.prototype, pool.batch, pool.every, 0.5, "match_confidence"
         ),
     ),
     "pool_scores": (("fused",), lambda pool: pool.fused.pool_scores(pool.batch)),
     "evidence": (("errors",), lambda pool: evidence_probabilities(pool.errors, 0.8)),
     "sinkhorn": (("scores",), lambda pool: balanced(pool.scores)),
     "objectives": (
-        ("teacher",),
-        lambda pool: objectives(pool.teacher, pool.batch, None, pool.every),
+        ("cached",),
+        lambda pool: objectives(pool.cached, pool.batch, None, pool.every),
     ),
     "transductive": (
-        ("teacher",),
-        lambda pool: transductive(pool.teacher, pool.batch, pool.every),
+        ("cached",),
+        lambda pool: transductive(pool.cached, pool.batch, pool.every),
     ),
     "candidate_sets": (("scores",), lambda pool: candidate_sets(pool.scores, ALPHA, BETA)),
     "balanced_choice": (("scores",), lambda pool: balanced_choice(pool.scores, quarter(pool))),
