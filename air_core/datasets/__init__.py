@@ -6,6 +6,7 @@ Datasets define the parts of their source. They do not depend on paradigms or sp
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 from air_core import components
@@ -14,9 +15,15 @@ from air_core.datasets.image_folder import PREFIX, folder_dataset
 
 __all__ = ["DATASETS", "Dataset", "Examples", "get_dataset", "keeps_validation"]
 
+
+@cache
+def _made(function: Callable[[], Dataset], name: str, about: str) -> Dataset:
+    return replace(function(), name=name, about=about)
+
+
 # Those of this package.
 DATASETS: dict[str, Dataset] = {
-    name: components.DATASETS.load(name)
+    name: _made(components.DATASETS.load(name), name, component.summary)
     for name, component in components.DATASETS.items()
     if not component.source
 }
@@ -26,8 +33,7 @@ def get_dataset(name: str) -> Dataset:
     """The dataset of this name; `folder:<path>` is a folder with your images (see `image_folder`).
 
     Raises:
-        ValueError: the name is unknown, the folder is not an image folder, or the dataset of a
-            plugin has another name.
+        ValueError: the name is unknown, or the folder is not an image folder.
     """
     if name.startswith(PREFIX):
         return folder_dataset(name)
@@ -36,12 +42,7 @@ def get_dataset(name: str) -> Dataset:
     if name not in components.DATASETS:
         known = ", ".join(sorted(components.DATASETS))
         raise ValueError(f"unknown dataset {name!r}; known: {known}, or folder:<path>")
-    dataset = _made(components.DATASETS.load(name))
-    if dataset.name != name:
-        raise ValueError(
-            f"the dataset {name!r} of a plugin must have this name, not {dataset.name!r}"
-        )
-    return dataset
+    return _made(components.DATASETS.load(name), name, components.DATASETS[name].summary)
 
 
 def keeps_validation(name: str) -> bool:
@@ -49,8 +50,3 @@ def keeps_validation(name: str) -> bool:
     no pool has them. Folders of images do; others say it where they are added."""
     known = components.DATASETS.get(name)
     return name.startswith(PREFIX) or (known is not None and "validation" in known.facts)
-
-
-@cache
-def _made(dataset: Callable[[], Dataset]) -> Dataset:
-    return dataset()

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from air_core.datasets.dataset import Counts, Listing, Row, listed, listing, some
+from air_core.components import DATASETS
+from air_core.datasets.dataset import Counts, Dataset, Listing, Row, listed, listing, some
 from air_core.datasets.places import classnames_of, find_home, read_lines
 from air_core.datasets.split_files import with_validation
 
@@ -65,14 +66,14 @@ def _classname(text: str) -> str:  # 001.Black_footed_Albatross -> black footed 
     return text.rpartition(".")[2].replace("_", " ").lower()
 
 
-DATASET = listed(
-    rows,
-    name="cub",
-    about="11,788 birds of 200 kinds",
-    classnames=CLASSNAMES,
-    source="https://www.vision.caltech.edu/datasets/cub_200_2011",
-    licence="images for non-commercial research and education only",
-    split="the source's 5,994 train, of which a tenth val, and 5,794 test",
-    get=GET,
-    published=Counts({"train+val": 5994, "test": 5794}, source="Wah et al. 2011"),
-)
+@DATASETS.add("cub", summary="11,788 birds of 200 kinds")
+def cub() -> Dataset:
+    return listed(
+        rows,
+        classnames=CLASSNAMES,
+        source="https://www.vision.caltech.edu/datasets/cub_200_2011",
+        licence="images for non-commercial research and education only",
+        split="the source's 5,994 train, of which a tenth val, and 5,794 test",
+        get=GET,
+        published=Counts({"train+val": 5994, "test": 5794}, source="Wah et al. 2011"),
+    )

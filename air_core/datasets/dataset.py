@@ -52,13 +52,13 @@ class Counts:
 class Dataset:
     """A dataset: class names and template, how to find and read its files, where to get them."""
 
-    name: str
-    about: str  # a few words, for the header of a table
     classnames: tuple[str, ...]
     source: str
     licence: str
     files: Callable[[Path | None], list[Path]]  # sorted; all files that `load` reads
     load: Callable[[Path | None], Examples]
+    name: str = ""  # by default that under which it is added
+    about: str = ""  # a few words, for the header of a table; by default its summary
     template: str = TEMPLATE  # {} is the class name
     recipe: int = 1  # increase it when the same files give other pixels or parts
     split: str = ""  # origin of the parts

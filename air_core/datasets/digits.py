@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from air_core.components import DATASETS
 from air_core.datasets.dataset import Counts, Dataset, Examples
 
 if TYPE_CHECKING:
@@ -52,15 +53,15 @@ def load() -> tuple[list[Image], np.ndarray, np.ndarray]:
     return images, labels, parts
 
 
-DATASET = Dataset(
-    name="digits",
-    about="1,797 real digits",
-    classnames=CLASSNAMES,
-    source="scikit-learn's load_digits: UCI optical recognition of handwritten digits",
-    licence="CC BY 4.0",
-    files=files,
-    load=lambda root: Examples(*load()),
-    split="180 val, the same always; split_seed parts the rest",
-    get="pip install scikit-learn",
-    published=Counts({"free": 1617, "val": 180}, source="scikit-learn"),
-)
+@DATASETS.add("digits", summary="1,797 real digits", facts=["validation"])
+def digits() -> Dataset:
+    return Dataset(
+        classnames=CLASSNAMES,
+        source="scikit-learn's load_digits: UCI optical recognition of handwritten digits",
+        licence="CC BY 4.0",
+        files=files,
+        load=lambda root: Examples(*load()),
+        split="180 val, the same always; split_seed parts the rest",
+        get="pip install scikit-learn",
+        published=Counts({"free": 1617, "val": 180}, source="scikit-learn"),
+    )

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from air_core.datasets.dataset import Counts, Listing, listed
+from air_core.components import DATASETS
+from air_core.datasets.dataset import Counts, Dataset, Listing, listed
 from air_core.datasets.places import classnames_of, find_home
 from air_core.datasets.split_files import PARTS, lists_listing
 
@@ -29,14 +30,14 @@ def rows(root: Path | None) -> Listing:
     )
 
 
-DATASET = listed(
-    rows,
-    name="dtd",
-    about="5,640 textures of 47 kinds",
-    classnames=CLASSNAMES,
-    source="https://www.robots.ox.ac.uk/~vgg/data/dtd",
-    licence="for research purposes",
-    split="the source's first partition: 1,880 train, 1,880 val, 1,880 test",
-    get=GET,
-    published=Counts({"train": 1880, "val": 1880, "test": 1880}, 120, "Cimpoi et al. 2014"),
-)
+@DATASETS.add("dtd", summary="5,640 textures of 47 kinds")
+def dtd() -> Dataset:
+    return listed(
+        rows,
+        classnames=CLASSNAMES,
+        source="https://www.robots.ox.ac.uk/~vgg/data/dtd",
+        licence="for research purposes",
+        split="the source's first partition: 1,880 train, 1,880 val, 1,880 test",
+        get=GET,
+        published=Counts({"train": 1880, "val": 1880, "test": 1880}, 120, "Cimpoi et al. 2014"),
+    )

@@ -12,7 +12,8 @@ from __future__ import annotations
 from fractions import Fraction
 from pathlib import Path
 
-from air_core.datasets.dataset import Counts, Listing, listed
+from air_core.components import DATASETS
+from air_core.datasets.dataset import Counts, Dataset, Listing, listed
 from air_core.datasets.places import classnames_of, find_home
 from air_core.datasets.split_files import split_listing
 
@@ -47,14 +48,15 @@ def rows(root: Path | None) -> Listing:
     return split_listing("eurosat", home, FOLDERS, CLASSNAMES, beside, TEST_SHARE, coop)
 
 
-DATASET = listed(
-    rows,
-    name="eurosat",
-    about="27,000 satellite images of 10 land uses",
-    classnames=CLASSNAMES,
-    source="https://github.com/phelber/EuroSAT",
-    licence="MIT",
-    split="split files if there; else fixed: 22,000 train, of which a tenth val, and 5,000 test",
-    get=GET,
-    published=Counts({"train+val": 22000, "test": 5000}, source="ELEVATER's split"),
-)
+@DATASETS.add("eurosat", summary="27,000 satellite images of 10 land uses")
+def eurosat() -> Dataset:
+    return listed(
+        rows,
+        classnames=CLASSNAMES,
+        source="https://github.com/phelber/EuroSAT",
+        licence="MIT",
+        split="split files if there; else fixed: "
+        "22,000 train, of which a tenth val, and 5,000 test",
+        get=GET,
+        published=Counts({"train+val": 22000, "test": 5000}, source="ELEVATER's split"),
+    )

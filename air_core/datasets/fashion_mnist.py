@@ -13,6 +13,7 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from air_core.components import DATASETS
 from air_core.datasets.dataset import Counts, Dataset, Examples, Row
 from air_core.datasets.places import classnames_of
 from air_core.datasets.split_files import with_validation
@@ -120,15 +121,15 @@ def _array(file: Path, dimensions: int) -> np.ndarray:
     return values.reshape(shape)
 
 
-DATASET = Dataset(
-    name="fashion_mnist",
-    about="70,000 pictures of 10 kinds of clothes",
-    classnames=CLASSNAMES,
-    source="https://github.com/zalandoresearch/fashion-mnist",
-    licence="MIT",
-    files=files,
-    load=load,
-    split="the source's 60,000 train, of which a tenth val, and 10,000 test",
-    get=GET,
-    published=Counts({"train+val": 60000, "test": 10000}, 7000, "Xiao et al. 2017"),
-)
+@DATASETS.add("fashion_mnist", summary="70,000 pictures of 10 kinds of clothes")
+def fashion_mnist() -> Dataset:
+    return Dataset(
+        classnames=CLASSNAMES,
+        source="https://github.com/zalandoresearch/fashion-mnist",
+        licence="MIT",
+        files=files,
+        load=load,
+        split="the source's 60,000 train, of which a tenth val, and 10,000 test",
+        get=GET,
+        published=Counts({"train+val": 60000, "test": 10000}, 7000, "Xiao et al. 2017"),
+    )

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from air_core.datasets.dataset import Counts, Listing, listed
+from air_core.components import DATASETS
+from air_core.datasets.dataset import Counts, Dataset, Listing, listed
 from air_core.datasets.places import classnames_of, find_home
 from air_core.datasets.split_files import PARTS, lists_listing
 
@@ -39,14 +40,14 @@ def _image(line: str) -> tuple[str, str]:  # path and class name
     return f"images/{number}.jpg", variant.replace("/", "-")
 
 
-DATASET = listed(
-    rows,
-    name="fgvc_aircraft",
-    about="10,000 aircraft of 100 variants",
-    classnames=CLASSNAMES,
-    source="https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft",
-    licence="non-commercial research only",
-    split="the source's: 3,334 train, 3,333 val, 3,333 test",
-    get=GET,
-    published=Counts({"train": 3334, "val": 3333, "test": 3333}, 100, "Maji et al. 2013"),
-)
+@DATASETS.add("fgvc_aircraft", summary="10,000 aircraft of 100 variants")
+def fgvc_aircraft() -> Dataset:
+    return listed(
+        rows,
+        classnames=CLASSNAMES,
+        source="https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft",
+        licence="non-commercial research only",
+        split="the source's: 3,334 train, 3,333 val, 3,333 test",
+        get=GET,
+        published=Counts({"train": 3334, "val": 3333, "test": 3333}, 100, "Maji et al. 2013"),
+    )

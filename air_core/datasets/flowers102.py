@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from air_core.datasets.dataset import Counts, Listing, Row, listed, listing
+from air_core.components import DATASETS
+from air_core.datasets.dataset import Counts, Dataset, Listing, Row, listed, listing
 from air_core.datasets.places import classnames_of, find_home
 
 CLASSNAMES = classnames_of("flowers102")
@@ -61,14 +62,16 @@ def _arrays(file: Path, names: Iterable[str]) -> dict[str, list[int]]:
         ) from problem
 
 
-DATASET = listed(
-    rows,
-    name="flowers102",
-    about="8,189 flowers of 102 kinds",
-    classnames=CLASSNAMES,
-    source="https://www.robots.ox.ac.uk/~vgg/data/flowers/102",
-    licence="none stated; photographs from the web, for research",
-    split="the source's: 1,020 train, 1,020 val, 6,149 test",
-    get=GET,
-    published=Counts({"train": 1020, "val": 1020, "test": 6149}, source="Nilsback, Zisserman 2008"),
-)
+@DATASETS.add("flowers102", summary="8,189 flowers of 102 kinds")
+def flowers102() -> Dataset:
+    return listed(
+        rows,
+        classnames=CLASSNAMES,
+        source="https://www.robots.ox.ac.uk/~vgg/data/flowers/102",
+        licence="none stated; photographs from the web, for research",
+        split="the source's: 1,020 train, 1,020 val, 6,149 test",
+        get=GET,
+        published=Counts(
+            {"train": 1020, "val": 1020, "test": 6149}, source="Nilsback, Zisserman 2008"
+        ),
+    )

@@ -12,7 +12,8 @@ from __future__ import annotations
 from fractions import Fraction
 from pathlib import Path
 
-from air_core.datasets.dataset import Counts, Listing, listed
+from air_core.components import DATASETS
+from air_core.datasets.dataset import Counts, Dataset, Listing, listed
 from air_core.datasets.places import classnames_of, find_home
 from air_core.datasets.split_files import split_listing
 
@@ -34,14 +35,15 @@ def rows(root: Path | None) -> Listing:
     return split_listing("resisc45", home, FOLDERS, CLASSNAMES, beside, TEST_SHARE)
 
 
-DATASET = listed(
-    rows,
-    name="resisc45",
-    about="31,500 aerial images of 45 scenes",
-    classnames=CLASSNAMES,
-    source="https://gcheng-nwpu.github.io/#Datasets (Cheng, Han and Lu 2017)",
-    licence="for research; TorchGeo's copy states CC BY-NC 4.0",
-    split="split files if there; else fixed: 6,300 train, of which a tenth val, and 25,200 test",
-    get=GET,
-    published=Counts({"train+val": 6300, "test": 25200}, 700, "ELEVATER's split"),
-)
+@DATASETS.add("resisc45", summary="31,500 aerial images of 45 scenes")
+def resisc45() -> Dataset:
+    return listed(
+        rows,
+        classnames=CLASSNAMES,
+        source="https://gcheng-nwpu.github.io/#Datasets (Cheng, Han and Lu 2017)",
+        licence="for research; TorchGeo's copy states CC BY-NC 4.0",
+        split="split files if there; else fixed: "
+        "6,300 train, of which a tenth val, and 25,200 test",
+        get=GET,
+        published=Counts({"train+val": 6300, "test": 25200}, 700, "ELEVATER's split"),
+    )

@@ -40,8 +40,6 @@ def load(root):
 @DATASETS.add("pets", summary="cats and dogs")
 def pets():
     return Dataset(
-        name="pets",
-        about="cats and dogs",
         classnames=tuple(load_from_disk(FOLDER)["train"].features["label"].names),
         template="a photo of a {}, a type of pet.",
         recipe=1,  # raise it if `load` reads the same files in another way
