@@ -164,18 +164,9 @@ def _no_folder(path: Path) -> str:
     return f"{path} does not exist"
 
 
-def named_model(name: str) -> dict[str, Any] | None:
-    """open_clip's configuration of `<architecture>` or `<architecture>/<tag>`.
-
-    Returns:
-        None if open_clip does not know the architecture.
-
-    Raises:
-        ValueError: open_clip knows the architecture but not the tag.
-    """
-    architecture, _, tag = name.partition("/")
-    known = (_open_clip() / "model_configs" / f"{architecture}.json").is_file()
-    return _named(architecture, tag)[0] if known else None
+def is_known(name: str) -> bool:
+    """Whether open_clip knows the architecture of `<architecture>` or `<architecture>/<tag>`."""
+    return (_open_clip() / "model_configs" / f"{name.partition('/')[0]}.json").is_file()
 
 
 def tiny_folder() -> Path:

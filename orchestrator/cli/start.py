@@ -163,15 +163,6 @@ def check(
         ),
     ],
     data_root: DataOption = None,
-    weights: Annotated[
-        str,
-        typer.Option(
-            "--name",
-            metavar="NAME",
-            help="Expected weights of a backbone, such as ViT-B-32/openai. Default: any.",
-            show_default=False,
-        ),
-    ] = "",
 ) -> None:
     """Check that the files of a dataset or a model are complete.
 
@@ -183,15 +174,13 @@ def check(
 
     airsweep check folder:photos
 
-    airsweep check /shared/models/clip --name ViT-B-32/openai
+    airsweep check /shared/models/clip
     """
     from orchestrator.cluster.input_checks import check_dataset, check_model, is_dataset
 
     if not is_dataset(name):
-        show("\n".join(check_model(name, weights)))
+        show("\n".join(check_model(name)))
         return
-    if weights:
-        raise ValueError(f"--name is of the weights of a backbone, but {name} is a dataset")
     lines, difference = check_dataset(
         name, data_root, lambda each, n: with_progress_bar("opening images", each, n)
     )

@@ -29,8 +29,8 @@ from air_core.models.weights import (
     find_backbone,
     generator_files,
     generator_folder,
+    is_known,
     local_path,
-    named_model,
 )
 from air_core.specs import UNKNOWN
 from air_core.tools.printable import printable
@@ -204,25 +204,24 @@ def _differences(
 # ---------------------------------------------------------------- models
 
 
-def check_model(model: str, name: str = "") -> list[str]:
+def check_model(model: str) -> list[str]:
     """Check that a trial can read a model.
 
     Args:
         model: a backbone or generator, written as in a sweep file.
-        name: expected weights of open_clip, such as ViT-B-32/openai; empty: any.
 
     Returns:
         Lines that describe the model.
 
     Raises:
-        ValueError: the model is unknown, incomplete, cannot be read, or is not the expected one.
+        ValueError: the model is unknown, incomplete or cannot be read.
     """
     folder = local_path(model)
-    is_backbone = "@" in model or model == "tiny" or named_model(model) is not None
+    is_backbone = "@" in model or model == "tiny" or is_known(model)
     if (folder / CLIP_CONFIG).is_file() or (is_backbone and not folder.exists()):
-        return _check_backbone(name, model)
+        return _check_backbone(model)
     if (folder / PIPELINE_CONFIG).is_file() or ("/" in model and not folder.exists()):
-        return _check_generator(name, model)
+        return _check_generator(model)
     if not folder.exists():
         raise ValueError(
             f"unknown dataset or model {model!r}; datasets: "
@@ -236,38 +235,17 @@ def check_model(model: str, name: str = "") -> list[str]:
     )
 
 
-def _check_backbone(name: str, model: str) -> list[str]:
-    backbone = find_backbone(model)
-    expected = (named_model(name) if name else None) or {}
-    for key in ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu"):
-        difference = _difference(expected.get(key), backbone.model.get(key), key)
-        if expected and difference:
-            raise ValueError(f"{model} is not {name}: {difference}")
+def _check_backbone(model: str) -> list[str]:
     from air_core.backbone.loading import load_backbone  # torch
 
-    load_backbone(backbone)
+    load_backbone(find_backbone(model))
     return _model_lines("backbone", model)
 
 
-def _difference(expected: Any, actual: Any, key: str) -> str | None:
-    """Describe the first setting that differs from the expected configuration."""
-    if isinstance(expected, dict) and isinstance(actual, dict):
-        differences = (
-            _difference(value, actual.get(part), f"{key}.{part}")
-            for part, value in expected.items()
-        )
-        return next(filter(None, differences), None)
-    if (expected or None) == (actual or None):  # a missing key means off
-        return None
-    return f"its {key} is {actual}, but {expected} in open_clip's configuration of that name"
-
-
-def _check_generator(name: str, model: str) -> list[str]:
+def _check_generator(model: str) -> list[str]:
     from air_core.diffusion.pipeline import check_classes  # diffusers takes seconds
 
     folder = generator_folder(model)
-    if name:
-        raise ValueError(f"--name is of CLIP weights, but {folder} is a diffusers folder")
     generator_files(folder)
     check_classes(folder)
     lines = [f"pipeline: {json_object(folder / PIPELINE_CONFIG).get('_class_name')}"]
