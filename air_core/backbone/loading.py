@@ -13,7 +13,7 @@ from typing import Any
 
 from air_core.backbone.clip import Backbone
 from air_core.components import BACKBONES
-from air_core.models.configs import check_tokenizer_config
+from air_core.models.configs import check_configs
 from air_core.models.weights import MERGES, ClipWeights, find_backbone, stay_offline
 from air_core.tools.arithmetic import sums_in_one_order
 
@@ -118,7 +118,7 @@ def _tokenizer(config: dict[str, Any], folder: Path | None) -> Any:
     options |= text.get("tokenizer_kwargs") or {}  # checked by `find_backbone`
     if text.get("hf_tokenizer_name"):
         assert folder is not None
-        check_tokenizer_config(folder)
+        check_configs(folder)
         tokenizer = HFTokenizer(
             str(folder),
             tokenizer_mode=text.get("tokenizer_mode"),

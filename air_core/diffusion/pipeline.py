@@ -27,7 +27,7 @@ from air_core.diffusion import image_seed
 from air_core.diffusion.denoiser import denoiser_class, network, network_name
 from air_core.models.configs import (
     PIPELINE_CONFIG,
-    check_part_configs,
+    check_configs,
     pipeline_index,
     pipeline_parts,
     plain_file,
@@ -212,7 +212,7 @@ def load_pipeline(model: Path, dtype: torch.dtype = torch.float32) -> Any:
     stay_offline()
     named = pipeline_index(model)
     for part in pipeline_parts(model):
-        check_part_configs(model / part)
+        check_configs(model / part)
     check_classes(model)
     import diffusers
     import transformers

@@ -19,7 +19,7 @@ PIPELINE_CONFIG = "model_index.json"
 LIBRARIES = ("diffusers", "transformers")  # of a pipeline's parts; other libraries are not trusted
 UNREAD = "safety_checker"  # part of a pipeline that is never loaded
 PLAIN_ATTENTION = (None, "eager", "sdpa")  # transformers downloads compiled code for others
-TOKENIZER_CONFIGS = ("tokenizer_config.json", "config.json")
+TOKENIZERS = r"(?!Auto|Rag)\w*(Tokenizer|TokenizerFast|Backend)"  # classes of one model
 
 
 # Objects of an open_clip configuration; of others the values are not plain.
@@ -106,31 +106,6 @@ def _is_numbers(value: Any) -> bool:
     return isinstance(value, list) and all(map(_is_number, value))
 
 
-def check_tokenizer_config(folder: Path) -> None:
-    """Check that the configuration of a Hugging Face tokenizer names a tokenizer class.
-
-    transformers accepts the name of any of its classes, and some of these load other models and
-    run code from the folder.
-
-    Raises:
-        ValueError: a file names another class, or cannot be read.
-    """
-    for file in (folder / name for name in TOKENIZER_CONFIGS):
-        if not file.is_file():
-            continue
-        config = json_object(file)
-        kind = config.get("tokenizer_class")
-        plain = kind is None or (
-            isinstance(kind, str)
-            and re.fullmatch(r"(?!Auto|Rag)\w+(Tokenizer|TokenizerFast|Backend)", kind)
-        )
-        if not plain or config.get("model_type") == "rag":
-            raise ValueError(
-                f"{file}: {shortened(kind or 'rag')} is not a tokenizer class; allowed: a "
-                "tokenizer of transformers such as T5Tokenizer"
-            )
-
-
 # ---------------------------------------------------------------- diffusers
 
 
@@ -176,8 +151,11 @@ def pipeline_parts(folder: Path) -> dict[str, tuple[str, str]]:
     }
 
 
-def check_part_configs(folder: Path) -> None:
-    """Check that the configuration of a pipeline's part names no code and no other model.
+def check_configs(folder: Path) -> None:
+    """Check that the configuration of a pipeline's part or a tokenizer names no code or model.
+
+    transformers accepts the name of any of its classes as a tokenizer's, and some of these load
+    other models and run code from the folder.
 
     Raises:
         ValueError: a file does, or cannot be read.
@@ -188,13 +166,19 @@ def check_part_configs(folder: Path) -> None:
             "save the folder again with the adapter merged into the weights"
         )
     for file in sorted(folder.glob("*config.json")):
-        _check_no_code(file, json_object(file))
+        config = json_object(file)
+        _check_no_code(file, config)
+        kind = config.get("tokenizer_class") or "Tokenizer"
+        if config.get("model_type") == "rag" or not re.fullmatch(TOKENIZERS, str(kind)):
+            raise ValueError(
+                f"{file}: tokenizer_class is {shortened(kind)}; allowed: a tokenizer of "
+                "transformers such as T5Tokenizer"
+            )
 
 
 def _check_no_code(file: Path, found: Any) -> None:
-    if isinstance(found, list):
-        for each in found:
-            _check_no_code(file, each)
+    for each in found if isinstance(found, list) else []:
+        _check_no_code(file, each)
     if not isinstance(found, dict):
         return
     if found.get("auto_map"):

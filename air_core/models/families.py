@@ -1,18 +1,23 @@
-"""Families of diffusion models that can be fine-tuned and used as evidence. Imports no torch.
+"""Families of diffusion models, and how a model draws by default. Imports no torch.
 
-A pipeline of another class can only draw. A new family is a subclass of
-`air_core.diffusion.denoiser.Denoiser` in `air_core/diffusion/families` and a line below.
+Models of a family can be fine-tuned and used as evidence; a pipeline of another class can only
+draw. A new family is a subclass of `air_core.diffusion.denoiser.Denoiser` in a module of
+`air_core/diffusion/families`, and a line below.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from air_core.models.configs import pipeline_index
-from air_core.models.weights import scheduler_config
+from air_core.models.configs import json_object, pipeline_index
+from air_core.models.weights import is_distilled, scheduler_config
 
 PREDICTIONS = ("epsilon", "v_prediction")
+FEW_STEPS = {"num_inference_steps": 4, "guidance_scale": 0.0}  # of distilled models
+# FLUX.1: the configuration of its transformer has no size; diffusers' pipeline has this number.
+FLUX, FLUX_LATENT = "FluxPipeline", 128
 
 
 @dataclass(frozen=True)
@@ -73,24 +78,57 @@ def check_denoiser(folder: Path, remedy: str = "") -> None:
     Raises:
         ValueError: its class or its noise levels are not supported, or a file cannot be read.
     """
-    remedy = remedy and f"; {remedy}"
-    if family_of(folder) is None:
-        kind = pipeline_index(folder)["_class_name"]
-        names = ", ".join(family.name for family in FAMILIES.values())
-        raise ValueError(
-            f"{folder} is a {kind}, which can only draw; LoRA and evidence support {names}{remedy}"
-        )
-    scheduler = scheduler_config(folder)
+    scheduler, family = scheduler_config(folder), family_of(folder)
     name, prediction = scheduler.get("_class_name", ""), scheduler.get("prediction_type", "epsilon")
-    if name.startswith("FlowMatch") or scheduler.get("use_flow_sigmas"):
+    if family is None:
+        kind = pipeline_index(folder)["_class_name"]
+        names = ", ".join(each.name for each in FAMILIES.values())
+        problem = f"is a {kind}, which can only draw; LoRA and evidence support {names}"
+    elif name.startswith("FlowMatch") or scheduler.get("use_flow_sigmas"):
         return
-    if "beta_start" not in scheduler:
-        raise ValueError(
-            f"{folder} has the scheduler {name or 'of no name'}, whose noise levels LoRA and "
-            f"evidence do not know; they know those of DDPM and of flow matching{remedy}"
+    elif "beta_start" not in scheduler:
+        problem = (
+            f"has the scheduler {name or 'of no name'}, whose noise levels LoRA and evidence do "
+            "not know; they know those of DDPM and of flow matching"
         )
-    if prediction not in PREDICTIONS:
-        raise ValueError(
-            f"{folder} predicts {prediction!r}; LoRA and evidence know "
-            f"{', '.join(PREDICTIONS)} and flow matching{remedy}"
+    elif prediction not in PREDICTIONS:
+        problem = (
+            f"predicts {prediction!r}; LoRA and evidence know {', '.join(PREDICTIONS)} and flow "
+            "matching"
         )
+    else:
+        return
+    raise ValueError(f"{folder} {problem}{remedy and f'; {remedy}'}")
+
+
+def drawing_defaults(folder: Path) -> dict[str, Any]:
+    """Settings of generation that a diffusers folder determines, by their names in
+    `GenerationSettings`: size, and steps and guidance of distilled models and of some families.
+
+    The size is that of the training images: the side of a latent times the scale of the VAE.
+    FLUX.1-dev has the guidance as an input of its transformer; FLUX.1-schnell has not, and is
+    distilled.
+
+    Raises:
+        ValueError: a file cannot be read.
+    """
+    is_flux = pipeline_index(folder)["_class_name"] == FLUX
+    denoiser = _config(folder, "unet") or _config(folder, "transformer")
+    vae = _config(folder, "vae")
+    found: dict[str, Any] = {}
+    latent = denoiser.get("sample_size", FLUX_LATENT if is_flux else None)
+    levels = vae.get("block_out_channels") or vae.get("encoder_block_out_channels")
+    if isinstance(latent, int) and isinstance(levels, list):
+        found["size"] = latent * 2 ** (len(levels) - 1)
+    is_guided = bool(denoiser.get("guidance_embeds"))
+    if is_distilled(scheduler_config(folder)) or (is_flux and not is_guided):
+        return found | FEW_STEPS
+    if (family := family_of(folder)) is not None and family.steps is not None:
+        found |= {"num_inference_steps": family.steps, "guidance_scale": family.guidance}
+    return found
+
+
+def _config(folder: Path, part: str) -> dict[str, Any]:
+    """Configuration of a part of the pipeline; empty if it has none."""
+    file = folder / part / "config.json"
+    return json_object(file) if file.is_file() else {}

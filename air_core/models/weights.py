@@ -26,7 +26,7 @@ from air_core import components
 from air_core.models.configs import (
     PIPELINE_CONFIG,
     check_clip_config,
-    check_part_configs,
+    check_configs,
     json_object,
     pipeline_parts,
     plain_file,
@@ -388,7 +388,7 @@ def generator_files(folder: Path) -> list[Path]:
     for part, (library, kind) in pipeline_parts(folder).items():
         if not (folder / part).is_dir():
             raise ValueError(f"{folder} is incomplete: it has no folder {part}; {AGAIN}")
-        check_part_configs(folder / part)
+        check_configs(folder / part)
         found += _part_files(folder / part, library, kind)
     return sorted(found)
 
@@ -425,8 +425,6 @@ def _part_files(part: Path, library: str, kind: str) -> list[Path]:
 def check_whole(file: Path, architecture: str = "<architecture>") -> None:
     """Check, without reading its tensors, that a weights file is complete and runs no code.
 
-    The file of `torch.save` before PyTorch 1.6 is no archive, so nothing shows that it is complete.
-
     Raises:
         ValueError: bytes are missing, as after an interrupted copy, or it is a Git LFS pointer.
     """
@@ -434,12 +432,10 @@ def check_whole(file: Path, architecture: str = "<architecture>") -> None:
 
     members = []
     try:
-        with open(plain_file(file), "rb") as handle:
-            is_old = handle.read(1) == b"\x80"
-        if file.suffix == ".safetensors":
+        if plain_file(file).suffix == ".safetensors":
             with safe_open(file, framework="np"):
                 pass
-        elif not is_old:
+        else:
             with ZipFile(file) as archive:
                 members = archive.namelist()
     except (SafetensorError, BadZipFile) as problem:

@@ -24,7 +24,7 @@ from air_core.datasets.image_folder import PREFIX, check_no_leak
 from air_core.datasets.images import BAD_SHARE, too_many_unreadable
 from air_core.datasets.unlabelled import LABELS
 from air_core.methods import EMBEDDED
-from air_core.models.drawing import drawing_defaults
+from air_core.models.families import drawing_defaults
 from air_core.models.weights import generator_folder, local_path
 from air_core.paradigms import TooFewImages, split_positions
 from air_core.specs import Ref

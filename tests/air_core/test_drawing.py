@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from air_core.models.drawing import drawing_defaults
+from air_core.models.families import drawing_defaults
 
 KL = {"block_out_channels": [128, 256, 512, 512]}  # the scale is 8
 FEW = {"num_inference_steps": 4, "guidance_scale": 0.0}

@@ -410,7 +410,9 @@ def test_a_tokenizer_that_loads_other_models_is_rejected(kind, siglip, tmp_path)
     folder = Path(shutil.copytree(siglip, tmp_path / "folder"))
     file = folder / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer_class": kind}))
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json: .* is not a tokenizer class"):
+    with pytest.raises(
+        ValueError, match=r"tokenizer_config\.json: tokenizer_class is .* such as T5Tokenizer"
+    ):
         load_backbone(folder)
 
 
