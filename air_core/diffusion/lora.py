@@ -15,7 +15,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -40,7 +40,7 @@ from air_core.diffusion.denoiser import (
 from air_core.diffusion.noise import Noise
 from air_core.diffusion.pipeline import ADAPTER, DTYPES, LORA_FILE, load_pipeline
 from air_core.models.families import check_denoiser
-from air_core.specs import LoraTraining, Precision
+from air_core.specs import LoraTraining
 from air_core.tools.ahead import computed_ahead
 from air_core.tools.seal import BLANK, intact, sealed
 
@@ -123,20 +123,11 @@ def train_lora(
     denoiser = denoiser_class(pipeline)(pipeline, size)
     if thrift:
         denoiser.network.enable_gradient_checkpointing()
-    latents = TrainingLatents(denoiser, images)
-    texts = denoiser.encode_captions(captions)
-    losses: list[float] = []
+    latents, texts = TrainingLatents(denoiser, images), denoiser.encode_captions(captions)
     parts = 2 ** max(0, thrift - 1)
-    steps = fit(
-        denoiser, parameters, latents, texts, training, seed, losses, parts, kept, keep_every
+    losses = fit(
+        denoiser, parameters, latents, texts, training, seed, parts, report, kept, keep_every
     )
-    for loss in steps:
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the LoRA's loss is {loss} at step {len(losses)}; lower lora.learning_rate"
-            )
-        if report is not None:
-            report(len(losses), training.steps_on(len(captions)), loss)
     save_adapters(pipeline, out)
     tenth = max(1, len(losses) // 10)
     return {
@@ -153,27 +144,29 @@ def fit(
     texts: Texts,
     training: LoraTraining,
     seed: int,
-    losses: list[float],
-    parts: int = 1,
-    kept: Path | None = None,
-    keep_every: float = KEEP_EVERY,
-) -> Iterator[float]:
-    """Optimise the adapters in place; yields the loss of each step.
+    parts: int,
+    report: Callable[[int, int, float], None] | None,
+    kept: Path | None,
+    keep_every: float,
+) -> list[float]:
+    """Optimise the adapters in place.
 
     Args:
-        losses: receives the losses of all steps, including those before a resume.
-        parts: passes into which the images of a step are split.
-        kept: see `train_lora`.
+        parts: passes into which the images of a step are split. For the others see `train_lora`.
+
+    Returns:
+        The losses of all steps, including those before a resume.
     """
     noise_levels, device = denoiser.noise, denoiser.network.device
     draws = torch.Generator("cpu").manual_seed(seed)  # on the CPU, so equal on all devices
     optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=WEIGHT_DECAY)
     steps = training.steps_on(len(texts.rows))
     factor = _warmup_cosine(steps)
+    losses: list[float] = []
     denoiser.network.train()
     if kept is not None and kept.exists():
         if intact(kept.read_bytes()):
-            losses += _go_on(kept, parameters, optimizer, draws)
+            losses = _go_on(kept, parameters, optimizer, draws)
         else:
             log.warning("%s is damaged: the LoRA is trained from its first step", kept)
     written = time.monotonic()
@@ -188,8 +181,10 @@ def fit(
             of_part = part.to(device)
             x, e, at = clean[of_part], noise[of_part], t[of_part]
             conditions = texts.conditions(drawn.batch[part], drawn.dropped[part])
-            with _attention(device.type):
-                with _autocast(device.type, training.precision):
+            # On a CPU the backward pass of the plain kernel is faster, several times so in bf16.
+            with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext():
+                # In bf16 where that is safe, though adapters and their gradients are float32.
+                with torch.autocast(device.type, torch.bfloat16, training.precision == "bf16"):
                     predicted = denoiser.predict(noise_levels.noisy(x, e, at), at, conditions)
                 error = predicted.float() - noise_levels.target(x, e, at)
                 weighted = error.square().mean(dim=(1, 2, 3)) * noise_levels.weight(at)
@@ -199,10 +194,16 @@ def fit(
         torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         optimizer.step()
         losses.append(float(loss))
-        yield losses[-1]
+        if not math.isfinite(losses[-1]):
+            raise FloatingPointError(
+                f"the LoRA's loss is {losses[-1]} at step {len(losses)}; lower lora.learning_rate"
+            )
+        if report is not None:
+            report(len(losses), steps, losses[-1])
         if kept is not None and time.monotonic() - written >= keep_every:
             _keep(kept, parameters, optimizer, drawn.state, losses)
             written = time.monotonic()
+    return losses
 
 
 @dataclass(frozen=True)
@@ -283,18 +284,6 @@ def _go_on(
 def _warmup_cosine(steps: int) -> Callable[[int], float]:
     warmup = max(1, round(WARMUP * steps))
     return lambda step: min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-@contextmanager
-def _attention(device: str) -> Iterator[None]:
-    """On a CPU, use the plain kernel: its backward pass is faster, several times so in bf16."""
-    with sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext():
-        yield
-
-
-def _autocast(device: str, precision: Precision) -> torch.autocast:
-    """Compute in bf16 where that is safe, though adapters and their gradients are float32."""
-    return torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 # ---------------------------------------------------------------- adapters
