@@ -316,26 +316,30 @@ def syntax(module: str) -> ast.Module:
 
 
 def decorated(registry: str, module: str) -> Iterator[Component]:
-    """The components that a module adds to a registry, read from its decorators.
+    """The components that a module adds to the registry of this variable."""
+    return (component for variable, component in _added(module) if variable == registry)
 
-    Args:
-        registry: the name of its variable.
-    """
+
+@cache
+def _added(module: str) -> list[tuple[str, Component]]:
+    """The components that a module adds, read from its decorators, with the registries."""
+    found = []
     for node in syntax(module).body:
-        if not isinstance(node, ast.FunctionDef | ast.ClassDef):
-            continue
-        for call in node.decorator_list:
-            if added := added_by(call, registry):
-                told = {one.arg: ast.literal_eval(one.value) for one in call.keywords}  # type: ignore[attr-defined]
+        for decorator in getattr(node, "decorator_list", ()):
+            if names := added_by(decorator):
+                told = {one.arg: ast.literal_eval(one.value) for one in decorator.keywords}
                 reads, facts = (frozenset(told.get(key, ())) for key in ("reads", "facts"))
-                yield Component(added, f"{module}:{node.name}", told["summary"], reads, facts=facts)
+                target = f"{module}:{getattr(node, 'name', '')}"
+                component = Component(names[1], target, told["summary"], reads, facts=facts)
+                found.append((names[0], component))
+    return found
 
 
-def added_by(decorator: ast.expr, registry: str | None = None) -> str | None:
-    """The name of the component that a decorator adds to the registry, or to any."""
+def added_by(decorator: ast.expr) -> tuple[str, str] | None:
+    """Registry and component of a decorator that adds one; else None."""
     match decorator:
-        case ast.Call(ast.Attribute(ast.Name(variable), "add"), [ast.Constant(str(name))]):
-            return name if registry in (None, variable) else None
+        case ast.Call(ast.Attribute(ast.Name(registry), "add"), [ast.Constant(str(name))]):
+            return registry, name
     return None
 
 
