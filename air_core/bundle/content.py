@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal, get_args
+from typing import Annotated, Final, Literal, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -61,6 +61,8 @@ Classnames = Annotated[list[Classname], Field(min_length=1), AfterValidator(_che
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 File = Literal["text_features.safetensors", "prompt.safetensors", "fused.safetensors", "model.onnx"]
 Values = dict[str, JsonValue]
+Side = Annotated[int, Field(gt=0, le=4096)]
+Model = TypeVar("Model", bound=BaseModel)
 
 assert get_args(File) == (TEXT, PROMPT, FUSED, ONNX)
 
@@ -106,19 +108,39 @@ class Content(_Strict):
     seal: str
 
 
-def checked_content(found: object) -> Content:
-    """The content of a `bundle.json`.
+class Preprocessing(_Strict):
+    """How an ONNX file wants its images; a changed file could name any values."""
+
+    size: Annotated[list[Side], Field(min_length=2, max_length=2)]  # height, width
+    mean: Annotated[list[float], Field(min_length=3, max_length=3)]
+    std: Annotated[list[PositiveFloat], Field(min_length=3, max_length=3)]
+    interpolation: Literal["bicubic", "bilinear"]
+    resize_mode: Literal["shortest", "longest", "squash"]
+    fill_color: Annotated[int, Field(ge=0, le=255)]
+
+
+def checked(model: type[Model], found: object) -> Model:
+    """Values from JSON as a model.
 
     Raises:
         ValueError: a value is missing, unknown or of another type; the message has the first.
     """
     try:
-        content = Content.model_validate(found)
+        return model.model_validate(found)
     except ValidationError as problem:
         first = problem.errors(include_url=False)[0]
-        where = ".".join(str(part)[:SHOWN] for part in first["loc"])
+        where = ".".join(str(part)[:SHOWN] for part in first["loc"]) or "content"
         shown = printable(f"its {where} is {repr(first['input'])[:SHOWN]}: {first['msg']}")
         raise ValueError(shown) from None
+
+
+def checked_content(found: object) -> Content:
+    """The content of a `bundle.json`.
+
+    Raises:
+        ValueError: a value is not allowed.
+    """
+    content = checked(Content, found)
     if content.unseen is not None:
         distinct, classes = {*content.unseen}, {*range(len(content.classnames))}
         if not (distinct < classes and 0 < len(distinct) == len(content.unseen)):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import glob
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from air_core.datasets.class_folders import READ_TEXT, SUFFIXES, skipped_clause
+from air_core.datasets.class_folders import READ_TEXT, SUFFIXES, skipped_clause, walk
 from air_core.datasets.image_folder import given_classnames
 from air_core.models.weights import local_path
 
@@ -80,8 +79,7 @@ def _files_of(place: str | Path) -> Iterator[Path]:
 
 def _images_below(folder: Path) -> Iterator[Path]:
     """The images of a folder, then of its subfolders, sorted by name, without hidden files."""
-    for at, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
+    for at, files in walk(folder):
+        for name in files:
             if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):
-                yield Path(at) / name
+                yield at / name

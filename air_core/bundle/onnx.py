@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL.Image import Image
 
-from air_core.bundle.preprocessing import checked_preprocessing, image_pixels
+from air_core.bundle.content import Preprocessing, checked
+from air_core.bundle.preprocessing import image_pixels
 
 if TYPE_CHECKING:
     from air_core.backbone import Backbone
@@ -134,17 +135,16 @@ def _preprocessing(backbone: Backbone) -> dict[str, Any]:
     """The backbone's preprocessing, complete and as JSON has it."""
     found = dict(backbone.model.visual.preprocess_cfg)
     size = found["size"]
-    return checked_preprocessing(
-        {
-            "size": [size, size] if isinstance(size, int) else list(size),
-            "mean": list(found["mean"]),
-            "std": list(found["std"]),
-            # open_clip takes `random` for bicubic outside of training.
-            "interpolation": "bilinear" if found["interpolation"] == "bilinear" else "bicubic",
-            "resize_mode": found["resize_mode"],
-            "fill_color": found["fill_color"],
-        }
-    )
+    complete = {
+        "size": [size, size] if isinstance(size, int) else list(size),
+        "mean": list(found["mean"]),
+        "std": list(found["std"]),
+        # open_clip takes `random` for bicubic outside of training.
+        "interpolation": "bilinear" if found["interpolation"] == "bilinear" else "bicubic",
+        "resize_mode": found["resize_mode"],
+        "fill_color": found["fill_color"],
+    }
+    return checked(Preprocessing, complete).model_dump()
 
 
 def _module(bundle: Bundle, classifier: str) -> Any:
@@ -233,7 +233,7 @@ class OnnxModel:
                 raise ValueError(f"it has no {name}")
         self.classnames = tuple(json.loads(metadata["classnames"]))
         self.classifier: str = metadata["classifier"]
-        self.preprocess = checked_preprocessing(json.loads(metadata["preprocess"]))
+        self.preprocess = checked(Preprocessing, json.loads(metadata["preprocess"])).model_dump()
         shapes = [each.shape[1:] for each in self._session.get_inputs()]
         if shapes != [[3, *self.preprocess["size"]]]:
             raise ValueError("its input is not pixels (N, 3, height, width)")

@@ -11,36 +11,6 @@ from typing import Any
 import numpy as np
 from PIL.Image import Image, Resampling, new
 
-MOST_PX = 4096  # largest side of the input; a changed file could name any
-
-
-def checked_preprocessing(found: Any) -> dict[str, Any]:
-    """The preprocessing from the metadata of an ONNX file.
-
-    Raises:
-        ValueError: a value is missing or not allowed.
-    """
-    if not isinstance(found, dict):
-        raise ValueError("its preprocessing is not a dict")
-    channels = (found.get("mean"), found.get("std"))
-    allowed = {
-        "size": _numbers(found.get("size"), 2, int) and 0 < max(found["size"]) <= MOST_PX,
-        "mean": _numbers(channels[0], 3, (int, float)),
-        "std": _numbers(channels[1], 3, (int, float)) and min(found["std"]) > 0,
-        "interpolation": found.get("interpolation") in ("bicubic", "bilinear"),
-        "resize_mode": found.get("resize_mode") in ("shortest", "longest", "squash"),
-        "fill_color": type(found.get("fill_color")) is int and 0 <= found["fill_color"] <= 255,
-    }
-    for name, fits in allowed.items():
-        if not fits:
-            raise ValueError(f"{name} of its preprocessing is missing or not allowed")
-    return found
-
-
-def _numbers(found: Any, count: int, kind: type | tuple[type, ...]) -> bool:
-    fits = isinstance(found, list) and len(found) == count
-    return fits and all(isinstance(each, kind) and not isinstance(each, bool) for each in found)
-
 
 def image_pixels(image: Image, preprocess: Mapping[str, Any]) -> np.ndarray:
     """Resize, crop or pad, and normalise an image as open_clip does, in the same order.

@@ -88,6 +88,22 @@ def is_system_folder(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
+def walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """A folder and the folders below it, with the names of their files, sorted; without hidden
+    folders and links to folders.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+
+    def fail(problem: OSError) -> None:
+        raise problem
+
+    for at, folders, files in os.walk(folder, onerror=fail):
+        folders[:] = sorted(name for name in folders if not is_system_folder(name))
+        yield Path(at), sorted(files)
+
+
 def suffixes(names: Iterable[str]) -> Iterator[str]:
     """Lower-case suffixes of file names, without those in IGNORED and hidden ones.
 
@@ -109,9 +125,7 @@ def other_files(folder: Path, read: Collection[Path] | None = None) -> dict[str,
         read: the class folders whose images are read; None: all images are.
     """
     found: Counter[str] = Counter()
-    for at, below, files in os.walk(folder):
-        below[:] = [name for name in below if not is_system_folder(name)]
-        home = Path(at)
+    for home, files in walk(folder):
         place = "in subfolders" if {*home.parents} & {*(read or ())} else "beside class folders"
         for suffix in suffixes(files):
             if suffix not in SUFFIXES:

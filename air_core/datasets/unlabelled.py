@@ -24,8 +24,8 @@ from air_core.datasets.class_folders import (
     FEWEST,
     READ_TEXT,
     images_in,
-    is_system_folder,
     skipped_clause,
+    walk,
 )
 from air_core.datasets.dataset import Listing, Row, some
 from air_core.datasets.places import class_entries, optional_text, said, text_lines
@@ -89,7 +89,7 @@ def unlabelled_listing(home: Path, classes: Classes) -> Listing:
     Raises:
         ValueError: there are too few images without a label, or `labels.csv` is invalid.
     """
-    files = [file for folder in _walk(home) for file in images_in(folder)]
+    files = [file for folder, _ in walk(home) for file in images_in(folder)]
     paths = sorted((file.relative_to(home).as_posix() for file in files), key=_by_folder)
     if not paths:
         raise ValueError(
@@ -196,17 +196,6 @@ def _lines(file: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
                 yield rows.line_num, dict(zip(columns, cells, strict=True))
     except csv.Error as problem:
         raise ValueError(f"{file}:{rows.line_num}: this is not CSV: {problem}") from None
-
-
-def _walk(home: Path) -> Iterator[Path]:
-    """A folder and the folders below it, sorted, without hidden ones and links to folders."""
-
-    def fail(problem: OSError) -> None:
-        raise problem
-
-    for at, folders, _ in os.walk(home, onerror=fail):
-        folders[:] = sorted(name for name in folders if not is_system_folder(name))
-        yield Path(at)
 
 
 def _by_folder(path: str) -> tuple[str, ...]:

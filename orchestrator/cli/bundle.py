@@ -202,7 +202,8 @@ def classify(
         unsure += "; they count in no accuracy" if tally.pairs and tally.unsure else ""
         show(unsure, file=sys.stderr)
     for place in images:
-        if lines := skipped_lines(other_files(Path(place).expanduser()), place):
+        home = Path(place).expanduser()
+        if home.is_dir() and (lines := skipped_lines(other_files(home), place)):
             show("\n  ".join([f"skipped: {lines[0]}", *lines[1:]]), file=sys.stderr)
     if tally.unreadable:
         show(f"{len(tally.unreadable):,} of {len(files):,} files could not be read:", sys.stderr)

@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from air_core import seal
 from air_core.bundle import image_files, load_bundle, read_bundle
 from air_core.bundle.checks import FUSED, PROMPT, TEXT
 from air_core.bundle.manifest import FILES, MANIFEST, weights_description, write_bundle
 from air_core.datasets import get_dataset
 from air_core.datasets.digits import CLASSNAMES
 from air_core.models.weights import tiny_folder
+from air_core.tools import seal
 from air_core.tools.seal import BLANK, sealed_json
 from tests.helpers.bundles import text_logits, zero_shot
 
