@@ -239,11 +239,10 @@ def _column_quantiles(scores: Tensor, q: float) -> Tensor:
 def _slots(capacity: int, scores: Tensor, previous: PseudoLabels | None) -> Tensor:
     """(C,) slots of each class; a class that the round before did not fill stays limited."""
     classes = scores.shape[1]
-    full = torch.full((classes,), capacity, device=scores.device)
     if previous is None:
-        return full
+        return torch.full((classes,), capacity, device=scores.device)
     filled = previous.labels.to(scores.device).bincount(minlength=classes)
-    return torch.minimum(filled + (capacity - filled.max()), full).clamp(min=0)
+    return (filled + (capacity - filled.max())).clamp(min=0)
 
 
 # ---------------------------------------------------------------- the assignment to classes

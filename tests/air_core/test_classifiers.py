@@ -77,6 +77,15 @@ def test_lda_of_identical_images_is_an_error_that_explains_it(copies):
         auxiliary_classifier(AuxiliarySettings(kind="lda"), same, None, target.images, 3, 20.0)
 
 
+def test_a_linear_probe_does_not_depend_on_how_often_a_class_has_its_images():
+    bank, settings = toy(0, 10), AuxiliarySettings(kind="linear_probe", center=False)
+    often = bank[torch.cat([torch.arange(10).repeat(3), torch.arange(10, 30)])]
+    one, other = (
+        auxiliary_classifier(settings, each, None, bank.images, 3, 20.0) for each in (bank, often)
+    )
+    torch.testing.assert_close(one.weight, other.weight, rtol=1e-3, atol=1e-3)
+
+
 def test_lda_equals_scikit_learn():
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
@@ -197,12 +206,13 @@ def test_a_mixture_over_the_pool_equals_a_plain_reference(unseen):
 def test_knn_and_cache_equal_a_plain_reference_where_classes_differ_in_size():
     images, pool = toy(0, 6), toy(1, 10).images
     images = images[torch.tensor([0, 1, 2, 6, 7, 8, 9, 12, 13])]  # 3, 4 and 2 of the classes
-    for kind in ("knn", "cache"):
-        settings = AuxiliarySettings(kind=kind, center=False, neighbours=2)
+    # The smallest class has fewer images than nine neighbours.
+    for kind, neighbours, nearest in (("knn", 1, 1), ("knn", 9, 2), ("cache", 1, 1)):
+        settings = AuxiliarySettings(kind=kind, center=False, neighbours=neighbours)
         found = auxiliary_classifier(settings, images, None, pool, 3, 20.0).logits(pool)
         cosines = pool.features @ images.images.features.T
         for c in range(3):
             own = cosines[:, images.labels == c]
-            near = own.sort(descending=True).values[:, :2].mean(dim=1)
+            near = own.sort(descending=True).values[:, :nearest].mean(dim=1)
             affinity = (-CACHE_SHARPNESS * (1 - own)).exp().mean(dim=1)
             torch.testing.assert_close(found[:, c], 20 * (near if kind == "knn" else affinity))

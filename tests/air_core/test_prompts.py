@@ -49,6 +49,9 @@ def test_a_visual_prompt_is_near_zero_and_deep_ones_have_tokens_for_every_block(
         one = build_learner("visual", settings, tiny_clip, NAMES, TEMPLATE, 0)
         assert one.prompt.shape == shape
         assert 0 < one.prompt.std() < 1.1 * width**-0.5
+        if init == "uniform":  # VPT's range, of a patch of three channels
+            reach = width**-0.5 * (6 / (3 * tiny_clip.patch_size**2 + width)) ** 0.5
+            assert 0.9 * reach < one.prompt.abs().max() <= reach
         assert one.logits(some_images(tiny_clip)).shape == (5, len(NAMES))
 
 

@@ -41,6 +41,14 @@ def test_upl_selects_the_most_confident_images_of_each_predicted_class():
         assert labels.indices[labels.labels == c].tolist() == sorted(strongest.tolist())
 
 
+def test_the_threshold_is_inclusive_and_the_most_confident_image_is_always_selected():
+    scores = torch.tensor([[0.75, 0.25], [0.5, 0.5], [0.125, 0.875]])
+    for threshold, expected in ((0.75, [0, 2]), (0.9, [2])):
+        settings = PseudoLabelSettings(kind="threshold", threshold=threshold)
+        labels = assign(scores, settings, iteration=0, iterations=1, previous=None)
+        assert labels.indices.tolist() == expected
+
+
 def test_no_selected_image_is_an_error_that_names_the_settings():
     scores = torch.full((0, 3), 1 / 3)
     with pytest.raises(ValueError, match="no pool image was selected"):
