@@ -73,7 +73,5 @@ def cub() -> Dataset:
         classnames=CLASSNAMES,
         source="https://www.vision.caltech.edu/datasets/cub_200_2011",
         licence="images for non-commercial research and education only",
-        split="the source's 5,994 train, of which a tenth val, and 5,794 test",
-        get=GET,
         published=Counts({"train+val": 5994, "test": 5794}, source="Wah et al. 2011"),
     )

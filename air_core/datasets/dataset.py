@@ -50,7 +50,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset: class names and template, how to find and read its files, where to get them."""
+    """A dataset: class names and template, how to find and read its files."""
 
     classnames: tuple[str, ...]
     source: str
@@ -61,8 +61,6 @@ class Dataset:
     about: str = ""  # a few words, for the header of a table; by default its summary
     template: str = TEMPLATE  # {} is the class name
     recipe: int = 1  # increase it when the same files give other pixels or parts
-    split: str = ""  # origin of the parts
-    get: str = ""  # instructions for getting the files
     skipped: Callable[[], dict[str, int]] = dict  # number of files that are not read, by kind
     pool_labels: Literal["known", "unknown"] = "known"  # unknown: nothing can be measured on it
     published: Counts | None = None  # `airsweep check` compares the files with it

@@ -61,7 +61,5 @@ def digits() -> Dataset:
         licence="CC BY 4.0",
         files=files,
         load=lambda root: Examples(*load()),
-        split="180 val, the same always; split_seed parts the rest",
-        get="pip install scikit-learn",
         published=Counts({"free": 1617, "val": 180}, source="scikit-learn"),
     )

@@ -37,7 +37,5 @@ def dtd() -> Dataset:
         classnames=CLASSNAMES,
         source="https://www.robots.ox.ac.uk/~vgg/data/dtd",
         licence="for research purposes",
-        split="the source's first partition: 1,880 train, 1,880 val, 1,880 test",
-        get=GET,
         published=Counts({"train": 1880, "val": 1880, "test": 1880}, 120, "Cimpoi et al. 2014"),
     )

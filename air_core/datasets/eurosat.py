@@ -55,8 +55,5 @@ def eurosat() -> Dataset:
         classnames=CLASSNAMES,
         source="https://github.com/phelber/EuroSAT",
         licence="MIT",
-        split="split files if there; else fixed: "
-        "22,000 train, of which a tenth val, and 5,000 test",
-        get=GET,
         published=Counts({"train+val": 22000, "test": 5000}, source="ELEVATER's split"),
     )

@@ -129,7 +129,5 @@ def fashion_mnist() -> Dataset:
         licence="MIT",
         files=files,
         load=load,
-        split="the source's 60,000 train, of which a tenth val, and 10,000 test",
-        get=GET,
         published=Counts({"train+val": 60000, "test": 10000}, 7000, "Xiao et al. 2017"),
     )

@@ -47,7 +47,5 @@ def fgvc_aircraft() -> Dataset:
         classnames=CLASSNAMES,
         source="https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft",
         licence="non-commercial research only",
-        split="the source's: 3,334 train, 3,333 val, 3,333 test",
-        get=GET,
         published=Counts({"train": 3334, "val": 3333, "test": 3333}, 100, "Maji et al. 2013"),
     )

@@ -69,8 +69,6 @@ def flowers102() -> Dataset:
         classnames=CLASSNAMES,
         source="https://www.robots.ox.ac.uk/~vgg/data/flowers/102",
         licence="none stated; photographs from the web, for research",
-        split="the source's: 1,020 train, 1,020 val, 6,149 test",
-        get=GET,
         published=Counts(
             {"train": 1020, "val": 1020, "test": 6149}, source="Nilsback, Zisserman 2008"
         ),

@@ -91,7 +91,6 @@ def folder_dataset(name: str) -> Dataset:
         home,
         tree.classnames,
         lambda: _rows(tree),
-        split=" and ".join(tree.parts) if "free" not in tree.parts else "split_seed",
         skipped=lambda: other_files(home, _class_folders(tree)),
     )
 
@@ -102,7 +101,6 @@ def unlabelled_dataset(home: Path, classes: Classes) -> Dataset:
         home,
         classes.classnames,
         lambda: unlabelled_listing(home, classes),
-        split=f"{LABELS}; images without a label are the pool",
         skipped=lambda: other_files(home),
         pool_labels="unknown",
     )

@@ -176,4 +176,4 @@ def read_lines(name: str, file: Path) -> list[str]:
     """
     if not file.is_file():
         raise ValueError(f"{name}: {file.name} is not in {file.parent}; unpack the archive again")
-    return [line.strip() for line in read_text(file).splitlines() if line.strip()]
+    return [line for _, line in text_lines(file)]

@@ -42,8 +42,5 @@ def resisc45() -> Dataset:
         classnames=CLASSNAMES,
         source="https://gcheng-nwpu.github.io/#Datasets (Cheng, Han and Lu 2017)",
         licence="for research; TorchGeo's copy states CC BY-NC 4.0",
-        split="split files if there; else fixed: "
-        "6,300 train, of which a tenth val, and 25,200 test",
-        get=GET,
         published=Counts({"train+val": 6300, "test": 25200}, 700, "ELEVATER's split"),
     )
