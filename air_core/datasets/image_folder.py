@@ -44,7 +44,7 @@ from air_core.datasets.dataset import (
     some,
 )
 from air_core.datasets.places import class_entries, name_problem, said, text_lines
-from air_core.datasets.split_files import VAL_SHARE, held_out, with_validation
+from air_core.datasets.split_files import with_validation
 from air_core.datasets.unlabelled import (
     CLASSES,
     LABELS,
@@ -292,7 +292,9 @@ def _rows(tree: Tree) -> Listing:
         for label, name in enumerate(tree.folders)
         for file in _images(tree.home, folder / name)
     ]
-    rows = _with_free(tree, rows) if "free" in tree.parts else with_validation(rows)
+    if "free" in tree.parts:
+        _check_free(tree, rows)
+    rows = with_validation(rows, "free" if "free" in tree.parts else "train")
     beside = [tree.home / name for name in ("classnames.txt", "template.txt")]
     return listing(
         f"{PREFIX}{tree.home}",
@@ -316,14 +318,11 @@ def _images(home: Path, folder: Path) -> list[Path]:
     return found
 
 
-def _with_free(tree: Tree, rows: list[Row]) -> list[Row]:
-    labels = [row.label for row in rows]
-    counts = Counter(labels)
+def _check_free(tree: Tree, rows: list[Row]) -> None:
+    counts = Counter(row.label for row in rows)
     few = [name for label, name in enumerate(tree.folders) if counts[label] < FEWEST]
     if few:
         raise ValueError(
             f"{tree.home}: fewer than {FEWEST} images of {some(few)}; without train/ and test/ "
             f"each class needs {FEWEST}, so that the pool has two or more of each"
         )
-    chosen = held_out([row.path for row in rows], labels, VAL_SHARE)
-    return [row._replace(part="val") if row.path in chosen else row for row in rows]

@@ -100,13 +100,13 @@ def split_listing(
     return listing(name, home, rows, classnames, beside=split[1] if split else ())
 
 
-def with_validation(rows: Iterable[Row]) -> list[Row]:
-    """Turn a tenth of each class's training images into val, unless the dataset has a val part."""
+def with_validation(rows: Iterable[Row], part: str = "train") -> list[Row]:
+    """Turn a tenth of each class's images of a part into val, unless the dataset has a val part."""
     rows = list(rows)
     if any(row.part == "val" for row in rows):
         return rows
-    train = [row for row in rows if row.part == "train"]
-    chosen = held_out([row.path for row in train], [row.label for row in train], VAL_SHARE)
+    others = [row for row in rows if row.part == part]
+    chosen = held_out([row.path for row in others], [row.label for row in others], VAL_SHARE)
     return [row._replace(part="val") if row.path in chosen else row for row in rows]
 
 
