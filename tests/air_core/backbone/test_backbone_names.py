@@ -559,17 +559,9 @@ def test_the_same_process_opens_connections_without_loading_a_model(tmp_path):
     assert connections(DOWNLOADS, home=tmp_path).startswith("socket.")
 
 
-@pytest.mark.parametrize(
-    ("where", "value"),
-    [
-        ("vision_cfg.timm_model_name", "hf-hub:timm/vit_base_patch16_clip_224.openai"),
-        ("text_cfg.hf_tokenizer_name", "someone/elsewhere"),
-    ],
-)
-def test_loading_a_folder_that_names_a_model_of_the_hub_opens_no_connection(
-    where, value, siglip, tmp_path
-):
-    folder = with_setting(siglip, tmp_path / "folder", f"model_cfg.{where}", value)
+def test_loading_a_folder_with_a_tokenizer_of_the_hub_opens_no_connection(siglip, tmp_path):
+    where = "model_cfg.text_cfg.hf_tokenizer_name"
+    folder = with_setting(siglip, tmp_path / "folder", where, "someone/elsewhere")
     for file in folder.glob("tokenizer*"):
         file.unlink()
     program = f"""
