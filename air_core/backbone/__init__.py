@@ -5,5 +5,3 @@ and `loading` builds a backbone from its name.
 """
 
 from air_core.backbone.clip import Backbone
-
-__all__ = ["Backbone"]

@@ -20,8 +20,6 @@ from air_core.bundle.manifest import read_bundle
 if TYPE_CHECKING:
     from air_core.bundle.classifier import Bundle
 
-__all__ = ["image_files", "load_bundle", "read_bundle"]
-
 
 def load_bundle(
     folder: str | Path,

@@ -13,8 +13,6 @@ from air_core import components
 from air_core.datasets.dataset import Dataset, Examples
 from air_core.datasets.image_folder import PREFIX, folder_dataset
 
-__all__ = ["DATASETS", "Dataset", "Examples", "get_dataset", "keeps_validation"]
-
 
 @cache
 def _made(function: Callable[[], Dataset], name: str, about: str) -> Dataset:

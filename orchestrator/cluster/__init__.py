@@ -2,5 +2,3 @@
 
 from orchestrator.cluster.node_checks import refuse_unfit_machine, refuse_unfit_nodes
 from orchestrator.cluster.session import ray_session
-
-__all__ = ["ray_session", "refuse_unfit_machine", "refuse_unfit_nodes"]

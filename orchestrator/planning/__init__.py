@@ -16,26 +16,3 @@ from orchestrator.planning.requirements import (
 )
 from orchestrator.planning.resolve import Resolver, refs_of, resolver_of
 from orchestrator.planning.resources import Machine, ray_resources
-
-__all__ = [
-    "Machine",
-    "Outcome",
-    "OutcomeTracker",
-    "Plan",
-    "Requirement",
-    "Resolver",
-    "Slot",
-    "SweepRequest",
-    "artifact_title",
-    "changed_inputs",
-    "contains_spec",
-    "earlier_results",
-    "plan_of",
-    "ray_resources",
-    "read_request",
-    "refs_of",
-    "requirements_of",
-    "resolver_of",
-    "unschedulable_reason",
-    "unused_gpus_reason",
-]

@@ -6,11 +6,3 @@ Modules that import pandas are not imported here.
 from orchestrator.reporting.comparisons import Results
 from orchestrator.reporting.results import results_of
 from orchestrator.reporting.screens import plan_report, plan_screen, summary_screen
-
-__all__ = [
-    "Results",
-    "plan_report",
-    "plan_screen",
-    "results_of",
-    "summary_screen",
-]

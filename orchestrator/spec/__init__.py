@@ -7,17 +7,3 @@ from orchestrator.spec.notes import notes_of
 from orchestrator.spec.resources import ProcessResources, Resources
 from orchestrator.spec.sweep import SweepSpec
 from orchestrator.spec.sweep_file import find_sweep, load_sweep, sweep_schema
-
-__all__ = [
-    "Cell",
-    "Dimension",
-    "ProcessResources",
-    "Resources",
-    "SpecError",
-    "SweepSpec",
-    "cells_of",
-    "find_sweep",
-    "load_sweep",
-    "notes_of",
-    "sweep_schema",
-]

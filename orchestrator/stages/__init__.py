@@ -36,21 +36,6 @@ STAGES: dict[str, type[StageSpec]] = {
     )
 }
 
-__all__ = [
-    "STAGES",
-    "EncodedSpec",
-    "EvidenceSpec",
-    "FeaturesSpec",
-    "FolderImages",
-    "GeneratedImages",
-    "LabelsSpec",
-    "LoraSpec",
-    "SyntheticFeaturesSpec",
-    "TrialSpec",
-    "stage_module",
-    "trial_of",
-]
-
 
 def stage_module(spec: StageSpec) -> ModuleType:
     """The module that makes the artifact of a spec."""

@@ -16,20 +16,3 @@ from orchestrator.store.location import (
     recorded_locations,
 )
 from orchestrator.store.records import TrialRecord, read_trial
-
-__all__ = [
-    "ArtifactStore",
-    "EventLog",
-    "SweepLocation",
-    "TrialRecord",
-    "is_bucket",
-    "open_store",
-    "read_outcome",
-    "read_resolved",
-    "read_trial",
-    "recorded_locations",
-    "smoke_store",
-    "store_folder",
-    "store_of_smoke",
-    "user_name",
-]

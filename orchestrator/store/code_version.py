@@ -155,11 +155,9 @@ def _definition(node: ast.stmt) -> _Definition:
 
 
 def _is_passive(node: ast.stmt) -> bool:
-    """Whether a statement is an import, a docstring or `__all__`, which compute nothing."""
+    """Whether a statement is an import or a docstring, which compute nothing."""
     match node:
         case ast.Import() | ast.ImportFrom() | ast.Expr(value=ast.Constant()):
-            return True
-        case ast.Assign(targets=[ast.Name(id="__all__")]):
             return True
         case ast.If(test=ast.Name(id="TYPE_CHECKING")):
             return True

@@ -1,5 +1,3 @@
 """MLflow tracking: publishes the results of a store, while a sweep runs or afterwards."""
 
 from orchestrator.tracking.export import Publisher
-
-__all__ = ["Publisher"]
