@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 from torch.nn.utils.rnn import pad_sequence
 
-from air_core.chunks import by_rows
 from air_core.classifiers import LinearClassifier
-from air_core.components import AUXILIARIES, FIDELITIES
-from air_core.specs import AuxiliarySettings, FidelitySettings
+from air_core.settings import AuxiliarySettings, FidelitySettings
+from air_core.settings.components import AUXILIARIES, FIDELITIES
+from air_core.tools.chunks import by_rows
 from air_core.types import Encoded, Labelled
 
 # N images, C classes, D feature width.

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from air_core.backbone import Backbone
-from air_core.chunks import by_rows
+from air_core.tools.chunks import by_rows
 from air_core.types import Classes, Encoded
 
 # N images, C classes, U unseen classes, D feature width.

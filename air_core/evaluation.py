@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from air_core.chunks import chunks
 from air_core.classifiers import Classifier, matching_sharpness
+from air_core.tools.chunks import chunks
 from air_core.types import Classes, Encoded, Labelled, Metrics
 
 # N images, C classes, U unseen classes.

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from air_core.chunks import by_rows, chunks
 from air_core.classifiers import matching_sharpness
+from air_core.tools.chunks import by_rows, chunks
 
 # P pool images, C classes of the pool (in TRZSL the unseen ones).
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from air_core.components import LOSSES
+from air_core.settings.components import LOSSES
 
 # B images of a step, C classes, M selected pool images.
 

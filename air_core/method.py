@@ -41,14 +41,14 @@ from air_core.classifiers import (
     fuse,
     text_classifier,
 )
-from air_core.components import TRANSDUCTIONS
 from air_core.datasets import Dataset
 from air_core.evidence import evidence_probabilities
 from air_core.paradigms import make_split
 from air_core.prompts import PromptLearner, StartsFromImages, build_learner
 from air_core.pseudo_labels import assign, balanced_choice, spread
-from air_core.specs import SplitSettings, TrialSettings
-from air_core.specs.conditions import (
+from air_core.settings import SplitSettings, TrialSettings
+from air_core.settings.components import TRANSDUCTIONS
+from air_core.settings.conditions import (
     trains_on_real,
     trains_on_synthetic,
     uses_auxiliary,

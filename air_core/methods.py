@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from air_core.components import Component, Registry
-from air_core.specs import Ref, TrialSettings
-from air_core.specs.flat import from_flat, trial_keys
-from air_core.specs.normal import normalised
+from air_core.settings import Ref, TrialSettings
+from air_core.settings.components import Component, Registry
+from air_core.settings.flat import from_flat, trial_keys
+from air_core.settings.normal import normalised
 
 # Embedded dataset, CLIP and diffusion model: the defaults of the three names.
 EMBEDDED: dict[str, str] = {"dataset": "digits", "backbone": "tiny", "generator": "tiny"}
@@ -38,7 +38,7 @@ class Method:
 
         Args:
             settings: dotted keys, such as `train.steps`; others keep the defaults of
-                `air_core.specs`.
+                `air_core.settings`.
 
         Raises:
             ValueError: a key is unknown, or the method pins it to another value.

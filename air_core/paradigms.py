@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from air_core.datasets.stratified import stratified
-from air_core.specs import UNKNOWN, SplitSettings
+from air_core.settings import UNKNOWN, SplitSettings
 
 if TYPE_CHECKING:
     from air_core.types import Split

@@ -12,8 +12,8 @@ from torch.nn import Parameter
 
 from air_core.backbone import Backbone
 from air_core.classifiers import class_texts
-from air_core.components import LEARNERS
-from air_core.specs import PromptSettings
+from air_core.settings import PromptSettings
+from air_core.settings.components import LEARNERS
 from air_core.types import Encoded
 
 START_STD = 0.02  # of context vectors

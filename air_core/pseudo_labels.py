@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from air_core.chunks import by_rows, chunks
-from air_core.components import STRATEGIES
-from air_core.specs import PseudoLabelSettings
+from air_core.settings import PseudoLabelSettings
+from air_core.settings.components import STRATEGIES
+from air_core.tools.chunks import by_rows, chunks
 from air_core.types import ROWS, Classes, PseudoLabels, SparseTargets, sparse
 
 # P images, C classes, M of the images.

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
 from air_core.backbone.clip import tf32_products
-from air_core.components import LOSSES
 from air_core.losses import confidence, only
 from air_core.prompts import PromptLearner, logits_together
-from air_core.specs import TrainSettings
+from air_core.settings import TrainSettings
+from air_core.settings.components import LOSSES
 from air_core.types import Encoded, Labelled, Targets, sparse
 
 # M selected pool images, C classes; of a step B images: x, u, s of the pool, labelled and synthetic

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from air_core.chunks import by_rows, chunks
 from air_core.classifiers import Classifier
-from air_core.components import TRANSDUCTIONS
+from air_core.settings.components import TRANSDUCTIONS
+from air_core.tools.chunks import by_rows, chunks
 from air_core.types import Classes, Encoded
 
 # N images, U classes of the pool (all classes, in TRZSL the unseen ones), D feature width.

@@ -180,7 +180,7 @@ def random_pipeline(folder: Path) -> int:
 def lora(model: Path, out: Path, size: int, arguments: Any) -> Figures:
     """A step of training; writes the LoRA."""
     from air_core.diffusion.lora import train_lora
-    from air_core.specs import LoraTraining
+    from air_core.settings import LoraTraining
 
     training = LoraTraining(rank=4, steps=3, batch=2, precision=arguments.precision)
     images = torch.randint(256, (2, size, size, 3), dtype=torch.uint8)
@@ -191,7 +191,7 @@ def lora(model: Path, out: Path, size: int, arguments: Any) -> Figures:
 
 def draw(model: Path, adapter: Path, size: int, arguments: Any) -> Figures:
     from air_core.diffusion.pipeline import PipelineGenerator
-    from air_core.specs import GenerationSettings
+    from air_core.settings import GenerationSettings
 
     settings = GenerationSettings(
         size=size, block=2, num_inference_steps=2, precision=arguments.precision
@@ -222,7 +222,7 @@ def plain(model: Path, adapter: Path, size: int, arguments: Any) -> Figures:
 
 def evidence(model: Path, adapter: Path, size: int, arguments: Any) -> Figures:
     from air_core.diffusion.evidence import DenoisingScorer
-    from air_core.specs import EvidenceScoring
+    from air_core.settings import EvidenceScoring
 
     scoring = EvidenceScoring(precision=arguments.precision)
     scorer = DenoisingScorer(
@@ -248,7 +248,7 @@ def prompt(arguments: Any) -> Figures:
     """A step of learning a text prompt on one-hot pseudo-labels."""
     from air_core.backbone.loading import load_backbone
     from air_core.prompts import build_learner
-    from air_core.specs import PromptSettings, TrainSettings
+    from air_core.settings import PromptSettings, TrainSettings
     from air_core.training import Training, fit
     from air_core.types import Encoded, Labelled
 

@@ -42,7 +42,7 @@ from air_core.classifiers import CachedClassifier, FusedClassifier, LinearClassi
 from air_core.evaluation import objectives
 from air_core.evidence import balanced, evidence_probabilities
 from air_core.pseudo_labels import assign, balanced_choice, candidate_sets
-from air_core.specs import AuxiliarySettings, PseudoLabelSettings
+from air_core.settings import AuxiliarySettings, PseudoLabelSettings
 from air_core.transduction import transductive
 from air_core.types import Classes, Encoded, Labelled, PseudoLabels
 from benchmarks.harness import environment, measure_time, options, progress, report

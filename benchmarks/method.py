@@ -51,7 +51,7 @@ from air_core.backbone.loading import load_backbone
 from air_core.datasets import get_dataset
 from air_core.prompts import TextPrompt
 from air_core.pseudo_labels import assign, capacity
-from air_core.specs import PromptSettings, PseudoLabelSettings, TrainSettings
+from air_core.settings import PromptSettings, PseudoLabelSettings, TrainSettings
 from air_core.training import Targeted, Training, fit
 from air_core.types import Encoded
 from benchmarks.harness import (

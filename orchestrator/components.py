@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from air_core.components import Registry, decorated
+from air_core.settings.components import Registry, decorated
 
 # (search, seed) -> optuna.samplers.BaseSampler, which suggests one point; `search` is an
 # orchestrator.spec.sweep.Search.

@@ -21,7 +21,7 @@ from functools import cache
 from itertools import product
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from air_core.specs import Ref
+from air_core.settings import Ref
 from orchestrator.formatting import own_name
 
 Indices = tuple[int, ...]  # of classes or draws

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from air_core.components import (
+from air_core.settings.components import (
     LOADING,
     REGISTRIES,
     Component,

@@ -121,7 +121,7 @@ def tiny_clip():
 @pytest.fixture
 def small_chunks(monkeypatch) -> None:
     """Chunks of a few rows, where a plain reference has all rows; whole trials have one chunk."""
-    monkeypatch.setattr("air_core.chunks.ELEMENTS", 20)
+    monkeypatch.setattr("air_core.tools.chunks.ELEMENTS", 20)
     monkeypatch.setattr("air_core.auxiliary.COSINES", 100)
 
 

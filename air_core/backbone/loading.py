@@ -12,9 +12,9 @@ from types import ModuleType
 from typing import Any
 
 from air_core.backbone.clip import Backbone
-from air_core.components import BACKBONES
 from air_core.models.configs import check_configs
 from air_core.models.weights import MERGES, ClipWeights, find_backbone, stay_offline
+from air_core.settings.components import BACKBONES
 from air_core.tools.arithmetic import sums_in_one_order
 
 

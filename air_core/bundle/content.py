@@ -16,9 +16,9 @@ from pydantic import (
 )
 
 from air_core.bundle.checks import FUSED, PROMPT, TEXT, ClassifierName
-from air_core.components import LEARNERS
 from air_core.datasets.dataset import is_template
-from air_core.specs import ClipPrecision, FusionSpace
+from air_core.settings import ClipPrecision, FusionSpace
+from air_core.settings.components import LEARNERS
 from air_core.tools.printable import UNPRINTABLE, printable
 
 ONNX: Final = "model.onnx"  # optional; see `onnx`

@@ -29,12 +29,12 @@ from safetensors.numpy import load, save
 
 from air_core.bundle.checks import FUSED, PROMPT, TEXT, Arrays, check_arrays, classifiers
 from air_core.bundle.content import ONNX, BackboneContent, Content, checked_content
-from air_core.components import LEARNERS
 from air_core.models.weights import (
     ClipWeights,
     find_backbone,
     public_backbone,
 )
+from air_core.settings.components import LEARNERS
 from air_core.tools.seal import intact, sealed_json
 
 MANIFEST = "bundle.json"

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
-from air_core import components
 from air_core.datasets.dataset import Dataset, Examples
 from air_core.datasets.image_folder import PREFIX, folder_dataset
+from air_core.settings import components
 
 
 @cache

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from air_core.components import DATASETS
 from air_core.datasets.dataset import Counts, Dataset, Listing, Row, listed, listing, some
 from air_core.datasets.places import classnames_of, find_home, read_lines
 from air_core.datasets.split_files import with_validation
+from air_core.settings.components import DATASETS
 
 CLASSNAMES = classnames_of("cub")
 GET = "unpack CUB_200_2011.tgz from https://data.caltech.edu/records/65de6-vp158 in cub/"

@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from air_core.components import DATASETS
 from air_core.datasets.dataset import Counts, Dataset, Examples
+from air_core.settings.components import DATASETS
 
 if TYPE_CHECKING:
     import numpy as np

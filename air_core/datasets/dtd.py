@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from air_core.components import DATASETS
 from air_core.datasets.dataset import Counts, Dataset, Listing, listed
 from air_core.datasets.places import classnames_of, find_home
 from air_core.datasets.split_files import PARTS, lists_listing
+from air_core.settings.components import DATASETS
 
 CLASSNAMES = classnames_of("dtd")
 GET = "unpack https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.gz in dtd/"

@@ -12,10 +12,10 @@ from __future__ import annotations
 from fractions import Fraction
 from pathlib import Path
 
-from air_core.components import DATASETS
 from air_core.datasets.dataset import Counts, Dataset, Listing, listed
 from air_core.datasets.places import classnames_of, find_home
 from air_core.datasets.split_files import split_listing
+from air_core.settings.components import DATASETS
 
 CLASSNAMES = classnames_of("eurosat")
 FOLDERS = (  # in the order of the class names

@@ -13,10 +13,10 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from air_core.components import DATASETS
 from air_core.datasets.dataset import Counts, Dataset, Examples, Row
 from air_core.datasets.places import classnames_of
 from air_core.datasets.split_files import with_validation
+from air_core.settings.components import DATASETS
 
 if TYPE_CHECKING:
     import numpy as np

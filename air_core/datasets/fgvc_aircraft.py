@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from air_core.components import DATASETS
 from air_core.datasets.dataset import Counts, Dataset, Listing, listed
 from air_core.datasets.places import classnames_of, find_home
 from air_core.datasets.split_files import PARTS, lists_listing
+from air_core.settings.components import DATASETS
 
 CLASSNAMES = classnames_of("fgvc_aircraft")
 GET = (

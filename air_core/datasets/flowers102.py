@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from air_core.components import DATASETS
 from air_core.datasets.dataset import Counts, Dataset, Listing, Row, listed, listing
 from air_core.datasets.places import classnames_of, find_home
+from air_core.settings.components import DATASETS
 
 CLASSNAMES = classnames_of("flowers102")
 GET = (

@@ -29,7 +29,7 @@ from air_core.datasets.class_folders import (
 )
 from air_core.datasets.dataset import Listing, Row, some
 from air_core.datasets.places import class_entries, optional_text, said, text_lines
-from air_core.specs import UNKNOWN
+from air_core.settings import UNKNOWN
 
 CLASSES, LABELS = "classes.txt", "labels.csv"
 COLUMNS = ("image", "class", "part")

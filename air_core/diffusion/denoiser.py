@@ -20,7 +20,7 @@ from torch import Tensor
 
 from air_core.diffusion.noise import noise_of
 from air_core.models.families import FAMILIES
-from air_core.specs import GenerationSettings
+from air_core.settings import GenerationSettings
 
 # N images, B of a pass, H height, W width, L tokens, D text width; latents are (c, h, w).
 

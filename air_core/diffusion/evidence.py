@@ -20,7 +20,7 @@ from air_core.diffusion import hashed_seed
 from air_core.diffusion.denoiser import Denoiser, denoiser_class
 from air_core.diffusion.pipeline import shared_pipeline
 from air_core.models.families import check_denoiser
-from air_core.specs import EvidenceScoring
+from air_core.settings import EvidenceScoring
 from air_core.tools.captions import text_of
 
 # B images, C classes, M pairs of an image and a class; latents are (c, h, w).

@@ -40,7 +40,7 @@ from air_core.diffusion.denoiser import (
 from air_core.diffusion.noise import Noise
 from air_core.diffusion.pipeline import ADAPTER, DTYPES, LORA_FILE, load_pipeline
 from air_core.models.families import check_denoiser
-from air_core.specs import LoraTraining
+from air_core.settings import LoraTraining
 from air_core.tools.ahead import computed_ahead
 from air_core.tools.seal import BLANK, intact, sealed
 

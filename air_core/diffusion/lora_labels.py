@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from air_core.chunks import by_rows
 from air_core.classifiers import LinearClassifier
 from air_core.pseudo_labels import balanced_choice
-from air_core.specs import InitialLabelsSettings, LoraSource
+from air_core.settings import InitialLabelsSettings, LoraSource
+from air_core.tools.chunks import by_rows
 from air_core.types import Classes, Encoded, Labelled, Split
 
 # P pool images, U classes of the pool (in TRZSL the unseen ones), M selected images.

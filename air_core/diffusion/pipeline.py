@@ -34,7 +34,7 @@ from air_core.models.configs import (
 )
 from air_core.models.families import check_denoiser
 from air_core.models.weights import is_distilled, stay_offline
-from air_core.specs import GenerationSettings, Precision
+from air_core.settings import GenerationSettings, Precision
 from air_core.tools.arithmetic import sums_in_one_order
 from air_core.tools.captions import text_of
 

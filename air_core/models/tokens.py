@@ -14,8 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from air_core.components import BACKBONES
 from air_core.models.weights import MERGES, find_backbone
+from air_core.settings.components import BACKBONES
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

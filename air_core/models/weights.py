@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
 
-from air_core import components
 from air_core.models.configs import (
     PIPELINE_CONFIG,
     check_clip_config,
@@ -31,6 +30,7 @@ from air_core.models.configs import (
     pipeline_parts,
     plain_file,
 )
+from air_core.settings import components
 
 CLIP_CONFIG = "open_clip_config.json"
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from air_core.specs import Templates
+    from air_core.settings import Templates
 
 OF = " = "  # between a class and its own caption
 

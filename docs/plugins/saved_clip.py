@@ -8,7 +8,7 @@ from torch import nn
 from transformers import CLIPImageProcessor, CLIPModel
 
 from air_core.backbone import Backbone
-from air_core.components import BACKBONES
+from air_core.settings.components import BACKBONES
 
 FOLDER = Path("/shared/models/clip-vit-base-patch32")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from datasets import concatenate_datasets, load_from_disk
 
-from air_core.components import DATASETS
+from air_core.settings.components import DATASETS
 from air_core.datasets import Dataset, Examples
 
 FOLDER = Path("/shared/data/pets")

@@ -6,7 +6,7 @@ import torch
 from torch.nn import Parameter
 
 from air_core.classifiers import class_texts
-from air_core.components import LEARNERS, setting
+from air_core.settings.components import LEARNERS, setting
 
 
 @dataclass(frozen=True)

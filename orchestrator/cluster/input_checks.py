@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from air_core import components
 from air_core.datasets import Dataset, Examples, get_dataset
 from air_core.datasets.class_folders import skipped_lines
 from air_core.datasets.duplicates import difference_hash, exact_pairs, near_pairs, pixel_digest
@@ -32,7 +31,7 @@ from air_core.models.weights import (
     is_known,
     local_path,
 )
-from air_core.specs import UNKNOWN
+from air_core.settings import UNKNOWN, components
 from air_core.tools.printable import printable
 from orchestrator.formatting import plural
 

@@ -19,7 +19,7 @@ from platform import python_version
 from typing import Any
 
 from air_core.datasets import get_dataset
-from air_core.specs import Ref
+from air_core.settings import Ref
 from orchestrator.errors import Refused
 from orchestrator.failures import first_line
 from orchestrator.files import ROOT, file_digest

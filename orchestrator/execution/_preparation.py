@@ -12,7 +12,7 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-from air_core.specs import SplitSettings
+from air_core.settings import SplitSettings
 from orchestrator.execution._queue import WorkQueue
 from orchestrator.execution._state import RunState
 from orchestrator.failures import first_line

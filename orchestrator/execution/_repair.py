@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from air_core.specs.normal import normalised
+from air_core.settings.normal import normalised
 from orchestrator.errors import DamagedArtifact
 from orchestrator.execution.screen import Screen
 from orchestrator.keys import StageSpec

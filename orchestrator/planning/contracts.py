@@ -19,12 +19,11 @@ from torch.nn.functional import normalize
 from air_core.auxiliary import AuxiliaryClassifier, auxiliary_classifier, high_fidelity
 from air_core.backbone import Backbone
 from air_core.backbone.loading import load_backbone
-from air_core.components import GENERATORS, LEARNERS, LOSSES
 from air_core.datasets import get_dataset
 from air_core.datasets.dataset import is_template
 from air_core.prompts import StartsFromImages, build_learner, restored_learner
 from air_core.pseudo_labels import assign
-from air_core.specs import (
+from air_core.settings import (
     UNKNOWN,
     AuxiliarySettings,
     FidelitySettings,
@@ -32,6 +31,7 @@ from air_core.specs import (
     PromptSettings,
     PseudoLabelSettings,
 )
+from air_core.settings.components import GENERATORS, LEARNERS, LOSSES
 from air_core.types import Encoded, Labelled, PseudoLabels, sparse
 from orchestrator.components import SAMPLERS
 from orchestrator.spec import Dimension

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from air_core.methods import EMBEDDED
-from air_core.specs.conditions import trains_on_real, trains_on_synthetic, uses_auxiliary
+from air_core.settings.conditions import trains_on_real, trains_on_synthetic, uses_auxiliary
 from air_core.tools.seal import sealed_json
 from orchestrator.keys import StageSpec
 from orchestrator.planning.resources import process_capacity, this_machine

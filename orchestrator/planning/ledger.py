@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
-from air_core.specs import Ref
+from air_core.settings import Ref
 from air_core.tools.seal import sealed_json
 from orchestrator.keys import ArtifactKey, from_plain
 from orchestrator.planning.history import RESULT_STATES, History, ResultState, read_history

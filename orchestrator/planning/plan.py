@@ -12,10 +12,10 @@ from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from air_core.components import is_component
 from air_core.methods import EMBEDDED
-from air_core.specs.conditions import uses_evidence
-from air_core.specs.normal import normalised, used_components
+from air_core.settings.components import is_component
+from air_core.settings.conditions import uses_evidence
+from air_core.settings.normal import normalised, used_components
 from orchestrator.keys import ArtifactKey, artifact_key
 from orchestrator.planning.estimate import Estimate, Work, estimate, stage_work, trial_work
 from orchestrator.planning.history import History, read_history

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from air_core.components import BACKBONES, GENERATORS, is_component
 from air_core.datasets import Dataset, get_dataset
 from air_core.datasets.class_folders import class_files
 from air_core.datasets.image_folder import PREFIX, check_no_leak
@@ -27,10 +26,11 @@ from air_core.methods import EMBEDDED
 from air_core.models.families import drawing_defaults
 from air_core.models.weights import generator_folder, local_path
 from air_core.paradigms import TooFewImages, split_positions
-from air_core.specs import Ref
-from air_core.specs.conditions import uses_evidence, uses_generator
-from air_core.specs.flat import to_flat
-from air_core.specs.normal import normalised
+from air_core.settings import Ref
+from air_core.settings.components import BACKBONES, GENERATORS, is_component
+from air_core.settings.conditions import uses_evidence, uses_generator
+from air_core.settings.flat import to_flat
+from air_core.settings.normal import normalised
 from orchestrator.keys import CodeVersions, canonical_json, plain
 from orchestrator.planning.trial_checks import InvalidSetting, check_trial, checking
 from orchestrator.plugins import plugin_versions

@@ -22,8 +22,8 @@ from optuna.distributions import (
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from air_core.specs import TrialSettings
-from air_core.specs.flat import trial_keys
+from air_core.settings import TrialSettings
+from air_core.settings.flat import trial_keys
 from orchestrator.components import SAMPLERS
 from orchestrator.planning.history import RESULT_STATES
 from orchestrator.planning.ledger import Ledger, Slot

@@ -13,7 +13,7 @@ from air_core.models.families import FAMILIES, check_denoiser
 from air_core.models.tokens import check_room
 from air_core.models.weights import check_image_tower, generator_folder
 from air_core.paradigms import label_problem
-from air_core.specs.conditions import (
+from air_core.settings.conditions import (
     can_transfer,
     has_context,
     is_folder,

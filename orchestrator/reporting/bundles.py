@@ -27,8 +27,8 @@ from air_core.bundle.manifest import (
 )
 from air_core.datasets import get_dataset
 from air_core.paradigms import seen_unseen
-from air_core.specs import Ref
-from air_core.specs.conditions import has_context
+from air_core.settings import Ref
+from air_core.settings.conditions import has_context
 from orchestrator.keys import artifact_key
 from orchestrator.planning import Resolver, refs_of
 from orchestrator.planning.resolve import spec_json

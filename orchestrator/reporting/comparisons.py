@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 from air_core.methods import METHODS
-from air_core.specs.flat import trial_keys
+from air_core.settings.flat import trial_keys
 from orchestrator.formatting import format_value
 from orchestrator.reporting._statistics import (
     Difference,

@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from air_core.methods import EMBEDDED, METHODS
-from air_core.specs.flat import to_flat, trial_keys
+from air_core.settings.flat import to_flat, trial_keys
 from orchestrator.failures import CLASSES
 from orchestrator.formatting import aligned, format_bytes, format_duration, format_value, plural
 from orchestrator.planning import (

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, get_args
 
-from air_core.components import DATASETS, computed_from_registries
 from air_core.datasets.dataset import is_template
 from air_core.methods import EMBEDDED, METHODS
-from air_core.specs import EvidenceScoring, SplitSettings
-from air_core.specs.flat import trial_keys
+from air_core.settings import EvidenceScoring, SplitSettings
+from air_core.settings.components import DATASETS, computed_from_registries
+from air_core.settings.flat import trial_keys
 from air_core.tools.captions import OF
 from orchestrator.spec.schema import (
     FORMATS,

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
-from air_core.components import computed_from_registries
 from air_core.methods import METHODS, named_refs
-from air_core.specs import TrialSettings
-from air_core.specs.flat import from_flat, trial_keys
-from air_core.specs.normal import normalised
+from air_core.settings import TrialSettings
+from air_core.settings.components import computed_from_registries
+from air_core.settings.flat import from_flat, trial_keys
+from air_core.settings.normal import normalised
 from orchestrator.formatting import own_name
 from orchestrator.keys import digest
 from orchestrator.spec import presets

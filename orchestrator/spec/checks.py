@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from air_core.methods import METHODS
-from air_core.specs.flat import trial_keys
+from air_core.settings.flat import trial_keys
 from orchestrator.spec._trial_values import trial_names, value_schema
 from orchestrator.spec.cells import MAX_POINTS, Cell, cells_of, combinations, needs_labels_message
 from orchestrator.spec.marked_yaml import (

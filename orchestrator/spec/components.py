@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from air_core.components import REGISTRIES, Component, Registry
-from air_core.specs.flat import trial_keys
+from air_core.settings.components import REGISTRIES, Component, Registry
+from air_core.settings.flat import trial_keys
 from orchestrator.spec._trial_values import value_schema
 from orchestrator.spec.marked_yaml import allowed_choices
 from orchestrator.spec.schema import allowed_values, yaml_text

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from air_core.methods import METHODS
-from air_core.specs.flat import trial_keys
+from air_core.settings.flat import trial_keys
 from orchestrator.spec import presets
 from orchestrator.spec.cells import (
     ID_KEYS,

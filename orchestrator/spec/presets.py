@@ -18,7 +18,7 @@ Worlds = Mapping[tuple[str, str], Mapping[str, Any]]  # settings by key and valu
 
 KEPT = {"pool": "train"}  # of datasets that keep their validation images
 # Defaults of a world, by key and value; the last one wins. All other defaults are those of
-# air_core.specs, for Stable Diffusion 1.5 and CLIP ViT-B/32.
+# air_core.settings, for Stable Diffusion 1.5 and CLIP ViT-B/32.
 WORLDS: dict[tuple[str, str], dict[str, Any]] = {
     ("generator", "tiny"): {
         "initial_labels.k": 32,
@@ -64,7 +64,7 @@ def tests_setup_only(backbone: str, dataset: str) -> bool:
 
 
 def defaults(method: str, chosen: Mapping[str, Any], worlds: Worlds = WORLDS) -> dict[str, Any]:
-    """Settings of a method in the world that `chosen` picks, where they differ from air_core.specs.
+    """Settings of a method in the world that `chosen` picks, where they differ from the default.
 
     Args:
         method: a key of METHODS.

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from air_core.specs import TrialSettings
-from air_core.specs.flat import trial_keys
+from air_core.settings import TrialSettings
+from air_core.settings.flat import trial_keys
 from orchestrator.keys import digest
 from orchestrator.spec.cells import MAX_POINTS, Cell, computation_of
 from orchestrator.spec.sweep import Search

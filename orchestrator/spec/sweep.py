@@ -10,7 +10,7 @@ from dataclasses import MISSING, dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
-from air_core.specs.flat import trial_keys
+from air_core.settings.flat import trial_keys
 from orchestrator.components import SAMPLERS
 from orchestrator.plugins import Plugin
 from orchestrator.spec import presets

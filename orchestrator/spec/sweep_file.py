@@ -16,8 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from air_core.components import REGISTRIES, computed_from_registries
 from air_core.methods import EMBEDDED, METHODS
+from air_core.settings.components import REGISTRIES, computed_from_registries
 from orchestrator.files import ROOT, SHIPPED
 from orchestrator.plugins import Plugin, components_of, read_plugin, use_plugins
 from orchestrator.redact import find_password

@@ -16,7 +16,7 @@ import numpy as np
 
 from air_core.datasets import Examples, get_dataset
 from air_core.datasets.images import ImageFiles
-from air_core.specs import Ref
+from air_core.settings import Ref
 from orchestrator.errors import DamagedArtifact
 from orchestrator.plugins import Plugin
 from orchestrator.spec.resources import ENCODER_BATCH

@@ -15,7 +15,7 @@ import torch
 
 from air_core.datasets.class_folders import class_files
 from air_core.datasets.duplicates import difference_hash
-from air_core.specs import SplitSettings
+from air_core.settings import SplitSettings
 from orchestrator.stages.context import WorkerContext, one_thread
 from orchestrator.stages.features import FeaturesSpec, read_target
 from orchestrator.stages.images import read_pictures

@@ -15,7 +15,7 @@ from air_core.datasets import get_dataset
 from air_core.datasets.class_folders import skipped_text
 from air_core.datasets.image_folder import OWNERS, PREFIX
 from air_core.datasets.images import ImageFiles
-from air_core.specs import Ref
+from air_core.settings import Ref
 from air_core.tools.printable import printable
 from orchestrator.errors import DamagedArtifact, MissingArtifact
 from orchestrator.keys import Keyed

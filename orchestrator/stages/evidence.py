@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from safetensors.numpy import load, save
 
-from air_core.specs import EvidenceScoring, Ref, SplitSettings
+from air_core.settings import EvidenceScoring, Ref, SplitSettings
 from air_core.tools.seal import BLANK, sealed
 from orchestrator.errors import DamagedArtifact, MissingArtifact
 from orchestrator.keys import Indices, Needed, RowSpec

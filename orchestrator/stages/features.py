@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from air_core.datasets import Examples, get_dataset
 from air_core.datasets.images import BAD_SHARE, ImageFiles, too_many_unreadable
 from air_core.paradigms import make_split
-from air_core.specs import UNKNOWN, ClipPrecision, Level, Ref, SplitSettings
+from air_core.settings import UNKNOWN, ClipPrecision, Level, Ref, SplitSettings
 from orchestrator.keys import Indices, Needed, StageSpec
 from orchestrator.stages.context import WorkerContext, ignore
 from orchestrator.stages.dataset_text import DatasetText, read_dataset_text

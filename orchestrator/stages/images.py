@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from air_core.components import GENERATORS
 from air_core.datasets.images import open_image
-from air_core.specs import GenerationSettings, Ref
+from air_core.settings import GenerationSettings, Ref
+from air_core.settings.components import GENERATORS
 from air_core.tools.captions import text_of
 from air_core.tools.seal import BLANK, sealed
 from orchestrator.keys import Indices, Needed, RowSpec

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from air_core.components import BACKBONES, REGISTRIES
 from air_core.datasets import Dataset
 from air_core.datasets.class_folders import SUFFIXES, check_utf8
 from air_core.datasets.image_folder import PREFIX
@@ -28,7 +27,8 @@ from air_core.models.weights import (
     local_path,
     scheduler_config,
 )
-from air_core.specs import Ref
+from air_core.settings import Ref
+from air_core.settings.components import BACKBONES, REGISTRIES
 from air_core.tools.seal import sealed_json
 from orchestrator.files import file_digest, file_stamp, write_atomic
 from orchestrator.keys import digest

@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors.numpy import save_file
 
-from air_core.specs import InitialLabelsSettings, LoraSource, SplitSettings
+from air_core.settings import InitialLabelsSettings, LoraSource, SplitSettings
 from orchestrator.keys import Indices, Needed, StageSpec
 from orchestrator.stages.context import WorkerContext, ignore
 from orchestrator.stages.features import FeaturesSpec, known_accuracy, read_target

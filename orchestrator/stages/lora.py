@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors.numpy import load_file
 
-from air_core.specs import LoraTraining, Ref
+from air_core.settings import LoraTraining, Ref
 from air_core.tools.captions import text_of
 from orchestrator.keys import Indices, Needed, StageSpec
 from orchestrator.stages.context import Opened, WorkerContext, ignore

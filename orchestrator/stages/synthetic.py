@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors.numpy import load, save
 
-from air_core.specs import ClipPrecision, Level, Ref
+from air_core.settings import ClipPrecision, Level, Ref
 from air_core.tools.seal import BLANK, sealed
 from orchestrator.errors import MissingArtifact
 from orchestrator.keys import Indices, Needed, RowSpec, StageSpec

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from air_core.components import BACKBONES, DATASETS, GENERATORS, computed_from_registries
-from air_core.specs import LoraSettings, Ref, TrialSettings
-from air_core.specs.conditions import (
+from air_core.settings import LoraSettings, Ref, TrialSettings
+from air_core.settings.components import BACKBONES, DATASETS, GENERATORS, computed_from_registries
+from air_core.settings.conditions import (
     fills_bank,
     has_context,
     is_folder,
@@ -22,8 +22,8 @@ from air_core.specs.conditions import (
     uses_generator,
     uses_images,
 )
-from air_core.specs.flat import fields_of
-from air_core.specs.normal import normalised, used_components
+from air_core.settings.flat import fields_of
+from air_core.settings.normal import normalised, used_components
 from orchestrator.keys import CodeVersions, Indices, Needed, StageSpec, derived
 from orchestrator.stages.evidence import EvidenceSpec
 from orchestrator.stages.features import FeaturesSpec
@@ -232,7 +232,7 @@ def trial_of(
     classnames: tuple[str, ...] = (),
     versions: CodeVersions = (),
 ) -> TrialSpec:
-    """The trial of dotted keys, as `air_core.specs.flat.from_flat`."""
+    """The trial of dotted keys, as `air_core.settings.flat.from_flat`."""
     settings = {**fields_of(flat), **refs}
     return TrialSpec(**settings, classnames=classnames, versions=versions)
 

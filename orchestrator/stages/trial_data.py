@@ -7,7 +7,7 @@ from safetensors.numpy import load_file
 
 from air_core.diffusion.lora_labels import first_of_each_class
 from air_core.method import TrialData
-from air_core.specs.conditions import fills_bank
+from air_core.settings.conditions import fills_bank
 from air_core.types import Classes, Labelled
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.evidence import read_evidence

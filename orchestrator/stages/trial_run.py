@@ -32,9 +32,9 @@ from air_core.evaluation import measured
 from air_core.evidence import mean_scores
 from air_core.method import Round, Trial, TrialData, TrialState
 from air_core.prompts import restored_learner
+from air_core.settings import SplitSettings
+from air_core.settings.conditions import reads_tokens
 from air_core.side_by_side import learn_side_by_side
-from air_core.specs import SplitSettings
-from air_core.specs.conditions import reads_tokens
 from air_core.types import Classes, Metrics, PseudoLabels, SparseTargets, TrialResult, sparse
 from orchestrator.keys import artifact_key
 from orchestrator.spec.resources import ENCODER_BATCH

@@ -22,25 +22,25 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from air_core.components import DATASETS, REGISTRIES, added_by, syntax
 from air_core.models.families import FAMILIES
+from air_core.settings.components import DATASETS, REGISTRIES, added_by, syntax
 from orchestrator.keys import CodeVersions, StageSpec
 
 RECORDED = Path(__file__).with_name("code_versions.json")
 
 # Modules that do not affect results, or whose effect is in the key.
 NOT_COUNTED = {
-    "air_core.components",  # which modules belong to a component
+    "air_core.settings.components",  # which modules belong to a component
     "air_core.datasets",  # the table of datasets
     "air_core.models.configs",  # refuses models; their content is in the key
     "air_core.models.families",  # the same, and the table of families
     "air_core.models.weights",  # paths of models; their content is in the key
     "air_core.tools.printable",  # messages
     "air_core.tools.seal",  # how files are written
-    "air_core.specs",  # what is in the key
-    "air_core.specs.conditions",  # which settings and inputs are in the key
-    "air_core.specs.flat",  # spelling of keys
-    "air_core.specs.normal",  # which settings are in the key
+    "air_core.settings",  # what is in the key
+    "air_core.settings.conditions",  # which settings and inputs are in the key
+    "air_core.settings.flat",  # spelling of keys
+    "air_core.settings.normal",  # which settings are in the key
 }
 # Parts beside stages and readers of datasets: components, `module:name`, and families of models.
 COMPONENTS: dict[str, str] = {

@@ -15,7 +15,7 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any, Literal
 
-from air_core.specs.flat import REFS
+from air_core.settings.flat import REFS
 from orchestrator.formatting import format_value, own_name
 from orchestrator.git import UNKNOWN
 from orchestrator.keys import digest

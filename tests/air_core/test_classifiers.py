@@ -13,8 +13,8 @@ from air_core.classifiers import (
     fuse,
     matching_sharpness,
 )
-from air_core.components import AUXILIARIES
-from air_core.specs import AuxiliarySettings, FidelitySettings
+from air_core.settings import AuxiliarySettings, FidelitySettings
+from air_core.settings.components import AUXILIARIES
 from air_core.transduction import transductive
 from air_core.types import Classes, Encoded, Labelled
 

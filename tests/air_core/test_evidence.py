@@ -13,7 +13,7 @@ from air_core.datasets import get_dataset
 from air_core.diffusion.evidence import DenoisingScorer, candidate_classes, time_step
 from air_core.diffusion.lora import square
 from air_core.evidence import balanced, evidence_probabilities, mean_scores
-from air_core.specs import EvidenceScoring
+from air_core.settings import EvidenceScoring
 from orchestrator.stages.inputs import images_folder
 
 pytestmark = pytest.mark.usefixtures("small_chunks")

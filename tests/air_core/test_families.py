@@ -18,7 +18,7 @@ from air_core.diffusion.evidence import DenoisingScorer
 from air_core.diffusion.lora import train_lora
 from air_core.diffusion.pipeline import PipelineGenerator, load_pipeline
 from air_core.models.families import FAMILIES, check_denoiser
-from air_core.specs import EvidenceScoring, GenerationSettings, LoraTraining
+from air_core.settings import EvidenceScoring, GenerationSettings, LoraTraining
 from tests.helpers import pipelines
 
 SETTINGS = GenerationSettings(

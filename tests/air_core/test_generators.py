@@ -21,7 +21,7 @@ from air_core.diffusion.folder import FolderGenerator
 from air_core.diffusion.lora import add_adapters, save_adapters
 from air_core.diffusion.pipeline import PipelineGenerator, load_pipeline
 from air_core.models.weights import generator_files, generator_folder
-from air_core.specs import GenerationSettings
+from air_core.settings import GenerationSettings
 from benchmarks import device
 from tests.helpers import pipelines
 

@@ -18,7 +18,7 @@ from air_core.diffusion.denoiser import denoiser_class
 from air_core.diffusion.lora import add_adapters, save_adapters, train_lora
 from air_core.diffusion.pipeline import LORA_FILE, PipelineGenerator, load_pipeline
 from air_core.models.weights import generator_folder
-from air_core.specs import GenerationSettings, LoraTraining
+from air_core.settings import GenerationSettings, LoraTraining
 from tools.tiny_world.scores import DIGIT_NAMES, handwritten
 
 MODEL = generator_folder("tiny")

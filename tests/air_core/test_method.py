@@ -19,8 +19,8 @@ from air_core.evidence import mean_scores
 from air_core.method import START, Callback, Round, TrialData, faded, learn
 from air_core.methods import METHODS
 from air_core.paradigms import PARADIGMS, make_split
-from air_core.specs import SplitSettings
-from air_core.specs.normal import normalised
+from air_core.settings import SplitSettings
+from air_core.settings.normal import normalised
 from air_core.types import Encoded, Labelled, TrialResult, sparse
 from orchestrator.stages import TrialSpec
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from air_core.methods import METHODS
-from air_core.specs.normal import normalised
+from air_core.settings.normal import normalised
 
 
 def test_a_trial_has_the_pins_of_its_method_and_the_settings_given():

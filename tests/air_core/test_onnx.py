@@ -24,7 +24,7 @@ from air_core.bundle.onnx import OnnxModel, onnx_bytes
 from air_core.bundle.preprocessing import image_pixels
 from air_core.classifiers import FusedClassifier, text_classifier
 from air_core.datasets import get_dataset
-from air_core.specs import AuxiliarySettings, PromptSettings
+from air_core.settings import AuxiliarySettings, PromptSettings
 from air_core.transduction import transductive
 from air_core.types import Classes, Encoded, Labelled
 from tests.helpers.bundles import zero_shot

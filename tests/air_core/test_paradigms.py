@@ -14,7 +14,7 @@ from air_core.datasets import get_dataset
 from air_core.datasets.stratified import stratified
 from air_core.paradigms import PARADIGMS as FUNCTIONS
 from air_core.paradigms import labelled_positions, make_split, seen_unseen
-from air_core.specs import SplitSettings
+from air_core.settings import SplitSettings
 from air_core.types import Split
 
 PARADIGMS = typing.get_args(typing.get_type_hints(SplitSettings)["paradigm"])

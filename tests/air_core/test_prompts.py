@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from air_core.components import LEARNERS
 from air_core.prompts import PromptLearner, build_learner
-from air_core.specs import PromptSettings
+from air_core.settings import PromptSettings
+from air_core.settings.components import LEARNERS
 from air_core.types import Encoded
 
 TEMPLATE = "a photo of a {}"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from air_core.components import STRATEGIES
 from air_core.pseudo_labels import assign, balanced_choice, candidate_sets, capacity, spread
-from air_core.specs import PseudoLabelSettings
+from air_core.settings import PseudoLabelSettings
+from air_core.settings.components import STRATEGIES
 from air_core.types import ROWS, Classes, PseudoLabels, SparseTargets, sparse
 
 pytestmark = pytest.mark.usefixtures("small_chunks")

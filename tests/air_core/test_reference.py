@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from air_core.components import LOSSES, STRATEGIES
 from air_core.datasets.places import classnames_of
 from air_core.losses import confidence
 from air_core.paradigms import labelled_positions, seen_unseen
 from air_core.pseudo_labels import balanced_choice, candidate_sets, capacity
-from air_core.specs import PseudoLabelSettings
+from air_core.settings import PseudoLabelSettings
+from air_core.settings.components import LOSSES, STRATEGIES
 from air_core.types import PseudoLabels, sparse
 from tests.fixtures.reference import reference_inputs as inputs
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from air_core.backbone import Backbone
 from air_core.backbone.loading import load_backbone
 from air_core.prompts import PromptLearner, build_learner
-from air_core.specs import PromptSettings, TrainSettings
+from air_core.settings import PromptSettings, TrainSettings
 from air_core.training import CHECKED, Targeted, Training, fit
 from air_core.types import Encoded, Labelled
 

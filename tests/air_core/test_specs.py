@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from air_core.specs import Ref
-from air_core.specs.conditions import uses_auxiliary, uses_images
-from air_core.specs.flat import to_flat, trial_keys
-from air_core.specs.normal import normalised
+from air_core.settings import Ref
+from air_core.settings.conditions import uses_auxiliary, uses_images
+from air_core.settings.flat import to_flat, trial_keys
+from air_core.settings.normal import normalised
 from orchestrator.keys import artifact_key
 from orchestrator.stages import FolderImages, GeneratedImages, TrialSpec, trial_of
 

@@ -12,7 +12,7 @@ from open_clip.model import CLIP
 from open_clip.tokenizer import SimpleTokenizer
 
 from air_core.diffusion.pipeline import PipelineGenerator
-from air_core.specs import GenerationSettings
+from air_core.settings import GenerationSettings
 from tools.tiny_world import CHECKSUMS, WEIGHTS, checksums, scores
 from tools.tiny_world.pretrain_clip import ClipTraining, load_tokenizer, pretrain
 from tools.tiny_world.pretrain_diffusion import (

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from air_core.losses import candidate_loss, confidence
-from air_core.specs import TrainSettings
+from air_core.settings import TrainSettings
 from air_core.training import Targeted, Training, fit, learning_rate_factor
 from air_core.types import Encoded, Labelled
 

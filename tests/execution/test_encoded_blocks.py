@@ -24,7 +24,7 @@ pytestmark = pytest.mark.ray
 BLOCK, BLOCKS = 16, 10
 BATCH = 8
 SMALL_BLOCKS = f"""
-from air_core.components import LOSSES
+from air_core.settings.components import LOSSES
 from orchestrator.stages import EncodedSpec
 
 EncodedSpec.size, EncodedSpec.few = {BLOCK}, 1

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from air_core.specs import Ref
+from air_core.settings import Ref
 from orchestrator.execution import _allocation, _queue
 from orchestrator.execution._allocation import Allocation
 from orchestrator.execution._queue import WorkQueue

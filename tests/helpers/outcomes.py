@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from air_core.specs.conditions import uses_evidence
+from air_core.settings.conditions import uses_evidence
 from air_core.tools.seal import sealed_json
 from orchestrator.planning import Slot, plan_of
 from orchestrator.planning.ledger import LEDGER, ledger_json

@@ -59,7 +59,7 @@ from __future__ import annotations
 
 import torch
 
-from air_core.components import GENERATORS
+from air_core.settings.components import GENERATORS
 from air_core.diffusion import image_seed
 
 

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from air_core.datasets import DATASETS, keeps_validation
 from air_core.methods import METHODS
-from air_core.specs import Paradigm
+from air_core.settings import Paradigm
 from orchestrator.spec import presets, sweep_schema
 from orchestrator.spec._trial_values import reason_not_searchable, trial_names
 from orchestrator.spec.schema import Schema, allowed_values, yaml_text

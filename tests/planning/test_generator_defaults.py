@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from air_core.models.weights import generator_folder
-from air_core.specs import GenerationSettings
+from air_core.settings import GenerationSettings
 from orchestrator.planning import plan_of, read_request
 from orchestrator.planning.requests import location_for
 from tests.helpers.sweeps import airsweep, write_sweep

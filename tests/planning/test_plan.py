@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from air_core.datasets import get_dataset
 from air_core.methods import EMBEDDED
-from air_core.specs import Ref
-from air_core.specs.normal import normalised
+from air_core.settings import Ref
+from air_core.settings.normal import normalised
 from orchestrator.execution._scheduler import TrialScheduler
 from orchestrator.failures import Failure
 from orchestrator.keys import artifact_key

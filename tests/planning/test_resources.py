@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from air_core.methods import EMBEDDED, METHODS
-from air_core.specs.flat import to_flat
+from air_core.settings.flat import to_flat
 from orchestrator.planning.resources import (
     process_capacity,
     resource_shortage,

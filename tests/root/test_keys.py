@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from air_core.methods import EMBEDDED, METHODS
-from air_core.specs import (
+from air_core.settings import (
     EvidenceScoring,
     GenerationSettings,
     InitialLabelsSettings,
@@ -25,8 +25,8 @@ from air_core.specs import (
     Ref,
     SplitSettings,
 )
-from air_core.specs.flat import to_flat, trial_keys
-from air_core.specs.normal import normalised
+from air_core.settings.flat import to_flat, trial_keys
+from air_core.settings.normal import normalised
 from orchestrator import keys
 from orchestrator.keys import artifact_key, canonical_json
 from orchestrator.spec import presets

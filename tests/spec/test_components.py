@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from air_core.components import DATASETS, LOSSES, REGISTRIES, STRATEGIES
-from air_core.specs import Ref
-from air_core.specs.flat import trial_keys
-from air_core.specs.normal import normalised, used_components
+from air_core.settings import Ref
+from air_core.settings.components import DATASETS, LOSSES, REGISTRIES, STRATEGIES
+from air_core.settings.flat import trial_keys
+from air_core.settings.normal import normalised, used_components
 from orchestrator.keys import artifact_key
 from orchestrator.planning.contracts import check_contract
 from orchestrator.stages import TrialSpec, trial_of
@@ -33,7 +33,7 @@ def test_a_component_keeps_its_contract_and_reads_settings_that_exist(registry, 
 
 
 def test_reading_the_registries_imports_no_torch():
-    code = "import air_core.components, sys; sys.exit('torch' in sys.modules)"
+    code = "import air_core.settings.components, sys; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

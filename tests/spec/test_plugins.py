@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from air_core.components import STRATEGIES
-from air_core.specs import Ref
-from air_core.specs.flat import from_flat, to_flat, trial_keys
-from air_core.specs.normal import normalised
+from air_core.settings import Ref
+from air_core.settings.components import STRATEGIES
+from air_core.settings.flat import from_flat, to_flat, trial_keys
+from air_core.settings.normal import normalised
 from orchestrator.plugins import use_plugins
 from orchestrator.spec import SpecError, cells_of, load_sweep, sweep_schema
 from tests.helpers.plugins import MARGIN, TIP_ADAPTER
@@ -69,7 +69,10 @@ def test_the_number_of_images_per_class_matters_to_a_strategy_of_a_plugin(spec):
     assert normalised(few) != normalised(many)
 
 
-PREFIX = "from air_core.components import BACKBONES, LEARNERS, STRATEGIES, TRANSDUCTIONS, setting\n"
+PREFIX = (
+    "from air_core.settings.components import BACKBONES, LEARNERS, STRATEGIES, TRANSDUCTIONS, "
+    "setting\n"
+)
 PARAMETERS = "scores, settings, *, capacity, iteration, previous"
 STRATEGY = f"def mine({PARAMETERS}): ...\n"
 SETTINGS = "import dataclasses\n@dataclasses.dataclass(frozen=True)\nclass Mine:\n    tau: {}\n"

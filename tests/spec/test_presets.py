@@ -1,8 +1,8 @@
 import pytest
 
 from air_core.methods import EMBEDDED, METHODS
-from air_core.specs import Ref
-from air_core.specs.flat import from_flat, to_flat, trial_keys
+from air_core.settings import Ref
+from air_core.settings.flat import from_flat, to_flat, trial_keys
 from orchestrator.spec import presets
 
 REFS = {key: Ref(name=name, digest=key) for key, name in EMBEDDED.items()}

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from air_core.methods import EMBEDDED, METHODS
-from air_core.specs import Ref
-from air_core.specs.flat import from_flat, trial_keys
+from air_core.settings import Ref
+from air_core.settings.flat import from_flat, trial_keys
 from orchestrator.files import ROOT
 from orchestrator.planning import read_request
 from orchestrator.spec import Dimension, SpecError, cells_of, find_sweep, load_sweep, notes_of

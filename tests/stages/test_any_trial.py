@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from air_core.methods import METHODS
-from air_core.specs.flat import Key, trial_keys
+from air_core.settings.flat import Key, trial_keys
 from orchestrator.planning import Resolver
 from orchestrator.spec import cells_of, load_sweep
 from orchestrator.stages.context import WorkerContext

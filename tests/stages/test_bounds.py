@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from air_core.specs.normal import normalised
+from air_core.settings.normal import normalised
 from orchestrator.planning import Resolver
 from orchestrator.spec import presets
 from orchestrator.stages import TrialSpec

@@ -15,7 +15,7 @@ from PIL import Image
 from air_core.classifiers import text_classifier
 from air_core.datasets import get_dataset
 from air_core.diffusion.folder import FolderGenerator
-from air_core.specs import Ref
+from air_core.settings import Ref
 from air_core.types import Encoded
 from orchestrator.planning import Resolver
 from orchestrator.stages import FolderImages, SyntheticFeaturesSpec

@@ -13,7 +13,7 @@ from air_core.classifiers import text_classifier
 from air_core.datasets import get_dataset
 from air_core.diffusion.lora_labels import lora_images
 from air_core.pseudo_labels import balanced_choice
-from air_core.specs import InitialLabelsSettings
+from air_core.settings import InitialLabelsSettings
 from air_core.types import Encoded, Split
 from orchestrator.planning import Resolver
 from orchestrator.spec import presets

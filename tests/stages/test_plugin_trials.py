@@ -16,7 +16,7 @@ from transformers import CLIPModel
 
 from air_core.backbone.loading import load_backbone
 from air_core.datasets import get_dataset
-from air_core.specs import Ref
+from air_core.settings import Ref
 from orchestrator.keys import artifact_key
 from orchestrator.planning import Resolver
 from orchestrator.planning.trial_checks import InvalidSetting

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from air_core import side_by_side as core
-from air_core.specs.normal import normalised
+from air_core.settings.normal import normalised
 from orchestrator.errors import MissingArtifact
 from orchestrator.stages import TrialSpec
 from orchestrator.stages import trial_run as trial_stage

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from air_core.specs import Ref
+from air_core.settings import Ref
 from orchestrator.errors import DamagedArtifact, StoreRefused
 from orchestrator.files import file_digest
 from orchestrator.keys import artifact_key
@@ -31,7 +31,7 @@ OTHER = replace(SPEC, backbone=Ref(name="large", digest="l"))
 KILLED = """
 import os, sys
 from pathlib import Path
-from air_core.specs import Ref
+from air_core.settings import Ref
 from orchestrator.stages import FeaturesSpec
 from orchestrator.store import ArtifactStore
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from air_core.specs import Ref
+from air_core.settings import Ref
 from air_core.tools.seal import sealed_json
 from orchestrator.environment import environment
 from orchestrator.errors import BucketUnreachable, DamagedArtifact, Refused, StoreRefused, SweepBusy

@@ -89,7 +89,7 @@ EDITS = [
         "import torch\nX = 1\n",
         {"features", "labels", "trials"},
     ),
-    ("specs/__init__.py", "ge=1", "ge=2", set()),
+    ("settings/__init__.py", "ge=1", "ge=2", set()),
 ]
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from air_core.specs import Ref
+from air_core.settings import Ref
 from air_core.tools.seal import BLANK, sealed
 from orchestrator.errors import (
     BucketUnreachable,

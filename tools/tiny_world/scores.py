@@ -28,7 +28,7 @@ from air_core.datasets import digits
 from air_core.datasets.dataset import TEMPLATE
 from air_core.diffusion import ImageGenerator, rejected
 from air_core.diffusion.pipeline import PipelineGenerator
-from air_core.specs import GenerationSettings
+from air_core.settings import GenerationSettings
 from tools.tiny_world.render import CONCEPTS, DIGITS, SIDE, Source, chunk
 
 # N images, C classes, D feature width, S side in pixels.

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from air_core.diffusion.denoiser import Denoiser
-from air_core.specs import GenerationSettings
+from air_core.settings import GenerationSettings
 
 
 class PixArt(Denoiser):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from air_core.diffusion.denoiser import JOINT, Denoiser, Latents, packed, unpacked
-from air_core.specs import GenerationSettings
+from air_core.settings import GenerationSettings
 
 
 class QwenImage(Denoiser):

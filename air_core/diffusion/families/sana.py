@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from air_core.diffusion.denoiser import Denoiser
-from air_core.specs import GenerationSettings
+from air_core.settings import GenerationSettings
 
 INSTRUCTION = "complex_human_instruction"  # stands before a caption, not before the empty one
 

@@ -8,7 +8,7 @@ import pytest
 
 from air_core.datasets import get_dataset
 from air_core.paradigms import make_split
-from air_core.specs import SplitSettings
+from air_core.settings import SplitSettings
 from orchestrator.cluster.input_checks import check_dataset
 from orchestrator.planning.resolve import Resolver
 from orchestrator.planning.trial_checks import InvalidSetting

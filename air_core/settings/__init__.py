@@ -7,7 +7,7 @@ import math
 from dataclasses import MISSING, dataclass, field
 from typing import Any, Literal, TypeVar
 
-from air_core.components import (
+from air_core.settings.components import (
     AUXILIARIES,
     FIDELITIES,
     LEARNERS,
@@ -17,7 +17,7 @@ from air_core.components import (
     Own,
     Registry,
 )
-from air_core.specs.conditions import (
+from air_core.settings.conditions import (
     draws_images,
     fills_bank,
     labelled_lora,
@@ -408,7 +408,7 @@ class EvidenceSettings(EvidenceScoring):
 
 @dataclass(frozen=True, kw_only=True)
 class TrialSettings(SplitSettings):
-    """All settings of one trial. `air_core.specs.flat` converts them to flat keys such as
+    """All settings of one trial. `air_core.settings.flat` converts them to flat keys such as
     `lora.rank`."""
 
     dataset: Ref

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from air_core.components import REGISTRIES, Registry, computed_from_registries
-from air_core.specs import Ref, TrialSettings
+from air_core.settings import Ref, TrialSettings
+from air_core.settings.components import REGISTRIES, Registry, computed_from_registries
 
 
 @dataclass(frozen=True, kw_only=True)

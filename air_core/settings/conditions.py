@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from air_core.components import LEARNERS
+from air_core.settings.components import LEARNERS
 
 if TYPE_CHECKING:
-    from air_core.specs import Ref, TrialSettings
+    from air_core.settings import Ref, TrialSettings
 
 
 def labelled_only(spec: TrialSettings) -> bool:

@@ -12,10 +12,16 @@ from functools import cache, lru_cache
 from operator import attrgetter
 from typing import Any, TypeVar, cast
 
-from air_core.components import DATASETS, REGISTRIES, Own, Registry, computed_from_registries
-from air_core.specs import LoraSettings, Ref, TrialSettings
-from air_core.specs.conditions import reads_lora_images
-from air_core.specs.flat import settings_groups
+from air_core.settings import LoraSettings, Ref, TrialSettings
+from air_core.settings.components import (
+    DATASETS,
+    REGISTRIES,
+    Own,
+    Registry,
+    computed_from_registries,
+)
+from air_core.settings.conditions import reads_lora_images
+from air_core.settings.flat import settings_groups
 
 Condition = Callable[[TrialSettings], bool]
 
@@ -36,7 +42,7 @@ def _normalised(spec: TrialSettings) -> TrialSettings:
 
 
 def _with_unused_reset(spec: TrialSettings) -> TrialSettings:
-    """Reset the fields whose conditions in `air_core.specs`, or components, do not use them."""
+    """Reset the fields whose conditions in `air_core.settings`, or components, do not use them."""
     changes: dict[str, dict[str, Any]] = {}
     for rule in rules():
         settings = getattr(spec, rule.group) if rule.group else spec

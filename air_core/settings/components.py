@@ -304,12 +304,13 @@ def _imported(target: str) -> Any:
 
 # ---------------------------------------------------------------- components of this package
 
+PACKAGE = Path(__file__).parents[1]
 _parsing = threading.Lock()  # Python 3.11 fails if two threads make a syntax tree at once
 
 
 def syntax(module: str) -> ast.Module:
     """The code of a module of airsweep, which is not imported."""
-    path = Path(__file__).parents[1].joinpath(*module.split("."))
+    path = PACKAGE.parent.joinpath(*module.split("."))
     file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     with _parsing:
         return ast.parse(file.read_text(encoding="utf-8"))
@@ -382,7 +383,7 @@ DATASETS = Registry(
     "",
     (
         component
-        for file in sorted(Path(__file__).with_name("datasets").glob("*.py"))
+        for file in sorted((PACKAGE / "datasets").glob("*.py"))
         if "@DATASETS.add(" in file.read_text(encoding="utf-8")  # the rest need not be parsed
         for component in decorated("DATASETS", f"air_core.datasets.{file.stem}")
     ),
