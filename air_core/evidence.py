@@ -1,6 +1,6 @@
 """Class probabilities of pool images from the denoising errors of a diffusion model.
 
-`air_core.diffusion.evidence` computes the errors. docs/method.md, step 4, has the formulas.
+`air_core.diffusion.denoising` computes the errors. docs/method.md, step 4, has the formulas.
 """
 
 from __future__ import annotations

@@ -221,7 +221,7 @@ def plain(model: Path, adapter: Path, size: int, arguments: Any) -> Figures:
 
 
 def evidence(model: Path, adapter: Path, size: int, arguments: Any) -> Figures:
-    from air_core.diffusion.evidence import DenoisingScorer
+    from air_core.diffusion.denoising import DenoisingScorer
     from air_core.settings import EvidenceScoring
 
     scoring = EvidenceScoring(precision=arguments.precision)

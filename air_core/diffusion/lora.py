@@ -125,7 +125,7 @@ def train_lora(
         denoiser.network.enable_gradient_checkpointing()
     latents, texts = TrainingLatents(denoiser, images), denoiser.encode_captions(captions)
     parts = 2 ** max(0, thrift - 1)
-    losses = fit(
+    losses = train_adapters(
         denoiser, parameters, latents, texts, training, seed, parts, report, kept, keep_every
     )
     save_adapters(pipeline, out)
@@ -137,7 +137,7 @@ def train_lora(
     }
 
 
-def fit(
+def train_adapters(
     denoiser: Denoiser,
     parameters: list[Parameter],
     latents: TrainingLatents,

@@ -29,7 +29,7 @@ from orchestrator.store.rows import Row
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from air_core.diffusion.evidence import DenoisingScorer
+    from air_core.diffusion.denoising import DenoisingScorer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class EvidenceSpec(RowSpec):
     modules = (
         "air_core.backbone.loading",
         "air_core.classifiers",
-        "air_core.diffusion.evidence",
+        "air_core.diffusion.denoising",
         "air_core.diffusion.folder",
         "air_core.diffusion.lora",
         "air_core.models.tokens",
@@ -112,7 +112,7 @@ class BlockScorer:
         import torch
 
         from air_core.diffusion.denoiser import CHUNK
-        from air_core.diffusion.evidence import candidate_classes
+        from air_core.diffusion.denoising import candidate_classes
 
         images = slice(block * self.spec.block_size, (block + 1) * self.spec.block_size)
         positions = self.positions[images]
@@ -154,7 +154,7 @@ def open_model(spec: EvidenceSpec, worker: WorkerContext) -> BlockScorer:
         MissingArtifact: the LoRA or the features are not made yet.
     """
     from air_core.classifiers import text_classifier
-    from air_core.diffusion.evidence import DenoisingScorer
+    from air_core.diffusion.denoising import DenoisingScorer
     from air_core.types import Classes
 
     target = read_target(spec.features, spec.split, worker.store)

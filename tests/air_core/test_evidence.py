@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from air_core.datasets import get_dataset
-from air_core.diffusion.evidence import DenoisingScorer, candidate_classes, time_step
+from air_core.diffusion.denoising import DenoisingScorer, candidate_classes, time_step
 from air_core.diffusion.lora import square
 from air_core.evidence import balanced, evidence_probabilities, mean_scores
 from air_core.settings import EvidenceScoring

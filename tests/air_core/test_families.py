@@ -14,7 +14,7 @@ from sentencepiece import SentencePieceTrainer
 
 from air_core.diffusion import rejected
 from air_core.diffusion.denoiser import denoiser_class, network, unpacked
-from air_core.diffusion.evidence import DenoisingScorer
+from air_core.diffusion.denoising import DenoisingScorer
 from air_core.diffusion.lora import train_lora
 from air_core.diffusion.pipeline import PipelineGenerator, load_pipeline
 from air_core.models.families import FAMILIES, check_denoiser
