@@ -1,1 +1,4 @@
-"""Helpers of several packages: checksums, captions, threads, printable text. Imports no torch."""
+"""Helpers of several packages: checksums, captions, threads, chunks, printable text.
+
+`chunks` alone imports torch.
+"""
