@@ -113,18 +113,15 @@ def calibration_error(probability: Tensor, right: Tensor) -> float:
     return (gaps.abs().sum() / len(right)).item()
 
 
-def mutual_information(scores: Tensor) -> float:
+def _mutual_information(parts: Iterable[Tensor], images: int) -> float:
     """Entropy of the mean scores minus mean entropy of the scores, in nats.
 
     It is high where each prediction is confident and the predictions cover the classes evenly.
 
     Args:
-        scores: (N, C); rows sum to 1.
+        parts: scores (N, C) in chunks of rows; rows sum to 1.
+        images: N.
     """
-    return _mutual_information((scores[rows] for rows in chunks(*scores.shape)), len(scores))
-
-
-def _mutual_information(parts: Iterable[Tensor], images: int) -> float:
     sums, entropies = zip(*((part.sum(dim=0), _entropy(part)) for part in parts), strict=True)
     mean = torch.stack(sums).sum(dim=0) / images
     return float(_entropy(mean) - torch.cat(entropies).mean())

@@ -48,7 +48,7 @@ def load_bundle(
     manifest = read_bundle(folder)
     manifest.selected(classifier)
     if runtime == "onnx":
-        from air_core.bundle.onnx_bundle import OnnxBundle
+        from air_core.bundle.onnx import OnnxBundle
 
         return OnnxBundle(manifest, device, classifier, min_probability)
     if runtime != "torch":

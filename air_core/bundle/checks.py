@@ -1,4 +1,4 @@
-"""Validates the arrays of a bundle, which can come from an untrusted source; see `ARRAYS`."""
+"""Validates the arrays of a bundle, which can come from an untrusted source; see `FORMS`."""
 
 from __future__ import annotations
 
@@ -12,127 +12,71 @@ import numpy as np
 if TYPE_CHECKING:
     from air_core.bundle.content import Content
 
-TEXT, PROMPT, FUSED = (f"{name}.safetensors" for name in ("text_features", "prompt", "fused"))
+File = Literal["text_features.safetensors", "prompt.safetensors", "fused.safetensors", "model.onnx"]
+TEXT, PROMPT, FUSED, ONNX = get_args(File)
 ClassifierName = Literal["text", "auxiliary", "fused"]
 CLASSIFIERS: tuple[str, ...] = get_args(ClassifierName)
 UNIT = 1e-3  # largest deviation of the length of a class vector from 1
+TINY = 1e-30
 
 Arrays = Mapping[str, Mapping[str, np.ndarray]]  # by file, then by name
 
 
-def check_arrays(content: Content, arrays: Arrays) -> None:
-    """Check that arrays are complete, of the right types and shapes, and fit the content.
-
-    Raises:
-        ValueError: they are not or do not; the message has the first problem.
-    """
-    _check_files(content, arrays)
-    _check_values(content, arrays)
-    _check_classifiers(content, arrays)
-
-
 @dataclass(frozen=True)
 class Allowed:
-    """What an array may contain."""
+    """What an array may contain: finite numbers of a type, shape and range."""
 
-    dtype: str
-    # One letter a dimension: C classes, U those of pool images, D feature width; any number, the
-    # same within a file: N, L, P, W. Several texts: several numbers of dimensions.
-    shapes: tuple[str, ...]
+    dtype: type[np.generic]
+    # One letter a dimension: C classes, U those of pool images, D feature width; L, N, P and W:
+    # any number. No dimension is 0.
+    shape: str = ""
     low: float = -math.inf
     high: float = math.inf
-    below: str = ""  # letter of a number that integers stay below
 
-    def __str__(self) -> str:
-        shapes = " or ".join(f"({', '.join(shape)})" for shape in self.shapes)
-        limits = f" from {self.low:g} to {self.high:g}" if self.low > -math.inf else ""
-        return f"{self.dtype} {shapes}{limits}" + (f" below {self.below}" if self.below else "")
+    def fits(self, array: np.ndarray, sizes: dict[str, int]) -> bool:
+        """Whether an array is allowed; `sizes` are those of letters and get those of new ones."""
+        if not np.issubdtype(array.dtype, self.dtype) or array.ndim != len(self.shape):
+            return False
+        for letter, size in zip(self.shape, array.shape, strict=True):
+            if size == 0 or sizes.setdefault(letter, size) != size:
+                return False
+        return bool((np.isfinite(array) & (array >= self.low) & (array <= self.high)).all())
 
 
-TINY = 1e-30
-ARRAYS: dict[str, dict[str, Allowed]] = {
-    TEXT: {
-        "text_features": Allowed("float32", ("CD",)),
-        "logit_scale": Allowed("float32", ("",), TINY),
-    },
-    PROMPT: {"prompt": Allowed("floats", ("LW", "PLW"))},
-    FUSED: {
-        "weight": Allowed("float64", ("",), 0, 1),
-        "auxiliary.weight": Allowed("float32", ("UD",)),
-        "auxiliary.bias": Allowed("float32", ("U",)),
-        "auxiliary.unit": Allowed("bool", ("",)),
-        "auxiliary.bank": Allowed("float32", ("ND",)),
-        "auxiliary.labels": Allowed("integers", ("N",), 0, below="U"),
-        "auxiliary.nearest": Allowed("integers", ("",), 0),
-        "auxiliary.center": Allowed("float32", ("D",)),
-        "auxiliary.sharpness": Allowed("float64", ("",), TINY),
-        "mixture.means": Allowed("float32", ("UD",)),
-        "mixture.precision": Allowed("float32", ("D",), TINY),
-    },
+_WEIGHT = {"weight": Allowed(np.float64, low=0, high=1)}
+_AUXILIARY = _WEIGHT | {
+    "auxiliary.center": Allowed(np.float32, "D"),
+    "auxiliary.sharpness": Allowed(np.float64, low=TINY),
 }
-KINDS = {"floats": np.floating, "integers": np.signedinteger}
-_OF_ALL = ("auxiliary.center", "auxiliary.sharpness")
-# The sets of arrays that a file contains.
-COMPLETE: dict[str, tuple[set[str], ...]] = {
-    TEXT: ({"text_features", "logit_scale"},),
-    PROMPT: ({"prompt"},),
+# The sets of arrays that a file can contain.
+FORMS: dict[str, tuple[dict[str, Allowed], ...]] = {
+    TEXT: (
+        {
+            "text_features": Allowed(np.float32, "CD"),
+            "logit_scale": Allowed(np.float32, low=TINY),
+        },
+    ),
+    PROMPT: ({"prompt": Allowed(np.floating, "LW")}, {"prompt": Allowed(np.floating, "PLW")}),
     FUSED: (
-        {"weight", *_OF_ALL, "auxiliary.weight", "auxiliary.bias", "auxiliary.unit"},
-        {"weight", *_OF_ALL, "auxiliary.bank", "auxiliary.labels", "auxiliary.nearest"},
-        {"weight", "mixture.means", "mixture.precision"},
+        _AUXILIARY
+        | {
+            "auxiliary.weight": Allowed(np.float32, "UD"),
+            "auxiliary.bias": Allowed(np.float32, "U"),
+            "auxiliary.unit": Allowed(np.bool_),
+        },
+        _AUXILIARY
+        | {
+            "auxiliary.bank": Allowed(np.float32, "ND"),
+            "auxiliary.labels": Allowed(np.signedinteger, "N", low=0),
+            "auxiliary.nearest": Allowed(np.signedinteger, low=0),
+        },
+        _WEIGHT
+        | {
+            "mixture.means": Allowed(np.float32, "UD"),
+            "mixture.precision": Allowed(np.float32, "D", low=TINY),
+        },
     ),
 }
-
-
-def _check_files(content: Content, arrays: Arrays) -> None:
-    prompt = content.prompt is not None
-    if PROMPT in arrays and not prompt:
-        raise ValueError(f"it has no prompt, but contains {PROMPT}")
-    for name in (TEXT, *([PROMPT] if prompt else [])):
-        if name not in arrays:
-            raise ValueError(f"{name} is missing")
-    for name, of in arrays.items():
-        if set(of) not in COMPLETE[name]:
-            allowed = " or ".join(", ".join(sorted(names)) for names in COMPLETE[name])
-            raise ValueError(f"{name} must contain exactly {allowed}")
-
-
-def _check_values(content: Content, arrays: Arrays) -> None:
-    classes, unseen = len(content.classnames), content.unseen
-    sizes = {"C": classes, "U": len(unseen or range(classes))}
-    for file, of in arrays.items():
-        for letter in "LNPW":
-            sizes.pop(letter, None)
-        for name, array in of.items():
-            allowed = ARRAYS[file][name]
-            if not _fits(array, allowed, sizes):
-                found = f"{array.dtype} {array.shape}"
-                where = ", ".join(f"{letter} {size}" for letter, size in sorted(sizes.items()))
-                raise ValueError(
-                    f"{name} of {file} is {found} or has values out of range; allowed: finite "
-                    f"{allowed}, with {where}"
-                )
-            if not array.size:
-                raise ValueError(f"{name} of {file} is empty")
-    lengths = np.linalg.norm(arrays[TEXT]["text_features"].astype(np.float64), axis=1)  # (C,)
-    if (np.abs(lengths - 1) > UNIT).any():
-        raise ValueError("text_features have vectors whose length is not 1")
-
-
-def _fits(array: np.ndarray, allowed: Allowed, sizes: dict[str, int]) -> bool:
-    kind = KINDS.get(allowed.dtype)
-    if array.dtype != allowed.dtype if kind is None else not np.issubdtype(array.dtype, kind):
-        return False
-    for shape in allowed.shapes:
-        known = [sizes.get(letter, size) for letter, size in zip(shape, array.shape, strict=False)]
-        if len(shape) == array.ndim and (*known,) == array.shape:
-            sizes |= dict(zip(shape, array.shape, strict=True))
-            break
-    else:
-        return False
-    high = sizes[allowed.below] - 1 if allowed.below else allowed.high
-    fits = np.isfinite(array) & (array >= allowed.low) & (array <= high)
-    return bool(fits.all())
 
 
 def classifiers(content: Content, arrays: Arrays) -> tuple[str, ...]:
@@ -142,13 +86,31 @@ def classifiers(content: Content, arrays: Arrays) -> tuple[str, ...]:
     return ("text", *(["auxiliary"] if auxiliary else []), *(["fused"] if fused else []))
 
 
-def _check_classifiers(content: Content, arrays: Arrays) -> None:
+def check_arrays(content: Content, arrays: Arrays) -> None:
+    """Check that arrays are complete, of the right types and shapes, and fit the content.
+
+    Raises:
+        ValueError: they are not or do not; the message has the first problem.
+    """
+    if arrays.keys() - {FUSED} != {TEXT, *([PROMPT] if content.prompt is not None else [])}:
+        raise ValueError("it has other files than an export writes")
+    pooled = len(content.unseen or content.classnames)
+    sizes = {"C": len(content.classnames), "U": pooled}
+    for file, forms in FORMS.items():
+        of = arrays.get(file)
+        if of is not None and not any(
+            form.keys() == of.keys() and all(form[name].fits(of[name], sizes) for name in form)
+            for form in forms
+        ):
+            raise ValueError(f"{file} has other arrays, types, shapes or values than allowed")
+    lengths = np.linalg.norm(arrays[TEXT]["text_features"].astype(np.float64), axis=1)  # (C,)
+    if (np.abs(lengths - 1) > UNIT).any():
+        raise ValueError(f"{TEXT} has vectors whose length is not 1")
+    fused = arrays.get(FUSED, {})
+    if "auxiliary.labels" in fused:
+        labels, least = fused["auxiliary.labels"], max(1, int(fused["auxiliary.nearest"]))
+        if labels.max() >= pooled or np.bincount(labels, minlength=pooled).min() < least:
+            raise ValueError(f"{FUSED} has labels of no class, or too few of one")
     found = classifiers(content, arrays)
     if content.classifier not in found:
         raise ValueError(f"its classifier is {content.classifier}; it has {', '.join(found)}")
-    auxiliary = arrays.get(FUSED, {})
-    if "auxiliary.bank" in auxiliary:
-        classes = len(content.unseen or content.classnames)
-        counts = np.bincount(auxiliary["auxiliary.labels"], minlength=classes)
-        if counts.min() < max(1, int(auxiliary["auxiliary.nearest"])):
-            raise ValueError("auxiliary.labels have fewer images of a class than are compared")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 from air_core.backbone import Backbone
 from air_core.backbone.clip import MAX_THREADS
 from air_core.bundle.arrays import fused_classifier
-from air_core.bundle.checks import FUSED
+from air_core.bundle.checks import FUSED, TEXT
 from air_core.bundle.files import UNSURE, image_files
 from air_core.bundle.manifest import Manifest
 from air_core.classifiers import Classifier
@@ -82,6 +82,7 @@ class Bundle:
         classifiers: names of the classifiers, of text, auxiliary and fused.
         classifier: the one that `classify` uses.
         min_probability: below it, an image is unsure.
+        preprocess: gives the pixels (3, H, W) of an RGB image.
     """
 
     def __init__(
@@ -95,7 +96,9 @@ class Bundle:
         self.manifest, self.backbone = manifest, backbone
         self.classnames, self.classifiers = manifest.classnames, manifest.classifiers
         self.classifier = manifest.selected(classifier)
-        texts = torch.from_numpy(manifest.text_features)
+        self.preprocess: Callable[[Image.Image], Tensor] = backbone.preprocess
+        self.at_once = min(STEP, backbone.at_once)
+        texts = torch.from_numpy(manifest.arrays[TEXT]["text_features"])
         width = backbone.encode_images([BLANK]).shape[1]
         if width != texts.shape[1]:
             raise ValueError(
@@ -105,7 +108,7 @@ class Bundle:
         prompt = None
         if manifest.visual_prompt is not None:
             prompt = torch.from_numpy(manifest.visual_prompt).to(backbone.device)
-        text = _Text(backbone, texts, manifest.logit_scale, prompt)
+        text = _Text(backbone, texts, float(manifest.arrays[TEXT]["logit_scale"]), prompt)
         self._reads_tokens = prompt is not None
         self._of: dict[str, Classifier] = {"text": text}
         if FUSED in manifest.arrays:
@@ -177,7 +180,6 @@ class Bundle:
         self, sources: Iterable[tuple[Any, Source]], topk: int
     ) -> Iterator[ClassifiedImage | Unreadable]:
         """While the model computes a batch, threads prepare the next one."""
-        step = min(STEP, self.backbone.at_once)
         threads = min(torch.get_num_threads(), MAX_THREADS)
         # PIL images are decoded here: decoding one in two threads is not safe.
         loaded = (
@@ -185,9 +187,9 @@ class Bundle:
             for name, source in sources
         )
         prepared = computed_ahead(
-            lambda each: (each[0], self._pixels(each[1])), loaded, threads, ahead=step
+            lambda each: (each[0], self._pixels(each[1])), loaded, threads, ahead=self.at_once
         )
-        while batch := [*itertools.islice(prepared, step)]:
+        while batch := [*itertools.islice(prepared, self.at_once)]:
             pixels = [image for _, image in batch if isinstance(image, Tensor)]
             scores = self.scores(pixels) if pixels else torch.empty(0, len(self.classnames))
             found = scores.topk(min(topk, len(self.classnames)), dim=-1)
@@ -208,14 +210,13 @@ class Bundle:
             return problem
         except OSError as problem:
             return Unreadable(f"{source} cannot be read: {problem.strerror}")
-        pixels: Tensor = self.backbone.preprocess(image)  # (3, H, W)
-        return pixels
+        return self.preprocess(image)
 
     def scores(self, images: Sequence[Image.Image | Tensor]) -> Tensor:
         """Probabilities (N, C) on the CPU, by the selected classifier.
 
         Args:
-            images: N images, or tensors (3, H, W) from the backbone's `preprocess`.
+            images: N images, or tensors (3, H, W) from `preprocess`.
         """
         return self.scores_of(self.encode(images), self.classifier)
 

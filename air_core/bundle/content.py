@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal, TypeVar, get_args
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -13,34 +14,16 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     ValidationError,
+    model_validator,
 )
 
-from air_core.bundle.checks import FUSED, PROMPT, TEXT, ClassifierName
+from air_core.bundle.checks import ClassifierName, File
 from air_core.datasets.dataset import is_template
 from air_core.settings import ClipPrecision, FusionSpace
 from air_core.settings.components import LEARNERS
 from air_core.tools.printable import UNPRINTABLE, printable
 
-ONNX: Final = "model.onnx"  # optional; see `onnx`
 SHOWN = 80  # characters of a wrong value in a message
-
-
-def _checked_classname(name: str) -> str:
-    if not name.strip() or UNPRINTABLE.search(name):
-        raise ValueError("a class name is a text without control characters")
-    return name
-
-
-def _checked_classnames(names: list[str]) -> list[str]:
-    if len(set(names)) < len(names):
-        raise ValueError("class names are different texts")
-    return names
-
-
-def _checked_template(template: str) -> str:
-    if not is_template(template):
-        raise ValueError("a template is a text with {} once, for the class name")
-    return template
 
 
 def modalities() -> list[str]:
@@ -50,21 +33,37 @@ def modalities() -> list[str]:
     return [name for name, one in LEARNERS.items() if not one.source and one.facts & computed]
 
 
-def _checked_modality(name: str) -> str:
-    if name not in modalities():
-        raise ValueError(f"allowed are {', '.join(modalities())}")
-    return name
+def _if(holds: Callable[[Any], bool], message: str) -> AfterValidator:
+    """Allows the values for which a condition holds."""
+
+    def validated(value: Any) -> Any:
+        if not holds(value):
+            raise ValueError(message)
+        return value
+
+    return AfterValidator(validated)
 
 
-Classname = Annotated[str, AfterValidator(_checked_classname)]
-Classnames = Annotated[list[Classname], Field(min_length=1), AfterValidator(_checked_classnames)]
+Classname = Annotated[
+    str,
+    _if(
+        lambda name: bool(name.strip()) and not UNPRINTABLE.search(name),
+        "a class name is a text without control characters",
+    ),
+]
+Classnames = Annotated[
+    list[Classname],
+    Field(min_length=1),
+    _if(lambda names: len(set(names)) == len(names), "class names are different texts"),
+]
+Template = Annotated[str, _if(is_template, "a template is a text with {} once, for the class name")]
+Modality = Annotated[
+    str, _if(lambda name: name in modalities(), "this version has no such learner")
+]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-File = Literal["text_features.safetensors", "prompt.safetensors", "fused.safetensors", "model.onnx"]
 Values = dict[str, JsonValue]
 Side = Annotated[int, Field(gt=0, le=4096)]
 Model = TypeVar("Model", bound=BaseModel)
-
-assert get_args(File) == (TEXT, PROMPT, FUSED, ONNX)
 
 
 class _Strict(BaseModel):
@@ -89,8 +88,8 @@ class Content(_Strict):
     format: Literal[1]
     made_by: str = ""
     classnames: Classnames
-    template: Annotated[str, AfterValidator(_checked_template)]
-    modality: Annotated[str, AfterValidator(_checked_modality)]
+    template: Template
+    modality: Modality
     prompt: Values | None
     classifier: ClassifierName  # selected at the export
     space: FusionSpace
@@ -106,6 +105,13 @@ class Content(_Strict):
     licences: dict[str, str] = {}
     files: dict[File, Sha256]
     seal: str
+
+    @model_validator(mode="after")
+    def _some_are_unseen(self) -> Content:
+        unseen, classes = self.unseen, {*range(len(self.classnames))}
+        if unseen is not None and not ({*unseen} < classes and 0 < len({*unseen}) == len(unseen)):
+            raise ValueError("unseen is neither null nor a list of some of the classes")
+        return self
 
 
 class Preprocessing(_Strict):
@@ -132,17 +138,3 @@ def checked(model: type[Model], found: object) -> Model:
         where = ".".join(str(part)[:SHOWN] for part in first["loc"]) or "content"
         shown = printable(f"its {where} is {repr(first['input'])[:SHOWN]}: {first['msg']}")
         raise ValueError(shown) from None
-
-
-def checked_content(found: object) -> Content:
-    """The content of a `bundle.json`.
-
-    Raises:
-        ValueError: a value is not allowed.
-    """
-    content = checked(Content, found)
-    if content.unseen is not None:
-        distinct, classes = {*content.unseen}, {*range(len(content.classnames))}
-        if not (distinct < classes and 0 < len(distinct) == len(content.unseen)):
-            raise ValueError("its unseen is neither null nor a list of some of its classes")
-    return content

@@ -27,24 +27,17 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from air_core.bundle.checks import FUSED, PROMPT, TEXT, Arrays, check_arrays, classifiers
-from air_core.bundle.content import ONNX, BackboneContent, Content, checked_content
-from air_core.models.weights import (
-    ClipWeights,
-    find_backbone,
-    public_backbone,
-)
+from air_core.bundle.checks import FORMS, ONNX, PROMPT, Arrays, check_arrays, classifiers
+from air_core.bundle.content import BackboneContent, Content, checked
+from air_core.models.weights import ClipWeights, find_backbone, public_backbone
 from air_core.settings.components import LEARNERS
 from air_core.tools.seal import intact, sealed_json
 
 MANIFEST = "bundle.json"
-FILES = (TEXT, PROMPT, FUSED)  # no other file is opened
 LICENCE = (
     "The backbone's weights are not in this folder and have a separate licence. The learned "
     "vectors were trained on images under the licences below."
 )
-MAKE = "create one with `airsweep export TRIAL -o DIR`"
-SHOWN = 3  # weights files in a message
 
 
 @dataclass(frozen=True)
@@ -83,15 +76,6 @@ class Manifest:
         return self.content.temperatures.get(classifier, 1.0)
 
     @property
-    def text_features(self) -> np.ndarray:
-        """(C, D), of unit length."""
-        return self.arrays[TEXT]["text_features"]
-
-    @property
-    def logit_scale(self) -> float:
-        return float(self.arrays[TEXT]["logit_scale"])
-
-    @property
     def visual_prompt(self) -> np.ndarray | None:
         """(P, V) or (layers, P, V), tokens beside the patches; None without a visual prompt."""
         if "tokens" not in LEARNERS[self.content.modality].facts or PROMPT not in self.arrays:
@@ -108,7 +92,7 @@ class Manifest:
             raise ValueError(
                 f"{self.folder} has no {ONNX}; export it again with --onnx, or use --runtime torch"
             )
-        return self.folder / ONNX
+        return Path(self.folder, ONNX)
 
     def backbone(self, weights: str | None = None) -> ClipWeights:
         """Find the backbone on this machine and compare its digests with the recorded ones.
@@ -132,12 +116,11 @@ class Manifest:
                 f"{learned}; these weights are not published, so give --weights PATH: a folder "
                 "or <architecture>@<file> with the same content"
             )
-        difference = _difference(wanted, found)
-        if difference:
+        if (wanted.files, wanted.settings) != (_digests(found), _settings(found)):
             raise ValueError(
-                f"{self.folder} was trained with another backbone than "
-                f"{weights or wanted.name!r}: {difference}; its prompt does not work with other "
-                "weights, so give the path of the right ones with --weights"
+                f"{learned}; files, architecture or preprocessing of {weights or wanted.name!r} "
+                "differ, and its prompt does not work with other weights, so give the path of the "
+                "right ones with --weights"
             )
         return found
 
@@ -192,25 +175,8 @@ def _in_words(backbone: BackboneContent) -> str:
     architecture = str(backbone.open_clip.get("model_name", ""))
     if not architecture or architecture.startswith("local-dir:"):
         architecture = "an open_clip folder"
-    files = [f"{name} {_short(digest)}" for name, digest in sorted(backbone.files.items())]
-    more = f" and {len(files) - SHOWN} more" if len(files) > SHOWN else ""
-    return f"{architecture} ({', '.join(files[:SHOWN])}{more})"
-
-
-def _difference(wanted: BackboneContent, found: ClipWeights) -> str:
-    """The first difference between two backbones; empty if they are the same."""
-    then, now = wanted.files, _digests(found)
-    for name in sorted({*then, *now}):
-        one, other = then.get(name), now.get(name)
-        if one != other:
-            return f"{name} is {_short(other)} instead of {_short(one)}"
-    if wanted.settings != _settings(found):
-        return "the file is the same, but architecture or preprocessing differ"
-    return ""
-
-
-def _short(digest: str | None) -> str:
-    return f"sha256 {digest[:12]}" if digest else "missing"
+    files = [f"{name} sha256 {digest[:12]}" for name, digest in sorted(backbone.files.items())]
+    return f"{architecture} ({', '.join(files)})"
 
 
 # ---------------------------------------------------------------- writing
@@ -228,7 +194,7 @@ def write_bundle(
 
     Args:
         content: that of bundle.json without format, digests and seal.
-        arrays: by file, then by name; see `checks.ARRAYS`.
+        arrays: by file, then by name; see `checks.FORMS`.
         replace: whether to replace an existing bundle.
         check: called with the written bundle before it is published; raises to prevent that.
         onnx: makes the content of `model.onnx`.
@@ -243,7 +209,6 @@ def write_bundle(
     work.mkdir()
     try:
         for name, of in arrays.items():
-            assert name in FILES
             (work / name).write_bytes(
                 save({key: np.asarray(a, order="C") for key, a in of.items()})
             )
@@ -298,51 +263,21 @@ def read_bundle(folder: str | Path) -> Manifest:
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
         what = f"has no {MANIFEST}" if folder.is_dir() else "does not exist or is not a folder"
-        raise ValueError(f"{folder} {what}: not a bundle; {MAKE}")
-    found = _read_json(folder / MANIFEST)
+        make = "create one with `airsweep export TRIAL -o DIR`"
+        raise ValueError(f"{folder} {what}: not a bundle; {make}")
     try:
-        content = checked_content(found)
+        data = (folder / MANIFEST).read_bytes()
+        if not intact(data):
+            raise ValueError(f"{MANIFEST} was changed after the export")
+        content = checked(Content, json.loads(data))
         for name, digest in content.files.items():
-            _check_digest(folder / name, digest)
-        names = [name for name in content.files if name != ONNX]
-        arrays: Arrays = {name: _read_arrays(folder / name) for name in names}
+            if not (folder / name).is_file() or _file_digest(folder / name) != digest:
+                raise ValueError(f"{name} is missing or was changed after the export")
+        arrays: Arrays = {n: _read_arrays(folder / n) for n in FORMS if n in content.files}
         check_arrays(content, arrays)
-    except _Changed:
-        raise
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:  # RecursionError: JSON is nested too deeply
         raise ValueError(f"{folder} is not a bundle: {problem}; export it again") from None
     return Manifest(folder, content, arrays)
-
-
-class _Changed(ValueError):
-    """A file was changed after the export."""
-
-    def __init__(self, file: Path) -> None:
-        super().__init__(
-            f"{file} was changed after the export, so {file.parent} is not a valid bundle; export "
-            "it again"
-        )
-
-
-def _read_json(file: Path) -> object:
-    """The values of a `bundle.json` whose bytes are those that were written."""
-    data = file.read_bytes()
-    try:
-        found = json.loads(data)
-        # Another text of the same values, such as one with a key twice, has other bytes.
-        same = json.dumps(found, indent=1, allow_nan=False).encode() == data
-    except (ValueError, RecursionError):  # not JSON, or nested too deeply
-        raise _Changed(file) from None
-    if not same or not intact(data):
-        raise _Changed(file)
-    return found
-
-
-def _check_digest(file: Path, digest: str) -> None:
-    if not file.is_file():
-        raise ValueError(f"{file.name} is missing")
-    if _file_digest(file) != digest:
-        raise _Changed(file)
 
 
 def _read_arrays(file: Path) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Writes and runs `model.onnx`: a bundle's image tower and one of its classifiers in one file.
+"""Writes `model.onnx`, a bundle's image tower and selected classifier in one file, and runs it.
 
 Input `pixels` (N, 3, H, W) float32, output `probabilities` (N, C) float32, for any N. The metadata
 of the file are texts: `classnames`, `preprocess` and `lineage` (JSON), `classifier`, `temperature`
@@ -14,21 +14,23 @@ import copy
 import json
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 from PIL.Image import Image
+from torch import Tensor, nn
 
+from air_core.backbone import Backbone
+from air_core.backbone.vision import vision_tower
+from air_core.bundle.classifier import STEP, Bundle
 from air_core.bundle.content import Preprocessing, checked
+from air_core.bundle.manifest import Manifest
 from air_core.bundle.preprocessing import image_pixels
-
-if TYPE_CHECKING:
-    from air_core.backbone import Backbone
-    from air_core.bundle.classifier import Bundle
+from air_core.types import Encoded
 
 # N images, C classes.
 
@@ -65,21 +67,14 @@ def check_packages() -> None:
 # ---------------------------------------------------------------- export
 
 
-def onnx_bytes(bundle: Bundle, classifier: str) -> bytes:
-    """The content of `model.onnx` for one classifier of a bundle.
-
-    Args:
-        classifier: one of `bundle.classifiers`.
+def onnx_bytes(bundle: Bundle) -> bytes:
+    """The content of `model.onnx` for the selected classifier of a bundle.
 
     Raises:
-        ValueError: a package of the extra is missing, or the image tower exceeds 2 GB.
+        ValueError: the image tower exceeds 2 GB.
     """
-    check_packages()
-    import torch
-
-    single = _in_single_precision(bundle)
-    preprocess = _preprocessing(single.backbone)
-    module, example = _module(single, classifier), torch.zeros(EXAMPLES, 3, *preprocess["size"])
+    module, preprocess = _Module(_in_single_precision(bundle)).eval(), _preprocessing(bundle)
+    example = torch.zeros(EXAMPLES, 3, *preprocess["size"])
     with torch.no_grad():
         module(example)  # fills caches whose values torch.export cannot trace
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # warns of what it cannot simplify
@@ -98,42 +93,39 @@ def onnx_bytes(bundle: Bundle, classifier: str) -> bytes:
     assert program is not None
     [pixels] = program.model_proto.graph.input
     assert pixels.type.tensor_type.shape.dim[0].dim_param, "the number of images became a constant"
+    # The exporter notes the source lines of each node, with paths of this machine.
+    needed("onnx_ir.passes.common").ClearMetadataAndDocStringPass()(program.model)
     content = bundle.manifest.content
-    metadata = {
-        "classnames": json.dumps(list(bundle.classnames)),
-        "preprocess": json.dumps(preprocess),
-        "classifier": classifier,
-        "temperature": str(bundle.manifest.temperature(classifier)),
-        "lineage": json.dumps(content.lineage),
-        "made_by": content.made_by,
-    }
-    return _bare(program.model_proto, metadata)
+    program.model.metadata_props.clear()
+    program.model.metadata_props.update(
+        classnames=json.dumps(list(bundle.classnames)),
+        preprocess=json.dumps(preprocess),
+        classifier=bundle.classifier,
+        temperature=str(bundle.manifest.temperature(bundle.classifier)),
+        lineage=json.dumps(content.lineage),
+        made_by=content.made_by,
+    )
+    return bytes(program.model_proto.SerializeToString(deterministic=True))
 
 
 def _in_single_precision(bundle: Bundle) -> Bundle:
-    """The same bundle on the CPU in float32; a copy if it is not."""
-    import torch
-
-    from air_core.backbone import Backbone
-    from air_core.bundle.classifier import Bundle
-
+    """A copy of the bundle on the CPU in float32."""
     found = bundle.backbone
-    parameters = list(found.model.visual.parameters())
+    parameters = found.model.visual.parameters()
     size = 4 * sum(parameter.numel() for parameter in parameters)
     if size > MOST_BYTES:
         raise ValueError(
             f"the image tower needs {size / 1e9:.1f} GB in single precision, but one ONNX file "
             "contains at most 2 GB; use the bundle without --onnx, or train with a smaller backbone"
         )
-    if {(each.device.type, each.dtype) for each in parameters} == {("cpu", torch.float32)}:
-        return bundle
     model = copy.deepcopy(found.model).to("cpu", torch.float32)
-    return Bundle(bundle.manifest, Backbone(model, found.preprocess, found.tokenizer))
+    single = Backbone(model, found.preprocess, found.tokenizer)
+    return Bundle(bundle.manifest, single, bundle.classifier)
 
 
-def _preprocessing(backbone: Backbone) -> dict[str, Any]:
+def _preprocessing(bundle: Bundle) -> dict[str, Any]:
     """The backbone's preprocessing, complete and as JSON has it."""
-    found = dict(backbone.model.visual.preprocess_cfg)
+    found = dict(bundle.backbone.model.visual.preprocess_cfg)
     size = found["size"]
     complete = {
         "size": [size, size] if isinstance(size, int) else list(size),
@@ -147,111 +139,78 @@ def _preprocessing(backbone: Backbone) -> dict[str, Any]:
     return checked(Preprocessing, complete).model_dump()
 
 
-def _module(bundle: Bundle, classifier: str) -> Any:
-    """Module that computes the probabilities (N, C) of pixels (N, 3, H, W)."""
-    import torch
-    from torch import Tensor, nn
+class _Module(nn.Module):
+    """Computes the probabilities (N, C) of pixels (N, 3, H, W)."""
 
-    from air_core.backbone.vision import vision_tower
-    from air_core.types import Encoded
+    def __init__(self, bundle: Bundle) -> None:
+        super().__init__()
+        self.model, self._bundle = bundle.backbone.model, bundle
 
-    class Classifier(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = bundle.backbone.model
-
-        def forward(self, pixels: Tensor) -> Tensor:
-            features = self.model.encode_image(pixels, normalize=True)
-            if bundle.manifest.visual_prompt is None:
-                return bundle.scores_of(Encoded(features), classifier)
+    def forward(self, pixels: Tensor) -> Tensor:
+        batch = Encoded(self.model.encode_image(pixels, normalize=True))
+        if self._bundle.manifest.visual_prompt is not None:
             # Rounded as the stored image tokens of trials.
             tokens = vision_tower(self.model.visual).tokens(pixels).to(torch.float16)
-            return bundle.scores_of(Encoded(features, tokens), classifier)
-
-    return Classifier().eval()
-
-
-def _bare(model: Any, metadata: Mapping[str, str]) -> bytes:
-    """An ONNX model with these metadata and without those of the exporter.
-
-    The exporter notes the source lines of each node, with paths of this machine.
-    """
-    graphs = [model.graph, *model.functions]
-    for graph in graphs:
-        for part in (
-            *([graph.input, graph.output, graph.initializer] if graph is model.graph else []),
-            graph.node,
-            graph.value_info,
-        ):
-            for each in part:
-                del each.metadata_props[:]
-                each.doc_string = ""
-        del graph.metadata_props[:]
-        graph.doc_string = ""
-    del model.metadata_props[:]
-    needed("onnx").helper.set_model_props(model, dict(metadata))
-    return bytes(model.SerializeToString(deterministic=True))
+            batch = Encoded(batch.features, tokens)
+        return self._bundle.scores_of(batch, self._bundle.classifier)
 
 
 # ---------------------------------------------------------------- runtime
 
 
-class OnnxModel:
-    """Classifies images with the content of a `model.onnx`. Imports no torch.
+class OnnxBundle(Bundle):
+    """A bundle that classifies with its `model.onnx`, without the weights of the backbone.
 
     Args:
-        content: of the file.
-        name: of the file, for messages.
         device: cpu, cuda or cuda:N.
+        classifier: must be that of the file; None: any.
 
     Raises:
-        ValueError: onnxruntime is missing or does not support the device, or the content is not a
-            model of `onnx_bytes`.
+        ValueError: the bundle has no such file or it has another classifier, onnxruntime is missing
+            or does not support the device, or the file is not one of `onnx_bytes`.
     """
 
-    def __init__(self, content: bytes, name: str | Path, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        device: str = "cpu",
+        classifier: str | None = None,
+        min_probability: float = 0.0,
+    ) -> None:
+        file, selected = manifest.onnx_file(), manifest.selected()
+        if classifier not in (None, selected):
+            raise ValueError(
+                f"{file} contains the {selected} classifier; use --runtime torch, or export the "
+                f"bundle again with --onnx --classifier {classifier}"
+            )
         runtime = needed("onnxruntime")
-        options = runtime.SessionOptions()
+        providers, options = _providers(device, runtime), runtime.SessionOptions()
         options.log_severity_level = 3  # errors
         try:
             self._session = runtime.InferenceSession(
-                content, options, providers=_providers(device, runtime)
+                file.read_bytes(), options, providers=providers
             )
-            self._read_metadata()
-        except _DeviceError:
-            raise
+            metadata = self._session.get_modelmeta().custom_metadata_map
+            preprocess = checked(Preprocessing, json.loads(metadata["preprocess"])).model_dump()
+            [pixels], [output] = self._session.get_inputs(), self._session.get_outputs()
+            shapes = [pixels.shape[1:], output.shape[1:]]
+            if shapes != [[3, *preprocess["size"]], [len(manifest.classnames)]]:
+                raise ValueError("other shapes than its bundle")
         except Exception as problem:  # onnxruntime's exceptions have no common class
             reason = str(problem).strip().partition("\n")[0]
             raise ValueError(
-                f"{name} is not an ONNX model of airsweep ({reason}); export it again with --onnx"
+                f"{file} is not an ONNX model of airsweep ({reason}); export it again with --onnx"
             ) from None
+        self.min_probability, self.at_once = min_probability, STEP
+        self.manifest, self.classnames = manifest, manifest.classnames
+        self.classifiers, self.classifier = (selected,), selected
+        self.preprocess = lambda image: torch.from_numpy(image_pixels(image, preprocess))
 
-    def _read_metadata(self) -> None:
-        metadata = self._session.get_modelmeta().custom_metadata_map
-        for name in ("classnames", "classifier", "preprocess"):
-            if name not in metadata:
-                raise ValueError(f"it has no {name}")
-        self.classnames = tuple(json.loads(metadata["classnames"]))
-        self.classifier: str = metadata["classifier"]
-        self.preprocess = checked(Preprocessing, json.loads(metadata["preprocess"])).model_dump()
-        shapes = [each.shape[1:] for each in self._session.get_inputs()]
-        if shapes != [[3, *self.preprocess["size"]]]:
-            raise ValueError("its input is not pixels (N, 3, height, width)")
-        if [each.shape[1:] for each in self._session.get_outputs()] != [[len(self.classnames)]]:
-            raise ValueError("its output is not probabilities (N, classes)")
-
-    def probabilities(self, images: Sequence[Image]) -> np.ndarray:
-        """(N, C) float32 of RGB images; rows sum to 1."""
-        return self.run(np.stack([image_pixels(image, self.preprocess) for image in images]))
-
-    def run(self, pixels: np.ndarray) -> np.ndarray:
-        """(N, C) float32 of pixels (N, 3, H, W) float32."""
-        [found] = self._session.run([PROBABILITIES], {PIXELS: pixels})
-        return np.asarray(found)
-
-
-class _DeviceError(ValueError):
-    """onnxruntime does not support the device."""
+    def scores(self, images: Sequence[Image | Tensor]) -> Tensor:
+        """Probabilities (N, C) of images, or of tensors (3, H, W) after preprocessing."""
+        pixels = [i if isinstance(i, Tensor) else self.preprocess(i) for i in images]
+        [found] = self._session.run([PROBABILITIES], {PIXELS: torch.stack(pixels).numpy()})
+        return torch.from_numpy(np.asarray(found))
 
 
 def _providers(device: str, runtime: Any) -> list[Any]:
@@ -259,7 +218,7 @@ def _providers(device: str, runtime: Any) -> list[Any]:
     wanted = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(kind)
     if wanted not in runtime.get_available_providers():
         more = "; cuda needs the package onnxruntime-gpu" if kind == "cuda" else ""
-        raise _DeviceError(
+        raise ValueError(
             f"device {device!r} cannot be used by onnxruntime here{more}; cpu always works"
         )
     return [(wanted, {"device_id": int(number or 0)})] if kind == "cuda" else [wanted]

@@ -158,7 +158,7 @@ def export(
     def model_onnx(manifest: Manifest) -> bytes:
         from air_core.bundle.onnx import onnx_bytes
 
-        return onnx_bytes(Bundle(manifest, backbone), manifest.selected())
+        return onnx_bytes(Bundle(manifest, backbone))
 
     write_bundle(folder, content, arrays, replace_bundle, check, model_onnx if onnx else None)
 
@@ -270,9 +270,9 @@ def _compare_onnx(
     bundle: Bundle, recorded: np.ndarray, index: np.ndarray, spec: TrialSpec, resolver: Resolver
 ) -> None:
     """Print how much `model.onnx` differs from torch and the record on the test images."""
-    from air_core.bundle.onnx import OnnxModel
+    from air_core.bundle.onnx import OnnxBundle
 
-    ref, file = spec.test_dataset or spec.dataset, bundle.manifest.onnx_file()
+    ref = spec.test_dataset or spec.dataset
     dataset = get_dataset(ref.name)
     try:
         if not len(index):
@@ -282,13 +282,12 @@ def _compare_onnx(
         report_line(f"note:     model.onnx not compared with torch, because {problem}")
         return
     images = dataset.load(resolver.data_root).images
-    model = OnnxModel(file.read_bytes(), file)
-    largest, predicted = 0.0, []
+    model, largest, predicted = OnnxBundle(bundle.manifest), 0.0, []
     for start in range(0, len(index), CHUNK):
         chunk = [images[int(i)] for i in index[start : start + CHUNK]]
-        found = model.probabilities(chunk)  # (N, C)
-        largest = max(largest, float(np.abs(found - bundle.scores(chunk).numpy()).max()))
-        predicted.append(found.argmax(axis=1))
+        found = model.scores(chunk)  # (N, C)
+        largest = max(largest, float((found - bundle.scores(chunk)).abs().max()))
+        predicted.append(found.argmax(dim=1).numpy())
     different = int((np.concatenate(predicted) != recorded).sum())
     equal = f"{different:,} of" if different else "all"
     report_line(

@@ -9,9 +9,8 @@ from tempfile import TemporaryDirectory
 
 import air_core.bundle.preprocessing
 import air_core.datasets.images
-from air_core.bundle.content import ONNX
+from air_core.bundle.checks import ONNX
 from air_core.bundle.manifest import Manifest, read_bundle
-from air_core.bundle.onnx import OnnxModel
 from orchestrator.environment import environment
 from orchestrator.errors import TrackerUnreachable
 from orchestrator.redact import without_credentials
@@ -59,7 +58,7 @@ def _registered(manifest: Manifest, name: str, uri: str | None, store: Path) -> 
         explained_errors,
     )
 
-    key = str(manifest.content.lineage["trial_key"])
+    key, classifier = str(manifest.content.lineage["trial_key"]), manifest.selected()
     address, database = resolve_uri(uri, store)
     shown = without_credentials(address)
     with explained_errors(shown, f"the model {name}"), TemporaryDirectory() as scratch:
@@ -74,8 +73,7 @@ def _registered(manifest: Manifest, name: str, uri: str | None, store: Path) -> 
                 "`airsweep run`, then register again"
             )
         run = found[0].info
-        model = OnnxModel(manifest.onnx_file().read_bytes(), manifest.onnx_file())
-        _save(manifest, model, Path(scratch, "model"))
+        _save(manifest, Path(scratch, "model"))
         # Versions of other classifiers of this trial are in other folders.
         path = f"model-{manifest.content.files[ONNX][:12]}"
         artifacts = artifact_repository(run.artifact_uri, client.tracking_uri)
@@ -86,19 +84,19 @@ def _registered(manifest: Manifest, name: str, uri: str | None, store: Path) -> 
             name,
             f"{run.artifact_uri}/{path}",
             run.run_id,
-            tags={"air.trial_key": key, "air.classifier": model.classifier},
+            tags={"air.trial_key": key, "air.classifier": classifier},
             description=" ".join(
                 [
-                    *filter(None, [manifest.content.cautions.get(model.classifier)]),
-                    f"{model.classifier} classifier of {len(model.classnames)} classes: "
-                    f"{', '.join(model.classnames)[:MAX_SHOWN]}",
+                    *filter(None, [manifest.content.cautions.get(classifier)]),
+                    f"{classifier} classifier of {len(manifest.classnames)} classes: "
+                    f"{', '.join(manifest.classnames)[:MAX_SHOWN]}",
                 ]
             ),
         )
     return f"models:/{name}/{made.version}"
 
 
-def _save(manifest: Manifest, model: OnnxModel, folder: Path) -> None:
+def _save(manifest: Manifest, folder: Path) -> None:
     """Write an MLflow model from code: `served_model`, the modules that it needs, the ONNX file."""
     import mlflow.pyfunc
     from mlflow.models import ModelSignature
@@ -131,5 +129,5 @@ def _save(manifest: Manifest, model: OnnxModel, folder: Path) -> None:
             code_paths=[str(package)],
             signature=signature,
             pip_requirements=[f"{name}=={version(name)}" for name in PACKAGES],
-            metadata={"classnames": list(model.classnames), "classifier": model.classifier},
+            metadata={"classnames": list(manifest.classnames), "classifier": manifest.selected()},
         )

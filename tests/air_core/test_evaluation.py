@@ -14,7 +14,6 @@ from air_core.evaluation import (
     calibration_error,
     measured,
     most_probable,
-    mutual_information,
     objectives,
 )
 from air_core.types import Classes, Encoded, Labelled
@@ -22,27 +21,9 @@ from air_core.types import Classes, Encoded, Labelled
 pytestmark = pytest.mark.usefixtures("small_chunks")
 
 
-def some_scores(images: int, classes: int, sharpness: float, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return (sharpness * torch.randn(images, classes, generator=generator)).softmax(dim=-1)
-
-
-def reference(scores: np.ndarray) -> float:
-    """I(image; class): mean over images of sum_c p log p, minus the same of the mean p."""
-    inside = np.mean([sum(p * math.log(p) for p in row if p > 0) for row in scores])
-    return inside - sum(p * math.log(p) for p in scores.mean(axis=0) if p > 0)
-
-
-@pytest.mark.parametrize("sharpness", [0.1, 1.0, 10.0, 1000.0])
-def test_mutual_information_equals_a_plain_reference(sharpness):
-    scores = some_scores(50, 6, sharpness)
-    expected = reference(scores.double().numpy())
-    assert mutual_information(scores) == pytest.approx(expected, abs=1e-7)
-
-
 @pytest.mark.parametrize("unseen", [None, torch.tensor([1, 4, 5])])
 def test_the_most_probable_class_is_among_those_of_the_pool_at_a_temperature(unseen):
-    logits = some_scores(50, 6, 3.0).log()
+    logits = 3 * torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
     logits[7, 4] = logits[7, 1] = 9.0  # of equal ones the first
     probability, positions = most_probable(logits, Classes(6, unseen), 1.7)
     expected = ((logits if unseen is None else logits[:, unseen]) / 1.7).softmax(dim=1).max(dim=1)
@@ -70,9 +51,6 @@ def test_the_main_metric_of_trzsl_is_the_harmonic_mean():
 # ---------------------------------------------------------------- objectives
 
 
-THREE = Classes(3)
-
-
 def plain(sharpness: float = 5.0) -> LinearClassifier:
     return LinearClassifier(torch.eye(3), torch.zeros(3), torch.zeros(3), False, sharpness)
 
@@ -81,20 +59,32 @@ def some_images(count: int, seed: int) -> Encoded:
     return Encoded(torch.randn(count, 3, generator=torch.Generator().manual_seed(seed)))
 
 
-def test_mutual_information_is_computed_on_the_pool_without_labels():
-    pool = some_images(40, 0)
-    expected = mutual_information(plain().logits(pool).softmax(dim=-1))
-    assert objectives(plain(), pool, None, THREE) == {"mutual_information": expected}
+def mutual_information(scores: np.ndarray) -> float:
+    """I(image; class): mean over images of sum_c p log p, minus the same of the mean p."""
+    inside = np.mean([sum(p * math.log(p) for p in row if p > 0) for row in scores])
+    return inside - sum(p * math.log(p) for p in scores.mean(axis=0) if p > 0)
+
+
+@pytest.mark.parametrize("sharpness", [0.1, 1.0, 1000.0])
+@pytest.mark.parametrize("unseen", [None, torch.tensor([0, 2])])
+def test_mutual_information_over_the_classes_of_the_pool_equals_a_plain_reference(
+    sharpness, unseen
+):
+    pool, classes = some_images(40, 0), Classes(3, unseen)
+    scores = classes.columns(plain(sharpness).logits(pool)).softmax(dim=-1)
+    expected = pytest.approx(mutual_information(scores.double().numpy()), abs=1e-7)
+    assert objectives(plain(sharpness), pool, None, classes) == {"mutual_information": expected}
 
 
 def test_validation_accuracy_needs_validation_images():
     pool, images = some_images(40, 0), some_images(20, 1)
     labels = images.features.argmax(dim=-1)
     labels[:5] = (labels[:5] + 1) % 3
-    found = objectives(plain(), pool, Labelled(images, labels), THREE)
+    found = objectives(plain(), pool, Labelled(images, labels), Classes(3))
     assert found["validation_accuracy"] == 0.75
     assert (
-        found["mutual_information"] == objectives(plain(), pool, None, THREE)["mutual_information"]
+        found["mutual_information"]
+        == objectives(plain(), pool, None, Classes(3))["mutual_information"]
     )
 
 
@@ -121,8 +111,10 @@ def test_a_temperature_from_validation_images_lowers_the_calibration_error():
     assert temperature > 2
     assert after < before / 3
     assert calibrated_temperature(classifier, None) == 1.0
-    # One image: nothing is certain, in either direction.
-    assert 0 < calibrated_temperature(classifier, test[torch.tensor([0])]) < float("inf")
+    # One image, which is right: two of three would be, since nothing is certain.
+    one = Labelled(Encoded(torch.eye(3)[:1]), torch.tensor([0]))
+    logits = classifier.logits(one.images) / calibrated_temperature(classifier, one)
+    assert logits.softmax(dim=-1).max() == pytest.approx(2 / 3, abs=1e-3)
 
 
 def test_the_calibration_error_is_the_distance_of_confidence_and_accuracy_over_bins():

@@ -18,9 +18,10 @@ from air_core.auxiliary import auxiliary_classifier
 from air_core.backbone.loading import load_backbone
 from air_core.bundle import load_bundle
 from air_core.bundle.arrays import fused_arrays
-from air_core.bundle.checks import FUSED, PROMPT
+from air_core.bundle.checks import FUSED, ONNX, PROMPT
+from air_core.bundle.classifier import Bundle
 from air_core.bundle.manifest import write_bundle
-from air_core.bundle.onnx import OnnxModel, onnx_bytes
+from air_core.bundle.onnx import onnx_bytes
 from air_core.bundle.preprocessing import image_pixels
 from air_core.classifiers import FusedClassifier, text_classifier
 from air_core.datasets import get_dataset
@@ -34,49 +35,43 @@ ROUNDING = 1e-4  # of probabilities: half-precision tokens can round to the othe
 
 @pytest.fixture(scope="module")
 def digits() -> list[Image.Image]:
-    return list(get_dataset("digits").load(None).images[:70])
+    """Not of the size that CLIP reads, so that they are resized and cropped."""
+    return [image.resize((50, 40)) for image in get_dataset("digits").load(None).images[:70]]
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("one") / "bundle"
-    write_bundle(folder, *zero_shot(), replace=False)
+def written(folder: Path, about: Any, arrays: Any, backbone: Any) -> Bundle:
+    """A bundle with `model.onnx`."""
+    write_bundle(
+        folder, about, arrays, False, onnx=lambda manifest: onnx_bytes(Bundle(manifest, backbone))
+    )
     return load_bundle(folder)
 
 
 @pytest.fixture(scope="module")
-def content(bundle) -> bytes:
-    return onnx_bytes(bundle, "text")
+def bundle(tmp_path_factory, tiny_clip) -> Bundle:
+    return written(tmp_path_factory.mktemp("one") / "bundle", *zero_shot(), tiny_clip)
 
 
-def prompted(folder: Path, depth: str, tiny_clip: Any):
-    """A bundle with a visual prompt."""
-    shape = (3, tiny_clip.patch_width)
-    shape = (tiny_clip.vision_layers, *shape) if depth == "deep" else shape
-    prompt = torch.randn(shape, generator=torch.Generator().manual_seed(0)).numpy()
-    about, arrays = zero_shot()
-    settings = asdict(PromptSettings(length=3, depth=depth))
-    about = {**about, "modality": "visual", "prompt": settings}
-    write_bundle(folder, about, {**arrays, PROMPT: {"prompt": prompt}}, replace=False)
-    return load_bundle(folder)
-
-
-def assert_equal_probabilities(model: OnnxModel, bundle: Any, images: list[Image.Image]) -> None:
+def assert_equal_probabilities(bundle: Bundle, images: list[Image.Image]) -> None:
+    """Those of torch, for any number of images."""
     expected = bundle.scores(images).numpy()
+    model = load_bundle(bundle.manifest.folder, runtime="onnx")
+    assert model.classifier == bundle.classifier
     for count in (1, 2, len(images)):
-        found = model.probabilities(images[:count])
+        found = model.scores(images[:count]).numpy()
         assert np.abs(found - expected[:count]).max() < ROUNDING
     assert (found.argmax(axis=1) == expected.argmax(axis=1)).all()
 
 
-def test_probabilities_are_those_of_torch_for_any_number_of_images(bundle, content, digits):
-    assert_equal_probabilities(OnnxModel(content, "model.onnx"), bundle, digits)
-
-
 @pytest.mark.parametrize("depth", ["shallow", "deep"])
 def test_a_visual_prompt_is_part_of_the_file(depth, tmp_path, tiny_clip, digits):
-    bundle = prompted(tmp_path / "bundle", depth, tiny_clip)
-    assert_equal_probabilities(OnnxModel(onnx_bytes(bundle, "text"), "m"), bundle, digits)
+    shape = (3, tiny_clip.patch_width)
+    shape = (tiny_clip.vision_layers, *shape) if depth == "deep" else shape
+    prompt = torch.randn(shape, generator=torch.Generator().manual_seed(0)).numpy()
+    about, arrays = zero_shot()
+    about |= {"modality": "visual", "prompt": asdict(PromptSettings(length=3, depth=depth))}
+    arrays[PROMPT] = {"prompt": prompt}
+    assert_equal_probabilities(written(tmp_path / "b", about, arrays, tiny_clip), digits)
 
 
 @pytest.mark.parametrize(
@@ -86,16 +81,7 @@ def test_a_visual_prompt_is_part_of_the_file(depth, tmp_path, tiny_clip, digits)
 def test_auxiliary_and_fused_classifiers_are_exported_with_their_temperature(
     classifier, kind, unseen, tmp_path, tiny_clip, digits
 ):
-    bundle = fused_bundle(tmp_path / "bundle", tiny_clip, kind, unseen, classifier)
-    model = OnnxModel(onnx_bytes(bundle, classifier), "m")
-    assert model.classifier == classifier
-    assert_equal_probabilities(model, bundle, digits)
-
-
-def fused_bundle(
-    folder: Path, tiny_clip: Any, kind: str, unseen: list[int] | None, classifier: str
-) -> Any:
-    """A bundle with all classifiers of the first digits; `mixture` has no auxiliary one."""
+    """Those of the first digits; `mixture` has no auxiliary classifier."""
     dataset = get_dataset("digits")
     examples = dataset.load(None)
     pool = Encoded(tiny_clip.encode_images(list(examples.images[:100])))
@@ -112,18 +98,17 @@ def fused_bundle(
     about, arrays = zero_shot()
     about |= {"classifier": classifier, "temperatures": {classifier: 1.7}, "unseen": unseen}
     arrays[FUSED] = {name: array.numpy() for name, array in fused_arrays(fused).items()}
-    write_bundle(folder, about, arrays, replace=False)
-    return load_bundle(folder)
+    assert_equal_probabilities(written(tmp_path / "b", about, arrays, tiny_clip), digits)
 
 
-def test_a_bundle_of_half_precision_is_computed_in_single_precision(bundle, content, digits):
-    backbone = load_backbone("tiny", precision="fp16")
-    half = onnx_bytes(type(bundle)(bundle.manifest, backbone), "text")
+def test_a_bundle_of_half_precision_is_computed_in_single_precision(tmp_path, digits):
+    backbone = load_backbone("tiny", precision="fp16")  # the stored weights are fp16
+    assert_equal_probabilities(written(tmp_path / "b", *zero_shot(), backbone), digits)
     assert backbone.dtype == torch.float16
-    assert_equal_probabilities(OnnxModel(half, "m"), bundle, digits)  # the stored weights are fp16
 
 
-def test_the_metadata_suffice_to_classify_and_have_no_path_of_this_machine(bundle, content):
+def test_the_metadata_suffice_to_classify_and_have_no_path_of_this_machine(bundle):
+    content = bundle.manifest.onnx_file().read_bytes()
     model = onnx.load_from_string(content)
     metadata = {each.key: each.value for each in model.metadata_props}
     assert tuple(json.loads(metadata["classnames"])) == bundle.classnames
@@ -158,34 +143,30 @@ def test_pixels_are_exactly_those_of_open_clip(size, mode, interpolation):
 # ---------------------------------------------------------------- rejected files
 
 
-def changed(content: bytes, **metadata: str | None) -> bytes:
-    """The file with other metadata; None removes one."""
-    model = onnx.load_from_string(content)
-    found = {each.key: each.value for each in model.metadata_props} | metadata
-    del model.metadata_props[:]
-    onnx.helper.set_model_props(model, {k: v for k, v in found.items() if v is not None})
-    return model.SerializeToString()
+def test_other_files_are_rejected_with_the_reason(bundle, tmp_path):
+    content = bundle.manifest.onnx_file().read_bytes()
 
-
-def test_other_files_are_rejected_with_the_reason(content):
-    preprocess = OnnxModel(content, "m").preprocess
-
-    def other(**values: Any) -> str:
-        return json.dumps(preprocess | values)
+    def changed(**values: Any) -> bytes:
+        """The file with other values of its preprocessing."""
+        model = onnx.load_from_string(content)
+        metadata = {each.key: each.value for each in model.metadata_props}
+        metadata["preprocess"] = json.dumps(json.loads(metadata["preprocess"]) | values)
+        del model.metadata_props[:]
+        onnx.helper.set_model_props(model, metadata)
+        return model.SerializeToString()
 
     for data, reason in (
         (b"no model", "is not an ONNX model of airsweep"),
-        (changed(content, classnames=None), "it has no classnames"),
-        (changed(content, classnames='["one"]'), r"not probabilities \(N, classes\)"),
-        (changed(content, preprocess="[]"), "its content is "),
-        (changed(content, preprocess=other(size=[8, 8])), "not pixels"),
-        (changed(content, preprocess=other(std=[0, 1, 1])), "its std.0 is 0"),
-        (changed(content, preprocess=other(size=[9e9, 8])), "its size.0 is "),
+        (changed(size=[8, 8]), "other shapes than its bundle"),
+        (changed(std=[0, 1, 1]), "its std.0 is 0"),
+        (changed(size=[9e9, 8]), "its size.0 is "),
     ):
-        with pytest.raises(ValueError, match=rf"model\.onnx .*{reason}.*export it again"):
-            OnnxModel(data, "model.onnx")
+        folder = tmp_path / "b"
+        write_bundle(folder, *zero_shot(), replace=True, onnx=lambda _, data=data: data)
+        with pytest.raises(ValueError, match=rf"{ONNX} .*{reason}.*export it again"):
+            load_bundle(folder, runtime="onnx")
 
 
-def test_a_missing_device_is_named(content):
+def test_a_missing_device_is_named(bundle):
     with pytest.raises(ValueError, match="device 'tpu' cannot be used by onnxruntime here"):
-        OnnxModel(content, "model.onnx", "tpu")
+        load_bundle(bundle.manifest.folder, runtime="onnx", device="tpu")
