@@ -35,9 +35,6 @@ class ImageGenerator(Protocol):
 
         Returns:
             (B, H, W, 3) uint8. Failed images have one colour, see `rejected`.
-
-        Raises:
-            ValueError: the class is unknown.
         """
         ...
 

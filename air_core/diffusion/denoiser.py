@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,8 @@ CAPTIONS = 256  # per pass of the text encoders
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # its projections
 # Of transformers in which image and text attend to each other.
 JOINT = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+# Otherwise some pipelines draw in a size of their own and scale the image.
+OWN_SIZE = {"use_resolution_binning": False}
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,13 @@ class Denoiser(ABC):
 
     Attributes:
         targets: names of the layers that get LoRA adapters.
+        drawing: more arguments of the pipeline's call.
         empty: caption without content, for guidance.
         noise: the levels with which the model was trained.
     """
 
     targets: Sequence[str] = ATTENTION
+    drawing: Mapping[str, Any] = {}
     empty = ""
 
     def __init__(self, pipeline: Any, size: int) -> None:
@@ -89,21 +93,25 @@ class Denoiser(ABC):
     def network(self) -> Any:
         return network(self.pipeline)
 
-    @staticmethod
-    def arguments(settings: GenerationSettings, count: int) -> dict[str, Any]:
+    @classmethod
+    def arguments(cls, settings: GenerationSettings, count: int) -> dict[str, Any]:
         """Arguments of the pipeline's call for `count` images, beside texts and random numbers."""
         return {
             "height": settings.size,
             "width": settings.size,
             "num_inference_steps": settings.num_inference_steps,
             "guidance_scale": settings.guidance_scale,
+            **cls.drawing,
         }
 
     @abstractmethod
     def conditions(self, captions: list[str]) -> dict[str, Tensor]:
         """What the network reads of M captions: tensors (M, ...)."""
 
-    @abstractmethod
+    def encoded(self, captions: list[str], **more: Any) -> Any:
+        """What the pipeline's text encoders make of captions."""
+        return self.pipeline.encode_prompt(captions, device=self.pipeline.device, **more)
+
     def predict(self, noisy: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> Tensor:
         """The prediction (B, c, h, w), whose target is `noise.target`.
 
@@ -112,6 +120,12 @@ class Denoiser(ABC):
             t: (B,) noise levels.
             conditions: of each image, from `Texts`.
         """
+        return self.output(noisy, self.noise.times[t], **conditions)
+
+    def output(self, latents: Tensor, times: Tensor, **conditions: Any) -> Tensor:
+        """What the network makes of latents at times (B,)."""
+        found: Tensor = self.network(latents, timestep=times, **conditions).sample
+        return found
 
     @torch.no_grad()
     def encode_captions(self, captions: Sequence[str]) -> Texts:
@@ -130,15 +144,17 @@ class Denoiser(ABC):
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Latents:
-        """(N, H, W, 3) uint8 -> latents on the autoencoder's device, in float32.
+        """(N, size, size, 3) uint8 -> latents on the autoencoder's device, in float32.
 
         Supports autoencoders with `latent_dist` (AutoencoderKL), `latents` (AutoencoderTiny) and
         `latent` (AutoencoderDC).
         """
+        assert images.shape[1:3] == (self.size, self.size)
         vae = self.pipeline.vae
         means, stds = [], []
         for chunk in images.split(CHUNK):
-            encoded = vae.encode(self._pixels(_square(chunk, self.size)).to(vae.device, vae.dtype))
+            pixels = chunk.permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, 3, H, W) in [-1, 1]
+            encoded = vae.encode(self._pixels(pixels).to(vae.device, vae.dtype))
             if hasattr(encoded, "latent_dist"):
                 means.append(encoded.latent_dist.mean.float())
                 stds.append(encoded.latent_dist.std.float())
@@ -197,14 +213,3 @@ def _same_length(tables: list[Tensor]) -> list[Tensor]:
     return [
         F.pad(table, (*[0, 0] * (table.ndim - 2), 0, longest - table.shape[1])) for table in tables
     ]
-
-
-def _square(images: Tensor, size: int) -> Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, size, size) in [-1, 1]: the central square, resized."""
-    _, height, width, _ = images.shape
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = images[:, top : top + side, left : left + side].permute(0, 3, 1, 2).float()
-    if side != size:
-        square = F.interpolate(square, (size, size), mode="bicubic", antialias=True)
-    return square.clamp(0, 255) / 127.5 - 1

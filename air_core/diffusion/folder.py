@@ -38,20 +38,16 @@ class FolderGenerator:
         """See ImageGenerator. Every attempt gives the same image.
 
         Raises:
-            ValueError: the class is unknown, or a file has changed since the folder was listed.
+            ValueError: a file has changed since the folder was listed.
         """
-        files = self.files.get(classname)
-        if files is None:
-            raise ValueError(f"unknown class {classname!r}; known: {', '.join(self.files)}")
+        files = self.files[classname]
         for i in indices:
             if i < len(files) and _stamp(files[i]) != self._stamps[files[i]]:
                 raise ValueError(f"{files[i]} was changed while its folder was read; run again")
         # The last block can extend beyond the last file.
-        images = [
-            _read(files[i], self.size) if i < len(files) else _black(self.size) for i in indices
-        ]
-        empty = torch.empty((0, self.size, self.size, 3), dtype=torch.uint8)
-        return torch.stack(images) if images else empty
+        return torch.stack(
+            [_read(files[i], self.size) if i < len(files) else _black(self.size) for i in indices]
+        )
 
 
 def _read(file: Path, size: int) -> Tensor:

@@ -11,12 +11,12 @@ class in the caption.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -42,17 +42,15 @@ from air_core.diffusion.pipeline import ADAPTER, DTYPES, LORA_FILE, load_pipelin
 from air_core.models.families import check_denoiser
 from air_core.settings import LoraTraining
 from air_core.tools.ahead import computed_ahead
-from air_core.tools.seal import BLANK, intact, sealed
 
 # N training images, B images per step, H height, W width; latents are (c, h, w).
 
-log = logging.getLogger(__name__)
-
+SEED = 0  # of the initial adapters, the batches and the noise
 CAPTION_DROPOUT = 0.1  # share of images without caption, which guidance needs
 WARMUP = 0.1  # share of steps
 WEIGHT_DECAY = 1e-2
 CLIP = 1.0  # largest norm of the gradient
-KEEP_EVERY = 120.0  # seconds between checkpoints
+ADAM = ("step", "exp_avg", "exp_avg_sq")  # its state of a parameter
 KEPT = 8192  # training images whose latents stay in memory; at 512 pixels, 1 GB
 AHEAD = 4  # steps whose images are read before they are needed
 
@@ -74,6 +72,14 @@ class Images(Protocol):
     def __getitem__(self, at: int, /) -> Any: ...
 
 
+@dataclass(frozen=True)
+class LoraState:
+    """Everything on which the next step of a training depends."""
+
+    arrays: Mapping[str, np.ndarray]
+    losses: Sequence[float]  # of the finished steps
+
+
 def train_lora(
     images: Images,
     captions: Sequence[str],
@@ -81,29 +87,26 @@ def train_lora(
     training: LoraTraining,
     size: int,
     out: Path,
-    seed: int = 0,
     device: str = "cpu",
     thrift: int = 0,
-    report: Callable[[int, int, float], None] | None = None,
-    kept: Path | None = None,
-    keep_every: float = KEEP_EVERY,
+    report: Callable[[int, int, Callable[[], LoraState]], None] = lambda *step: None,
+    resume_from: LoraState | None = None,
 ) -> dict[str, float]:
     """Train adapters and write them to `out/pytorch_lora_weights.safetensors`.
 
     Args:
-        images: N images, read on a thread when a step needs them.
+        images: N squares, read on a thread when a step needs them.
         captions: N texts that contain the class.
         model: diffusers folder.
         training: rank, steps and other settings, except for `caption`.
-        size: side of the square to which images are scaled and cropped, in pixels.
+        size: side of the images, in pixels.
         out: folder; created if necessary.
-        seed: of the initial adapters, the batches and the noise; equal on all devices.
         device: on which to train.
         thrift: trades speed for memory: 1 computes activations again for the gradient, each number
             above also halves the images of a pass. Changes no result beyond rounding.
-        report: called after each step with (finished steps, steps, loss).
-        kept: checkpoint file. If it exists, training resumes from it.
-        keep_every: seconds between checkpoints.
+        report: called after each step with (finished steps, steps, function that returns the
+            state).
+        resume_from: a state that `report` got; the training continues as if it had never stopped.
 
     Returns:
         `loss_first` and `loss_last`, the mean losses of the first and the last tenth of the steps,
@@ -118,16 +121,35 @@ def train_lora(
     start = time.perf_counter()
     check_denoiser(model)
     pipeline = load_pipeline(model, DTYPES[training.precision])
-    parameters = add_adapters(pipeline, training.rank, seed)
+    parameters = add_adapters(pipeline, training.rank)
     pipeline.to(device)
     denoiser = denoiser_class(pipeline)(pipeline, size)
+    denoiser.network.train()
     if thrift:
         denoiser.network.enable_gradient_checkpointing()
-    latents, texts = TrainingLatents(denoiser, images), denoiser.encode_captions(captions)
     parts = 2 ** max(0, thrift - 1)
-    losses = train_adapters(
-        denoiser, parameters, latents, texts, training, seed, parts, report, kept, keep_every
-    )
+    latents, texts = TrainingLatents(denoiser, images), denoiser.encode_captions(captions)
+    optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=WEIGHT_DECAY)
+    draws = torch.Generator("cpu").manual_seed(SEED)  # on the CPU, so equal on all devices
+    losses: list[float] = []
+    if resume_from is not None:
+        losses += resume_from.losses
+        _restore(resume_from.arrays, parameters, optimizer, draws)
+    steps = training.steps_on(len(images))
+    factor = _warmup_cosine(steps)
+    drawn = _random_steps(training, draws, len(images), latents, denoiser.noise)
+    for step, encoded in latents.read(islice(drawn, steps - len(losses))):
+        optimizer.param_groups[0]["lr"] = training.learning_rate * factor(len(losses))
+        optimizer.zero_grad()
+        loss = _backward(denoiser, step, encoded, texts, training, parts)
+        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+        optimizer.step()
+        losses.append(float(loss))  # the host waits for the device here only
+        if not math.isfinite(losses[-1]):
+            raise FloatingPointError(
+                f"the LoRA's loss is {losses[-1]} at step {len(losses)}; lower lora.learning_rate"
+            )
+        report(len(losses), steps, partial(_state, parameters, optimizer, step.state, losses))
     save_adapters(pipeline, out)
     tenth = max(1, len(losses) // 10)
     return {
@@ -137,73 +159,34 @@ def train_lora(
     }
 
 
-def train_adapters(
+def _backward(
     denoiser: Denoiser,
-    parameters: list[Parameter],
-    latents: TrainingLatents,
+    step: _RandomStep,
+    encoded: Latents,
     texts: Texts,
     training: LoraTraining,
-    seed: int,
     parts: int,
-    report: Callable[[int, int, float], None] | None,
-    kept: Path | None,
-    keep_every: float,
-) -> list[float]:
-    """Optimise the adapters in place.
-
-    Args:
-        parts: passes into which the images of a step are split. For the others see `train_lora`.
-
-    Returns:
-        The losses of all steps, including those before a resume.
-    """
-    noise_levels, device = denoiser.noise, denoiser.network.device
-    draws = torch.Generator("cpu").manual_seed(seed)  # on the CPU, so equal on all devices
-    optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=WEIGHT_DECAY)
-    steps = training.steps_on(len(texts.rows))
-    factor = _warmup_cosine(steps)
-    losses: list[float] = []
-    denoiser.network.train()
-    if kept is not None and kept.exists():
-        if intact(kept.read_bytes()):
-            losses = _go_on(kept, parameters, optimizer, draws)
-        else:
-            log.warning("%s is damaged: the LoRA is trained from its first step", kept)
-    written = time.monotonic()
-    orders = _random_steps(training, draws, len(texts.rows), latents, noise_levels)
-    for drawn, encoded in latents.read(islice(orders, steps - len(losses))):
-        optimizer.param_groups[0]["lr"] = training.learning_rate * factor(len(losses))
-        clean = encoded.sample(drawn.spread).to(device)  # (B, c, h, w)
-        noise, t = drawn.noise.to(device), drawn.t.to(device)
-        optimizer.zero_grad()
-        loss = torch.zeros((), device=device)
-        for part in torch.arange(training.batch).chunk(parts):
-            of_part = part.to(device)
-            x, e, at = clean[of_part], noise[of_part], t[of_part]
-            conditions = texts.conditions(drawn.batch[part], drawn.dropped[part])
-            # On a CPU the backward pass of the plain kernel is faster, several times so in bf16.
-            with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext():
-                # In bf16 where that is safe, though adapters and their gradients are float32.
-                with torch.autocast(device.type, torch.bfloat16, training.precision == "bf16"):
-                    predicted = denoiser.predict(noise_levels.noisy(x, e, at), at, conditions)
-                error = predicted.float() - noise_levels.target(x, e, at)
-                weighted = error.square().mean(dim=(1, 2, 3)) * noise_levels.weight(at)
-                share = weighted.sum() / training.batch
-                share.backward()
-            loss += share.detach()
-        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
-        optimizer.step()
-        losses.append(float(loss))
-        if not math.isfinite(losses[-1]):
-            raise FloatingPointError(
-                f"the LoRA's loss is {losses[-1]} at step {len(losses)}; lower lora.learning_rate"
-            )
-        if report is not None:
-            report(len(losses), steps, losses[-1])
-        if kept is not None and time.monotonic() - written >= keep_every:
-            _keep(kept, parameters, optimizer, drawn.state, losses)
-            written = time.monotonic()
-    return losses
+) -> Tensor:
+    """Compute the gradients of a step in so many passes; the loss."""
+    noise, device = denoiser.noise, denoiser.network.device
+    clean = encoded.sample(step.spread).to(device)  # (B, c, h, w)
+    noises, t = step.noise.to(device), step.t.to(device)
+    loss = torch.zeros((), device=device)
+    for part in torch.arange(training.batch).chunk(parts):
+        of_part = part.to(device)
+        x, e, at = clean[of_part], noises[of_part], t[of_part]
+        conditions = texts.conditions(step.batch[part], step.dropped[part])
+        # On a CPU the backward pass of the plain kernel is faster, several times so in bf16.
+        with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext():
+            # In bf16 where that is safe, though adapters and their gradients are float32.
+            with torch.autocast(device.type, torch.bfloat16, training.precision == "bf16"):
+                predicted = denoiser.predict(noise.noisy(x, e, at), at, conditions)
+            error = predicted.float() - noise.target(x, e, at)
+            weighted = error.square().mean(dim=(1, 2, 3)) * noise.weights[at]
+            share = weighted.sum() / training.batch
+            share.backward()
+        loss += share.detach()
+    return loss
 
 
 @dataclass(frozen=True)
@@ -241,44 +224,33 @@ def _random_steps(
         yield _RandomStep(batch, views, t, dropped, spread, noise, draws.get_state())
 
 
-def _keep(
-    file: Path,
+def _state(
     parameters: list[Parameter],
     optimizer: torch.optim.Optimizer,
     draws: Tensor,
     losses: list[float],
-) -> None:
-    """Write a checkpoint atomically: everything on which the next step depends."""
-    state = {"draws": draws, "losses": torch.tensor(losses, dtype=torch.float64)}
+) -> LoraState:
+    tensors = {"draws": draws}
     for i, parameter in enumerate(parameters):
-        state[f"{i}"] = parameter.detach()
-        state |= {f"{i}.{name}": value for name, value in optimizer.state[parameter].items()}
-    temporary = file.with_name(f".{file.name}")
-    # Files of save_file are readable by their user only, but another user may resume the training.
-    plain = {name: value.cpu().contiguous() for name, value in state.items()}
-    temporary.write_bytes(sealed(save(plain, {"seal": BLANK})))
-    temporary.replace(file)
+        tensors[f"{i}"] = parameter
+        tensors |= {f"{i}.{name}": optimizer.state[parameter][name] for name in ADAM}
+    arrays = {name: tensor.numpy(force=True).copy() for name, tensor in tensors.items()}
+    return LoraState(arrays, [*losses])
 
 
-def _go_on(
-    file: Path,
+def _restore(
+    arrays: Mapping[str, np.ndarray],
     parameters: list[Parameter],
     optimizer: torch.optim.Optimizer,
     draws: torch.Generator,
-) -> list[float]:
-    """Restore a checkpoint; return its losses."""
-    state = load_file(file)
-    draws.set_state(state.pop("draws"))
-    losses: list[float] = state.pop("losses").tolist()
+) -> None:
+    tensors = {name: torch.tensor(array) for name, array in arrays.items()}
+    draws.set_state(tensors["draws"])
+    adam = {}
     for i, parameter in enumerate(parameters):
-        parameter.data.copy_(state[f"{i}"])
-        own = {n: v for n, v in state.items() if n.startswith(f"{i}.")}
-        # Adam's step counter is a tensor on the CPU.
-        optimizer.state[parameter] = {
-            name.partition(".")[2]: value if value.ndim == 0 else value.to(parameter.device)
-            for name, value in own.items()
-        }
-    return losses
+        parameter.data.copy_(tensors[f"{i}"])
+        adam[i] = {name: tensors[f"{i}.{name}"] for name in ADAM}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": adam})
 
 
 def _warmup_cosine(steps: int) -> Callable[[int], float]:
@@ -289,39 +261,34 @@ def _warmup_cosine(steps: int) -> Callable[[int], float]:
 # ---------------------------------------------------------------- adapters
 
 
-def add_adapters(pipeline: Any, rank: int, seed: int) -> list[Parameter]:
+def add_adapters(pipeline: Any, rank: int) -> list[Parameter]:
     """Freeze a network and add adapters without effect; return the parameters to train."""
-    from peft import inject_adapter_in_model
+    from peft import LoraConfig, inject_adapter_in_model
 
-    adapted = network(pipeline)
+    adapted, targets = network(pipeline), [*denoiser_class(pipeline).targets]
+    # Alpha equals the rank, so the scale is 1 even for a reader that ignores alpha.
+    config = LoraConfig(
+        r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets
+    )
     adapted.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        inject_adapter_in_model(_config(pipeline, rank), adapted, ADAPTER)
+        torch.manual_seed(SEED)
+        inject_adapter_in_model(config, adapted, ADAPTER)
     parameters = [p for p in adapted.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.data = parameter.data.float()  # small steps vanish in half precision
     return parameters
 
 
-def _config(pipeline: Any, rank: int) -> Any:
-    from peft import LoraConfig
-
-    # Alpha equals the rank, so the scale is 1 even for a reader that ignores alpha.
-    targets = list(denoiser_class(pipeline).targets)
-    return LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets)
-
-
 def save_adapters(pipeline: Any, out: Path) -> None:
     """Write the adapters with their configuration, which contains alpha, as diffusers does."""
-    part = network_name(pipeline)
+    part, adapted = network_name(pipeline), network(pipeline)
     layers = {
         f"{part}.{name.replace(f'.{ADAPTER}.', '.')}": parameter.detach().cpu().contiguous()
-        for name, parameter in network(pipeline).named_parameters()
+        for name, parameter in adapted.named_parameters()
         if f".{ADAPTER}." in name
     }
-    rank = next(len(layer) for name, layer in layers.items() if "lora_A" in name)
-    config = _config(pipeline, rank).to_dict()
+    config = adapted.peft_config[ADAPTER].to_dict()
     config["target_modules"] = sorted(config["target_modules"])  # a set has no stable order
     metadata = {f"{part}.{name}": value for name, value in config.items()}
     out.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,95 +13,45 @@ from torch import Tensor
 
 GAMMA = 5.0  # min-SNR
 TOKEN = 16  # pixels: side of an image token where the shift depends on the number of tokens
+FLOW = "flow_prediction"
 
 
-class Noise(Protocol):
-    """T noise levels, from the lowest."""
+@dataclass(frozen=True)
+class Noise:
+    """T noise levels, from the lowest: those of DDPM (arXiv:2006.11239), or of flow matching on
+    straight lines from the image to noise (arXiv:2209.03003)."""
 
-    def __len__(self) -> int: ...
+    signal: Tensor  # (T,) factor of the clean latents
+    spread: Tensor  # (T,) factor of the noise
+    times: Tensor  # (T,) inputs of the network, from 0 to 1000
+    weights: Tensor  # (T,) of squared errors in training
+    prediction: str  # epsilon, v_prediction or FLOW
+
+    def __len__(self) -> int:
+        return len(self.times)
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Levels (count,) of a training step."""
-        ...
+        """Levels (count,) of a training step; of flow matching they are logit-normal
+        (arXiv:2403.03206, section 3.1)."""
+        if self.prediction == FLOW:
+            return (torch.randn(count, generator=generator).sigmoid() * len(self)).long()
+        return torch.randint(len(self), (count,), generator=generator)
 
-    def times(self, t: Tensor) -> Tensor:
-        """The network's inputs (B,) for levels, from 0 to 1000."""
-        ...
-
-    def noisy(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
+    def noisy(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return _each(self.signal[t]) * clean + _each(self.spread[t]) * noise
 
     def target(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The correct prediction."""
-        ...
-
-    def weight(self, t: Tensor) -> Tensor:
-        """Weights (B,) of squared errors in training."""
-        ...
-
-
-@dataclass(frozen=True)
-class Diffusion:
-    """Noise of DDPM (arXiv:2006.11239), with min-SNR weights (arXiv:2303.09556)."""
-
-    alphas: Tensor  # (T,) share of the signal in the variance
-    prediction: str  # epsilon or v_prediction
-
-    def __len__(self) -> int:
-        return len(self.alphas)
-
-    def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        return torch.randint(len(self), (count,), generator=generator)
-
-    def times(self, t: Tensor) -> Tensor:
-        return t
-
-    def noisy(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        signal, spread = self._mix(t)
-        return signal * clean + spread * noise
-
-    def target(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         if self.prediction == "epsilon":
             return noise
-        signal, spread = self._mix(t)
-        return signal * noise - spread * clean
-
-    def weight(self, t: Tensor) -> Tensor:
-        snr = self.alphas[t] / (1 - self.alphas[t])
-        divisor = snr if self.prediction == "epsilon" else snr + 1
-        return snr.clamp(max=GAMMA) / divisor
-
-    def _mix(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        alpha = self.alphas[t].view(-1, 1, 1, 1)
-        return alpha.sqrt(), (1 - alpha).sqrt()
+        if self.prediction == FLOW:
+            return noise - clean
+        return _each(self.signal[t]) * noise - _each(self.spread[t]) * clean
 
 
-@dataclass(frozen=True)
-class Flow:
-    """Flow matching on straight lines from the image to noise (arXiv:2209.03003).
-
-    Levels of training steps are logit-normal (arXiv:2403.03206, section 3.1).
-    """
-
-    sigmas: Tensor  # (T,) share of the noise, ascending
-
-    def __len__(self) -> int:
-        return len(self.sigmas)
-
-    def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        return (torch.randn(count, generator=generator).sigmoid() * len(self)).long()
-
-    def times(self, t: Tensor) -> Tensor:
-        return self.sigmas[t] * 1000
-
-    def noisy(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        sigma = self.sigmas[t].view(-1, 1, 1, 1)
-        return (1 - sigma) * clean + sigma * noise
-
-    def target(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        return noise - clean
-
-    def weight(self, t: Tensor) -> Tensor:
-        return torch.ones(len(t), device=t.device)
+def _each(factors: Tensor) -> Tensor:
+    """(B,) -> (B, 1, 1, 1)"""
+    return factors.view(-1, 1, 1, 1)
 
 
 def noise_of(scheduler: Any, size: int, device: torch.device) -> Noise:
@@ -115,11 +65,17 @@ def noise_of(scheduler: Any, size: int, device: torch.device) -> Noise:
     config = scheduler.config
     if "beta_start" in config and not config.get("use_flow_sigmas"):
         ddpm: Any = DDPMScheduler.from_config(config)
-        return Diffusion(ddpm.alphas_cumprod.to(device), ddpm.config.prediction_type)
-    levels = config["num_train_timesteps"]
-    sigmas = torch.arange(1, levels + 1, device=device) / levels
+        alphas, prediction = ddpm.alphas_cumprod.to(device), ddpm.config.prediction_type
+        levels = torch.arange(len(alphas), device=device)
+        snr = alphas / (1 - alphas)
+        # min-SNR (arXiv:2303.09556)
+        weights = snr.clamp(max=GAMMA) / (snr if prediction == "epsilon" else snr + 1)
+        return Noise(alphas.sqrt(), (1 - alphas).sqrt(), levels, weights, prediction)
+    count = config["num_train_timesteps"]
+    sigmas = torch.arange(1, count + 1, device=device) / count
     shift = _shift(config, size)
-    return Flow(shift * sigmas / (1 + (shift - 1) * sigmas))
+    sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
+    return Noise(1 - sigmas, sigmas, sigmas * 1000, torch.ones_like(sigmas), FLOW)
 
 
 def _shift(config: Any, size: int) -> float:

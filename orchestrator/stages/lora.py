@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,14 @@ from orchestrator.stages.dataset_text import read_dataset_text
 from orchestrator.stages.inputs import images_folder
 from orchestrator.stages.labels import LabelsSpec
 from orchestrator.store.artifacts import Artifact
+from orchestrator.store.checkpoints import (
+    Checkpoint,
+    delete_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
+
+CHECKPOINT_INTERVAL = 120.0  # seconds between two checkpoints of a LoRA
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,15 +65,18 @@ def build(
     Args:
         report: called with the step and the number of all steps.
     """
-    from air_core.diffusion.lora import square, train_lora
+    from air_core.diffusion.lora import LoraState, square, train_lora
+
+    saved, store = time.monotonic(), worker.store
 
     def write(folder: Path) -> dict[str, Any]:
-        labels = worker.store.get(spec.labels)
+        labels = store.get(spec.labels)
         selected = load_file(labels.path / "labels.safetensors")
         index = selected["index"].tolist()
-        classnames = read_dataset_text(spec.labels.features, worker.store).classnames
+        classnames = read_dataset_text(spec.labels.features, store).classnames
         texts = spec.training.caption
         pairs = zip(index, selected["labels"], strict=True)
+        begun = read_checkpoint(spec, store)
         with worker.unchanged_examples(spec.labels.features.dataset) as examples:
             return train_lora(
                 Opened(index, lambda position: square(examples.images[position], spec.size)),
@@ -75,19 +87,18 @@ def build(
                 folder,
                 device=worker.device,
                 thrift=worker.thrift,
-                report=push_and_report,
-                kept=checkpoint,
+                report=save_and_report,
+                resume_from=LoraState(begun.arrays, begun.curves["loss"]) if begun.arrays else None,
             )
 
-    def push_and_report(step: int, steps: int, loss: float) -> None:
-        worker.store.push(checkpoint)
+    def save_and_report(step: int, steps: int, state: Callable[[], LoraState]) -> None:
+        nonlocal saved
+        if time.monotonic() - saved >= CHECKPOINT_INTERVAL:
+            now = state()
+            write_checkpoint(spec, store, Checkpoint(now.arrays, {"loss": now.losses}))
+            saved = time.monotonic()
         report(step, steps)
 
-    checkpoint = worker.store.checkpoint_path(spec)
-    if not worker.store.has(spec):
-        checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        worker.store.storage.local(checkpoint)
-    artifact = worker.store.get_or_build(spec, write)
-    if checkpoint.exists():
-        worker.store.storage.delete(checkpoint)
+    artifact = store.get_or_build(spec, write)
+    delete_checkpoint(spec, store)
     return artifact

@@ -128,11 +128,6 @@ class ArtifactStore:
 
     # ---------------------------------------------------------------- small files
 
-    def push(self, path: Path) -> None:
-        """Upload a file that this process has written to a bucket, if it has changed since."""
-        if isinstance(self.storage, Bucket):
-            self.storage.push(path)
-
     def checkpoint_path(self, spec: StageSpec) -> Path:
         """Path of the checkpoint of a spec."""
         return self.root / UNFINISHED / f"{artifact_key(spec).digest[:12]}.safetensors"

@@ -1,9 +1,8 @@
-"""Checkpoints of running trials, from which a trial continues after its process was killed.
-Imports no torch.
+"""Checkpoints of running trials and LoRAs, which continue from them after a kill. Imports no torch.
 
 A checkpoint is one safetensors file below `unfinished/`. It contains the state from which the next
-round starts and the curves so far. Its key contains the code version, so edited code starts the
-trial again.
+round or step starts and the curves so far. Its key contains the code version, so edited code starts
+the work again.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from orchestrator.store.artifacts import ArtifactStore
 log = logging.getLogger(__name__)
 
 ABOUT = "about"  # metadata key of the checkpoint's other fields
-Curves = Mapping[str, Sequence[float]]  # by metric, one value per finished round
+Curves = Mapping[str, Sequence[float]]  # by metric, one value per finished round or step
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """State of a trial between two rounds."""
+    """State of a trial between two rounds, or of a LoRA between two steps."""
 
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
     curves: Curves = field(default_factory=dict)
@@ -41,7 +40,7 @@ START = Checkpoint()
 
 
 def read_checkpoint(spec: StageSpec, store: ArtifactStore) -> Checkpoint:
-    """The checkpoint of a trial; `START` if it has none, or a damaged one."""
+    """The checkpoint of a trial or LoRA; `START` if it has none, or a damaged one."""
     file = store.storage.local(store.checkpoint_path(spec), fresh=True)
     if not file.exists():
         return START
@@ -51,12 +50,12 @@ def read_checkpoint(spec: StageSpec, store: ArtifactStore) -> Checkpoint:
             arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         if about.pop("digest") == artifact_key(spec).digest:
             return Checkpoint(arrays, **about)
-    log.warning("%s is damaged: the trial starts again from its first round", file)
+    log.warning("%s is damaged: its work starts from the beginning", file)
     return START
 
 
 def write_checkpoint(spec: StageSpec, store: ArtifactStore, checkpoint: Checkpoint) -> None:
-    """Write the checkpoint of a trial to the store, over the one of an earlier round."""
+    """Write a checkpoint to the store, over an earlier one."""
     about = asdict(replace(checkpoint, arrays={})) | {"digest": artifact_key(spec).digest}
     del about["arrays"]
     content = save(dict(checkpoint.arrays), metadata={ABOUT: json.dumps(about), "seal": BLANK})
@@ -64,7 +63,7 @@ def write_checkpoint(spec: StageSpec, store: ArtifactStore, checkpoint: Checkpoi
 
 
 def delete_checkpoint(spec: StageSpec, store: ArtifactStore) -> None:
-    """Remove the checkpoint of a trial, which is complete."""
+    """Remove the checkpoint of complete work."""
     file = store.checkpoint_path(spec)
     if file.exists():
         store.storage.delete(file)

@@ -29,8 +29,6 @@ from typing import Any
 from orchestrator.errors import StoreRefused
 from orchestrator.failures import is_disk_full
 from orchestrator.files import (
-    Stamp,
-    file_stamp,
     permission_message,
     sync,
     temporary_for,
@@ -167,7 +165,6 @@ class Bucket:
         self._records: set[str] = set()  # of artifacts that exist
         # Each listed folder with the time of its listing, and its objects by name.
         self._listings: dict[str, tuple[float, dict[str, Entry]]] = {}
-        self._pushed: dict[Path, Stamp] = {}  # local files that equal their objects
 
     def __reduce__(self) -> Any:
         """Reopen in another process, with the copies of its machine."""
@@ -274,24 +271,19 @@ class Bucket:
         if path.exists() and not fresh:
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):
-            with temporary_for(path) as temporary, open(temporary, "wb") as handle:
-                if not self.client.download(self.object(path, digest), handle):
-                    raise FileNotFoundError
-            self._pushed[path] = file_stamp(path)
+        with (
+            suppress(FileNotFoundError),
+            temporary_for(path) as temporary,
+            open(temporary, "wb") as handle,
+        ):
+            if not self.client.download(self.object(path, digest), handle):
+                raise FileNotFoundError
         return path
 
     def refresh(self, folder: Path) -> None:
         """Download the files of a folder, without subfolders."""
         files = [folder / entry.name for entry in self.client.folder(self.object(folder))[1]]
         run_concurrently(lambda file: self.local(file, fresh=True), files)
-
-    def push(self, path: Path) -> None:
-        """Upload a file that this process has written, if it has changed since."""
-        stamp = file_stamp(path) if path.exists() else None
-        if stamp is not None and stamp != self._pushed.get(path):
-            self.client.put(self.object(path), path)
-            self._pushed[path] = stamp
 
     def label(self, path: Path) -> str:
         return f"{self.client}/{self.object(path)}"

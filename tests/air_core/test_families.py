@@ -75,8 +75,7 @@ def test_lora_and_evidence_predict_what_the_pipeline_predicts(model):
                 hidden, drawn = unpacked(hidden, side, side), unpacked(drawn, side, side)
             time = args[1] if len(args) > 1 else kwargs["timestep"]
             time = time.flatten()[0] * (1000 if "flux" in model.name or "qwen" in model.name else 1)
-            every = torch.arange(len(denoiser.noise))
-            level = (denoiser.noise.times(every) - time).abs().argmin()
+            level = (denoiser.noise.times - time).abs().argmin()
             for latents, expected in zip(hidden, drawn[:, : hidden.shape[1]], strict=True):
                 possible = [
                     denoiser.predict(latents[None], level[None], conditions)[0]
@@ -98,14 +97,13 @@ def test_noise_of_the_right_prediction_removed_gives_the_image(model):
     t = levels.draw(4, generator)
     assert 0 <= int(t.min()) <= int(t.max()) < len(levels)
     noisy, target = levels.noisy(clean, noise, t), levels.target(clean, noise, t)
+    signal, spread = (each[t].view(-1, 1, 1, 1) for each in (levels.signal, levels.spread))
     if pipeline.scheduler.config.get("prediction_type") == "v_prediction":
-        alpha = levels.alphas[t].view(-1, 1, 1, 1)
-        restored = alpha.sqrt() * noisy - (1 - alpha).sqrt() * target
+        restored = signal * noisy - spread * target
     elif "beta_start" in pipeline.scheduler.config and "sana" not in model.name:
-        alpha = levels.alphas[t].view(-1, 1, 1, 1)
-        restored = (noisy - (1 - alpha).sqrt() * target) / alpha.sqrt()
+        restored = (noisy - spread * target) / signal
     else:
-        restored = noisy - levels.times(t).view(-1, 1, 1, 1) / 1000 * target
+        restored = noisy - levels.times[t].view(-1, 1, 1, 1) / 1000 * target
     torch.testing.assert_close(restored, clean, atol=1e-3, rtol=1e-3)
 
 

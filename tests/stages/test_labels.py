@@ -1,7 +1,8 @@
-"""The images that a LoRA is trained on, with their labels, from real features."""
+"""The images that a LoRA is trained on, with their labels, and its training after a stop."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from safetensors.torch import load_file
 from air_core.classifiers import text_classifier
 from air_core.datasets import get_dataset
 from air_core.diffusion.lora_labels import lora_images
+from air_core.diffusion.pipeline import LORA_FILE
 from air_core.pseudo_labels import balanced_choice
 from air_core.settings import InitialLabelsSettings
 from air_core.types import Encoded, Split
 from orchestrator.planning import Resolver
 from orchestrator.spec import presets
 from orchestrator.stages import LabelsSpec, TrialSpec
+from orchestrator.stages import lora as lora_stage
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.features import build as build_features
 from orchestrator.stages.features import read_target
@@ -29,11 +32,6 @@ from tests.helpers.features import digit_features, relabelled, store_with
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory) -> WorkerContext:
     return WorkerContext(ArtifactStore(tmp_path_factory.mktemp("labels") / "runs"))
-
-
-@pytest.fixture(scope="module")
-def resolver(tmp_path_factory) -> Resolver:
-    return Resolver(tmp_path_factory.mktemp("digests") / "digests.json", None)
 
 
 def spec_of(resolver: Resolver, **settings: Any) -> TrialSpec:
@@ -116,3 +114,33 @@ def test_a_bound_has_a_share_of_right_labels_in_each_class(tiny_clip):
         assert labels[is_right].bincount(minlength=10).tolist() == [right] * 10
         assert labels[~is_right].bincount(minlength=10).tolist() == [4 - right] * 10
         assert len(index.unique()) == len(index)
+
+
+def test_a_stopped_lora_continues_from_its_checkpoint_to_the_same_weights(
+    tiny_clip, resolver, tmp_path, monkeypatch
+):
+    quick = {"lora.steps": 3, "lora.batch": 4, "lora.precision": "fp32", "generation.size": 32}
+    spec = spec_of(resolver, pool="train", **{"initial_labels.k": 2}, **quick).lora_adapter
+    arrays = digit_features(tiny_clip.encode_images, 120, ("train", "val", "test"))
+    steps: list[int] = []
+
+    def stop(done: int, total: int) -> None:
+        steps.append(done)
+        if steps == [1, 2]:
+            raise KeyError
+
+    def weights(name: str, stop: Any) -> tuple[dict[str, torch.Tensor], float]:
+        worker = WorkerContext(store_with(tmp_path / name, spec.labels.features, arrays))
+        build_labels(spec.labels, worker)
+        with suppress(KeyError):
+            lora_stage.build(spec, worker, stop)
+        lora = lora_stage.build(spec, worker, stop)
+        assert not [*worker.store.root.glob("unfinished/*")]
+        return load_file(lora.path / LORA_FILE), lora.record["info"]["loss_first"]
+
+    whole = weights("whole", lambda done, total: None)
+    monkeypatch.setattr(lora_stage, "CHECKPOINT_INTERVAL", 0.0)
+    again = weights("stopped", stop)
+    assert steps == [1, 2, 3]
+    assert again[1] == whole[1]
+    assert all(torch.equal(whole[0][name], again[0][name]) for name in whole[0])

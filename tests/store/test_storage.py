@@ -188,40 +188,18 @@ def test_a_damaged_shard_is_refused_by_name_and_made_again(machine, address):
 # ---------------------------------------------------------------- files and rows
 
 
-def test_all_machines_see_the_last_version_of_a_small_file(machine):
-    one, two = machine("one"), machine("two")
-    for writer, reader, text in ((one, two, "{}"), (two, one, '{"a": 1}')):
-        writer.storage.put(writer.root / "history.json", text.encode())
-        copy = reader.storage.local(reader.root / "history.json", fresh=True)
-        assert copy.read_text() == text
-
-
-def test_another_machine_continues_a_lora_from_its_checkpoint_file(machine):
-    one, two = machine("one"), machine("two")
-    file, copy = one.checkpoint_path(SPEC), two.checkpoint_path(SPEC)
-    file.parent.mkdir(parents=True)
-    file.write_text("half")
-    one.push(file)
-    assert two.storage.local(copy).read_text() == "half"
-    copy.write_text("nearly all")
-    two.push(copy)
-    assert one.storage.local(file, fresh=True).read_text() == "nearly all"
-    two.storage.delete(copy)
-    assert machine("three").storage.get(machine("three").checkpoint_path(SPEC)) is None
-
-
-def test_another_machine_continues_a_trial_from_its_last_round(machine):
-    spec: Any = SPEC  # any spec has a key
-    assert read_checkpoint(spec, machine("one")) is START
-    for rounds in (1, 2):
-        prompts = {"prompts": np.full((rounds, 3), 0.5, np.float32)}
-        checkpoint = Checkpoint(prompts, {"train/loss": [2.0, 1.0][:rounds]}, 5.0 * rounds)
-        write_checkpoint(spec, machine("one"), checkpoint)
-    found = read_checkpoint(spec, machine("two"))
-    assert np.array_equal(found.arrays["prompts"], prompts["prompts"])
-    assert (found.curves, found.seconds) == ({"train/loss": [2.0, 1.0]}, 10.0)
-    delete_checkpoint(spec, machine("two"))
-    assert read_checkpoint(spec, machine("three")) is START
+def test_machines_continue_a_trial_from_its_last_round_in_turns(machine):
+    assert read_checkpoint(SPEC, machine("one")) is START
+    for rounds, (writer, reader) in enumerate([("one", "two"), ("two", "one"), ("two", "one")], 1):
+        prompts = np.full((rounds, 3), 0.5, np.float32)
+        curves = {"train/loss": [2.0, 1.0, 0.5][:rounds]}
+        checkpoint = Checkpoint({"prompts": prompts}, curves, 5.0 * rounds)
+        write_checkpoint(SPEC, machine(writer), checkpoint)
+        found = read_checkpoint(SPEC, machine(reader))
+        assert np.array_equal(found.arrays["prompts"], prompts)
+        assert (found.curves, found.seconds) == (curves, 5.0 * rounds)
+    delete_checkpoint(SPEC, machine("one"))
+    assert read_checkpoint(SPEC, machine("three")) is START
 
 
 def test_a_row_has_its_published_shards_on_all_machines(machine):

@@ -1,7 +1,5 @@
 """FLUX.1 dev and schnell (github.com/black-forest-labs/flux): a transformer on packed latents."""
 
-# mypy: allow-untyped-calls
-
 from __future__ import annotations
 
 import torch
@@ -18,7 +16,7 @@ class Flux(Denoiser):
     targets = JOINT
 
     def conditions(self, captions: list[str]) -> dict[str, Tensor]:
-        table, pooled, _ = self.pipeline.encode_prompt(captions, None, device=self.pipeline.device)
+        table, pooled, _ = self.encoded(captions, prompt_2=None)
         return {"encoder_hidden_states": table, "pooled_projections": pooled}
 
     def predict(self, noisy: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> Tensor:
@@ -26,14 +24,14 @@ class Flux(Denoiser):
         guidance = None
         if self.network.config.guidance_embeds:
             guidance = torch.full((count,), GUIDANCE, device=noisy.device)
-        predicted = self.network(
-            hidden_states=packed(noisy),
-            timestep=self.noise.times(t) / 1000,
+        predicted = self.output(
+            packed(noisy),
+            self.noise.times[t] / 1000,
             guidance=guidance,
             txt_ids=noisy.new_zeros(conditions["encoder_hidden_states"].shape[1], 3),
             img_ids=self.pipeline._prepare_latent_image_ids(
                 count, height // 2, width // 2, noisy.device, noisy.dtype
             ),
             **conditions,
-        ).sample
+        )
         return unpacked(predicted, height, width)

@@ -1,7 +1,5 @@
 """Qwen-Image (arXiv:2508.02324): a transformer on packed latents of a video autoencoder."""
 
-# mypy: allow-untyped-calls
-
 from __future__ import annotations
 
 from typing import Any
@@ -17,27 +15,27 @@ class QwenImage(Denoiser):
     targets = JOINT
     empty = " "  # as in the published example; the template around it has words
 
-    @staticmethod
-    def arguments(settings: GenerationSettings, count: int) -> dict[str, Any]:
+    @classmethod
+    def arguments(cls, settings: GenerationSettings, count: int) -> dict[str, Any]:
         # `guidance_scale` is for distilled models; this one is guided by the empty caption.
-        found = Denoiser.arguments(settings, count)
+        found = super().arguments(settings, count)
         guidance = found.pop("guidance_scale")
-        return {**found, "true_cfg_scale": guidance, "negative_prompt": [QwenImage.empty] * count}
+        return {**found, "true_cfg_scale": guidance, "negative_prompt": [cls.empty] * count}
 
     def conditions(self, captions: list[str]) -> dict[str, Tensor]:
-        table, mask = self.pipeline.encode_prompt(captions, device=self.pipeline.device)
+        table, mask = self.encoded(captions)
         if mask is None:  # all captions have the same length
             mask = table.new_ones(table.shape[:2], dtype=torch.long)
         return {"encoder_hidden_states": table, "encoder_hidden_states_mask": mask}
 
     def predict(self, noisy: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> Tensor:
         count, _, height, width = noisy.shape
-        predicted = self.network(
-            hidden_states=packed(noisy),
-            timestep=self.noise.times(t) / 1000,
+        predicted = self.output(
+            packed(noisy),
+            self.noise.times[t] / 1000,
             img_shapes=[[(1, height // 2, width // 2)]] * count,
             **conditions,
-        ).sample
+        )
         return unpacked(predicted, height, width)
 
     def _pixels(self, images: Tensor) -> Tensor:

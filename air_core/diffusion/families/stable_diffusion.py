@@ -1,11 +1,8 @@
 """Stable Diffusion 1 and 2 (arXiv:2112.10752) and XL (arXiv:2307.01952): a U-Net."""
 
-# mypy: allow-untyped-calls
-
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,27 +14,17 @@ class StableDiffusion(Denoiser):
     """Versions 1 and 2."""
 
     def conditions(self, captions: list[str]) -> dict[str, Tensor]:
-        return {"encoder_hidden_states": self._encode_prompt(captions)[0]}  # (M, L, D)
-
-    def predict(self, noisy: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> Tensor:
-        predicted: Tensor = self.network(noisy, self.noise.times(t), **conditions).sample
-        return predicted
-
-    def _encode_prompt(self, captions: list[str]) -> Sequence[Any]:
-        encoded: Sequence[Any] = self.pipeline.encode_prompt(
-            prompt=captions,
-            device=self.pipeline.device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
+        table, _ = self.encoded(
+            captions, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
-        return encoded
+        return {"encoder_hidden_states": table}  # (M, L, D)
 
 
-class StableDiffusionXL(StableDiffusion):
+class StableDiffusionXL(Denoiser):
     """Version XL, with a pooled text and sizes as further conditions."""
 
     def conditions(self, captions: list[str]) -> dict[str, Tensor]:
-        table, _, pooled, _ = self._encode_prompt(captions)
+        table, _, pooled, _ = self.encoded(captions, do_classifier_free_guidance=False)
         # Original size, crop corner and target size: the pipeline's defaults when it draws, so
         # that training and drawing use the same values.
         sizes = [self.size, self.size, 0, 0, self.size, self.size]
@@ -54,10 +41,6 @@ class StableDiffusionXL(StableDiffusion):
 
     def predict(self, noisy: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> Tensor:
         added = {name: conditions[name] for name in ("text_embeds", "time_ids")}
-        predicted: Tensor = self.network(
-            noisy,
-            self.noise.times(t),
-            conditions["encoder_hidden_states"],
-            added_cond_kwargs=added,
-        ).sample
-        return predicted
+        table = conditions["encoder_hidden_states"]
+        times = self.noise.times[t]
+        return self.output(noisy, times, encoder_hidden_states=table, added_cond_kwargs=added)
