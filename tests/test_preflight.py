@@ -186,18 +186,6 @@ def wait_for_one(pending, num_returns, timeout):
 wait, ray.wait = ray.wait, wait_for_one
 main()
 """
-LEAVING = """
-import os, signal
-from orchestrator.cluster import node_checks
-from orchestrator.__main__ import main
-
-def check_while_a_machine_leaves(*arguments):
-    os.killpg({group}, signal.SIGSTOP)
-    return check_nodes(*arguments)
-
-check_nodes, node_checks.check_nodes = node_checks.check_nodes, check_while_a_machine_leaves
-main()
-"""
 
 
 def test_a_machine_that_does_not_answer_is_refused(cluster, spec, tmp_path):
@@ -208,16 +196,6 @@ def test_a_machine_that_does_not_answer_is_refused(cluster, spec, tmp_path):
         done = run(cluster, spec, store, program=("-c", HASTY))
     assert_refused(done, store, "answers: the machine could not be checked", "restart its Ray")
     assert "no answer within 90 s" in done.stderr
-
-
-def test_a_machine_that_leaves_during_the_check_is_left_out(cluster, spec, tmp_path):
-    """An autoscaler may remove a machine. Here the processes of a machine are stopped when the
-    check starts, and the head declares it dead during the check."""
-    with cluster.joined() as machine:
-        program = ("-c", LEAVING.format(group=machine.pid))
-        done = run(cluster, spec, tmp_path / "runs", "--prepare", program=program)
-    assert done.returncode == 0, done.stderr
-    assert "checked 1 machine of the cluster: ok" in done.stderr
 
 
 # ---------------------------------------------------------------- a bucket
@@ -244,13 +222,6 @@ def test_a_full_bucket_is_refused_before_the_cluster_is_joined(cluster, spec, bu
 
 
 # ---------------------------------------------------------------- joining
-
-
-def test_an_address_that_ray_cannot_join_is_refused(spec, tmp_path):
-    done = run_at("http://127.0.0.1:8265", spec, tmp_path / "runs")
-    assert done.returncode == 3
-    assert "RAY_ADDRESS=http://127.0.0.1:8265 is no address of a cluster" in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_a_cluster_with_another_ray_is_refused_with_both_versions(spec, tmp_path):

@@ -341,15 +341,15 @@ def _refuse(findings: Sequence[Finding], subject: str) -> None:
 
 
 def check_nodes(store: ArtifactStore, needs: NodeRequirements) -> dict[str, list[Finding]]:
-    """Findings of each node of the joined cluster, from a task that reserves no core and no GPU;
-    without nodes that have left it meanwhile.
+    """Findings of each node of the joined cluster, from a task that reserves no core and no GPU.
 
     Raises what `store_token` raises.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    nodes, found = _alive_nodes(), {}
+    nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+    found = {}
     task = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(node_facts)
     with store_token(store.name) as token:
         pending = {}
@@ -360,13 +360,11 @@ def check_nodes(store: ArtifactStore, needs: NodeRequirements) -> dict[str, list
             pending[on_node.remote(store.name, token, needs, use_gpu)] = key
         driver = node_facts(store.name, token, needs, False)
         answers = _gather(pending)
-    alive = _alive_nodes()
     for key, node in nodes.items():
         name, answer = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})", answers[key]
         if isinstance(answer, str):
-            if key in alive:  # an autoscaler may have removed it meanwhile
-                problem = f"the machine could not be checked ({answer})"
-                found[key] = [Finding(name, "answers", problem)]
+            problem = f"the machine could not be checked ({answer})"
+            found[key] = [Finding(name, "answers", problem)]
         else:
             found[key] = compare_facts(name, answer, driver, store.name, needs)
     return found
@@ -387,9 +385,3 @@ def _gather(pending: dict[Any, str]) -> dict[str, Facts | str]:
         ray.cancel(task, force=True)
         answers[pending[task]] = f"no answer within {ANSWER_TIMEOUT:.0f} s"
     return answers
-
-
-def _alive_nodes() -> dict[str, Mapping[str, Any]]:
-    import ray
-
-    return {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}

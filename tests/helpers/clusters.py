@@ -43,10 +43,8 @@ class OneNode:
         self.address: str = self._cluster.address
 
     @contextmanager
-    def joined(
-        self, *options: str, inside: Sequence[str] = (), **more: str
-    ) -> Iterator[subprocess.Popen[bytes]]:
-        """Add a machine during the block; yields the process group of its raylet.
+    def joined(self, *options: str, inside: Sequence[str] = (), **more: str) -> Iterator[None]:
+        """Add a machine during the block.
 
         Args:
             options: options of `ray start`.
@@ -65,7 +63,7 @@ class OneNode:
         )
         try:
             self._until(before + 1, process)
-            yield process
+            yield
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
