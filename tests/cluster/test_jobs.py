@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -74,23 +73,8 @@ def test_a_job_that_ray_did_not_accept_is_refused(monkeypatch):
         waited([UNKNOWN], 1, monkeypatch)
 
 
-@pytest.mark.parametrize(
-    ("address", "message"),
-    [
-        (
-            "",
-            "no address of a cluster; give --address or set RAY_API_SERVER_ADDRESS; allowed: http",
-        ),
-        ("ray://head:10001", "'ray://head:10001' is not the address of Ray's job server; allowed:"),
-        ("head:6379", "'head:6379' is not the address of Ray's job server; allowed: http://<head>"),
-        ("http://me:hunter2@head:8265", "the address contains a password; Ray reads a token from"),
-        ("http://127.0.0.1:1", "no Ray cluster answers at http://127.0.0.1:1: Failed to connect"),
-        ("http://list:1", "no Ray cluster answers at http://list:1: another kind of answer; allow"),
-    ],
-)
-def test_a_wrong_address_is_refused_and_no_password_is_shown(address, message, monkeypatch):
-    if "list" in address:  # a server whose JSON is no dict
-        monkeypatch.setattr("ray.job_submission.JobSubmissionClient", lambda address: [][address])
-    with pytest.raises((Refused, ValueError), match=re.escape(message)) as caught:
-        jobs.connect(address)
-    assert "hunter2" not in str(caught.value)
+def test_a_server_that_is_not_rays_is_refused(monkeypatch):
+    """A server whose JSON is no dict, with which Ray's client fails."""
+    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", lambda address: [][address])
+    with pytest.raises(Refused, match="no Ray cluster answers at http://list:1: another kind of"):
+        jobs.connect("http://list:1")

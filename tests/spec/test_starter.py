@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from orchestrator.spec.starter import write_starter
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.trial_run import run_trial
 from orchestrator.store import ArtifactStore, SweepLocation
+from tests.helpers.golden import check_refusals
 from tests.helpers.sweeps import airsweep, table
 from tests.stages.test_any_trial import build_inputs
 
@@ -84,34 +84,22 @@ def test_a_folder_may_have_any_visible_name(folder, name):
     assert read_request("mine.yaml").spec.fixed["dataset"] == f"folder:{folder / name}"
 
 
-FLAT = {".": 8}
-BAD = [  # folder and number of its images, --classes, the message
-    ("nowhere", {}, None, "does not exist or is not a folder"),
-    ("empty", {".": 0}, None, "contains no images (.avif, .bmp"),
-    ("flat", FLAT, None, "so the classes are unknown; name them with --classes cat,dog,..."),
-    ("hollow", {"a": 4, "b": 0}, None, "no image in b/, which contains nothing"),
-    ("~nosuchuser", {}, None, "no such user"),
-    ("long" * 80, {}, None, "is too long for a path"),
-    ("x", FLAT, "cat", "--classes cat has only one class, 'cat'; a classifier needs two or more"),
-    ("x", FLAT, "cat,,dog", "--classes: '' is not allowed; expected `name` or `name = how to say"),
-    ("x", FLAT, "cat,dog,Cat", "two classes are named 'Cat' and 'cat', which CLIP reads alike"),
-    ("x", FLAT, "nowhere.txt", "nowhere.txt does not exist; expected a text file with one class"),
-    ("x", FLAT, "cat,dog,cow", "has 8 images without a label for 3 classes, but learning needs 4"),
-    ("listed", FLAT, "cat,cow", "classes.txt exists with other classes ('cat', 'dog'); edit that"),
-]
-
-
-@pytest.mark.parametrize(("name", "counts", "classes", "words"), BAD)
-def test_a_folder_that_is_not_a_dataset_is_a_one_line_error_and_no_file(
-    folder, name, counts, classes, words
-):
-    draw(folder / name, counts)
-    if name == "listed":
-        (folder / name / "classes.txt").write_text("cat\ndog\n")
+def test_refusals_equal_the_golden_messages_and_no_file_is_written(folder, command):
+    draw(folder / "flat", {".": 8})
+    draw(folder / "listed", {".": 8})
+    (folder / "listed" / "classes.txt").write_text("cat\ndog\n")
+    draw(folder / "empty", {".": 0})
+    draw(folder / "hollow", {"a": 4, "b": 0})
     before = sorted(folder.rglob("*"))
-    with pytest.raises(ValueError, match=re.escape(words)) as caught:
-        write_starter("mine", name, Path(), classes)
-    assert "\n" not in str(caught.value)
+    classes = ("cat", "cat,,dog", "cat,dog,Cat", "nowhere.txt", "cat,dog,cow")
+    check_refusals(
+        "messages/init.txt",
+        lambda *words: command("init", "mine", "--images", *words),
+        *((name,) for name in ("nowhere", "empty", "flat", "hollow", "~nosuchuser", "long" * 80)),
+        *(("flat", "--classes", names) for names in classes),
+        ("listed", "--classes", "cat,cow"),
+        folder=folder,
+    )
     assert sorted(folder.rglob("*")) == before
 
 

@@ -13,8 +13,7 @@ from orchestrator.spec import Dimension, SpecError, cells_of, find_sweep, load_s
 from orchestrator.spec._trial_values import value_schema
 from orchestrator.spec.schema import error_message
 from orchestrator.spec.sweep import Seeds, smoke_variant
-from orchestrator.stages import trial_of
-from tests.helpers.golden import check_golden_cases, golden_cases
+from tests.helpers.golden import SWEEP, check_golden_cases, check_sweeps
 from tests.helpers.sweeps import write_sweep
 
 REFS = {key: Ref(name=name, digest=key) for key, name in EMBEDDED.items()}
@@ -42,7 +41,7 @@ resources: {trial: {gpu: 0.25}, generator: {gpu: 1, actors: 4}}
 project: default
 """
 EDITORS = "# yaml-language-server: $schema=airsweep.schema.json\n"
-HEAD = "version: 1\nname: x\n"  # two lines, so that what a test adds starts on line 3
+HEAD = SWEEP
 AIR = HEAD + "fixed: {method: air}\n"
 GRID = HEAD + "grid:\n  method: [cpl, air]\n"
 SEARCH = AIR + "search:\n  points: 3\n  space:\n"
@@ -288,18 +287,15 @@ ODD = {
         )
     ),
 }
-MESSAGES = "messages/sweep_file.txt"  # `-> ` precedes each line of a message
-BAD = {case: HEAD + text.partition("-> ")[0] for case, text in golden_cases(MESSAGES).items()} | ODD
 
 
 def test_messages_about_mistakes_equal_the_golden_ones(tmp_path):
-    found = {}
-    for case, text in BAD.items():
-        message = error_of(tmp_path, text)
-        assert "ada:word" not in message
-        lines = "" if case in ODD else text.removeprefix(HEAD)
-        found[case] = lines + "-> " + message.replace("\n", "\n-> ")
-    check_golden_cases(MESSAGES, found)
+    def message(text):
+        found = error_of(tmp_path, text)
+        assert "ada:word" not in found
+        return found
+
+    check_sweeps("messages/sweep_file.txt", message, ODD)
 
 
 def test_every_text_with_a_slot_for_the_class_name_is_checked_as_a_template():
@@ -315,37 +311,6 @@ def test_a_missing_file_and_a_folder_are_refused_by_name(tmp_path):
         load_sweep(tmp_path / "none.yaml")
     with pytest.raises(SpecError, match="directory"):
         load_sweep(tmp_path)
-
-
-@pytest.mark.parametrize("name", [name for name in trial_keys() if name != "lora"])
-def test_a_key_is_not_searchable_exactly_if_it_changes_the_preparation(tmp_path, name):
-    # The paradigms in which settings of labelled images have an effect.
-    fixed = {"shots": "ssl", "class_seed": "trzsl", "lora.source": "ssl", "labelled_size": "trzsl"}
-    paradigm = fixed.get(name, "ul")
-    (cell,) = cells_of(load(tmp_path, AIR.replace("{", f"{{paradigm: {paradigm}, ", 1)))
-    values = some_values(trial_keys()[name])
-
-    def prepared(value):
-        flat = cell.flat | {name: value}
-        refs = {ref: Ref(name=flat[ref], digest=flat[ref]) for ref in REFS}
-        trial = trial_of(flat, refs, ("a",))
-        return trial.features, trial.split, trial.synthetic_features or prepared(cell.flat[name])[2]
-
-    if len(values) == 1:
-        return  # a single value cannot change anything
-    changes = len({prepared(value) for value in values}) > 1
-    message = error_of(tmp_path, f"{SEARCH}    {name}: {{values: []}}\n")
-    assert ("changes the images" in message or "under `seeds`" in message) == (
-        changes or name == "seed"
-    )
-
-
-def some_values(key):
-    kinds = [kind for kind in getattr(key.type, "__args__", (key.type,)) if kind is not type(None)]
-    if key.name == "pool_ratio":
-        return [1.0, 2.0]
-    examples = {bool: [True, False], int: [1, 2], float: [0.25, 0.5], str: ["a", "b"]}
-    return examples.get(kinds[0], kinds)
 
 
 # ---------------------------------------------------------------- options of the command line
