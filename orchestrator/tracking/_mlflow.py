@@ -86,7 +86,7 @@ class MlflowTracker:
         with environment(QUICK), explained_errors(self.address, f"the experiment {self._name}"):
             client = MlflowClient(self._uri)
             experiment = client.get_experiment_by_name(self._name)
-            if experiment is None or experiment.lifecycle_stage == "deleted":
+            if experiment is None:
                 return
             try:  # reading an experiment does not imply the permission to write
                 client.set_experiment_tag(experiment.experiment_id, "air.project", self._project)
@@ -131,9 +131,6 @@ class MlflowTracker:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
                 return self._experiment(client)  # another driver has just created it
-        if experiment.lifecycle_stage == "deleted":
-            log.warning("the experiment %s was deleted in MLflow; it is restored", name)
-            client.restore_experiment(experiment.experiment_id)
         for key, value in EXPERIMENT_TAGS.items():
             if experiment.tags.get(key) != value:  # another client made the experiment
                 client.set_experiment_tag(experiment.experiment_id, key, value)

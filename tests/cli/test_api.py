@@ -360,21 +360,23 @@ def test_the_log_of_a_sweep_has_its_errors(tmp_path, command):
 
 
 def test_a_checked_plan_exits_with_3_if_the_sweep_would_not_start(spec, tmp_path, command):
-    check = ("plan", spec, "--store", tmp_path, "--check")
+    store = tmp_path / "deep" / "runs"
+    check = ("plan", spec, "--store", store, "--check")
     code, out, err = command(*check)
-    assert (code, err.endswith("checked this machine: ok\n")) == (0, True)
+    assert (code, err.partition(" ")[2]) == (0, "checked this machine: ok\n")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
     code, out, err = command(*check, "--set", "resources.trial.cpu=99")
     assert (code, "requires 99 CPU" in err) == (3, True)
     assert out.startswith("small: 2 cells")
-    open_store(tmp_path).initialize()
-    log = EventLog(tmp_path / "sweeps" / "default" / "small")
+    open_store(store).initialize()
+    log = EventLog(store / "sweeps" / "default" / "small")
     log.lock()
     log.append("sweep_started", pid=123, host="node1", user="mina")
     code, _, err = command(*check)
     time = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
     message = (
         rf"airsweep: another driver runs default/small, since {time}: process 123 on node1 of "
-        rf"mina; wait for it, or stop it; `airsweep status small --store {tmp_path}` shows its "
+        rf"mina; wait for it, or stop it; `airsweep status small --store {store}` shows its "
         r"progress\n"
     )
     assert code == 3
