@@ -26,11 +26,6 @@ KUBERAY = json.loads((ROOT / "tests" / "fixtures" / "kuberay.json").read_text())
 SBATCH = CLUSTER / "slurm" / "airsweep.sbatch"
 
 
-def validate_for_kuberay(document: dict[str, Any]) -> None:
-    schema = {"$defs": KUBERAY["$defs"], "$ref": f"#/$defs/{document['kind']}"}
-    jsonschema.validate(document, schema)
-
-
 def read(name: str) -> dict[str, Any]:
     return yaml.safe_load((CLUSTER / "kuberay" / f"{name}.yaml").read_text())
 
@@ -117,7 +112,8 @@ def test_the_image_contains_the_package_and_no_weights_but_the_tiny_ones():
 @pytest.mark.parametrize("name", ["rayjob", "raycluster"])
 def test_a_file_is_valid_by_the_schema_of_kuberay(name):
     document = read(name)
-    validate_for_kuberay(document)
+    schema = {"$defs": KUBERAY["$defs"], "$ref": f"#/$defs/{document['kind']}"}
+    jsonschema.validate(document, schema)
 
 
 def test_the_entrypoint_of_the_job_is_a_command_that_runs_the_mounted_sweep():

@@ -276,11 +276,6 @@ def _make(words: list[str]) -> None:
         raise InvalidCommand(done.stderr)
 
 
-def _timeout(words: list[str]) -> None:
-    """Parse the command that has a time limit."""
-    parse_command(words[words.index("airsweep") + 1 :])
-
-
 def _ignore(words: list[str]) -> None:
     """Commands of other programs are not checked."""
 
@@ -293,7 +288,6 @@ PROGRAMS: dict[str, Callable[[list[str]], None]] = {
     "python": _python,
     "ray": _ray,
     "source": _ignore,
-    "timeout": _timeout,
 }
 
 

@@ -112,10 +112,3 @@ def test_an_edited_search_starts_anew_and_reuses_equal_trials(tmp_path, world, r
     assert world.points(edited) == fresh.points(edited)
     earlier = world.points(sweep())
     assert computed == sum(point not in earlier for point in fresh.points(edited))
-
-
-def test_a_larger_grid_runs_only_the_new_points(world):
-    assert world.trials(sweep(LENGTHS, sampler="grid")) == 4
-    more = sweep(replace(LENGTHS, values=(1, 2, 3, 4, 6)), sampler="grid")
-    assert world.plan(more).to_run == 1
-    assert world.trials(more) == 1

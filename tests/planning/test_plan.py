@@ -135,14 +135,6 @@ def counts(plan: Plan) -> tuple[int, ...]:
 # ---------------------------------------------------------------- trials
 
 
-def test_trials_that_differ_only_in_irrelevant_settings_are_shared(world):
-    """Zero-shot CLIP does not depend on the seed: three slots are one computation."""
-    sweep = world.sweep("zero_shot", seeds=seeds(1, 2, 3))
-    assert counts(world.plan(sweep)) == (3, 0, 0, 2, 0, 1)
-    world.run(sweep)
-    assert counts(world.plan(sweep)) == (3, 1, 0, 2, 0, 0)
-
-
 def test_trials_of_this_sweep_are_done_and_trials_of_others_are_reused(world):
     sweep = world.sweep("fpl", seeds=seeds(1, 2, 3))
     first, second, _ = world.plan(sweep).slots
@@ -228,21 +220,6 @@ def test_a_failure_after_success_is_to_run_again_once_its_record_is_gone(world):
     assert world.plan(sweep).ended == 0
     (world.store.get(slot.spec).path / "record.json").unlink()
     assert counts(world.plan(sweep)) == (1, 0, 0, 0, 0, 1)
-
-
-# ---------------------------------------------------------------- searches
-
-
-def test_suggested_points_are_known(world):
-    weights = Dimension(key="fusion_weight", min=0.0, max=1.0)
-    search = Search(sampler="random", points=6, width=2, space=(COUNTS, weights))
-    sweep = world.sweep("air", search=search, seeds=seeds(1, 2))
-    scheduler = world.scheduler(sweep)
-    job = scheduler.next()
-    assert len(world.plan(sweep).slots) == 2
-    world.finish(job.trials)
-    scheduler.complete(job.number, {})
-    assert counts(world.plan(sweep)) == (12, 2, 0, 0, 0, 10)
 
 
 # ---------------------------------------------------------------- artifacts

@@ -153,14 +153,6 @@ def test_a_cell_searches_the_keys_that_its_method_reads(log):
     assert cells_of(sweep(images_per_class=0))[0].space == SPACE
 
 
-def test_later_points_depend_on_the_objectives_of_earlier_rounds(tmp_path):
-    """Two searches with opposite objectives suggest different points after the random ones."""
-    upward = params(Log(tmp_path / "a").play(sweep(points=10), lambda p: value(p.params)))
-    downward = params(Log(tmp_path / "b").play(sweep(points=10), lambda p: -value(p.params)))
-    assert upward[:4] == downward[:4]  # random points
-    assert upward != downward
-
-
 # ---------------------------------------------------------------- kills
 
 
@@ -202,24 +194,6 @@ def test_the_first_round_of_another_run_has_all_complete_rounds(log):
     searching.record_round({number: value for number, _, value in first[:4]})
     assert [dict(point.params) for point in searching.next_round()] == params(first)[4:]
     assert searching.next_round() == []
-
-
-def test_a_failed_point_counts_and_runs_again_in_the_next_run(log):
-    def fails(point: Point) -> float | None:
-        return None if point.number == 1 else value(point.params)
-
-    failed = log.play(sweep(), fails)
-    assert [number for number, _, objective in failed if objective is None] == [1]
-    again: list[int] = []
-
-    def counts(point: Point) -> float:
-        again.append(point.number)
-        return value(point.params)
-
-    complete = log.play(sweep(), counts)
-    assert again == [0, 1, 2, 3, 4]
-    assert params(complete) == params(failed)
-    assert None not in [objective for _, _, objective in complete]
 
 
 # ---------------------------------------------------------------- plugins

@@ -10,7 +10,7 @@ import csv
 import re
 import xml.etree.ElementTree as xml
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
@@ -45,20 +45,15 @@ seeds: [1, 2]
 """
 
 
-def run_sweep(spec: Path) -> Path:
-    """Run a sweep and return its store."""
-    store = spec.parent / "runs"
-    words = ("run", spec, "--store", store, "--tracking-uri", "none")
-    airsweep(*words, module="tests.helpers.trivial")
-    return store
-
-
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory, drawn_digits) -> Path:
     text = GRID.format(folder=drawn_digits)
     spec = write_sweep(tmp_path_factory.mktemp("grid"), "grid", text)
     spec.write_text(f"# <script>alert(1)</script> & more\n{spec.read_text()}")
-    return run_sweep(spec)
+    store = spec.parent / "runs"
+    words = ("run", spec, "--store", store, "--tracking-uri", "none")
+    airsweep(*words, module="tests.helpers.trivial")
+    return store
 
 
 def report(store: Path, name: str) -> str:
@@ -157,13 +152,6 @@ h1 { font-family: x }</style>
 """
 
 
-@pytest.fixture
-def browser(tmp_path) -> Iterator[Browser]:
-    browser = Browser(tmp_path / "profile")
-    yield browser
-    browser.close()
-
-
 @contextmanager
 def pages(texts: dict[str, str], reached: set[str]) -> Iterator[str]:
     """The URL of a server of pages, which adds other requested paths to `reached`."""
@@ -188,16 +176,16 @@ def pages(texts: dict[str, str], reached: set[str]) -> Iterator[str]:
 
 @pytest.mark.integration
 @pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
-def test_a_browser_shows_the_whole_report_and_its_policy_blocks_injected_markup(grid, browser):
+def test_a_browser_shows_the_whole_report_and_its_policy_blocks_injected_markup(grid, tmp_path):
     """Without the policy the markup runs scripts and sends requests."""
     text = report(grid, "grid")
     closed = text.replace("<nav", f"{MARKUP}<nav", 1)
     texts = {"/report": text, "/closed": closed, "/open": POLICY.sub("", closed)}
     assert texts["/open"] != closed
     reached: set[str] = set()
-    browser.send("Page.enable")
-    browser.send("Page.addScriptToEvaluateOnNewDocument", source=COUNT_VIOLATIONS)
-    with pages(texts, reached) as url:
+    with closing(Browser(tmp_path / "profile")) as browser, pages(texts, reached) as url:
+        browser.send("Page.enable")
+        browser.send("Page.addScriptToEvaluateOnNewDocument", source=COUNT_VIOLATIONS)
         browser.open(f"{url}/report", LOADED)
         images = browser.evaluate("[...document.images].map(image => image.naturalWidth)")
         assert len(images) > 5

@@ -17,12 +17,8 @@ from tests.helpers.trials import results, trials
 FILE = ROOT / "docs" / "tables" / "published.csv"
 
 
-@pytest.fixture
-def published() -> pd.DataFrame:
-    return pd.read_csv(FILE)
-
-
-def test_published_numbers_name_datasets_and_methods_of_airsweep(published) -> None:
+def test_published_numbers_name_datasets_and_methods_of_airsweep() -> None:
+    published = pd.read_csv(FILE)
     levels = published[~published["metric"].str.startswith("gain")]
     assert set(levels["dataset"]) <= {*DATASETS, "mnist"}
     assert set(published["method"]) <= {*METHODS, "upt"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import re
 import resource
 import signal
@@ -12,16 +11,15 @@ from collections import Counter
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from orchestrator.__main__ import main
 from orchestrator.spec import SpecError
 from orchestrator.spec.marked_yaml import parse
+from tests.helpers.sweeps import in_this_process
 
 SHIPPED = [
     file.read_text() for file in sorted((Path(__file__).parents[2] / "sweeps").rglob("*.yaml"))
@@ -130,16 +128,12 @@ def limits() -> Iterator[None]:
 
 def exit_code_and_error(file: Path, store: Path) -> tuple[int, str]:
     """Run `airsweep plan` in this process."""
-    words = ["airsweep", "--debug", "plan", str(file), "--store", str(store)]
-    errors, silent = io.StringIO(), contextlib.redirect_stdout(io.StringIO())
     try:
-        with mock.patch("sys.argv", words), silent, contextlib.redirect_stderr(errors), limits():
-            main()
+        with limits():
+            done = in_this_process(["--debug", "plan", str(file), "--store", str(store)])
     except SpecError as problem:  # --debug shows the traceback of everything else
         return 2, str(problem)
-    except SystemExit as end:
-        return int(end.code or 0), errors.getvalue()
-    return 0, errors.getvalue()
+    return done.returncode, done.stderr
 
 
 @pytest.mark.parametrize("edits", [150, pytest.param(2_000, marks=pytest.mark.exhaustive)])

@@ -16,8 +16,8 @@ from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.trial_run import run_trial
 from orchestrator.store import ArtifactStore, SweepLocation
 from tests.helpers.golden import check_refusals
+from tests.helpers.inputs import build_inputs
 from tests.helpers.sweeps import airsweep, table
-from tests.stages.test_any_trial import build_inputs
 
 CHOOSE = "for validation, to choose the best classifier"
 METHODS = ["zero_shot", "cpl", "cpl_real", "cpl_real_evidence", "air", "air_control"]
