@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from air_core.datasets.class_folders import READ_TEXT, SUFFIXES, skipped_clause, walk
-from air_core.datasets.image_folder import given_classnames
+from air_core.datasets.places import class_entries, text_lines
 from air_core.models.weights import local_path
 
 UNSURE = "unsure"  # in the place of a class whose probability is too small
@@ -48,10 +48,11 @@ def true_classes(files: Sequence[Path], classnames: Sequence[str]) -> dict[Path,
 def _class_of(folder: Path, classnames: Sequence[str]) -> str | None:
     folder = folder.absolute()
     above = (folder.parent, folder.parent.parent)  # the second if the first is train or test
-    given = [given_classnames(home / "classnames.txt").get(folder.name) for home in above]
-    names = (*given, folder.name, folder.name.replace("_", " "))
+    given = [class_entries(text_lines(home / "classnames.txt")) for home in above]
+    names = [of[folder.name].classname for of in given if folder.name in of]
+    names += [folder.name, folder.name.replace("_", " ")]
     known = {name.lower(): name for name in classnames}
-    return next((known[n.lower()] for n in names if n and n.lower() in known), None)
+    return next((known[n.lower()] for n in names if n.lower() in known), None)
 
 
 def _files_of(place: str | Path) -> Iterator[Path]:

@@ -1,7 +1,4 @@
-"""Lists images in class folders, `<folder>/<classname>/*.png`, sorted by name; counts other files.
-
-With pillow-heif, the extra `heic`, HEIC files are images.
-"""
+"""Lists images in class folders, `<folder>/<classname>/*.png`, by name; counts other files."""
 
 from __future__ import annotations
 
@@ -9,15 +6,14 @@ import os
 import shlex
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
+from air_core.datasets.images import READS_HEIC
 from air_core.tools.printable import printable
 
 READ = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 READ_TEXT = ", ".join(READ)
 HEIC = (".heic", ".heif")
-READS_HEIC = find_spec("pillow_heif") is not None
 SUFFIXES = {*READ, *(HEIC if READS_HEIC else ())}
 FEWEST = 4  # images of a class without labels
 # Commands after which files of other kinds can be read, by suffix.

@@ -10,55 +10,43 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from air_core.datasets.dataset import Counts, Dataset, Listing, Row, listed, listing, some
-from air_core.datasets.places import classnames_of, find_home, read_lines
+from air_core.datasets.dataset import Counts, Dataset, Listing, Row, listing
+from air_core.datasets.places import archive, read_lines
 from air_core.datasets.split_files import with_validation
 from air_core.settings.components import DATASETS
 
-CLASSNAMES = classnames_of("cub")
-GET = "unpack CUB_200_2011.tgz from https://data.caltech.edu/records/65de6-vp158 in cub/"
 LISTS = ("images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt")
 PARTS = {"1": "train", "0": "test"}
 
 
-def rows(root: Path | None) -> Listing:
+def rows(home: Path, classnames: tuple[str, ...]) -> Listing:
     """All images with label and part; reads only the four lists.
 
     Raises:
-        ValueError: the lists do not match each other, or files are missing.
+        ValueError: the lists do not match each other.
     """
-    home = find_home("cub", root, ("CUB_200_2011", "."), ("images", "images.txt"), GET)
-    files, labels, split, classes = (_numbered(home / name) for name in LISTS)
+    lists = [home / name for name in LISTS]
+    files, labels, split, classes = map(_numbered, lists)
     names = tuple(_classname(text) for text in classes.values())
-    if names != CLASSNAMES:
-        other = next((n for n in names if n not in CLASSNAMES), "another number or order of them")
-        raise ValueError(f"cub: {home / 'classes.txt'} has other classes: {other}")
-    if not files.keys() == labels.keys() == split.keys():
-        raise ValueError(
-            f"cub: the lists in {home} number {len(files):,} images, {len(labels):,} labels and "
-            f"{len(split):,} parts; they must be the same numbers, unpack the archive again"
-        )
+    if names != classnames:
+        other = next((n for n in names if n not in classnames), "another number or order of them")
+        raise ValueError(f"{home / 'classes.txt'} has other classes: {other}")
     label = {number: i for i, number in enumerate(classes)}
-    for file, values, known in (
-        ("image_class_labels", labels, label),
-        ("train_test_split", split, PARTS),
-    ):
-        if unknown := sorted(set(values.values()) - set(known)):
-            raise ValueError(
-                f"cub: {home / file}.txt has the value {unknown[0]!r}; allowed: "
-                f"{some(list(known))}; unpack the archive again"
-            )
-    found = [
-        Row(f"images/{path}", label[labels[number]], PARTS[split[number]])
-        for number, path in files.items()
-    ]
-    return listing(
-        "cub", home, with_validation(found), CLASSNAMES, beside=[home / name for name in LISTS]
-    )
+    try:
+        found = [
+            Row(f"images/{files[number]}", label[labels[number]], PARTS[split[number]])
+            for number in sorted({*files, *labels, *split})
+        ]
+    except KeyError as problem:
+        raise ValueError(
+            f"the lists in {home} do not match each other: one of them lacks {problem}; unpack the "
+            "archive again"
+        ) from None
+    return listing(home, with_validation(found), classnames, beside=lists)
 
 
 def _numbered(file: Path) -> dict[str, str]:  # lines `<number> <text>`
-    pairs = (line.partition(" ") for line in read_lines("cub", file))
+    pairs = (line.partition(" ") for line in read_lines(file))
     return {number: text for number, _, text in pairs}
 
 
@@ -68,9 +56,12 @@ def _classname(text: str) -> str:  # 001.Black_footed_Albatross -> black footed 
 
 @DATASETS.add("cub", summary="11,788 birds of 200 kinds")
 def cub() -> Dataset:
-    return listed(
+    return archive(
+        "cub",
         rows,
-        classnames=CLASSNAMES,
+        homes=("CUB_200_2011",),
+        marks=("images", "images.txt"),
+        get="unpack CUB_200_2011.tgz from https://data.caltech.edu/records/65de6-vp158 in cub/",
         source="https://www.vision.caltech.edu/datasets/cub_200_2011",
         licence="images for non-commercial research and education only",
         published=Counts({"train+val": 5994, "test": 5794}, source="Wah et al. 2011"),

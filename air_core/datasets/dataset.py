@@ -6,20 +6,20 @@ and count the files without opening an image. Datasets do not depend on paradigm
 
 from __future__ import annotations
 
-import os
-import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from air_core.datasets.images import ImageFiles
+from air_core.tools.printable import UNPRINTABLE
+
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
 TEMPLATE = "a photo of a {}"  # of GRIP and CPL for all datasets
-HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode categories of invisible characters
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,6 @@ class Listing:
         """The images with labels and parts. Images are opened on access."""
         import numpy as np
 
-        from air_core.datasets.images import ImageFiles
-
         return Examples(
             ImageFiles(tuple(self.home / row.path for row in self.rows)),
             np.array([row.label for row in self.rows], dtype=np.int64),
@@ -112,39 +110,29 @@ def listed(rows: Callable[[Path | None], Listing], **facts: Any) -> Dataset:
 
 
 def listing(
-    name: str,
-    home: Path,
-    rows: Iterable[Row],
-    classnames: Sequence[str],
-    beside: Iterable[Path] = (),
+    home: Path, rows: Iterable[Row], classnames: Sequence[str], beside: Iterable[Path] = ()
 ) -> Listing:
-    """Sort the rows by path, whatever the order of the file system, and check them.
+    """Sort the rows by path, whatever the order of the file system, and check them. Whether the
+    files exist is checked when they are read.
 
     Raises:
-        ValueError: a file is listed twice or is missing, a label has no class, or a class has no
-            image.
+        ValueError: a file is listed twice, a label has no class, or a class has no image.
     """
     ordered = sorted(rows, key=lambda row: PurePosixPath(row.path).parts)
     for one, other in pairwise(ordered):
         if one.path == other.path:
             raise ValueError(
-                f"{name}: {one.path} is listed twice, as {one.part} and as {other.part}; "
-                "each image must have one part, correct the split files"
+                f"{one.path} is listed twice, as {one.part} and as {other.part}; each image must "
+                "have one part, correct the split files"
             )
-    for row in ordered:
-        if not 0 <= row.label < len(classnames):
-            raise ValueError(
-                f"{name}: {row.path} has the label {row.label}, counted from 0, but there are "
-                f"{len(classnames)} classes; get the label file again"
-            )
-    _whole(name, home, [row.path for row in ordered])
-    empty = [
-        classnames[c] for c in sorted(set(range(len(classnames))) - {r.label for r in ordered})
-    ]
-    if empty:
+    labels, classes = {row.label for row in ordered}, range(len(classnames))
+    if unknown := sorted(labels.difference(classes)):
         raise ValueError(
-            f"{name}: {home} has no image of {some(empty)}; each class needs at least one"
+            f"an image has the label {unknown[0]}, counted from 0, but there are {len(classnames)} "
+            "classes; get the label file again"
         )
+    if empty := [classnames[c] for c in classes if c not in labels]:
+        raise ValueError(f"{home} has no image of {some(empty)}; each class needs at least one")
     return Listing(home, tuple(ordered), tuple(beside))
 
 
@@ -155,18 +143,7 @@ def is_template(text: str) -> bool:
     >>> [is_template(text) for text in ("a photo of a {}", "a photo", "{} {}", "{0.__class__}")]
     [True, False, False, False]
     """
-    return [text.count(c) for c in ("{}", "{", "}")] == [1, 1, 1] and first_hidden(text) is None
-
-
-def first_hidden(text: str) -> str | None:
-    """The first control character, line end or direction mark; None if the text has none.
-
-    >>> first_hidden("cat\u202etac")
-    '\\u202e'
-    """
-    # Persian and Indic words need the two joiners, which are in the same category.
-    seen = (c for c in text if c not in "\u200c\u200d")
-    return next((c for c in seen if unicodedata.category(c) in HIDDEN), None)
+    return [text.count(c) for c in ("{}", "{", "}")] == [1, 1, 1] and not UNPRINTABLE.search(text)
 
 
 def some(names: Sequence[str], shown: int = 3) -> str:
@@ -177,22 +154,3 @@ def some(names: Sequence[str], shown: int = 3) -> str:
     """
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(map(repr, names[:shown])) + more
-
-
-def _whole(name: str, home: Path, paths: Sequence[str]) -> None:
-    # List each folder once, since a stat per file is slow on a network disk.
-    folders = {(home / path).parent for path in paths}
-    there = {folder: _file_names(folder) for folder in folders}
-    missing = [p for p in paths if (home / p).name not in there[(home / p).parent]]
-    if missing:
-        raise ValueError(
-            f"{name}: {len(missing):,} of {len(paths):,} listed images are not files in "
-            f"{home}; the first is {missing[0]}; unpack the archive again"
-        )
-
-
-def _file_names(folder: Path) -> set[str]:
-    if not folder.is_dir():
-        return set()
-    with os.scandir(folder) as inside:  # has the type of each entry; links need a stat
-        return {e.name for e in inside if e.is_file(follow_symlinks=False) or os.path.isfile(e)}

@@ -21,17 +21,15 @@ from air_core.settings.components import DATASETS
 if TYPE_CHECKING:
     import numpy as np
 
-CLASSNAMES = classnames_of("fashion_mnist")
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 GET = (
     "apt-get install dataset-fashion-mnist, or get the four files of "
     "https://github.com/zalandoresearch/fashion-mnist into fashion_mnist/"
 )
 BELOW = ("FashionMNIST/raw", "fashion-mnist")  # of torchvision and Debian
-FILES = {  # images and labels of a part
-    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
-    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
-}
+NAMES = tuple(  # sorted, those of the test part first
+    f"{part}-{kind}-ubyte" for part in ("t10k", "train") for kind in ("images-idx3", "labels-idx1")
+)
 
 
 def files(root: Path | None) -> list[Path]:
@@ -40,7 +38,19 @@ def files(root: Path | None) -> list[Path]:
     Raises:
         ValueError: some or all of them are missing.
     """
-    return sorted(file for pair in _pairs(root).values() for file in pair)
+    places = [DEBIAN]
+    if root is not None:
+        # Not the root itself: MNIST has files of the same names.
+        named = root / "fashion_mnist"
+        places = [*(home / below for home in (named, root) for below in BELOW), named, DEBIAN]
+    for place in places:
+        found = [_packed_or_not(place, name) for name in NAMES]
+        missing = [file.name for file in found if not file.is_file()]
+        if not missing:
+            return found
+        if len(missing) < len(found):
+            raise ValueError(f"fashion_mnist: {place} has no {' and no '.join(missing)}; {GET}")
+    raise ValueError(f"fashion_mnist is in none of {', '.join(map(str, places))}; {GET}")
 
 
 def load(root: Path | None) -> Examples:
@@ -53,8 +63,9 @@ def load(root: Path | None) -> Examples:
 
     from air_core.datasets.images import GreyImages
 
+    of_test, of_train = files(root)[:2], files(root)[2:]
     pixels, labels, rows = [], [], []
-    for part, (images, classes) in _pairs(root).items():
+    for part, (images, classes) in (("train", of_train), ("test", of_test)):
         pixels.append(_array(images, dimensions=3))
         labels.append(_array(classes, dimensions=1))
         if len(pixels[-1]) != len(labels[-1]):
@@ -70,30 +81,6 @@ def load(root: Path | None) -> Examples:
     )
 
 
-def _pairs(root: Path | None) -> dict[str, tuple[Path, Path]]:
-    home = _home(root)
-    found = {
-        part: (_packed_or_not(home, images), _packed_or_not(home, classes))
-        for part, (images, classes) in FILES.items()
-    }
-    missing = [f.name for pair in found.values() for f in pair if not f.is_file()]
-    if missing:
-        raise ValueError(f"fashion_mnist: {home} has no {' and no '.join(missing)}; {GET}")
-    return found
-
-
-def _home(root: Path | None) -> Path:
-    places = [DEBIAN]
-    if root is not None:
-        # Not the root itself: MNIST has files of the same names.
-        named = root / "fashion_mnist"
-        places = [*(home / below for home in (named, root) for below in BELOW), named, DEBIAN]
-    for place in places:
-        if _packed_or_not(place, FILES["test"][0]).is_file():
-            return place
-    raise ValueError(f"fashion_mnist is in none of {', '.join(map(str, places))}; {GET}")
-
-
 def _packed_or_not(folder: Path, name: str) -> Path:
     return folder / name if (folder / name).is_file() else folder / f"{name}.gz"
 
@@ -104,27 +91,18 @@ def _array(file: Path, dimensions: int) -> np.ndarray:
 
     try:
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    except (EOFError, gzip.BadGzipFile, zlib.error) as problem:
+        kind, *shape = struct.unpack_from(f">4s{dimensions}I", content)
+        if kind != bytes((0, 0, 8, dimensions)):
+            raise ValueError(f"it is not an IDX file with {dimensions} dimensions")
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    except (EOFError, gzip.BadGzipFile, zlib.error, struct.error, ValueError) as problem:
         raise ValueError(f"fashion_mnist: {file} is damaged: {problem}; get it again") from problem
-    head = 4 + 4 * dimensions
-    if len(content) < head or content[:4] != bytes((0, 0, 8, dimensions)):
-        raise ValueError(
-            f"fashion_mnist: {file} is not an IDX file with {dimensions} dimensions; get it again"
-        )
-    shape = struct.unpack(f">{dimensions}I", content[4:head])
-    values = np.frombuffer(content, dtype=np.uint8, offset=head)
-    if len(values) != np.prod(shape):
-        raise ValueError(
-            f"fashion_mnist: {file} has {len(values):,} values, but its header states "
-            f"{' x '.join(map(str, shape))}; get it again"
-        )
-    return values.reshape(shape)
 
 
 @DATASETS.add("fashion_mnist", summary="70,000 pictures of 10 kinds of clothes")
 def fashion_mnist() -> Dataset:
     return Dataset(
-        classnames=CLASSNAMES,
+        classnames=classnames_of("fashion_mnist"),
         source="https://github.com/zalandoresearch/fashion-mnist",
         licence="MIT",
         files=files,

@@ -10,29 +10,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from air_core.datasets.dataset import Counts, Dataset, Listing, listed
-from air_core.datasets.places import classnames_of, find_home
+from air_core.datasets.dataset import Counts, Dataset, Listing
+from air_core.datasets.places import archive
 from air_core.datasets.split_files import PARTS, lists_listing
 from air_core.settings.components import DATASETS
 
-CLASSNAMES = classnames_of("fgvc_aircraft")
-GET = (
-    "unpack https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/archives/"
-    "fgvc-aircraft-2013b.tar.gz in fgvc_aircraft/"
-)
-HOMES = ("fgvc-aircraft-2013b/data", "data", ".")
 
-
-def rows(root: Path | None) -> Listing:
-    """All images with label and part; reads only the three lists.
-
-    Raises:
-        ValueError: a list names an unknown variant, or files are missing.
-    """
-    marks = ("images", "images_variant_test.txt")
-    home = find_home("fgvc_aircraft", root, HOMES, marks, GET)
+def rows(home: Path, classnames: tuple[str, ...]) -> Listing:
+    """All images with label and part; reads only the three lists."""
     lists = {part: home / f"images_variant_{part}.txt" for part in PARTS}
-    return lists_listing("fgvc_aircraft", home, lists, CLASSNAMES, _image)
+    return lists_listing(home, lists, classnames, _image)
 
 
 def _image(line: str) -> tuple[str, str]:  # path and class name
@@ -42,9 +29,13 @@ def _image(line: str) -> tuple[str, str]:  # path and class name
 
 @DATASETS.add("fgvc_aircraft", summary="10,000 aircraft of 100 variants")
 def fgvc_aircraft() -> Dataset:
-    return listed(
+    return archive(
+        "fgvc_aircraft",
         rows,
-        classnames=CLASSNAMES,
+        homes=("fgvc-aircraft-2013b/data", "data"),
+        marks=("images", "images_variant_test.txt"),
+        get="unpack https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/archives/"
+        "fgvc-aircraft-2013b.tar.gz in fgvc_aircraft/",
         source="https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft",
         licence="non-commercial research only",
         published=Counts({"train": 3334, "val": 3333, "test": 3333}, 100, "Maji et al. 2013"),

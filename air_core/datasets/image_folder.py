@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,8 @@ from air_core.datasets.dataset import (
     listing,
     some,
 )
-from air_core.datasets.places import class_entries, name_problem, said, text_lines
+from air_core.datasets.images import ImageFiles
+from air_core.datasets.places import Said, check_classnames, class_entries, said, text_lines
 from air_core.datasets.split_files import with_validation
 from air_core.datasets.unlabelled import (
     CLASSES,
@@ -66,16 +66,6 @@ PERMIT = "allow_duplicates"
 FEWEST = 5  # images of a class without fixed parts, so that two or more are in the pool
 
 
-@dataclass(frozen=True)
-class Tree:
-    """The parts of a folder dataset, each with the folder that contains its class folders."""
-
-    home: Path
-    parts: dict[str, Path]  # train, test and optionally val; or only free
-    folders: tuple[str, ...]  # of the classes, sorted
-    classnames: tuple[str, ...]
-
-
 def folder_dataset(name: str) -> Dataset:
     """The dataset of `folder:<path>`; lists folders and opens no image.
 
@@ -86,12 +76,14 @@ def folder_dataset(name: str) -> Dataset:
     check_folder(home)
     if is_unlabelled(home):
         return unlabelled_dataset(home, read_classes(home / CLASSES))
-    tree = _tree(home)
+    parts = _parts(home)
+    folders = _class_folders(home, parts)
+    classnames = _classnames(home / "classnames.txt", folders)
     return _dataset(
         home,
-        tree.classnames,
-        lambda: _rows(tree),
-        skipped=lambda: other_files(home, _class_folders(tree)),
+        classnames,
+        lambda: _listing(home, parts, folders, classnames),
+        skipped=lambda: other_files(home, {at / name for at in parts.values() for name in folders}),
     )
 
 
@@ -124,8 +116,8 @@ def _dataset(
 # ---------------------------------------------------------------- duplicates
 
 
-def check_no_leak(home: Path, digests: Mapping[Path, str]) -> None:
-    """Check that no test image is also a training or validation image.
+def check_no_leak(dataset: Dataset, digests: Mapping[Path, str]) -> None:
+    """Check that no test image of a folder is also a training or validation image.
 
     Args:
         digests: of the content of each file. Images in class folders without parts are not
@@ -134,13 +126,11 @@ def check_no_leak(home: Path, digests: Mapping[Path, str]) -> None:
     Raises:
         ValueError: a file for test equals another one, and this is not permitted.
     """
-    if len(set(digests.values())) == len(digests) or permits_duplicates(home):
+    if len(set(digests.values())) == len(digests) or permits_duplicates(dataset):
         return
-    if is_unlabelled(home):
-        found = unlabelled_listing(home, read_classes(home / CLASSES))
-    else:
-        found = _rows(_tree(home))
-    part_of = {home / row.path: row.part for row in found.rows}
+    examples = dataset.load(None)
+    assert isinstance(examples.images, ImageFiles)
+    part_of = dict(zip(examples.images.files, examples.parts.tolist(), strict=True))
     tests = {digests[file]: file for file, part in part_of.items() if part == "test"}
     pairs = [
         (tests[digests[file]], file)
@@ -148,25 +138,25 @@ def check_no_leak(home: Path, digests: Mapping[Path, str]) -> None:
         if part != "test" and digests[file] in tests
     ]
     if pairs:
-        first = [str(path.relative_to(home)) for path in pairs[0]]
-        raise ValueError(leak_message(home, len(pairs), first))
+        first = [str(path.relative_to(dataset.source)) for path in pairs[0]]
+        raise ValueError(leak_message(dataset, len(pairs), first))
 
 
-def permits_duplicates(home: Path) -> bool:
+def permits_duplicates(dataset: Dataset) -> bool:
     """Whether the owner of a folder permits test images that are also training images."""
-    return (home / PERMIT).is_file()
+    return Path(dataset.source, PERMIT).is_file()
 
 
-def leak_message(home: Path, count: int, first: Sequence[str]) -> str:
+def leak_message(dataset: Dataset, count: int, first: Sequence[str]) -> str:
     """The error for test images that are also training or validation images."""
     pairs = "1 pair" if count == 1 else f"{count:,} pairs"
     parts = "one in test/ and one in train/ or val/"
-    if is_unlabelled(home):
+    if dataset.pool_labels == "unknown":
         parts = f"one for test in {LABELS} and one not"
     return (
-        f"{home}: {pairs} of equal images, {parts}, so the test "
-        f"accuracy would be too high; the first: {' = '.join(map(repr, first))}; remove one of "
-        f"each pair, or create the file {home / PERMIT} to permit them"
+        f"{dataset.source}: {pairs} of equal images, {parts}, so the test accuracy would be too "
+        f"high; the first: {' = '.join(map(repr, first))}; remove one of each pair, or create the "
+        f"file {dataset.source}/{PERMIT} to permit them"
     )
 
 
@@ -184,7 +174,8 @@ def check_folder(home: Path) -> None:
         raise ValueError(f"{PREFIX}{home} does not exist or is not a folder{hint}; {WANTED}")
 
 
-def _tree(home: Path) -> Tree:
+def _parts(home: Path) -> dict[str, Path]:
+    """The folder that contains the class folders, by part: train, test and maybe val, or free."""
     inside = _folders(home)
     if not inside:
         raise ValueError(f"{home} is not an image folder: it contains no folders; {WANTED}")
@@ -196,16 +187,15 @@ def _tree(home: Path) -> Tree:
                 f"{home} has {' and '.join(parts)}, but no {lacking}; add it, or remove the part "
                 "folders so that split_seed splits the images"
             )
-        parts = {"free": home}  # a class may be named "train"
-    elif others := sorted(set(inside) - parts.keys()):
+        return {"free": home}  # a class may be named "train"
+    if others := sorted(set(inside) - parts.keys()):
         raise ValueError(
             f"{home} has {some(others)} beside its part folders; allowed are {', '.join(PARTS)}"
         )
-    folders = _classes(home, parts)
-    return Tree(home, parts, folders, _classnames(home / "classnames.txt", folders))
+    return parts
 
 
-def _classes(home: Path, parts: dict[str, Path]) -> tuple[str, ...]:
+def _class_folders(home: Path, parts: dict[str, Path]) -> list[str]:
     of = {part: _folders(folder) for part, folder in parts.items()}
     every = sorted({name for names in of.values() for name in names})
     lacking = [
@@ -221,33 +211,21 @@ def _classes(home: Path, parts: dict[str, Path]) -> tuple[str, ...]:
     if len(every) < 2:
         found = f"only one class, {every[0]!r}" if every else "no class folders in its parts"
         raise ValueError(f"{home} has {found}; a classifier needs two or more; {WANTED}")
-    return tuple(every)
+    return every
 
 
-def given_classnames(file: Path, folders: Sequence[str] | None = None) -> dict[str, str]:
-    """The class names in a `classnames.txt` by folder; empty if it does not exist.
-
-    Args:
-        folders: allowed folders; None: any.
-
-    Raises:
-        ValueError: a line is not allowed.
-    """
+def _classnames(file: Path, folders: Sequence[str]) -> tuple[str, ...]:
     given = class_entries(text_lines(file))
     for folder, (_, place) in given.items():
-        if folders is not None and folder not in folders:
+        if folder not in folders:
             raise ValueError(
                 f"{place}: no class folder is named {folder!r}; class folders: {some(folders, 9)}"
             )
-    return {folder: classname for folder, (classname, _) in given.items()}
-
-
-def _classnames(file: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
-    given = given_classnames(file, folders)
-    names = tuple(given.get(folder, said(folder)) for folder in folders)
-    if problem := name_problem(names):
-        raise ValueError(f"{file.parent}: {problem.text}; rename a class in {file.name}")
-    return names
+    names = [
+        given.get(name, Said(said(name), f"{file}, class folder {name!r}")) for name in folders
+    ]
+    check_classnames(names)
+    return tuple(name.classname for name in names)
 
 
 def _template(file: Path) -> str:
@@ -281,28 +259,25 @@ def _folders(folder: Path) -> list[str]:
 # ---------------------------------------------------------------- images
 
 
-def _class_folders(tree: Tree) -> set[Path]:
-    return {folder / name for folder in tree.parts.values() for name in tree.folders}
-
-
-def _rows(tree: Tree) -> Listing:
+def _listing(
+    home: Path, parts: dict[str, Path], folders: Sequence[str], classnames: Sequence[str]
+) -> Listing:
     rows = [
-        Row(file.relative_to(tree.home).as_posix(), label, part)
-        for part, folder in tree.parts.items()
-        for label, name in enumerate(tree.folders)
-        for file in _images(tree.home, folder / name)
+        Row(file.relative_to(home).as_posix(), label, part)
+        for part, folder in parts.items()
+        for label, name in enumerate(folders)
+        for file in _images(home, folder / name)
     ]
-    if "free" in tree.parts:
-        _check_free(tree, rows)
-    rows = with_validation(rows, "free" if "free" in tree.parts else "train")
-    beside = [tree.home / name for name in ("classnames.txt", "template.txt")]
-    return listing(
-        f"{PREFIX}{tree.home}",
-        tree.home,
-        rows,
-        tree.classnames,
-        beside=[file for file in beside if file.is_file()],
-    )
+    counts = Counter(row.label for row in rows)
+    few = [name for label, name in enumerate(folders) if counts[label] < FEWEST]
+    if few and "free" in parts:
+        raise ValueError(
+            f"{home}: fewer than {FEWEST} images of {some(few)}; without train/ and test/ each "
+            f"class needs {FEWEST}, so that the pool has two or more of each"
+        )
+    rows = with_validation(rows, "free" if "free" in parts else "train")
+    beside = [home / name for name in ("classnames.txt", "template.txt")]
+    return listing(home, rows, classnames, beside=[file for file in beside if file.is_file()])
 
 
 def _images(home: Path, folder: Path) -> list[Path]:
@@ -316,13 +291,3 @@ def _images(home: Path, folder: Path) -> list[Path]:
             f"{skipped_clause(folder)}"
         )
     return found
-
-
-def _check_free(tree: Tree, rows: list[Row]) -> None:
-    counts = Counter(row.label for row in rows)
-    few = [name for label, name in enumerate(tree.folders) if counts[label] < FEWEST]
-    if few:
-        raise ValueError(
-            f"{tree.home}: fewer than {FEWEST} images of {some(few)}; without train/ and test/ "
-            f"each class needs {FEWEST}, so that the pool has two or more of each"
-        )

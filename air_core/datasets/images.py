@@ -1,24 +1,22 @@
 """Sequences of images that are opened on access, as RGB.
 
 A dataset of 30,000 photographs does not fit in memory, so sequences contain paths or small arrays.
-`open_image` is the only function that opens image files.
+`open_image` is the only function that opens image files. Served models contain a copy of this
+module, so it imports nothing of airsweep. With pillow-heif, the extra `heic`, it reads HEIC.
 """
 
 from __future__ import annotations
 
 import os
-import shlex
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from air_core.datasets.class_folders import COMMANDS, READS_HEIC
-from air_core.tools.printable import printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,6 +24,7 @@ if TYPE_CHECKING:
 
 BAD_SHARE = 0.01  # largest share of unreadable images in a dataset; more means another problem
 WHITE = (255, 255, 255)
+READS_HEIC = find_spec("pillow_heif") is not None
 # Pillow supports forty more formats. For EPS it starts Ghostscript, whatever the file name.
 HEIF = ("HEIF",) if READS_HEIC else ()
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", *HEIF)
@@ -41,7 +40,7 @@ class Unreadable(ValueError):
 
 @dataclass(frozen=True)
 class ImageFiles(Sequence["Image"]):
-    """Image files as a sequence: an index opens a file as RGB, a slice opens none."""
+    """Image files as a sequence: an index opens a file as RGB."""
 
     files: tuple[Path, ...]
 
@@ -55,8 +54,6 @@ class ImageFiles(Sequence["Image"]):
 
     def __getitem__(self, index: Any) -> Any:
         """Raises: Unreadable, if the index is of a file that cannot be decoded."""
-        if isinstance(index, slice):
-            return ImageFiles(self.files[index])
         return open_image(self.files[index])
 
 
@@ -72,8 +69,6 @@ class GreyImages(Sequence["Image"]):
     def __getitem__(self, index: Any) -> Any:
         from PIL import Image
 
-        if isinstance(index, slice):
-            return GreyImages(self.pixels[index])
         return Image.fromarray(self.pixels[index]).convert("RGB")
 
 
@@ -202,15 +197,10 @@ def _decoding(name: str) -> Iterator[None]:
 
 
 def _why_unidentified(file: Path | BytesIO, formats: tuple[str, ...]) -> str:
-    path = file if isinstance(file, Path) else Path()
-    if path is file and path.stat().st_size == 0:
+    if isinstance(file, Path) and file.stat().st_size == 0:
         return "it is empty"
     allowed = ", ".join(f for f in formats if f not in HEIF)
-    why = f"not an image of an allowed format ({allowed})"
-    if (kind := path.suffix.lower()) not in COMMANDS:
-        return f"{why}, or its header is damaged"
-    place = shlex.quote(printable(str(path.parent)))
-    return f"{why}; read {kind} after `{COMMANDS[kind].replace('FOLDER', place)}`"
+    return f"not an image of an allowed format ({allowed}), or its header is damaged"
 
 
 @cache

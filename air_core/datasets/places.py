@@ -3,12 +3,46 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from air_core.datasets.dataset import first_hidden
+from air_core.datasets.dataset import Dataset, Listing, listed
+from air_core.models.configs import plain_file
 from air_core.models.tokens import as_read
+from air_core.tools.printable import UNPRINTABLE
+
+
+def archive(
+    name: str,
+    rows: Callable[[Path, tuple[str, ...]], Listing],
+    homes: Sequence[str],
+    marks: Sequence[str],
+    get: str,
+    **facts: Any,
+) -> Dataset:
+    """A dataset whose class names are in this package, and whose images are below the data root.
+
+    Its folder is in `<root>/<name>`, otherwise in `<root>`.
+
+    Args:
+        rows: lists the images in the dataset's folder, given its class names.
+        homes: paths that may be between these two and the dataset's folder, such as the folder in
+            the archive.
+        marks: files or folders that identify the dataset's folder.
+        get: instructions for getting the dataset, for the message.
+        facts: the other fields of `Dataset`.
+    """
+    classnames = classnames_of(name)
+
+    def found(root: Path | None) -> Listing:
+        home = _home(name, root, homes, marks, get)
+        try:
+            return rows(home, classnames)
+        except ValueError as problem:
+            raise ValueError(f"{name}: {problem}") from problem
+
+    return listed(found, classnames=classnames, **facts)
 
 
 def classnames_of(name: str) -> tuple[str, ...]:
@@ -20,42 +54,21 @@ def classnames_of(name: str) -> tuple[str, ...]:
     return tuple(file.read_text(encoding="utf-8").splitlines())
 
 
-def find_home(
+def _home(
     name: str, root: Path | None, homes: Sequence[str], marks: Sequence[str], get: str
 ) -> Path:
-    """The folder that contains a dataset: in `<root>/<name>`, otherwise in `<root>`.
-
-    Args:
-        homes: relative paths to search, such as the folder in the archive, or ".".
-        marks: files or folders that identify the dataset.
-        get: instructions for getting the dataset, for the message.
-
-    Raises:
-        ValueError: no folder or several folders match.
-    """
     if root is None:
         raise ValueError(
             f"{name} needs a data root: --data-root DIR or AIRSWEEP_DATA, the folder that contains "
             f"{name}/; {get}"
         )
-    if not root.is_dir():
-        raise ValueError(
-            f"the data root {root} does not exist or is not a folder; for {name}: {get}"
-        )
-    looked = []
-    for base in (root / name, root):
-        places = [base / home for home in homes]
-        found = [place for place in places if all((place / mark).exists() for mark in marks)]
-        if len(found) > 1:
-            raise ValueError(
-                f"{name} exists twice, in {found[0]} and {found[1]}; "
-                f"keep one, or move it to {root / name}"
-            )
-        if found:
-            return found[0]
-        looked += [str(place) for place in places]
+    places = [base / home for base in (root / name, root) for home in (*homes, ".")]
+    for place in places:
+        if all((place / mark).exists() for mark in marks):
+            return place
     raise ValueError(
-        f"{name} is not in {root}: looked for {' and '.join(marks)} in {', '.join(looked)}; {get}"
+        f"{name} is not in {root}{'' if root.is_dir() else ', which is not a folder'}: looked for "
+        f"{' and '.join(marks)} in {', '.join(dict.fromkeys(map(str, places)))}; {get}"
     )
 
 
@@ -63,55 +76,17 @@ def read_text(file: Path) -> str:
     """A text file. Editors on Windows write a byte order mark, which is removed.
 
     Raises:
-        ValueError: it is not UTF-8.
+        ValueError: it is not a file, or not UTF-8.
     """
     try:
-        return file.read_text(encoding="utf-8-sig")
+        return plain_file(file).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as problem:
         raise ValueError(f"{file} is not UTF-8 text; save it as UTF-8") from problem
 
 
-def optional_text(file: Path) -> str | None:
-    """A text file that may be missing: None.
-
-    Raises:
-        ValueError: it is not a file, or not UTF-8.
-    """
-    if not os.path.lexists(file):
-        return None
-    if not file.is_file():
-        raise ValueError(
-            f"{file} is a folder, a broken link or a device; allowed is a text file; remove or "
-            "replace it"
-        )
-    return read_text(file)
-
-
-class NameProblem(NamedTuple):
-    """Why CLIP cannot read a class name, by its position."""
-
-    position: int
-    text: str
-
-
-def name_problem(names: Sequence[str]) -> NameProblem | None:
-    """The first class name that is invisible or empty to CLIP, or that CLIP reads like another.
-
-    >>> name_problem(["cat", "Cat"])
-    NameProblem(position=1, text="two classes are named 'Cat' and 'cat', which CLIP reads alike")
-    """
-    known: dict[str, str] = {}
-    for i, name in enumerate(names):
-        hidden, read = first_hidden(name), as_read(name)
-        if hidden is not None:
-            return NameProblem(i, f"the class name {name!r} has an invisible character, {hidden!r}")
-        if not read:
-            return NameProblem(i, f"the class name {name!r} is empty to CLIP")
-        if read in known:
-            both = "" if known[read] == name else f" and {known[read]!r}, which CLIP reads alike"
-            return NameProblem(i, f"two classes are named {name!r}{both}")
-        known[read] = name
-    return None
+def read_lines(file: Path) -> list[str]:
+    """The lines of a text file, without empty lines; see `read_text`."""
+    return [line.strip() for line in read_text(file).splitlines() if line.strip()]
 
 
 def text_lines(file: Path) -> list[tuple[str, str]]:
@@ -119,9 +94,10 @@ def text_lines(file: Path) -> list[tuple[str, str]]:
     none.
 
     Raises:
-        ValueError: see `optional_text`.
+        ValueError: it is not a file, or not UTF-8.
     """
-    lines = enumerate((optional_text(file) or "").splitlines(), start=1)
+    text = read_text(file) if os.path.lexists(file) else ""
+    lines = enumerate(text.splitlines(), start=1)
     return [(f"{file}:{number}", line.strip()) for number, line in lines if line.strip()]
 
 
@@ -162,18 +138,27 @@ def class_entries(entries: Iterable[tuple[str, str]]) -> dict[str, Said]:
                 "remove one of them"
             )
         found[name] = Said(text or said(name), place)
-    every = [*found.values()]
-    if problem := name_problem([each.classname for each in every]):
-        raise ValueError(f"{every[problem.position].place}: {problem.text}; write another name")
+    check_classnames(found.values())
     return found
 
 
-def read_lines(name: str, file: Path) -> list[str]:
-    """The lines of a dataset's text file, without empty lines.
+def check_classnames(names: Iterable[Said]) -> None:
+    """Check that CLIP can read class names and distinguish them.
 
     Raises:
-        ValueError: the file is missing or not UTF-8.
+        ValueError: a name is invisible or empty to CLIP, or CLIP reads it like another.
     """
-    if not file.is_file():
-        raise ValueError(f"{name}: {file.name} is not in {file.parent}; unpack the archive again")
-    return [line for _, line in text_lines(file)]
+    known: dict[str, str] = {}
+    for name, place in names:
+        read = as_read(name)
+        if hidden := UNPRINTABLE.search(name):
+            why = f"the class name {name!r} has an invisible character, {hidden[0]!r}"
+        elif not read:
+            why = f"the class name {name!r} is empty to CLIP"
+        elif read in known:
+            both = "" if known[read] == name else f" and {known[read]!r}, which CLIP reads alike"
+            why = f"two classes are named {name!r}{both}"
+        else:
+            known[read] = name
+            continue
+        raise ValueError(f"{place}: {why}; write another name")

@@ -2,9 +2,9 @@
 
 The archive defines no parts. Split files are read from the folder of the class folders or from the
 parent of NWPU-RESISC45: `train.txt`, `val.txt` and `test.txt` with lines like `airplane_001.jpg`,
-also under TorchGeo's file names. TorchGeo's split of 18,900, 6,300 and 6,300 images is not the
-published protocol. Without split files a fixed, stratified rule takes 6,300 images for training and
-25,200 for test.
+or ELEVATER's `train.json` and `test.json`. Without split files a fixed, stratified rule takes 6,300
+images for training and 25,200 for test. TorchGeo's files `resisc45-train.txt` and so on are not
+read, since their split of 18,900, 6,300 and 6,300 images is not the published protocol.
 """
 
 from __future__ import annotations
@@ -12,34 +12,30 @@ from __future__ import annotations
 from fractions import Fraction
 from pathlib import Path
 
-from air_core.datasets.dataset import Counts, Dataset, Listing, listed
-from air_core.datasets.places import classnames_of, find_home
+from air_core.datasets.dataset import Counts, Dataset, Listing
+from air_core.datasets.places import archive
 from air_core.datasets.split_files import split_listing
 from air_core.settings.components import DATASETS
 
-CLASSNAMES = classnames_of("resisc45")
-FOLDERS = tuple(name.replace(" ", "_") for name in CLASSNAMES)
-GET = "unpack NWPU-RESISC45 from https://huggingface.co/datasets/torchgeo/resisc45 in resisc45/"
 ARCHIVE = "NWPU-RESISC45"
 TEST_SHARE = Fraction(4, 5)
 
 
-def rows(root: Path | None) -> Listing:
-    """All images with label and part.
-
-    Raises:
-        ValueError: class folders or listed files are missing, or an image has two parts.
-    """
-    home = find_home("resisc45", root, (ARCHIVE, "."), ("airplane", "wetland"), GET)
-    beside = [home, home.parent] if home.name == ARCHIVE else [home]
-    return split_listing("resisc45", home, FOLDERS, CLASSNAMES, beside, TEST_SHARE)
+def rows(home: Path, classnames: tuple[str, ...]) -> Listing:
+    """All images with label and part."""
+    folders = [name.replace(" ", "_") for name in classnames]
+    return split_listing(home, folders, classnames, (ARCHIVE,), TEST_SHARE)
 
 
 @DATASETS.add("resisc45", summary="31,500 aerial images of 45 scenes")
 def resisc45() -> Dataset:
-    return listed(
+    return archive(
+        "resisc45",
         rows,
-        classnames=CLASSNAMES,
+        homes=(ARCHIVE,),
+        marks=("airplane", "wetland"),
+        get="unpack NWPU-RESISC45 from https://huggingface.co/datasets/torchgeo/resisc45 in "
+        "resisc45/",
         source="https://gcheng-nwpu.github.io/#Datasets (Cheng, Han and Lu 2017)",
         licence="for research; TorchGeo's copy states CC BY-NC 4.0",
         published=Counts({"train+val": 6300, "test": 25200}, 700, "ELEVATER's split"),

@@ -11,13 +11,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, TypeVar
 
 from air_core.datasets.class_folders import class_files
 from air_core.datasets.dataset import Listing, Row, listing
 from air_core.datasets.places import read_lines, read_text
-
-T = TypeVar("T")
 
 PARTS = ("train", "val", "test")
 VAL_SHARE = Fraction(1, 10)  # of the training part, if the source defines no validation part
@@ -25,7 +22,6 @@ SEED = "airsweep"  # another seed gives another split
 
 
 def lists_listing(
-    name: str,
     home: Path,
     lists: Mapping[str, Path],
     classnames: Sequence[str],
@@ -38,66 +34,66 @@ def lists_listing(
         read: path and class name of the image in a line.
 
     Raises:
-        ValueError: a list names an unknown class, or files are missing.
+        ValueError: a list is missing, or names an unknown class.
     """
     label = {classname: i for i, classname in enumerate(classnames)}
     rows = []
     for part, file in lists.items():
-        for line in read_lines(name, file):
+        for line in read_lines(file):
             path, classname = read(line)
             if classname not in label:
                 raise ValueError(
-                    f"{name}: {file} names {line!r}, but {classname!r} is none of "
-                    f"{len(label)} classes"
+                    f"{file} names {line!r}, but {classname!r} is none of {len(label)} classes"
                 )
             rows.append(Row(path, label[classname], part))
-    return listing(name, home, rows, classnames, beside=lists.values())
+    return listing(home, rows, classnames, beside=lists.values())
 
 
 def split_listing(
-    name: str,
     home: Path,
     folders: Sequence[str],
     classnames: Sequence[str],
-    beside: Sequence[Path],
+    archives: Sequence[str],
     test_share: Fraction,
     coop: str | None = None,
 ) -> Listing:
     """All images of a dataset of class folders. A test image is never in another part.
 
-    Split files are searched in `beside`; the first folder that contains any is used. `test.txt` is
-    required. Without `train.txt` all images that no file names are for training. The names
-    `<dataset>-test.txt` (TorchGeo) and `test.json` (ELEVATER, in COCO's format) work as well.
+    Split files are `test.txt` or `test.json` (ELEVATER, in COCO's format), and for the other parts
+    likewise. Without one for train, all images that no file names are for training.
 
     Args:
         folders: class folders in the order of labels.
+        archives: names of the archive's folder. If `home` has one of them and no split files, those
+            of its parent are read.
         test_share: of each class, without split files.
         coop: name of CoOp's single file for all parts.
 
     Raises:
-        ValueError: class folders or listed files are missing, a split file names a folder that is
-            not a class, or an image has two parts.
+        ValueError: class folders are missing, a split file names a folder that is not a class, or
+            an image has two parts.
     """
     label = {folder: i for i, folder in enumerate(folders)}
     found = class_files(home, folders)
-    on_disk = sorted(f"{folder}/{file.name}" for folder, of in found.items() for file in of)
-    split = next(filter(None, (_split_files(name, folder, coop) for folder in beside)), None)
-    if split is None:
-        test = held_out(on_disk, [label[_folder(path)] for path in on_disk], test_share)
-        parts = [(path, "test" if path in test else "train") for path in on_disk]
-    else:
-        parts = [(path, part) for part, paths in split[0].items() for path in paths]
-        if "train" not in split[0]:
-            named = dict(parts)
-            parts += [(path, "train") for path in on_disk if path not in named]
-        for path, part in parts:
+    on_disk = [f"{folder}/{file.name}" for folder, of in found.items() for file in of]
+    beside = [home, home.parent] if home.name in archives else [home]
+    files = next(filter(None, (_split_files(folder, coop) for folder in beside)), {})
+    split = {part: _paths(file, part) for part, file in files.items()}
+    if not split:
+        split["test"] = [*held_out(on_disk, [label[_folder(path)] for path in on_disk], test_share)]
+    if "train" not in split:
+        named = {path for paths in split.values() for path in paths}
+        split["train"] = [path for path in on_disk if path not in named]
+    rows = []
+    for part, paths in split.items():
+        for path in paths:
             if _folder(path) not in label:
                 raise ValueError(
-                    f"{name}: the {part} list names {path}, but {_folder(path)!r} is not a "
-                    f"class folder; expected <class>/<file> with a class of {', '.join(folders)}"
+                    f"the {part} list names {path}, but {_folder(path)!r} is not a class folder; "
+                    f"expected <class>/<file> with a class of {', '.join(folders)}"
                 )
-    rows = with_validation(Row(path, label[_folder(path)], part) for path, part in parts)
-    return listing(name, home, rows, classnames, beside=split[1] if split else ())
+            rows.append(Row(path, label[_folder(path)], part))
+    return listing(home, with_validation(rows), classnames, beside={*files.values()})
 
 
 def with_validation(rows: Iterable[Row], part: str = "train") -> list[Row]:
@@ -139,47 +135,34 @@ def _folder(path: str) -> str:
     return path.split("/")[0]
 
 
-def _split_files(
-    name: str, folder: Path, coop: str | None
-) -> tuple[dict[str, list[str]], list[Path]] | None:
-    """Paths by part, and the split files; None: the folder has none."""
-    every = {part: _split_file(name, folder, part) for part in PARTS}
-    files = {part: file for part, file in every.items() if file is not None}
+def _split_files(folder: Path, coop: str | None) -> dict[str, Path]:
+    """The split file of each part; empty if the folder has none."""
+    every = ((part, folder / f"{part}{kind}") for kind in (".json", ".txt") for part in PARTS)
+    files = {part: file for part, file in every if file.is_file()}
     if "test" in files:
-        return {part: _paths(name, file) for part, file in files.items()}, [*files.values()]
-    if coop is None or not (folder / coop).is_file():
-        return None
-    expected = '{"train": [[PATH, ...]], ...}'
-    return _from_json(name, folder / coop, _coop_paths, expected), [folder / coop]
+        return files
+    return dict.fromkeys(PARTS, folder / coop) if coop and (folder / coop).is_file() else {}
 
 
-def _split_file(name: str, folder: Path, part: str) -> Path | None:
-    names = (f"{part}.txt", f"{name}-{part}.txt", f"{part}.json")
-    return next((folder / n for n in names if (folder / n).is_file()), None)
+def _paths(file: Path, part: str) -> list[str]:
+    """Paths of the images of a part in its split file.
 
-
-def _coop_paths(content: Any) -> dict[str, list[str]]:
-    return {part: [str(row[0]) for row in content[part]] for part in PARTS}
-
-
-def _coco_names(content: Any) -> list[str]:
-    return [str(image["file_name"]) for image in content["images"]]
-
-
-def _from_json(name: str, file: Path, read: Callable[[Any], T], expected: str) -> T:
-    try:
-        return read(json.loads(read_text(file)))
-    except (json.JSONDecodeError, LookupError, TypeError, RecursionError) as problem:
-        raise ValueError(
-            f"{name}: {file} is no split file; expected JSON such as {expected}; get it again"
-        ) from problem
-
-
-def _paths(name: str, file: Path) -> list[str]:
-    # A line is `[archive.zip@][<class>/]<class>_<number>.jpg [label]`.
-    if file.suffix == ".json":
-        names = _from_json(name, file, _coco_names, '{"images": [{"file_name": PATH}, ...]}')
+    A line of a text file is `[archive.zip@][<class>/]<class>_<number>.jpg [label]`.
+    """
+    if file.suffix == ".txt":
+        names = [line.split()[0] for line in read_lines(file)]
     else:
-        names = [line.split()[0] for line in read_text(file).splitlines() if line.strip()]
+        try:
+            content = json.loads(read_text(file))
+            if part in content:
+                names = [str(row[0]) for row in content[part]]
+            else:
+                names = [str(image["file_name"]) for image in content["images"]]
+        except (json.JSONDecodeError, LookupError, TypeError, RecursionError) as problem:
+            raise ValueError(
+                f"{file} is no split file; expected JSON such as "
+                f'{{"images": [{{"file_name": PATH}}, ...]}} or {{"{part}": [[PATH, ...]]}}; '
+                "get it again"
+            ) from problem
     bare = [name.rpartition("@")[2] for name in names]
     return [name if "/" in name else f"{name.rpartition('_')[0]}/{name}" for name in bare]

@@ -28,7 +28,7 @@ from air_core.datasets.class_folders import (
     walk,
 )
 from air_core.datasets.dataset import Listing, Row, some
-from air_core.datasets.places import class_entries, optional_text, said, text_lines
+from air_core.datasets.places import class_entries, read_text, said, text_lines
 from air_core.settings import UNKNOWN
 
 CLASSES, LABELS = "classes.txt", "labels.csv"
@@ -90,7 +90,7 @@ def unlabelled_listing(home: Path, classes: Classes) -> Listing:
         ValueError: there are too few images without a label, or `labels.csv` is invalid.
     """
     files = [file for folder, _ in walk(home) for file in images_in(folder)]
-    paths = sorted((file.relative_to(home).as_posix() for file in files), key=_by_folder)
+    paths = [file.relative_to(home).as_posix() for file in sorted(files)]
     if not paths:
         raise ValueError(
             f"{home} and its folders contain no images ({READ_TEXT})"
@@ -120,8 +120,7 @@ def read_labels(home: Path, images: Iterable[str], classes: Classes) -> dict[str
         ValueError: a line has an unknown image, class or part, or an image occurs twice.
     """
     file = home / LABELS
-    text = optional_text(file)
-    if text is None:
+    if not os.path.lexists(file):
         return {}
     known = dict.fromkeys(images)
     label_of = {name: i for i, name in enumerate(classes.classnames)}
@@ -129,15 +128,14 @@ def read_labels(home: Path, images: Iterable[str], classes: Classes) -> dict[str
     label_of = {name.lower(): i for name, i in label_of.items()} | label_of
     found: dict[str, tuple[int, str]] = {}
     first: dict[str, int] = {}
-    for number, line in _lines(file, text):
+    for number, line in _lines(file):
         place = f"{file}:{number}"
         image, name, part = (line.get(column, "") for column in COLUMNS)
         image = PurePosixPath(image).as_posix()
         if image not in known:
-            [like] = get_close_matches(image, known, n=1) or [next(iter(known))]
             raise ValueError(
                 f"{place}: {image!r} is not an image in {home}; expected a path below that folder, "
-                f"such as {like!r}"
+                f"such as {next(iter(known))!r}"
             )
         if not name:
             continue
@@ -166,13 +164,13 @@ def listed_images(files: Iterable[Path]) -> set[str]:
     found: set[str] = set()
     for file in files:
         with suppress(ValueError):
-            found |= {line["image"] for _, line in _lines(file, optional_text(file) or "")}
+            found |= {line["image"] for _, line in _lines(file)}
     return found
 
 
-def _lines(file: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
+def _lines(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Line number and cells by column of each line of a CSV file that is not empty."""
-    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows = csv.reader(io.StringIO(read_text(file), newline=""), strict=True)
     columns: list[str] | None = None
     try:
         for row in rows:
@@ -196,7 +194,3 @@ def _lines(file: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
                 yield rows.line_num, dict(zip(columns, cells, strict=True))
     except csv.Error as problem:
         raise ValueError(f"{file}:{rows.line_num}: this is not CSV: {problem}") from None
-
-
-def _by_folder(path: str) -> tuple[str, ...]:
-    return PurePosixPath(path).parts

@@ -1,12 +1,16 @@
-"""Escapes control characters in external text, such as names of files and classes."""
+"""Invisible characters in external text, such as names of files and classes."""
 
 from __future__ import annotations
 
 import re
 
-# Control characters, line and paragraph separators, direction marks and surrogates. Terminals
-# interpret them, or they make a text look like another one.
-UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# Control characters, line and paragraph separators, direction marks, surrogates, and characters
+# without width. Terminals interpret them, or they make a text look like another one. The joiners
+# \u200c and \u200d are not among them, since Persian and Indic words need them.
+UNPRINTABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+    "\ufff9-\ufffb\ud800-\udfff]"
+)
 
 
 def printable(text: str) -> str:

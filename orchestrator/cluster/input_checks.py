@@ -195,9 +195,9 @@ def _differences(
     if problem := too_many_unreadable(name, unreadable, len(examples.parts), share):
         yield problem
     leaks = [pair for pair in exact if _is_leak(examples, pair)]
-    if leaks and name.startswith(PREFIX) and not permits_duplicates(Path(dataset.source)):
+    if leaks and name.startswith(PREFIX) and not permits_duplicates(dataset):
         names = tuple(_image_name(examples, i) for i in leaks[0])
-        yield leak_message(Path(dataset.source), len(leaks), names)
+        yield leak_message(dataset, len(leaks), names)
 
 
 # ---------------------------------------------------------------- models

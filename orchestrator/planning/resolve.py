@@ -12,7 +12,6 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -202,7 +201,7 @@ class Resolver(Contents):
         if problem := too_many_unreadable(dataset.name, problems, count_images(files), BAD_SHARE):
             raise ValueError(f"{problem}; `airsweep check {dataset.name}` opens all")
         if dataset.name.startswith(PREFIX):
-            check_no_leak(Path(dataset.source), dict(zip(files, digests, strict=True)))
+            check_no_leak(dataset, dict(zip(files, digests, strict=True)))
         return dataset_ref(dataset, files, digests)
 
     def inputs(self) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import io
 import os
 import re
 import shutil
-import struct
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytest
 from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_image
 
-from tests.helpers.dataset_trees import draw, make_tree
+from tests.helpers.dataset_trees import draw, make_tree, png
 from tests.helpers.sweeps import write_sweep
 
 Harm = Callable[[Path], object]  # given the data root for published datasets, else the folder
@@ -38,14 +37,6 @@ def parted(home: Path) -> None:
 MAKE: dict[str, Callable[[Path], None]] = {"free": free, "parted": parted}
 
 
-def replaced(path: str, by: Callable[[Path], object]) -> Harm:
-    def harm(home: Path) -> None:
-        (home / path).unlink()
-        by(home / path)
-
-    return harm
-
-
 def written(path: str, content: bytes | str) -> Harm:
     data = content.encode() if isinstance(content, str) else content
     return lambda home: (home / path).write_bytes(data)
@@ -59,22 +50,6 @@ def renamed_in_latin1(path: str, name: bytes) -> Harm:
     return lambda home: os.rename(home / path, os.fsencode((home / path).parent) + b"/" + name)
 
 
-def emptied(folder: str) -> Harm:
-    return lambda home: [file.unlink() for file in (home / folder).iterdir()]
-
-
-def as_mov(home: Path) -> None:
-    for file in (home / "cat").iterdir():
-        file.rename(file.with_suffix(".mov"))
-
-
-NOT_A_FILE = "cat/x.png has the name of an image but is not a file"
-DTD = "dtd/dtd/images/lined/lined_0000.jpg"
-LISTED = "1 of 282 listed images are not files in .*the first is images/lined/lined_0000.jpg"
-CUB = "cub/CUB_200_2011"
-AIRCRAFT = "fgvc_aircraft/fgvc-aircraft-2013b/data/images_variant_test.txt"
-LABELS = "fashion_mnist/FashionMNIST/raw/train-labels-idx1-ubyte.gz"
-EUROSAT = "eurosat/2750/River/River_1.jpg"
 PAIRS = "of equal images, one in test/ and one in train/ or val/.*allow_duplicates to permit"
 
 
@@ -86,18 +61,20 @@ UNREAD = "1 of 10 images cannot be read, at most 0 are allowed; .*0.png cannot b
 
 # Refused before anything starts, with the file and a remedy.
 REFUSED: list[tuple[str, str, Harm, str]] = [
-    ("pipe", "free", lambda h: os.mkfifo(h / "cat/x.png"), NOT_A_FILE),
-    ("dangling link", "free", linked("cat/x.png", "nowhere.png"), NOT_A_FILE),
+    ("pipe", "free", lambda h: os.mkfifo(h / "cat/x.png"), "x.png has the name of an image but is"),
     ("dangling class", "free", linked("fox", "nowhere"), "fox is a broken link; correct"),
     ("class that is its parent", "free", linked("fox", "."), "no image in fox/, which contains"),
     ("cut image", "free", cut, f"{UNREAD}.*; remove or replace them"),
     ("empty class", "free", lambda h: (h / "fox").mkdir(), "no image in fox/, which contains noth"),
-    ("class without a test", "parted", emptied("test/dog"), "no image in test/dog/"),
-    ("only videos", "free", as_mov, "no image in cat/, which contains '0.mov'.*; skipped: 5 .mov"),
+    (
+        "only videos",
+        "free",
+        lambda h: [file.rename(file.with_suffix(".mov")) for file in (h / "cat").iterdir()],
+        "no image in cat/, which contains '0.mov'.*; skipped: 5 .mov",
+    ),
     ("nothing", "free", lambda h: [shutil.rmtree(f) for f in h.iterdir()], "contains no folders"),
     ("home is a file", "free", lambda h: (shutil.rmtree(h), h.touch()), "unpack an archive"),
     ("classnames is a loop", "free", linked("classnames.txt", "classnames.txt"), "a broken link"),
-    ("template is a device", "free", linked("template.txt", "/dev/zero"), "template.txt is a fol"),
     ("class in latin1", "free", renamed_in_latin1("cat", b"caf\xe9"), r"caf\\xe9: this name is no"),
     (
         "image in latin1",
@@ -123,25 +100,17 @@ REFUSED: list[tuple[str, str, Harm, str]] = [
         ),
         f"2 pairs {PAIRS}",
     ),
-    ("EuroSAT: pipe", "eurosat", replaced(EUROSAT, os.mkfifo), "River_1.jpg has the name"),
     (
         "EuroSAT: JSON of numbers",
         "eurosat",
         written("eurosat/split_zhou_EuroSAT.json", '{"train": [1]}'),
         "split_zhou_EuroSAT.json is no split file; expected JSON such as",
     ),
-    ("DTD: pipe", "dtd", replaced(DTD, os.mkfifo), LISTED),
-    (
-        "DTD: list out of the folder",
-        "dtd",
-        written("dtd/dtd/labels/train1.txt", "lined/../../../x.jpg\n"),
-        r"the first is images/lined/\.\./\.\./\.\./x.jpg",
-    ),
     (
         "flowers: damaged setid",
         "flowers102",
         written("flowers102/flowers-102/setid.mat", "x"),
-        "setid.mat cannot be read .*; get it again",
+        "setid.mat or imagelabels.mat in .* cannot be read .*; get both again",
     ),
     (
         "flowers: label without a class",
@@ -150,21 +119,15 @@ REFUSED: list[tuple[str, str, Harm, str]] = [
         "has the label 998, counted from 0, but there are 102 classes",
     ),
     (
-        "birds: another part",
-        "cub",
-        written(f"{CUB}/train_test_split.txt", "".join(f"{i} 2\n" for i in range(1, 801))),
-        "train_test_split.txt has the value '2'; allowed: '1', '0'",
-    ),
-    (
         "birds: unknown class",
         "cub",
-        written(f"{CUB}/image_class_labels.txt", "".join(f"{i} 999\n" for i in range(1, 801))),
-        "image_class_labels.txt has the value '999'; allowed: '1', '2', '3' and 197 more",
+        written("cub/CUB_200_2011/image_class_labels.txt", "1 999\n"),
+        "lists in .*/CUB_200_2011 do not match each other: one of them lacks '999'; unpack",
     ),
     (
         "aircraft: no variant",
         "fgvc_aircraft",
-        written(AIRCRAFT, "0034956\n"),
+        written("fgvc_aircraft/fgvc-aircraft-2013b/data/images_variant_test.txt", "0034956\n"),
         "but '' is none of 100",
     ),
 ]
@@ -176,17 +139,6 @@ def save_labels(file: Path) -> None:
     savemat(file, {"labels": np.full((1, 408), 999)})
 
 
-def png(width: int, height: int, *chunks: bytes) -> bytes:
-    """A PNG of grey pixels that states a size; without pixels unless `chunks` has them."""
-    head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    parts = (head, *chunks, b"IEND")
-    packed = (
-        struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part))
-        for part in parts
-    )
-    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
-
-
 def encoded(kind: str) -> bytes:
     file = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
@@ -194,18 +146,13 @@ def encoded(kind: str) -> bytes:
     return file.getvalue()
 
 
-ZEROS = b"IDAT" + zlib.compress(bytes(20001 * 20000))  # 390 kB that become 400 MB
 BLOATED = b"zTXtbomb\0\0" + zlib.compress(bytes(80 * 2**20))
 # Files named `cat/0.png` that are no readable image, with the reason that is given.
 UNREADABLE: list[tuple[str, bytes, str]] = [
     ("empty", b"", "it is empty"),
     ("LFS pointer", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "not an image"),
-    ("HEIC", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), "not an image of an allowed"),
     ("cut PNG", encoded("PNG")[:-600], "truncated"),
-    ("cut WebP", encoded("WEBP")[:-600], "cannot be read"),
-    ("PNG without pixels", png(8, 8), "cannot be read"),
     ("claimed size", png(60000, 60000), "too large, over 178,956,970 pixels"),
-    ("PNG bomb", png(20000, 20000, ZEROS), "too large, over 178,956,970 pixels"),
     ("text bomb", png(8, 8, BLOATED), "cannot be read"),
 ]
 
@@ -299,7 +246,6 @@ REPORTED: list[tuple[str, str, Harm, str]] = [
         "exact       1 pair of images with equal pixels: 0 in two classes, 1 in train and test\n"
         "            test/cat/z.png = train/cat/0.png",
     ),
-    ("long name", "free", lambda h: draw(h / "cat" / f"{'i' * 240}.png"), "unreadable  0"),
 ]
 
 

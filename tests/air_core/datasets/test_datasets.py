@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 from PIL import Image, UnidentifiedImageError
 
-from air_core.datasets import DATASETS
+from air_core.datasets import DATASETS, images
 from air_core.datasets.class_folders import SUFFIXES
 from air_core.datasets.dataset import is_template
 from air_core.datasets.images import ImageFiles, Unreadable, open_image
-from air_core.datasets.split_files import held_out
+from air_core.datasets.split_files import PARTS, held_out
 from orchestrator.planning import Resolver
-from tests.helpers.dataset_trees import EACH, MAKERS, draw, make_tree, small, small_root
+from tests.helpers.dataset_trees import EACH, MAKERS, make_tree, png, small, small_root
 from tests.helpers.sweeps import python
 
 EVERY = pytest.mark.parametrize("name", DATASETS)
@@ -52,6 +52,7 @@ def test_every_image_has_a_class_and_a_part_and_every_part_every_class(name):
     assert len(examples.images) == len(examples.labels) == len(examples.parts)
     assert examples.labels.dtype == np.int64
     parts = set(examples.parts.tolist())
+    assert {part for key in DATASETS[name].published.parts for part in key.split("+")} <= parts
     # If `split_seed` decides between pool and test (`free`), the source defines no parts.
     assert parts in ({"free", "val"}, {"train", "val", "test"})
     for part in parts:
@@ -72,7 +73,6 @@ def test_loading_the_listed_files_again_gives_the_same_images_in_the_same_order(
     for i in range(0, len(images), max(1, len(images) // 50)):
         assert images[i].tobytes() == again.images[i].tobytes()
         assert images[i].mode == "RGB"
-    assert [image.tobytes() for image in images[2:7:2]] == [images[i].tobytes() for i in (2, 4, 6)]
     assert images[np.int64(-1)].tobytes() == images[len(images) - 1].tobytes()
 
 
@@ -87,6 +87,13 @@ def test_files_are_listed_once_in_a_fixed_order(name, tmp_path):
         assert [*images.files] == sorted(images.files)
         planned = Resolver(tmp_path / "digests.json", small_root(name)).dataset(DATASETS[name])
         assert planned.images == len({*images.files}) == len(images)
+
+
+def test_an_image_that_is_listed_and_missing_is_refused(tmp_path):
+    make_tree("dtd", tmp_path)
+    (tmp_path / "dtd/dtd/images/lined/lined_0000.jpg").unlink()
+    with pytest.raises(ValueError, match=r"lined_0000\.jpg does not exist, or is not a file"):
+        Resolver(tmp_path / "digests.json", tmp_path).dataset(DATASETS["dtd"])
 
 
 # ---------------------------------------------------------------- layouts
@@ -120,31 +127,9 @@ def test_labels_are_those_of_the_source(name):
                 assert file.parent.name.replace("_", " ") == classname
 
 
-def test_parts_are_those_of_the_lists():
-    for name, each in {
-        "flowers102": {"train": 1, "val": 1, "test": 2},
-        "dtd": {"train": 2, "val": 2, "test": 2},
-        "fgvc_aircraft": {"train": 1, "val": 1, "test": 1},
-    }.items():
-        classes = len(DATASETS[name].classnames)
-        expected = {part: count * classes for part, count in each.items()}
-        assert Counter(small(name).parts.tolist()) == expected
-    birds = small("cub")
-    fourth = np.array([file.stem.endswith("3") for file in birds.images.files])
-    assert np.array_equal(birds.parts == "test", fourth)
-
-
 @pytest.mark.parametrize(
     ("name", "inside"),
-    [
-        ("flowers102", "flowers-102"),
-        ("dtd", "dtd"),
-        ("fgvc_aircraft", "fgvc-aircraft-2013b"),
-        ("fgvc_aircraft", "fgvc-aircraft-2013b/data"),
-        ("eurosat", "2750"),
-        ("resisc45", "NWPU-RESISC45"),
-        ("cub", "CUB_200_2011"),
-    ],
+    [("dtd", "dtd"), ("fgvc_aircraft", "fgvc-aircraft-2013b"), ("eurosat", "2750")],
 )
 def test_the_root_can_be_the_archives_folder_or_its_parent(name, inside):
     root = small_root(name)
@@ -183,8 +168,9 @@ def test_a_class_of_two_images_contributes_one_and_a_single_image_is_never_held_
     assert sorted(path[0] for path in chosen) == ["b", "c"]
 
 
-def test_held_out_images_never_change():
-    """A changed digest means that all splits change: increase the recipes instead."""
+def test_the_parts_of_all_images_never_change():
+    """Of EuroSAT, RESISC45 and birds a rule holds images out. A changed digest means that all
+    splits change: increase the recipes instead."""
     from hashlib import sha256
 
     parts = {}
@@ -198,7 +184,14 @@ def test_held_out_images_never_change():
     assert parts == DIGESTS
 
 
-DIGESTS = {"eurosat": "3f3929bbbb40", "resisc45": "d02f0003876e", "cub": "46f420eb1fa3"}
+DIGESTS = {
+    "flowers102": "e6d54230e836",
+    "dtd": "12564efa7108",
+    "fgvc_aircraft": "907e8b6e7018",
+    "eurosat": "3f3929bbbb40",
+    "resisc45": "d02f0003876e",
+    "cub": "46f420eb1fa3",
+}
 
 
 @pytest.fixture
@@ -213,11 +206,13 @@ def parts_of(root: Path, name: str = "eurosat") -> dict[str, str]:
     return dict(zip(files, examples.parts.tolist(), strict=True))
 
 
-@pytest.mark.parametrize("folder", ["eurosat", "eurosat/2750"])
 @pytest.mark.parametrize(
-    "line",
-    ["{c}_{i}.jpg", "{c}/{c}_{i}.jpg 3", "test.zip@{c}/{c}_{i}.jpg 3"],
-    ids=["bare", "path and label", "as ELEVATER"],
+    ("folder", "line"),
+    [
+        ("eurosat", "{c}_{i}.jpg"),
+        ("eurosat/2750", "{c}/{c}_{i}.jpg 3"),
+        ("eurosat", "test.zip@{c}/{c}_{i}.jpg 3"),  # as ELEVATER
+    ],
 )
 def test_a_test_list_alone_makes_all_other_images_training_images(eurosat, folder, line):
     """Published code trains on every file of a folder, including those of the test list."""
@@ -233,39 +228,41 @@ def test_a_test_list_alone_makes_all_other_images_training_images(eurosat, folde
     assert eurosat / folder / "test.txt" in DATASETS["eurosat"].files(eurosat)
 
 
-def plain_lists(folder: Path, classes: list[str], parts: dict[str, int]) -> None:
-    for part, i in parts.items():
-        (folder / f"resisc45-{part}.txt").write_text("".join(f"{c}_{i:03}.jpg\n" for c in classes))
+def plain_lists(classes: list[str], parts: dict[str, int]) -> dict[str, str]:
+    return {
+        f"{part}.txt": "".join(f"{c}_{i:03}.jpg\n" for c in classes) for part, i in parts.items()
+    }
 
 
-def coco_lists(folder: Path, classes: list[str], parts: dict[str, int]) -> None:
-    for part, i in parts.items():
-        images = [{"file_name": f"{part}.zip@{c}/{c}_{i:03}.jpg"} for c in classes]
-        (folder / f"{part}.json").write_text(json.dumps({"images": images}))
+def coco_lists(classes: list[str], parts: dict[str, int]) -> dict[str, str]:
+    lists = {
+        part: [{"file_name": f"{part}.zip@{c}/{c}_{i:03}.jpg"} for c in classes]
+        for part, i in parts.items()
+    }
+    return {f"{part}.json": json.dumps({"images": images}) for part, images in lists.items()}
 
 
-def coops_list(folder: Path, classes: list[str], parts: dict[str, int]) -> None:
-    split = {
+def coops_list(classes: list[str], parts: dict[str, int]) -> dict[str, str]:
+    lists = {
         part: [[f"{c}/{c}_{i}.jpg", n, c] for n, c in enumerate(classes)]
         for part, i in parts.items()
     }
-    (folder / "split_zhou_EuroSAT.json").write_text(json.dumps(split))
+    return {"split_zhou_EuroSAT.json": json.dumps(lists)}
 
 
 @pytest.mark.parametrize(
-    ("name", "write"),
+    ("name", "lists"),
     [("resisc45", plain_lists), ("resisc45", coco_lists), ("eurosat", coops_list)],
 )
-def test_lists_of_three_parts_are_used_unchanged(tmp_path, name, write):
+def test_lists_of_three_parts_are_used_unchanged(tmp_path, name, lists):
     make_tree(name, tmp_path)
     folders = sorted(path.name for path in tmp_path.glob(f"{name}/*/*"))
-    write(tmp_path / name, folders, {"train": 1, "val": 2, "test": 3})
+    for file, text in lists(folders, {"train": 1, "val": 2, "test": 3}).items():
+        (tmp_path / name / file).write_text(text)
     parts = parts_of(tmp_path, name)
     assert Counter(parts.values()) == dict.fromkeys(("train", "val", "test"), len(folders))
-    numbers = {
-        part: {int(file[-5]) for file, of in parts.items() if of == part} for part in parts.values()
-    }
-    assert numbers == {"train": {1}, "val": {2}, "test": {3}}
+    numbers = {part: {file[-5] for file, of in parts.items() if of == part} for part in PARTS}
+    assert numbers == {"train": {"1"}, "val": {"2"}, "test": {"3"}}
 
 
 def test_lists_outside_of_the_root_are_not_read(tmp_path):
@@ -301,8 +298,8 @@ def test_files_that_could_be_mnist_are_not_used_as_fashion_mnist(tmp_path, monke
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda content: content[:-20], "is damaged"),
-        (lambda content: gzip.compress(gzip.decompress(content)[:-20]), "has .* values, but its"),
+        (lambda content: content[:-20], "ended before"),
+        (lambda content: gzip.compress(gzip.decompress(content)[:-20]), "cannot reshape"),
         (lambda content: gzip.compress(b"\0\0\x08\x01" + b"\0" * 12), "not an IDX file with 3 dim"),
     ],
     ids=["cut off", "cut off before packing", "another kind"],
@@ -322,14 +319,18 @@ def test_a_damaged_file_of_fashion_mnist_is_an_error(tmp_path, damage, message):
 
 
 @pytest.mark.parametrize("name", OF_FILES)
-def test_the_error_for_a_missing_dataset_names_the_folders_and_the_source(name, tmp_path):
+def test_the_error_without_a_data_root_names_the_source(name):
+    with pytest.raises(ValueError, match=rf"{name} needs a data root: --data-root DIR.*https://"):
+        DATASETS[name].files(None)
+
+
+def test_the_error_for_a_missing_dataset_names_the_folders(tmp_path):
     for root, message in (
-        (None, rf"{name} needs a data root: --data-root DIR.*https://"),
-        (tmp_path / "nowhere", r"the data root .*nowhere does not exist"),
-        (tmp_path, rf"{name} is not in .*looked for .*{name}.*https://"),
+        (tmp_path / "nowhere", r"dtd is not in .*nowhere, which is not a folder: looked for"),
+        (tmp_path, r": looked for labels in \S*/dtd/dtd, \S*/dtd, \S*; unpack https://"),
     ):
         with pytest.raises(ValueError, match=message):
-            DATASETS[name].files(root)
+            DATASETS["dtd"].files(root)
 
 
 @pytest.mark.parametrize(
@@ -351,12 +352,6 @@ def test_invalid_lists_are_errors(eurosat, train, test, message):
         DATASETS["eurosat"].files(eurosat)
 
 
-def test_a_dataset_that_exists_twice_is_an_error(eurosat):
-    shutil.copytree(eurosat / "eurosat/2750", eurosat / "eurosat/EuroSAT_RGB")
-    with pytest.raises(ValueError, match=r"eurosat exists twice, in .*2750 and .*EuroSAT_RGB"):
-        DATASETS["eurosat"].files(eurosat)
-
-
 def test_a_missing_class_folder_is_an_error_that_names_it(eurosat):
     folder = eurosat / "eurosat/2750/Forest"
     shutil.rmtree(folder)
@@ -367,15 +362,6 @@ def test_a_missing_class_folder_is_an_error_that_names_it(eurosat):
         DATASETS["eurosat"].files(eurosat)
 
 
-def test_images_of_one_name_in_two_folders_are_two_images(eurosat):
-    """A join by base name would confuse them."""
-    draw(eurosat / "eurosat/2750/River/Forest_1.jpg")
-    (eurosat / "eurosat/test.txt").write_text("River/Forest_1.jpg\n")
-    parts = parts_of(eurosat)
-    assert parts["River/Forest_1.jpg"] == "test"
-    assert parts["Forest/Forest_1.jpg"] != "test"
-
-
 def test_birds_of_other_classes_are_an_error(tmp_path):
     make_tree("cub", tmp_path)
     file = tmp_path / "cub/CUB_200_2011/classes.txt"
@@ -383,7 +369,7 @@ def test_birds_of_other_classes_are_an_error(tmp_path):
     with pytest.raises(ValueError, match="has other classes: pope"):
         DATASETS["cub"].files(tmp_path)
     file.unlink()
-    with pytest.raises(ValueError, match=r"classes\.txt is not in .*unpack the archive again"):
+    with pytest.raises(ValueError, match=r"classes\.txt is missing"):
         DATASETS["cub"].files(tmp_path)
 
 
@@ -466,16 +452,6 @@ showpage
 """
 
 
-def huge_png(side: int = 20000) -> bytes:
-    """The header of a PNG of 20,000 x 20,000 pixels."""
-    import struct
-    import zlib
-
-    head = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    chunk = struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
-    return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT"
-
-
 def test_postscript_named_like_a_photograph_is_unreadable_and_starts_no_program(
     tmp_path, monkeypatch
 ):
@@ -514,7 +490,7 @@ def test_the_first_image_of_a_file_is_read(tmp_path, kind):
 
 def test_a_large_image_below_the_limit_prints_no_warning(tmp_path):
     file = tmp_path / "large.png"
-    file.write_bytes(huge_png(10000))
+    file.write_bytes(png(10000, 10000, b"IDAT"))
     code = (
         "import sys\n"
         "from pathlib import Path\n"
@@ -541,11 +517,6 @@ def test_a_pipe_does_not_block_and_a_missing_file_is_an_error_of_the_disk(tmp_pa
         ImageFiles((tmp_path / "missing.jpg",))[0]
 
 
-def test_hidden_files_are_not_images(eurosat):
-    (eurosat / "eurosat/2750/River/._River_1.jpg").write_bytes(b"what macOS leaves in archives")
-    assert len(DATASETS["eurosat"].load(eurosat).images) == 10 * EACH
-
-
 # ---------------------------------------------------------------- the table
 
 
@@ -562,3 +533,9 @@ print(*sorted({"numpy", "PIL", "scipy", "sklearn", "torch"} & set(sys.modules)))
 
 def test_listing_files_opens_no_image():
     assert python("-c", LISTING, small_root("eurosat")).stdout.split() == []
+
+
+def test_the_module_that_opens_images_needs_nothing_of_airsweep():
+    """Served models contain a copy of it."""
+    code = "import runpy, sys; runpy.run_path(sys.argv[1]); print('air_core' in sys.modules)"
+    assert python("-c", code, images.__file__).stdout == "False\n"
