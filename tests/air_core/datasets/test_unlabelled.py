@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -148,22 +149,32 @@ def test_a_copy_of_a_test_image_in_the_pool_is_refused_unless_permitted(photos):
 
 NEEDS_LABELS = {
     "paradigm: ssl": {"paradigm": "ssl"},
-    "paradigm: trzsl": {"paradigm": "trzsl"},
     "pool_ratio: 5": {"pool_ratio": 5.0},
     "images_from: true_labels": {"images_from": "true_labels", "images_per_class": 2},
     "initial_labels.true_share": {"initial_labels.true_share": 0.8},
 }
 
 
+@pytest.fixture
+def resolver(photos) -> Resolver:
+    return Resolver(photos.parent / "c.json", None)
+
+
+@pytest.fixture
+def flat(photos) -> dict[str, Any]:
+    return {"dataset": f"folder:{photos}", "backbone": "tiny", "generator": "tiny"}
+
+
 @pytest.mark.parametrize("words", NEEDS_LABELS)
-def test_a_setting_that_needs_labels_of_the_pool_is_refused_before_a_run(photos, words):
-    resolver = Resolver(photos.parent / "c.json", None)
-    flat = {"dataset": f"folder:{photos}", "backbone": "tiny", "generator": "tiny"}
-    assert resolver.trial(flat).dataset.digest
+def test_a_setting_that_needs_labels_of_the_pool_is_refused_before_a_run(resolver, flat, words):
     with pytest.raises(InvalidSetting, match=words) as caught:
         resolver.trial(flat | NEEDS_LABELS[words])
     assert caught.value.key == "dataset"
+
+
+def test_validation_and_test_images_that_do_not_exist_are_refused_before_a_run(resolver, flat):
+    assert resolver.trial(flat).dataset.digest
     with pytest.raises(InvalidSetting, match="has no validation images for the objective"):
-        resolver.check_validation(f"folder:{photos}")
+        resolver.check_validation(flat["dataset"])
     with pytest.raises(InvalidSetting, match=r"has no test images; label some in its labels\.csv"):
-        resolver.trial(flat | {"dataset": "digits", "test_dataset": f"folder:{photos}"})
+        resolver.trial(flat | {"dataset": "digits", "test_dataset": flat["dataset"]})
