@@ -119,10 +119,10 @@ REFUSED: list[tuple[str, str, Harm, str]] = [
         "has the label 998, counted from 0, but there are 102 classes",
     ),
     (
-        "birds: unknown class",
+        "birds: labels are cut off",
         "cub",
-        written("cub/CUB_200_2011/image_class_labels.txt", "1 999\n"),
-        "lists in .*/CUB_200_2011 do not match each other: one of them lacks '999'; unpack",
+        written("cub/CUB_200_2011/image_class_labels.txt", "1 1\n"),
+        "lists in .*/CUB_200_2011 do not match each other: one of them lacks '10'; unpack",
     ),
     (
         "aircraft: no variant",
