@@ -21,7 +21,7 @@ def photos(tmp_path) -> Path:
     """12 images in folders that mean nothing, and two classes."""
     home = tmp_path / "photos"
     for i in range(6):
-        draw(home / f"{i}.png")
+        draw(home / ("2/5.png" if i == 5 else f"{i}.png"))
         draw(home / "train" / "2021 trip" / f"{i}.jpg")
     draw(home / ".hidden" / "a.png")
     (home / "notes.mov").write_text("x")
