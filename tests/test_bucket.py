@@ -133,16 +133,6 @@ def test_another_machine_resumes_a_sweep_whose_driver_was_killed_at_any_event(wo
     assert prepared.total() <= killed, (chosen, prepared)
 
 
-def test_of_two_drivers_on_two_machines_only_one_runs_the_sweep(world, calm):
-    both = [world.start_run(name) for name in ("one", "two")]
-    errors = [ended(process, 0, 3)[1] for process in both]
-    assert 0 in [process.returncode for process in both], errors
-    for process, text in zip(both, errors, strict=True):
-        assert process.returncode == 0 or "another driver runs" in text
-    assert world.output("three", "table", "chaos") == calm.output("local", "table", "chaos")
-    assert begun_twice(world.built, calm.built) == (Counter(), Counter())
-
-
 def test_an_unreachable_server_ends_the_run_without_losing_results(world, calm):
     words = ("run", world.spec, "--tracking-uri", "none")
     with stopped_at("trial_done", *words, module=TRIVIAL, **world.options("one")) as process:

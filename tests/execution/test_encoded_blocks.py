@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import shutil
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
 
+from orchestrator.cluster.session import machines
+from orchestrator.execution._allocation import Allocation
+from orchestrator.execution._progress import ProgressMonitor
+from orchestrator.execution._queue import WorkQueue
+from orchestrator.execution._workers import Workers
 from orchestrator.planning import Requirement, requirements_of
 from orchestrator.plugins import read_plugin
+from orchestrator.spec import Resources
 from orchestrator.stages import EncodedSpec, FeaturesSpec
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.encoded import build as build_block
 from orchestrator.stages.encoded import open_model
 from orchestrator.stages.features import build as build_features
 from orchestrator.store import ArtifactStore
-from tests.execution.test_workers import prepare
+from tests.execution.test_queue import Listener
 
 pytestmark = pytest.mark.ray
 
@@ -25,6 +33,7 @@ BLOCK, BLOCKS = 16, 10
 BATCH = 8
 SMALL_BLOCKS = f"""
 from air_core.settings.components import LOSSES
+from orchestrator.spec import Resources
 from orchestrator.stages import EncodedSpec
 
 EncodedSpec.size, EncodedSpec.few = {BLOCK}, 1
@@ -66,6 +75,18 @@ def needed(resolver: Any, folder: Path) -> list[Requirement]:
 
 def context(store: ArtifactStore, plugin: Path) -> WorkerContext:
     return WorkerContext(store, batch=BATCH, plugins=(read_plugin(str(plugin), Path()),))
+
+
+def prepare(requirements: Sequence[Requirement], worker: WorkerContext) -> Listener:
+    """Make requirements on Ray."""
+    listener, allocation = Listener(), Allocation(Resources(), machines)
+    workers = Workers(worker, allocation.resources, ProgressMonitor().actor)
+    queue = WorkQueue(requirements, workers, allocation, listener)
+    while not queue.is_over:
+        queue.take()
+        queue.begin()
+        time.sleep(0.01)
+    return listener
 
 
 def content(store: ArtifactStore, spec: FeaturesSpec) -> dict[str, Any]:

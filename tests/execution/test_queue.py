@@ -323,6 +323,7 @@ def test_a_failed_artifact_stops_only_artifacts_that_need_it(trial, world):
     done = world(merge([*large, *others]), broken=[("encoded", 0, 9)]).run()
     ((failed, failure),) = done.listener.events["on_failed"]
     assert (failed.stage, failure.failure_class) == ("encoded", "user")
+    assert "on_retried" not in done.listener.events
     assert failure.message.startswith("1 block is missing; many, block 9: ValueError")
     assert [each for each in others if not each.is_complete(done.queue.store)] == []
     assert {each.stage for each in large if each.is_complete(done.queue.store)} == {"images"}

@@ -6,7 +6,6 @@ import asyncio
 import os
 import shutil
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +16,7 @@ import pytest
 import ray
 import torch
 
-from orchestrator.cluster.session import machines, waits_for_resources
+from orchestrator.cluster.session import waits_for_resources
 from orchestrator.execution import _queue
 from orchestrator.execution._allocation import Allocation
 from orchestrator.execution._progress import (
@@ -41,18 +40,6 @@ from tests.execution.test_queue import Listener
 from tests.helpers.sweeps import TIMEOUT, wait_until
 
 pytestmark = pytest.mark.ray
-
-
-def prepare(requirements: Sequence[Requirement], worker: WorkerContext) -> Listener:
-    """Make requirements on Ray."""
-    listener, allocation = Listener(), Allocation(Resources(), machines)
-    workers = Workers(worker, allocation.resources, ProgressMonitor().actor)
-    queue = WorkQueue(requirements, workers, allocation, listener)
-    while not queue.is_over:
-        queue.take()
-        queue.begin()
-        time.sleep(0.01)
-    return listener
 
 
 class Reports:
@@ -79,22 +66,18 @@ def row_requirement(resolver, folder, count: int) -> Requirement:
     return Requirement(row, count, tuple(range(len(row.images.classnames))))
 
 
-def run(requirement: Requirement, store: ArtifactStore) -> list[dict[str, Any]]:
-    listener = prepare([requirement], WorkerContext(store))
-    assert "on_failed" not in listener.events
-    return [facts for _, _, facts in listener.events.get("on_prepared", [])]
-
-
-def test_only_missing_blocks_are_drawn(ray_session, resolver, drawn_digits, tmp_path, monkeypatch):
-    monkeypatch.setattr(_queue, "PROCESS_START", 0.0)  # of two processes
+def test_only_missing_blocks_are_drawn(resolver, drawn_digits, tmp_path):
     few, many = (row_requirement(resolver, drawn_digits, count) for count in (8, 16))
     store = ArtifactStore(tmp_path)
-    assert len(run(few, store)) == 10
+
+    def drawn(requirement: Requirement) -> int:
+        made = maker(store).make(requirement.spec, requirement.missing(store), 0)
+        return sum(each.facts["drawn"] for each in made)
+
+    assert drawn(few) == 80
     first = read_synthetic(few.spec, 8, store)
-    blocks = run(many, store)
-    assert sorted((b["class"], b["block"]) for b in blocks) == [(c, 1) for c in range(10)]
-    assert sum(b["drawn"] for b in blocks) == 80
-    assert run(many, store) == []
+    assert many.missing(store) == [(c, 1) for c in range(10)]
+    assert (drawn(many), many.missing(store)) == (80, [])
     again = read_synthetic(many.spec, 8, store)
     assert (again.images.features == first.images.features).all()
     assert read_synthetic(many.spec, 16, store).labels.bincount().tolist() == [16] * 10
@@ -206,28 +189,19 @@ def test_waiting_for_a_block_of_another_process_reports_that_process(
     assert seconds > 0
 
 
-def test_an_artifact_that_cannot_be_made_is_reported_and_the_others_are_made(
-    ray_session, resolver, drawn_digits, tmp_path
+def test_an_artifact_that_cannot_be_made_is_a_failure_with_its_reason(
+    resolver, drawn_digits, tmp_path
 ):
     broken = tmp_path / "broken"
     shutil.copytree(drawn_digits, broken)
     for file in broken.rglob("*.png"):  # the plan would refuse images without an end
         data = file.read_bytes()
         file.write_bytes(data[:45] + bytes(len(data) - 65) + data[-20:])
-    whole = resolver.trial({"dataset": f"folder:{drawn_digits}", "images_per_class": 0})
-    unreadable = resolver.trial({"dataset": f"folder:{broken}"})
-    requirements = requirements_of([unreadable, whole])
-    # LoRA and images depend on the features of the broken dataset.
-    assert len({requirement.stage for requirement in requirements}) == 4
-    listener = prepare(requirements, WorkerContext(ArtifactStore(tmp_path / "s")))
-    ((failed, failure),) = listener.events["on_failed"]
-    assert failed.spec == unreadable.features
-    assert (failure.failure_class, failure.message[:10]) == ("user", "ValueError")
-    assert "images cannot be read" in failure.message
-    assert [requirement.spec for requirement, *_ in listener.events["on_prepared"]] == [
-        whole.features
-    ]
-    assert "on_retried" not in listener.events
+    spec = resolver.trial({"dataset": f"folder:{broken}"}).features
+    (made,) = maker(ArtifactStore(tmp_path / "s")).make(spec, [_queue.ARTIFACT], 0)
+    assert made.failure.failure_class == "user"
+    assert made.failure.message.startswith("ValueError")
+    assert "images cannot be read" in made.failure.message
 
 
 def test_a_blank_image_is_a_recorded_hole(resolver, drawn_digits, tmp_path):

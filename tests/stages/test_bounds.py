@@ -36,11 +36,6 @@ def worker(tmp_path_factory) -> WorkerContext:
     return WorkerContext(ArtifactStore(tmp_path_factory.mktemp("bounds") / "runs"))
 
 
-@pytest.fixture(scope="module")
-def resolver(tmp_path_factory) -> Resolver:
-    return Resolver(tmp_path_factory.mktemp("digests") / "digests.json", None)
-
-
 def spec_of(method: str, resolver: Resolver, drawn: Any, **more: Any) -> TrialSpec:
     flat = presets.defaults(method, {}) | SMALL | {"generator": f"folder:{drawn}"}
     for name in [name for name in flat if name.startswith("lora.")]:
