@@ -167,12 +167,12 @@ class VisualPrompt:
         template: str,
         seed: int,
     ) -> None:
-        width = backbone.patch_width
+        width = backbone.vision.width
         shape = [settings.length, width]
         if settings.depth == "deep":
-            shape.insert(0, backbone.vision_layers)
+            shape.insert(0, backbone.vision.layers)
         generator = torch.Generator().manual_seed(seed)
-        start = STARTS[settings.init](shape, backbone.patch_size, generator)
+        start = STARTS[settings.init](shape, backbone.vision.patch, generator)
         self.tokens = Parameter((width**-0.5 * start).to(backbone.device))
         self.backbone = backbone
         self.weight = class_texts(backbone, classnames, template)  # (C, D)
@@ -193,7 +193,7 @@ class VisualPrompt:
 
     @property
     def prompt(self) -> Parameter:
-        """(P, V); with `depth: deep` (vision_layers, P, V)."""
+        """(P, V); with `depth: deep` (layers, P, V)."""
         return self.tokens
 
 

@@ -209,7 +209,7 @@ def visual_step(args: argparse.Namespace) -> None:
 
 
 def _visual_step(backbone: Backbone, photos: Photos, batch: int, steps: int) -> dict[str, float]:
-    width, device = backbone.patch_width, backbone.device
+    width, device = backbone.vision.width, backbone.device
     prompt = Parameter(width**-0.5 * torch.randn(CONTEXT, width, device=device))
     photos.preprocess = backbone.preprocess
     loader = torch.utils.data.DataLoader(photos, batch_size=batch, num_workers=LOADERS)

@@ -101,22 +101,12 @@ class Backbone:
         return self.precision == "tf32" and self.device.type == "cuda"
 
     @property
-    def patch_width(self) -> int:
-        """Width of an image token. Raises as `image_tokens` does, like the next two properties."""
-        return self.vision.width
-
-    @property
-    def patch_size(self) -> int:
-        """Side of a patch, in pixels."""
-        return self.vision.patch
-
-    @property
-    def vision_layers(self) -> int:
-        return self.vision.layers
-
-    @property
     def vision(self) -> VisionTower:
-        """The image tower, for learned tokens."""
+        """The image tower, for learned tokens.
+
+        Raises:
+            ValueError: it accepts none.
+        """
         return vision_tower(self.model.visual)
 
     @torch.no_grad()
@@ -179,7 +169,7 @@ class Backbone:
 
         Args:
             tokens: (B, T, V) from `image_tokens`.
-            prompt: (P, V), tokens before the first block; or (vision_layers, P, V), new tokens
+            prompt: (P, V), tokens before the first block; or (layers, P, V), new tokens
                 before each block. Those before the first block are normalised like image tokens.
 
         Returns:

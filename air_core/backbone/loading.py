@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
 from types import ModuleType
@@ -13,7 +11,7 @@ from typing import Any
 
 from air_core.backbone.clip import Backbone
 from air_core.models.configs import check_configs
-from air_core.models.weights import MERGES, ClipWeights, find_backbone, stay_offline
+from air_core.models.weights import ClipWeights, find_backbone, stay_offline
 from air_core.settings.components import BACKBONES
 from air_core.tools.arithmetic import sums_in_one_order
 
@@ -54,26 +52,19 @@ def _loaded(name: str | Path | ClipWeights, device: str, precision: str) -> Back
         # For a file open_clip does not know the activation function of the pretrained tag.
         options["force_quick_gelu"] = bool(found.model.get("quick_gelu"))
         options["pretrained"] = str(found.path)
-    with _named(found):
+    try:
         # Without require_pretrained, open_clip only warns of missing weights and returns random
         # ones.
         model, _, preprocess = _open_clip(found.model).create_model_and_transforms(
             found.name, precision=precision, require_pretrained=True, weights_only=True, **options
         )
-        tokenizer = _tokenizer(found.model, found.tokenizer)
-    return Backbone(model.to(device), preprocess, tokenizer)
-
-
-@contextmanager
-def _named(found: ClipWeights) -> Iterator[None]:
-    """Name the file or folder in errors of open_clip and transformers, which are of many types."""
-    try:
-        yield
+        tokenizer = _tokenizer(found)
     except MemoryError:
         raise
-    except Exception as error:
+    except Exception as error:  # of many types, of open_clip and transformers
         why = f"{type(error).__name__}: {shorten(str(error), 500)}"
         raise ValueError(f"{found.path} cannot be loaded as {found.name}: {why}") from error
+    return Backbone(model.to(device), preprocess, tokenizer)
 
 
 OPTIONAL = ("timm", "transformers")  # optional dependencies of open_clip
@@ -109,11 +100,11 @@ def _open_clip(model: dict[str, Any]) -> ModuleType:
     return open_clip
 
 
-def _tokenizer(config: dict[str, Any], folder: Path | None) -> Any:
+def _tokenizer(found: ClipWeights) -> Any:
     """The tokenizer that open_clip would choose, from local files only."""
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
-    text = config["text_cfg"]
+    text, folder = found.model["text_cfg"], found.tokenizer
     options = {"context_length": text.get("context_length", 77)}
     options |= text.get("tokenizer_kwargs") or {}  # checked by `find_backbone`
     if text.get("hf_tokenizer_name"):
@@ -133,6 +124,6 @@ def _tokenizer(config: dict[str, Any], folder: Path | None) -> Any:
                 "tokenizer_config.json"
             )
         return tokenizer
-    if folder is not None and (folder / MERGES).is_file():
-        options = {"bpe_path": str(folder / MERGES), **options}
+    if found.merges:
+        options["bpe_path"] = str(found.merges)
     return SimpleTokenizer(**options)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache, partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,19 +22,7 @@ from air_core.backbone.blocks import is_plain, run_blocks, weights_dtype
 PACK = 128  # texts per pass of the text tower; with a shared context, classes
 
 
-class ContextEncoder(Protocol):
-    """Computes text features of class names with learned vectors before them."""
-
-    def encode(self, prompts: Tensor, classnames: tuple[str, ...]) -> Tensor:
-        """(R, L, W) -> (R, C, D), not normalised, differentiable in `prompts`.
-
-        Raises:
-            ValueError: a name is too long for the space after the context.
-        """
-        ...
-
-
-def context_encoder(tower: Any, tokenizer: Any) -> ContextEncoder:
+def context_encoder(tower: Any, tokenizer: Any) -> SharedContext | WholeTexts:
     """The fastest encoder that is exact for a text tower.
 
     Raises:
@@ -67,7 +55,11 @@ class SharedContext:
         self._fixed = lru_cache(maxsize=16)(partial(_fixed_parts, tower, tokenizer))
 
     def encode(self, prompts: Tensor, classnames: tuple[str, ...]) -> Tensor:
-        """See ContextEncoder."""
+        """(R, L, W) -> (R, C, D), not normalised, differentiable in `prompts`.
+
+        Raises:
+            ValueError: a name is too long for the space after the context.
+        """
         packs = [classnames[at : at + PACK] for at in range(0, len(classnames), PACK)]
         return torch.cat([self._encode_pack(prompts, pack) for pack in packs], dim=1)
 
@@ -91,7 +83,7 @@ class WholeTexts:
         self._ids = lru_cache(maxsize=16)(partial(_name_ids, tower, tokenizer))
 
     def encode(self, prompts: Tensor, classnames: tuple[str, ...]) -> Tensor:
-        """See ContextEncoder."""
+        """See SharedContext."""
         ids, lead = self._ids(classnames, prompts.shape[1])  # (C, N), 0 at the context
         packs = torch.split(ids, max(1, PACK // len(prompts)))
         if len(packs) == 1 or not torch.is_grad_enabled():

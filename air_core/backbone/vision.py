@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,22 +19,6 @@ from air_core.backbone.blocks import is_plain, run_block, run_blocks
 # B images, T tokens of an image, P learned tokens, V token width, D feature width.
 
 CLS = slice(0, 1)  # the token whose output is the image feature
-
-
-class VisionTower(Protocol):
-    """A vision transformer: `layers` blocks on tokens of `width`, for patches of `patch` pixels."""
-
-    width: int
-    patch: int
-    layers: int
-
-    def tokens(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, T, V): the image tokens that enter the first block."""
-        ...
-
-    def features(self, tokens: Tensor, prompt: Tensor) -> Tensor:
-        """(B, D), not normalised; see Backbone.encode_tokens."""
-        ...
 
 
 def vision_tower(tower: Any) -> VisionTower:
@@ -65,12 +49,23 @@ def vision_tower(tower: Any) -> VisionTower:
     )
 
 
-class _AnyTower(ABC):
-    """Base of towers whose pooling may read all image tokens."""
+class VisionTower(ABC):
+    """A vision transformer: `layers` blocks on tokens of `width`, for patches of `patch` pixels.
 
+    Its pooling may read all image tokens.
+    """
+
+    width: int
+    patch: int
+    layers: int
     blocks: Sequence[Any]
 
+    @abstractmethod
+    def tokens(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, T, V): the image tokens that enter the first block."""
+
     def features(self, tokens: Tensor, prompt: Tensor) -> Tensor:
+        """(B, D), not normalised; see Backbone.encode_tokens."""
         count, length = tokens.shape[:2]
         layers = prompt if prompt.dim() == 3 else prompt[None]
         for number, block in enumerate(self.blocks):
@@ -95,7 +90,7 @@ class _AnyTower(ABC):
         """Features (B, D) from the last image tokens."""
 
 
-class OpenClipTower(_AnyTower):
+class OpenClipTower(VisionTower):
     """A vision transformer of open_clip with another normalisation or pooling, such as CLIPA's."""
 
     def __init__(self, tower: Any) -> None:
@@ -135,7 +130,7 @@ class ClipTower(OpenClipTower):
         return features if tower.proj is None else features @ tower.proj
 
 
-class TimmTower(_AnyTower):
+class TimmTower(VisionTower):
     """A vision transformer of timm: EVA, SigLIP, MobileCLIP-B, Perception Encoder."""
 
     def __init__(self, tower: Any) -> None:

@@ -27,10 +27,10 @@ from air_core.diffusion import image_seed
 from air_core.diffusion.denoiser import denoiser_class, network, network_name
 from air_core.models.configs import (
     PIPELINE_CONFIG,
+    UNREAD,
     check_configs,
-    pipeline_index,
-    pipeline_parts,
     plain_file,
+    read_index,
 )
 from air_core.models.families import check_denoiser
 from air_core.models.weights import is_distilled, stay_offline
@@ -210,8 +210,8 @@ def load_pipeline(model: Path, dtype: torch.dtype = torch.float32) -> Any:
     """
     sums_in_one_order()
     stay_offline()
-    named = pipeline_index(model)
-    for part in pipeline_parts(model):
+    index = read_index(model)
+    for part in index.parts:
         check_configs(model / part)
     check_classes(model)
     import diffusers
@@ -220,10 +220,10 @@ def load_pipeline(model: Path, dtype: torch.dtype = torch.float32) -> Any:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
-    # Parts that are intentionally missing, such as the large text encoder of Stable Diffusion 3.
-    parts: dict[str, Any] = {part: None for part, kind in named.items() if kind == [None, None]}
-    if "safety_checker" in named:
-        parts |= {"safety_checker": None, "requires_safety_checker": False}
+    # Such as the large text encoder of Stable Diffusion 3.
+    parts: dict[str, Any] = dict.fromkeys(index.absent)
+    if UNREAD in index.absent:
+        parts["requires_safety_checker"] = False
     try:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
             str(model),
@@ -255,7 +255,7 @@ def check_classes(model: Path) -> None:
     import diffusers
 
     index = model / PIPELINE_CONFIG
-    name = pipeline_index(model)["_class_name"]
+    name, parts, _ = read_index(model)
     kind = getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
         raise ValueError(
@@ -267,7 +267,7 @@ def check_classes(model: Path) -> None:
             f"{index}: a {name} loads a second model that its README names; give a folder that "
             "holds all parts of its pipeline"
         )
-    for part, (library, name) in pipeline_parts(model).items():
+    for part, (library, name) in parts.items():
         kind = getattr(diffusers, name, None)
         plain = (diffusers.ModelMixin, diffusers.SchedulerMixin)
         if library == "diffusers" and not (isinstance(kind, type) and issubclass(kind, plain)):

@@ -13,15 +13,13 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from reprlib import repr as shortened
-from typing import Any
+from typing import Any, NamedTuple
 
 PIPELINE_CONFIG = "model_index.json"
 LIBRARIES = ("diffusers", "transformers")  # of a pipeline's parts; other libraries are not trusted
 UNREAD = "safety_checker"  # part of a pipeline that is never loaded
 PLAIN_ATTENTION = (None, "eager", "sdpa")  # transformers downloads compiled code for others
 TOKENIZERS = r"(?!Auto|Rag)\w*(Tokenizer|TokenizerFast|Backend)"  # classes of one model
-
-
 # Objects of an open_clip configuration; of others the values are not plain.
 OBJECTS = (
     *("model_cfg", "vision_cfg", "text_cfg", "preprocess_cfg"),
@@ -109,7 +107,15 @@ def _is_numbers(value: Any) -> bool:
 # ---------------------------------------------------------------- diffusers
 
 
-def pipeline_index(folder: Path) -> dict[str, Any]:
+class Pipeline(NamedTuple):
+    """What the `model_index.json` of a diffusers folder says."""
+
+    kind: str  # its class
+    parts: dict[str, tuple[str, str]]  # subfolders that are read, with their library and class
+    absent: set[str]  # parts that are missing on purpose, and the safety checker
+
+
+def read_index(folder: Path) -> Pipeline:
     """Read the `model_index.json` of a diffusers folder and check the classes that it names.
 
     Raises:
@@ -117,38 +123,22 @@ def pipeline_index(folder: Path) -> dict[str, Any]:
     """
     file = folder / PIPELINE_CONFIG
     index = json_object(file)
-    parts = {
-        name: value
-        for name, value in index.items()
-        if not name.startswith("_") and isinstance(value, list) and not _is_numbers(value)
-    }
-    for name, value in {"_class_name": [LIBRARIES[0], index.get("_class_name")], **parts}.items():
-        named = len(value) == 2 and (value == [None, None] or all(map(_is_name, value)))
-        trusted = named and (value[0] in (None, *LIBRARIES) or name == UNREAD)
-        if not trusted or not name.isidentifier():
+    named: dict[str, list[Any]] = {"_class_name": [LIBRARIES[0], index.get("_class_name")]}
+    named |= {n: v for n, v in index.items() if isinstance(v, list) and not n.startswith("_")}
+    parts, absent = {}, set()
+    for name, value in named.items():
+        is_class = len(value) == 2 and value[0] in LIBRARIES and all(map(_is_name, value))
+        if value == [None, None] or name == UNREAD:
+            absent.add(name)
+        elif is_class and name.isidentifier():
+            parts[name] = (value[0], value[1])
+        elif not _is_numbers(value):
             raise ValueError(
                 f"{file}: {shortened(name)} is {shortened(value)}; allowed: a class of "
                 f"{' or '.join(LIBRARIES)}, or two nulls, since anything else is code that comes "
                 "with the weights"
             )
-    return index
-
-
-def pipeline_parts(folder: Path) -> dict[str, tuple[str, str]]:
-    """Subfolders of a pipeline, each with its library and class, without the safety checker.
-
-    Raises:
-        ValueError: see `pipeline_index`.
-    """
-    return {
-        part: (value[0], value[1])
-        for part, value in pipeline_index(folder).items()
-        if isinstance(value, list)
-        and value
-        and isinstance(value[0], str)
-        and part != UNREAD
-        and not part.startswith("_")
-    }
+    return Pipeline(parts.pop("_class_name")[1], parts, absent)
 
 
 def check_configs(folder: Path) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from air_core.models.configs import json_object, pipeline_index
+from air_core.models.configs import json_object, read_index
 from air_core.models.weights import is_distilled, scheduler_config
 
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -60,15 +60,6 @@ FAMILIES = {
 }
 
 
-def family_of(folder: Path) -> Family | None:
-    """The family of the pipeline in a diffusers folder; None: it can only draw.
-
-    Raises:
-        ValueError: its index cannot be read.
-    """
-    return FAMILIES.get(pipeline_index(folder)["_class_name"])
-
-
 def check_denoiser(folder: Path, remedy: str = "") -> None:
     """Check that LoRA and evidence can use the pipeline in a diffusers folder.
 
@@ -78,10 +69,9 @@ def check_denoiser(folder: Path, remedy: str = "") -> None:
     Raises:
         ValueError: its class or its noise levels are not supported, or a file cannot be read.
     """
-    scheduler, family = scheduler_config(folder), family_of(folder)
+    scheduler, kind = scheduler_config(folder), read_index(folder).kind
     name, prediction = scheduler.get("_class_name", ""), scheduler.get("prediction_type", "epsilon")
-    if family is None:
-        kind = pipeline_index(folder)["_class_name"]
+    if kind not in FAMILIES:
         names = ", ".join(each.name for each in FAMILIES.values())
         problem = f"is a {kind}, which can only draw; LoRA and evidence support {names}"
     elif name.startswith("FlowMatch") or scheduler.get("use_flow_sigmas"):
@@ -112,18 +102,18 @@ def drawing_defaults(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: a file cannot be read.
     """
-    is_flux = pipeline_index(folder)["_class_name"] == FLUX
+    kind = read_index(folder).kind
     denoiser = _config(folder, "unet") or _config(folder, "transformer")
     vae = _config(folder, "vae")
     found: dict[str, Any] = {}
-    latent = denoiser.get("sample_size", FLUX_LATENT if is_flux else None)
+    latent = denoiser.get("sample_size", FLUX_LATENT if kind == FLUX else None)
     levels = vae.get("block_out_channels") or vae.get("encoder_block_out_channels")
     if isinstance(latent, int) and isinstance(levels, list):
         found["size"] = latent * 2 ** (len(levels) - 1)
     is_guided = bool(denoiser.get("guidance_embeds"))
-    if is_distilled(scheduler_config(folder)) or (is_flux and not is_guided):
+    if is_distilled(scheduler_config(folder)) or (kind == FLUX and not is_guided):
         return found | FEW_STEPS
-    if (family := family_of(folder)) is not None and family.steps is not None:
+    if (family := FAMILIES.get(kind)) is not None and family.steps is not None:
         found |= {"num_inference_steps": family.steps, "guidance_scale": family.guidance}
     return found
 

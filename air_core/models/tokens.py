@@ -10,19 +10,17 @@ import gzip
 import html
 import string
 from functools import cache, lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from air_core.models.weights import MERGES, find_backbone
+from air_core.models.weights import ClipWeights, find_backbone, open_clip_folder
 from air_core.settings.components import BACKBONES
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 CONTEXT_LENGTH = 77  # CLIP's, the default of a configuration
-MOST_MERGES = 1 << 24  # bytes of unpacked merges to read; CLIP's are 3 MB
-MOST_LINES = 49152 - 256 - 2 + 1  # as in open_clip
+MOST_LINES = 49152 - 256 - 2 + 1  # of merges, as in open_clip
 # CLIP splits texts by this pattern before it merges byte pairs, as open_clip.tokenizer does.
 PIECES = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 SPECIAL = 3  # start, end, and the mark that some tokenizers put before the first word
@@ -72,11 +70,8 @@ def check_room(backbone: str, classnames: tuple[str, ...], template: str, length
     if backbone in BACKBONES:  # its own tokenizer reads the names
         return
     found = find_backbone(backbone)
-    text, folder = found.model["text_cfg"], found.tokenizer
-    context = text.get("context_length", CONTEXT_LENGTH)
-    hugging_face = bool(text.get("hf_tokenizer_name"))
-    options = text.get("tokenizer_kwargs") or {}
-    clean = options.get("clean", "whitespace" if hugging_face else "lower")
+    context = found.model["text_cfg"].get("context_length", CONTEXT_LENGTH)
+    clean = _cleaning(found)
     known: dict[str, str] = {}
     for name in classnames:
         other = known.setdefault(as_read(name, clean), name)
@@ -86,83 +81,76 @@ def check_room(backbone: str, classnames: tuple[str, ...], template: str, length
                 f"{as_read(name, clean)!r}; rename one"
             )
         words = name.replace("_", " ")
-        room = context - length
-        alone = _count(words, room, clean, hugging_face, folder) if length else 0
-        if alone > room:
-            raise ValueError(
-                f"class name {_shown(name)} takes {alone} tokens with start and end, but "
-                f"{backbone} reads {context}, of which prompt.length takes {length}; shorten the "
-                "name (a folder of images has classnames.txt or classes.txt for it) or lower "
-                "prompt.length"
-            )
-        whole = _count(template.format(words), context, clean, hugging_face, folder)
-        if whole > context:
-            raise ValueError(
-                f"class name {_shown(name)} in {template!r} takes {whole} tokens with start "
-                f"and end, but {backbone} reads {context} and cuts the rest off; shorten the name "
-                "(a folder of images has classnames.txt or classes.txt for it) or the template"
-            )
+        alone = [(words, length)] if length else []
+        for text, taken in (*alone, (template.format(words), 0)):
+            if (count := count_tokens(text, found, context - taken)) > context - taken:
+                place = "" if taken else f" in {template!r}"
+                rest = f"of which prompt.length takes {taken}" if taken else "and cuts the rest off"
+                raise ValueError(
+                    f"class name {_shown(name)}{place} takes {count} tokens with start and end, "
+                    f"but {backbone} reads {context}, {rest}; shorten the name (a folder of images "
+                    "has classnames.txt or classes.txt for it) or "
+                    f"{'lower prompt.length' if taken else 'the template'}"
+                )
 
 
 def _shown(name: str) -> str:
     return repr(name if len(name) <= 60 else f"{name[:57]}...")
 
 
-def _count(text: str, room: int, clean: str, hugging_face: bool, folder: Path | None) -> int:
-    """Number of tokens of a text with start and end, or an upper bound if that fits `room`."""
+def _cleaning(found: ClipWeights) -> str:
+    text = found.model["text_cfg"]
+    default = "whitespace" if text.get("hf_tokenizer_name") else "lower"
+    return str((text.get("tokenizer_kwargs") or {}).get("clean", default))
+
+
+def count_tokens(text: str, found: ClipWeights, room: int = 0) -> int:
+    """Number of tokens of a text with start and end, or an upper bound if that fits `room`.
+
+    Raises:
+        ValueError: the file of the tokenizer is damaged.
+    """
     # A token encodes at least one byte, so most names need no tokenizer.
     if text.isascii() and len(text) + SPECIAL <= room:
         return len(text) + SPECIAL
-    if hugging_face:
-        assert folder is not None
-        file = folder / "tokenizer.json"
-        if not file.is_file():  # only transformers reads this format, so the trial checks the names
-            return 0
-        return len(_of_hugging_face(file).encode(_cleaned(text, clean)).ids)
-    own = folder / MERGES if folder is not None else None
-    tokenizer = _of_clip(own if own is not None and own.is_file() else _clip_merges())
-    return len(tokenizer.encode(_cleaned(text, clean)).ids) + 2
-
-
-def _clip_merges() -> Path:
-    spec = find_spec("open_clip")  # locates the package without importing it
-    assert spec is not None
-    assert spec.origin is not None
-    return Path(spec.origin).with_name("bpe_simple_vocab_16e6.txt.gz")
+    cleaned = _cleaned(text, _cleaning(found))
+    if not found.model["text_cfg"].get("hf_tokenizer_name"):
+        merges = found.merges or open_clip_folder() / "bpe_simple_vocab_16e6.txt.gz"
+        return len(_tokenizer(merges).encode(cleaned).ids) + 2
+    assert found.tokenizer is not None
+    file = found.tokenizer / "tokenizer.json"
+    if not file.is_file():  # only transformers reads its format, so the trial checks the names
+        return 0
+    return len(_tokenizer(file).encode(cleaned).ids)
 
 
 @cache
-def _of_clip(merges: Path) -> Tokenizer:
-    """open_clip's SimpleTokenizer without the special tokens. open_clip's module imports torch."""
+def _tokenizer(file: Path) -> Tokenizer:
+    """A `tokenizer.json`, or open_clip's SimpleTokenizer with these merges, without special tokens.
+
+    open_clip's module imports torch.
+    """
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-    letters = pre_tokenizers.ByteLevel.alphabet()
     try:
-        with gzip.open(merges, "rb") as packed:
-            lines = packed.read(MOST_MERGES).decode("utf-8").split("\n")[1:MOST_LINES]
+        if file.suffix == ".json":
+            tokenizer = Tokenizer.from_file(str(file))
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+            return tokenizer
+        with gzip.open(file, "rt", encoding="utf-8") as packed:
+            lines = packed.read().split("\n")[1:MOST_LINES]
         pairs = [(first, second) for first, second in map(str.split, filter(None, lines))]
+        letters = pre_tokenizers.ByteLevel.alphabet()
         pieces = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, pairs)]
         vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
         tokenizer = Tokenizer(models.BPE(vocabulary, pairs, end_of_word_suffix="</w>"))
     except Exception as problem:  # tokenizers raises plain Exceptions
-        raise ValueError(f"{merges} holds no byte-pair merges: {problem}") from problem
+        raise ValueError(f"{file} holds no tokenizer that can be read: {problem}") from problem
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(PIECES), "removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    return tokenizer
-
-
-@cache
-def _of_hugging_face(file: Path) -> Tokenizer:
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as problem:  # tokenizers raises plain Exceptions
-        raise ValueError(f"{file} holds no tokenizer that can be read: {problem}") from problem
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
     return tokenizer

@@ -27,8 +27,8 @@ from air_core.models.configs import (
     check_clip_config,
     check_configs,
     json_object,
-    pipeline_parts,
     plain_file,
+    read_index,
 )
 from air_core.settings import components
 
@@ -85,6 +85,12 @@ class ClipWeights:
     files: tuple[Path, ...]  # which the digest covers, in a stable order
     tokenizer: Path | None  # the folder of its files; None: CLIP's tokenizer
     preprocess: dict[str, Any] | None = None  # mean, std and others; None: as the folder says
+
+    @property
+    def merges(self) -> Path | None:
+        """The file of its byte-pair merges; None: those of CLIP."""
+        file = self.tokenizer and self.tokenizer / MERGES
+        return file if file and file.is_file() else None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -166,7 +172,7 @@ def _no_folder(path: Path) -> str:
 
 def is_known(name: str) -> bool:
     """Whether open_clip knows the architecture of `<architecture>` or `<architecture>/<tag>`."""
-    return (_open_clip() / "model_configs" / f"{name.partition('/')[0]}.json").is_file()
+    return (open_clip_folder() / "model_configs" / f"{name.partition('/')[0]}.json").is_file()
 
 
 def tiny_folder() -> Path:
@@ -233,7 +239,17 @@ def _clip_folder(folder: Path) -> ClipWeights:
 
 def _clip_file(architecture: str, tag: str, file: Path | None) -> ClipWeights:
     """`<architecture>/<tag>`, or the file of `<architecture>[/<tag>]@<file>`."""
-    model, rows = _named(architecture, tag)
+    name = f"{architecture}/{tag}" if tag else architecture
+    model, rows = _architecture(architecture, name), _tags(architecture)
+    if tag:
+        if (row := rows.get(_as_tag(tag))) is None:
+            raise ValueError(
+                f"backbone {name!r}: open_clip knows no weights {tag!r} of {architecture}; known: "
+                f"{', '.join(rows) or 'none'}; for another weights file write {architecture}@<file>"
+            )
+        rows = {tag: row}
+        # If a tag was trained with another activation function, open_clip only warns.
+        model |= {"quick_gelu": True} if row["quick_gelu"] else {}
     preprocess: dict[str, Any] = next(iter(rows.values()))["preprocess"] if rows else {}
     if any(row["preprocess"] != preprocess for row in rows.values()):
         raise ValueError(
@@ -247,39 +263,14 @@ def _clip_file(architecture: str, tag: str, file: Path | None) -> ClipWeights:
             f"{weights} is not a weights file; allowed suffixes: {', '.join(SUFFIXES)}"
         )
     check_whole(weights, architecture)
-    beside = None if file is None else file.parent
-    tokenizer = _tokenizer_files(architecture, model, beside)
-    return ClipWeights(
-        architecture,
-        weights,
-        model,
-        (weights, *tokenizer),
-        tokenizer[0].parent if tokenizer else None,
-        preprocess,
-    )
-
-
-def _named(architecture: str, tag: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """open_clip's configuration of an architecture, and a row of the table for each of its weights.
-
-    With a tag: as these weights were trained, and their row alone.
-    """
-    name = f"{architecture}/{tag}" if tag else architecture
-    model, rows = _architecture(architecture, name), _tags(architecture)
-    if not tag:
-        return model, rows
-    if (row := rows.get(_as_tag(tag))) is None:
-        raise ValueError(
-            f"backbone {name!r}: open_clip knows no weights {tag!r} of {architecture}; known: "
-            f"{', '.join(rows) or 'none'}; for another weights file write {architecture}@<file>"
-        )
-    # If a tag was trained with another activation function, open_clip only warns.
-    return model | ({"quick_gelu": True} if row["quick_gelu"] else {}), {tag: row}
+    tokenizer = _tokenizer_files(architecture, model, file and file.parent)
+    files, folder = (weights, *tokenizer), tokenizer[0].parent if tokenizer else None
+    return ClipWeights(architecture, weights, model, files, folder, preprocess)
 
 
 def _architecture(name: str, backbone: str) -> dict[str, Any]:
     """open_clip's configuration of an architecture."""
-    folder = _open_clip() / "model_configs"
+    folder = open_clip_folder() / "model_configs"
     file = folder / f"{name}.json"
     if not file.is_file():
         known = sorted(path.stem for path in folder.glob("*.json"))
@@ -385,7 +376,7 @@ def generator_files(folder: Path) -> list[Path]:
         ValueError: a part is missing, damaged, or refers to code in its folder.
     """
     found = [folder / PIPELINE_CONFIG]
-    for part, (library, kind) in pipeline_parts(folder).items():
+    for part, (library, kind) in read_index(folder).parts.items():
         if not (folder / part).is_dir():
             raise ValueError(f"{folder} is incomplete: it has no folder {part}; {AGAIN}")
         check_configs(folder / part)
@@ -430,14 +421,12 @@ def check_whole(file: Path, architecture: str = "<architecture>") -> None:
     """
     from safetensors import SafetensorError, safe_open
 
-    members = []
     try:
         if plain_file(file).suffix == ".safetensors":
             with safe_open(file, framework="np"):
-                pass
-        else:
-            with ZipFile(file) as archive:
-                members = archive.namelist()
+                return
+        with ZipFile(file) as archive:
+            members = archive.namelist()
     except (SafetensorError, BadZipFile) as problem:
         raise ValueError(f"{file} cannot be read: {problem}; {AGAIN}") from problem
     if any(name.endswith("/constants.pkl") for name in members):
@@ -485,8 +474,8 @@ def _table() -> dict[str, dict[str, dict[str, Any]]]:
     return table
 
 
-def _open_clip() -> Path:
-    """open_clip's folder, without importing it."""
+def open_clip_folder() -> Path:
+    """open_clip's folder, without importing it, which would import torch."""
     spec = find_spec("open_clip")
     assert spec is not None
     assert spec.origin is not None

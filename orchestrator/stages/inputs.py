@@ -17,7 +17,7 @@ from air_core.datasets import Dataset
 from air_core.datasets.class_folders import SUFFIXES, check_utf8
 from air_core.datasets.image_folder import PREFIX
 from air_core.datasets.images import visible_problem
-from air_core.models.configs import PIPELINE_CONFIG, pipeline_index
+from air_core.models.configs import PIPELINE_CONFIG, read_index
 from air_core.models.weights import GENERATORS as PIPELINES
 from air_core.models.weights import (
     find_backbone,
@@ -72,7 +72,7 @@ class Contents:
             raise MissingInput(str(problem)) from None
         kind = ""
         if role == "generator" and (folder / PIPELINE_CONFIG).is_file():
-            kind = pipeline_index(folder)["_class_name"]
+            kind = read_index(folder).kind
         paths = [str(file.relative_to(folder)) for file in files]
         content: dict[str, Any] = dict(zip(paths, self.file_digests(files), strict=True))
         if role == "generator" and is_distilled(scheduler_config(folder)):

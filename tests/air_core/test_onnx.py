@@ -65,8 +65,8 @@ def assert_equal_probabilities(bundle: Bundle, images: list[Image.Image]) -> Non
 
 @pytest.mark.parametrize("depth", ["shallow", "deep"])
 def test_a_visual_prompt_is_part_of_the_file(depth, tmp_path, tiny_clip, digits):
-    shape = (3, tiny_clip.patch_width)
-    shape = (tiny_clip.vision_layers, *shape) if depth == "deep" else shape
+    shape = (3, tiny_clip.vision.width)
+    shape = (tiny_clip.vision.layers, *shape) if depth == "deep" else shape
     prompt = torch.randn(shape, generator=torch.Generator().manual_seed(0)).numpy()
     about, arrays = zero_shot()
     about |= {"modality": "visual", "prompt": asdict(PromptSettings(length=3, depth=depth))}

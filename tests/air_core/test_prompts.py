@@ -23,7 +23,7 @@ def some_images(tiny_clip, count: int = 5) -> Encoded:
     width = tiny_clip.model.text_projection.shape[1]
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(count, width, generator=generator)
-    tokens = torch.randn(count, 17, tiny_clip.patch_width, generator=generator)
+    tokens = torch.randn(count, 17, tiny_clip.vision.width, generator=generator)
     return Encoded(torch.nn.functional.normalize(features, dim=-1), tokens)
 
 
@@ -43,14 +43,14 @@ def test_a_text_prompt_has_length_vectors_near_zero(tiny_clip, length):
 
 @pytest.mark.parametrize("init", ["normal", "uniform"])
 def test_a_visual_prompt_is_near_zero_and_deep_ones_have_tokens_for_every_block(tiny_clip, init):
-    width, layers = tiny_clip.patch_width, tiny_clip.vision_layers
+    width, layers = tiny_clip.vision.width, tiny_clip.vision.layers
     for depth, shape in (("shallow", (8, width)), ("deep", (layers, 8, width))):
         settings = PromptSettings(length=8, depth=depth, init=init)
         one = build_learner("visual", settings, tiny_clip, NAMES, TEMPLATE, 0)
         assert one.prompt.shape == shape
         assert 0 < one.prompt.std() < 1.1 * width**-0.5
         if init == "uniform":  # VPT's range, of a patch of three channels
-            reach = width**-0.5 * (6 / (3 * tiny_clip.patch_size**2 + width)) ** 0.5
+            reach = width**-0.5 * (6 / (3 * tiny_clip.vision.patch**2 + width)) ** 0.5
             assert 0.9 * reach < one.prompt.abs().max() <= reach
         assert one.logits(some_images(tiny_clip)).shape == (5, len(NAMES))
 

@@ -72,7 +72,7 @@ def different_trainings(clip: Backbone) -> list[Training]:
 
 
 def visual_training(clip: Backbone, **changes: Any) -> Training:
-    pixels = torch.randn(24, 17, clip.patch_width, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randn(24, 17, clip.vision.width, generator=torch.Generator().manual_seed(0))
     real = images(clip, 24, 7)
     targets = one_hot(real.labels, len(NAMES)).to(pixels)
     given = {

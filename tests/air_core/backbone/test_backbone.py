@@ -162,9 +162,9 @@ def test_splitting_many_classes_gives_the_same_features(tiny_clip, monkeypatch):
 def test_image_features_and_gradients_equal_the_complete_tower_with_the_prompt(clip, depth):
     images = some_images(3)
     shape = (
-        [4, clip.patch_width] if depth == "shallow" else [clip.vision_layers, 4, clip.patch_width]
+        [4, clip.vision.width] if depth == "shallow" else [clip.vision.layers, 4, clip.vision.width]
     )
-    prompt = clip.patch_width**-0.5 * torch.randn(shape, dtype=clip.dtype)
+    prompt = clip.vision.width**-0.5 * torch.randn(shape, dtype=clip.dtype)
     tokens = clip.image_tokens(images)
     found, slope = with_gradient(lambda p: clip.encode_tokens(tokens, p), prompt)
     expected, plain_slope = with_gradient(lambda p: plain_images(clip, images, p), prompt)
@@ -176,14 +176,14 @@ def test_image_features_and_gradients_equal_the_complete_tower_with_the_prompt(c
 def test_image_tokens_are_cls_and_patches_and_do_not_depend_on_the_batch(tiny_clip, monkeypatch):
     images = some_images(5)
     tokens = tiny_clip.image_tokens(images)
-    assert tokens.shape == (5, 1 + (32 // tiny_clip.patch_size) ** 2, tiny_clip.patch_width)
+    assert tokens.shape == (5, 1 + (32 // tiny_clip.vision.patch) ** 2, tiny_clip.vision.width)
     monkeypatch.setattr(tiny_clip, "at_once", 2)
     assert error(tiny_clip.image_tokens(images), tokens) < 1e-6
 
 
 def test_a_visual_prompt_of_another_shape_is_an_error(tiny_clip):
     tokens = tiny_clip.image_tokens(some_images(2))
-    for shape in ((3, 7), (2, 3, tiny_clip.patch_width), (3,)):
+    for shape in ((3, 7), (2, 3, tiny_clip.vision.width), (3,)):
         with pytest.raises(ValueError, match="a visual prompt is"):
             tiny_clip.encode_tokens(tokens, torch.zeros(shape))
 
@@ -252,7 +252,7 @@ def test_half_precision_is_close_and_keeps_prompts_and_features_in_float32(
     assert half.dtype == {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     images = some_images(3)
     context = torch.nn.Parameter(0.02 * torch.randn(4, half.token_width))
-    prompt = torch.nn.Parameter(0.1 * torch.randn(4, half.patch_width))
+    prompt = torch.nn.Parameter(0.1 * torch.randn(4, half.vision.width))
     found, expected = [], []
     for clip, results in ((half, found), (tiny_clip, expected)):
         learned = (

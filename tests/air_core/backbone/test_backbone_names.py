@@ -15,7 +15,7 @@ from zipfile import ZipFile
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from air_core.backbone.loading import load_backbone
 from air_core.models import weights
@@ -168,20 +168,14 @@ def test_a_tag_is_loaded_from_the_cache_with_its_activation_function(hub, random
     assert settings != find_backbone(f"ViT-B-32@{file}").settings
 
 
-def test_a_checkpoint_with_tensors_is_read(tmp_path, random_weights):
-    from safetensors.torch import load_file
-
-    state = load_file(random_weights("RN50"))
-    torch.save({"epoch": 3, "state_dict": state}, tmp_path / "tensors.pt")
-    backbone = load_backbone(f"RN50@{tmp_path / 'tensors.pt'}")
+def test_a_checkpoint_with_tensors_is_read_as_its_architecture_alone(tmp_path, random_weights):
+    file = tmp_path / "tensors.pt"
+    torch.save({"epoch": 3, "state_dict": load_file(random_weights("RN50"))}, file)
+    backbone = load_backbone(f"RN50@{file}")
     features = backbone.encode_context(torch.zeros(2, 512), NAMES)
     assert features.shape == (3, 1024)
     with pytest.raises(ValueError, match="visual prompts need a vision transformer"):
-        _ = backbone.patch_width
-
-
-def test_weights_of_another_architecture_are_rejected_with_the_file(random_weights):
-    file = random_weights("RN50")
+        _ = backbone.vision
     with pytest.raises(
         ValueError, match=rf"{file} cannot be loaded as RN101: RuntimeError: .*state_dict"
     ):
@@ -447,16 +441,6 @@ def test_a_damaged_configuration_is_rejected_with_its_path(text, tmp_path):
         load_backbone(folder)
 
 
-@pytest.mark.parametrize(
-    ("where", "value"),
-    [("text_cfg.width", None), ("text_cfg.setting", 1), ("vision_cfg.timm_model_name", "none_224")],
-)
-def test_a_configuration_that_open_clip_cannot_build_is_rejected(where, value, tmp_path):
-    folder = with_setting(tiny_folder(), tmp_path / "folder", f"model_cfg.{where}", value)
-    with pytest.raises(ValueError, match=rf"{folder} cannot be loaded as "):
-        load_backbone(folder)
-
-
 def test_all_configurations_of_open_clip_with_a_supported_text_tower_pass():
     import open_clip
 
@@ -557,17 +541,3 @@ def test_a_process_opens_no_connection_after_loading_a_model(loads, siglip, tmp_
 
 def test_the_same_process_opens_connections_without_loading_a_model(tmp_path):
     assert connections(DOWNLOADS, home=tmp_path).startswith("socket.")
-
-
-def test_loading_a_folder_with_a_tokenizer_of_the_hub_opens_no_connection(siglip, tmp_path):
-    where = "model_cfg.text_cfg.hf_tokenizer_name"
-    folder = with_setting(siglip, tmp_path / "folder", where, "someone/elsewhere")
-    for file in folder.glob("tokenizer*"):
-        file.unlink()
-    program = f"""
-try:
-    {LOADS_A_BACKBONE}
-except ValueError:
-    print("none")
-"""
-    assert connections(program, str(folder), home=tmp_path) == "none"

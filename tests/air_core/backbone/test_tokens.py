@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ from safetensors.torch import save_file
 
 from air_core.datasets import DATASETS
 from air_core.datasets.dataset import TEMPLATE
-from air_core.models.tokens import _clip_merges, _count, as_read, check_room
-from air_core.models.weights import tiny_folder
+from air_core.models.tokens import as_read, check_room, count_tokens
+from air_core.models.weights import find_backbone, tiny_folder
 
 NAMES = [name for dataset in DATASETS.values() for name in dataset.classnames]
 STRANGE = [
@@ -38,12 +39,12 @@ def test_names_are_cleaned_as_open_clip_does(clean, theirs):
 
 @pytest.mark.parametrize("folder", [None, tiny_folder()], ids=["CLIP", "tiny"])
 def test_tokens_are_counted_as_open_clip_does(folder):
-    merges = _clip_merges() if folder is None else folder / "merges.txt.gz"
-    tokenizer = open_clip.SimpleTokenizer(str(merges))
+    found = replace(find_backbone("tiny"), tokenizer=folder)
+    tokenizer = open_clip.SimpleTokenizer(str(found.merges or open_clip.default_bpe()))
     for name in [*NAMES, *STRANGE]:
         exact = len(tokenizer.encode(name)) + 2
-        assert _count(name, 0, "lower", False, folder) == exact
-        assert exact <= _count(name, 400, "lower", False, folder)  # an upper bound, if that fits
+        assert count_tokens(name, found) == exact
+        assert exact <= count_tokens(name, found, room=400)  # an upper bound, if that fits
 
 
 def test_a_name_is_rejected_if_and_only_if_the_text_tower_rejects_it(tiny_clip):
@@ -75,4 +76,3 @@ def test_the_class_names_of_published_datasets_fit_and_differ(tmp_path: Path, ba
         backbone = f"{backbone}@{tmp_path / 'weights.safetensors'}"
     for dataset in DATASETS.values():
         check_room(backbone, dataset.classnames, dataset.template, length)
-        assert len({as_read(name) for name in dataset.classnames}) == len(dataset.classnames)
