@@ -39,6 +39,18 @@ class PromptLearner(Protocol):
         ...
 
 
+class Bundled(Protocol):
+    """A learner with the fact `bundled`: a bundle has its prompt and its class texts.
+
+    Logits are the cosine of these image features to the class texts, at CLIP's temperature.
+    """
+
+    @staticmethod
+    def features(backbone: Backbone, prompt: Tensor, batch: Encoded) -> Tensor:
+        """(N, D) of unit length, where the images are; N may be traced by torch.export."""
+        ...
+
+
 @runtime_checkable
 class StartsFromImages(Protocol):
     """A learner whose prompt starts from the images that it is trained on, such as a cache."""
@@ -96,7 +108,10 @@ def restored_learner(
 
 
 @LEARNERS.add(
-    "text", summary="CoOp context vectors", reads={"length"}, facts=["context", "transfers"]
+    "text",
+    summary="CoOp context vectors",
+    reads={"length"},
+    facts=["context", "transfers", "bundled"],
 )
 class TextPrompt:
     """Context vectors before the class name, shared by all classes (CoOp, arXiv:2109.01134).
@@ -122,6 +137,11 @@ class TextPrompt:
         """(N, C) cosine to each class's text, at CLIP's temperature."""
         [logits] = text_logits([self], [batch])
         return logits
+
+    @staticmethod
+    def features(backbone: Backbone, prompt: Tensor, batch: Encoded) -> Tensor:
+        """Those of CLIP, since the prompt is in the class texts; see `Bundled`."""
+        return batch.features
 
     @property
     def prompt(self) -> Parameter:
@@ -151,7 +171,10 @@ def text_logits(prompts: Sequence[TextPrompt], batches: Sequence[Encoded]) -> li
 
 
 @LEARNERS.add(
-    "visual", summary="VPT tokens", reads={"length", "depth", "init"}, facts=["tokens", "transfers"]
+    "visual",
+    summary="VPT tokens",
+    reads={"length", "depth", "init"},
+    facts=["tokens", "transfers", "bundled"],
 )
 class VisualPrompt:
     """Tokens beside the image patches (VPT, arXiv:2203.12119); class texts stay as they are.
@@ -183,13 +206,17 @@ class VisualPrompt:
             raise ValueError("a visual prompt needs image tokens; these images have features only")
         if not len(batch):  # no test images; the vision tower needs one
             return torch.empty(0, len(self.weight), device=batch.tokens.device)
-        size = len(batch) if torch.is_grad_enabled() else self.backbone.at_once
-        parts = torch.split(batch.tokens, max(1, size))
-        features = torch.cat([self._encoded(tokens) for tokens in parts])  # (N, D)
+        features = self.features(self.backbone, self.tokens, batch)
         return self.backbone.logit_scale * features @ self.weight.T.to(features.device)
 
-    def _encoded(self, tokens: Tensor) -> Tensor:  # (B, T, V) -> (B, D)
-        return self.backbone.encode_tokens(tokens, self.tokens).to(tokens.device)
+    @staticmethod
+    def features(backbone: Backbone, prompt: Tensor, batch: Encoded) -> Tensor:
+        """Those of images with the prompt beside their patches; see `Bundled`."""
+        assert batch.tokens is not None
+        parts: Sequence[Tensor] = [batch.tokens]
+        if not (torch.is_grad_enabled() or torch.compiler.is_exporting()):
+            parts = torch.split(batch.tokens, backbone.at_once)
+        return torch.cat([backbone.encode_tokens(each, prompt).to(each.device) for each in parts])
 
     @property
     def prompt(self) -> Parameter:

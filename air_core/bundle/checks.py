@@ -56,7 +56,7 @@ FORMS: dict[str, tuple[dict[str, Allowed], ...]] = {
             "logit_scale": Allowed(np.float32, low=TINY),
         },
     ),
-    PROMPT: ({"prompt": Allowed(np.floating, "LW")}, {"prompt": Allowed(np.floating, "PLW")}),
+    PROMPT: tuple({"prompt": Allowed(np.floating, shape)} for shape in ("W", "LW", "PLW")),
     FUSED: (
         _AUXILIARY
         | {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from torch import Tensor
 from air_core.backbone import Backbone
 from air_core.backbone.clip import MAX_THREADS
 from air_core.bundle.arrays import fused_classifier
-from air_core.bundle.checks import FUSED, TEXT
+from air_core.bundle.checks import FUSED, PROMPT, TEXT
 from air_core.bundle.files import UNSURE, image_files
 from air_core.bundle.manifest import Manifest
 from air_core.classifiers import Classifier
 from air_core.datasets.images import Unreadable, open_image, rgb_image
+from air_core.prompts import Bundled
+from air_core.settings.components import LEARNERS
 from air_core.tools.ahead import computed_ahead
 from air_core.types import Classes, Encoded
 
@@ -55,23 +58,14 @@ class ClassifiedImage:
 
 @dataclass(frozen=True)
 class _Text:
-    """The text classifier of a bundle, with its visual prompt, if any."""
+    """The text classifier of a bundle, with its learned prompt, if any."""
 
-    backbone: Backbone
     texts: Tensor  # (C, D)
     scale: float
-    prompt: Tensor | None
+    features: Callable[[Encoded], Tensor] = lambda batch: batch.features
 
     def logits(self, batch: Encoded) -> Tensor:
-        features = batch.features
-        if self.prompt is not None:
-            assert batch.tokens is not None
-            parts: Sequence[Tensor] = [batch.tokens]
-            if not torch.compiler.is_exporting():  # a split would fix the number of images
-                parts = torch.split(batch.tokens, self.backbone.at_once)
-            encoded = [self.backbone.encode_tokens(part, self.prompt).cpu() for part in parts]
-            features = torch.cat(encoded)
-        return self.scale * features @ self.texts.T  # (N, C)
+        return self.scale * self.features(batch) @ self.texts.T  # (N, C)
 
 
 class Bundle:
@@ -105,11 +99,11 @@ class Bundle:
                 f"{manifest.folder} is not a bundle of this backbone: its class vectors have width "
                 f"{texts.shape[1]}, but image features {width}"
             )
-        prompt = None
-        if manifest.visual_prompt is not None:
-            prompt = torch.from_numpy(manifest.visual_prompt).to(backbone.device)
-        text = _Text(backbone, texts, float(manifest.arrays[TEXT]["logit_scale"]), prompt)
-        self._reads_tokens = prompt is not None
+        text = _Text(texts, float(manifest.arrays[TEXT]["logit_scale"]))
+        if PROMPT in manifest.arrays:
+            learner: type[Bundled] = LEARNERS.load(manifest.content.modality)
+            prompt = torch.from_numpy(manifest.arrays[PROMPT]["prompt"]).to(backbone.device)
+            text = replace(text, features=partial(learner.features, backbone, prompt))
         self._of: dict[str, Classifier] = {"text": text}
         if FUSED in manifest.arrays:
             arrays = {name: torch.from_numpy(a) for name, a in manifest.arrays[FUSED].items()}
@@ -222,7 +216,7 @@ class Bundle:
 
     def encode(self, images: Sequence[Image.Image | Tensor]) -> Encoded:
         """Images as the classifiers of the bundle read them."""
-        if not self._reads_tokens:
+        if not self.manifest.reads_tokens:
             return Encoded(self.backbone.encode_images(images))
         # Half precision, as in the stored image tokens of trials.
         tokens = self.backbone.image_tokens(images, torch.float16)

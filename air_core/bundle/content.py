@@ -27,10 +27,8 @@ SHOWN = 80  # characters of a wrong value in a message
 
 
 def modalities() -> list[str]:
-    """Learners that a bundle can have: those of this package, since a bundle contains no code,
-    whose prompt is in the class vectors or is read beside image tokens."""
-    computed = {"context", "tokens"}
-    return [name for name, one in LEARNERS.items() if not one.source and one.facts & computed]
+    """Learners that a bundle can have: of this package, since a bundle contains no code."""
+    return [name for name, one in LEARNERS.items() if not one.source and "bundled" in one.facts]
 
 
 def _if(holds: Callable[[Any], bool], message: str) -> AfterValidator:

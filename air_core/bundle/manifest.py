@@ -76,11 +76,9 @@ class Manifest:
         return self.content.temperatures.get(classifier, 1.0)
 
     @property
-    def visual_prompt(self) -> np.ndarray | None:
-        """(P, V) or (layers, P, V), tokens beside the patches; None without a visual prompt."""
-        if "tokens" not in LEARNERS[self.content.modality].facts or PROMPT not in self.arrays:
-            return None
-        return self.arrays[PROMPT]["prompt"]
+    def reads_tokens(self) -> bool:
+        """Whether the learned prompt reads image tokens."""
+        return PROMPT in self.arrays and "tokens" in LEARNERS[self.content.modality].facts
 
     def onnx_file(self) -> Path:
         """The file `model.onnx`.

@@ -148,7 +148,7 @@ class _Module(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         batch = Encoded(self.model.encode_image(pixels, normalize=True))
-        if self._bundle.manifest.visual_prompt is not None:
+        if self._bundle.manifest.reads_tokens:
             # Rounded as the stored image tokens of trials.
             tokens = vision_tower(self.model.visual).tokens(pixels).to(torch.float16)
             batch = Encoded(batch.features, tokens)

@@ -375,6 +375,7 @@ LEARNERS = Registry(
         "context",  # `prompt.length` vectors stand before each class name in the text tower
         "tokens",  # it reads image tokens beside the features, so its logits take long
         "transfers",  # what it learned on some classes also works with other class names
+        "bundled",  # a bundle can have it, see `air_core.prompts.Bundled`
     ),
 )
 # -> air_core.datasets.Dataset, each in a module of its name

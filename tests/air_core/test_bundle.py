@@ -230,7 +230,7 @@ SHORT = np.where(np.arange(10)[:, None] == 3, 0.5 * UNIT, UNIT)
         (TEXT, "text_features", UNIT.astype(np.float64)),
         (TEXT, "text_features", SHORT),
         (TEXT, "logit_scale", np.array(-1, np.float32)),
-        (PROMPT, "prompt", np.ones(8, np.float32)),
+        (PROMPT, "prompt", np.ones((1, 1, 1, 8), np.float32)),
         (PROMPT, "prompt", np.full((2, 8), np.inf, np.float32)),
         (PROMPT, "prompt", np.ones((0, 8), np.float32)),
         (FUSED, "weight", np.array(1.5)),

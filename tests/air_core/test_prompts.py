@@ -29,8 +29,9 @@ def some_images(tiny_clip, count: int = 5) -> Encoded:
 
 @pytest.mark.parametrize("modality", LEARNERS)
 def test_another_seed_gives_another_initial_prompt(tiny_clip, modality):
+    """But for a learner that starts at 0."""
     one, other = (learner(tiny_clip, modality, seed).prompt for seed in (1, 2))
-    assert not torch.equal(one, other)
+    assert not torch.equal(one, other) or not one.any()
 
 
 @pytest.mark.parametrize("length", [1, 16])

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from air_core.bundle import load_bundle, read_bundle
 from air_core.bundle.checks import CLASSIFIERS, PROMPT, TEXT
+from air_core.bundle.content import modalities
 from air_core.bundle.manifest import MANIFEST
 from air_core.datasets import get_dataset
 from air_core.models.weights import tiny_folder
@@ -158,7 +159,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "lda": REAL | {"iterations": 0, "auxiliary.kind": "lda", "auxiliary.rounds": 2},
     "transductive": REAL
     | {"iterations": 0, "transduction": "gmm", "auxiliary.source": "synthetic"},
-    "visual": REAL | {"modality": "visual"},
+    **{name: REAL | {"modality": name} for name in modalities()},
     "trzsl": REAL | {"paradigm": "trzsl"},
 }
 WITHOUT_AUXILIARY = ("trzsl", "transductive")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from air_core.settings import Ref
-from air_core.settings.components import STRATEGIES
+from air_core.settings.components import LEARNERS, STRATEGIES
 from air_core.settings.flat import from_flat, to_flat, trial_keys
 from air_core.settings.normal import normalised
 from orchestrator.plugins import use_plugins
@@ -99,7 +99,7 @@ MISTAKES = [
     (
         f"@LEARNERS.add('mine', summary='x', facts=['fast'])\n{STRATEGY}",
         2,
-        "context, tokens, transf",
+        f"allowed: {', '.join(sorted(LEARNERS.facts))}",
     ),
     (
         f"@STRATEGIES.add('mine', summary='x', reads=['tau'])\n{STRATEGY}",
