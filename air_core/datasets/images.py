@@ -40,7 +40,7 @@ class Unreadable(ValueError):
 
 @dataclass(frozen=True)
 class ImageFiles(Sequence["Image"]):
-    """Image files as a sequence: an index opens a file as RGB."""
+    """Image files as a sequence: an index opens a file as RGB, a slice opens none."""
 
     files: tuple[Path, ...]
 
@@ -54,6 +54,8 @@ class ImageFiles(Sequence["Image"]):
 
     def __getitem__(self, index: Any) -> Any:
         """Raises: Unreadable, if the index is of a file that cannot be decoded."""
+        if isinstance(index, slice):
+            return ImageFiles(self.files[index])
         return open_image(self.files[index])
 
 
@@ -69,6 +71,8 @@ class GreyImages(Sequence["Image"]):
     def __getitem__(self, index: Any) -> Any:
         from PIL import Image
 
+        if isinstance(index, slice):
+            return GreyImages(self.pixels[index])
         return Image.fromarray(self.pixels[index]).convert("RGB")
 
 

@@ -73,6 +73,7 @@ def test_loading_the_listed_files_again_gives_the_same_images_in_the_same_order(
     for i in range(0, len(images), max(1, len(images) // 50)):
         assert images[i].tobytes() == again.images[i].tobytes()
         assert images[i].mode == "RGB"
+    assert [image.tobytes() for image in images[2:7:2]] == [images[i].tobytes() for i in (2, 4, 6)]
     assert images[np.int64(-1)].tobytes() == images[len(images) - 1].tobytes()
 
 
