@@ -78,6 +78,7 @@ def value_schema(name: str) -> Schema:
         return schema_of(bool | None)
     if name in ("dataset", "test_dataset"):
         registered = {"enum": [*DATASETS], "type": "string"}
+        registered["title"] = "a name of `airsweep components dataset`"
         return {"anyOf": [registered, FOLDER, *([NULL] if name == "test_dataset" else [])]}
     if name in ("backbone", "generator"):
         return LINE

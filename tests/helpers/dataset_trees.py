@@ -15,6 +15,7 @@ from PIL import Image
 
 from air_core.datasets import DATASETS, Examples
 
+Classes = Iterable[tuple[Path, str]]  # image files, with their class names
 EACH = 10  # images of a class; fewer where the source's own lists part them
 _FOLDERS: list[TemporaryDirectory[str]] = []  # they go when the tests end
 
@@ -35,11 +36,17 @@ def small(name: str) -> Examples:
     return DATASETS[name].load(small_root(name))
 
 
-def make_tree(name: str, root: Path) -> None:
-    """A small copy of a dataset below `<root>/<name>`, as its archives unpack there."""
-    maker = MAKERS[name]
+def make_tree(name: str, root: Path) -> dict[Path, str]:
+    """Makes a small copy of a dataset below `<root>/<name>`, as its archives unpack there.
+
+    Returns:
+        The class name of each image file.
+    """
     (root / name).mkdir(parents=True, exist_ok=True)
-    maker(root / name, DATASETS[name].classnames)
+    classes = dict(MAKERS[name](root / name, DATASETS[name].classnames))
+    for file in classes:
+        draw(file)
+    return classes
 
 
 def draw(file: Path, size: int = 12) -> None:
@@ -65,15 +72,16 @@ def _write(file: Path, lines: Iterable[str]) -> None:
     file.write_text("".join(f"{line}\n" for line in lines))
 
 
-def _flowers102(folder: Path, names: tuple[str, ...]) -> None:
+def _flowers102(folder: Path, names: tuple[str, ...]) -> Classes:
     from scipy.io import savemat
 
     home = folder / "flowers-102"
+    home.mkdir(exist_ok=True)
     labels = np.tile(np.arange(1, len(names) + 1), 4)  # 1 train, 1 val, 2 test of each class
     numbers = np.random.default_rng(0).permutation(len(labels)) + 1
     of_class = {c: [n for n in numbers if labels[n - 1] == c] for c in range(1, len(names) + 1)}
     for number in numbers:
-        draw(home / f"jpg/image_{number:05}.jpg")
+        yield home / f"jpg/image_{number:05}.jpg", names[labels[number - 1] - 1]
     savemat(home / "imagelabels.mat", {"labels": labels[None]})
     parts = {"trnid": slice(0, 1), "valid": slice(1, 2), "tstid": slice(2, 4)}
     savemat(
@@ -85,47 +93,48 @@ def _flowers102(folder: Path, names: tuple[str, ...]) -> None:
     )
 
 
-def _dtd(folder: Path, names: tuple[str, ...]) -> None:
+def _dtd(folder: Path, names: tuple[str, ...]) -> Classes:
     home = folder / "dtd"
     for i, part in enumerate(("train", "val", "test")):
-        lines = [f"{name}/{name}_{4 * i + j:04}.jpg" for name in names for j in range(2)]
-        for line in lines:
-            draw(home / "images" / line)
+        lines = {f"{name}/{name}_{4 * i + j:04}.jpg": name for name in names for j in range(2)}
+        yield from ((home / "images" / line, name) for line, name in lines.items())
         _write(home / "labels" / f"{part}1.txt", lines)
 
 
-def _fgvc_aircraft(folder: Path, names: tuple[str, ...]) -> None:
+def _fgvc_aircraft(folder: Path, names: tuple[str, ...]) -> Classes:
     home = folder / "fgvc-aircraft-2013b/data"
     # The archive spells two variants with a slash.
-    variants = [{"F-16A-B": "F-16A/B", "F-A-18": "F/A-18"}.get(name, name) for name in names]
+    slashes = {"F-16A-B": "F-16A/B", "F-A-18": "F/A-18"}
     numbers = iter(range(34956, 99999, 7))
     for part in ("train", "val", "test"):
-        lines = [f"{next(numbers):07} {variant}" for variant in variants]
-        for line in lines:
-            draw(home / "images" / f"{line.split()[0]}.jpg")
+        lines = []
+        for name in names:
+            number = f"{next(numbers):07}"
+            lines.append(f"{number} {slashes.get(name, name)}")
+            yield home / "images" / f"{number}.jpg", name
         _write(home / f"images_variant_{part}.txt", lines)
 
 
-def _eurosat(folder: Path, names: tuple[str, ...]) -> None:
+def _eurosat(folder: Path, names: tuple[str, ...]) -> Classes:
     from air_core.datasets.eurosat import FOLDERS
 
-    for name in FOLDERS:
+    for place, name in zip(FOLDERS, names, strict=True):
         for i in range(1, EACH + 1):
-            draw(folder / "2750" / name / f"{name}_{i}.jpg")
+            yield folder / "2750" / place / f"{place}_{i}.jpg", name
 
 
-def _resisc45(folder: Path, names: tuple[str, ...]) -> None:
-    for name in (name.replace(" ", "_") for name in names):
+def _resisc45(folder: Path, names: tuple[str, ...]) -> Classes:
+    for name in names:
+        place = name.replace(" ", "_")
         for i in range(1, EACH + 1):
-            draw(folder / "NWPU-RESISC45" / name / f"{name}_{i:03}.jpg")
+            yield folder / "NWPU-RESISC45" / place / f"{place}_{i:03}.jpg", name
 
 
-def _cub(folder: Path, names: tuple[str, ...]) -> None:
+def _cub(folder: Path, names: tuple[str, ...]) -> Classes:
     home = folder / "CUB_200_2011"
     folders = [f"{c:03}.{name.title().replace(' ', '_')}" for c, name in enumerate(names, 1)]
     images = [(c, f"{of}/bird_{i:04}.jpg") for c, of in enumerate(folders, 1) for i in range(4)]
-    for _, path in images:
-        draw(home / "images" / path)
+    yield from ((home / "images" / path, names[c - 1]) for c, path in images)
     _write(home / "classes.txt", (f"{c} {of}" for c, of in enumerate(folders, 1)))
     _write(home / "images.txt", (f"{n} {path}" for n, (_, path) in enumerate(images, 1)))
     _write(home / "image_class_labels.txt", (f"{n} {c}" for n, (c, _) in enumerate(images, 1)))
@@ -134,7 +143,7 @@ def _cub(folder: Path, names: tuple[str, ...]) -> None:
     )
 
 
-def _fashion_mnist(folder: Path, names: tuple[str, ...]) -> None:
+def _fashion_mnist(folder: Path, names: tuple[str, ...]) -> Classes:
     raw = folder / "FashionMNIST/raw"
     raw.mkdir(parents=True)
     for stem, each in (("train", 20), ("t10k", 4)):
@@ -144,9 +153,10 @@ def _fashion_mnist(folder: Path, names: tuple[str, ...]) -> None:
             head = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
             content = gzip.compress(head + array.tobytes(), mtime=0)
             (raw / f"{stem}-{kind}-ubyte.gz").write_bytes(content)
+    return ()
 
 
-MAKERS: dict[str, Callable[[Path, tuple[str, ...]], None] | None] = {
+MAKERS: dict[str, Callable[[Path, tuple[str, ...]], Classes] | None] = {
     "digits": None,
     "flowers102": _flowers102,
     "dtd": _dtd,
