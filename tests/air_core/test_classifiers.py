@@ -117,14 +117,19 @@ def test_the_error_for_a_class_without_images_names_the_class():
 
 @pytest.mark.parametrize("kind", ["text", "real_mean", "random", "class_mean"])
 def test_fidelity_keeps_the_nearest_images_of_each_class(kind):
-    bank = toy(0, 20)
-    kept = high_fidelity(bank, FidelitySettings(kind=kind, keep=5), TEXT, toy(5, 9))
+    """Of `real_mean` nearest to the own mean where no real image has the class, as of class 0."""
+    bank, real = toy(0, 20), toy(5, 9)
+    real = real[real.labels > 0]
+    kept = high_fidelity(bank, FidelitySettings(kind=kind, keep=5), TEXT, real)
     assert kept.labels.bincount().tolist() == [5, 5, 5]
-    members = bank.images.features[bank.labels == 1]
-    to = {"text": TEXT[1], "class_mean": normalize(members.mean(dim=0), dim=-1)}.get(kind)
-    if to is not None:
-        least = (kept.images.features[kept.labels == 1] @ to).min()
-        assert least >= (members @ to).sort(descending=True).values[4] - 1e-6
+    for c in range(3):
+        members = bank.images.features[bank.labels == c]
+        of_real = real.images.features[real.labels == c] if c else members
+        mean, real_mean = (normalize(each.mean(dim=0), dim=-1) for each in (members, of_real))
+        to = {"text": TEXT[c], "class_mean": mean, "real_mean": real_mean}.get(kind)
+        if to is not None:
+            least = (kept.images.features[kept.labels == c] @ to).min()
+            assert least >= (members @ to).sort(descending=True).values[4] - 1e-6
     assert high_fidelity(bank, FidelitySettings(kind="none"), TEXT, None) is bank
 
 
