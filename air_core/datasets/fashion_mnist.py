@@ -63,7 +63,8 @@ def load(root: Path | None) -> Examples:
 
     from air_core.datasets.images import GreyImages
 
-    of_test, of_train = files(root)[:2], files(root)[2:]
+    found = files(root)
+    of_test, of_train = found[:2], found[2:]
     pixels, labels, rows = [], [], []
     for part, (images, classes) in (("train", of_train), ("test", of_test)):
         pixels.append(_array(images, dimensions=3))

@@ -167,7 +167,7 @@ def _backward(
     training: LoraTraining,
     parts: int,
 ) -> Tensor:
-    """Compute the gradients of a step in so many passes; the loss."""
+    """Add the gradients of a step, in `parts` passes, and return its loss."""
     noise, device = denoiser.noise, denoiser.network.device
     clean = encoded.sample(step.spread).to(device)  # (B, c, h, w)
     noises, t = step.noise.to(device), step.t.to(device)
