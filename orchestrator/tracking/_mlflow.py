@@ -52,9 +52,6 @@ INHERITED = ("air.sweep", USER, COMMIT, "mlflow.source.name", "mlflow.source.typ
 
 # For the check before a run, which should fail quickly.
 QUICK = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
-REJECTED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
-# A server whose database is busy or restarting uses the codes of REJECTED with these messages.
-BUSY = ("QueuePool limit", "deadlock detected", "terminating connection", "closed unexpectedly")
 
 
 class MlflowTracker:
@@ -72,10 +69,10 @@ class MlflowTracker:
     def __init__(self, uri: str | None, store: Path, project: str) -> None:
         self._uri, self.database = resolve_uri(uri, store)
         self.address = without_credentials(self._uri)
-        self._project, self._name = project, f"air/{project}"
+        self._name = f"air/{project}"
 
     def check(self) -> None:
-        """Try to write to a server, quickly and before any work.
+        """Try to read from a server, quickly and before any work.
 
         Raises:
             ValueError: MLflow denies access.
@@ -84,16 +81,7 @@ class MlflowTracker:
         if self.database is not None:
             return
         with environment(QUICK), explained_errors(self.address, f"the experiment {self._name}"):
-            client = MlflowClient(self._uri)
-            experiment = client.get_experiment_by_name(self._name)
-            if experiment is None:
-                return
-            try:  # reading an experiment does not imply the permission to write
-                client.set_experiment_tag(experiment.experiment_id, "air.project", self._project)
-            except MlflowException as error:
-                # If two drivers write a tag for the first time, one of them gets an error.
-                if error.error_code not in REJECTED:
-                    raise
+            MlflowClient(self._uri).get_experiment_by_name(self._name)
 
     def open(self, sweep: Mapping[str, str], *, live: bool = True) -> SweepTracker:
         """Find or create the run of a sweep.
@@ -153,7 +141,6 @@ class SweepTracker:
     run: StoredRun
     sent: int = 0
     current: set[tuple[str, str]] = field(default_factory=set)  # kind and id of runs of this sweep
-    rejected: set[str] = field(default_factory=set)  # digests
     accepts_files: bool = True
 
     @cached_property
@@ -174,20 +161,13 @@ class SweepTracker:
         with explained_errors(self.mlflow.address, f"the run {run.name}"):
             stored = self.children.get((run.kind, run.id))
             self.current.add((run.kind, run.id))
-            if run.digest in self.rejected or (stored is not None and stored.is_complete(run)):
+            if stored is not None and stored.is_complete(run):
                 return
-            try:
-                if stored is not None and not stored.starts(run):
-                    # MLflow hides deleted runs and can restore them.
-                    self.client.delete_run(stored.run_id)
-                    stored = None
-                self._write(run, stored or self._create(run))
-            except MlflowException as error:
-                if error.error_code not in REJECTED or any(words in str(error) for words in BUSY):
-                    raise
-                # Sending the same run again would fail again; other runs may be accepted.
-                log.warning("MLflow rejects the run %s: %s", run.name, short_reason(error))
-                self.rejected.add(run.digest)
+            if stored is not None and not stored.starts(run):
+                # MLflow hides deleted runs and can restore them.
+                self.client.delete_run(stored.run_id)
+                stored = None
+            self._write(run, stored or self._create(run))
         self.sent += run.status != "RUNNING"
 
     def finish(

@@ -29,7 +29,6 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from filelock import FileLock
 from mlflow import MlflowClient
@@ -38,7 +37,6 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils import get_results_from_paginated_fn
-from mlflow.utils.credentials import read_mlflow_creds
 
 from orchestrator.errors import TrackerUnreachable
 from orchestrator.files import lock_mode
@@ -50,7 +48,7 @@ logging.getLogger("mlflow").setLevel(logging.WARNING)  # Ray may have imported M
 
 MAX_TAG = 8000  # characters
 BATCH, PARAMS = 800, 100  # metrics and params per request, which may have 1000 in all
-UNAUTHORIZED, FORBIDDEN = 401, 403  # HTTP status codes
+DENIED = (401, 403)  # HTTP status codes
 DATABASE_BYTES = 2 * 2**20  # an empty MLflow database with its journal
 MLFLOW_ERRORS = (MlflowException, OSError)  # requests' exceptions are OSErrors
 IDENTITY = {"trial": "air.slot", "point": "air.point"}  # the tag with the id of a run, by kind
@@ -177,9 +175,15 @@ def explained_errors(address: str, resource: str) -> Iterator[None]:
     try:
         yield
     except MLFLOW_ERRORS as error:
-        rejection = _rejection(error, address, resource)
-        if rejection is not None:
-            raise ValueError(rejection) from error
+        is_denied = (
+            isinstance(error, MlflowException) and error.get_http_status_code() in DENIED  # type: ignore[no-untyped-call]
+        )
+        if is_denied:
+            raise ValueError(
+                f"MLflow at {address} denies access to {resource} ({short_reason(error)}); check "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, the permission EDIT, and "
+                "the server's --allowed-hosts (docs/tracking.md)"
+            ) from error
         raise TrackerUnreachable(
             f"MLflow at {address} does not answer ({short_reason(error)})"
         ) from error
@@ -187,34 +191,8 @@ def explained_errors(address: str, resource: str) -> Iterator[None]:
         retries.setLevel(level)
 
 
-def _rejection(error: Exception, address: str, resource: str) -> str | None:
-    """Why a server denies access and how to get it; None if the error has another cause."""
-    if not isinstance(error, MlflowException):
-        return None
-    status = error.get_http_status_code()  # type: ignore[no-untyped-call]
-    if status == UNAUTHORIZED:
-        return (
-            f"MLflow at {address} rejected the credentials ({short_reason(error)}); set "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, or "
-            "write ~/.mlflow/credentials"
-        )
-    if status != FORBIDDEN:
-        return None
-    if "Host header" in str(error):
-        return (
-            f"MLflow at {address} does not accept requests under this host name; start the server "
-            f"with --allowed-hosts {urlsplit(address).netloc}"
-        )
-    user = read_mlflow_creds().username or "an unnamed user"
-    return (
-        f"MLflow at {address} denies {user} access to {resource} ({short_reason(error)}); ask its "
-        "owner or an administrator for the permission EDIT (docs/tracking.md)"
-    )
-
-
 def connect(address: str, database: Path | None) -> MlflowClient:
     """A client of the server at an address, or of a database file, which is created."""
-    os.environ |= {**DEFAULTS, **os.environ}  # again: `airsweep.run` restores the environment
     if database is not None:
         database.parent.mkdir(parents=True, exist_ok=True)
         # If two processes create the same database at the same time, one of them fails.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import random
@@ -253,16 +252,15 @@ def failing_server(url: str, trouble: list[str]) -> contextlib.AbstractContextMa
     """URL of a proxy to an MLflow server that can fail.
 
     Args:
-        trouble: empty, or contains `away`: requests get no response; or `busy`: they get the error
-            of a server whose pool of database connections is exhausted.
+        trouble: empty, or contains `away`: requests get no response; or `denied`: they get that of
+            a server with logins to a wrong password.
     """
-    error = {"error_code": "BAD_REQUEST", "message": "QueuePool limit of size 1 overflow 0 reached"}
-    busy = 400, json.dumps(error).encode(), {"Content-Type": "application/json"}
+    denied = 401, b"You are not authenticated.", {"WWW-Authenticate": 'Basic realm="mlflow"'}
 
     def respond(method: str, path: str, forward: Callable[[], Response]) -> Response | None:
         if not trouble:
             return forward()
-        return None if "away" in trouble else busy
+        return None if "away" in trouble else denied
 
     return proxy(url, respond)
 
