@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import psutil
 
@@ -54,17 +54,15 @@ class Lease:
         """
         started = seen_since = time.monotonic()
         seen: UpdateVersion | None = None
-        while (version := self.client.put_if(self.name, self._content(), "create")) is None:
+        while (version := self._put("create")) is None:
             current = self.client.get_versioned(self.name)
-            if current is not None and self._is_own(current):
-                version = current.version
-            elif current is not None:
+            if current is not None:
                 if current.version != seen:
                     if seen is not None and on_wait is None:
                         return False
                     seen, seen_since = current.version, time.monotonic()
                 if _is_dead(current) or time.monotonic() - seen_since > self.timeout:
-                    version = self._overwrite(current.version)
+                    version = self._put(current.version)
             if version is not None:
                 break
             if on_wait is not None:
@@ -89,27 +87,13 @@ class Lease:
             version, self._version = self._version, None
             # A bucket cannot delete an object on the condition of its version. Other processes
             # do not take a lease that was just renewed, so renew it first, then delete it.
-            if version is not None and self._overwrite(version) is not None:
+            if version is not None and self._put(version) is not None:
                 self.client.delete(self.name)
         self._stop = threading.Event()
 
-    def _overwrite(self, version: UpdateVersion) -> UpdateVersion | None:
-        """Replace one version of the lease; the new version. None: another process has it."""
-        new = self.client.put_if(self.name, self._content(), version)
-        if new is None:
-            current = self.client.get_versioned(self.name)
-            new = current.version if current is not None and self._is_own(current) else None
-        return new
-
-    def _is_own(self, current: VersionedObject) -> bool:
-        """Whether this Lease wrote the object.
-
-        If the response of a successful write is lost, obstore repeats the request, and the server
-        refuses it because the object has changed: by the first request.
-        """
-        with suppress(ValueError, KeyError, TypeError):
-            return bool(json.loads(current.data)["by"] == self._id)
-        return False
+    def _put(self, condition: UpdateVersion | Literal["create"]) -> UpdateVersion | None:
+        """Create the lease or replace one version of it. None: another process has it."""
+        return self.client.put_if(self.name, self._content(), condition)
 
     def _content(self) -> bytes:
         self._renewals += 1  # the content, and with it the ETag, of each version is different
@@ -128,7 +112,7 @@ class Lease:
                 if self._version is None:
                     return  # released, or taken over after an expiry
                 with suppress(BucketUnreachable):  # the next renewal may succeed
-                    self._version = self._overwrite(self._version)
+                    self._version = self._put(self._version)
 
 
 def _is_dead(current: VersionedObject) -> bool:

@@ -175,11 +175,10 @@ class BucketClient:
 
     def _entries(self, found: Iterable[Any], folder: str) -> list[Entry]:
         above = len(folder) + 1 if folder else 0
-        entries = [
+        entries = (
             Entry(o["path"][above:], o["size"], o["last_modified"].timestamp()) for o in found
-        ]
-        # Without folder markers: empty objects, named as the folder, that some tools create.
-        return sorted((entry for entry in entries if entry.name), key=lambda entry: entry.name)
+        )
+        return sorted(entries, key=lambda entry: entry.name)
 
     # ---------------------------------------------------------------- writing
 
@@ -194,18 +193,20 @@ class BucketClient:
         """Create an object (`create`) or replace one version of it; the new version.
 
         Returns:
-            None: the condition does not hold. If the response of a successful write was lost and
-                obstore repeated the request, the existing object may be the one written here.
+            None: the condition does not hold. Repeating a write that succeeded gives its version:
+                obstore does so if the response was lost. So the content of writers must differ.
         """
         done = self._request(lambda objects: objects.put(name, data, mode=condition))
-        return None if done is None else _version(done)
+        if done is not None:
+            return _version(done)
+        current = self.get_versioned(name)
+        return current.version if current is not None and current.data == data else None
 
     def put_once(self, name: str, data: bytes) -> bool:
         """Create an object. False: it exists with other content."""
         while self.put_if(name, data, "create") is None:
-            existing = self.get(name)
-            if existing is not None:
-                return existing == data  # equal: this call wrote it and the response was lost
+            if self.has(name):
+                return False
             time.sleep(POLL)  # S3 also refuses while another write is in progress
         return True
 
@@ -233,19 +234,14 @@ class BucketClient:
             raise BucketUnreachable(self._message(str(problem))) from None
 
     def _message(self, problem: str) -> str:
-        text = redact(problem.partition("\nDebug source")[0]).strip()  # drop the debug output
-        status, code, message = (
-            match[1] if (match := pattern.search(text)) else "" for pattern in RESPONSE
-        )
-        response = f"({code or status}): {message}" if message else f"({code or status})"
+        text = " ".join(redact(problem.partition("\nDebug source")[0]).split())
+        status, code = (m[1] if (m := pattern.search(text)) else "" for pattern in RESPONSE)
         if code in NO_BUCKET:
             return f"{self}: bucket {self.bucket!r} does not exist; create it, or correct the name"
         if any(sign in text for sign in NO_CREDENTIALS):
             return f"{self}: no credentials were found; {CREDENTIALS[self.scheme]}"
-        if status in ("401", "403") or code == "ExpiredToken":
-            return f"{self}: no permission {response}; {CREDENTIALS[self.scheme]}"
         if status == "507" or code in FULL:
-            return f"{self} is full {response}; free some space, or choose another --store"
+            return f"{self} is full ({code or status}); free some space, or choose another --store"
         if not status and "HTTP error" in text:
             server = self.endpoint or self.scheme
             return (
@@ -255,10 +251,7 @@ class BucketClient:
         return f"{self}: {text}"
 
 
-RESPONSE = [
-    re.compile(pattern, re.DOTALL)
-    for pattern in (r"status code: (\d+)", "<Code>(.*?)</Code>", "<Message>(.*?)</Message>")
-]
+RESPONSE = (re.compile(r"status code: (\d+)"), re.compile("<Code>(.*?)</Code>"))
 NO_BUCKET = ("NoSuchBucket", "ContainerNotFound")
 FULL = (
     "InsufficientStorage",

@@ -130,17 +130,14 @@ class EventLog:
                         yield parse_event(line)
                     except ValueError as problem:
                         raise ValueError(
-                            f"{self.path}:{number}: {problem}; {self._remedy(number)}"
+                            f"{self.path}:{number}: {problem}; {self._remedy()}"
                         ) from None
 
-    def _remedy(self, number: int) -> str:
+    def _remedy(self) -> str:
         if self._bucket is None:
             return "remove this line; the results stay in the store"
-        event = f"{self._bucket.client}/{self._prefix}/events/{_name(number)}"
-        return (
-            f"remove this file, which is a copy; if {event} is damaged, also remove that and all "
-            "later events: the results stay in the store"
-        )
+        events = f"{self._bucket.client}/{self._prefix}/events"
+        return f"remove this file, a copy of {events}; the results stay in the store"
 
     # ---------------------------------------------------------------- in a bucket
 

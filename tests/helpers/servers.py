@@ -122,10 +122,6 @@ class S3Server:
     def make_bucket(self, name: str) -> None:
         self._client().create_bucket(Bucket=name)
 
-    def make_folder(self, bucket: str, name: str) -> None:
-        """Create a folder marker: the empty object that some tools create for a folder."""
-        self._client().put_object(Bucket=bucket, Key=name)
-
     def _client(self) -> Any:
         import boto3
 
@@ -204,18 +200,6 @@ def proxy(url: str, respond: Respond) -> Iterator[str]:
         yield address
 
 
-def counting_requests(
-    server: S3Server, requests: list[str]
-) -> contextlib.AbstractContextManager[str]:
-    """URL of a proxy that appends method and path of each request to `requests`."""
-
-    def respond(method: str, path: str, forward: Callable[[], Response]) -> Response:
-        requests.append(f"{method} {path}")
-        return forward()
-
-    return proxy(server.url, respond)
-
-
 def full_bucket(server: S3Server) -> contextlib.AbstractContextManager[str]:
     """URL of a proxy that behaves like MinIO on a full disk: reads succeed, writes fail."""
     message = "Storage backend has reached its minimum free drive threshold."
@@ -225,27 +209,6 @@ def full_bucket(server: S3Server) -> contextlib.AbstractContextManager[str]:
         server.url,
         lambda method, path, forward: full if method in ("PUT", "DELETE") else forward(),
     )
-
-
-def losing_responses(
-    server: S3Server, to_lose: list[str]
-) -> contextlib.AbstractContextManager[str]:
-    """URL of a proxy that loses responses.
-
-    Args:
-        to_lose: endings of object names. The next write to such a name takes effect, but its
-            response is lost; then the ending is removed from the list.
-    """
-
-    def respond(method: str, path: str, forward: Callable[[], Response]) -> Response | None:
-        response = forward()
-        lost = next((end for end in to_lose if path.endswith(end)), None)
-        if lost is None or method != "PUT" or response[0] != 200:
-            return response
-        to_lose.remove(lost)
-        return None
-
-    return proxy(server.url, respond)
 
 
 def failing_server(url: str, trouble: list[str]) -> contextlib.AbstractContextManager[str]:
