@@ -136,12 +136,7 @@ def hold_flock(file: Path, how: int) -> Iterator[None]:
     # process.
     file.parent.mkdir(parents=True, exist_ok=True)
     mode = lock_mode(file.parent)
-    try:
-        handle = os.open(file, os.O_RDWR | os.O_CREAT, mode)
-    except PermissionError:
-        if not file.exists():
-            raise
-        handle = os.open(file, os.O_RDONLY)  # local file systems can lock it read-only
+    handle = os.open(file, os.O_RDWR | os.O_CREAT, mode)
     try:
         with suppress(OSError):  # fails if the file belongs to another user
             os.fchmod(handle, mode)  # the umask must not exclude other users of the folder

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import BucketUnreachable, DamagedArtifact
+from orchestrator.errors import DamagedArtifact
 from orchestrator.store.artifacts import DAMAGED, ROW, UNFINISHED, ArtifactStore
 from orchestrator.store.buckets import Entry, run_concurrently
 from orchestrator.store.rows import SHARD
@@ -24,7 +24,6 @@ from orchestrator.store.storage import RECORD
 from orchestrator.store.verification import read_record
 
 UNKNOWN = "unknown"  # owner of a file without a recorded user
-NOT_REMOVED = "could not be removed: it is a link, or in a folder of another user"
 MIN_AGE = 24 * 3600.0  # seconds: a process on another machine may be writing younger files
 
 
@@ -107,13 +106,10 @@ def _item(store: ArtifactStore, path: Path, files: Mapping[str, Entry]) -> Item:
     shards = sum(SHARD.fullmatch(file) is not None for file in files)
     if name not in files and not shards:
         return _sized(path, files, why="a folder without a record")
-    record: dict[str, Any] = {}
     try:
         record = read_record(store.storage.get(path / name) or b"", path / name)
-    except BucketUnreachable:
-        raise
-    except (OSError, DamagedArtifact):  # its owner is unknown
-        pass
+    except DamagedArtifact:
+        record = {}  # its owner is unknown
     images = record.get("info", {}).get("images")  # of a row, in a shard
     images = images and images * (shards or 1)
     digest, user = path.name.rpartition("-")[2], str(record.get("user", UNKNOWN))
@@ -169,25 +165,15 @@ def removable(
     return artifacts + [replace(i, user=me) if i.path.lstat().st_uid == uid else i for i in files]
 
 
-def remove(items: Sequence[Item]) -> list[Item]:
+def remove(items: Sequence[Item]) -> None:
     """Remove artifacts and leftovers. A kill in between leaves no artifact that looks complete.
 
-    Returns:
-        The items that could not be removed, for example because another user owns the folder.
+    Raises:
+        OSError: one cannot be removed, for example because another user owns its folder.
     """
-    return [replace(item, why=NOT_REMOVED) for item in items if not _remove(item.path)]
-
-
-def _remove(path: Path) -> bool:
-    """Remove a file or folder; whether that succeeded."""
-    if path.is_symlink():
-        return False
-    try:
+    for path in (item.path for item in items):
         if path.is_dir():
             (path / RECORD).unlink(missing_ok=True)  # first, so that the rest counts as missing
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    except OSError:
-        return False
-    return True

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,45 +15,29 @@ import pytest
 from safetensors.numpy import save_file
 
 from air_core.settings import Ref
-from orchestrator.errors import DamagedArtifact, StoreRefused
+from orchestrator.errors import DamagedArtifact
 from orchestrator.files import file_digest
 from orchestrator.keys import artifact_key
-from orchestrator.stages import FeaturesSpec
 from orchestrator.store import ArtifactStore, EventLog
 from tests.helpers.sweeps import python
+from tests.store.test_storage import SPEC, failing, numbers, refuse
 
-SPEC = FeaturesSpec(dataset=Ref(name="digits", digest="d"), backbone=Ref(name="tiny", digest="b"))
 OTHER = replace(SPEC, backbone=Ref(name="large", digest="l"))
 
 # A builder that is killed while it builds.
 KILLED = """
 import os, sys
 from pathlib import Path
-from air_core.settings import Ref
-from orchestrator.stages import FeaturesSpec
 from orchestrator.store import ArtifactStore
+from tests.store.test_storage import SPEC
 
-def build(folder):
-    (folder / "numbers").write_text("1")
-    os._exit(9)
-
-spec = FeaturesSpec(dataset=Ref(name="digits", digest="d"), backbone=Ref(name="tiny", digest="b"))
-ArtifactStore(Path(sys.argv[1])).get_or_build(spec, build)
+ArtifactStore(Path(sys.argv[1])).get_or_build(SPEC, lambda folder: os._exit(9))
 """
 
 
 @pytest.fixture
 def store(tmp_path) -> ArtifactStore:
     return ArtifactStore(tmp_path / "runs")
-
-
-def numbers(folder: Path) -> dict[str, Any]:
-    (folder / "numbers").write_text("1 2 3")
-    return {"count": 3}
-
-
-def refuse(folder: Path) -> dict[str, Any]:
-    raise AssertionError("the artifact exists already")
 
 
 # ---------------------------------------------------------------- artifacts
@@ -83,28 +65,15 @@ def test_a_record_contains_key_spec_info_and_digests_of_files_that_all_users_may
 
 def test_all_files_are_synced_before_the_folder_is_renamed(store, monkeypatch):
     """After a power cut, all files of an artifact with a record exist."""
-    calls: list[str] = []
-
-    def note(name: str) -> None:
-        of = getattr(os, name)
-
-        def noted(at: int | Path, *to: Path) -> None:
-            path = Path(os.readlink(f"/proc/self/fd/{at}") if name == "fsync" else to[0])
-            calls.append(f"{name} {path.name.partition('-')[0]}")
-            of(at, *to)
-
-        monkeypatch.setattr(os, name, noted)
-
-    store.get_or_build(OTHER, numbers)  # creates the folders
-    for name in ("fsync", "rename", "replace"):
-        note(name)
-    path = store.get_or_build(SPEC, numbers).path
-    work = f"fsync .{path.name[-12:]}"
-    assert calls == ["fsync numbers", "fsync record.json", work, "rename digits", "fsync v1"]
+    store.get_or_build(OTHER, numbers("1"))  # creates the folders
+    with failing(-1, False, False, monkeypatch) as calls:
+        store.get_or_build(SPEC, numbers("1"))
+    # Both files and their folder before, the folder of the stage after.
+    assert calls == ["fsync", "fsync", "fsync", "rename", "fsync"]
 
 
 def test_a_file_is_verified_again_when_it_changes(store):
-    file = store.get_or_build(SPEC, numbers).path / "numbers"
+    file = store.get_or_build(SPEC, numbers("1")).path / "numbers"
     was = file.stat()
     file.write_text("1 2 4")
     os.utime(file, ns=(was.st_atime_ns, was.st_mtime_ns + 1))  # even if the clock is coarse
@@ -113,7 +82,7 @@ def test_a_file_is_verified_again_when_it_changes(store):
 
 
 def test_a_folder_with_the_files_of_another_artifact_is_damaged(store):
-    path, other = (store.get_or_build(spec, numbers).path for spec in (SPEC, OTHER))
+    path, other = (store.get_or_build(spec, numbers("1")).path for spec in (SPEC, OTHER))
     shutil.rmtree(path)
     shutil.copytree(other, path)
     with pytest.raises(DamagedArtifact, match="that of another artifact"):
@@ -122,7 +91,7 @@ def test_a_folder_with_the_files_of_another_artifact_is_damaged(store):
 
 def test_an_artifact_is_found_by_digest_under_another_slug(store):
     """Another name of the same weights changes the slug, but not the digest."""
-    built = store.get_or_build(SPEC, numbers)
+    built = store.get_or_build(SPEC, numbers("1"))
     renamed = replace(SPEC, backbone=Ref(name="same weights", digest="b"))
     assert artifact_key(renamed).slug != artifact_key(SPEC).slug
     assert store.get_or_build(renamed, refuse).path == built.path
@@ -137,7 +106,7 @@ def test_the_lock_and_the_part_of_a_killed_builder_do_not_count(store):
     assert (store.root / "locks" / digest).read_text()
     assert store.locks.holder(digest[:12]) == ""
     assert not store.has(SPEC)
-    assert store.get_or_build(SPEC, numbers).record["info"] == {"count": 3}
+    assert store.get_or_build(SPEC, numbers("1")).record["info"] == {"text": "1"}
     assert len(list(store.artifacts.glob("*/*/[!.]*"))) == 1
 
 
@@ -146,10 +115,10 @@ def test_two_builders_without_working_locks_leave_one_artifact(store):
     (store.root / "locks").write_text("a file, so that no lock can be created in it")
 
     def slow(folder: Path) -> dict[str, Any]:
-        ArtifactStore(store.root).get_or_build(SPEC, numbers)
+        ArtifactStore(store.root).get_or_build(SPEC, numbers("1"))
         return {"by": "the slow one"}
 
-    assert store.get_or_build(SPEC, slow).record["info"] == {"count": 3}
+    assert store.get_or_build(SPEC, slow).record["info"] == {"text": "1"}
     assert len(list(store.artifacts.glob("*/*/*"))) == 1
 
 
@@ -170,25 +139,6 @@ def test_the_holder_of_a_lock_is_named_to_those_who_wait(tmp_path, monkeypatch):
             assert calls[0][:2] == (name, holder)
 
 
-@contextmanager
-def as_user(user: int, group: int, umask: int = 0o022) -> Iterator[None]:
-    """Switch to another user of this machine."""
-    before = os.geteuid(), os.getegid(), os.getgroups(), os.umask(umask)
-    _switch_user(user, group, [])
-    try:
-        yield
-    finally:
-        _switch_user(*before[:3])
-        os.umask(before[3])
-
-
-def _switch_user(user: int, group: int, groups: list[int]) -> None:
-    os.seteuid(0)
-    os.setgroups(groups)
-    os.setegid(group)
-    os.seteuid(user)
-
-
 @pytest.mark.parametrize(("folder", "lock"), [(0o700, 0o600), (0o2755, 0o644), (0o2775, 0o664)])
 def test_lock_files_have_the_write_permissions_of_their_folder(folder, lock, tmp_path):
     for path in (tmp_path, tmp_path / "locks", tmp_path / "sweep"):
@@ -199,28 +149,3 @@ def test_lock_files_have_the_write_permissions_of_their_folder(folder, lock, tmp
         files = [*(tmp_path / "locks").iterdir(), tmp_path / "sweep" / ".driver.lock"]
         modes = {file.name: oct(file.stat().st_mode & 0o777) for file in files}
     assert modes == dict.fromkeys(("x", "store", ".driver.lock"), oct(lock))
-
-
-@pytest.fixture
-def group_folder() -> Iterator[Path]:
-    """A folder of the group 2000; pytest's folder is private."""
-    folder = Path(tempfile.mkdtemp(dir="/tmp"))
-    for path in (folder, folder / "locks", folder / "sweep"):
-        path.mkdir(exist_ok=True)
-        os.chown(path, 0, 2000)
-        path.chmod(0o2775)
-    yield folder
-    shutil.rmtree(folder)
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to switch users")
-def test_a_reader_without_write_permission_prevents_removal(group_folder):
-    locks = ArtifactStore(group_folder).locks
-    with locks.shared_store():
-        pass
-    with as_user(65534, 65534):
-        reader = locks.shared_store()
-    with reader, pytest.raises(StoreRefused, match="a sweep runs"), locks.exclusive_store():
-        pass
-    with locks.exclusive_store():
-        pass
