@@ -122,10 +122,5 @@ def searched(guides: bool = True) -> list[FinishedTrial]:
     ]
 
 
-def cells(markdown: str) -> list[list[str]]:
-    lines = [line for line in markdown.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-
-
 def one_line(text: str) -> str:
     return " ".join(text.split())

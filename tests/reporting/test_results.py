@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from orchestrator.planning.plan import plan_sweep
-from orchestrator.reporting import Results, results_of
+from orchestrator.reporting import results_of
 from orchestrator.reporting.results import CURVES, curves_frame, trials_frame
-from orchestrator.reporting.tables import rows_frame
 from orchestrator.spec import Dimension, SweepSpec, cells_of
 from orchestrator.spec.space import study_name
 from orchestrator.spec.sweep import Search, Seeds
@@ -197,11 +196,3 @@ def test_curves_frame_has_one_line_per_value(plan, store):
             assert found[slot.id, metric] == values
     assert set(frame["trial"]) == {slot.id for slot in plan.slots[2:4]}  # zero-shot has none
     assert sorted(set(frame["iteration"])) == [0, 1]
-
-
-def test_frames_of_a_sweep_without_finished_trials_have_all_columns(store, resolver, tmp_path):
-    empty = EventLog(tmp_path / "empty")
-    plan = plan_sweep(SWEEP, store, resolver, empty)
-    assert trials_frame(plan, store)["state"].tolist() == ["waiting"] * 6
-    assert tuple(curves_frame(plan, store).columns) == CURVES
-    assert {"dataset", "method", "mean", "interval"} <= set(rows_frame(Results([], [])).columns)

@@ -106,14 +106,8 @@ def grids() -> dict[str, list[FinishedTrial]]:
         "each task has a best classifier, and p values of its own": (
             quickstart() + [t for m in QUICKSTART for t in trials(m, dataset="eurosat")]
         ),
-        "seeds of a method that ignores them count once": (
-            trials("zero_shot", splits=(0, 1)) + trials("cpl", **runs)
-        ),
         "settings and modalities are compared with the default or first value": (
             settings_and_modalities()
-        ),
-        "datasets are not compared with each other": (
-            trials("cpl") + trials("air", dataset="flowers102")
         ),
         "two classifiers are equal on validation images": tied("zero_shot", "cpl"),
         "four classifiers are equal on validation images": tied("zero_shot", "cpl", "fpl", "air"),

