@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -19,16 +18,12 @@ import typer
 import yaml
 
 from orchestrator.__main__ import app
+from tests.helpers.sweeps import run_command
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "cluster"
 KUBERAY = json.loads((ROOT / "tests" / "fixtures" / "kuberay.json").read_text())
 SBATCH = CLUSTER / "slurm" / "airsweep.sbatch"
-
-
-def read(name: str) -> dict[str, Any]:
-    return yaml.safe_load((CLUSTER / "kuberay" / f"{name}.yaml").read_text())
-
 
 # The "restricted" pod security standard of Kubernetes; KubeRay gives its own containers those of
 # the head or of a worker.
@@ -97,9 +92,7 @@ def test_the_image_contains_the_package_and_no_weights_but_the_tiny_ones():
     target = wheel["targets"]["wheel"]
     needed = {*target["packages"], *target["force-include"], "pyproject.toml", "README.md"}
     assert {Path(name).parts[0] for name in needed} <= allowed
-    tracked = subprocess.run(
-        ["git", "ls-files", *sorted(allowed)], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.split()
+    tracked = run_command(["git", "ls-files", *sorted(allowed)], cwd=ROOT).stdout.split()
     heavy = [name for name in tracked if (ROOT / name).stat().st_size > 2**20]
     assert all(name.startswith("air_core/tiny/weights/") for name in heavy)
     weights = [name for name in tracked if name.endswith((".safetensors", ".pt", ".bin", ".ckpt"))]
@@ -110,14 +103,32 @@ def test_the_image_contains_the_package_and_no_weights_but_the_tiny_ones():
 
 
 @pytest.mark.parametrize("name", ["rayjob", "raycluster"])
-def test_a_file_is_valid_by_the_schema_of_kuberay(name):
-    document = read(name)
+def test_a_file_is_valid_by_the_schema_of_kuberay_with_a_token_and_restricted_pods(name):
+    document = yaml.safe_load((CLUSTER / "kuberay" / f"{name}.yaml").read_text())
     schema = {"$defs": KUBERAY["$defs"], "$ref": f"#/$defs/{document['kind']}"}
     jsonschema.validate(document, schema)
 
+    cluster = document["spec"].get("rayClusterSpec", document["spec"])
+    assert cluster["authOptions"] == {"mode": "token", "secretName": "airsweep-ray"}
+    head = cluster["headGroupSpec"]
+    memory = {"object-store-memory": "1000000000"}
+    assert head["rayStartParams"] == {"dashboard-host": "0.0.0.0", "num-cpus": "0", **memory}
+    assert all(group["rayStartParams"] == memory for group in cluster["workerGroupSpecs"])
+    assert "serviceType" not in head  # ClusterIP: the dashboard is visible inside the cluster only
+
+    found = pods(document)
+    assert len(found) == 3
+    for pod in found:
+        assert pod["securityContext"] == USER | {"fsGroup": 100}
+        assert [each["securityContext"] for each in pod["containers"]] == [CLOSED]
+        assert all(volume.keys() <= VOLUMES for volume in pod.get("volumes", []))
+        assert not {"hostNetwork", "hostPID", "hostIPC", "initContainers"} & pod.keys()
+    autoscaler = document["spec"].get("autoscalerOptions", {"securityContext": CLOSED})
+    assert autoscaler["securityContext"] == CLOSED
+
 
 def test_the_entrypoint_of_the_job_is_a_command_that_runs_the_mounted_sweep():
-    job = read("rayjob")
+    job = yaml.safe_load((CLUSTER / "kuberay" / "rayjob.yaml").read_text())
     [*python, command, spec] = shlex.split(job["spec"]["entrypoint"])[:5]
     assert (python, command) == (["python", "-m", "orchestrator"], "run")
     typer.main.get_command(app).commands[command].make_context(
@@ -128,31 +139,6 @@ def test_the_entrypoint_of_the_job_is_a_command_that_runs_the_mounted_sweep():
     [mount] = (one for one in pod["containers"][0]["volumeMounts"] if one["name"] == volume["name"])
     assert spec == f"{mount['mountPath']}/{volume['configMap']['name']}.yaml"
     assert (ROOT / "sweeps" / Path(spec).name).is_file()
-
-
-@pytest.mark.parametrize("name", ["rayjob", "raycluster"])
-def test_the_head_requires_a_token_from_a_secret(name):
-    document = read(name)
-    cluster = document["spec"].get("rayClusterSpec", document["spec"])
-    assert cluster["authOptions"] == {"mode": "token", "secretName": "airsweep-ray"}
-    head = cluster["headGroupSpec"]
-    memory = {"object-store-memory": "1000000000"}
-    assert head["rayStartParams"] == {"dashboard-host": "0.0.0.0", "num-cpus": "0", **memory}
-    assert all(group["rayStartParams"] == memory for group in cluster["workerGroupSpecs"])
-    assert "serviceType" not in head  # ClusterIP: the dashboard is visible inside the cluster only
-
-
-@pytest.mark.parametrize("name", ["rayjob", "raycluster"])
-def test_all_pods_pass_the_restricted_profile_of_kubernetes(name):
-    document, found = read(name), pods(read(name))
-    assert len(found) == 3
-    for pod in found:
-        assert pod["securityContext"] == USER | {"fsGroup": 100}
-        assert [each["securityContext"] for each in pod["containers"]] == [CLOSED]
-        assert all(volume.keys() <= VOLUMES for volume in pod.get("volumes", []))
-        assert not {"hostNetwork", "hostPID", "hostIPC", "initContainers"} & pod.keys()
-    autoscaler = document["spec"].get("autoscalerOptions", {"securityContext": CLOSED})
-    assert autoscaler["securityContext"] == CLOSED
 
 
 # ---------------------------------------------------------------- Slurm, without Slurm
@@ -167,20 +153,12 @@ def test_srun_passes_the_cpus_per_task_of_the_job():
 @pytest.mark.integration
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="needs Debian's package shellcheck")
 def test_shellcheck_accepts_the_slurm_script():
-    done = subprocess.run(["shellcheck", SBATCH], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
+    run_command(["shellcheck", str(SBATCH)])
 
 
 def test_the_slurm_script_explains_wrong_calls(tmp_path):
-    for arguments, message in (((), "usage: sbatch"), (("a.yaml", "runs"), "set AIRSWEEP_PYTHON")):
-        environment = {"PATH": os.environ["PATH"]}
-        done = subprocess.run(
-            ["bash", SBATCH, *arguments],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+    for arguments, message in ([], "usage: sbatch"), (["a.yaml", "runs"], "set AIRSWEEP_PYTHON"):
+        path = {"PATH": os.environ["PATH"]}
+        done = run_command(["bash", str(SBATCH), *arguments], check=False, cwd=tmp_path, env=path)
         assert (done.returncode, done.stdout) == (2, "")
         assert message in done.stderr

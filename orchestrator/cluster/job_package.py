@@ -123,7 +123,7 @@ def path_in_name(key: str, name: str) -> str | None:
 
     >>> path_in_name("dataset", "folder:x"), path_in_name("backbone", "ViT-B-32@clip.pt")
     ('x', 'clip.pt')
-    >>> path_in_name("backbone", "ViT-B-32/openai"), path_in_name("generator", "./sd15")
+    >>> path_in_name("generator", "stabilityai/sdxl-turbo"), path_in_name("generator", "./sd15")
     (None, './sd15')
     """
     before, path = split_name(name)

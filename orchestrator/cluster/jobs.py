@@ -76,10 +76,8 @@ def connect(address: str) -> Any:
             return JobSubmissionClient(address)
     except AuthenticationError as problem:
         raise Refused(f"{address}: {problem}") from None
-    except (RuntimeError, OSError, ValueError, KeyError, TypeError) as problem:
-        # The others are exceptions of Ray's code about an answer that is not Ray's.
-        is_said = type(problem) in (RuntimeError, ConnectionError)
-        reason = str(problem).rstrip(".") if is_said else "another kind of answer"
+    except (RuntimeError, OSError, ValueError, KeyError) as problem:
+        reason = str(problem).rstrip(".")
         raise Refused(
             f"no Ray cluster answers at {address}: {reason}; allowed: {ALLOWED}"
         ) from None

@@ -121,12 +121,7 @@ def _existing_cluster(address: str) -> Iterator[None]:
             "cluster's token; if it has just started, try again"
         ) from problem
     except (RuntimeError, ValueError) as problem:
-        reason = first_line(problem)
-        if "Version mismatch" in str(problem):  # Ray's message has seven lines
-            reason = (
-                f"{' '.join(str(problem).split())}; install the same versions here, or run on the "
-                "cluster's own Python: `ray job submit ... -- python -m orchestrator`"
-            )
+        reason = " ".join(str(problem).split())  # seven lines if the versions of Ray differ
         raise Refused(f"{address} cannot be joined: {reason}") from problem
     try:
         yield

@@ -86,29 +86,17 @@ def test_an_installed_airsweep_sends_only_the_sweep_and_its_plugins(tmp_path, sp
         pack(read_request(spec), tmp_path / "empty")
 
 
-def test_absolute_paths_and_published_names_are_accepted(spec):
-    for option in (
-        "dataset=folder:/shared/leaves",
-        "backbone=ViT-B-32/openai",
-        "backbone=ViT-B-32@/shared/clip.safetensors",
-        "generator=stable-diffusion-v1-5/stable-diffusion-v1-5",
-    ):
-        sweep = read_request(spec, sets=[option])
-        options = job_package.job_options(sweep, SHARED, Path("/data"), None)
-        assert options[:4] == ["--store", SHARED, "--data-root", "/data"]
-
-
-def test_a_job_uses_the_tracking_uri_of_this_environment(spec, monkeypatch):
+def test_a_job_has_absolute_paths_the_tracker_of_this_environment_and_variables(spec, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
-    sweep = read_request(spec)
-    assert "http://mlflow:5000" in job_package.job_options(sweep, SHARED, None, None)
-    assert job_package.job_options(sweep, SHARED, None, "none")[2:] == ["--tracking-uri", "none"]
-
-
-def test_variables_are_given_by_name_or_with_a_value(spec, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://minio:9000")
-    sent = job_package.job_variables(read_request(spec), ["AWS_ENDPOINT_URL", "HF_HOME=/shared/hf"])
-    assert (sent["AWS_ENDPOINT_URL"], sent["HF_HOME"]) == ("http://minio:9000", "/shared/hf")
+    request = read_request(spec, sets=["dataset=folder:/shared/leaves"])
+    options = job_package.job_options(request, SHARED, Path("/data"), None)
+    assert options[:4] == ["--store", SHARED, "--data-root", "/data"]
+    assert options[4:6] == ["--tracking-uri", "http://mlflow:5000"]
+    options = job_package.job_options(request, SHARED, None, "none")
+    assert options[2:4] == ["--tracking-uri", "none"]
+    sent = job_package.job_variables(request, ["AWS_ENDPOINT_URL", "MLFLOW_TRACKING_URI=other"])
+    assert (sent["AWS_ENDPOINT_URL"], sent["MLFLOW_TRACKING_URI"]) == ("http://minio:9000", "other")
 
 
 def test_refusals_equal_the_golden_messages_and_show_no_password(spec, command, monkeypatch):

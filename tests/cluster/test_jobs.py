@@ -71,10 +71,3 @@ def test_a_cluster_that_stops_answering_ends_the_wait_with_1(monkeypatch):
 def test_a_job_that_ray_did_not_accept_is_refused(monkeypatch):
     with pytest.raises(Refused, match=r"has no job default-far-1; Ray's message above says why"):
         waited([UNKNOWN], 1, monkeypatch)
-
-
-def test_a_server_that_is_not_rays_is_refused(monkeypatch):
-    """A server whose JSON is no dict, with which Ray's client fails."""
-    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", lambda address: [][address])
-    with pytest.raises(Refused, match="no Ray cluster answers at http://list:1: another kind of"):
-        jobs.connect("http://list:1")

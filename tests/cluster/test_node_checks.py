@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.cluster import node_checks
 from orchestrator.cluster.node_checks import (
     NodeRequirements,
     compare_facts,
@@ -66,6 +67,17 @@ def test_a_token_exists_in_the_driver_s_store_only(tmp_path):
         assert "is not the store" in store_problem(other.name, token)
         assert store_problem(tmp_path / "gone", token) == "does not exist"
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.ray
+def test_a_machine_that_does_not_answer_in_time_is_a_finding(ray_session, tmp_path, monkeypatch):
+    monkeypatch.setattr(node_checks, "ANSWER_TIMEOUT", 0.0)
+    store = open_store(tmp_path / "runs")
+    store.initialize()
+    [findings] = node_checks.check_nodes(store, NodeRequirements()).values()
+    [line] = finding_lines(findings)
+    assert "answers: the machine could not be checked (no answer within 0 s)" in line
+    assert "restart its Ray" in line
 
 
 # ---------------------------------------------------------------- this machine

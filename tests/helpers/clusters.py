@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,67 +21,9 @@ from tests.helpers.sweeps import environment, wait_until
 BIN = Path(sys.executable).parent
 RAY = str(BIN / "ray")
 
-NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
+NODE = {"object_store_memory": 100 * 2**20}
 # A silent machine counts as dead after a few seconds instead of Ray's default of 20.
 QUICK = {"health_check_period_ms": 1000, "health_check_timeout_ms": 2000}
-
-
-class OneNode:
-    """A cluster with one node, which further machines can join temporarily.
-
-    `address` is its RAY_ADDRESS.
-    """
-
-    def __init__(self) -> None:
-        from ray.cluster_utils import Cluster
-
-        self._cluster: Any = Cluster(
-            initialize_head=True,
-            head_node_args={**NODE, "include_dashboard": False, "_system_config": QUICK},
-        )
-        self.address: str = self._cluster.address
-
-    @contextmanager
-    def joined(self, *options: str, inside: Sequence[str] = (), **more: str) -> Iterator[None]:
-        """Add a machine during the block.
-
-        Args:
-            options: options of `ray start`.
-            inside: prefix of the command, such as `nsenter` into other mounts.
-            more: environment variables.
-        """
-        words = ["start", f"--address={self.address}", "--num-cpus=1", "--block", *options]
-        store = f"--object-store-memory={NODE['object_store_memory']}"
-        before = self.alive()
-        process = subprocess.Popen(
-            [*inside, RAY, *words, store, "--include-log-monitor=false"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=environment(**more),
-            start_new_session=True,
-        )
-        try:
-            self._until(before + 1, process)
-            yield
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            self._until(before, None)
-
-    def alive(self) -> int:
-        """Number of machines that the head counts as alive."""
-        return sum(node["Alive"] for node in self._cluster.global_state.node_table())
-
-    def _until(self, count: int, process: subprocess.Popen[bytes] | None) -> None:
-        def is_met() -> bool:
-            assert process is None or process.poll() is None, process.communicate()[0].decode()
-            return self.alive() == count
-
-        wait_until(is_met, lambda: f"{self.alive()} machines, not {count}")
-
-    def shutdown(self) -> None:
-        self._cluster.shutdown()
 
 
 def without_token(monkeypatch: pytest.MonkeyPatch, **more: str) -> None:
@@ -90,16 +31,6 @@ def without_token(monkeypatch: pytest.MonkeyPatch, **more: str) -> None:
     variables = environment(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", **more)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-
-
-@contextmanager
-def one_node(monkeypatch: pytest.MonkeyPatch) -> Iterator[OneNode]:
-    without_token(monkeypatch)
-    cluster = OneNode()
-    try:
-        yield cluster
-    finally:
-        cluster.shutdown()
 
 
 @contextmanager
@@ -161,3 +92,41 @@ def _wait_for_connection(address: str, process: subprocess.Popen[bytes]) -> None
         return False
 
     wait_until(accepts_connection, lambda: f"no head at {address}")
+
+
+@contextmanager
+def joined(address: str, *options: str, inside: Sequence[str] = (), **more: str) -> Iterator[None]:
+    """Add a machine to a cluster of one machine during the block.
+
+    Args:
+        options: options of `ray start`.
+        inside: prefix of the command, such as `nsenter` into other mounts.
+        more: environment variables.
+    """
+    from ray._raylet import GcsClient
+
+    words = ["start", f"--address={address}", "--num-cpus=1", "--block", *options]
+    store = f"--object-store-memory={NODE['object_store_memory']}"
+    process = subprocess.Popen(
+        [*inside, RAY, *words, store, "--include-log-monitor=false"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment(**{"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", **more}),
+        start_new_session=True,
+    )
+
+    def alive() -> int:
+        nodes = GcsClient(address=address).get_all_node_info(timeout=60).values()
+        return sum(node.state == 0 for node in nodes)
+
+    def has_joined() -> bool:
+        assert process.poll() is None, process.communicate()[0].decode()
+        return alive() == 2
+
+    try:
+        wait_until(has_joined, lambda: "the second machine does not join")
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)  # then the head hears of it at once
+        process.communicate()
+        wait_until(lambda: alive() == 1, lambda: "the second machine does not leave")
