@@ -1,10 +1,8 @@
-"""The Slurm script on a real Slurm with two nodes: run, stopped, resumed, and nodes lost."""
+"""The Slurm script on a real Slurm with two nodes: stopped, resumed, and a node that is lost."""
 
 from __future__ import annotations
 
-import json
 import signal
-from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -31,139 +29,74 @@ pytestmark = [
 ]
 
 SCRIPT = Path(__file__).parents[1] / "cluster" / "slurm" / "airsweep.sbatch"
-COUNT = 8
-TRIALS = many_trials(COUNT)
-
-
-@pytest.fixture(scope="module")
-def slurm(wires) -> Slurm:
-    return Slurm(wires)
-
-
-@pytest.fixture
-def folder(slurm, request) -> Path:
-    """A folder on the shared disk."""
-    path: Path = slurm.shared / request.node.name
-    path.mkdir()
-    return path
-
-
-def outcome(store: Path, name: str) -> dict[str, object]:
-    content: dict[str, object] = json.loads(
-        (store / "sweeps" / "default" / name / "outcome.json").read_text()
-    )
-    return content
-
-
-def leftovers(slurm: Slurm, job: str, folder: Path) -> list[object]:
-    """Processes and files of Ray, and the token, that remain after a job."""
-    paths = [folder / f".airsweep-{job}", *ray_folders(slurm, job)]
-    remaining: list[object] = [path for path in paths if path.exists()]
-    for process in psutil.process_iter(["cmdline"]):
-        if any(f"/tmp/ray-{job}-" in word for word in process.info["cmdline"] or []):
-            remaining.append(process)
-    return remaining
-
-
-def wait_for_end(slurm: Slurm, job: str, folder: Path, state: str, code: str) -> str:
-    """Wait for the end of a job, assert how it ended, and return its log."""
-    ended = slurm.ended(job)
-    log = (folder / f"airsweep-{job}.log").read_text()
-    assert ended == (state, code), log
-    return log
-
-
-def stopped_job(
-    slurm: Slurm, folder: Path, arguments: Sequence[str | Path]
-) -> tuple[str, psutil.Process]:
-    """Submit the long sweep; returns the job and its driver, which has stopped itself (SIGSTOP)
-    after its first trial."""
-    count = len([*folder.glob("stopping-*")])
-    interpreter, script = stopping_python(folder / f"stopping-{count}", "trial_done")
-    job = slurm.submit(folder, *arguments, AIRSWEEP_PYTHON=str(interpreter))
-
-    def log() -> str:
-        file = folder / f"airsweep-{job}.log"
-        text = file.read_text() if file.exists() else ""
-        assert not slurm.is_over(job), text
-        return text
-
-    return job, wait_for_stopped(script, log)
+COUNT = 12
 
 
 def ray_folders(slurm: Slurm, job: str) -> list[Path]:
-    return [
-        folder
-        for machine in slurm.nodes.values()
-        for folder in (machine.disk / "tmp").glob(f"ray-{job}*")
-    ]
+    disks = [machine.disk for machine in slurm.nodes.values()]
+    return [folder for disk in disks for folder in (disk / "tmp").glob(f"ray-{job}*")]
 
 
-def daemons(job: str, name: str) -> list[psutil.Process]:
-    """Processes of a job's Ray by name."""
+def ray_processes(job: str) -> list[psutil.Process]:
     return [
         process
         for process in psutil.process_iter(["name", "cmdline"])
-        if process.info["name"] == name
-        and any(f"ray-{job}-" in word for word in process.info["cmdline"] or ())
+        if any(f"ray-{job}-" in word for word in process.info["cmdline"] or ())
     ]
 
 
-def test_a_cancelled_job_on_two_nodes_resumes_and_starts_a_ray_that_dies_again(slurm, folder):
-    """`scancel` signals all processes at once, including Ray's. While the job runs, other users of
-    the nodes cannot read Ray's files. Options behind the store are those of `airsweep run`."""
-    write_sweep(folder, "long", TRIALS)
-    store = folder / "runs"
-    timeout = "--export=ALL,RAY_gcs_rpc_server_reconnect_timeout_s=5"  # a minute by default
-    options = ("--set", "seeds=[2]")
-    arguments = (timeout, "--nodes=2", "--cpus-per-task=1", SCRIPT, "long.yaml", "runs", *options)
-    job, driver = stopped_job(slurm, folder, arguments)
+def test_a_job_resumes_after_its_time_limit_the_end_of_its_ray_and_the_loss_of_its_node(wires):
+    """Options behind the store are those of `airsweep run`. The driver always stops itself after
+    its first trial, so that more are left."""
+    slurm = Slurm(wires)
+    store = slurm.shared / "runs"
+    write_sweep(slurm.shared, "long", many_trials(COUNT))
+    interpreter, script = stopping_python(slurm.shared / "stopping", "trial_done")
+    slurm.variables |= {
+        "AIRSWEEP_PYTHON": str(interpreter),
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "5",  # a minute by default
+    }
+    arguments = (str(SCRIPT), "long.yaml", "runs", "--set", "seeds=[2]")
+
+    def stopped_driver() -> psutil.Process:
+        def log() -> str:
+            assert not slurm.is_over(job), slurm.log_of(job)
+            return slurm.log_of(job)
+
+        driver = wait_for_stopped(script, log)
+        (script.parent / "started").rmdir()  # the next driver stops, too
+        return driver
+
+    # Slurm sends SIGTERM to the script two minutes before the time limit: `--signal=B:TERM@120`.
+    job = slurm.submit("--nodes=2", "--cpus-per-task=1", *arguments)
+    driver = stopped_driver()
     modes = [oct(path.stat().st_mode & 0o777) for path in ray_folders(slurm, job)]
-    assert modes == ["0o700", "0o700"]
-    slurm.command("scancel", job)
-    continue_with(driver, signal.SIGTERM)
-    assert slurm.ended(job)[0] == "CANCELLED"
-
-    again, driver = stopped_job(slurm, folder, arguments)
-    [gcs] = daemons(again, "gcs_server")
-    gcs.kill()
-    wait_until(lambda: not daemons(again, "raylet"))  # until then trials could go on
-    driver.send_signal(signal.SIGCONT)
-    log = wait_for_end(slurm, again, folder, "COMPLETED", "0:0")
-    assert "gcs_server [exit code=-9]" in log
-    assert log.count("Ray ended unexpectedly; starting Ray again to resume the sweep") == 1
-    assert [row["method"] for row in table(store, "long")] == ["fpl"] * COUNT, log
-    assert outcome(store, "long")["exit_code"] == 0
-    slots = result_slots(events(store, "long"))
-    assert len(slots) == COUNT
-    assert all(slot.endswith("seed=2") for slot in slots)
-    assert {run.info.status for run in all_runs(store)} == {"FINISHED"}
-    assert not leftovers(slurm, again, folder)
-
-
-def test_a_terminated_job_resumes_and_continues_on_another_node_if_its_node_is_lost(slurm, folder):
-    """Slurm sends SIGTERM to the script two minutes before the time limit: `--signal=B:TERM@120`.
-    It requeues the job of a lost node, whose finished trials are kept, logged or not."""
-    write_sweep(folder, "long", TRIALS)
-    store = folder / "runs"
-    arguments = ("--cpus-per-task=2", SCRIPT, "long.yaml", store)
-    job, driver = stopped_job(slurm, folder, arguments)
+    assert modes == ["0o700", "0o700"]  # other users of the nodes cannot read Ray's files
     slurm.command("scancel", "--batch", "--signal=TERM", job)
     continue_with(driver, signal.SIGTERM)
-    wait_for_end(slurm, job, folder, "FAILED", "143:0")
-    assert outcome(store, "long")["state"] == "terminated"
+    assert slurm.ended(job) == ("FAILED", "143:0"), slurm.log_of(job)
     recorded = events(store, "long")
-    assert recorded[-1]["event"] == "sweep_ended"
-    closed = len(result_slots(recorded))
-    assert closed < COUNT
-    assert not leftovers(slurm, job, folder)
+    assert (recorded[-1]["event"], recorded[-1]["exit_code"]) == ("sweep_ended", 143)
+    token = slurm.shared / f".airsweep-{job}"
+    assert not [*ray_folders(slurm, job), *ray_processes(job), *filter(Path.exists, [token])]
 
-    job, _ = stopped_job(slurm, folder, arguments)
-    node = slurm.command("squeue", "--noheader", f"--jobs={job}", "--format=%N")
-    slurm.lose(node)
+    job = slurm.submit("--cpus-per-task=2", *arguments)
+    driver = stopped_driver()
+    [gcs] = [process for process in ray_processes(job) if process.info["name"] == "gcs_server"]
+    gcs.kill()
+    # Until the other processes have ended, too, trials could go on.
+    wait_until(lambda: "raylet" not in [process.info["name"] for process in ray_processes(job)])
+    driver.send_signal(signal.SIGCONT)
+    stopped_driver()  # that of the second Ray
+    assert "gcs_server [exit code=-9]" in slurm.log_of(job)
+    assert slurm.log_of(job).count("starting Ray again to resume the sweep") == 1
+
     kept = len(result_slots(events(store, "long")))
+    slurm.lose(slurm.command("squeue", "--noheader", f"--jobs={job}", "--format=%N"))
     slurm.wait_for_requeue(job)
-    wait_for_end(slurm, job, folder, "COMPLETED", "0:0")
-    assert len(table(store, "long")) == COUNT
-    assert len(result_slots(events(store, "long"))) == COUNT > kept > closed
+    stopped_driver().send_signal(signal.SIGCONT)
+    assert slurm.ended(job) == ("COMPLETED", "0:0"), slurm.log_of(job)
+    slots = result_slots(events(store, "long"))
+    assert len(slots) == len(table(store, "long")) == COUNT > kept > len(result_slots(recorded))
+    assert all(slot.endswith("seed=2") for slot in slots)
     assert {run.info.status for run in all_runs(store)} == {"FINISHED"}

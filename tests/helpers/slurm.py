@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from tests.helpers.machines import AS_ROOT, Machine, Network
 from tests.helpers.sweeps import wait_until
@@ -57,10 +55,7 @@ class Slurm:
         self._key = self._folder / "munge.key"
         self._key.write_bytes(secrets.token_bytes(128))
         self._key.chmod(0o600)
-        self.variables = {
-            "SLURM_CONF": str(self._folder / "slurm.conf"),
-            "AIRSWEEP_PYTHON": sys.executable,
-        }
+        self.variables = {"SLURM_CONF": str(self._folder / "slurm.conf")}  # and those of jobs
         self.control = self._machine(network, "control", "slurmctld", "-D", "-c")
         self.nodes = {name: self._machine(network, name, "slurmd", "-D") for name in NODES}
         idle = ("sinfo", "--noheader", "--states=idle", "--format=%D")
@@ -79,19 +74,19 @@ class Slurm:
     def log(self) -> str:
         return (self._folder / "log").read_text()
 
-    def command(self, *words: str, cwd: Path | None = None, check: bool = True, **more: str) -> str:
-        """Run a command of Slurm and return its output."""
-        done = self.control.run(*words, check=False, folder=cwd, **{**self.variables, **more})
+    def command(self, *words: str, check: bool = True) -> str:
+        """Run a command of Slurm in the shared folder and return its output."""
+        done = self.control.run(*words, check=False, folder=self.shared, **self.variables)
         assert not check or done.returncode == 0, done.stderr + self.log()
         return done.stdout.strip()
 
-    def submit(self, folder: Path, *arguments: str | Path, **more: str) -> str:
-        """Submit a job and return its number; its log is <folder>/airsweep-<number>.log.
+    def submit(self, *arguments: str) -> str:
+        """Submit a job and return its number."""
+        return self.command("sbatch", "--parsable", *arguments)
 
-        Args:
-            more: environment variables of the job.
-        """
-        return self.command("sbatch", "--parsable", *map(str, arguments), cwd=folder, **more)
+    def log_of(self, job: str) -> str:
+        file = self.shared / f"airsweep-{job}.log"
+        return file.read_text() if file.exists() else ""
 
     def lose(self, node: str) -> None:
         """Kill all processes of a node, and record in Slurm that the node is down.
