@@ -40,34 +40,30 @@ COUNT = 12
 SMALL = "fixed: {method: zero_shot}\nseeds: [1]\n"
 
 
-class Submission:
-    """A running `airsweep submit`, which writes into a file."""
+def submitted(
+    folder: Path, event: str, *words: Any
+) -> tuple[subprocess.Popen[bytes], Path, psutil.Process, str]:
+    """A running `airsweep submit`, the file of its output, its driver, which has stopped itself at
+    an event, and the id of the job."""
+    interpreter, script = stopping_python(folder / "stopping", event)
+    words = ("orchestrator", "submit", *words, "--python", interpreter)
+    log = folder / "log"
+    process = subprocess.Popen(
+        [sys.executable, "-m", *map(str, words)],
+        stdout=log.open("wb"),
+        stderr=subprocess.STDOUT,
+        env=environment(**OPEN),
+        # Background jobs of a shell ignore SIGINT, and subprocesses inherit that.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
 
-    def __init__(self, log: Path, *words: Any) -> None:
-        self._log = log
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "orchestrator", "submit", *map(str, words)],
-            stdout=log.open("wb"),
-            stderr=subprocess.STDOUT,
-            env=environment(**OPEN),
-            # Background jobs of a shell ignore SIGINT, and subprocesses inherit that.
-            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-        )
+    def output() -> str:
+        assert process.poll() is None, log.read_text()
+        return log.read_text()
 
-    def output(self) -> str:
-        return self._log.read_text()
-
-    def driver(self, script: Path) -> tuple[psutil.Process, str]:
-        """The driver, once it has stopped itself, and the id of the job."""
-
-        def log() -> str:
-            assert self.process.poll() is None, self.output()
-            return self.output()
-
-        pattern = "--follow (default-[a-z]+-[-0-9]+);"
-        driver = wait_for_stopped(script, log)
-        wait_until(lambda: re.search(pattern, log()), log)
-        return driver, re.findall(pattern, log())[0]
+    driver, pattern = wait_for_stopped(script, output), "--follow (default-[a-z]+-[-0-9]+);"
+    wait_until(lambda: re.search(pattern, output()), output)
+    return process, log, driver, re.findall(pattern, output())[0]
 
 
 # ---------------------------------------------------------------- a cluster with a token
@@ -160,9 +156,7 @@ def test_check_checks_the_machines_as_a_job_and_runs_nothing(head, store, tmp_pa
 def test_a_job_that_is_stopped_ends_with_143(head, store, tmp_path):
     sweep = write_sweep(tmp_path, "long", many_trials(COUNT))
     command = (sweep, "--address", head, "--store", store)
-    python, script = stopping_python(tmp_path / "first", "trial_done")
-    stopped = Submission(tmp_path / "log", *command, "--python", python)
-    driver, job = stopped.driver(script)
+    process, log, driver, job = submitted(tmp_path, "trial_done", *command)
     second = airsweep("submit", *command, check=False, **OPEN)
     assert second.returncode == 3
     assert "stop it; `airsweep status long" in second.stdout  # the store is locked
@@ -172,10 +166,10 @@ def test_a_job_that_is_stopped_ends_with_143(head, store, tmp_path):
         stdout=subprocess.DEVNULL,
     )
     continue_with(driver, signal.SIGTERM)
-    assert stopped.process.wait(TIMEOUT) == 143
+    assert process.wait(TIMEOUT) == 143
     assert stopping.wait(TIMEOUT) == 0
-    assert f"{job}: STOPPED, exit code 143" in stopped.output()
-    assert "left to run" in stopped.output()  # the driver had time to close
+    assert f"{job}: STOPPED, exit code 143" in log.read_text()
+    assert "left to run" in log.read_text()  # the driver had time to close
     recorded = events(store, "long")
     assert len(result_slots(recorded)) < COUNT
     assert (recorded[-1]["event"], recorded[-1]["exit_code"]) == ("sweep_ended", 143)
@@ -183,13 +177,11 @@ def test_a_job_that_is_stopped_ends_with_143(head, store, tmp_path):
 
 def test_ctrl_c_leaves_the_job_running(head, store, tmp_path):
     sweep = write_sweep(tmp_path, "left", SMALL)
-    python, script = stopping_python(tmp_path / "first", "sweep_started")
-    words = (sweep, "--address", head, "--store", store, "--python", python)
-    left = Submission(tmp_path / "log", *words)
-    driver, job = left.driver(script)
-    left.process.send_signal(signal.SIGINT)
-    assert left.process.wait(TIMEOUT) == 130, left.output()
-    assert f"{job}: keeps running" in left.output()
+    words = (sweep, "--address", head, "--store", store)
+    process, log, driver, job = submitted(tmp_path, "sweep_started", *words)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(TIMEOUT) == 130, log.read_text()
+    assert f"{job}: keeps running" in log.read_text()
     driver.send_signal(signal.SIGCONT)
     wait_until(lambda: events(store, "left")[-1]["event"] == "sweep_ended")
     assert len(table(store, "left")) == 1
