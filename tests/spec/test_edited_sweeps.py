@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-import resource
-import signal
-import time
 from collections import Counter
-from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 
@@ -25,7 +20,6 @@ SHIPPED = [
     file.read_text() for file in sorted((Path(__file__).parents[2] / "sweeps").rglob("*.yaml"))
 ]
 WITH_DATA = [text for text in SHIPPED if "digits" in text]
-SECONDS, MEMORY = 5, 2**30
 
 NUMBERS = st.one_of(
     st.sampled_from([0, -1, 1.5, 2**31, 2**32, 2**63, 10**17, 10**40, 1e308, 5e-324, -0.0]),
@@ -69,76 +63,27 @@ def edit_value(draw: st.DrawFn, text: str) -> str:
         del parent[last]
         if kind != "delete" and isinstance(parent, dict):
             parent[draw(TEXTS)] = value
-    return yaml.dump(document.value, Dumper=Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(document.value, sort_keys=False, allow_unicode=True)
 
 
-class Dumper(yaml.SafeDumper):
-    def ignore_aliases(self, data: object) -> bool:
-        return True
-
-
-def edit_line(draw: st.DrawFn, text: str) -> str:
-    """Delete, duplicate, indent or change one line."""
-    lines = text.splitlines() or [""]
-    i = draw(st.integers(0, len(lines) - 1))
-    kind = draw(st.sampled_from(("delete", "duplicate", "indent", "insert")))
-    if kind == "delete":
-        del lines[i]
-    elif kind == "duplicate":
-        lines.insert(draw(st.integers(0, len(lines))), lines[i])
-    elif kind == "indent":
-        lines[i] = draw(st.sampled_from(("", " ", "  ", "    ", "\t"))) + lines[i].lstrip()
-    else:
-        at = draw(st.integers(0, len(lines[i])))
-        piece = st.sampled_from(
-            [*"[]{}:,#&*!|>'\"%@`?-~\\", "<<: ", "---", '"\\U00110000"', "!!int "]
-        )
-        lines[i] = lines[i][:at] + draw(piece | st.text(max_size=3)) + lines[i][at:]
-    return "\n".join(lines) + "\n"
+def edit_text(draw: st.DrawFn, text: str) -> str:
+    """Insert some characters anywhere."""
+    at = draw(st.integers(0, len(text)))
+    pieces = [*"[]{}:,#&*!|>'\"%@`?-~\\ \t\n", "<<: ", "---", '"\\U00110000"', "!!int "]
+    return text[:at] + draw(st.sampled_from(pieces) | st.text(max_size=3)) + text[at:]
 
 
 @st.composite
 def edited_sweeps(draw: st.DrawFn) -> str:
     text = draw(st.sampled_from(SHIPPED) | st.sampled_from(WITH_DATA))
     for _ in range(draw(st.sampled_from((1, 1, 1, 2, 3)))):
-        text = draw(st.sampled_from((edit_value, edit_value, edit_line)))(draw, text)
+        text = draw(st.sampled_from((edit_value, edit_value, edit_text)))(draw, text)
     return text
-
-
-@contextlib.contextmanager
-def limits() -> Iterator[None]:
-    """Raise TimeoutError after SECONDS of CPU time, MemoryError after MEMORY more bytes."""
-
-    def late(*_: object) -> None:
-        raise TimeoutError(f"no answer after {SECONDS} seconds")
-
-    used = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert used
-    before = resource.getrlimit(resource.RLIMIT_DATA)
-    handler = signal.signal(signal.SIGVTALRM, late)
-    resource.setrlimit(resource.RLIMIT_DATA, (int(used[1]) * 1024 + MEMORY, before[1]))
-    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        resource.setrlimit(resource.RLIMIT_DATA, before)
-        signal.signal(signal.SIGVTALRM, handler)
-
-
-def exit_code_and_error(file: Path, store: Path) -> tuple[int, str]:
-    """Run `airsweep plan` in this process."""
-    try:
-        with limits():
-            done = in_this_process(["--debug", "plan", str(file), "--store", str(store)])
-    except SpecError as problem:  # --debug shows the traceback of everything else
-        return 2, str(problem)
-    return done.returncode, done.stderr
 
 
 @pytest.mark.parametrize("edits", [150, pytest.param(2_000, marks=pytest.mark.exhaustive)])
 def test_an_edited_sweep_file_is_planned_or_refused_with_a_position(edits, tmp_path):
-    file, codes, slowest = tmp_path / "x.yaml", Counter[int](), 0.0
+    file, codes = tmp_path / "x.yaml", Counter[int]()
 
     @settings(
         max_examples=edits,
@@ -147,16 +92,17 @@ def test_an_edited_sweep_file_is_planned_or_refused_with_a_position(edits, tmp_p
     )
     @given(edited_sweeps())
     def check(text: str) -> None:
-        nonlocal slowest
         file.write_text(text, encoding="utf-8", errors="surrogatepass")
-        start = time.process_time()
-        code, error = exit_code_and_error(file, tmp_path / "runs")
-        slowest = max(slowest, time.process_time() - start)
+        words = ["--debug", "plan", str(file), "--store", str(tmp_path / "runs")]
+        try:
+            done = in_this_process(words)
+            code, error = done.returncode, done.stderr
+        except SpecError as problem:  # --debug shows the traceback of everything else
+            code, error = 2, str(problem)
         codes[code] += 1
         assert code in (0, 2), error
         if code == 2:
             assert re.match(rf"{re.escape(str(file))}:\d+:\d+: .", error), error
 
     check()
-    print(f"{codes[0]} planned, {codes[2]} refused; slowest {slowest:.1f} s of CPU time")
     assert min(codes[0], codes[2]) > 0

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from air_core.settings import Ref
-from air_core.settings.components import LEARNERS, STRATEGIES
+from air_core.settings.components import STRATEGIES
 from air_core.settings.flat import from_flat, to_flat, trial_keys
 from air_core.settings.normal import normalised
 from orchestrator.plugins import use_plugins
 from orchestrator.spec import SpecError, cells_of, load_sweep, sweep_schema
+from tests.helpers.golden import SWEEP, check_sweeps
 from tests.helpers.plugins import MARGIN, TIP_ADAPTER
 from tests.helpers.sweeps import write_sweep
 
@@ -59,78 +60,33 @@ def test_settings_of_a_plugin_are_complete_where_it_is_used_and_absent_elsewhere
     )
     other = from_flat({"pseudo_labels.margin.tau": 0.9}, REFS)
     assert normalised(other) == normalised(from_flat({}, REFS))
-
-
-def test_the_number_of_images_per_class_matters_to_a_strategy_of_a_plugin(spec):
-    load_sweep(spec)
+    # The number of images per class matters to it.
     fixed = {"pseudo_labels.kind": "margin", "pseudo_labels.growth": "fixed"}
     few, many = (from_flat({**fixed, "pseudo_labels.k": k}, REFS) for k in (4, 8))
     assert normalised(few).pseudo_labels.k == 4
     assert normalised(few) != normalised(many)
 
 
-PREFIX = (
-    "from air_core.settings.components import BACKBONES, LEARNERS, STRATEGIES, TRANSDUCTIONS, "
-    "setting\n"
-)
-PARAMETERS = "scores, settings, *, capacity, iteration, previous"
-STRATEGY = f"def mine({PARAMETERS}): ...\n"
-SETTINGS = "import dataclasses\n@dataclasses.dataclass(frozen=True)\nclass Mine:\n    tau: {}\n"
-ADD = "@STRATEGIES.add('mine', summary='x', settings=Mine)\n"
-MISTAKES = [
-    ("x = 1 +\n", 2, "SyntaxError: invalid syntax"),
-    ("import nonsense\n", 2, "ModuleNotFoundError: No module named 'nonsense'"),
-    ("x = 1\n", None, "the plugin adds no component"),
-    ("STRATEGIES['threshold'] = len\n", 2, "'threshold' cannot be set here"),
-    (f"@STRATEGIES.add('top_k', summary='x')\n{STRATEGY}", 2, "has a component 'top_k' already"),
-    (f"@STRATEGIES.add('Mine', summary='x')\n{STRATEGY}", 2, "'Mine' is no name"),
-    (f"@STRATEGIES.add('mine', summary='')\n{STRATEGY}", 2, "must be one line of text"),
-    ("@STRATEGIES.add('mine', summary='x')\ndef mine(scores): ...\n", 2, f"({PARAMETERS}), but"),
-    (
-        "@TRANSDUCTIONS.add('mine', summary='x')\ndef mine(): ...\n",
-        2,
-        "cannot add a component of tr",
-    ),
-    (
-        "@BACKBONES.add('mine', summary='x')\ndef mine(device, precision): ...\n",
-        2,
-        "method files()",
-    ),
-    (
-        f"@LEARNERS.add('mine', summary='x', facts=['fast'])\n{STRATEGY}",
-        2,
-        f"allowed: {', '.join(sorted(LEARNERS.facts))}",
-    ),
-    (
-        f"@STRATEGIES.add('mine', summary='x', reads=['tau'])\n{STRATEGY}",
-        2,
-        "unknown setting 'tau'; allowed: alpha, beta, growth, k, loss, threshold",
-    ),
-    (SETTINGS.format("float") + ADD + STRATEGY, 6, "'tau' of 'mine' has no default or no help"),
-    (SETTINGS.format("list = setting(0, 'x')") + ADD + STRATEGY, 6, "allowed: bool, int, float"),
-]
+def test_messages_about_mistakes_in_a_plugin_equal_the_golden_ones(tmp_path):
+    """They name both files and lines, of which the first imports."""
+    imports = "from air_core.settings.components import *\n"
+
+    def message(text):
+        (tmp_path / "mine.py").write_text(imports + text.removeprefix(SWEEP))
+        spec = write_sweep(tmp_path, "small", "plugins: [mine.py]\nfixed: {method: fpl}\n")
+        with pytest.raises(SpecError) as error:
+            load_sweep(spec)
+        return str(error.value).replace(f"{tmp_path}/", "")
+
+    check_sweeps("messages/plugins.txt", message)
 
 
-@pytest.mark.parametrize(("code", "line", "message"), MISTAKES)
-def test_a_mistake_in_a_plugin_is_reported_with_both_files_and_lines(tmp_path, code, line, message):
-    (tmp_path / "mine.py").write_text(PREFIX + code)
-    spec = write_sweep(tmp_path, "small", "plugins: [mine.py]\nfixed: {method: fpl}\n")
-    with pytest.raises(SpecError) as error:
-        load_sweep(spec)
-    where = f"{tmp_path / 'mine.py'}" + (f":{line}" if line else "")
-    assert str(error.value).startswith(f"{spec}:3:11: plugins[0]: {where}: ")
-    assert message in str(error.value)
-
-
-def test_a_plugin_that_does_not_exist_is_refused(tmp_path):
-    spec = write_sweep(tmp_path, "small", "plugins: [none.py]\nfixed: {method: fpl}\n")
-    with pytest.raises(SpecError, match=r"none\.py is not a \.py file that exists"):
-        load_sweep(spec)
-
-
-def test_two_plugins_cannot_add_the_same_component(spec):
-    (spec.parent / "again.py").write_text(MARGIN + "\n")
+def test_two_plugins_must_exist_and_cannot_add_the_same_component(spec):
+    again = spec.parent / "again.py"
     spec.write_text(spec.read_text().replace("[margin.py]", "[margin.py, again.py]"))
+    with pytest.raises(SpecError, match=r"again\.py is not a \.py file that exists"):
+        load_sweep(spec)
+    again.write_text(MARGIN + "\n")
     with pytest.raises(ValueError, match=r"'margin' is added twice: by .*margin\.py:margin and by"):
         load_sweep(spec)
 

@@ -54,7 +54,6 @@ def test_a_grid_starts_with_the_default_point():
         (KINDS, {}, "prototype"),
         (Dimension(key="fusion_weight", min=0.85, max=0.9), {}, 0.85),
         (Dimension(key="images_per_class", min=8, max=64), {}, 64),
-        (Dimension(key="train.steps", values=(None, 7)), {"train.steps": None}, None),
         (
             Dimension(key="auxiliary.refresh", values=(True, False)),
             {"auxiliary.source": "both"},

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from orchestrator.planning import plan_of, read_request
-from orchestrator.spec import cells_of, notes_of
+from orchestrator.planning import Plan, plan_of, read_request
+from orchestrator.spec import SweepSpec, cells_of, notes_of
 from orchestrator.spec.presets import SETUP_ONLY
 from orchestrator.spec.starter import write_starter
 from orchestrator.stages.context import WorkerContext
@@ -17,9 +17,7 @@ from orchestrator.stages.trial_run import run_trial
 from orchestrator.store import ArtifactStore, SweepLocation
 from tests.helpers.golden import check_refusals
 from tests.helpers.inputs import build_inputs
-from tests.helpers.sweeps import airsweep, table
 
-CHOOSE = "for validation, to choose the best classifier"
 METHODS = ["zero_shot", "cpl", "cpl_real", "cpl_real_evidence", "air", "air_control"]
 
 
@@ -34,6 +32,10 @@ def draw(home: Path, counts: dict[str, int]) -> Path:
     return home
 
 
+def plan(sweep: SweepSpec) -> Plan:
+    return plan_of(sweep, SweepLocation(ArtifactStore(Path("runs")), "default", "mine", None))
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
@@ -46,21 +48,17 @@ def test_the_file_describes_the_folder_and_can_be_planned(folder):
     assert starter.file == Path("mine.yaml")
     assert starter.summary == (
         "leaves: 32 images of 2 classes (oak 20, red maple 12); about 10 for test, split by "
-        f"`split_seed`, 3 {CHOOSE}"
+        "`split_seed`, 3 for validation, to choose the best classifier"
     )
     spec = read_request("mine.yaml").spec
-    assert spec.name == "mine"
-    assert starter.summary in spec.question.replace("\n", " ")
-    assert "with about 10 test images, differences below 10 points" in spec.question.replace(
-        "\n", " "
-    )
+    question = spec.question.replace("\n", " ")
+    assert starter.summary in question
+    assert "with about 10 test images, differences below 10 points" in question
     assert spec.fixed["dataset"] == "folder:leaves"
     assert [cell.method for cell in cells_of(spec)] == METHODS
     assert notes_of(spec) == (SETUP_ONLY,)
-    plan = plan_of(spec, SweepLocation(ArtifactStore(folder / "runs"), "default", "mine", None))
-    assert plan.total == 18
-    assert plan.slots[0].spec.classnames == ("oak", "red maple")
-    assert plan.slots[0].spec.pool == "train"  # without the validation images
+    assert plan(spec).total == 18
+    assert plan(spec).slots[0].spec.pool == "train"  # without the validation images
 
 
 def test_a_file_in_another_folder_finds_the_images(folder):
@@ -69,12 +67,7 @@ def test_a_file_in_another_folder_finds_the_images(folder):
     file = write_starter("mine", "leaves", folder / "specs").file
     sweep = read_request(file).spec
     assert sweep.fixed["dataset"] == "folder:../leaves"
-    assert notes_of(sweep) == (SETUP_ONLY,)
-
-    words = ("specs/mine.yaml", "--only", "method=zero_shot,cpl", "--tracking-uri", "none")
-    airsweep("run", *words, module="tests.helpers.trivial")
-    (folder / "leaves").rename(folder / "moved")  # results are read without the images
-    assert [row["method"] for row in table(folder / "runs", "mine")] == ["zero_shot", "cpl"]
+    assert plan(sweep).slots[0].spec.classnames == ("oak", "red maple")
 
 
 @pytest.mark.parametrize("name", ["my images", "übung", "it's #1: {all}", 'a "b" \\ c', "~x"])
@@ -95,7 +88,7 @@ def test_refusals_equal_the_golden_messages_and_no_file_is_written(folder, comma
     check_refusals(
         "messages/init.txt",
         lambda *words: command("init", "mine", "--images", *words),
-        *((name,) for name in ("nowhere", "empty", "flat", "hollow", "~nosuchuser", "long" * 80)),
+        *((name,) for name in ("nowhere", "empty", "flat", "hollow")),
         *(("flat", "--classes", names) for names in classes),
         ("listed", "--classes", "cat,cow"),
         folder=folder,
@@ -115,8 +108,7 @@ def test_unlabelled_images_get_their_classes_from_the_option(folder):
     spec = read_request("mine.yaml").spec
     assert "Expect: no accuracy" in spec.question.replace("\n", " ")
     assert notes_of(spec) == (SETUP_ONLY,)
-    plan = plan_of(spec, SweepLocation(ArtifactStore(folder / "runs"), "default", "mine", None))
-    assert plan.slots[0].spec.classnames == ("cat", "a sea lion")
+    assert plan(spec).slots[0].spec.classnames == ("cat", "a sea lion")
 
     (folder / "photos/labels.csv").write_text("image,class\n0.png,cat\n")
     again = write_starter("second", "photos", Path(), "cat,sea_lion = a sea lion").summary
@@ -141,7 +133,7 @@ def test_the_smallest_allowed_folder_passes_every_stage_of_a_smoke_run(folder):
     draw(folder / "x", {"a": 5, "b": 5})  # images of noise, which CLIP takes for one class
     file = write_starter("mine", "x", Path()).file
     sweep = read_request(file, only=["method=air,air_control,cpl_real"], smoke=True).spec
-    store = ArtifactStore(folder / "runs")
-    for slot in plan_of(sweep, SweepLocation(store, "default", "mine", None)).slots:
+    store = ArtifactStore(Path("runs"))
+    for slot in plan(sweep).slots:
         build_inputs(slot.spec, WorkerContext(store))
         assert 0 <= run_trial(slot.spec, store).metrics["test/accuracy"] <= 1

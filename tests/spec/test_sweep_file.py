@@ -4,19 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from air_core.methods import EMBEDDED, METHODS
-from air_core.settings import Ref
-from air_core.settings.flat import from_flat, trial_keys
+from air_core.methods import METHODS
+from air_core.settings.flat import trial_keys
 from orchestrator.files import ROOT
 from orchestrator.planning import read_request
 from orchestrator.spec import Dimension, SpecError, cells_of, find_sweep, load_sweep, notes_of
 from orchestrator.spec._trial_values import value_schema
 from orchestrator.spec.schema import error_message
-from orchestrator.spec.sweep import Seeds, smoke_variant
+from orchestrator.spec.sweep import Search, Seeds, smoke_variant
 from tests.helpers.golden import SWEEP, check_golden_cases, check_sweeps
 from tests.helpers.sweeps import write_sweep
-
-REFS = {key: Ref(name=name, digest=key) for key, name in EMBEDDED.items()}
 
 FULL = """\
 # Does the share matter?
@@ -43,7 +40,6 @@ project: default
 EDITORS = "# yaml-language-server: $schema=airsweep.schema.json\n"
 HEAD = SWEEP
 AIR = HEAD + "fixed: {method: air}\n"
-GRID = HEAD + "grid:\n  method: [cpl, air]\n"
 SEARCH = AIR + "search:\n  points: 3\n  space:\n"
 
 
@@ -64,8 +60,8 @@ def error_of(folder, text, **options):
 
 
 WEIGHTS = Dimension(key="fusion_weight", min=0.0, max=1.0)
-MIXED = "{method: air, lora.learning_rate: 1e-4, lora.rank: 010, lora.caption: '12:30 {}'}"
-SEVERAL = "fixed: {method: air, generation.template: ['a {}', 'a small {}']}\n"
+COUNTS = Dimension(key="images_per_class", values=(0, 25, 50))
+MIXED = HEAD + "grid: {method: [air]}\nfixed: {lora.learning_rate: 1e-4, lora.caption: 12:30}"
 RESOURCES = AIR + "resources: {"
 
 
@@ -73,14 +69,10 @@ RESOURCES = AIR + "resources: {"
     ("text", "part", "value"),
     [
         (EDITORS + FULL, "question", "Does the share matter?\n\nExpect: a hump."),
-        (FULL, "text", FULL),
         (FULL, "grid", {"backbone": ("tiny", "ViT-B-32/openai"), "method": ("cpl", "air")}),
         (FULL, "exclude", ({"backbone": "ViT-B-32/openai", "method": "cpl"},)),
         (FULL, "fixed", {"lora.learning_rate": 1e-4}),
-        (FULL, "search.sampler", "random"),
-        (FULL, "search.points", 12),
-        (FULL, "search.width", 4),
-        (FULL, "space", (WEIGHTS, Dimension(key="images_per_class", values=(0, 25, 50)))),
+        (FULL, "search", Search(sampler="random", points=12, space=(WEIGHTS, COUNTS))),
         (FULL, "seeds", Seeds(values=((1, 1), (2, 100)), vary=("seed", "split_seed"))),
         (FULL, "resources.trial.gpu", 0.25),
         (FULL, "resources.generator.gpu", 1.0),
@@ -95,42 +87,16 @@ RESOURCES = AIR + "resources: {"
             "space",
             (Dimension(key="images_per_class", min=2, max=9, log=True),),
         ),
-        (
-            f"{HEAD}fixed: {MIXED}",
-            "fixed",
-            {
-                "method": "air",
-                "lora.learning_rate": 0.0001,
-                "lora.rank": 10,
-                "lora.caption": "12:30 {}",
-            },
-        ),
-        (
-            HEAD + SEVERAL,
-            "fixed",
-            {"method": "air", "generation.template": ("a {}", "a small {}")},
-        ),
+        (MIXED, "fixed", {"lora.learning_rate": 1e-4, "lora.caption": "12:30"}),
         (
             AIR + "grid: {lora.caption: [['a {}', 'a small {}'], ['a {}']]}",
             "grid",
             {"lora.caption": (("a {}", "a small {}"), "a {}")},
         ),
-        (
-            AIR + "grid:\n  lora.rank: &sizes [4, 8]\n  lora.batch: *sizes",
-            "grid",
-            {"lora.rank": (4, 8), "lora.batch": (4, 8)},
-        ),
     ],
 )
 def test_a_part_of_a_file_is_read(tmp_path, text, part, value):
     assert repr(attrgetter(part)(load(tmp_path, text))) == repr(value)  # 1 is not 1.0
-
-
-def test_the_smallest_file_is_one_cell_with_one_point(tmp_path):
-    spec = load(tmp_path, AIR)
-    (cell,) = cells_of(spec)
-    assert (cell.id, cell.space, cell.chosen) == ("digits-ul-text-air", (), {})
-    assert notes_of(spec) == ()
 
 
 def test_a_byte_order_mark_and_windows_line_ends_do_not_matter(tmp_path):
@@ -187,19 +153,16 @@ def test_an_override_replaces_fixed_where_its_condition_holds_and_the_last_one_c
     assert notes_of(spec) == ()
 
 
-def test_an_override_may_choose_a_world(tmp_path):
-    text = AIR.replace("air", "air, generator: some/model") + (
-        "overrides: [{when: {generator: some/model}, set: {generator: tiny}}]\n"
-    )
-    assert cells_of(load(tmp_path, text))[0].flat["lora.steps"] == 300
-
-
-def test_a_smoke_run_keeps_the_overrides_of_keys_that_it_does_not_set(tmp_path):
-    more = "  - {when: {method: cpl}, set: {train.steps: 7}}\n"
-    spec = smoke_variant(load(tmp_path, OVERRIDES + more))
+def test_a_smoke_run_keeps_what_it_does_not_set_itself(tmp_path):
+    more = "  - {when: {method: cpl}, set: {train.steps: 7, lora.batch: 2}}\n"
+    space = "{images_per_class: {values: [4, 9]}, auxiliary.k: {values: [1, 2]}}"
+    search = f"search: {{points: 9, space: {space}}}\n"
+    spec = smoke_variant(load(tmp_path, OVERRIDES + more + search))
     for cell in cells_of(spec):
         assert cell.flat["train.steps"] == 10
     assert cell.flat["lora.rank"] == 3
+    assert (spec.search.points, [each.key for each in spec.space]) == (2, ["auxiliary.k"])
+    assert len(spec.seeds.values) == 1
 
 
 def test_pinned_keys_are_ignored_and_equal_cells_are_merged(tmp_path):
@@ -207,15 +170,7 @@ def test_pinned_keys_are_ignored_and_equal_cells_are_merged(tmp_path):
     grid = "grid:\n  method: [zero_shot, cpl, air]\n"
     spec = load(tmp_path, HEAD + grid + axes)
     cells = cells_of(spec)
-    assert [cell.method for cell in cells] == [
-        "zero_shot",
-        "cpl",
-        "cpl",
-        "air",
-        "air",
-        "air",
-        "air",
-    ]
+    assert [cell.method for cell in cells] == ["zero_shot", *["cpl"] * 2, *["air"] * 4]
     assert cells[0].chosen == {"method": "zero_shot"}
     assert cells[1].chosen == {"method": "cpl", "iterations": 1}
     for cell in cells:
@@ -225,18 +180,13 @@ def test_pinned_keys_are_ignored_and_equal_cells_are_merged(tmp_path):
 
 def test_settings_of_lora_do_not_apply_to_cells_without_lora(tmp_path):
     spec = load(tmp_path, AIR + "grid:\n  lora: [on, off]\n  lora.rank: [4, 8]\n")
-    four, eight, off = cells_of(spec)
-    assert [cell.id.removeprefix("digits-ul-text-air-") for cell in (four, eight, off)] == [
-        "lora=on-rank=4",
-        "lora=on-rank=8",
-        "lora=off",
-    ]
+    _, eight, off = cells_of(spec)
+    assert eight.id == "digits-ul-text-air-lora=on-rank=8"
+    assert off.id == "digits-ul-text-air-lora=off"
     assert "lora" not in eight.flat
     assert eight.flat["lora.steps"] == 300
     assert off.flat["lora"] is None
     assert not [key for key in off.flat if key.startswith("lora.")]
-    assert from_flat(off.flat, REFS).lora is None
-    assert from_flat(eight.flat, REFS).lora.rank == 8
 
 
 def test_a_cell_holds_every_setting_but_the_varied_seeds(tmp_path):
@@ -272,20 +222,8 @@ ODD = {
     "not UTF-8": AIR.encode() + b"project: \xff\n",
     "200 kB": AIR + "#" * 200_000,
     "13 levels": AIR + "project: " + "[" * 500,
-    "10,000 values": AIR + "project:\n" + "- 1\n" * 10_000,
     "aliases that expand to too many values": "a: &a0 [1,1,1,1,1,1,1,1,1]\n"
     + "".join(f"b{i}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(9)),
-    "a number of 5,000 digits": HEAD + f"fixed: {{lora.rank: {'9' * 5000}}}",
-    "a grid of 21,296 cells": GRID
-    + "".join(f"  {k}: {[*range(1, 23)]}\n" for k in ("lora.rank", "lora.steps", "lora.batch")),
-    "a grid of 729 million points": SEARCH.replace("points: 3", "sampler: grid\n  points: 3")
-    + "".join(
-        f"    {key}: {{values: {[*range(1, 31)]}}}\n"
-        for key in (
-            *("iterations", "train.steps", "train.batch"),
-            *("train.synthetic_batch", "fidelity.keep", "auxiliary.k"),
-        )
-    ),
 }
 
 
@@ -396,14 +334,9 @@ EVERY_PART = HEAD + (
 )
 
 
-@pytest.mark.parametrize("method", ["zero_shot", "fpl", "cpl", "air"])
-def test_a_file_stays_valid_when_methods_are_removed_from_its_grid(tmp_path, method):
-    methods = "zero_shot, fpl, cpl, air"
-    without = ", ".join(name for name in methods.split(", ") if name != method)
-    for left in (method, without):
-        spec = load(tmp_path, EVERY_PART.replace(f"[{methods}]", f"[{left}]"))
-        assert {cell.method for cell in cells_of(spec)} == set(left.split(", "))
-    notes = notes_of(load(tmp_path, EVERY_PART.replace(f"[{methods}]", "[cpl]")))
+def test_a_file_stays_valid_when_methods_are_removed_from_its_grid(tmp_path):
+    load(tmp_path, EVERY_PART)
+    notes = notes_of(load(tmp_path, EVERY_PART.replace("[zero_shot, fpl, cpl, air]", "[cpl]")))
     assert "grid.images_per_class does not apply to cpl: the method pins it" in notes
     assert "overrides[0] applies to no cell: its condition never holds" in notes
 
@@ -461,16 +394,8 @@ def test_a_bare_name_is_looked_up_in_the_folders_of_sweeps(tmp_path, monkeypatch
     assert find_sweep("mine") == Path("sweeps/mine.yaml")
     with pytest.raises(SpecError, match=r"2 sweep files .*: sweeps/one/same.yaml, sweeps/two/same"):
         find_sweep("same")
-
-
-@pytest.mark.parametrize(
-    ("name", "hint"),
-    [("quikstart", "did you mean quickstart"), ("[*]", "give the"), ("m" * 5000, "give the")],
-)
-def test_a_mistyped_name_lists_similar_names(tmp_path, monkeypatch, name, hint):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SpecError, match=f"no such file or sweep; {hint}"):
-        find_sweep(name)
+    with pytest.raises(SpecError, match="no such file or sweep; did you mean quickstart"):
+        find_sweep("quikstart")
 
 
 def test_a_key_that_no_cell_uses_is_noted(tmp_path):
