@@ -6,7 +6,7 @@ import json
 import math
 import random
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -37,10 +37,10 @@ from orchestrator.stages import TrialSpec, trial_of
 from orchestrator.store import ArtifactStore, EventLog
 from tests.helpers.dataset_trees import draw as draw_picture
 
+Measure = Callable[[TrialSpec], dict[str, float]]
 OBJECTIVES = ("mutual_information", "validation_accuracy")
 REFS = {name: Ref(name="tiny", digest=name) for name in EMBEDDED}
 CLASSES = ("zero", "one")
-COUNTS = Dimension(key="images_per_class", values=(0, 8, 16))
 
 
 def trial(method: str = "air", **changes: Any) -> TrialSpec:
@@ -65,6 +65,8 @@ class World:
         self.searches: dict[str, CellSearch] = {}
         self.resolver = resolver or Resolver(folder / "digests.json", None)
         self.pictures = f"folder:{pictures}"
+        # The objectives of a trial.
+        self.measured: Measure = lambda spec: dict.fromkeys(OBJECTIVES, 1.0)
 
     def sweep(self, *methods: str, **parts: Any) -> SweepSpec:
         fixed = {"generator": self.pictures, **parts.pop("fixed", {})}
@@ -82,9 +84,6 @@ class World:
             info = {"metrics": {"test/accuracy": 0.5}, "curves": {}, "per_class": []}
             info["objectives"] = self.measured(spec)
             self.store.get_or_build(spec, lambda folder, info=info: info)
-
-    def measured(self, spec: TrialSpec) -> dict[str, float]:
-        return dict.fromkeys(OBJECTIVES, 1.0)
 
     def scheduler(self, sweep: SweepSpec) -> TrialScheduler:
         self.searches = {}
@@ -232,10 +231,7 @@ def stages(requirements: Iterable[Requirement]) -> list[str]:
 def test_a_trial_with_images_needs_their_inputs_in_build_order():
     requirements = requirements_of([trial()])
     assert stages(requirements) == ["features", "labels", "lora", "images", "images"]
-    assert [requirement.images for requirement in requirements[-2:]] == [
-        120,
-        BASE_PER_CLASS,
-    ]
+    assert [requirement.images for requirement in requirements[-2:]] == [120, BASE_PER_CLASS]
     assert requirements[-1].spec.images.lora is None  # to measure what LoRA changes
 
 
@@ -249,13 +245,10 @@ def test_seeds_methods_and_fusion_weights_share_one_row():
     assert requirements_of(trials) == requirements_of(trials[:1])
 
 
-@pytest.mark.parametrize("order", [(25, 50, 120), (120, 50, 25), (25, 120, 50)])
-def test_a_sweep_of_counts_needs_only_the_largest(order):
-    (row,) = (
-        requirement
-        for requirement in requirements_of(trial(images_per_class=n, lora=None) for n in order)
-        if requirement.stage == "images"
-    )
+def test_a_sweep_of_counts_needs_only_the_largest():
+    trials = [trial(images_per_class=count, lora=None) for count in (25, 120, 50)]
+    *_, row = requirements_of(trials)
+    assert stages(requirements_of(trials)).count("images") == 1
     assert row.images == 120
     assert len(row.shards()) == 8 * len(CLASSES)  # ceil(120 / 16) blocks a class
 
@@ -309,9 +302,8 @@ def test_an_artifact_is_missing_partial_or_present(world):
 
 def test_an_estimate_is_a_guess_until_the_store_has_measurements_of_its_kind(world):
     gpus = Resources(trial=TrialResources(gpu=0.5), generator=GeneratorResources(gpu=1))
-    sweep = world.sweep(
-        "air", "fpl", fixed={"images_per_class": 16}, seeds=seeds(1), resources=gpus
-    )
+    fixed = {"images_per_class": 16, "iterations": 3, "train.steps": 100}
+    sweep = world.sweep("air", "fpl", fixed=fixed, seeds=seeds(1, 2), resources=gpus)
     guess = world.plan(sweep)
     assert guess.estimate.seconds > 0
     assert "no measurements yet" in guess.estimate.reason
@@ -319,7 +311,7 @@ def test_an_estimate_is_a_guess_until_the_store_has_measurements_of_its_kind(wor
     paces = {
         "features": Measured(50.0, 5.0),
         "images": Measured(2.5, 5.0),
-        "trials": Measured(0.0, 5.0, startup=15.0, starts=5.0),
+        "trials": Measured(0.1, 10.0, startup=15.0, starts=5.0),
     }
     *works, last = guess.work
     assert (len(works), len({work.name for work in guess.work})) == (3, 4)  # two kinds of trials
@@ -330,19 +322,17 @@ def test_an_estimate_is_a_guess_until_the_store_has_measurements_of_its_kind(wor
     found = world.plan(sweep).estimate
     assert found.reason == ""
     drawn = 0.5 * 20 * 8  # blocks of eight
-    assert found.seconds == pytest.approx(9 + 10 + drawn + 3 + 7)
-    assert found.gpu_hours == pytest.approx((drawn + 0.5 * (10 + 3 + 7)) / 3600)
+    trials = 2 * (3 + 300 * 0.01) + 2 * 7
+    assert found.seconds == pytest.approx(9 + 10 + drawn + trials)
+    assert found.gpu_hours == pytest.approx((drawn + 0.5 * (10 + trials)) / 3600)
+    smoke = ArtifactStore(Path(f"{world.store.root}-smoke"))
+    smoke.root.mkdir()
+    images = next(work for work in guess.work if work.stage == "images")
+    for pace, fastest in ((1.0, 0.5), (0.1, 0.1), (0.3, 0.1)):  # the fastest measurement counts
+        record_measurements(smoke, {images.name: Measured(8 * pace, 8)})
+        assert world.plan(sweep).estimate.stages["images"] == pytest.approx(fastest * 160)
     world.run(sweep)
     assert world.plan(sweep).estimate.seconds == 0
-
-
-def test_the_work_of_a_lora_follows_its_passes_over_the_images(world):
-    settings = {"generator": "tiny", "lora.batch": 8, "lora.passes": 3}
-    plan = world.plan(world.sweep("air", fixed={**settings, "initial_labels.k": 6}))
-    [lora] = [work for work in plan.work if work.stage == "lora"]
-    assert lora.units == math.ceil(3 * 6 * 10 / 8)  # ten classes
-    quick = world.plan(smoke_variant(plan.sweep))
-    assert [work.units for work in quick.work if work.stage == "lora"] == [2]
 
 
 def arbitrary(spec: TrialSpec) -> dict[str, float]:
@@ -355,7 +345,7 @@ def test_a_study_has_the_points_of_one_cell_with_values_and_states(world):
     search = Search(sampler="grid", points=3, width=1, space=space)
     sweep = world.sweep("air", "air_grip", search=search, seeds=seeds(1, 2))
     scheduler = world.scheduler(sweep)
-    world.measured = arbitrary  # type: ignore[method-assign]
+    world.measured = arbitrary
     with pytest.raises(ValueError, match="x has 2 searched cells; give `cell`; allowed: digits-"):
         study_of(world.plan(sweep), world.store, None)
     values: dict[str, list[float]] = {}
@@ -384,43 +374,6 @@ def test_a_study_has_the_points_of_one_cell_with_values_and_states(world):
         study_of(world.plan(world.sweep("air")), world.store, None)
 
 
-def test_a_smoke_run_of_a_search_tries_two_points_of_its_space(world):
-    space = (
-        Dimension(key="images_per_class", values=(4, 8, 16)),
-        Dimension(key="fusion_weight", min=0.1, max=0.9),
-    )
-    sweep = world.sweep("air", search=Search(points=12, width=4, space=space), seeds=seeds(1, 2))
-    world.run(smoke_variant(sweep))
-    study = study_of(world.plan(smoke_variant(sweep)), world.store, None)
-    assert [list(trial.params) for trial in study.trials] == [["fusion_weight"]] * 2
-
-
-def test_the_steps_of_a_smoke_run_are_multiplied_and_its_start_is_not(world):
-    fixed = {"iterations": 3, "train.steps": 100, "images_per_class": 16}
-    plan = world.plan(world.sweep("air", fixed=fixed, seeds=seeds(1, 2)))
-    (smoke_root := Path(f"{world.store.root}-smoke")).mkdir()
-    smoke = ArtifactStore(smoke_root)
-    [images] = [work for work in plan.work if work.stage == "images"]
-    quick = {work.stage: work for work in world.plan(smoke_variant(plan.sweep)).work}
-    [trials] = [work for work in plan.work if work.stage == "trials"]
-    assert (quick["trials"].name, quick["trials"].units) == (trials.name, 10)
-    measured = {
-        images.name: Measured(8.0, 16.0, startup=60.0, starts=2.0),  # two actors
-        trials.name: Measured(1.0, 10.0, startup=3.0, starts=1.0),  # 10 steps in 4 seconds
-    }
-    record_measurements(smoke, measured)
-    found = world.plan(plan.sweep).estimate
-    assert {found.sources[stage] for stage in ("images", "trials")} == {"history"}
-    assert found.stages["images"] == pytest.approx(30 + 0.5 * images.units)
-    assert found.stages["trials"] == pytest.approx(2 * (3.0 + 300 * 0.1))
-    world.store.root.mkdir(exist_ok=True)
-    for pace, fastest in ((1.0, 0.5), (0.1, 0.1), (0.3, 0.1)):  # the fastest measurement counts
-        slow = Measured(pace * images.units, images.units, startup=90.0, starts=1.0)
-        record_measurements(world.store, {images.name: slow})
-        found = world.plan(plan.sweep).estimate
-        assert found.stages["images"] == pytest.approx(30 + fastest * images.units)
-
-
 def test_the_work_of_gpus_and_large_models_has_no_seconds_before_it_is_measured(world):
     def seconds(gpu: float = 0.0, kind: str = "tiny 32px") -> float:
         resources = Resources(generator=GeneratorResources(gpu=gpu))
@@ -433,30 +386,40 @@ def test_the_work_of_gpus_and_large_models_has_no_seconds_before_it_is_measured(
     assert seconds() == seconds(gpu=1.0) == 300
 
 
-def test_epochs_are_estimated_by_the_steps_of_a_smoke_run(world):
-    fixed = {"iterations": 2, "train.steps": None, "train.epochs": 5, "train.batch": 20}
-    sweep = world.sweep("cpl", fixed=fixed, seeds=seeds(1))
-    plan = world.plan(sweep)
-    [trials] = [work for work in plan.work if work.stage == "trials"]
-    pool = world.resolver.pool_size(plan.slots[0].spec)
-    assert trials.units == pytest.approx(5 * (pool / 2 + pool) / 20)
-    settings = {**fixed, "pseudo_labels.kind": "top_k", "pseudo_labels.growth": "fixed"}
-    plan = world.plan(world.sweep("pseudo", fixed=settings, seeds=seeds(1)))
-    [trials] = [work for work in plan.work if work.stage == "trials"]
-    assert trials.units == 2 * 5 * 10 * 16 / 20  # 16 images of each of 10 classes
+EPOCHS = {"iterations": 2, "train.steps": None, "train.epochs": 5, "train.batch": 20}
+SELECTED = {**EPOCHS, "pseudo_labels.kind": "top_k", "pseudo_labels.growth": "fixed"}
+LORA = {"generator": "tiny", "lora.batch": 8, "lora.passes": 3, "initial_labels.k": 6}
+EVIDENCE = {"generator": "tiny", "evidence.draws": 4, "evidence.block": 8}
 
 
-def test_a_smoke_run_scores_a_few_images_of_the_same_kind(world):
-    fixed = {"generator": "tiny", "evidence.draws": 4, "evidence.block": 8}
-    sweep = world.sweep("cpl_real_evidence", fixed=fixed, seeds=seeds(1, 2))
-    pruned = world.sweep("cpl_real_evidence", fixed={**fixed, "evidence.prune_after": 1})
-    whole, smoke, cheaper = (
-        next(work for work in world.plan(some).work if work.stage == "evidence")
-        for some in (sweep, smoke_variant(sweep), pruned)
+@pytest.mark.parametrize(
+    ("method", "fixed", "stage", "units", "smoke_units"),
+    [
+        ("air", LORA, "lora", math.ceil(3 * 6 * 10 / 8), 2),  # passes over 6 images of ten classes
+        ("air", LORA, "images", 128 * 10, 16 * 10),  # blocks of 16
+        ("cpl", EPOCHS, "trials", 5 * (1077 / 2 + 1077) / 20, 10),  # half of the pool, then all
+        ("pseudo", SELECTED, "trials", 2 * 5 * 16 * 10 / 20, 10),  # 16 images of ten classes
+        ("cpl_real_evidence", EVIDENCE, "evidence", 4 * 1080, 4 * 32),  # draws x blocks of eight
+    ],
+)
+def test_the_work_of_a_smoke_run_is_of_the_same_kind_and_small(
+    world, method, fixed, stage, units, smoke_units
+):
+    sweep = world.sweep(method, fixed=fixed, seeds=seeds(1))
+    whole, smoke = (
+        next(work for work in world.plan(some).work if work.stage == stage)
+        for some in (sweep, smoke_variant(sweep))
     )
-    assert whole.units > 800
-    assert smoke.units == 4 * 32  # draws x images
-    assert whole.kind == smoke.kind != cheaper.kind
+    assert (whole.units, smoke.units) == (pytest.approx(units), smoke_units)
+    assert whole.kind == smoke.kind
+
+
+def test_pruned_evidence_is_work_of_another_kind(world):
+    def kind(**settings: Any) -> str:
+        plan = world.plan(world.sweep("cpl_real_evidence", fixed={**EVIDENCE, **settings}))
+        return next(work.kind for work in plan.work if work.stage == "evidence")
+
+    assert kind() != kind(**{"evidence.prune_after": 1})
 
 
 def test_the_estimate_includes_trials_of_a_search_that_has_not_started(world):

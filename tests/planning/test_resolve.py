@@ -16,7 +16,7 @@ from air_core.models.weights import tiny_folder
 from orchestrator.planning import Resolver, plan_of
 from orchestrator.planning.requests import location_for, read_request
 from orchestrator.spec import SpecError, presets
-from orchestrator.stages.inputs import MissingInput, images_folder
+from orchestrator.stages.inputs import images_folder
 from tests.helpers.dataset_trees import draw
 from tests.helpers.golden import check_sweeps
 
@@ -29,16 +29,6 @@ def fresh(tmp_path) -> Resolver:
 def another(resolver: Resolver) -> Resolver:
     """A resolver of a new process with the same cache."""
     return Resolver(resolver.cache, resolver.data_root)
-
-
-@pytest.fixture
-def pictures(tmp_path) -> Path:
-    """A folder of ready images. The files contain no images."""
-    folder = tmp_path / "pictures"
-    for name in ("digit zero", "digit one"):
-        (folder / name).mkdir(parents=True)
-        (folder / name / "0.png").write_bytes(name.encode())
-    return folder
 
 
 @pytest.fixture
@@ -55,15 +45,11 @@ def clip(tmp_path) -> Path:
 # ---------------------------------------------------------------- folders
 
 
-def test_a_copy_of_a_folder_has_the_same_digest(fresh, clip, tmp_path):
+def test_a_changed_byte_or_file_name_changes_the_digest_and_a_copy_does_not(fresh, clip, tmp_path):
     copy = shutil.copytree(clip, tmp_path / "elsewhere" / "copy")
-    one, two = fresh.weights("backbone", str(clip)), fresh.weights("backbone", str(copy))
-    assert one.digest == two.digest
-    assert (one.name, two.name) == (str(clip), str(copy))
-
-
-def test_a_changed_byte_or_file_name_changes_the_digest(fresh, clip):
-    digests = [fresh.weights("backbone", str(clip)).digest]
+    one, two = (fresh.weights("backbone", str(folder)) for folder in (clip, copy))
+    assert (one.name, two.name, two.digest) == (str(clip), str(copy), one.digest)
+    digests = [one.digest]
     (clip / "weights").write_text("1 2 4")
     digests.append(another(fresh).weights("backbone", str(clip)).digest)
     (clip / "weights").rename(clip / "heavier weights")
@@ -87,11 +73,12 @@ def test_the_digest_of_a_generator_covers_the_files_that_are_read(fresh, tmp_pat
         assert another(fresh).weights("generator", str(model)).digest != before
 
 
-def test_a_folder_of_ready_images_needs_no_model(fresh, pictures):
-    ref = fresh.weights("generator", f"folder:{pictures}")
-    assert ref.name == f"folder:{pictures}"
-    (pictures / "digit one" / "1.png").write_bytes(b"more")
-    assert another(fresh).weights("generator", f"folder:{pictures}").digest != ref.digest
+def test_a_folder_of_ready_images_needs_no_model(fresh, tmp_path):
+    (tmp_path / "pictures" / "digit one").mkdir(parents=True)
+    (tmp_path / "pictures" / "digit one" / "0.png").write_bytes(b"no image")
+    ref = fresh.weights("generator", f"folder:{tmp_path / 'pictures'}")
+    (tmp_path / "pictures" / "digit one" / "1.png").write_bytes(b"more")
+    assert another(fresh).weights("generator", ref.name).digest != ref.digest
 
 
 def test_a_relative_model_gets_the_absolute_path_of_the_run(fresh, monkeypatch, tmp_path):
@@ -133,26 +120,6 @@ def test_the_digest_of_a_dataset_covers_files_paths_names_template_and_recipe(tm
         digest(first, "a/x", "c/x", recipe=2),
     ]
     assert len({digest(first, "a/x", "c/x"), *others}) == 7
-
-
-def test_a_dataset_with_missing_files_is_an_error(tmp_path):
-    resolver = Resolver(tmp_path / "digests.json", tmp_path)
-    with pytest.raises(MissingInput, match=r"nowhere does not exist"):
-        resolver.dataset(some_dataset("nowhere"))
-
-
-# ---------------------------------------------------------------- trials
-
-
-def flat(method: str, **changes: object) -> dict[str, object]:
-    return {**presets.defaults(method, {}), **changes}
-
-
-def test_a_trial_without_images_needs_no_generator(fresh):
-    spec = fresh.trial(flat("cpl", generator="/nowhere"))
-    assert not spec.generator.digest
-    with pytest.raises(MissingInput, match="/nowhere does not exist"):
-        fresh.trial(flat("air", generator="/nowhere"))
 
 
 # ---------------------------------------------------------------- cached digests
