@@ -3,57 +3,38 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from air_core.models.families import drawing_defaults
 
+SD, SD3, FLUX = "StableDiffusionPipeline", "StableDiffusion3Pipeline", "FluxPipeline"
 KL = {"block_out_channels": [128, 256, 512, 512]}  # the scale is 8
-FEW = {"num_inference_steps": 4, "guidance_scale": 0.0}
-TRAILING = {"timestep_spacing": "trailing"}
-FLUX: dict[str, Any] = {"kind": "FluxPipeline", "vae": KL}
-
-
-def write(
-    folder: Path, kind: str = "StableDiffusionPipeline", scheduler: Any = None, **parts: Any
-) -> Path:
-    """A diffusers folder without weights."""
-    index = {"_class_name": kind, **{part: ["diffusers", "Part"] for part in parts}}
-    (folder / "model_index.json").write_text(json.dumps(index))
-    files = {f"{part}/config.json": config for part, config in parts.items()}
-    files["scheduler/scheduler_config.json"] = scheduler or {"timestep_spacing": "leading"}
-    for name, config in files.items():
-        (folder / name).parent.mkdir()
-        (folder / name).write_text(json.dumps(config))
-    return folder
-
-
 DC = {"encoder_block_out_channels": [128, 256, 512, 512, 1024, 1024]}
-SD3 = {"kind": "StableDiffusion3Pipeline", "transformer": {"sample_size": 128}, "vae": KL}
-MODELS: dict[str, tuple[dict[str, Any], dict[str, float]]] = {
-    "SD 1.5": ({"unet": {"sample_size": 64}, "vae": KL}, {"size": 512}),
-    "SD 2.1": ({"unet": {"sample_size": 96}, "vae": KL}, {"size": 768}),
-    "SD 3.5": (SD3, {"size": 1024, "num_inference_steps": 28, "guidance_scale": 7.0}),
-    "SD Turbo": (
-        {"unet": {"sample_size": 64}, "vae": KL, "scheduler": TRAILING},
-        {"size": 512, **FEW},
-    ),
-    "SANA": ({"transformer": {"sample_size": 32}, "vae": DC}, {"size": 1024}),
-    "FLUX.1-dev": (
-        {**FLUX, "transformer": {"guidance_embeds": True}},
-        {"size": 1024, "num_inference_steps": 28, "guidance_scale": 3.5},
-    ),
-    "FLUX.1-schnell": (
-        {**FLUX, "transformer": {"guidance_embeds": False}},
-        {"size": 1024, **FEW},
-    ),
-    "not square": ({"unet": {"sample_size": [64, 96]}, "vae": KL}, {}),
+FEW = {"num_inference_steps": 4, "guidance_scale": 0.0}
+MANY = {"num_inference_steps": 28, "guidance_scale": 3.5}
+# By model: pipeline, configurations of network and autoencoder, and the defaults.
+MODELS: dict[str, tuple[str, Any, Any, dict[str, float]]] = {
+    "SD 1.5": (SD, {"sample_size": 64}, KL, {"size": 512}),
+    "SD 2.1": (SD, {"sample_size": 96}, KL, {"size": 768}),
+    "SD 3.5": (SD3, {"sample_size": 128}, KL, {"size": 1024, **MANY, "guidance_scale": 7.0}),
+    "SD Turbo": (SD, {"sample_size": 64}, KL, {"size": 512, **FEW}),
+    "SANA": ("SomePipeline", {"sample_size": 32}, DC, {"size": 1024}),
+    "FLUX.1-dev": (FLUX, {"guidance_embeds": True}, KL, {"size": 1024, **MANY}),
+    "FLUX.1-schnell": (FLUX, {"guidance_embeds": False}, KL, {"size": 1024, **FEW}),
+    "not square": (SD, {"sample_size": [64, 96]}, KL, {}),
 }
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_files_of_a_model_determine_size_steps_and_guidance(tmp_path, name):
-    model, expected = MODELS[name]
-    assert drawing_defaults(write(tmp_path, **model)) == expected
+    kind, network, vae, expected = MODELS[name]
+    part = "unet" if kind == SD else "transformer"
+    index = {"_class_name": kind, part: ["diffusers", "Part"], "vae": ["diffusers", "Part"]}
+    spacing = {"timestep_spacing": "trailing" if name == "SD Turbo" else "leading"}
+    files = {f"{part}/config.json": network, "vae/config.json": vae, "model_index.json": index}
+    for file, content in (files | {"scheduler/scheduler_config.json": spacing}).items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(json.dumps(content))
+    assert drawing_defaults(tmp_path) == expected

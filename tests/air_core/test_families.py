@@ -156,23 +156,19 @@ def test_a_tokenizer_that_is_a_sentencepiece_model_is_read(tmp_path):
 # ---------------------------------------------------------------- other models
 
 
-def test_noise_levels_that_no_family_knows_are_refused_by_name(tmp_path):
-    model = pipelines.playground(tmp_path)
-    assert type(PipelineGenerator(model, SETTINGS).pipeline.scheduler).__name__.startswith("EDM")
-    match = "EDMDPMSolverMultistepScheduler, whose noise levels .* flow matching; set lora: null"
-    with pytest.raises(ValueError, match=match):
-        check_denoiser(model, "set lora: null")
+SCHEDULER = "scheduler/scheduler_config.json"
 
 
-def test_a_model_with_another_prediction_is_refused(tmp_path):
-    model = pipelines.stable_diffusion_1(tmp_path, "sample")
-    with pytest.raises(ValueError, match="predicts 'sample'; LoRA and evidence know epsilon, v_p"):
-        check_denoiser(model)
-
-
-def test_a_pipeline_of_no_family_can_only_draw(tmp_path):
-    index = pipelines.stable_diffusion_1(tmp_path) / "model_index.json"
-    index.write_text(index.read_text().replace("StableDiffusionPipeline", "KolorsPipeline"))
-    match = r"is a KolorsPipeline, which can only draw; .* Stable Diffusion 1 and 2, .*Qwen-Image"
-    with pytest.raises(ValueError, match=match):
-        check_denoiser(tmp_path)
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        (SCHEDULER, "beta_start", "sigma_min", "whose noise levels .* flow .*; set lora: null"),
+        (SCHEDULER, "epsilon", "sample", "predicts 'sample'; LoRA and evidence know epsilon, v_p"),
+        ("model_index.json", "StableDiffusionP", "KolorsP", "Kolors.* can only draw; .*Qwen-Image"),
+    ],
+)
+def test_a_model_that_lora_and_evidence_do_not_know_is_refused(file, old, new, message, tmp_path):
+    changed = pipelines.stable_diffusion_1(tmp_path) / file
+    changed.write_text(changed.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        check_denoiser(tmp_path, "set lora: null")

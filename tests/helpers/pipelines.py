@@ -30,11 +30,9 @@ SIZE = 64  # pixels; 8 of them are one latent
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-def stable_diffusion_1(folder: Path, prediction: str = "epsilon") -> Path:
+def stable_diffusion_1(folder: Path) -> Path:
     """As Stable Diffusion 1.5: four levels, its safety checker named in the index."""
-    scheduler = diffusers.PNDMScheduler(
-        **NOISE, skip_prk_steps=True, steps_offset=1, prediction_type=prediction
-    )
+    scheduler = diffusers.PNDMScheduler(**NOISE, skip_prk_steps=True, steps_offset=1)
     _save(folder, scheduler, attention_head_dim=2)
     index = folder / "model_index.json"
     checker = '["stable_diffusion", "StableDiffusionSafetyChecker"]'
@@ -89,15 +87,6 @@ def stable_diffusion_xl(folder: Path) -> Path:
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     ).save_pretrained(folder)  # fmt: skip
-    return folder
-
-
-def playground(folder: Path) -> Path:
-    """As Playground 2.5: Stable Diffusion XL with the noise levels of EDM."""
-    scheduler = diffusers.EDMDPMSolverMultistepScheduler(solver_order=2)
-    scheduler.save_pretrained(stable_diffusion_xl(folder) / "scheduler")
-    index = folder / "model_index.json"
-    index.write_text(index.read_text().replace("EulerDiscreteScheduler", type(scheduler).__name__))
     return folder
 
 
