@@ -20,7 +20,6 @@ from PIL import Image
 from air_core.bundle import load_bundle
 from air_core.bundle.manifest import write_bundle
 from air_core.datasets import get_dataset
-from air_core.datasets.images import Unreadable
 from orchestrator import api
 from orchestrator.reporting.classified import write_file
 from tests.helpers.bundles import zero_shot
@@ -83,22 +82,11 @@ def test_paths_pil_images_and_arrays_give_the_same_result_in_one_call(bundle, ph
     ("image", "message"),
     [
         (np.zeros((8, 8, 3)), r"image #0 is an array \(8, 8, 3\) of float64; allowed"),
-        (np.zeros((3, 8, 8), np.uint8), r"\(3, 8, 8\) of uint8; allowed: \(H, W, 3\)"),
-        (np.zeros((0, 8), np.uint8), r"\(0, 8\)"),
         (b"bytes", "image #0 is a bytes; allowed: paths, PIL images and numpy arrays"),
     ],
 )
 def test_other_arrays_and_types_are_refused(bundle, image, message):
     with pytest.raises(ValueError, match=message):
-        bundle.classify([image])
-
-
-def test_a_damaged_image_in_memory_is_unreadable(bundle, photos, tmp_path):
-    (tmp_path / "cut.jpg").write_bytes(photos[0].read_bytes()[:-500])
-    with (
-        Image.open(tmp_path / "cut.jpg") as image,
-        pytest.raises(Unreadable, match="image #0 cannot be read"),
-    ):
         bundle.classify([image])
 
 
@@ -184,18 +172,17 @@ def test_refusals_equal_the_golden_messages(folder, photos, command, tmp_path):
 
 def test_class_folders_have_accuracy_and_confusions_and_text_the_rows(folder, command, tmp_path):
     examples = get_dataset("digits").load(None)
-    new = tmp_path / "new" / "test"
-    names = {0: "digit_zero", 1: "digit one", 2: "zwei", 3: "unknown"}
+    new = tmp_path / "new"
+    names = {0: "digit_zero", 1: "digit one", 2: "Digit_Two", 3: "unknown"}
     for name in names.values():
         (new / name).mkdir(parents=True)
-    (tmp_path / "new" / "classnames.txt").write_text("zwei = digit two\n")
     for i in np.flatnonzero(np.isin(examples.labels, (0, 1, 2)))[:12]:
         examples.images[i].save(new / names[examples.labels[i]] / f"{i}.png")
     examples.images[0].save(new / "unknown" / "x.png")
-    (new / "zwei" / "bad.png").write_bytes(b"")
-    (new / "zwei" / "IMG.MOV").write_bytes(b"")
+    (new / names[2] / "bad.png").write_bytes(b"")
+    (new / names[2] / "IMG.MOV").write_bytes(b"")
 
-    code, out, err = command("classify", folder, new.parent, "--json", "--topk", "2")
+    code, out, err = command("classify", folder, new, "--json", "--topk", "2")
     found = [one for one in json.loads(out) if one["error"] is None]
     assert code == 1
     assert [one["true"] for one in found].count(None) == 1
@@ -203,7 +190,7 @@ def test_class_folders_have_accuracy_and_confusions_and_text_the_rows(folder, co
     assert f"accuracy {right / 12:.1%}: {right} of 12 images in class folders\n" in err
     assert "skipped: 1 .mov\n1 of 14 files could not be read:\n" in err
 
-    lines = command("classify", folder, new.parent, "--topk", "2")[1].splitlines()
+    lines = command("classify", folder, new, "--topk", "2")[1].splitlines()
     for one, line in zip(found, lines, strict=False):
         best = f"{one['class']} {one['probability']:.1%}"
         second = f"{one['class_2']} {one['probability_2']:.1%}"
@@ -213,7 +200,7 @@ def test_class_folders_have_accuracy_and_confusions_and_text_the_rows(folder, co
     assert [" ".join(line.split()) for line in lines[start:]] == [
         f"{count} {true} -> {name}" for (true, name), count in wrong.most_common() if true != name
     ]
-    assert "accuracy" not in command("classify", folder, f"{new}/zwei/*.png")[1]
+    assert "accuracy" not in command("classify", folder, f"{new}/{names[2]}/*.png")[1]
 
 
 def test_an_image_with_a_small_probability_is_unsure(folder, photos, command):
@@ -235,15 +222,14 @@ def test_an_image_with_a_small_probability_is_unsure(folder, photos, command):
         assert line.endswith("unsure") == one.is_unsure
 
 
-@pytest.mark.parametrize("suffix", ["csv", "parquet"])
-def test_an_interrupted_process_leaves_no_table(suffix, tmp_path):
+def test_an_interrupted_process_leaves_no_table(tmp_path):
     def interrupted() -> Iterator[dict[str, Any]]:
         yield from [{"path": "a.png", "class": "one", "probability": 0.5, "error": None}] * 10_000
         assert [*tmp_path.iterdir()]  # a part is written
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_file(tmp_path / f"out.{suffix}", interrupted())
+        write_file(tmp_path / "out.parquet", interrupted())
     assert not [*tmp_path.iterdir()]
 
 

@@ -54,9 +54,15 @@ def load_bundle(
     if runtime != "torch":
         raise ValueError(f"unknown runtime {runtime!r}; allowed: torch, onnx")
     found = manifest.backbone(weights)  # before torch is imported or a weight is read
-    from air_core.backbone.loading import load_backbone  # seconds
-    from air_core.bundle.classifier import Bundle, check_device
+    import torch  # seconds
 
-    check_device(device)
+    from air_core.backbone.loading import load_backbone
+    from air_core.bundle.classifier import Bundle
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as problem:
+        first = str(problem).strip().partition("\n")[0]
+        raise ValueError(f"device {device!r} cannot be used ({first}); cpu always works") from None
     backbone = load_backbone(found, device, manifest.content.backbone.precision)
     return Bundle(manifest, backbone, classifier, min_probability)

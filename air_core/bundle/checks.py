@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
@@ -16,22 +15,18 @@ File = Literal["text_features.safetensors", "prompt.safetensors", "fused.safeten
 TEXT, PROMPT, FUSED, ONNX = get_args(File)
 ClassifierName = Literal["text", "auxiliary", "fused"]
 CLASSIFIERS: tuple[str, ...] = get_args(ClassifierName)
-UNIT = 1e-3  # largest deviation of the length of a class vector from 1
-TINY = 1e-30
 
 Arrays = Mapping[str, Mapping[str, np.ndarray]]  # by file, then by name
 
 
 @dataclass(frozen=True)
 class Allowed:
-    """What an array may contain: finite numbers of a type, shape and range."""
+    """What an array may contain: finite numbers of a type and shape."""
 
     dtype: type[np.generic]
     # One letter a dimension: C classes, U those of pool images, D feature width; L, N, P and W:
     # any number. No dimension is 0.
     shape: str = ""
-    low: float = -math.inf
-    high: float = math.inf
 
     def fits(self, array: np.ndarray, sizes: dict[str, int]) -> bool:
         """Whether an array is allowed; `sizes` are those of letters and get those of new ones."""
@@ -40,22 +35,17 @@ class Allowed:
         for letter, size in zip(self.shape, array.shape, strict=True):
             if size == 0 or sizes.setdefault(letter, size) != size:
                 return False
-        return bool((np.isfinite(array) & (array >= self.low) & (array <= self.high)).all())
+        return bool(np.isfinite(array).all())
 
 
-_WEIGHT = {"weight": Allowed(np.float64, low=0, high=1)}
+_WEIGHT = {"weight": Allowed(np.float64)}
 _AUXILIARY = _WEIGHT | {
     "auxiliary.center": Allowed(np.float32, "D"),
-    "auxiliary.sharpness": Allowed(np.float64, low=TINY),
+    "auxiliary.sharpness": Allowed(np.float64),
 }
 # The sets of arrays that a file can contain.
 FORMS: dict[str, tuple[dict[str, Allowed], ...]] = {
-    TEXT: (
-        {
-            "text_features": Allowed(np.float32, "CD"),
-            "logit_scale": Allowed(np.float32, low=TINY),
-        },
-    ),
+    TEXT: ({"text_features": Allowed(np.float32, "CD"), "logit_scale": Allowed(np.float32)},),
     PROMPT: tuple({"prompt": Allowed(np.floating, shape)} for shape in ("W", "LW", "PLW")),
     FUSED: (
         _AUXILIARY
@@ -67,13 +57,13 @@ FORMS: dict[str, tuple[dict[str, Allowed], ...]] = {
         _AUXILIARY
         | {
             "auxiliary.bank": Allowed(np.float32, "ND"),
-            "auxiliary.labels": Allowed(np.signedinteger, "N", low=0),
-            "auxiliary.nearest": Allowed(np.signedinteger, low=0),
+            "auxiliary.labels": Allowed(np.signedinteger, "N"),
+            "auxiliary.nearest": Allowed(np.signedinteger),
         },
         _WEIGHT
         | {
             "mixture.means": Allowed(np.float32, "UD"),
-            "mixture.precision": Allowed(np.float32, "D", low=TINY),
+            "mixture.precision": Allowed(np.float32, "D"),
         },
     ),
 }
@@ -94,8 +84,7 @@ def check_arrays(content: Content, arrays: Arrays) -> None:
     """
     if arrays.keys() - {FUSED} != {TEXT, *([PROMPT] if content.prompt is not None else [])}:
         raise ValueError("it has other files than an export writes")
-    pooled = len(content.unseen or content.classnames)
-    sizes = {"C": len(content.classnames), "U": pooled}
+    sizes = {"C": len(content.classnames), "U": len(content.unseen or content.classnames)}
     for file, forms in FORMS.items():
         of = arrays.get(file)
         if of is not None and not any(
@@ -103,14 +92,6 @@ def check_arrays(content: Content, arrays: Arrays) -> None:
             for form in forms
         ):
             raise ValueError(f"{file} has other arrays, types, shapes or values than allowed")
-    lengths = np.linalg.norm(arrays[TEXT]["text_features"].astype(np.float64), axis=1)  # (C,)
-    if (np.abs(lengths - 1) > UNIT).any():
-        raise ValueError(f"{TEXT} has vectors whose length is not 1")
-    fused = arrays.get(FUSED, {})
-    if "auxiliary.labels" in fused:
-        labels, least = fused["auxiliary.labels"], max(1, int(fused["auxiliary.nearest"]))
-        if labels.max() >= pooled or np.bincount(labels, minlength=pooled).min() < least:
-            raise ValueError(f"{FUSED} has labels of no class, or too few of one")
     found = classifiers(content, arrays)
     if content.classifier not in found:
         raise ValueError(f"its classifier is {content.classifier}; it has {', '.join(found)}")

@@ -31,7 +31,6 @@ from air_core.types import Classes, Encoded
 
 TOP = 3  # classes per image in a result
 STEP = 64  # images per batch; larger batches delay the output of large models
-BLANK = Image.new("RGB", (8, 8))
 
 Source = Path | Image.Image | np.ndarray
 Row = dict[str, Any]
@@ -93,12 +92,6 @@ class Bundle:
         self.preprocess: Callable[[Image.Image], Tensor] = backbone.preprocess
         self.at_once = min(STEP, backbone.at_once)
         texts = torch.from_numpy(manifest.arrays[TEXT]["text_features"])
-        width = backbone.encode_images([BLANK]).shape[1]
-        if width != texts.shape[1]:
-            raise ValueError(
-                f"{manifest.folder} is not a bundle of this backbone: its class vectors have width "
-                f"{texts.shape[1]}, but image features {width}"
-            )
         text = _Text(texts, float(manifest.arrays[TEXT]["logit_scale"]))
         if PROMPT in manifest.arrays:
             learner: type[Bundled] = LEARNERS.load(manifest.content.modality)
@@ -235,16 +228,3 @@ class Bundle:
     def logits_of(self, batch: Encoded, classifier: str) -> Tensor:
         """Logits (N, C) of encoded images."""
         return self._of[classifier].logits(batch)
-
-
-def check_device(device: str) -> None:
-    """Check that torch can use a device.
-
-    Raises:
-        ValueError: it cannot.
-    """
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as problem:
-        first = str(problem).strip().partition("\n")[0]
-        raise ValueError(f"device {device!r} cannot be used ({first}); cpu always works") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -14,11 +14,9 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     ValidationError,
-    model_validator,
 )
 
 from air_core.bundle.checks import ClassifierName, File
-from air_core.datasets.dataset import is_template
 from air_core.settings import ClipPrecision, FusionSpace
 from air_core.settings.components import LEARNERS
 from air_core.tools.printable import UNPRINTABLE, printable
@@ -54,14 +52,11 @@ Classnames = Annotated[
     Field(min_length=1),
     _if(lambda names: len(set(names)) == len(names), "class names are different texts"),
 ]
-Template = Annotated[str, _if(is_template, "a template is a text with {} once, for the class name")]
 Modality = Annotated[
     str, _if(lambda name: name in modalities(), "this version has no such learner")
 ]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Values = dict[str, JsonValue]
-Side = Annotated[int, Field(gt=0, le=4096)]
-Model = TypeVar("Model", bound=BaseModel)
 
 
 class _Strict(BaseModel):
@@ -86,7 +81,7 @@ class Content(_Strict):
     format: Literal[1]
     made_by: str = ""
     classnames: Classnames
-    template: Template
+    template: str
     modality: Modality
     prompt: Values | None
     classifier: ClassifierName  # selected at the export
@@ -104,33 +99,15 @@ class Content(_Strict):
     files: dict[File, Sha256]
     seal: str
 
-    @model_validator(mode="after")
-    def _some_are_unseen(self) -> Content:
-        unseen, classes = self.unseen, {*range(len(self.classnames))}
-        if unseen is not None and not ({*unseen} < classes and 0 < len({*unseen}) == len(unseen)):
-            raise ValueError("unseen is neither null nor a list of some of the classes")
-        return self
 
-
-class Preprocessing(_Strict):
-    """How an ONNX file wants its images; a changed file could name any values."""
-
-    size: Annotated[list[Side], Field(min_length=2, max_length=2)]  # height, width
-    mean: Annotated[list[float], Field(min_length=3, max_length=3)]
-    std: Annotated[list[PositiveFloat], Field(min_length=3, max_length=3)]
-    interpolation: Literal["bicubic", "bilinear"]
-    resize_mode: Literal["shortest", "longest", "squash"]
-    fill_color: Annotated[int, Field(ge=0, le=255)]
-
-
-def checked(model: type[Model], found: object) -> Model:
-    """Values from JSON as a model.
+def checked(found: object) -> Content:
+    """Values from JSON as the content of a bundle.
 
     Raises:
         ValueError: a value is missing, unknown or of another type; the message has the first.
     """
     try:
-        return model.model_validate(found)
+        return Content.model_validate(found)
     except ValidationError as problem:
         first = problem.errors(include_url=False)[0]
         where = ".".join(str(part)[:SHOWN] for part in first["loc"]) or "content"

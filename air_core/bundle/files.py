@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from air_core.datasets.class_folders import READ_TEXT, SUFFIXES, skipped_clause, walk
-from air_core.datasets.places import class_entries, text_lines
 from air_core.models.weights import local_path
 
 UNSURE = "unsure"  # in the place of a class whose probability is too small
@@ -34,11 +33,7 @@ def image_files(places: Iterable[str | Path]) -> list[Path]:
 def true_classes(files: Sequence[Path], classnames: Sequence[str]) -> dict[Path, str]:
     """Classes of images in class folders; empty unless there are two classes or more.
 
-    `classnames.txt` in one of the two folders above names the class of a folder; otherwise the
-    name of the folder does, where underscores can replace spaces and the case is free.
-
-    Raises:
-        ValueError: a `classnames.txt` is invalid.
+    The name of a folder is that of its class; underscores can replace spaces, the case is free.
     """
     of_folder = {folder: _class_of(folder, classnames) for folder in {f.parent for f in files}}
     found = {file: name for file in files if (name := of_folder[file.parent]) is not None}
@@ -46,13 +41,9 @@ def true_classes(files: Sequence[Path], classnames: Sequence[str]) -> dict[Path,
 
 
 def _class_of(folder: Path, classnames: Sequence[str]) -> str | None:
-    folder = folder.absolute()
-    above = (folder.parent, folder.parent.parent)  # the second if the first is train or test
-    given = [class_entries(text_lines(home / "classnames.txt")) for home in above]
-    names = [of[folder.name].classname for of in given if folder.name in of]
-    names += [folder.name, folder.name.replace("_", " ")]
+    name = folder.absolute().name.lower()
     known = {name.lower(): name for name in classnames}
-    return next((known[n.lower()] for n in names if n.lower() in known), None)
+    return known.get(name) or known.get(name.replace("_", " "))
 
 
 def _files_of(place: str | Path) -> Iterator[Path]:

@@ -16,7 +16,6 @@ import logging
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,6 @@ from torch import Tensor, nn
 from air_core.backbone import Backbone
 from air_core.backbone.vision import vision_tower
 from air_core.bundle.classifier import STEP, Bundle
-from air_core.bundle.content import Preprocessing, checked
 from air_core.bundle.manifest import Manifest
 from air_core.bundle.preprocessing import image_pixels
 from air_core.types import Encoded
@@ -40,28 +38,19 @@ MOST_BYTES = 2_000_000_000  # of one ONNX file: protobuf's limit is 2 GiB
 EXAMPLES = 2  # images of the traced batch; 1 would be traced as a constant
 
 
-def needed(package: str) -> ModuleType:
-    """Import a package of the extra `onnx`.
+def check_packages(*packages: str) -> None:
+    """Import packages of the extra `onnx`.
 
     Raises:
-        ValueError: it is not installed.
+        ValueError: one is not installed.
     """
-    try:
-        return import_module(package)
-    except ModuleNotFoundError as problem:
-        raise ValueError(
-            f"ONNX needs the package {problem.name}, which is not installed: {INSTALL}"
-        ) from None
-
-
-def check_packages() -> None:
-    """Check that the extra `onnx` is installed.
-
-    Raises:
-        ValueError: it is not.
-    """
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        needed(package)
+    for package in packages:
+        try:
+            import_module(package)
+        except ModuleNotFoundError as problem:
+            raise ValueError(
+                f"ONNX needs the package {problem.name}, which is not installed: {INSTALL}"
+            ) from None
 
 
 # ---------------------------------------------------------------- export
@@ -94,7 +83,7 @@ def onnx_bytes(bundle: Bundle) -> bytes:
     [pixels] = program.model_proto.graph.input
     assert pixels.type.tensor_type.shape.dim[0].dim_param, "the number of images became a constant"
     # The exporter notes the source lines of each node, with paths of this machine.
-    needed("onnx_ir.passes.common").ClearMetadataAndDocStringPass()(program.model)
+    import_module("onnx_ir.passes.common").ClearMetadataAndDocStringPass()(program.model)
     content = bundle.manifest.content
     program.model.metadata_props.clear()
     program.model.metadata_props.update(
@@ -111,8 +100,7 @@ def onnx_bytes(bundle: Bundle) -> bytes:
 def _in_single_precision(bundle: Bundle) -> Bundle:
     """A copy of the bundle on the CPU in float32."""
     found = bundle.backbone
-    parameters = found.model.visual.parameters()
-    size = 4 * sum(parameter.numel() for parameter in parameters)
+    size = 4 * sum(parameter.numel() for parameter in found.model.visual.parameters())
     if size > MOST_BYTES:
         raise ValueError(
             f"the image tower needs {size / 1e9:.1f} GB in single precision, but one ONNX file "
@@ -127,7 +115,7 @@ def _preprocessing(bundle: Bundle) -> dict[str, Any]:
     """The backbone's preprocessing, complete and as JSON has it."""
     found = dict(bundle.backbone.model.visual.preprocess_cfg)
     size = found["size"]
-    complete = {
+    return {
         "size": [size, size] if isinstance(size, int) else list(size),
         "mean": list(found["mean"]),
         "std": list(found["std"]),
@@ -136,7 +124,6 @@ def _preprocessing(bundle: Bundle) -> dict[str, Any]:
         "resize_mode": found["resize_mode"],
         "fill_color": found["fill_color"],
     }
-    return checked(Preprocessing, complete).model_dump()
 
 
 class _Module(nn.Module):
@@ -166,8 +153,8 @@ class OnnxBundle(Bundle):
         classifier: must be that of the file; None: any.
 
     Raises:
-        ValueError: the bundle has no such file or it has another classifier, onnxruntime is missing
-            or does not support the device, or the file is not one of `onnx_bytes`.
+        ValueError: the bundle has no such file or it has another classifier, or onnxruntime is
+            missing or does not support the device.
     """
 
     def __init__(
@@ -183,24 +170,15 @@ class OnnxBundle(Bundle):
                 f"{file} contains the {selected} classifier; use --runtime torch, or export the "
                 f"bundle again with --onnx --classifier {classifier}"
             )
-        runtime = needed("onnxruntime")
-        providers, options = _providers(device, runtime), runtime.SessionOptions()
+        check_packages("onnxruntime")
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors
-        try:
-            self._session = runtime.InferenceSession(
-                file.read_bytes(), options, providers=providers
-            )
-            metadata = self._session.get_modelmeta().custom_metadata_map
-            preprocess = checked(Preprocessing, json.loads(metadata["preprocess"])).model_dump()
-            [pixels], [output] = self._session.get_inputs(), self._session.get_outputs()
-            shapes = [pixels.shape[1:], output.shape[1:]]
-            if shapes != [[3, *preprocess["size"]], [len(manifest.classnames)]]:
-                raise ValueError("other shapes than its bundle")
-        except Exception as problem:  # onnxruntime's exceptions have no common class
-            reason = str(problem).strip().partition("\n")[0]
-            raise ValueError(
-                f"{file} is not an ONNX model of airsweep ({reason}); export it again with --onnx"
-            ) from None
+        self._session = onnxruntime.InferenceSession(
+            file.read_bytes(), options, providers=_providers(device)
+        )
+        preprocess = json.loads(self._session.get_modelmeta().custom_metadata_map["preprocess"])
         self.min_probability, self.at_once = min_probability, STEP
         self.manifest, self.classnames = manifest, manifest.classnames
         self.classifiers, self.classifier = (selected,), selected
@@ -213,12 +191,14 @@ class OnnxBundle(Bundle):
         return torch.from_numpy(np.asarray(found))
 
 
-def _providers(device: str, runtime: Any) -> list[Any]:
+def _providers(device: str) -> list[Any]:
+    from onnxruntime import get_available_providers
+
     kind, _, number = device.partition(":")
     wanted = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(kind)
-    if wanted not in runtime.get_available_providers():
-        more = "; cuda needs the package onnxruntime-gpu" if kind == "cuda" else ""
+    if wanted not in get_available_providers():
         raise ValueError(
-            f"device {device!r} cannot be used by onnxruntime here{more}; cpu always works"
+            f"device {device!r} cannot be used by onnxruntime here; cpu always works, cuda needs "
+            "the package onnxruntime-gpu"
         )
     return [(wanted, {"device_id": int(number or 0)})] if kind == "cuda" else [wanted]

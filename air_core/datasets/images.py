@@ -125,7 +125,6 @@ def rgb_image(image: Image | np.ndarray, name: str) -> Image:
 
     Raises:
         ValueError: it is of another type, or an array of another shape or dtype.
-        Unreadable: it cannot be decoded.
     """
     import numpy as np
     from PIL import Image
@@ -142,9 +141,8 @@ def rgb_image(image: Image | np.ndarray, name: str) -> Image:
         raise ValueError(
             f"image {name} is a {type(image).__name__}; allowed: paths, PIL images and numpy arrays"
         )
-    with _decoding(f"image {name}"):
-        image.load()
-        return _rgb(_upright(image))
+    image.load()
+    return _rgb(_upright(image))
 
 
 def too_many_unreadable(name: str, problems: Sequence[str], images: int, share: float) -> str:

@@ -75,7 +75,7 @@ def export(
     if onnx:
         from air_core.bundle.onnx import check_packages
 
-        check_packages()
+        check_packages("onnx", "onnxscript", "onnxruntime")
     spec, record = trial.spec, trial.record
     if spec.iterations and spec.modality not in modalities():
         raise ValueError(

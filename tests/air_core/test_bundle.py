@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import re
 import shutil
@@ -12,10 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
-import safetensors.torch
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -25,7 +21,7 @@ from air_core.bundle.manifest import MANIFEST, weights_description, write_bundle
 from air_core.datasets import get_dataset
 from air_core.datasets.digits import CLASSNAMES
 from air_core.models.weights import tiny_folder
-from air_core.tools.seal import BLANK, sealed, sealed_json
+from air_core.tools.seal import sealed_json
 from tests.helpers.bundles import text_logits, zero_shot
 
 UNIT = np.eye(10, 128, dtype=np.float32)
@@ -146,14 +142,9 @@ def test_a_missing_device_is_named(folder):
 # ---------------------------------------------------------------- invalid content, valid digests
 
 
-def write_any(folder: Path, content: dict[str, Any], arrays: Any, **more: bytes) -> None:
-    """Write a bundle with any content, correct digests and a seal.
-
-    Args:
-        more: content of files, by the name before `.safetensors`.
-    """
+def write_any(folder: Path, content: dict[str, Any], arrays: Any) -> None:
+    """Write a bundle with any content, correct digests and a seal."""
     files = {name: safetensors.numpy.save(of) for name, of in arrays.items()}
-    files |= {f"{name}.safetensors": data for name, data in more.items()}
     for name, data in files.items():
         (folder / name).write_bytes(data)
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
@@ -164,7 +155,7 @@ def write_any(folder: Path, content: dict[str, Any], arrays: Any, **more: bytes)
 def valid(tmp_path_factory, contents) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """A folder for bundles, and the contents of a valid bundle with a prompt."""
     content, arrays = contents
-    content = {**content, "prompt": {"length": 2}}
+    content = {**content, "prompt": {"length": 2}, "classifier": "auxiliary"}
     bank = {
         "weight": np.array(0.5),
         "auxiliary.bank": UNIT,
@@ -179,48 +170,35 @@ def valid(tmp_path_factory, contents) -> tuple[Path, dict[str, Any], dict[str, A
     return folder, content, arrays
 
 
-def with_value(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """A deep copy with another value at a path such as `a.b`, or `a.0` in a list."""
-    values = copy.deepcopy(values)
-    *parents, last = path.split(".")
-    at: Any = values
-    for name in parents:
-        at = at[name]
-    at[int(last) if isinstance(at, list) else last] = value
-    return values
+OTHERS = [*CLASSNAMES[1:]]
+BACKBONE = {"name": None, "settings": {}, "open_clip": {}, "precision": "fp32"}
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "message"),
+    ("name", "value", "message"),
     [
-        ("classnames.0", "a\x1b[2Jb", "classnames.0 is 'a\\x1b[2Jb': Value error, a class name"),
-        ("classnames.0", CLASSNAMES[1], "class names are different texts"),
-        ("template", "{} {0.__class__}", "with {} once"),
+        (
+            "classnames",
+            ["a\x1b[2Jb", *OTHERS],
+            "classnames.0 is 'a\\x1b[2Jb': Value error, a class",
+        ),
+        ("classnames", [OTHERS[0], *OTHERS], "class names are different texts"),
         ("modality", "smell", "modality is 'smell': Value error, this version has no"),
-        ("backbone.files", {"a": "../b"}, "backbone.files.a is '../b': String should match"),
+        ("backbone", {**BACKBONE, "files": {"a": "../b"}}, "backbone.files.a is '../b': String"),
         ("code", "import os", "code is 'import os': Extra inputs are not permitted"),
-        ("unseen", [10], "unseen is neither"),
-        ("unseen", [1, 1], "unseen is neither"),
-        ("unseen", [1], FUSED),  # has an auxiliary classifier of 10 classes
-        ("classifier", "auxilliary", "Input should be 'text', 'auxiliary' or 'fused'"),
+        ("unseen", [*range(10)], "its classifier is auxiliary; it has text, fused"),
         ("prompt", None, "other files than an export writes"),
         ("files", {}, "other files than an export writes"),
         ("files", {"../secret.safetensors": "0" * 64}, "files.../secret.safetensors.[key]"),
-        ("files", {"/etc/passwd": "0" * 64}, f"Input should be '{TEXT}', '{PROMPT}'"),
         ("format", 2, "its format is 2: Input should be 1"),
     ],
 )
-def test_an_invalid_setting_is_rejected(path, value, message, valid):
+def test_an_invalid_setting_is_rejected(name, value, message, valid):
     folder, content, arrays = valid
-    write_any(folder, content, arrays)
-    read_bundle(folder)
-    write_any(folder, with_value(content, path, value), arrays)
+    write_any(folder, {**content, name: value}, arrays)
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         read_bundle(folder)
     assert str(error.value).startswith(f"{folder} is not a bundle: ")
-
-
-SHORT = np.where(np.arange(10)[:, None] == 3, 0.5 * UNIT, UNIT)
 
 
 @pytest.mark.parametrize(
@@ -228,106 +206,18 @@ SHORT = np.where(np.arange(10)[:, None] == 3, 0.5 * UNIT, UNIT)
     [
         (TEXT, "text_features", UNIT[:9]),
         (TEXT, "text_features", UNIT.astype(np.float64)),
-        (TEXT, "text_features", SHORT),
-        (TEXT, "logit_scale", np.array(-1, np.float32)),
         (PROMPT, "prompt", np.ones((1, 1, 1, 8), np.float32)),
         (PROMPT, "prompt", np.full((2, 8), np.inf, np.float32)),
         (PROMPT, "prompt", np.ones((0, 8), np.float32)),
-        (FUSED, "weight", np.array(1.5)),
-        (FUSED, "auxiliary.bank", UNIT[:, :9]),
-        (FUSED, "auxiliary.labels", np.int64([0] * 10)),
-        (FUSED, "auxiliary.labels", np.int64([*range(9), 2**62])),
+        (FUSED, "auxiliary.bank", np.ones((10, 9), np.float32)),
         (FUSED, "mixture.means", UNIT),
     ],
 )
 def test_an_invalid_array_is_rejected(file, name, value, valid):
     folder, content, arrays = valid
-    arrays = {**arrays, file: {**arrays[file], name: np.asarray(value, order="C")}}
-    write_any(folder, content, arrays)
-    with pytest.raises(ValueError, match=f"is not a bundle: {file} has ") as error:
+    write_any(folder, content, {**arrays, file: {**arrays[file], name: value}})
+    with pytest.raises(ValueError, match=f"is not a bundle: {file} has "):
         read_bundle(folder)
-    assert str(error.value).startswith(str(folder))
-
-
-def test_a_classifier_that_a_bundle_lacks_and_vectors_of_another_width_are_rejected(
-    tmp_path, contents
-):
-    content, arrays = contents
-    write_any(tmp_path, {**content, "classifier": "fused"}, arrays)
-    with pytest.raises(ValueError, match="its classifier is fused; it has text"):
-        read_bundle(tmp_path)
-    narrow = {**arrays[TEXT], "text_features": np.eye(10, 30, dtype=np.float32)}
-    write_any(tmp_path, content, {TEXT: narrow})
-    with pytest.raises(ValueError, match="its class vectors have width 30, but image features 128"):
-        load_bundle(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "data", [b"", safetensors.torch.save({"prompt": torch.ones(2, 8, dtype=torch.bfloat16)})]
-)
-def test_an_invalid_tensor_file_with_the_right_digest_is_rejected(data, valid):
-    folder, content, arrays = valid
-    write_any(folder, content, arrays, prompt=data)
-    with pytest.raises(ValueError, match=r"is not a bundle: prompt.safetensors is not a readable"):
-        read_bundle(folder)
-
-
-@pytest.mark.parametrize("text", [f'["{BLANK}"]', '{"a":' * 10**5 + BLANK, f"\xff{BLANK}"])
-def test_a_manifest_that_is_not_a_json_object_is_rejected_also_with_a_seal(text, valid):
-    folder, _, _ = valid
-    (folder / MANIFEST).write_bytes(sealed(text.encode("latin-1")))
-    with pytest.raises(ValueError, match="is not a bundle: "):
-        read_bundle(folder)
-
-
-def paths_in(values: Any, before: str = "") -> list[str]:
-    """The paths of all values in nested dicts and lists."""
-    pairs = values.items() if isinstance(values, dict) else enumerate(values)
-    paths = []
-    for name, value in pairs:
-        paths.append(f"{before}{name}")
-        if isinstance(value, dict | list):
-            paths += paths_in(value, f"{before}{name}.")
-    return [path for path in paths if path.count(".") < 3]
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
-    max_leaves=5,
-)
-DTYPES = ("float32", "float64", "float16", "int32", "int64", "uint8", "bool")
-
-
-@given(data=st.data())
-def test_any_content_is_read_or_rejected_with_a_value_error(data, valid):
-    folder, content, arrays = valid
-    files = {}
-    if data.draw(st.booleans()):
-        paths = [p for p in paths_in(content) if not p.startswith("backbone.files.")]
-        content = with_value(content, data.draw(st.sampled_from(paths)), data.draw(JSON))
-    else:
-        file = data.draw(st.sampled_from([TEXT, PROMPT, FUSED]))
-        name = data.draw(st.sampled_from([*arrays[file], "other"]))
-        shape = data.draw(st.lists(st.integers(0, 11), max_size=3))
-        dtype = data.draw(st.sampled_from(DTYPES))
-        bits = data.draw(st.sampled_from([0, 1, 127, 255]))
-        array = np.frombuffer(
-            bytes([bits]) * (np.dtype(dtype).itemsize * int(np.prod(shape))), dtype
-        )
-        of = {**arrays[file], name: array.reshape(shape)}
-        good = safetensors.numpy.save(of)
-        at = data.draw(st.integers(0, len(good) - 1)) if data.draw(st.booleans()) else None
-        stem = file.removesuffix(".safetensors")
-        files[stem] = good if at is None else good[:at] + bytes([bits]) + good[at + 1 :]
-    write_any(folder, content, arrays, **files)
-    try:
-        manifest = read_bundle(folder)
-        manifest.backbone()
-    except ValueError:
-        return
-    assert np.isfinite(manifest.arrays[TEXT]["text_features"]).all()
-    assert len(set(manifest.classnames)) == len(manifest.arrays[TEXT]["text_features"])
 
 
 # ---------------------------------------------------------------- writing

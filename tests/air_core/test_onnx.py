@@ -1,4 +1,4 @@
-"""ONNX files of bundles: equality with torch, preprocessing, metadata, rejected files."""
+"""ONNX files of bundles: equality with torch, preprocessing, metadata."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from air_core.auxiliary import auxiliary_classifier
 from air_core.backbone.loading import load_backbone
 from air_core.bundle import load_bundle
 from air_core.bundle.arrays import fused_arrays
-from air_core.bundle.checks import FUSED, ONNX, PROMPT
+from air_core.bundle.checks import FUSED, PROMPT
 from air_core.bundle.classifier import Bundle
 from air_core.bundle.manifest import write_bundle
 from air_core.bundle.onnx import onnx_bytes
@@ -138,33 +138,6 @@ def test_pixels_are_exactly_those_of_open_clip(size, mode, interpolation):
         image = Image.fromarray(pixels)
         found = image_pixels(image, preprocess)
         assert (found == reference(image).numpy()).all()
-
-
-# ---------------------------------------------------------------- rejected files
-
-
-def test_other_files_are_rejected_with_the_reason(bundle, tmp_path):
-    content = bundle.manifest.onnx_file().read_bytes()
-
-    def changed(**values: Any) -> bytes:
-        """The file with other values of its preprocessing."""
-        model = onnx.load_from_string(content)
-        metadata = {each.key: each.value for each in model.metadata_props}
-        metadata["preprocess"] = json.dumps(json.loads(metadata["preprocess"]) | values)
-        del model.metadata_props[:]
-        onnx.helper.set_model_props(model, metadata)
-        return model.SerializeToString()
-
-    for data, reason in (
-        (b"no model", "is not an ONNX model of airsweep"),
-        (changed(size=[8, 8]), "other shapes than its bundle"),
-        (changed(std=[0, 1, 1]), "its std.0 is 0"),
-        (changed(size=[9e9, 8]), "its size.0 is "),
-    ):
-        folder = tmp_path / "b"
-        write_bundle(folder, *zero_shot(), replace=True, onnx=lambda _, data=data: data)
-        with pytest.raises(ValueError, match=rf"{ONNX} .*{reason}.*export it again"):
-            load_bundle(folder, runtime="onnx")
 
 
 def test_a_missing_device_is_named(bundle):

@@ -197,31 +197,26 @@ def test_each_classifier_of_a_bundle_gives_the_recorded_predictions(
         assert np.allclose(best.values, recorded[f"probability_{name}"], rtol=0, atol=1e-4)
 
 
-def test_an_export_says_what_it_compared(location, command, tmp_path):
+def test_an_export_says_what_it_compared_and_refuses_other_predictions(location, command, tmp_path):
     store = ArtifactStore(Path(shutil.copytree(location.store.root, tmp_path / "runs")))
-    slot = slots_of(location, "zero_shot_real")[0]
-    words = ("export", slot.key.digest, "-o", tmp_path / "b", "--store", str(store.root))
+    slot, other = (slots_of(location, method)[0] for method in ("zero_shot_real", "fpl"))
+    words = ("-o", tmp_path / "b", "--store", store.root, "--force")
     count = len(read_trial(slot.spec, store).test_arrays()["index"])
     expected = f"text, auxiliary, fused: all predictions on {count} test images are those of the"
-    assert expected in command(*words)[2]
-    shutil.rmtree(store.get(slot.spec.features).path)
-    code, _, err = command(*words, "--force")
-    assert code == 2
-    assert "the store lacks the features of the trial" in err
+    assert expected in command("export", slot.key.digest, *words)[2]
+    before = (tmp_path / "b" / MANIFEST).read_bytes()
 
-
-def test_a_prompt_with_other_predictions_is_not_exported(location, command, tmp_path):
-    store = ArtifactStore(Path(shutil.copytree(location.store.root, tmp_path / "runs")))
-    slot = slots_of(location, "fpl")[0]
-    file = store.get(slot.spec).path / PROMPT
+    file = store.get(other.spec).path / PROMPT
     save_file({"prompt": -load_file(file)["prompt"]}, file)
     record_again(file.parent)
-    code, out, err = command(
-        "export", slot.key.digest, "-o", tmp_path / "b", "--store", str(store.root)
-    )
+    code, out, err = command("export", other.key.digest, *words)
     assert (code, out) == (4, "")
     assert "predicts other classes than the trial for" in err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
+    shutil.rmtree(store.get(slot.spec.features).path)
+    code, _, err = command("export", slot.key.digest, *words)
+    assert (code, "the store lacks the features of the trial" in err) == (2, True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "runs"]
+    assert (tmp_path / "b" / MANIFEST).read_bytes() == before
 
 
 @pytest.mark.parametrize("by", [None, "test_accuracy"])
