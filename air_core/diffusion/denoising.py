@@ -53,7 +53,7 @@ class DenoisingScorer:
             thrift: how often to halve the number of pairs in a pass.
 
         Raises:
-            ValueError: a folder contains no pipeline or no LoRA, or one that is not supported.
+            ValueError: the folder contains no pipeline, or one that is not supported.
         """
         check_denoiser(model)
         self.settings = settings

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,14 +64,6 @@ def square(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-class Images(Protocol):
-    """N arrays or tensors (H, W, 3) uint8."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, at: int, /) -> Any: ...
-
-
 @dataclass(frozen=True)
 class LoraState:
     """Everything on which the next step of a training depends."""
@@ -81,7 +73,7 @@ class LoraState:
 
 
 def train_lora(
-    images: Images,
+    images: Sequence[Any] | Tensor,
     captions: Sequence[str],
     model: Path,
     training: LoraTraining,
@@ -95,7 +87,7 @@ def train_lora(
     """Train adapters and write them to `out/pytorch_lora_weights.safetensors`.
 
     Args:
-        images: N squares, read on a thread when a step needs them.
+        images: N squares (H, W, 3) uint8, read on a thread when a step needs them.
         captions: N texts that contain the class.
         model: diffusers folder.
         training: rank, steps and other settings, except for `caption`.
@@ -113,11 +105,10 @@ def train_lora(
         and `seconds`.
 
     Raises:
-        ValueError: there are no images, captions are missing, or the model is not supported.
+        ValueError: the model is not supported.
         FloatingPointError: the loss is not finite.
     """
-    if not len(images) or len(images) != len(captions):
-        raise ValueError(f"LoRA needs images with a caption each: {len(images)}, {len(captions)}")
+    assert 0 < len(images) == len(captions)
     start = time.perf_counter()
     check_denoiser(model)
     pipeline = load_pipeline(model, DTYPES[training.precision])
@@ -310,7 +301,7 @@ class TrainingLatents:
     """
 
     denoiser: Denoiser
-    images: Images
+    images: Sequence[Any] | Tensor
     _encoded: dict[int, Latents] = field(default_factory=dict)  # by view
 
     def first(self) -> Latents:

@@ -54,18 +54,14 @@ def lora_images(
         selected, labels = _pseudo_labelled(text, pool, classes, settings, truth)
         parts.append((split.pool[selected], labels))
     if source != "pseudo" and labelled is not None:
-        order = _order(len(labelled), drawn_by)
+        order = torch.arange(len(labelled))
+        if drawn_by is not None:
+            order = torch.randperm(len(labelled), generator=torch.Generator().manual_seed(drawn_by))
         first = order[first_of_each_class(labelled.labels[order], settings.k)]
         parts.append((split.labelled[first], labelled.labels[first]))
     if not parts:
         raise ValueError("lora.source is labelled, but ul has no labels: use pseudo or all")
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
-
-
-def _order(images: int, seed: int | None) -> Tensor:
-    if seed is None:
-        return torch.arange(images)
-    return torch.randperm(images, generator=torch.Generator().manual_seed(seed))
 
 
 def _pseudo_labelled(

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -29,10 +28,8 @@ from air_core.models.configs import (
     PIPELINE_CONFIG,
     UNREAD,
     check_configs,
-    plain_file,
     read_index,
 )
-from air_core.models.families import check_denoiser
 from air_core.models.weights import is_distilled, stay_offline
 from air_core.settings import GenerationSettings, Precision
 from air_core.tools.arithmetic import sums_in_one_order
@@ -68,13 +65,10 @@ class PipelineGenerator:
             thrift: trades speed for memory, see `shared_pipeline`.
 
         Raises:
-            ValueError: a folder contains no pipeline or no LoRA, or one that is not supported.
+            ValueError: the folder contains no pipeline, or one that is not supported.
         """
-        if adapter is not None:
-            check_denoiser(model)
         self.settings, self.lora = settings, (adapter, scale)
         self.shared = shared_pipeline(model, settings.precision, device, thrift)
-        self.shared.use(*self.lora)  # an unreadable LoRA fails now
         self.report: Callable[[int, int], None] = lambda done, total: None  # of steps
 
     @property
@@ -83,11 +77,7 @@ class PipelineGenerator:
         return self.shared.use(*self.lora)
 
     def generate(self, classname: str, indices: Sequence[int], attempts: Sequence[int]) -> Tensor:
-        """See ImageGenerator. Pixels depend slightly on the batch, so a batch is always one block.
-
-        Raises:
-            ValueError: the model cannot draw images of this size.
-        """
+        """See ImageGenerator. Pixels depend slightly on the batch, so it is always one block."""
         settings = self.settings
         # With one generator per image on the CPU, noise depends on neither device nor batch.
         generators = [
@@ -106,11 +96,6 @@ class PipelineGenerator:
                 generator=generators,
                 output_type="pt",
             ).images  # (B, 3, H, W) in [0, 1]
-        if tuple(drawn.shape[-2:]) != (settings.size, settings.size):
-            raise ValueError(
-                f"generation.size is {settings.size}, but this model draws "
-                f"{drawn.shape[-1]} x {drawn.shape[-2]}; take a multiple of 16"
-            )
         return _pixels(drawn)
 
     def _callback(self, pipeline: Any) -> dict[str, Any]:
@@ -147,9 +132,6 @@ class SharedPipeline:
         """The pipeline with a LoRA in its weights, in place of the one before; None: no LoRA.
 
         The weights do not depend on the LoRAs before, since each is added to the original weights.
-
-        Raises:
-            ValueError: the folder contains no LoRA, or it is not a safetensors file.
         """
         lora = None if adapter is None else (adapter, scale)
         if lora == self.lora:
@@ -283,16 +265,8 @@ def read_adapter(adapter: Path, part: str) -> dict[str, tuple[Tensor, Tensor]]:
     Args:
         adapter: folder of the LoRA.
         part: of the pipeline.
-
-    Raises:
-        ValueError: the folder contains no LoRA, or it is not a safetensors file.
     """
-    file = adapter / LORA_FILE
-    try:
-        tensors = load_file(plain_file(file))
-    except SafetensorError as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
-    down = ".lora_A.weight"
+    tensors, down = load_file(adapter / LORA_FILE), ".lora_A.weight"
     return {
         f"{name.removeprefix(f'{part}.').removesuffix(down)}.weight": (
             tensors[name],
