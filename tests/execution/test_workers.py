@@ -6,15 +6,14 @@ import asyncio
 import os
 import shutil
 import time
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
-from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
+from PIL import Image
 
 from orchestrator.cluster.session import waits_for_resources
 from orchestrator.execution import _queue
@@ -31,6 +30,7 @@ from orchestrator.failures import Failure
 from orchestrator.keys import artifact_key
 from orchestrator.planning import Requirement, requirements_of
 from orchestrator.spec import Resources
+from orchestrator.spec.resources import ENCODER_BATCH
 from orchestrator.stages import SyntheticFeaturesSpec
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.images import FolderImages
@@ -42,23 +42,15 @@ from tests.helpers.sweeps import TIMEOUT, wait_until
 pytestmark = pytest.mark.ray
 
 
-class Reports:
-    """Records the reports of a worker by name and kind."""
-
-    def __init__(self) -> None:
-        self.found: dict[tuple[str, str], Any] = {}
-        self.write = SimpleNamespace(
-            remote=lambda name, kind, *report: self.found.update({(name, kind): report})
-        )
+UNREAD = SimpleNamespace(write=SimpleNamespace(remote=lambda *report: None))
 
 
-def maker(store: ArtifactStore, reports: Any = None) -> ArtifactMaker:
-    """The actor, in this process."""
-    made = ArtifactMaker(WorkerContext(store), 0.0, reports or Reports())
-    return made
+def maker(store: ArtifactStore, batch: int = ENCODER_BATCH) -> ArtifactMaker:
+    """The actor, in this process; nobody reads its reports."""
+    return ArtifactMaker(WorkerContext(store, batch=batch), 0.0, UNREAD)
 
 
-def row_requirement(resolver, folder, count: int) -> Requirement:
+def row_requirement(resolver, folder, count: int = 8) -> Requirement:
     flat = {"generator": f"folder:{folder}", "generation.size": 32, "images_per_class": count}
     trial = resolver.trial(flat)
     row = trial.synthetic_features
@@ -66,21 +58,26 @@ def row_requirement(resolver, folder, count: int) -> Requirement:
     return Requirement(row, count, tuple(range(len(row.images.classnames))))
 
 
-def test_only_missing_blocks_are_drawn(resolver, drawn_digits, tmp_path):
-    few, many = (row_requirement(resolver, drawn_digits, count) for count in (8, 16))
-    store = ArtifactStore(tmp_path)
-
-    def drawn(requirement: Requirement) -> int:
-        made = maker(store).make(requirement.spec, requirement.missing(store), 0)
-        return sum(each.facts["drawn"] for each in made)
-
-    assert drawn(few) == 80
+def test_a_larger_row_draws_its_missing_blocks_and_a_blank_image_is_a_recorded_hole(
+    resolver, drawn_digits, tmp_path
+):
+    folder = shutil.copytree(drawn_digits, tmp_path / "blank")
+    Image.new("RGB", (32, 32)).save(folder / "digit two" / "03.png")
+    few, many = (row_requirement(resolver, folder, count) for count in (8, 16))
+    store = ArtifactStore(tmp_path / "store")
+    made = maker(store).make(few.spec, few.missing(store), 0)
+    assert [each.facts["holes"] for each in made] == [0, 0, 1, *[0] * 7]
     first = read_synthetic(few.spec, 8, store)
+    assert first.labels.bincount().tolist() == [8, 8, 7, *[8] * 7]
+    table = pq.read_table(store.row(few.spec.images).shard(2, 0)).to_pydict()
+    assert table["ok"] == [True, True, True, False, True, True, True, True]
+    assert table["attempt"][3] == 2
     assert many.missing(store) == [(c, 1) for c in range(10)]
-    assert (drawn(many), many.missing(store)) == (80, [])
+    made = maker(store).make(many.spec, many.missing(store), 0)
+    assert ([each.facts["drawn"] for each in made], many.missing(store)) == ([8] * 10, [])
     again = read_synthetic(many.spec, 8, store)
     assert (again.images.features == first.images.features).all()
-    assert read_synthetic(many.spec, 16, store).labels.bincount().tolist() == [16] * 10
+    assert len(read_synthetic(many.spec, 16, store).labels) == 159
 
 
 def test_a_row_of_a_pool_that_is_computed_again_is_the_same_call():
@@ -101,22 +98,27 @@ def test_a_row_of_a_pool_that_is_computed_again_is_the_same_call():
     asyncio.run(check())
 
 
-def test_a_killed_process_of_a_pool_makes_its_shard_again_but_an_ended_pool_does_not(
+def test_a_killed_process_that_waits_makes_its_shard_again_but_an_ended_pool_does_not(
     ray_session, resolver, drawn_digits, tmp_path
 ):
-    requirement, store = row_requirement(resolver, drawn_digits, 8), ArtifactStore(tmp_path)
+    requirement, store = row_requirement(resolver, drawn_digits), ArtifactStore(tmp_path)
     progress = ProgressMonitor()
     workers = Workers(WorkerContext(store), Resources(), progress.actor)
-    digest = artifact_key(requirement.spec.images).digest
+    key, reports = artifact_key(requirement.spec.images), {}
+    wait = (f"image blocks {key.slug}", "waiting")
 
     def waits() -> bool:
-        return any(kind == "waiting" for _, kind in progress.read())
+        reports.update(progress.read())
+        return wait in reports
 
     for number, is_killed in enumerate((False, True)):
         pool = workers.start("generator", 1, 2)
-        with store.locks.exclusive(f"{digest}-{number}-0"):
+        with store.locks.exclusive(f"{key.digest}-{number}-0"):
             made = pool.make(requirement.spec, [(number, 0)], 0)
             wait_until(waits)
+            holder, seconds = reports.pop(wait)
+            assert str(os.getpid()) in holder
+            assert seconds > 0
             if is_killed:
                 processes = psutil.Process().children(recursive=True)
                 makers = [each for each in processes if "ArtifactMaker" in " ".join(each.cmdline())]
@@ -131,10 +133,8 @@ def test_a_killed_process_of_a_pool_makes_its_shard_again_but_an_ended_pool_does
     wait_until(lambda: not pool.is_alive())
 
 
-def test_a_block_counts_the_processes_that_it_has_killed_until_the_next_run(
-    resolver, drawn_digits, tmp_path
-):
-    requirement, store = row_requirement(resolver, drawn_digits, 8), ArtifactStore(tmp_path)
+def test_what_kills_its_processes_is_a_failure_until_the_next_run(resolver, drawn_digits, tmp_path):
+    requirement, store = row_requirement(resolver, drawn_digits), ArtifactStore(tmp_path)
     killed = [store.open_row(requirement.spec.images).count_crashes(3, 0) for _ in range(2)]
     for process in killed:
         process.__enter__()  # and never exits
@@ -144,19 +144,17 @@ def test_a_block_counts_the_processes_that_it_has_killed_until_the_next_run(
     workers = SimpleNamespace(worker=WorkerContext(store))
     WorkQueue([requirement], workers, Allocation(Resources(), lambda: []), Listener())
     assert maker(store).make(requirement.spec, [(3, 0)], 0)[0].facts["drawn"] == 8
-
-
-def test_the_death_of_the_process_that_makes_an_artifact_is_a_failure(resolver, tmp_path):
+    # The queue counts those of an artifact that is no row.
     requirements = requirements_of([resolver.trial({"images_per_class": 8})])
     lora = next(each.spec for each in requirements if each.stage == "lora")
-    (made,) = maker(ArtifactStore(tmp_path)).make(lora, [_queue.ARTIFACT], 0, has_died=True)
+    (made,) = maker(store).make(lora, [_queue.ARTIFACT], 0, has_died=True)
     assert made.failure == Failure("infra", "RuntimeError: it killed its process")
 
 
 def test_a_generator_short_of_memory_saves_memory_and_keeps_its_block_size(
     resolver, drawn_digits, tmp_path, monkeypatch
 ):
-    requirement, store = row_requirement(resolver, drawn_digits, 8), ArtifactStore(tmp_path)
+    requirement, store = row_requirement(resolver, drawn_digits), ArtifactStore(tmp_path)
     tried: list[int] = []
 
     opened = FolderImages.open
@@ -171,54 +169,6 @@ def test_a_generator_short_of_memory_saves_memory_and_keeps_its_block_size(
     made = maker(store).make(requirement.spec, [(0, 0), (1, 0)], 0)
     assert [each.facts["drawn"] for each in made] == [8, 8]
     assert tried == [0, 1]  # the second block starts with the level that the first one needed
-
-
-def test_waiting_for_a_block_of_another_process_reports_that_process(
-    resolver, drawn_digits, tmp_path
-):
-    requirement, store = row_requirement(resolver, drawn_digits, 8), ArtifactStore(tmp_path)
-    key, reports = artifact_key(requirement.spec.images), Reports()
-    wait = (f"image blocks {key.slug}", "waiting")
-    with ThreadPoolExecutor() as pool:
-        with ArtifactStore(tmp_path).locks.exclusive(f"{key.digest}-3-0"):
-            made = pool.submit(maker(store, reports).make, requirement.spec, [(3, 0)], 0)
-            wait_until(lambda: wait in reports.found)
-        assert made.result()[0].facts["drawn"] == 8
-    holder, seconds = reports.found[wait]
-    assert str(os.getpid()) in holder
-    assert seconds > 0
-
-
-def test_an_artifact_that_cannot_be_made_is_a_failure_with_its_reason(
-    resolver, drawn_digits, tmp_path
-):
-    broken = tmp_path / "broken"
-    shutil.copytree(drawn_digits, broken)
-    for file in broken.rglob("*.png"):  # the plan would refuse images without an end
-        data = file.read_bytes()
-        file.write_bytes(data[:45] + bytes(len(data) - 65) + data[-20:])
-    spec = resolver.trial({"dataset": f"folder:{broken}"}).features
-    (made,) = maker(ArtifactStore(tmp_path / "s")).make(spec, [_queue.ARTIFACT], 0)
-    assert made.failure.failure_class == "user"
-    assert made.failure.message.startswith("ValueError")
-    assert "images cannot be read" in made.failure.message
-
-
-def test_a_blank_image_is_a_recorded_hole(resolver, drawn_digits, tmp_path):
-    from PIL import Image
-
-    folder = tmp_path / "blank"
-    shutil.copytree(drawn_digits, folder)
-    Image.new("RGB", (32, 32)).save(folder / "digit two" / "03.png")
-    store = ArtifactStore(tmp_path / "store")
-    requirement = row_requirement(resolver, folder, 8)
-    made = maker(store).make(requirement.spec, [(c, 0) for c in range(10)], 0)
-    assert [each.facts["holes"] for each in made] == [0, 0, 1, *[0] * 7]
-    counts = read_synthetic(requirement.spec, 8, store).labels.bincount()
-    assert counts.tolist() == [8, 8, 7, *[8] * 7]
-    table = pq.read_table(store.row(requirement.spec.images).shard(2, 0)).to_pydict()
-    assert table["ok"] == [True, True, True, False, True, True, True, True]
-    assert table["attempt"][3] == 2
 
 
 def test_progress_reports_of_a_worker_reach_the_driver(ray_session):
