@@ -1,4 +1,4 @@
-"""Commands that need no cluster: help, errors for bad input, equal images of two folders."""
+"""Commands that need no cluster: help, errors for bad input, smoke runs."""
 
 from __future__ import annotations
 
@@ -8,86 +8,57 @@ import shlex
 import shutil
 import socket
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from air_core.models.weights import tiny_folder
-from orchestrator.store import open_store
+from tests.helpers.golden import check_refusals
 from tests.helpers.servers import free_port
 from tests.helpers.sweeps import airsweep, python, write_sweep
 
-# Libraries that take long to import, or are not installed everywhere.
-UNUSED = {
-    "orchestrator.api": "torch ray mlflow numpy pandas pydantic yaml typer",
-    "orchestrator.execution.driver": "torch obstore pyarrow",
-    "orchestrator.tracking.export, orchestrator.tracking_uri": "mlflow",
-    "orchestrator.cli.cache, orchestrator.planning.recorded": "torch ray mlflow optuna pyarrow",
-    "orchestrator.reporting.html_report": "torch ray mlflow optuna sklearn",
-    "air_core.bundle": "torch PIL open_clip",
-}
-
-
-@pytest.mark.parametrize(("modules", "libraries"), UNUSED.items())
-def test_a_module_imports_no_heavy_library(modules, libraries):
-    code = f"import sys, {modules}; print(*sorted({{*sys.argv[1:]}} & {{*sys.modules}}))"
-    assert python("-c", code, *libraries.split()).stdout == "\n"
-
-
-HELP = """
+# Names of recorded sweeps.
+SIMILAR = ("air", "colours", "context", "contexts", "texture")
+IMPORTED = """
 import sys
-from orchestrator.__main__ import main
-libraries, sys.argv = sys.argv[1].split(), sys.argv[1:]
-try: main()
+code, libraries = sys.argv[1], sys.argv[2].split()
+try: exec(code)
 finally: print(*sorted({*libraries} & {*sys.modules}), file=sys.stderr)
 """
+MAIN = "from orchestrator.__main__ import main; sys.argv[1:] = {!r}.split(); main()"
+PLAN = "plan quickstart --store /nowhere/runs --json"
 
 
 @pytest.mark.parametrize(
-    ("words", "libraries", "shown"),
+    ("code", "libraries", "shown"),  # libraries take long to import, or are not everywhere
     [
-        ("--help", "torch ray mlflow numpy pydantic yaml", "Start Run Look Use after plan cache"),
-        ("check --help", "numpy PIL torch ray", "DATASET"),
-        ("--version", "torch ray diffusers open_clip", "airsweep ray torch CUDA"),
+        ("import orchestrator.api", "torch ray mlflow numpy pandas pydantic yaml typer", ""),
+        ("import orchestrator.execution.driver", "torch obstore pyarrow", ""),
+        ("import orchestrator.tracking.export, orchestrator.tracking_uri", "mlflow", ""),
+        ("import orchestrator.cli.cache", "torch ray mlflow optuna pyarrow", ""),
+        ("import orchestrator.planning.recorded", "torch ray mlflow optuna pyarrow", ""),
+        ("import orchestrator.reporting.html_report", "torch ray mlflow optuna sklearn", ""),
+        ("import air_core.bundle", "torch PIL open_clip", ""),
         (
-            "plan quickstart --store /nowhere/runs --json",
+            MAIN.format("--help"),
+            "torch ray mlflow numpy pydantic yaml",
+            "Start Run Look Use after plan cache",
+        ),
+        (MAIN.format("check --help"), "numpy PIL torch ray", "DATASET"),
+        (MAIN.format("--version"), "torch ray diffusers open_clip", "airsweep ray torch CUDA"),
+        (
+            MAIN.format(PLAN),
             "torch ray mlflow optuna diffusers transformers peft open_clip sklearn matplotlib",
             "artifacts estimate",
         ),
     ],
 )
-def test_a_command_that_computes_nothing_imports_no_heavy_library(words, libraries, shown):
-    done = python("-c", HELP, libraries, *words.split())
+def test_code_that_computes_nothing_imports_no_heavy_library(code, libraries, shown):
+    done = python("-c", IMPORTED, code, libraries)
     assert done.stderr == "\n"
     for word in shown.split():
         assert word in done.stdout
-
-
-@pytest.mark.parametrize("name", ["run", "plan", "status", "table", "ui", "cache ls", "cache gc"])
-def test_a_store_of_another_format_is_refused_with_exit_code_3(tmp_path, command, name):
-    store = tmp_path / "runs"
-    store.mkdir()
-    (store / "store.json").write_text('{"format": 99}')
-    spec = str(write_sweep(tmp_path, "x", "fixed: {method: fpl}\n"))
-    named = {"run": spec, "plan": spec, "status": "x", "table": "x"}
-    words = [*name.split(), *([named[name]] if name in named else [])]
-    code, out, err = command(*words, "--store", store)
-    assert (code, out) == (3, "")
-    assert "has format 99, but this airsweep reads format 1: choose another" in err
-    assert list(store.iterdir()) == [store / "store.json"]
-
-
-def test_a_mistyped_name_of_a_sweep_is_an_error_with_the_three_most_similar_ones(tmp_path, command):
-    open_store(tmp_path).initialize()
-    for name in ("air", "colours", "context", "contexts", "texture"):
-        (tmp_path / "sweeps" / "default" / name).mkdir(parents=True)
-        (tmp_path / "sweeps" / "default" / name / "events.jsonl").touch()
-    code, _, err = command("status", "contxt", "--store", tmp_path)
-    assert code == 2
-    assert "recorded sweeps: default/context, default/contexts, default/" in err
-    assert "and 2 more, see `airsweep list`" in err
 
 
 @pytest.fixture
@@ -102,72 +73,75 @@ def foreign_store() -> Iterator[Path]:
 
 
 def test_a_user_who_may_only_read_can_use_all_views_and_cannot_run(foreign_store, command):
-    folder = foreign_store.parent
+    folder, store = foreign_store.parent, ("--store", foreign_store)
     mine = write_sweep(folder, "mine", "fixed: {method: fpl}\nseeds: [1]\n")
     other = write_sweep(folder, "other", "fixed: {method: zero_shot}\nseeds: [1]\n")
     shutil.copytree(tiny_folder(), folder / "clip")
-    airsweep("run", mine, "--store", foreign_store, module="tests.helpers.trivial")
+    airsweep("run", mine, *store, module="tests.helpers.trivial")
+    words = (("status", "mine"), ("table", "mine"), ("plan", other), ("run", mine))
 
-    def outcome(*arguments: str | Path) -> tuple[int, str]:
-        code, out, err = command(*arguments)
-        return code, re.sub(r"(?m)^[0-9:]{8} ", "", out + err)  # without the time of log lines
+    def outcomes() -> list[tuple[int, str]]:
+        found = [command(*each, *store) for each in words]
+        # Without the time of log lines.
+        return [(code, re.sub(r"(?m)^[0-9:]{8} ", "", out + err)) for code, out, err in found]
 
-    store = ("--store", foreign_store)
-    views = [(*words, *store) for words in (("status", "mine"), ("table", "mine"), ("plan", other))]
-    as_root = [outcome(*words) for words in (*views, ("run", mine, *store))]  # imports all modules
-    copied = ("--set", f"backbone={folder / 'clip'}")
-    outcome("plan", other, "--store", folder / "new", *copied)  # imports those that read models
+    copied = ("plan", other, "--set", f"backbone={folder / 'clip'}")
+    # Imports all modules, which the other user may not read.
+    as_root, *_ = outcomes(), command(*copied, "--store", folder / "new"), folder.group()
     os.seteuid(65534)
     try:
-        assert [outcome(*words) for words in (*views, ("run", mine, *store))] == as_root
-        refused = outcome("run", other, *store)
-        unchecked = outcome("plan", other, "--check", *store)
-        unplanned = outcome("plan", other, *store, *copied)
-        outside = [
-            outcome(*words, "--store", folder / "new")
-            for words in (("run", other), ("plan", other, "--check"))
-        ]
+        assert outcomes() == as_root
+        refused = command("run", other, *store), command("plan", other, "--check", *store)
+        outside = command("run", other, "--store", folder / "new")
+        assert command(*copied, *store)[0] == 0  # its digests cannot be written to the store
         os.seteuid(0)
         foreign_store.chmod(0o700)
         os.seteuid(65534)
-        closed = outcome("status", "mine", *store)
+        closed = command("status", "mine", *store)
     finally:
         os.seteuid(0)
     assert [code for code, _ in as_root] == [0, 0, 0, 0]
-    assert unplanned[0] == 0  # its digests cannot be written to the store
-    for code, screen in (refused, unchecked):
+    for code, _, err in refused:
         assert code == 2
-        assert f"may not write {foreign_store}, which belongs to root" in screen
-        assert "choose another folder with --store" in screen
-    for code, screen in outside:
-        assert code == 2
-        assert f"may not write {folder}/new: {folder} belongs to root" in screen
-    assert closed[0] == 2
-    assert f"may not read {foreign_store}, which belongs to root" in closed[1]
+        assert f"may not write {foreign_store}, which belongs to root" in err
+        assert "choose another folder with --store" in err
+    assert outside[0] == closed[0] == 2
+    assert f"may not write {folder}/new: {folder} belongs to root" in outside[2]
+    assert f"may not read {foreign_store}, which belongs to root" in closed[2]
     assert not (foreign_store / "sweeps" / "default" / "other").exists()
     assert sorted(folder.iterdir()) == sorted([folder / "clip", mine, other, foreign_store])
 
 
-@pytest.mark.parametrize(
-    ("address", "reason"),
-    [
-        ("", "the store is empty"),
-        ("~nosuchuser/runs", "home of an unknown user"),
-        ("{folder}/two.yaml", "two.yaml is a file; a store is a folder"),
-        ("{folder}/two.yaml/runs", "two.yaml is a file; a store is a folder"),
-        ("/proc/runs", "cannot be created"),
-    ],
-)
-def test_a_run_with_an_unusable_store_exits_with_2_and_writes_nothing(
-    address, reason, tmp_path, command, monkeypatch
+def test_a_store_that_cannot_be_used_is_refused_and_nothing_is_written(
+    tmp_path, command, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    spec = write_sweep(tmp_path, "two", "fixed: {method: zero_shot}\n")
-    code, out, err = command("run", spec, "--store", address.format(folder=tmp_path))
-    assert (code, out, len(err.splitlines())) == (2, "", 1)
-    assert reason in err
-    assert "--store" in err
-    assert list(tmp_path.iterdir()) == [spec]
+    write_sweep(tmp_path, "two", "fixed: {method: zero_shot}\n")
+    for name, file, text in (
+        ("later", "store.json", '{"format": 99}'),
+        ("mixed", "sweeps", ""),
+        ("damaged", "mlflow.db", "no database " * 100),
+        *(("many", f"sweeps/default/{name}/events.jsonl", "") for name in SIMILAR),
+    ):
+        (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / file).write_text(text)
+    before = {*tmp_path.rglob("*")}
+    stores = ("", "~nosuchuser/runs", "two.yaml", "two.yaml/runs", "later", "mixed")
+    looks = ("plan two.yaml", "status two", "table two", "ui", "cache ls", "cache gc")
+    check_refusals(
+        "messages/stores.txt",
+        command,
+        *(("run", "two.yaml", "--store", store) for store in stores),
+        *((*words.split(), "--store", "later") for words in looks),
+        ("plan", "two.yaml", "--store", "mixed"),
+        ("plan", "two.yaml", "--store", "x" * 300),
+        ("ui", "--store", "damaged"),
+        ("status", "contxt", "--store", "many"),
+        folder=tmp_path,
+    )
+    assert {*tmp_path.rglob("*")} - before == {tmp_path / "mixed" / "digests.json"}
+    code, _, err = command("run", "two.yaml", "--store", "/proc/runs")
+    assert (code, "/proc/runs cannot be created" in err) == (2, True)
 
 
 @pytest.mark.parametrize("address", ["nonsense", "127.0.0.1:1", "http://127.0.0.1:8265"])
@@ -183,35 +157,23 @@ def test_a_run_whose_cluster_does_not_answer_leaves_no_store(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_ray_that_does_not_start_in_time_is_awaited_and_then_refused(
-    tmp_path, command, monkeypatch
-):
-    def init(**options):
-        time.sleep(1.5)
-        raise Exception("The current node timed out during startup. This could happen because")
-
-    monkeypatch.setattr("ray.init", init)
-    monkeypatch.setattr("ray.is_initialized", lambda: False)
-    monkeypatch.setattr("orchestrator.cluster.session.kill_local_ray", lambda: None)
-    monkeypatch.setattr("orchestrator.execution.screen.WAIT_INTERVAL", 1)
+@pytest.mark.ray
+def test_a_ray_that_does_not_start_in_time_is_refused(tmp_path):
     spec = write_sweep(tmp_path, "one", "fixed: {method: zero_shot}\n")
-    code, _, err = command("run", spec, "--store", tmp_path / "runs", "--tracking-uri", "none")
-    assert code == 3
-    assert "waiting for Ray to start (1 s so far)" in err
-    last = err.splitlines()[-1]
-    assert last.startswith(
-        "airsweep: Ray did not start on this machine (The current node timed out"
-    )
-    assert "startup); if the machine is busy, try again later (Ray's logs: " in last
+    words = ("run", spec, "--store", tmp_path / "runs", "--tracking-uri", "none")
+    done = airsweep(*words, check=False, RAY_gcs_server_port_wait_time_s="0")
+    assert done.returncode == 3
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("airsweep: Ray did not start on this machine (")
+    assert "if the machine is busy, try again later (Ray's logs: " in last
 
 
-def test_a_deleted_working_directory_is_named(tmp_path):
+def test_a_deleted_working_directory_is_named(tmp_path, command, monkeypatch):
     (tmp_path / "gone").mkdir()
-    leave = f"import os, sys; os.chdir({str(tmp_path / 'gone')!r}); os.rmdir(os.getcwd())"
-    run = "from orchestrator.__main__ import main; sys.argv = ['airsweep', 'list']; main()"
-    done = python("-c", f"{leave}; {run}", check=False)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "the working directory was deleted" in done.stderr
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    message = "airsweep: the working directory was deleted; change to one that exists\n"
+    assert command("list") == (2, "", message)
 
 
 def test_a_plan_and_a_refused_run_do_not_create_the_store(tmp_path, command):
@@ -247,26 +209,6 @@ def test_the_commands_that_a_smoke_run_prints_find_its_results(tmp_path, command
     code, _, err = command("table", "two", "--store", tmp_path / "runs")
     assert code == 2
     assert f"--store {tmp_path / 'runs-smoke'}" in err
-
-
-def test_a_damaged_database_of_runs_is_named_with_its_remedy(tmp_path, command):
-    (tmp_path / "mlflow.db").write_bytes(b"no database " * 100)
-    code, _, err = command("ui", "--store", tmp_path)
-    assert code == 2
-    assert f"{tmp_path}/mlflow.db: file is not a database; move the file, and `airsweep" in err
-
-
-def test_a_file_in_the_place_of_a_folder_of_the_store_is_named(tmp_path, command):
-    spec = write_sweep(tmp_path, "two", "fixed: {method: zero_shot}\n")
-    (tmp_path / "sweeps").touch()
-    for words in (("plan", spec), ("run", spec)):
-        code, _, err = command(*words, "--store", tmp_path)
-        assert code == 2
-        assert f"{tmp_path}/sweeps" in err
-        assert "there is a file where a folder is needed" in err
-    assert not (tmp_path / "artifacts").exists()
-    code, _, err = command("plan", spec, "--store", tmp_path / ("x" * 300))
-    assert (code, "the path is too long" in err) == (2, True)
 
 
 def test_a_server_on_a_port_in_use_is_refused(tmp_path, command):

@@ -90,34 +90,29 @@ def test_control_characters_in_a_message_are_escaped(kind, capsys):
     assert capsys.readouterr().err.endswith("a\\u001b]0;pwned\\u0007.png cannot be read\n")
 
 
-class Sent(list):
-    """An actor that keeps what is sent to it."""
-
-    @property
-    def write(self) -> SimpleNamespace:
-        return SimpleNamespace(remote=lambda *report: self.append(report))
-
-
-def test_short_work_sends_no_report_and_long_work_one_each_second(clock):
-    sent = Sent()
-    reporter = progress.ProgressReporter(sent, "trial a", "steps")
+def test_long_work_is_reported_each_second_and_its_curves_more_rarely(clock):
+    sent = []
+    actor = SimpleNamespace(write=SimpleNamespace(remote=lambda *report: sent.append(report)))
+    reporter = progress.ProgressReporter(actor, "trial a", "steps")
     reporter(100, 200)
     reporter(200, 200)
-    assert sent == []
-    reporter = progress.ProgressReporter(sent, "trial b", "steps")
+    assert sent == []  # short work sends no report
+    reporter = progress.ProgressReporter(actor, "trial b", "steps")
     for step in range(201):
         reporter(step, 200)
         clock.now += 0.1
     assert 4 <= len(sent) <= 8
     assert sent[-1] == ("trial b", "progress", 200, 200, "steps")
-
-
-def test_curves_are_reported_rarely_and_only_by_long_trials(clock):
-    sent = Sent()
-    reporter = progress.ProgressReporter(sent, "trial a", "steps")
+    sent.clear()
+    reporter = progress.ProgressReporter(actor, "trial c", "steps")
     for rounds in range(1, 16):
         clock.now += 3
         reporter.report_curves({"train/loss": [0.5] * rounds})
-    assert [(kind, len(curves["train/loss"])) for _, kind, curves, _ in sent] == [
-        ("curves", rounds) for rounds in (6, 10, 14)
-    ]
+    assert [len(curves["train/loss"]) for _, _, curves, _ in sent] == [6, 10, 14]
+
+
+def test_a_block_that_does_not_return_is_reported_meanwhile(monkeypatch, capsys):
+    monkeypatch.setattr(screen, "WAIT_INTERVAL", 1.0)
+    with screen.Screen().waiting("waiting for Ray to start"):
+        time.sleep(2.5)
+    assert "waiting for Ray to start (1 s so far)" in capsys.readouterr().err
