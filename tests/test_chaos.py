@@ -135,9 +135,10 @@ def in_mlflow(store: Path) -> list[Any]:
 
 
 def studies(store: Path) -> dict[str, list[tuple[Any, ...]]]:
-    """State, settings and objective of each point, by cell."""
-    cells = {e["cell"] for e in events(store, "chaos") if e["event"] == "point_asked"}
-    of_cells = {cell: api.study("chaos", cell, store=store) for cell in sorted(cells)}
+    """State, settings and objective of each point, by cell; the log has each point once."""
+    asked = [(e["cell"], e["point"]) for e in events(store, "chaos") if e["event"] == "point_asked"]
+    assert len(asked) == len({*asked})
+    of_cells = {cell: api.study("chaos", cell, store=store) for cell, _ in sorted(asked)}
     return {
         cell: [(t.state.name, t.params, t.value) for t in study.trials]
         for cell, study in of_cells.items()

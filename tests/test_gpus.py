@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
-from air_core.datasets import get_dataset
 from air_core.models.weights import generator_folder, tiny_folder
 from orchestrator import api
 from orchestrator.planning import plan_of, read_request, unused_gpus_reason
@@ -45,11 +43,8 @@ def reason(folder: Path, sets: tuple[str, ...] = (), **models: Any) -> str:
     return unused_gpus_reason(plan_of(request.spec, location), location.store, MACHINES) or ""
 
 
-def test_a_sweep_of_embedded_models_may_leave_gpus_unused(tmp_path):
-    assert reason(tmp_path) == ""
-
-
-def test_each_process_that_runs_a_real_model_states_its_gpus(models, tmp_path):
+def test_each_process_that_runs_a_real_model_states_its_gpus(models, drawn_digits, tmp_path):
+    assert reason(tmp_path) == ""  # the embedded models
     assert reason(tmp_path, **models) == (
         f"the machines have 8 GPUs, but {models['backbone']} and {models['generator']} would run "
         "on CPUs, because the sweep does not set the GPUs of a trial and a generator; write "
@@ -61,13 +56,8 @@ def test_each_process_that_runs_a_real_model_states_its_gpus(models, tmp_path):
     assert reason(tmp_path, sets, **generator) == ""
     assert "`resources: {trial: {gpu: 0.25}}`" in reason(tmp_path, sets, **models)
     assert reason(tmp_path, (*sets, "resources.trial.gpu=0.5"), **models) == ""
-
-
-def test_a_generator_encodes_ready_images_with_a_real_backbone(models, tmp_path):
-    for name in get_dataset("digits").classnames:
-        (tmp_path / "drawn" / name).mkdir(parents=True)
-        Image.new("RGB", (8, 8)).save(tmp_path / "drawn" / name / "0.png")
-    ready = {"backbone": models["backbone"], "generator": f"folder:{tmp_path / 'drawn'}"}
+    # A generator encodes ready images with the real backbone.
+    ready = {"backbone": models["backbone"], "generator": f"folder:{drawn_digits}"}
     sets = ("resources.trial.gpu=0.5", "images_per_class=1")
     assert "`resources: {generator: {gpu: 1}}`" in reason(tmp_path, sets, **ready)
 

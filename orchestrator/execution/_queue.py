@@ -322,9 +322,7 @@ class WorkQueue:
         parts = [part for part in able if part.kind == pool.kind]
         # Trials wait for a pool that ends soon, but not for images that only a picture shows.
         is_awaited = any(not part.requirement.compared_with for part in parts)
-        # One more shard tells how long a part takes whose pace is unknown.
-        known = (part for part in parts if part.seconds_left() < inf)
-        left = _seconds(known, pool.kind) / max(pool.size, 1)
+        left = _seconds(parts, pool.kind) / max(pool.size, 1)
         if pool.size <= capacity or (is_awaited and left <= MAX_POOL_WAIT):
             return pool.makers
         sizes = accumulate(maker.size for maker in pool.makers)

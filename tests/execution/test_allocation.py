@@ -6,12 +6,12 @@ import pytest
 
 from orchestrator.execution._allocation import Allocation
 from orchestrator.planning import Machine
-from orchestrator.planning.resources import process_capacity
 from orchestrator.spec import Resources
 from orchestrator.spec.resources import EncoderResources, GeneratorResources, TrialResources
 
 GPU = Resources(trial=TrialResources(gpu=0.25), generator=GeneratorResources(gpu=1))
 HALF = Resources(trial=GPU.trial, generator=GeneratorResources(gpu=1, reserve=4))
+TAGGED = Resources(generator=GeneratorResources(custom={"sd": 1}))
 BIG: Machine = {"CPU": 32.0, "GPU": 8.0}
 
 
@@ -31,6 +31,7 @@ def allocation(resources: Resources, *machines: Machine) -> Allocation:
         (Resources(generator=GeneratorResources(reserve=8)), [{"CPU": 8.0}], 8, 7, 1, 8),
         (Resources(generator=GeneratorResources(reserve=0)), [{"CPU": 8.0}], 8, 0, 8, 8),
         (Resources(generator=GeneratorResources(actors=2)), [{"CPU": 8.0}], 2, 1, 7, 8),
+        (TAGGED, [{"CPU": 8.0}, {"CPU": 8.0, "sd": 2.0}], 2, 1, 15, 16),
     ],
 )
 def test_trials_leave_a_reserve_free_while_artifacts_are_missing(
@@ -60,15 +61,6 @@ def test_trials_wait_for_a_pool_that_shrinks_to_its_reserve(monkeypatch):
     assert limits.max_trials() == 16
 
 
-def test_a_machine_that_joins_is_used(monkeypatch):
-    monkeypatch.setattr("orchestrator.execution._allocation.REFRESH_INTERVAL", 0.0)
-    machines = [BIG]
-    limits = Allocation(GPU, lambda: machines)
-    assert (limits.capacity("generator"), limits.max_trials()) == (8, 32)
-    machines.append(BIG)
-    assert (limits.capacity("generator"), limits.max_trials()) == (16, 64)
-
-
 def test_encoders_have_the_resources_of_a_trial_by_default_and_run_inside_the_reserve():
     assert GPU.process_resources("encoder") == GPU.trial
     half = Resources(trial=GPU.trial, encoder=EncoderResources(gpu=0.5))
@@ -91,12 +83,3 @@ def test_on_a_small_cluster_one_task_takes_a_free_device():
     assert limits.room("generator", is_task=True) == 1
     limits.pools["generator"] = 1
     assert limits.room("generator", is_task=True) == 0
-
-
-def test_custom_resources_of_machines_count():
-    tagged = Resources(generator=GeneratorResources(custom={"sd": 1}))
-    machines = [{"CPU": 8.0}, {"CPU": 8.0, "sd": 2.0}]
-    assert process_capacity(tagged.generator, machines) == 2
-    limits = allocation(tagged, *machines)
-    limits.preparing = True
-    assert limits.max_trials() == 15

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from math import inf
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,8 +31,7 @@ class Simulated(Workers):
     """Processes on a virtual clock.
 
     Args:
-        killed: numbers of the calls for shards that kill their process.
-        refused: numbers of the processes that do not start.
+        killed: numbers of the calls that kill their process.
         broken: stages and shards that raise an exception.
         lost: numbers of the calls that never return, since their machine is lost.
     """
@@ -42,13 +40,12 @@ class Simulated(Workers):
         self,
         store: ArtifactStore,
         killed: Collection[int] = (),
-        refused: Collection[int] = (),
         broken: Collection[tuple[str, int, int]] = (),
         lost: Collection[int] = (),
     ) -> None:
         super().__init__(SimpleNamespace(store=store))
         self.now = 0.0
-        self.killed, self.refused, self.broken, self.lost = killed, refused, broken, lost
+        self.killed, self.broken, self.lost = killed, broken, lost
         self.free: dict[int, list[Seconds]] = {}  # when each living process is free
         self.begun: list[tuple[str, Any]] = []  # stage and shards
         self.owned: Counter[Any] = Counter()
@@ -83,7 +80,7 @@ class SimulatedProcesses:
 
         def made() -> Any:
             workers.owned.subtract(owned)
-            if number in {*workers.killed, *workers.lost} or self.number in workers.refused:
+            if number in workers.killed or number in workers.lost:
                 raise RuntimeError("the process died")
             good = [shard for shard in shards if (spec.maker.stage, *shard) not in workers.broken]
             facts = {"on_device": seconds, "startup": 0.0, "drawn": int(bool(spec.rows))}
@@ -122,19 +119,11 @@ class Listener:
 class World:
     """A queue on a cluster of `cores` cores, with one generator on each."""
 
-    def __init__(
-        self, requirements: Any, folder: Any, cores: int, monkeypatch: Any, **faults: Any
-    ) -> None:
-        folder.mkdir(exist_ok=True)
-        self.workers = Simulated(ArtifactStore(folder), **faults)
+    def __init__(self, requirements: Any, workers: Simulated, cores: int) -> None:
+        self.workers, self.cores, self.listener = workers, cores, Listener()
         resources = Resources(generator=GeneratorResources(reserve=1))
-        self.cores = cores
         self.allocation = Allocation(resources, lambda: [{"CPU": float(self.cores)}])
-        self.listener = Listener()
-        clock = SimpleNamespace(monotonic=lambda: self.workers.now)
-        monkeypatch.setattr(_queue, "time", clock)
-        monkeypatch.setattr(_allocation, "time", clock)
-        self.queue = WorkQueue(requirements, self.workers, self.allocation, self.listener)
+        self.queue = WorkQueue(requirements, workers, self.allocation, self.listener)
 
     def run(self, until: Any = lambda: False) -> World:
         while not (self.queue.is_over or until()):
@@ -154,7 +143,11 @@ class World:
 @pytest.fixture
 def world(tmp_path, monkeypatch):
     def make(requirements: list[Requirement], cores: int = 2, **faults: Any) -> World:
-        return World(requirements, tmp_path / "runs", cores, monkeypatch, **faults)
+        workers = Simulated(ArtifactStore(tmp_path), **faults)
+        clock = SimpleNamespace(monotonic=lambda: workers.now)
+        monkeypatch.setattr(_queue, "time", clock)
+        monkeypatch.setattr(_allocation, "time", clock)
+        return World(requirements, workers, cores)
 
     return make
 
@@ -212,38 +205,19 @@ def test_a_pool_with_much_left_shrinks_when_trials_start_and_makes_no_shard_twic
     assert running.prepared() == len(running.workers.begun)
 
 
-@pytest.mark.parametrize(("max_wait", "starts"), [(0.0, 7), (1e6, 4)])
-def test_a_pool_makes_a_shard_of_the_next_row_before_it_shrinks_when_trials_start(
-    rows, world, monkeypatch, max_wait, starts
+@pytest.mark.parametrize(("start", "most"), [(10.0, 4), (1e9, 1)])
+def test_a_pool_grows_when_trials_end_if_its_work_takes_longer_than_a_start(
+    rows, world, monkeypatch, start, most
 ):
-    monkeypatch.setattr(_queue, "MAX_POOL_WAIT", max_wait)
-    first, second = rows(2)
-    running = world([first, second], cores=4)
-    for part in running.queue.parts.values():
-        part.pace = inf  # as of models that were never measured
-    running.run(lambda: len(running.workers.begun) == first.total())
-    running.allocation.trials_running = True
-    running.run(lambda: running.prepared() > first.total() + 8)
-    running.allocation.trials_running = False
-    assert running.run().workers.starts == starts
-
-
-def test_a_pool_grows_when_trials_end(rows, world):
+    monkeypatch.setattr(_queue, "PROCESS_START", start)
     running = world(rows(), cores=4)
     running.allocation.trials_running = True
     running.run(lambda: running.prepared() > 2)
     assert running.workers.most == 1
     running.allocation.trials_running = False
-    assert running.run().workers.most == 4
+    assert running.run().workers.most == most
     assert running.prepared() == len(running.workers.begun)
     assert len(running.listener.events["on_pool_closed"]) == 1
-
-
-def test_a_pool_does_not_grow_if_its_work_ends_before_another_process_is_up(
-    rows, world, monkeypatch
-):
-    monkeypatch.setattr(_queue, "PROCESS_START", 1e9)
-    assert world(rows(), cores=8).run().workers.starts == 1
 
 
 def test_images_do_not_wait_for_a_process_that_trains_a_lora(trial, rows, world, monkeypatch):
@@ -255,14 +229,6 @@ def test_images_do_not_wait_for_a_process_that_trains_a_lora(trial, rows, world,
     before = running.stages().count("images")
     running.run(lambda: not running.queue.lacks(lora[-1]))
     assert running.stages().count("images") > before + 1
-
-
-def test_a_task_that_is_needed_first_gets_the_process_of_a_pool(trial, rows, world):
-    labels = [each for each in requirements_of([trial("air", split_seed=1)]) if not each.rows]
-    running = world([*labels, *rows()], cores=1).run()
-    stages = running.stages()
-    assert stages[:3] == ["features", "labels", "lora"]
-    assert set(stages[3:]) == {"images"}
 
 
 def test_without_a_reserve_images_wait_for_the_end_of_trials_and_a_lora_does_not(
@@ -299,8 +265,8 @@ def test_shards_on_a_lost_machine_are_made_by_the_others(rows, world):
     assert done.workers.most == 2
 
 
-def test_a_row_fails_if_its_processes_do_not_start(rows, world):
-    done = world(rows(), refused=range(100)).run()
+def test_a_row_fails_if_each_process_dies_at_its_first_shard(rows, world):
+    done = world(rows(), killed=range(100)).run()
     ((_, failure),) = done.listener.events["on_failed"]
     assert (failure.failure_class, failure.message) == ("infra", "RuntimeError: the process died")
     assert len(done.listener.events["on_retried"]) == 2

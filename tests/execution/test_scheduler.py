@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from orchestrator.execution._scheduler import Job, TrialScheduler
+from orchestrator.execution._tuning import _JobSearcher
 from orchestrator.failures import Failure
 from orchestrator.planning import Outcome, Resolver, requirements_of
 from orchestrator.planning.history import read_history
@@ -175,19 +177,14 @@ def test_a_trial_that_another_job_computes_is_not_started_twice(world, failure, 
     assert scheduler.is_complete
 
 
-def test_trials_of_another_sweep_are_reused_from_the_store(world):
-    job = world.scheduler(sweep("fpl")).next()
-    world.run(job, failing=lambda spec: spec.seed == 2)
-    jobs = world.run_all(world.scheduler(sweep("fpl")))
-    assert [[spec.seed for spec in job.trials] for job in jobs] == [[2]]
-    assert world.states() == ["reused", "done"]
-
-
-def test_a_finished_sweep_has_no_jobs_and_repeats_its_outcomes(world):
-    world.run_all(world.scheduler(sweep("fpl", "zero_shot")))
+def test_stored_trials_are_reused_and_a_finished_sweep_repeats_its_outcomes(world):
+    spec = sweep("fpl", "zero_shot")
+    world.run(world.scheduler(spec).next(), failing=lambda trial: trial.seed == 2)
+    jobs = world.run_all(world.scheduler(spec))
+    assert [[trial.seed for trial in job.trials] for job in jobs] == [[2], [0]]
+    assert sorted(world.states()) == ["done", "done", "reused", "reused"]
     states = {outcome.slot.id: outcome.state for outcome in world.outcomes}
-    assert sorted(states.values()) == ["done", "done", "done", "reused"]
-    assert world.run_all(world.scheduler(sweep("fpl", "zero_shot"))) == []
+    assert world.run_all(world.scheduler(spec)) == []
     assert {outcome.slot.id: outcome.state for outcome in world.outcomes} == states
     assert all(outcome.already_logged and outcome.record is not None for outcome in world.outcomes)
 
@@ -314,13 +311,17 @@ def test_a_point_that_equals_an_earlier_point_is_reused(world):
     assert world.states().count("reused") == 5 - len(lengths)
 
 
-def test_the_event_log_has_each_point_once_however_often_the_sweep_resumes(world):
-    spec = sweep("fpl", search=searching(), seeds=(1,))
-    world.scheduler(spec).next()
-    world.run_all(world.scheduler(spec))
-    world.run_all(world.scheduler(spec))
-    events = [e for e in world.event_log.events() if e["event"] == "point_asked"]
-    assert sorted(event["point"] for event in events) == [0, 1, 2, 3]
-    assert [event["params"] for event in sorted(events, key=lambda e: e["point"])] == [
-        params for _, params, _ in world.points()
-    ]
+# ---------------------------------------------------------------- Ray Tune
+
+
+def test_preparation_goes_on_while_the_first_trial_waits_for_a_pool():
+    """Until a trial runs, Tune calls nothing but `suggest`, once a second."""
+    ticks: list[str] = []
+    scheduler = SimpleNamespace(peek=lambda: "a job", running={})
+    searcher = _JobSearcher(scheduler, lambda: 0, lambda: ticks.append("tick"))
+    assert searcher.suggest("first") is None
+    assert ticks == ["tick"]
+    scheduler.running[1] = "a job"  # from now on Tune calls `_JobCallback`
+    searcher.max_jobs = lambda: 1
+    assert searcher.suggest("second") is None
+    assert ticks == ["tick"]

@@ -312,14 +312,6 @@ def events(store: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines(True) if line.endswith("\n")]
 
 
-def count(recorded: list[dict[str, Any]], event: str, **fields: Any) -> int:
-    """Number of events with this name and these fields."""
-    return sum(
-        one["event"] == event and all(one.get(key) == value for key, value in fields.items())
-        for one in recorded
-    )
-
-
 def result_slots(recorded: list[dict[str, Any]]) -> list[str]:
     """Slot of each result in the event log. A slot twice means that its trial ran twice.
 
