@@ -199,7 +199,7 @@ def test_a_pool_with_much_left_shrinks_when_trials_start_and_makes_no_shard_twic
     assert running.allocation.max_trials() == 0
     at = running.workers.now
     running.run(lambda: running.workers.now > at + 2 * SHARD)
-    assert running.workers.living() == left
+    assert (running.workers.living(), running.workers.starts) == (left, 4)  # none began anew
     assert running.allocation.max_trials() == (3 if left == 1 else 0)
     running.run()
     assert running.prepared() == len(running.workers.begun)
