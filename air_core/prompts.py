@@ -202,10 +202,8 @@ class VisualPrompt:
 
     def logits(self, batch: Encoded) -> Tensor:
         """(N, C) cosine to each class's text, at CLIP's temperature."""
-        if batch.tokens is None:
-            raise ValueError("a visual prompt needs image tokens; these images have features only")
         if not len(batch):  # no test images; the vision tower needs one
-            return torch.empty(0, len(self.weight), device=batch.tokens.device)
+            return torch.empty(0, len(self.weight), device=batch.features.device)
         features = self.features(self.backbone, self.tokens, batch)
         return self.backbone.logit_scale * features @ self.weight.T.to(features.device)
 

@@ -156,7 +156,6 @@ def test_refusals_equal_the_golden_messages(folder, photos, command, tmp_path):
         (folder, tmp_path / "empty"),
         (folder, tmp_path / "no.png"),
         (folder, tmp_path / "*.jpg"),
-        (folder, "~nosuchuser/new.png"),
         (folder, bad),
         (folder, bad, "--json", "--csv"),
         (folder, bad, "--json", "-o", "out.csv"),

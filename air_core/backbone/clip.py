@@ -112,7 +112,9 @@ class Backbone:
     @torch.no_grad()
     def encode_images(self, images: Images) -> Tensor:
         """Image features (B, D) on the CPU, in the order of `images`."""
-        return torch.cat([_unit(self._encoded(pixels)).cpu() for pixels in self._batches(images)])
+        with tf32_products(self.uses_tf32):
+            encode, batches = self.model.encode_image, self._batches(images)
+            return torch.cat([_unit(encode(pixels)).cpu() for pixels in batches])
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
@@ -161,8 +163,9 @@ class Backbone:
             ValueError: the vision tower does not accept learned tokens.
         """
         wanted = dtype or self.dtype
-        found = [self._tokens(pixels).to("cpu", wanted) for pixels in self._batches(images)]
-        return torch.cat(found)
+        with tf32_products(self.uses_tf32):
+            tokens, batches = self.vision.tokens, self._batches(images)
+            return torch.cat([tokens(pixels).to("cpu", wanted) for pixels in batches])
 
     def encode_tokens(self, tokens: Tensor, prompt: Tensor) -> Tensor:
         """Image features with learned tokens beside the patches.
@@ -176,26 +179,18 @@ class Backbone:
             (B, D), differentiable in `prompt`.
 
         Raises:
-            ValueError: the prompt has another shape, or the tower does not accept learned tokens.
+            ValueError: the tower does not accept learned tokens.
 
         Source: VPT (arXiv:2203.12119), shallow and deep.
         """
-        tower = self.vision
-        shallow, deep = ("P", tower.width), (tower.layers, "P", tower.width)
-        if (*prompt.shape[:-2], "P", prompt.shape[-1]) not in (shallow, deep):
-            raise ValueError(
-                f"a visual prompt is {shallow} or {deep} here, but this one {tuple(prompt.shape)}"
-            )
         tokens = tokens.to(prompt.device, self.dtype)
         with tf32_products(self.uses_tf32):
-            features = tower.features(tokens, prompt.to(self.dtype))
+            features = self.vision.features(tokens, prompt.to(self.dtype))
         return _unit(features)
 
     def prepared(self, images: Sequence[Image | Tensor]) -> Iterator[Tensor]:
         """Images (3, H, W) after `preprocess`, in order. Threads prepare up to `at_once` of them
         before they are needed; several may read `images` at a time."""
-        if isinstance(images, list | tuple) and all(isinstance(i, Tensor) for i in images):
-            return iter(images)
         threads = min(self.threads or torch.get_num_threads(), MAX_THREADS)
         return computed_ahead(
             lambda i: self._prepared(images[i]), range(len(images)), threads, self.at_once
@@ -208,15 +203,6 @@ class Backbone:
             image.load()
         pixels: Tensor = self.preprocess(image)
         return pixels
-
-    def _encoded(self, pixels: Tensor) -> Tensor:
-        with tf32_products(self.uses_tf32):
-            features: Tensor = self.model.encode_image(pixels)
-        return features
-
-    def _tokens(self, pixels: Tensor) -> Tensor:
-        with tf32_products(self.uses_tf32):
-            return self.vision.tokens(pixels)
 
     def _batches(self, images: Images) -> Iterator[Tensor]:
         """(B, 3, H, W) each, with `at_once` images, on the device."""

@@ -45,7 +45,7 @@ def _loaded(name: str | Path | ClipWeights, device: str, precision: str) -> Back
     if isinstance(name, str) and name in BACKBONES:
         plugin: Backbone = BACKBONES.load(name)(device, precision)
         return plugin
-    found = find_backbone(str(name) if isinstance(name, Path) else name)
+    found = name if isinstance(name, ClipWeights) else find_backbone(str(name))
     options: dict[str, Any] = {}
     if found.preprocess is not None:
         options = {f"image_{name}": value for name, value in found.preprocess.items()}
@@ -117,12 +117,7 @@ def _tokenizer(found: ClipWeights) -> Any:
             local_files_only=True,
             **options,
         )
-        if tokenizer.tokenizer.padding_side != "right":
-            raise ValueError(
-                f"the tokenizer in {folder} pads texts on the left, but CLIP and SigLIP read "
-                'texts that are padded on the right; add "padding_side": "right" to its '
-                "tokenizer_config.json"
-            )
+        tokenizer.tokenizer.padding_side = "right"  # as CLIP and SigLIP were trained
         return tokenizer
     if found.merges:
         options["bpe_path"] = str(found.merges)

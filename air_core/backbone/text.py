@@ -117,13 +117,12 @@ def _fixed_parts(
     tower: Any, tokenizer: Any, classnames: tuple[str, ...], length: int
 ) -> tuple[Tensor, ...]:
     """Embeddings of [SOS] and the names, positions of the context, mask, indices of [EOT]."""
-    encoded = [[*tokenizer.encode(_words(name)), tokenizer.eot_token_id] for name in classnames]
+    words = [name.replace("_", " ") for name in classnames]
+    encoded = [[*tokenizer.encode(text), tokenizer.eot_token_id] for text in words]
     positions = tower.positional_embedding
     prefix = 1 + length
     room = len(positions) - prefix
-    longest = max(range(len(encoded)), key=lambda c: len(encoded[c]))
-    if len(encoded[longest]) > room:
-        raise _no_room(classnames[longest], f" takes {len(encoded[longest])} tokens", room)
+    _check_fits(words, [len(ids) <= room for ids in encoded], room)
     # Tokens attend to the prefix (owner -1) and to earlier tokens of the same owner.
     owner = torch.tensor([-1] * prefix + [c for c, ids in enumerate(encoded) for _ in ids])
     place = torch.tensor(
@@ -153,35 +152,26 @@ def _name_ids(
     """Token ids with a gap for the context, and the index of the gap."""
     size = len(tower.positional_embedding)
     room = size - length
-    words = [_words(name) for name in classnames]
+    words = [name.replace("_", " ") for name in classnames]
     ids = tokenizer(words, context_length=room)
     # The last token of a text that was cut off differs from that of the complete text.
-    cut = (ids != tokenizer(words, context_length=2 * size)[:, :room]).any(dim=1)
-    if cut.any():
-        raise _no_room(classnames[int(cut.nonzero()[0])], "", room)
-    lead = int(int(ids[0, 0]) in _start_ids(tokenizer))
+    whole = tokenizer(words, context_length=2 * size)[:, :room]
+    _check_fits(words, (ids == whole).all(dim=1).tolist(), room)
+    # Some tokenizers start a text with a token of its own.
+    inner = getattr(tokenizer, "tokenizer", None)
+    starts = (inner.bos_token_id, inner.cls_token_id) if inner else (tokenizer.sot_token_id,)
+    lead = int(int(ids[0, 0]) in starts)
     gap = torch.zeros(len(ids), length, dtype=ids.dtype)
     ids = torch.cat([ids[:, :lead], gap, ids[:, lead:]], dim=1)
     return ids.to(tower.positional_embedding.device), lead
 
 
-def _no_room(classname: str, what: str, room: int) -> ValueError:
-    return ValueError(
-        f"class name {classname!r}{what or ' does not fit'}, but {room} remain after the "
-        "context; shorten the name or prompt.length"
-    )
-
-
-def _words(classname: str) -> str:
-    return classname.replace("_", " ")
-
-
-def _start_ids(tokenizer: Any) -> set[int | None]:
-    """Ids of tokens that start a text."""
-    inner = getattr(tokenizer, "tokenizer", None)
-    if inner is None:
-        return {tokenizer.sot_token_id}
-    return {inner.bos_token_id, inner.cls_token_id} - {None}
+def _check_fits(names: list[str], fits: list[bool], room: int) -> None:
+    if not all(fits):
+        raise ValueError(
+            f"class name {names[fits.index(False)]!r} does not fit into the {room} tokens that "
+            "remain after the context; shorten the name or prompt.length"
+        )
 
 
 def _pool_type(tower: Any) -> str:

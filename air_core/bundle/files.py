@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from air_core.datasets.class_folders import READ_TEXT, SUFFIXES, skipped_clause, walk
-from air_core.models.weights import local_path
 
 UNSURE = "unsure"  # in the place of a class whose probability is too small
 
@@ -47,8 +47,7 @@ def _class_of(folder: Path, classnames: Sequence[str]) -> str | None:
 
 
 def _files_of(place: str | Path) -> Iterator[Path]:
-    local_path(place)  # explains an unknown user and a path that is too long
-    path = Path(place).expanduser()
+    path = Path(os.path.expanduser(place))
     if path.is_dir():
         images = list(_images_below(path))
         if not images:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from air_core.datasets.dataset import Dataset, Listing, listed
-from air_core.models.configs import plain_file
 from air_core.models.tokens import as_read
 from air_core.tools.printable import UNPRINTABLE
 
@@ -76,10 +75,12 @@ def read_text(file: Path) -> str:
     """A text file. Editors on Windows write a byte order mark, which is removed.
 
     Raises:
-        ValueError: it is not a file, or not UTF-8.
+        ValueError: it cannot be read, or is not UTF-8.
     """
     try:
-        return plain_file(file).read_text(encoding="utf-8-sig")
+        return file.read_text(encoding="utf-8-sig")
+    except OSError as problem:
+        raise ValueError(f"{file} cannot be read: {problem.strerror}") from problem
     except UnicodeDecodeError as problem:
         raise ValueError(f"{file} is not UTF-8 text; save it as UTF-8") from problem
 
@@ -94,7 +95,7 @@ def text_lines(file: Path) -> list[tuple[str, str]]:
     none.
 
     Raises:
-        ValueError: it is not a file, or not UTF-8.
+        ValueError: it cannot be read, or is not UTF-8.
     """
     text = read_text(file) if os.path.lexists(file) else ""
     lines = enumerate(text.splitlines(), start=1)

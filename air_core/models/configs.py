@@ -8,9 +8,8 @@ by the kind of values refuses them.
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any, NamedTuple
@@ -18,27 +17,8 @@ from typing import Any, NamedTuple
 PIPELINE_CONFIG = "model_index.json"
 LIBRARIES = ("diffusers", "transformers")  # of a pipeline's parts; other libraries are not trusted
 UNREAD = "safety_checker"  # part of a pipeline that is never loaded
-PLAIN_ATTENTION = (None, "eager", "sdpa")  # transformers downloads compiled code for others
 TOKENIZERS = r"(?!Auto|Rag)\w*(Tokenizer|TokenizerFast|Backend)"  # classes of one model
-# Objects of an open_clip configuration; of others the values are not plain.
-OBJECTS = (
-    *("model_cfg", "vision_cfg", "text_cfg", "preprocess_cfg"),
-    *("act_kwargs", "norm_kwargs", "tokenizer_kwargs"),
-)
 TOKENIZER = ("clean", "strip_sep_token", "language")  # the constructor also accepts paths
-
-
-def plain_file(file: Path) -> Path:
-    """The file; reading a pipe would block.
-
-    Raises:
-        ValueError: there is no file.
-    """
-    if not file.is_file():
-        raise ValueError(
-            f"{file} is missing, or is no file but a broken link, a folder or a device"
-        )
-    return file
 
 
 def json_object(file: Path) -> dict[str, Any]:
@@ -48,14 +28,25 @@ def json_object(file: Path) -> dict[str, Any]:
         ValueError: the file cannot be read, is not JSON, or contains no object.
     """
     try:
-        found = json.loads(plain_file(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as problem:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
         raise ValueError(
             f"{file} cannot be read: {problem}; correct, download or copy it again"
         ) from problem
     if not isinstance(found, dict):
         raise ValueError(f"{file} contains a {type(found).__name__} instead of a JSON object")
     return found
+
+
+def _settings(found: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys and values at any depth; those in a list have its key."""
+    yield key, found
+    if isinstance(found, dict):
+        for name, value in found.items():
+            yield from _settings(value, name)
+    elif isinstance(found, list):
+        for value in found:
+            yield from _settings(value, key)
 
 
 # ---------------------------------------------------------------- open_clip
@@ -71,37 +62,20 @@ def check_clip_config(file: Path, config: Mapping[str, Any]) -> None:
     Raises:
         ValueError: a value that could, or an option of the tokenizer that is not supported.
     """
-    _check_plain(file, "", config)
+    for key, value in _settings(config):
+        if key == "hf_tokenizer_name":  # is not read: the folder contains the tokenizer
+            continue
+        if isinstance(value, str) and not re.fullmatch(r"[\w.-]*", value):
+            raise ValueError(
+                f"{file}: {key} is {shortened(value)}; allowed in a model folder: numbers, true, "
+                "false, null, and words without : and /"
+            )
     options = config["model_cfg"]["text_cfg"].get("tokenizer_kwargs") or {}
-    if not isinstance(options, dict) or not {*options} <= {*TOKENIZER}:
+    if not {*options} <= {*TOKENIZER}:
         raise ValueError(
             f"{file}: model_cfg.text_cfg.tokenizer_kwargs is {shortened(options)}; allowed: "
             f"{', '.join(TOKENIZER)}"
         )
-
-
-def _check_plain(file: Path, where: str, found: Mapping[str, Any]) -> None:
-    for key, value in found.items():
-        if isinstance(value, dict) and key in OBJECTS:
-            _check_plain(file, f"{where}{key}.", value)
-            continue
-        # The name of a tokenizer is not read: the folder contains it.
-        word = isinstance(value, str) and (
-            key == "hf_tokenizer_name" or re.fullmatch(r"[\w.-]*", value)
-        )
-        if not (value is None or word or _is_number(value) or _is_numbers(value)):
-            raise ValueError(
-                f"{file}: {where}{key[:99]} is {shortened(value)}; allowed in a model folder: "
-                "numbers, lists of numbers, true, false, null, and words without : and /"
-            )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
-
-
-def _is_numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_number, value))
 
 
 # ---------------------------------------------------------------- diffusers
@@ -132,7 +106,7 @@ def read_index(folder: Path) -> Pipeline:
             absent.add(name)
         elif is_class and name.isidentifier():
             parts[name] = (value[0], value[1])
-        elif not _is_numbers(value):
+        elif not all(isinstance(each, int | float) for each in value):
             raise ValueError(
                 f"{file}: {shortened(name)} is {shortened(value)}; allowed: a class of "
                 f"{' or '.join(LIBRARIES)}, or two nulls, since anything else is code that comes "
@@ -157,33 +131,17 @@ def check_configs(folder: Path) -> None:
         )
     for file in sorted(folder.glob("*config.json")):
         config = json_object(file)
-        _check_no_code(file, config)
+        if any(key == "auto_map" and value for key, value in _settings(config)):
+            raise ValueError(
+                f"{file} has auto_map, which names code that comes with the weights; allowed: "
+                f"models of {' and '.join(LIBRARIES)}"
+            )
         kind = config.get("tokenizer_class") or "Tokenizer"
         if config.get("model_type") == "rag" or not re.fullmatch(TOKENIZERS, str(kind)):
             raise ValueError(
                 f"{file}: tokenizer_class is {shortened(kind)}; allowed: a tokenizer of "
                 "transformers such as T5Tokenizer"
             )
-
-
-def _check_no_code(file: Path, found: Any) -> None:
-    for each in found if isinstance(found, list) else []:
-        _check_no_code(file, each)
-    if not isinstance(found, dict):
-        return
-    if found.get("auto_map"):
-        raise ValueError(
-            f"{file} has auto_map, which names code that comes with the weights; allowed: models "
-            f"of {' and '.join(LIBRARIES)}"
-        )
-    for key in ("attn_implementation", "_attn_implementation"):
-        if found.get(key) not in PLAIN_ATTENTION:
-            raise ValueError(
-                f"{file}: {key} is {shortened(found[key])}; allowed: eager, sdpa or null, since "
-                "others are downloaded as compiled code"
-            )
-    for each in found.values():
-        _check_no_code(file, each)
 
 
 def _is_name(value: Any) -> bool:

@@ -7,9 +7,8 @@ Class names are therefore checked before any work starts.
 from __future__ import annotations
 
 import gzip
-import html
 import string
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,28 +25,20 @@ PIECES = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 SPECIAL = 3  # start, end, and the mark that some tokenizers put before the first word
 
 
-def as_read(name: str, clean: str = "lower") -> str:
-    """A class name as a tokenizer of open_clip cleans it, with underscores read as spaces.
+def as_read(text: str, clean: str = "lower") -> str:
+    """A text as a tokenizer of open_clip reads it, with underscores read as spaces.
+
+    open_clip also repairs broken Unicode and HTML, which can change the number of tokens.
 
     Args:
         clean: `lower` for CLIP, `canonicalize` for SigLIP, `whitespace` for other tokenizers.
 
-    >>> as_read("Big_Cat  &amp; dog"), as_read("T-shirt", "canonicalize")
-    ('big cat & dog', 'tshirt')
+    >>> as_read("Big_Cat  and dog"), as_read("T-shirt", "canonicalize")
+    ('big cat and dog', 'tshirt')
     """
-    return _cleaned(name.replace("_", " "), clean)
-
-
-@lru_cache(maxsize=1 << 16)
-def _cleaned(text: str, clean: str) -> str:
-    if not (
-        text.isascii() and text.isprintable() and "&" not in text
-    ):  # otherwise ftfy changes nothing
-        import ftfy  # imports in 50 ms
-
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    text = text.replace("_", " ")
     if clean == "canonicalize":
-        text = text.replace("_", " ").translate(str.maketrans("", "", string.punctuation))
+        text = text.translate(str.maketrans("", "", string.punctuation))
     if clean != "whitespace":
         text = text.lower()
     return " ".join(text.split())
@@ -55,7 +46,7 @@ def _cleaned(text: str, clean: str) -> str:
 
 @cache
 def check_room(backbone: str, classnames: tuple[str, ...], template: str, length: int) -> None:
-    """Check that class names fit into a backbone's text tower and differ after tokenization.
+    """Check that class names fit into a backbone's text tower.
 
     Args:
         backbone: its name.
@@ -64,44 +55,24 @@ def check_room(backbone: str, classnames: tuple[str, ...], template: str, length
         length: number of learned vectors before a class name; 0 if none are learned.
 
     Raises:
-        ValueError: a name is too long after the learned vectors or in the template, or two names
-            are the same, or the backbone does not exist.
+        ValueError: a name is too long after the learned vectors or in the template, or the backbone
+            does not exist.
     """
     if backbone in BACKBONES:  # its own tokenizer reads the names
         return
     found = find_backbone(backbone)
     context = found.model["text_cfg"].get("context_length", CONTEXT_LENGTH)
-    clean = _cleaning(found)
-    known: dict[str, str] = {}
     for name in classnames:
-        other = known.setdefault(as_read(name, clean), name)
-        if other != name:
-            raise ValueError(
-                f"class names {other!r} and {name!r} are the same to {backbone}, which reads "
-                f"{as_read(name, clean)!r}; rename one"
-            )
-        words = name.replace("_", " ")
-        alone = [(words, length)] if length else []
-        for text, taken in (*alone, (template.format(words), 0)):
+        for text, taken in ((template.format(name), 0), (name, length)):
             if (count := count_tokens(text, found, context - taken)) > context - taken:
                 place = "" if taken else f" in {template!r}"
                 rest = f"of which prompt.length takes {taken}" if taken else "and cuts the rest off"
                 raise ValueError(
-                    f"class name {_shown(name)}{place} takes {count} tokens with start and end, "
+                    f"class name {name!r}{place} takes {count} tokens with start and end, "
                     f"but {backbone} reads {context}, {rest}; shorten the name (a folder of images "
                     "has classnames.txt or classes.txt for it) or "
                     f"{'lower prompt.length' if taken else 'the template'}"
                 )
-
-
-def _shown(name: str) -> str:
-    return repr(name if len(name) <= 60 else f"{name[:57]}...")
-
-
-def _cleaning(found: ClipWeights) -> str:
-    text = found.model["text_cfg"]
-    default = "whitespace" if text.get("hf_tokenizer_name") else "lower"
-    return str((text.get("tokenizer_kwargs") or {}).get("clean", default))
 
 
 def count_tokens(text: str, found: ClipWeights, room: int = 0) -> int:
@@ -113,8 +84,14 @@ def count_tokens(text: str, found: ClipWeights, room: int = 0) -> int:
     # A token encodes at least one byte, so most names need no tokenizer.
     if text.isascii() and len(text) + SPECIAL <= room:
         return len(text) + SPECIAL
-    cleaned = _cleaned(text, _cleaning(found))
-    if not found.model["text_cfg"].get("hf_tokenizer_name"):
+    tower = found.model["text_cfg"]
+    is_simple = not tower.get("hf_tokenizer_name")
+    options = {
+        "clean": "lower" if is_simple else "whitespace",
+        **(tower.get("tokenizer_kwargs") or {}),
+    }
+    cleaned = as_read(text, options["clean"])
+    if is_simple:
         merges = found.merges or open_clip_folder() / "bpe_simple_vocab_16e6.txt.gz"
         return len(_tokenizer(merges).encode(cleaned).ids) + 2
     assert found.tokenizer is not None

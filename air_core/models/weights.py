@@ -8,7 +8,6 @@ the `owner/name` of a downloaded repository of the Hugging Face hub.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import sys
@@ -27,18 +26,12 @@ from air_core.models.configs import (
     check_clip_config,
     check_configs,
     json_object,
-    plain_file,
     read_index,
 )
 from air_core.settings import components
 
 CLIP_CONFIG = "open_clip_config.json"
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
-WEIGHTS = (*SUFFIXES, ".ckpt")
-HUB_WEIGHTS = (
-    "open_clip_model.safetensors",
-    "open_clip_pytorch_model.bin",
-)  # in order of preference
+HUB_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # the first found
 MERGES = "merges.txt.gz"  # optional byte-pair merges of an open_clip folder
 VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken")  # of a tokenizer
 HUB_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -50,7 +43,7 @@ GENERATORS = f"tiny, a folder with {PIPELINE_CONFIG}, or owner/name of the Huggi
 AGAIN = "download or copy it again"
 TOKENIZERS = ("Tokenizer", "TokenizerFast")
 WEIGHTLESS = (*TOKENIZERS, "Scheduler", "Processor", "Extractor")
-VIT = ("vit_", "eva", "test_vit")  # beginnings of names of vision transformers in timm
+VIT = ("vit_", "eva", "test_vit")  # the names of vision transformers in timm begin so
 TEXTS = (".json", ".txt", ".model", ".tiktoken", ".jinja")  # files of a tokenizer
 # What a pipeline reads of a repository: others hold the same weights in several formats.
 DOWNLOAD = (
@@ -117,36 +110,20 @@ def stay_offline() -> None:
 
 
 def local_path(name: str | Path) -> Path:
-    """The absolute path of a file or folder, with `~` and `~user` expanded.
-
-    Raises:
-        ValueError: this machine has no such user, or the path is too long.
-    """
-    try:
-        path = Path(name).expanduser().absolute()
-        path.exists()
-    except RuntimeError:
-        user = Path(name).parts[0]
-        raise ValueError(f"{user}: this machine has no such user; allowed: ~ or a path") from None
-    except OSError as problem:
-        if problem.errno != errno.ENAMETOOLONG:
-            raise
-        raise ValueError(f"{str(name)[:40]}... is too long for a path") from None
-    return path
+    """The absolute path of a file or folder, with `~` and `~user` expanded if the user exists."""
+    return Path(os.path.expanduser(name)).absolute()
 
 
 # ---------------------------------------------------------------- backbones
 
 
-def find_backbone(name: str | ClipWeights) -> ClipWeights:
-    """Find the weights of a backbone by name. A result of this function is returned unchanged.
+def find_backbone(name: str) -> ClipWeights:
+    """Find the weights of a backbone by name.
 
     Raises:
         ValueError: the name is unknown, the files are not on this machine, weights or tokenizer
             are damaged, or the configuration of the folder has settings that are not allowed.
     """
-    if not isinstance(name, str):
-        return name
     if name in components.BACKBONES:
         raise ValueError(
             f"backbone {name!r} is of a plugin; a bundle needs weights that open_clip reads"
@@ -157,17 +134,11 @@ def find_backbone(name: str | ClipWeights) -> ClipWeights:
     if folder.is_dir():
         return _clip_folder(folder)
     known, at, file = name.partition("@")
-    architecture, slash, tag = known.partition("/")
-    if (at or slash) and "/" not in tag and architecture.strip(".~"):
+    architecture, _, tag = known.partition("/")
+    if (at or tag) and "/" not in tag and architecture[:1] not in "~.":
         return _clip_file(architecture, tag, local_path(file) if at else None)
     allowed = ", ".join([*components.BACKBONES, BACKBONES])
-    raise ValueError(f"backbone {name!r}: {_no_folder(folder)}; allowed: {allowed}")
-
-
-def _no_folder(path: Path) -> str:
-    if path.exists():
-        return f"{path} is a file; unpack an archive first"
-    return f"{path} does not exist"
+    raise ValueError(f"backbone {name!r}: there is no folder {folder}; allowed: {allowed}")
 
 
 def is_known(name: str) -> bool:
@@ -198,39 +169,27 @@ def check_image_tower(name: str) -> None:
     if name in components.BACKBONES:  # `airsweep plugin check` tests it
         return
     vision = find_backbone(name).model["vision_cfg"]
-    timm = vision.get("timm_model_name")
-    is_vit = isinstance(vision.get("layers", 0), int)  # a ResNet has a list
-    if timm:
-        is_vit = timm.startswith(VIT) and not timm.startswith("vit_relpos")
-    if is_vit:
-        return
-    raise ValueError(
-        f"modality: visual learns tokens of a vision transformer, but the image tower of {name} is "
-        f"{timm or 'a ResNet'}; set modality: text, or use a backbone such as ViT-B-32, SigLIP or "
-        "EVA"
-    )
+    default = "a ResNet" if isinstance(vision.get("layers"), list) else VIT[0]
+    if not (tower := vision.get("timm_model_name") or default).startswith(VIT):
+        raise ValueError(
+            "modality: visual learns tokens of a vision transformer, but the image tower of "
+            f"{name} is {tower}; set modality: text, or use a backbone such as ViT-B-32 or SigLIP"
+        )
 
 
 def _clip_folder(folder: Path) -> ClipWeights:
     file = folder / CLIP_CONFIG
     config = json_object(file)
     model = config.get("model_cfg")
-    if not isinstance(model, dict) or not all(
-        isinstance(model.get(key), kind)
-        for key, kind in (("embed_dim", int), ("vision_cfg", dict), ("text_cfg", dict))
-    ):
-        raise ValueError(f"{file}: no model_cfg with embed_dim, vision_cfg and text_cfg")
+    if not isinstance(model, dict) or not {"vision_cfg", "text_cfg"} <= {*model}:
+        raise ValueError(f"{file}: no model_cfg with vision_cfg and text_cfg")
     _check_text_tower(model, str(folder))
     check_clip_config(file, config)
     if model["text_cfg"].get("hf_tokenizer_name"):
         _check_vocabulary(folder)
-    merges = folder / MERGES
-    if os.path.lexists(merges) and not plain_file(merges).stat().st_size:
-        raise ValueError(f"{merges} is empty; {AGAIN}")  # open_clip would read single letters
-    found = (sorted(folder.glob(f"*.{suffix}")) for suffix in ("safetensors", "bin", "pth"))
-    weights = next(filter(None, found), [])
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if not weights:
-        raise ValueError(f"{folder} contains no weights: no .safetensors, .bin or .pth")
+        raise ValueError(f"{folder} contains no weights: no .safetensors and no .bin")
     for each in weights:
         check_whole(each)
     files = tuple(sorted(path for path in folder.rglob("*") if path.is_file()))
@@ -242,7 +201,7 @@ def _clip_file(architecture: str, tag: str, file: Path | None) -> ClipWeights:
     name = f"{architecture}/{tag}" if tag else architecture
     model, rows = _architecture(architecture, name), _tags(architecture)
     if tag:
-        if (row := rows.get(_as_tag(tag))) is None:
+        if (row := rows.get(tag)) is None:
             raise ValueError(
                 f"backbone {name!r}: open_clip knows no weights {tag!r} of {architecture}; known: "
                 f"{', '.join(rows) or 'none'}; for another weights file write {architecture}@<file>"
@@ -258,11 +217,7 @@ def _clip_file(architecture: str, tag: str, file: Path | None) -> ClipWeights:
             f"{', '.join(rows)}"
         )
     weights = _downloaded(architecture, tag, rows[tag]["hf_hub"]) if file is None else file
-    if weights.suffix not in SUFFIXES:
-        raise ValueError(
-            f"{weights} is not a weights file; allowed suffixes: {', '.join(SUFFIXES)}"
-        )
-    check_whole(weights, architecture)
+    check_whole(weights)
     tokenizer = _tokenizer_files(architecture, model, file and file.parent)
     files, folder = (weights, *tokenizer), tokenizer[0].parent if tokenizer else None
     return ClipWeights(architecture, weights, model, files, folder, preprocess)
@@ -274,9 +229,8 @@ def _architecture(name: str, backbone: str) -> dict[str, Any]:
     file = folder / f"{name}.json"
     if not file.is_file():
         known = sorted(path.stem for path in folder.glob("*.json"))
-        wanted = dict.fromkeys((name, backbone.replace("/", "-")))
-        close = {c: None for word in wanted for c in get_close_matches(word, known, n=2)}
-        hint = f"did you mean {' or '.join(close)}?" if close else "see open_clip.list_models()."
+        close = " or ".join(get_close_matches(name, known))
+        hint = f"did you mean {close}?" if close else "see open_clip.list_models()."
         raise ValueError(
             f"backbone {backbone!r}: open_clip has no architecture {name!r}; {hint} Allowed: "
             f"{BACKBONES}"
@@ -308,17 +262,15 @@ def _tokenizer_files(
     if not repository:
         return ()
     main = HUB_TOKENIZER[0]
-    if beside is not None and (beside / main).is_file():
-        return tuple(beside / name for name in HUB_TOKENIZER if (beside / name).is_file())
-    found = [path for name in HUB_TOKENIZER if (path := _in_hub_cache(repository, name))]
-    if not found or found[0].name != main:
-        where = "" if beside is None else f", or put its {main} beside the weights"
-        raise ValueError(
-            f"{architecture} needs the tokenizer of {repository}, which is not on this machine; "
-            f"run `hf download {repository} --include 'tokenizer*' --include 'special_tokens*'`"
-            f"{where}"
-        )
-    return tuple(found)
+    if beside is None or not (beside / main).is_file():
+        if (cached := _in_hub_cache(repository, main)) is None:
+            raise ValueError(
+                f"{architecture} needs the tokenizer of {repository}, which is not on this "
+                f"machine; run `hf download {repository} --include 'tokenizer*' --include "
+                f"'special_tokens*'`, or put its {main} beside the weights file"
+            )
+        beside = cached.parent
+    return tuple(file for name in HUB_TOKENIZER if (file := beside / name).is_file())
 
 
 def public_backbone(name: str) -> ClipWeights | None:
@@ -333,7 +285,7 @@ def public_backbone(name: str) -> ClipWeights | None:
     if name == "tiny":
         return _clip_folder(tiny_folder())
     architecture, _, tag = name.partition("/")
-    return _clip_file(architecture, tag, None) if _as_tag(tag) in _tags(architecture) else None
+    return _clip_file(architecture, tag, None) if tag in _tags(architecture) else None
 
 
 # ---------------------------------------------------------------- generators
@@ -356,9 +308,9 @@ def generator_folder(name: str) -> Path:
     if folder.is_dir():
         return folder
     owner, _, rest = name.partition("/")
-    if not rest or "/" in rest or not owner.strip(".~"):
+    if not rest or "/" in rest or owner[:1] in "~.":
         allowed = ", ".join([*components.GENERATORS, GENERATORS])
-        raise ValueError(f"generator {name!r}: {_no_folder(folder)}; allowed: {allowed}")
+        raise ValueError(f"generator {name!r}: there is no folder {folder}; allowed: {allowed}")
     index = _in_hub_cache(name, PIPELINE_CONFIG)
     if index is None:
         raise ValueError(
@@ -394,17 +346,14 @@ def _part_files(part: Path, library: str, kind: str) -> list[Path]:
     single, index = part / f"{stem}.safetensors", part / f"{stem}.safetensors.index.json"
     files, weights = [*part.glob("*config.json")], [single]
     if not single.is_file() and index.is_file():
-        listed = json_object(index).get("weight_map")
-        if isinstance(listed, dict) and listed:
-            weights = [part / name for name in sorted({*map(str, listed.values())})]
+        weights = [part / name for name in sorted({*json_object(index)["weight_map"].values()})]
         files += part.glob("*.safetensors.index.json")
     for file in weights:
         if not file.is_file():
-            others = sorted(path.name for path in part.iterdir() if path.suffix in WEIGHTS)
             raise ValueError(
-                f"{part} has no {file.name}; other weights ({', '.join(others) or 'none'}) are not "
-                "read, since pickles can run code and variants hold other numbers; download the "
-                "file, or write the folder again with save_pretrained of diffusers"
+                f"{part} has no {file.name}; other weights are not read, since pickles can run "
+                "code and variants hold other numbers; download the file, or write the folder "
+                "again with save_pretrained of diffusers"
             )
         check_whole(file)
     return files + weights
@@ -413,7 +362,7 @@ def _part_files(part: Path, library: str, kind: str) -> list[Path]:
 # ---------------------------------------------------------------- files
 
 
-def check_whole(file: Path, architecture: str = "<architecture>") -> None:
+def check_whole(file: Path) -> None:
     """Check, without reading its tensors, that a weights file is complete and runs no code.
 
     Raises:
@@ -422,18 +371,18 @@ def check_whole(file: Path, architecture: str = "<architecture>") -> None:
     from safetensors import SafetensorError, safe_open
 
     try:
-        if plain_file(file).suffix == ".safetensors":
+        if file.suffix == ".safetensors":
             with safe_open(file, framework="np"):
                 return
         with ZipFile(file) as archive:
             members = archive.namelist()
-    except (SafetensorError, BadZipFile) as problem:
+    except (OSError, SafetensorError, BadZipFile) as problem:
         raise ValueError(f"{file} cannot be read: {problem}; {AGAIN}") from problem
     if any(name.endswith("/constants.pkl") for name in members):
         raise ValueError(
             f"{file} cannot be read: it is a TorchScript archive, as published by OpenAI, and "
-            f"reading it runs its code; use {architecture.removesuffix('-quickgelu')}/openai, the "
-            "same weights as plain tensors"
+            "reading it runs its code; use a tag such as ViT-B-32/openai, the same weights as "
+            "plain tensors"
         )
 
 
@@ -456,22 +405,14 @@ def _in_hub_cache(repository: str, file: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def _tags(architecture: str) -> dict[str, dict[str, Any]]:
-    """The weights of an architecture that open_clip knows, by their tag."""
-    return _table().get(architecture, {})
-
-
-def _as_tag(tag: str) -> str:
-    return tag.lower().replace("-", "_")  # as open_clip does
-
-
 @cache
-def _table() -> dict[str, dict[str, dict[str, Any]]]:
-    """Weights by architecture and tag. A test compares the table with the installed open_clip."""
-    table: dict[str, dict[str, dict[str, Any]]] = json_object(
-        Path(__file__).with_name("open_clip_weights.json")
-    )
-    return table
+def _tags(architecture: str) -> dict[str, dict[str, Any]]:
+    """The weights of an architecture that open_clip knows, by their tag.
+
+    A test compares the table with the installed open_clip.
+    """
+    table = json_object(Path(__file__).with_name("open_clip_weights.json"))
+    return dict(table.get(architecture, {}))
 
 
 def open_clip_folder() -> Path:

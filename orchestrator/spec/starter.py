@@ -98,7 +98,7 @@ def write_starter(
     text = _text(name, facts, gpus)
     sweep_from_document(parse(text, str(file)))
     if given is not None:
-        _write_classes(Path(str(images)).expanduser(), given)
+        _write_classes(local_path(str(images)), given)
     _write(file, text, CHOOSE)
     return Starter(file, facts["about"], facts.get("skipped", ()), not facts["tests"])
 
@@ -111,8 +111,7 @@ def _given_classes(classes: str, images: str | Path | None) -> Classes:
     """
     if images is None:
         raise ValueError("--classes names the classes of your images; add --images DIR")
-    local_path(classes.split(",")[0])  # explains an unknown user and a path that is too long
-    file = Path(classes).expanduser()
+    file = local_path(classes)
     if file.suffix == ".txt" or ("," not in classes and file.exists()):
         return read_classes(file)
     names = [name.strip() for name in classes.split(",")]
@@ -185,7 +184,7 @@ def _dataset(images: str, classes: Classes | None) -> Dataset:
     Raises:
         ValueError: the folder has no class folders, or its classes are not a dataset.
     """
-    folder = local_path(images)  # explains an unknown user and a path that is too long
+    folder = local_path(images)
     if classes is not None:
         check_folder(folder)
         return unlabelled_dataset(folder, classes)

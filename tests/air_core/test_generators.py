@@ -232,11 +232,6 @@ def changed(folder: Path, file: str, **values: object) -> Path:
         (INDEX, {"../up": ["diffusers", "UNet2DModel"]}, "'../up' is .*; allowed: a class"),
         ("text_encoder/config.json", {"auto_map": {"AutoModel": "evil.Evil"}}, "has auto_map"),
         ("tokenizer/tokenizer_config.json", {"x": [{"auto_map": "evil.Evil"}]}, "has auto_map"),
-        (
-            "text_encoder/config.json",
-            {"_attn_implementation": "someone/kernel"},
-            "_attn_implementation is 'someone/kernel'; allowed: eager, sdpa or null",
-        ),
         ("text_encoder/config.json", {"hidden_size": "wide"}, "cannot be read"),
     ],
 )

@@ -54,9 +54,3 @@ def test_a_visual_prompt_is_near_zero_and_deep_ones_have_tokens_for_every_block(
             reach = width**-0.5 * (6 / (3 * tiny_clip.vision.patch**2 + width)) ** 0.5
             assert 0.9 * reach < one.prompt.abs().max() <= reach
         assert one.logits(some_images(tiny_clip)).shape == (5, len(NAMES))
-
-
-def test_a_visual_prompt_without_tokens_is_an_error(tiny_clip):
-    without = Encoded(some_images(tiny_clip).features)
-    with pytest.raises(ValueError, match="needs image tokens"):
-        learner(tiny_clip, "visual").logits(without)

@@ -15,7 +15,7 @@ import pytest
 from air_core.datasets import DATASETS
 from air_core.datasets.dataset import Counts
 from air_core.models.weights import generator_folder, tiny_folder
-from orchestrator.cluster.input_checks import check_dataset, check_model
+from orchestrator.cluster.input_checks import check_dataset
 from tests.helpers.dataset_trees import draw, small_root
 from tests.helpers.sweeps import write_sweep
 
@@ -90,24 +90,13 @@ def test_the_line_for_the_sweep_file_is_printed(tmp_path, command):
         assert f"in the sweep file, under fixed:  {role}: {model}" in out
 
 
-def test_a_single_weights_file_is_checked_with_its_architecture(tmp_path):
-    import open_clip
-    from safetensors.torch import save_file
-
-    clip = open_clip.create_model("ViT-B-32", pretrained=None).half()
-    save_file(clip.state_dict(), tmp_path / "clip.safetensors")
-    del clip  # 300 MB
-    model = f"ViT-B-32-quickgelu@{tmp_path / 'clip.safetensors'}"
-    assert "complete backbone" in check_model(model)[0]
-
-
 def test_what_is_no_model_is_refused(tmp_path, command):
     clip = tiny_folder()
     for model, message in (
         (f"ViT-B-32@{clip / CLIP}", f"{CLIP} cannot be loaded as ViT-B-32"),
         (tmp_path, f"for a folder of images, write folder:{tmp_path}"),
         (clip / CLIP, f"write <architecture>@{clip / CLIP}"),
-        (tmp_path / "nothing", "does not exist"),
+        (tmp_path / "nothing", "there is no folder"),
     ):
         code, out, err = command("check", model)
         assert (code, out) == (2, ""), model
@@ -132,16 +121,6 @@ def zipped(model: Path) -> None:
         archive.writestr("model_index.json", "{}")
 
 
-def sharded(model: Path) -> None:
-    (model / UNET).unlink()
-    (model / f"{UNET}.index.json").write_text('{"weight_map": {"a": 3}}')
-
-
-def piped(model: Path) -> None:
-    (model / CLIP).unlink()
-    os.mkfifo(model / CLIP)
-
-
 def pickled(model: Path) -> None:
     """Replace the weights by an archive as of torch.save that is cut off."""
     (model / CLIP).unlink()
@@ -157,15 +136,12 @@ def pickled(model: Path) -> None:
         ("generator", renamed("vae", "other"), "it has no folder vae"),
         ("generator", cut(UNET), f"{UNET} cannot be read: .*download or copy it again"),
         ("generator", lambda m: (m / UNET).unlink(), "unet has no diffusion_pytorch_model.safet"),
-        ("generator", renamed(UNET, "unet/a.bin"), "other weights .*a.bin.* pickles can run code"),
-        ("generator", sharded, "unet has no 3;"),
+        ("generator", renamed(UNET, "unet/a.bin"), "other weights are not .* pickles can run code"),
         ("generator", cut("vae/config.json"), "vae/config.json cannot be read"),
         ("generator", renamed(TOKENIZER, "tokenizer/a"), "it has no vocabulary"),
-        ("backbone", zipped, "model is a file; unpack an archive first|model is not a model"),
+        ("backbone", zipped, "no folder .*model; allowed: tiny|model is not a model"),
         ("backbone", cut(CLIP), f"{CLIP} cannot be read: .*download or copy it again"),
-        ("backbone", piped, f"{CLIP} is missing, or is no file but a broken link"),
         ("backbone", renamed(CLIP, "other"), "contains no weights"),
-        ("backbone", lambda m: os.truncate(m / "merges.txt.gz", 0), "merges.txt.gz is empty"),
         ("backbone", pickled, "model.bin cannot be read: File is not a zip file"),
     ],
 )

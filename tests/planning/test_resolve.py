@@ -155,13 +155,15 @@ def test_a_damaged_cache_of_digests_is_rebuilt_with_a_warning(fresh, clip, caplo
 
 
 def test_messages_about_inputs_equal_the_golden_ones(tmp_path, drawn_digits, monkeypatch):
-    """Also of names that are too long, and of settings that do not fit their inputs."""
+    """Also of class names that are too long, and of settings that do not fit their inputs."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "nowhere")
+    save_file({"one": np.ones(1)}, "some.safetensors")
     Path("drawn").symlink_to(drawn_digits)  # 16 images per class
     for name in ("cat", "dog"):
         for i in range(6):
             draw(tmp_path / "pets" / name / f"{i}.png")
-    Path("pets/classnames.txt").write_text(f"dog = {' '.join(['dog'] * 100)}\n")
+    Path("pets/classnames.txt").write_text(f"dog = {' '.join(['dog'] * 20)}\n")
 
     def message(text: str) -> str:
         Path("x.yaml").write_text(text)

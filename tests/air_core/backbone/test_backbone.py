@@ -15,6 +15,7 @@ import open_clip
 import pytest
 import torch
 from open_clip import timm_model
+from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
 from PIL import Image
 from torch import Tensor
@@ -34,19 +35,14 @@ NAMES = ["digit zero", "digit seven", "heart", "ankle_boot", "letter q"]
 CLOSE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
-def shallow_clip(architecture: str, layers: Any) -> Backbone:
-    """A published architecture with random weights and fewer layers, which take less memory."""
-    torch.manual_seed(0)
-    config = open_clip.get_model_config(architecture)
-    vision = {**config["vision_cfg"], "layers": layers}
-    return random_clip(
-        architecture, vision_cfg=vision, text_cfg={**config["text_cfg"], "layers": 2}
-    )
-
-
 @pytest.fixture(scope="module")
 def vit_b_32() -> Backbone:
-    return shallow_clip("ViT-B-32-quickgelu", 2)
+    """A published architecture with random weights and two layers, which take less memory."""
+    torch.manual_seed(0)
+    name = "ViT-B-32-quickgelu"
+    config = open_clip.get_model_config(name)
+    towers = {part: {**config[part], "layers": 2} for part in ("vision_cfg", "text_cfg")}
+    return random_clip(name, **towers)
 
 
 def plain_images(backbone: Backbone, images: list[Image.Image], prompt: Tensor) -> Tensor:
@@ -181,11 +177,9 @@ def test_image_tokens_are_cls_and_patches_and_do_not_depend_on_the_batch(tiny_cl
     assert error(tiny_clip.image_tokens(images), tokens) < 1e-6
 
 
-def test_a_visual_prompt_of_another_shape_is_an_error(tiny_clip):
-    tokens = tiny_clip.image_tokens(some_images(2))
-    for shape in ((3, 7), (2, 3, tiny_clip.vision.width), (3,)):
-        with pytest.raises(ValueError, match="a visual prompt is"):
-            tiny_clip.encode_tokens(tokens, torch.zeros(shape))
+def test_a_resnet_has_no_tokens():
+    with pytest.raises(ValueError, match=r"need a vision transformer, .* is a ModifiedResNet; set"):
+        vision_tower(ModifiedResNet([1, 1, 1, 1], 64, 4))
 
 
 def test_image_features_have_unit_length_and_equal_open_clip(tiny_clip):

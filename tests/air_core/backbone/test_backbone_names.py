@@ -7,7 +7,6 @@ import json
 import logging
 import shutil
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -15,7 +14,7 @@ from zipfile import ZipFile
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from air_core.backbone.loading import load_backbone
 from air_core.models import weights
@@ -24,56 +23,13 @@ from air_core.models.tokens import check_room
 from air_core.models.weights import (
     check_image_tower,
     find_backbone,
+    open_clip_folder,
     tiny_folder,
 )
 from tests.helpers.golden import check_golden
 from tests.helpers.sweeps import python
 
 NAMES = ["tree frog", "heart", "boot"]
-
-
-@pytest.fixture(scope="module")
-def random_weights(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Architecture -> a file of random weights for it."""
-    import open_clip
-
-    folder = tmp_path_factory.mktemp("weights")
-
-    def make(architecture: str) -> Path:
-        file: Path = folder / f"{architecture}.safetensors"
-        if not file.exists():
-            logging.disable(logging.WARNING)  # random weights are intended
-            torch.manual_seed(0)
-            state = open_clip.create_model(architecture, pretrained=None).half().state_dict()
-            logging.disable(logging.NOTSET)
-            save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
-        return file
-
-    return make
-
-
-@pytest.fixture
-def some_file(tmp_path: Path) -> Path:
-    """A file of weights that is found and never read."""
-    save_file({"one": torch.ones(1)}, tmp_path / "some.safetensors")
-    return tmp_path / "some.safetensors"
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A function that puts a file into an otherwise empty cache of the Hugging Face hub."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-
-    def put(repository: str, file: Path) -> Path:
-        repo = tmp_path / "hub" / f"models--{repository.replace('/', '--')}"
-        (repo / "refs").mkdir(parents=True, exist_ok=True)
-        (repo / "refs" / "main").write_text("abc")
-        cached = repo / "snapshots" / "abc" / file.name
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        cached.symlink_to(file)
-        return cached
-
-    return put
 
 
 # ---------------------------------------------------------------- names
@@ -90,24 +46,6 @@ def test_tiny_and_a_folder_name_all_their_files(tmp_path):
     assert [path.parent for path in find_backbone(str(tmp_path)).files] == [tmp_path] * 3
     assert find_backbone(str(tmp_path)).settings == {}
     assert load_backbone(tmp_path).logit_scale == load_backbone("tiny").logit_scale
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("nothing", "does not exist; allowed: tiny, a folder with open_clip_config.json"),
-        ("a/b/c", "does not exist; allowed: tiny"),
-        ("ViT-B32/openai", "no architecture 'ViT-B32'; did you mean ViT-B-32"),
-        ("ViT-B/32", "did you mean .*ViT-B-32"),
-        ("ViT-B-32/openia", "no weights 'openia' of ViT-B-32; known: openai, laion400m_e31"),
-        ("ViT-B-32@/nowhere.pt", "/nowhere.pt is missing"),
-        ("roberta-ViT-B-32/laion2b_s12b_b32k", "neither CLIP's nor SigLIP's"),
-        ("coca_ViT-B-32/laion2b_s13b_b90k", "neither CLIP's nor SigLIP's"),
-    ],
-)
-def test_the_error_for_an_unknown_name_lists_what_is_allowed(name, message):
-    with pytest.raises(ValueError, match=message):
-        find_backbone(name)
 
 
 def test_the_golden_table_of_weights_is_that_of_the_installed_open_clip():
@@ -141,14 +79,23 @@ def test_openais_torchscript_archive_is_rejected_with_an_alternative(tmp_path):
 # ---------------------------------------------------------------- the real architectures
 
 
-def test_a_tag_is_loaded_from_the_cache_with_its_activation_function(hub, random_weights):
-    file = random_weights("ViT-B-32")
-    repository = "timm/vit_base_patch32_clip_224.openai"
-    whole = file.with_name("open_clip_model.safetensors")
-    if not whole.exists():
-        whole.symlink_to(file)
-    cached = hub(repository, whole)
-    assert find_backbone("ViT-B-32/openai").files == (cached,)
+def test_a_tag_is_loaded_from_the_cache_with_its_activation_function(monkeypatch, tmp_path):
+    import open_clip
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--timm--vit_base_patch32_clip_224.openai"
+    for folder in ("refs", "snapshots/abc"):
+        (repository / folder).mkdir(parents=True)
+    (repository / "refs/main").write_text("abc")
+    whole = repository / "snapshots/abc/open_clip_model.safetensors"
+    file = tmp_path / "tensors.pt"
+
+    logging.disable(logging.WARNING)  # random weights are intended
+    state = open_clip.create_model("ViT-B-32", pretrained=None).half().state_dict()
+    logging.disable(logging.NOTSET)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, whole)
+    torch.save({"epoch": 3, "state_dict": state}, file)
+    assert find_backbone("ViT-B-32/openai").files == (whole,)
     context, image = torch.zeros(2, 512), Image.new("RGB", (300, 200))
 
     def loaded(name: str) -> tuple[Any, ...]:  # one after the other, since each takes 600 MB
@@ -168,68 +115,19 @@ def test_a_tag_is_loaded_from_the_cache_with_its_activation_function(hub, random
     assert settings != find_backbone(f"ViT-B-32@{file}").settings
 
 
-def test_a_checkpoint_with_tensors_is_read_as_its_architecture_alone(tmp_path, random_weights):
-    file = tmp_path / "tensors.pt"
-    torch.save({"epoch": 3, "state_dict": load_file(random_weights("RN50"))}, file)
-    backbone = load_backbone(f"RN50@{file}")
-    features = backbone.encode_context(torch.zeros(2, 512), NAMES)
-    assert features.shape == (3, 1024)
-    with pytest.raises(ValueError, match="visual prompts need a vision transformer"):
-        _ = backbone.vision
-    with pytest.raises(
-        ValueError, match=rf"{file} cannot be loaded as RN101: RuntimeError: .*state_dict"
-    ):
-        load_backbone(f"RN101@{file}")
-
-
-def test_the_error_for_missing_weights_has_the_download_command(some_file, hub):
-    download = (
-        r"`hf download timm/vit_base_patch32_clip_224\.openai open_clip_model\.safetensors`, or "
-        r"write ViT-B-32/openai@<file>"
-    )
-    with pytest.raises(ValueError, match=download):
-        find_backbone("ViT-B-32/openai")
-    tokenizer = r"`hf download timm/ViT-B-16-SigLIP .* beside the weights"
-    with pytest.raises(ValueError, match=tokenizer):
-        find_backbone(f"ViT-B-16-SigLIP@{some_file}")
-
-
-def test_preprocessing_is_that_of_all_known_weights_of_the_architecture(some_file, tmp_path):
-    (tmp_path / "tokenizer.json").touch()
-    found = find_backbone(f"ViT-B-16-SigLIP@{some_file}")
-    assert found.preprocess["mean"] == [0.5, 0.5, 0.5]
-    assert found.preprocess["resize_mode"] == "squash"
-    assert found.files == (some_file, tmp_path / "tokenizer.json")
-
-
-def test_a_file_of_an_architecture_with_two_preprocessings_needs_a_tag(some_file):
-    match = r"ViT-L-14 were trained .* ViT-L-14/<tag>@.*: openai, .*laion2b_s32b_b82k"
-    with pytest.raises(ValueError, match=match):
-        find_backbone(f"ViT-L-14@{some_file}")
-    means = {}
-    for tag in ("openai", "laion2b_s32b_b82k"):
-        found = find_backbone(f"ViT-L-14/{tag}@{some_file}")
-        assert found.path == some_file
-        means[tag] = found.preprocess["mean"]
-    assert means["laion2b_s32b_b82k"] == [0.5, 0.5, 0.5] != means["openai"]
-    assert find_backbone(f"ViT-B-32/openai@{some_file}").settings["model_cfg"]["quick_gelu"]
-
-
-@pytest.mark.parametrize(
-    ("name", "what"),
-    [
-        ("RN50", "a ResNet"),
-        ("MobileCLIP-S1", "fastvit_mci1"),
-        ("ViTamin-B", "vitamin_base_224"),
-        ("ViT-B-32", None),
-        ("EVA02-B-16", None),
-        ("PE-Core-B-16", None),
-    ],
-)
-def test_an_image_tower_without_tokens_is_refused_before_it_is_loaded(some_file, name, what):
-    match = f"the image tower of {name}@.* is {what}; set modality: text"
-    with pytest.raises(ValueError, match=match) if what else nullcontext():
-        check_image_tower(f"{name}@{some_file}")
+def test_preprocessing_of_a_file_is_that_of_its_tag_or_architecture(tmp_path):
+    file, tokenizer = tmp_path / "some.safetensors", tmp_path / "tokenizer.json"
+    save_file({"one": torch.ones(1)}, file)  # never read
+    tokenizer.touch()
+    found = find_backbone(f"ViT-B-16-SigLIP@{file}")
+    assert (found.preprocess["mean"], found.preprocess["resize_mode"]) == ([0.5] * 3, "squash")
+    assert found.files == (file, tokenizer)
+    tags = ("openai", "laion2b_s32b_b82k")
+    means = [find_backbone(f"ViT-L-14/{tag}@{file}").preprocess["mean"] for tag in tags]
+    assert means[0] != means[1] == [0.5] * 3
+    assert find_backbone(f"ViT-B-32/openai@{file}").settings["model_cfg"]["quick_gelu"]
+    for vit in ("ViT-B-32", "EVA02-B-16"):
+        check_image_tower(f"{vit}@{file}")  # refusals are in messages/inputs.txt
 
 
 # ---------------------------------------------------------------- SigLIP
@@ -311,24 +209,23 @@ def test_texts_of_siglip_in_packs_give_the_same_features_and_gradients(siglip, m
         torch.testing.assert_close(packed, whole)
 
 
-def test_a_tokenizer_that_pads_on_the_left_is_refused(siglip, tmp_path):
+def test_texts_are_padded_on_the_right_whatever_the_tokenizer_says(siglip, tmp_path):
     folder = shutil.copytree(siglip, tmp_path / "left")
     config = folder / "tokenizer_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"padding_side": "left"}))
-    with pytest.raises(ValueError, match=r'pads texts on the left, .* add "padding_side": "right"'):
-        load_backbone(folder)
+    left, right = (load_backbone(each).encode_texts(NAMES) for each in (folder, siglip))
+    assert torch.equal(left, right)
 
 
 def test_names_that_do_not_fit_siglip_are_rejected_with_and_without_the_model(siglip):
     backbone, names = load_backbone(siglip), ("heart", "tree frog")
     backbone.encode_context(torch.zeros(9, 32), names)  # 9 + 2 + end = 12
     check_room(str(siglip), names, "a photo of a {}", 9)
-    with pytest.raises(ValueError, match="'tree frog' does not fit, but 2 remain"):
+    with pytest.raises(ValueError, match="'tree frog' does not fit into the 2 tokens"):
         backbone.encode_context(torch.zeros(10, 32), names)
     with pytest.raises(ValueError, match="'tree frog' takes 3 tokens with start and end, but"):
         check_room(str(siglip), names, "a photo of a {}", 10)
-    with pytest.raises(ValueError, match="'tshirt' and 'T-shirt' are the same"):
-        check_room(str(siglip), ("tshirt", "T-shirt"), "a photo of a {}", 2)
+    check_room(str(siglip), ("tree. frog!",), "a photo of a {}", 9)  # it reads no punctuation
 
 
 NEEDED = """
@@ -358,30 +255,6 @@ class Evil(PreTrainedTokenizerFast): pass
 """
 
 
-def with_setting(source: Path, folder: Path, where: str, value: object) -> Path:
-    """A copy of an open_clip folder with one setting of its configuration replaced."""
-    shutil.copytree(source, folder)
-    config = json.loads((folder / CONFIG).read_text())
-    *sections, key = where.split(".")
-    section = config
-    for name in sections:
-        section = section[name]
-    section[key] = value
-    (folder / CONFIG).write_text(json.dumps(config))
-    return folder
-
-
-def with_code(source: Path, folder: Path, settings: dict[str, object]) -> Path:
-    """A copy of an open_clip folder whose tokenizer is code that creates the file `ran`."""
-    with_setting(source, folder, "model_cfg.text_cfg.tokenizer_kwargs", settings)
-    file = folder / "tokenizer_config.json"
-    config = json.loads(file.read_text())
-    config |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": [None, "evil.Evil"]}}
-    file.write_text(json.dumps(config))
-    (folder / "evil.py").write_text(EVIL.format(marker=str(folder / "ran")))
-    return folder
-
-
 @pytest.fixture
 def answers_yes(monkeypatch, tmp_path):
     """Answer yes to every prompt, and keep downloaded modules in the test's folder."""
@@ -391,9 +264,12 @@ def answers_yes(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.path", [*sys.path])
 
 
-@pytest.mark.parametrize("settings", [{}, {"trust_remote_code": True}])
-def test_tokenizer_code_in_a_folder_is_not_run(settings, siglip, tmp_path, answers_yes):
-    folder = with_code(siglip, tmp_path / "folder", settings)
+def test_tokenizer_code_in_a_folder_is_not_run(siglip, tmp_path, answers_yes):
+    folder = Path(shutil.copytree(siglip, tmp_path / "folder"))
+    code = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": [None, "evil.Evil"]}}
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | code))
+    (folder / "evil.py").write_text(EVIL.format(marker=str(folder / "ran")))
     with pytest.raises(ValueError, match=str(folder)):
         load_backbone(folder)
     assert not (folder / "ran").exists()
@@ -413,50 +289,36 @@ def test_a_tokenizer_that_loads_other_models_is_rejected(kind, siglip, tmp_path)
 @pytest.mark.parametrize(
     ("where", "value", "message"),
     [
-        ("text_cfg.tokenizer_kwargs", {"bpe_path": "motd"}, "'motd'}; allowed: clean"),
-        ("text_cfg.tokenizer_kwargs", ["x"], r"tokenizer_kwargs is \['x'\]; allowed in a"),
-        ("vision_cfg.timm_model_name", "hf-hub:timm/vit_tiny", "words without : and /"),
-        ("vision_cfg.timm_model_name", "timm/vit_tiny", "words without : and /"),
-        ("vision_cfg.pretrained", "/weights.pt", r"vision_cfg\.pretrained is '/weights"),
-        ("vision_cfg.act_kwargs", {"approximate": {}}, "approximate is {}; allowed in a"),
-        ("vision_cfg.mlp_ratio", float("nan"), "mlp_ratio is nan; allowed in a"),
-        ("more", {"layers": 1}, r"model_cfg\.more is {'layers': 1}; allowed in a"),
-        ("vision_cfg", [], "no model_cfg with embed_dim, vision_cfg and text_cfg"),
+        ("model_cfg", 1, "no model_cfg with vision_cfg and text_cfg"),
+        ("model_cfg.text_cfg.tokenizer_kwargs", {"bpe_path": "motd"}, "'motd'}; allowed: clean"),
+        ("model_cfg.text_cfg.tokenizer_kwargs", {"trust_remote_code": True}, "True}; allowed: c"),
+        ("model_cfg.vision_cfg.timm_model_name", "hf-hub:timm/vit", "words without : and /"),
+        ("model_cfg.vision_cfg.timm_model_name", "timm/vit_tiny", "words without : and /"),
+        ("model_cfg.vision_cfg.act_kwargs", [{"a": "/x.pt"}], "a is '/x.pt'; allowed in a"),
     ],
 )
 def test_a_setting_that_is_not_allowed_in_a_folder_is_rejected_by_name(
     where, value, message, tmp_path
 ):
-    folder = with_setting(tiny_folder(), tmp_path / "folder", f"model_cfg.{where}", value)
+    folder = Path(shutil.copytree(tiny_folder(), tmp_path / "folder"))
+    config = section = json.loads((folder / CONFIG).read_text())
+    *sections, key = where.split(".")
+    for name in sections:
+        section = section[name]
+    section[key] = value
+    (folder / CONFIG).write_text(json.dumps(config))
     for read in (find_backbone, load_backbone):  # when planning, and when loading
         with pytest.raises(ValueError, match=rf"{folder}/{CONFIG}: .*{message}"):
             read(str(folder))
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"model_cfg": 1}', "\xff", "[" * 100_000])
-def test_a_damaged_configuration_is_rejected_with_its_path(text, tmp_path):
-    folder = Path(shutil.copytree(tiny_folder(), tmp_path / "folder"))
-    (folder / CONFIG).write_bytes(text.encode("latin-1"))
-    with pytest.raises(ValueError, match=rf"{folder}/{CONFIG}"):
-        load_backbone(folder)
-
-
 def test_all_configurations_of_open_clip_with_a_supported_text_tower_pass():
-    import open_clip
-
-    passed = set()
-    for file in (Path(open_clip.__file__).parent / "model_configs").glob("*.json"):
-        model = json.loads(file.read_text())
-        if model["text_cfg"].get("hf_model_name") or "multimodal_cfg" in model:
-            continue
-        for tag in [None, *open_clip.list_pretrained_tags_by_model(file.stem)]:
-            known = open_clip.get_pretrained_cfg(file.stem, tag) if tag else {}
-            names = ("mean", "std", "interpolation", "resize_mode")
-            pixels = {name: known[name] for name in names if name in known}
-            written = json.loads(json.dumps({"model_cfg": model, "preprocess_cfg": pixels}))
-            check_clip_config(file, written)
-        passed.add(file.stem)
-    assert {"ViT-B-32", "RN50", "ViT-B-16-SigLIP2", "convnext_base", "ViT-L-14-CLIPA"} <= passed
+    files = sorted((open_clip_folder() / "model_configs").glob("*.json"))
+    models = {file: json.loads(file.read_text()) for file in files}
+    assert len(models) > 100
+    for file, model in models.items():
+        if not model["text_cfg"].get("hf_model_name"):
+            check_clip_config(file, {"model_cfg": model})
 
 
 @pytest.mark.parametrize("name", ["tiny", "siglip"])
@@ -480,14 +342,13 @@ class Pickled:
         return open, (str(self.marker), "w")
 
 
-@pytest.mark.parametrize("is_folder", [True, False])
-def test_reading_pickled_weights_runs_no_code(is_folder, tmp_path):
+def test_reading_pickled_weights_runs_no_code(tmp_path):
     folder = Path(shutil.copytree(tiny_folder(), tmp_path / "folder"))
     (folder / "open_clip_model.safetensors").unlink()
-    file = folder / "open_clip_pytorch_model.bin"
-    torch.save({"state_dict": Pickled(tmp_path / "ran")}, file)
+    content = {"state_dict": Pickled(tmp_path / "ran")}
+    torch.save(content, folder / "open_clip_pytorch_model.bin")
     with pytest.raises(ValueError, match=r"cannot be loaded as .*weights_only"):
-        load_backbone(folder if is_folder else f"RN50@{file}")
+        load_backbone(folder)
     assert not (tmp_path / "ran").exists()
 
 

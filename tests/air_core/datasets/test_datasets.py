@@ -350,7 +350,7 @@ def test_birds_of_other_classes_are_an_error(tmp_path):
     with pytest.raises(ValueError, match="has other classes: pope"):
         DATASETS["cub"].files(tmp_path)
     file.unlink()
-    with pytest.raises(ValueError, match=r"classes\.txt is missing"):
+    with pytest.raises(ValueError, match=r"classes\.txt cannot be read"):
         DATASETS["cub"].files(tmp_path)
 
 
