@@ -65,6 +65,14 @@ def test_the_control_reads_the_images_that_a_lora_is_trained_on(
     classes = range(10) if target.split.unseen is None else target.split.unseen.tolist()
     assert found.labels.unique().tolist() == list(classes)
     assert found.labels.bincount().max() <= COUNT
+    right = (target.labels[selected["index"]] == selected["labels"]).double().mean()
+    assert right > 0.3
+    record = run_trial(spec, worker.store)
+    assert record.metrics["pseudo/accuracy_lora"] == pytest.approx(float(right))
+    if target.split.unseen is None:  # otherwise the metric is the harmonic mean
+        arrays = record.test_arrays()
+        fused = (arrays["fused"] == arrays["labels"]).mean()
+        assert fused == pytest.approx(record.metrics["test/accuracy_fused"])
 
 
 def test_the_ceiling_reads_pool_images_under_their_true_labels(worker, resolver, drawn_digits):
@@ -85,30 +93,3 @@ def test_the_floor_reads_synthetic_images_as_the_next_class(worker, resolver, dr
     shifted = bank(spec_of("air_floor", resolver, drawn_digits), worker)
     assert torch.equal(as_drawn.images.features, shifted.images.features)
     assert torch.equal((as_drawn.labels + 1) % 10, shifted.labels)
-
-
-def test_the_bounds_contain_the_method(worker, resolver, drawn_digits):
-    """So they show what the images of the method could gain, on real digits and drawn ones."""
-    accuracy = {}
-    for method in ("air_floor", "air", "air_ceiling"):
-        spec = spec_of(method, resolver, drawn_digits, **{"iterations": 2, "train.steps": 20})
-        bank(spec, worker)
-        record = run_trial(spec, worker.store)
-        accuracy[method] = record.metrics["test/accuracy"]
-        arrays = record.test_arrays()
-        fused = (arrays["fused"] == arrays["labels"]).mean()
-        assert fused == pytest.approx(record.metrics["test/accuracy_fused"])
-    assert accuracy["air_floor"] < accuracy["air"] < accuracy["air_ceiling"]
-
-
-def test_a_record_has_the_share_of_right_labels_among_those_of_the_lora(
-    worker, resolver, drawn_digits
-):
-    spec = spec_of("air_control", resolver, drawn_digits)
-    bank(spec, worker)
-    selected = load_file(worker.store.get(spec.lora_labels).path / "labels.safetensors")
-    target = read_target(spec.features, spec.split, worker.store)
-    right = (target.labels[selected["index"]] == selected["labels"]).double().mean()
-    assert 0.3 < right < 1
-    record = run_trial(spec, worker.store)
-    assert record.metrics["pseudo/accuracy_lora"] == pytest.approx(float(right))

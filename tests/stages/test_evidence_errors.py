@@ -63,20 +63,14 @@ def everything(draws: int) -> list[tuple[int, int]]:
     return [(draw, block) for block in range(3) for draw in range(draws)]
 
 
-def test_shards_that_exist_are_not_computed_again(spec, worker):
+def test_more_draws_and_more_images_keep_the_first_and_compute_the_others(spec, worker):
     assert build(spec, [(0, 0), (0, 1)], worker) == 2 * BLOCK * 10
-    assert build(spec, everything(1), worker) == (POOL - 2 * BLOCK) * 10
-    assert build(spec, everything(1), worker) == 0
-
-
-def test_more_draws_and_more_images_keep_the_first(spec, worker):
-    build(spec, [(0, 0), (0, 1)], worker)
     sample = read_evidence(spec, 1, 2 * BLOCK, worker.store)
     scored = sample.isfinite().all(dim=2)[0]
     assert scored.sum() == 2 * BLOCK
     with pytest.raises(MissingArtifact, match="airsweep run SPEC --prepare"):
         read_evidence(spec, 1, None, worker.store)
-    build(spec, everything(3), worker)
+    assert build(spec, everything(3), worker) == (3 * POOL - 2 * BLOCK) * 10
     assert torch.equal(read_evidence(spec, 1, None, worker.store)[0][scored], sample[0][scored])
     one, three = (read_evidence(spec, draws, None, worker.store).mean() for draws in (1, 3))
     assert three == pytest.approx(one, rel=0.5)  # a mean, not a sum

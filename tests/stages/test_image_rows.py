@@ -1,10 +1,9 @@
-"""Image blocks without a cluster: drawn once, with checksums and with deaths counted on disk."""
+"""A row of images: each block is drawn once, and a contact sheet shows it."""
 
 from __future__ import annotations
 
 import io
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from threading import Event, Semaphore
 
 import numpy as np
@@ -14,15 +13,9 @@ from PIL import Image
 
 from air_core.classifiers import text_classifier
 from air_core.datasets import get_dataset
-from air_core.diffusion.folder import FolderGenerator
-from air_core.settings import Ref
 from air_core.types import Encoded
-from orchestrator.planning import Resolver
-from orchestrator.stages import FolderImages, SyntheticFeaturesSpec
+from orchestrator.stages import SyntheticFeaturesSpec
 from orchestrator.stages.context import WorkerContext
-from orchestrator.stages.dataset_text import UnusedImages, unused_images
-from orchestrator.stages.features import build as build_features
-from orchestrator.stages.inputs import images_folder
 from orchestrator.stages.pictures import (
     GAP_PX,
     LABEL_PX,
@@ -33,55 +26,41 @@ from orchestrator.stages.pictures import (
 )
 from orchestrator.stages.synthetic import build as build_image_block
 from orchestrator.store import ArtifactStore
-from tests.helpers.dataset_trees import draw
-
-
-def row_of(folder: str) -> SyntheticFeaturesSpec:
-    names = tuple(sorted(path.name for path in Path(folder).iterdir()))
-    model = Ref(name=f"folder:{folder}", digest="f")
-    images = FolderImages(model=model, classnames=names, size=32, block=2)
-    return SyntheticFeaturesSpec(images=images, backbone=Ref(name="tiny", digest="b"))
-
-
-def generator_of(spec: SyntheticFeaturesSpec):
-    return FolderGenerator(images_folder(spec.images.model.name), spec.images.classnames, 32)
 
 
 @pytest.fixture
-def store(tmp_path) -> ArtifactStore:
-    return ArtifactStore(tmp_path / "runs")
+def row(drawn_digits, trial, tmp_path) -> tuple[SyntheticFeaturesSpec, WorkerContext]:
+    settings = {"images_per_class": 16, "generation.block": 2, "generation.size": 32}
+    spec = trial("air", generator=f"folder:{drawn_digits}", **settings).synthetic_features
+    return spec, WorkerContext(ArtifactStore(tmp_path / "runs"))
 
 
-def test_a_block_that_two_processes_need_at_once_is_drawn_once(store, drawn_digits):
+def test_a_block_that_two_processes_need_at_once_is_drawn_once(row):
     """Threads act as processes, since locks belong to open files."""
-    spec = row_of(str(drawn_digits))
-    draws = Semaphore(0)
-    proceed = Event()
+    spec, worker = row
+    draws, proceed = Semaphore(0), Event()
 
     def generator():
         draws.release()
         assert proceed.wait(600)
-        return generator_of(spec)
+        return spec.images.open(worker)
 
     with ThreadPoolExecutor(2) as pool:
-        block = (spec, 3, 0, WorkerContext(store), generator)
-        both = [pool.submit(build_image_block, *block) for _ in range(2)]
+        both = [pool.submit(build_image_block, spec, 3, 0, worker, generator) for _ in range(2)]
         assert draws.acquire(timeout=600)
         # The second one waits, otherwise it would have begun by now.
         assert not draws.acquire(timeout=0.3)
         proceed.set()
         assert sorted(future.result(600)["drawn"] for future in both) == [0, 2]
-    row = store.row(spec.images)
-    assert sorted(p.name for p in row.path.iterdir()) == ["0003-00000.parquet", "row.json"]
-    assert list((store.root / "locks").iterdir()) == []
 
 
 def test_a_contact_sheet_shows_the_images_that_exist_and_counts_all_that_clip_recognises(
-    store, drawn_digits, trial, tiny_clip
+    row, drawn_digits, trial, tiny_clip
 ):
-    spec, worker = row_of(str(drawn_digits)), WorkerContext(store)
+    spec, worker = row
+    generator = spec.images.open(worker)
     for shard in ((0, 0), (1, 0), (1, 1)):
-        build_image_block(spec, *shard, worker, lambda: generator_of(spec))
+        build_image_block(spec, *shard, worker, lambda: generator)
     png, shares = contact_sheet(spec, None, trial("fpl").features, worker)
     sheet = Image.open(io.BytesIO(png)).convert("L")
     drawn = LABEL_PX + PER_GROUP * (TILE_PX + GAP_PX) + 10  # right of the real images
@@ -100,29 +79,3 @@ def test_a_contact_sheet_shows_the_images_that_exist_and_counts_all_that_clip_re
     )
     right = (logits.argmax(dim=-1) == torch.tensor([0, 0, 1, 1, 1, 1])).double().mean()
     assert shares == {"synthetic": pytest.approx(float(right))}
-
-
-def test_features_record_the_files_that_no_trial_reads(store, tmp_path):
-    home = tmp_path / "pets"
-    for name in ("cat", "dog"):
-        for i in range(60):
-            draw(home / name / f"{i:02}.png")
-
-    def unused() -> UnusedImages:
-        resolver = Resolver(tmp_path / "digests.json", None)
-        trial = resolver.trial({"dataset": f"folder:{home}", "iterations": 0})
-        build_features(trial.features, WorkerContext(store))
-        return unused_images(trial.features, store)
-
-    assert not unused()
-    (home / "dog" / "07.png").write_bytes(b"")
-    draw(home / "cat" / "more" / "1.png")
-    draw(home / "above.png")
-    for name in ("a.mov", "b.MOV", "Thumbs.db", ".hidden.mov"):
-        (home / "dog" / name).write_bytes(b"")
-    found = unused()
-    assert found.files == {"dog/07.png": "it is empty"}
-    assert found.skipped == {".mov": 2, "beside class folders": 1, "in subfolders": 1}
-    assert str(found) == (
-        "1 unreadable (dog/07.png); skipped: 2 .mov, 1 beside class folders, 1 in subfolders"
-    )

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from air_core.classifiers import text_classifier
 from air_core.datasets import get_dataset
-from air_core.diffusion.lora_labels import lora_images
+from air_core.diffusion.lora_labels import first_of_each_class, lora_images
 from air_core.diffusion.pipeline import LORA_FILE
 from air_core.pseudo_labels import balanced_choice
 from air_core.settings import InitialLabelsSettings
@@ -72,32 +72,17 @@ def test_clip_chooses_the_images_of_a_lora_and_true_labels_do_not(tiny_clip, res
     assert found[0]["labels"].tolist() == chosen[chosen >= 0].tolist()
 
 
-def test_in_trzsl_pool_images_get_unseen_classes(worker, resolver):
-    settings = {"paradigm": "trzsl", "lora.source": "pseudo", "initial_labels.k": 2}
-    labels, found = select(spec_of(resolver, **settings), worker)
-    unseen = read_target(labels.features, labels.split, worker.store).split.unseen
-    assert found["labels"].unique().tolist() == sorted(unseen.tolist())
-
-
-@pytest.mark.parametrize(
-    "settings", [{"paradigm": "trzsl"}, {"paradigm": "ssl", "shots": 5}], ids=["trzsl", "ssl"]
-)
-def test_the_labelled_images_of_a_lora_are_drawn_by_the_split_seed(worker, resolver, settings):
+@pytest.mark.parametrize("settings", [{"paradigm": "trzsl"}, {"paradigm": "ssl", "shots": 5}])
+def test_the_labelled_images_of_a_lora_have_their_true_labels(worker, resolver, settings):
     settings |= {"initial_labels.k": 3, "lora.source": "labelled"}
-    spec = spec_of(resolver, **settings)
-    labels, found = select(spec, worker)
+    labels, found = select(spec_of(resolver, **settings), worker)
     target = read_target(labels.features, labels.split, worker.store)
+    labelled, classes = target.split.labelled, target.labels[target.split.labelled]
+    assert set(found["index"].tolist()) <= set(labelled.tolist())
     assert found["labels"].tolist() == target.labels[found["index"]].tolist()
-    labelled = target.split.labelled
-    for c in found["labels"].unique().tolist():
-        members = labelled[target.labels[labelled] == c].tolist()
-        drawn = found["index"][found["labels"] == c].tolist()
-        assert len(drawn) == 3
-        assert set(drawn) <= set(members)
-    first = [
-        (target.labels[labelled] == c).nonzero()[:3].flatten() for c in found["labels"].unique()
-    ]
-    assert sorted(found["index"].tolist()) != sorted(labelled[torch.cat(first)].tolist())
+    assert found["labels"].tolist() == classes.unique().repeat_interleave(3).tolist()
+    # They are drawn by the split seed.
+    assert found["index"].tolist() != labelled[first_of_each_class(classes, 3)].tolist()
 
 
 def test_a_bound_has_a_share_of_right_labels_in_each_class(tiny_clip):

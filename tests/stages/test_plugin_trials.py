@@ -30,6 +30,7 @@ from orchestrator.stages.features import build as build_features
 from orchestrator.stages.trial_run import run_trial, run_trials
 from orchestrator.store import ArtifactStore, TrialRecord
 from tests.helpers.dataset_trees import draw
+from tests.helpers.features import encode
 from tests.helpers.inputs import build_inputs
 from tests.helpers.plugins import NOISE, TIP_ADAPTER, saved_clip, saved_dataset
 from tests.helpers.sweeps import write_sweep
@@ -41,19 +42,6 @@ QUICK = "train.steps: 4, iterations: 2"
 def no_plugin_left():
     yield
     use_plugins([])
-
-
-@pytest.fixture(scope="module")
-def features(tmp_path_factory, trial) -> Path:
-    """A store with the features of the digits."""
-    store = ArtifactStore(tmp_path_factory.mktemp("plugins") / "runs")
-    build_features(trial("fpl").features, WorkerContext(store))
-    return store.root
-
-
-@pytest.fixture
-def worker(features, tmp_path) -> WorkerContext:
-    return WorkerContext(ArtifactStore(Path(shutil.copytree(features, tmp_path / "runs"))))
 
 
 def sweep(folder: Path, code: str, settings: str, *others: str) -> dict[str, Any]:
@@ -68,9 +56,11 @@ def sweep(folder: Path, code: str, settings: str, *others: str) -> dict[str, Any
 TIP = "method: pseudo, modality: tip_adapter, paradigm: ssl, prompt.tip_adapter.keys: 4"
 
 
-def test_a_learner_of_a_plugin_starts_from_the_images_and_is_trained(worker, resolver, tmp_path):
+def test_a_learner_of_a_plugin_starts_from_the_images_and_is_trained(resolver, tmp_path):
+    worker = WorkerContext(ArtifactStore(tmp_path / "runs"))
     spec = resolver.trial(sweep(tmp_path, TIP_ADAPTER, TIP))
     assert spec.tokens is None
+    encode(spec.features, worker.store)
     [whole] = run_trials([spec], worker)
     assert isinstance(whole, TrialRecord)
     prompt = load_file(whole.path / "prompt.safetensors")["prompt"]

@@ -28,7 +28,6 @@ from orchestrator.stages.features import build as build_features
 from orchestrator.stages.trial import side_by_side
 from orchestrator.stages.trial_run import run_trial, run_trials
 from orchestrator.store import ArtifactStore, TrialRecord
-from tests.helpers.features import encode
 
 QUICK = {"train__steps": 4, "prompt__length": 2}
 
@@ -80,9 +79,6 @@ def test_trials_side_by_side_have_the_same_records_as_alone(
         assert isinstance(ours, TrialRecord)
         theirs = run_trial(spec, alone)
         assert ours.key == theirs.key
-        assert [p.name for p in sorted(ours.path.iterdir())] == [
-            p.name for p in sorted(theirs.path.iterdir())
-        ]
         assert ours.metrics.keys() == theirs.metrics.keys()
         assert ours.curves == {
             name: pytest.approx(of, rel=1e-4) for name, of in theirs.curves.items()
@@ -197,28 +193,19 @@ def fits(monkeypatch) -> list[int]:
     return sizes
 
 
-@pytest.mark.parametrize("modality", ["visual", "text"])
-def test_trials_killed_in_their_third_round_go_on_from_there(
-    trial, store, features, tmp_path, fits, modality
-):
-    """Prompts before images train alone, those of three seeds before class names together."""
-    seeds = (1,) if modality == "visual" else (1, 2, 3)
-    specs = [trial("cpl", seed=seed, modality=modality, **LONG) for seed in seeds]
-    if modality == "visual":  # a pass of the image tower is slow: fewer images
-        store = ArtifactStore(tmp_path / "visual")
-        encode(specs[0].features, store)
-        encode(specs[0].tokens, store)
+def test_trials_killed_in_their_third_round_go_on_from_there(trial, store, tmp_path, fits):
+    specs = [trial("cpl", seed=seed, **LONG) for seed in (1, 2, 3)]
     other = ArtifactStore(Path(shutil.copytree(store.root, tmp_path / "calm")))
     calm = run_trials(specs, WorkerContext(other))
-    assert fits == [len(seeds)] * 4
+    assert fits == [3] * 4
     killed = get_context("spawn").Process(target=kill_in_third_round, args=(store.root, specs))
     killed.start()
     killed.join()
     assert killed.exitcode == -signal.SIGKILL
     assert not any(map(store.has, specs))
-    assert len(checkpoints(store)) == len(seeds)
+    assert len(checkpoints(store)) == 3
     records = run_trials(specs, WorkerContext(store))
-    assert fits == [len(seeds)] * (4 + 2)  # the third and the fourth round
+    assert fits == [3] * (4 + 2)  # the third and the fourth round
     for record, expected in zip(records, calm, strict=True):
         assert numbers(record) == numbers(expected)
         assert record.seconds > 0

@@ -48,21 +48,16 @@ def store(tmp_path_factory, resolver, drawn) -> ArtifactStore:
     return store
 
 
-@pytest.fixture
-def spec(resolver, drawn):
-    def make(**changes):
-        return resolver.trial({**QUICK, "test_dataset": f"folder:{drawn}", "seed": 1, **changes})
-
-    return make
-
-
 def test_the_prompt_of_one_dataset_is_tested_with_the_classes_of_another(
-    spec, store, drawn, tiny_clip
+    resolver, store, drawn, tiny_clip
 ):
-    transfer = run_trial(spec(), store)
-    learned = run_trial(replace(spec(), test_dataset=None), store)
+    spec = resolver.trial({**QUICK, "test_dataset": f"folder:{drawn}", "seed": 1})
+    transfer = run_trial(spec, store)
+    before = set(store.artifacts.glob("trials/*/*"))
+    learned = run_trial(replace(spec, test_dataset=None), store)
+    assert set(store.artifacts.glob("trials/*/*")) == before  # it was learned for all datasets
     index, predictions, labels = transfer.predictions()
-    target = read_target(spec().test_features, spec().split, store)
+    target = read_target(spec.test_features, spec.split, store)
     assert np.array_equal(index, target.split.test)
     assert np.array_equal(labels, target.labels[index])
     names = get_dataset(f"folder:{drawn}").classnames
@@ -75,21 +70,6 @@ def test_the_prompt_of_one_dataset_is_tested_with_the_classes_of_another(
     assert not any(name.startswith("test/") for name in transfer.curves)
 
 
-def test_a_prompt_is_learned_once_for_all_its_test_datasets(spec, store, drawn, tmp_path):
-    run_trial(spec(seed=2), store)
-    before = {path.name: path.stat().st_mtime_ns for path in store.artifacts.glob("trials/*/*")}
-    copy = Path(shutil.copytree(drawn, tmp_path / "copy"))
-    next(copy.iterdir()).rename(copy / "another name")
-    other = spec(seed=2, test_dataset=f"folder:{copy}")
-    build_features(other.test_features, WorkerContext(store))
-    torch.set_num_threads(2)
-    run_trial(other, store)
-    assert torch.get_num_threads() == 1  # reproducible, although the prompt exists already
-    after = {path.name: path.stat().st_mtime_ns for path in store.artifacts.glob("trials/*/*")}
-    assert before.items() <= after.items()
-    assert len(after) == len(before) + 1
-
-
 def test_a_table_names_both_and_compares_within_each(store, resolver, drawn, tmp_path):
     sweep = SweepSpec(
         name="x",
@@ -99,7 +79,6 @@ def test_a_table_names_both_and_compares_within_each(store, resolver, drawn, tmp
     )
     event_log = EventLog(tmp_path / "sweep")
     plan = plan_sweep(sweep, store, resolver, event_log)
-    assert [requirement.have(store) for requirement in plan.requirements] == [1, 1]
     for slot in plan.slots:
         run_trial(slot.spec, store)
     table = results_of(plan_sweep(sweep, store, resolver, event_log), store).rows
@@ -109,4 +88,3 @@ def test_a_table_names_both_and_compares_within_each(store, resolver, drawn, tmp
         (f"digits -> folder:{drawn}", "zero_shot"),
         (f"digits -> folder:{drawn}", "fpl"),
     ]
-    assert all(row.settings == {} for row in table)
