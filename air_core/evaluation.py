@@ -32,23 +32,10 @@ def measured(predictions: Tensor, labels: Tensor, classes: Classes) -> Metrics:
     if classes.unseen is None:
         return metrics
     is_unseen = torch.isin(labels, classes.unseen)
-    seen_accuracy, unseen_accuracy = right[~is_unseen].mean().item(), right[is_unseen].mean().item()
-    return replace(
-        metrics,
-        seen=seen_accuracy,
-        unseen=unseen_accuracy,
-        harmonic_mean=harmonic_mean(seen_accuracy, unseen_accuracy),
-    )
-
-
-def harmonic_mean(a: float, b: float) -> float:
-    """Harmonic mean of two accuracies; 0 where both are 0.
-
-    >>> harmonic_mean(0.5, 1.0), harmonic_mean(0.0, 0.0)
-    (0.6666666666666666, 0.0)
-    """
-    total = a + b
-    return 2 * a * b / total if total else 0.0
+    seen, unseen = right[~is_unseen].mean().item(), right[is_unseen].mean().item()
+    both = seen + unseen
+    harmonic_mean = 2 * seen * unseen / both if both else 0.0
+    return replace(metrics, seen=seen, unseen=unseen, harmonic_mean=harmonic_mean)
 
 
 @torch.no_grad()

@@ -22,7 +22,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -86,7 +85,6 @@ class TrialData:
         backbone: Backbone,
         synthetic: Labelled | None = None,
         data_root: Path | None = None,
-        evidence: Tensor | None = None,
     ) -> TrialData:
         """Encode a dataset and split it, for a text prompt.
 
@@ -95,7 +93,6 @@ class TrialData:
             split: `TrialSettings.split` of the trial.
             synthetic: encoded images with the class that each was drawn for.
             data_root: the folder of datasets that are not embedded.
-            evidence: denoising errors of the pool, see `air_core.evidence`.
         """
         examples = dataset.load(data_root)
         every = Labelled(
@@ -112,7 +109,6 @@ class TrialData:
             validation=every[parts.validation] if len(parts.validation) else None,
             test=every[parts.test],
             synthetic=synthetic,
-            evidence=evidence,
         )
 
 
@@ -138,23 +134,17 @@ class Round:
     state: TrialState
 
 
-class Callback(Protocol):
+class Callback:
     """Follows the progress of a trial. Subclass it and override the methods that you need."""
 
     def on_step(self, done: int, total: int) -> None:
         """After each training step, with the finished and all steps of the trial."""
-        return
 
     def on_round(self, result: Round) -> None:
         """After each round; an exception stops the trial."""
-        return
 
 
-class _NoCallback(Callback):
-    pass
-
-
-NO_CALLBACK = _NoCallback()
+NO_CALLBACK = Callback()
 
 
 def learn(
@@ -402,8 +392,6 @@ def _check(spec: TrialSettings, data: TrialData) -> None:
         raise ValueError("CoOp and VPT learn from labelled images; ul has none: use ssl or trzsl")
     if uses_evidence(spec) and data.evidence is None:
         raise ValueError("evidence.draws is above 0, but the data have no denoising errors")
-    if not torch.isfinite(data.pool.features).all():
-        raise ValueError("image features of the pool are not finite: are the weights damaged?")
 
 
 def _steps_done(spec: TrialSettings, t: int, step: int, steps: int) -> tuple[int, int]:

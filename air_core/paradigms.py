@@ -20,17 +20,6 @@ TEST_SHARE = 0.3  # of all images, if the dataset has no test part
 SEEN_SHARE = 0.62  # of the classes, in TRZSL
 
 
-class TooFewImages(ValueError):
-    """A class has fewer training images than `shots`."""
-
-    def __init__(self, shots: int, class_index: int, found: int) -> None:
-        super().__init__(
-            f"SSL wants {shots} labelled images of each class, but class {class_index} has "
-            f"{found} training images; lower shots"
-        )
-        self.class_index = class_index
-
-
 def make_split(labels: np.ndarray, parts: np.ndarray, settings: SplitSettings) -> Split:
     """Split the images of a dataset into pool, labelled, validation and test images.
 
@@ -87,17 +76,11 @@ def split_positions(
 
 def label_problem(settings: SplitSettings) -> str | None:
     """Why a pool without labels cannot be split by these settings; None: it can."""
-    needs = {
-        f"paradigm: {settings.paradigm}": settings.paradigm != "ul",
-        f"pool_ratio: {settings.pool_ratio:g}": settings.pool_ratio > 1,
-        f"pool_missing: {settings.pool_missing:g}": settings.pool_missing > 0,
-    }
-    needed = [words for words, is_needed in needs.items() if is_needed]
-    if not needed:
+    if (settings.paradigm, settings.pool_ratio, settings.pool_missing) == ("ul", 1, 0):
         return None
     return (
-        f"{needed[0]} needs the classes of the pool images, but they have no labels; leave it out "
-        "(paradigm: ul), or sort your images into class folders"
+        "paradigm: ssl or trzsl, pool_ratio and pool_missing need the classes of the pool images, "
+        "but they have no labels; leave them out, or sort your images into class folders"
     )
 
 
@@ -163,13 +146,16 @@ def labelled_positions(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
     The generator is seeded again for every class, as in GRIP and CPL, where the seed is 0.
 
     Raises:
-        TooFewImages: a class has fewer than `shots` images.
+        ValueError: a class has fewer than `shots` images.
     """
     chosen = []
     for c in range(int(labels.max()) + 1):
         members = np.flatnonzero(labels == c)
         if len(members) < shots:
-            raise TooFewImages(shots, c, len(members))
+            raise ValueError(
+                f"SSL wants {shots} labelled images of each class, but class {c} has "
+                f"{len(members)} training images; lower shots"
+            )
         generator = np.random.RandomState(seed)
         chosen.append(generator.choice(members, size=shots, replace=False))
     return np.concatenate(chosen)

@@ -54,9 +54,6 @@ class Training:
         seed: of the batch order.
         uses_tf32: of the backbone; gradients use TF32 if all trainings do.
         report: called after each step with (steps done, steps).
-
-    Raises:
-        ValueError: no source has an image.
     """
 
     learner: PromptLearner
@@ -71,10 +68,7 @@ class Training:
     report: Callable[[int, int], None] = lambda step, steps: None
 
     def __post_init__(self) -> None:
-        if not (self.real or self.labelled or self.synthetic):
-            raise ValueError(
-                "there is nothing to train on: no pseudo-labelled, labelled or drawn image"
-            )
+        assert self.real or self.labelled or self.synthetic
 
     def images(self, classes: int) -> tuple[Encoded, Tensor]:
         """All M training images with their targets (M, classes)."""

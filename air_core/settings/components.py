@@ -107,9 +107,6 @@ class Registry(Mapping[str, Component]):
     def __len__(self) -> int:
         return len(self._components) + len(self._plugins)
 
-    def __setitem__(self, name: str, value: Any) -> None:
-        raise TypeError(f"{self.key} {name!r} cannot be set here: {NOT_HERE}")
-
     def add(
         self,
         name: str,
@@ -168,8 +165,6 @@ class Registry(Mapping[str, Component]):
             yield f"{name} is no name; allowed: lower case letters, digits and _"
         if added.name in self._components:
             yield f"{self.key} has a component {name} already; choose another name"
-        if not added.summary.strip() or "\n" in added.summary:
-            yield f"the summary of {name} must be one line of text"
         for what, given, known in (
             ("fact", added.facts, self.facts),
             ("setting", added.reads, self.conditional),

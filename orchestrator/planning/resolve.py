@@ -24,7 +24,7 @@ from air_core.datasets.unlabelled import LABELS
 from air_core.methods import EMBEDDED
 from air_core.models.families import drawing_defaults
 from air_core.models.weights import generator_folder, local_path
-from air_core.paradigms import TooFewImages, split_positions
+from air_core.paradigms import split_positions
 from air_core.settings import Ref
 from air_core.settings.components import BACKBONES, GENERATORS, is_component
 from air_core.settings.conditions import uses_evidence, uses_generator
@@ -118,11 +118,7 @@ class Resolver(Contents):
         name = f"{trial.dataset.name} {canonical_json(plain(trial.split))}"
         if name not in self._pool_sizes:
             dataset = get_dataset(trial.dataset.name)
-            try:
-                positions, _ = split_positions(*self.labels_and_parts(dataset), trial.split)
-            except TooFewImages as problem:
-                classname = dataset.classnames[problem.class_index]
-                raise ValueError(f"{dataset.name}: {problem}; it is {classname!r}") from problem
+            positions, _ = split_positions(*self.labels_and_parts(dataset), trial.split)
             self._pool_sizes[name] = len(positions["pool"])
         return self._pool_sizes[name]
 

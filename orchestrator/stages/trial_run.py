@@ -30,7 +30,7 @@ from air_core.bundle.arrays import fused_arrays
 from air_core.classifiers import Classifier, text_classifier
 from air_core.evaluation import measured
 from air_core.evidence import mean_scores
-from air_core.method import Round, Trial, TrialData, TrialState
+from air_core.method import Callback, Round, Trial, TrialData, TrialState
 from air_core.prompts import restored_learner
 from air_core.settings import SplitSettings
 from air_core.settings.conditions import reads_tokens
@@ -170,7 +170,7 @@ def open_trial(
         delete_checkpoint(spec, store)
 
 
-class TrialRun:
+class TrialRun(Callback):
     """A running trial: reads its inputs, and measures each round as a callback of the method."""
 
     def __init__(

@@ -28,6 +28,8 @@ def test_a_class_gets_no_more_images_than_its_slots(kind, growth):
         previous = assign(scores, settings, iteration=iteration, iterations=4, previous=previous)
         most = previous.labels.bincount().max().item()
         assert most <= capacity(settings, *scores.shape, iteration, 4)
+        is_soft = not set(previous.targets.values.tolist()) <= {0.0, 1.0}
+        assert is_soft == ((kind, growth, iteration) == ("candidates", "growing", 0))
 
 
 def test_upl_selects_the_most_confident_images_of_each_predicted_class():

@@ -149,7 +149,7 @@ def test_a_copy_of_a_test_image_in_the_pool_is_refused_unless_permitted(photos):
 
 NEEDS_LABELS = {
     "paradigm: ssl": {"paradigm": "ssl"},
-    "pool_ratio: 5": {"pool_ratio": 5.0},
+    "pool_ratio": {"pool_ratio": 5.0},
     "images_from: true_labels": {"images_from": "true_labels", "images_per_class": 2},
     "initial_labels.true_share": {"initial_labels.true_share": 0.8},
 }
