@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from air_core.datasets.images import READS_HEIC
@@ -16,13 +15,6 @@ READ_TEXT = ", ".join(READ)
 HEIC = (".heic", ".heif")
 SUFFIXES = {*READ, *(HEIC if READS_HEIC else ())}
 FEWEST = 4  # images of a class without labels
-# Commands after which files of other kinds can be read, by suffix.
-RAW = (".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2")
-COMMANDS = {
-    **dict.fromkeys(HEIC, "pip install pillow-heif"),
-    **{raw: f"find FOLDER -iname '*{raw}' -exec dcraw_emu -w {{}} +" for raw in RAW},
-    ".zip": "find FOLDER -iname '*.zip' -execdir unzip -n {} \\;",
-}
 # Files of operating systems, and text files of a dataset.
 IGNORED = {
     *("thumbs.db", "desktop.ini"),
@@ -38,7 +30,7 @@ def class_files(folder: Path, classnames: Sequence[str]) -> dict[str, list[Path]
             spaces.
 
     Raises:
-        ValueError: class folders are missing, or contain invalid entries (see `images_in`).
+        ValueError: class folders are missing.
     """
     found = {name: _files(folder, name) for name in classnames}
     missing = [name for name, files in found.items() if files is None]
@@ -58,25 +50,11 @@ def _files(folder: Path, classname: str) -> list[Path] | None:
 
 
 def images_in(folder: Path) -> list[Path]:
-    """Image files of a folder, sorted by name.
-
-    Raises:
-        ValueError: an entry has the suffix of an image but is not a file, such as a folder, or
-            its name is not UTF-8.
-    """
+    """Entries of a folder that are named like images, sorted by name. Whether they are files is
+    checked when they are read."""
     # Archives made on macOS contain a hidden file ._x.jpg for x.jpg, which is not an image.
-    with os.scandir(folder) as inside:
-        entries = [entry for entry in inside if not entry.name.startswith(".")]
-    named = [entry for entry in entries if Path(entry.name).suffix.lower() in SUFFIXES]
-    for entry in named:
-        check_utf8(Path(entry.path))
-        # The folder's listing has the type of each entry, so a network disk needs no stat per file.
-        if not entry.is_file(follow_symlinks=False) and not Path(entry.path).is_file():
-            raise ValueError(
-                f"{entry.path} has the name of an image but is not a file: it is a folder, a "
-                "broken link or a device; remove or rename it"
-            )
-    return sorted(folder / entry.name for entry in named)
+    names = [name for name in os.listdir(folder) if not name.startswith(".")]
+    return sorted(folder / name for name in names if Path(name).suffix.lower() in SUFFIXES)
 
 
 def is_system_folder(name: str) -> bool:
@@ -100,22 +78,9 @@ def walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
         yield Path(at), sorted(files)
 
 
-def suffixes(names: Iterable[str]) -> Iterator[str]:
-    """Lower-case suffixes of file names, without those in IGNORED and hidden ones.
-
-    >>> list(suffixes(["a.PNG", ".DS_Store", "Thumbs.db", "IMG_0001"]))
-    ['.png', '']
-    """
-    return (
-        Path(name).suffix.lower()
-        for name in names
-        if not name.startswith(".") and name.lower() not in IGNORED
-    )
-
-
 def other_files(folder: Path, read: Collection[Path] | None = None) -> dict[str, int]:
     """Number of files below a folder that are not read, by kind: images in wrong places, other
-    files by their suffix.
+    files by their suffix, without hidden ones and IGNORED.
 
     Args:
         read: the class folders whose images are read; None: all images are.
@@ -123,7 +88,10 @@ def other_files(folder: Path, read: Collection[Path] | None = None) -> dict[str,
     found: Counter[str] = Counter()
     for home, files in walk(folder):
         place = "in subfolders" if {*home.parents} & {*(read or ())} else "beside class folders"
-        for suffix in suffixes(files):
+        for name in files:
+            suffix = Path(name).suffix.lower()
+            if name.startswith(".") or name.lower() in IGNORED:
+                continue
             if suffix not in SUFFIXES:
                 found[suffix or "without suffix"] += 1
             elif read is not None and home not in read:
@@ -132,40 +100,16 @@ def other_files(folder: Path, read: Collection[Path] | None = None) -> dict[str,
 
 
 def skipped_text(skipped: Mapping[str, int]) -> str:
-    """Such as `3 .heic, 1 in subfolders`."""
-    return ", ".join(f"{count:,} {printable(kind)}" for kind, count in skipped.items())
+    """Number of files that are not read, by kind.
 
-
-def skipped_lines(skipped: Mapping[str, int], folder: str | Path) -> list[str]:
-    r"""Number of files that are not read, by kind, and the commands after which they can be read.
-
-    >>> print(*skipped_lines({".nef": 3, ".txt": 1}, "my photos"), sep="\n")
-    3 .nef, 1 .txt
-    .nef: find 'my photos' -iname '*.nef' -exec dcraw_emu -w {} +
+    >>> skipped_text({".heic": 3, "in subfolders": 1})
+    '3 .heic (pip install pillow-heif), 1 in subfolders'
     """
-    place = shlex.quote(printable(str(folder)))
-    commands = {kind: COMMANDS[kind] for kind in skipped if kind in COMMANDS}
-    lines = [f"{kind}: {command.replace('FOLDER', place)}" for kind, command in commands.items()]
-    return [skipped_text(skipped), *lines] if skipped else []
+    hints = dict.fromkeys(HEIC, " (pip install pillow-heif)")
+    return ", ".join(f"{n:,} {printable(kind)}{hints.get(kind, '')}" for kind, n in skipped.items())
 
 
 def skipped_clause(folder: Path) -> str:
-    """`skipped_lines` of a folder and those below it, for an error; empty: no file is skipped."""
-    lines = skipped_lines(other_files(folder), folder)
-    return f"; skipped: {'; '.join(lines)}" if lines else ""
-
-
-def check_utf8(path: Path) -> None:
-    """Check that a path is UTF-8, as digests and reports need.
-
-    Raises:
-        ValueError: it is not.
-    """
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        shown = os.fsencode(path).decode(errors="backslashreplace")
-        raise ValueError(
-            f"{shown}: this name is not UTF-8; rename it, for example with "
-            "`convmv -r -f latin1 -t utf8 --notest FOLDER`"
-        ) from None
+    """The files below a folder that are not read, for an error; empty: no file is skipped."""
+    skipped = skipped_text(other_files(folder))
+    return f"; skipped: {skipped}" if skipped else ""

@@ -116,7 +116,7 @@ def listing(
     files exist is checked when they are read.
 
     Raises:
-        ValueError: a file is listed twice, a label has no class, or a class has no image.
+        ValueError: a file is listed twice, or a class has no image.
     """
     ordered = sorted(rows, key=lambda row: PurePosixPath(row.path).parts)
     for one, other in pairwise(ordered):
@@ -125,13 +125,8 @@ def listing(
                 f"{one.path} is listed twice, as {one.part} and as {other.part}; each image must "
                 "have one part, correct the split files"
             )
-    labels, classes = {row.label for row in ordered}, range(len(classnames))
-    if unknown := sorted(labels.difference(classes)):
-        raise ValueError(
-            f"an image has the label {unknown[0]}, counted from 0, but there are {len(classnames)} "
-            "classes; get the label file again"
-        )
-    if empty := [classnames[c] for c in classes if c not in labels]:
+    labels = {row.label for row in ordered}
+    if empty := [name for c, name in enumerate(classnames) if c not in labels]:
         raise ValueError(f"{home} has no image of {some(empty)}; each class needs at least one")
     return Listing(home, tuple(ordered), tuple(beside))
 

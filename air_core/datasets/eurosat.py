@@ -35,8 +35,7 @@ TEST_SHARE = Fraction(5, 27)
 
 def rows(home: Path, classnames: tuple[str, ...]) -> Listing:
     """All images with label and part."""
-    coop = "split_zhou_EuroSAT.json"
-    return split_listing(home, FOLDERS, classnames, ARCHIVE, TEST_SHARE, coop)
+    return split_listing(home, FOLDERS, classnames, ARCHIVE, TEST_SHARE)
 
 
 @DATASETS.add("eurosat", summary="27,000 satellite images of 10 land uses")

@@ -26,7 +26,7 @@ GET = (
     "apt-get install dataset-fashion-mnist, or get the four files of "
     "https://github.com/zalandoresearch/fashion-mnist into fashion_mnist/"
 )
-BELOW = ("FashionMNIST/raw", "fashion-mnist")  # of torchvision and Debian
+TORCHVISION = "FashionMNIST/raw"
 NAMES = tuple(  # sorted, those of the test part first
     f"{part}-{kind}-ubyte" for part in ("t10k", "train") for kind in ("images-idx3", "labels-idx1")
 )
@@ -36,28 +36,27 @@ def files(root: Path | None) -> list[Path]:
     """The four files.
 
     Raises:
-        ValueError: some or all of them are missing.
+        ValueError: they are missing.
     """
     places = [DEBIAN]
     if root is not None:
         # Not the root itself: MNIST has files of the same names.
         named = root / "fashion_mnist"
-        places = [*(home / below for home in (named, root) for below in BELOW), named, DEBIAN]
+        places = [named / TORCHVISION, root / TORCHVISION, named, DEBIAN]
     for place in places:
         found = [_packed_or_not(place, name) for name in NAMES]
-        missing = [file.name for file in found if not file.is_file()]
-        if not missing:
+        if all(file.is_file() for file in found):
             return found
-        if len(missing) < len(found):
-            raise ValueError(f"fashion_mnist: {place} has no {' and no '.join(missing)}; {GET}")
-    raise ValueError(f"fashion_mnist is in none of {', '.join(map(str, places))}; {GET}")
+    raise ValueError(
+        f"fashion_mnist: none of {', '.join(map(str, places))} has all of {', '.join(NAMES)}; {GET}"
+    )
 
 
 def load(root: Path | None) -> Examples:
     """Grey images as 28x28 RGB in the order of the files, train before test.
 
     Raises:
-        ValueError: a file is damaged or has an unexpected shape.
+        ValueError: a file is damaged.
     """
     import numpy as np
 
@@ -69,11 +68,6 @@ def load(root: Path | None) -> Examples:
     for part, (images, classes) in (("train", of_train), ("test", of_test)):
         pixels.append(_array(images, dimensions=3))
         labels.append(_array(classes, dimensions=1))
-        if len(pixels[-1]) != len(labels[-1]):
-            raise ValueError(
-                f"fashion_mnist: {images} has {len(pixels[-1]):,} images, but {classes} has "
-                f"{len(labels[-1]):,} labels; get both files again"
-            )
         rows += [Row(f"{part}/{i:05}", int(c), part) for i, c in enumerate(labels[-1])]
     return Examples(
         GreyImages(np.concatenate(pixels)),
@@ -92,9 +86,7 @@ def _array(file: Path, dimensions: int) -> np.ndarray:
 
     try:
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-        kind, *shape = struct.unpack_from(f">4s{dimensions}I", content)
-        if kind != bytes((0, 0, 8, dimensions)):
-            raise ValueError(f"it is not an IDX file with {dimensions} dimensions")
+        shape = struct.unpack_from(f">4x{dimensions}I", content)
         return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
     except (EOFError, gzip.BadGzipFile, zlib.error, struct.error, ValueError) as problem:
         raise ValueError(f"fashion_mnist: {file} is damaged: {problem}; get it again") from problem

@@ -18,27 +18,17 @@ PARTS = {"trnid": "train", "valid": "val", "tstid": "test"}
 
 
 def rows(home: Path, classnames: tuple[str, ...]) -> Listing:
-    """All images with label and part; reads only the two .mat files.
-
-    Raises:
-        ValueError: they are damaged, or do not belong together.
-    """
+    """All images with label and part; reads only the two .mat files."""
     from scipy.io import loadmat
 
     lists = [home / name for name in LISTS]
-    try:
-        parts, classes = (loadmat(file, squeeze_me=True) for file in lists)
-        labels = dict(enumerate(classes["labels"].tolist(), start=1))
-        found = [
-            Row(f"jpg/image_{number:05}.jpg", labels[number] - 1, part)
-            for key, part in PARTS.items()
-            for number in parts[key].tolist()
-        ]
-    except Exception as problem:  # scipy raises any exception on damaged bytes
-        raise ValueError(
-            f"{' or '.join(LISTS)} in {home} cannot be read ({type(problem).__name__}: {problem}); "
-            "get both again"
-        ) from problem
+    parts, classes = (loadmat(file, squeeze_me=True) for file in lists)
+    labels = dict(enumerate(classes["labels"].tolist(), start=1))
+    found = [
+        Row(f"jpg/image_{number:05}.jpg", labels[number] - 1, part)
+        for key, part in PARTS.items()
+        for number in parts[key].tolist()
+    ]
     return listing(home, found, classnames, beside=lists)
 
 

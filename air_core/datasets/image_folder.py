@@ -26,7 +26,6 @@ from typing import Any
 
 from air_core.datasets.class_folders import (
     READ_TEXT,
-    check_utf8,
     images_in,
     is_system_folder,
     other_files,
@@ -166,9 +165,8 @@ def leak_message(dataset: Dataset, count: int, first: Sequence[str]) -> str:
 def check_folder(home: Path) -> None:
     """
     Raises:
-        ValueError: the path is not a folder, or not UTF-8.
+        ValueError: the path is not a folder.
     """
-    check_utf8(home)
     if not home.is_dir():
         hint = "; unpack an archive first" if home.is_file() else ""
         raise ValueError(f"{PREFIX}{home} does not exist or is not a folder{hint}; {WANTED}")
@@ -177,11 +175,9 @@ def check_folder(home: Path) -> None:
 def _parts(home: Path) -> dict[str, Path]:
     """The folder that contains the class folders, by part: train, test and maybe val, or free."""
     inside = _folders(home)
-    if not inside:
-        raise ValueError(f"{home} is not an image folder: it contains no folders; {WANTED}")
     parts = {part: home / part for part in PARTS if part in inside}
     if not {"train", "test"} <= parts.keys():
-        if parts.keys() == set(inside):
+        if parts and parts.keys() == set(inside):
             lacking = "train" if "train" not in parts else "test"
             raise ValueError(
                 f"{home} has {' and '.join(parts)}, but no {lacking}; add it, or remove the part "
@@ -209,7 +205,7 @@ def _class_folders(home: Path, parts: dict[str, Path]) -> list[str]:
             "every class needs a folder in every part"
         )
     if len(every) < 2:
-        found = f"only one class, {every[0]!r}" if every else "no class folders in its parts"
+        found = f"only one class, {every[0]!r}" if every else "no class folders"
         raise ValueError(f"{home} has {found}; a classifier needs two or more; {WANTED}")
     return every
 
@@ -244,16 +240,13 @@ def _template(file: Path) -> str:
 def _folders(folder: Path) -> list[str]:
     """
     Raises:
-        ValueError: a name is not UTF-8, or an entry is a broken link, maybe to a class folder.
+        ValueError: an entry is a broken link, maybe to a class folder.
     """
     entries = [entry for entry in folder.iterdir() if not is_system_folder(entry.name)]
     for entry in entries:
         if entry.is_symlink() and not entry.exists():
             raise ValueError(f"{entry} is a broken link; correct its target, or remove it")
-    folders = [entry for entry in entries if entry.is_dir()]
-    for entry in folders:
-        check_utf8(entry)
-    return sorted(entry.name for entry in folders)
+    return sorted(entry.name for entry in entries if entry.is_dir())
 
 
 # ---------------------------------------------------------------- images
@@ -283,11 +276,8 @@ def _listing(
 def _images(home: Path, folder: Path) -> list[Path]:
     found = images_in(folder)
     if not found:
-        others = sorted(inside.name for inside in folder.iterdir())
         raise ValueError(
-            f"{home}: no image in {folder.relative_to(home)}/, which contains "
-            f"{some(others) if others else 'nothing'}; images end in {READ_TEXT} "
-            "and must be directly in the class folder"
-            f"{skipped_clause(folder)}"
+            f"{home}: no image in {folder.relative_to(home)}/; images end in {READ_TEXT} and must "
+            f"be directly in the class folder{skipped_clause(folder)}"
         )
     return found

@@ -8,7 +8,6 @@ module, so it imports nothing of airsweep. With pillow-heif, the extra `heic`, i
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -97,21 +96,18 @@ def open_image(
     """
     from PIL import Image, UnidentifiedImageError
 
-    _prepare_pillow()
+    _register_heic()
     name = name or str(file)
     with _decoding(name):
         if isinstance(file, Path) and not file.is_file() and file.exists():
             raise ValueError("it is a folder or a device")  # opening a pipe would block
-        too_large = f"it is too large, over {most_pixels:,} pixels; make it smaller"
         try:
             image = Image.open(file, formats=formats)
         except UnidentifiedImageError:
             raise ValueError(_why_unidentified(file, formats)) from None
-        except Image.DecompressionBombError:
-            raise ValueError(too_large) from None
         with image:
             if image.width * image.height > most_pixels:
-                raise ValueError(too_large)
+                raise ValueError(f"it is too large, over {most_pixels:,} pixels; make it smaller")
             image.load()
             return _rgb(_upright(image))
 
@@ -170,7 +166,7 @@ def visible_problem(file: Path) -> str:
     """
     from PIL import Image
 
-    _prepare_pillow()
+    _register_heic()
     with suppress(Exception), Image.open(file, formats=FORMATS) as image, open(file, "rb") as tail:
         tail.seek(max(0, tail.seek(0, os.SEEK_END) - TAIL))
         is_whole = ENDS.get(image.format or "", b"") in tail.read()
@@ -206,16 +202,11 @@ def _why_unidentified(file: Path | BytesIO, formats: tuple[str, ...]) -> str:
 
 
 @cache
-def _prepare_pillow() -> None:
+def _register_heic() -> None:
     if READS_HEIC:
         from pillow_heif import register_heif_opener
 
         register_heif_opener()
-    # Pillow warns above half of MAX_PIXELS, which is allowed here. warnings.catch_warnings is not
-    # thread-safe, so the filter is global.
-    from PIL.Image import DecompressionBombWarning
-
-    warnings.filterwarnings("ignore", category=DecompressionBombWarning, append=True)
 
 
 def _upright(image: Image) -> Image:

@@ -38,8 +38,11 @@ def archive(
         home = _home(name, root, homes, marks, get)
         try:
             return rows(home, classnames)
-        except ValueError as problem:
-            raise ValueError(f"{name}: {problem}") from problem
+        except OSError:
+            raise
+        except Exception as problem:  # about damaged lists, scipy raises any exception
+            kind = "" if isinstance(problem, ValueError) else f"{type(problem).__name__} "
+            raise ValueError(f"{name} in {home}: {kind}{problem}") from problem
 
     return listed(found, classnames=classnames, **facts)
 
@@ -66,8 +69,8 @@ def _home(
         if all((place / mark).exists() for mark in marks):
             return place
     raise ValueError(
-        f"{name} is not in {root}{'' if root.is_dir() else ', which is not a folder'}: looked for "
-        f"{' and '.join(marks)} in {', '.join(dict.fromkeys(map(str, places)))}; {get}"
+        f"{name} is not in {root}: looked for {' and '.join(marks)} in "
+        f"{', '.join(dict.fromkeys(map(str, places)))}; {get}"
     )
 
 
@@ -147,15 +150,13 @@ def check_classnames(names: Iterable[Said]) -> None:
     """Check that CLIP can read class names and distinguish them.
 
     Raises:
-        ValueError: a name is invisible or empty to CLIP, or CLIP reads it like another.
+        ValueError: a name has an invisible character, or CLIP reads it like another.
     """
     known: dict[str, str] = {}
     for name, place in names:
         read = as_read(name)
         if hidden := UNPRINTABLE.search(name):
             why = f"the class name {name!r} has an invisible character, {hidden[0]!r}"
-        elif not read:
-            why = f"the class name {name!r} is empty to CLIP"
         elif read in known:
             both = "" if known[read] == name else f" and {known[read]!r}, which CLIP reads alike"
             why = f"two classes are named {name!r}{both}"

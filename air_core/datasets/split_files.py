@@ -6,7 +6,6 @@ out the first ones. Parts therefore depend on file names only, not on the versio
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from hashlib import blake2b
@@ -14,7 +13,8 @@ from pathlib import Path
 
 from air_core.datasets.class_folders import class_files
 from air_core.datasets.dataset import Listing, Row, listing
-from air_core.datasets.places import read_lines, read_text
+from air_core.datasets.places import read_lines
+from air_core.models.configs import json_object
 
 PARTS = ("train", "val", "test")
 VAL_SHARE = Fraction(1, 10)  # of the training part, if the source defines no validation part
@@ -34,17 +34,14 @@ def lists_listing(
         read: path and class name of the image in a line.
 
     Raises:
-        ValueError: a list is missing, or names an unknown class.
+        ValueError: a list is missing.
+        KeyError: a list names an unknown class.
     """
     label = {classname: i for i, classname in enumerate(classnames)}
     rows = []
     for part, file in lists.items():
         for line in read_lines(file):
             path, classname = read(line)
-            if classname not in label:
-                raise ValueError(
-                    f"{file} names {line!r}, but {classname!r} is none of {len(label)} classes"
-                )
             rows.append(Row(path, label[classname], part))
     return listing(home, rows, classnames, beside=lists.values())
 
@@ -55,7 +52,6 @@ def split_listing(
     classnames: Sequence[str],
     archives: Sequence[str],
     test_share: Fraction,
-    coop: str | None = None,
 ) -> Listing:
     """All images of a dataset of class folders. A test image is never in another part.
 
@@ -67,32 +63,25 @@ def split_listing(
         archives: names of the archive's folder. If `home` has one of them and no split files, those
             of its parent are read.
         test_share: of each class, without split files.
-        coop: name of CoOp's single file for all parts.
 
     Raises:
-        ValueError: class folders are missing, a split file names a folder that is not a class, or
-            an image has two parts.
+        ValueError: class folders are missing, or an image has two parts.
+        KeyError: a split file names a folder that is not a class.
     """
     label = {folder: i for i, folder in enumerate(folders)}
     found = class_files(home, folders)
     on_disk = [f"{folder}/{file.name}" for folder, of in found.items() for file in of]
     beside = [home, home.parent] if home.name in archives else [home]
-    files = next(filter(None, (_split_files(folder, coop) for folder in beside)), {})
+    files = next(filter(None, (_split_files(folder) for folder in beside)), {})
     split = {part: _paths(file, part) for part, file in files.items()}
     if not split:
         split["test"] = [*held_out(on_disk, [label[_folder(path)] for path in on_disk], test_share)]
     if "train" not in split:
         named = {path for paths in split.values() for path in paths}
         split["train"] = [path for path in on_disk if path not in named]
-    rows = []
-    for part, paths in split.items():
-        for path in paths:
-            if _folder(path) not in label:
-                raise ValueError(
-                    f"the {part} list names {path}, but {_folder(path)!r} is not a class folder; "
-                    f"expected <class>/<file> with a class of {', '.join(folders)}"
-                )
-            rows.append(Row(path, label[_folder(path)], part))
+    rows = [
+        Row(path, label[_folder(path)], part) for part, paths in split.items() for path in paths
+    ]
     return listing(home, with_validation(rows), classnames, beside={*files.values()})
 
 
@@ -128,20 +117,22 @@ def held_out(paths: Sequence[str], labels: Sequence[int], share: Fraction) -> se
 
 
 def _place(path: str) -> tuple[bytes, str]:
-    return blake2b(f"{SEED}/{path}".encode(), digest_size=8).digest(), path
+    name = f"{SEED}/{path}".encode(errors="surrogateescape")
+    return blake2b(name, digest_size=8).digest(), path
 
 
 def _folder(path: str) -> str:
     return path.split("/")[0]
 
 
-def _split_files(folder: Path, coop: str | None) -> dict[str, Path]:
+def _split_files(folder: Path) -> dict[str, Path]:
     """The split file of each part; empty if the folder has none."""
     every = ((part, folder / f"{part}{kind}") for kind in (".json", ".txt") for part in PARTS)
     files = {part: file for part, file in every if file.is_file()}
     if "test" in files:
         return files
-    return dict.fromkeys(PARTS, folder / coop) if coop and (folder / coop).is_file() else {}
+    coop = next(folder.glob("split_zhou_*.json"), None)  # all parts
+    return dict.fromkeys(PARTS, coop) if coop else {}
 
 
 def _paths(file: Path, part: str) -> list[str]:
@@ -152,17 +143,10 @@ def _paths(file: Path, part: str) -> list[str]:
     if file.suffix == ".txt":
         names = [line.split()[0] for line in read_lines(file)]
     else:
-        try:
-            content = json.loads(read_text(file))
-            if part in content:
-                names = [str(row[0]) for row in content[part]]
-            else:
-                names = [str(image["file_name"]) for image in content["images"]]
-        except (json.JSONDecodeError, LookupError, TypeError, RecursionError) as problem:
-            raise ValueError(
-                f"{file} is no split file; expected JSON such as "
-                f'{{"images": [{{"file_name": PATH}}, ...]}} or {{"{part}": [[PATH, ...]]}}; '
-                "get it again"
-            ) from problem
+        content = json_object(file)
+        if part in content:
+            names = [row[0] for row in content[part]]
+        else:
+            names = [image["file_name"] for image in content["images"]]
     bare = [name.rpartition("@")[2] for name in names]
     return [name if "/" in name else f"{name.rpartition('_')[0]}/{name}" for name in bare]

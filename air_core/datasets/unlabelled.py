@@ -113,8 +113,8 @@ def unlabelled_listing(home: Path, classes: Classes) -> Listing:
 def read_labels(home: Path, images: Iterable[str], classes: Classes) -> dict[str, tuple[int, str]]:
     """Label and part of the images in `labels.csv`, by path; empty if there is no such file.
 
-    A line with an empty class is skipped, so a file can be filled in little by little. The columns
-    may be repeated, so samples can be put together. The case of class names is free.
+    A line with an empty class is skipped, so a file can be filled in little by little. The first
+    line may be repeated, so samples can be put together. The case of class names is free.
 
     Raises:
         ValueError: a line has an unknown image, class or part, or an image occurs twice.
@@ -127,7 +127,6 @@ def read_labels(home: Path, images: Iterable[str], classes: Classes) -> dict[str
     label_of |= {name: i for i, name in enumerate(classes.names)}
     label_of = {name.lower(): i for name, i in label_of.items()} | label_of
     found: dict[str, tuple[int, str]] = {}
-    first: dict[str, int] = {}
     for number, line in _lines(file):
         place = f"{file}:{number}"
         image, name, part = (line.get(column, "") for column in COLUMNS)
@@ -139,11 +138,8 @@ def read_labels(home: Path, images: Iterable[str], classes: Classes) -> dict[str
             )
         if not name:
             continue
-        if image in first:
-            raise ValueError(
-                f"{place}: {image!r} has a line already, {file}:{first[image]}; remove one"
-            )
-        first[image] = number
+        if image in found:
+            raise ValueError(f"{place}: {image!r} has a line already; remove one")
         label = label_of.get(name, label_of.get(name.lower()))
         if label is None:
             close = get_close_matches(name.lower(), label_of, n=1)
@@ -170,27 +166,24 @@ def listed_images(files: Iterable[Path]) -> set[str]:
 
 def _lines(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Line number and cells by column of each line of a CSV file that is not empty."""
-    rows = csv.reader(io.StringIO(read_text(file), newline=""), strict=True)
-    columns: list[str] | None = None
-    try:
-        for row in rows:
-            cells = [cell.strip() for cell in row]
-            if not any(cells):
-                continue
-            header = [cell.lower() for cell in cells]
-            if columns is None or {*COLUMNS[:2]} <= {*header}:
-                columns = header
-                if {*columns} - {*COLUMNS, "number"} or {*COLUMNS[:2]} - {*columns}:
-                    raise ValueError(
-                        f"{file}:{rows.line_num}: the columns are {', '.join(cells)}; expected "
-                        "the line `image,class` or `image,class,part` first"
-                    )
-            elif len(cells) != len(columns):
+    rows = csv.reader(io.StringIO(read_text(file), newline=""))
+    columns: list[str] = []
+    for row in rows:
+        cells = [cell.strip() for cell in row]
+        header = [cell.lower() for cell in cells]
+        if not any(cells) or header == columns:
+            continue
+        if not columns:
+            columns = header
+            if {*columns} - {*COLUMNS, "number"} or {*COLUMNS[:2]} - {*columns}:
                 raise ValueError(
-                    f"{file}:{rows.line_num}: {len(cells)} cells, but the columns are "
-                    f"{', '.join(columns)}; quote a path that contains a comma"
+                    f"{file}:{rows.line_num}: the columns are {', '.join(cells)}; expected the "
+                    "line `image,class` or `image,class,part` first"
                 )
-            else:
-                yield rows.line_num, dict(zip(columns, cells, strict=True))
-    except csv.Error as problem:
-        raise ValueError(f"{file}:{rows.line_num}: this is not CSV: {problem}") from None
+        elif len(cells) != len(columns):
+            raise ValueError(
+                f"{file}:{rows.line_num}: {len(cells)} cells, but the columns are "
+                f"{', '.join(columns)}; quote a path that contains a comma"
+            )
+        else:
+            yield rows.line_num, dict(zip(columns, cells, strict=True))

@@ -169,7 +169,7 @@ def classify(
     """
     from air_core.backbone.loading import import_open_clip_alone
     from air_core.bundle import image_files, load_bundle
-    from air_core.datasets.class_folders import other_files, skipped_lines
+    from air_core.datasets.class_folders import other_files, skipped_text
     from orchestrator.reporting import classified
 
     if as_json + as_csv + (output is not None) > 1:
@@ -203,8 +203,8 @@ def classify(
         show(unsure, file=sys.stderr)
     for place in images:
         home = Path(place).expanduser()
-        if home.is_dir() and (lines := skipped_lines(other_files(home), place)):
-            show("\n  ".join([f"skipped: {lines[0]}", *lines[1:]]), file=sys.stderr)
+        if home.is_dir() and (skipped := skipped_text(other_files(home))):
+            show(f"skipped: {skipped}", file=sys.stderr)
     if tally.unreadable:
         show(f"{len(tally.unreadable):,} of {len(files):,} files could not be read:", sys.stderr)
         for reason in tally.unreadable:

@@ -61,7 +61,7 @@ def init(
     starter = write_starter(name, images, Path(), classes, this_machine()["GPU"] > 0)
     show(starter.summary)
     if starter.skipped:
-        show("skipped: " + "\n  ".join(starter.skipped))
+        show(f"skipped: {starter.skipped}")
     show(f"wrote {starter.file}; next:")
     steps = [(f"airsweep plan {starter.file}", "what would run, and how long it takes")]
     if starter.unlabelled:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from air_core.datasets import Dataset, Examples, get_dataset
-from air_core.datasets.class_folders import skipped_lines
+from air_core.datasets.class_folders import skipped_text
 from air_core.datasets.duplicates import difference_hash, exact_pairs, near_pairs, pixel_digest
 from air_core.datasets.image_folder import PREFIX, leak_message, permits_duplicates
 from air_core.datasets.images import BAD_SHARE, ImageFiles, Unreadable, too_many_unreadable
@@ -76,7 +76,7 @@ def check_dataset(
     each_part = (f"{part} {parts[part]:,}" for part in PARTS if part in parts)
     classnames = ", ".join(dataset.classnames[:CLASSES_SHOWN])
     more = len(dataset.classnames) - CLASSES_SHOWN
-    skipped = enumerate(skipped_lines(dataset.skipped(), dataset.source))
+    skipped = skipped_text(dataset.skipped())
     lines = [
         f"{dataset.name}: {len(examples.parts):,} images of {len(dataset.classnames)} classes",
         f"classes     {printable(classnames)}{f' and {more} more' if more > 0 else ''}",
@@ -84,12 +84,10 @@ def check_dataset(
         f"parts       {'   '.join(each_part)}",
         f"unreadable  {len(unreadable):,}",
         *(f"            {problem}" for problem in unreadable[:SHOWN]),
-        *(f"{'' if i else 'skipped':<12}{line}" for i, line in skipped),
+        *([f"skipped     {skipped}"] if skipped else []),
         *_pair_lines(examples, "exact       {} of images with equal pixels", " = ", exact),
         *_pair_lines(examples, "near        {} of images that look alike", " ~ ", near),
     ]
-    if near:
-        lines.append("            look at them; of equal ones remove one")
     if exact and "free" in parts:
         lines.append("            split_seed can put one image of a pair into train, one into test")
     return lines, next(_differences(dataset, examples, parts, unreadable, exact), None)

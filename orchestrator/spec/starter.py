@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from air_core.datasets.class_folders import READ_TEXT, images_in, skipped_clause, skipped_lines
+from air_core.datasets.class_folders import READ_TEXT, images_in, skipped_clause, skipped_text
 from air_core.datasets.dataset import some
 from air_core.datasets.image_folder import (
     PREFIX,
@@ -60,7 +60,7 @@ class Starter:
 
     file: Path
     summary: str  # of the images
-    skipped: tuple[str, ...]  # see `skipped_lines`
+    skipped: str  # see `skipped_text`
     unlabelled: bool  # no image has a label
 
 
@@ -100,7 +100,7 @@ def write_starter(
     if given is not None:
         _write_classes(local_path(str(images)), given)
     _write(file, text, CHOOSE)
-    return Starter(file, facts["about"], facts.get("skipped", ()), not facts["tests"])
+    return Starter(file, facts["about"], facts.get("skipped", ""), not facts["tests"])
 
 
 def _given_classes(classes: str, images: str | Path | None) -> Classes:
@@ -171,7 +171,7 @@ def _folder(images: str, classes: Classes | None) -> dict[str, Any]:
         "note": note.format(images=images, first=first) if first.isprintable() else "",
         "tests": tests,
         "labelled": labelled,
-        "skipped": (*skipped_lines(dataset.skipped(), images),),
+        "skipped": skipped_text(dataset.skipped()),
     }
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from air_core.datasets import Dataset
-from air_core.datasets.class_folders import SUFFIXES, check_utf8
+from air_core.datasets.class_folders import SUFFIXES
 from air_core.datasets.image_folder import PREFIX
 from air_core.datasets.images import visible_problem
 from air_core.models.configs import PIPELINE_CONFIG, read_index
@@ -109,7 +109,9 @@ class Contents:
     def file_digests(self, paths: Sequence[Path]) -> list[str]:
         digests = []
         for path in paths:
-            check_utf8(path)
+            shown = str(path).encode(errors="surrogateescape").decode(errors="backslashreplace")
+            if shown != str(path):  # results contain the names of images
+                raise ValueError(f"{shown} is not UTF-8; rename it")
             if not path.is_file():
                 raise MissingInput(f"{path} does not exist, or is not a file")
             stamp = [*file_stamp(path)]

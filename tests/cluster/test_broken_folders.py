@@ -1,24 +1,28 @@
-"""Broken folders of images: `check`, `plan` and `run` refuse them, or name what they skip."""
+"""Broken folders of images: `check` and `plan` refuse them, or name what they skip.
+
+To test another text file of a folder, write a name and such as `free/classnames.txt = "cat = x"`
+into `tests/golden/messages/folder_texts.txt`; `make golden` adds the message.
+"""
 
 from __future__ import annotations
 
 import io
+import itertools
+import json
 import os
-import re
 import shutil
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pytest
-from PIL import Image, ImageOps
+from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from tests.helpers.dataset_trees import draw, make_tree, png
+from tests.helpers.dataset_trees import draw, make_tree
+from tests.helpers.golden import check_golden_cases, check_sweeps
 from tests.helpers.sweeps import write_sweep
 
-Harm = Callable[[Path], object]  # given the data root for published datasets, else the folder
+Harm = Callable[[Path], object]  # given the folder, of a published dataset its data root
 
 
 def free(home: Path) -> None:
@@ -34,7 +38,13 @@ def parted(home: Path) -> None:
                 draw(home / part / name / f"{i}.png", size=32)
 
 
-MAKE: dict[str, Callable[[Path], None]] = {"free": free, "parted": parted}
+def photos(home: Path) -> None:
+    for i in range(8):
+        draw(home / f"{i}.png")
+    written("classes.txt", "cat\nsea_lion = a sea lion\n")(home)
+
+
+MAKE: dict[str, Callable[[Path], None]] = {"free": free, "parted": parted, "photos": photos}
 
 
 def written(path: str, content: bytes | str) -> Harm:
@@ -42,101 +52,19 @@ def written(path: str, content: bytes | str) -> Harm:
     return lambda home: (home / path).write_bytes(data)
 
 
-def linked(path: str, target: str) -> Harm:
-    return lambda home: (home / path).symlink_to(target)
+def drawn(*paths: str) -> Harm:
+    return lambda home: [draw(home / path) for path in paths]
 
 
-def renamed_in_latin1(path: str, name: bytes) -> Harm:
-    return lambda home: os.rename(home / path, os.fsencode((home / path).parent) + b"/" + name)
+def moved(path: str, to: str) -> Harm:
+    return lambda home: (home / path).rename(home / to)
 
 
-PAIRS = "of equal images, one in test/ and one in train/ or val/.*allow_duplicates to permit"
-
-
-def cut(home: Path) -> None:
-    (home / "cat/0.png").write_bytes((home / "cat/0.png").read_bytes()[:-40])
-
-
-UNREAD = "1 of 10 images cannot be read, at most 0 are allowed; .*0.png cannot be read: "
-
-# Refused before anything starts, with the file and a remedy.
-REFUSED: list[tuple[str, str, Harm, str]] = [
-    ("pipe", "free", lambda h: os.mkfifo(h / "cat/x.png"), "x.png has the name of an image but is"),
-    ("dangling class", "free", linked("fox", "nowhere"), "fox is a broken link; correct"),
-    ("class that is its parent", "free", linked("fox", "."), "no image in fox/, which contains"),
-    ("cut image", "free", cut, f"{UNREAD}.*; remove or replace them"),
-    ("empty class", "free", lambda h: (h / "fox").mkdir(), "no image in fox/, which contains noth"),
-    (
-        "only videos",
-        "free",
-        lambda h: [file.rename(file.with_suffix(".mov")) for file in (h / "cat").iterdir()],
-        "no image in cat/, which contains '0.mov'.*; skipped: 5 .mov",
-    ),
-    ("nothing", "free", lambda h: [shutil.rmtree(f) for f in h.iterdir()], "contains no folders"),
-    ("home is a file", "free", lambda h: (shutil.rmtree(h), h.touch()), "unpack an archive"),
-    ("classnames is a loop", "free", linked("classnames.txt", "classnames.txt"), "a broken link"),
-    ("class in latin1", "free", renamed_in_latin1("cat", b"caf\xe9"), r"caf\\xe9: this name is no"),
-    (
-        "image in latin1",
-        "free",
-        renamed_in_latin1("cat/0.png", b"caf\xe9.png"),
-        r"cat/caf\\xe9.png: this name is not UTF-8; rename it",
-    ),
-    ("classnames in latin1", "free", written("classnames.txt", b"cat = \xe9"), "txt is not UTF-8"),
-    (
-        "equal files in train and test",
-        "parted",
-        lambda h: shutil.copy(h / "train/cat/0.png", h / "test/cat/z.png"),
-        f"1 pair {PAIRS}",
-    ),
-    (
-        "a test image under another class of val",
-        "parted",
-        lambda h: (
-            shutil.copytree(h / "test", h / "val"),
-            [f.unlink() for f in h.glob("val/*/1.png")],
-            (h / "val/cat/0.png").rename(h / "val/dog/1.png"),
-            draw(h / "val/cat/2.png"),
-        ),
-        f"2 pairs {PAIRS}",
-    ),
-    (
-        "EuroSAT: JSON of numbers",
-        "eurosat",
-        written("eurosat/split_zhou_EuroSAT.json", '{"train": [1]}'),
-        "split_zhou_EuroSAT.json is no split file; expected JSON such as",
-    ),
-    (
-        "flowers: damaged setid",
-        "flowers102",
-        written("flowers102/flowers-102/setid.mat", "x"),
-        "setid.mat or imagelabels.mat in .* cannot be read .*; get both again",
-    ),
-    (
-        "flowers: label without a class",
-        "flowers102",
-        lambda root: save_labels(root / "flowers102/flowers-102/imagelabels.mat"),
-        "has the label 998, counted from 0, but there are 102 classes",
-    ),
-    (
-        "birds: labels are cut off",
-        "cub",
-        written("cub/CUB_200_2011/image_class_labels.txt", "1 1\n"),
-        "lists in .*/CUB_200_2011 do not match each other: one of them lacks '10'; unpack",
-    ),
-    (
-        "aircraft: no variant",
-        "fgvc_aircraft",
-        written("fgvc_aircraft/fgvc-aircraft-2013b/data/images_variant_test.txt", "0034956\n"),
-        "but '' is none of 100",
-    ),
-]
-
-
-def save_labels(file: Path) -> None:
-    from scipy.io import savemat
-
-    savemat(file, {"labels": np.full((1, 408), 999)})
+def copied(path: str, to: str, *more: str) -> Harm:
+    return lambda home: (
+        shutil.copy(home / path, home / to),
+        [(home / other).touch() for other in more],
+    )
 
 
 def encoded(kind: str) -> bytes:
@@ -146,130 +74,105 @@ def encoded(kind: str) -> bytes:
     return file.getvalue()
 
 
-BLOATED = b"zTXtbomb\0\0" + zlib.compress(bytes(80 * 2**20))
-# Files named `cat/0.png` that are no readable image, with the reason that is given.
-UNREADABLE: list[tuple[str, bytes, str]] = [
-    ("empty", b"", "it is empty"),
-    ("LFS pointer", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "not an image"),
-    ("cut PNG", encoded("PNG")[:-600], "truncated"),
-    ("claimed size", png(60000, 60000), "too large, over 178,956,970 pixels"),
-    ("text bomb", png(8, 8, BLOATED), "cannot be read"),
-]
-
-
-def outcomes(
-    command, names: Sequence[str], data: str, root: Path | None, folder: Path
-) -> list[tuple[int, str, str]]:
-    """Exit code, stdout and stderr of `check`, `plan` or `run`."""
-    sweep = write_sweep(folder, "broken", f"fixed: {{method: zero_shot, dataset: '{data}'}}\n")
-    roots = ["--data-root", root] if root else []
-    words = {
-        "check": ("check", data, *roots),
-        "plan": ("plan", sweep, "--store", folder / "runs", *roots),
-        "run": ("run", sweep, "--store", folder / "runs", *roots),
-    }
-    return [command(*words[name]) for name in names]
-
-
-@pytest.mark.parametrize(
-    ("start", "harm", "message"), [pytest.param(*case, id=name) for name, *case in REFUSED]
-)
-def test_a_broken_folder_is_refused_with_its_file(start, harm, message, tmp_path, command):
-    home = tmp_path / "data"
-    if start in MAKE:
-        MAKE[start](home)
-        data, root = f"folder:{home}", None
-    else:
-        make_tree(start, home)
-        data, root = start, home
-    harm(home)
-    for code, out, err in outcomes(command, ("check", "plan", "run"), data, root, tmp_path):
-        assert code == 2, (out, err)
-        assert re.search(message, err), err
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"), [pytest.param(*case, id=name) for name, *case in UNREADABLE]
-)
-def test_a_file_that_is_no_image_is_named_with_a_reason(content, reason, tmp_path, command):
-    free(tmp_path)
-    (tmp_path / "cat/0.png").write_bytes(content)
-    code, out, err = command("check", f"folder:{tmp_path}")
-    assert code == 2
-    assert "unreadable  1\n" in out
-    assert "1 of 10 images cannot be read, at most 0 are allowed" in err
-    assert re.search(rf"/cat/0\.png cannot be read: .*{reason}|/cat/0\.png {reason}", err)
-
-
-def turned(home: Path) -> None:
-    with Image.open(home / "cat/0.png") as image:
-        ImageOps.mirror(image).save(home / "cat/5.png")
-
-
-def resized(home: Path) -> None:
-    image = Image.fromarray(load_sample_image("china.jpg"))  # a photograph, 640 x 427
+def photographed(home: Path) -> None:
+    image = Image.fromarray(load_sample_image("china.jpg"))  # 640 x 427
     image.save(home / "cat/photo.png")
     image.resize((320, 213)).save(home / "dog/photo.jpg", quality=80)
 
 
-FREE_PAIR = "split_seed can put one image of a pair into train, one into test"
-# Accepted, with what `check` states after the numbers of images.
-REPORTED: list[tuple[str, str, Harm, str]] = [
-    ("subfolder", "free", lambda h: draw(h / "cat/more/deep/1.png"), "skipped     1 in subfolders"),
-    ("no suffix", "free", written("cat/IMG_0001", "x"), "skipped     1 without suffix"),
-    ("some raw", "free", written("cat/1.NEF", "x"), "-exec dcraw_emu -w {} +"),
-    ("above", "parted", lambda h: draw(h / "test/1.png"), "skipped     1 beside class folders"),
-    (
-        "copy in another class",
-        "free",
-        lambda h: shutil.copy(h / "cat/0.png", h / "dog/z.png"),
-        "exact       1 pair of images with equal pixels: 1 in two classes, 0 in train and test\n"
-        f"            cat/0.png = dog/z.png\n            {FREE_PAIR}",
-    ),
-    (
-        "smaller copy",
-        "free",
-        resized,
-        "near        1 pair of images that look alike: 1 in two classes, 0 in train and test\n"
-        "            cat/photo.png ~ dog/photo.jpg\n"
-        "            look at them; of equal ones remove one",
-    ),
-    ("mirrored", "free", turned, "unreadable  0"),
-    (
-        "permitted copies",
-        "parted",
-        lambda h: (
-            shutil.copy(h / "train/cat/0.png", h / "test/cat/z.png"),
-            (h / "allow_duplicates").touch(),
-        ),
-        "exact       1 pair of images with equal pixels: 0 in two classes, 1 in train and test\n"
-        "            test/cat/z.png = train/cat/0.png",
-    ),
-]
-
-
-@pytest.mark.parametrize(
-    ("start", "harm", "end"), [pytest.param(*case, id=name) for name, *case in REPORTED]
-)
-def test_what_is_skipped_or_repeated_is_stated(start, harm, end, tmp_path, command):
-    home = tmp_path / "data"
-    MAKE[start](home)
-    harm(home)
-    checked, planned = outcomes(command, ("check", "plan"), f"folder:{home}", None, tmp_path)
-    assert (checked[0], planned[0]) == (0, 0), (checked, planned)
-    assert checked[1].rstrip().endswith(end)
-
-
-def test_copies_with_equal_pixels_in_train_and_test_are_refused(tmp_path, command):
+def saved_again(home: Path) -> None:
     """Files that differ are equal only once they are decoded, which a plan does not do."""
-    parted(tmp_path)
-    with Image.open(tmp_path / "train/cat/0.png") as image:
-        image.save(tmp_path / "test/cat/z.bmp")
-    code, out, err = command("check", f"folder:{tmp_path}")
-    assert code == 2
-    assert re.search(f"1 pair {PAIRS}", err)
-    assert out.splitlines()[-2:] == [
-        "exact       1 pair of images with equal pixels: 0 in two classes, 1 in train and test",
-        "            test/cat/z.bmp = train/cat/0.png",
-    ]
+    with Image.open(home / "train/cat/0.png") as image:
+        image.save(home / "test/cat/z.bmp")
+
+
+# What makes a folder, what is done to it.
+CASES: dict[str, tuple[str, Harm]] = {
+    "a pipe": ("free", lambda home: os.mkfifo(home / "cat/x.png")),
+    "a link to nothing": ("free", lambda home: (home / "fox").symlink_to("nowhere")),
+    "a class without images": ("free", lambda home: (home / "fox").mkdir()),
+    "only videos in a class": ("free", lambda h: [f.rename(f"{f}.mov") for f in h.glob("cat/*")]),
+    "no folder": ("free", lambda home: [shutil.rmtree(f) for f in home.iterdir()]),
+    "a file": ("free", lambda home: (shutil.rmtree(home), home.touch())),
+    "one class": ("free", lambda home: shutil.rmtree(home / "dog")),
+    "two classes in different case": ("free", drawn(*(f"Cat/{i}.png" for i in range(5)))),
+    "too few images": ("free", lambda home: (home / "dog/0.png").unlink()),
+    "a name in Latin-1": ("free", moved("cat/0.png", os.fsdecode(b"cat/caf\xe9.png"))),
+    "class names in Latin-1": ("free", written("classnames.txt", b"cat = \xe9")),
+    "other classes in test": ("parted", moved("test/dog", "test/fox")),
+    "no test": ("parted", moved("test", "val")),
+    "no train": ("parted", moved("train", "val")),
+    "a folder beside parts": ("parted", drawn("valid/cat/0.jpg")),
+    "equal files in train and test": ("parted", copied("train/cat/0.png", "test/cat/z.png")),
+    "equal files in val and test": ("parted", lambda h: shutil.copytree(h / "test", h / "val")),
+    "equal pixels in train and test": ("parted", saved_again),
+    "permitted copies": ("parted", copied("train/cat/0.png", "test/cat/z.png", "allow_duplicates")),
+    "a copy without a label": ("photos", lambda home: (copied("0.png", "a.png")(home), ONE(home))),
+    "all labelled": ("photos", written("labels.csv", "image,class\n0.png,cat\n1.png,cat\n")),
+    "no images": ("photos", lambda home: [file.unlink() for file in home.glob("*.png")]),
+    "an empty image": ("free", written("cat/0.png", b"")),
+    "a pointer of Git LFS": ("free", written("cat/0.png", b"version https://git-lfs.github.com/")),
+    "an image that is cut off": ("free", written("cat/0.png", encoded("PNG")[:-600])),
+    "an image that is too large": ("free", written("cat/0.png", b"P6 60000 60000 255\n")),
+    "files that are skipped": (
+        "free",
+        lambda home: (drawn("cat/more/deep/1.png")(home), written("cat/IMG_0001", "x")(home)),
+    ),
+    "an image above classes": ("parted", drawn("test/1.png")),
+    "a copy in another class": ("free", copied("cat/0.png", "dog/z.png")),
+    "a smaller copy in another class": ("free", photographed),
+    "CoOp's list of numbers": (
+        "eurosat",
+        written("eurosat/split_zhou_EuroSAT.json", '{"train": [1]}'),
+    ),
+    "a damaged .mat file": ("flowers102", written("flowers102/flowers-102/setid.mat", "x")),
+    "birds without labels": ("cub", written("cub/CUB_200_2011/image_class_labels.txt", "1 1\n")),
+    "an image in train and test": (
+        "eurosat",
+        lambda r: [written(f"eurosat/{p}.txt", "River/River_2.jpg")(r) for p in ("train", "test")],
+    ),
+    "a list with an unknown class": ("eurosat", written("eurosat/test.txt", "Rever/River_2.jpg")),
+    "a class folder is missing": ("eurosat", moved("eurosat/2750/Forest", "Forest")),
+    "a published image is missing": ("dtd", moved("dtd/dtd/images/lined/lined_0000.jpg", "a.jpg")),
+}
+ONE = written("labels.csv", "image,class\n0.png,cat\n")
+
+
+def test_what_is_broken_skipped_or_repeated_is_named_before_anything_starts(tmp_path, command):
+    found = {}
+    for number, (case, (start, harm)) in enumerate(CASES.items()):
+        folder = tmp_path / str(number)
+        home, data, root = folder / "data", start, ["--data-root", folder / "data"]
+        if start in MAKE:
+            MAKE[start](home)
+            data, root = f"folder:{home}", []
+        else:
+            make_tree(start, home)
+        harm(home)
+        sweep = write_sweep(folder, "x", f"fixed: {{method: zero_shot, dataset: '{data}'}}\n")
+        code, out, err = command("check", data, *root)
+        planned = command("plan", sweep, "--store", folder / "runs", *root)
+        lines = [line for line in f"{out}{err}".splitlines() if not line.startswith(HEAD)]
+        text = "\n".join([f"check: exit code {code}", *lines, f"plan: exit code {planned[0]}"])
+        found[case] = f"{text}\n{planned[2]}".rstrip().replace(str(folder), "<folder>")
+        assert not (folder / "runs").exists(), case
+    check_golden_cases("messages/broken_folders.txt", found)
+
+
+HEAD = ("folder:", "classes ", "template ")  # lines of `check` about any folder
+
+
+def test_a_wrong_text_file_of_a_folder_is_an_error_with_its_place(tmp_path, command):
+    numbers = itertools.count()
+
+    def message(case: str) -> str:
+        place, _, text = case.partition(" = ")
+        start, _, file = place.partition("/")
+        home = tmp_path / str(next(numbers))
+        MAKE[start](home)
+        (home / file).write_text(json.loads(text), encoding="utf-8")
+        code, out, err = command("check", f"folder:{home}")
+        assert (code, out) == (2, ""), case
+        return err.rstrip().replace(str(home), "<folder>")
+
+    check_sweeps("messages/folder_texts.txt", message, before="")

@@ -31,15 +31,9 @@ def test_unreadable_images_of_a_published_dataset_are_a_difference(tmp_path, mon
     shutil.copytree(small_root("dtd"), tmp_path, dirs_exist_ok=True)
     counts = Counts(dict.fromkeys(("train", "val", "test"), 94))  # of the small copy
     monkeypatch.setitem(DATASETS, "dtd", replace(DATASETS["dtd"], published=counts))
-    empty, missing = sorted((tmp_path / "dtd/dtd/images/lined").iterdir())[:2]
-    empty.write_bytes(b"")
-    missing.unlink()
-    lines, difference = check_dataset("dtd", tmp_path)
-    assert lines[4:7] == [
-        "unreadable  2",
-        f"            {empty} cannot be read: it is empty",
-        f"            {missing} cannot be read: No such file or directory",
-    ]
+    for image in sorted((tmp_path / "dtd/dtd/images/lined").iterdir())[:2]:
+        image.write_bytes(b"")
+    difference = check_dataset("dtd", tmp_path)[1]
     assert "2 of 282 images cannot be read, at most 0 are allowed; the first: " in str(difference)
 
 
@@ -54,7 +48,7 @@ def test_a_few_unreadable_images_of_a_user_s_folder_are_allowed_but_not_many(tmp
         assert (difference is None) == allowed
 
 
-def test_check_prints_counts_and_exits_with_the_first_difference(tmp_path, command):
+def test_check_prints_counts_and_exits_with_the_first_difference(command):
     code, out, err = command("check", "digits")
     assert (code, err) == (0, "")
     assert out.splitlines() == [
@@ -68,14 +62,6 @@ def test_check_prints_counts_and_exits_with_the_first_difference(tmp_path, comma
     assert code == 2
     assert "parts       train 71   val 10   test 19\n" in out
     assert err.startswith("airsweep: eurosat: train+val has 81 images, published 22,000")
-    for name, why in (
-        ("cub", f"cub is not in {tmp_path}: looked for"),
-        (f"folder:{tmp_path}/nope", "does not exist"),
-        ("digitz", "unknown dataset or model 'digitz'; datasets: cub, digits"),
-    ):
-        code, out, err = command("check", name, "--data-root", tmp_path)
-        assert (code, out) == (2, "")
-        assert why in err
 
 
 # ---------------------------------------------------------------- models
@@ -97,6 +83,7 @@ def test_what_is_no_model_is_refused(tmp_path, command):
         (tmp_path, f"for a folder of images, write folder:{tmp_path}"),
         (clip / CLIP, f"write <architecture>@{clip / CLIP}"),
         (tmp_path / "nothing", "there is no folder"),
+        ("digitz", "unknown dataset or model 'digitz'; datasets: cub, digits"),
     ):
         code, out, err = command("check", model)
         assert (code, out) == (2, ""), model

@@ -56,17 +56,6 @@ def draw(file: Path, size: int = 12) -> None:
     Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(file)
 
 
-def png(width: int, height: int, *chunks: bytes) -> bytes:
-    """A PNG of grey pixels that states a size; without pixels unless `chunks` has them."""
-    head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    parts = (head, *chunks, b"IEND")
-    packed = (
-        struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part))
-        for part in parts
-    )
-    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
-
-
 def _write(file: Path, lines: Iterable[str]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(f"{line}\n" for line in lines))

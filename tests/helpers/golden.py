@@ -24,7 +24,7 @@ def check_golden(name: str, text: str) -> None:
     golden = file.read_text(encoding="utf-8")
     if text != golden:
         lines = golden.splitlines(), text.splitlines()
-        diff = difflib.unified_diff(*lines, name, "now", n=4, lineterm="")  # 4: the case's name
+        diff = difflib.unified_diff(*lines, name, "now", n=8, lineterm="")  # 8: the case's name
         pytest.fail("\n".join(diff), pytrace=False)
 
 
@@ -37,12 +37,15 @@ SWEEP = "version: 1\nname: x\n"  # two lines, so that what a case adds starts on
 
 
 def check_sweeps(
-    name: str, message_of: Callable[[Any], str], others: Mapping[str, str | bytes] = {}
+    name: str,
+    message_of: Callable[[Any], str],
+    others: Mapping[str, str | bytes] = {},
+    before: str = SWEEP,
 ) -> None:
     """As `check_golden_cases`, for the message about each of some wrong sweep files.
 
     Args:
-        name: a golden file; a case is what it adds to SWEEP, and `-> ` with the message.
+        name: a golden file; a case is what it adds to `before`, and `-> ` with the message.
         message_of: the message about the text of a sweep file.
         others: whole texts by case, which the golden file does not contain.
     """
@@ -52,7 +55,7 @@ def check_sweeps(
     lines |= dict.fromkeys(others, "")
     found = {}
     for case, added in lines.items():
-        message = message_of(others.get(case, SWEEP + added))
+        message = message_of(others.get(case, before + added))
         found[case] = added + "-> " + message.replace("\n", "\n-> ")
     check_golden_cases(name, found)
 

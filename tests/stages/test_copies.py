@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from air_core.datasets import get_dataset
-from orchestrator.stages import SyntheticFeaturesSpec
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.copies import copies_of_test_images
 from orchestrator.stages.features import read_target
@@ -30,26 +26,8 @@ def saved_again(picture: Image.Image) -> Image.Image:
     return Image.open(buffer).convert("RGB")
 
 
-@pytest.fixture
-def images(drawn_digits, tmp_path) -> Path:
-    folder = tmp_path / "images"
-    shutil.copytree(drawn_digits, folder)
-    return folder
-
-
-def drawn(
-    folder: Path, trial: Any, worker: WorkerContext, shards: Sequence[tuple[int, int]]
-) -> SyntheticFeaturesSpec:
-    """The row of ready images in a folder, with some shards in the store."""
-    settings = {"generator": f"folder:{folder}", "images_per_class": 16, "generation.block": 8}
-    spec = trial("air", **settings).synthetic_features
-    generator = spec.images.open(worker)
-    for shard in shards:
-        build(spec, *shard, worker, lambda: generator)
-    return spec
-
-
-def test_copies_of_test_images_are_found_and_no_other_image(images, tmp_path, trial):
+def test_copies_of_test_images_are_found_and_no_other_image(drawn_digits, tmp_path, trial):
+    images = Path(shutil.copytree(drawn_digits, tmp_path / "images"))
     features = trial("fpl").features
     worker = WorkerContext(ArtifactStore(tmp_path / "runs"))
     encode(features, worker.store)
@@ -64,6 +42,10 @@ def test_copies_of_test_images_are_found_and_no_other_image(images, tmp_path, tr
     moved = np.roll(np.asarray(pictures[test]), 3, axis=1)
     Image.fromarray(moved).save(zero / "005.png")
 
-    spec = drawn(images, trial, worker, ((0, 0), (4, 0), (4, 1), (7, 0)))
+    settings = {"generator": f"folder:{images}", "images_per_class": 16, "generation.block": 8}
+    spec = trial("air", **settings).synthetic_features
+    generator = spec.images.open(worker)
+    for shard in ((0, 0), (4, 0), (4, 1), (7, 0)):
+        build(spec, *shard, worker, lambda: generator)
     found = copies_of_test_images(spec, features, splits, worker)
     assert found == [(f"{zero.name}/003.png", test), (f"{four.name}/014.png", other)]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from air_core.datasets import DATASETS, images
 from air_core.datasets.class_folders import SUFFIXES
@@ -23,7 +23,7 @@ from air_core.datasets.dataset import is_template
 from air_core.datasets.images import ImageFiles, Unreadable, open_image
 from air_core.datasets.split_files import PARTS, held_out
 from orchestrator.planning import Resolver
-from tests.helpers.dataset_trees import EACH, MAKERS, make_tree, png, small, small_root
+from tests.helpers.dataset_trees import EACH, MAKERS, make_tree, small, small_root
 from tests.helpers.sweeps import python
 
 EVERY = pytest.mark.parametrize("name", DATASETS)
@@ -88,13 +88,6 @@ def test_files_are_listed_once_in_a_fixed_order(name, tmp_path):
         assert [*images.files] == sorted(images.files)
         planned = Resolver(tmp_path / "digests.json", small_root(name)).dataset(DATASETS[name])
         assert planned.images == len({*images.files}) == len(images)
-
-
-def test_an_image_that_is_listed_and_missing_is_refused(tmp_path):
-    make_tree("dtd", tmp_path)
-    (tmp_path / "dtd/dtd/images/lined/lined_0000.jpg").unlink()
-    with pytest.raises(ValueError, match=r"lined_0000\.jpg does not exist, or is not a file"):
-        Resolver(tmp_path / "digests.json", tmp_path).dataset(DATASETS["dtd"])
 
 
 # ---------------------------------------------------------------- layouts
@@ -175,44 +168,26 @@ DIGESTS = {
 }
 
 
-@pytest.fixture
-def eurosat(tmp_path) -> Path:
-    make_tree("eurosat", tmp_path)
-    return tmp_path
-
-
-def parts_of(root: Path, name: str = "eurosat") -> dict[str, str]:
+def parts_of(root: Path, name: str) -> dict[str, str]:
     examples = DATASETS[name].load(root)
     files = [f"{file.parent.name}/{file.name}" for file in examples.images.files]
     return dict(zip(files, examples.parts.tolist(), strict=True))
 
 
-@pytest.mark.parametrize(
-    ("folder", "line"),
-    [
-        ("eurosat", "{c}_{i}.jpg"),
-        ("eurosat/2750", "{c}/{c}_{i}.jpg 3"),
-        ("eurosat", "test.zip@{c}/{c}_{i}.jpg 3"),  # as ELEVATER
-    ],
-)
-def test_a_test_list_alone_makes_all_other_images_training_images(eurosat, folder, line):
+def test_a_test_list_alone_makes_all_other_images_training_images(tmp_path):
     """Published code trains on every file of a folder, including those of the test list."""
     from air_core.datasets.eurosat import FOLDERS
 
-    lines = [line.format(c=c, i=i) for c in FOLDERS for i in (2, 5)]
-    (eurosat / folder / "test.txt").write_text("\n".join(lines) + "\n")
-    parts = parts_of(eurosat)
+    make_tree("eurosat", tmp_path)
+    file = tmp_path / "eurosat/2750/test.txt"
+    # As ELEVATER, and names without folders.
+    file.write_text("".join(f"test.zip@{c}/{c}_2.jpg 3\n{c}_5.jpg\n" for c in FOLDERS))
+    parts = parts_of(tmp_path, "eurosat")
     assert {path for path, part in parts.items() if part == "test"} == {
         f"{c}/{c}_{i}.jpg" for c in FOLDERS for i in (2, 5)
     }
     assert Counter(parts.values()) == {"train": 70, "val": 10, "test": 20}
-    assert eurosat / folder / "test.txt" in DATASETS["eurosat"].files(eurosat)
-
-
-def plain_lists(classes: list[str], parts: dict[str, int]) -> dict[str, str]:
-    return {
-        f"{part}.txt": "".join(f"{c}_{i:03}.jpg\n" for c in classes) for part, i in parts.items()
-    }
+    assert file in DATASETS["eurosat"].files(tmp_path)
 
 
 def coco_lists(classes: list[str], parts: dict[str, int]) -> dict[str, str]:
@@ -231,10 +206,7 @@ def coops_list(classes: list[str], parts: dict[str, int]) -> dict[str, str]:
     return {"split_zhou_EuroSAT.json": json.dumps(lists)}
 
 
-@pytest.mark.parametrize(
-    ("name", "lists"),
-    [("resisc45", plain_lists), ("resisc45", coco_lists), ("eurosat", coops_list)],
-)
+@pytest.mark.parametrize(("name", "lists"), [("resisc45", coco_lists), ("eurosat", coops_list)])
 def test_lists_of_three_parts_are_used_unchanged(tmp_path, name, lists):
     make_tree(name, tmp_path)
     folders = sorted(path.name for path in tmp_path.glob(f"{name}/*/*"))
@@ -250,17 +222,17 @@ def test_lists_outside_of_the_root_are_not_read(tmp_path):
     """If the class folders are directly in the root, its parent can belong to other users."""
     shutil.copytree(small_root("eurosat") / "eurosat/2750", tmp_path / "data")
     (tmp_path / "test.txt").write_text("River_1.jpg\n")
-    assert Counter(parts_of(tmp_path / "data").values())["test"] == round(100 * 5 / 27)
+    assert Counter(parts_of(tmp_path / "data", "eurosat").values())["test"] == round(100 * 5 / 27)
 
 
 # ---------------------------------------------------------------- fashion-mnist
 
 
-def test_fashion_mnist_is_found_unpacked_and_in_other_folders(tmp_path):
+def test_fashion_mnist_is_found_unpacked(tmp_path):
     packed = small_root("fashion_mnist") / "fashion_mnist/FashionMNIST/raw"
-    (tmp_path / "fashion-mnist").mkdir()
+    (tmp_path / "fashion_mnist").mkdir()
     for file in packed.iterdir():
-        plain = tmp_path / "fashion-mnist" / file.stem
+        plain = tmp_path / "fashion_mnist" / file.stem
         plain.write_bytes(gzip.decompress(file.read_bytes()))
     examples = DATASETS["fashion_mnist"].load(tmp_path)
     assert np.array_equal(examples.parts, small("fashion_mnist").parts)
@@ -272,28 +244,16 @@ def test_files_that_could_be_mnist_are_not_used_as_fashion_mnist(tmp_path, monke
     monkeypatch.setattr("air_core.datasets.fashion_mnist.DEBIAN", tmp_path / "not installed")
     root = tmp_path / "mnist"
     shutil.copytree(small_root("fashion_mnist") / "fashion_mnist/FashionMNIST/raw", root)
-    with pytest.raises(ValueError, match=r"fashion_mnist is in none of .*apt-get install"):
+    with pytest.raises(ValueError, match=r"fashion_mnist: none of .*apt-get install"):
         DATASETS["fashion_mnist"].files(root)
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda content: content[:-20], "ended before"),
-        (lambda content: gzip.compress(gzip.decompress(content)[:-20]), "cannot reshape"),
-        (lambda content: gzip.compress(b"\0\0\x08\x01" + b"\0" * 12), "not an IDX file with 3 dim"),
-    ],
-    ids=["cut off", "cut off before packing", "another kind"],
-)
-def test_a_damaged_file_of_fashion_mnist_is_an_error(tmp_path, damage, message):
+def test_a_cut_off_file_of_fashion_mnist_is_an_error_with_its_name(tmp_path):
     shutil.copytree(small_root("fashion_mnist"), tmp_path, dirs_exist_ok=True)
     file = tmp_path / "fashion_mnist/FashionMNIST/raw/t10k-images-idx3-ubyte.gz"
-    file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(ValueError, match=message):
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte\.gz is damaged: .*ended before"):
         DATASETS["fashion_mnist"].load(tmp_path)
-    file.with_name("train-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(ValueError, match=r"has no train-labels-idx1-ubyte\.gz; apt-get install"):
-        DATASETS["fashion_mnist"].files(tmp_path)
 
 
 # ---------------------------------------------------------------- errors
@@ -306,52 +266,9 @@ def test_the_error_without_a_data_root_names_the_source(name):
 
 
 def test_the_error_for_a_missing_dataset_names_the_folders(tmp_path):
-    for root, message in (
-        (tmp_path / "nowhere", r"dtd is not in .*nowhere, which is not a folder: looked for"),
-        (tmp_path, r": looked for labels in \S*/dtd/dtd, \S*/dtd, \S*; unpack https://"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            DATASETS["dtd"].files(root)
-
-
-@pytest.mark.parametrize(
-    ("train", "test", "message"),
-    [
-        (
-            "River_1.jpg\nRiver_2.jpg\n",
-            "River_2.jpg\n",
-            r"River/River_2.jpg is listed twice, as \w+ and as \w+",
-        ),
-        ("", "Rever/River_2.jpg\n", r"'Rever' is not a class folder; expected .*River"),
-    ],
-)
-def test_invalid_lists_are_errors(eurosat, train, test, message):
-    for part, lines in (("train", train), ("test", test)):
-        if lines:
-            (eurosat / f"eurosat/{part}.txt").write_text(lines)
+    message = r"dtd is not in .*: looked for labels in \S*/dtd/dtd, \S*/dtd, \S*; unpack https://"
     with pytest.raises(ValueError, match=message):
-        DATASETS["eurosat"].files(eurosat)
-
-
-def test_a_missing_class_folder_is_an_error_that_names_it(eurosat):
-    folder = eurosat / "eurosat/2750/Forest"
-    shutil.rmtree(folder)
-    with pytest.raises(ValueError, match="has no folder for 'Forest'"):
-        DATASETS["eurosat"].files(eurosat)
-    folder.mkdir()
-    with pytest.raises(ValueError, match="has no image of 'forest'"):
-        DATASETS["eurosat"].files(eurosat)
-
-
-def test_birds_of_other_classes_are_an_error(tmp_path):
-    make_tree("cub", tmp_path)
-    file = tmp_path / "cub/CUB_200_2011/classes.txt"
-    file.write_text(file.read_text().replace("Cardinal", "Pope"))
-    with pytest.raises(ValueError, match="has other classes: pope"):
-        DATASETS["cub"].files(tmp_path)
-    file.unlink()
-    with pytest.raises(ValueError, match=r"classes\.txt cannot be read"):
-        DATASETS["cub"].files(tmp_path)
+        DATASETS["dtd"].files(tmp_path)
 
 
 # ---------------------------------------------------------------- images
@@ -433,22 +350,14 @@ showpage
 """
 
 
-def test_postscript_named_like_a_photograph_is_unreadable_and_starts_no_program(
-    tmp_path, monkeypatch
-):
-    programs, started, file = (tmp_path / name for name in ("bin", "started", "harmless.jpg"))
-    programs.mkdir()
-    (programs / "gs").write_text(f"#!/bin/sh\necho $* >> {started}\necho 10.0\n")
-    (programs / "gs").chmod(0o755)
-    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
-    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # Pillow caches the path
+def test_postscript_named_like_a_photograph_is_not_opened(tmp_path):
+    """Pillow would start Ghostscript to decode it."""
+    file = tmp_path / "harmless.jpg"
     file.write_bytes(EPS)
+    with Image.open(file) as image:
+        assert image.format == "EPS"
     with pytest.raises(Unreadable, match=r"harmless\.jpg .*not an image of an allowed format"):
         ImageFiles((file,))[0]
-    assert not started.exists()
-    with pytest.raises(UnidentifiedImageError), Image.open(file) as image:
-        image.load()  # the fake program prints nothing
-    assert started.exists()  # without the list of formats
 
 
 @pytest.mark.parametrize("suffix", sorted(SUFFIXES))
@@ -456,32 +365,12 @@ def test_every_image_suffix_has_a_format_that_is_opened(tmp_path, suffix):
     assert saved(Image.new("RGB", (8, 8), "red"), tmp_path / f"a{suffix}").size == (8, 8)
 
 
-@pytest.mark.parametrize("kind", ["MPO", "TIFF"])  # cameras write MPO with the suffix .jpg
-def test_the_first_image_of_a_file_is_read(tmp_path, kind):
+def test_the_first_image_of_a_file_is_read(tmp_path):
     first, second = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue")
-    ending = {"MPO": "jpg"}.get(kind, kind.lower())
-    shown = saved(
-        first, tmp_path / f"a.{ending}", format=kind, save_all=True, append_images=[second]
-    )
-    assert shown.size == (16, 16)
-    red, _, blue = pixel(shown)
+    options = {"format": "MPO", "save_all": True, "append_images": [second]}  # as cameras do
+    red, _, blue = pixel(saved(first, tmp_path / "a.jpg", **options))
     assert red > 240
     assert blue < 15
-
-
-def test_a_large_image_below_the_limit_prints_no_warning(tmp_path):
-    file = tmp_path / "large.png"
-    file.write_bytes(png(10000, 10000, b"IDAT"))
-    code = (
-        "import sys\n"
-        "from pathlib import Path\n"
-        "from air_core.datasets.images import Unreadable, open_image\n"
-        "try: open_image(Path(sys.argv[1]))\n"
-        "except Unreadable as problem: print(problem)"
-    )
-    done = python("-c", code, file)
-    assert "truncated" in done.stdout  # the file contains only the header
-    assert done.stderr == ""
 
 
 def test_an_image_above_the_limit_is_unreadable(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -109,35 +108,9 @@ def test_a_file_from_windows_is_read(tree):
     assert dataset(tree).classnames == ("cat", "hound", "sea lion")
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("tabby\n", r"classnames.txt:1: no class folder is named 'tabby'; class folders: 'cat', "),
-        (
-            "cat = dog\n",
-            r"classnames.txt, class folder 'dog': two classes are named 'dog'; write another",
-        ),
-        ("cat = DOG\n", r"two classes are named 'dog' and 'DOG', which CLIP reads alike"),
-        ("cat = _\n", r"classnames.txt:1: the class name '_' is empty to CLIP; write another"),
-        ("cat = c\u202eat\n", r"the class name 'c\\u202eat' has an invisible character"),
-    ],
-)
-def test_invalid_class_names_are_errors_with_the_line(tree, text, message):
-    (tree / "classnames.txt").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        dataset(tree)
-
-
 def test_invisible_joiners_are_allowed_in_class_names(tree):
     (tree / "classnames.txt").write_text("cat = \u06af\u0631\u0628\u0647\u200c\u0647\u0627\n")
     assert "\u200c" in dataset(tree).classnames[0]
-
-
-@pytest.mark.parametrize("text", ["a {x} of {}", "a {}\nthe {}", "a {}\u202e"])
-def test_a_template_without_exactly_one_field_for_the_class_is_an_error(tree, text):
-    (tree / "template.txt").write_text(text)
-    with pytest.raises(ValueError, match=r"template.txt: expected one line with {} once"):
-        dataset(tree)
 
 
 def test_the_name_of_the_dataset_is_its_absolute_path(tree, monkeypatch):
@@ -145,56 +118,6 @@ def test_the_name_of_the_dataset_is_its_absolute_path(tree, monkeypatch):
     monkeypatch.chdir(tree.parent)
     assert get_dataset("folder:pets").name == f"folder:{tree}"
     assert get_dataset("folder:pets").about == "pets, 3 classes"
-
-
-# ---------------------------------------------------------------- errors
-
-
-def drawn(home: Path, *files: str) -> None:
-    for file in files:
-        draw(home / file)
-
-
-def other_classes(home: Path) -> None:
-    drawn(home, "test/dgo/0.jpg", "val/cat/0.jpg", "val/dog/0.jpg")
-    (home / "test/dog").rename(home / "test/fox")
-
-
-def three_left(home: Path) -> None:
-    for file in sorted((home / "dog").iterdir())[3:]:
-        file.unlink()
-
-
-WRONG: list[tuple[str, Callable[[Path], object], str]] = [
-    (
-        "none",
-        lambda home: drawn(home, "cat/a.png"),
-        "only one class, 'cat'; a classifier needs two",
-    ),
-    ("none", lambda home: drawn(home, "Cat/0.png", "cat/0.png"), "which CLIP reads alike; write"),
-    (
-        "parted",
-        other_classes,
-        "train/ has no 'dgo', 'fox'; val/ has no 'dgo', 'fox'; test/ has no 'dog'; "
-        "every class needs a folder in every part",
-    ),
-    ("parted", lambda home: (home / "test").rename(home / "val"), "but no test; add it, or remove"),
-    (
-        "parted",
-        lambda home: (home / "train").rename(home / "val"),
-        "but no train; add it, or remove",
-    ),
-    ("parted", lambda home: drawn(home, "valid/cat/0.jpg"), "has 'valid' beside its part folders"),
-    ("tree", three_left, "fewer than 5 images of 'dog'; without train/ and test/"),
-]
-
-
-@pytest.mark.parametrize(("start", "change", "message"), WRONG)
-def test_the_error_for_an_invalid_folder_has_the_reason(start, change, message, request, tmp_path):
-    home = tmp_path / "none" if start == "none" else request.getfixturevalue(start)
-    change(home)
-    with pytest.raises(ValueError, match=message):
-        dataset(home).files(None)
 
 
 def test_folders_of_operating_systems_are_not_classes(tree):

@@ -10,7 +10,6 @@ import pytest
 from air_core.datasets import get_dataset
 from air_core.paradigms import make_split
 from air_core.settings import SplitSettings
-from orchestrator.cluster.input_checks import check_dataset
 from orchestrator.planning.resolve import Resolver
 from orchestrator.planning.trial_checks import InvalidSetting
 from tests.helpers.dataset_trees import draw
@@ -82,69 +81,6 @@ def test_labelled_images_are_for_test_or_validation_and_never_in_the_pool(photos
     (photos / "labels.csv").write_text(f"{lines}train/2021 trip/3.jpg,a sea lion,val\r\n")
     again = Resolver(photos.parent / "c.json", None).dataset_by_name(f"folder:{photos}")
     assert after.ref == again.ref
-
-
-BAD_LABELS = {
-    "image,class\n0,cat\n": r"labels\.csv:2: '0' is not an image in .*'0\.png'",
-    "image,class\n0.png,cow\n": r"labels\.csv:2: 'cow' is not a class; .*'cat', 'sea_lion'",
-    "image,class\n0.png,sealion\n": r"labels\.csv:2: .* did you mean 'sea_lion'",
-    "image,class\n\n0.png,cat\n./0.png,cat\n": r"labels\.csv:4: '0\.png' .*labels\.csv:3; remove",
-    "image,part\n0.png,test\n": r"labels\.csv:1: the columns are image, part; expected",
-    "image,class,part\n0.png,cat,train\n": r"labels\.csv:2: 'train' is not a part; allowed: test",
-    "image,class\n0.png,cat,test\n": r"labels\.csv:2: 3 cells, but the columns are image, class",
-    'image,class\n"0.png,cat\n': r"labels\.csv:2: this is not CSV",
-}
-
-
-@pytest.mark.parametrize("text", BAD_LABELS)
-def test_an_invalid_line_of_labels_is_an_error_with_its_place(photos, text):
-    (photos / "labels.csv").write_text(text)
-    with pytest.raises(ValueError, match=BAD_LABELS[text]):
-        parts(photos)
-
-
-BAD_CLASSES = {
-    "cat\n\ncat\n": r"classes\.txt:3: the class 'cat' is listed twice, first in .*txt:1; remove",
-    "cat\nCAT = Cat\n": r"classes\.txt:2: two classes are named 'Cat' and 'cat', which CLIP reads",
-    "cat\na/b\n": r"classes\.txt:2: 'a/b' is not allowed; expected `name` or",
-    "cat\n# dog\n": r"classes\.txt has only one class, 'cat'; a classifier needs two or more",
-    "": r"classes\.txt has no class",
-}
-
-
-@pytest.mark.parametrize("text", BAD_CLASSES)
-def test_an_invalid_list_of_classes_is_an_error_with_its_place(photos, text):
-    (photos / "classes.txt").write_text(text)
-    with pytest.raises(ValueError, match=BAD_CLASSES[text]):
-        get_dataset(f"folder:{photos}")
-
-
-def test_images_that_are_all_labelled_or_missing_are_an_error(photos):
-    labels = "".join(f"{path},cat\n" for path in parts(photos))
-    (photos / "labels.csv").write_text(f"image,class\n{labels}")
-    with pytest.raises(ValueError, match="0 images without a label for 2 classes, but learning"):
-        parts(photos)
-    empty = photos.parent / "empty"
-    empty.mkdir()
-    (empty / "classes.txt").write_text("cat\ndog\n")
-    with pytest.raises(ValueError, match="contain no images"):
-        parts(empty)
-
-
-def test_a_copy_of_a_test_image_in_the_pool_is_refused_unless_permitted(photos):
-    (photos / "labels.csv").write_text("image,class\n0.png,cat\n")
-    (photos / "copy.png").write_bytes((photos / "0.png").read_bytes())
-    name = f"folder:{photos}"
-    words = r"1 pair of equal images, one for test in labels.csv and one not.*'0.png' = 'copy.png'"
-    with pytest.raises(ValueError, match=words):
-        Resolver(photos.parent / "c.json", None).dataset_by_name(name)
-    lines, difference = check_dataset(name, None)
-    assert "1 pair of equal images" in str(difference)
-    assert "0 in two classes" in lines[-2]  # the class of the copy is unknown
-    (photos / "allow_duplicates").touch()
-    lines, difference = check_dataset(name, None)
-    assert difference is None
-    assert "parts       train 12   test 1" in lines
 
 
 NEEDS_LABELS = {
