@@ -168,8 +168,7 @@ def check_folder(home: Path) -> None:
         ValueError: the path is not a folder.
     """
     if not home.is_dir():
-        hint = "; unpack an archive first" if home.is_file() else ""
-        raise ValueError(f"{PREFIX}{home} does not exist or is not a folder{hint}; {WANTED}")
+        raise ValueError(f"{PREFIX}{home} does not exist or is not a folder; {WANTED}")
 
 
 def _parts(home: Path) -> dict[str, Path]:
@@ -230,9 +229,8 @@ def _template(file: Path) -> str:
         return TEMPLATE
     if len(lines) > 1 or not is_template(lines[0]):
         raise ValueError(
-            f"{file}: expected one line with {{}} once, for the class name, and no other "
-            f"brace or invisible character, such as {TEMPLATE!r}; found {lines[0]!r}"
-            + (" and more lines" if len(lines) > 1 else "")
+            f"{file}: expected one line with {{}} once, for the class name, and no other brace or "
+            f"invisible character, such as {TEMPLATE!r}"
         )
     return lines[0]
 
