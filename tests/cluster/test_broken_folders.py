@@ -133,6 +133,10 @@ CASES: dict[str, tuple[str, Harm]] = {
     ),
     "a list with an unknown class": ("eurosat", written("eurosat/test.txt", "Rever/River_2.jpg")),
     "a class folder is missing": ("eurosat", moved("eurosat/2750/Forest", "Forest")),
+    "a class folder is empty": (
+        "eurosat",
+        lambda root: [file.unlink() for file in root.glob("eurosat/2750/Forest/*")],
+    ),
     "a published image is missing": ("dtd", moved("dtd/dtd/images/lined/lined_0000.jpg", "a.jpg")),
 }
 ONE = written("labels.csv", "image,class\n0.png,cat\n")

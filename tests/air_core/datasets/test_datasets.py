@@ -6,6 +6,7 @@ with the published counts.
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -19,8 +20,9 @@ from PIL import Image
 
 from air_core.datasets import DATASETS, images
 from air_core.datasets.class_folders import SUFFIXES
-from air_core.datasets.dataset import is_template
+from air_core.datasets.dataset import Listing, is_template
 from air_core.datasets.images import ImageFiles, Unreadable, open_image
+from air_core.datasets.places import archive
 from air_core.datasets.split_files import PARTS, held_out
 from orchestrator.planning import Resolver
 from tests.helpers.dataset_trees import EACH, MAKERS, make_tree, small, small_root
@@ -244,6 +246,8 @@ def test_files_that_could_be_mnist_are_not_used_as_fashion_mnist(tmp_path, monke
     monkeypatch.setattr("air_core.datasets.fashion_mnist.DEBIAN", tmp_path / "not installed")
     root = tmp_path / "mnist"
     shutil.copytree(small_root("fashion_mnist") / "fashion_mnist/FashionMNIST/raw", root)
+    (root / "fashion_mnist").mkdir()  # with one of four files
+    shutil.copy(root / "t10k-images-idx3-ubyte.gz", root / "fashion_mnist")
     with pytest.raises(ValueError, match=r"fashion_mnist: none of .*apt-get install"):
         DATASETS["fashion_mnist"].files(root)
 
@@ -263,6 +267,15 @@ def test_a_cut_off_file_of_fashion_mnist_is_an_error_with_its_name(tmp_path):
 def test_the_error_without_a_data_root_names_the_source(name):
     with pytest.raises(ValueError, match=rf"{name} needs a data root: --data-root DIR.*https://"):
         DATASETS[name].files(None)
+
+
+def test_an_error_of_the_disk_is_not_one_of_the_dataset(tmp_path):
+    def fail(home: Path, classnames: tuple[str, ...]) -> Listing:
+        raise OSError(errno.EIO, "Input/output error")
+
+    dataset = archive("dtd", fail, (), (), get="", source="", licence="")
+    with pytest.raises(OSError, match="Input/output error"):
+        dataset.files(tmp_path)
 
 
 def test_the_error_for_a_missing_dataset_names_the_folders(tmp_path):
