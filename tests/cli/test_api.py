@@ -190,6 +190,14 @@ def test_results_are_read_further_from_python(finished, tmp_path):
 
 
 @pytest.mark.ray
+def test_stdout_has_only_what_the_caller_prints(spec, tmp_path):
+    """In a subprocess, because Ray writes to the file descriptor directly."""
+    run = f"api.run({str(spec)!r}, store={str(tmp_path / 'runs')!r})"
+    code = f"from orchestrator import api; print({run}.exit_code)"
+    assert python("-c", code).stdout == "0\n"
+
+
+@pytest.mark.ray
 def test_a_ray_that_the_caller_has_started_keeps_running(spec, tmp_path):
     code = (
         "import ray\n"

@@ -356,9 +356,10 @@ def test_a_run_that_mlflow_denies_is_refused_before_it_starts(
 
 
 def create_unfinished(world: World, parent: str, run: ChildRun) -> str:
-    """Create a run without ending it."""
+    """Create a run as a driver that is killed before it writes the status."""
     name = {"trial": "air.slot", "point": "air.point"}[run.kind]
     tags = {"air.kind": run.kind, name: run.id, "mlflow.parentRunId": parent}
+    tags |= {"air.digest": run.digest}
     experiment = world.client.get_run(parent).info.experiment_id
     return str(world.client.create_run(experiment, run.started, tags, run.name).info.run_id)
 
