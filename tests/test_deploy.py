@@ -193,6 +193,8 @@ def test_a_registered_model_classifies_images_without_torch(
         for file, each in zip(files, answers, strict=True)
     }
     assert_close(found, classified(command, tmp_path / "bundle", photos))
+    best = found[files[0].name]
+    assert answers[0]["class"] == answers[0]["top"][0]["class"] == max(best, key=best.get)
     assert one["top"] == answers[0]["top"][:1]
     assert refused == [
         [400, "image 1 is not base64: encode the bytes of a JPEG or PNG file"],

@@ -193,6 +193,7 @@ def explained_errors(address: str, resource: str) -> Iterator[None]:
 
 def connect(address: str, database: Path | None) -> MlflowClient:
     """A client of the server at an address, or of a database file, which is created."""
+    os.environ |= {**DEFAULTS, **os.environ}  # again: `airsweep.run` restores the environment
     if database is not None:
         database.parent.mkdir(parents=True, exist_ok=True)
         # If two processes create the same database at the same time, one of them fails.

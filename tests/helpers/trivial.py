@@ -13,6 +13,7 @@ Environment:
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import pkgutil
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 from safetensors.numpy import save_file
 
 from air_core.tools.seal import BLANK, sealed
@@ -157,6 +159,12 @@ FACTS: dict[str, Any] = {
 }
 
 
+def pixel_png() -> bytes:
+    png = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(png, "PNG")
+    return png.getvalue()
+
+
 @contextmanager
 def ray_session(
     on_death: Any = None, keep_logs: Callable[[], bool] = lambda: False
@@ -182,7 +190,7 @@ MODULES = {
     "orchestrator.execution._tuning": {"run_points": run_points},
     "orchestrator.execution._workers": {
         "Workers": Workers,
-        "draw_contact_sheet": lambda *arguments: (b"", {}),
+        "draw_contact_sheet": lambda *arguments: (pixel_png(), {}),
         "find_copies": lambda *arguments: [],
     },
     "orchestrator.cluster.session": {

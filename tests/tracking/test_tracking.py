@@ -444,3 +444,13 @@ def test_a_kill_while_mlflow_creates_its_tables_leaves_no_partial_database(
     python("-c", DRIVER, *arguments)
     assert (tmp_path / "mlflow.db").exists()
     assert not list(tmp_path.glob(".mlflow.db-*"))
+
+
+def test_later_runs_of_a_process_have_the_same_timeouts(tmp_path, monkeypatch):
+    from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES as RETRIES
+
+    from orchestrator.tracking._runs import connect
+
+    monkeypatch.delenv(RETRIES.name)  # as `airsweep.run` restores the environment
+    connect(f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path / "mlflow.db")
+    assert RETRIES.get() == 2
