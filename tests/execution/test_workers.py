@@ -46,7 +46,7 @@ UNREAD = SimpleNamespace(write=SimpleNamespace(remote=lambda *report: None))
 
 
 def maker(store: ArtifactStore, batch: int = ENCODER_BATCH) -> ArtifactMaker:
-    """The actor, in this process; nobody reads its reports."""
+    """A maker of artifacts in this process, whose progress nobody reads."""
     return ArtifactMaker(WorkerContext(store, batch=batch), 0.0, UNREAD)
 
 
