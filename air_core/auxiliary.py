@@ -256,7 +256,7 @@ def recognised(bank: Labelled, settings: FidelitySettings, text: Tensor, *_: Any
         right[(features @ text[c]).argmax()] = True
         return right.nonzero().flatten()
 
-    return _of_each_class(bank, right_ones)
+    return of_each_class(bank, right_ones)
 
 
 @FIDELITIES.add(
@@ -280,7 +280,7 @@ def real_mean(
 @FIDELITIES.add("random", summary="`keep` images", reads={"keep"})
 def first_images(bank: Labelled, settings: FidelitySettings, *_: Any) -> Labelled:
     # The images of a class have independent noise, so the first ones are a random sample.
-    return _of_each_class(bank, lambda features, c: torch.arange(len(features))[: settings.keep])
+    return of_each_class(bank, lambda features, c: slice(settings.keep))
 
 
 @FIDELITIES.add("none", summary="all images")
@@ -301,10 +301,10 @@ def _nearest_images(
         order = (features @ target(features, c)).argsort(descending=True, stable=True)
         return order[: settings.keep].sort().values
 
-    return _of_each_class(bank, best)
+    return of_each_class(bank, best)
 
 
-def _of_each_class(bank: Labelled, choose: Callable[[Tensor, int], Tensor]) -> Labelled:
+def of_each_class(bank: Labelled, choose: Callable[[Tensor, int], Tensor | slice]) -> Labelled:
     """The images whose indices `choose` gives for the features (N, D) of a class."""
     kept = []
     for c in sorted(set(bank.labels.tolist())):

@@ -40,10 +40,7 @@ def measured(predictions: Tensor, labels: Tensor, classes: Classes) -> Metrics:
 
 @torch.no_grad()
 def objectives(
-    classifier: Classifier,
-    pool: Encoded,
-    validation: Labelled | None,
-    classes: Classes,
+    classifier: Classifier, pool: Encoded, validation: Labelled | None, classes: Classes
 ) -> dict[str, float]:
     """Objectives of a search. They read no test image and no test label.
 

@@ -31,6 +31,7 @@ from air_core.auxiliary import (
     AuxiliaryClassifier,
     auxiliary_classifier,
     high_fidelity,
+    of_each_class,
 )
 from air_core.backbone import Backbone
 from air_core.classifiers import (
@@ -257,9 +258,9 @@ class Trial:
     def training(self, t: int) -> Training:
         """Prompt, images and loss of this round (step 5)."""
         spec, data = self.spec, self.data
-        learner = None if spec.prompt.restart else self.learner
+        self.learner = self._new_prompt()
         training = Training(
-            learner=learner or self._new_prompt(),
+            learner=self.learner,
             real=pseudo_labelled_batch(spec, data, self._selected()),
             labelled=data.labelled if spec.train.mix != "synthetic" else None,
             synthetic=synthetic_batch(spec, data),
@@ -270,8 +271,7 @@ class Trial:
             uses_tf32=data.backbone.uses_tf32,
             report=lambda step, steps: self.callback.on_step(*_steps_done(spec, t, step, steps)),
         )
-        self.learner = training.learner
-        if learner is None and isinstance(self.learner, StartsFromImages):
+        if isinstance(self.learner, StartsFromImages):
             self.learner.start_from(*training.images(len(data.classnames)))
         return training
 
@@ -345,12 +345,7 @@ class Trial:
     def _new_prompt(self) -> PromptLearner:
         spec, data = self.spec, self.data
         return build_learner(
-            spec.modality,
-            spec.prompt,
-            data.backbone,
-            data.classnames,
-            data.template,
-            spec.seed,
+            spec.modality, spec.prompt, data.backbone, data.classnames, data.template, spec.seed
         )
 
     def _selected(self) -> PseudoLabels | None:
@@ -440,8 +435,8 @@ def pool_evidence(spec: TrialSettings, data: TrialData) -> Tensor | None:
 
 def faded(bank: Labelled, progress: float) -> Labelled:
     """The first images of each class: all of them at progress 0, MIN_FADED per class at 1."""
-    kept = []
-    for c in sorted(set(bank.labels.tolist())):
-        members = (bank.labels == c).nonzero().flatten()
-        kept.append(members[: max(MIN_FADED, round(len(members) * (1 - progress)))])
-    return bank[torch.cat(kept)]
+
+    def first(features: Tensor, c: int) -> slice:
+        return slice(max(MIN_FADED, round(len(features) * (1 - progress))))
+
+    return of_each_class(bank, first)

@@ -28,7 +28,7 @@ class Method:
     summary: str
     pins: dict[str, Any]
     sets: dict[str, Any] = field(default_factory=dict)
-    host: str | None = None  # the method without auxiliary images, which it is compared with
+    host: str | None = "zero_shot"  # the method without auxiliary images, for comparison
     control: str | None = None  # the same method without diffusion
     is_bound: bool = False  # no method: it reads true labels, or wrong ones on purpose
     paradigms: tuple[str, ...] = ("ul", "ssl", "trzsl")  # in others it is not defined
@@ -129,64 +129,54 @@ _LABELS_PINS = {k: v for k, v in {**_CPL, **_PLAIN}.items() if k != "initial_lab
 _LABELS_SETS = {**_AIR, "initial_labels.true_share": 1.0}
 
 _METHODS = {
-    "zero_shot": Method(summary="CLIP without training", pins={"iterations": 0, **_NO_IMAGES}),
+    "zero_shot": Method(
+        summary="CLIP without training", pins={"iterations": 0, **_NO_IMAGES}, host=None
+    ),
     "zero_shot_aux": Method(
         summary="CLIP and an auxiliary classifier of synthetic images, without training",
         pins={"iterations": 0, **_PLAIN},
-        host="zero_shot",
     ),
     "zero_shot_real": Method(
         summary="CLIP and an auxiliary classifier of pseudo-labelled real images, without training",
         pins={"iterations": 0, **_REAL},
         sets={"auxiliary.kind": "lda", "auxiliary.rounds": 10},
-        host="zero_shot",
     ),
     "transductive": Method(
         summary="CLIP and a Gaussian mixture of the pool, without training",
         pins={"iterations": 0, "transduction": "gmm", **_NO_IMAGES},
-        host="zero_shot",
     ),
     "coop": Method(
         summary="CoOp: a text prompt from the labelled images alone",
         pins={**_LABELLED, "modality": "text"},
-        host="zero_shot",
         paradigms=_LABELS,
     ),
     "vpt": Method(
         summary="VPT: a visual prompt from the labelled images alone",
         pins={**_LABELLED, "modality": "visual"},
-        host="zero_shot",
         paradigms=_LABELS,
     ),
     "upl": Method(
         summary="UPL: a prompt from the most confident images of each predicted class",
         pins={**_ONE_ROUND, "pseudo_labels.kind": "predicted", **_NO_IMAGES},
-        host="zero_shot",
     ),
     "fpl": Method(
         summary="FPL: a prompt from the most confident images for each class, in one round",
         pins={**_ONE_ROUND, **_NO_IMAGES},
-        host="zero_shot",
     ),
     "ifpl": Method(
         summary="IFPL: FPL in several rounds",
         pins={"pseudo_labels.kind": "top_k", "pseudo_labels.growth": "fixed", **_NO_IMAGES},
-        host="zero_shot",
     ),
     "pseudo": Method(
-        summary="a prompt from pseudo-labels of any kind (pseudo_labels.*)",
-        pins=_NO_IMAGES,
-        host="zero_shot",
+        summary="a prompt from pseudo-labels of any kind (pseudo_labels.*)", pins=_NO_IMAGES
     ),
     "grip": Method(
         summary="GRIP: FPL in several rounds, with more images in each",
         pins={**_GRIP, **_NO_IMAGES},
-        host="zero_shot",
     ),
     "cpl": Method(
         summary="CPL: a prompt from images with several candidate classes",
         pins={**_CPL, **_NO_IMAGES},
-        host="zero_shot",
     ),
     "air": Method(
         summary="AiR on CPL: synthetic images in the auxiliary classifier and in the loss",
@@ -197,11 +187,7 @@ _METHODS = {
     ),
     "air_fpl": Method(summary="AiR on FPL", pins={**_ONE_ROUND, **_PLAIN}, sets=_AIR, host="fpl"),
     "air_grip": Method(
-        summary="AiR on GRIP",
-        pins={**_GRIP, **_PLAIN},
-        sets=_AIR,
-        host="grip",
-        control="grip_real",
+        summary="AiR on GRIP", pins={**_GRIP, **_PLAIN}, sets=_AIR, host="grip", control="grip_real"
     ),
     "air_domain": Method(
         summary="AiR whose LoRA learns the domain, from all of the pool and one caption",

@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 TEST_SHARE = 0.3  # of all images, if the dataset has no test part
 SEEN_SHARE = 0.62  # of the classes, in TRZSL
 
+Chosen = tuple[np.ndarray, tuple[int, ...] | None]  # labelled positions, and unseen classes
+
 
 def make_split(labels: np.ndarray, parts: np.ndarray, settings: SplitSettings) -> Split:
     """Split the images of a dataset into pool, labelled, validation and test images.
 
     UL: the pool is all of train (and val). SSL: `shots` images of each class move from the pool to
-    the labelled images. TRZSL: all images of seen classes move there, or `labelled_size` of them.
+    the labelled images. TRZSL: all images of seen classes move there. `pool_size` limits both.
 
     The pool never contains test images, except with `leaky_pool`. With `pool: train` it contains no
     validation images. If the dataset has images without a label, these are the pool, and there may
@@ -65,7 +67,7 @@ def split_positions(
     test = np.flatnonzero(parts == "test")
     labelled, unseen = PARADIGMS[settings.paradigm](labels, np.flatnonzero(train), settings)
     pool = _shaped(labels, np.setdiff1d(np.flatnonzero(train), labelled), settings)
-    labelled = _subset(labelled, settings.labelled_size, np.random.default_rng(settings.split_seed))
+    labelled = _subset(labelled, settings.pool_size, np.random.default_rng(settings.split_seed))
     if not len(pool) or not (len(test) or unlabelled):
         raise ValueError(
             f"the split has {len(pool)} pool and {len(test)} test images; both need at least one"
@@ -113,31 +115,21 @@ def _subset(images: np.ndarray, size: int | None, generator: np.random.Generator
     return np.sort(generator.choice(images, size, replace=False))
 
 
-def _unsupervised(
-    labels: np.ndarray, train: np.ndarray, settings: SplitSettings
-) -> tuple[np.ndarray, tuple[int, ...] | None]:
+def _ul(labels: np.ndarray, train: np.ndarray, settings: SplitSettings) -> Chosen:
     return np.array([], dtype=np.int64), None
 
 
-def _semi_supervised(
-    labels: np.ndarray, train: np.ndarray, settings: SplitSettings
-) -> tuple[np.ndarray, tuple[int, ...] | None]:
+def _ssl(labels: np.ndarray, train: np.ndarray, settings: SplitSettings) -> Chosen:
     chosen = labelled_positions(labels[train], settings.shots, settings.split_seed)
     return np.sort(train[chosen]), None
 
 
-def _transductive_zero_shot(
-    labels: np.ndarray, train: np.ndarray, settings: SplitSettings
-) -> tuple[np.ndarray, tuple[int, ...] | None]:
+def _trzsl(labels: np.ndarray, train: np.ndarray, settings: SplitSettings) -> Chosen:
     seen, unseen = seen_unseen(int(labels.max()) + 1, settings.class_seed)
     return train[np.isin(labels[train], seen)], unseen
 
 
-PARADIGMS = {
-    "ul": _unsupervised,
-    "ssl": _semi_supervised,
-    "trzsl": _transductive_zero_shot,
-}
+PARADIGMS = {"ul": _ul, "ssl": _ssl, "trzsl": _trzsl}
 
 
 def labelled_positions(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:

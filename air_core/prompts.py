@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
@@ -173,7 +172,7 @@ def text_logits(prompts: Sequence[TextPrompt], batches: Sequence[Encoded]) -> li
 @LEARNERS.add(
     "visual",
     summary="VPT tokens",
-    reads={"length", "depth", "init"},
+    reads={"length", "depth"},
     facts=["tokens", "transfers", "bundled"],
 )
 class VisualPrompt:
@@ -195,7 +194,7 @@ class VisualPrompt:
         if settings.depth == "deep":
             shape.insert(0, backbone.vision.layers)
         generator = torch.Generator().manual_seed(seed)
-        start = STARTS[settings.init](shape, backbone.vision.patch, generator)
+        start = torch.randn(*shape, generator=generator)
         self.tokens = Parameter((width**-0.5 * start).to(backbone.device))
         self.backbone = backbone
         self.weight = class_texts(backbone, classnames, template)  # (C, D)
@@ -220,16 +219,3 @@ class VisualPrompt:
     def prompt(self) -> Parameter:
         """(P, V); with `depth: deep` (layers, P, V)."""
         return self.tokens
-
-
-def _normal(shape: Sequence[int], patch: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(*shape, generator=generator)
-
-
-def _uniform(shape: Sequence[int], patch: int, generator: torch.Generator) -> Tensor:
-    """Xavier's range for a patch of three channels, as in VPT."""
-    reach = math.sqrt(6 / (3 * patch * patch + shape[-1]))
-    return reach * (2 * torch.rand(*shape, generator=generator) - 1)
-
-
-STARTS = {"normal": _normal, "uniform": _uniform}

@@ -13,9 +13,7 @@ from air_core.training import Training, fit
 from air_core.types import TrialResult
 
 
-def learn_side_by_side(
-    trials: Sequence[Trial],
-) -> Iterator[tuple[int, TrialResult | Exception]]:
+def learn_side_by_side(trials: Sequence[Trial]) -> Iterator[tuple[int, TrialResult | Exception]]:
     """Learn trials, which may differ in any setting, in the number of rounds and in steps.
 
     Yields:

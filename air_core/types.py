@@ -193,11 +193,9 @@ Targets = Tensor | SparseTargets  # (M, C)
 
 def sparse(targets: Targets) -> SparseTargets:
     """Targets without zeros."""
-    return (
-        targets
-        if isinstance(targets, SparseTargets)
-        else SparseTargets.of(torch.split(targets, ROWS))
-    )
+    if isinstance(targets, SparseTargets):
+        return targets
+    return SparseTargets.of(torch.split(targets, ROWS))
 
 
 @dataclass(frozen=True)

@@ -231,12 +231,9 @@ def test_a_folder_of_synthetic_images_that_changes_after_the_plan_is_an_error(fo
 
     worker = WorkerContext(ArtifactStore(tmp_path / "runs"))
     planned = row()
-    first, second = sorted((folder / CLASSES[0]).iterdir())[:2]
+    first = min((folder / CLASSES[0]).iterdir())
     first.rename(first.with_name("zzz.png"))
     with pytest.raises(ChangedInput, match="has changed since the run was planned"):
         planned.open(worker)
     generator = row().open(worker)
     assert generator.generate(CLASSES[0], [0, 1], [0, 0]).shape == (2, 8, 8, 3)
-    second.write_bytes(second.read_bytes() + b" ")
-    with pytest.raises(ValueError, match="was changed while its folder was read"):
-        generator.generate(CLASSES[0], [0, 1], [0, 0])

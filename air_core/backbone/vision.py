@@ -50,13 +50,9 @@ def vision_tower(tower: Any) -> VisionTower:
 
 
 class VisionTower(ABC):
-    """A vision transformer: `layers` blocks on tokens of `width`, for patches of `patch` pixels.
-
-    Its pooling may read all image tokens.
-    """
+    """A vision transformer: `layers` blocks on tokens of `width`; pooling may read all of them."""
 
     width: int
-    patch: int
     layers: int
     blocks: Sequence[Any]
 
@@ -96,7 +92,6 @@ class OpenClipTower(VisionTower):
     def __init__(self, tower: Any) -> None:
         self.tower, self.blocks = tower, tower.transformer.resblocks
         self.width, self.layers = int(tower.class_embedding.shape[0]), len(self.blocks)
-        self.patch = int(tower.conv1.kernel_size[0])
 
     def tokens(self, pixels: Tensor) -> Tensor:
         tokens: Tensor = self.tower._embeds(pixels)
@@ -137,7 +132,6 @@ class TimmTower(VisionTower):
         self.tower, self.trunk = tower, tower.trunk
         self.blocks = self.trunk.blocks
         self.width, self.layers = int(self.trunk.embed_dim), len(self.blocks)
-        self.patch = tower.image_size[0] // self.trunk.patch_embed.grid_size[0]
 
     def tokens(self, pixels: Tensor) -> Tensor:
         trunk = self.trunk

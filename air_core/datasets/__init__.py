@@ -35,8 +35,6 @@ def get_dataset(name: str) -> Dataset:
     """
     if name.startswith(PREFIX):
         return folder_dataset(name)
-    if name in DATASETS:
-        return DATASETS[name]
     if name not in components.DATASETS:
         known = ", ".join(sorted(components.DATASETS))
         raise ValueError(f"unknown dataset {name!r}; known: {known}, or folder:<path>")

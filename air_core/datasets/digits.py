@@ -28,8 +28,8 @@ VALIDATION = 180
 def files(root: Path | None) -> list[Path]:
     """scikit-learn's data file, located without importing scikit-learn."""
     spec = find_spec("sklearn")
-    if spec is None or spec.origin is None:
-        raise ValueError("the digits come with scikit-learn, which is not installed")
+    assert spec is not None
+    assert spec.origin is not None
     return [Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"]
 
 

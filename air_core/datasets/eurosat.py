@@ -18,16 +18,8 @@ from air_core.datasets.split_files import split_listing
 from air_core.settings.components import DATASETS
 
 FOLDERS = (  # in the order of the class names
-    "AnnualCrop",
-    "Forest",
-    "HerbaceousVegetation",
-    "Highway",
-    "Industrial",
-    "Pasture",
-    "PermanentCrop",
-    "Residential",
-    "River",
-    "SeaLake",
+    *("AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial"),
+    *("Pasture", "PermanentCrop", "Residential", "River", "SeaLake"),
 )
 ARCHIVE = ("2750", "EuroSAT_RGB")  # folder in the archive, old and new
 TEST_SHARE = Fraction(5, 27)

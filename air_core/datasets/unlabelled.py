@@ -20,13 +20,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 
-from air_core.datasets.class_folders import (
-    FEWEST,
-    READ_TEXT,
-    images_in,
-    skipped_clause,
-    walk,
-)
+from air_core.datasets.class_folders import FEWEST, READ_TEXT, images_in, skipped_clause, walk
 from air_core.datasets.dataset import Listing, Row, some
 from air_core.datasets.places import class_entries, read_text, said, text_lines
 from air_core.settings import UNKNOWN

@@ -24,12 +24,7 @@ from torch import Tensor
 
 from air_core.diffusion import image_seed
 from air_core.diffusion.denoiser import denoiser_class, network, network_name
-from air_core.models.configs import (
-    PIPELINE_CONFIG,
-    UNREAD,
-    check_configs,
-    read_index,
-)
+from air_core.models.configs import PIPELINE_CONFIG, UNREAD, check_configs, read_index
 from air_core.models.weights import is_distilled, stay_offline
 from air_core.settings import GenerationSettings, Precision
 from air_core.tools.arithmetic import sums_in_one_order

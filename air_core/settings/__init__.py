@@ -117,20 +117,16 @@ class SplitSettings:
         False, "eurosat: test images stay in the pool, only to compare with published numbers"
     )
     pool_size: int | None = knob(
-        None, "largest number of pool images, a subset drawn by split_seed; null: all", ge=1
+        None,
+        "largest number of pool images, and of labelled images in trzsl, subsets drawn by "
+        "split_seed; null: all",
+        ge=1,
     )
     pool_ratio: float = knob(
         1.0, "simulated imbalance: images of the commonest class over those of the rarest", ge=1
     )
     pool_missing: float = knob(
         0.0, "simulated: share of the classes without any pool image", ge=0, lt=1
-    )
-    labelled_size: int | None = knob(
-        None,
-        "trzsl: largest number of labelled images, a subset drawn by split_seed; null: all; a "
-        "sweep that does not set it uses pool_size",
-        ge=1,
-        used_if=lambda s: s.paradigm == "trzsl",
     )
 
 
@@ -314,12 +310,6 @@ class PromptSettings:
 
     length: int = knob(16, "context vectors, or tokens beside the patches", ge=1, le=64)
     depth: Literal["shallow", "deep"] = knob("shallow", "visual; deep: new tokens in every block")
-    init: Literal["normal", "uniform"] = knob(
-        "normal", "visual: initial distribution of the tokens"
-    )
-    restart: bool = knob(
-        True, "each iteration starts from the same prompt", used_if=lambda s: s.iterations > 1
-    )
     own: Own = ()  # of components from plugins
 
 

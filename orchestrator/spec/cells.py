@@ -128,8 +128,6 @@ def flat_settings(spec: SweepSpec, given: dict[str, Any]) -> dict[str, Any]:
     flat = {**_DEFAULTS, **presets.defaults(method, given, spec.worlds)}
     left_out = {"method", *METHODS[method].pins}
     flat |= {key: value for key, value in given.items() if key not in left_out}
-    if flat["paradigm"] == "trzsl" and "labelled_size" not in given:
-        flat["labelled_size"] = flat["pool_size"]  # a small pool has few labelled images too
     if flat.pop("lora", True) is None:  # LoRA is off: the lora.* settings do not apply
         flat = {key: value for key, value in flat.items() if not key.startswith("lora.")}
         flat["lora"] = None

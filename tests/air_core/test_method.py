@@ -157,7 +157,6 @@ def test_data_of_a_dataset_are_its_encoded_and_split_images(spec, worlds, tiny_c
 
 CARRIES_OVER: dict[str, dict[str, Any]] = {
     "text": {},
-    "the prompt goes on": {"prompt__restart": False},
     "real images are chosen again": {
         **{"auxiliary__source": "both", "auxiliary__refresh": True, "auxiliary__fade": True},
         **{"auxiliary__k": 8, "auxiliary__k_step": 4},
@@ -305,7 +304,6 @@ def test_a_classifier_of_the_pool_is_better_than_the_text_alone(spec, digits, me
     [
         {"fusion__space": "logit"},
         {"fusion__schedule": "annealed"},
-        {"prompt__restart": False},
         {"train__mix": "synthetic"},
         {"train__mix": "real"},
         {"pseudo_labels__kind": "threshold"},

@@ -100,17 +100,15 @@ def test_a_smaller_pool_is_a_subset_that_depends_on_the_split_seed(paradigm):
         small = split("digits", paradigm, seed=seed, pool_size=50)
         assert len(small.pool) == 50
         assert set(small.pool.tolist()) <= set(split("digits", paradigm, seed=seed).pool.tolist())
-        assert len(small.labelled) == len(split("digits", paradigm, seed=seed).labelled)
     assert split("digits", paradigm, pool_size=10**6).pool.tolist() == whole.pool.tolist()
 
 
-def test_fewer_labelled_images_of_seen_classes_leave_the_pool_as_it_is():
-    whole, other = split("digits", "trzsl"), split("digits", "trzsl", seed=1, labelled_size=30)
-    small = split("digits", "trzsl", labelled_size=30)
+def test_a_smaller_pool_has_fewer_labelled_images_of_seen_classes():
+    whole, other = split("digits", "trzsl"), split("digits", "trzsl", seed=1, pool_size=30)
+    small = split("digits", "trzsl", pool_size=30)
     assert len(small.labelled) == 30
     assert set(small.labelled.tolist()) < set(whole.labelled.tolist())
     assert small.labelled.tolist() != other.labelled.tolist()
-    assert small.pool.tolist() == whole.pool.tolist()
 
 
 def test_an_imbalanced_pool_has_rare_and_missing_classes_and_the_full_test_set():
@@ -139,7 +137,7 @@ LABELS = np.arange(12) % 2
 
 
 def test_a_stratified_split_is_that_of_scikit_learn():
-    rng, refused = np.random.default_rng(0), 0
+    rng, compared = np.random.default_rng(0), 0
     for seed in range(200):
         classes = int(rng.integers(2, 40))
         labels = rng.integers(0, classes, rng.integers(2 * classes, 60 * classes))
@@ -148,13 +146,11 @@ def test_a_stratified_split_is_that_of_scikit_learn():
             _, expected = train_test_split(
                 np.arange(len(labels)), test_size=size, stratify=labels, random_state=seed
             )
-        except ValueError:
-            refused += 1
-            with pytest.raises(ValueError, match=r"has one image|are too few"):
-                stratified(labels, size, seed)
-        else:
-            assert sorted(stratified(labels, size, seed)) == sorted(expected)
-    assert 0 < refused < 100
+        except ValueError:  # a class of one image, or a part smaller than the number of classes
+            continue
+        assert sorted(stratified(labels, size, seed)) == sorted(expected)
+        compared += 1
+    assert compared > 100
 
 
 @pytest.mark.parametrize(

@@ -42,15 +42,11 @@ def test_a_text_prompt_has_length_vectors_near_zero(tiny_clip, length):
     assert context.mean().abs().item() < 0.01
 
 
-@pytest.mark.parametrize("init", ["normal", "uniform"])
-def test_a_visual_prompt_is_near_zero_and_deep_ones_have_tokens_for_every_block(tiny_clip, init):
+def test_a_visual_prompt_is_near_zero_and_deep_ones_have_tokens_for_every_block(tiny_clip):
     width, layers = tiny_clip.vision.width, tiny_clip.vision.layers
     for depth, shape in (("shallow", (8, width)), ("deep", (layers, 8, width))):
-        settings = PromptSettings(length=8, depth=depth, init=init)
+        settings = PromptSettings(length=8, depth=depth)
         one = build_learner("visual", settings, tiny_clip, NAMES, TEMPLATE, 0)
         assert one.prompt.shape == shape
         assert 0 < one.prompt.std() < 1.1 * width**-0.5
-        if init == "uniform":  # VPT's range, of a patch of three channels
-            reach = width**-0.5 * (6 / (3 * tiny_clip.vision.patch**2 + width)) ** 0.5
-            assert 0.9 * reach < one.prompt.abs().max() <= reach
         assert one.logits(some_images(tiny_clip)).shape == (5, len(NAMES))

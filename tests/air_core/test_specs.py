@@ -71,7 +71,6 @@ def test_flat_keys_of_a_trial_become_the_same_trial_again(method):
 WITHOUT_EFFECT = [
     ({}, "test_dataset", None, REFS["dataset"]),
     ({}, "shots", 1, 2),
-    ({"paradigm": "ssl"}, "labelled_size", 40, None),
     ({}, "lora.source", "all", "pseudo"),
     ({}, "evidence.low", 0.2, 0.4),
     (NO_ROUND, "pseudo_labels.kind", "top_k", "candidates"),

@@ -151,7 +151,6 @@ CONTEXT: dict[str, dict[str, Any]] = {  # the settings with which a setting has 
     "lora.source": SSL,
     "train.labelled_weight": SSL,
     "class_seed": TRZSL,
-    "labelled_size": TRZSL,
     "train.labelled_among": TRZSL,
     "auxiliary.kappa": {"auxiliary__temperature": "kappa"},
     "auxiliary.neighbours": {"auxiliary__kind": "knn"},
@@ -163,7 +162,6 @@ CONTEXT: dict[str, dict[str, Any]] = {  # the settings with which a setting has 
     "pseudo_labels.k": {"pseudo_labels__growth": "fixed"},
     "pseudo_labels.threshold": {"pseudo_labels__kind": "threshold"},
     "prompt.depth": VISUAL,
-    "prompt.init": VISUAL,
     "evidence.prune_to": {"evidence__prune_after": 1},
 }
 
