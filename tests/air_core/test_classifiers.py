@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.functional import normalize
 
 from air_core.auxiliary import CACHE_SHARPNESS, auxiliary_classifier, high_fidelity
-from air_core.classifiers import (
-    FusedClassifier,
-    LinearClassifier,
-    fuse,
-    matching_sharpness,
-)
+from air_core.classifiers import FusedClassifier, LinearClassifier, fuse
 from air_core.settings import AuxiliarySettings, FidelitySettings
 from air_core.settings.components import AUXILIARIES
 from air_core.transduction import transductive
@@ -84,6 +82,11 @@ def test_a_linear_probe_does_not_depend_on_how_often_a_class_has_its_images():
         auxiliary_classifier(settings, each, None, bank.images, 3, 20.0) for each in (bank, often)
     )
     torch.testing.assert_close(one.weight, other.weight, rtol=1e-3, atol=1e-3)
+    # It starts at the class means, at CLIP's temperature.
+    means = auxiliary_classifier(
+        replace(settings, kind="prototype"), bank, None, bank.images, 3, 1.0
+    )
+    assert (one.weight - 20.0 * means.weight).abs().max() < 2.0
 
 
 def test_lda_equals_scikit_learn():
@@ -96,8 +99,10 @@ def test_lda_equals_scikit_learn():
     theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.2, priors=[1 / 3] * 3).fit(
         bank.images.features.double().numpy(), bank.labels.numpy()
     )
-    guess = ours.logits(target.images).argmax(dim=-1).numpy()
-    assert (guess == theirs.predict(target.images.features.double().numpy())).mean() == 1.0
+    scores = torch.from_numpy(theirs.decision_function(target.images.features.double().numpy()))
+    # Theirs divides the covariance by the number of images, ours by the degrees of freedom.
+    expected = (scores - math.log(1 / 3)) * (120 - 3) / 120
+    torch.testing.assert_close(ours.logits(target.images).double(), expected, rtol=1e-4, atol=1e-3)
 
 
 def test_synthetic_and_real_images_are_centred_separately():
@@ -167,12 +172,28 @@ def test_in_trzsl_the_auxiliary_redistributes_the_scores_of_unseen_classes():
     torch.testing.assert_close(scores[:, unseen], own * mass)
 
 
-def test_matching_entropy_makes_the_auxiliary_as_confident_as_the_text():
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(200, 5, generator=generator)
-    factor = matching_sharpness(logits, 0.6)
-    confidence = (factor * logits).softmax(dim=-1).amax(dim=-1).mean()
-    assert confidence.item() == pytest.approx(0.6, abs=1e-3)
+def test_matching_makes_the_auxiliary_as_confident_as_the_text():
+    bank, pool = toy(0, 10), toy(1, 40).images
+    settings = AuxiliarySettings(kind="prototype")
+    text, auxiliary = (
+        auxiliary_classifier(settings, bank, None, pool, 3, sharpness) for sharpness in (3.0, 90.0)
+    )
+    fused = fuse(text, auxiliary, pool, Classes(3), 0.5, "match_confidence")
+    found, wanted = (
+        one.logits(pool).softmax(dim=-1).amax(dim=-1).mean() for one in (fused.auxiliary, text)
+    )
+    assert found.item() == pytest.approx(wanted.item(), abs=1e-3)
+    assert fuse(text, auxiliary, pool, Classes(3), 0.5, "kappa").auxiliary is auxiliary
+
+
+def test_an_image_without_evidence_has_no_vote():
+    q = torch.tensor([[0.1, 0.8, 0.1], [torch.nan] * 3])
+    fused = FusedClassifier(OfLogits(), None, 0.0, "probability", Classes(3), q)
+    votes = fused.votes(OfLogits(), Encoded(torch.eye(3)[:2]))
+    assert {name: vote.tolist() for name, vote in votes.items()} == {
+        "text": [0, 1],
+        "evidence": [1, -1],
+    }
 
 
 def plain_mixture(prior: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
