@@ -35,10 +35,11 @@ def get_dataset(name: str) -> Dataset:
     """
     if name.startswith(PREFIX):
         return folder_dataset(name)
-    if name not in components.DATASETS:
+    component = components.DATASETS.get(name)
+    if component is None:
         known = ", ".join(sorted(components.DATASETS))
         raise ValueError(f"unknown dataset {name!r}; known: {known}, or folder:<path>")
-    return _made(components.DATASETS.load(name), name, components.DATASETS[name].summary)
+    return DATASETS.get(name) or _made(components.DATASETS.load(name), name, component.summary)
 
 
 def keeps_validation(name: str) -> bool:
