@@ -206,7 +206,15 @@ def test_other_users_cannot_access_files_and_sockets_of_a_local_cluster(ray_sess
 SCRIPT = """
 import ray
 from orchestrator.cluster import session
+from orchestrator.environment import environment
 
+init, seconds = ray.init, ["0", "30"]  # that a start may take: the first one fails
+
+def start(**options):
+    with environment({{"RAY_gcs_server_port_wait_time_s": seconds.pop(0)}}):
+        init(**options)
+
+ray.init = start
 with session.ray_session(keep_logs=lambda: {keep}):
     print(ray._private.worker._global_node.get_session_dir_path())
 """
@@ -215,7 +223,8 @@ with session.ray_session(keep_logs=lambda: {keep}):
 @pytest.mark.ray
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_local_cluster_leaves_no_files_behind_but_its_logs_if_a_process_died(keep, tmp_path):
-    """Also if the path of the temporary folder is too long for Ray's sockets."""
+    """Also if the path of the temporary folder is too long for Ray's sockets, and the first start
+    fails, as where two take the same port."""
     (tmp_path / ("x" * 100)).mkdir()
     done = python("-c", SCRIPT.format(keep=keep), TMPDIR=tmp_path / ("x" * 100))
     session = Path(done.stdout.strip())

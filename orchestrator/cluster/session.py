@@ -54,6 +54,7 @@ OBJECT_STORE_BYTES = 256 * 2**20  # small, because artifacts travel through the 
 # Linux allows 107 bytes for the path of a socket. The longest one of Ray, below its folder, is
 # /session_2026-01-31_23-59-59_123456_4194304/sockets/plasma_store: 64 bytes.
 MAX_PARENT_LENGTH = 107 - 64 - len("/air-12345678/ray")
+START_TRIES = 2  # of a local cluster: two that start at the same moment can take one port
 # A local cluster keeps idle workers, which have torch loaded, for the next task. Ray's default ends
 # them after a second.
 KEEP_WORKERS = {"idle_worker_killing_time_threshold_ms": 60_000, "num_workers_soft_limit": 4}
@@ -143,25 +144,30 @@ def _local_cluster(
     folder = _private_folder()
     ray_folder = folder / "ray"  # readable by all users; the folder around it is private
     logs = ray_folder / "session_latest" / "logs"
-    try:
-        with redirect_descriptor(2, None), _private(), environment(variables):
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                _temp_dir=str(ray_folder),
-                _system_config=KEEP_WORKERS,
-                **SILENT,
-            )
-    except Exception as problem:
-        kill_local_ray()  # the processes that have started
-        # After its time limits Ray raises one of these, or a plain Exception.
-        if type(problem) is not Exception and not isinstance(problem, RuntimeError | TimeoutError):
-            raise  # such as a full disk
-        raise Refused(
-            f"Ray did not start on this machine ({first_line(problem).partition('. ')[0]}); if the "
-            f"machine is busy, try again later (Ray's logs: {logs})"
-        ) from problem
+    for tries_left in reversed(range(START_TRIES)):
+        try:
+            with redirect_descriptor(2, None), _private(), environment(variables):
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    _temp_dir=str(ray_folder),
+                    _system_config=KEEP_WORKERS,
+                    **SILENT,
+                )
+            break
+        except Exception as problem:
+            kill_local_ray()  # the processes that have started
+            # After its time limits Ray raises one of these, or a plain Exception.
+            is_late = type(problem) is Exception or isinstance(problem, RuntimeError | TimeoutError)
+            if not is_late:
+                raise  # such as a full disk
+            if not tries_left:
+                reason = first_line(problem).partition(". ")[0]
+                raise Refused(
+                    f"Ray did not start on this machine ({reason}); if the machine is busy, try "
+                    f"again later (Ray's logs: {logs})"
+                ) from problem
     closing, died = threading.Event(), threading.Event()
 
     def report_death() -> None:
