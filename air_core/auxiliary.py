@@ -28,6 +28,7 @@ CACHE_SHARPNESS = 5.5  # Tip-Adapter's beta (arXiv:2111.03930)
 COSINES = 2**25  # of a chunk of images with the bank, 128 MiB
 SHRINKAGE = 0.2  # of the within-class covariance towards a multiple of the identity
 PROBE_STEPS, PROBE_RATE, PROBE_DECAY = 200, 1e-2, 1e-2
+MIN_FADED = 8  # synthetic images per class that `auxiliary.fade` keeps in the last round
 
 
 @dataclass(frozen=True)
@@ -256,7 +257,7 @@ def recognised(bank: Labelled, settings: FidelitySettings, text: Tensor, *_: Any
         right[(features @ text[c]).argmax()] = True
         return right.nonzero().flatten()
 
-    return of_each_class(bank, right_ones)
+    return _of_each_class(bank, right_ones)
 
 
 @FIDELITIES.add(
@@ -280,12 +281,21 @@ def real_mean(
 @FIDELITIES.add("random", summary="`keep` images", reads={"keep"})
 def first_images(bank: Labelled, settings: FidelitySettings, *_: Any) -> Labelled:
     # The images of a class have independent noise, so the first ones are a random sample.
-    return of_each_class(bank, lambda features, c: slice(settings.keep))
+    return _of_each_class(bank, lambda features, c: slice(settings.keep))
 
 
 @FIDELITIES.add("none", summary="all images")
 def all_images(bank: Labelled, *_: Any) -> Labelled:
     return bank
+
+
+def faded(bank: Labelled, progress: float) -> Labelled:
+    """The first images of each class: all of them at progress 0, MIN_FADED per class at 1."""
+
+    def first(features: Tensor, c: int) -> slice:
+        return slice(max(MIN_FADED, round(len(features) * (1 - progress))))
+
+    return _of_each_class(bank, first)
 
 
 def _mean(features: Tensor) -> Tensor:  # (N, D) -> (D,)
@@ -301,10 +311,10 @@ def _nearest_images(
         order = (features @ target(features, c)).argsort(descending=True, stable=True)
         return order[: settings.keep].sort().values
 
-    return of_each_class(bank, best)
+    return _of_each_class(bank, best)
 
 
-def of_each_class(bank: Labelled, choose: Callable[[Tensor, int], Tensor | slice]) -> Labelled:
+def _of_each_class(bank: Labelled, choose: Callable[[Tensor, int], Tensor | slice]) -> Labelled:
     """The images whose indices `choose` gives for the features (N, D) of a class."""
     kept = []
     for c in sorted(set(bank.labels.tolist())):

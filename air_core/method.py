@@ -27,12 +27,7 @@ import torch
 from torch import Tensor
 
 from air_core import evaluation
-from air_core.auxiliary import (
-    AuxiliaryClassifier,
-    auxiliary_classifier,
-    high_fidelity,
-    of_each_class,
-)
+from air_core.auxiliary import AuxiliaryClassifier, auxiliary_classifier, faded, high_fidelity
 from air_core.backbone import Backbone
 from air_core.classifiers import (
     CachedClassifier,
@@ -56,8 +51,6 @@ from air_core.settings.conditions import (
 )
 from air_core.training import Targeted, Training, fit
 from air_core.types import Classes, ClassifierResult, Encoded, Labelled, PseudoLabels, TrialResult
-
-MIN_FADED = 8  # synthetic images per class that `auxiliary.fade` keeps in the last round
 
 
 @dataclass(frozen=True)
@@ -431,12 +424,3 @@ def pool_evidence(spec: TrialSettings, data: TrialData) -> Tensor | None:
         return None
     settings = spec.evidence
     return evidence_probabilities(data.evidence, settings.confidence, settings.balance)
-
-
-def faded(bank: Labelled, progress: float) -> Labelled:
-    """The first images of each class: all of them at progress 0, MIN_FADED per class at 1."""
-
-    def first(features: Tensor, c: int) -> slice:
-        return slice(max(MIN_FADED, round(len(features) * (1 - progress))))
-
-    return of_each_class(bank, first)

@@ -26,7 +26,7 @@ def make_split(labels: np.ndarray, parts: np.ndarray, settings: SplitSettings) -
     """Split the images of a dataset into pool, labelled, validation and test images.
 
     UL: the pool is all of train (and val). SSL: `shots` images of each class move from the pool to
-    the labelled images. TRZSL: all images of seen classes move there. `pool_size` limits both.
+    the labelled images. TRZSL: all images of seen classes move there, `pool_size` at most.
 
     The pool never contains test images, except with `leaky_pool`. With `pool: train` it contains no
     validation images. If the dataset has images without a label, these are the pool, and there may
@@ -67,7 +67,9 @@ def split_positions(
     test = np.flatnonzero(parts == "test")
     labelled, unseen = PARADIGMS[settings.paradigm](labels, np.flatnonzero(train), settings)
     pool = _shaped(labels, np.setdiff1d(np.flatnonzero(train), labelled), settings)
-    labelled = _subset(labelled, settings.pool_size, np.random.default_rng(settings.split_seed))
+    if unseen is not None:
+        generator = np.random.default_rng(settings.split_seed)
+        labelled = _subset(labelled, settings.pool_size, generator)
     if not len(pool) or not (len(test) or unlabelled):
         raise ValueError(
             f"the split has {len(pool)} pool and {len(test)} test images; both need at least one"

@@ -16,8 +16,15 @@ def stratified(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
 
     Returns:
         (size,) positions, by class.
+
+    Raises:
+        ValueError: a class has one image, or a part has fewer images than there are classes.
     """
     classes, counts = np.unique(labels, return_counts=True)
+    if (rarest := counts.min()) < 2 or min(size, len(labels) - size) < len(classes):
+        raise ValueError(
+            f"{len(labels)} images, {rarest} of the rarest class, are too few for train and test"
+        )
     generator = np.random.RandomState(seed)
     train = _proportional(counts, len(labels) - size, generator)
     test = _proportional(counts - train, size, generator)

@@ -117,10 +117,7 @@ class SplitSettings:
         False, "eurosat: test images stay in the pool, only to compare with published numbers"
     )
     pool_size: int | None = knob(
-        None,
-        "largest number of pool images, and of labelled images in trzsl, subsets drawn by "
-        "split_seed; null: all",
-        ge=1,
+        None, "largest pool, and in trzsl labelled part, drawn by split_seed; null: all", ge=1
     )
     pool_ratio: float = knob(
         1.0, "simulated imbalance: images of the commonest class over those of the rarest", ge=1

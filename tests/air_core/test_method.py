@@ -12,10 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
+from air_core.auxiliary import faded
 from air_core.classifiers import text_classifier
 from air_core.datasets import get_dataset
 from air_core.evidence import mean_scores
-from air_core.method import START, Callback, Round, TrialData, TrialState, faded, learn
+from air_core.method import START, Callback, Round, TrialData, TrialState, learn
 from air_core.methods import METHODS
 from air_core.paradigms import PARADIGMS, make_split
 from air_core.settings import SplitSettings

@@ -100,6 +100,8 @@ def test_a_smaller_pool_is_a_subset_that_depends_on_the_split_seed(paradigm):
         small = split("digits", paradigm, seed=seed, pool_size=50)
         assert len(small.pool) == 50
         assert set(small.pool.tolist()) <= set(split("digits", paradigm, seed=seed).pool.tolist())
+        if paradigm != "trzsl":
+            assert len(small.labelled) == len(split("digits", paradigm, seed=seed).labelled)
     assert split("digits", paradigm, pool_size=10**6).pool.tolist() == whole.pool.tolist()
 
 
@@ -109,6 +111,8 @@ def test_a_smaller_pool_has_fewer_labelled_images_of_seen_classes():
     assert len(small.labelled) == 30
     assert set(small.labelled.tolist()) < set(whole.labelled.tolist())
     assert small.labelled.tolist() != other.labelled.tolist()
+    assert set(small.pool.tolist()) < set(whole.pool.tolist())  # no seen class among them
+    assert len(split("digits", "ssl", pool_size=10).labelled) == 20  # shots are never left out
 
 
 def test_an_imbalanced_pool_has_rare_and_missing_classes_and_the_full_test_set():
@@ -137,7 +141,7 @@ LABELS = np.arange(12) % 2
 
 
 def test_a_stratified_split_is_that_of_scikit_learn():
-    rng, compared = np.random.default_rng(0), 0
+    rng, refused = np.random.default_rng(0), 0
     for seed in range(200):
         classes = int(rng.integers(2, 40))
         labels = rng.integers(0, classes, rng.integers(2 * classes, 60 * classes))
@@ -146,11 +150,13 @@ def test_a_stratified_split_is_that_of_scikit_learn():
             _, expected = train_test_split(
                 np.arange(len(labels)), test_size=size, stratify=labels, random_state=seed
             )
-        except ValueError:  # a class of one image, or a part smaller than the number of classes
-            continue
-        assert sorted(stratified(labels, size, seed)) == sorted(expected)
-        compared += 1
-    assert compared > 100
+        except ValueError:
+            refused += 1
+            with pytest.raises(ValueError, match="are too few"):
+                stratified(labels, size, seed)
+        else:
+            assert sorted(stratified(labels, size, seed)) == sorted(expected)
+    assert 0 < refused < 100
 
 
 @pytest.mark.parametrize(
