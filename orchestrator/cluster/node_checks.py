@@ -44,6 +44,7 @@ TOKEN_BYTES = 1 << 16  # size of such a file; a full quota may still accept a fe
 VISIBLE = 2.0  # seconds until a network disk shows a file of another machine
 SAMPLE, ENDS = 200, 1 << 16  # files of an input to read; bytes to read at both ends of a file
 
+DIED, SETTLE = "NodeDiedError", 3.0  # seconds until all of Ray knows who has joined or left
 ANSWER_TIMEOUT = 90.0  # seconds; on a slow disk a new process that imports torch takes a minute
 REMEDIES = {
     "answers": "install the driver's airsweep there, restart its Ray, or remove the machine from "
@@ -348,18 +349,28 @@ def check_nodes(store: ArtifactStore, needs: NodeRequirements) -> dict[str, list
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
-    found = {}
-    task = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(node_facts)
-    with store_token(store.name) as token:
+    def ask(keys: Iterable[str]) -> dict[str, Facts | str]:
         pending = {}
-        for key, node in nodes.items():
+        for key in keys:
             this_node = NodeAffinitySchedulingStrategy(key, soft=False)
-            use_gpu = bool(needs.uses_gpus and node["Resources"].get("GPU"))
+            use_gpu = bool(needs.uses_gpus and nodes[key]["Resources"].get("GPU"))
             on_node = task.options(scheduling_strategy=this_node)
             pending[on_node.remote(store.name, token, needs, use_gpu)] = key
+        return _gather(pending)
+
+    nodes, found = _living_nodes(), {}
+    task = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(node_facts)
+    with store_token(store.name) as token:
+        answers = ask(nodes)
         driver = node_facts(store.name, token, needs, False)
-        answers = _gather(pending)
+        # Ray also says so of a machine that it does not know everywhere yet, since it has just
+        # joined. Those are asked once more, without any that have left.
+        if died := [key for key, answer in answers.items() if str(answer).startswith(DIED)]:
+            time.sleep(SETTLE)
+            living = _living_nodes()
+            nodes = {key: node for key, node in nodes.items() if key in living}
+            if again := [key for key in died if key in living]:
+                answers |= ask(again)
     for key, node in nodes.items():
         name, answer = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})", answers[key]
         if isinstance(answer, str):
@@ -368,6 +379,13 @@ def check_nodes(store: ArtifactStore, needs: NodeRequirements) -> dict[str, list
         else:
             found[key] = compare_facts(name, answer, driver, store.name, needs)
     return found
+
+
+def _living_nodes() -> dict[str, Any]:
+    """The machines that are up, by their id."""
+    import ray
+
+    return {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
 
 
 def _gather(pending: dict[Any, str]) -> dict[str, Facts | str]:
