@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import shutil
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
@@ -78,6 +80,18 @@ def test_a_larger_row_draws_its_missing_blocks_and_a_blank_image_is_a_recorded_h
     again = read_synthetic(many.spec, 8, store)
     assert (again.images.features == first.images.features).all()
     assert len(read_synthetic(many.spec, 16, store).labels) == 159
+
+
+def test_a_worker_uses_memory_again_that_it_has_freed(tmp_path):
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(10):
+            np.ones(2**19)  # 4 MiB, which are 1,024 pages
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    maker(ArtifactStore(tmp_path))
+    faults()
+    assert faults() < 1024
 
 
 def test_a_row_of_a_pool_that_is_computed_again_is_the_same_call():
