@@ -28,7 +28,6 @@ import pytest
 from hypothesis.internal.conjecture import providers
 
 from air_core.tools.arithmetic import sums_in_one_order
-from orchestrator.cluster.session import keep_freed_memory
 from orchestrator.environment import environment
 from orchestrator.planning import Resolver
 from orchestrator.planning.resources import this_machine
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
     from tests.helpers.servers import S3Server
 
 sums_in_one_order()  # before any test computes
-keep_freed_memory()
 
 # Every process that a test starts inherits this variable, and no process with it outlives the run.
 RUN = "AIRSWEEP_TEST_RUN"

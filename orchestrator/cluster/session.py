@@ -315,7 +315,7 @@ def quiet_data_context() -> Iterator[None]:
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.memory_usage_poll_interval_s = None  # a thread in each process that makes artifacts
+    context.memory_usage_poll_interval_s = None  # else a thread reads it each second
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     with DataContext.current(context):
         yield
@@ -328,7 +328,7 @@ def prepare_worker(variables: Mapping[str, str], plugins: Sequence[Plugin]) -> N
 
     from air_core.backbone.loading import import_open_clip_alone
 
-    keep_freed_memory()
+    _keep_freed_memory()
     import_open_clip_alone()
     use_plugins(plugins)
     if not ray.is_initialized() or ray.get_runtime_context().worker.mode != ray.WORKER_MODE:
@@ -338,11 +338,11 @@ def prepare_worker(variables: Mapping[str, str], plugins: Sequence[Plugin]) -> N
     os.environ |= {**variables, DEVICES: json.dumps(devices)}
 
 
-def keep_freed_memory() -> None:
+def _keep_freed_memory() -> None:
     """Let this process use memory again that it has freed, instead of returning it to the system.
 
-    glibc returns arrays of more than 128 kB at once and the system clears each page of the next
-    ones: a fifth of the time of the tiny models, whose layers have arrays of a megabyte.
+    glibc returns freed arrays of some megabytes, and the system clears each page of the next ones:
+    a fifth of the time in which the tiny models draw images and compute denoising errors.
     """
     with suppress(AttributeError, OSError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt

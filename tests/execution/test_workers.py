@@ -85,8 +85,8 @@ def test_a_larger_row_draws_its_missing_blocks_and_a_blank_image_is_a_recorded_h
 def test_a_worker_uses_memory_again_that_it_has_freed(tmp_path):
     def faults() -> int:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(10):
-            np.ones(2**19)  # 4 MiB, which are 1,024 pages
+        arrays = [np.ones(2**17) for _ in range(40)]  # 40 MiB, which are 10,240 pages
+        del arrays
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
     maker(ArtifactStore(tmp_path))
