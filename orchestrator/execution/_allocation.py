@@ -53,14 +53,14 @@ class PoolStatistics:
         >>> print(PoolStatistics("generator", True, 2, images=640, busy=150, held=160, seconds=80))
         640 images in 80 s, 8.0 a second; GPUs of 2 generators busy 94 % of the time
         >>> print(PoolStatistics("generator", False, 1, 80, 800, busy=4, held=8, seconds=8))
-        80 images and 800 denoising errors in 8 s; 1 generator busy 50 % of the time
+        80 images and 800 denoising errors in 8 s; 1 process busy 50 % of the time
         """
         counts = {"images": self.images, "denoising errors": self.pairs}
         work = " and ".join(f"{count:,} {noun}" for noun, count in counts.items() if count)
         work = f"{work} in {self.seconds:.0f} s"
         if sum(map(bool, counts.values())) == 1:
             work += f", {sum(counts.values()) / max(self.seconds, 1e-9):.1f} a second"
-        makers = plural(self.actors, self.process)
+        makers = plural(self.actors, self.process if self.gpu else "process")
         if self.gpu and self.process == "generator":
             makers = f"GPUs of {makers}"
         share = 100 * self.busy / max(self.held, 1e-9)

@@ -48,6 +48,7 @@ class Part:
     """What is left of a requirement."""
 
     requirement: Requirement
+    kind: Process  # of its pool
     needs: Sequence[Part]  # that have to end before
     todo: list[Shard]  # that no process makes; the next one is last
     pace: float  # seconds of a shard, as estimated; inf: unknown
@@ -61,10 +62,6 @@ class Part:
     @property
     def is_row(self) -> bool:
         return bool(self.requirement.rows)
-
-    @property
-    def kind(self) -> Process:
-        return self.requirement.spec.maker.process
 
     @property
     def is_long(self) -> bool:
@@ -176,7 +173,8 @@ class WorkQueue:
             todo = requirement.missing(self.store)[::-1]
         work = [stage_work(spec, len(todo))]
         expected = estimate(work, self.store, self.allocation.resources)
-        return Part(requirement, needs, todo, expected.work_seconds / len(todo))
+        kind = self.allocation.resources.pool_of(spec.maker.process)
+        return Part(requirement, kind, needs, todo, expected.work_seconds / len(todo))
 
     def lacks(self, requirement: Requirement) -> bool:
         """Whether a requirement has not ended."""

@@ -107,6 +107,13 @@ class Resources:
             return self.generator
         return self.trial if process == "trial" else self.encoder_resources
 
+    def pool_of(self, process: Process) -> Process:
+        """The kind of processes that do the work of an encoder or a generator. If both have equal
+        resources, as without GPUs, generators do both, since a process takes seconds to start."""
+        encoder, one = self.encoder_resources, self.generator
+        equal = (encoder.cpu, encoder.gpu, encoder.custom) == (one.cpu, one.gpu, one.custom)
+        return "generator" if equal and one.actors is None else process
+
 
 # GPUs of a process that runs a real model: in the file of `airsweep init` and in messages.
 USUAL_GPUS = {"trial": 0.25, "generator": 1}

@@ -67,6 +67,9 @@ def test_encoders_have_the_resources_of_a_trial_by_default_and_run_inside_the_re
     encoder = half.process_resources("encoder")
     assert (encoder.gpu, encoder.cpu) == (0.5, 1.0)
     assert half.process_resources("generator") == half.generator
+    assert half.pool_of("encoder") == "encoder"
+    assert Resources().pool_of("encoder") == "generator"  # equal resources, without GPUs
+    assert Resources(generator=GeneratorResources(actors=1)).pool_of("encoder") == "encoder"
     limits = allocation(HALF, BIG)
     assert (limits.room("encoder"), limits.room("generator")) == (32, 8)
     limits.pools["generator"] = 6

@@ -169,7 +169,7 @@ def test_loras_of_several_groups_train_side_by_side_and_pictures_come_last(trial
     needed.sort(key=lambda requirement: bool(requirement.compared_with))
     done = world(needed).run()
     stages = done.stages()
-    assert stages[:6] == ["features", "labels", "labels", "lora", "labels", "lora"]
+    assert stages[:4] == ["features", "labels", "lora", "labels"]
     assert stages.count("lora") == 3
     assert stages.index("images") < len(stages) - 1 - stages[::-1].index("lora")
     made = [requirement for requirement, *_ in done.listener.events["on_prepared"]]
@@ -177,6 +177,12 @@ def test_loras_of_several_groups_train_side_by_side_and_pictures_come_last(trial
     assert last.compared_with
     assert not any(requirement.compared_with for requirement in awaited)
     assert done.prepared() == sum(requirement.total() for requirement in needed)
+
+
+def test_without_gpus_the_process_that_encodes_makes_all_else(trial, world):
+    done = world(requirements_of([trial("air")]), cores=1).run()
+    assert {"features", "labels", "lora", "images"} <= {*done.stages()}
+    assert done.workers.starts == 1
 
 
 def test_rows_of_one_process_have_no_pause_between_them(rows, world):
