@@ -133,6 +133,8 @@ def _run_cells(state: RunState, plan: Plan, prepare_only: bool, ray_session: Exi
     while (job := None if prepare_only else scheduler.peek()) or preparation.pending:
         if state.allocation is None:
             _start_ray(state, plan, ray_session)
+            if not prepare_only:
+                state.tracker.start()
         preparation.start()
         if job is not None:
             _run_trials(state, scheduler, preparation)

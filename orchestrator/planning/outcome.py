@@ -40,6 +40,9 @@ class OutcomeTracker(Protocol):
             TrackerUnreachable: the server is unreachable.
         """
 
+    def start(self) -> None:
+        """Get ready in the background to send outcomes."""
+
     def running(self, slot: Slot, curves: Mapping[str, Sequence[float]], started: float) -> None:
         """Send the curves of a running trial in the background.
 

@@ -62,8 +62,8 @@ STATUSES: dict[int | None, Status] = {DONE: "FINISHED", FAILED: "FAILED"}  # by 
 class Publisher:
     """Exports one sweep to MLflow: an `OutcomeTracker`.
 
-    While the sweep runs a thread sends the outcomes so far. The first one imports MLflow, which
-    takes seconds, so a run without outcomes does not.
+    While the sweep runs a thread sends the outcomes so far. It opens MLflow first, which takes
+    seconds, while the inputs of the trials are prepared.
 
     Args:
         tracking_uri: None: the default of MLflow, else a file in the store.
@@ -110,6 +110,11 @@ class Publisher:
                 f"{error}; start it, give another --tracking-uri, or run with --tracking-uri none: "
                 "a later run with an address sends all results"
             ) from error
+
+    def start(self) -> None:
+        """Open MLflow on a thread, which sends what is queued until the end."""
+        if self.kind != "none":
+            self._thread.start()
 
     def trial(self, outcome: Outcome, at: float | None) -> None:
         """Queue an outcome. Those that an earlier run logged are sent at the end."""
@@ -175,10 +180,9 @@ class Publisher:
 
     def _queue(self, run: ChildRun) -> None:
         self._unsent[run.kind, run.id] = run
-        if not self._thread.ident:
-            self._thread.start()
 
     def _send_regularly(self) -> None:
+        self._call(self._send_queue)
         while not self._ended.wait(INTERVAL):
             self._call(self._send_queue)
 

@@ -332,6 +332,7 @@ def test_training_does_not_wait_for_a_server_that_never_replies(
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts requests and never answers
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         driver = Publisher(about(sweep), location, url)
+        driver.start()
         for outcome in done:
             driver.trial(outcome, time.time())
         assert not caplog.records  # all three outcomes are queued during the first call
