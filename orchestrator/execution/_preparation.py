@@ -3,6 +3,7 @@ images for copies of test images."""
 
 from __future__ import annotations
 
+import base64
 import logging
 import os
 import time
@@ -41,7 +42,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Picture:
-    """A task on a worker that no trial waits for. Its failure does not fail the sweep."""
+    """What a worker makes and no trial waits for. Its failure does not fail the sweep."""
 
     function: Callable[..., Any]
     arguments: Sequence[Any]  # before the `WorkerContext`
@@ -68,7 +69,6 @@ class Preparation:
         self.pending = [group for group in self.groups if self._is_pending(group)]
         self.unready = {cell.id for group in self.pending for cell in group.cells}
         self.queue: WorkQueue | None = None
-        self.pictures: list[Picture] = []  # that have not ended; the first one runs
         self.has_sheet = False
         self.searched: set[SyntheticFeaturesSpec] = set()  # for copies of test images
 
@@ -175,35 +175,31 @@ class Preparation:
             if isinstance(requirement.spec, SyntheticFeaturesSpec)
             and requirement.is_complete(store)
         ]
-        waiting = len(self.pictures)
+        pictures: list[Picture] = []
         if rows and not self.has_sheet and not (location.folder / CONTACT_SHEET).exists():
             self.has_sheet = True
             specs = (requirement.spec for requirement in requirements)
             features = next(spec for spec in specs if isinstance(spec, FeaturesSpec))
-            self.pictures.append(_contact_sheet(self.state, rows, features))
+            pictures.append(_contact_sheet(self.state, rows, features))
         ready = {row for row in rows if isinstance(row.images, FolderImages)} - self.searched
         self.searched |= ready
         if ready:
-            self.pictures += _searches_for_copies(self.state, self.plan, ready)
-        if not waiting:
-            self._draw_next()
-
-    def _draw_next(self) -> None:
-        """Start the next picture: one after the other, so that one worker imports torch."""
+            pictures += _searches_for_copies(self.state, self.plan, ready)
         assert self.queue is not None
-        for picture in self.pictures[:1]:
-            context = worker_context(self.state)
-            self.queue.run(self._on_picture, picture.function, *picture.arguments, context)
+        for picture in pictures:
+            self.queue.run(partial(_on_picture, picture), picture.function, *picture.arguments)
 
-    def _on_picture(self, result: Callable[[], Any]) -> None:
-        picture = self.pictures.pop(0)
-        try:
-            made = result()
-        except Exception as problem:  # the sweep does not fail
-            log.warning("%s: %s", picture.failed, first_line(problem))
-        else:
-            picture.show(made)
-        self._draw_next()
+
+def _on_picture(picture: Picture, result: Callable[[], Any]) -> None:
+    try:
+        [made] = result()
+        problem = made.failure and made.failure.message
+    except Exception as death:  # the sweep does not fail
+        problem = first_line(death)
+    if problem:
+        log.warning("%s: %s", picture.failed, problem)
+    else:
+        picture.show(made.facts["result"])
 
 
 def worker_context(state: RunState) -> WorkerContext:
@@ -226,9 +222,9 @@ def _contact_sheet(
     drawn = (tuned or plain)[-1]  # the row that trials read comes last
     base = plain[-1] if tuned and plain else None  # for comparison
 
-    def show(sheet: tuple[bytes, dict[str, float]]) -> None:
+    def show(sheet: tuple[str, dict[str, float]]) -> None:
         png, state.statistics.shares = sheet
-        state.location.write(CONTACT_SHEET, png)
+        state.location.write(CONTACT_SHEET, base64.b64decode(png))
 
     return Picture(draw_contact_sheet, (drawn, base, features), show, "no contact sheet")
 

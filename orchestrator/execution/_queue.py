@@ -148,6 +148,7 @@ class WorkQueue:
         for kind in ("encoder", "generator"):
             gpu = bool(allocation.resources.process_resources(kind).gpu)
             self.pools[kind] = Pool(PoolStatistics(kind, gpu))
+        self.functions: list[tuple[Callable[[Result], None], Callable[..., Any], Any]] = []
         self.ending: list[tuple[DataPool, float]] = []  # with the time of their end
         self.parts: dict[str, Part] = {}  # that have not ended, by the digest of their key
         self.store.refresh_listings()
@@ -184,13 +185,17 @@ class WorkQueue:
     def is_over(self) -> bool:
         now = time.monotonic()
         ending = (each.is_alive() and now - at < MAX_END for each, at in self.ending)
-        return not (self.parts or self.calls or any(ending))
+        return not (self.parts or self.functions or self.calls or any(ending))
 
     def run(
         self, take: Callable[[Result], None], function: Callable[..., Any], *arguments: Any
     ) -> None:
-        """Run a task that no trial waits for; `take` receives its result."""
-        self.calls[self.workers.run(function, *arguments)] = take
+        """Run a function in the next process that has room, or in a new one if there is none.
+
+        Args:
+            take: receives what `DataPool.run` returns.
+        """
+        self.functions.append((take, function, arguments))
 
     # ---------------------------------------------------------------- results
 
@@ -231,6 +236,18 @@ class WorkQueue:
             self.listener.on_prepared(part.requirement, made.seconds, made.facts)
         if not (part.ended or part.todo or part.running):
             self._end_complete(part)
+
+    def _on_run(
+        self, pool: Pool, maker: Maker, take: Callable[[Result], None], result: Result
+    ) -> None:
+        maker.calls -= 1
+        try:
+            [made] = result()
+        except Exception:  # the processes died
+            self._remove(pool, maker)
+        else:
+            pool.statistics.held -= made.seconds
+        take(result)
 
     def _on_error(self, part: Part, shard: Shard, failure: Failure) -> None:
         spec = part.requirement.spec
@@ -289,6 +306,7 @@ class WorkQueue:
         """Begin the work for which the allocation has room, in the order of the queue."""
         self.allocation.preparing = bool(self.parts)
         self._end_lost()
+        self._run_functions()
         able = [part for part in self.parts.values() if part.can_begin()]
         kept = {kind: self._kept(pool, able) for kind, pool in self.pools.items()}
         waiting: list[Part] = []
@@ -304,6 +322,20 @@ class WorkQueue:
             for maker in [each for each in pool.makers if not each.calls]:
                 self._remove(pool, maker)
         self._grow(waiting)
+        if self.functions and not any(pool.makers for pool in self.pools.values()):
+            kind = self.allocation.resources.pool_of("encoder")
+            self.allocation.pools[kind] += 1
+            self._start(self.pools[kind], 1, [])
+
+    def _run_functions(self) -> None:
+        for pool in self.pools.values():
+            for maker in pool.makers:
+                while self.functions and maker.has_room():
+                    take, function, arguments = self.functions.pop(0)
+                    maker.calls += 1
+                    maker.left -= 1
+                    future = maker.processes.run(function, arguments)
+                    self.calls[future] = partial(self._on_run, pool, maker, take)
 
     def _end_lost(self) -> None:
         """End processes that do not fit the cluster, since it has lost a machine: Ray Data would

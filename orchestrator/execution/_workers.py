@@ -8,6 +8,7 @@ ones.
 
 from __future__ import annotations
 
+import base64
 import json
 import threading
 import time
@@ -45,6 +46,7 @@ NO_COUNTS = {
 
 
 ENDED = RuntimeError("the processes of the pool have ended")
+KILLED = "it killed its process"
 
 
 class Made(NamedTuple):
@@ -70,11 +72,6 @@ class Workers:
         options: dict[str, Any] = {"num_cpus": want.cpu, "num_gpus": want.gpu}
         options["resources"] = dict(want.custom) or None
         return DataPool(count, calls, arguments, options)
-
-    def run(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """Run a task on no core, since trials hold all of them while they run."""
-        future: Future[Any] = ray.remote(function).options(num_cpus=0).remote(*arguments).future()
-        return future
 
 
 class DataPool:
@@ -103,10 +100,19 @@ class DataPool:
         Args:
             thrift: how often the artifact ran out of memory.
         """
+        return self._call("make", spec, shards, thrift)
+
+    def run(self, function: Callable[..., Any], arguments: Sequence[Any]) -> Future[list[Made]]:
+        """Call a function, whose last argument is a `WorkerContext`; the fact `result` of the one
+        `Made` is what it returns, as JSON has it."""
+        return self._call("run", function, arguments)
+
+    def _call(self, method: str, *arguments: Any) -> Future[list[Made]]:
+        """Call a method of an `ArtifactMaker`."""
         number, future = self._given, Future[list[Made]]()
         self._given += 1
         self._futures[number] = future
-        self._progress_actor.give.remote(self._name, number, (spec, shards, thrift))
+        self._progress_actor.give.remote(self._name, number, (method, arguments))
         if self._ended:
             self._fail(ENDED)
         return future
@@ -187,9 +193,9 @@ class ArtifactMaker:
         call, has_died = ray.get(self.progress_actor.call.remote(self.pool, number))
         made: list[Made] = []
         if call:
-            spec, shards, thrift = call
+            method, arguments = call
             with self.lock:
-                made = self.make(spec, shards, thrift, has_died)
+                made = getattr(self, method)(*arguments, has_died)
         plain = [(*each[:2], each.failure and astuple(each.failure)) for each in made]
         text = json.dumps(plain, default=lambda each: each.item())
         return {"number": [number], "made": [text]}
@@ -198,6 +204,20 @@ class ArtifactMaker:
         self, spec: StageSpec, shards: Sequence[Shard], thrift: int, has_died: bool = False
     ) -> list[Made]:
         return [self._made(spec, *shard, thrift, has_died) for shard in shards]
+
+    def run(
+        self, function: Callable[..., Any], arguments: Sequence[Any], has_died: bool = False
+    ) -> list[Made]:
+        started = time.monotonic()
+        facts, failure = {}, None
+        try:
+            with report_working(self.progress_actor):
+                if has_died:
+                    raise RuntimeError(KILLED)
+                facts = {"result": function(*arguments, self.worker)}
+        except Exception as problem:
+            failure = Failure(classify(problem), f"{type(problem).__name__}: {problem}")
+        return [Made(time.monotonic() - started, facts, failure)]
 
     def _made(self, spec: StageSpec, index: int, block: int, thrift: int, has_died: bool) -> Made:
         started, self.startup = time.monotonic(), 0.0
@@ -212,7 +232,7 @@ class ArtifactMaker:
                     facts = self._shard(spec, index, block)
                 # The store counts the processes that a shard has killed, the queue those of others.
                 elif has_died and not self.worker.store.has(spec):
-                    raise RuntimeError("it killed its process")
+                    raise RuntimeError(KILLED)
                 else:
                     worker = self.worker.with_thrift(max(thrift, self.worker.thrift))
                     facts = self._artifact(spec, worker, reporter)
@@ -272,15 +292,16 @@ def _made(seconds: float, facts: dict[str, Any], failure: Sequence[str] | None) 
     return Made(seconds, facts, Failure(*failure) if failure else None)
 
 
-def draw_contact_sheet(*arguments: Any) -> tuple[bytes, dict[str, float]]:
-    """Task on a worker: `pictures.contact_sheet`, which imports torch."""
+def draw_contact_sheet(*arguments: Any) -> tuple[str, dict[str, float]]:
+    """`pictures.contact_sheet`, with the PNG in base64. The driver does not import torch."""
     from orchestrator.stages.pictures import contact_sheet
 
-    return contact_sheet(*arguments)
+    png, shares = contact_sheet(*arguments)
+    return base64.b64encode(png).decode(), shares
 
 
 def find_copies(*arguments: Any) -> list[tuple[str, int]]:
-    """Task on a worker: `copies.copies_of_test_images`, which imports torch."""
+    """`copies.copies_of_test_images`."""
     from orchestrator.stages.copies import copies_of_test_images
 
     return copies_of_test_images(*arguments)

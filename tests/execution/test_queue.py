@@ -93,6 +93,10 @@ class SimulatedProcesses:
 
         return SimulatedFuture(is_done, made)
 
+    def run(self, function: Any, arguments: Any) -> Any:
+        made = [Made(0.0, {"result": function(*arguments)}, None)]
+        return SimulatedFuture(lambda: True, lambda: made)
+
     def end(self) -> None:
         del self.workers.free[self.number]
 
@@ -183,6 +187,21 @@ def test_without_gpus_the_process_that_encodes_makes_all_else(trial, world):
     done = world(requirements_of([trial("air")]), cores=1).run()
     assert {"features", "labels", "lora", "images"} <= {*done.stages()}
     assert done.workers.starts == 1
+
+
+def test_a_function_runs_in_a_living_process_or_else_in_a_new_one(trial, world):
+    largest = []
+
+    def take(result: Any) -> None:
+        largest.append(result()[0].facts["result"])
+
+    running = world(requirements_of([trial("air")]), cores=1)
+    running.run(lambda: running.prepared() > 3)
+    running.queue.run(take, max, 1, 2)
+    assert running.run().workers.starts == 1
+    running.queue.run(take, max, 3, 4)
+    assert running.run().workers.starts == 2
+    assert largest == [2, 4]
 
 
 def test_rows_of_one_process_have_no_pause_between_them(rows, world):

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import types
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -137,8 +138,8 @@ class Workers:
     def is_alive(self) -> bool:
         return False
 
-    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return ended(function(*arguments))
+    def run(self, function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+        return ended([Made(0.0, {"result": function(*arguments)}, None)])
 
 
 def ended(result: Any) -> Future[Any]:
@@ -190,7 +191,7 @@ MODULES = {
     "orchestrator.execution._tuning": {"run_points": run_points},
     "orchestrator.execution._workers": {
         "Workers": Workers,
-        "draw_contact_sheet": lambda *arguments: (pixel_png(), {}),
+        "draw_contact_sheet": lambda *arguments: (b64encode(pixel_png()).decode(), {}),
         "find_copies": lambda *arguments: [],
     },
     "orchestrator.cluster.session": {
