@@ -19,6 +19,7 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from orchestrator.cluster.session import prepare_worker
+from orchestrator.execution._preparation import POLL_INTERVAL
 from orchestrator.execution._progress import ProgressReporter, report_working
 from orchestrator.execution._scheduler import Job, TrialScheduler
 from orchestrator.failures import Failure, classify, classify_death
@@ -127,10 +128,11 @@ class _JobSearcher(_Stateless, Searcher):  # type: ignore[misc]
             # With no job running, this run of Tune ends: its idle actors would hold resources that
             # can prepare the next cells.
             return None if running else Searcher.FINISHED
-        if running >= self.max_jobs():
-            if not running:  # until a job runs, Tune calls nothing else
-                self.tick()
-            return None  # Tune tries again later
+        while running >= self.max_jobs():
+            if running:
+                return None  # Tune tries again later
+            self.tick()  # until a job runs, Tune would call this method once a second
+            time.sleep(POLL_INTERVAL)
         job = self.scheduler.next()
         assert job is not None
         self.jobs[trial_id] = job.number

@@ -315,13 +315,13 @@ def test_a_point_that_equals_an_earlier_point_is_reused(world):
 
 
 def test_preparation_goes_on_while_the_first_trial_waits_for_a_pool():
-    """Until a trial runs, Tune calls nothing but `suggest`, once a second."""
+    """Until a trial runs, Tune calls nothing but `suggest`, and that once a second."""
     ticks: list[str] = []
-    scheduler = SimpleNamespace(peek=lambda: "a job", running={})
-    searcher = _JobSearcher(scheduler, lambda: 0, lambda: ticks.append("tick"))
-    assert searcher.suggest("first") is None
-    assert ticks == ["tick"]
-    scheduler.running[1] = "a job"  # from now on Tune calls `_JobCallback`
-    searcher.max_jobs = lambda: 1
+    job = SimpleNamespace(number=1)
+    scheduler = SimpleNamespace(peek=lambda: job, next=lambda: job, running={})
+    searcher = _JobSearcher(scheduler, lambda: len(ticks) // 3, lambda: ticks.append("tick"))
+    assert searcher.suggest("first") == {"job": job}
+    assert len(ticks) == 3
+    scheduler.running[1] = job  # from now on Tune calls `_JobCallback`
     assert searcher.suggest("second") is None
-    assert ticks == ["tick"]
+    assert len(ticks) == 3
