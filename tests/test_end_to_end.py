@@ -27,6 +27,22 @@ try: exec(code)
 finally: print(*sorted({*libraries} & {*sys.modules}), file=sys.stderr)
 """
 MAIN = "from orchestrator.__main__ import main; sys.argv[1:] = {!r}.split(); main()"
+WORKER = """
+from orchestrator.cluster.session import prepare_worker
+prepare_worker({}, ())
+"""
+TRAINED = """
+import torch, orchestrator.execution._tuning, orchestrator.stages.trial_run
+from air_core.backbone.loading import load_backbone
+load_backbone("tiny")
+torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1).step()
+"""
+DRAWN = """
+import orchestrator.execution._workers, orchestrator.stages.images, orchestrator.stages.evidence
+from air_core.diffusion.pipeline import load_pipeline
+from air_core.models.weights import generator_folder
+load_pipeline(generator_folder("tiny"))
+"""
 PLAN = "plan quickstart --store /nowhere/runs --json"
 
 
@@ -40,6 +56,8 @@ PLAN = "plan quickstart --store /nowhere/runs --json"
         ("import orchestrator.planning.recorded", "torch ray mlflow optuna pyarrow", ""),
         ("import orchestrator.reporting.html_report", "torch ray mlflow optuna sklearn", ""),
         ("import air_core.bundle", "torch PIL open_clip", ""),
+        (WORKER + TRAINED, "sympy scipy mlflow matplotlib optuna diffusers transformers timm", ""),
+        (WORKER + DRAWN, "mlflow matplotlib optuna timm sklearn", ""),
         (
             MAIN.format("--help"),
             "torch ray mlflow numpy pydantic yaml",

@@ -229,10 +229,13 @@ def test_names_that_do_not_fit_siglip_are_rejected_with_and_without_the_model(si
 
 
 NEEDED = """
-import json, sys
+import json, sys, torch
 from air_core.backbone.loading import import_open_clip_alone, load_backbone
 import_open_clip_alone()
 load_backbone("tiny")
+torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1).step()
+print(json.dumps("sympy" in sys.modules))
+print(torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item())
 print(json.dumps(sorted({"timm", "transformers"} & sys.modules.keys())))
 load_backbone(sys.argv[1])
 print(json.dumps(sorted({"timm"} & sys.modules.keys())))
@@ -240,9 +243,9 @@ print(json.dumps(sorted({"timm"} & sys.modules.keys())))
 
 
 def test_a_model_is_loaded_without_libraries_that_it_does_not_need(siglip):
-    """Workers would start more slowly."""
+    """Workers would start more slowly. A plugin can compile: then torch's compiler is imported."""
     done = python("-c", NEEDED, siglip)
-    assert [json.loads(line) for line in done.stdout.splitlines()] == [[], ["timm"]]
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [False, 2.0, [], ["timm"]]
 
 
 # ---------------------------------------------------------------- untrusted folders
