@@ -77,13 +77,6 @@ class Dot(NamedTuple):
 # ---------------------------------------------------------------- kinds of charts
 
 
-def png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    with _style():
-        figure.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
-    return buffer.getvalue()
-
-
 def svg(figure: Figure) -> str:
     """The figure as an <svg> element."""
     buffer = io.StringIO()

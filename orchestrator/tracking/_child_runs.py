@@ -7,6 +7,8 @@ table's numbers.
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -237,7 +239,7 @@ class ChildRuns:
         files = {SPEC: lambda: spec_json(trial_spec(record), record.key[:12]).encode()}
         if record.headline is not None:
             classnames = self._ledger.tested(outcome.slot).classnames
-            files["confusion_matrix.png"] = lambda: _confusion_matrix(record, classnames)
+            files["confusion_matrix.csv"] = lambda: _confusion_matrix(record, classnames)
         return files
 
     def _run_name(self, slot: Slot, settings: Mapping[str, Any]) -> str:
@@ -327,9 +329,12 @@ def _mean_curves(runs: Sequence[dict[str, list[float]]]) -> dict[str, list[float
 
 
 def _confusion_matrix(record: TrialRecord, classnames: Sequence[str]) -> bytes:
-    from orchestrator.reporting import charts
+    """Test images by true class (rows) and predicted class (columns)."""
+    from orchestrator.reporting.charts import confusion
 
     _, predictions, labels = record.predictions()
-    names = [name.replace("_", " ") for name in classnames]
-    counts = charts.confusion(labels, predictions, len(names))
-    return charts.png(charts.heatmap(counts, names))
+    counts = confusion(labels, predictions, len(classnames)).tolist()
+    text = io.StringIO()
+    rows = ([name, *row] for name, row in zip(classnames, counts, strict=True))
+    csv.writer(text, lineterminator="\n").writerows([["true class", *classnames], *rows])
+    return text.getvalue().encode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import socket
@@ -235,8 +236,11 @@ def test_an_untracked_sweep_is_sent_completely_and_once(ended, sweep, tracked):
     assert len(tags["air.dataset_digest"]) == len(tags["air.backbone_digest"]) == 40
     assert "air.generator_digest" not in tags  # fpl draws no images
     assert len(trial_run_of(uri, "air_fpl").data.tags["air.generator_digest"]) == 40
-    files = [path.name for path in (ended.store.root / "mlartifacts").rglob("*.*")]
-    assert files.count("spec.json") == files.count("confusion_matrix.png") == 5
+    sent = ended.store.root / "mlartifacts"
+    matrices = [*sent.rglob("confusion_matrix.csv")]
+    assert len(matrices) == len([*sent.rglob("spec.json")]) == 5
+    header, *rows = csv.reader(matrices[0].read_text().splitlines())
+    assert header == ["true class", *(row[0] for row in rows)]
 
 
 def outcomes(sweep: SweepSpec, location: SweepLocation) -> list[Outcome]:
