@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -244,21 +244,32 @@ def _wait_for_connection(address: str) -> None:
 @contextmanager
 def _private() -> Iterator[None]:
     """Let Ray listen on 127.0.0.1 instead of all addresses, and require a random token, since other
-    users may share the machine.
+    users may share the machine; and without processes that only larger clusters need.
 
-    Ray has no option for the address; it does so on macOS and Windows, where the constant is false.
-    The token is passed by a variable: a token file in the home folder, which Ray would write, would
-    affect the user's other clusters. If RAY_AUTH_MODE is set, it decides instead.
+    Ray has no options for these. It listens on loopback on macOS and Windows, where the constant is
+    false. The token is passed by a variable: a token file in the home folder, which Ray would
+    write, would affect the user's other clusters. If RAY_AUTH_MODE is set, it decides instead.
     """
-    from ray._private import ray_constants
+    from ray._private import node, parameter, ray_constants
 
-    before, auth_mode = ray_constants.ENABLE_RAY_CLUSTER, os.environ.get(AUTH_MODE)
-    ray_constants.ENABLE_RAY_CLUSTER = False
+    # The monitor of an autoscaler, the server of the dashboard, which would have no page, and the
+    # log monitor, whose lines a driver without `log_to_driver` ignores: 2.5 CPU seconds.
+    fewer = partial(parameter.RayParams, no_monitor=True, include_log_monitor=False)
+    changes: list[tuple[Any, str, Any]] = [
+        (ray_constants, "ENABLE_RAY_CLUSTER", False),
+        (parameter, "RayParams", fewer),
+        (node.Node, "start_api_server", lambda *_, **__: None),
+    ]
+    auth_mode = os.environ.get(AUTH_MODE)
+    before = [getattr(owner, name) for owner, name, _ in changes]
+    for owner, name, value in changes:
+        setattr(owner, name, value)
     try:
         with environment({} if auth_mode else {"RAY_AUTH_TOKEN": _token()}):
             yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
+        for (owner, name, _), value in zip(changes, before, strict=True):
+            setattr(owner, name, value)
         if not auth_mode:
             os.environ.pop(AUTH_MODE, None)  # Ray has set it
 
