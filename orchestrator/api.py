@@ -141,7 +141,8 @@ class Planned:
         Raises:
             RuntimeError: it would not, as for `run`; the message has the reason.
         """
-        from orchestrator.execution import check_start, make_screen
+        from orchestrator.execution.checks import check_start
+        from orchestrator.execution.screen import make_screen
         from orchestrator.tracking import Publisher
 
         publisher = Publisher(self.plan.about, self.location, tracking_uri)
@@ -254,7 +255,8 @@ def execute(
     prepare: bool = False,
 ) -> Outcome:
     """Call `run_sweep` with a screen and an MLflow publisher; the commands use this as well."""
-    from orchestrator.execution import make_screen, run_sweep
+    from orchestrator.execution.driver import run_sweep
+    from orchestrator.execution.screen import make_screen
     from orchestrator.planning.plan import about
     from orchestrator.tracking import Publisher
 

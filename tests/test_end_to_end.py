@@ -51,6 +51,7 @@ PLAN = "plan quickstart --store /nowhere/runs --json"
     [
         ("import orchestrator.api", "torch ray mlflow numpy pandas pydantic yaml typer", ""),
         ("import orchestrator.execution.driver", "torch obstore pyarrow", ""),
+        ("import orchestrator.execution._progress", "numpy pydantic", ""),
         ("import orchestrator.tracking.export, orchestrator.tracking_uri", "mlflow", ""),
         ("import orchestrator.cli.cache", "torch ray mlflow optuna pyarrow", ""),
         ("import orchestrator.planning.recorded", "torch ray mlflow optuna pyarrow", ""),

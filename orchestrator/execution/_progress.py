@@ -8,13 +8,14 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrator.store.checkpoints import Curves
+if TYPE_CHECKING:  # `ProgressActor` is a process of its own, which should start fast
+    from orchestrator.store.checkpoints import Curves
 
 INTERVAL = 1.0  # seconds between two reads, and between two reports on one piece of work
 MIN_RUNTIME = 15.0  # seconds: work that ends sooner is not reported

@@ -15,12 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.environment import joins_existing_cluster
 from orchestrator.errors import DONE, FAILED, Refused, StoreFull
-from orchestrator.execution._checks import (
-    check_store_and_services,
-    is_complete,
-    lock,
-    refuse_unused_gpus,
-)
 from orchestrator.execution._preparation import Preparation, worker_context
 from orchestrator.execution._record import (
     explain_full_disk,
@@ -32,6 +26,12 @@ from orchestrator.execution._repair import plan_and_repair
 from orchestrator.execution._scheduler import TrialScheduler
 from orchestrator.execution._signals import handle_signals, on_ray_death
 from orchestrator.execution._state import RunState
+from orchestrator.execution.checks import (
+    check_store_and_services,
+    is_complete,
+    lock,
+    refuse_unused_gpus,
+)
 from orchestrator.execution.screen import Screen
 from orchestrator.failures import CLASSES
 from orchestrator.formatting import format_duration
