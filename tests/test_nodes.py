@@ -126,7 +126,7 @@ def test_results_are_equal_if_machines_are_disconnected_lost_and_added(spec, alo
 
 def test_an_autoscaler_starts_machines_for_a_sweep_with_resources_wait(tmp_path, monkeypatch):
     small = write_sweep(tmp_path, NAME, "fixed: {method: fpl, train.steps: 5}\nseeds: [1]\n")
-    command = ("run", small, "--store", tmp_path / "runs")
+    command = ("run", small, "--store", tmp_path / "runs", "--tracking-uri", "none")
     with scaling(monkeypatch) as address:
         refused = airsweep(*command, check=False, RAY_ADDRESS=address)
         assert refused.returncode == 3

@@ -24,6 +24,7 @@ from tests.helpers.sweeps import environment, run_command, table, write_sweep
 pytestmark = [pytest.mark.integration, pytest.mark.ray]
 
 ROOT = Path(__file__).parents[1]
+UNTRACKED = {"MLFLOW_TRACKING_URI": "none"}
 SWEEP = "fixed: {method: fpl, train.steps: 3, prompt.length: 2}\nseeds: [1]\n"
 
 
@@ -42,12 +43,14 @@ def spec(tmp_path) -> Path:
 def run(
     address: str, spec: Path, store: Path | str, *words: str, do: str = "run", **more: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command with a sweep on the cluster at an address."""
+    """Run a command with a sweep on the cluster at an address, without MLflow."""
     return run_command(
         [sys.executable, "-m", "orchestrator", do, str(spec), "--store", str(store), *words],
         check=False,
         cwd=spec.parent,  # Ray prepends the driver's working directory to the path of its workers
-        env=environment(**{"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled", **more}),
+        env=environment(
+            **{"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled", **UNTRACKED, **more}
+        ),
     )
 
 
@@ -100,7 +103,7 @@ def test_each_fault_of_a_machine_is_refused_with_its_remedy(address, tmp_path):
 def test_a_machine_that_cannot_reach_the_bucket_is_refused(address, spec, bucket):
     lost = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}"}
     with joined(address, **lost):
-        done = run(address, spec, bucket, "--tracking-uri", "none")
+        done = run(address, spec, bucket)
     assert done.returncode == 3, done.stderr
     assert "1 of 2 machines" in done.stderr  # the other machine can use the bucket
     assert f"{lost['AWS_ENDPOINT_URL']} does not answer" in done.stderr

@@ -37,6 +37,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.ray]
 
 OPEN = {"RAY_AUTH_MODE": "disabled"}
 COUNT = 12
+UNTRACKED = ("--tracking-uri", "none")
 SMALL = "fixed: {method: zero_shot}\nseeds: [1]\n"
 
 
@@ -129,7 +130,7 @@ def test_submit_runs_a_sweep_on_the_cluster_and_prints_its_log(head, store, tmp_
 
 def test_no_wait_prints_only_the_id_to_stdout(head, store, tmp_path):
     sweep = write_sweep(tmp_path, "later", SMALL)
-    command = ("submit", sweep, "--address", head, "--store", store, "--no-wait")
+    command = ("submit", sweep, "--address", head, "--store", store, *UNTRACKED, "--no-wait")
     # The option precedes the variables.
     elsewhere = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1", "RAY_ADDRESS": "127.0.0.1:2"}
     done = airsweep(*command, **OPEN, **elsewhere)
@@ -177,7 +178,7 @@ def test_a_job_that_is_stopped_ends_with_143(head, store, tmp_path):
 
 def test_ctrl_c_leaves_the_job_running(head, store, tmp_path):
     sweep = write_sweep(tmp_path, "left", SMALL)
-    words = (sweep, "--address", head, "--store", store)
+    words = (sweep, "--address", head, "--store", store, *UNTRACKED)
     process, log, driver, job = submitted(tmp_path, "sweep_started", *words)
     process.send_signal(signal.SIGINT)
     assert process.wait(TIMEOUT) == 130, log.read_text()

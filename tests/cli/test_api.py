@@ -236,7 +236,7 @@ def test_a_signal_stops_a_run_after_the_event_log_is_closed(tmp_path, number, co
         f"{before}"
         # Background jobs of a shell ignore SIGINT.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        f"api.run({str(spec)!r}, store={str(tmp_path / 'runs')!r})\n"
+        f"api.run({str(spec)!r}, store={str(tmp_path / 'runs')!r}, tracking_uri='none')\n"
         "print('continued')\n"
     )
     process = subprocess.Popen(

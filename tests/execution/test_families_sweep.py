@@ -49,7 +49,7 @@ fixed: {fixed}
 seeds: [1]
 """
     sweep, store = write_sweep(tmp_path, "families", body), tmp_path / "runs"
-    airsweep("run", sweep, "--store", store)
+    airsweep("run", sweep, "--store", store, "--tracking-uri", "none")
     rows = json.loads(airsweep("table", sweep, "--store", store, "--format", "json").stdout)
     done = {row["settings"]["generator"] for row in rows if row["n"] == 1}
     assert done == {*built}
@@ -60,13 +60,13 @@ def test_a_gpu_day_makes_one_report_and_continues(tmp_path):
     data = photographs(tmp_path / "photographs")
     quick: dict[str, Any] = {**QUICK, "resources.trial.gpu": 0, "resources.generator.gpu": 0}
     quick |= {"resources.trial.cpu": 1, "resources.generator.cpu": 1, "seeds": [1]}
-    quick |= {"resources.generator.actors": 1}
+    quick |= {"resources.generator.actors": 1, "grid.method": ["air", "cpl_real_evidence"]}
     settings = [f"{key}={json.dumps(value)}" for key, value in quick.items()]
     command = (
         "benchmarks/gpu_day.py", "--dataset", f"folder:{data}", "--generator", model, "--backbone",
         "tiny", "--store", tmp_path / "runs", "--out", tmp_path / "day", "--set", *settings,
     )  # fmt: skip
-    first = python(*command)
+    first = python(*command, MLFLOW_TRACKING_URI="none")
     figures = json.loads(first.stdout.splitlines()[-1])
     assert figures["name"] == "gpu_day"
     assert figures["ratio"] > 1
@@ -75,6 +75,6 @@ def test_a_gpu_day_makes_one_report_and_continues(tmp_path):
         assert f"## {step}\n" in report
     assert "cpl_real_evidence" in report
     (tmp_path / "day" / "table.txt").write_text("interrupted")
-    again = python(*command)
+    again = python(*command, MLFLOW_TRACKING_URI="none")
     assert again.stderr.count("done before") == 5
     assert (tmp_path / "day" / "report.md").read_text().count("exit code 0") == 6
