@@ -25,7 +25,7 @@ import types
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -253,6 +253,11 @@ def run_forked() -> None:
         if module.name != "orchestrator.__main__" and module.name not in MODULES:
             with suppress(ImportError):  # of names that MODULES lack and no command here uses
                 importlib.import_module(module.name)
+    with redirect_stdout(io.StringIO()), suppress(SystemExit):  # code versions, once for all forks
+        sys.argv[1:] = ["plan", "quickstart", "--store", "/nowhere"]
+        main()
+    import scipy.special  # noqa: F401  # tables need it
+
     assert threading.active_count() == 1  # a fork has one thread, and would wait for others
     for line in sys.stdin:
         request = json.loads(line)
