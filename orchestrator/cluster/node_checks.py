@@ -44,7 +44,9 @@ TOKEN_BYTES = 1 << 16  # size of such a file; a full quota may still accept a fe
 VISIBLE = 2.0  # seconds until a network disk shows a file of another machine
 SAMPLE, ENDS = 200, 1 << 16  # files of an input to read; bytes to read at both ends of a file
 
-DIED, SETTLE = "NodeDiedError", 3.0  # seconds until all of Ray knows who has joined or left
+# Ray's errors for a machine that has left, or that it does not know everywhere yet, since it has
+# just joined; and seconds until it knows.
+UNKNOWN, SETTLE = ("NodeDiedError", "TaskUnschedulableError"), 3.0
 ANSWER_TIMEOUT = 90.0  # seconds; on a slow disk a new process that imports torch takes a minute
 REMEDIES = {
     "answers": "install the driver's airsweep there, restart its Ray, or remove the machine from "
@@ -363,13 +365,12 @@ def check_nodes(store: ArtifactStore, needs: NodeRequirements) -> dict[str, list
     with store_token(store.name) as token:
         answers = ask(nodes)
         driver = node_facts(store.name, token, needs, False)
-        # Ray also says so of a machine that it does not know everywhere yet, since it has just
-        # joined. Those are asked once more, without any that have left.
-        if died := [key for key, answer in answers.items() if str(answer).startswith(DIED)]:
+        # Those that have not left are asked once more.
+        if lost := [key for key, answer in answers.items() if str(answer).startswith(UNKNOWN)]:
             time.sleep(SETTLE)
             living = _living_nodes()
             nodes = {key: node for key, node in nodes.items() if key in living}
-            if again := [key for key in died if key in living]:
+            if again := [key for key in lost if key in living]:
                 answers |= ask(again)
     for key, node in nodes.items():
         name, answer = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})", answers[key]
