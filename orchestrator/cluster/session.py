@@ -253,7 +253,7 @@ def _private() -> Iterator[None]:
     from ray._private import node, parameter, ray_constants
 
     # The monitor of an autoscaler, the server of the dashboard, which would have no page, and the
-    # log monitor, whose lines a driver without `log_to_driver` ignores: 2.5 CPU seconds.
+    # log monitor, whose lines a driver without `log_to_driver` ignores: 2 CPU seconds.
     fewer = partial(parameter.RayParams, no_monitor=True, include_log_monitor=False)
     changes: list[tuple[Any, str, Any]] = [
         (ray_constants, "ENABLE_RAY_CLUSTER", False),

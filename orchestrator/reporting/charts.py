@@ -201,7 +201,7 @@ def dots(groups: Mapping[str, Sequence[Dot]], xlabel: str, *, value: str = "") -
     return figure
 
 
-def heatmap(counts: Array, names: Sequence[str], title: str = "") -> Figure:
+def heatmap(counts: Array, names: Sequence[str], title: str) -> Figure:
     """A confusion matrix, shaded by share of the true class.
 
     Args:

@@ -173,7 +173,7 @@ def test_loras_of_several_groups_train_side_by_side_and_pictures_come_last(trial
     needed.sort(key=lambda requirement: bool(requirement.compared_with))
     done = world(needed).run()
     stages = done.stages()
-    assert stages[:4] == ["features", "labels", "lora", "labels"]
+    assert stages[:6] == ["features", "labels", "lora", "labels", "lora", "images"]
     assert stages.count("lora") == 3
     assert stages.index("images") < len(stages) - 1 - stages[::-1].index("lora")
     made = [requirement for requirement, *_ in done.listener.events["on_prepared"]]
