@@ -13,6 +13,7 @@ for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "RAY_ADDRESS", "AIRSWEEP_ST
     os.environ.pop(name, None)
 
 import random
+import shutil
 import signal
 import sys
 import time
@@ -139,6 +140,23 @@ def trial(resolver):
         return resolver.trial({**flat, **{k.replace("__", "."): v for k, v in changes.items()}})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def features(trial, tmp_path_factory) -> Path:
+    """A store with the features of the digits."""
+    from orchestrator.stages.context import WorkerContext
+    from orchestrator.stages.features import build
+
+    store = ArtifactStore(tmp_path_factory.mktemp("features") / "runs")
+    build(trial("fpl").features, WorkerContext(store))
+    return store.root
+
+
+@pytest.fixture
+def encoded(features, tmp_path) -> Path:
+    """A new store, where a sweep of the digits starts with its trials, seconds earlier."""
+    return Path(shutil.copytree(features, tmp_path / "runs"))
 
 
 @pytest.fixture(scope="module")

@@ -62,9 +62,9 @@ def spec(wires, drawn_digits) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(spec) -> Path:
+def alone(spec, features) -> Path:
     """The store of a run on one machine, where one generator makes all images."""
-    store, body = spec.parent / "alone", spec.read_text()
+    store, body = Path(shutil.copytree(features, spec.parent / "alone")), spec.read_text()
     spec.with_name("alone.yaml").write_text(body.replace("reserve: 1", "reserve: 1, actors: 1"))
     airsweep("run", spec.with_name("alone.yaml"), "--store", store)
     return store
@@ -124,16 +124,18 @@ def test_results_are_equal_if_machines_are_disconnected_lost_and_added(spec, alo
     assert not [line for line in log if "Traceback" in line or "\x1b" in line]
 
 
-def test_an_autoscaler_starts_machines_for_a_sweep_with_resources_wait(tmp_path, monkeypatch):
+def test_an_autoscaler_starts_machines_for_a_sweep_with_resources_wait(
+    tmp_path, encoded, monkeypatch
+):
     small = write_sweep(tmp_path, NAME, "fixed: {method: fpl, train.steps: 5}\nseeds: [1]\n")
-    command = ("run", small, "--store", tmp_path / "runs", "--tracking-uri", "none")
+    command = ("run", small, "--store", encoded, "--tracking-uri", "none")
     with scaling(monkeypatch) as address:
         refused = airsweep(*command, check=False, RAY_ADDRESS=address)
         assert refused.returncode == 3
         assert "a trial requires 1 CPU" in refused.stderr
         waited = ("--set", "resources.wait=600")
         assert "fpl" in airsweep(*command, *waited, RAY_ADDRESS=address).stdout
-    status = airsweep("status", NAME, "--store", tmp_path / "runs").stdout
+    status = airsweep("status", NAME, "--store", encoded).stdout
     assert "peak memory of the driver" in status  # workers are no children of it
 
 

@@ -54,18 +54,17 @@ def run(
     )
 
 
-def test_healthy_machines_are_checked_once_and_no_token_is_left(address, spec, tmp_path):
-    store = tmp_path / "runs"
+def test_healthy_machines_are_checked_once_and_no_token_is_left(address, spec, encoded, tmp_path):
     with joined(address):
-        checked = run(address, spec, store, "--check", do="plan")
+        checked = run(address, spec, tmp_path / "new", "--check", do="plan")
         assert checked.returncode == 0, checked.stderr
         assert "checked 2 machines of the cluster: ok" in checked.stderr
-        assert not [path for path in store.rglob("*") if path.is_file()]
-        done = run(address, spec, store)
+        assert not [path for path in (tmp_path / "new").rglob("*") if path.is_file()]
+        done = run(address, spec, encoded)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("checked 2 machines of the cluster: ok") == 1
-    assert [row["method"] for row in table(store, "small")] == ["fpl"]
-    assert not list(store.glob(f"{TOKENS}*"))
+    assert [row["method"] for row in table(encoded, "small")] == ["fpl"]
+    assert not list(encoded.glob(f"{TOKENS}*"))
 
 
 def test_each_fault_of_a_machine_is_refused_with_its_remedy(address, tmp_path):

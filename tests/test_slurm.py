@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -45,11 +46,13 @@ def ray_processes(job: str) -> list[psutil.Process]:
     ]
 
 
-def test_a_job_resumes_after_its_time_limit_the_end_of_its_ray_and_the_loss_of_its_node(wires):
+def test_a_job_resumes_after_its_time_limit_the_end_of_its_ray_and_the_loss_of_its_node(
+    wires, features
+):
     """Options behind the store are those of `airsweep run`. The driver always stops itself after
     its first trial, so that more are left."""
     slurm = Slurm(wires)
-    store = slurm.shared / "runs"
+    store = Path(shutil.copytree(features, slurm.shared / "runs"))
     write_sweep(slurm.shared, "long", many_trials(COUNT))
     interpreter, script = stopping_python(slurm.shared / "stopping", "trial_done")
     slurm.variables |= {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,7 +71,7 @@ def submitted(
 # ---------------------------------------------------------------- a cluster with a token
 
 
-def test_a_cluster_with_a_token_accepts_only_this_token_and_no_output_shows_it(tmp_path):
+def test_a_cluster_with_a_token_accepts_only_this_token_and_no_output_shows_it(tmp_path, encoded):
     token, wrong = tmp_path / "token", tmp_path / "wrong"
     token.write_text("a1" * 32)
     wrong.write_text("b2" * 32)
@@ -79,7 +80,7 @@ def test_a_cluster_with_a_token_accepts_only_this_token_and_no_output_shows_it(t
     right = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     sweep = write_sweep(tmp_path, "small", SMALL)
     with ray_head(jobs=True, cpus=2, **right) as address:
-        command = ("submit", sweep, "--address", address, "--store", tmp_path / "runs")
+        command = ("submit", sweep, "--address", address, "--store", encoded)
         none = airsweep(*command, check=False, **OPEN)
         assert none.returncode == 3
         assert "RAY_AUTH_MODE is currently" in none.stderr
@@ -88,10 +89,10 @@ def test_a_cluster_with_a_token_accepts_only_this_token_and_no_output_shows_it(t
         assert "RAY_AUTH_TOKEN_PATH" in other.stderr
 
         done = airsweep(*command, **right)
-        assert [row["method"] for row in table(tmp_path / "runs", "small")] == ["zero_shot"]
+        assert [row["method"] for row in table(encoded, "small")] == ["zero_shot"]
         output = [none.stderr, other.stderr, done.stdout, done.stderr]
         assert not any("Traceback" in text for text in output)
-        stored = [path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+        stored = [path.read_bytes() for path in encoded.rglob("*") if path.is_file()]
         for secret in ("a1" * 8, "b2" * 8):
             assert not any(secret in text for text in output)
             assert not any(secret.encode() in content for content in stored)
@@ -107,8 +108,8 @@ def head() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("shared") / "runs"
+def store(features, tmp_path_factory) -> Path:
+    return Path(shutil.copytree(features, tmp_path_factory.mktemp("shared") / "runs"))
 
 
 def test_submit_runs_a_sweep_on_the_cluster_and_prints_its_log(head, store, tmp_path, monkeypatch):

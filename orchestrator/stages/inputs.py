@@ -87,7 +87,7 @@ class Contents:
         A store that does not exist is not created: a plan or a refused run leaves no folder behind.
         """
         # The next process looks at unreadable images again.
-        unreadable = {str(file.resolve()) for file in self.unreadable}
+        unreadable = {*map(os.path.abspath, self.unreadable)}
         digests = {file: e for file, e in self._digests.items() if file not in unreadable}
         if digests != self._saved and self.cache.parent.is_dir():
             # On a full disk, or in a store of another user, the next process reads the files again.
@@ -103,7 +103,7 @@ class Contents:
 
     def _known_digest(self, file: Path, stamp: list[int]) -> str | None:
         """The digest of a file that had this stamp when it was read; None: it was another."""
-        entry = self._digests.get(str(file.resolve()), [])
+        entry = self._digests.get(os.path.abspath(file), [])
         return str(entry[-1]) if entry[:-1] == stamp else None
 
     def file_digests(self, paths: Sequence[Path]) -> list[str]:
@@ -118,7 +118,7 @@ class Contents:
             known = self._known_digest(path, stamp)
             if known is None:
                 known = file_digest(path)
-                self._digests[str(path.resolve())] = [*stamp, known]
+                self._digests[os.path.abspath(path)] = [*stamp, known]
                 if path.suffix.lower() in SUFFIXES and (problem := visible_problem(path)):
                     self.unreadable[path] = problem
             digests.append(known)

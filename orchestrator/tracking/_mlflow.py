@@ -248,10 +248,11 @@ class SweepTracker:
             "air.digest": run.digest if is_whole else "",
         }
         metrics = metrics_of(numbers, run.started, run.ended)
+        changed = {k: v for k, v in valid_tags(tags).items() if stored.tags.get(k) != v}
         log_batch(
             self.client,
             stored.run_id,
-            tags=valid_tags(tags),
+            tags=changed,
             params=run.params if stored.sent is None else {},
             metrics=[
                 metric for metric in metrics if metric.step >= len(before.get(metric.key, ()))

@@ -190,9 +190,9 @@ def test_results_are_read_further_from_python(finished, tmp_path):
 
 
 @pytest.mark.ray
-def test_stdout_has_only_what_the_caller_prints(spec, tmp_path):
+def test_stdout_has_only_what_the_caller_prints(spec, encoded):
     """In a subprocess, because Ray writes to the file descriptor directly."""
-    run = f"api.run({str(spec)!r}, store={str(tmp_path / 'runs')!r})"
+    run = f"api.run({str(spec)!r}, store={str(encoded)!r})"
     code = f"from orchestrator import api; print({run}.exit_code)"
     assert python("-c", code).stdout == "0\n"
 
@@ -203,7 +203,8 @@ def test_a_ray_that_the_caller_has_started_keeps_running(spec, tmp_path):
         "import ray\n"
         "from orchestrator import api\n"
         "ray.init('local', num_cpus=2, include_dashboard=False, log_to_driver=False)\n"
-        f"outcome = api.run({str(spec)!r}, prepare=True, store={str(tmp_path / 'runs')!r})\n"
+        f"outcome = api.run({str(spec)!r}, prepare=True, store={str(tmp_path / 'runs')!r}, "
+        "tracking_uri='none')\n"
         "print(outcome.exit_code, ray.is_initialized())\n"
     )
     process = python("-c", code, RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
@@ -225,7 +226,9 @@ def test_a_ray_that_the_caller_has_started_keeps_running(spec, tmp_path):
         (0, 143, "worker.connect = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)\n"),
     ],
 )
-def test_a_signal_stops_a_run_after_the_event_log_is_closed(tmp_path, number, code, before):
+def test_a_signal_stops_a_run_after_the_event_log_is_closed(
+    tmp_path, encoded, number, code, before
+):
     """`test_submit.py` sends SIGTERM while trials run."""
     spec = write_sweep(tmp_path, "long", "fixed: {method: fpl, train.steps: 100000}\nseeds: [1]\n")
     script = (
@@ -236,7 +239,7 @@ def test_a_signal_stops_a_run_after_the_event_log_is_closed(tmp_path, number, co
         f"{before}"
         # Background jobs of a shell ignore SIGINT.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        f"api.run({str(spec)!r}, store={str(tmp_path / 'runs')!r}, tracking_uri='none')\n"
+        f"api.run({str(spec)!r}, store={str(encoded)!r}, tracking_uri='none')\n"
         "print('continued')\n"
     )
     process = subprocess.Popen(
@@ -246,7 +249,7 @@ def test_a_signal_stops_a_run_after_the_event_log_is_closed(tmp_path, number, co
         stderr=subprocess.PIPE,
         text=True,
     )
-    event_log = tmp_path / "runs" / "sweeps" / "default" / "long" / "events.jsonl"
+    event_log = encoded / "sweeps" / "default" / "long" / "events.jsonl"
 
     def trials_have_started() -> bool:
         assert process.poll() is None, process.communicate()

@@ -36,6 +36,7 @@ from orchestrator.spec.sweep import Search, Seeds, smoke_variant
 from orchestrator.stages import TrialSpec, trial_of
 from orchestrator.store import ArtifactStore, EventLog
 from tests.helpers.dataset_trees import draw as draw_picture
+from tests.helpers.trivial import pixel_png
 
 Measure = Callable[[TrialSpec], dict[str, float]]
 OBJECTIVES = ("mutual_information", "validation_accuracy")
@@ -111,12 +112,12 @@ class World:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
-    """120 ready images per class, whose files are empty."""
-    folder = tmp_path_factory.mktemp("pictures")
+    """120 ready images per class, of one pixel."""
+    folder, pixel = tmp_path_factory.mktemp("pictures"), pixel_png()
     for name in get_dataset("digits").classnames:
         (folder / name).mkdir()
         for index in range(120):
-            (folder / name / f"{index}.png").touch()
+            (folder / name / f"{index}.png").write_bytes(pixel)
     return folder
 
 
