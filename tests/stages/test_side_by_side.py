@@ -24,7 +24,6 @@ from orchestrator.errors import MissingArtifact
 from orchestrator.stages import TrialSpec
 from orchestrator.stages import trial_run as trial_stage
 from orchestrator.stages.context import WorkerContext
-from orchestrator.stages.features import build as build_features
 from orchestrator.stages.trial import side_by_side
 from orchestrator.stages.trial_run import run_trial, run_trials
 from orchestrator.store import ArtifactStore, TrialRecord
@@ -32,17 +31,9 @@ from orchestrator.store import ArtifactStore, TrialRecord
 QUICK = {"train__steps": 4, "prompt__length": 2}
 
 
-@pytest.fixture(scope="module")
-def features(tmp_path_factory, trial) -> Path:
-    """A store with the features of the digits."""
-    store = ArtifactStore(tmp_path_factory.mktemp("replicas") / "runs")
-    build_features(trial("fpl").features, WorkerContext(store))
-    return store.root
-
-
 @pytest.fixture
-def store(features, tmp_path) -> ArtifactStore:
-    return ArtifactStore(Path(shutil.copytree(features, tmp_path / "runs")))
+def store(encoded) -> ArtifactStore:
+    return ArtifactStore(encoded)
 
 
 @pytest.fixture
