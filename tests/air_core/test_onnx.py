@@ -28,7 +28,7 @@ from air_core.datasets import get_dataset
 from air_core.settings import AuxiliarySettings, PromptSettings
 from air_core.transduction import transductive
 from air_core.types import Classes, Encoded, Labelled
-from tests.helpers.bundles import zero_shot
+from tests.helpers.bundles import shallow_clip, zero_shot
 
 ROUNDING = 1e-4  # of probabilities: half-precision tokens can round to the other neighbour
 
@@ -39,12 +39,17 @@ def digits() -> list[Image.Image]:
     return [image.resize((50, 40)) for image in get_dataset("digits").load(None).images[:70]]
 
 
-def written(folder: Path, about: Any, arrays: Any, backbone: Any) -> Bundle:
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory) -> str:
+    return str(shallow_clip(tmp_path_factory.mktemp("shallow") / "clip"))
+
+
+def written(folder: Path, about: Any, arrays: Any, backbone: Any, weights: Any = None) -> Bundle:
     """A bundle with `model.onnx`."""
     write_bundle(
         folder, about, arrays, False, onnx=lambda manifest: onnx_bytes(Bundle(manifest, backbone))
     )
-    return load_bundle(folder)
+    return load_bundle(folder, weights=weights)
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +69,15 @@ def assert_equal_probabilities(bundle: Bundle, images: list[Image.Image]) -> Non
 
 
 @pytest.mark.parametrize("depth", ["shallow", "deep"])
-def test_a_visual_prompt_is_part_of_the_file(depth, tmp_path, tiny_clip, digits):
-    shape = (3, tiny_clip.vision.width)
-    shape = (tiny_clip.vision.layers, *shape) if depth == "deep" else shape
+def test_a_visual_prompt_is_part_of_the_file(depth, tmp_path, shallow, digits):
+    clip = load_backbone(shallow)
+    shape = (3, clip.vision.width)
+    shape = (clip.vision.layers, *shape) if depth == "deep" else shape
     prompt = torch.randn(shape, generator=torch.Generator().manual_seed(0)).numpy()
-    about, arrays = zero_shot()
+    about, arrays = zero_shot(shallow)
     about |= {"modality": "visual", "prompt": asdict(PromptSettings(length=3, depth=depth))}
     arrays[PROMPT] = {"prompt": prompt}
-    assert_equal_probabilities(written(tmp_path / "b", about, arrays, tiny_clip), digits)
+    assert_equal_probabilities(written(tmp_path / "b", about, arrays, clip, shallow), digits)
 
 
 @pytest.mark.parametrize(
@@ -79,31 +85,31 @@ def test_a_visual_prompt_is_part_of_the_file(depth, tmp_path, tiny_clip, digits)
     [("auxiliary", "knn", None), ("fused", "cache", None), ("fused", "mixture", [7, 8, 9])],
 )
 def test_auxiliary_and_fused_classifiers_are_exported_with_their_temperature(
-    classifier, kind, unseen, tmp_path, tiny_clip, digits
+    classifier, kind, unseen, tmp_path, shallow, digits
 ):
     """Those of the first digits; `mixture` has no auxiliary classifier."""
-    dataset = get_dataset("digits")
+    dataset, clip = get_dataset("digits"), load_backbone(shallow)
     examples = dataset.load(None)
-    pool = Encoded(tiny_clip.encode_images(list(examples.images[:100])))
+    pool = Encoded(clip.encode_images(list(examples.images[:100])))
     labels = torch.from_numpy(examples.labels[:100]).long()
     classes = Classes(10, None if unseen is None else torch.tensor(unseen))
-    text, auxiliary = text_classifier(tiny_clip, dataset.classnames, dataset.template), None
+    text, auxiliary = text_classifier(clip, dataset.classnames, dataset.template), None
     if kind == "mixture":
         text = transductive(text, pool, classes)
     else:
         settings, real = AuxiliarySettings(kind=kind), Labelled(pool, labels)
-        scale = tiny_clip.logit_scale
-        auxiliary = auxiliary_classifier(settings, None, real, pool, 10, scale)
+        auxiliary = auxiliary_classifier(settings, None, real, pool, 10, clip.logit_scale)
     fused = FusedClassifier(text, auxiliary, 0.4, "probability", classes)
-    about, arrays = zero_shot()
+    about, arrays = zero_shot(shallow)
     about |= {"classifier": classifier, "temperatures": {classifier: 1.7}, "unseen": unseen}
     arrays[FUSED] = {name: array.numpy() for name, array in fused_arrays(fused).items()}
-    assert_equal_probabilities(written(tmp_path / "b", about, arrays, tiny_clip), digits)
+    assert_equal_probabilities(written(tmp_path / "b", about, arrays, clip, shallow), digits)
 
 
-def test_a_bundle_of_half_precision_is_computed_in_single_precision(tmp_path, digits):
-    backbone = load_backbone("tiny", precision="fp16")  # the stored weights are fp16
-    assert_equal_probabilities(written(tmp_path / "b", *zero_shot(), backbone), digits)
+def test_a_bundle_of_half_precision_is_computed_in_single_precision(tmp_path, shallow, digits):
+    backbone = load_backbone(shallow, precision="fp16")  # the stored weights are fp16
+    bundle = written(tmp_path / "b", *zero_shot(shallow), backbone, shallow)
+    assert_equal_probabilities(bundle, digits)
     assert backbone.dtype == torch.float16
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from air_core.backbone.loading import load_backbone
@@ -15,11 +19,25 @@ from air_core.bundle.classifier import Bundle
 from air_core.bundle.manifest import weights_description
 from air_core.classifiers import class_texts
 from air_core.datasets import get_dataset
+from air_core.models.weights import tiny_folder
 
 
-def zero_shot() -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments of `write_bundle` for the zero-shot classifier of the tiny CLIP on the digits."""
-    digits, backbone = get_dataset("digits"), load_backbone("tiny")
+def shallow_clip(folder: Path) -> Path:
+    """The tiny CLIP with two of its four image layers, exported to ONNX in less time."""
+    shutil.copytree(tiny_folder(), folder)
+    config, weights = folder / "open_clip_config.json", folder / "open_clip_model.safetensors"
+    content = json.loads(config.read_text())
+    content["model_cfg"]["vision_cfg"]["layers"] = 2
+    config.write_text(json.dumps(content))
+    left_out = tuple(f"visual.transformer.resblocks.{layer}." for layer in (2, 3))
+    kept = {k: array for k, array in load_file(weights).items() if not k.startswith(left_out)}
+    save_file(kept, weights)
+    return folder
+
+
+def zero_shot(name: str = "tiny") -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of `write_bundle` for the zero-shot classifier of a backbone on the digits."""
+    digits, backbone = get_dataset("digits"), load_backbone(name)
     about = {
         "classnames": list(digits.classnames),
         "template": digits.template,
@@ -28,7 +46,7 @@ def zero_shot() -> tuple[dict[str, Any], dict[str, Any]]:
         "classifier": "text",
         "space": "probability",
         "temperatures": {},
-        "backbone": {**weights_description("tiny"), "precision": "fp32"},
+        "backbone": {**weights_description(name), "precision": "fp32"},
         "unseen": None,
         "metrics": {},
         "lineage": {},
