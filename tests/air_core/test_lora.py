@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -67,7 +66,8 @@ def test_training_reports_every_step_and_keeps_the_global_random_state(tmp_path,
     result = train_lora(*of, MODEL, training, 32, tmp_path, report=report)
     losses = seen[-1][2:]
     assert seen == [(done, 3, *losses[:done]) for done in (1, 2, 3)]
-    assert all(math.isfinite(loss) and loss > 0 for loss in losses)
+    # The tiny model predicts noise, of variance 1, better than zero would; minus the noise is 4.
+    assert all(0 < loss < 1 for loss in losses)
     assert result.keys() == {"loss_first", "loss_last", "seconds"}
     assert (result["loss_first"], result["loss_last"]) == (losses[0], losses[-1])
     assert torch.equal(torch.rand(3), expected)

@@ -57,8 +57,8 @@ def _save(folder: Path, scheduler: Any, **unet: Any) -> Path:
         text_encoder=CLIPTextModel(text_config(32)),
         tokenizer=tokenizer(),
         unet=diffusers.UNet2DConditionModel(
-            block_out_channels=(16, 16, 32, 32), cross_attention_dim=32, norm_num_groups=8,
-            sample_size=SIZE // 8, **unet,
+            block_out_channels=(16, 16, 32, 32), layers_per_block=1, cross_attention_dim=32,
+            norm_num_groups=8, sample_size=SIZE // 8, **unet,
         ),
         scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,

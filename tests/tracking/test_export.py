@@ -301,6 +301,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
 def test_an_outage_gives_one_warning_and_the_rest_is_sent_afterwards(
     ended, sweep, server, tmp_path, caplog, monkeypatch
 ):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     location, trouble = copy_of(ended, tmp_path), []
     done = outcomes(sweep, location)
     with failing_server(server.url, trouble) as url:
