@@ -66,7 +66,7 @@ def test_training_reports_every_step_and_keeps_the_global_random_state(tmp_path,
     result = train_lora(*of, MODEL, training, 32, tmp_path, report=report)
     losses = seen[-1][2:]
     assert seen == [(done, 3, *losses[:done]) for done in (1, 2, 3)]
-    # The tiny model predicts noise, of variance 1, better than zero would; minus the noise is 4.
+    # The tiny model predicts the noise, of variance 1; with the wrong sign the loss is about 4.
     assert all(0 < loss < 1 for loss in losses)
     assert result.keys() == {"loss_first", "loss_last", "seconds"}
     assert (result["loss_first"], result["loss_last"]) == (losses[0], losses[-1])

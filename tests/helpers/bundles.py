@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from air_core.backbone.loading import load_backbone
@@ -19,20 +15,6 @@ from air_core.bundle.classifier import Bundle
 from air_core.bundle.manifest import weights_description
 from air_core.classifiers import class_texts
 from air_core.datasets import get_dataset
-from air_core.models.weights import tiny_folder
-
-
-def shallow_clip(folder: Path) -> Path:
-    """The tiny CLIP with two of its four image layers, exported to ONNX in less time."""
-    shutil.copytree(tiny_folder(), folder)
-    config, weights = folder / "open_clip_config.json", folder / "open_clip_model.safetensors"
-    content = json.loads(config.read_text())
-    content["model_cfg"]["vision_cfg"]["layers"] = 2
-    config.write_text(json.dumps(content))
-    left_out = tuple(f"visual.transformer.resblocks.{layer}." for layer in (2, 3))
-    kept = {k: array for k, array in load_file(weights).items() if not k.startswith(left_out)}
-    save_file(kept, weights)
-    return folder
 
 
 def zero_shot(name: str = "tiny") -> tuple[dict[str, Any], dict[str, Any]]:
