@@ -60,8 +60,11 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 def file_digest(path: Path) -> str:
     """The blake2b digest of a file's content."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=20)).hexdigest()
+    found = hashlib.blake2b(digest_size=20)
+    with open(path, "rb", buffering=0) as handle:
+        while block := handle.read(1 << 16):
+            found.update(block)
+    return found.hexdigest()
 
 
 def write_atomic_unsynced(path: Path, data: bytes) -> None:

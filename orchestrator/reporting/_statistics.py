@@ -43,7 +43,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -77,35 +77,36 @@ class Run:
     split_seed: int | str
     seed: int | None
     image_ids: Array  # (T,) index in the dataset, so that images can be paired
-    correct: Array  # (C, T) bool, of one classifier, or of two whose difference is scored
+    correct: Array  # (T,) bool
     unseen: Array | None = None  # (T,) bool: TRZSL, scored by the harmonic mean of the two parts
+    # Scores under random weights, (B,), by images and samples: a run is compared several times.
+    resampled: dict[tuple[int, int], Array] = field(default_factory=dict, repr=False)
 
+    @functools.cached_property
     def columns(self) -> Array:
-        """(G + G C, T) bool: all images, in TRZSL the unseen and the seen ones; of these the right
-        ones of each classifier.
+        """(2 G, T) bool: all images, in TRZSL the unseen and the seen ones; then the right ones of
+        these.
         """
         every = np.ones((1, len(self.image_ids)), dtype=bool)
         groups = every if self.unseen is None else np.stack([self.unseen, ~self.unseen])
-        return np.concatenate([groups, *(correct & groups for correct in self.correct)])
+        return np.concatenate([groups, self.correct & groups])
 
     def score(self, sums: Array) -> Array:
-        """The accuracy (TRZSL: harmonic mean of two accuracies) of a classifier, or a difference.
+        """The accuracy (TRZSL: harmonic mean of two accuracies).
 
         Args:
             sums: the (weighted) sum over images of each of `columns`.
         """
-        sizes, *rights = np.split(sums, len(self.correct) + 1)
-        scores = []
-        for right in rights:
-            score, *rest = right / sizes
-            for other in rest:
-                score = 2 * score * other / np.maximum(score + other, 1e-12)
-            scores.append(score)
-        return np.asarray(scores[0] if len(scores) == 1 else scores[0] - scores[1])
+        groups = len(sums) // 2
+        score, *rest = sums[groups:] / sums[:groups]
+        for other in rest:
+            score = 2 * score * other / np.maximum(score + other, 1e-12)
+        return np.asarray(score)
 
+    @functools.cached_property
     def plain(self) -> float:
         """The score with equal weights of all images."""
-        return float(self.score(self.columns().sum(axis=1)))
+        return float(self.score(self.columns.sum(axis=1)))
 
 
 Runs = tuple[Run, ...]  # of one setting: at least one, at most one per split and seed
@@ -145,12 +146,12 @@ def mean_interval(runs: Runs, *, samples: int = SAMPLES) -> Interval:
     An accuracy of exactly 0 or 1 has an interval of width 0, because reweighting images cannot
     produce an error that no run made.
     """
-    return _interval(runs, samples, lowest=0.0)
+    return _interval(runs, samples=samples, lowest=0.0)
 
 
 def mean_score(runs: Sequence[Run]) -> float:
     """Mean accuracy over runs, without the cost of an interval."""
-    return float(np.mean([run.plain() for run in runs]))
+    return float(np.mean([run.plain for run in runs]))
 
 
 def paired_difference(a: Runs, b: Runs, *, samples: int = SAMPLES) -> Difference | None:
@@ -161,20 +162,23 @@ def paired_difference(a: Runs, b: Runs, *, samples: int = SAMPLES) -> Difference
     Returns:
         The difference with its interval, where n counts pairs; None if no runs pair.
     """
-    scores = list(_paired(a, b))
-    if not scores:
+    pairs = [*_paired(a, b)]
+    if not pairs:
         return None
-    interval = _interval(scores, samples, lowest=-1.0)
+    ones, others = zip(*pairs, strict=True)
+    interval = _interval(ones, others, samples=samples, lowest=-1.0)
     mean, spread = interval.mean, _spread(interval)
     towards_zero = mean - interval.low if mean > 0 else interval.high - mean
     symmetric = _half_width(ALPHA, *spread)
     skew = towards_zero / symmetric if symmetric > 0 else 1.0
-    differing = [s.image_ids[s.correct[0] != s.correct[1]] for s in scores]
+    differing = [one.image_ids[one.correct != other.correct] for one, other in pairs]
     return Difference(
         **vars(interval),
         p=_p_value(mean, skew, *spread),
         skew=skew,
-        reason_not_tested=_reason_not_tested(scores, len(np.unique(np.concatenate(differing)))),
+        reason_not_tested=_reason_not_tested(
+            (*ones, *others), len(np.unique(np.concatenate(differing)))
+        ),
     )
 
 
@@ -245,57 +249,59 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def _paired(a: Runs, b: Runs) -> Iterator[Run]:
+def _paired(a: Runs, b: Runs) -> Iterator[tuple[Run, Run]]:
     """Runs of two settings with the same split and seed, on the images that both tested.
 
     A run without a seed is paired with every seed of its split.
     """
     for one, other in itertools.product(a, b):
-        seeds = {one.seed, other.seed} - {None}
-        if one.split_seed != other.split_seed or len(seeds) > 1:
+        is_same_seed = one.seed == other.seed or None in (one.seed, other.seed)
+        if one.split_seed != other.split_seed or not is_same_seed:
             continue
         if not np.array_equal(one.image_ids, other.image_ids):
             ids = np.intersect1d(one.image_ids, other.image_ids)
             one, other = _on_images(one, ids), _on_images(other, ids)
         if len(one.image_ids):
-            correct = np.concatenate([one.correct, other.correct])
-            yield replace(one, seed=next(iter(seeds), None), correct=correct)
+            yield one, other
 
 
 def _on_images(run: Run, ids: Array) -> Run:
     """A run on some of its images."""
     at = np.intersect1d(run.image_ids, ids, return_indices=True)[1]
     unseen = None if run.unseen is None else run.unseen[at]
-    return replace(run, image_ids=ids, correct=run.correct[:, at], unseen=unseen)
+    return replace(run, image_ids=ids, correct=run.correct[at], unseen=unseen, resampled={})
 
 
-def _interval(scores: Sequence[Run], samples: int, *, lowest: float) -> Interval:
-    run_means = np.array([s.plain() for s in scores])  # (R,)
-    shifts = _resampled_means(scores, samples) - run_means  # (B, R), images only
-    units = _units(scores)  # (R, K)
-    share = units.sum(axis=0) / len(scores)  # (K,)
-    per_unit = units / units.sum(axis=0)  # (R, K): run means -> unit means
+def _interval(runs: Runs, minus: Runs = (), *, samples: int, lowest: float) -> Interval:
+    """The interval of the mean over runs; with `minus`, of their differences from those runs."""
+    scores = np.array([run.plain for run in (*runs, *minus)])
+    resampled = _resampled_scores((*runs, *minus), samples)
+    if minus:
+        scores, resampled = (x[: len(runs)] - x[len(runs) :] for x in (scores, resampled))
+    shifts = resampled - scores[:, None]  # (R, B), images only
+    units = _units(runs)  # (K, R)
+    share = units.sum(axis=1) / len(runs)  # (K,)
+    per_unit = units / units.sum(axis=1, keepdims=True)  # (K, R): run means -> unit means
 
-    draws = shifts.mean(axis=1)  # (B,) deviations of the mean
+    draws = shifts.mean(axis=0)  # (B,) deviations of the mean
     image_variance = float(draws.var())
     between = by_images = 0.0
     if len(share) > 1:
-        between = float(_variance_of_mean(run_means @ per_unit, share))
-        by_images = float(_variance_of_mean(shifts @ per_unit, share).mean())
+        between = float(_variance_of_mean(per_unit @ scores, share))
+        by_images = float(_variance_of_mean(per_unit @ shifts, share).mean())
         deviation = math.sqrt(max(0.0, between - by_images))
         widen = _student(ALPHA, len(share) - 1) / Z_95
-        generator = np.random.default_rng(SEED_OF_RUNS)
-        draws = draws + widen * deviation * generator.standard_normal(samples)
-    mean = float(run_means.mean())
+        draws = draws + widen * deviation * _run_draws(samples)
+    mean = float(scores.mean())
     low, high = mean + np.quantile(draws, [0.025, 0.975])
     return Interval(
         mean=mean,
-        std=float(run_means.std(ddof=1)) if len(scores) > 1 else None,
+        std=float(scores.std(ddof=1)) if len(runs) > 1 else None,
         low=max(lowest, min(float(low), mean)),
         high=min(1.0, max(float(high), mean)),
-        n=len(scores),
-        n_test=round(float(np.mean([len(s.image_ids) for s in scores]))),
-        interval=_interval_text(scores),
+        n=len(runs),
+        n_test=round(float(np.mean([len(run.image_ids) for run in runs]))),
+        interval=_interval_text((*runs, *minus)),
         image_variance=image_variance,
         run_variance=between - by_images,
         run_noise=by_images,
@@ -321,13 +327,12 @@ def _p_value(mean: float, skew: float, images: float, runs: float, dof: float) -
         return 1.0
     if runs <= 0:
         return math.erfc(distance / math.sqrt(2 * images)) if images > 0 else 0.0
-    from scipy.special import stdtr
+    from scipy.special import ndtri, stdtr
 
     low, high = 0.0, distance / math.sqrt(runs)  # bounds of t
-    for _ in range(60):
+    while high - low > 1e-9 * high:
         t = (low + high) / 2
-        alpha = 2 * float(stdtr(dof, -t))
-        if _normal(alpha) ** 2 * images + t**2 * runs < distance**2:
+        if ndtri(max(stdtr(dof, -t), 1e-300)) ** 2 * images + t**2 * runs < distance**2:
             low = t
         else:
             high = t
@@ -348,13 +353,13 @@ def _student(alpha: float, dof: float) -> float:
     return -float(stdtrit(dof, alpha / 2))
 
 
-def _reason_not_tested(scores: Sequence[Run], differing: int) -> str:
+def _reason_not_tested(runs: Runs, differing: int) -> str:
     """Why a difference is not tested; empty: it is tested."""
-    splits = len({s.split_seed for s in scores})
-    seeds = {s.seed for s in scores}
+    splits = len({run.split_seed for run in runs})
+    seeds = {run.seed for run in runs} - {None}
     if 1 < splits < FEWEST_SPLITS:
         return f"{splits} splits are too few; a test needs 1, or at least {FEWEST_SPLITS}"
-    if splits == 1 and seeds != {None} and len(seeds) < FEWEST_SEEDS:
+    if splits == 1 and 0 < len(seeds) < FEWEST_SEEDS:
         few = "1 seed is" if len(seeds) == 1 else f"{len(seeds)} seeds are"
         return f"{few} too few; a test needs at least {FEWEST_SEEDS}"
     if differing < FEWEST_IMAGES:
@@ -362,46 +367,57 @@ def _reason_not_tested(scores: Sequence[Run], differing: int) -> str:
     return ""
 
 
-def _resampled_means(scores: Sequence[Run], samples: int) -> Array:
-    """Scores of the runs under random weights of the images, common to all runs, (B, R)."""
-    ids = np.unique(np.concatenate([s.image_ids for s in scores]))
-    weights = _image_weights(len(ids), samples)  # (B, U)
-    columns = [s.columns() for s in scores]
-    ends = np.cumsum([len(arrays) for arrays in columns])
-    matrix = np.zeros((len(ids), ends[-1]), dtype=np.float32)
-    for s, arrays, end in zip(scores, columns, ends, strict=True):
-        matrix[np.searchsorted(ids, s.image_ids), end - len(arrays) : end] = arrays.T
-    sums = (weights @ matrix).T  # one product for all runs: ten times faster than one per run
-    by_run = zip(scores, np.split(sums, ends[:-1]), strict=True)
-    return np.stack([s.score(part) for s, part in by_run], axis=1).astype(np.float64)
+def _resampled_scores(runs: Runs, samples: int) -> Array:
+    """Scores of the runs under random weights of the images, common to all runs, (R, B)."""
+    distinct = {run.image_ids.tobytes(): run.image_ids for run in runs}  # few: one per split
+    ids = np.unique(np.concatenate([*distinct.values()]))
+    name = hash(ids.tobytes()), samples
+    if new := [run for run in dict.fromkeys(runs) if name not in run.resampled]:
+        ends = np.cumsum([len(run.columns) for run in new])
+        matrix = np.zeros((ends[-1], len(ids)), dtype=np.float32)
+        for run, end in zip(new, ends, strict=True):
+            at = np.searchsorted(ids, run.image_ids)
+            matrix[end - len(run.columns) : end, at] = run.columns
+        # One product for all runs is ten times faster than one per run.
+        sums = matrix @ _image_weights(len(ids), samples)
+        for run, part in zip(new, np.split(sums, ends[:-1]), strict=True):
+            run.resampled[name] = run.score(part)
+    return np.stack([run.resampled[name] for run in runs]).astype(np.float64)
 
 
 @functools.lru_cache(maxsize=2)  # the rows of a table share their test images and thus weights
 def _image_weights(images: int, samples: int) -> Array:
+    """(U, B)"""
     generator = np.random.default_rng(SEED_OF_IMAGES)
-    return generator.standard_exponential((samples, images), dtype=np.float32)
+    weights = generator.standard_exponential((samples, images), dtype=np.float32)
+    return np.ascontiguousarray(weights.T)
 
 
-def _units(scores: Sequence[Run]) -> Array:
-    """The top unit of each run, one-hot (R, K): its split; with one split, the run itself."""
-    splits = np.array([s.split_seed for s in scores])
-    names, index = np.unique(splits, return_inverse=True)
-    return np.eye(len(names))[index] if len(names) > 1 else np.eye(len(scores))
+@functools.lru_cache(maxsize=2)
+def _run_draws(samples: int) -> Array:
+    return np.random.default_rng(SEED_OF_RUNS).standard_normal(samples)
+
+
+def _units(runs: Runs) -> Array:
+    """The runs of each top unit, (K, R): of a split; with one split, each run is a unit."""
+    splits = dict.fromkeys(run.split_seed for run in runs)
+    if len(splits) == 1:
+        return np.eye(len(runs))
+    return np.array([[run.split_seed == split for run in runs] for split in splits], dtype=float)
 
 
 def _variance_of_mean(values: Array, share: Array) -> Array:
-    """Variance of the weighted mean of K independent units, from their spread, (..., K) -> (...).
+    """Variance of the weighted mean of K independent units, from their spread, (K, ...) -> (...).
 
     With equal shares this is the sample variance (K - 1 in the denominator) over K.
     """
     k = len(share)
-    deviations = values - (values @ share)[..., None]
-    return np.asarray(k / (k - 1) * (deviations**2 @ share**2))
+    return np.asarray(k / (k - 1) * (share**2 @ (values - share @ values) ** 2))
 
 
-def _interval_text(scores: Sequence[Run]) -> str:
-    seeds = {s.seed for s in scores} - {None}
-    counts = {"split": len({s.split_seed for s in scores}), "seed": len(seeds)}
+def _interval_text(runs: Runs) -> str:
+    seeds = {run.seed for run in runs} - {None}
+    counts = {"split": len({run.split_seed for run in runs}), "seed": len(seeds)}
     over = ["images", *(f"{name}s" for name, count in counts.items() if count > 1)]
     only = [f"1 {name}" for name, count in counts.items() if count == 1]
     text = " and ".join(filter(None, [", ".join(over[:-1]), over[-1]]))

@@ -177,6 +177,7 @@ class Results:
             self._searched |= trial.searched
         self.rows = self.points() if search_objective is None else self._cells(search_objective)
         self._of_method: dict[tuple[str, ...], list[Row]] = {}  # in a dataset and paradigm
+        self._fits: dict[tuple[tuple[str, ...], str, Any], set[int]] = {}
         for row in self.rows:
             self._of_method.setdefault((row.method, *row.task[:2]), []).append(row)
 
@@ -310,9 +311,9 @@ class Results:
         method is compared at its own best point. Of several such rows the one that shares the most
         settings is taken.
         """
-        others = self._of_method.get((method, *row.task[:2]), [])
-        equal = _equal_rows(row, (o for o in others if o.task == row.task and o is not row))
-        return max(equal, key=equal.__getitem__, default=None)
+        equal = self._equal_rows(row, method)
+        others = (o for o in equal if o.task == row.task and o is not row)
+        return max(others, key=equal.__getitem__, default=None)
 
     def _at_default(self, row: Row, key: str) -> Row | None:
         """The row with the default value of a setting, or else with the first one, and all else
@@ -321,12 +322,11 @@ class Results:
         learns = METHODS[row.method].pins.get("iterations") != 0
         if not (learns if key == MODALITY else key in row.settings):
             return None
-        others = (
-            other
-            for other in self._of_method[row.method, *row.task[:2]]
+        equal = {
+            other: shared
+            for other, shared in self._equal_rows(row, row.method, key).items()
             if key == MODALITY or (other.modality == row.modality and key in other.settings)
-        )
-        equal = _equal_rows(row, others, key)
+        }
         chosen = {name: value for name, value in row.first.flat.items() if name != key}
         defaults = {name: known.default for name, known in trial_keys().items()}
         default = (defaults | presets.defaults(row.method, chosen)).get(key)
@@ -336,16 +336,27 @@ class Results:
             return None
         return max((o for o in equal if o.value(key) == value), key=equal.__getitem__)
 
+    def _equal_rows(self, row: Row, method: str, key: str = "") -> dict[Row, int]:
+        """The rows of a method, in the dataset and paradigm of a row, with equal values for all
+        settings that both have, and the number of these.
 
-def _equal_rows(row: Row, others: Iterable[Row], key: str = "") -> dict[Row, int]:
-    """The rows with equal values for all settings that both have, and the number of these.
+        Args:
+            key: a setting that may differ, like those that were searched.
+        """
+        group = (method, *row.task[:2])
+        rows = self._of_method.get(group, [])
+        own = {name: value for name, value in row.fixed.items() if name != key}
+        fitting = [self._fitting(group, name, value) for name, value in own.items()]
+        positions = sorted({*range(len(rows))}.intersection(*fitting))
+        return {rows[at]: len(own.keys() & rows[at].fixed.keys()) for at in positions}
 
-    Args:
-        key: a setting that may differ, like those that were searched.
-    """
-    found, own = {}, row.settings.keys() - row.first.searched - {key}
-    for other in others:
-        shared = (own & other.settings.keys()) - other.first.searched
-        if all(row.settings[each] == other.settings[each] for each in shared):
-            found[other] = len(shared)
-    return found
+    def _fitting(self, group: tuple[str, ...], name: str, value: Any) -> set[int]:
+        """Positions in a group of the rows with a value of a setting, or without the setting.
+
+        Kept since tables of a thousand rows compare each with all others.
+        """
+        wanted = group, name, value
+        if wanted not in self._fits:
+            rows = enumerate(self._of_method.get(group, []))
+            self._fits[wanted] = {at for at, row in rows if row.fixed.get(name, value) == value}
+        return self._fits[wanted]

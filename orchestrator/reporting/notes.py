@@ -138,7 +138,7 @@ def splits_and_seeds(rows: Sequence[Row]) -> str:
 
 def collapse_notes(results: Results, most: int = 4) -> list[str]:
     """Sentences on runs that are far below the other runs of their row."""
-    collapses = [(row, run) for row in results.rows for run in row.collapsed_runs()]
+    collapses = [(row, run) for row in results.rows for run in row.collapsed_runs]
     notes = []
     for row, run in collapses[:most]:
         task = results.task_text(row.task, after=", ")

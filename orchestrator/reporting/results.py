@@ -5,8 +5,9 @@ This module does not import torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -40,21 +41,15 @@ TABLE_COLUMNS = (*TASK_KEYS, "method")
 Finished = tuple[Slot, TrialRecord]
 
 
-def finished_records(ledger: Ledger, store: ArtifactStore) -> list[Finished]:
-    """The slots with a record in the store, and the records."""
+def finished_records(ledger: Ledger, store: ArtifactStore) -> Iterator[Finished]:
+    """The slots with a record in the store, and the records, read one at a time."""
     slots = [slot for slot in ledger.slots if slot.key.digest in ledger.has_result]
     store.fetch(slot.key for slot in slots)
-    return [(slot, read_trial(slot.key, store)) for slot in slots]
+    return ((slot, read_trial(slot.key, store)) for slot in slots)
 
 
-def finished_trial(
-    slot: Slot, record: TrialRecord, objective: float | None = None
-) -> FinishedTrial:
-    """Combine a slot with its record.
-
-    Args:
-        objective: of the slot's point, mean over its runs.
-    """
+def finished_trial(slot: Slot, record: TrialRecord) -> FinishedTrial:
+    """Combine a slot with its record."""
     arrays, settings = record.test_arrays(), slot.settings
     unseen = None
     if settings["paradigm"] == "trzsl":
@@ -71,7 +66,6 @@ def finished_trial(
         point=slot.point,
         seed=record.spec["seed"] if slot.uses_seed else None,
         split_seed=split,
-        objective=objective,
         metrics=record.metrics,
         image_ids=arrays["index"],
         predictions=arrays["predictions"],
@@ -86,7 +80,7 @@ def finished_trial(
 
 
 def results_of(
-    ledger: Ledger, store: ArtifactStore, records: Sequence[Finished] | None = None
+    ledger: Ledger, store: ArtifactStore, records: Iterable[Finished] | None = None
 ) -> Results:
     """The rows of a sweep's table and the trials behind them, in the order of the ledger.
 
@@ -95,14 +89,17 @@ def results_of(
     """
     about = ledger.about
     records = finished_records(ledger, store) if records is None else records
-    objectives = _objectives(records, about.objective, about.runs)
-    trials = [
-        finished_trial(slot, record, objectives.get((slot.cell.id, slot.point)))
-        for slot, record in records
-    ]
-    classes = {
-        dataset_text(slot.cell.flat): len(ledger.tested(slot).classnames) for slot, _ in records
-    }
+    trials, classes = list[FinishedTrial](), dict[str, int]()
+    objectives: dict[tuple[str, int], list[float]] = {}  # of the runs, by cell and point
+    for slot, record in records:
+        trials.append(finished_trial(slot, record))
+        classes[dataset_text(slot.cell.flat)] = len(ledger.tested(slot).classnames)
+        if about.objective is not None:
+            of_runs = objectives.setdefault((slot.cell.id, slot.point), [])
+            of_runs.append(record.objectives[about.objective])
+    means = {point: fmean(of) for point, of in objectives.items() if len(of) == about.runs}
+    if means:
+        trials = [replace(each, objective=means.get((each.cell, each.point))) for each in trials]
     return Results(trials, about.objective, classes, about.is_smoke)
 
 
@@ -114,18 +111,6 @@ def varied_settings(slot: Slot) -> dict[str, Any]:
     grid = {name: value for name, value in slot.cell.chosen.items() if name not in TABLE_COLUMNS}
     searched = {dim.key: None for dim in slot.cell.space if dim.key in slot.params}
     return {**grid, **searched, **slot.params}
-
-
-def _objectives(
-    records: Sequence[Finished], objective: str | None, runs: int
-) -> dict[tuple[str, int], float]:
-    """Mean objective over the runs of each point that has all its runs, by cell and point."""
-    if objective is None:
-        return {}
-    values: dict[tuple[str, int], list[float]] = {}
-    for slot, record in records:
-        values.setdefault((slot.cell.id, slot.point), []).append(record.objectives[objective])
-    return {point: fmean(of_runs) for point, of_runs in values.items() if len(of_runs) == runs}
 
 
 # ---------------------------------------------------------------- frames

@@ -17,10 +17,12 @@ This module works on predictions and metrics in memory. It reads no files.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -52,7 +54,6 @@ class FinishedTrial:
     point: int
     seed: int | None  # None: it has no effect
     split_seed: int | str  # with the class seed, if runs differ in it
-    objective: float | None  # of the point, mean over its runs; None without a search
     metrics: dict[str, float]  # "test/accuracy_fused", "pseudo/accuracy", ...
     image_ids: Array  # (T,) test images, by their index in the dataset
     predictions: Array  # (T,)
@@ -60,10 +61,26 @@ class FinishedTrial:
     # (T,) predictions by text, auxiliary and fused classifier, as far as recorded
     by_classifier: Mapping[str, Array] = field(default_factory=dict)
     unseen: Array | None = None  # (T,) bool: TRZSL, images of classes without labels
+    objective: float | None = None  # of the point, mean over its runs; None without a search
     searched: frozenset[str] = frozenset()  # keys of `settings` that a search chose
     first_point: str = "default setting"  # what point 0 of the search is
     key: str = ""
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict)  # a value per iteration
+
+    @functools.cached_property
+    def runs(self) -> dict[str | None, Run]:
+        """The run of the tested classifier, by None, and that of each recorded one, by name."""
+        named = [(None, self.predictions), *self.by_classifier.items()]
+        return {
+            name: Run(
+                split_seed=self.split_seed,
+                seed=self.seed,
+                image_ids=self.image_ids,
+                correct=predictions == self.labels,
+                unseen=self.unseen,
+            )
+            for name, predictions in named
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +148,11 @@ class Row(Interval):
     def first(self) -> FinishedTrial:
         return next(iter(self.trials.values()))
 
+    @functools.cached_property
+    def fixed(self) -> dict[str, Any]:
+        """The settings that no search chose."""
+        return {key: v for key, v in self.settings.items() if key not in self.first.searched}
+
     @property
     def is_tested(self) -> bool:
         """Whether there are test images. If not, mean and interval are NaN."""
@@ -163,6 +185,7 @@ class Row(Interval):
         """The runs; of a classifier (text, auxiliary, fused), those that recorded it."""
         return _runs(self.trials, classifier)
 
+    @functools.cached_property
     def collapsed_runs(self) -> list[Collapse]:
         """Runs that are far below the others."""
         return collapsed_runs(self.runs()) if self.is_tested else []
@@ -198,18 +221,18 @@ def collapsed_runs(runs: Runs) -> list[Collapse]:
     the median distance from the median); and by more than 4 standard errors of an accuracy on its
     test images. With fewer than three runs, or if half of them are low, none counts as collapsed.
     """
-    scores = [run.plain() for run in runs]
+    scores = [run.plain for run in runs]
     result = []
     for i, (run, score) in enumerate(zip(runs, scores, strict=True)):
-        others = np.array(scores[:i] + scores[i + 1 :])
+        others = scores[:i] + scores[i + 1 :]
         if len(others) < 2:
             break
-        median = float(np.median(others))
-        spread = 1.4826 * float(np.median(np.abs(others - median)))
-        noise = math.sqrt(median * (1 - median) / len(run.image_ids))
-        if median - score > max(min(0.10, median / 4), 5 * spread, 4 * noise):
+        middle = median(others)
+        spread = 1.4826 * median(abs(other - middle) for other in others)
+        noise = math.sqrt(middle * (1 - middle) / len(run.image_ids))
+        if middle - score > max(min(0.10, middle / 4), 5 * spread, 4 * noise):
             result.append(
-                Collapse(split_seed=run.split_seed, seed=run.seed, score=score, others=median)
+                Collapse(split_seed=run.split_seed, seed=run.seed, score=score, others=middle)
             )
     return result
 
@@ -302,20 +325,8 @@ def _distinct(point: Sequence[FinishedTrial]) -> dict[RunName, FinishedTrial]:
 
 
 def _runs(trials: Mapping[RunName, FinishedTrial], classifier: str | None = None) -> Runs:
-    return tuple(
-        Run(
-            split_seed=split_seed,
-            seed=seed,
-            image_ids=trial.image_ids,
-            correct=(predictions == trial.labels)[None],
-            unseen=trial.unseen,
-        )
-        for (split_seed, seed), trial in trials.items()
-        for predictions in [
-            trial.predictions if classifier is None else trial.by_classifier.get(classifier)
-        ]
-        if predictions is not None
-    )
+    found = (trial.runs.get(classifier) for trial in trials.values())
+    return tuple(run for run in found if run is not None)
 
 
 def _protocol(

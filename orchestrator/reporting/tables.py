@@ -169,7 +169,7 @@ def as_json(results: Results) -> list[dict[str, object]]:
             **_marks(results, row),
             "chance": results.chance(row),
             "comparisons": [c.as_json() for c in results.all_comparisons if c.row is row],
-            "collapsed": [vars(run) for run in row.collapsed_runs()],
+            "collapsed": [vars(run) for run in row.collapsed_runs],
         }
         | ({} if row.choice is None else {"points": [*map(_point, results.best_points(row))]})
         for row in results.rows
@@ -204,7 +204,7 @@ def _csv(results: Results) -> str:
         for of_row in map(results.comparisons_of, results.rows)
     ]
     frame["told_from"] = [*map(" ".join, marks)]
-    frame["collapsed"] = [len(row.collapsed_runs()) for row in results.rows]
+    frame["collapsed"] = [len(row.collapsed_runs) for row in results.rows]
     # As objects: otherwise a column of integers with a missing value would become one of floats.
     cells = [[csv_cell(cell) for cell in line] for line in frame.astype(object).to_numpy()]
     safe = DataFrame(cells, columns=[csv_cell(name) for name in frame], dtype=object)

@@ -195,8 +195,8 @@ class ArtifactStore:
             raise DamagedArtifact(path, "its record is that of another artifact")
         if with_files:
             files = recorded_files(path, record)
-            missing = [name for name in files if not (path / name).exists()]
-            run_concurrently(lambda name: self.storage.local(path / name, files[name]), missing)
+            if isinstance(self.storage, Bucket):
+                run_concurrently(lambda name: self.storage.local(path / name, files[name]), files)
             verify_files(path, files)
         return Artifact(key, path, record)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file
+from safetensors.numpy import load
 
 from air_core.bundle.checks import CLASSIFIERS
 from orchestrator.keys import Keyed
@@ -69,8 +69,10 @@ class TrialRecord:
         return self._arrays(FUSED)
 
     def _arrays(self, name: str) -> dict[str, np.ndarray]:
-        file = self.path / name
-        return load_file(file) if file.exists() else {}
+        try:
+            return load((self.path / name).read_bytes())
+        except FileNotFoundError:
+            return {}
 
     def default_classifier(self) -> str:
         """The classifier with the highest validation accuracy; without validation images, the fused

@@ -224,7 +224,7 @@ def sync(location: SweepLocation, tracker: SweepTracker, status: Status) -> None
     content = digest_of(ledger.about, location.event_log())
     if (tracker.run.status, tracker.run.tags.get("air.digest")) == (status, content):
         return
-    done = finished_records(ledger, location.store)
+    done = [*finished_records(ledger, location.store)]
     records = {slot.id: record for slot, record in done}
     children = ChildRuns(ledger, tracker.sweep["air.user"])
     states: Counter[str] = Counter()

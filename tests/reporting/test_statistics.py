@@ -56,7 +56,7 @@ def simulated(
             for k in range(methods):
                 line = -spread * NormalDist().inv_cdf(ACCURACY + (gain if k else 0.0))
                 sums = ease[ids] + tastes[k, ids] + shift[k] + noise * rng.standard_normal(test)
-                run = Run(split_seed=split, seed=seed, image_ids=ids, correct=(sums > line)[None])
+                run = Run(split_seed=split, seed=seed, image_ids=ids, correct=sums > line)
                 runs[k].append(run)
     return [tuple(of) for of in runs]
 
@@ -88,7 +88,7 @@ def one_run(correct: list[int], *, split: int = 0, seed: int | None = 0) -> Run:
         split_seed=split,
         seed=seed,
         image_ids=np.arange(len(correct)),
-        correct=np.array([correct], dtype=bool),
+        correct=np.array(correct, dtype=bool),
     )
 
 
@@ -137,8 +137,8 @@ def test_pairing_is_by_image_and_not_by_position() -> None:
     rng = np.random.default_rng(5)
     correct = rng.random(200) < 0.6
     order = rng.permutation(200)
-    a = Run(split_seed=0, seed=1, image_ids=np.arange(200), correct=correct[None])
-    b = Run(split_seed=0, seed=1, image_ids=order, correct=correct[None, order])
+    a = Run(split_seed=0, seed=1, image_ids=np.arange(200), correct=correct)
+    b = Run(split_seed=0, seed=1, image_ids=order, correct=correct[order])
     interval = paired_difference((a,), (b,))
     assert (interval.low, interval.mean, interval.high) == (0, 0, 0)
 
