@@ -15,9 +15,9 @@ import json
 import re
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from itertools import product
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -175,36 +175,70 @@ Keyed = StageSpec | ArtifactKey
 
 def artifact_key(spec: Keyed) -> ArtifactKey:
     """The key of the artifact that a stage makes from this spec."""
-    return spec if isinstance(spec, ArtifactKey) else _key(spec.normal)
+    return spec if isinstance(spec, ArtifactKey) else key_of_normal(spec.normal)
 
 
 @cache
-def _key(spec: StageSpec) -> ArtifactKey:
-    return ArtifactKey(spec.stage, spec.recipe, digest(plain(spec)), spec.slug)
+def key_of_normal(spec: StageSpec) -> ArtifactKey:
+    """The key of a spec that is normal already, for callers with many of them."""
+    return ArtifactKey(spec.stage, spec.recipe, _blake2b(_json_of(spec)), spec.slug)
 
 
-SCALARS = (bool, int, str, type(None))  # JSON has them as they are
+def digest(value: Any) -> str:
+    """40 hex digits of blake2b over canonical JSON."""
+    return _blake2b(canonical_json(value))
 
 
-def plain(value: Any) -> Any:
-    """Dataclasses as dicts; of a spec with its recipe and inputs; a Ref as its digest."""
-    if isinstance(value, SCALARS):
-        return value
-    if isinstance(value, Ref):
-        return value.digest
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        found = {name: plain(getattr(value, name)) for name in _fields(type(value))}
-        if isinstance(value, StageSpec):
-            found["recipe"] = f"{value.stage}/{value.recipe}"
-            # The inputs contain the recipe numbers of earlier stages.
-            if value.in_key:
-                found["inputs"] = [plain(spec) for spec in value.in_key]
-        return found
-    if isinstance(value, Mapping):
-        return {name: plain(item) for name, item in value.items()}
+def _blake2b(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
+
+
+_encoded = json.JSONEncoder(allow_nan=False).encode
+
+
+def canonical_json(value: Any) -> str:
+    """JSON text that is equal for equal values: sorted keys, no spaces, 7.0 written as 7.
+
+    A dataclass is an object; a spec has its recipe and inputs too, and a Ref is its digest.
+
+    Raises:
+        TypeError: the value contains other types than dataclasses and plain data.
+        ValueError: the value contains NaN or infinity.
+
+    >>> canonical_json({"b": 7.0, "a": [True, None, "x"]})
+    '{"a":[true,null,"x"],"b":7}'
+    """
+    if isinstance(value, str):
+        return _encoded(value)
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return value
+        return f"[{','.join(map(canonical_json, value))}]"
+    if isinstance(value, Mapping):
+        return _object((name, canonical_json(item)) for name, item in value.items())
+    return _kept(value)
+
+
+@lru_cache(maxsize=4096, typed=True)  # trials of a sweep share most settings and inputs
+def _kept(value: Any) -> str:
+    if isinstance(value, Ref):
+        return _encoded(value.digest)
+    if dataclasses.is_dataclass(value):
+        return _json_of(value)
+    is_whole = isinstance(value, float) and value.is_integer()
+    return _encoded(int(value) if is_whole else value)
+
+
+def _object(members: Iterable[tuple[str, str]]) -> str:
+    return f"{{{','.join(f'{_encoded(name)}:{text}' for name, text in sorted(members))}}}"
+
+
+def _json_of(value: Any) -> str:
+    members = [(name, canonical_json(getattr(value, name))) for name in _fields(value.__class__)]
+    if isinstance(value, StageSpec):
+        members.append(("recipe", _encoded(f"{value.stage}/{value.recipe}")))
+        # The inputs contain the recipe numbers of earlier stages.
+        if value.in_key:
+            members.append(("inputs", canonical_json(value.in_key)))
+    return _object(members)
 
 
 @cache
@@ -237,33 +271,3 @@ def from_plain(hint: Any, value: Any) -> Any:
 @cache
 def _hints(kind: Any) -> Any:
     return typing.get_type_hints(kind)
-
-
-def digest(value: Any) -> str:
-    """40 hex digits of blake2b over canonical JSON."""
-    return hashlib.blake2b(canonical_json(value).encode(), digest_size=20).hexdigest()
-
-
-def canonical_json(value: Any) -> str:
-    """JSON text that is equal for equal values: sorted keys, no spaces, 7.0 written as 7.
-
-    Raises:
-        TypeError: the value contains other types than plain data.
-        ValueError: the value contains NaN or infinity.
-
-    >>> canonical_json({"b": 7.0, "a": [True, None, "x"]})
-    '{"a":[true,null,"x"],"b":7}'
-    """
-    return json.dumps(
-        _canonical(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
-    )
-
-
-def _canonical(value: Any) -> Any:
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, Mapping):
-        return {name: _canonical(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_canonical(item) for item in value]
-    return value

@@ -96,7 +96,7 @@ def log_start(state: RunState, plan: Plan) -> None:
         **provenance(),
     )
     state.screen.show_start(plan)
-    for note in notes_of(plan.sweep):
+    for note in notes_of(plan.sweep, plan.cells):
         state.screen.message(f"note: {note}")
 
 

@@ -16,7 +16,7 @@ from air_core.methods import EMBEDDED
 from air_core.settings.components import is_component
 from air_core.settings.conditions import uses_evidence
 from air_core.settings.normal import normalised, used_components
-from orchestrator.keys import ArtifactKey, artifact_key
+from orchestrator.keys import ArtifactKey, artifact_key, key_of_normal
 from orchestrator.planning.estimate import Estimate, Work, estimate, stage_work, trial_work
 from orchestrator.planning.history import History, read_history
 from orchestrator.planning.ledger import (
@@ -244,15 +244,25 @@ def slots_of(
     resolver: Resolver,
 ) -> list[PlannedSlot]:
     """The slots of one point: one for each assignment of seeds."""
-    slots = []
-    trials = [resolver.trial({**cell.flat, **params, **seeds}) for seeds in assignments]
-    uses_seed = any(normalised(replace(spec, seed=1)).seed for spec in trials[:1])
-    for seeds, spec in zip(assignments, trials, strict=True):
+    slots, trials = [], dict[Any, tuple[TrialSpec, bool]]()
+    for seeds in assignments:
+        others = _without_seed(seeds)
+        if others not in trials:
+            spec = resolver.trial({**cell.flat, **params, **seeds}).normal
+            trials[others] = spec, normalised(replace(spec, seed=1)).seed == 1
+        spec, uses_seed = trials[others]
+        if uses_seed and "seed" in seeds:
+            spec = replace(spec, seed=seeds["seed"])
         words = ",".join(f"{name}={value}" for name, value in seeds.items())
         slot_id = f"{cell.id}/{point}/{words}"
-        key = artifact_key(spec)
+        key = key_of_normal(spec)
         slots.append(PlannedSlot(slot_id, cell, point, params, seeds, key, uses_seed, spec))
     return slots
+
+
+def _without_seed(seeds: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+    """The seeds on which inputs of trials depend: all but `seed`."""
+    return tuple(item for item in seeds.items() if item[0] != "seed")
 
 
 def _data(
@@ -285,7 +295,7 @@ def possible_trials(
     """
     distinct: dict[tuple[Any, ...], Mapping[str, int]] = {}
     for seeds in assignments:
-        distinct.setdefault(tuple(item for item in seeds.items() if item[0] != "seed"), seeds)
+        distinct.setdefault(_without_seed(seeds), seeds)
     ranges = [d for d in cell.space if d.key in (*READS_IMAGES, "prompt.length")]
     for ends in itertools.product(*[_ends(d) for d in ranges]):
         params = {d.key: end for d, end in zip(ranges, ends, strict=True)}

@@ -30,7 +30,7 @@ from air_core.settings.components import BACKBONES, GENERATORS, is_component
 from air_core.settings.conditions import uses_evidence, uses_generator
 from air_core.settings.flat import to_flat
 from air_core.settings.normal import normalised
-from orchestrator.keys import CodeVersions, canonical_json, plain
+from orchestrator.keys import CodeVersions, canonical_json
 from orchestrator.planning.trial_checks import InvalidSetting, check_trial, checking
 from orchestrator.plugins import plugin_versions
 from orchestrator.spec import SweepSpec, presets
@@ -115,7 +115,7 @@ class Resolver(Contents):
         Raises:
             ValueError: a class has too few images for the split.
         """
-        name = f"{trial.dataset.name} {canonical_json(plain(trial.split))}"
+        name = f"{trial.dataset.name} {canonical_json(trial.split)}"
         if name not in self._pool_sizes:
             dataset = get_dataset(trial.dataset.name)
             positions, _ = split_positions(*self.labels_and_parts(dataset), trial.split)

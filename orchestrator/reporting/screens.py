@@ -89,7 +89,7 @@ def plan_screen(
         unused_gpus_reason(plan, location.store),
     ):
         lines += [f"  cannot start: {problem}"] if problem else []
-    lines += [f"  note: {note}" for note in notes_of(plan.sweep)]
+    lines += [f"  note: {note}" for note in notes_of(plan.sweep, plan.cells)]
     if explain:
         lines += ["", *_explain(plan)]
     return "\n".join(lines)

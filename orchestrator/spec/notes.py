@@ -21,16 +21,20 @@ from orchestrator.spec.cells import (
 from orchestrator.spec.sweep import SMOKE_ONLY, SweepSpec
 
 
-def notes_of(spec: SweepSpec) -> tuple[str, ...]:
-    """Sentences about allowed but surprising settings, for `airsweep plan` and `run`."""
-    return tuple(_notes(spec))
+def notes_of(spec: SweepSpec, cells: Sequence[Cell] | None = None) -> tuple[str, ...]:
+    """Sentences about allowed but surprising settings, for `airsweep plan` and `run`.
+
+    Args:
+        cells: the result of `cells_of`, if the caller has it already.
+    """
+    return tuple(_notes(spec, cells_of(spec) if cells is None else cells))
 
 
-def _notes(spec: SweepSpec) -> Iterator[str]:
+def _notes(spec: SweepSpec, cells: Sequence[Cell]) -> Iterator[str]:
     yield from [spec.options] if spec.options else []
     every = list(combinations(spec))
     of_grid = [cell_at(spec, entry) for entry in every]
-    cells, skipped = cells_of(spec), [cell for cell in of_grid if not is_defined(cell)]
+    skipped = [cell for cell in of_grid if not is_defined(cell)]
     if skipped:
         names = sorted({cell.method for cell in skipped})
         yield f"{', '.join(names)}: no cells with paradigm ul, which has no labelled images"
