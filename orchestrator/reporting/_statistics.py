@@ -44,6 +44,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
@@ -300,7 +301,7 @@ def _interval(runs: Runs, minus: Runs = (), *, samples: int, lowest: float) -> I
         low=max(lowest, min(float(low), mean)),
         high=min(1.0, max(float(high), mean)),
         n=len(runs),
-        n_test=round(float(np.mean([len(run.image_ids) for run in runs]))),
+        n_test=round(fmean(len(run.image_ids) for run in runs)),
         interval=_interval_text((*runs, *minus)),
         image_variance=image_variance,
         run_variance=between - by_images,
@@ -370,9 +371,9 @@ def _reason_not_tested(runs: Runs, differing: int) -> str:
 def _resampled_scores(runs: Runs, samples: int) -> Array:
     """Scores of the runs under random weights of the images, common to all runs, (R, B)."""
     distinct = {run.image_ids.tobytes(): run.image_ids for run in runs}  # few: one per split
-    ids = np.unique(np.concatenate([*distinct.values()]))
-    name = hash(ids.tobytes()), samples
+    name = hash(frozenset(distinct)), samples
     if new := [run for run in dict.fromkeys(runs) if name not in run.resampled]:
+        ids = np.unique(np.concatenate([*distinct.values()]))
         ends = np.cumsum([len(run.columns) for run in new])
         matrix = np.zeros((ends[-1], len(ids)), dtype=np.float32)
         for run, end in zip(new, ends, strict=True):
