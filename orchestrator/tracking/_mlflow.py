@@ -223,9 +223,9 @@ class SweepTracker:
                 self.client.delete_tag(run.run_id, tag)
 
     def _create(self, run: ChildRun) -> StoredRun:
-        """Create a run with the tags by which the next driver can find it."""
-        tags = {"air.kind": run.kind, IDENTITY[run.kind]: run.id}
-        tags |= {PARENT: self.run.run_id}
+        """Create a run with its tags, by which the next driver can find it."""
+        tags = {"air.kind": run.kind, IDENTITY[run.kind]: run.id, PARENT: self.run.run_id}
+        tags |= self._tags(run)  # two milliseconds less than in a later request
         created = self.client.create_run(self.experiment, run.started, valid_tags(tags), run.name)
         stored = self.children[run.kind, run.id] = stored_run(created)
         return stored
@@ -236,11 +236,8 @@ class SweepTracker:
         is_running = run.status == "RUNNING"
         uploaded = self._upload(stored, ((k, content()) for k, content in run.files.items()))
         is_whole = not is_running and len(uploaded) == len(run.files)
-        # The user and commit that computed the trial override those that send it.
-        own = {**run.tags, USER: run.tags.get("air.user"), COMMIT: run.tags.get("air.commit")}
         tags = {
-            **{name: self.sweep[name] for name in INHERITED},
-            **{name: value for name, value in own.items() if value},
+            **self._tags(run),
             "mlflow.runName": run.name,
             "air.interval": numbers.interval,
             "air.classifier": numbers.classifier,
@@ -263,6 +260,13 @@ class SweepTracker:
             self.client.set_terminated(stored.run_id, run.status, run.ended)
         # A run whose files were refused is sent again by the next process, not by this one.
         stored.status, stored.tags = run.status, tags | {"air.digest": run.digest}
+
+    def _tags(self, run: ChildRun) -> dict[str, str]:
+        """The tags that are known before its numbers and files are sent."""
+        # The user and commit that computed the trial override those that send it.
+        own = {**run.tags, USER: run.tags.get("air.user"), COMMIT: run.tags.get("air.commit")}
+        inherited = {name: self.sweep[name] for name in INHERITED}
+        return inherited | {name: value for name, value in own.items() if value}
 
     def _upload(self, run: StoredRun, files: Iterable[tuple[str, bytes]]) -> list[str]:
         """Upload small files; return the names of the uploaded ones.
