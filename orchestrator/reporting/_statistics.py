@@ -81,7 +81,7 @@ class Run:
     correct: Array  # (T,) bool
     unseen: Array | None = None  # (T,) bool: TRZSL, scored by the harmonic mean of the two parts
     # Scores under random weights, (B,), by images and samples: a run is compared several times.
-    resampled: dict[tuple[int, int], Array] = field(default_factory=dict, repr=False)
+    resampled: dict[tuple[int, int], Array] = field(default_factory=dict, init=False)
 
     @functools.cached_property
     def columns(self) -> Array:
@@ -270,7 +270,7 @@ def _on_images(run: Run, ids: Array) -> Run:
     """A run on some of its images."""
     at = np.intersect1d(run.image_ids, ids, return_indices=True)[1]
     unseen = None if run.unseen is None else run.unseen[at]
-    return replace(run, image_ids=ids, correct=run.correct[at], unseen=unseen, resampled={})
+    return replace(run, image_ids=ids, correct=run.correct[at], unseen=unseen)
 
 
 def _interval(runs: Runs, minus: Runs = (), *, samples: int, lowest: float) -> Interval:

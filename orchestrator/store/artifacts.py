@@ -196,7 +196,8 @@ class ArtifactStore:
         if with_files:
             files = recorded_files(path, record)
             if isinstance(self.storage, Bucket):
-                run_concurrently(lambda name: self.storage.local(path / name, files[name]), files)
+                missing = [name for name in files if not (path / name).exists()]
+                run_concurrently(lambda name: self.storage.local(path / name, files[name]), missing)
             verify_files(path, files)
         return Artifact(key, path, record)
 
