@@ -133,5 +133,6 @@ def test_a_cluster_that_requires_a_token_is_refused_with_the_variables_to_set(sp
         assert "rejected the connection" in done.stderr
         assert "export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE" in done.stderr
         assert "0" * 64 not in done.stderr
-        done = run(address, spec, tmp_path / "runs", "--prepare", **auth)
-        assert done.returncode == 0, done.stderr
+        checked = run(address, spec, tmp_path / "runs", "--check", do="plan", **auth)
+        assert checked.returncode == 0, checked.stderr
+        assert "checked 1 machine of the cluster: ok" in checked.stderr

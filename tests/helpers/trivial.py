@@ -256,6 +256,7 @@ def run_forked() -> None:
     with redirect_stdout(io.StringIO()), suppress(SystemExit):  # code versions, once for all forks
         sys.argv[1:] = ["plan", "quickstart", "--store", "/nowhere"]
         main()
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401  # MLflow imports it when it connects
     import scipy.special  # noqa: F401  # tables need it
 
     assert threading.active_count() == 1  # a fork has one thread, and would wait for others
@@ -266,8 +267,13 @@ def run_forked() -> None:
             for number, file in enumerate(request["files"], 1):
                 os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
             sys.argv[1:] = request["arguments"]
-            main()
-            sys.exit()
+            code = 0
+            try:
+                main()
+            except SystemExit as end:
+                code = int(end.code or 0)
+            sys.stdout.flush()
+            os._exit(code)  # Python would free what the fork shares, which takes a second
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 
 
