@@ -22,7 +22,7 @@ from tests.helpers.trivial import Trivial
 
 UNTRACKED = ("--tracking-uri", "none")
 ENOUGH = 64 * 2**20  # bytes of a disk
-FEW = 3
+FEW = 4  # distances of the events at which drivers are killed
 
 
 @pytest.fixture(scope="module")

@@ -210,8 +210,8 @@ MODULES = {
 
 
 class Trivial:
-    """Runs commands, each in a fork of one process that has imported all modules: a command takes
-    0.3 s instead of 4 s.
+    """Runs commands, each in a fork of one process that has imported all modules, so that none
+    takes the seconds of a start.
 
     Args:
         inside: the prefix of the process's command, such as `nsenter` into other mounts.
