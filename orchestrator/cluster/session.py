@@ -39,15 +39,14 @@ QUIET = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Of the daemons' messages a driver shows lost machines and workers that used too much memory,
-    # without colours. airsweep reports everything else itself.
     "RAY_COLOR_PREFIX": "0",
-    "RAY_DEDUP_LOGS_ALLOW_REGEX": "marked dead|memory pressure",
-    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
     # After Ctrl-C a call of Ray would start a second Ray, which warns on the terminal.
     "RAY_ENABLE_AUTO_CONNECT": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # Ray's C++ code warns about arguments of actors otherwise
 }
+# Of the daemons' messages a driver prints lost machines and workers that used too much memory;
+# airsweep reports everything else itself.
+PRINTED = "marked dead|memory pressure"
 AUTH_MODE = "RAY_AUTH_MODE"
 DAEMONS = ("raylet", "gcs_server")  # a local cluster is dead without one of these
 CONNECT_TIMEOUT = 10.0  # seconds; the head of a cluster may be restarting
@@ -89,15 +88,22 @@ def ray_session(
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     import ray
+    from ray._private import ray_logging, worker
 
     if ray.is_initialized():  # by the Python code that called airsweep
         yield machines()
         return
     address = os.environ.get("RAY_ADDRESS")
-    with _existing_cluster(address) if address else _local_cluster(on_death, keep_logs):
-        for name in ("ray", "ray.tune"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-        yield machines()
+    # Ray's own filter was set by variables when a caller imported Ray.
+    before = worker.stdout_deduplicator
+    worker.stdout_deduplicator = ray_logging.LogDeduplicator(0, PRINTED, skip_re=".")
+    try:
+        with _existing_cluster(address) if address else _local_cluster(on_death, keep_logs):
+            for name in ("ray", "ray.tune"):
+                logging.getLogger(name).setLevel(logging.CRITICAL)
+            yield machines()
+    finally:
+        worker.stdout_deduplicator = before
 
 
 SILENT: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}

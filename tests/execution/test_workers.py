@@ -207,6 +207,14 @@ def test_progress_reports_of_a_worker_reach_the_driver(ray_session):
     }
 
 
+def test_of_the_messages_of_ray_only_losses_are_printed(ray_session, capsys):
+    """Ray was imported before the session, as by a program that uses it itself."""
+    for line in ("MapWorker.submit failed", "The node has been marked dead"):
+        report = {"lines": [line], "pid": "raylet", "is_err": False}
+        ray._private.worker.print_to_stdstream(report, ignore_prefix=False)
+    assert capsys.readouterr() == ("(raylet) The node has been marked dead\n", "")
+
+
 def test_a_process_waits_for_resources_while_others_hold_them_all(ray_session):
     def hold(seconds):
         time.sleep(seconds)
