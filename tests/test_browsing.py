@@ -33,7 +33,7 @@ def server(tmp_path_factory, drawn_digits) -> Iterator[MlflowServer]:
     spec.write_text(f"# How many images are enough?\n{spec.read_text()}")
     store = folder / "runs"
     words = ("run", spec, "--store", store)
-    airsweep(*words, "--tracking-uri", "none", module="tests.helpers.trivial")
+    airsweep(*words, "--tracking-uri", "none", trivial=True)
     airsweep(*words)
     server = MlflowServer(store, folder / "log")
     server.start()

@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import random
 import subprocess
-from collections.abc import Iterator
-from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,13 +18,13 @@ from orchestrator.store.buckets import parse
 from orchestrator.store.event_log import CRASH_AT
 from tests.helpers.sweeps import (
     TIMEOUT,
+    airsweep,
     begun_twice,
     environment,
     search_sweep,
     stopped_at,
     write_sweep,
 )
-from tests.helpers.trivial import Trivial
 
 pytestmark = pytest.mark.integration
 
@@ -36,8 +34,8 @@ KILLS = 3  # sampled events
 class World:
     """A sweep on a store, and commands on several machines."""
 
-    def __init__(self, trivial: Trivial, folder: Path, spec: Path, uri: str) -> None:
-        self.trivial, self.folder, self.uri = trivial, folder, uri
+    def __init__(self, folder: Path, spec: Path, uri: str) -> None:
+        self.folder, self.uri = folder, uri
         self.sweep = ("run", spec, "--tracking-uri", "none")
         self.built = folder / "built.log"  # builds and trials that were started, on all machines
 
@@ -49,7 +47,8 @@ class World:
     def run(
         self, machine: str, *words: str | Path, codes: tuple[int, ...] = (0,), crash_at: str = ""
     ) -> subprocess.CompletedProcess[str]:
-        done = self.trivial.run(*words, **self.variables(machine), **{CRASH_AT: crash_at})
+        variables = {**self.variables(machine), CRASH_AT: crash_at}
+        done = airsweep(*words, check=False, trivial=True, **variables)
         assert done.returncode in codes, done.stderr
         return done
 
@@ -58,24 +57,18 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def trivial(s3_server) -> Iterator[Trivial]:
-    with closing(Trivial()) as process:
-        yield process
-
-
-@pytest.fixture(scope="module")
-def calm(trivial, drawn_digits, tmp_path_factory) -> World:
+def calm(s3_server, drawn_digits, tmp_path_factory) -> World:
     """The sweep in a local folder, without interruption."""
     folder = tmp_path_factory.mktemp("calm")
     spec = write_sweep(folder, "chaos", search_sweep(drawn_digits))
-    world = World(trivial, folder, spec, str(folder / "runs"))
+    world = World(folder, spec, str(folder / "runs"))
     world.run("local", *world.sweep)
     return world
 
 
 @pytest.fixture
 def world(calm, bucket, tmp_path) -> World:
-    return World(calm.trivial, tmp_path, calm.sweep[1], bucket)
+    return World(tmp_path, calm.sweep[1], bucket)
 
 
 def test_a_sweep_whose_drivers_are_killed_on_several_machines_ends_with_the_same_results(

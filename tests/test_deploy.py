@@ -16,6 +16,7 @@ from air_core.datasets import get_dataset
 from orchestrator.api import recorded_sweep
 from orchestrator.store import ArtifactStore, SweepLocation
 from orchestrator.tracking import Publisher
+from orchestrator.tracking.models import register_bundle
 from tests.helpers.documents import ROOT, blocks
 from tests.helpers.features import encode
 from tests.helpers.outcomes import record_sweep, trained
@@ -172,12 +173,9 @@ def test_a_registered_model_classifies_images_without_torch(
 ):
     uri = f"sqlite:///{location.store.root}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    stderr = export("--register", "digits", code=2)
-    assert "has no run of the trial" in stderr
-    assert "airsweep run" in stderr
     ledger, location = recorded_sweep("small", location.store.root, None)
     Publisher(ledger.about, location, uri).export()
-    stderr = export("--register", "digits", "--force")
+    stderr = export("--register", "digits")
     assert "`mlflow models serve -m models:/digits/1 --env-manager local`" in stderr
 
     files, tiff, huge = sorted(photos.iterdir()), BytesIO(), BytesIO()
@@ -208,7 +206,7 @@ def encoded(content: bytes) -> str:
     return base64.b64encode(content).decode()
 
 
-def test_an_outage_leaves_the_bundle_and_says_how_to_register_it(
+def test_an_outage_or_an_unrecorded_trial_leaves_the_bundle_and_says_how_to_register_it(
     export, command, photos, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -218,5 +216,9 @@ def test_an_outage_leaves_the_bundle_and_says_how_to_register_it(
     assert not (tmp_path / "bundle").exists()
     stderr = export("--register", "digits", "--tracking-uri", uri, code=3)
     assert f"MLflow at {uri} does not answer" in stderr
-    assert f"The bundle in {tmp_path / 'bundle'} is complete: to register it later" in stderr
+    later = f"The bundle in {tmp_path / 'bundle'} is complete: to register it later"
+    assert later in stderr
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    with pytest.raises(ValueError, match=f"has no run of the trial .*`airsweep run`.*{later}"):
+        register_bundle(tmp_path / "bundle", "digits", uri, tmp_path)
     assert len(classified(command, tmp_path / "bundle", photos, "--runtime", "onnx")) == 7

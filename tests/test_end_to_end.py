@@ -96,7 +96,7 @@ def test_a_user_who_may_only_read_can_use_all_views_and_cannot_run(foreign_store
     mine = write_sweep(folder, "mine", "fixed: {method: fpl}\nseeds: [1]\n")
     other = write_sweep(folder, "other", "fixed: {method: zero_shot}\nseeds: [1]\n")
     shutil.copytree(tiny_folder(), folder / "clip")
-    airsweep("run", mine, *store, module="tests.helpers.trivial")
+    airsweep("run", mine, *store, trivial=True)
     words = (("status", "mine"), ("table", "mine"), ("plan", other), ("run", mine))
 
     def outcomes() -> list[tuple[int, str]]:
@@ -212,7 +212,7 @@ def test_a_plan_and_a_refused_run_do_not_create_the_store(tmp_path, command):
 def test_the_commands_that_a_smoke_run_prints_find_its_results(tmp_path, command):
     spec = write_sweep(tmp_path, "two", "fixed: {method: zero_shot}\n")
     arguments = ("run", spec, "--smoke", "--store", tmp_path / "runs", "--tracking-uri", "none")
-    screen = airsweep(*arguments, module="tests.helpers.trivial").stdout
+    screen = airsweep(*arguments, trivial=True).stdout
     printed = " ".join(screen.split())
 
     def words(first: str, end: str) -> list[str]:

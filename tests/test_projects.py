@@ -14,7 +14,7 @@ TWO_CELLS = "grid: {method: [zero_shot, cpl]}\nseeds: [1, 2]\n"
 
 def trivial(spec: Path, store: Path | str, user: str, project: str, **more: str) -> None:
     variables = {"AIRSWEEP_USER": user, "AIRSWEEP_PROJECT": project, **more}
-    run = airsweep("run", spec, "--store", store, module="tests.helpers.trivial", **variables)
+    run = airsweep("run", spec, "--store", store, trivial=True, **variables)
     assert "lacks part of this sweep" not in run.stderr
 
 

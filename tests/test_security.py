@@ -89,7 +89,7 @@ def test_no_output_of_a_run_contains_a_secret(server, tmp_path):
     uri = server.url.replace("http://", "http://me:pw-of-mlflow@")
     words = ("run", spec, "--store", tmp_path / "runs", "--tracking-uri", uri)
     variables = {**secrets, "AIRSWEEP_SAID": message}
-    done = airsweep(*words, module="tests.helpers.trivial", check=False, **variables)
+    done = airsweep(*words, trivial=True, check=False, **variables)
     server.stop()
     assert done.returncode == 1, done.stderr
     event_log = (tmp_path / "runs" / "sweeps" / "default" / "leaky" / "events.jsonl").read_text()
@@ -260,6 +260,6 @@ def test_a_run_keeps_the_logs_of_ray_if_a_process_died(failure_class, kept, tmp_
     spec = write_sweep(tmp_path, "fails", "fixed: {method: fpl}\nseeds: [1]\n")
     words = ("run", spec, "--store", tmp_path / "runs", "--tracking-uri", "none")
     variables = {"AIRSWEEP_SAID": "the process died", "AIRSWEEP_FAILS_AS": failure_class}
-    done = airsweep(*words, module="tests.helpers.trivial", check=False, **variables)
+    done = airsweep(*words, trivial=True, check=False, **variables)
     assert done.returncode == 1, done.stderr
     assert ("Ray's logs are kept" in done.stderr) == kept

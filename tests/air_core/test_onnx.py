@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import onnx
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
 from air_core.auxiliary import auxiliary_classifier
 from air_core.backbone.loading import load_backbone
@@ -27,11 +25,10 @@ from air_core.bundle.onnx import onnx_bytes
 from air_core.bundle.preprocessing import image_pixels
 from air_core.classifiers import FusedClassifier, text_classifier
 from air_core.datasets import get_dataset
-from air_core.models.weights import tiny_folder
 from air_core.settings import AuxiliarySettings, PromptSettings
 from air_core.transduction import transductive
 from air_core.types import Classes, Encoded, Labelled
-from tests.helpers.bundles import zero_shot
+from tests.helpers.bundles import shallow_clip, zero_shot
 
 ROUNDING = 1e-4  # of probabilities: half-precision tokens can round to the other neighbour
 
@@ -44,17 +41,7 @@ def digits() -> list[Image.Image]:
 
 @pytest.fixture(scope="module")
 def shallow(tmp_path_factory) -> str:
-    """The tiny CLIP with two of its four image layers, exported in less time."""
-    folder = tmp_path_factory.mktemp("shallow") / "clip"
-    shutil.copytree(tiny_folder(), folder)
-    config, weights = folder / "open_clip_config.json", folder / "open_clip_model.safetensors"
-    content = json.loads(config.read_text())
-    content["model_cfg"]["vision_cfg"]["layers"] = 2
-    config.write_text(json.dumps(content))
-    left_out = tuple(f"visual.transformer.resblocks.{layer}." for layer in (2, 3))
-    kept = {k: array for k, array in load_file(weights).items() if not k.startswith(left_out)}
-    save_file(kept, weights)
-    return str(folder)
+    return shallow_clip(tmp_path_factory.mktemp("shallow") / "clip", 1)
 
 
 def written(folder: Path, about: Any, arrays: Any, backbone: Any, weights: Any = None) -> Bundle:
@@ -66,8 +53,9 @@ def written(folder: Path, about: Any, arrays: Any, backbone: Any, weights: Any =
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory, tiny_clip) -> Bundle:
-    return written(tmp_path_factory.mktemp("one") / "bundle", *zero_shot(), tiny_clip)
+def bundle(tmp_path_factory, shallow) -> Bundle:
+    folder, clip = tmp_path_factory.mktemp("one") / "bundle", load_backbone(shallow)
+    return written(folder, *zero_shot(shallow), clip, shallow)
 
 
 def assert_equal_probabilities(bundle: Bundle, images: list[Image.Image]) -> None:
@@ -81,16 +69,17 @@ def assert_equal_probabilities(bundle: Bundle, images: list[Image.Image]) -> Non
     assert (found.argmax(axis=1) == expected.argmax(axis=1)).all()
 
 
-@pytest.mark.parametrize("depth", ["shallow", "deep"])
-def test_a_visual_prompt_is_part_of_the_file(depth, tmp_path, shallow, digits):
-    clip = load_backbone(shallow)
+@pytest.mark.parametrize(("depth", "layers"), [("shallow", 1), ("deep", 2)])
+def test_a_visual_prompt_is_part_of_the_file(depth, layers, tmp_path, digits):
+    name = shallow_clip(tmp_path / "clip", layers)
+    clip = load_backbone(name)
     shape = (3, clip.vision.width)
-    shape = (clip.vision.layers, *shape) if depth == "deep" else shape
+    shape = (layers, *shape) if depth == "deep" else shape
     prompt = torch.randn(shape, generator=torch.Generator().manual_seed(0)).numpy()
-    about, arrays = zero_shot(shallow)
+    about, arrays = zero_shot(name)
     about |= {"modality": "visual", "prompt": asdict(PromptSettings(length=3, depth=depth))}
     arrays[PROMPT] = {"prompt": prompt}
-    assert_equal_probabilities(written(tmp_path / "b", about, arrays, clip, shallow), digits)
+    assert_equal_probabilities(written(tmp_path / "b", about, arrays, clip, name), digits)
 
 
 @pytest.mark.parametrize(

@@ -322,7 +322,7 @@ def test_printed_commands_and_tables_have_the_options_of_the_last_run(
 def test_the_log_of_a_sweep_has_its_errors(tmp_path, command):
     spec, store = write_sweep(tmp_path, "small", SWEEP), tmp_path / "runs"
     run = ("run", spec, "--store", store, "--tracking-uri", "none")
-    airsweep(*run, module="tests.helpers.trivial", check=False, AIRSWEEP_SAID="broken image 7")
+    airsweep(*run, trivial=True, check=False, AIRSWEEP_SAID="broken image 7")
     _, out, _ = command("logs", "small", "--store", store)
     assert "sweep_started" in out
     assert "data: broken image 7" in out

@@ -79,7 +79,7 @@ def test_the_line_for_the_sweep_file_is_printed(tmp_path, command):
 def test_what_is_no_model_is_refused(tmp_path, command):
     clip = tiny_folder()
     for model, message in (
-        (f"ViT-B-32@{clip / CLIP}", f"{CLIP} cannot be loaded as ViT-B-32"),
+        (f"ViT-S-32-alt@{clip / CLIP}", f"{CLIP} cannot be loaded as ViT-S-32-alt"),
         (tmp_path, f"for a folder of images, write folder:{tmp_path}"),
         (clip / CLIP, f"write <architecture>@{clip / CLIP}"),
         (tmp_path / "nothing", "there is no folder"),

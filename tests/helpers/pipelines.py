@@ -76,8 +76,9 @@ def stable_diffusion_xl(folder: Path) -> Path:
         text_encoder_2=CLIPTextModelWithProjection(text_config(32)),
         tokenizer_2=tokenizer(),
         unet=diffusers.UNet2DConditionModel(
-            block_out_channels=(16, 32, 32), cross_attention_dim=16 + 32, norm_num_groups=8,
-            attention_head_dim=(2, 4, 4), use_linear_projection=True, sample_size=SIZE // 8,
+            block_out_channels=(16, 32, 32), layers_per_block=1, cross_attention_dim=16 + 32,
+            norm_num_groups=8, attention_head_dim=(2, 4, 4), use_linear_projection=True,
+            sample_size=SIZE // 8,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             transformer_layers_per_block=(1, 1, 2), addition_embed_type="text_time",

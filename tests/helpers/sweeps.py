@@ -89,21 +89,25 @@ WITH_RAY = (*READ_ONLY, "run")
 
 
 def airsweep(
-    *arguments: str | Path, check: bool = True, module: str = "orchestrator", **more: str
+    *arguments: str | Path, check: bool = True, trivial: bool = False, **more: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run airsweep, or a module with the same arguments.
+    """Run airsweep.
 
     Args:
         check: assert that the exit code is 0.
+        trivial: with work that takes no time; see `tests.helpers.trivial`.
         more: environment variables.
     """
     words = [*map(str, arguments)]
     has_ray = "ray" in sys.modules and sys.modules["ray"].is_initialized()
-    here = words[0] in (WITH_RAY if has_ray else READ_ONLY)
-    if here and module == "orchestrator" and not more:
+    if trivial:
+        from tests.helpers.trivial import of_this_process
+
+        done = of_this_process().run(*words, **more)
+    elif words[0] in (WITH_RAY if has_ray else READ_ONLY) and not more:
         done = in_this_process(words)
     else:
-        done = python("-m", module, *words, check=False, **more)
+        done = python("-m", "orchestrator", *words, check=False, **more)
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done

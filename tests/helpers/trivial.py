@@ -3,7 +3,8 @@ tracker over trials that derive their numbers from their key. Run it like the co
 
     python -m tests.helpers.trivial run sweep.yaml --store runs
 
-Without arguments it reads commands from stdin and runs each in a fork of itself, for `Trivial`.
+Without arguments it reads commands from stdin and runs each in a fork of itself, for `Trivial`,
+which tests use: `airsweep(..., trivial=True)`.
 
 Environment:
     AIRSWEEP_SAID, AIRSWEEP_FAILS_AS: message and class of the failure of all trials.
@@ -26,6 +27,7 @@ from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, redirect_stdout, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +42,7 @@ from orchestrator.planning import requirements_of
 from orchestrator.stages import TrialSpec
 from orchestrator.store import ArtifactStore
 from orchestrator.store.records import PREDICTIONS
+from tests.helpers.sweeps import environment
 
 TESTED = 40  # images
 SLOTS = 3  # trials at a time
@@ -218,8 +221,6 @@ class Trivial:
     """
 
     def __init__(self, inside: Sequence[str] = ()) -> None:
-        from tests.helpers.sweeps import environment
-
         self._process = subprocess.Popen(
             [*inside, sys.executable, "-m", "tests.helpers.trivial"],
             stdin=subprocess.PIPE,
@@ -229,11 +230,13 @@ class Trivial:
         )
         self._folder = tempfile.TemporaryDirectory(prefix="trivial")
 
-    def run(self, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
+        """Run a command with environment variables of this process and `more`."""
         files = [Path(self._folder.name, name) for name in ("stdout", "stderr")]
         request = {
             "arguments": [*map(str, arguments)],
-            "environment": environment,
+            "environment": environment(**more),
+            "folder": os.getcwd(),
             "files": [*map(str, files)],
         }
         print(json.dumps(request), file=self._process.stdin, flush=True)
@@ -243,6 +246,12 @@ class Trivial:
     def close(self) -> None:
         self._process.communicate()
         self._folder.cleanup()
+
+
+@cache
+def of_this_process() -> Trivial:
+    """For all tests of a process; ends with it."""
+    return Trivial()
 
 
 def run_forked() -> None:
@@ -263,7 +272,9 @@ def run_forked() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if (pid := os.fork()) == 0:
+            os.environ.clear()
             os.environ.update(request["environment"])
+            os.chdir(request["folder"])
             for number, file in enumerate(request["files"], 1):
                 os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
             sys.argv[1:] = request["arguments"]

@@ -50,7 +50,7 @@ def grid(tmp_path_factory, drawn_digits) -> Path:
     spec.write_text(f"# <script>alert(1)</script> & more\n{spec.read_text()}")
     store = spec.parent / "runs"
     words = ("run", spec, "--store", store, "--tracking-uri", "none")
-    airsweep(*words, module="tests.helpers.trivial")
+    airsweep(*words, trivial=True)
     return store
 
 
