@@ -32,7 +32,8 @@ pytestmark = [pytest.mark.integration, pytest.mark.ray]
 
 NAME, BLOCK, CLASSES = "nodes", 4, 10
 # Two rows of images: the second can be drawn while trials with the first run.
-# The strategy of the first method is a plugin, which travels with the job.
+# The strategy of the first method is a plugin, which travels with the job. The steps of the trials
+# take longer than Ray needs to notice a lost machine.
 SWEEP = """
 plugins: [margin.py]
 grid: {{method: [pseudo, air_fpl], generator: ["folder:{folder}", "folder:{other}"]}}

@@ -281,7 +281,7 @@ class SweepTracker:
                 with tempfile.TemporaryDirectory(prefix="airsweep-") as scratch:
                     path = Path(scratch, name)
                     path.write_bytes(data)
-                    artifacts.log_artifact(str(path))  # type: ignore[no-untyped-call]
+                    artifacts.log_artifact(str(path))
             except MLFLOW_ERRORS as error:
                 self.accepts_files = False
                 log.warning(

@@ -97,7 +97,7 @@ def stored_run(run: Run) -> StoredRun:
 def search(client: MlflowClient, experiment: str, query: str) -> list[StoredRun]:
     """All runs that match a query, oldest first."""
     oldest = ["attributes.start_time ASC"]
-    runs = get_results_from_paginated_fn(  # type: ignore[no-untyped-call]
+    runs = get_results_from_paginated_fn(
         lambda count, token: client.search_runs([experiment], query, 1, count, oldest, token), 1000
     )
     return [*map(stored_run, runs)]
@@ -175,9 +175,7 @@ def explained_errors(address: str, resource: str) -> Iterator[None]:
     try:
         yield
     except MLFLOW_ERRORS as error:
-        is_denied = (
-            isinstance(error, MlflowException) and error.get_http_status_code() in DENIED  # type: ignore[no-untyped-call]
-        )
+        is_denied = isinstance(error, MlflowException) and error.get_http_status_code() in DENIED
         if is_denied:
             raise ValueError(
                 f"MLflow at {address} denies access to {resource} ({short_reason(error)}); check "

@@ -77,7 +77,7 @@ def _registered(manifest: Manifest, name: str, uri: str | None, store: Path) -> 
         # Versions of other classifiers of this trial are in other folders.
         path = f"model-{manifest.content.files[ONNX][:12]}"
         artifacts = artifact_repository(run.artifact_uri, client.tracking_uri)
-        artifacts.log_artifacts(str(Path(scratch, "model")), path)  # type: ignore[no-untyped-call]
+        artifacts.log_artifacts(str(Path(scratch, "model")), path)
         if not client.search_registered_models(f"name = '{name}'"):
             client.create_registered_model(name)
         made = client.create_model_version(

@@ -29,7 +29,7 @@ FORMATS = ("JPEG", "PNG")
 MOST_PIXELS = 50_000_000
 
 
-class ServedBundle(PythonModel):
+class ServedBundle(PythonModel):  # type: ignore[misc]  # mypy does not read MLflow
     """Answers base64 images with their classes and probabilities, best first."""
 
     def load_context(self, context: Any) -> None:
