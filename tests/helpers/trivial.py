@@ -256,6 +256,7 @@ def of_this_process() -> Trivial:
 
 def run_forked() -> None:
     """Run the commands that stdin has, and print the exit code of each to stdout."""
+    inherited = {*os.environ}
     import orchestrator
 
     for module in pkgutil.walk_packages(orchestrator.__path__, "orchestrator."):
@@ -272,7 +273,8 @@ def run_forked() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if (pid := os.fork()) == 0:
-            os.environ.clear()
+            for name in inherited - request["environment"].keys():
+                os.environ.pop(name, None)  # imports set others, such as MLflow's settings
             os.environ.update(request["environment"])
             os.chdir(request["folder"])
             for number, file in enumerate(request["files"], 1):
