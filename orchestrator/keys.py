@@ -236,8 +236,8 @@ def _json_of(value: Any) -> str:
     if isinstance(value, StageSpec):
         members.append(("recipe", _encoded(f"{value.stage}/{value.recipe}")))
         # The inputs contain the recipe numbers of earlier stages.
-        if value.in_key:
-            members.append(("inputs", canonical_json(value.in_key)))
+        if inputs := value.in_key:
+            members.append(("inputs", canonical_json(inputs)))
     return _object(members)
 
 

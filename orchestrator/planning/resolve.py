@@ -68,22 +68,27 @@ class Resolver(Contents):
         self._datasets: dict[str, DatasetInput] = {}  # by name
         self._weights: dict[str, Ref] = {}  # by role and name
         self._code: dict[str, str] = {}
+        self._trials: dict[frozenset[tuple[str, Any]], TrialSpec] = {}  # by settings
         self._pool_sizes: dict[str, int] = {}  # by dataset and split
         self._labels: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # labels, parts by dataset
         self._smallest: dict[str, tuple[int, str]] = {}  # class of the fewest images, by folder
 
     def trial(self, flat: dict[str, Any]) -> TrialSpec:
-        """Build a normalised TrialSpec from a flat dict of settings with names of inputs.
+        """Build a normalised TrialSpec from a flat dict of settings with names of inputs, once for
+        each.
 
         Raises:
             InvalidSetting: weights or images are missing, or too few.
         """
         flat = EMBEDDED | flat
-        try:
-            return self._trial(flat)
-        except InvalidSetting as problem:
-            problem.value = flat.get(problem.key)
-            raise
+        settings = frozenset(flat.items())
+        if settings not in self._trials:
+            try:
+                self._trials[settings] = self._trial(flat)
+            except InvalidSetting as problem:
+                problem.value = flat.get(problem.key)
+                raise
+        return self._trials[settings]
 
     def _trial(self, flat: dict[str, Any]) -> TrialSpec:
         datasets = {}
