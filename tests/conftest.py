@@ -179,7 +179,7 @@ def ray_session() -> Iterator[None]:
 # Files, the longest first.
 LONG = """
     test_nodes test_families_sweep test_preflight test_slurm test_submit test_trusted test_runs
-    test_workers test_api test_encoded_blocks test_chaos test_docs
+    test_stream test_api test_encoded_blocks test_chaos test_docs
     test_bucket test_unlabelled_sweeps test_tracking test_browsing test_any_trial test_bundles
     test_onnx test_deploy test_classify
 """

@@ -38,7 +38,7 @@ load_backbone("tiny")
 torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1).step()
 """
 DRAWN = """
-import orchestrator.execution._workers, orchestrator.stages.images, orchestrator.stages.evidence
+import orchestrator.execution._stream, orchestrator.stages.images, orchestrator.stages.evidence
 from air_core.diffusion.pipeline import load_pipeline
 from air_core.models.weights import generator_folder
 load_pipeline(generator_folder("tiny"))

@@ -325,14 +325,15 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 @contextmanager
-def quiet_data_context() -> Iterator[None]:
-    """Within the block, Ray Data makes datasets that print nothing."""
+def data_context() -> Iterator[None]:
+    """Within the block, Ray Data makes datasets that print nothing and pass each row on at once."""
     from ray.data import DataContext
 
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.memory_usage_poll_interval_s = None  # else a thread reads it each second
+    context.target_max_block_size = 1  # else rows are joined until their source ends
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     with DataContext.current(context):
         yield

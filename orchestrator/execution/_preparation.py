@@ -3,7 +3,6 @@ images for copies of test images."""
 
 from __future__ import annotations
 
-import base64
 import logging
 import os
 import time
@@ -70,6 +69,7 @@ class Preparation:
         self.unready = {cell.id for group in self.pending for cell in group.cells}
         self.queue: WorkQueue | None = None
         self.has_sheet = False
+        self.pictures: dict[Any, Picture] = {}  # by the future of their task
         self.searched: set[SyntheticFeaturesSpec] = set()  # for copies of test images
 
     def _is_pending(self, group: Group) -> bool:
@@ -92,7 +92,7 @@ class Preparation:
         """Start to make all missing inputs, on the Ray that has started meanwhile."""
         if self.queue is not None:
             return
-        from orchestrator.execution._workers import Workers
+        from orchestrator.execution._stream import Workers
 
         state = self.state
         assert state.allocation is not None
@@ -133,6 +133,7 @@ class Preparation:
         """Process finished work and start new work, without waiting."""
         assert self.queue is not None
         self.state.check()
+        self._take_pictures()
         if self.queue.take() and self._take_complete():
             return  # trials start before processes that would take their resources
         self.queue.begin()
@@ -155,7 +156,7 @@ class Preparation:
 
     def finish(self) -> None:
         """Wait for what no trial waits for."""
-        while self.queue is not None and not self.queue.is_over:
+        while self.queue is not None and (self.pictures or not self.queue.is_over):
             self._advance_and_sleep()
 
     def _advance_and_sleep(self) -> None:
@@ -185,21 +186,25 @@ class Preparation:
         self.searched |= ready
         if ready:
             pictures += _searches_for_copies(self.state, self.plan, ready)
-        assert self.queue is not None
-        for picture in pictures:
-            self.queue.run(partial(_on_picture, picture), picture.function, *picture.arguments)
+        if pictures:
+            from orchestrator.execution._stream import start_task
 
+            worker = worker_context(self.state)
+            for picture in pictures:
+                task = start_task(picture.function, picture.arguments, worker)
+                self.pictures[task] = picture
 
-def _on_picture(picture: Picture, result: Callable[[], Any]) -> None:
-    try:
-        [made] = result()
-        problem = made.failure and made.failure.message
-    except Exception as death:  # the sweep does not fail
-        problem = first_line(death)
-    if problem:
-        log.warning("%s: %s", picture.failed, problem)
-    else:
-        picture.show(made.facts["result"])
+    def _take_pictures(self) -> None:
+        if not self.pictures:
+            return
+        from orchestrator.execution._stream import ended_tasks
+
+        for task, result in ended_tasks(self.pictures):
+            picture = self.pictures.pop(task)
+            try:
+                picture.show(result())
+            except Exception as problem:  # the sweep does not fail
+                log.warning("%s: %s", picture.failed, first_line(problem))
 
 
 def worker_context(state: RunState) -> WorkerContext:
@@ -215,16 +220,16 @@ def _contact_sheet(
     state: RunState, rows: Sequence[SyntheticFeaturesSpec], features: FeaturesSpec
 ) -> Picture:
     """The contact sheet of rows that are in the order in which they are made."""
-    from orchestrator.execution._workers import draw_contact_sheet
+    from orchestrator.execution._stream import draw_contact_sheet
 
     tuned = [row for row in rows if getattr(row.images, "lora", None) is not None]
     plain = [row for row in rows if row not in tuned]
     drawn = (tuned or plain)[-1]  # the row that trials read comes last
     base = plain[-1] if tuned and plain else None  # for comparison
 
-    def show(sheet: tuple[str, dict[str, float]]) -> None:
+    def show(sheet: tuple[bytes, dict[str, float]]) -> None:
         png, state.statistics.shares = sheet
-        state.location.write(CONTACT_SHEET, base64.b64decode(png))
+        state.location.write(CONTACT_SHEET, png)
 
     return Picture(draw_contact_sheet, (drawn, base, features), show, "no contact sheet")
 
@@ -233,7 +238,7 @@ def _searches_for_copies(
     state: RunState, plan: Plan, rows: Collection[SyntheticFeaturesSpec]
 ) -> Iterator[Picture]:
     """Searches for ready images that copy a test image, one for each row and dataset."""
-    from orchestrator.execution._workers import find_copies
+    from orchestrator.execution._stream import find_copies
 
     splits: dict[tuple[SyntheticFeaturesSpec, FeaturesSpec], dict[SplitSettings, None]] = {}
     for trial in chain(*plan.trials.values()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -25,44 +25,47 @@ CURVES_INTERVAL = 10.0  # seconds between two reports of the curves of a trial
 
 class ProgressActor:
     """Ray actor that keeps the latest report on each piece of work until the driver reads it, and
-    the calls of the driver for pools of processes."""
+    the rows that the driver has released, until their stream ends."""
 
     def __init__(self) -> None:
         self.reports: dict[tuple[str, str], tuple[Any, ...]] = {}  # by name and kind
-        self.calls: dict[tuple[str, int], Any] = {}  # by pool and number; None: it has been made
-        self.taken: Counter[tuple[str, int]] = Counter()  # how often a process took each call
-        self.ended: set[str] = set()  # pools
+        self.rows: defaultdict[str, list[Mapping[str, Any]]] = defaultdict(list)  # by stream
+        self.ended: set[str] = set()  # streams
         self.changed = asyncio.Condition()
+        self.begun: set[str] = set()  # artifacts that a process makes, or has died of
 
     def write(self, name: str, kind: str, *arguments: Any) -> None:
         self.reports[name, kind] = arguments
 
-    async def give(self, pool: str, number: int, call: Any) -> None:
-        """Set a call; None: it needs no process any more."""
+    async def release(self, stream: str, row: Mapping[str, Any]) -> None:
+        """Add a row to a stream."""
         async with self.changed:
-            self.calls[pool, number] = call
+            self.rows[stream].append(row)
             self.changed.notify_all()
 
-    async def end(self, pool: str) -> None:
-        """Give a pool no further call."""
+    async def end(self, stream: str) -> None:
+        """End a stream."""
         async with self.changed:
-            self.ended.add(pool)
-            for key in [key for key in self.calls if key[0] == pool]:
-                del self.calls[key], self.taken[key]
+            self.ended.add(stream)
+            self.rows.pop(stream, None)
             self.changed.notify_all()
 
-    async def call(self, pool: str, number: int) -> tuple[Any, bool]:
-        """Wait for a call; returns it, and whether a process took it before and died.
-
-        The call is None if there is nothing to make.
-        """
-        key = pool, number
+    async def row(self, stream: str, number: int) -> Mapping[str, Any] | None:
+        """Wait until a row of a stream is released, and return it; None: the stream has ended."""
         async with self.changed:
-            await self.changed.wait_for(lambda: pool in self.ended or key in self.calls)
-        if pool in self.ended:
-            return None, False
-        self.taken[key] += 1
-        return self.calls[key], self.taken[key] > 1
+            await self.changed.wait_for(
+                lambda: stream in self.ended or number < len(self.rows[stream])
+            )
+            return None if stream in self.ended else self.rows[stream][number]
+
+    def begin(self, key: str) -> bool:
+        """Whether the last process that began an artifact has not finished it, since it died."""
+        has_died = key in self.begun
+        self.begun.add(key)
+        return has_died
+
+    def finish(self, key: str) -> None:
+        self.begun.discard(key)
 
     def take(self) -> dict[tuple[str, str], tuple[Any, ...]]:
         """Return the reports since the last call."""
@@ -126,7 +129,7 @@ class ProgressMonitor:
     """
 
     def __init__(self) -> None:
-        # On the driver's machine, since the calls are lost with it.
+        # On the driver's machine, which has the rows.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor = ray.remote(ProgressActor).options(num_cpus=0, scheduling_strategy=here)
         self.actor = actor.remote()
@@ -145,5 +148,5 @@ class ProgressMonitor:
         pending, self._pending = self._pending, None
         try:
             return ray.get(pending)  # type: ignore[no-any-return]
-        except RayError:  # the actor died: its pools fail, and are started again
+        except RayError:  # the actor died: its streams fail, and are started again
             return {}

@@ -1,22 +1,21 @@
-"""The queue of missing artifacts and shards, and the processes that make them. Imports no Ray.
+"""The queue of missing artifacts and shards: which one is made next, and what a failure means.
+Imports no Ray.
 
 Work begins in the order of the queue, as soon as its inputs exist and the allocation has room for a
-process. A shard belongs to one process until that process returns it or dies. A pool of generators
-or encoders grows while each of its processes has more work than its start takes, and shrinks when
-trials need its resources: processes end after the shards that they have begun.
+process. A pool of generators or encoders grows by a stream while each of its actors has more work
+than its start takes, and shrinks when trials need its resources: a stream that gets no further row
+ends after those that it has.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import accumulate
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from orchestrator.execution._allocation import MAX_POOL_WAIT, Allocation, PoolStatistics
 from orchestrator.failures import CLASSES, Failure, failure_of
@@ -27,20 +26,33 @@ from orchestrator.planning.requirements import independent_of
 
 if TYPE_CHECKING:
     from orchestrator.execution._state import RunState
-    from orchestrator.execution._workers import DataPool, Workers
+    from orchestrator.execution._stream import Stream, Workers
 
-Result = Callable[[], Any]  # returns the result of a call, or raises its exception
-Shard = tuple[int, int]  # class or draw, block
-ARTIFACT: Shard = (0, 0)  # stands for an artifact that is no row
+Shard = tuple[int, int]  # class or draw, block; (0, 0) stands for an artifact without shards
 # Seconds that a process takes to start, at least: it imports torch and diffusers.
 PROCESS_START = 10.0
 MADE = ("drawn", "pairs", "encoded")  # facts of a shard: the numbers of what a process has made
-# A process gets its next shards before it has ended the present ones if these take fewer seconds.
+# An actor gets its next shard before it has ended the present one if these take fewer seconds.
 SHORT = 2.0
-# Seconds for which ended processes keep Ray running. On a lost machine they do not end.
+# Seconds for which ended streams keep Ray running. On a lost machine actors do not end.
 MAX_END = 10.0
-# Calls of a process of a pool, and of a pool; Ray Data takes 8 kB of the driver's memory for each.
-MAX_CALLS = (1000, 20_000)
+
+
+class Row(NamedTuple):
+    """A row of a stream: a shard, shards of a block of which later ones need earlier ones, or an
+    artifact without shards."""
+
+    key: str  # digest of the key of the artifact, or of the row of the store
+    indices: tuple[int, ...]  # classes or draws; (0,) if there are no shards
+    block: int
+
+
+class Made(NamedTuple):
+    """What became of an artifact or a shard."""
+
+    seconds: float
+    facts: dict[str, Any]
+    failure: Failure | None = None
 
 
 @dataclass(eq=False)
@@ -53,7 +65,7 @@ class Part:
     todo: list[Shard]  # that no process makes; the next one is last
     pace: float  # seconds of a shard, as estimated; inf: unknown
     ended: bool = False
-    running: int = 0  # calls
+    running: int = 0  # rows of streams
     made: int = 0  # shards that processes of this run have made
     seconds: float = 0.0  # that these took
     errors: list[Failure] = field(default_factory=list)  # of shards
@@ -87,27 +99,32 @@ class Part:
 
 
 @dataclass(eq=False)
-class Maker:
-    """Processes that started together. Each makes artifacts and shards, one after another."""
+class Actors:
+    """The actors of a stream."""
 
-    processes: DataPool
+    stream: Stream
     size: int
     started: float
-    left: int  # calls that it can still get
-    calls: int = 0  # that have not returned
-    long: int = 0  # of these, for artifacts that take longer than the start of a process
-    last: float = inf  # seconds of its last shards
+    rows: dict[Row, Part] = field(default_factory=dict)  # released, and not returned
+    last: float = inf  # seconds of the last row
 
     def has_room(self) -> bool:
-        return bool(self.left) and self.calls < self.size * (2 if self.last < SHORT else 1)
+        # The second row of an actor would wait for the first, which may be a LoRA.
+        is_short = self.last < SHORT and all(part.is_row for part in self.rows.values())
+        return len(self.rows) < self.size * (2 if is_short else 1)
+
+    @property
+    def long(self) -> int:
+        """Actors that make an artifact which takes longer than the start of a process."""
+        return sum(part.is_long for part in self.rows.values())
 
 
 @dataclass(eq=False)
 class Pool:
-    """The processes of a kind."""
+    """The streams of a kind of process."""
 
     statistics: PoolStatistics
-    makers: list[Maker] = field(default_factory=list)
+    streams: list[Actors] = field(default_factory=list)
     began: float = 0.0
     loading: float = 0.0  # seconds that a process loads models, at most
 
@@ -117,11 +134,12 @@ class Pool:
 
     @property
     def size(self) -> int:
-        return sum(maker.size for maker in self.makers)
+        """Actors of all streams."""
+        return sum(actors.size for actors in self.streams)
 
     @property
     def long(self) -> int:
-        return sum(maker.long for maker in self.makers)
+        return sum(actors.long for actors in self.streams)
 
 
 class WorkQueue:
@@ -143,21 +161,20 @@ class WorkQueue:
     ) -> None:
         self.workers, self.allocation, self.listener = workers, allocation, listener
         self.store = workers.worker.store
-        self.calls: dict[Future[Any], Callable[[Result], None]] = {}  # by future
         self.pools: dict[Process, Pool] = {}
         for kind in ("encoder", "generator"):
             gpu = bool(allocation.resources.process_resources(kind).gpu)
             self.pools[kind] = Pool(PoolStatistics(kind, gpu))
-        self.functions: list[tuple[Callable[[Result], None], Callable[..., Any], Any]] = []
-        self.ending: list[tuple[DataPool, float]] = []  # with the time of their end
+        self.ending: list[tuple[Stream, float]] = []  # with the time of their end
         self.parts: dict[str, Part] = {}  # that have not ended, by the digest of their key
         self.store.refresh_listings()
         for requirement in requirements:
             if not requirement.is_complete(self.store):
                 self.parts[_digest(requirement)] = self._part(requirement)
+        self.specs = {digest: part.requirement.spec for digest, part in self.parts.items()}
 
     def _part(self, requirement: Requirement) -> Part:
-        spec, todo = requirement.spec, [ARTIFACT]
+        spec, todo = requirement.spec, [(0, 0)]
         inputs = {artifact_key(needed.spec).digest for needed in spec.inputs(requirement.classes)}
         needs = [
             part
@@ -185,46 +202,28 @@ class WorkQueue:
     def is_over(self) -> bool:
         now = time.monotonic()
         ending = (each.is_alive() and now - at < MAX_END for each, at in self.ending)
-        return not (self.parts or self.functions or self.calls or any(ending))
-
-    def run(
-        self, take: Callable[[Result], None], function: Callable[..., Any], *arguments: Any
-    ) -> None:
-        """Run a function in the next process that has room, or in a new one if there is none.
-
-        Args:
-            take: receives what `DataPool.run` returns.
-        """
-        self.functions.append((take, function, arguments))
+        return not (self.parts or any(ending))
 
     # ---------------------------------------------------------------- results
 
     def take(self) -> bool:
-        """Process the calls that have returned; returns whether a requirement has ended."""
+        """Process the rows that have come back; returns whether a requirement has ended."""
         before = len(self.parts)
-        for future in [*self.calls]:
-            if future.done():
-                self.calls.pop(future)(future.result)
+        for pool in self.pools.values():
+            for actors in [*pool.streams]:
+                for row, made in actors.stream.returned():
+                    self._on_row(pool, actors, row, made)
+                if (problem := actors.stream.problem) is not None:
+                    self._on_death(pool, actors, problem)
         return len(self.parts) < before
 
-    def _on_made(
-        self, pool: Pool, maker: Maker, part: Part, shards: Sequence[Shard], result: Result
-    ) -> None:
-        maker.calls -= 1
-        maker.long -= part.is_long
+    def _on_row(self, pool: Pool, actors: Actors, row: Row, results: Sequence[Made]) -> None:
+        part = actors.rows.pop(row)
         part.running -= 1
-        try:
-            results = result()
-        except Exception as problem:  # the processes died
-            part.todo += reversed(() if part.ended else shards)
-            if self._remove(pool, maker) and not part.ended:
-                is_counted = not part.is_row or maker.last == inf  # it has made nothing
-                self._try_again(part, failure_of(problem), is_counted)
-            return
-        maker.last = sum(made.seconds for made in results)
-        for shard, made in zip(shards, results, strict=True):
+        actors.last = sum(made.seconds for made in results)
+        for index, made in zip(row.indices, results, strict=True):
             if made.failure is not None:
-                self._on_error(part, shard, made.failure)
+                self._on_error(part, (index, row.block), made.failure)
                 continue
             if any(made.facts.get(name) for name in MADE):  # else the store had it
                 part.made += 1
@@ -237,29 +236,27 @@ class WorkQueue:
         if not (part.ended or part.todo or part.running):
             self._end_complete(part)
 
-    def _on_run(
-        self, pool: Pool, maker: Maker, take: Callable[[Result], None], result: Result
-    ) -> None:
-        maker.calls -= 1
-        try:
-            [made] = result()
-        except Exception:  # the processes died
-            self._remove(pool, maker)
-        else:
-            pool.statistics.held -= made.seconds
-        take(result)
-
     def _on_error(self, part: Part, shard: Shard, failure: Failure) -> None:
         spec = part.requirement.spec
         if not isinstance(spec, RowSpec):
-            part.todo.append(shard)
-            self._try_again(part, failure)
+            if not part.ended:
+                part.todo.append(shard)
+                self._try_again(part, failure)
             return
         name = f"{spec.name_of(shard[0])}, block {shard[1]}"
         failure = Failure(failure.failure_class, f"{name}: {failure.message}")
         part.errors.append(failure)
         if CLASSES[failure.failure_class].stops_after == 1:
             self._fail(part, failure)  # further shards could not be stored
+
+    def _on_death(self, pool: Pool, actors: Actors, problem: Exception) -> None:
+        """Take back the rows of a stream that has failed, as when its actors cannot start."""
+        parts = dict.fromkeys(actors.rows.values())
+        self._remove(pool, actors)
+        for part in parts:
+            if not part.ended:
+                is_counted = not part.is_row or actors.last == inf  # nothing was made
+                self._try_again(part, failure_of(problem), is_counted)
 
     def _end_complete(self, part: Part) -> None:
         """End a part whose shards have all been made, or have failed."""
@@ -306,64 +303,47 @@ class WorkQueue:
         """Begin the work for which the allocation has room, in the order of the queue."""
         self.allocation.preparing = bool(self.parts)
         self._end_lost()
-        self._run_functions()
         able = [part for part in self.parts.values() if part.can_begin()]
         kept = {kind: self._kept(pool, able) for kind, pool in self.pools.items()}
         waiting: list[Part] = []
         for part in able:
             pool = self.pools[part.kind]
-            for maker in kept[part.kind] or ([] if part.is_row else pool.makers[:1]):
-                self._fill(pool, maker, part)
+            for actors in kept[part.kind] or ([] if part.is_row else pool.streams[:1]):
+                self._fill(actors, part)
             if part.todo:
                 waiting.append(part)
-                if not (pool.makers or self.allocation.room(part.kind, not part.is_row)):
+                if not (pool.streams or self.allocation.room(part.kind, not part.is_row)):
                     break  # what is needed later leaves it room
         for pool in self.pools.values():
-            for maker in [each for each in pool.makers if not each.calls]:
-                self._remove(pool, maker)
+            for actors in [each for each in pool.streams if not each.rows]:
+                self._remove(pool, actors)
         self._grow(waiting)
-        if self.functions and not any(pool.makers for pool in self.pools.values()):
-            kind = self.allocation.resources.pool_of("encoder")
-            self.allocation.pools[kind] += 1
-            self._start(self.pools[kind], 1, [])
-
-    def _run_functions(self) -> None:
-        for pool in self.pools.values():
-            for maker in pool.makers:
-                while self.functions and maker.has_room():
-                    take, function, arguments = self.functions.pop(0)
-                    maker.calls += 1
-                    maker.left -= 1
-                    future = maker.processes.run(function, arguments)
-                    self.calls[future] = partial(self._on_run, pool, maker, take)
 
     def _end_lost(self) -> None:
-        """End processes that do not fit the cluster, since it has lost a machine: Ray Data would
-        wait for room for them, and keep their shards. Those end that lose the least."""
+        """End streams that do not fit the cluster, since it has lost a machine: Ray would wait for
+        room for their actors, and keep their rows. Those end that lose the least."""
         for pool in self.pools.values():
             while pool.size > self.allocation.fitting(pool.kind):
-                self._remove(
-                    pool, min(pool.makers[::-1], key=lambda maker: (maker.long, maker.size))
-                )
+                self._remove(pool, min(pool.streams[::-1], key=lambda each: (each.long, each.size)))
 
-    def _kept(self, pool: Pool, able: Iterable[Part]) -> list[Maker]:
-        """The processes of a pool that get further shards."""
+    def _kept(self, pool: Pool, able: Iterable[Part]) -> list[Actors]:
+        """The streams of a pool that get further shards."""
         capacity = self.allocation.capacity(pool.kind)
         parts = [part for part in able if part.kind == pool.kind]
         # Trials wait for a pool that ends soon, but not for images that only a picture shows.
         is_awaited = any(not part.requirement.compared_with for part in parts)
         left = _seconds(parts, pool.kind) / max(pool.size, 1)
         if pool.size <= capacity or (is_awaited and left <= MAX_POOL_WAIT):
-            return pool.makers
-        sizes = accumulate(maker.size for maker in pool.makers)
-        return [m for m, size in zip(pool.makers, sizes, strict=True) if size <= capacity]
+            return [*pool.streams]
+        sizes = accumulate(actors.size for actors in pool.streams)
+        return [one for one, size in zip(pool.streams, sizes, strict=True) if size <= capacity]
 
     def _grow(self, waiting: Sequence[Part]) -> None:
-        """Start the processes that pools may have for parts that wait, in the order of the queue,
+        """Start the actors that pools may have for parts that wait, in the order of the queue,
         while the share of the work of each takes longer than its start."""
         sizes = self.allocation.pools
         seconds = {kind: _seconds(waiting, kind) for kind in self.pools}
-        # Processes that share the work.
+        # Actors that share the work.
         free = {kind: pool.size - pool.long for kind, pool in self.pools.items()}
         full: set[Process] = set()
         for part in waiting:
@@ -385,53 +365,46 @@ class WorkQueue:
                 self._start(pool, count, [part for part in waiting if part.kind == kind])
 
     def _start(self, pool: Pool, count: int, parts: Sequence[Part]) -> None:
-        """Start processes, and give them their first shards: those that fit beside trials, and the
-        others, which end when trials need their resources."""
+        """Start actors, and release their first rows: those that fit beside trials in one stream,
+        and the others in a second one, which ends when trials need their resources."""
         now = time.monotonic()
-        pool.began = pool.began if pool.makers else now
-        left = sum(len(part.todo) for part in self.parts.values() if part.kind == pool.kind)
+        pool.began = pool.began if pool.streams else now
         reserve = self.allocation.reserve() if pool.kind == "generator" else 0
         first = min(count, reserve - pool.size) if pool.size < reserve else count
         for size in filter(None, (first, count - first)):
-            calls = min(2 * left + size, MAX_CALLS[0] * size, MAX_CALLS[1])
-            maker = Maker(self.workers.start(pool.kind, size, calls), size, now, calls)
-            pool.makers.append(maker)
+            actors = Actors(self.workers.stream(pool.kind, size, self.specs), size, now)
+            pool.streams.append(actors)
             for part in parts:
-                self._fill(pool, maker, part)
+                self._fill(actors, part)
         pool.statistics.actors = max(pool.statistics.actors, pool.size)
 
-    def _fill(self, pool: Pool, maker: Maker, part: Part) -> None:
-        while part.todo and maker.has_room():
-            self._give(pool, maker, part)
+    def _fill(self, actors: Actors, part: Part) -> None:
+        while part.todo and actors.has_room():
+            shards = part.take()
+            row = Row(_digest(part.requirement), tuple(i for i, _ in shards), shards[0][1])
+            part.running += 1
+            actors.rows[row] = part
+            self.listener.stage = part.requirement.stage
+            actors.stream.release(row, part.tries["oom"])
 
-    def _give(self, pool: Pool, maker: Maker, part: Part) -> None:
-        shards = part.take()
-        part.running += 1
-        maker.calls += 1
-        maker.long += part.is_long
-        maker.left -= 1
-        self.listener.stage = part.requirement.stage
-        thrift = part.tries["oom"]
-        future = maker.processes.make(part.requirement.spec, shards, thrift)
-        self.calls[future] = partial(self._on_made, pool, maker, part, shards)
-
-    def _remove(self, pool: Pool, maker: Maker) -> bool:
-        """End processes; returns False if they have been ended before."""
-        if maker not in pool.makers:
-            return False
-        pool.makers.remove(maker)
-        maker.processes.end()
+    def _remove(self, pool: Pool, actors: Actors) -> None:
+        """End a stream, and take back its rows."""
+        pool.streams.remove(actors)
+        actors.stream.end()
+        for row, part in actors.rows.items():
+            part.running -= 1
+            if not part.ended:
+                part.todo += [(index, row.block) for index in reversed(row.indices)]
         self.ending = [each for each in self.ending if each[0].is_alive()]
-        self.ending.append((maker.processes, time.monotonic()))
+        self.ending.append((actors.stream, time.monotonic()))
         self.allocation.pools[pool.kind] = pool.size
         statistics, now = pool.statistics, time.monotonic()
-        statistics.held += maker.size * (now - maker.started)
-        if not pool.makers:
+        statistics.held += actors.size * (now - actors.started)
+        if not pool.streams:
             statistics.seconds = now - pool.began
             if statistics.images or statistics.pairs:
                 self.listener.on_pool_closed(statistics)
             pool.statistics = PoolStatistics(pool.kind, statistics.gpu)
-        return True
 
 
 def _digest(requirement: Requirement) -> str:

@@ -14,7 +14,7 @@ from orchestrator.stages import EncodedSpec, FeaturesSpec
 from orchestrator.stages.context import WorkerContext
 from orchestrator.stages.features import build
 from orchestrator.store import ArtifactStore
-from tests.execution.test_workers import maker
+from tests.execution.test_stream import make
 
 BLOCK, BLOCKS = 16, 10
 BATCH = 8
@@ -60,9 +60,8 @@ def test_encoders_one_process_and_one_stream_of_images_give_the_same_bits(
         assert [spec.encoded is None for spec in specs] == [few == BLOCKS] * 2
         store = ArtifactStore(tmp_path / f"{few}-{encoders}")
         for number in range(encoders):  # each takes every second block
-            encoder = maker(store, BATCH)
             for row in needed[::2]:
-                made = encoder.make(row.spec, row.missing(store)[:: encoders - number], 0)
+                made = make(store, row.spec, row.missing(store)[:: encoders - number], BATCH)
                 assert [each.facts["encoded"] for each in made] == [BLOCK] * (BLOCKS // 2)
         for spec in specs:
             build(spec, WorkerContext(store, batch=BATCH))
@@ -75,8 +74,7 @@ def test_encoders_one_process_and_one_stream_of_images_give_the_same_bits(
 def test_features_are_put_together_from_the_blocks_of_the_store_which_then_leave(needed, tmp_path):
     encoded, features, *_ = needed
     store = ArtifactStore(tmp_path / "store")
-    encoder = maker(store)
-    made = encoder.make(encoded.spec, [(0, 2), (0, 0), (0, 0)], 0)
+    made = make(store, encoded.spec, [(0, 2), (0, 0), (0, 0)])
     assert [each.facts["encoded"] for each in made] == [BLOCK, BLOCK, 0]
     assert encoded.missing(store) == [(0, 1), *((0, block) for block in range(3, BLOCKS))]
     before = {file.name: file.stat().st_mtime_ns for file in store.root.rglob("0000-*")}
@@ -93,4 +91,4 @@ def test_features_are_put_together_from_the_blocks_of_the_store_which_then_leave
     assert encoded.is_replaced(store)
     assert not [*store.root.glob("artifacts/encoded/*/*")]
     # Another process that still has the block to make finds the features.
-    assert encoder.make(encoded.spec, [(0, 1)], 0)[0].facts["encoded"] == 0
+    assert make(store, encoded.spec, [(0, 1)])[0].facts["encoded"] == 0

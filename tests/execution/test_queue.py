@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,14 +13,14 @@ import pytest
 from air_core.settings import Ref
 from orchestrator.execution import _allocation, _queue
 from orchestrator.execution._allocation import Allocation
-from orchestrator.execution._queue import WorkQueue
+from orchestrator.execution._queue import Made, Row, WorkQueue
 from orchestrator.failures import Failure
 from orchestrator.planning import Requirement, requirements_of
 from orchestrator.planning.requirements import independent_of, merge
 from orchestrator.spec import Resources
 from orchestrator.spec.resources import GeneratorResources
 from orchestrator.store import ArtifactStore
-from tests.helpers.trivial import Made, Workers
+from tests.helpers.trivial import Stream, Workers
 
 START, SHARD, LORA = 10.0, 6.0, 30.0  # seconds of a start, of a shard or artifact, of a LoRA
 STEP = 0.5  # between two turns of the driver
@@ -28,12 +28,12 @@ Seconds = float
 
 
 class Simulated(Workers):
-    """Processes on a virtual clock.
+    """Streams on a virtual clock.
 
     Args:
-        killed: numbers of the calls that kill their process.
+        killed: numbers of the rows that end their stream.
         broken: stages and shards that raise an exception.
-        lost: numbers of the calls that never return, since their machine is lost.
+        lost: numbers of the rows that never return, since their machine is lost.
     """
 
     def __init__(
@@ -46,68 +46,71 @@ class Simulated(Workers):
         super().__init__(SimpleNamespace(store=store))
         self.now = 0.0
         self.killed, self.broken, self.lost = killed, broken, lost
-        self.free: dict[int, list[Seconds]] = {}  # when each living process is free
+        self.free: dict[int, list[Seconds]] = {}  # when each living actor is free
         self.begun: list[tuple[str, Any]] = []  # stage and shards
         self.owned: Counter[Any] = Counter()
-        self.starts, self.most = 0, 0  # processes, and how many lived at a time
+        self.starts, self.most = 0, 0  # actors, and how many lived at a time
 
-    def start(self, kind: str, count: int, calls: int) -> SimulatedProcesses:
-        self.starts += count
-        self.free[self.starts] = [self.now + START] * count
+    def stream(self, kind: str, size: int, specs: Any) -> SimulatedStream:
+        self.starts += size
+        self.free[self.starts] = [self.now + START] * size
         self.most = max(self.most, self.living())
-        return SimulatedProcesses(self, self.starts)
+        return SimulatedStream(self, specs, self.starts)
 
     def living(self) -> int:
         return sum(map(len, self.free.values()))
 
 
-@dataclass
-class SimulatedProcesses:
-    workers: Simulated
-    number: int
+class SimulatedStream(Stream):
+    def __init__(self, workers: Simulated, specs: Any, number: int) -> None:
+        super().__init__(workers.worker.store, specs)
+        self.workers, self.number = workers, number
+        self.running: list[tuple[Seconds, int, Row]] = []  # with their end and their number
 
-    def make(self, spec: Any, shards: Any, thrift: int) -> Any:
-        workers = self.workers
-        owned = [(spec.maker, shard) for shard in shards]
-        assert not any(workers.owned[each] for each in owned), "another process makes this shard"
-        workers.owned.update(owned)
-        workers.begun.append((spec.maker.stage, shards))
-        number = len(workers.begun)
-        seconds = LORA if spec.stage == "lora" else SHARD
+    def release(self, row: Row, thrift: int) -> None:
+        workers, spec = self.workers, self.specs[row.key]
+        assert not any(workers.owned[each] for each in self.owned(row)), "another makes this shard"
+        workers.owned.update(self.owned(row))
+        workers.begun.append((spec.maker.stage, [(index, row.block) for index in row.indices]))
         free = workers.free[self.number]
         first = free.index(min(free))
-        ends = free[first] = max(free[first], workers.now) + seconds * len(shards)
+        seconds = LORA if spec.stage == "lora" else SHARD
+        free[first] = max(free[first], workers.now) + seconds * len(row.indices)
+        self.running.append((free[first], len(workers.begun), row))
 
-        def made() -> Any:
-            workers.owned.subtract(owned)
-            if number in workers.killed or number in workers.lost:
-                raise RuntimeError("the process died")
-            good = [shard for shard in shards if (spec.maker.stage, *shard) not in workers.broken]
-            facts = {"on_device": seconds, "startup": 0.0, "drawn": int(bool(spec.rows))}
-            made = [Made(seconds, facts, None) for _ in workers.make(spec, good, thrift).result()]
-            return made or [Made(0.0, {}, Failure("user", "ValueError: no"))]
+    def owned(self, row: Row) -> list[Any]:
+        return [(self.specs[row.key].maker, index, row.block) for index in row.indices]
 
-        def is_done() -> bool:
-            is_lost = number in workers.lost
-            return self.number not in workers.free if is_lost else ends <= workers.now
+    def returned(self) -> list[tuple[Row, list[Made]]]:
+        workers, found = self.workers, []
+        for each in [*self.running]:
+            ends, number, row = each
+            if ends > workers.now or number in workers.lost:
+                continue
+            if number in workers.killed:
+                self.problem = RuntimeError("the process died")
+                break
+            self.running.remove(each)
+            workers.owned.subtract(self.owned(row))
+            found.append((row, self.made(row)))
+        return found
 
-        return SimulatedFuture(is_done, made)
-
-    def run(self, function: Any, arguments: Any) -> Any:
-        made = [Made(0.0, {"result": function(*arguments)}, None)]
-        return SimulatedFuture(lambda: True, lambda: made)
+    def made(self, row: Row) -> list[Made]:
+        spec, seconds = self.specs[row.key], SHARD
+        if (spec.maker.stage, row.indices[0], row.block) in self.workers.broken:
+            return [Made(0.0, {}, Failure("user", "ValueError: no"))]
+        super().release(row, 0)
+        [(_, made)] = super().returned()
+        facts = {"on_device": seconds, "startup": 0.0, "drawn": int(bool(spec.rows))}
+        return [Made(seconds, facts) for _ in made]
 
     def end(self) -> None:
+        for _, _, row in self.running:
+            self.workers.owned.subtract(self.owned(row))
         del self.workers.free[self.number]
 
     def is_alive(self) -> bool:
         return True  # as on a lost machine
-
-
-@dataclass(eq=False)
-class SimulatedFuture:
-    done: Any
-    result: Any
 
 
 class Listener:
@@ -187,21 +190,6 @@ def test_without_gpus_the_process_that_encodes_makes_all_else(trial, world):
     done = world(requirements_of([trial("air")]), cores=1).run()
     assert {"features", "labels", "lora", "images"} <= {*done.stages()}
     assert done.workers.starts == 1
-
-
-def test_a_function_runs_in_a_living_process_or_else_in_a_new_one(trial, world):
-    largest = []
-
-    def take(result: Any) -> None:
-        largest.append(result()[0].facts["result"])
-
-    running = world(requirements_of([trial("air")]), cores=1)
-    running.run(lambda: running.prepared() > 3)
-    running.queue.run(take, max, 1, 2)
-    assert running.run().workers.starts == 1
-    running.queue.run(take, max, 3, 4)
-    assert running.run().workers.starts == 2
-    assert largest == [2, 4]
 
 
 def test_rows_of_one_process_have_no_pause_between_them(rows, world):

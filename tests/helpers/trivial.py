@@ -23,19 +23,18 @@ import sys
 import tempfile
 import threading
 import types
-from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager, redirect_stdout, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from safetensors.numpy import save_file
 
 from air_core.tools.seal import BLANK, sealed
+from orchestrator.execution._queue import Made, Row
 from orchestrator.failures import Failure
 from orchestrator.keys import artifact_key
 from orchestrator.planning import requirements_of
@@ -118,43 +117,39 @@ class Workers:
     def __init__(self, worker: Any, *others: Any) -> None:
         self.worker = worker
 
-    def start(self, kind: str, count: int, calls: int) -> Any:
-        return self
+    def stream(self, kind: str, size: int, specs: Any) -> Stream:
+        return Stream(self.worker.store, specs)
 
-    def make(self, spec: Any, shards: Sequence[tuple[int, int]], thrift: int) -> Any:
-        store, made = self.worker.store, []
-        for c, block in shards:
+
+class Stream:
+    problem: Exception | None = None
+
+    def __init__(self, store: ArtifactStore, specs: Any) -> None:
+        self.store, self.specs = store, specs
+        self.rows: list[tuple[Row, list[Made]]] = []
+
+    def release(self, row: Row, thrift: int) -> None:
+        spec, made = self.specs[row.key], []
+        for index in row.indices:
             if spec.rows:
-                count_build(store, spec, c, block)
-                for row in spec.rows:
-                    store.open_row(row).publish(c, block, sealed(BLANK.encode()))
+                count_build(self.store, spec, index, row.block)
+                for each in spec.rows:
+                    self.store.open_row(each).publish(index, row.block, sealed(BLANK.encode()))
             else:
-                count_build(store, spec)
-                store.get_or_build(spec, lambda folder: {})
-            counts = FACTS if spec.rows else {"startup": 0.0}
-            made.append(Made(0.0, counts, None))
-        return ended(made)
+                count_build(self.store, spec)
+                self.store.get_or_build(spec, lambda folder: {})
+            made.append(Made(0.0, FACTS if spec.rows else {"startup": 0.0}))
+        self.rows.append((row, made))
+
+    def returned(self) -> list[tuple[Row, list[Made]]]:
+        rows, self.rows = self.rows, []
+        return rows
 
     def end(self) -> None:
         pass
 
     def is_alive(self) -> bool:
         return False
-
-    def run(self, function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
-        return ended([Made(0.0, {"result": function(*arguments)}, None)])
-
-
-def ended(result: Any) -> Future[Any]:
-    future: Future[Any] = Future()
-    future.set_result(result)
-    return future
-
-
-class Made(NamedTuple):
-    seconds: float
-    facts: dict[str, Any]
-    failure: Failure | None
 
 
 FACTS: dict[str, Any] = {
@@ -192,10 +187,12 @@ class MemoryPeak:
 
 MODULES = {
     "orchestrator.execution._tuning": {"run_points": run_points},
-    "orchestrator.execution._workers": {
+    "orchestrator.execution._stream": {
         "Workers": Workers,
-        "draw_contact_sheet": lambda *arguments: (b64encode(pixel_png()).decode(), {}),
+        "draw_contact_sheet": lambda *arguments: (pixel_png(), {}),
         "find_copies": lambda *arguments: [],
+        "start_task": lambda function, *arguments: partial(function),
+        "ended_tasks": lambda functions: [(each, each) for each in functions],
     },
     "orchestrator.cluster.session": {
         "check_address": lambda: None,

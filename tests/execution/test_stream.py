@@ -7,10 +7,13 @@ import os
 import resource
 import shutil
 import time
+from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -18,7 +21,6 @@ import torch
 from PIL import Image
 
 from orchestrator.cluster.session import waits_for_resources
-from orchestrator.execution import _queue
 from orchestrator.execution._allocation import Allocation
 from orchestrator.execution._progress import (
     ProgressActor,
@@ -26,10 +28,10 @@ from orchestrator.execution._progress import (
     ProgressReporter,
     report_working,
 )
-from orchestrator.execution._queue import WorkQueue
-from orchestrator.execution._workers import ArtifactMaker, Workers
+from orchestrator.execution._queue import Made, Row, Shard, WorkQueue
+from orchestrator.execution._stream import ArtifactMaker, Stream, Workers
 from orchestrator.failures import Failure
-from orchestrator.keys import artifact_key
+from orchestrator.keys import StageSpec, artifact_key
 from orchestrator.planning import Requirement, requirements_of
 from orchestrator.spec import Resources
 from orchestrator.spec.resources import ENCODER_BATCH
@@ -39,7 +41,7 @@ from orchestrator.stages.images import FolderImages
 from orchestrator.stages.synthetic import read_synthetic
 from orchestrator.store import ArtifactStore
 from tests.execution.test_queue import Listener
-from tests.helpers.sweeps import TIMEOUT, wait_until
+from tests.helpers.sweeps import wait_until
 
 pytestmark = pytest.mark.ray
 
@@ -47,9 +49,12 @@ pytestmark = pytest.mark.ray
 UNREAD = SimpleNamespace(write=SimpleNamespace(remote=lambda *report: None))
 
 
-def maker(store: ArtifactStore, batch: int = ENCODER_BATCH) -> ArtifactMaker:
-    """A maker of artifacts in this process, whose progress nobody reads."""
-    return ArtifactMaker(WorkerContext(store, batch=batch), 0.0, UNREAD)
+def make(
+    store: ArtifactStore, spec: StageSpec, shards: Sequence[Shard], batch: int = ENCODER_BATCH
+) -> list[Made]:
+    """Make shards in this process; nobody reads their progress."""
+    maker = ArtifactMaker({}, WorkerContext(store, batch=batch), 0.0, UNREAD)
+    return [maker.make(spec, *shard) for shard in shards]
 
 
 def row_requirement(resolver, folder, count: int = 8) -> Requirement:
@@ -67,7 +72,7 @@ def test_a_larger_row_draws_its_missing_blocks_and_a_blank_image_is_a_recorded_h
     Image.new("RGB", (32, 32)).save(folder / "digit two" / "03.png")
     few, many = (row_requirement(resolver, folder, count) for count in (8, 16))
     store = ArtifactStore(tmp_path / "store")
-    made = maker(store).make(few.spec, few.missing(store), 0)
+    made = make(store, few.spec, few.missing(store))
     assert [each.facts["holes"] for each in made] == [0, 0, 1, *[0] * 7]
     first = read_synthetic(few.spec, 8, store)
     assert first.labels.bincount().tolist() == [8, 8, 7, *[8] * 7]
@@ -75,7 +80,7 @@ def test_a_larger_row_draws_its_missing_blocks_and_a_blank_image_is_a_recorded_h
     assert table["ok"] == [True, True, True, False, True, True, True, True]
     assert table["attempt"][3] == 2
     assert many.missing(store) == [(c, 1) for c in range(10)]
-    made = maker(store).make(many.spec, many.missing(store), 0)
+    made = make(store, many.spec, many.missing(store))
     assert ([each.facts["drawn"] for each in made], many.missing(store)) == ([8] * 10, [])
     again = read_synthetic(many.spec, 8, store)
     assert (again.images.features == first.images.features).all()
@@ -89,62 +94,87 @@ def test_a_worker_uses_memory_again_that_it_has_freed(tmp_path):
         del arrays
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-    maker(ArtifactStore(tmp_path))
+    make(ArtifactStore(tmp_path), None, [])
     faults()
     assert faults() < 1024
 
 
-def test_a_row_of_a_pool_that_is_computed_again_is_the_same_call():
+def test_a_stream_gives_the_same_rows_again_until_it_ends():
     async def check() -> None:
         actor = ProgressActor()
-        early = asyncio.create_task(actor.call("pool", 1))
-        await actor.give("pool", 0, "shard")
-        assert [await actor.call("pool", 0) for _ in range(2)] == [
-            ("shard", False),
-            ("shard", True),
-        ]
-        await actor.give("pool", 0, None)
-        assert (await actor.call("pool", 0))[0] is None
+        early = asyncio.create_task(actor.row("stream", 1))
+        await actor.release("stream", {"block": 0})
+        assert [await actor.row("stream", 0) for _ in range(2)] == [{"block": 0}] * 2
         assert not early.done()
-        await actor.end("pool")
-        assert (await early)[0] is None
+        await actor.end("stream")
+        assert await early is None
+        assert [actor.begin("LoRA"), actor.begin("LoRA")] == [False, True]
+        actor.finish("LoRA")
+        assert not actor.begin("LoRA")
 
     asyncio.run(check())
 
 
-def test_a_killed_process_that_waits_makes_its_shard_again_but_an_ended_pool_does_not(
-    ray_session, resolver, drawn_digits, tmp_path
+def test_each_shard_is_a_row_and_an_actor_that_is_killed_makes_its_shard_again(
+    ray_session, resolver, drawn_digits, tmp_path, monkeypatch
 ):
     requirement, store = row_requirement(resolver, drawn_digits), ArtifactStore(tmp_path)
-    progress = ProgressMonitor()
-    workers = Workers(WorkerContext(store), Resources(), progress.actor)
-    key, reports = artifact_key(requirement.spec.images), {}
-    wait = (f"image blocks {key.slug}", "waiting")
+    key = artifact_key(requirement.spec).digest
+    names, passed = [], []
+    read = Stream._read
 
-    def waits() -> bool:
+    def recorded(stream: Stream, made: Any) -> None:
+        names.append(made.name)
+
+        def look(rows: pa.Table) -> pa.Table:
+            passed.extend(rows.to_pylist())
+            return rows
+
+        batches = made.iter_batches
+        made.iter_batches = lambda **how: map(look, batches(**how))
+        read(stream, made)
+
+    monkeypatch.setattr(Stream, "_read", recorded)
+    progress = ProgressMonitor()
+    stream = Workers(WorkerContext(store), Resources(), progress.actor).stream(
+        "generator", 2, {key: requirement.spec}
+    )
+    reports: dict[Any, Any] = {}
+    images = artifact_key(requirement.spec.images)
+    wait, returned = (f"image blocks {images.slug}", "waiting"), []
+
+    def is_reported() -> bool:
         reports.update(progress.read())
         return wait in reports
 
-    for number, is_killed in enumerate((False, True)):
-        pool = workers.start("generator", 1, 2)
-        with store.locks.exclusive(f"{key.digest}-{number}-0"):
-            made = pool.make(requirement.spec, [(number, 0)], 0)
-            wait_until(waits)
-            holder, seconds = reports.pop(wait)
-            assert str(os.getpid()) in holder
-            assert seconds > 0
-            if is_killed:
-                processes = psutil.Process().children(recursive=True)
-                makers = [each for each in processes if "ArtifactMaker" in " ".join(each.cmdline())]
-                assert makers
-                for process in makers:
-                    process.kill()
-            else:
-                pool.end()
-                assert "have ended" in str(made.exception())
-    assert made.result(timeout=TIMEOUT)[0].facts["drawn"] == 8
-    pool.end()
-    wait_until(lambda: not pool.is_alive())
+    def have_returned(count: int) -> bool:
+        returned.extend(stream.returned())
+        assert stream.problem is None
+        return len(returned) == count
+
+    with store.locks.exclusive(f"{images.digest}-0-0"):
+        stream.release(Row(key, (0,), 0), 0)
+        wait_until(is_reported)
+        holder, seconds = reports[wait]
+        assert str(os.getpid()) in holder
+        assert seconds > 0
+        for index in range(1, 10):  # the other actor makes these
+            stream.release(Row(key, (index,), 0), 0)
+            wait_until(lambda index=index: have_returned(index))
+        processes = psutil.Process().children(recursive=True)
+        actors = [each for each in processes if "ArtifactMaker" in " ".join(each.cmdline())]
+        assert len(actors) == 2
+        for process in actors:
+            process.kill()
+    wait_until(lambda: have_returned(10))
+    stream.end()
+    wait_until(lambda: not stream.is_alive())
+    assert names == ["image_blocks"]
+    assert [row["artifact"] for row in passed] == [f"image blocks {images.slug}"] * 10
+    shards = {(row["of"], *row["indices"], row["block"]) for row in passed}
+    assert shards == {(requirement.spec.name_of(index), index, 0) for index in range(10)}
+    assert [made.facts["drawn"] for _, [made] in returned] == [8] * 10
+    assert not requirement.missing(store)
 
 
 def test_what_kills_its_processes_is_a_failure_until_the_next_run(resolver, drawn_digits, tmp_path):
@@ -152,16 +182,16 @@ def test_what_kills_its_processes_is_a_failure_until_the_next_run(resolver, draw
     killed = [store.open_row(requirement.spec.images).count_crashes(3, 0) for _ in range(2)]
     for process in killed:
         process.__enter__()  # and never exits
-    failed, made = maker(store).make(requirement.spec, [(3, 0), (4, 0)], 0)
+    failed, made = make(store, requirement.spec, [(3, 0), (4, 0)])
     assert failed.failure == Failure("infra", "RuntimeError: killed its process 2 times")
     assert (made.failure, made.facts["drawn"]) == (None, 8)
     workers = SimpleNamespace(worker=WorkerContext(store))
     WorkQueue([requirement], workers, Allocation(Resources(), lambda: []), Listener())
-    assert maker(store).make(requirement.spec, [(3, 0)], 0)[0].facts["drawn"] == 8
-    # The queue counts those of an artifact that is no row.
+    assert make(store, requirement.spec, [(3, 0)])[0].facts["drawn"] == 8
+    # The queue counts those of an artifact without shards.
     requirements = requirements_of([resolver.trial({"images_per_class": 8})])
     lora = next(each.spec for each in requirements if each.stage == "lora")
-    (made,) = maker(store).make(lora, [_queue.ARTIFACT], 0, has_died=True)
+    (made,) = make(store, lora, [(0, 0, 0, True)])
     assert made.failure == Failure("infra", "RuntimeError: it killed its process")
 
 
@@ -180,7 +210,7 @@ def test_a_generator_short_of_memory_saves_memory_and_keeps_its_block_size(
         return opened(images, worker)
 
     monkeypatch.setattr(FolderImages, "open", short)
-    made = maker(store).make(requirement.spec, [(0, 0), (1, 0)], 0)
+    made = make(store, requirement.spec, [(0, 0), (1, 0)])
     assert [each.facts["drawn"] for each in made] == [8, 8]
     assert tried == [0, 1]  # the second block starts with the level that the first one needed
 
