@@ -148,7 +148,7 @@ def ours(requirement: Requirement, device: str) -> tuple[float, float, float]:
     from orchestrator.execution._allocation import Allocation
     from orchestrator.execution._progress import ProgressMonitor
     from orchestrator.execution._queue import WorkQueue
-    from orchestrator.execution._workers import Workers
+    from orchestrator.execution._stream import Workers
     from orchestrator.spec import Resources
     from orchestrator.spec.resources import GeneratorResources
     from orchestrator.stages.context import WorkerContext
